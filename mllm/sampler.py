@@ -1,0 +1,114 @@
+"""Which budgets one optimizer step trains: a pure function of (seed, step), the same on every rank.
+
+Knows a space of budgets. Does not know torch, batches, models or losses.
+
+Modes: `all` trains every combination (M3, Llama-MTSK), `random` draws (MQT-LLaVA, Omni-AVSR), `sandwich` is the
+largest as teacher, random ones between, and the smallest (slimmable networks), `points` an explicit list.
+"""
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mllm.budget import Budget, Space
+
+Mode = Literal["all", "random", "sandwich", "points"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One budget of a step, its weight in the loss, and whether the others learn from its answers."""
+
+    budget: Budget
+    weight: float = 1.0
+    is_teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the budgets of a step.
+
+    Args:
+        space: what may be drawn.
+        mode: see the file's docstring.
+        num_draws: budgets per step; `random` takes 1 by default, `sandwich` 3, `points` all of its points.
+        seed: draws are a function of (seed, step, draw, medium) alone.
+        points: budgets of the mode `points`, every one naming only media of the space.
+
+    Raises:
+        ValueError: an unknown mode, or numbers that contradict it.
+    """
+
+    space: Space
+    mode: Mode = "random"
+    num_draws: int | None = None
+    seed: int = 0
+    points: Sequence[Budget] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"sampler.mode is {self.mode!r}; allowed: {', '.join(get_args(Mode))}")
+        if (self.mode == "points") != bool(self.points):
+            raise ValueError(f"sampler.points go with mode points and only with it; mode is {self.mode!r}")
+        if self.mode == "all" and self.num_draws is not None:
+            raise ValueError("sampler.num_draws contradicts mode all, which trains every budget")
+        least = 2 if self.mode == "sandwich" else 1
+        if self.num_draws is not None and self.num_draws < least:
+            raise ValueError(f"sampler.num_draws is {self.num_draws}; mode {self.mode} needs at least {least}")
+        if self.mode == "points" and (self.num_draws or 0) > len(self.points):
+            raise ValueError(f"sampler.num_draws is {self.num_draws}, but there are {len(self.points)} points")
+        for point in self.points:
+            if missing := set(point.amounts) - set(self.space.media):
+                raise ValueError(f"sampler.points names {min(missing)}, which the space does not hold")
+
+    def __call__(self, step: int, media: Iterable[str] | None = None) -> list[Draw]:
+        """The draws of a step.
+
+        Args:
+            step: optimizer step; all its micro-batches train the same budgets.
+            media: media present in the batch. Others are left out and what then coincides is drawn once, so that a
+                batch of pictures is not run once per audio rate. A medium's draws do not depend on this.
+        """
+        present = [medium for medium in self.space.media if media is None or medium in set(media)]
+        return _merge([self._restrict(draw, present) for draw in self._draws(step, present)])
+
+    def _draws(self, step: int, present: Sequence[str]) -> list[Draw]:
+        if self.mode == "all":
+            trained = [self.space.media[medium].trained for medium in present]
+            return [Draw(Budget(dict(zip(present, point, strict=True)))) for point in itertools.product(*trained)]
+        if self.mode == "points":
+            order = random.Random(f"{self.seed}:{step}:points").sample(range(len(self.points)), len(self.points))
+            kept = sorted(order[: self.num_draws or len(self.points)])
+            return [Draw(self.points[index]) for index in kept]
+        if self.mode == "random":
+            return [Draw(self._random(step, index)) for index in range(self.num_draws or 1)]
+        between = [Draw(self._random(step, index)) for index in range((self.num_draws or 3) - 2)]
+        return [Draw(self.space.largest(), is_teacher=True), *between, Draw(self.space.smallest())]
+
+    def _random(self, step: int, index: int) -> Budget:
+        return Budget(
+            {
+                medium: random.Random(f"{self.seed}:{step}:{index}:{medium}").choice(space.trained)
+                for medium, space in self.space.media.items()
+            }
+        )
+
+    @staticmethod
+    def _restrict(draw: Draw, present: Sequence[str]) -> Draw:
+        amounts = {medium: amount for medium, amount in draw.budget.amounts.items() if medium in present}
+        return Draw(Budget(amounts, draw.budget.total_tokens), draw.weight, draw.is_teacher)
+
+
+def _merge(draws: Sequence[Draw]) -> list[Draw]:
+    """Draws of the same budget become one that weighs their sum, so the expected loss stays what the mode says."""
+    merged: dict[Budget, Draw] = {}
+    for draw in draws:
+        before = merged.get(draw.budget)
+        merged[draw.budget] = (
+            draw
+            if before is None
+            else Draw(draw.budget, before.weight + draw.weight, before.is_teacher or draw.is_teacher)
+        )
+    return list(merged.values())
