@@ -3,33 +3,33 @@
 Knows gray lip crops, stacked filterbank frames and the true length of each clip.
 Does not know how the crops were cut, what compresses its features, or which LLM reads them.
 
-    video (N, T, 1, H, W) -> 3-D conv stem -> ResNet-18 per frame -> mean over the picture -> Linear -+
-                                                                                                       concat (audio first)
-    audio (N, T, 104) ------------------------------------------------------------------> Linear -----+
-        -> LayerNorm(2D) -> Linear(2D, D) -> + positional conv -> pre-norm transformer -> LayerNorm -> (N, T, D)
+    video (N, T, 1, H, W) -> 3-D conv stem -> ResNet-18 on each frame -> Linear --+
+    audio (N, T, 104)     -> Linear ----------------------------------------------+-> [audio; video] (N, T, 2D)
+        -> LayerNorm -> Linear -> + positional conv -> pre-norm transformer -> LayerNorm -> features (N, T, D)
 
 Shapes: N clips, T frames of the longest clip, H x W pixels of a crop, D feature size.
-Source: Shi et al., AV-HuBERT (arXiv 2201.02184). The trunk is HuBERT's, taken from transformers; sub-module names follow
-the published checkpoints, so that those load by renames alone (`pos_conv.0` -> `pos_conv_embed.conv`, `self_attn` ->
+Source: Shi et al., AV-HuBERT (arXiv 2201.02184). The trunk is HuBERT's, taken from transformers; the names follow the
+published checkpoints, so that those load by renames alone (`pos_conv.0` -> `pos_conv_embed.conv`, `self_attn` ->
 `attention`, `self_attn_layer_norm` -> `layer_norm`, `fc1`/`fc2` -> `feed_forward.intermediate_dense`/`output_dense`).
 """
 
 import math
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.hubert.modeling_hubert import HubertEncoderStableLayerNorm, HubertPositionalConvEmbedding
 
 
+@strict
 class AVHubertConfig(PreTrainedConfig):
     """Sizes of an AV-HuBERT encoder; the defaults are those of AV-HuBERT Large.
 
-    `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size`, `num_conv_pos_embeddings` (kernel of the
-    positional convolution, in frames) and the dropouts mean what they mean in `HubertConfig`. `resnet_channels` are the
-    widths of the four ResNet stages; the stem has the width of the first. `audio_feature_size` is the size of one
-    audio frame (26 filterbank bins times 4 stacked frames).
+    Fields that `HubertConfig` has too mean the same here; `num_conv_pos_embeddings` is the kernel of the positional
+    convolution in frames. `resnet_channels` are the widths of the four ResNet stages; the stem has the width of the
+    first. `audio_feature_size` is the size of one audio frame (26 filterbank bins of 4 stacked frames).
     """
 
     model_type = "av_hubert"
@@ -53,17 +53,17 @@ class AVHubertConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def validate_architecture(self) -> None:
+        """Called by transformers after the field types have been checked."""
         if len(self.resnet_channels) != 4:
             raise ValueError(f"resnet_channels needs four widths, one per stage, got {list(self.resnet_channels)}")
         for key in ("num_attention_heads", "num_conv_pos_embedding_groups"):
             if self.hidden_size % getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)} must divide hidden_size={self.hidden_size}")
-        super().__post_init__(**kwargs)
 
 
 class ResidualBlock(nn.Module):
-    """The basic ResNet block with one PReLU per convolution; `stride` halves the picture in the first one of a stage."""
+    """The basic ResNet block with one PReLU per convolution; a `stride` of 2 halves the picture."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class AVHubertEncoder(PreTrainedModel):
     config_class = AVHubertConfig
     base_model_prefix = "av_hubert"
     main_input_name = "video"
-    input_modalities = ("video", "audio")
+    input_modalities = ["video", "audio"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["HubertEncoderLayerStableLayerNorm", "ResidualBlock", "ParametrizedConv1d"]  # noqa: RUF012
     _supports_sdpa = True
@@ -184,12 +184,15 @@ class AVHubertEncoder(PreTrainedModel):
             init.constant_(module.weight, 0.25)
         elif isinstance(module, HubertPositionalConvEmbedding):
             # `conv.weight` is computed from these two; writing to it, as the generic rule does, changes nothing.
-            norm, direction = module.conv.parametrizations.weight.original0, module.conv.parametrizations.weight.original1
+            parameters = dict(module.conv.named_parameters())
+            norm, direction = (parameters[f"parametrizations.weight.original{index}"] for index in (0, 1))
             kernel_frames, hidden_size = direction.shape[2], direction.shape[0]
             init.normal_(direction, std=math.sqrt(4 / (kernel_frames * hidden_size)))
             init.copy_(norm, direction.norm(dim=(0, 1), keepdim=True))
 
-    def forward(self, video: Tensor | None = None, audio: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, video: Tensor | None = None, audio: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """Encode a batch of clips.
 
         Args:
