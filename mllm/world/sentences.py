@@ -9,7 +9,7 @@ sentences. Does not know who speaks them, how they sound or what is trained on t
     LEXICON                                       -> every word that can occur, sorted
 
 Sentences are lower case, without punctuation, words parted by single spaces; they last about 2 seconds when spoken.
-Source of the commands: the GRID corpus (Cooke et al. 2006), less the letter "a", which a synthesiser reads as the article.
+Source of the commands: the GRID corpus (Cooke et al. 2006), less the letter "a", which is spoken like the article.
 """
 
 import hashlib
@@ -44,16 +44,16 @@ _CLASSES: dict[str, tuple[str, ...]] = {
         "pocket", "button", "jacket", "butter", "orange", "coffee", "music", "picture", "money",
     ),
     "T": (
-        "found", "moved", "watched", "carried", "painted", "followed", "opened", "forgot", "bought", "brought",
+        "found", "moved", "watched", "carried", "painted", "followed", "opened", "forgot", "sold", "brought",
         "dropped", "finished", "wanted", "noticed", "washed", "loved", "borrowed", "measured",
     ),
     "I": ("slept", "waited", "laughed", "fell", "stopped", "vanished", "danced", "worked", "shouted", "arrived"),
     "P": ("under", "behind", "near", "over", "beside", "above", "inside", "across"),
     "W": ("today", "yesterday", "tonight", "often", "early", "always", "once", "before", "together", "slowly"),
     "S": ("we", "they", "he", "she", "nobody", "somebody"),
-    "V": ("find", "move", "watch", "carry", "paint", "follow", "open", "forget", "buy", "bring", "drop", "wash"),
+    "V": ("find", "move", "watch", "carry", "paint", "follow", "open", "forget", "sell", "bring", "drop", "wash"),
     "M": ("can", "will", "should", "must", "could", "might"),
-    "Q": ("why", "when", "where", "how"),
+    "Q": ("when", "where", "how"),
 }  # fmt: skip
 
 _PATTERNS: tuple[str, ...] = (
