@@ -1,0 +1,91 @@
+"""Where soft tokens meet text: the placeholder run in the prompt, and their embeddings in the sequence.
+
+Knows ids, counts and tensors. Does not know media, budgets or what an id means.
+
+Shapes: B rows, S positions, R runs of placeholders, K soft tokens of the longest run, H the LLM's hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+def expand_placeholders(
+    ids: Sequence[int], labels: Sequence[int], placeholders: frozenset[int], counts: Sequence[int], sample_id: str = ""
+) -> tuple[list[int], list[int]]:
+    """Turn each single placeholder of a prompt into the run of its soft tokens. The only place where runs are made.
+
+    Args:
+        ids: token ids of one row with one placeholder id per medium item.
+        labels: one label per id; a run is never a target.
+        placeholders: the placeholder ids of all media.
+        counts: soft tokens of each item, in order of appearance.
+        sample_id: named in the error.
+
+    Raises:
+        ValueError: as many placeholders as counts are needed; both numbers and the sample are named.
+    """
+    found = sum(token in placeholders for token in ids)
+    if found != len(counts):
+        raise ValueError(f"sample {sample_id!r} has {found} media placeholders in its text for {len(counts)} media items")
+    remaining = iter(counts)
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    for token, label in zip(ids, labels, strict=True):
+        if token in placeholders:
+            count = next(remaining)
+            out_ids += [token] * count
+            out_labels += [IGNORED_LABEL] * count
+        else:
+            out_ids.append(token)
+            out_labels.append(label)
+    return out_ids, out_labels
+
+
+def pad_rows(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
+    """Rows of ids as one (B, S) int64 tensor. Prompts are padded on the left, training rows on the right."""
+    longest = max(len(row) for row in rows)
+    padded = [[fill] * (longest - len(row)) + list(row) if left else [*row, *[fill] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)
+
+
+def check_runs(input_ids: Tensor, placeholder_id: int, num_tokens: Tensor, name: str, row_ids: Sequence[str] = ()) -> None:
+    """Refuse a batch whose placeholders are not exactly its soft tokens; called on the host, before the transfer.
+
+    Args:
+        input_ids: (B, S).
+        num_tokens: (R,) soft tokens of each run, in order of appearance.
+        name: the medium, named in the error.
+        row_ids: sample ids of the rows, named in the error.
+
+    Raises:
+        ValueError: with both counts.
+    """
+    found = int((input_ids == placeholder_id).sum())
+    expected = int(num_tokens.sum())
+    if found != expected:
+        samples = f" in samples {', '.join(row_ids)}" if row_ids else ""
+        raise ValueError(f"{found} {name} placeholders in the text for {expected} {name} soft tokens{samples}")
+
+
+def merge(inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, num_tokens: Tensor) -> Tensor:
+    """Put soft tokens at their placeholders.
+
+    Args:
+        inputs_embeds: (B, S, H) text embeddings; what they hold at placeholders does not matter.
+        is_placeholder: (B, S) bool; as many as `num_tokens` sums to.
+        soft: (R, K, H) soft tokens by run, in order of appearance; what lies beyond a run's count does not matter.
+        num_tokens: (R,) soft tokens of each run.
+
+    Returns:
+        (B, S, H). Every position is found by index arithmetic, so nothing waits for the device.
+    """
+    ends = num_tokens.cumsum(0)
+    place = is_placeholder.flatten().cumsum(0) - 1  # how many placeholders came before, at placeholders
+    run = torch.searchsorted(ends, place, right=True).clamp(max=len(num_tokens) - 1)
+    offset = (place - (ends - num_tokens)[run]).clamp(0, soft.shape[1] - 1)
+    picked = soft.to(inputs_embeds.dtype)[run, offset].view_as(inputs_embeds)
+    return torch.where(is_placeholder[..., None], picked, inputs_embeds)
