@@ -1,0 +1,1 @@
+"""Samples: the manifest, readers, checks, the data set, batches."""

@@ -1,0 +1,367 @@
+"""The manifest: chat samples with media paths, one JSON object per line.
+
+    {"id": "a1", "task": "avsr", "messages": [
+        {"role": "user", "content": [{"type": "video", "path": "a1.mp4"}, {"type": "text", "text": "Transcribe."}]},
+        {"role": "assistant", "content": "hello there"}]}
+
+`kind` (a str) and `meta` (an object) are optional; `content` is a list of parts or a plain string. UTF-8 with or
+without a byte order mark, any line ending, blank lines allowed. Everything else is refused with file, line and key.
+
+Knows the row format. Does not open or look up media (`media.paths` does); does not know budgets, tokenizers, batches.
+"""
+
+import json
+import os
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from mllm.budget import MEDIA
+from mllm.media.paths import path_problem
+
+ROLES = ("system", "user", "assistant")
+ROW_KEYS = ("id", "messages", "task", "kind", "meta")
+MAX_LINE_BYTES = 8 * 2**20
+"""A longer line is refused unread, so that a file without line breaks cannot fill the memory."""
+
+Role = Literal["system", "user", "assistant"]
+Medium = Literal["image", "audio", "video"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text inside a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An image, audio or video file at its place inside a message; `path` is relative to the sample's root."""
+
+    medium: Medium
+    path: str
+
+
+Part = Text | Media
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: who speaks, and the parts in order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """All text of the turn, media left out."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation; the last message is the assistant's.
+
+    `task` groups samples in reports ("avsr", "vqa"), `kind` groups them further ("colour", "count"), `meta` is carried
+    along untouched. `root` is the folder that the media paths are relative to and cannot leave.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    task: str
+    kind: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    root: Path = Path()
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Every media part, in order of appearance."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a manifest: the sample, or what is wrong with the line."""
+
+    line_number: int
+    sample: Sample | None
+    problems: tuple[str, ...]
+
+
+def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[Sample]:
+    """Read a manifest; media files are neither opened nor looked up (`media.resolve_media` and `data.check` do).
+
+    Args:
+        path: the JSONL file.
+        root: folder that media paths are relative to.
+
+    Raises:
+        ValueError: at the first bad line: `file:line: key: what was got, what is allowed`; or there is no sample.
+        OSError: the manifest itself cannot be read.
+    """
+    samples = []
+    for row in scan_manifest(path, root):
+        if row.sample is None:
+            raise ValueError("\n".join(f"{os.fspath(path)}:{row.line_number}: {problem}" for problem in row.problems))
+        samples.append(row.sample)
+    if not samples:
+        raise ValueError(f"{os.fspath(path)}: the manifest holds no sample")
+    return samples
+
+
+def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Iterator[Row]:
+    """Yield every non-blank line as a `Row`, the bad ones with all their problems; never raises for content."""
+    root_path = Path(root)
+    first_line_of: dict[str, int] = {}
+    with open(path, "rb") as file:
+        for line_number, line in _lines(file):
+            sample, problems = _inspect_line(line, root_path)
+            if sample is not None and sample.id in first_line_of:
+                problems = [f"id: {sample.id!r} was already used on line {first_line_of[sample.id]}"]
+            elif sample is not None:
+                first_line_of[sample.id] = line_number
+            yield Row(line_number, None if problems else sample, tuple(problems))
+
+
+def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> None:
+    """Write samples as a manifest that `read_manifest` gives back equal (roots are not stored).
+
+    The file appears under its name only when it is whole.
+
+    Raises:
+        ValueError: a sample that `read_manifest` would refuse, or an id used twice.
+    """
+    target = Path(path)
+    aside = target.with_name(target.name + ".part")
+    ids: set[str] = set()
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            for sample in samples:
+                row = _row_of(sample)
+                problems = _Inspector().row_problems(row)
+                if sample.id in ids:
+                    problems.append("id: used twice")
+                if problems:
+                    raise ValueError(f"sample {sample.id!r}: " + "; ".join(problems))
+                ids.add(sample.id)
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def parse_row(row: Mapping[str, Any], root: str | os.PathLike[str], *, where: str = "row") -> Sample:
+    """Turn one decoded JSON object into a `Sample`.
+
+    Raises:
+        ValueError: every problem of the row, each line beginning with `where`.
+    """
+    problems = _Inspector().row_problems(row)
+    if problems:
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
+    return _build_sample(row, Path(root))
+
+
+def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
+    """Number the lines from 1 and leave blank ones out; an over-long line comes cut, one byte above the limit."""
+    line_number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        line_number += 1
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES + 1)
+        if line_number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield line_number, line
+
+
+def _inspect_line(line: bytes, root: Path) -> tuple[Sample | None, list[str]]:
+    if len(line) > MAX_LINE_BYTES:
+        return None, [f"the line is longer than {MAX_LINE_BYTES} bytes"]
+    try:
+        text = line.decode("utf-8")
+        row = json.loads(text, object_pairs_hook=_object_of, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        return None, [f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"]
+    except json.JSONDecodeError as error:
+        return None, [f"not JSON: {error.msg} at column {error.colno}"]
+    except RecursionError:
+        return None, ["not JSON: nested too deeply"]
+    except ValueError as error:
+        return None, [f"not JSON: {error}"]
+    problems = _Inspector().row_problems(row)
+    # Escapes are the only way to write a lone surrogate in a line that is UTF-8; it could never be written out again.
+    if not problems and "\\ud" in text.lower() and not _is_encodable(row):
+        problems = ["not Unicode text: the line holds half of a surrogate pair"]
+    return (None, problems) if problems else (_build_sample(row, root), [])
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _is_encodable(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Inspector:
+    """Collects every problem of one row; each names its key."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def row_problems(self, row: object) -> list[str]:
+        if not isinstance(row, Mapping):
+            return [f"a row must be a JSON object, got {_type_name(row)}"]
+        self._keys("", row, required=("id", "messages", "task"), optional=("kind", "meta"))
+        for key in ("id", "task", "kind"):
+            if key in row:
+                self._text(key, row[key], empty_allowed=False)
+        if "meta" in row and not isinstance(row["meta"], Mapping):
+            self._add("meta", f"must be an object, got {_type_name(row['meta'])}")
+        if "messages" in row:
+            self._messages(row["messages"])
+        return self.problems
+
+    def _messages(self, messages: object) -> None:
+        if not isinstance(messages, list | tuple) or not messages:
+            self._add("messages", f"must be a list of at least one message, got {_type_name(messages)}")
+            return
+        for index, message in enumerate(messages):
+            self._message(f"messages[{index}]", message, is_first=index == 0)
+        last = messages[-1]
+        if isinstance(last, Mapping) and last.get("role") in ("system", "user"):
+            self._add("messages", f"the last message must be the assistant's, got role {last['role']!r}")
+
+    def _message(self, key: str, message: object, *, is_first: bool) -> None:
+        if not isinstance(message, Mapping):
+            self._add(key, f"must be an object, got {_type_name(message)}")
+            return
+        self._keys(key + ".", message, required=("role", "content"))
+        role = message.get("role")
+        if "role" in message and role not in ROLES:
+            self._add(f"{key}.role", f"must be one of {', '.join(ROLES)}, got {reprlib.repr(role)}")
+        if role == "system" and not is_first:
+            self._add(f"{key}.role", "only the first message may be the system's")
+        if "content" in message:
+            self._content(f"{key}.content", message["content"], role)
+
+    def _content(self, key: str, content: object, role: object) -> None:
+        if isinstance(content, str):
+            self._text(key, content, empty_allowed=role != "assistant")
+            return
+        if not isinstance(content, list | tuple) or not content:
+            self._add(key, f"must be a string or a list of at least one part, got {_type_name(content)}")
+            return
+        for index, part in enumerate(content):
+            self._part(f"{key}[{index}]", part, role)
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        if role == "assistant" and not any(isinstance(text, str) and text.strip() for text in texts):
+            self._add(key, "the assistant's answer must not be empty")
+
+    def _part(self, key: str, part: object, role: object) -> None:
+        if not isinstance(part, Mapping):
+            self._add(key, f"must be an object, got {_type_name(part)}")
+            return
+        kind = part.get("type")
+        if kind == "text":
+            self._keys(key + ".", part, required=("type", "text"))
+            if "text" in part:
+                self._text(f"{key}.text", part["text"], empty_allowed=True)
+        elif kind in MEDIA:
+            self._keys(key + ".", part, required=("type", "path"))
+            if role in ("system", "assistant"):
+                self._add(key, f"media may stand only in a user's message, got {kind!r} in the {role}'s")
+            self._path(f"{key}.path", part.get("path", ""))
+        else:
+            self._add(f"{key}.type", f"must be one of text, {', '.join(MEDIA)}, got {reprlib.repr(kind)}")
+
+    def _path(self, key: str, path: object) -> None:
+        if not isinstance(path, str):
+            self._add(key, f"must be a string, got {_type_name(path)}")
+        elif problem := path_problem(path):
+            self._add(key, f"{problem}, got {_shown(path)}")
+
+    def _text(self, key: str, value: object, *, empty_allowed: bool) -> None:
+        if not isinstance(value, str):
+            self._add(key, f"must be a string, got {_type_name(value)}")
+        elif "\0" in value:
+            self._add(key, "must not hold the character NUL")
+        elif not empty_allowed and not value.strip():
+            self._add(key, "must not be empty")
+
+    def _keys(
+        self, prefix: str, found: Mapping[str, object], *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    ) -> None:
+        allowed = required + optional
+        if found.keys() <= set(allowed) and len(found) == len(allowed):
+            return
+        for key in required:
+            if key not in found:
+                self._add(prefix + key, "is missing")
+        for key in found:
+            if key not in allowed:
+                self._add(f"{prefix}{_shown(key)}", f"unknown key; allowed are {', '.join(allowed)}")
+
+    def _add(self, key: str, problem: str) -> None:
+        self.problems.append(f"{key}: {problem}")
+
+
+def _shown(text: str) -> str:
+    """A string of the file for a message: quoted, escaped and cut, so that a hostile one cannot fill the report."""
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    if isinstance(value, list | str) and not value:
+        return f"{names[type(value)]} that is empty"
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _build_sample(row: Mapping[str, Any], root: Path) -> Sample:
+    messages = tuple(Message(message["role"], _parts_of(message["content"])) for message in row["messages"])
+    return Sample(row["id"], messages, row["task"], row.get("kind"), row.get("meta", {}), root)
+
+
+def _parts_of(content: str | list[dict[str, str]]) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (Text(content),)
+    return tuple(
+        Text(part["text"]) if part["type"] == "text" else Media(cast(Medium, part["type"]), part["path"])
+        for part in content
+    )
+
+
+def _row_of(sample: Sample) -> dict[str, Any]:
+    messages = [
+        {"role": message.role, "content": [_row_part(part) for part in message.parts]} for message in sample.messages
+    ]
+    row: dict[str, Any] = {"id": sample.id, "task": sample.task}
+    if sample.kind is not None:
+        row["kind"] = sample.kind
+    if sample.meta:
+        row["meta"] = dict(sample.meta)
+    return row | {"messages": messages}
+
+
+def _row_part(part: Part) -> dict[str, str]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": part.medium, "path": part.path}
