@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm.data.manifest import Media, Message, Part, Text
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
@@ -34,28 +35,6 @@ TEMPLATES = {
 FORMATS = (*TEMPLATES, "chat")
 # Private-use characters mark where each part of the content lies in the rendered template.
 _MARK = re.compile("\ue000(\\d+)\ue001")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: its role and parts, each a text or the name of a medium."""
-
-    role: str
-    parts: tuple["Words | MediumSlot", ...]
-
-
-@dataclass(frozen=True)
-class Words:
-    """What somebody wrote."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class MediumSlot:
-    """Where a medium stands."""
-
-    medium: str
 
 
 @dataclass(frozen=True)
@@ -99,14 +78,14 @@ class ChatEncoder:
         self.placeholder_ids = dict(placeholder_ids)
         self.span_ids = {medium: (list(before), list(after)) for medium, (before, after) in (span_ids or {}).items()}
 
-    def __call__(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Prompt:
+    def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Prompt:
         """Encode a conversation; what assistants said, with the end of their turn, is the target.
 
         Raises:
             ValueError: a medium without a placeholder id, or a template that drops or repeats a message.
         """
-        parts = [(turn.role, part) for turn in turns for part in turn.parts]
-        pieces = self._render(turns, len(parts), add_generation_prompt)
+        parts = [(message.role, part) for message in messages for part in message.parts]
+        pieces = self._render(messages, len(parts), add_generation_prompt)
         ids: list[int] = []
         labels: list[int] = []
         answering = False
@@ -116,43 +95,44 @@ class ChatEncoder:
                 role, part = parts[index]
                 new = self._part_ids(part, glue)
                 answering = role == "assistant"
-                targets = new if answering and isinstance(part, Words) else [IGNORED_LABEL] * len(new)
+                targets = new if answering and isinstance(part, Text) else [IGNORED_LABEL] * len(new)
             else:
                 new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
                 targets = self._end_of_turn(new) if answering else [IGNORED_LABEL] * len(new)
                 answering = answering and not new
             ids += new
             labels += targets
-        media = tuple(part.medium for _, part in parts if isinstance(part, MediumSlot))
+        media = tuple(part.medium for _, part in parts if isinstance(part, Media))
         return Prompt(ids, labels, media)
 
-    def _render(self, turns: Sequence[Turn], num_parts: int, prompt: bool) -> list[str | tuple[int, str]]:
+    def _render(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str | tuple[int, str]]:
         """Template text and part numbers by turns; a space before a written part is handed to the part.
 
         Tokenizers join a space to the word after it, so "ASSISTANT: red" must be cut before the space, not after.
         """
         marks = iter(range(num_parts))
-        messages = [
-            {"role": turn.role, "content": "".join(f"\ue000{next(marks)}\ue001" for _ in turn.parts)} for turn in turns
+        marked = [
+            {"role": message.role, "content": "".join(f"\ue000{next(marks)}\ue001" for _ in message.parts)}
+            for message in messages
         ]
         rendered = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            marked, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
         )
         split = _MARK.split(rendered)
         if [int(number) for number in split[1::2]] != list(range(num_parts)):
             raise ValueError("the tokenizer's chat template drops, repeats or reorders what people wrote")
-        written = [part for turn in turns for part in turn.parts]
+        written = [part for message in messages for part in message.parts]
         pieces: list[str | tuple[int, str]] = []
         for position, text in enumerate(split[::2]):
             followed = position < num_parts
-            glue = " " if text.endswith(" ") and (not followed or isinstance(written[position], Words)) else ""
+            glue = " " if text.endswith(" ") and (not followed or isinstance(written[position], Text)) else ""
             pieces.append(text.removesuffix(glue))
             if followed:
                 pieces.append((position, glue))
         return pieces
 
-    def _part_ids(self, part: Words | MediumSlot, glue: str) -> list[int]:
-        if isinstance(part, Words):
+    def _part_ids(self, part: Part, glue: str) -> list[int]:
+        if isinstance(part, Text):
             return self.tokenizer(glue + part.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if part.medium not in self.placeholder_ids:
             allowed = ", ".join(self.placeholder_ids) or "text only"

@@ -73,7 +73,8 @@ class ElasticModel(ElasticPreTrainedModel):
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__(config)
         text = config.text_config
-        assert text is not None and config.media is not None
+        assert text is not None
+        assert config.media is not None
         self.language_model = AutoModel.from_config(text)
         for medium, encoder_config in config.encoder_configs.items():
             setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, config.media[medium]))
@@ -160,9 +161,7 @@ class ElasticModel(ElasticPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Soft tokens of audio clips: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output(
-            "audio", audio_values, audio_lengths, num_audio_tokens, audio_rates, audio_index
-        )
+        return self._features_output("audio", audio_values, audio_lengths, num_audio_tokens, audio_rates, audio_index)
 
     def get_video_features(
         self,
@@ -174,9 +173,7 @@ class ElasticModel(ElasticPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Soft tokens of videos: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output(
-            "video", video_values, video_lengths, num_video_tokens, video_rates, video_index
-        )
+        return self._features_output("video", video_values, video_lengths, num_video_tokens, video_rates, video_index)
 
     def _features_output(
         self,
@@ -189,9 +186,7 @@ class ElasticModel(ElasticPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         features = self.encode(medium, values, lengths)
         counts = num_tokens.tolist()
-        soft = self.compress(
-            medium, features, num_tokens=num_tokens, rates=rates, index=index, max_tokens=max(counts)
-        )
+        soft = self.compress(medium, features, num_tokens=num_tokens, rates=rates, index=index, max_tokens=max(counts))
         runs = [tokens[:count] for tokens, count in zip(soft, counts, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=features.values, pooler_output=runs)  # pyright: ignore
 

@@ -30,7 +30,9 @@ def expand_placeholders(
     """
     found = sum(token in placeholders for token in ids)
     if found != len(counts):
-        raise ValueError(f"sample {sample_id!r} has {found} media placeholders in its text for {len(counts)} media items")
+        raise ValueError(
+            f"sample {sample_id!r} has {found} media placeholders in its text for {len(counts)} media items"
+        )
     remaining = iter(counts)
     out_ids: list[int] = []
     out_labels: list[int] = []
@@ -48,11 +50,15 @@ def expand_placeholders(
 def pad_rows(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
     """Rows of ids as one (B, S) int64 tensor. Prompts are padded on the left, training rows on the right."""
     longest = max(len(row) for row in rows)
-    padded = [[fill] * (longest - len(row)) + list(row) if left else [*row, *[fill] * (longest - len(row))] for row in rows]
+    padded = [
+        [fill] * (longest - len(row)) + list(row) if left else [*row, *[fill] * (longest - len(row))] for row in rows
+    ]
     return torch.tensor(padded, dtype=torch.int64)
 
 
-def check_runs(input_ids: Tensor, placeholder_id: int, num_tokens: Tensor, name: str, row_ids: Sequence[str] = ()) -> None:
+def check_runs(
+    input_ids: Tensor, placeholder_id: int, num_tokens: Tensor, name: str, row_ids: Sequence[str] = ()
+) -> None:
     """Refuse a batch whose placeholders are not exactly its soft tokens; called on the host, before the transfer.
 
     Args:

@@ -1,0 +1,99 @@
+"""What a user writes to describe a model: the `model` block of a run config.
+
+Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediumSettings:
+    """How one medium becomes soft tokens."""
+
+    encoder: str
+    """Folder, hub name or world part of the encoder."""
+    compressor: Literal["pool", "query", "stack"] = "pool"
+    """Average pooling, Matryoshka queries, or frames stacked on the feature axis."""
+    budgets: list[str | int] = field(default_factory=list)
+    """The trained space, e.g. [1, 4, 16, 64] tokens or ["/4", "/16"] frames per token."""
+    budget_range: list[int] | None = None
+    """Instead of budgets: [start, stop, step] of counts, stop included."""
+    feature_layer: int = -2
+    """Which hidden layer of a vision tower gives the features; -1 is the last."""
+    num_queries: int | None = None
+    """Queries of the compressor `query` (per window on a stream); the largest count by default."""
+    window_frames: int | None = None
+    """Window of the compressor `query` on a stream, in encoder frames."""
+    keys: Literal["position", "content"] = "position"
+    """What the queries look at: positions only (MQT as released) or the features too."""
+    num_heads: int | None = None
+    """Attention heads of the compressor `query`; hidden size / 64 by default."""
+    projector_size: int | None = None
+    """Hidden size of the two-layer projector; one linear layer when left out."""
+    projector_norm: bool = False
+    """LayerNorm after the projector."""
+    per_budget_projector: bool = False
+    """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
+    project_first: bool = False
+    """Pool after the projector, as M3 does."""
+    span: list[str] = field(default_factory=list)
+    """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default."""
+    normalize_audio: bool = False
+    """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
+    crop_pixels: int = 88
+    """Lip videos: side of the square cut from the middle of each frame."""
+
+    def __post_init__(self) -> None:
+        if bool(self.budgets) == bool(self.budget_range):
+            raise ValueError("give either budgets or budget_range for a medium, and not both")
+        if self.budget_range and len(self.budget_range) != 3:
+            raise ValueError(f"budget_range is [start, stop, step], got {self.budget_range}")
+        if len(self.span) not in (0, 2):
+            raise ValueError(f"span is the token before and the token after, got {self.span}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """What is trained inside the frozen LLM."""
+
+    kind: Literal["lora"] = "lora"
+    """LoRA by PEFT."""
+    rank: int = 16
+    """The inner size itself."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Last parts of the names of the linear layers that get one."""
+    dropout: float = 0.0
+    """Dropout before the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The parts of a model and where they come from."""
+
+    llm: str
+    """Folder, hub name or world part of the LLM with its tokenizer."""
+    chat_format: Literal["plain", "vicuna_v1", "chat"] = "chat"
+    """How a conversation becomes text; `chat` is the LLM's own template."""
+    image: MediumSettings | None = None
+    """Pictures; not taken when left out."""
+    audio: MediumSettings | None = None
+    """Audio clips; not taken when left out."""
+    video: MediumSettings | None = None
+    """Lip videos; not taken when left out."""
+    adapter: AdapterSettings | None = None
+    """Nothing inside the LLM is trained when left out."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen parts; what trains is kept in float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention implementation of the LLM."""
+    seed: int = 0
+    """Of the initial values of compressors and adapter."""
+
+    @property
+    def media(self) -> dict[str, MediumSettings]:
+        """Settings by medium, for the media this model takes."""
+        every = {"image": self.image, "audio": self.audio, "video": self.video}
+        return {medium: settings for medium, settings in every.items() if settings is not None}

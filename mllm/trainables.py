@@ -1,0 +1,71 @@
+"""What trains: the one place that decides, lists and counts it.
+
+Knows parameter names. Does not know why they should learn.
+"""
+
+import logging
+
+from torch import nn
+
+from mllm.configuration import TOWER_NAMES
+from mllm.encoders import freeze
+
+PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
+"""What `train.parts` may name: compressors (projectors included), the adapter, or a whole part of the model."""
+
+logger = logging.getLogger(__name__)
+
+
+def set_trainables(model: nn.Module, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
+    """Let exactly the named parts learn, freeze everything else, and log the list with counts.
+
+    Args:
+        model: an `ElasticForConditionalGeneration`, its adapter already in place.
+        parts: see `PARTS`.
+
+    Returns:
+        The names of the trainable parameters, sorted. Checkpoints hold exactly these.
+
+    Raises:
+        ValueError: an unknown part, or nothing left that trains.
+    """
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"train.parts holds {sorted(unknown)}; allowed: {', '.join(PARTS)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_part_of(name) in parts)
+    for medium, tower in TOWER_NAMES.items():
+        if medium not in parts and hasattr(model.model, tower):
+            freeze(getattr(model.model, tower))
+    names = trainable_names(model)
+    if not names:
+        raise ValueError(f"train.parts {list(parts)} leaves nothing to train in this model")
+    _log(model)
+    return names
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that learn, sorted."""
+    return sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _part_of(name: str) -> str:
+    if ".lora_" in name:
+        return "adapter"
+    if name.startswith("model.compressors."):
+        return "compressors"
+    for medium, tower in TOWER_NAMES.items():
+        if name.startswith(f"model.{tower}."):
+            return medium
+    return "llm"
+
+
+def _log(model: nn.Module) -> None:
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        total = counts.setdefault(_part_of(name), [0, 0])
+        total[0] += parameter.numel() if parameter.requires_grad else 0
+        total[1] += parameter.numel()
+        if parameter.requires_grad:
+            logger.debug("trains: %s %s", name, tuple(parameter.shape))
+    for part, (trained, everything) in counts.items():
+        logger.info("%s: %s of %s parameters train", part, f"{trained:,}", f"{everything:,}")
