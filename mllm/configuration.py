@@ -25,6 +25,7 @@ class ElasticConfig(PreTrainedConfig):
         placeholder_ids: per medium the token id that stands once per soft token in the prompt.
         span_ids: per medium the ids put before and after its run, or nothing.
         adapter: the adapter inside the LLM, e.g. `{kind: lora, rank: 16, alpha: 32, targets: [q_proj, v_proj]}`.
+        trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
 
     Raises:
@@ -39,15 +40,16 @@ class ElasticConfig(PreTrainedConfig):
         "video_config": AutoConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
-    video_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
+    audio_config: Any = None
+    video_config: Any = None
     media: dict[str, dict[str, Any]] | None = None
     placeholder_ids: dict[str, int] | None = None
     span_ids: dict[str, list[list[int]]] | None = None
     adapter: dict[str, Any] | None = None
     sources: dict[str, dict[str, str]] | None = None
+    trained_parts: list[str] | tuple[str, ...] = ("compressors", "adapter")
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

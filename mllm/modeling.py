@@ -44,7 +44,7 @@ class ElasticPreTrainedModel(PreTrainedModel):
     config_class = ElasticConfig
     config: ElasticConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "audio", "video", "text")
+    input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -322,7 +322,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H), as the LLM's own class computes them."""
-        logits = self.lm_head(hidden)
+        lm_head: Any = self.lm_head
+        logits = lm_head(hidden)
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -397,7 +398,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         logits = self.head(hidden)
         loss = None
         if labels is not None:
-            vocab_size = self.lm_head.weight.shape[0]
+            vocab_size = logits.shape[-1]
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -421,7 +422,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             filler = self.generation_config.pad_token_id or 0
             for placeholder in (self.config.placeholder_ids or {}).values():
                 input_ids = input_ids.masked_fill(input_ids == placeholder, filler)
-        return super().generate(input_ids, **kwargs)  # pyright: ignore[reportCallIssue]
+        parent: Any = super()
+        return parent.generate(input_ids, **kwargs)
 
 
 def _is_distributed() -> bool:

@@ -4,6 +4,7 @@ Knows parameter names. Does not know why they should learn.
 """
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
 logger = logging.getLogger(__name__)
 
 
-def set_trainables(model: nn.Module, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
+def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
     """Let exactly the named parts learn, freeze everything else, and log the list with counts.
 
     Args:
@@ -39,6 +40,7 @@ def set_trainables(model: nn.Module, parts: tuple[str, ...] = ("compressors", "a
     names = trainable_names(model)
     if not names:
         raise ValueError(f"train.parts {list(parts)} leaves nothing to train in this model")
+    model.config.trained_parts = list(parts)
     _log(model)
     return names
 

@@ -1,0 +1,61 @@
+# Two commands do everything, set-up included:  make demo   make test
+# `make check` is what must be green before a change lands; `.ci/run` runs it, the slow tests and the demo.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+# The first Python of at least 3.11 that really runs; a version manager's shim may exist without a version behind it.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test test-slow test-all lint types check bench clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev,decord,audio,deepspeed]"
+	@touch $@ $(VENV)/demo.stamp
+
+## make demo       train and evaluate an elastic model on the built-in world: table, plot and checkpoint in runs/demo
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m mllm demo --out runs/demo
+
+## make test       the fast tests
+test: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+
+## make test-slow  the tests that take minutes (several processes, DeepSpeed)
+test-slow: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/pyright
+
+## make check      ruff, pyright and the fast tests
+check: lint types test
+
+## make bench      step and generation time per budget beside the FLOP model
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/budget_cost.py
+
+## make clean      remove the environment and what the tools left
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,184 @@
+"""From settings to a model and its processor: frozen parts from their sources, compressors and adapter fresh.
+
+Knows settings, configs and where weights come from. Does not know training, budgets of a step, or files of samples.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+
+from mllm.adapters import build_adapter
+from mllm.configuration import CONFIG_KEYS, ElasticConfig
+from mllm.encoders import backbone_class, tower_config, wrap_encoder
+from mllm.modeling import TOWER_NAMES, ElasticForConditionalGeneration
+from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
+from mllm.settings import MediumSettings, ModelSettings
+from mllm.sources import digest_of, resolve_source
+
+# Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
+_NOT_MODEL = ("encoder", "span", "normalize_audio", "crop_pixels", "budget_range")
+
+
+def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """A model ready to train, and its processor.
+
+    Raises:
+        ValueError: settings that contradict each other or the parts they name.
+        OSError: a source that is neither a folder nor to be had from the hub.
+    """
+    processor = build_processor(settings)
+    config = elastic_config(settings, processor)
+    model = assemble(config, dtype=settings.dtype, attention=settings.attention, seed=settings.seed)
+    return model, processor
+
+
+def build_processor(settings: ModelSettings) -> ElasticProcessor:
+    """The processor of a model that is described by settings."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_source(settings.llm))
+    wanted = [PLACEHOLDER_TOKENS[medium] for medium in settings.media]
+    wanted += [token for medium in settings.media.values() for token in medium.span]
+    known = tokenizer.get_vocab()
+    if missing := [token for token in dict.fromkeys(wanted) if token not in known]:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    media = {
+        medium: {
+            "encoder": encoder_config(own).to_dict(),
+            "preprocessor": _preprocessor(medium, own),
+            "space": space_settings(own),
+            "span": list(own.span),
+        }
+        for medium, own in settings.media.items()
+    }
+    return ElasticProcessor(tokenizer, elastic={"chat_format": settings.chat_format, "media": media})
+
+
+def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
+    """The config of a model that is described by settings, with the digests of its sources."""
+    text_config = AutoConfig.from_pretrained(resolve_source(settings.llm)).get_text_config()
+    encoders = {medium: encoder_config(own) for medium, own in settings.media.items()}
+    references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.media.items()}}
+    return config_of_parts(
+        settings,
+        text_config=text_config,
+        encoder_configs=encoders,
+        placeholder_ids=processor.placeholder_ids,
+        span_ids=processor.span_ids,
+        sources={
+            part: {"reference": reference, "sha256": digest_of(resolve_source(reference))}
+            for part, reference in references.items()
+        },
+    )
+
+
+def config_of_parts(
+    settings: ModelSettings,
+    *,
+    text_config: PreTrainedConfig,
+    encoder_configs: Mapping[str, PreTrainedConfig],
+    placeholder_ids: dict[str, int],
+    span_ids: dict[str, list[list[int]]] | None = None,
+    sources: dict[str, dict[str, str]] | None = None,
+) -> ElasticConfig:
+    """The elastic config of parts whose configs are at hand, whatever they were read from."""
+    return ElasticConfig(
+        text_config=text_config,
+        **{CONFIG_KEYS[medium]: config for medium, config in encoder_configs.items()},
+        media={medium: space_settings(own) for medium, own in settings.media.items()},
+        placeholder_ids=placeholder_ids,
+        span_ids=span_ids or {},
+        adapter=None if settings.adapter is None else asdict(settings.adapter),
+        sources=sources or {},
+    )
+
+
+def encoder_config(settings: MediumSettings) -> PreTrainedConfig:
+    """The config of a medium's encoder, read from its source."""
+    return tower_config(AutoConfig.from_pretrained(resolve_source(settings.encoder)))
+
+
+def space_settings(settings: MediumSettings) -> dict[str, Any]:
+    """What shapes a medium's encoder, compressor and space, as the config keeps it; unset values are left out."""
+    values = {key: value for key, value in asdict(settings).items() if key not in _NOT_MODEL and value is not None}
+    if settings.budget_range:
+        start, stop, step = settings.budget_range
+        values["budgets"] = list(range(start, stop + 1, step))
+    if settings.compressor == "query" and settings.num_queries is None:
+        counts = [int(value) for value in values["budgets"] if not str(value).startswith("/")]
+        rates = [int(str(value)[1:]) for value in values["budgets"] if str(value).startswith("/")]
+        windows = [(settings.window_frames or 0) // rate for rate in rates]
+        values["num_queries"] = max([*counts, *windows])
+    return values
+
+
+def assemble(
+    config: ElasticConfig, *, dtype: str = "float32", attention: str = "sdpa", seed: int = 0
+) -> ElasticForConditionalGeneration:
+    """A model with the frozen parts its config names; compressors and adapter have their initial values.
+
+    Args:
+        dtype: of the frozen parts. What trains is float32.
+        seed: of the initial values; the same on every process.
+
+    Raises:
+        ValueError: a source whose weights are not those the model was trained on.
+    """
+    sources = config.sources or {}
+    text_dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        model = ElasticForConditionalGeneration(config)
+    llm = AutoModelForCausalLM.from_pretrained(
+        _verified("llm", sources), config=config.text_config, dtype=text_dtype, attn_implementation=attention
+    )
+    model.model.language_model = getattr(llm, llm.base_model_prefix)
+    model.lm_head = llm.get_output_embeddings()
+    model.generation_config = llm.generation_config
+    for medium, own in config.encoder_configs.items():
+        backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
+        setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, (config.media or {})[medium]))
+    materialize(model, model.model.compressors, seed=seed)
+    if config.adapter is not None:
+        build_adapter(model.model.language_model, {**config.adapter, "seed": seed})
+    return model.eval()
+
+
+def materialize(model: ElasticForConditionalGeneration, part: nn.Module, *, seed: int) -> None:
+    """Give a part that was built on the meta device its storage and its initial values, a function of the seed."""
+    part.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        part.apply(model._init_weights)
+
+
+def _verified(part: str, sources: Mapping[str, Mapping[str, str]]) -> str:
+    source = sources[part]
+    folder = resolve_source(source["reference"])
+    if source["sha256"] and source["sha256"] != (found := digest_of(folder)):
+        raise ValueError(
+            f"the weights of {part} in {source['reference']} are not those this model was trained on "
+            f"(SHA-256 {found[:12] or 'of nothing'}..., expected {source['sha256'][:12]}...)"
+        )
+    return folder
+
+
+def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
+    """Plain values that turn a decoded file into the encoder's input; see `mllm.transforms.build_transform`."""
+    readers: dict[str, Callable[[], dict[str, Any]]] = {
+        "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+        "audio": lambda: {
+            **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+            "normalize_audio": settings.normalize_audio,
+        },
+        "video": lambda: {"crop_pixels": settings.crop_pixels},
+    }
+    return readers[medium]()

@@ -1,0 +1,130 @@
+"""Runs on disk: what was trained and what it stands on, and standalone exports.
+
+Knows folders and names of parameters. Does not know training state; that is `training/checkpoint.py`.
+
+A run folder holds `config.json` (with the sources of the frozen parts and their digests), `trainables.safetensors` and
+the processor's files. Nothing is ever unpickled.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mllm.adapters import merge_adapters
+from mllm.building import assemble
+from mllm.configuration import ElasticConfig
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor
+from mllm.trainables import set_trainables, trainable_names
+
+TRAINABLES = "trainables.safetensors"
+
+
+def save_run(
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    folder: str | Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a run folder: aside first, then file by file in place, the weights last.
+
+    Args:
+        state: the trainables when they do not lie whole in the model (ZeRO-3); the model's own otherwise.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.config.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    save_trainables(state if state is not None else trainable_state(model), aside / TRAINABLES)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == TRAINABLES):
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """What trains, by name, detached on the CPU."""
+    names = set(trainable_names(model))
+    return {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name in names}
+
+
+def save_trainables(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write trainables and flush them to the disk.
+
+    Raises:
+        ValueError: an empty tensor, as a part of a sharded model would be; it is named.
+    """
+    if empty := sorted(name for name, value in state.items() if value.numel() == 0):
+        raise ValueError(f"refusing to save {empty[0]}, which has size 0: it was not gathered from its shards")
+    save_file(dict(state), path, metadata={"format": "pt"})
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
+    """Load exactly the named parameters into a model.
+
+    Raises:
+        ValueError: parameters that are missing, unexpected, of another shape or empty; every one is named.
+    """
+    expected = set(names)
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+        problems = [f"missing {name}" for name in sorted(expected - found)]
+        problems += [f"unexpected {name}" for name in sorted(found - expected)]
+        own = dict(model.named_parameters())
+        for name in sorted(expected & found):
+            shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(own[name].shape)
+            if shape != wanted or 0 in shape:
+                problems.append(f"{name} has shape {shape}, the model has {wanted}")
+        if problems:
+            raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
+        with torch.no_grad():
+            for name in expected:
+                own[name].copy_(file.get_tensor(name))
+
+
+def load(
+    folder: str | Path, *, dtype: str = "float32", attention: str = "sdpa"
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """A model and its processor from a run folder or an exported one, in eval mode.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
+    processor = ElasticProcessor.from_pretrained(folder)
+    if not (folder / TRAINABLES).is_file():
+        model = ElasticForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation={"text_config": attention}
+        )
+        return model.eval(), processor
+    config = ElasticConfig.from_pretrained(folder)
+    model = assemble(config, dtype=dtype, attention=attention)
+    load_trainables(model, folder / TRAINABLES, set_trainables(model, tuple(config.trained_parts)))
+    return model.eval(), processor
+
+
+def export(folder: str | Path, out: str | Path) -> None:
+    """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
+
+    `AutoModelForImageTextToText` and `AutoProcessor` load it after `import mllm`.
+    """
+    model, processor = load(folder)
+    merge_adapters(model)
+    model.config.adapter = None
+    model.config.sources = {}
+    model.save_pretrained(out)
+    processor.save_pretrained(out)

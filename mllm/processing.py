@@ -1,0 +1,241 @@
+"""Text, media and a budget to the inputs of the model: the processor.
+
+Knows the tokenizer, the chat format, what each encoder wants to be fed, and the budget space.
+Does not know weights, training or metrics. Everything it makes is on the host.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
+
+from mllm.budget import Budget, Extent, Space
+from mllm.chat import ChatEncoder
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.encoders import EncoderFacts, encoder_facts
+from mllm.expansion import Batch, Expanded, Row, Run, expand
+from mllm.media import MediaLimits, load_medium, resolve_media
+from mllm.transforms import Transform, build_transform
+
+PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in ("image", "audio", "video")}
+LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
+
+
+@dataclass(frozen=True)
+class LoadedMedia:
+    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream."""
+
+    medium: str
+    values: Tensor
+    raw_length: int = 0
+
+
+class ElasticProcessor(ProcessorMixin):
+    """Makes model inputs from conversations with media.
+
+    Args:
+        tokenizer: a fast tokenizer that holds the placeholder tokens.
+        elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
+            (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), and the
+            tokens around its run (`span`).
+
+    Raises:
+        ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
+    """
+
+    def __init__(self, tokenizer: Any, elastic: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(tokenizer, **kwargs)
+        self.elastic = elastic or {"chat_format": "chat", "media": {}}
+        media: Mapping[str, dict[str, Any]] = self.elastic["media"]
+        self.placeholder_ids = {medium: self._token_id(PLACEHOLDER_TOKENS[medium]) for medium in media}
+        self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
+        self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
+        self.chat = ChatEncoder(
+            tokenizer,
+            chat_format=self.elastic["chat_format"],
+            placeholder_ids=self.placeholder_ids,
+            span_ids=self.span_ids,
+        )
+
+    def _token_id(self, token: str) -> int:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer does not hold the token {token!r}")
+        return token_id
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with; never looked at."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else 0
+
+    @cached_property
+    def facts(self) -> dict[str, EncoderFacts]:
+        """What the encoders publish, by medium."""
+        media = self.elastic["media"]
+        return {m: encoder_facts(_config_of(s["encoder"]), s["space"]) for m, s in media.items()}
+
+    @cached_property
+    def transforms(self) -> dict[str, Transform]:
+        """What makes an encoder's input of a decoded file, by medium."""
+        media = self.elastic["media"]
+        return {m: build_transform(m, _config_of(s["encoder"]), s["preprocessor"]) for m, s in media.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved beside the tokenizer."""
+        return {"processor_class": type(self).__name__, "elastic": self.elastic}
+
+    def load_media(
+        self,
+        sample: Sample,
+        *,
+        generator: np.random.Generator | None = None,
+        limits: MediaLimits | None = None,
+        video_backend: str = "pyav",
+    ) -> list[LoadedMedia]:
+        """Decode and transform the media of a sample, in order of appearance.
+
+        Args:
+            generator: randomness of training augmentation; none for evaluation.
+
+        Raises:
+            MediaError: a file that is missing, broken, over a limit or outside the root.
+            ValueError: a medium this model does not take.
+        """
+        loaded = []
+        for part in sample.media:
+            self._check_medium(part.medium)
+            path = resolve_media(sample.root, part.path, kind=part.medium)
+            raw = load_medium(part.medium, path, limits=limits or MediaLimits(), video_backend=video_backend)
+            loaded.append(self.transform(part.medium, raw, generator=generator))
+        return loaded
+
+    def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
+        """One decoded picture, clip or video as its encoder wants it."""
+        self._check_medium(medium)
+        values, raw_length = self.transforms[medium](raw, generator=generator)
+        return LoadedMedia(medium, values, raw_length)
+
+    def _check_medium(self, medium: str) -> None:
+        if medium not in self.transforms:
+            raise ValueError(f"this model does not take {medium}; it takes {', '.join(self.transforms) or 'text only'}")
+
+    def extent(self, loaded: LoadedMedia) -> Extent:
+        """What the budget needs to know of a medium."""
+        facts = self.facts[loaded.medium]
+        if facts.grid is not None:
+            return Extent(loaded.medium, grid=facts.grid)
+        assert facts.num_frames is not None
+        frames = facts.num_frames(loaded.raw_length)
+        return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+
+    def batch(self, samples: Sequence[Sample], media: Sequence[Sequence[LoadedMedia]], *, for_training: bool) -> Batch:
+        """Encode conversations and stack the inputs of their encoders.
+
+        Args:
+            samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
+            media: the loaded media of each sample, in order of appearance.
+
+        Raises:
+            ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
+                named.
+        """
+        counts: dict[str, int] = {}
+        rows = []
+        for sample, items in zip(samples, media, strict=True):
+            messages = sample.messages if for_training else without_answer(sample.messages)
+            prompt = self.chat(messages, add_generation_prompt=not for_training)
+            if prompt.media != tuple(item.medium for item in items):
+                got = ", ".join(item.medium for item in items) or "none"
+                raise ValueError(
+                    f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
+                )
+            try:
+                runs = tuple(Run(self.extent(item), _next(counts, item.medium)) for item in items)
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id!r}: {error}") from error
+            rows.append(Row(sample.id, prompt.ids, prompt.labels, runs))
+        return Batch(rows, stack_media([item for items in media for item in items]))
+
+    def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
+        """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`."""
+        return expand(
+            batch,
+            budgets,
+            space=self.space,
+            placeholder_ids=self.placeholder_ids,
+            pad_id=self.pad_id,
+            left_padding=left_padding,
+        )
+
+    def __call__(
+        self,
+        samples: Sample | Sequence[Sample] | None = None,
+        budget: Budget | str = "",
+        *,
+        text: str | None = None,
+        images: Sequence[Any] = (),
+        audio: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs for `model.generate(**inputs)`.
+
+        Args:
+            samples: conversations whose media are files; or none, with `text` and decoded media instead.
+            budget: one for all rows, as `Budget` or text.
+            text: a user's message; its media come first, pictures before audio before video.
+            images, audio, videos: decoded media (`mllm.media`).
+
+        Raises:
+            ValueError: neither or both of `samples` and `text`, or a budget that cannot be met.
+        """
+        if (samples is None) == (text is None):
+            raise ValueError("give either samples or text, and not both")
+        if samples is None:
+            raws = [("image", x) for x in images] + [("audio", x) for x in audio] + [("video", x) for x in videos]
+            parts = (*(Media(medium, "") for medium, _ in raws), Text(text or ""))
+            rows = [Sample("prompt", (Message("user", parts),), task="generate")]
+            loaded = [[self.transform(medium, raw) for medium, raw in raws]]
+        else:
+            rows = [samples] if isinstance(samples, Sample) else list(samples)
+            loaded = [self.load_media(row) for row in rows]
+        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+        batch = self.batch(rows, loaded, for_training=False)
+        return BatchFeature(self.expand(batch, [[asked] * len(rows)], left_padding=True).inputs)
+
+
+def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation up to what the last assistant message answers."""
+    return tuple(messages[:-1]) if messages and messages[-1].role == "assistant" else tuple(messages)
+
+
+def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
+    """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
+
+    Returns:
+        `pixel_values` (N, 3, h, w); `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their
+        `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
+    """
+    out: dict[str, Tensor] = {}
+    for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
+        own = [item for item in items if item.medium == medium]
+        if own:
+            out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
+            if medium in LENGTH_KEYS:
+                out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
+    return out
+
+
+def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
+    return AutoConfig.for_model(**values)
+
+
+def _next(counts: dict[str, int], medium: str) -> int:
+    counts[medium] = counts.get(medium, 0) + 1
+    return counts[medium] - 1
