@@ -1,0 +1,88 @@
+"""What a step trains is a function of (seed, step) alone, and the modes do what they say."""
+
+import pytest
+
+from mllm.budget import Budget, Space
+from mllm.sampler import Sampler
+
+SPACE = Space.from_settings(
+    {
+        "image": {"budgets": [1, 4, 16]},
+        "audio": {"budgets": ["/4", "/16"]},
+        "video": {"compressor": "stack", "budgets": ["/2", "/5"]},
+    }
+)
+
+
+def budgets(sampler: Sampler, step: int, *media: str) -> list[str]:
+    return [str(draw.budget) for draw in sampler(step, media or None)]
+
+
+def test_all_trains_every_combination_of_what_is_present() -> None:
+    sampler = Sampler(SPACE, "all")
+    assert budgets(sampler, 3, "audio", "video") == [
+        "audio=/4,video=/2",
+        "audio=/4,video=/5",
+        "audio=/16,video=/2",
+        "audio=/16,video=/5",
+    ]
+    assert budgets(sampler, 0, "image") == ["image=16", "image=4", "image=1"]
+    assert len(sampler(0)) == 3 * 2 * 2
+
+
+def test_random_is_the_same_whatever_else_is_in_the_batch() -> None:
+    sampler = Sampler(SPACE, "random", seed=7)
+    for step in range(20):
+        whole = sampler(step)[0].budget.amounts
+        assert sampler(step, ["video"])[0].budget.amounts == {"video": whole["video"]}
+        assert Sampler(SPACE, "random", seed=7)(step) == sampler(step)
+
+
+def test_random_covers_the_space_evenly_and_depends_on_the_seed() -> None:
+    sampler = Sampler(SPACE, "random", seed=1)
+    seen = [budgets(sampler, step, "image")[0] for step in range(3000)]
+    counts = [seen.count(f"image={n}") for n in (1, 4, 16)]
+    assert sum(counts) == 3000
+    assert all(900 < count < 1100 for count in counts)
+    assert seen[:50] != [budgets(Sampler(SPACE, "random", seed=2), step, "image")[0] for step in range(50)]
+
+
+def test_sandwich_is_the_largest_as_teacher_random_ones_and_the_smallest() -> None:
+    draws = Sampler(SPACE, "sandwich", num_draws=4)(5)
+    assert draws[0].budget == SPACE.largest()
+    assert draws[0].is_teacher
+    assert draws[-1].budget == SPACE.smallest()
+    assert sum(draw.is_teacher for draw in draws) == 1
+    assert sum(draw.weight for draw in draws) == 4
+
+
+def test_equal_draws_become_one_that_weighs_their_sum() -> None:
+    sampler = Sampler(SPACE, "sandwich", num_draws=6)
+    for step in range(10):
+        draws = sampler(step, ["video"])  # only two budgets there
+        assert [str(draw.budget) for draw in draws] == ["video=/2", "video=/5"]
+        assert sum(draw.weight for draw in draws) == 6
+        assert draws[0].is_teacher
+
+
+def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
+    points = [Budget.parse(text) for text in ("image=16,audio=/4", "image=4,audio=/4", "image=1,audio=/16")]
+    assert [draw.budget for draw in Sampler(SPACE, "points", points=points)(0)] == points
+    some = Sampler(SPACE, "points", num_draws=2, points=points)
+    seen = {tuple(budgets(some, step)) for step in range(60)}
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "some"}, "allowed: all, random, sandwich, points"),
+        ({"mode": "points"}, "points go with mode points"),
+        ({"mode": "all", "num_draws": 2}, "contradicts mode all"),
+        ({"mode": "sandwich", "num_draws": 1}, "needs at least 2"),
+        ({"mode": "random", "points": [Budget.parse("image=1")]}, "points go with mode points"),
+    ],
+)
+def test_contradictions_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampler(SPACE, **arguments)
