@@ -1,0 +1,204 @@
+"""Compressors: features to soft tokens at any budget. One file per kind, and the one function that reads settings.
+
+Knows the `media.<medium>` block of a config and the sizes on both sides.
+Does not know encoders, weights, or which budget a request will ask for.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mllm.budget import Amount, MediumSpace
+from mllm.compressors.areas import grid_rows
+from mllm.compressors.base import Compressor
+from mllm.compressors.pool import Pool
+from mllm.compressors.projector import Projector, ProjectorBank
+from mllm.compressors.query import Query
+from mllm.compressors.stack import Stack
+
+__all__ = ["SETTINGS", "Compressor", "Pool", "Projector", "ProjectorBank", "Query", "Stack", "build_compressor"]
+
+ORDERS = ("raster",)
+_PROJECTOR = ("projector_size", "projector_norm", "projector_activation")
+_OWN_SETTINGS = {
+    "query": ("keys", "query_size", "query_heads"),
+    "pool": ("project_first", "order", *_PROJECTOR),
+    "stack": _PROJECTOR,
+}
+SETTINGS = tuple(dict.fromkeys(key for keys in _OWN_SETTINGS.values() for key in keys))
+"""The keys of a `media.<medium>` block that shape a compressor, beside those that shape its space (`MediumSpace`)."""
+
+
+def build_compressor(
+    medium: str,
+    settings: Mapping[str, Any],
+    *,
+    in_size: int,
+    out_size: int,
+    grid: tuple[int, int] | None = None,
+) -> Compressor:
+    """A compressor with random weights; works on the meta device.
+
+    Args:
+        medium: for messages.
+        settings: the `media.<medium>` block. Read here, beside what `MediumSpace.from_settings` reads:
+            keys: `position` (as MQT, the default) or `content`, for `query`.
+            query_size, query_heads: size and heads of the queries; the encoder's size and one head per 64 of it.
+            project_first: pool behind the projector, as M3; for `pool`.
+            order: order of a grid's soft tokens; `raster` is the only one there is.
+            projector_size: hidden size of the projector; the LLM's unless given, and null for a single Linear.
+            projector_norm: a LayerNorm behind the projector.
+            projector_activation: `gelu` or `relu`.
+        in_size: size of a feature.
+        out_size: the LLM's hidden size.
+        grid: (rows, columns) of the features, for pictures.
+
+    Raises:
+        ValueError: settings of another compressor, or trained budgets that this one cannot meet.
+    """
+    space = MediumSpace.from_settings(medium, settings)
+    key = f"media.{medium}"
+    if misplaced := sorted(set(settings) & set(SETTINGS) - set(_OWN_SETTINGS[space.compressor])):
+        allowed = ", ".join(_OWN_SETTINGS[space.compressor])
+        raise ValueError(f"{key}.{misplaced[0]} does not apply to compressor {space.compressor!r}; allowed: {allowed}")
+    build = {"query": _build_query, "pool": _build_pool, "stack": _build_stack}[space.compressor]
+    return build(key, space, settings, (in_size, out_size), grid)
+
+
+def _build_pool(
+    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
+) -> Pool:
+    if (order := settings.get("order", "raster")) not in ORDERS:
+        raise ValueError(f"{key}.order={order!r} is not one of: {', '.join(ORDERS)}")
+    _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("tokens", "rate"))
+    budgets = _values(space.trained) if settings.get("per_budget_projector", False) else ()
+    projectors = [_projector(settings, *sizes) for _ in budgets or (0,)]
+    return Pool(
+        projectors=ProjectorBank(projectors, budgets=budgets),
+        grid=grid,
+        project_first=settings.get("project_first", False),
+    )
+
+
+def _build_stack(
+    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
+) -> Stack:
+    _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("rate",))
+    budgets = _values(space.trained)
+    if grid is None:
+        projectors = [_projector(settings, sizes[0] * rate, sizes[1]) for rate in budgets]
+        return Stack(projectors=ProjectorBank(projectors, budgets=budgets))
+    whole = _whole_blocks(grid)
+    if wrong := [budget for budget in budgets if budget not in whole]:
+        raise ValueError(
+            f"{key}.budgets: {wrong[0]} blocks of whole patches do not tile a grid of {grid[0]}x{grid[1]}; "
+            f"allowed: {', '.join(map(str, whole))}"
+        )
+    projectors = [_projector(settings, sizes[0] * (grid[0] * grid[1] // budget), sizes[1]) for budget in budgets]
+    bank = ProjectorBank(projectors, budgets=budgets)
+    return Stack(projectors=bank, grid_rows=tuple(whole[budget] for budget in budgets), grid=grid)
+
+
+def _build_query(
+    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
+) -> Query:
+    if settings.get("per_budget_projector", False):
+        raise ValueError(f"{key}.per_budget_projector would break the nesting of compressor 'query'; allowed: false")
+    if space.max_tokens < 1:
+        raise ValueError(f"{key}.num_queries must be at least 1 for compressor 'query', got {space.max_tokens}")
+    _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("rate",))
+    if grid is None:
+        query_grid, feature_grid = (1, space.max_tokens), (1, _window(key, space))
+    else:
+        query_grid, feature_grid = _query_grid(key, space.max_tokens, grid), grid
+    size = settings.get("query_size") or sizes[0]
+    return Query(
+        in_size=sizes[0],
+        out_size=sizes[1],
+        query_grid=query_grid,
+        feature_grid=feature_grid,
+        keys=settings.get("keys", "position"),
+        size=size,
+        num_heads=settings.get("query_heads") or max(size // 64, 1),
+        windowed=grid is None,
+    )
+
+
+def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Projector:
+    return Projector(
+        in_size=in_size,
+        out_size=out_size,
+        hidden_size=settings.get("projector_size", out_size),
+        norm=settings.get("projector_norm", False),
+        activation=settings.get("projector_activation", "gelu"),
+    )
+
+
+def _values(amounts: tuple[Amount, ...]) -> tuple[int, ...]:
+    return tuple(int(amount.value) for amount in amounts)
+
+
+def _check_kinds(key: str, space: MediumSpace, grid: tuple[int, int] | None, allowed: tuple[str, ...]) -> None:
+    """Refuse trained budgets of a kind, or beyond a size, that this compressor never serves."""
+    kind = space.trained[0].kind
+    if kind not in allowed:
+        names = {"tokens": "counts (64)", "rate": "rates (/4)"}
+        what = "a grid" if grid else "a stream"
+        raise ValueError(
+            f"{key}.budgets are {names[kind]}; compressor {space.compressor!r} on {what} takes "
+            f"{' or '.join(names[name] for name in allowed)}"
+        )
+    if grid is not None:
+        most = space.max_tokens if space.compressor == "query" else grid[0] * grid[1]
+        if (largest := max(_values(space.trained))) > most:
+            raise ValueError(f"{key}.budgets: {largest} tokens cannot be met; allowed are counts 1..{most}")
+
+
+def _window(key: str, space: MediumSpace) -> int:
+    """Frames per window, after a check that every trained rate divides it into no more tokens than queries."""
+    window = space.window_frames
+    if window < 1:
+        raise ValueError(f"{key}.window_frames must be at least 1 for compressor 'query' on a stream, got {window}")
+    for rate in _values(space.trained):
+        if window % rate or window // rate > space.max_tokens:
+            raise ValueError(
+                f"{key}.budgets: /{rate} must divide window_frames={window} into at most "
+                f"num_queries={space.max_tokens} tokens"
+            )
+    return window
+
+
+def _whole_blocks(grid: tuple[int, int]) -> dict[int, int]:
+    """Counts of equal blocks of whole patches that tile a grid, each with the rows they form; see `grid_rows`."""
+    counts = torch.arange(1, grid[0] * grid[1] + 1, device="cpu")
+    rows = grid_rows(counts, grid).tolist()
+    return {
+        count: row
+        for count, row in enumerate(rows, start=1)
+        if count % row == 0 and grid[0] % row == 0 and grid[1] % (count // row) == 0
+    }
+
+
+def _query_grid(key: str, num_queries: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the queries: the factors of M closest to the shape of the feature grid.
+
+    Keys take their positions from the queries', which see one axis badly if a query's cell is long and narrow (1:4).
+    """
+
+    def stretch(count: int, rows: int) -> float:
+        ratio = rows * rows * grid[1] / (count * grid[0])
+        return max(ratio, 1 / ratio)
+
+    def best(count: int) -> int:
+        return min((rows for rows in range(1, count + 1) if count % rows == 0), key=lambda rows: stretch(count, rows))
+
+    rows = best(num_queries)
+    if stretch(num_queries, rows) > 4:
+        near = [count for count in range(1, 2 * num_queries) if stretch(count, best(count)) <= 4]
+        near = sorted(sorted(near, key=lambda count: abs(count - num_queries))[:4])
+        raise ValueError(
+            f"{key}.num_queries={num_queries} forms no grid like {grid[0]}x{grid[1]}; "
+            f"the nearest that do: {', '.join(map(str, near))}"
+        )
+    return rows, num_queries // rows

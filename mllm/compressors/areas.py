@@ -1,0 +1,113 @@
+"""Which features each soft token of an area pooling averages: exact covers of a stream or of a grid.
+
+Knows lengths and counts. Does not know what the features are.
+
+A soft token owns a cell: a stretch of a stream or a rectangle of a grid, whose borders may cut through features. All
+cells of an item have the same area and together they tile what they cover, so every feature has the same say. A cover
+holds, per cell and feature, the share (0..1) of the feature that lies inside the cell. Borders are kept as integers in
+units small enough for all of them, hence nothing is rounded.
+
+Shapes: N items, K cells, T features, a grid of H x W patches in reading order.
+"""
+
+import torch
+from torch import Tensor
+
+
+def stream_cover(
+    lengths: Tensor, tokens: Tensor, rates: Tensor, *, num_features: int, max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Cells of a stream: windows of `rates` features, or, at rate 0, `tokens` equal stretches of the whole item.
+
+    Args:
+        lengths, tokens, rates: (N,) int64; see `Compressor.forward`.
+        num_features: T.
+        max_tokens: K.
+
+    Returns:
+        cover (N, K, T) and the features per cell (N,), float32. Cells beyond an item's own count mean nothing.
+    """
+    by_rate = rates > 0
+    # In units of 1/unit feature a cell is `width` long: r features at a rate, else length/tokens features.
+    unit = torch.where(by_rate, 1, tokens.clamp(min=1))
+    width = torch.where(by_rate, rates, lengths)
+    # Half the memory of int64 where the largest border allows it.
+    dtype = torch.int32 if (num_features + 1) * (max_tokens + 1) < 2**31 else torch.int64
+    unit, width = unit.to(dtype), width.to(dtype)
+    start = torch.arange(max_tokens, device=lengths.device, dtype=dtype) * width[:, None]
+    return _shares(start, start + width[:, None], unit[:, None], num_features), width / unit
+
+
+def grid_cover(tokens: Tensor, grid: tuple[int, int], *, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Cells of a grid: rows of rectangles, in reading order.
+
+    The n cells of an item form R rows (see `grid_rows`). Row i holds the cells floor(i*n/R) .. floor((i+1)*n/R) - 1, so
+    rows differ by at most one cell and the longer rows are spread evenly. A row is as high as its number of cells
+    demands for all cells to be equal in area. Where R divides n this is a plain grid, and `avg_pool2d` if its cells are
+    whole patches.
+
+    Args:
+        tokens: (N,) int64, cells of each item, 1..H*W.
+        grid: (H, W).
+        max_tokens: K.
+
+    Returns:
+        cover (N, K, H*W) and the patches per cell (N,), float32. Cells beyond an item's own count mean nothing.
+    """
+    height, width = grid
+    count = tokens.clamp(min=1)[:, None]
+    rows = grid_rows(count[:, 0], grid)[:, None]
+    cell = torch.arange(max_tokens, device=tokens.device)
+    row = ((cell + 1) * rows - 1) // count
+    first, after = row * count // rows, (row + 1) * count // rows
+    columns, column = after - first, cell - first
+    vertical = _shares(height * first, height * after, count, height)  # in units of 1/n of a patch
+    horizontal = _shares(width * column, width * (column + 1), columns, width)  # in units of 1/columns of a patch
+    cover = vertical[..., :, None] * horizontal[..., None, :]
+    return cover.flatten(2), height * width / count[:, 0]
+
+
+def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many rows the cells of a grid form.
+
+    Whole patches win: if the cells can be equal blocks of whole patches at most twice as long as they are wide, the
+    squarest such blocks are taken, and of two equally square ones those in fewer rows. Otherwise the cells are as square
+    as can be: R is the integer nearest to sqrt(n * H / W).
+
+    Args:
+        tokens: (N,) int64, 1..H*W.
+        grid: (H, W).
+
+    Returns:
+        (N,) int64.
+    """
+    height, width = grid
+    count = tokens[:, None]
+    # R >= r + 1 exactly where sqrt(n * H / W) is above r + 1/2.
+    below = 2 * torch.arange(height, device=tokens.device) + 1
+    nearest = (below.square() * width < 4 * count * height).sum(dim=1)
+    rows = torch.arange(1, height + 1, device=tokens.device)
+    columns = (count // rows).clamp(min=1)
+    whole = (rows * columns == count) & (height % rows == 0) & (width % columns == 0)
+    flatness = rows.square() * width / (count * height)  # width over height of a cell, in patches
+    stretch = torch.maximum(flatness, 1 / flatness).masked_fill(~whole, torch.inf)
+    squarest = stretch.amin(dim=1, keepdim=True)
+    fewest = rows[(stretch == squarest).int().argmax(dim=1)]
+    return torch.where(squarest[:, 0] <= 2, fewest, nearest)
+
+
+def average(features: Tensor, cover: Tensor, area: Tensor) -> Tensor:
+    """Mean of the features under each cell: (N, T, D), (N, K, T), (N,) -> (N, K, D).
+
+    Shares are summed before the division, so that whole features keep the weight 1 in any precision.
+    """
+    sums = torch.bmm(cover.to(features.dtype), features)
+    return (sums / area[:, None, None]).to(features.dtype)
+
+
+def _shares(start: Tensor, end: Tensor, unit: Tensor, num_features: int) -> Tensor:
+    """Share of feature t, which spans [t * unit, (t + 1) * unit), inside [start, end): (N, K) each -> (N, K, T)."""
+    unit = unit[..., None]
+    feature = torch.arange(num_features, device=start.device, dtype=start.dtype) * unit
+    inside = torch.minimum(end[..., None], feature + unit).sub_(torch.maximum(start[..., None], feature))
+    return inside.clamp_(min=0) / unit

@@ -1,0 +1,53 @@
+"""What every compressor shares: the call, and what holds for the padding on both of its sides.
+
+Knows features and counts. Does not know media, encoders, budgets as words, or the LLM.
+
+Shapes: N items, T features of the longest item, D feature size, K soft tokens asked for, H the LLM's hidden size.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Compressor(nn.Module):
+    """Features to soft tokens as wide as the LLM, at a budget that may differ between the items of a batch.
+
+    `nested` says how the tokens of a smaller budget relate to those of a larger one: `prefix` (they are its first
+    ones), `pooled` (they are means over the same features) or `none`.
+    """
+
+    nested: Literal["prefix", "pooled", "none"]
+
+    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+        """Compress each item at its own budget.
+
+        The budgets are those of `count_tokens`, which refuses what cannot be met; nothing is checked again here, since
+        looking at the numbers would make the host wait for the device.
+
+        Args:
+            features: (N, T, D); what follows an item's own length does not matter.
+            lengths: (N,) int64, true features of each item.
+            tokens: (N,) int64, soft tokens of each item.
+            rates: (N,) int64, features per soft token; 0 where a count was asked for.
+            max_tokens: K, an upper bound of `tokens` known on the host.
+
+        Returns:
+            (N, K, H), zero beyond each item's own count.
+        """
+        raise NotImplementedError
+
+
+def without_padding(features: Tensor, lengths: Tensor) -> Tensor:
+    """(N, T, D) with zeros beyond each item's own length, whatever stood there."""
+    is_feature = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+    return features.masked_fill(~is_feature[..., None], 0.0)
+
+
+def own_tokens(soft: Tensor, tokens: Tensor, max_tokens: int) -> Tensor:
+    """(N, k, H) with k <= K -> (N, K, H), zero beyond each item's own count."""
+    is_token = torch.arange(max_tokens, device=soft.device) < tokens[:, None]
+    soft = functional.pad(soft, (0, 0, 0, max_tokens - soft.shape[1]))
+    return soft.masked_fill(~is_token[..., None], 0.0)

@@ -1,0 +1,72 @@
+"""Projectors: from the size of a compressor's features to the LLM's hidden size.
+
+Knows sizes, and which budget an item has. Does not know how features were compressed.
+
+Shapes: N items, K soft tokens, D feature size, H the LLM's hidden size.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["gelu", "relu"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Projector(nn.Sequential):
+    """Linear - activation - Linear, with a LayerNorm behind it if asked for; one Linear where there is no hidden size.
+
+    The parameters are numbered 0, 2 (and 3 for the norm), as in LLaVA, M3, Llama-MTSK and Omni-AVSR. The published
+    Omni-AVSR models have no norm, those of Llama-MTSK have one.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_size: int,
+        out_size: int,
+        hidden_size: int | None,
+        norm: bool = False,
+        activation: Activation = "gelu",
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"projector_activation={activation!r} is not one of: {', '.join(ACTIVATIONS)}")
+        layers: list[nn.Module] = [nn.Linear(in_size, out_size)]
+        if hidden_size is not None:
+            layers = [nn.Linear(in_size, hidden_size), ACTIVATIONS[activation](), nn.Linear(hidden_size, out_size)]
+        if norm:
+            layers.append(nn.LayerNorm(out_size))
+        super().__init__(*layers)
+
+
+class ProjectorBank(nn.ModuleList):
+    """One projector for all budgets, or one per trained budget.
+
+    With one per budget every projector runs on every item and each item keeps the output of its own. That is a few
+    small matrix products more than needed; in return every process touches every weight in every step (what DDP and
+    ZeRO demand), nothing asks the device for numbers, and items of different budgets may share a batch.
+
+    Args:
+        projectors: one, or one per budget.
+        budgets: the rate (or count) each projector is for; nothing where one serves all.
+    """
+
+    def __init__(self, projectors: list[Projector], *, budgets: tuple[int, ...] = ()) -> None:
+        super().__init__(projectors)
+        assert len(projectors) == max(len(budgets), 1), (len(projectors), budgets)
+        self.budgets = budgets
+
+    def forward(self, features: Tensor, asked: Tensor) -> Tensor:
+        """(N, K, D) -> (N, K, H), item i through the projector of the budget `asked[i]` (zero if there is none)."""
+        if not self.budgets:
+            return self[0](features)
+        chosen = torch.zeros((), device=features.device, dtype=features.dtype)
+        for budget, projector in zip(self.budgets, self, strict=True):
+            chosen = chosen + keep_asked(projector(features), asked, budget)
+        return chosen
+
+
+def keep_asked(soft: Tensor, asked: Tensor, budget: int) -> Tensor:
+    """(N, K, H) with zeros for the items whose budget is another one."""
+    return soft.masked_fill((asked != budget)[:, None, None], 0.0)

@@ -1,0 +1,194 @@
+"""Matryoshka query transformer: learned queries read the features, and the first m of them are a budget of m.
+
+Knows features, counts and positions on a grid or inside a window. Does not know which medium this is.
+
+Shapes: N items, T features of the longest item, D feature size, M queries, C size of queries, K soft tokens asked for,
+H the LLM's hidden size; on streams W frames per window and m = W / rate queries of each window.
+Source: Hu et al., Matryoshka Query Transformer (arXiv 2405.19315), as released: one cross-attention, no residual, no
+feed-forward. Parameters have the released names. Streams are an extension of ours.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import initialization as init
+
+from mllm.compressors.base import Compressor, own_tokens, without_padding
+
+Keys = Literal["position", "content"]
+KEYS: tuple[Keys, ...] = ("position", "content")
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with the parameter names of `nn.MultiheadAttention`.
+
+    Unlike there, queries and keys that are the same for all items are projected once, and every weight is used by the
+    forward of the module that owns it, which is what ZeRO-3 gathers by.
+    """
+
+    def __init__(self, *, size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * size, size))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * size))
+        self.out_proj = nn.Linear(size, size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The released initialisation of what is no Linear."""
+        init.xavier_uniform_(self.in_proj_weight)
+        init.zeros_(self.in_proj_bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (1, M, C).
+            key: (N or 1, T, C).
+            value: (N, T, C).
+            mask: (N, T) bool, true where a feature may be read; nothing where all may.
+
+        Returns:
+            (N, M, C).
+        """
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3)
+        heads = [
+            functional.linear(states, weight, bias)
+            .unflatten(2, (self.num_heads, -1))
+            .transpose(1, 2)
+            .expand(value.shape[0], -1, -1, -1)
+            for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        allowed = None if mask is None else mask[:, None, None]
+        read = functional.scaled_dot_product_attention(*heads, attn_mask=allowed)
+        return self.out_proj(read.transpose(1, 2).flatten(2))
+
+
+class Query(Compressor):
+    """Soft token i is what learned query i reads; queries do not see each other, so the first m never change with m.
+
+    `keys="position"` is MQT as released: keys are positions only, hence the attention is the same for every input and
+    the whole is a learned, fixed pooling. `keys="content"` adds the features themselves to the keys.
+
+    Streams are read window by window: W frames, of which the last window of a clip may own fewer; a rate of r frames
+    per token takes the first W / r queries of every window.
+
+    Args:
+        in_size: D.
+        out_size: H.
+        query_grid: (rows, columns) of the queries, M in all; (1, M) for streams.
+        feature_grid: (rows, columns) of the patches; (1, W) for streams.
+        keys: what the queries look for.
+        size: C; nothing means D, as released.
+        num_heads: heads of the attention, dividing C.
+        windowed: the features are a stream, read in windows of W frames.
+
+    Raises:
+        ValueError: unknown `keys`, or a size that the heads or the positions do not divide.
+    """
+
+    nested = "prefix"
+
+    def __init__(
+        self,
+        *,
+        in_size: int,
+        out_size: int,
+        query_grid: tuple[int, int],
+        feature_grid: tuple[int, int],
+        keys: Keys = "position",
+        size: int | None = None,
+        num_heads: int = 1,
+        windowed: bool = False,
+    ) -> None:
+        super().__init__()
+        size = size or in_size
+        if keys not in KEYS:
+            raise ValueError(f"keys={keys!r} is not one of: {', '.join(KEYS)}")
+        if size % num_heads or size % 4:
+            raise ValueError(f"query_size={size} must be a multiple of 4 and of query_heads={num_heads}")
+        self.keys = keys
+        self.query_grid = query_grid
+        self.feature_grid = feature_grid
+        self.windowed = windowed
+        self.num_queries = query_grid[0] * query_grid[1]
+        self.query = nn.Parameter(torch.empty(self.num_queries, size))
+        self.pos_embed = nn.Parameter(torch.empty(self.num_queries, size))
+        self.kv_proj = nn.Identity() if size == in_size else nn.Linear(in_size, size, bias=False)
+        self.attn = CrossAttention(size=size, num_heads=num_heads)
+        self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(size, eps=1e-6) for _ in range(3))
+        self.proj = nn.Parameter(torch.empty(size, out_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The released initialisation of the bare parameters."""
+        init.trunc_normal_(self.query, std=0.02)
+        init.normal_(self.proj, std=self.proj.shape[1] ** -0.5)
+        init.copy_(self.pos_embed, sincos_positions(self.query_grid, self.pos_embed.shape[1], self.pos_embed.device))
+
+    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+        """See `Compressor.forward`."""
+        if self.windowed:
+            read = self._read_windows(without_padding(features, lengths), lengths, rates, max_tokens)
+        else:
+            read = self._read(features)[:, :max_tokens]
+        return own_tokens(read @ self.proj, tokens, max_tokens)
+
+    def _read(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What all M queries read: (N, T, D) and a mask (N, T) of the features that exist -> (N, M, C)."""
+        states = self.kv_proj(features)
+        positions = self._key_positions()
+        query = self.ln_q(self.query + self.pos_embed)
+        # Positions are added behind the norm where there is content, so that large features do not drown them.
+        key = self.ln_k(positions)[None] if self.keys == "position" else self.ln_k(states) + positions
+        return self.attn(query[None], key, self.ln_v(states), mask)
+
+    def _read_windows(self, features: Tensor, lengths: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+        """(N, T, D) -> (N, k, C): of each window, in order, what its first W / rate queries read."""
+        window_frames = self.feature_grid[1]
+        num_windows = -(-features.shape[1] // window_frames)
+        features = functional.pad(features, (0, 0, 0, num_windows * window_frames - features.shape[1]))
+        is_frame = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+        windows = features.unflatten(1, (num_windows, window_frames)).flatten(0, 1)
+        mask = is_frame.unflatten(1, (num_windows, window_frames)).flatten(0, 1)
+        mask = mask | ~mask.any(dim=1, keepdim=True)  # a softmax over nothing is NaN; windows of padding are cut below
+        read = self._read(windows, mask).unflatten(0, (-1, num_windows)).flatten(1, 2)  # (N, windows * M, C)
+        per_window = (window_frames // rates.clamp(min=1)).clamp(max=self.num_queries)[:, None]
+        token = torch.arange(min(max_tokens, read.shape[1]), device=features.device)
+        index = token // per_window * self.num_queries + token % per_window
+        rows = torch.arange(len(read), device=features.device)[:, None]
+        return read[rows, index.clamp(max=read.shape[1] - 1)]
+
+    def _key_positions(self) -> Tensor:
+        """Positions of the features (T, C): those of the queries, resized from their grid as the released code does."""
+        if self.query_grid == self.feature_grid:
+            return self.pos_embed
+        table = self.pos_embed.float().unflatten(0, self.query_grid).permute(2, 0, 1)[None]  # (1, C, rows, columns)
+        if self.windowed:
+            line = functional.interpolate(table[:, :, 0], size=self.feature_grid[1], mode="linear")
+            return line[0].T.to(self.pos_embed.dtype)
+        resized = functional.interpolate(table, size=self.feature_grid, mode="bicubic", align_corners=False)
+        return resized[0].flatten(1).T.to(self.pos_embed.dtype)
+
+
+def sincos_positions(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:
+    """Sine-cosine positions in reading order, (rows * columns, size): half for the column, half for the row.
+
+    A grid of one row gives all of `size` to the column.
+    """
+    rows, columns = grid
+    column, row = torch.arange(columns, device=device), torch.arange(rows, device=device)
+    if rows == 1:
+        return _sincos(column, size)
+    across = _sincos(column, size // 2).expand(rows, -1, -1)
+    down = _sincos(row, size // 2)[:, None].expand(-1, columns, -1)
+    return torch.cat([across, down], dim=2).flatten(0, 1)
+
+
+def _sincos(position: Tensor, size: int) -> Tensor:
+    frequency = 10000.0 ** (-torch.arange(size // 2, device=position.device) / (size / 2))
+    angle = position[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)

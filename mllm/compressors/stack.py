@@ -1,0 +1,65 @@
+"""Stacking: neighbouring features side by side in one soft token, one projector per rate.
+
+Knows features and the rates (or grid counts) it was built for. Does not know which medium this is.
+
+Shapes: N items, T features of the longest item, D feature size, r features per token, K soft tokens asked for, H the
+LLM's hidden size.
+Sources: Llama-AVSR (arXiv 2409.12319) and Llama-MTSK (2503.06362) stack r frames and drop the remainder; on a grid this
+is the pixel shuffle of several vision-language models.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mllm.compressors.base import Compressor, own_tokens, without_padding
+from mllm.compressors.projector import ProjectorBank, keep_asked
+
+
+class Stack(Compressor):
+    """r features of each full window, or of each block of the grid, concatenated and projected.
+
+    A projector's input is r * D wide, so there is one per budget by nature and no budget between the trained ones. All
+    of them run on every item; see `ProjectorBank` for why.
+
+    Args:
+        projectors: one per budget: a rate r for streams, a count n for grids.
+        grid_rows: rows of blocks at each budget, for grids; nothing for streams.
+        grid: (rows, columns) of the features, for grids.
+    """
+
+    nested = "none"
+
+    def __init__(self, *, projectors: ProjectorBank, grid_rows: tuple[int, ...] = (), grid: tuple[int, int] = (0, 0)):
+        super().__init__()
+        assert not grid_rows or len(grid_rows) == len(projectors.budgets)
+        self.projectors = projectors
+        self.grid_rows = grid_rows
+        self.grid = grid
+
+    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+        """See `Compressor.forward`."""
+        if not self.grid_rows:
+            features = without_padding(features, lengths)
+        asked = tokens if self.grid_rows else rates
+        num_tokens = min(max_tokens, features.shape[1])
+        soft = torch.zeros((), device=features.device, dtype=features.dtype)
+        for index, (budget, projector) in enumerate(zip(self.projectors.budgets, self.projectors, strict=True)):
+            windows = self._blocks(features, index) if self.grid_rows else _windows(features, budget)
+            own = own_tokens(projector(windows[:, :num_tokens]), tokens, num_tokens)
+            soft = soft + keep_asked(own, asked, budget)
+        return own_tokens(soft, tokens, max_tokens)
+
+    def _blocks(self, features: Tensor, index: int) -> Tensor:
+        """(N, H*W, D) -> (N, n, r * D): blocks in reading order, and so the patches inside a block."""
+        (height, width), rows = self.grid, self.grid_rows[index]
+        columns = self.projectors.budgets[index] // rows
+        blocks = features.unflatten(1, (rows, height // rows, columns, width // columns))
+        return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def _windows(features: Tensor, rate: int) -> Tensor:
+    """(N, T, D) -> (N, T // r, r * D); a batch too short for a window, which no item asks for then, gives one anyway."""
+    features = functional.pad(features, (0, 0, 0, max(rate - features.shape[1], 0)))
+    longest = features.shape[1] // rate
+    return features[:, : longest * rate].unflatten(1, (longest, rate)).flatten(2)
