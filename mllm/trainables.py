@@ -33,7 +33,7 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"train.parts holds {sorted(unknown)}; allowed: {', '.join(PARTS)}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_part_of(name) in parts)
+        parameter.requires_grad_(part_of(name) in parts)
     for medium, tower in TOWER_NAMES.items():
         if medium not in parts and hasattr(model.model, tower):
             freeze(getattr(model.model, tower))
@@ -50,7 +50,8 @@ def trainable_names(model: nn.Module) -> list[str]:
     return sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part (see `PARTS`) that a parameter belongs to, by its name."""
     if ".lora_" in name:
         return "adapter"
     if name.startswith("model.compressors."):
@@ -64,7 +65,7 @@ def _part_of(name: str) -> str:
 def _log(model: nn.Module) -> None:
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        total = counts.setdefault(_part_of(name), [0, 0])
+        total = counts.setdefault(part_of(name), [0, 0])
         total[0] += parameter.numel() if parameter.requires_grad else 0
         total[1] += parameter.numel()
         if parameter.requires_grad:
