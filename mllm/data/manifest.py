@@ -22,7 +22,6 @@ from mllm.budget import MEDIA
 from mllm.media.paths import path_problem
 
 ROLES = ("system", "user", "assistant")
-ROW_KEYS = ("id", "messages", "task", "kind", "meta")
 MAX_LINE_BYTES = 8 * 2**20
 """A longer line is refused unread, so that a file without line breaks cannot fill the memory."""
 
@@ -46,6 +45,7 @@ class Media:
 
 
 Part = Text | Media
+Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> N
         aside.unlink(missing_ok=True)
 
 
-def parse_row(row: Mapping[str, Any], root: str | os.PathLike[str], *, where: str = "row") -> Sample:
+def parse_row(row: dict[str, Any], root: str | os.PathLike[str], *, where: str = "row") -> Sample:
     """Turn one decoded JSON object into a `Sample`.
 
     Raises:
@@ -184,7 +184,7 @@ def _inspect_line(line: bytes, root: Path) -> tuple[Sample | None, list[str]]:
         return None, [f"the line is longer than {MAX_LINE_BYTES} bytes"]
     try:
         text = line.decode("utf-8")
-        row = json.loads(text, object_pairs_hook=_object_of, parse_constant=_refuse_constant)
+        row = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         return None, [f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"]
     except json.JSONDecodeError as error:
@@ -195,7 +195,7 @@ def _inspect_line(line: bytes, root: Path) -> tuple[Sample | None, list[str]]:
         return None, [f"not JSON: {error}"]
     problems = _Inspector().row_problems(row)
     # Escapes are the only way to write a lone surrogate in a line that is UTF-8; it could never be written out again.
-    if not problems and "\\ud" in text.lower() and not _is_encodable(row):
+    if not problems and "\\" in text and not _is_encodable(row):
         problems = ["not Unicode text: the line holds half of a surrogate pair"]
     return (None, problems) if problems else (_build_sample(row, root), [])
 
@@ -212,6 +212,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse_constant)
+
+
 def _is_encodable(row: object) -> bool:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -221,48 +224,51 @@ def _is_encodable(row: object) -> bool:
 
 
 class _Inspector:
-    """Collects every problem of one row; each names its key."""
+    """Collects every problem of one row; each names its key.
+
+    A key travels as a tuple and becomes text only where there is a problem: most rows have none.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def row_problems(self, row: object) -> list[str]:
-        if not isinstance(row, Mapping):
+        if not isinstance(row, dict):
             return [f"a row must be a JSON object, got {_type_name(row)}"]
-        self._keys("", row, required=("id", "messages", "task"), optional=("kind", "meta"))
+        self._keys((), row, required=("id", "messages", "task"), optional=("kind", "meta"))
         for key in ("id", "task", "kind"):
             if key in row:
-                self._text(key, row[key], empty_allowed=False)
-        if "meta" in row and not isinstance(row["meta"], Mapping):
-            self._add("meta", f"must be an object, got {_type_name(row['meta'])}")
+                self._text((key,), row[key], empty_allowed=False)
+        if "meta" in row and not isinstance(row["meta"], dict):
+            self._add(("meta",), f"must be an object, got {_type_name(row['meta'])}")
         if "messages" in row:
             self._messages(row["messages"])
         return self.problems
 
     def _messages(self, messages: object) -> None:
         if not isinstance(messages, list | tuple) or not messages:
-            self._add("messages", f"must be a list of at least one message, got {_type_name(messages)}")
+            self._add(("messages",), f"must be a list of at least one message, got {_type_name(messages)}")
             return
         for index, message in enumerate(messages):
-            self._message(f"messages[{index}]", message, is_first=index == 0)
+            self._message(("messages", index), message, is_first=index == 0)
         last = messages[-1]
-        if isinstance(last, Mapping) and last.get("role") in ("system", "user"):
-            self._add("messages", f"the last message must be the assistant's, got role {last['role']!r}")
+        if isinstance(last, dict) and last.get("role") in ("system", "user"):
+            self._add(("messages",), f"the last message must be the assistant's, got role {last['role']!r}")
 
-    def _message(self, key: str, message: object, *, is_first: bool) -> None:
-        if not isinstance(message, Mapping):
+    def _message(self, key: Key, message: object, *, is_first: bool) -> None:
+        if not isinstance(message, dict):
             self._add(key, f"must be an object, got {_type_name(message)}")
             return
-        self._keys(key + ".", message, required=("role", "content"))
+        self._keys(key, message, required=("role", "content"))
         role = message.get("role")
         if "role" in message and role not in ROLES:
-            self._add(f"{key}.role", f"must be one of {', '.join(ROLES)}, got {reprlib.repr(role)}")
+            self._add((*key, "role"), f"must be one of {', '.join(ROLES)}, got {reprlib.repr(role)}")
         if role == "system" and not is_first:
-            self._add(f"{key}.role", "only the first message may be the system's")
+            self._add((*key, "role"), "only the first message may be the system's")
         if "content" in message:
-            self._content(f"{key}.content", message["content"], role)
+            self._content((*key, "content"), message["content"], role)
 
-    def _content(self, key: str, content: object, role: object) -> None:
+    def _content(self, key: Key, content: object, role: object) -> None:
         if isinstance(content, str):
             self._text(key, content, empty_allowed=role != "assistant")
             return
@@ -270,35 +276,35 @@ class _Inspector:
             self._add(key, f"must be a string or a list of at least one part, got {_type_name(content)}")
             return
         for index, part in enumerate(content):
-            self._part(f"{key}[{index}]", part, role)
-        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        if role == "assistant" and not any(isinstance(text, str) and text.strip() for text in texts):
+            self._part((*key, index), part, role)
+        if role == "assistant" and not any(_has_text(part) for part in content):
             self._add(key, "the assistant's answer must not be empty")
 
-    def _part(self, key: str, part: object, role: object) -> None:
-        if not isinstance(part, Mapping):
+    def _part(self, key: Key, part: object, role: object) -> None:
+        if not isinstance(part, dict):
             self._add(key, f"must be an object, got {_type_name(part)}")
             return
         kind = part.get("type")
         if kind == "text":
-            self._keys(key + ".", part, required=("type", "text"))
+            self._keys(key, part, required=("type", "text"))
             if "text" in part:
-                self._text(f"{key}.text", part["text"], empty_allowed=True)
+                self._text((*key, "text"), part["text"], empty_allowed=True)
         elif kind in MEDIA:
-            self._keys(key + ".", part, required=("type", "path"))
+            self._keys(key, part, required=("type", "path"))
             if role in ("system", "assistant"):
                 self._add(key, f"media may stand only in a user's message, got {kind!r} in the {role}'s")
-            self._path(f"{key}.path", part.get("path", ""))
+            if "path" in part:
+                self._path((*key, "path"), part["path"])
         else:
-            self._add(f"{key}.type", f"must be one of text, {', '.join(MEDIA)}, got {reprlib.repr(kind)}")
+            self._add((*key, "type"), f"must be one of text, {', '.join(MEDIA)}, got {reprlib.repr(kind)}")
 
-    def _path(self, key: str, path: object) -> None:
+    def _path(self, key: Key, path: object) -> None:
         if not isinstance(path, str):
             self._add(key, f"must be a string, got {_type_name(path)}")
         elif problem := path_problem(path):
             self._add(key, f"{problem}, got {_shown(path)}")
 
-    def _text(self, key: str, value: object, *, empty_allowed: bool) -> None:
+    def _text(self, key: Key, value: object, *, empty_allowed: bool) -> None:
         if not isinstance(value, str):
             self._add(key, f"must be a string, got {_type_name(value)}")
         elif "\0" in value:
@@ -307,25 +313,28 @@ class _Inspector:
             self._add(key, "must not be empty")
 
     def _keys(
-        self, prefix: str, found: Mapping[str, object], *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+        self, parent: Key, found: dict[str, object], *, required: tuple[str, ...], optional: tuple[str, ...] = ()
     ) -> None:
-        allowed = required + optional
-        if found.keys() <= set(allowed) and len(found) == len(allowed):
-            return
         for key in required:
             if key not in found:
-                self._add(prefix + key, "is missing")
+                self._add((*parent, key), "is missing")
+        allowed = required + optional
         for key in found:
             if key not in allowed:
-                self._add(f"{prefix}{_shown(key)}", f"unknown key; allowed are {', '.join(allowed)}")
+                self._add((*parent, key), f"unknown key; allowed are {', '.join(allowed)}")
 
-    def _add(self, key: str, problem: str) -> None:
-        self.problems.append(f"{key}: {problem}")
+    def _add(self, key: Key, problem: str) -> None:
+        name = "".join(f"[{step}]" if isinstance(step, int) else f".{_shown(step)}" for step in key)
+        self.problems.append(f"{name.removeprefix('.')}: {problem}")
+
+
+def _has_text(part: object) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and part["text"].strip() != ""
 
 
 def _shown(text: str) -> str:
-    """A string of the file for a message: quoted, escaped and cut, so that a hostile one cannot fill the report."""
-    return repr(text if len(text) <= 200 else text[:200] + "...")
+    """A string of the file for a message: quoted unless it is a plain word, and cut, so that none fills the report."""
+    return text if text.isidentifier() and len(text) <= 40 else repr(text if len(text) <= 200 else text[:200] + "...")
 
 
 def _type_name(value: object) -> str:
@@ -335,7 +344,7 @@ def _type_name(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-def _build_sample(row: Mapping[str, Any], root: Path) -> Sample:
+def _build_sample(row: dict[str, Any], root: Path) -> Sample:
     messages = tuple(Message(message["role"], _parts_of(message["content"])) for message in row["messages"])
     return Sample(row["id"], messages, row["task"], row.get("kind"), row.get("meta", {}), root)
 

@@ -1,6 +1,35 @@
-"""Media files to raw arrays, under limits, with one error type."""
+"""Media files to raw arrays, under limits, with one error type.
 
+    load_image(path)  a picture, upright RGB          load_audio(path)  one channel at the asked rate
+    load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings
+    MediaError        whatever is wrong with a file   resolve_media     which files may be opened at all
+
+Knows files, formats and limits. Does not know what an encoder wants (`transforms.py` does).
+"""
+
+from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
-from mllm.media.paths import path_problem, resolve_media
+from mllm.media.image import load_image
+from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
+from mllm.media.loader import MediaLoader
+from mllm.media.paths import RootedPaths, path_problem, resolve_media
+from mllm.media.video import Video, load_video, to_gray
 
-__all__ = ["ERROR_KINDS", "ErrorKind", "MediaError", "path_problem", "resolve_media"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ERROR_KINDS",
+    "Audio",
+    "ErrorKind",
+    "MediaError",
+    "MediaLimits",
+    "MediaLoader",
+    "RootedPaths",
+    "Video",
+    "load_audio",
+    "load_image",
+    "load_video",
+    "path_problem",
+    "resample",
+    "resolve_media",
+    "to_gray",
+]

@@ -5,7 +5,6 @@ Knows file names and links. Does not open files and does not know formats.
 
 import os
 import stat
-from functools import lru_cache
 from pathlib import Path
 
 from mllm.media.errors import MediaError
@@ -20,25 +19,49 @@ def resolve_media(root: str | os.PathLike[str], relative: str) -> Path:
         MediaError: "refused" for a path that is absolute, climbs, or leads out of the root by a link, and for anything
             but a regular file (folder, FIFO, device, socket); "missing" when there is no such file.
     """
-    if problem := path_problem(relative):
-        raise MediaError("refused", relative, problem)
-    parent, _, name = relative.rpartition("/")
-    try:
-        real_root, folder = _real_folder(os.fspath(root), parent)
-        candidate = os.path.join(folder, name)
-        status = os.lstat(candidate)
-        if stat.S_ISLNK(status.st_mode):
-            candidate = os.path.realpath(candidate, strict=True)
-            status = os.lstat(candidate)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MediaError("missing", relative, "there is no such file under the root") from error
-    except OSError as error:
-        raise MediaError("refused", relative, "the path cannot be followed") from error
-    if os.path.commonpath([real_root, candidate]) != real_root:
-        raise MediaError("refused", relative, "the path leads out of the root by a symbolic link")
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError("refused", relative, "not a regular file")
-    return Path(candidate)
+    return RootedPaths(root).resolve(relative)
+
+
+class RootedPaths:
+    """`resolve_media` for many files in one pass: the real path of each folder is looked up once.
+
+    For a short pass over a manifest. A long-lived process should not keep one, since a folder can be exchanged.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.fspath(root)
+        self._real_folders: dict[str, str] = {}
+
+    def resolve(self, relative: str) -> Path:
+        """See `resolve_media`."""
+        if problem := path_problem(relative):
+            raise MediaError("refused", relative, problem)
+        try:
+            candidate, mode = self._follow(relative)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MediaError("missing", relative, "there is no such file under the root") from error
+        except OSError as error:
+            raise MediaError("refused", relative, "the path cannot be followed") from error
+        if not candidate.startswith(os.path.join(self._real_folder(""), "")):
+            raise MediaError("refused", relative, "the path leads out of the root by a symbolic link")
+        if not stat.S_ISREG(mode):
+            raise MediaError("refused", relative, "not a regular file")
+        return Path(candidate)
+
+    def _follow(self, relative: str) -> tuple[str, int]:
+        """The path without links, and the mode of what stands there."""
+        parent, _, name = relative.rpartition("/")
+        candidate = os.path.join(self._real_folder(parent), name)
+        mode = os.lstat(candidate).st_mode
+        if not stat.S_ISLNK(mode):
+            return candidate, mode
+        candidate = os.path.realpath(candidate, strict=True)
+        return candidate, os.lstat(candidate).st_mode
+
+    def _real_folder(self, parent: str) -> str:
+        if parent not in self._real_folders:
+            self._real_folders[parent] = os.path.realpath(os.path.join(self.root, parent), strict=True)
+        return self._real_folders[parent]
 
 
 def path_problem(relative: str) -> str | None:
@@ -54,9 +77,3 @@ def path_problem(relative: str) -> str | None:
     if any(part in ("", ".", "..") for part in relative.split("/")):
         return "the path must not hold '..', '.' or empty parts"
     return None
-
-
-@lru_cache(maxsize=4096)
-def _real_folder(root: str, parent: str) -> tuple[str, str]:
-    """Real paths of the root and of a folder below it, remembered because many files share a folder."""
-    return os.path.realpath(root, strict=True), os.path.realpath(os.path.join(root, parent), strict=True)

@@ -1,0 +1,159 @@
+"""A sound file, or the sound of a video file, to one channel of float samples at the asked rate.
+
+Reads WAV, FLAC, Ogg and MP3 with soundfile and the audio stream of MP4, Matroska/WebM and AVI with PyAV, block by
+block. Does not know what an encoder wants to hear (`transforms.py` does).
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mllm.media.containers import open_stream, stated_seconds
+from mllm.media.errors import MediaError
+from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
+
+SOUND_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")
+AUDIO_CODECS = ("aac", "mp3", "opus", "vorbis", "flac", "alac", "ac3", "mp2")
+"""Codecs read inside video files, besides plain PCM."""
+BLOCK_FRAMES = 65_536
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """One channel of sound: `samples` float32 (L,), nominally within -1..1, and their rate."""
+
+    samples: np.ndarray
+    sample_rate_hz: int
+
+    @property
+    def seconds(self) -> float:
+        """Length in seconds."""
+        return len(self.samples) / self.sample_rate_hz
+
+
+def load_audio(
+    path: str | os.PathLike[str], sample_rate_hz: int = 16_000, *, limits: MediaLimits = DEFAULT_LIMITS
+) -> Audio:
+    """Read a sound as one channel at `sample_rate_hz`.
+
+    The rate is read from the file; another one is resampled by a polyphase filter, always the same one, so that a
+    result does not depend on which audio packages are installed. Channels are averaged. Samples are not clipped.
+    A file that was cut off is refused where its format states a length; MP3 and Ogg state none, and there it reads as
+    a shorter sound.
+
+    Raises:
+        MediaError: missing, refused, unsupported (format, codec, no audio stream), corrupt (also NaN or infinite
+            samples, or fewer samples than the header states), empty, limit, or deadline.
+    """
+    if sample_rate_hz <= 0:
+        raise ValueError(f"sample_rate_hz must be above 0, got {sample_rate_hz}")
+    name = os.fspath(path)
+    deadline = Deadline(name, limits.deadline_seconds)
+    with open_media(path, limits.audio_bytes) as file:
+        container = sniff(file)
+        if container is None or container[0] == "image":
+            raise MediaError("unsupported", name, "neither a sound nor a video file of a known format")
+        read = _read_sound if container[0] == "sound" else _read_clip
+        samples, rate_hz = read(name, file, limits, deadline)
+    if not np.isfinite(samples).all():
+        raise MediaError("corrupt", name, "the samples are not all finite numbers")
+    return Audio(resample(samples, rate_hz, sample_rate_hz), sample_rate_hz)
+
+
+def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """Resample (L,) float32 to ceil(L * to_hz / from_hz) samples; the same array when the rates agree."""
+    if from_hz == to_hz:
+        return samples
+    from scipy.signal import resample_poly
+
+    divisor = math.gcd(from_hz, to_hz)
+    return resample_poly(samples, to_hz // divisor, from_hz // divisor).astype(np.float32)
+
+
+def _read_sound(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
+    import soundfile
+
+    _check_riff_length(name, file)
+    with decoding(name):
+        sound = soundfile.SoundFile(file)
+    with sound:
+        if sound.format not in SOUND_FORMATS:
+            raise MediaError("unsupported", name, f"not one of the sound formats {', '.join(SOUND_FORMATS)}")
+        rate_hz, stated = sound.samplerate, sound.frames
+        _check_header(name, rate_hz, sound.channels, stated, limits)
+        mono = _collect(name, _sound_blocks(sound), rate_hz, limits, deadline)
+        # The length an MP3 header gives is an estimate; the other formats state it exactly.
+        if len(mono) < stated and sound.format not in ("MP3", "MPEG"):
+            raise MediaError("corrupt", name, "the file holds fewer samples than its header states")
+    return mono, rate_hz
+
+
+def _sound_blocks(sound: Any) -> Iterator[np.ndarray]:
+    while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        yield block.mean(axis=1)
+
+
+def _check_riff_length(name: str, file: BinaryIO) -> None:
+    """soundfile reads a WAV that was cut off as if it ended there; its first chunk header still tells.
+
+    Sizes near 2^31 and 2^32 are what programs write that stream to a pipe and never learn the length.
+    """
+    head = file.read(8)
+    file.seek(0)
+    stated = int.from_bytes(head[4:8], "little")
+    if head[:4] == b"RIFF" and stated < 0x7FFF_F000 and os.fstat(file.fileno()).st_size < stated + 8:
+        raise MediaError("corrupt", name, "the file is shorter than its header states")
+
+
+def _read_clip(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
+    with open_stream(name, file, "audio", AUDIO_CODECS) as (container, stream):
+        rate_hz, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+        stated = int(stated_seconds(container, stream) * rate_hz)
+        _check_header(name, rate_hz, channels, stated, limits)
+        return _collect(name, _clip_blocks(name, container, stream, rate_hz), rate_hz, limits, deadline), rate_hz
+
+
+def _clip_blocks(name: str, container: Any, stream: Any, rate_hz: int) -> Iterator[np.ndarray]:
+    import av
+
+    planar = av.AudioResampler(format="fltp")
+    for frame in container.decode(stream):
+        if frame.sample_rate != rate_hz:
+            raise MediaError("corrupt", name, "the sample rate changes inside the file")
+        for part in planar.resample(frame):
+            yield part.to_ndarray().mean(axis=0)
+
+
+def _check_header(name: str, rate_hz: int, channels: int, stated: int, limits: MediaLimits) -> None:
+    if not limits.audio_min_hz <= rate_hz <= limits.audio_max_hz:
+        reason = f"the sample rate must be {limits.audio_min_hz} to {limits.audio_max_hz} Hz, the file has {rate_hz}"
+        raise MediaError("limit", name, reason)
+    if not 1 <= channels <= limits.audio_channels:
+        raise MediaError("limit", name, f"there must be 1 to {limits.audio_channels} channels, the file has {channels}")
+    _check_count(name, stated, rate_hz, limits)
+
+
+def _check_count(name: str, samples: int, rate_hz: int, limits: MediaLimits) -> None:
+    if samples > limits.audio_seconds * rate_hz:
+        raise MediaError("limit", name, f"the sound is longer than {limits.audio_seconds:g} seconds")
+    if samples > limits.audio_samples:
+        raise MediaError("limit", name, f"the sound has more than {limits.audio_samples} samples per channel")
+
+
+def _collect(
+    name: str, blocks: Iterator[np.ndarray], rate_hz: int, limits: MediaLimits, deadline: Deadline
+) -> np.ndarray:
+    """Join mono blocks, counting: a header may state less than the file holds."""
+    parts, count = [], 0
+    for block in guarded(name, blocks):
+        deadline.check()
+        count += len(block)
+        _check_count(name, count, rate_hz, limits)
+        parts.append(block)
+    if not count:
+        raise MediaError("empty", name, "the file holds no sound samples")
+    return np.concatenate(parts).astype(np.float32, copy=False)

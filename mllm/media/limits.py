@@ -1,0 +1,173 @@
+"""How large a media file may be, and how it is opened and told apart before any decoder sees it.
+
+Every limit is enforced twice: from what the header claims, and again by counting while decoding, since headers lie.
+Knows bytes, signatures and numbers. Does not decode.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import BinaryIO, Literal, TypeVar
+
+from mllm.media.errors import MediaError
+
+Container = Literal["image", "sound", "clip"]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaLimits:
+    """What is refused, whoever asks. Raise a limit for your own files, lower it for strangers'.
+
+    The defaults stop files of a few kilobytes that unpack to gigabytes; LRS3 and VQA material is far below them,
+    except that a few LRS3 pretraining clips are minutes long.
+    """
+
+    image_bytes: int = 20 * 2**20
+    """Largest picture file."""
+    image_pixels: int = 40_000_000
+    """Largest width x height of a picture."""
+    audio_bytes: int = 128 * 2**20
+    """Largest sound file, and the largest clip read for its sound."""
+    audio_seconds: float = 600.0
+    """Longest sound."""
+    audio_samples: int = 32 * 2**20
+    """Most samples of one channel at the file's own rate (64 MiB of 16-bit PCM)."""
+    audio_channels: int = 8
+    """Most channels of a sound file."""
+    audio_min_hz: int = 8_000
+    """Lowest sample rate that is resampled; below it there is no speech band left."""
+    audio_max_hz: int = 192_000
+    """Highest sample rate."""
+    video_bytes: int = 256 * 2**20
+    """Largest video file."""
+    video_seconds: float = 120.0
+    """Longest video."""
+    video_pixels: int = 3840 * 2160
+    """Largest width x height of a video frame."""
+    video_frames: int = 3_000
+    """Most frames, in the file and after resampling."""
+    video_decoded_bytes: int = 256 * 2**20
+    """Largest array of decoded frames."""
+    deadline_seconds: float = 20.0
+    """Longest time one file may take to decode; checked between frames and blocks, never inside a decoder call."""
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"media limit {name} must be above 0, got {getattr(self, name)!r}")
+
+
+DEFAULT_LIMITS = MediaLimits()
+
+
+class Deadline:
+    """Raises once a file has taken longer than `seconds` since the start of its decoding."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        self.path = path
+        self.seconds = seconds
+        self.end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raises: MediaError("deadline") when the time is up."""
+        if time.monotonic() > self.end:
+            raise MediaError("deadline", self.path, f"decoding took longer than {self.seconds:g} seconds")
+
+
+@contextmanager
+def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryIO]:
+    """Open a regular file for a decoder, without following a link put in its place after the path was resolved.
+
+    Decoders get this object and never the path, so that none of them can take a name for a URL or a device.
+
+    Raises:
+        MediaError: missing, refused (no regular file, no permission), empty, or limit (more than `max_bytes`).
+    """
+    name = os.fspath(path)
+    try:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(os.path.realpath(name), flags)
+    except FileNotFoundError as error:
+        raise MediaError("missing", name, "there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise MediaError("refused", name, "the file cannot be opened") from error
+    try:
+        _check_file(name, os.fstat(descriptor), max_bytes)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError("refused", name, "not a regular file")
+    if status.st_size == 0:
+        raise MediaError("empty", name, "the file is empty")
+    if status.st_size > max_bytes:
+        raise MediaError("limit", name, f"the file is larger than {max_bytes} bytes")
+
+
+@contextmanager
+def decoding(path: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into one MediaError; what it said is kept as the cause only.
+
+    Wraps calls into decoders and nothing else: PyAV alone raises six exception types of its own on damaged files.
+    """
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError("corrupt", path, "the decoder could not read the file") from error
+
+
+def guarded(path: str, items: Iterator[Item]) -> Iterator[Item]:
+    """The items of a decoder, each step of it under `decoding`; the caller's own code between the steps is not."""
+    while True:
+        with decoding(path):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+def sniff(file: BinaryIO) -> tuple[Container, str] | None:
+    """Tell the container by its first bytes, as (group, name), or None when it is none of those that are read.
+
+    The name of the file means nothing: a playlist called clip.mp4 would make a decoder open other files and URLs.
+    """
+    head = file.read(16)
+    file.seek(0)
+    if head[:4] in (b"RIFF", b"RF64"):
+        riff: dict[bytes, tuple[Container, str]] = {
+            b"WAVE": ("sound", "wav"),
+            b"AVI ": ("clip", "avi"),
+            b"WEBP": ("image", "webp"),
+        }
+        return riff.get(head[8:12])
+    if head[4:8] == b"ftyp" or head[4:8] in (b"moov", b"mdat", b"free", b"wide", b"skip"):
+        return "clip", "mp4"
+    # Eleven set bits begin an MPEG audio frame; the two layer bits are 0 only in AAC, which is not MP3.
+    sync = int.from_bytes(head[:2], "big")
+    if sync & 0xFFE0 == 0xFFE0 and sync & 0x0006:
+        return "sound", "mp3"
+    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), None)
+
+
+_SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (
+    (b"\xff\xd8\xff", ("image", "jpeg")),
+    (b"\x89PNG\r\n\x1a\n", ("image", "png")),
+    (b"BM", ("image", "bmp")),
+    (b"fLaC", ("sound", "flac")),
+    (b"OggS", ("sound", "ogg")),
+    (b"ID3", ("sound", "mp3")),
+    (b"\x1a\x45\xdf\xa3", ("clip", "matroska")),
+    (b"\x00\x00\x01\xba", ("clip", "mpeg")),
+    (b"\x00\x00\x01\xb3", ("clip", "mpeg")),
+)

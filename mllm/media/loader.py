@@ -1,0 +1,53 @@
+"""One call for every medium: a file and its settings to a raw picture, sound or video.
+
+Knows which function reads which medium. Does not know manifests or encoders.
+"""
+
+import os
+from dataclasses import dataclass
+
+from PIL import Image
+
+from mllm.media.audio import Audio, load_audio
+from mllm.media.image import load_image
+from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
+from mllm.media.video import Backend, Video, load_video
+
+Raw = Image.Image | Audio | Video
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaLoader:
+    """Reads any medium the way one model wants it; small and picklable, so it travels to data loader workers."""
+
+    sample_rate_hz: int = 16_000
+    """Rate that sound is resampled to."""
+    frames_per_second: float | None = 25.0
+    """Rate that video is resampled to; None keeps the file's frames."""
+    gray: bool = False
+    """Whether video frames are grey (lip encoders) or RGB."""
+    backend: Backend = "pyav"
+    """Video decoder."""
+    limits: MediaLimits = DEFAULT_LIMITS
+    """What is refused."""
+
+    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
+        """Read one file.
+
+        Raises:
+            ValueError: an unknown medium.
+            MediaError: the file cannot be used.
+        """
+        if medium == "image":
+            return load_image(path, limits=self.limits)
+        if medium == "audio":
+            return load_audio(path, self.sample_rate_hz, limits=self.limits)
+        if medium == "video":
+            return load_video(
+                path,
+                backend=self.backend,
+                frames_per_second=self.frames_per_second,
+                gray=self.gray,
+                limits=self.limits,
+            )
+        raise ValueError(f"medium must be one of image, audio, video, got {medium!r}")

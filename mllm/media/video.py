@@ -1,0 +1,232 @@
+"""A video file to an array of upright frames at the asked frame rate.
+
+Two decoders, PyAV and decord, give the same frames: the plan of which frames are used is made once, from the
+timestamps in the file, and either decoder only carries it out. Sound is left to `audio.py`; both start at their own
+first sample, so an offset between the two streams of a file is not undone.
+Does not know lips, crops or what an encoder wants (`transforms.py` does).
+
+Shapes: T frames, H rows and W columns of a frame.
+"""
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from mllm.media.containers import open_stream, stated_seconds
+from mllm.media.errors import MediaError
+from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
+
+Backend = Literal["pyav", "decord"]
+VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
+DECORD_CHUNK_FRAMES = 32
+"""Frames decord decodes between two looks at the clock."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Video:
+    """Frames as uint8, (T, H, W, 3) RGB or (T, H, W) grey, and how many stand for a second."""
+
+    frames: np.ndarray
+    frames_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        """Length in seconds."""
+        return len(self.frames) / self.frames_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class FramePlan:
+    """Which frames of a file are used: for every output the number of a frame, never decreasing.
+
+    Frames are numbered in the order in which they are shown; `num_frames` is how many the file holds.
+    """
+
+    num_frames: int
+    indices: tuple[int, ...]
+    frames_per_second: float
+
+
+def load_video(
+    path: str | os.PathLike[str],
+    *,
+    backend: Backend = "pyav",
+    frames_per_second: float | None = 25.0,
+    gray: bool = False,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> Video:
+    """Read the frames of a video.
+
+    With a rate, output k is the frame whose presentation time is nearest to k / rate seconds after the first frame
+    (the earlier of two equally near ones), and there are round(seconds * rate) outputs, at least one. Timestamps
+    decide, not counts, so a variable frame rate is resampled right. `frames_per_second=None` keeps the file's frames
+    and reports their mean rate.
+
+    A rotation in the file's header is applied when it is a multiple of 90 degrees; pixels are taken as square.
+    Grey is the ITU-R 601 luma of the RGB frame, as Pillow's mode "L".
+
+    Raises:
+        ValueError: an unknown backend, or a rate that is not above 0.
+        ImportError: the backend is not installed or broken.
+        MediaError: missing, refused, unsupported (format, codec, no video stream), corrupt, empty, limit, deadline.
+    """
+    if backend not in _READERS:
+        raise ValueError(f"video backend must be one of {', '.join(_READERS)}, got {backend!r}")
+    if frames_per_second is not None and not frames_per_second > 0:
+        raise ValueError(f"frames_per_second must be above 0 or None, got {frames_per_second}")
+    if backend == "decord":
+        _import_decord()
+    name = os.fspath(path)
+    deadline = Deadline(name, limits.deadline_seconds)
+    with open_media(path, limits.video_bytes) as file:
+        container = sniff(file)
+        if container is None or container[0] != "clip":
+            raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video")
+        plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
+        file.seek(0)
+        frames = _READERS[backend](name, file, plan, limits)
+        return Video(_gather(name, frames, plan, gray, limits, deadline), plan.frames_per_second)
+
+
+def nearest_frame(times: Sequence[int], target: Fraction) -> int:
+    """Index of the time nearest to the target, the earlier one of two equally near; `times` never decrease."""
+    right = bisect_left(times, target)
+    if right == 0 or right == len(times):
+        return max(right - 1, 0)
+    return right - 1 if target - times[right - 1] <= times[right] - target else right
+
+
+def _plan(
+    name: str,
+    file: BinaryIO,
+    codecs: Sequence[str],
+    frames_per_second: float | None,
+    limits: MediaLimits,
+    deadline: Deadline,
+) -> FramePlan:
+    """Read every packet's timestamp without decoding a frame: the frame count cannot be forged in a header."""
+    with open_stream(name, file, "video", codecs) as (container, stream):
+        _check_size(name, stream.codec_context.width, stream.codec_context.height, limits)
+        _check_length(name, stated_seconds(container, stream), stream.frames, limits)
+        stamps: list[tuple[int, int]] = []
+        with decoding(name):
+            for packet in container.demux(stream):
+                deadline.check()
+                if not _is_shown(packet, stream.codec_context.codec.canonical_name):
+                    continue
+                if packet.is_corrupt or packet.pts is None:
+                    raise MediaError("corrupt", name, "the file is cut off, or a frame has no timestamp")
+                stamps.append((packet.pts, packet.duration or 0))
+                _check_length(name, Fraction(0), len(stamps), limits)
+        if not stamps:
+            raise MediaError("empty", name, "the file holds no video frames")
+        if len(stamps) < stream.frames and "mp4" in container.format.name:
+            raise MediaError("corrupt", name, "the file holds fewer frames than its header states")
+        return _plan_of(name, sorted(stamps), stream, frames_per_second, limits)
+
+
+def _is_shown(packet: Any, codec: str) -> bool:
+    """Whether a packet becomes a frame: not the flush packet, nor one before an edit, nor a hidden VP8 reference."""
+    if packet.size == 0 or packet.is_discard:
+        return False
+    return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
+
+
+def _plan_of(
+    name: str, stamps: list[tuple[int, int]], stream: Any, frames_per_second: float | None, limits: MediaLimits
+) -> FramePlan:
+    times = [time - stamps[0][0] for time, _ in stamps]
+    mean_rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * stream.time_base))) * stream.time_base
+    _check_length(name, span, len(times), limits)
+    if frames_per_second is None:
+        return FramePlan(len(times), tuple(range(len(times))), float(len(times) / span))
+    rate = Fraction(frames_per_second)
+    count = max(1, round(span * rate))
+    _check_length(name, Fraction(0), count, limits)
+    step = 1 / (rate * stream.time_base)
+    return FramePlan(len(times), tuple(nearest_frame(times, k * step) for k in range(count)), frames_per_second)
+
+
+def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits) -> Iterator[np.ndarray]:
+    """Every frame of the file in the order shown, (H, W, 3), turned upright; frames the plan leaves out as well.
+
+    The n-th frame shown belongs to the n-th smallest timestamp. A frame's own timestamp is not used: in AVI files it
+    is guessed from the order of storage and wrong for reordered frames.
+    """
+    with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
+        for frame in container.decode(stream):
+            _check_size(name, frame.width, frame.height, limits)
+            if frame.rotation % 90:
+                raise MediaError("unsupported", name, "the rotation in the header is not a multiple of 90 degrees")
+            yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
+def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits) -> Iterator[np.ndarray]:
+    """The same frames by decord, which turns them upright itself and reads the whole file into memory first."""
+    reader = _import_decord().VideoReader(file, num_threads=1)
+    if len(reader) != plan.num_frames:
+        raise MediaError("unsupported", name, "decord counts the frames of this file differently: use pyav")
+    if reader[0].shape[2] != 3:
+        # decord 0.6 hands out the padding of narrow rows as pixels (16, 24, 48 and 72 wide).
+        raise MediaError("unsupported", name, "decord cannot read frames of this width: use pyav")
+    for start in range(0, plan.num_frames, DECORD_CHUNK_FRAMES):
+        yield from reader.get_batch(range(start, min(start + DECORD_CHUNK_FRAMES, plan.num_frames))).asnumpy()
+
+
+def _import_decord() -> Any:
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise ImportError("the video backend decord cannot be imported: pip install 'mllm[decord]'") from error
+    return decord
+
+
+_READERS = {"pyav": _pyav_frames, "decord": _decord_frames}
+_CODECS = {"pyav": VIDEO_CODECS, "decord": tuple(codec for codec in VIDEO_CODECS if codec != "av1")}
+
+
+def _gather(
+    name: str, frames: Iterator[np.ndarray], plan: FramePlan, gray: bool, limits: MediaLimits, deadline: Deadline
+) -> np.ndarray:
+    """Put the planned frames into one array, which is allocated once, after its size has been checked."""
+    gathered: np.ndarray | None = None
+    number, position = -1, 0
+    for number, frame in enumerate(guarded(name, frames)):
+        deadline.check()
+        frame = to_gray(frame) if gray else frame
+        if gathered is None:
+            if frame.nbytes * len(plan.indices) > limits.video_decoded_bytes:
+                raise MediaError("limit", name, f"the frames take more than {limits.video_decoded_bytes} bytes")
+            gathered = np.empty((len(plan.indices), *frame.shape), dtype=np.uint8)
+        if frame.shape != gathered.shape[1:]:
+            raise MediaError("corrupt", name, "the frame size changes inside the file")
+        while position < len(plan.indices) and plan.indices[position] == number:
+            gathered[position] = frame
+            position += 1
+    if gathered is None or number + 1 != plan.num_frames:
+        raise MediaError("corrupt", name, "the decoder found another number of frames than the file states")
+    return gathered
+
+
+def to_gray(frame: np.ndarray) -> np.ndarray:
+    """ITU-R 601 luma of RGB frames, (..., 3) to (...) uint8, by the integer weights of Pillow's mode "L"."""
+    weights = np.array([19595, 38470, 7471], dtype=np.uint32)
+    return ((frame @ weights + 0x8000) >> 16).astype(np.uint8)
+
+
+def _check_size(name: str, width: int, height: int, limits: MediaLimits) -> None:
+    if not 0 < width * height <= limits.video_pixels:
+        raise MediaError("limit", name, f"a frame must have 1 to {limits.video_pixels} pixels")
+
+
+def _check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits) -> None:
+    if seconds > limits.video_seconds:
+        raise MediaError("limit", name, f"the video is longer than {limits.video_seconds:g} seconds")
+    if frames > limits.video_frames:
+        raise MediaError("limit", name, f"the video has more than {limits.video_frames} frames")
