@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from mllm.adapters import build_adapter
-from mllm.configuration import CONFIG_KEYS, ElasticConfig
+from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import backbone_class, tower_config, wrap_encoder
-from mllm.modeling import TOWER_NAMES, ElasticForConditionalGeneration
+from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
@@ -110,6 +110,8 @@ def encoder_config(settings: MediumSettings) -> PreTrainedConfig:
 def space_settings(settings: MediumSettings) -> dict[str, Any]:
     """What shapes a medium's encoder, compressor and space, as the config keeps it; unset values are left out."""
     values = {key: value for key, value in asdict(settings).items() if key not in _NOT_MODEL and value is not None}
+    if settings.projector_size == 0:
+        values["projector_size"] = None
     if settings.budget_range:
         start, stop, step = settings.budget_range
         values["budgets"] = list(range(start, stop + 1, step))

@@ -1,275 +1,21 @@
-"""The elastic model: encoders, compressors and an unmodified decoder LLM, as a native transformers model.
+"""The elastic model with the LLM's head, as a native transformers model.
 
 Knows tensors and counts. Does not know paths, text, budgets as words, or which budgets a step draws.
+`modeling_body.py` draws the forward pass.
 
-Shapes: B rows, S positions, N encoded media items, R placeholder runs, T features of the longest item,
-K soft tokens of the longest run, D an encoder's feature size, H the LLM's hidden size, V its vocabulary.
+Shapes: B rows, S positions, N encoded media items, R placeholder runs, P positions whose logits are wanted, T frames of
+the longest clip, H the LLM's hidden size, V its vocabulary.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mllm.budget import MEDIA
-from mllm.compressors import build_compressor
-from mllm.configuration import TOWER_NAMES, ElasticConfig
-from mllm.encoders import build_encoder
-from mllm.splice import check_runs, merge
-
-VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
-# What the forward pass takes per medium, beside the raw values.
-MEDIA_KEYS = (
-    *("pixel_values", "num_image_tokens", "image_index"),
-    *(f"{medium}_{name}" for medium in ("audio", "video") for name in ("values", "lengths", "rates", "index")),
-    *("num_audio_tokens", "num_video_tokens"),
-)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an encoder gave: values (N, T, D) and the true lengths (N,) of the items."""
-
-    values: Tensor
-    lengths: Tensor
-
-
-class ElasticPreTrainedModel(PreTrainedModel):
-    """What the two model classes share: the config class, and the initialisation of compressors."""
-
-    config_class = ElasticConfig
-    config: ElasticConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (read by transformers)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if type(module).__module__.startswith("mllm.compressors") and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # pyright: ignore[reportCallIssue]
-
-
-class ElasticModel(ElasticPreTrainedModel):
-    """Encoders, compressors and the decoder, without the head.
-
-        pixel_values ─ vision_tower ─┐
-        audio_values ─ audio_tower ──┼─ features (N, T, D) ─ compressors[medium] ─ soft tokens (R, K, H) ─┐
-        video_values ─ video_tower ──┘   once per item            by each run's own count                 │
-        input_ids ──── embed_tokens ─────────────────────────────────────────────────── merge ── language_model
-
-    A run is one stretch of placeholders in `input_ids`. `*_index` says which encoded item a run shows, so several
-    rows, or several budgets of one row, share one encoding; without it run i shows item i.
-    """
-
-    def __init__(self, config: ElasticConfig) -> None:
-        super().__init__(config)
-        text = config.text_config
-        assert text is not None
-        assert config.media is not None
-        self.language_model = AutoModel.from_config(text)
-        for medium, encoder_config in config.encoder_configs.items():
-            setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, config.media[medium]))
-        self.compressors = nn.ModuleDict(
-            {
-                medium: build_compressor(
-                    medium,
-                    config.media[medium],
-                    in_size=self.tower(medium).hidden_size,
-                    out_size=text.hidden_size,
-                    grid=getattr(self.tower(medium), "grid", None),
-                )
-                for medium in config.encoder_configs
-            }
-        )
-        self.post_init()
-
-    def tower(self, medium: str) -> Any:
-        """The encoder of a medium."""
-        return getattr(self, TOWER_NAMES[medium])
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def encode(self, medium: str, values: Tensor, lengths: Tensor | None = None) -> Features:
-        """Run a medium's encoder once; without gradient unless something in it trains.
-
-        Args:
-            values: raw input of the encoder, items first.
-            lengths: (N,) true raw lengths of a stream.
-        """
-        tower = self.tower(medium)
-        trains = any(parameter.requires_grad for parameter in tower.parameters())
-        values = values.to(next(tower.parameters()).dtype)
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            if medium == "image":
-                features = tower(values)
-                return Features(features, features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64))
-            return Features(*tower(values, lengths))
-
-    def compress(
-        self,
-        medium: str,
-        features: Features,
-        *,
-        num_tokens: Tensor,
-        rates: Tensor | None = None,
-        index: Tensor | None = None,
-        max_tokens: int,
-    ) -> Tensor:
-        """Soft tokens of every run at its own budget.
-
-        Args:
-            num_tokens: (R,) soft tokens of each run.
-            rates: (R,) frames per token, 0 where a count was asked; nothing for pictures.
-            index: (R,) the encoded item of each run; nothing means one run per item.
-            max_tokens: an upper bound of `num_tokens` known on the host.
-
-        Returns:
-            (R, K, H) with K = max_tokens, zero beyond each run's own count.
-        """
-        values, lengths = features.values, features.lengths
-        if index is not None:
-            values, lengths = values[index], lengths[index]
-        rates = torch.zeros_like(num_tokens) if rates is None else rates
-        return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens)
-
-    def get_image_features(
-        self, pixel_values: Tensor, num_image_tokens: Tensor, image_index: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Soft tokens of pictures: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output("image", pixel_values, None, num_image_tokens, None, image_index)
-
-    def get_audio_features(
-        self,
-        audio_values: Tensor,
-        audio_lengths: Tensor,
-        num_audio_tokens: Tensor,
-        audio_rates: Tensor | None = None,
-        audio_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Soft tokens of audio clips: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output("audio", audio_values, audio_lengths, num_audio_tokens, audio_rates, audio_index)
-
-    def get_video_features(
-        self,
-        video_values: Tensor,
-        video_lengths: Tensor,
-        num_video_tokens: Tensor,
-        video_rates: Tensor | None = None,
-        video_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Soft tokens of videos: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output("video", video_values, video_lengths, num_video_tokens, video_rates, video_index)
-
-    def _features_output(
-        self,
-        medium: str,
-        values: Tensor,
-        lengths: Tensor | None,
-        num_tokens: Tensor,
-        rates: Tensor | None,
-        index: Tensor | None,
-    ) -> BaseModelOutputWithPooling:
-        features = self.encode(medium, values, lengths)
-        counts = num_tokens.tolist()
-        soft = self.compress(medium, features, num_tokens=num_tokens, rates=rates, index=index, max_tokens=max(counts))
-        runs = [tokens[:count] for tokens, count in zip(soft, counts, strict=True)]
-        return BaseModelOutputWithPooling(last_hidden_state=features.values, pooler_output=runs)  # pyright: ignore
-
-    def embed(self, input_ids: Tensor, media: Mapping[str, Tensor | None]) -> Tensor:
-        """Text embeddings with the soft tokens of all media in place.
-
-        Args:
-            input_ids: (B, S), one placeholder id per soft token.
-            media: the media arguments of `forward` by name.
-
-        Returns:
-            (B, S, H).
-
-        Raises:
-            ValueError: placeholders without soft tokens, or the reverse.
-        """
-        placeholder_ids = self.config.placeholder_ids or {}
-        masks = {medium: input_ids == placeholder_ids[medium] for medium in self.compressors}
-        text_ids = input_ids
-        for mask in masks.values():  # a placeholder id may lie beyond the LLM's vocabulary
-            text_ids = text_ids.masked_fill(mask, 0)
-        embeds = self.get_input_embeddings()(text_ids)
-        for medium, mask in masks.items():
-            values = media.get(VALUE_KEYS[medium])
-            num_tokens = media.get(f"num_{medium}_tokens")
-            self._check(medium, input_ids, num_tokens)
-            if values is not None and num_tokens is not None:
-                features = self.encode(medium, values, media.get(f"{medium}_lengths"))
-                soft = self.compress(
-                    medium,
-                    features,
-                    num_tokens=num_tokens,
-                    rates=media.get(f"{medium}_rates"),
-                    index=media.get(f"{medium}_index"),
-                    max_tokens=input_ids.shape[1],
-                )
-                embeds = merge(embeds, mask, soft, num_tokens)
-            elif self.training and _is_distributed():
-                embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
-        return embeds
-
-    def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None) -> None:
-        # On a device the host has checked the batch before the transfer; asking again would make the host wait.
-        if input_ids.device.type == "cpu":
-            counts = torch.zeros(0, dtype=torch.int64) if num_tokens is None else num_tokens
-            check_runs(input_ids, (self.config.placeholder_ids or {})[medium], counts, medium)
-
-    def _touch(self, medium: str) -> Tensor:
-        """A scalar that depends on every parameter of a branch this rank has no input for.
-
-        Without it a rank that lacks a medium skips the branch's collectives, and the others wait for ever.
-        """
-        tower, parameter = self.tower(medium), next(self.tower(medium).parameters())
-        values, lengths = tower.smallest_input()
-        features = self.encode(
-            medium, values.to(parameter.device), None if lengths is None else lengths.to(parameter.device)
-        )
-        one = features.lengths.new_ones(1)
-        soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
-        return soft.sum()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Embed, splice and run the decoder. The media arguments are those of `ElasticForConditionalGeneration`."""
-        media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("forward needs input_ids or inputs_embeds; got neither")
-            inputs_embeds = self.embed(input_ids, media)
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+from mllm.configuration import ElasticConfig
+from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel
 
 
 class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
@@ -303,22 +49,6 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
 
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
-
-    def get_image_features(self, pixel_values: Tensor, num_image_tokens: Tensor, **kwargs: Any) -> Any:
-        """See `ElasticModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, num_image_tokens, **kwargs)
-
-    def get_audio_features(
-        self, audio_values: Tensor, audio_lengths: Tensor, num_audio_tokens: Tensor, **kwargs: Any
-    ) -> Any:
-        """See `ElasticModel.get_audio_features`."""
-        return self.model.get_audio_features(audio_values, audio_lengths, num_audio_tokens, **kwargs)
-
-    def get_video_features(
-        self, video_values: Tensor, video_lengths: Tensor, num_video_tokens: Tensor, **kwargs: Any
-    ) -> Any:
-        """See `ElasticModel.get_video_features`."""
-        return self.model.get_video_features(video_values, video_lengths, num_video_tokens, **kwargs)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H), as the LLM's own class computes them."""
@@ -408,6 +138,22 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers does it, but ids that assisted decoding guesses after an embedded prompt are embedded too."""
+        parent: Any = super()
+        if inputs_embeds is not None and is_first_iteration:
+            guessed = input_ids[:, inputs_embeds.shape[1] :]
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(guessed)], dim=1)
+        return parent.prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate` with the media encoded and compressed once per item, whatever the beams.
@@ -424,10 +170,3 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 input_ids = input_ids.masked_fill(input_ids == placeholder, filler)
         parent: Any = super()
         return parent.generate(input_ids, **kwargs)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-assert set(VALUE_KEYS) == set(MEDIA)

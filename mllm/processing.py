@@ -7,22 +7,21 @@ Does not know weights, training or metrics. Everything it makes is on the host.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
 
-from mllm.budget import Budget, Extent, Space
+from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, expand
-from mllm.media import MediaLimits, load_medium, resolve_media
-from mllm.transforms import Transform, build_transform
+from mllm.media import MediaLoader, resolve_media
 
-PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in ("image", "audio", "video")}
+PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
 LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 
 
@@ -81,8 +80,10 @@ class ElasticProcessor(ProcessorMixin):
         return {m: encoder_facts(_config_of(s["encoder"]), s["space"]) for m, s in media.items()}
 
     @cached_property
-    def transforms(self) -> dict[str, Transform]:
+    def transforms(self) -> dict[str, Any]:
         """What makes an encoder's input of a decoded file, by medium."""
+        from mllm.transforms import build_transform
+
         media = self.elastic["media"]
         return {m: build_transform(m, _config_of(s["encoder"]), s["preprocessor"]) for m, s in media.items()}
 
@@ -91,27 +92,23 @@ class ElasticProcessor(ProcessorMixin):
         return {"processor_class": type(self).__name__, "elastic": self.elastic}
 
     def load_media(
-        self,
-        sample: Sample,
-        *,
-        generator: np.random.Generator | None = None,
-        limits: MediaLimits | None = None,
-        video_backend: str = "pyav",
+        self, sample: Sample, *, generator: np.random.Generator | None = None, loader: MediaLoader | None = None
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
         Args:
             generator: randomness of training augmentation; none for evaluation.
+            loader: limits and decoders other than the default ones.
 
         Raises:
             MediaError: a file that is missing, broken, over a limit or outside the root.
             ValueError: a medium this model does not take.
         """
+        read = loader or MediaLoader(gray=True)
         loaded = []
         for part in sample.media:
             self._check_medium(part.medium)
-            path = resolve_media(sample.root, part.path, kind=part.medium)
-            raw = load_medium(part.medium, path, limits=limits or MediaLimits(), video_backend=video_backend)
+            raw = read(part.medium, resolve_media(sample.root, part.path))
             loaded.append(self.transform(part.medium, raw, generator=generator))
         return loaded
 
@@ -122,8 +119,9 @@ class ElasticProcessor(ProcessorMixin):
         return LoadedMedia(medium, values, raw_length)
 
     def _check_medium(self, medium: str) -> None:
-        if medium not in self.transforms:
-            raise ValueError(f"this model does not take {medium}; it takes {', '.join(self.transforms) or 'text only'}")
+        if medium not in self.placeholder_ids:
+            allowed = ", ".join(self.placeholder_ids) or "text only"
+            raise ValueError(f"this model does not take {medium}; it takes {allowed}")
 
     def extent(self, loaded: LoadedMedia) -> Extent:
         """What the budget needs to know of a medium."""
@@ -198,8 +196,9 @@ class ElasticProcessor(ProcessorMixin):
         if (samples is None) == (text is None):
             raise ValueError("give either samples or text, and not both")
         if samples is None:
-            raws = [("image", x) for x in images] + [("audio", x) for x in audio] + [("video", x) for x in videos]
-            parts = (*(Media(medium, "") for medium, _ in raws), Text(text or ""))
+            given = {"image": images, "audio": audio, "video": videos}
+            raws = [(medium, raw) for medium in MEDIA for raw in given[medium]]
+            parts = (*(Media(cast(Any, medium), "") for medium, _ in raws), Text(text or ""))
             rows = [Sample("prompt", (Message("user", parts),), task="generate")]
             loaded = [[self.transform(medium, raw) for medium, raw in raws]]
         else:

@@ -1,11 +1,13 @@
-"""Makes transformers' Auto classes know the elastic model, at the moment transformers is imported and not before.
+"""Makes transformers' Auto classes know the elastic model, when they are first asked and not before.
 
-Knows module names of transformers and of this package. Does not know what they compute.
+Knows names of transformers and of this package. Does not know what they compute.
 
-`mllm --help` must not wait for torch, and `AutoModelForImageTextToText.from_pretrained` must work after `import mllm`:
-so the classes are registered by an import hook as soon as transformers has loaded its own Auto modules.
+`mllm --help` must not wait for torch, and `AutoModelForImageTextToText.from_pretrained` must work after `import mllm`.
+So an import hook lets the loading methods of the Auto classes register the classes here when they are first called; at
+the time transformers is imported it is too early, since the modules the classes need are still being loaded.
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -14,6 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AUTO = "transformers.models.auto."
 logger = logging.getLogger(__name__)
@@ -21,41 +24,19 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Register everything now; doing so again changes nothing."""
-    for action in _AFTER.values():
-        action()
-
-
-def _register_config() -> None:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
     from mllm.configuration import ElasticConfig
-    from mllm.encoders.av_hubert import AVHubertConfig
+    from mllm.encoders import register_av_hubert
+    from mllm.modeling import ElasticForConditionalGeneration
+    from mllm.modeling_body import ElasticModel
+    from mllm.processing import ElasticProcessor
 
+    register_av_hubert()
     AutoConfig.register("elastic", ElasticConfig, exist_ok=True)
-    AutoConfig.register(AVHubertConfig.model_type, AVHubertConfig, exist_ok=True)
-
-
-def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
-
-    from mllm.configuration import ElasticConfig
-    from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
-    from mllm.modeling import ElasticForConditionalGeneration, ElasticModel
-
-    _register_config()
-    AutoModel.register(AVHubertConfig, AVHubertEncoder, exist_ok=True)
     AutoModel.register(ElasticConfig, ElasticModel, exist_ok=True)
     AutoModelForImageTextToText.register(ElasticConfig, ElasticForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(ElasticConfig, ElasticForConditionalGeneration, exist_ok=True)
-
-
-def _register_processor() -> None:
-    from transformers import AutoProcessor
-
-    from mllm.configuration import ElasticConfig
-    from mllm.processing import ElasticProcessor
-
-    _register_config()
     AutoProcessor.register(ElasticConfig, ElasticProcessor, exist_ok=True)
 
 
@@ -83,21 +64,45 @@ def hide_broken_torchaudio() -> None:
         import_utils.is_torchaudio_available.cache_clear()
 
 
-_BEFORE: dict[str, Callable[[], None]] = {"transformers.audio_utils": hide_broken_torchaudio}
-_AFTER: dict[str, Callable[[], None]] = {
-    f"{AUTO}configuration_auto": _register_config,
-    f"{AUTO}modeling_auto": _register_models,
-    f"{AUTO}processing_auto": _register_processor,
+# Methods that load by model type, by the module and class they are defined in.
+_LOADERS = {
+    f"{AUTO}configuration_auto": ("AutoConfig", ("from_pretrained", "for_model")),
+    f"{AUTO}auto_factory": ("_BaseAutoModelClass", ("from_pretrained", "from_config")),
+    f"{AUTO}processing_auto": ("AutoProcessor", ("from_pretrained",)),
 }
+_BEFORE: dict[str, Callable[[], None]] = {"transformers.audio_utils": hide_broken_torchaudio}
+
+
+def _register_at_first_call(module: ModuleType) -> None:
+    class_name, methods = _LOADERS[module.__name__]
+    owner = getattr(module, class_name)
+    for name in methods:
+        setattr(owner, name, classmethod(_registering(owner.__dict__[name].__func__)))
+
+
+def _registering(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The loading method, after everything is registered; transformers copies it from class to class."""
+
+    @functools.wraps(load)
+    def register_and_load(cls: type, *args: Any, **kwargs: Any) -> Any:
+        _register_once()
+        return load(cls, *args, **kwargs)
+
+    return register_and_load
+
+
+@functools.cache
+def _register_once() -> None:
+    register()
 
 
 class _Hook(MetaPathFinder):
-    """Runs an action before or after one of the modules above is executed, each once."""
+    """Acts before or after one of the modules above is executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _BEFORE and fullname not in _AFTER:
+        if fullname not in _BEFORE and fullname not in _LOADERS:
             return None
         sys.meta_path.remove(self)  # find the module as if this hook were not there
         try:
@@ -109,22 +114,21 @@ class _Hook(MetaPathFinder):
         run = spec.loader.exec_module
 
         def execute(module: ModuleType) -> None:
-            _BEFORE.get(fullname, _nothing)()
+            if fullname in _BEFORE:
+                _BEFORE[fullname]()
             run(module)
-            _AFTER.get(fullname, _nothing)()
+            if fullname in _LOADERS:
+                _register_at_first_call(module)
 
         spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec
 
 
-def _nothing() -> None:
-    pass
-
-
 def install() -> None:
-    """Put the hook in place; what transformers has already loaded is registered at once."""
-    if not any(isinstance(finder, _Hook) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Hook())
-    for name, action in _AFTER.items():
+    """Put the hook in place, for what transformers has loaded already too."""
+    if any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Hook())
+    for name in _LOADERS:
         if name in sys.modules:
-            action()
+            _register_at_first_call(sys.modules[name])

@@ -19,23 +19,29 @@ class MediumSettings:
     """The trained space, e.g. [1, 4, 16, 64] tokens or ["/4", "/16"] frames per token."""
     budget_range: list[int] | None = None
     """Instead of budgets: [start, stop, step] of counts, stop included."""
-    feature_layer: int = -2
-    """Which hidden layer of a vision tower gives the features; -1 is the last."""
+    feature_layer: int | None = None
+    """Which hidden layer of a vision tower gives the features; -2 by default, -1 is the last."""
+    final_norm: bool | None = None
+    """Send that layer through the tower's own final norm; off by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
     window_frames: int | None = None
     """Window of the compressor `query` on a stream, in encoder frames."""
-    keys: Literal["position", "content"] = "position"
-    """What the queries look at: positions only (MQT as released) or the features too."""
-    num_heads: int | None = None
-    """Attention heads of the compressor `query`; hidden size / 64 by default."""
+    keys: Literal["position", "content"] | None = None
+    """What the queries look at: positions only (MQT as released, the default) or the features too."""
+    query_size: int | None = None
+    """Size of the queries; the encoder's hidden size by default."""
+    query_heads: int | None = None
+    """Attention heads of the compressor `query`; one per 64 of its size by default."""
     projector_size: int | None = None
-    """Hidden size of the two-layer projector; one linear layer when left out."""
-    projector_norm: bool = False
-    """LayerNorm after the projector."""
+    """Hidden size of the two-layer projector, the LLM's by default; 0 for one linear layer."""
+    projector_norm: bool | None = None
+    """LayerNorm after the projector; none by default."""
+    projector_activation: Literal["gelu", "relu"] | None = None
+    """Between the projector's layers; gelu by default."""
     per_budget_projector: bool = False
     """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
-    project_first: bool = False
+    project_first: bool | None = None
     """Pool after the projector, as M3 does."""
     span: list[str] = field(default_factory=list)
     """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default."""

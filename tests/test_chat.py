@@ -37,9 +37,7 @@ def test_plain_is_what_the_worlds_llm_has_read(tokenizer: PreTrainedTokenizerFas
 
 
 @pytest.mark.parametrize("chat_format", ["plain", "vicuna_v1"])
-def test_the_prompt_is_a_prefix_of_the_whole_conversation(
-    tokenizer: PreTrainedTokenizerFast, chat_format: str
-) -> None:
+def test_the_prompt_is_a_prefix_of_the_whole_conversation(tokenizer: PreTrainedTokenizerFast, chat_format: str) -> None:
     encode = encoder(tokenizer, chat_format)
     whole, prompt = encode([QUESTION, ANSWER]), encode([QUESTION], add_generation_prompt=True)
     assert whole.ids[: len(prompt.ids)] == prompt.ids

@@ -17,7 +17,9 @@ def test_each_placeholder_becomes_its_run_and_no_target() -> None:
 
 @pytest.mark.parametrize("counts", [[3], [3, 2, 1]])
 def test_a_wrong_number_of_media_names_both_counts_and_the_sample(counts: list[int]) -> None:
-    with pytest.raises(ValueError, match=f"sample 'a7' has 2 media placeholders in its text for {len(counts)} media items"):
+    with pytest.raises(
+        ValueError, match=f"sample 'a7' has 2 media placeholders in its text for {len(counts)} media items"
+    ):
         expand_placeholders([1, AUDIO, IMAGE], [-100] * 3, BOTH, counts, "a7")
 
 

@@ -1,0 +1,176 @@
+"""Real models at toy size, random weights, no files: what most tests build on.
+
+A 2-layer Llama on the built-in world's tokenizer, a CLIP tower on an 8x8 grid, Whisper on 1-second windows, and a lip
+encoder with a handful of channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
+
+from mllm.building import config_of_parts
+from mllm.encoders import AVHubertConfig
+from mllm.expansion import Batch
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
+from mllm.world.tokenizer import build_tokenizer
+
+TOKENIZER: PreTrainedTokenizerFast = build_tokenizer()
+
+MEDIA: dict[str, dict[str, Any]] = {
+    "image": {"compressor": "pool", "budgets": [1, 4, 16, 64], "feature_layer": -1},
+    "audio": {"compressor": "pool", "budgets": ["/4", "/8"]},
+    "video": {"compressor": "stack", "budgets": ["/2", "/5"]},
+}
+
+
+def llm_config(**changes: Any) -> LlamaConfig:
+    """A Llama of 2 layers, 32 wide."""
+    return LlamaConfig(
+        **{
+            "vocab_size": len(TOKENIZER),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "bos_token_id": TOKENIZER.bos_token_id,
+            "eos_token_id": TOKENIZER.eos_token_id,
+            "pad_token_id": TOKENIZER.pad_token_id,
+            **changes,
+        }
+    )
+
+
+def encoder_configs() -> dict[str, PreTrainedConfig]:
+    """Tiny CLIP (8x8 patches), Whisper (1 s) and AV-HuBERT."""
+    return {
+        "image": CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=8,
+            projection_dim=16,
+        ),
+        "audio": WhisperConfig(
+            d_model=16,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=16,
+            num_mel_bins=80,
+            max_source_positions=50,
+        ),
+        "video": AVHubertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            resnet_channels=[4, 4, 8, 8],
+        ),
+    }
+
+
+def settings(
+    media: Sequence[str] = ("image", "audio", "video"), *, adapter: bool = True, **changes: dict[str, Any]
+) -> ModelSettings:
+    """Settings of a tiny model; `changes` are by medium. The sources are names of nothing."""
+    own = {m: MediumSettings(**{"encoder": "none", **MEDIA[m], **changes.get(m, {})}) for m in media}
+    lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"]) if adapter else None
+    return ModelSettings(llm="none", chat_format="plain", adapter=lora, **own)  # pyright: ignore[reportArgumentType]
+
+
+def processor(own: ModelSettings) -> ElasticProcessor:
+    """The processor of a tiny model; it reads real files."""
+    from mllm.building import space_settings
+
+    configs = encoder_configs()
+    preprocessors = {
+        "image": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"height": 64, "width": 64},
+            "do_center_crop": False,
+        },
+        "audio": WhisperFeatureExtractor(feature_size=80, chunk_length=1).to_dict(),
+        "video": {"crop_pixels": 32},
+    }
+    media = {
+        medium: {
+            "encoder": configs[medium].to_dict(),
+            "preprocessor": preprocessors[medium],
+            "space": space_settings(one),
+            "span": list(one.span),
+        }
+        for medium, one in own.media.items()
+    }
+    return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media})
+
+
+def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
+    """A tiny model with random weights, its adapter in place, in eval mode."""
+    from mllm.adapters import build_adapter
+
+    configs = encoder_configs()
+    ids = TOKENIZER.convert_tokens_to_ids
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = ElasticForConditionalGeneration(
+            config_of_parts(
+                own,
+                text_config=llm_config(**text),
+                encoder_configs={medium: configs[medium] for medium in own.media},
+                placeholder_ids={medium: ids(PLACEHOLDER_TOKENS[medium]) for medium in own.media},
+            )
+        )
+        for parameter in made.parameters():  # initial values are so small that every output would be the same
+            if parameter.dim() > 1:
+                parameter.data.mul_(4)
+    if own.adapter is not None:
+        build_adapter(made.model.language_model, {**(made.config.adapter or {}), "seed": seed})
+        for name, parameter in made.named_parameters():
+            if ".lora_B." in name:  # zero at first, so that an untouched adapter would not show
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+    return made.eval()
+
+
+def random_media(medium: str, length: int = 0, *, seed: int = 0) -> LoadedMedia:
+    """Encoder input of one item: a picture, or a stream of `length` feature frames."""
+    generator = torch.Generator().manual_seed(seed)
+    if medium == "image":
+        return LoadedMedia("image", torch.randn(3, 64, 64, generator=generator))
+    if medium == "audio":
+        return LoadedMedia("audio", torch.randn(80, 100, generator=generator), length * 320)
+    return LoadedMedia("video", torch.randn(length, 1, 32, 32, generator=generator), length)
+
+
+def batch(
+    made: ElasticProcessor, rows: Sequence[tuple[Sequence[str | LoadedMedia], str]], *, for_training: bool = False
+) -> Batch:
+    """A batch of rows (user parts, answer); a part is a text or loaded media."""
+    from mllm.data.manifest import Media, Message, Sample, Text
+
+    samples, media = [], []
+    for index, (parts, answer) in enumerate(rows):
+        content = tuple(Text(part) if isinstance(part, str) else Media(part.medium, "x") for part in parts)  # type: ignore[arg-type]
+        messages = (Message("user", content), Message("assistant", (Text(answer),)))
+        samples.append(Sample(f"row{index}", messages, task="test"))
+        media.append([part for part in parts if isinstance(part, LoadedMedia)])
+    return made.batch(samples, media, for_training=for_training)
