@@ -1,0 +1,305 @@
+"""What a request costs at a budget, from the config alone: FLOPs by part and bytes of key-value cache.
+
+Knows config fields and counts. Does not know torch, weights, files or time.
+
+A multiply-add is two FLOPs. Counted are matrix products, convolutions and attention; norms, activations, softmax and
+rotations are not. Attention over text counts the pairs a causal mask lets through, n p + n (n + 1) / 2 for n tokens
+after p, though a kernel that ignores the mask computes n (n + p). Sliding windows are not modelled: they count as full
+attention. Encoders count one clip or picture at its true length, without the padding of a batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One encoded medium of a request.
+
+    `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them, `height_pixels` and
+    `width_pixels` the size of a video's frames (pictures have the size their config says).
+    """
+
+    medium: str
+    num_features: int
+    num_tokens: int
+    height_pixels: int = 0
+    width_pixels: int = 0
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """FLOPs of one request by part, and the key-value cache it leaves, in bytes."""
+
+    encoder: int
+    compressor: int
+    prefill: int
+    decode: int
+    kv_bytes: int
+
+    @property
+    def total(self) -> int:
+        """All FLOPs."""
+        return self.encoder + self.compressor + self.prefill + self.decode
+
+
+def request_cost(
+    config: Any,
+    items: Sequence[Item],
+    *,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    num_beams: int = 1,
+    dtype: str = "float32",
+) -> RequestCost:
+    """The cost of answering one request, as `generate` runs it: encode once, prefill and decode every beam.
+
+    Args:
+        config: an `ElasticConfig`.
+        items: the media of the request.
+        num_prompt_tokens: the whole prompt, soft tokens included.
+        num_new_tokens: tokens of the answer, its end token included.
+        dtype: of the key-value cache.
+
+    Raises:
+        ValueError: an LLM or encoder that has no formula here.
+    """
+    text, adapter, media = config.text_config, config.adapter, config.media
+    encoders = config.encoder_configs
+    first = llm_flops(text, num_tokens=num_prompt_tokens, num_logits=1, adapter=adapter)
+    rest = max(num_new_tokens - 1, 0)  # the prompt's own pass gives the first token
+    later = llm_flops(text, num_tokens=rest, past_tokens=num_prompt_tokens, num_logits=rest, adapter=adapter)
+    kept = num_prompt_tokens + rest
+    return RequestCost(
+        encoder=sum(encoder_flops(encoders[item.medium], item, media[item.medium]) for item in items),
+        compressor=sum(
+            compressor_flops(
+                media[item.medium], item, in_size=_hidden_size(encoders[item.medium]), out_size=text.hidden_size
+            )
+            for item in items
+        ),
+        prefill=num_beams * first,
+        decode=num_beams * later,
+        kv_bytes=num_beams * kept * kv_bytes_per_token(text, dtype=dtype),
+    )
+
+
+def llm_flops(
+    text: Any, *, num_tokens: int, past_tokens: int = 0, num_logits: int = 0, adapter: Mapping[str, Any] | None = None
+) -> int:
+    """FLOPs of one forward pass of a dense decoder over `num_tokens` tokens that follow `past_tokens` cached ones.
+
+    Args:
+        text: config of the LLM: attention with grouped keys and values and a gated feed-forward block.
+        num_logits: positions the head runs at.
+        adapter: settings of an adapter that is not merged.
+
+    Raises:
+        ValueError: a mixture of experts, or a config without the fields of such a decoder.
+    """
+    body = sum(rows * columns for rows, columns in _linears(text).values()) + _adapter_weights(text, adapter)
+    pairs = num_tokens * past_tokens + num_tokens * (num_tokens + 1) // 2
+    attention = 4 * text.num_attention_heads * _head_size(text) * pairs
+    head = 2 * text.hidden_size * text.vocab_size * num_logits
+    return text.num_hidden_layers * (2 * body * num_tokens + attention) + head
+
+
+def train_factor(*, llm_trains: bool = False, checkpointing: bool = False) -> int:
+    """Training step over forward pass of the LLM: 2 when it is frozen (adapters are small), 3 when it learns."""
+    return (3 if llm_trains else 2) + int(checkpointing)
+
+
+def kv_bytes_per_token(text: Any, *, dtype: str = "float32") -> int:
+    """Bytes of key-value cache per token of context.
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
+    if dtype not in BYTES_PER_VALUE:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(BYTES_PER_VALUE)}")
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_size(text) * BYTES_PER_VALUE[dtype]
+
+
+def encoder_flops(config: Any, item: Item, settings: Mapping[str, Any] | None = None) -> int:
+    """FLOPs of encoding one item.
+
+    Args:
+        config: of the encoder's backbone.
+        settings: the `media.<medium>` block.
+
+    Raises:
+        ValueError: a backbone without a formula here.
+    """
+    if config.model_type not in _ENCODERS:
+        raise ValueError(f"no cost formula for encoder {config.model_type!r}; there are {', '.join(_ENCODERS)}")
+    return _ENCODERS[config.model_type](config, item, settings or {})
+
+
+def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, out_size: int) -> int:
+    """FLOPs of compressing one item to `item.num_tokens` soft tokens, its projectors included.
+
+    A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
+    Everything else is as it runs: `query` reads with all its queries whatever the budget, and with a projector per
+    budget every one of them runs.
+
+    Args:
+        settings: the `media.<medium>` block.
+        in_size: size of a feature.
+        out_size: the LLM's hidden size.
+    """
+    compressor = settings.get("compressor", "pool")
+    if compressor == "query":
+        return _query(settings, item, in_size, out_size)
+    budgets = [int(str(budget).removeprefix("/")) for budget in settings["budgets"]]
+    if compressor == "stack":
+        sizes = [item.num_features // n if item.medium == "image" else n for n in budgets]
+        windows = [min(item.num_features // size, item.num_tokens) for size in sizes]
+        return sum(n * _projector(settings, in_size * r, out_size) for n, r in zip(windows, sizes, strict=True))
+    num_projectors = len(budgets) if settings.get("per_budget_projector", False) else 1
+    first = settings.get("project_first", False)
+    projected, averaged_size = (item.num_features, out_size) if first else (item.num_tokens, in_size)
+    average = 2 * item.num_tokens * item.num_features * averaged_size
+    return average + num_projectors * projected * _projector(settings, in_size, out_size)
+
+
+def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
+    """FLOPs per token."""
+    hidden_size = settings.get("projector_size", out_size)
+    return 2 * (in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size))
+
+
+def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int) -> int:
+    """One cross-attention of all queries, over a picture or over every window of a stream, and the projection."""
+    queries, size = settings["num_queries"], settings.get("query_size") or in_size
+    window = item.num_features if item.medium == "image" else settings["window_frames"]
+    windows = -(-item.num_features // window)
+    read = windows * window
+    keys = read if settings.get("keys", "position") == "content" else window
+    weights = (queries + keys + read + windows * queries) * size * size  # queries, keys, values, output
+    weights += 0 if size == in_size else read * in_size * size
+    return 2 * (weights + 2 * queries * read * size + item.num_tokens * size * out_size)
+
+
+def _linears(text: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one decoder layer, by the last part of their names."""
+    if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ValueError(f"{text.model_type} is a mixture of experts; the cost formula covers dense decoders")
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        if not isinstance(getattr(text, key, None), int):
+            raise ValueError(f"no cost formula for LLM {text.model_type!r}: its config has no whole number {key}")
+    size, inner = text.hidden_size, text.intermediate_size
+    queries = text.num_attention_heads * _head_size(text)
+    keys = text.num_key_value_heads * _head_size(text)
+    return {
+        "q_proj": (size, queries),
+        "k_proj": (size, keys),
+        "v_proj": (size, keys),
+        "o_proj": (queries, size),
+        "gate_proj": (size, inner),
+        "up_proj": (size, inner),
+        "down_proj": (inner, size),
+    }
+
+
+def _adapter_weights(text: Any, adapter: Mapping[str, Any] | None) -> int:
+    if adapter is None:
+        return 0
+    if adapter.get("kind", "lora") != "lora":
+        raise ValueError(f"no cost formula for adapter {adapter['kind']!r}; there is lora")
+    linears = _linears(text)
+    return sum(adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
+
+
+def _head_size(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _hidden_size(config: Any) -> int:
+    return getattr(config, "hidden_size", None) or config.d_model
+
+
+def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: bool = False) -> int:
+    """Encoder layers with full attention over `length` positions."""
+    weights = 4 * size * size + (3 if gated else 2) * size * inner
+    return num_layers * (2 * length * weights + 4 * length * length * size)
+
+
+def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+    """A ViT that is cut behind the layer that is read."""
+    layer = settings.get("feature_layer", -2)
+    depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
+    size, patch = config.hidden_size, config.patch_size
+    extra = int(config.model_type != "siglip_vision_model") + getattr(config, "num_register_tokens", 0)
+    stem = 2 * item.num_features * size * config.num_channels * patch * patch
+    inner = int(size * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
+    gated = bool(getattr(config, "use_gated_mlp", False) or getattr(config, "use_swiglu_ffn", False))
+    if getattr(config, "use_swiglu_ffn", False):  # DINOv2 shrinks it so that three matrices cost what two did
+        inner = (int(inner * 2 / 3) + 7) // 8 * 8
+    return stem + _transformer(depth, size, inner, item.num_features + extra, gated=gated)
+
+
+def _whisper(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+    """The whole window, whatever the clip."""
+    window, size = config.max_source_positions, config.d_model
+    convolutions = 2 * 3 * size * (config.num_mel_bins * 2 * window + size * window)
+    return convolutions + _transformer(config.encoder_layers, size, config.encoder_ffn_dim, window)
+
+
+def _wave(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+    """HuBERT and its kin. The waveform is taken as the shortest that gives so many frames."""
+    frames, convolutions = item.num_features, 0
+    channels = [1, *config.conv_dim]
+    for index in reversed(range(len(config.conv_dim))):
+        kernel, stride = config.conv_kernel[index], config.conv_stride[index]
+        convolutions += 2 * frames * kernel * channels[index] * channels[index + 1]
+        frames = (frames - 1) * stride + kernel
+    projection = 2 * item.num_features * config.conv_dim[-1] * config.hidden_size
+    return convolutions + projection + _hubert_trunk(config, item.num_features)
+
+
+def _av_hubert(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+    """The lip half: 3-D convolution, ResNet-18 on each frame, and the trunk over zeros and video side by side."""
+    frames, size, widths = item.num_features, config.hidden_size, config.resnet_channels
+    height, width = _halved(item.height_pixels), _halved(item.width_pixels)
+    per_frame = 2 * height * width * widths[0] * 5 * 7 * 7
+    height, width = _halved(height), _halved(width)
+    before = widths[0]
+    for stage, channels in enumerate(widths):
+        if stage:
+            height, width = _halved(height), _halved(width)
+        weights = 9 * before * channels + 27 * channels * channels
+        weights += before * channels if stage or before != channels else 0
+        per_frame += 2 * height * width * weights
+        before = channels
+    projections = 2 * widths[-1] * size + 2 * 2 * size * size
+    return frames * (per_frame + projections) + _hubert_trunk(config, frames)
+
+
+def _hubert_trunk(config: Any, frames: int) -> int:
+    """Positional convolution (an even kernel computes one frame that is dropped) and layers."""
+    size, kernel = config.hidden_size, config.num_conv_pos_embeddings
+    outputs = frames + (1 if kernel % 2 == 0 else 0)
+    positions = 2 * outputs * size * (size // config.num_conv_pos_embedding_groups) * kernel
+    return positions + _transformer(config.num_hidden_layers, size, config.intermediate_size, frames)
+
+
+def _halved(pixels: int) -> int:
+    """Pixels left by a convolution or pooling of stride 2 that is padded to its kernel."""
+    return (pixels + 1) // 2
+
+
+_ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
+    "clip_vision_model": _vision_tower,
+    "siglip_vision_model": _vision_tower,
+    "dinov2": _vision_tower,
+    "dinov2_with_registers": _vision_tower,
+    "dinov3_vit": _vision_tower,
+    "whisper": _whisper,
+    "hubert": _wave,
+    "wav2vec2": _wave,
+    "wavlm": _wave,
+    "av_hubert": _av_hubert,
+}
