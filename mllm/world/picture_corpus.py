@@ -1,0 +1,95 @@
+"""Writes the picture corpus: scenes as png files, and manifests that ask about them.
+
+Knows scenes, questions and the manifest format. Does not know tokens, models or budgets.
+
+    out/train.jsonl       one row per picture, a dialogue of several questions
+    out/validation.jsonl  one row per question, one question of every kind per picture; `kind` says which
+    out/test.jsonl        the same
+    out/pictures/<split>/<number>.png
+
+Scenes are parted by a digest of what they show (`Scene.split`), so the splits of all seeds are disjoint.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.world.questions import Question, describe_scene, one_question_per_kind, sample_questions
+from mllm.world.scenes import SPLITS, Scene, random_scenes, render_scene
+
+TASK = "vqa"
+
+
+def write_picture_corpus(
+    out: str | Path,
+    *,
+    num_train: int = 2500,
+    num_validation: int = 100,
+    num_test: int = 300,
+    seed: int = 0,
+    questions_per_scene: int = 8,
+) -> dict[str, Path]:
+    """Write png files and one manifest per split; the same arguments give the same bytes.
+
+    Args:
+        out: folder to write into, which is also the root of the manifests.
+        num_train, num_validation, num_test: scenes per split.
+        seed: which scenes of each split, and what is asked.
+        questions_per_scene: turns of a training dialogue.
+
+    Returns:
+        the manifest of every split.
+
+    Raises:
+        ValueError: no scene in a split, or less than one question per scene.
+    """
+    out = Path(out)
+    counts = dict(zip(SPLITS, (num_train, num_validation, num_test), strict=True))
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"num_{split} must be at least 1 scene, got {count}")
+    manifests = {}
+    for split, count in counts.items():
+        scenes = list(islice(random_scenes(split, seed), count))
+        paths = _write_pictures(scenes, out, split)
+        generator = np.random.default_rng([seed, SPLITS.index(split), 17])
+        manifests[split] = out / f"{split}.jsonl"
+        num_turns = questions_per_scene if split == "train" else None
+        write_manifest(manifests[split], _samples(scenes, paths, split, generator, num_turns))
+    return manifests
+
+
+def _write_pictures(scenes: Sequence[Scene], out: Path, split: str) -> list[str]:
+    folder = Path("pictures") / split
+    (out / folder).mkdir(parents=True, exist_ok=True)
+    paths = [(folder / f"{number:05d}.png").as_posix() for number in range(len(scenes))]
+    for scene, path in zip(scenes, paths, strict=True):
+        render_scene(scene).save(out / path, compress_level=3)
+    return paths
+
+
+def _samples(
+    scenes: Sequence[Scene], paths: Sequence[str], split: str, generator: np.random.Generator, num_turns: int | None
+) -> Iterator[Sample]:
+    """One dialogue per scene where `num_turns` is given, else one sample per question kind."""
+    for number, (scene, path) in enumerate(zip(scenes, paths, strict=True)):
+        name = f"scene-{split}-{number:05d}"
+        meta = {"scene": describe_scene(scene)}
+        if num_turns is not None:
+            questions = sample_questions(scene, generator, num_turns)
+            yield Sample(name, _dialogue(path, questions), TASK, meta=meta)
+            continue
+        for question in one_question_per_kind(scene, generator):
+            yield Sample(f"{name}-{question.kind}", _dialogue(path, [question]), TASK, kind=question.kind, meta=meta)
+
+
+def _dialogue(path: str, questions: Sequence[Question]) -> tuple[Message, ...]:
+    messages = []
+    for turn, question in enumerate(questions):
+        picture = (Media("image", path),) if turn == 0 else ()
+        messages.append(Message("user", (*picture, Text(question.text))))
+        messages.append(Message("assistant", (Text(question.answer),)))
+    return tuple(messages)

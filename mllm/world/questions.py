@@ -1,0 +1,129 @@
+"""Questions about a scene, their one-word answers, and a scene told in words.
+
+Knows scenes. Does not know pixels, tokens, files or who is asked.
+`time` and `ground` need a glance at the whole picture; `colour`, `letter`, `count` and `relation` need single objects.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm.world.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, MAX_OBJECTS, SHAPES, SKIES, Scene, SceneObject
+
+COARSE_KINDS = ("time", "ground")
+DETAIL_KINDS = ("colour", "letter", "count", "relation")
+KINDS = COARSE_KINDS + DETAIL_KINDS
+
+# How often each kind is asked in training dialogues: the kinds that take long to learn more often.
+TRAINING_SHARES = {"time": 0.06, "ground": 0.07, "colour": 0.24, "letter": 0.24, "count": 0.16, "relation": 0.23}
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+ANSWERS = {
+    "time": tuple(SKIES),
+    "ground": tuple(GROUNDS),
+    "colour": tuple(COLOURS),
+    "letter": LETTERS,
+    "count": NUMBERS[: MAX_OBJECTS + 1],
+    "relation": ("yes", "no"),
+}
+COLUMN_WORDS = tuple(f"x{i + 1}" for i in range(GRID_CELLS))
+ROW_WORDS = tuple(f"y{i + 1}" for i in range(GRID_CELLS))
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question on a scene; the answer is one word of `ANSWERS[kind]`."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def all_questions(scene: Scene) -> list[Question]:
+    """Every question the scene can be asked; shapes that occur twice are not referred to."""
+    named = _unique_shapes(scene.objects)
+    return [
+        Question("time", "is it day or night?", scene.time),
+        Question("ground", "what colour is the ground?", scene.ground),
+        *(Question("colour", f"what colour is the {thing.shape}?", thing.colour) for thing in named),
+        *(Question("letter", f"what letter is on the {thing.shape}?", thing.letter) for thing in named),
+        *_count_questions(scene.objects),
+        *(question for one in named for other in named for question in _relation_questions(one, other)),
+    ]
+
+
+def sample_questions(scene: Scene, generator: np.random.Generator, count: int) -> list[Question]:
+    """Up to `count` different questions, their kinds drawn by `TRAINING_SHARES`, then one of that kind.
+
+    Raises:
+        ValueError: a count below one.
+    """
+    if count < 1:
+        raise ValueError(f"count of questions must be at least 1, got {count}")
+    by_kind = _by_kind(scene, generator)
+    asked: list[Question] = []
+    shares = np.array([TRAINING_SHARES[kind] for kind in KINDS])
+    while len(asked) < count and any(by_kind.values()):
+        left = shares * [bool(by_kind[kind]) for kind in KINDS]
+        kind = KINDS[int(np.searchsorted(np.cumsum(left), generator.random() * left.sum(), side="right"))]
+        asked.append(by_kind[kind].pop())
+    return asked
+
+
+def one_question_per_kind(scene: Scene, generator: np.random.Generator) -> list[Question]:
+    """One question of every kind that the scene can be asked, in the order of `KINDS`."""
+    by_kind = _by_kind(scene, generator)
+    return [by_kind[kind].pop() for kind in KINDS if by_kind[kind]]
+
+
+def describe_scene(scene: Scene, order: Iterable[int] | None = None) -> str:
+    """The scene in words, complete: "day, ground brown; circle red k x3 y5; square blue m x1 y2."
+
+    Args:
+        order: indices of the objects in the order in which they are told; as they stand in the scene when left out.
+    """
+    told = scene.objects if order is None else tuple(scene.objects[i] for i in order)
+    parts = [f"{scene.time}, ground {scene.ground}", *(" ".join(object_words(thing)) for thing in told)]
+    return "; ".join(parts) + "."
+
+
+def object_words(thing: SceneObject) -> tuple[str, str, str, str, str]:
+    """Shape, colour, letter, column and row of an object as words: what one patch of the picture says."""
+    return thing.shape, thing.colour, thing.letter, COLUMN_WORDS[thing.column], ROW_WORDS[thing.row]
+
+
+def _by_kind(scene: Scene, generator: np.random.Generator) -> dict[str, list[Question]]:
+    """The questions of the scene by kind, each list shuffled; the last of a list is the next to ask."""
+    questions = all_questions(scene)
+    by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+    for index in generator.permutation(len(questions)):
+        by_kind[questions[index].kind].append(questions[index])
+    # Colours that are not there are most of the counts: let them be asked after the others, but for one in five.
+    if generator.random() < 0.8:
+        by_kind["count"].sort(key=lambda question: question.answer != NUMBERS[0])
+    return by_kind
+
+
+def _unique_shapes(objects: tuple[SceneObject, ...]) -> list[SceneObject]:
+    counts = Counter(thing.shape for thing in objects)
+    return [thing for thing in sorted(objects, key=lambda o: SHAPES.index(o.shape)) if counts[thing.shape] == 1]
+
+
+def _count_questions(objects: tuple[SceneObject, ...]) -> list[Question]:
+    counts = Counter(thing.colour for thing in objects)
+    coloured = [Question("count", f"how many {colour} objects?", NUMBERS[counts[colour]]) for colour in COLOURS]
+    return [Question("count", "how many objects?", NUMBERS[len(objects)]), *coloured]
+
+
+def _relation_questions(one: SceneObject, other: SceneObject) -> list[Question]:
+    """`left of` when the columns differ, `above` when the rows do; yes and no are equally frequent over all pairs."""
+    found = []
+    if one.column != other.column:
+        answer = "yes" if one.column < other.column else "no"
+        found.append(Question("relation", f"is the {one.shape} left of the {other.shape}?", answer))
+    if one.row != other.row:
+        answer = "yes" if one.row < other.row else "no"
+        found.append(Question("relation", f"is the {one.shape} above the {other.shape}?", answer))
+    return found
