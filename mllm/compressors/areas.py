@@ -71,8 +71,8 @@ def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """How many rows the cells of a grid form.
 
     Whole patches win: if the cells can be equal blocks of whole patches at most twice as long as they are wide, the
-    squarest such blocks are taken, and of two equally square ones those in fewer rows. Otherwise the cells are as square
-    as can be: R is the integer nearest to sqrt(n * H / W).
+    squarest such blocks are taken, and of two equally square ones those in fewer rows. Otherwise the cells are as
+    square as can be: R is the integer nearest to sqrt(n * H / W).
 
     Args:
         tokens: (N,) int64, 1..H*W.

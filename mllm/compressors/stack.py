@@ -59,7 +59,7 @@ class Stack(Compressor):
 
 
 def _windows(features: Tensor, rate: int) -> Tensor:
-    """(N, T, D) -> (N, T // r, r * D); a batch too short for a window, which no item asks for then, gives one anyway."""
+    """(N, T, D) -> (N, T // r, r * D), one window at least: a batch too short for it still touches the weights."""
     features = functional.pad(features, (0, 0, 0, max(rate - features.shape[1], 0)))
     longest = features.shape[1] // rate
     return features[:, : longest * rate].unflatten(1, (longest, rate)).flatten(2)

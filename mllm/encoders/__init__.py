@@ -1,0 +1,129 @@
+"""Encoders: raw pictures, sound or video to features. One file per family.
+
+Knows transformers' model types, and the block of a config that shapes an encoder.
+Does not know compressors, budgets, the LLM, or where weights come from.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mllm.encoders.audio import wave_class, wave_facts, whisper_class, whisper_facts, wrap_wave, wrap_whisper
+from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder, register_av_hubert
+from mllm.encoders.base import Encoder, EncoderFacts, freeze
+from mllm.encoders.lips import lip_class, lip_facts, wrap_lips
+from mllm.encoders.vision import SETTINGS as VISION_SETTINGS
+from mllm.encoders.vision import vision_class, vision_facts, wrap_vision
+
+__all__ = [
+    "ENCODERS",
+    "SETTINGS",
+    "AVHubertConfig",
+    "AVHubertEncoder",
+    "Encoder",
+    "EncoderFacts",
+    "backbone_class",
+    "build_encoder",
+    "encoder_facts",
+    "freeze",
+    "register_av_hubert",
+    "tower_config",
+    "wrap_encoder",
+]
+
+SETTINGS = VISION_SETTINGS
+"""The keys of a `media.<medium>` block that shape an encoder."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of backbones becomes an encoder of a medium."""
+
+    medium: str
+    backbone: Callable[[PreTrainedConfig], type[PreTrainedModel]]
+    facts: Callable[[PreTrainedConfig, Mapping[str, Any]], EncoderFacts]
+    wrap: Callable[[Any, Mapping[str, Any]], Encoder]
+
+
+_VISION = Family("image", vision_class, vision_facts, wrap_vision)
+_WAVE = Family("audio", wave_class, wave_facts, wrap_wave)
+
+ENCODERS = {
+    "clip_vision_model": _VISION,
+    "siglip_vision_model": _VISION,
+    "dinov2": _VISION,
+    "dinov2_with_registers": _VISION,
+    "dinov3_vit": _VISION,
+    "whisper": Family("audio", whisper_class, whisper_facts, wrap_whisper),
+    "hubert": _WAVE,
+    "wav2vec2": _WAVE,
+    "wavlm": _WAVE,
+    "av_hubert": Family("video", lip_class, lip_facts, wrap_lips),
+}
+"""By the `model_type` of the backbone's config."""
+
+
+def tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision half of a picture-and-text config (CLIP, SigLIP); any other config as it is."""
+    return config.vision_config if hasattr(config, "vision_config") else config
+
+
+def encoder_facts(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> EncoderFacts:
+    """What an encoder publishes, from its config alone.
+
+    Args:
+        config: config of the backbone.
+        settings: the `media.<medium>` block; only the keys in `SETTINGS` are read.
+
+    Raises:
+        ValueError: a backbone that is none of `ENCODERS`.
+    """
+    return _family(config).facts(config, settings or {})
+
+
+def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class whose `from_pretrained` reads the backbone's weights.
+
+    Raises:
+        ValueError: a backbone that is none of `ENCODERS`.
+    """
+    return _family(config).backbone(config)
+
+
+def wrap_encoder(backbone: PreTrainedModel, settings: Mapping[str, Any] | None = None) -> Encoder:
+    """An encoder around a backbone that has its weights; the backbone is kept as `.backbone` and may be cut.
+
+    Raises:
+        ValueError: a backbone that is none of `ENCODERS`, or settings it cannot meet.
+    """
+    return _family(backbone.config).wrap(backbone, settings or {})
+
+
+def build_encoder(medium: str, config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> Encoder:
+    """An encoder with random weights; works on the meta device.
+
+    Args:
+        medium: what it is wanted for: `image`, `audio` or `video`.
+        config: config of the backbone.
+        settings: the `media.<medium>` block; only the keys in `SETTINGS` are read.
+
+    Raises:
+        ValueError: a backbone that is none of `ENCODERS` or reads another medium, or settings it cannot meet.
+    """
+    facts = encoder_facts(config, settings)
+    if facts.medium != medium:
+        raise ValueError(f"{config.model_type} reads {facts.medium}, not {medium}; for {medium}: {_names(medium)}")
+    return wrap_encoder(backbone_class(config)._from_config(copy.deepcopy(config)), settings)
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    if config.model_type not in ENCODERS:
+        raise ValueError(f"no encoder for model_type {config.model_type!r}; allowed: {', '.join(ENCODERS)}")
+    return ENCODERS[config.model_type]
+
+
+def _names(medium: str) -> str:
+    return ", ".join(name for name, family in ENCODERS.items() if family.medium == medium) or "none"

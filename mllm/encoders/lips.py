@@ -1,0 +1,68 @@
+"""AV-HuBERT as the video encoder: lip crops in, one feature per video frame out.
+
+Knows clips and their true lengths. Does not know how crops are made; `av_hubert.py` holds the network.
+
+Shapes: N clips, T frames of the longest clip, H x W pixels of a crop, D feature size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mllm.encoders.av_hubert import AVHubertEncoder
+from mllm.encoders.base import Encoder, EncoderFacts
+
+
+class LipEncoder(Encoder):
+    """AV-HuBERT on video alone; the audio half of its input is zeros, as in the published lip-reading systems."""
+
+    def __init__(self, *, backbone: AVHubertEncoder) -> None:
+        super().__init__(backbone)
+        self.hidden_size: int = backbone.config.hidden_size
+        self.frames_per_second = float(backbone.config.frames_per_second)
+
+    def lengths(self, raw: Tensor) -> Tensor:
+        """Video frames (N,) -> feature frames (N,): the same."""
+        return raw
+
+    def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode clips.
+
+        Args:
+            values: (N, T, 1, H, W) normalised gray lip crops; what follows a clip's end does not matter.
+            lengths: (N,) true frames of each clip.
+
+        Returns:
+            features (N, T, D) and the true frames (N,).
+        """
+        return self.backbone(video=values, lengths=lengths), lengths
+
+    def smallest_input(self) -> tuple[Tensor, Tensor]:
+        """Two blank frames: the batch norms of an encoder that trains need more than one value."""
+        return torch.zeros(1, 2, 1, 32, 32), torch.tensor([2])
+
+
+def lip_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+    """The facts of a lip encoder."""
+
+    def num_frames(num_video_frames: int) -> int:
+        if num_video_frames < 1:
+            raise ValueError(f"a video of {num_video_frames} frames is too short: at least 1 frame is needed")
+        return num_video_frames
+
+    return EncoderFacts(
+        "video", config.hidden_size, frames_per_second=float(config.frames_per_second), num_frames=num_frames
+    )
+
+
+def lip_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """AV-HuBERT."""
+    return AVHubertEncoder
+
+
+def wrap_lips(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> LipEncoder:
+    """AV-HuBERT as an encoder of this project; it has no settings."""
+    return LipEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,156 @@
+"""Vision towers of transformers as encoders: a picture of fixed size in, one feature per patch out.
+
+Knows which hidden layer to read, which tokens of a tower are no patches, and the grid the patches form.
+Does not know how a picture got its size, what compresses the patches, or the LLM.
+
+Shapes: N pictures, h x w pixels, T = rows x columns patches in reading order, D feature size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mllm.encoders.base import Encoder, EncoderFacts
+
+SETTINGS = ("feature_layer", "final_norm", "image_size")
+
+
+@dataclass(frozen=True)
+class TowerLayout:
+    """Where a family of vision towers keeps its parts."""
+
+    class_name: str
+    layers: str
+    final_norm: str
+    has_class_token: bool
+    interpolates: bool
+    """Whether `forward` must be told that the picture does not have the size of the position table."""
+
+
+TOWERS = {
+    "clip_vision_model": TowerLayout("CLIPVisionModel", "encoder.layers", "post_layernorm", True, True),
+    "siglip_vision_model": TowerLayout("SiglipVisionModel", "encoder.layers", "post_layernorm", False, True),
+    "dinov2": TowerLayout("Dinov2Model", "encoder.layer", "layernorm", True, False),
+    "dinov2_with_registers": TowerLayout("Dinov2WithRegistersModel", "encoder.layer", "layernorm", True, False),
+    "dinov3_vit": TowerLayout("DINOv3ViTModel", "model.layer", "norm", True, False),
+}
+
+
+class VisionEncoder(Encoder):
+    """The patch features of one hidden layer of a vision tower.
+
+    The tower is cut behind that layer: what follows would cost time and memory, and could never train.
+
+    Args:
+        backbone: a model of one of the families in `TOWERS`; it is changed in place.
+        feature_layer: which hidden states to read, counted as transformers does: 1 is the output of the first layer,
+            -1 that of the last, -2 (LLaVA, MQT, M3) that of the last but one.
+        final_norm: send what is read through the tower's own final norm (PaliGemma's choice, with -1).
+        image_size: pixels (h, w) of the pictures; nothing means the size in the backbone's config.
+
+    Raises:
+        ValueError: a layer that the tower does not have.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: PreTrainedModel,
+        feature_layer: int = -2,
+        final_norm: bool = False,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(backbone)
+        config = backbone.config
+        layout = TOWERS[config.model_type]
+        own_size = _pair(config.image_size)
+        self.image_size = image_size or own_size
+        self.grid = grid_of(self.image_size, _pair(config.patch_size))
+        self.hidden_size: int = config.hidden_size
+        self._num_extra_tokens = int(layout.has_class_token) + getattr(config, "num_register_tokens", 0)
+        resized = layout.interpolates and self.image_size != own_size
+        self._options = {"interpolate_pos_encoding": True} if resized else {}
+        _cut(backbone, layout, feature_layer, final_norm)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, h, w) normalised pixels -> (N, T, D) patch features in reading order.
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        if tuple(pixel_values.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"pictures are {tuple(pixel_values.shape[-2:])} pixels; this tower reads {self.image_size}"
+            )
+        hidden = self.backbone(pixel_values, **self._options).last_hidden_state
+        return hidden[:, self._num_extra_tokens :]
+
+    def smallest_input(self) -> tuple[Tensor, None]:
+        """One blank picture."""
+        return torch.zeros(1, 3, *self.image_size), None
+
+
+def vision_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+    """The facts of a vision tower; `settings` may hold `image_size`."""
+    size = image_size_of(settings) or _pair(config.image_size)
+    return EncoderFacts("image", config.hidden_size, grid=grid_of(size, _pair(config.patch_size)))
+
+
+def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class of a vision config."""
+    return getattr(transformers, TOWERS[config.model_type].class_name)
+
+
+def wrap_vision(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> VisionEncoder:
+    """A vision tower as an encoder, shaped by the keys `SETTINGS` of a config."""
+    return VisionEncoder(
+        backbone=backbone,
+        feature_layer=settings.get("feature_layer", -2),
+        final_norm=settings.get("final_norm", False),
+        image_size=image_size_of(settings),
+    )
+
+
+def image_size_of(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The (h, w) a config asks for, or nothing."""
+    size = settings.get("image_size")
+    return None if size is None else _pair(size)
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of whole patches in a picture.
+
+    Raises:
+        ValueError: a picture smaller than a patch.
+    """
+    grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
+    if not all(grid):
+        raise ValueError(f"image_size {image_size} is smaller than one patch {patch_size}")
+    return grid
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _cut(backbone: PreTrainedModel, layout: TowerLayout, feature_layer: int, final_norm: bool) -> None:
+    """Drop everything behind the hidden layer that is read."""
+    layers: Any = backbone.get_submodule(layout.layers)
+    num_layers = len(layers)
+    depth = feature_layer if feature_layer > 0 else num_layers + 1 + feature_layer
+    if feature_layer == 0 or not 1 <= depth <= num_layers:
+        raise ValueError(
+            f"feature_layer={feature_layer} is not a layer of this tower; allowed: 1..{num_layers} or -{num_layers}..-1"
+        )
+    del layers[depth:]
+    if not final_norm:
+        backbone.set_submodule(layout.final_norm, nn.Identity())
+    if getattr(backbone, "use_head", False):  # SigLIP's pooling head reads the features, nothing reads it
+        backbone.use_head = False  # pyright: ignore[reportArgumentType]
+        del backbone.head
