@@ -1,0 +1,1 @@
+"""Training: which budgets a step trains, the loss, the loop, checkpoints, and how a run is launched."""

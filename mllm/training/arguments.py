@@ -1,0 +1,80 @@
+"""From our settings to transformers' TrainingArguments, with what the elastic trainer needs beside them.
+
+Knows both vocabularies. Does not know models or data; it must come before any model is made, since ZeRO-3 shards
+weights while they are loaded.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from mllm.training.objective import Distillation
+from mllm.training.settings import RunSettings, SamplerSettings
+
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_AT_THE_END = 2**31
+"""As an interval of steps: never before the last one."""
+
+
+@dataclass
+class ElasticArguments(TrainingArguments):
+    """TrainingArguments, and what only this trainer reads."""
+
+    part_learning_rates: dict[str, float] = field(default_factory=dict)
+    distillation: Distillation | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)
+
+
+def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
+    """The arguments of a run. Where it is given in epochs, `max_steps` is put in once the data is known."""
+    train = settings.train
+    return ElasticArguments(
+        output_dir=train.output,
+        max_steps=train.max_steps or 1,
+        per_device_train_batch_size=1,  # batches are filled by tokens; DeepSpeed wants a number
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_betas[0],
+        adam_beta2=train.adam_betas[1],
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=_SCHEDULES[train.schedule],
+        warmup_steps=train.warmup_steps,
+        logging_strategy="steps",
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,  # what is not finite is refused, never averaged away
+        eval_strategy="steps" if settings.data.validation else "no",
+        eval_steps=train.validate_every or _AT_THE_END,
+        save_strategy="steps",
+        save_steps=train.save_every or _AT_THE_END,
+        save_total_limit=train.keep_checkpoints,
+        bf16=train.precision == "bfloat16",
+        use_cpu=on_cpu,
+        seed=train.seed,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=not train.progress,
+        ddp_find_unused_parameters=False,  # the model touches every branch on every process
+        ddp_broadcast_buffers=bool(set(settings.parts) & set(settings.model.media)),  # frozen statistics never move
+        deepspeed=train.deepspeed,
+        part_learning_rates=dict(train.part_learning_rates),
+        distillation=distillation_of(settings.sampler),
+    )
+
+
+def distillation_of(sampler: SamplerSettings) -> Distillation | None:
+    """What smaller budgets learn from the largest, in the mode that has a teacher."""
+    if sampler.mode != "sandwich" or sampler.distill_weight == 0:
+        return None
+    return Distillation(
+        weight=0.5 if sampler.distill_weight is None else sampler.distill_weight,
+        temperature=1.0 if sampler.distill_temperature is None else sampler.distill_temperature,
+    )

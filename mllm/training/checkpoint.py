@@ -1,0 +1,169 @@
+"""What a training checkpoint holds, and which one a run resumes from.
+
+Knows tensors by name, plain state, and the files they go to. Does not know the trainer, DeepSpeed or the model.
+
+    trainables.safetensors   exactly what trains, float32
+    optimizer.safetensors    AdamW's moments and step count of each of them
+    training.json            learning rates and the state of the schedule
+    trainer_state.json       transformers' step, log history and so on
+    config.json              the model's config, with the references and digests of its frozen parts
+    manifest.json            sizes and digests of all of these, and the facts of the run (`folders.py`)
+
+Nothing here is a pickle and none is ever read. There is no state of random generators: every draw is a function of the
+seed and of what it is for (`trainer.py`, `mllm.transforms`).
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mllm.loading import TRAINABLES, save_trainables
+from mllm.training.folders import (
+    Checkpoint,
+    delete_old,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mllm.training.settings import differences
+
+OPTIMIZER = "optimizer.safetensors"
+TRAINING = "training.json"
+TRAINER_STATE = "trainer_state.json"  # the name transformers looks for
+CONFIG = "config.json"
+NEWEST = "auto"
+
+# What may change between a run and its continuation: nothing that decides what a step learns from, or how.
+_FREE = {
+    "train": {
+        *("output", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
+        *("validation_budgets", "tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
+        "accumulation",  # checked together with the number of processes
+    },
+    "data": {"validation", "num_workers", "max_bad_fraction", "audit_samples", "video_backend"},
+}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything a checkpoint holds, whole and on the CPU.
+
+    Args:
+        trainables: what trains, by name.
+        moments: the optimizer's state, as `optimization.moments_of` names it.
+        plain: `{"learning_rates": [...], "schedule": {...}}`.
+        trainer_state, config: JSON texts.
+    """
+
+    trainables: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+    trainer_state: str
+    config: str
+
+
+def save_checkpoint(run: Path, step: int, state: TrainingState, *, facts: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep`.
+
+    Raises:
+        ValueError: an empty tensor, by name.
+        OSError: see `folders.write_checkpoint`; older checkpoints are untouched.
+    """
+
+    def write(folder: Path) -> None:
+        save_trainables(state.trainables, folder / TRAINABLES)
+        save_file(dict(state.moments), folder / OPTIMIZER)
+        (folder / TRAINING).write_text(json.dumps(state.plain, indent=1), encoding="utf-8")
+        (folder / TRAINER_STATE).write_text(state.trainer_state, encoding="utf-8")
+        (folder / CONFIG).write_text(state.config, encoding="utf-8")
+
+    folder = write_checkpoint(run, step, write, facts)
+    delete_old(run, keep)
+    return folder
+
+
+def load_progress(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Moments and plain state of a checkpoint that `read_checkpoint` has found whole."""
+    return load_file(folder / OPTIMIZER), json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file by name."""
+    return load_file(path)
+
+
+def choose_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint a run starts from, or nothing for a fresh start.
+
+    Args:
+        resume: nothing, `auto` for the newest complete one (a fresh start where there is none), or its folder.
+
+    Raises:
+        ValueError: a fresh start where there are checkpoints, none of them complete, a folder that is not a complete
+            checkpoint of this run, or one that is older than another complete one.
+    """
+    present = list_checkpoints(run)
+    if resume is None:
+        if present:
+            raise ValueError(
+                f"{run} already holds {present[-1].name}; go on from it with resume={NEWEST}, or give another "
+                "train.output"
+            )
+        return None
+    if resume == NEWEST:
+        newest = newest_checkpoint(run)
+        if newest is None and present:
+            raise ValueError(f"none of the {len(present)} checkpoints in {run} is complete; see the log for reasons")
+        return newest
+    chosen = read_checkpoint(Path(resume))
+    if chosen.folder.resolve().parent != run.resolve():
+        raise ValueError(f"resume is {resume}, which is not in train.output {run}")
+    newest = newest_checkpoint(run)
+    if newest is not None and newest.step > chosen.step:
+        raise ValueError(f"{newest.folder} is newer than {chosen.folder}; delete it to go back, or resume from it")
+    return chosen
+
+
+def set_aside_refused(run: Path, chosen: Checkpoint | None) -> None:
+    """Rename what is newer than the chosen checkpoint, all of it refused, so that it is never counted as one."""
+    for folder in list_checkpoints(run):
+        if chosen is not None and int(folder.name.rpartition("-")[2]) > chosen.step:
+            target = folder.with_name(f"{folder.name}.refused")
+            logger.warning("setting %s aside as %s", folder, target.name)
+            folder.rename(target)
+
+
+def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run as another one.
+
+    Args:
+        before, now: facts of the run that wrote the checkpoint and of this one: `settings`, `processes`, `sources`.
+
+    Raises:
+        ValueError: a setting that decides what a step learns has changed, or a frozen part has; every key is named.
+    """
+    changed = [
+        line
+        for line in differences(dict(before["settings"]), dict(now["settings"]))
+        if line.split(" ", 1)[0].split(".")[1] not in _FREE.get(line.split(".", 1)[0], ())
+    ]
+    micro_batches = [facts["processes"] * facts["settings"]["train"]["accumulation"] for facts in (before, now)]
+    if micro_batches[0] != micro_batches[1]:
+        changed.append(
+            f"processes x train.accumulation was {micro_batches[0]} and is {micro_batches[1]} micro-batches per step"
+        )
+    changed += [f"frozen part {line}" for line in differences(dict(before["sources"]), dict(now["sources"]))]
+    if changed:
+        raise ValueError(f"this is not the run the checkpoint belongs to: {'; '.join(changed)}")
+    for key in ("max_steps", "epochs"):
+        old, new = before["settings"]["train"][key], now["settings"]["train"][key]
+        if old != new:
+            logger.warning("train.%s was %s and is %s: the schedule goes on as that of the longer run", key, old, new)

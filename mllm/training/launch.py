@@ -1,0 +1,90 @@
+"""What must be in place before transformers and accelerate look at the machine, whichever launcher started us.
+
+Knows environment variables and executables. Does not know models, data or settings.
+
+On a machine without a GPU accelerate's defaults start several processes that train apart in silence: it must be told
+that this is a CPU run before anything else asks. DeepSpeed compiles its communication there when it is first used.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+COMPILERS = ("g++", "c++", "clang++")
+logger = logging.getLogger(__name__)
+
+
+def world_size() -> int:
+    """Processes that the launcher says there are.
+
+    Raises:
+        ValueError: WORLD_SIZE is set to something that is no count.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"the environment variable WORLD_SIZE is {text!r}; it must be a number of processes")
+    return int(text)
+
+
+def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
+    """Make the processes of a launcher one training; call it before anything of accelerate or transformers is made.
+
+    Args:
+        use_cpu: train on the CPU although there is a GPU.
+        deepspeed: the settings ask for DeepSpeed; a launcher may ask for it too.
+
+    Returns:
+        Whether this is a CPU run.
+
+    Raises:
+        ValueError: fewer processes than the launcher started found each other, or DeepSpeed cannot be used here.
+    """
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = use_cpu or not torch.cuda.is_available()
+    if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        check_deepspeed(on_cpu=on_cpu)
+    if on_cpu:
+        if use_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        state = PartialState(cpu=True)
+        check_world(state.num_processes)
+    return on_cpu
+
+
+def check_world(num_processes: int) -> None:
+    """Refuse processes that would train apart.
+
+    Raises:
+        ValueError: with both counts.
+    """
+    if num_processes != world_size():
+        raise ValueError(
+            f"the launcher started {world_size()} processes (WORLD_SIZE), but accelerate sees {num_processes}: they "
+            "would train apart. Something used accelerate before training was set up, or the launcher's config "
+            "contradicts this machine"
+        )
+
+
+def check_deepspeed(*, on_cpu: bool) -> None:
+    """See that DeepSpeed is there with what it needs to compile; put this environment's `ninja` on PATH if need be.
+
+    Raises:
+        ValueError: DeepSpeed, ninja or a C++ compiler is missing; says how to get it.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("DeepSpeed is asked for but not installed: pip install 'mllm[deepspeed]'")
+    if not on_cpu:
+        return
+    if shutil.which("ninja") is None:
+        own = Path(sys.executable).parent
+        if not (own / "ninja").exists():
+            raise ValueError("DeepSpeed on a CPU needs the program ninja on PATH: pip install ninja")
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+        logger.info("put %s on PATH, where ninja is", own)
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), *COMPILERS) if compiler):
+        raise ValueError("DeepSpeed on a CPU compiles its communication and needs a C++ compiler, such as g++, on PATH")

@@ -1,0 +1,163 @@
+"""What a run reports: loss per budget, tokens per second, and where it is written.
+
+Knows numbers by name. Does not know how they come about.
+
+`log.jsonl` in the run folder has one row per report, `{"step": ..., "loss": ..., "loss/audio=/4": ..., ...}`.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mllm.training.passes import Lesson
+
+LOG = "log.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class Tally:
+    """Sums over the passes since the last report. Losses stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: list[tuple[Sequence[str], Tensor]] = []
+        self.soft_tokens = 0
+        self.tokens = 0
+        self.counts: dict[str, int] = {}
+        self.started = time.monotonic()
+
+    def add(self, lesson: Lesson, sums: Tensor) -> None:
+        """One pass over a lesson with its loss summed per budget (K,)."""
+        self.sums.append((lesson.names, sums))
+        for name, count in zip(lesson.names, lesson.counts, strict=True):
+            self.counts[name] = self.counts.get(name, 0) + count
+        self.soft_tokens += lesson.soft_tokens
+        self.tokens += lesson.tokens
+
+    def losses(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss per target token by budget over all processes; a collective."""
+        own: dict[str, list[float]] = {name: [0.0, float(count)] for name, count in self.counts.items()}
+        for names, sums in self.sums:
+            for name, value in zip(names, sums.tolist(), strict=True):
+                own[name][0] += value
+        total: dict[str, list[float]] = {}
+        for part in gather_json(accelerator, own):
+            for name, (value, count) in part.items():
+                entry = total.setdefault(name, [0.0, 0.0])
+                entry[0] += value
+                entry[1] += count
+        return {name: value / count for name, (value, count) in sorted(total.items()) if count}
+
+    def report(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
+        """Losses, and what `steps` steps cost, over all processes; a collective."""
+        logs = {f"loss/{name}": value for name, value in self.losses(accelerator).items()}
+        costs = gather_json(accelerator, [self.tokens, self.soft_tokens])
+        logs["tokens_per_second"] = sum(tokens for tokens, _ in costs) / max(time.monotonic() - self.started, 1e-9)
+        logs["soft_tokens_per_step"] = sum(soft for _, soft in costs) / max(steps, 1)
+        return logs
+
+
+def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The plain values of all processes, by rank. They travel as JSON in tensors: nothing is unpickled."""
+    if accelerator.num_processes == 1:
+        return [value]
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=accelerator.device)
+    sizes = _gather(accelerator, torch.tensor([len(text)], device=accelerator.device)).tolist()
+    padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=accelerator.device)
+    padded[0, : len(text)] = text
+    rows = _gather(accelerator, padded).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _gather(accelerator: Accelerator, value: Tensor) -> Tensor:
+    gathered = accelerator.gather(value)
+    assert isinstance(gathered, Tensor)
+    return gathered
+
+
+class RunLog(TrainerCallback):
+    """Writes every report to `log.jsonl` and, where it is installed, to tensorboard; only on the main process.
+
+    A resumed run first drops the rows beyond the step it resumes from, so that every step stands there once.
+    """
+
+    def __init__(self, run: Path, *, tensorboard: bool) -> None:
+        self.run = run
+        self.tensorboard = tensorboard
+        self.writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            _drop_rows_after(self.run / LOG, state.global_step)
+            self.writer = _tensorboard_writer(self.run, state.global_step) if self.tensorboard else None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        with (self.run / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if self.writer is not None:
+            for name, value in logs.items():
+                self.writer.add_scalar(name, value, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+class RunFlow(TrainerCallback):
+    """Reports at every checkpoint, so that no report spans one, and validates once more after the last step."""
+
+    def __init__(self, *, validates: bool) -> None:
+        self.validates = validates
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        if self.validates and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+        return control
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if 0 <= _step_of(line) <= step]
+    path.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+
+
+def _step_of(line: str) -> int:
+    """The step of a row; -1 for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return -1
+
+
+def _tensorboard_writer(run: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed, so only %s is written", LOG)
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

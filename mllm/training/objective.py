@@ -1,0 +1,90 @@
+"""The loss of a pass over many budgets: cross-entropy per target token, and distillation from the largest budget.
+
+Knows logits at label positions and what each of them is worth. Does not know rows, budgets as words, or the model.
+
+Shapes: P target tokens of all passes of a micro-batch, V vocabulary, K budgets that occur in it.
+A pass is one row at one budget; the targets of a row are the same, in the same order, in each of its passes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What the logits should say, and what each of them is worth.
+
+    Args:
+        ids: (P,) the right tokens.
+        weights: (P,) float, the weight of the target's pass; the weights of the passes of a row sum to 1.
+        budgets: (P,) int64, which of the K budgets the target's pass was run at.
+        teachers: (P,) int64, the same target in the pass that teaches; its own index where nothing does.
+        num_budgets: K.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    budgets: Tensor
+    teachers: Tensor
+    num_budgets: int
+
+    def to(self, device: torch.device) -> "Supervision":
+        """The same on a device."""
+        moved = (value.to(device, non_blocking=True) for value in (self.ids, self.weights, self.budgets, self.teachers))
+        return Supervision(*moved, num_budgets=self.num_budgets)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much of a student's loss comes from its teacher, and how soft both distributions are made."""
+
+    weight: float
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss to differentiate, and the cross-entropy summed per budget (K,), detached, for the log."""
+
+    total: Tensor
+    sums: Tensor
+
+
+def objective(
+    logits: Tensor, supervision: Supervision, num_targets: int | Tensor, distillation: Distillation | None = None
+) -> Loss:
+    """Weighted mean over the passes of the mean over target tokens.
+
+    `num_targets` counts the targets of the whole optimizer step once, whatever the number of passes: over all its
+    micro-batches and processes. So the sum of this loss over micro-batches and processes is the loss of one process
+    that saw them all.
+
+    With distillation a student's loss is `(1 - weight) * CE + weight * temperature^2 * KL(teacher || student)`, the
+    teacher's logits being those of this very pass, detached. Sources: Hinton et al. (arXiv 1503.02531); in-place
+    distillation of slimmable networks (arXiv 1903.05134).
+
+    Args:
+        logits: (P, V) at label positions.
+        num_targets: target tokens of the optimizer step.
+    """
+    logits = logits.float()
+    per_token = functional.cross_entropy(logits, supervision.ids, reduction="none")
+    sums = per_token.detach().new_zeros(supervision.num_budgets).index_add(0, supervision.budgets, per_token.detach())
+    if distillation is not None and distillation.weight > 0:
+        per_token = _distill(per_token, logits, supervision.teachers, distillation)
+    # Where nothing is to be learned in the whole step the loss is 0, not 0 / 0.
+    divisor = torch.as_tensor(num_targets, device=logits.device).clamp(min=1)
+    return Loss((supervision.weights * per_token).sum() / divisor, sums)
+
+
+def _distill(cross_entropy: Tensor, logits: Tensor, teachers: Tensor, distillation: Distillation) -> Tensor:
+    students = (logits / distillation.temperature).log_softmax(dim=-1)
+    taught = students.detach()[teachers]
+    divergence = functional.kl_div(students, taught, reduction="none", log_target=True).sum(dim=-1)
+    weight = distillation.weight
+    mixed = (1 - weight) * cross_entropy + weight * distillation.temperature**2 * divergence
+    is_student = teachers != torch.arange(len(teachers), device=teachers.device)
+    return torch.where(is_student, mixed, cross_entropy)

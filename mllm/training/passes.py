@@ -1,0 +1,130 @@
+"""Which rows run at which budgets in one forward pass, and what each of their targets is worth.
+
+Knows rows of encoded conversations and draws. Does not know the model, devices or the optimizer.
+
+Every row is run at the draws of the step, restricted to the media it holds; draws that then coincide are run once and
+weigh their sum. So what a row adds to the loss depends on nothing else in its batch, and the sum over processes equals
+one process, whichever media each of them holds.
+
+Shapes: B rows, P target tokens of all passes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mllm.budget import Budget
+from mllm.expansion import Batch, Expanded, Row
+from mllm.processing import ElasticProcessor
+from mllm.sampler import Draw, Sampler
+from mllm.splice import IGNORED_LABEL
+from mllm.training.objective import Supervision
+
+TEXT_ONLY = "text"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One row at one budget. `teacher` is the pass of the same row it learns from, or its own index."""
+
+    row: int
+    budget: Budget
+    weight: float
+    teacher: int
+
+    @property
+    def name(self) -> str:
+        """The budget in words, as logs call it."""
+        return str(self.budget) or TEXT_ONLY
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The inputs of one forward pass on the host, and its supervision.
+
+    Args:
+        inputs: arguments of the model.
+        positions: (P,) flat positions of the logits.
+        names: the K budgets of the supervision, in words.
+        counts: target tokens per budget.
+        soft_tokens: soft tokens of all passes.
+        tokens: tokens of all passes, soft ones included, padding left out.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+    supervision: Supervision
+    names: list[str]
+    counts: list[int]
+    soft_tokens: int
+    tokens: int
+
+
+def num_targets(rows: Sequence[Row]) -> int:
+    """Target tokens of rows, counted once whatever the number of budgets. The first token of a row is never one."""
+    return sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
+
+
+def drawn_passes(rows: Sequence[Row], sampler: Sampler, step: int) -> list[Pass]:
+    """The passes of a training step: every row at the step's draws."""
+    return _passes([sampler(step, {run.extent.medium for run in row.runs}) for row in rows])
+
+
+def fixed_passes(rows: Sequence[Row], budgets: Sequence[Budget]) -> list[Pass]:
+    """The passes of a validation step: every row at the same budgets, each weighing the same."""
+    return _passes([[Draw(budget) for budget in budgets] for _ in rows])
+
+
+def _passes(draws_by_row: Sequence[Sequence[Draw]]) -> list[Pass]:
+    passes: list[Pass] = []
+    for row, draws in enumerate(draws_by_row):
+        total = sum(draw.weight for draw in draws)
+        teacher = next((len(passes) + index for index, draw in enumerate(draws) if draw.is_teacher), None)
+        for draw in draws:
+            own = len(passes)
+            passes.append(Pass(row, draw.budget, draw.weight / total, own if teacher is None else teacher))
+    return passes
+
+
+def make_lesson(batch: Batch, passes: Sequence[Pass], processor: ElasticProcessor) -> Lesson:
+    """Expand a batch to its passes; every medium of it is still encoded once.
+
+    Raises:
+        ValueError: a budget a row cannot meet; the sample is named.
+    """
+    rows = Batch([batch.rows[own.row] for own in passes], batch.values)
+    expanded = processor.expand(rows, [[own.budget for own in passes]], left_padding=False)
+    targets = expanded.targets()
+    names = list(dict.fromkeys(own.name for own in passes))
+    budget_of = torch.tensor([names.index(own.name) for own in passes])
+    budgets = budget_of[targets.rows]
+    supervision = Supervision(
+        ids=targets.ids,
+        weights=torch.tensor([own.weight for own in passes])[targets.rows],
+        budgets=budgets,
+        teachers=_teachers(targets.rows, passes),
+        num_budgets=len(names),
+    )
+    return Lesson(
+        inputs=expanded.inputs,
+        positions=targets.positions,
+        supervision=supervision,
+        names=names,
+        counts=torch.bincount(budgets, minlength=len(names)).tolist(),
+        soft_tokens=sum(cost.tokens for costs in expanded.costs for cost in costs),
+        tokens=_num_tokens(expanded),
+    )
+
+
+def _teachers(rows: Tensor, passes: Sequence[Pass]) -> Tensor:
+    """For every target the index of the same target in its teacher's pass; `rows` (P,) is the pass of each target."""
+    counts = torch.bincount(rows, minlength=len(passes))
+    starts = counts.cumsum(0) - counts
+    teacher = torch.tensor([own.teacher for own in passes])
+    return starts[teacher[rows]] + torch.arange(len(rows)) - starts[rows]
+
+
+def _num_tokens(expanded: Expanded) -> int:
+    return int(expanded.inputs["attention_mask"].sum())

@@ -1,0 +1,251 @@
+"""What a user writes to describe a training run: the whole of a run config.
+
+Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
+Contradictions are refused here, before anything is loaded; every message names the key.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from mllm.budget import MEDIA, Budget
+from mllm.sampler import Mode
+from mllm.settings import ModelSettings
+
+Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which samples are trained on, and how they become batches."""
+
+    train: list[str]
+    """Manifests (JSONL) to train on; media paths are relative to each manifest's own folder, unless `root` is given."""
+    validation: list[str] = field(default_factory=list)
+    """Manifests to validate on; without one there is no validation."""
+    root: str | None = None
+    """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
+    tokens_per_batch: int = 4096
+    """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
+    max_rows: int = 64
+    """Most samples of one micro-batch, however short they are."""
+    num_workers: int = 2
+    """Processes that decode media beside each training process; 0 decodes in the training process itself."""
+    video_backend: Literal["pyav", "decord"] = "pyav"
+    """What decodes videos; both give the same frames."""
+    max_bad_fraction: float = 0.01
+    """A run stops when more than this share of its samples cannot be read; the others are listed and left out."""
+    audit_samples: int = 1000
+    """Samples looked at before training to see whether there is anything to learn; 0 looks at all."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train is empty; name at least one manifest")
+        _at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
+        _at_least("data.max_rows", self.max_rows, 1)
+        _at_least("data.num_workers", self.num_workers, 0)
+        _at_least("data.audit_samples", self.audit_samples, 0)
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be in 0..1, 1 left out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """Which budgets a step trains."""
+
+    mode: Mode = "random"
+    """`all` trains every combination, `random` draws, `sandwich` the largest, the smallest and random ones between,
+    `points` the list below."""
+    num_draws: int | None = None
+    """Budgets per step; 1 for `random`, 3 for `sandwich` and all for `points` when left out."""
+    points: list[str] = field(default_factory=list)
+    """Budgets of the mode `points`, e.g. ["audio=/4,video=/2", "audio=/16,video=/5"]."""
+    distill_weight: float | None = None
+    """Mode `sandwich`: how much of a smaller budget's loss is the distance to the largest budget's answers, the rest
+    being the distance to the labels. 0.5 when left out, 0 switches it off."""
+    distill_temperature: float | None = None
+    """Mode `sandwich`: softens both distributions before they are compared; 1 when left out."""
+
+    def __post_init__(self) -> None:
+        if (self.mode == "points") != bool(self.points):
+            raise ValueError(f"sampler.points go with sampler.mode points and only with it; mode is {self.mode!r}")
+        for key in ("distill_weight", "distill_temperature"):
+            if getattr(self, key) is not None and self.mode != "sandwich":
+                raise ValueError(f"sampler.{key} goes with sampler.mode sandwich only; mode is {self.mode!r}")
+        if self.distill_weight is not None and not 0 <= self.distill_weight <= 1:
+            raise ValueError(f"sampler.distill_weight is {self.distill_weight}; it must be in 0..1")
+        if self.distill_temperature is not None and self.distill_temperature <= 0:
+            raise ValueError(f"sampler.distill_temperature is {self.distill_temperature}; it must be above 0")
+        if self.distill_weight == 0 and self.distill_temperature is not None:
+            raise ValueError("sampler.distill_temperature has no effect with sampler.distill_weight 0")
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The points, read."""
+        return [Budget.parse(point) for point in self.points]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, how fast and how exactly a run trains, and where it is kept."""
+
+    output: str
+    """Folder of the run: checkpoints, logs and, at the end, the trained model."""
+    max_steps: int | None = None
+    """Optimizer steps of the run; or give epochs."""
+    epochs: int | None = None
+    """Passes over the training samples, rounded up to a whole optimizer step; or give max_steps."""
+    parts: list[Part] | None = None
+    """What learns; the compressors and, where there is one, the adapter when left out. A whole part by its name."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    part_learning_rates: dict[Part, float] = field(default_factory=dict)
+    """Other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls from its peak to 0 at the last step; `constant` keeps it."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0 to its peak."""
+    weight_decay: float = 0.0
+    """AdamW's, for matrices; biases and norms are left out of it."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the first and second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    accumulation: int = 1
+    """Micro-batches per process and optimizer step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic (autocast); trained parameters and their moments stay in float32."""
+    gradient_checkpointing: bool = False
+    """Computes the LLM's layers again in the backward pass instead of keeping their activations."""
+    seed: int = 0
+    """Of draws, order of samples, augmentation and dropout."""
+    log_every: int = 10
+    """Steps between two rows of the log."""
+    save_every: int | None = None
+    """Steps between two checkpoints; one at the end only when left out."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    validate_every: int | None = None
+    """Steps between two validations; one at the end only when left out, and none without data.validation."""
+    validation_budgets: list[str] = field(default_factory=list)
+    """Budgets to validate at; the sampler's points, or the largest and the smallest, when left out."""
+    tensorboard: bool = True
+    """Also write the log for tensorboard, where it is installed."""
+    progress: bool = True
+    """Show a progress bar."""
+    use_cpu: bool = False
+    """Train on the CPU although there is a GPU."""
+    deepspeed: str | None = None
+    """DeepSpeed config (JSON) for the launchers `deepspeed` and `torchrun`; `accelerate launch` brings its own."""
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give either train.max_steps or train.epochs, and not both")
+        self._check_ranges()
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(f"train.warmup_steps is {self.warmup_steps}, more than train.max_steps {self.max_steps}")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"train.adam_betas is {self.adam_betas}; it must be two numbers in 0..1, 1 left out")
+        if self.parts is not None and not self.parts:
+            raise ValueError("train.parts is empty, so nothing would learn; leave it out for the usual parts")
+        for text in self.validation_budgets:
+            Budget.parse(text)
+
+    def _check_ranges(self) -> None:
+        for key in ("max_steps", "epochs", "save_every", "validate_every"):
+            if getattr(self, key) is not None:
+                _at_least(f"train.{key}", getattr(self, key), 1)
+        for key in ("log_every", "keep_checkpoints", "accumulation"):
+            _at_least(f"train.{key}", getattr(self, key), 1)
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            _at_least(f"train.{key}", getattr(self, key), 0)
+        for key, rate in (("learning_rate", self.learning_rate), *_named_rates(self.part_learning_rates)):
+            if rate <= 0:
+                raise ValueError(f"train.{key} is {rate}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """A whole run: the model, its data, the budgets it draws, and the training."""
+
+    model: ModelSettings
+    """The parts of the model and where they come from."""
+    data: DataSettings
+    """What it is trained on."""
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    """Which budgets a step trains."""
+    train: TrainSettings
+    """How long, how fast, where."""
+
+    def __post_init__(self) -> None:
+        self._check_parts()
+        if self.model.dtype != "float32" and self.train.precision != self.model.dtype:
+            raise ValueError(
+                f"model.dtype is {self.model.dtype}, which train.precision {self.train.precision} cannot train beside; "
+                "use float32, or bfloat16 for both"
+            )
+        for key, budgets in (
+            ("sampler.points", self.sampler.points),
+            ("train.validation_budgets", self.train.validation_budgets),
+        ):
+            for budget in budgets:
+                if missing := set(Budget.parse(budget).amounts) - set(self.model.media):
+                    raise ValueError(f"{key} holds {budget!r}, but model.{min(missing)} is not set")
+        for key in ("validate_every", "validation_budgets"):
+            if getattr(self.train, key) and not self.data.validation:
+                raise ValueError(f"train.{key} is set, but data.validation names no manifest")
+
+    def _check_parts(self) -> None:
+        for part in self.parts:
+            if part == "adapter" and self.model.adapter is None:
+                raise ValueError("train.parts holds adapter, but model.adapter is not set")
+            if part in MEDIA and part not in self.model.media:
+                raise ValueError(f"train.parts holds {part}, but model.{part} is not set")
+        if idle := set(self.train.part_learning_rates) - set(self.parts):
+            raise ValueError(f"train.part_learning_rates names {min(idle)}, which is not among train.parts")
+        if self.model.adapter is not None and "adapter" not in self.parts:
+            raise ValueError("model.adapter is set, but train.parts leaves it out; it would never learn")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What learns."""
+        if self.train.parts is not None:
+            return tuple(dict.fromkeys(self.train.parts))
+        usual: list[Part] = ["compressors"] if self.model.media else []
+        return (*usual, *(["adapter"] if self.model.adapter is not None else []))  # type: ignore[return-value]
+
+
+def settings_yaml(settings: RunSettings) -> str:
+    """The settings with every default filled in, as a config that starts the same run again."""
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys at which two nested configs differ, with both values."""
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return found
+
+
+def manifest_root(manifest: str, settings: DataSettings) -> Path:
+    """The folder that the media paths of a manifest are relative to."""
+    return Path(settings.root) if settings.root is not None else Path(manifest).parent
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{key} is {value}; it must be at least {least}")
+
+
+def _named_rates(rates: dict[Part, float]) -> list[tuple[str, float]]:
+    return [(f"part_learning_rates.{part}", rate) for part, rate in rates.items()]
+
+
+assert set(MEDIA) < set(get_args(Part))

@@ -1,0 +1,289 @@
+"""The training loop: transformers' Trainer, with many budgets per step.
+
+Knows the model, its processor, draws and batches. Does not know files of samples or metrics of answers.
+
+One micro-batch: rows -> passes (every row at the step's budgets) -> expanded on the host -> one transfer -> one forward
+through the wrapped model, encoders once -> logits at label positions only -> one loss -> one backward.
+
+Every random number of a step is a function of (seed, step, micro-batch, process), and the batches are a function of
+(seed, epoch): there is no generator state to keep, and a resumed run equals the uninterrupted one bit for bit.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer
+
+from mllm.budget import Budget
+from mllm.expansion import Batch
+from mllm.loading import load_trainables, trainable_state
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor
+from mllm.sampler import Sampler
+from mllm.trainables import trainable_names
+from mllm.training.arguments import ElasticArguments
+from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
+from mllm.training.logs import RunFlow, RunLog, Tally
+from mllm.training.objective import Distillation, Loss, objective
+from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
+from mllm.training.passes import Lesson, drawn_passes, fixed_passes, make_lesson, num_targets
+
+Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
+"""Metrics of answers by name; called on every process, with the model in eval mode."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run validates on: batches of this process, budgets, and metrics the caller brings.
+
+    Args:
+        batches: the same number on every process; where there are fewer, the last ones repeat and are not counted.
+        own: how many of them count.
+    """
+
+    batches: DataLoader[Any]
+    own: int
+    budgets: Sequence[Budget]
+    metric: Metric | None = None
+
+
+class ElasticTrainer(Trainer):
+    """Trains one set of weights at many budgets.
+
+    Args:
+        model: what trains has `requires_grad`, and nothing else has.
+        args: see `build_arguments`.
+        processor: expands rows to budgets.
+        sampler: the draws of a step.
+        batches: micro-batches of this process, each `{"batch": Batch}`, without a length.
+        validation: nothing to leave it out.
+        tensorboard: also log there.
+    """
+
+    args: ElasticArguments
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: ElasticForConditionalGeneration,
+        args: ElasticArguments,
+        *,
+        processor: ElasticProcessor,
+        sampler: Sampler,
+        batches: DataLoader[Any],
+        validation: Validation | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        had_cache = "use_cache" in model.config.__dict__
+        callbacks = [RunLog(args.run, tensorboard=tensorboard), RunFlow(validates=validation is not None)]
+        super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
+        if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
+            del model.config.use_cache
+        self.remove_callback(PrinterCallback)
+        self.processor = processor
+        self.draws = sampler
+        self.batches = batches
+        self.validation = validation
+        self.names: list[list[str]] = []
+        self.tally = Tally()
+        self._reported_step = 0
+        self._micro_batch = (-1, 0)
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The micro-batches of this process; they are split over processes already."""
+        return self.batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
+        """Target tokens of the optimizer step: over its micro-batches and all processes, once per token."""
+        own = sum(num_targets(sample["batch"].rows) for sample in batch_samples)
+        counted = self.accelerator.gather(torch.tensor([own], device=device))
+        return cast(Tensor, counted).sum()
+
+    # ---- one micro-batch ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and one backward; seeded by what it is."""
+        step = self.state.global_step
+        micro_batch = self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0
+        self._micro_batch = (step, micro_batch)
+        seed_of = np.random.SeedSequence([self.args.seed, step, micro_batch, self.args.process_index])
+        torch.manual_seed(int(seed_of.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch at the step's draws, scaled so that the mean over processes is the whole.
+
+        Raises:
+            FloatingPointError: a loss that is infinite or no number, before anything learns from it.
+        """
+        assert num_items_in_batch is not None
+        batch: Batch = inputs["batch"]
+        passes = drawn_passes(batch.rows, self.draws, self.state.global_step)
+        lesson = make_lesson(batch, passes, self.processor)
+        loss = self._run(model, lesson, num_items_in_batch, self.args.distillation)
+        if not torch.isfinite(loss.total.detach()):
+            rows = ", ".join(dict.fromkeys(row.sample_id for row in batch.rows))
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is {loss.total.item()} for samples {rows}; nothing was "
+                "updated"
+            )
+        self.tally.add(lesson, loss.sums)
+        total = loss.total * self.accelerator.num_processes
+        return (total, {}) if return_outputs else total
+
+    def _run(
+        self, model: nn.Module, lesson: Lesson, targets: Tensor | int, distillation: Distillation | None = None
+    ) -> Loss:
+        """Send a lesson to the device and run it."""
+        device = self.args.device
+        inputs = {key: value.to(device, non_blocking=True) for key, value in lesson.inputs.items()}
+        positions = lesson.positions.to(device, non_blocking=True)
+        outputs = model(**inputs, logit_positions=positions, use_cache=False)
+        return objective(outputs.logits, lesson.supervision.to(device), targets, distillation)
+
+    # ---- the optimizer ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over what trains, by part and kind."""
+        if self.optimizer is None:
+            groups = named_groups(
+                self.model,
+                learning_rate=self.args.learning_rate,
+                part_learning_rates=self.args.part_learning_rates,
+                weight_decay=self.args.weight_decay,
+            )
+            self.names = [group.pop("names") for group in groups]
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            if not self.is_deepspeed_enabled:  # there the gradients are in shards and never None
+                self.optimizer.register_step_pre_hook(self._before_update)
+        return self.optimizer
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        check_gradients(parameters, self.state.global_step + 1)
+
+    # ---- validation and log ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss per budget over the validation samples of all processes, and the caller's metrics."""
+        assert self.validation is not None
+        wrapped = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        wrapped.eval()
+        tally = Tally()
+        with torch.no_grad(), self.accelerator.autocast():
+            for index, inputs in enumerate(self.validation.batches):
+                batch: Batch = inputs["batch"]
+                lesson = make_lesson(batch, fixed_passes(batch.rows, self.validation.budgets), self.processor)
+                loss = self._run(wrapped, lesson, num_targets(batch.rows))
+                if index < self.validation.own:
+                    tally.add(lesson, loss.sums)
+        losses = tally.losses(self.accelerator)
+        metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
+        metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
+        if self.validation.metric is not None:
+            extra = self.validation.metric(self.model, self.processor)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in extra.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report, with the losses per budget and the costs since the last report where it is one of training."""
+        if "loss" in logs:
+            logs |= self.tally.report(self.accelerator, self.state.global_step - self._reported_step)
+            self.tally, self._reported_step = Tally(), self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def trainables(self) -> dict[str, Tensor]:
+        """What trains, whole, on the CPU; a collective under DeepSpeed."""
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            from mllm.training.sharding import gather_trainables
+
+            return gather_trainables(self.deepspeed)
+        return trainable_state(cast(nn.Module, self.model))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        trainables, moments = self.trainables(), self._moments()
+        if self.args.should_save:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
+            plain = {
+                "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+                "schedule": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
+            }
+            state = TrainingState(
+                trainables,
+                moments,
+                plain,
+                json.dumps(asdict(self.state), indent=1),
+                cast(Any, self.model).config.to_json_string(),
+            )
+            facts = {**self.args.facts, "processes": self.args.world_size}
+            keep = self.args.save_total_limit or 1
+            save_checkpoint(self.args.run, self.state.global_step, state, facts=facts, keep=keep)
+        self.accelerator.wait_for_everyone()
+
+    def _moments(self) -> dict[str, Tensor]:
+        if self.is_deepspeed_enabled:
+            from mllm.training.sharding import gather_moments
+
+            return gather_moments(self.deepspeed)
+        return moments_of(_plain(self.optimizer), self.names)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Wrap the model and make the optimizer, then put a checkpoint back into both."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._reported_step = self.state.global_step
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
+        return prepared
+
+    def _restore(self, folder: Path) -> None:
+        moments, plain = load_progress(folder)
+        if self.is_deepspeed_enabled:
+            from mllm.training.sharding import scatter
+
+            scatter(self.deepspeed, read_tensors(folder / TRAINABLES), moments)
+        else:
+            model = cast(nn.Module, self.model)
+            load_trainables(model, folder / TRAINABLES, trainable_names(model))
+            set_moments(_plain(self.optimizer), self.names, moments)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, plain["learning_rates"], strict=True):
+            group["lr"] = rate
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **plain["schedule"]})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing yet: weights are put back together with the optimizer, once the model is wrapped."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: there is no generator state, see the file's docstring."""
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer, which accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)

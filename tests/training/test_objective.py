@@ -1,0 +1,105 @@
+"""The loss is what a plain loop over passes and tokens says it is."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mllm.training.objective import Distillation, Supervision, objective
+
+VOCABULARY = 7
+
+
+def passes(
+    targets: list[list[int]], weights: list[list[float]], teachers: list[list[int]] | None = None
+) -> tuple[Tensor, Supervision, list[tuple[int, int, int]]]:
+    """Rows run at several budgets, flat: logits, supervision and (row, draw, token) of every target."""
+    flat = [(row, draw, token) for row, own in enumerate(weights) for draw in range(len(own)) for token in range(len(targets[row]))]
+    index = {place: position for position, place in enumerate(flat)}
+    logits = torch.randn(len(flat), VOCABULARY, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    supervision = Supervision(
+        ids=torch.tensor([targets[row][token] for row, _, token in flat]),
+        weights=torch.tensor([weights[row][draw] for row, draw, _ in flat]),
+        budgets=torch.tensor([draw for _, draw, _ in flat]),
+        teachers=torch.tensor([index[row, teachers[row][draw] if teachers else draw, token] for row, draw, token in flat]),
+        num_budgets=max(len(own) for own in weights),
+    )
+    return logits, supervision, flat
+
+
+def log_probability(logits: Tensor, token: int, temperature: float = 1.0) -> float:
+    scores = [value / temperature for value in logits.tolist()]
+    return scores[token] - math.log(sum(math.exp(score) for score in scores))
+
+
+def test_the_loss_is_the_weighted_mean_over_budgets_of_the_mean_over_tokens() -> None:
+    targets, weights = [[1, 2, 3], [4, 5]], [[0.25, 0.75], [0.5, 0.5]]
+    logits, supervision, flat = passes(targets, weights)
+    loss = objective(logits, supervision, num_targets=5)
+    expected = sum(
+        -weights[row][draw] * log_probability(logits[position], targets[row][token]) / 5
+        for position, (row, draw, token) in enumerate(flat)
+    )
+    assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+    by_budget = [
+        sum(-log_probability(logits[p], targets[row][token]) for p, (row, draw, token) in enumerate(flat) if draw == budget)
+        for budget in range(2)
+    ]
+    assert loss.sums.tolist() == pytest.approx(by_budget, rel=1e-5)
+    assert not loss.sums.requires_grad
+
+
+def test_micro_batches_sum_to_the_whole_batch() -> None:
+    targets, weights = [[1, 2, 3], [4, 5]], [[0.5, 0.5], [1.0]]
+    logits, supervision, flat = passes(targets, weights)
+    whole = objective(logits, supervision, num_targets=torch.tensor(5)).total
+    parts = []
+    for own in range(2):
+        kept = [position for position, (row, _, _) in enumerate(flat) if row == own]
+        part = Supervision(
+            supervision.ids[kept], supervision.weights[kept], supervision.budgets[kept], torch.arange(len(kept)), 2
+        )
+        parts.append(objective(logits[kept], part, num_targets=5).total)
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_students_learn_from_the_teacher_and_the_teacher_from_the_labels_only() -> None:
+    distillation = Distillation(weight=0.3, temperature=2.0)
+    targets = [[1, 2]]
+    logits, supervision, _ = passes(targets, [[0.5, 0.5]], teachers=[[0, 0]])
+    loss = objective(logits, supervision, 2, distillation)
+    expected = 0.0
+    for token, label in enumerate(targets[0]):
+        teacher, student = logits[token], logits[2 + token]
+        divergence = sum(
+            math.exp(log_probability(teacher, v, 2.0)) * (log_probability(teacher, v, 2.0) - log_probability(student, v, 2.0))
+            for v in range(VOCABULARY)
+        )
+        expected += 0.5 * -log_probability(teacher, label) / 2
+        expected += 0.5 * (0.7 * -log_probability(student, label) + 0.3 * 4.0 * divergence) / 2
+    assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+
+    plain = logits.detach().clone().requires_grad_()
+    only_teacher = Supervision(supervision.ids[:2], supervision.weights[:2], supervision.budgets[:2], torch.arange(2), 1)
+    objective(plain[:2], only_teacher, 2).total.backward()
+    loss.total.backward()
+    assert logits.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(logits.grad[:2], plain.grad[:2])
+
+
+def test_a_batch_without_targets_has_loss_zero_and_a_gradient() -> None:
+    logits = torch.zeros(0, VOCABULARY, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    loss = objective(logits, Supervision(nothing, torch.zeros(0), nothing, nothing, 1), 0, Distillation(0.5))
+    loss.total.backward()
+    assert loss.total.item() == 0.0
+    assert loss.sums.tolist() == [0.0]
+
+
+def test_half_precision_logits_are_compared_in_single() -> None:
+    logits, supervision, _ = passes([[1, 2, 3]], [[1.0]])
+    half = objective(logits.to(torch.bfloat16), supervision, 3).total
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(objective(logits.bfloat16().float(), supervision, 3).total.item(), rel=1e-6)
