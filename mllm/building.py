@@ -27,7 +27,7 @@ from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
-_NOT_MODEL = ("encoder", "span", "normalize_audio", "crop_pixels", "budget_range")
+_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range")
 
 
 def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -181,6 +181,6 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
             "normalize_audio": settings.normalize_audio,
         },
-        "video": lambda: {"crop_pixels": settings.crop_pixels},
+        "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
     }
     return readers[medium]()

@@ -4,7 +4,7 @@ Knows the tokenizer, the chat format, what each encoder wants to be fed, and the
 Does not know weights, training or metrics. Everything it makes is on the host.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -19,7 +19,8 @@ from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, expand
-from mllm.media import MediaLoader, resolve_media
+from mllm.media import Audio, MediaLoader, resolve_media
+from mllm.transforms import MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
 LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
@@ -80,10 +81,8 @@ class ElasticProcessor(ProcessorMixin):
         return {m: encoder_facts(_config_of(s["encoder"]), s["space"]) for m, s in media.items()}
 
     @cached_property
-    def transforms(self) -> dict[str, Any]:
+    def transforms(self) -> dict[str, MediaTransform]:
         """What makes an encoder's input of a decoded file, by medium."""
-        from mllm.transforms import build_transform
-
         media = self.elastic["media"]
         return {m: build_transform(m, _config_of(s["encoder"]), s["preprocessor"]) for m, s in media.items()}
 
@@ -92,13 +91,19 @@ class ElasticProcessor(ProcessorMixin):
         return {"processor_class": type(self).__name__, "elastic": self.elastic}
 
     def load_media(
-        self, sample: Sample, *, generator: np.random.Generator | None = None, loader: MediaLoader | None = None
+        self,
+        sample: Sample,
+        *,
+        generator: np.random.Generator | None = None,
+        loader: MediaLoader | None = None,
+        noise: Callable[[Audio], Audio] | None = None,
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
         Args:
             generator: randomness of training augmentation; none for evaluation.
             loader: limits and decoders other than the default ones.
+            noise: what becomes of each sound between its file and its transform.
 
         Raises:
             MediaError: a file that is missing, broken, over a limit or outside the root.
@@ -109,6 +114,8 @@ class ElasticProcessor(ProcessorMixin):
         for part in sample.media:
             self._check_medium(part.medium)
             raw = read(part.medium, resolve_media(sample.root, part.path))
+            if noise is not None and isinstance(raw, Audio):
+                raw = noise(raw)
             loaded.append(self.transform(part.medium, raw, generator=generator))
         return loaded
 

@@ -47,6 +47,8 @@ class MediumSettings:
     """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
+    size_pixels: int | None = None
+    """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
     crop_pixels: int = 88
     """Lip videos: side of the square cut from the middle of each frame."""
 

@@ -5,12 +5,19 @@ encoder with a handful of channels.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
+import soundfile
 import torch
+from PIL import Image
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     WhisperConfig,
@@ -18,7 +25,7 @@ from transformers import (
 )
 
 from mllm.building import config_of_parts
-from mllm.encoders import AVHubertConfig
+from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
@@ -174,3 +181,40 @@ def batch(
         samples.append(Sample(f"row{index}", messages, task="test"))
         media.append([part for part in parts if isinstance(part, LoadedMedia)])
     return made.batch(samples, media, for_training=for_training)
+
+
+def write_parts(folder: Path) -> dict[str, str]:
+    """Save the tiny frozen parts as a hub repository would hold them; returns their folders by name."""
+    configs = encoder_configs()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(llm_config()).save_pretrained(folder / "llm")
+        for medium, config in configs.items():
+            backbone_class(config)._from_config(config).save_pretrained(folder / medium)
+    TOKENIZER.save_pretrained(folder / "llm")
+    CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False).save_pretrained(folder / "image")
+    WhisperFeatureExtractor(feature_size=80, chunk_length=1).save_pretrained(folder / "audio")
+    return {name: str(folder / name) for name in ("llm", *configs)}
+
+
+def settings_on(parts: dict[str, str], media: Sequence[str] = ("image", "audio", "video")) -> ModelSettings:
+    """Settings of a tiny model whose frozen parts are the folders of `write_parts`."""
+    own = {m: MediumSettings(**{"encoder": parts[m], **MEDIA[m], "crop_pixels": 32}) for m in media}
+    lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    return ModelSettings(llm=parts["llm"], chat_format="plain", adapter=lora, **own)  # pyright: ignore
+
+
+def write_media(folder: Path, *, seconds: float = 0.8, seed: int = 0) -> dict[str, str]:
+    """A real png, wav (16 kHz) and mp4 (25 frames/s); returns their names by medium."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"{seed}.png")
+    soundfile.write(folder / f"{seed}.wav", rng.normal(0, 0.1, int(seconds * 16_000)).astype(np.float32), 16_000)
+    with av.open(folder / f"{seed}.mp4", "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        for _ in range(round(seconds * 25)):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return {"image": f"{seed}.png", "audio": f"{seed}.wav", "video": f"{seed}.mp4"}

@@ -1,0 +1,127 @@
+"""What is saved is what is loaded, bit for bit, and nothing that does not fit is loaded."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mllm
+from mllm.budget import Budget
+from mllm.building import build
+from mllm.loading import TRAINABLES, export, load, save_run
+from mllm.trainables import set_trainables, trainable_names
+
+ROWS = [
+    ([tiny.random_media("image"), "what colour is the circle?"], "red"),
+    ([tiny.random_media("audio", 37), tiny.random_media("video", 19), "transcribe speech and video to text."], "now"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose trainables were moved away from where a seed puts them."""
+    folder = tmp_path_factory.mktemp("loading")
+    model, processor = build(tiny.settings_on(tiny.write_parts(folder / "parts")))
+    set_trainables(model)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, name
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_run(model, processor, folder / "run")
+    torch.save(logits(model, processor), folder / "logits")
+    return folder / "run"
+
+
+def logits(model, processor) -> torch.Tensor:
+    inputs = processor.expand(tiny.batch(processor, ROWS), [[Budget()] * 2], left_padding=False).inputs
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def expected(run: Path) -> torch.Tensor:
+    return torch.load(run.parent / "logits", weights_only=True)
+
+
+def test_a_loaded_run_gives_the_same_logits_bit_for_bit(run: Path) -> None:
+    model, processor = load(run)
+    assert torch.equal(logits(model, processor), expected(run))
+    assert not model.training
+    saved = load_file(run / TRAINABLES)
+    assert sorted(saved) == trainable_names(model)
+
+
+def test_the_checkpoint_holds_exactly_what_trains(run: Path) -> None:
+    names = sorted(load_file(run / TRAINABLES))
+    lora = [
+        f"model.language_model.layers.{layer}.self_attn.{target}.lora_{side}.default.weight"
+        for layer in (0, 1)
+        for target in ("q_proj", "v_proj")
+        for side in "AB"
+    ]
+    banks = {"audio": [0], "image": [0], "video": [0, 1]}  # the stacking compressor has one projector per rate
+    projectors = [
+        f"model.compressors.{medium}.projectors.{index}.{layer}.{kind}"
+        for medium, indices in banks.items()
+        for index in indices
+        for layer in (0, 2)
+        for kind in ("bias", "weight")
+    ]
+    assert names == sorted(lora + projectors)
+
+
+def test_an_export_stands_alone_and_gives_the_same_answers(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    torch.testing.assert_close(logits(model, processor), expected(run), rtol=1e-4, atol=1e-5)
+    again, _ = mllm.load(tmp_path / "out")
+    assert torch.equal(logits(again, processor), logits(model, processor))
+
+
+BROKEN = {
+    "missing model.compressors.audio": lambda state: state.pop(next(n for n in state if "audio" in n)),
+    "unexpected model.nonsense": lambda state: state.update({"model.nonsense": torch.zeros(1)}),
+    r"has shape \(3,\), the model has": lambda state: state.update({next(iter(state)): torch.zeros(3)}),
+    r"has shape \(0,\), the model has": lambda state: state.update({next(iter(state)): torch.zeros(0)}),
+}
+
+
+@pytest.mark.parametrize("message", list(BROKEN))
+def test_weights_that_do_not_fit_are_refused_by_name(run: Path, tmp_path: Path, message: str) -> None:
+    for file in run.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = load_file(tmp_path / TRAINABLES)
+    BROKEN[message](state)
+    save_file(state, tmp_path / TRAINABLES)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_an_empty_tensor_is_not_saved(run: Path, tmp_path: Path) -> None:
+    model, processor = load(run)
+    with pytest.raises(ValueError, match="refusing to save b, which has size 0"):
+        save_run(model, processor, tmp_path / "x", state={"a": torch.zeros(1), "b": torch.zeros(0)})
+    assert not (tmp_path / "x" / TRAINABLES).exists()
+
+
+def test_other_frozen_weights_than_it_was_trained_on_are_refused(run: Path) -> None:
+    part = run.parent / "parts" / "audio" / "model.safetensors"
+    before = part.read_bytes()
+    state = load_file(part)
+    state[next(iter(state))] += 1
+    save_file(state, part, metadata={"format": "pt"})
+    try:
+        with pytest.raises(ValueError, match=r"the weights of audio in .* are not those this model was trained on"):
+            load(run)
+    finally:
+        part.write_bytes(before)
+
+
+def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no model"):
+        load(tmp_path)
