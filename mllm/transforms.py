@@ -1,0 +1,261 @@
+"""Raw media to what an encoder takes: pixels, log-mel windows, waveforms, lip crops; and the noise mixed into sound.
+
+Each transform is a small picklable callable, `transform(raw, generator=None) -> (values, length)`. With a generator it
+augments, for training; without one it is a plain function. `random_generator` makes one out of seed, epoch, sample and
+purpose. Does not know files, batches or budgets; only `build_transform` knows where settings come from.
+
+Shapes: L samples of a waveform, M mel bins, F mel frames, T video frames, H rows and W columns, S side of a crop.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mllm.media import Audio, Video, to_gray
+
+LIP_MEAN, LIP_STD = 0.421, 0.165
+"""Mean and deviation of grey mouth crops in 0..1, as in AV-HuBERT and every published system after it."""
+
+
+class MediaTransform(Protocol):
+    """Turns one raw medium into encoder input; the length counts pictures (1), samples, or frames."""
+
+    def __call__(self, raw: Any, generator: np.random.Generator | None = None) -> tuple[Tensor, int]: ...
+
+
+def random_generator(seed: int, epoch: int, sample_id: str, purpose: str) -> np.random.Generator:
+    """A generator that is the same wherever and whenever these four are the same, and independent otherwise.
+
+    Counter-based (Philox) with a hash of the four as its key: no state is carried from sample to sample, so a resumed
+    run, another number of workers or of ranks, all draw what the uninterrupted run draws.
+    """
+    name = json.dumps([int(seed), int(epoch), sample_id, purpose]).encode()
+    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def standardize(samples: np.ndarray, epsilon: float) -> np.ndarray:
+    """Zero mean and unit variance over one utterance, (L,) float32: (x - mean) / sqrt(variance + epsilon)."""
+    return ((samples - samples.mean()) / np.sqrt(samples.var() + epsilon)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class MixNoise:
+    """Adds a random piece of a noise recording to sound, at an exact signal-to-noise ratio.
+
+    Power is the mean square over the whole utterance, of the signal and of the very piece that is added, so the ratio
+    of what comes out is the one that was asked: 0 dB is 0 dB. Nothing is clipped. It stands between reading a file
+    and its transform, so that evaluation can add noise without augmenting anything else.
+
+    Args:
+        noise: a recording at the rate of the sound it is mixed into; repeated where it is too short.
+        snr_db: one ratio, or several of which one is drawn each time; None among them leaves the sound clean.
+
+    Raises:
+        ValueError: no ratio, or one that is not finite.
+    """
+
+    noise: Audio
+    snr_db: float | Sequence[float | None]
+
+    def __post_init__(self) -> None:
+        if not self.choices or any(choice is not None and not math.isfinite(choice) for choice in self.choices):
+            raise ValueError(f"snr_db must be one or several finite numbers (or None for clean), got {self.snr_db!r}")
+
+    @property
+    def choices(self) -> tuple[float | None, ...]:
+        """The ratios one of which is drawn."""
+        return (self.snr_db,) if isinstance(self.snr_db, int | float) else tuple(self.snr_db)
+
+    def __call__(self, audio: Audio, generator: np.random.Generator) -> Audio:
+        """Mix noise into a sound.
+
+        Raises:
+            ValueError: the rates differ, or the sound or the drawn piece of noise is silent, so there is no ratio.
+        """
+        if audio.sample_rate_hz != self.noise.sample_rate_hz:
+            rates = f"{audio.sample_rate_hz} and {self.noise.sample_rate_hz} Hz"
+            raise ValueError(f"sound and noise must have one sample rate, got {rates}")
+        snr_db = self.choices[generator.integers(len(self.choices))]
+        if snr_db is None:
+            return audio
+        start = int(generator.integers(len(self.noise.samples)))
+        places = np.arange(start, start + len(audio.samples))
+        piece = np.take(self.noise.samples, places, mode="wrap").astype(np.float64)
+        powers = [float(np.mean(np.square(samples, dtype=np.float64))) for samples in (audio.samples, piece)]
+        if 0 in powers:
+            silent = "sound" if powers[0] == 0 else "piece of noise"
+            raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: the {silent} is silent")
+        scale = math.sqrt(powers[0] / powers[1] * 10 ** (-snr_db / 10))
+        return Audio((audio.samples + scale * piece).astype(np.float32), audio.sample_rate_hz)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A picture to (3, H, W) float pixels, by a Hugging Face image processor (its size, mean and deviation)."""
+
+    processor: Any
+
+    def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Raises: ValueError when the processor makes anything but one picture of it (tiles, for example)."""
+        pixels = self.processor(images=[raw], return_tensors="pt")["pixel_values"]
+        if pixels.ndim != 4 or len(pixels) != 1:
+            name = type(self.processor).__name__
+            raise ValueError(f"{name} must give one picture (1, 3, H, W) per picture, got {tuple(pixels.shape)}")
+        return pixels[0], 1
+
+
+@dataclass(frozen=True)
+class Waveform:
+    """Sound to the waveform (L,) that HuBERT, WavLM and wav2vec 2.0 take.
+
+    Args:
+        sample_rate_hz: rate the encoder was trained at.
+        standardized: zero mean and unit variance per utterance; what `do_normalize` of the checkpoint's feature
+            extractor says.
+    """
+
+    sample_rate_hz: int = 16_000
+    standardized: bool = False
+
+    def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Raises: ValueError for sound at another rate."""
+        _check_rate(raw, self.sample_rate_hz)
+        samples = standardize(raw.samples, epsilon=1e-7) if self.standardized else raw.samples
+        return torch.from_numpy(samples), len(samples)
+
+
+@dataclass(frozen=True)
+class WhisperMel:
+    """Sound to Whisper's log-mel window (M, F), always the full window; the length stays that of the sound.
+
+    Args:
+        extractor: a `WhisperFeatureExtractor`; its rate, mel bins and window apply.
+        standardized: zero mean and unit variance of the waveform first, as the published AVSR systems do.
+    """
+
+    extractor: Any
+    standardized: bool = False
+
+    def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Raises: ValueError for sound at another rate or longer than the window."""
+        rate_hz, window = self.extractor.sampling_rate, self.extractor.n_samples
+        _check_rate(raw, rate_hz)
+        if len(raw.samples) > window:
+            limit = f"{window / rate_hz:g} seconds"
+            raise ValueError(f"the sound lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}")
+        samples = standardize(raw.samples, epsilon=1e-8) if self.standardized else raw.samples
+        mel = self.extractor(samples, sampling_rate=rate_hz, return_tensors="np")["input_features"]
+        return torch.from_numpy(mel[0]), len(samples)
+
+
+@dataclass(frozen=True)
+class LipTransform:
+    """Video to normalised grey crops (T, 1, S, S) in float32: (grey in 0..1 - mean) / std.
+
+    The crop is cut from the centre; with a generator from a random place, the same for the whole clip.
+
+    Args:
+        size: the shorter side of each frame is first brought to this many pixels (bilinear, antialiased); None takes
+            the frames as they are.
+        crop_size: side S of the square that is cut out.
+        mean: subtracted after scaling to 0..1.
+        std: divided by.
+        flip_probability: how often a clip is mirrored, where there is a generator.
+
+    Raises:
+        ValueError: values that contradict each other.
+    """
+
+    size: int | None
+    crop_size: int
+    mean: float = LIP_MEAN
+    std: float = LIP_STD
+    flip_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_size <= (self.size or self.crop_size):
+            raise ValueError(f"crop_size must be 1 to size ({self.size}), got {self.crop_size}")
+        if not 0 <= self.flip_probability <= 1 or self.std <= 0:
+            got = f"flip_probability {self.flip_probability}, std {self.std}"
+            raise ValueError(f"flip_probability must be 0 to 1 and std above 0, got {got}")
+
+    def __call__(self, raw: Video, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Raises: ValueError when a frame is smaller than the crop."""
+        frames = to_gray(raw.frames) if raw.frames.ndim == 4 else raw.frames
+        gray = self._crop(self._resize(torch.from_numpy(frames)[:, None].float() / 255), generator)
+        if generator is not None and generator.random() < self.flip_probability:
+            gray = gray.flip(-1)
+        return (gray - self.mean) / self.std, len(gray)
+
+    def _resize(self, frames: Tensor) -> Tensor:
+        shorter = min(frames.shape[-2:])
+        if self.size is None or shorter == self.size:
+            return frames
+        size = [round(side * self.size / shorter) for side in frames.shape[-2:]]
+        return torch.nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
+
+    def _crop(self, frames: Tensor, generator: np.random.Generator | None) -> Tensor:
+        height, width = frames.shape[-2:]
+        if min(height, width) < self.crop_size:
+            got = f"{width} x {height}"
+            raise ValueError(f"frames must be at least {self.crop_size} pixels (crop_size) wide and high, got {got}")
+        free = (height - self.crop_size, width - self.crop_size)
+        top, left = (room // 2 if generator is None else int(generator.integers(room + 1)) for room in free)
+        return frames[..., top : top + self.crop_size, left : left + self.crop_size]
+
+
+def build_transform(medium: str, encoder: Any, preprocessor: Mapping[str, Any]) -> MediaTransform:
+    """The transform an encoder needs.
+
+    Args:
+        medium: image, audio or video.
+        encoder: config of the encoder's backbone; Whisper takes log-mel windows, other audio encoders waveforms.
+        preprocessor: image: `to_dict()` of a Hugging Face image processor. audio: `to_dict()` of its feature
+            extractor, and `normalize_audio` to standardise each utterance. video: `crop_pixels`.
+
+    Raises:
+        ValueError: an unknown medium, or an image processor or feature extractor that transformers does not know.
+    """
+    builders = {"image": _build_image, "audio": _build_audio, "video": _build_video}
+    if medium not in builders:
+        raise ValueError(f"medium must be one of {', '.join(builders)}, got {medium!r}")
+    return builders[medium](encoder, dict(preprocessor))
+
+
+def _build_image(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    name = preprocessor.get("image_processor_type", "")
+    processor_class = get_image_processor_class_from_name(name)
+    if processor_class is None:
+        raise ValueError(f"transformers has no image processor {name!r} (key image_processor_type)")
+    return ImageTransform(processor_class.from_dict(preprocessor))
+
+
+def _build_audio(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
+    from transformers import WhisperFeatureExtractor
+
+    standardized = bool(preprocessor.pop("normalize_audio", False))
+    if encoder.model_type == "whisper":
+        return WhisperMel(WhisperFeatureExtractor.from_dict(preprocessor), standardized)
+    standardized = standardized or bool(preprocessor.get("do_normalize", False))
+    return Waveform(preprocessor.get("sampling_rate", 16_000), standardized)
+
+
+def _build_video(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
+    return LipTransform(size=preprocessor.get("size_pixels"), crop_size=preprocessor["crop_pixels"])
+
+
+def _check_rate(audio: Audio, sample_rate_hz: int) -> None:
+    """Sound at another rate would be heard faster or slower."""
+    if audio.sample_rate_hz != sample_rate_hz:
+        raise ValueError(f"the encoder takes sound at {sample_rate_hz} Hz, got {audio.sample_rate_hz} Hz")
