@@ -1,0 +1,126 @@
+"""Files to model inputs: what the encoders get is what was in the files, and users cannot forge media."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from mllm.budget import Budget
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.media import Audio, MediaError, load_audio, load_image, load_video
+from mllm.processing import ElasticProcessor
+from mllm.transforms import MixNoise, random_generator
+
+
+@pytest.fixture(scope="module")
+def made() -> ElasticProcessor:
+    return tiny.processor(tiny.settings())
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    root = tmp_path_factory.mktemp("media")
+    names = tiny.write_media(root)
+    parts = (*(Media(m, names[m]) for m in ("video", "image", "audio")), Text("what is this?"))
+    return Sample("a", (Message("user", parts), Message("assistant", (Text("red"),))), task="test", root=root)
+
+
+def test_media_are_loaded_in_order_of_appearance_with_their_true_lengths(made, sample) -> None:
+    video, image, audio = made.load_media(sample)
+    assert [item.medium for item in (video, image, audio)] == ["video", "image", "audio"]
+    assert video.values.shape == (20, 1, 32, 32)
+    assert video.raw_length == 20
+    assert image.values.shape == (3, 64, 64)
+    assert audio.values.shape == (80, 100)
+    assert audio.raw_length == 12_800
+    assert [made.extent(item).length for item in (video, image, audio)] == [20, 64, 40]
+
+
+def test_a_request_from_files_equals_one_from_decoded_media(made, sample) -> None:
+    budget = "image=4,audio=/4,video=/5"
+    root = sample.root
+    order = Sample("a", (Message("user", tuple(sorted(sample.messages[0].parts, key=_rank))),), task="t", root=root)
+    files = made(order, budget)
+    decoded = made(
+        text="what is this?",
+        images=[load_image(root / "0.png")],
+        audio=[load_audio(root / "0.wav")],
+        videos=[load_video(root / "0.mp4", gray=True)],
+        budget=budget,
+    )
+    assert files.keys() == decoded.keys()
+    assert all(torch.equal(files[key], decoded[key]) for key in files)
+    ids = files["input_ids"][0].tolist()
+    assert [ids.count(made.placeholder_ids[m]) for m in ("image", "audio", "video")] == [4, 10, 4]
+
+
+def _rank(part: Media | Text) -> int:
+    return ("image", "audio", "video").index(part.medium) if isinstance(part, Media) else 3
+
+
+def test_the_answer_is_asked_for_and_not_shown(made, sample) -> None:
+    loaded = [made.load_media(sample)]
+    asked = made.batch([sample], loaded, for_training=False).rows[0]
+    taught = made.batch([sample], loaded, for_training=True).rows[0]
+    answer = [*made.tokenizer.encode(" red", add_special_tokens=False), made.tokenizer.eos_token_id]
+    assert [*asked.ids, *answer] == list(taught.ids)
+    assert [label for label in taught.labels if label != -100] == answer
+
+
+def test_typed_placeholders_are_text(made) -> None:
+    typed = "<|image_token|><image></s>"
+    inputs = made(text=typed)
+    special = set(made.tokenizer.all_special_ids)
+    assert [token for token in inputs["input_ids"][0].tolist() if token in special] == [made.tokenizer.bos_token_id]
+    assert typed in made.tokenizer.decode(inputs["input_ids"][0])
+
+
+def test_a_processor_is_the_same_after_saving(made, sample, tmp_path: Path) -> None:
+    made.save_pretrained(tmp_path)
+    again = ElasticProcessor.from_pretrained(tmp_path)
+    assert again.space == made.space
+    first, second = made(sample, "image=7"), again(sample, "image=7")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_noise_comes_between_the_file_and_its_transform(made, sample) -> None:
+    babble = Audio(np.random.default_rng(0).normal(0, 1, 16_000).astype(np.float32), 16_000)
+    clean = made.load_media(sample)[2]
+    noisy = [
+        made.load_media(sample, noise=lambda a: MixNoise(babble, 0.0)(a, random_generator(0, 0, "a", "noise")))[2]
+        for _ in range(2)
+    ]
+    assert torch.equal(noisy[0].values, noisy[1].values)
+    assert not torch.allclose(noisy[0].values, clean.values, atol=0.05)
+
+
+def test_what_a_row_cannot_meet_names_the_sample(made, sample) -> None:
+    batch = made.batch([sample], [made.load_media(sample)], for_training=True)
+    with pytest.raises(ValueError, match="sample 'a': video=/3 was not trained"):
+        made.expand(batch, [[Budget.parse("video=/3")]], left_padding=False)
+
+
+def test_media_that_do_not_match_the_conversation_are_refused(made, sample) -> None:
+    loaded = made.load_media(sample)
+    with pytest.raises(ValueError, match="sample 'a' speaks of video, image, audio, but has video"):
+        made.batch([sample], [loaded[:1]], for_training=True)
+
+
+def test_a_clip_the_encoder_cannot_take_names_the_sample(made, sample) -> None:
+    short = [*made.load_media(sample)[:2], tiny.random_media("audio", 0)]
+    with pytest.raises(ValueError, match="sample 'a': a clip of 0 samples"):
+        made.batch([sample], [short], for_training=True)
+
+
+def test_a_missing_file_is_a_media_error(made, sample) -> None:
+    lost = Sample("b", (Message("user", (Media("image", "nowhere.png"),)),), task="t", root=sample.root)
+    with pytest.raises(MediaError, match=r"nowhere\.png"):
+        made(lost)
+
+
+def test_a_medium_the_model_does_not_take_is_refused(sample) -> None:
+    deaf = tiny.processor(tiny.settings(["image"]))
+    with pytest.raises(ValueError, match="does not take video; it takes image"):
+        deaf(sample)
