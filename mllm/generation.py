@@ -1,0 +1,360 @@
+"""A media file and a question to an answer at a budget, one or many at a time.
+
+    answerer = Answerer(*mllm.load("runs/demo"))
+    answer = answerer.answer(audio="hello.wav", budget="audio=/8")
+    answer.text, answer.tokens                                # 'place blue at f two now', {'audio': 12}
+
+Knows a model, its processor and how to decode. Does not know references, metrics or tables.
+
+Greedy, or beams without sampling, unless a temperature is asked for: the same request gives the same answer, alone or
+in a batch, whatever the LLM's own generation config says.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from mllm.budget import MEDIA, Amount, Budget, Cost, Extent, Space
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.expansion import Batch
+from mllm.media import MediaError
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor
+
+# What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
+DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
+    ("image",): "describe the picture.",
+    ("audio",): "transcribe speech to text.",
+    ("video",): "transcribe video to text.",
+    ("audio", "video"): "transcribe speech and video to text.",
+}
+Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one `generate`: media to soft tokens, the prompt's pass through the LLM, the tokens after it."""
+
+    encoder_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what it was given.
+
+    `tokens` are the soft tokens used, by medium; `is_trained` is false where a medium's budget was not in the trained
+    space. `num_new_tokens` counts the end token. `timing` is that of the whole batch, where it was asked for.
+    """
+
+    text: str
+    budget: Budget
+    tokens: Mapping[str, int]
+    is_trained: bool
+    num_prompt_tokens: int
+    num_new_tokens: int
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Args:
+        num_beams: 1 is greedy.
+        max_new_tokens: answers end there at the latest.
+        temperature: samples at this temperature instead; needs `num_beams` 1.
+        seed: of the samples.
+
+    Raises:
+        ValueError: numbers out of range, or sampling with beams.
+    """
+
+    num_beams: int = 1
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("num_beams", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.temperature is not None and (self.temperature <= 0 or self.num_beams > 1):
+            raise ValueError(
+                f"temperature is {self.temperature} with num_beams {self.num_beams}; sampling needs a temperature "
+                "above 0 and num_beams 1, and without a temperature the answer is deterministic"
+            )
+
+
+@dataclass
+class Answerer:
+    """Answers with one model.
+
+    Args:
+        model: in eval mode, on the device it is to run on.
+        processor: the one that belongs to it.
+        decoding: how tokens are chosen.
+        batch_size: most requests of one `generate` in `answer_samples`.
+    """
+
+    model: ElasticForConditionalGeneration = field(repr=False)
+    processor: ElasticProcessor = field(repr=False)
+    decoding: Decoding = field(default_factory=Decoding)
+    batch_size: int = 8
+
+    def answer(
+        self,
+        text: str | None = None,
+        *,
+        image: Files = (),
+        audio: Files = (),
+        video: Files = (),
+        budget: Budget | str = "",
+        on_text: Callable[[str], None] | None = None,
+        timed: bool = False,
+    ) -> Answer:
+        """Answer one request about files.
+
+        Args:
+            text: the question; without one, what `DEFAULT_PROMPTS` asks of these media.
+            image, audio, video: a file or several; in the prompt pictures stand before sounds before videos, all
+                before the text.
+            budget: see `mllm.budget`.
+            on_text: called with each piece of the answer as soon as it is there (all at once with beams).
+            timed: measure; on a GPU this makes the host wait at each phase.
+
+        Raises:
+            MediaError: a file that is missing or cannot be read.
+            ValueError: a medium the model does not take, a budget that cannot be met (with what is allowed), or nothing
+                to ask.
+        """
+        sample, names = request({"image": image, "audio": audio, "video": video}, text)
+        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+        if idle := set(asked.amounts) - {part.medium for part in sample.media}:
+            raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
+        try:
+            loaded = self.processor.load_media(sample)
+        except MediaError as error:
+            name = names.get(error.path, error.path)
+            raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
+        batch = self.processor.batch([sample], [loaded], for_training=False)
+        return self.answer_batch(batch, [[asked]], on_text=on_text, timed=timed)[0][0]
+
+    def answer_samples(self, samples: Sequence[Sample], budgets: Sequence[Budget | str]) -> list[Answer]:
+        """Answer conversations, each at its own budget; a last assistant message is left out and asked for.
+
+        Raises:
+            MediaError, ValueError: as `answer`; the sample is named.
+        """
+        if len(samples) != len(budgets):
+            raise ValueError(f"{len(samples)} samples and {len(budgets)} budgets; give one budget per sample")
+        asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
+        answers: list[Answer] = []
+        for start in range(0, len(samples), self.batch_size):
+            rows = samples[start : start + self.batch_size]
+            loaded = [self.processor.load_media(sample) for sample in rows]
+            batch = self.processor.batch(rows, loaded, for_training=False)
+            answers += self.answer_batch(batch, [asked[start : start + self.batch_size]])[0]
+        return answers
+
+    @torch.no_grad()
+    def answer_batch(
+        self,
+        batch: Batch,
+        budgets: Sequence[Sequence[Budget]],
+        *,
+        on_text: Callable[[str], None] | None = None,
+        timed: bool = False,
+    ) -> list[list[Answer]]:
+        """Answer every row of a batch at several budgets, its media encoded once.
+
+        Args:
+            batch: of `processor.batch(..., for_training=False)`.
+            budgets: per draw, one budget per row.
+
+        Returns:
+            Per draw, one answer per row.
+
+        Raises:
+            ValueError: a budget a row cannot meet; the sample is named.
+        """
+        expanded = self.processor.expand(batch, budgets, left_padding=True)
+        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        with _stopwatch(self.model, timed) as watch, self._chance():
+            ids = self.model.generate(**inputs, **self._options(on_text))
+        new_ids = ids[:, inputs["input_ids"].shape[1] :].cpu()
+        prompt_lengths = expanded.inputs["attention_mask"].sum(dim=1).tolist()
+        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        if on_text is not None and self.decoding.num_beams > 1:
+            on_text(texts[0].strip())
+        asked = [budget for draw in budgets for budget in draw]
+        rows = list(batch.rows) * len(budgets)
+        answers = [
+            Answer(
+                text=text.strip(),
+                budget=budget,
+                tokens=tokens_by_medium([run.extent for run in row.runs], costs),
+                is_trained=is_trained([run.extent for run in row.runs], costs, self.processor.space),
+                num_prompt_tokens=length,
+                num_new_tokens=self._num_new(new.tolist()),
+                timing=watch.timing(),
+            )
+            for text, budget, row, costs, length, new in zip(
+                texts, asked, rows, expanded.costs, prompt_lengths, new_ids, strict=True
+            )
+        ]
+        return [answers[start : start + len(batch.rows)] for start in range(0, len(answers), len(batch.rows))]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's and those of the LLM's generation config."""
+        own = self.model.generation_config.eos_token_id
+        found = [self.processor.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        return sorted({token for token in found if token is not None})
+
+    @contextmanager
+    def _chance(self) -> Iterator[None]:
+        """Samples come from the seed, and nobody else's random numbers move."""
+        if self.decoding.temperature is None:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.decoding.seed)
+            yield
+
+    def _num_new(self, ids: list[int]) -> int:
+        ends = set(self.end_ids)
+        return next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+
+    def _options(self, on_text: Callable[[str], None] | None) -> dict[str, Any]:
+        """Arguments of `generate`, every one that could make a checkpoint's own config change the answer included."""
+        how = self.decoding
+        options: dict[str, Any] = {
+            "num_beams": how.num_beams,
+            "max_new_tokens": how.max_new_tokens,
+            "do_sample": how.temperature is not None,
+            "temperature": how.temperature or 1.0,
+            "top_p": 1.0,
+            "top_k": 0 if how.temperature is not None else 50,
+            "repetition_penalty": 1.0,
+            "length_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "eos_token_id": self.end_ids or None,
+            "pad_token_id": self.processor.pad_id,
+        }
+        if on_text is not None and how.num_beams == 1:
+            options["streamer"] = _Pieces(self.processor.tokenizer, on_text)
+        return options
+
+
+class _Pieces(TextStreamer):
+    """Hands finished words on instead of printing them."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each piece, which may be empty."""
+        if text:
+            self.on_text(text)
+
+
+def request(files: Mapping[str, Files], text: str | None = None) -> tuple[Sample, dict[str, str]]:
+    """One request about files anywhere on the disk, as a sample.
+
+    Returns:
+        The sample, and the name the caller gave each file by its path in the sample, for messages.
+
+    Raises:
+        ValueError: neither files nor text, or no default prompt for these media.
+    """
+    named = [(medium, os.fspath(file)) for medium in MEDIA for file in _several(files.get(medium, ()))]
+    media = tuple(dict.fromkeys(medium for medium, _ in named))
+    if text is None and not named:
+        raise ValueError("nothing to answer: give text, or an image, audio or video file")
+    if text is None and media not in DEFAULT_PROMPTS:
+        raise ValueError(f"there is no default question about {' and '.join(media)} together; give text")
+    # Links are followed here: whoever names a file may read it, while a manifest cannot leave its root.
+    real = [os.path.realpath(file) for _, file in named]
+    root = os.path.commonpath([os.path.dirname(path) for path in real]) if real else os.curdir
+    paths = [Path(path).relative_to(root).as_posix() for path in real]
+    parts = tuple(Media(medium, path) for (medium, _), path in zip(named, paths, strict=True))  # type: ignore[arg-type]
+    message = Message("user", (*parts, Text(DEFAULT_PROMPTS[media] if text is None else text)))
+    names = {path: name for path, (_, name) in zip([*paths, *real], [*named, *named], strict=True)}
+    return Sample("request", (message,), task="generate", root=Path(root)), names
+
+
+def _several(files: Files) -> list[str | os.PathLike[str]]:
+    return [files] if isinstance(files, str | os.PathLike) else list(files)
+
+
+def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[str, int]:
+    """Soft tokens of a request by medium, in the order of `MEDIA`."""
+    sums: dict[str, int] = {}
+    for medium in MEDIA:
+        own = [cost.tokens for extent, cost in zip(extents, costs, strict=True) if extent.medium == medium]
+        if own:
+            sums[medium] = sum(own)
+    return sums
+
+
+def is_trained(extents: Sequence[Extent], costs: Sequence[Cost], space: Space) -> bool:
+    """Whether training drew what every medium of a request costs, however the budget put it."""
+    return all(
+        space.media[extent.medium].is_trained(Amount.parse(f"/{cost.rate}" if cost.rate else cost.tokens))
+        for extent, cost in zip(extents, costs, strict=True)
+    )
+
+
+class _Watch:
+    """Marks of one `generate`: its start, the first call of the LLM, the end of that call, its end."""
+
+    def __init__(self, device: torch.device, active: bool) -> None:
+        self.device = device
+        self.active = active
+        self.marks: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        """Keep the first time a name is marked."""
+        if name not in self.marks:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            self.marks[name] = time.perf_counter()
+
+    def timing(self) -> Timing | None:
+        """The three phases, once everything is marked."""
+        if not self.active:
+            return None
+        times = [self.marks[name] for name in ("start", "embedded", "prefilled", "end")]
+        return Timing(*(1000 * (after - before) for before, after in pairwise(times)))
+
+
+@contextmanager
+def _stopwatch(model: ElasticForConditionalGeneration, active: bool) -> Iterator[_Watch]:
+    """Watches the LLM from outside, so that what is timed is what runs."""
+    watch = _Watch(model.device, active)
+    if not active:
+        yield watch
+        return
+    llm = model.get_decoder()
+    hooks = [
+        llm.register_forward_pre_hook(lambda *_: watch.mark("embedded")),
+        llm.register_forward_hook(lambda *_: watch.mark("prefilled")),
+    ]
+    try:
+        watch.mark("start")
+        yield watch
+        watch.mark("end")
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,186 @@
+"""What generation promises: batch mates, beams and other budgets change nothing, and what was used is told exactly."""
+
+import math
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_modeling import BUDGETS, ROWS
+
+from mllm.budget import Budget
+from mllm.generation import DEFAULT_PROMPTS, Answerer, Decoding, request
+from mllm.media import MediaError
+
+OWN = tiny.settings()
+
+
+@pytest.fixture(scope="module")
+def answerer() -> Answerer:
+    # Sharpened, so that a random model has clear favourites and rounding cannot decide between them.
+    return Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=12))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real png and a real wav of 0.6 seconds, in different folders."""
+    made = tmp_path_factory.mktemp("media")
+    (made / "sounds").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)).save(made / "a picture.png")
+    samples = (8000 * np.sin(np.arange(9600) * 2 * math.pi * 300 / 16000)).astype("<i2")
+    with wave.open(str(made / "sounds" / "tone.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(samples.tobytes())
+    return made
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_of_mixed_media_and_budgets_answers_as_each_row_alone(answerer: Answerer, num_beams: int) -> None:
+    answerer = Answerer(answerer.model, answerer.processor, Decoding(num_beams=num_beams, max_new_tokens=12))
+    together = answerer.answer_batch(tiny.batch(answerer.processor, ROWS), [BUDGETS])[0]
+    alone = [
+        answerer.answer_batch(tiny.batch(answerer.processor, [row]), [[budget]])[0][0]
+        for row, budget in zip(ROWS, BUDGETS, strict=True)
+    ]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert [answer.num_new_tokens for answer in together] == [answer.num_new_tokens for answer in alone]
+    assert len({answer.text for answer in together}) == len(ROWS)  # the rows really are different requests
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_budgets_answered_together_are_those_answered_one_by_one(answerer: Answerer, num_beams: int) -> None:
+    answerer = Answerer(answerer.model, answerer.processor, Decoding(num_beams=num_beams, max_new_tokens=12))
+    batch = tiny.batch(answerer.processor, ROWS[:2])
+    budgets = [Budget.parse(text) for text in ("image=64,audio=/4", "image=1,audio=/8,video=/5", "image=3")]
+    calls = []
+    handle = answerer.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    together = answerer.answer_batch(batch, [[budget] * 2 for budget in budgets])
+    handle.remove()
+    assert len(calls) == 1
+    for draw, budget in zip(together, budgets, strict=True):
+        alone = answerer.answer_batch(batch, [[budget] * 2])[0]
+        assert [answer.text for answer in draw] == [answer.text for answer in alone]
+        assert {answer.budget for answer in draw} == {budget}
+
+
+def test_an_answer_about_files_tells_what_it_used(answerer: Answerer, folder: Path) -> None:
+    picture, tone = folder / "a picture.png", folder / "sounds" / "tone.wav"
+    answer = answerer.answer(
+        "what is it?", image=[picture, str(picture)], audio=tone, budget="image=5,audio=/8", timed=True
+    )
+    assert answer.tokens == {"image": 10, "audio": 30 // 8}
+    assert not answer.is_trained  # 5 tokens lie between the trained ones
+    assert answer.timing is not None
+    assert min(answer.timing.encoder_ms, answer.timing.prefill_ms, answer.timing.decode_ms) > 0
+    assert answer.num_new_tokens <= 12
+    again = answerer.answer("what is it?", image=picture, audio=tone, budget="image=4,audio=12.5/s")
+    assert again.tokens == {"image": 4, "audio": 7}
+    assert again.is_trained  # 12.5 tokens per second of 50 frames is the trained rate 4
+    assert again.timing is None
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_the_pieces_of_a_stream_are_the_answer(answerer: Answerer, folder: Path, num_beams: int) -> None:
+    answerer = Answerer(answerer.model, answerer.processor, Decoding(num_beams=num_beams, max_new_tokens=12))
+    pieces: list[str] = []
+    answer = answerer.answer("what is it?", image=folder / "a picture.png", on_text=pieces.append)
+    assert "".join(pieces).strip() == answer.text
+    assert answer.text
+    assert (len(pieces) > 1) == (num_beams == 1)
+
+
+def test_files_are_asked_about_in_order_with_a_default_question(folder: Path) -> None:
+    sample, names = request({"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "a picture.png"}, "why?")
+    assert [(part.medium, part.path) for part in sample.media] == [
+        ("image", "a picture.png"),
+        ("audio", "sounds/tone.wav"),
+    ]
+    assert sample.root == folder.resolve()
+    assert names["a picture.png"] == str(folder / "a picture.png")
+    asked, _ = request({"video": "x.mp4", "audio": ["y.wav"]})
+    assert asked.messages[0].text == DEFAULT_PROMPTS["audio", "video"]
+    with pytest.raises(ValueError, match="no default question about image and audio together"):
+        request({"image": "x.png", "audio": "y.wav"})
+    with pytest.raises(ValueError, match="nothing to answer"):
+        request({})
+
+
+def test_a_file_behind_a_link_may_be_named(answerer: Answerer, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.wav").symlink_to(folder / "sounds" / "tone.wav")
+    assert answerer.answer(audio=tmp_path / "link.wav").tokens == {"audio": 7}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("audio=/50", "too short"),
+        ("audio=64", "cannot give more tokens than frames"),
+        ("audio=13/s", "nearest: "),
+        ("video=/2", "names video, but the request holds none"),
+        ("audio=four", "is not a count"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(answerer: Answerer, folder: Path, budget: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        answerer.answer(audio=folder / "sounds" / "tone.wav", budget=budget)
+
+
+def test_a_file_that_cannot_be_read_is_named_as_it_was_given(answerer: Answerer, folder: Path) -> None:
+    broken = folder / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    with pytest.raises(MediaError, match=f"^{broken}: "):
+        answerer.answer(image=broken, text="what?")
+    with pytest.raises(MediaError, match=f"^{folder / 'absent.wav'}: .*missing"):
+        answerer.answer(audio=folder / "absent.wav")
+
+
+def test_a_checkpoint_cannot_make_answers_random_and_a_seed_makes_samples_repeatable(answerer: Answerer) -> None:
+    batch = tiny.batch(answerer.processor, ROWS[:2])
+    before = answerer.answer_batch(batch, [BUDGETS[:2]])
+    config = answerer.model.generation_config
+    config.do_sample, config.temperature, config.repetition_penalty = True, 0.6, 1.3  # as chat checkpoints have it
+    try:
+        assert answerer.answer_batch(batch, [BUDGETS[:2]]) == before
+    finally:
+        config.do_sample, config.temperature, config.repetition_penalty = None, None, None
+    state = torch.get_rng_state()
+    drawn = []
+    for seed in (0, 0, 1):
+        sampled = Answerer(answerer.model, answerer.processor, Decoding(max_new_tokens=12, temperature=1.0, seed=seed))
+        drawn.append(sampled.answer_batch(batch, [BUDGETS[:2]]))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_answer_ends_where_the_llm_says(answerer: Answerer) -> None:
+    batch = tiny.batch(answerer.processor, ROWS[:1])
+    free = answerer.answer_batch(batch, [BUDGETS[:1]])[0][0]
+    assert free.num_new_tokens == 12
+    words = answerer.processor.tokenizer(f" {free.text}", add_special_tokens=False)["input_ids"]
+    answerer.model.generation_config.eos_token_id = [words[3]]
+    try:
+        stopped = answerer.answer_batch(batch, [BUDGETS[:1]])[0][0]
+    finally:
+        answerer.model.generation_config.eos_token_id = answerer.processor.tokenizer.eos_token_id
+    assert stopped.num_new_tokens == words.index(words[3]) + 1
+    assert free.text.startswith(stopped.text)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"temperature": 0.5, "num_beams": 2}, "num_beams 1"),
+    ],
+)
+def test_decoding_refuses_what_makes_no_sense(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoding(**values)
