@@ -72,7 +72,7 @@ def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Whole patches win: if the cells can be equal blocks of whole patches at most twice as long as they are wide, the
     squarest such blocks are taken, and of two equally square ones those in fewer rows. Otherwise the cells are as
-    square as can be: R is the integer nearest to sqrt(n * H / W).
+    square as can be: R is the integer nearest to sqrt(n * H / W), within 1..n.
 
     Args:
         tokens: (N,) int64, 1..H*W.
@@ -85,7 +85,7 @@ def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     count = tokens[:, None]
     # R >= r + 1 exactly where sqrt(n * H / W) is above r + 1/2.
     below = 2 * torch.arange(height, device=tokens.device) + 1
-    nearest = (below.square() * width < 4 * count * height).sum(dim=1)
+    nearest = (below.square() * width < 4 * count * height).sum(dim=1).clamp(min=1).minimum(tokens)
     rows = torch.arange(1, height + 1, device=tokens.device)
     columns = (count // rows).clamp(min=1)
     whole = (rows * columns == count) & (height % rows == 0) & (width % columns == 0)

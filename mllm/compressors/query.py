@@ -34,7 +34,7 @@ class CrossAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * size, size))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * size))
         self.out_proj = nn.Linear(size, size)
-        self.reset_parameters()
+        _reset_unless_meta(self)
 
     def reset_parameters(self) -> None:
         """The released initialisation of what is no Linear."""
@@ -121,7 +121,7 @@ class Query(Compressor):
         self.attn = CrossAttention(size=size, num_heads=num_heads)
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(size, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(size, out_size))
-        self.reset_parameters()
+        _reset_unless_meta(self)
 
     def reset_parameters(self) -> None:
         """The released initialisation of the bare parameters."""
@@ -172,6 +172,12 @@ class Query(Compressor):
             return line[0].T.to(self.pos_embed.dtype)
         resized = functional.interpolate(table, size=self.feature_grid, mode="bicubic", align_corners=False)
         return resized[0].flatten(1).T.to(self.pos_embed.dtype)
+
+
+def _reset_unless_meta(module: "CrossAttention | Query") -> None:
+    # Drawing random numbers on the meta device fills nothing and imports torch's compiler, which takes seconds.
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.reset_parameters()
 
 
 def sincos_positions(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:

@@ -10,6 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def _no_frames(num_raw: int) -> int:
+    raise ValueError("a picture has a grid of patches and no frames to count")
+
+
 @dataclass(frozen=True)
 class EncoderFacts:
     """What is known of an encoder from its config alone, without weights.
@@ -19,15 +23,15 @@ class EncoderFacts:
         hidden_size: size of one feature.
         grid: rows and columns of patches, for pictures.
         frames_per_second: the clock of the features, for streams.
-        num_frames: feature frames of a clip of so many raw samples or frames, for streams; raises `ValueError` for a
-            clip that is too short or too long.
+        num_frames: feature frames of a clip of so many raw samples or frames; raises `ValueError` for a clip that is
+            too short or too long, and for pictures.
     """
 
     medium: str
     hidden_size: int
     grid: tuple[int, int] | None = None
     frames_per_second: float | None = None
-    num_frames: Callable[[int], int] | None = None
+    num_frames: Callable[[int], int] = _no_frames
 
 
 class Encoder(nn.Module):
