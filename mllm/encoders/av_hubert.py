@@ -167,7 +167,7 @@ class AVHubertEncoder(PreTrainedModel):
     def __init__(self, config: AVHubertConfig) -> None:
         super().__init__(config)
         hidden_size = config.hidden_size
-        self.feature_extractor_audio = AudioFeatures(config.audio_feature_size, hidden_size)
+        self.feature_extractor_audio: nn.Module | None = AudioFeatures(config.audio_feature_size, hidden_size)
         self.feature_extractor_video = VideoFeatures(tuple(config.resnet_channels), hidden_size)
         self.layer_norm = nn.LayerNorm(2 * hidden_size, eps=config.layer_norm_eps)
         self.post_extract_proj = nn.Linear(2 * hidden_size, hidden_size)
@@ -205,7 +205,8 @@ class AVHubertEncoder(PreTrainedModel):
             features (N, T, D); beyond a clip's own length they mean nothing.
 
         Raises:
-            ValueError: neither medium is given, or they differ in their number of clips or frames.
+            ValueError: neither medium is given, they differ in their number of clips or frames, or audio is given to
+                an encoder that has lost its audio path (see `LipEncoder`).
         """
         given = [medium for medium in (audio, video) if medium is not None]
         if not given:
@@ -229,7 +230,9 @@ class AVHubertEncoder(PreTrainedModel):
             if medium is not None and is_frame is not None:
                 # The convolution over frames sees past a clip's end: zeros there are what a lone clip is padded with.
                 medium = medium.masked_fill(~is_frame.view(*is_frame.shape, *(1,) * (medium.ndim - 2)), 0.0)
-            features.append(None if medium is None else extractor(medium))
+            if medium is not None and extractor is None:
+                raise ValueError("this AV-HuBERT was cut to read video alone; audio must be None")
+            features.append(None if medium is None or extractor is None else extractor(medium))
         present = next(half for half in features if half is not None)
         return [torch.zeros_like(present) if half is None else half for half in features]
 

@@ -17,10 +17,14 @@ from mllm.encoders.base import Encoder, EncoderFacts
 
 
 class LipEncoder(Encoder):
-    """AV-HuBERT on video alone; the audio half of its input is zeros, as in the published lip-reading systems."""
+    """AV-HuBERT on video alone; the audio half of its input is zeros, as in the published lip-reading systems.
+
+    The backbone loses its audio path: it could never train, and would keep processes that train together waiting.
+    """
 
     def __init__(self, *, backbone: AVHubertEncoder) -> None:
         super().__init__(backbone)
+        backbone.feature_extractor_audio = None
         self.hidden_size: int = backbone.config.hidden_size
         self.frames_per_second = float(backbone.config.frames_per_second)
 

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
-from mllm.encoders import AVHubertConfig, AVHubertEncoder, build_encoder, freeze, register_av_hubert
+from mllm.encoders import AVHubertConfig, AVHubertEncoder, build_encoder, freeze, register_av_hubert, wrap_encoder
 from mllm.encoders.av_hubert import LipResNet
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -83,6 +83,8 @@ def test_media_that_do_not_fit_each_other_are_refused() -> None:
         encoder()
     with pytest.raises(ValueError, match=r"\(1, 3\) and \(1, 4\)"):
         encoder(clips(3)[0], clips(4, shape=(104,))[0])
+    with pytest.raises(ValueError, match="cut to read video alone"):
+        wrap_encoder(encoder).backbone(audio=clips(3, shape=(104,))[0])
 
 
 @pytest.mark.parametrize(("sizes", "tensors", "millions"), [({}, 538, 325.40), (BASE, 346, 103.33)])
