@@ -175,7 +175,7 @@ def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
             rest = file.readline(MAX_LINE_BYTES + 1)
         if line_number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
+        if line.strip() or len(line) > MAX_LINE_BYTES:
             yield line_number, line
 
 

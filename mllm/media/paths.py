@@ -4,10 +4,14 @@ Knows file names and links. Does not open files and does not know formats.
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from mllm.media.errors import MediaError
+
+# What most paths look like, to be done with them at once: words with dots and dashes inside, parted by slashes.
+_PLAIN = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*")
 
 
 def resolve_media(root: str | os.PathLike[str], relative: str) -> Path:
@@ -19,7 +23,7 @@ def resolve_media(root: str | os.PathLike[str], relative: str) -> Path:
         MediaError: "refused" for a path that is absolute, climbs, or leads out of the root by a link, and for anything
             but a regular file (folder, FIFO, device, socket); "missing" when there is no such file.
     """
-    return RootedPaths(root).resolve(relative)
+    return Path(RootedPaths(root).resolve(relative))
 
 
 class RootedPaths:
@@ -32,7 +36,7 @@ class RootedPaths:
         self.root = os.fspath(root)
         self._real_folders: dict[str, str] = {}
 
-    def resolve(self, relative: str) -> Path:
+    def resolve(self, relative: str) -> str:
         """See `resolve_media`."""
         if problem := path_problem(relative):
             raise MediaError("refused", relative, problem)
@@ -42,16 +46,16 @@ class RootedPaths:
             raise MediaError("missing", relative, "there is no such file under the root") from error
         except OSError as error:
             raise MediaError("refused", relative, "the path cannot be followed") from error
-        if not candidate.startswith(os.path.join(self._real_folder(""), "")):
+        if not candidate.startswith(self._real_folder("").rstrip("/") + "/"):
             raise MediaError("refused", relative, "the path leads out of the root by a symbolic link")
         if not stat.S_ISREG(mode):
             raise MediaError("refused", relative, "not a regular file")
-        return Path(candidate)
+        return candidate
 
     def _follow(self, relative: str) -> tuple[str, int]:
         """The path without links, and the mode of what stands there."""
         parent, _, name = relative.rpartition("/")
-        candidate = os.path.join(self._real_folder(parent), name)
+        candidate = f"{self._real_folder(parent)}/{name}"
         mode = os.lstat(candidate).st_mode
         if not stat.S_ISLNK(mode):
             return candidate, mode
@@ -66,6 +70,8 @@ class RootedPaths:
 
 def path_problem(relative: str) -> str | None:
     """What is wrong with a path as text, or None. Backslashes are refused: other systems read them as separators."""
+    if _PLAIN.fullmatch(relative):
+        return None
     if not relative or relative != relative.strip():
         return "the path must not be empty or begin or end with a blank"
     if not relative.isprintable():

@@ -1,0 +1,114 @@
+"""Looks a whole manifest over in one pass and reports everything that is wrong with it.
+
+Knows rows and files. Does not know models, so it cannot say whether a sample fits a context or an encoder's window.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm.data.manifest import MEDIA, Sample, scan_manifest
+from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong on one line; a line may have several."""
+
+    line_number: int
+    message: str
+
+
+@dataclass
+class Report:
+    """What a manifest holds and what is wrong with it.
+
+    Counts are of good rows. `seconds` are filled when media were opened, and then count every appearance of a file.
+    """
+
+    path: str
+    num_rows: int = 0
+    num_samples: int = 0
+    media: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEDIA, 0.0))
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong and there is something to use."""
+        return not self.problems and self.num_samples > 0
+
+    def summary(self) -> str:
+        """A few lines for a terminal, without the problems themselves."""
+        lines = [f"{self.path}: {self.num_rows} rows, {self.num_samples} good samples"]
+        if self.tasks:
+            lines.append("tasks: " + ", ".join(f"{task} {count}" for task, count in sorted(self.tasks.items())))
+        if self.media:
+            lines.append("media: " + ", ".join(self._medium(medium) for medium in MEDIA if self.media[medium]))
+        bad_lines = len({problem.line_number for problem in self.problems})
+        lines.append(f"problems: {len(self.problems)} on {bad_lines} lines" if self.problems else "no problems")
+        return "\n".join(lines)
+
+    def _medium(self, medium: str) -> str:
+        text = f"{medium} {self.media[medium]}"
+        return f"{text} ({self.seconds[medium]:.1f} seconds)" if self.seconds[medium] else text
+
+
+def check_manifest(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    *,
+    open_media: bool,
+    loader: MediaLoader | None = None,
+) -> Report:
+    """Check every row of a manifest, and that every file it names is a regular file under the root.
+
+    Args:
+        path: the JSONL file.
+        root: folder that media paths are relative to.
+        open_media: also decode every file, which takes as long as an epoch of reading does.
+        loader: how files are decoded, and under which limits; the default one when None.
+
+    Raises:
+        OSError: the manifest itself cannot be read; everything else is in the report.
+    """
+    report = Report(os.fspath(path))
+    paths = RootedPaths(root)
+    opener = (loader or MediaLoader()) if open_media else None
+    for row in scan_manifest(path, root):
+        report.num_rows += 1
+        problems = list(row.problems)
+        if row.sample is not None:
+            problems = _media_problems(row.sample, paths, opener, report)
+            if not problems:
+                _count(row.sample, report)
+        report.problems += [Problem(row.line_number, message) for message in problems]
+    if not report.num_rows:
+        report.problems.append(Problem(1, "the manifest holds no sample"))
+    return report
+
+
+def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | None, report: Report) -> list[str]:
+    problems, seconds = [], dict.fromkeys(MEDIA, 0.0)
+    for part in sample.media:
+        try:
+            found = paths.resolve(part.path)
+            if opener is not None:
+                seconds[part.medium] += _seconds(opener(part.medium, found))
+        except MediaError as error:
+            problems.append(f"{part.medium} {part.path}: {error.reason} ({error.kind})")
+    if opener is not None and not problems:
+        report.seconds = {medium: report.seconds[medium] + seconds[medium] for medium in MEDIA}
+    return problems
+
+
+def _seconds(raw: Any) -> float:
+    return raw.seconds if isinstance(raw, Audio | Video) else 0.0
+
+
+def _count(sample: Sample, report: Report) -> None:
+    report.num_samples += 1
+    report.tasks[sample.task] += 1
+    report.media.update(part.medium for part in sample.media)
