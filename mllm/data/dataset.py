@@ -1,0 +1,140 @@
+"""Samples to loaded media, and loaded samples to a batch; what is bad is left out on the way.
+
+Knows samples and how chance is handed out. Does not know formats, encoders, tokenizers or budgets: how media are loaded
+and how a batch is encoded are callables it is given.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mllm.data.batching import SampleKey
+from mllm.data.manifest import Sample
+from mllm.data.quarantine import Quarantine, Quarantined
+from mllm.transforms import random_generator
+
+MAX_SUBSTITUTES = 8
+"""How many samples are tried in place of a batch in which every sample is bad."""
+
+Encoded = TypeVar("Encoded")
+
+
+class Load(Protocol):
+    """Loads and transforms the media of a sample, in order of appearance; augments when there is a generator."""
+
+    def __call__(self, sample: Sample, *, generator: np.random.Generator | None) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A sample with what `Load` made of its media."""
+
+    sample: Sample
+    media: Any
+    epoch: int = 0
+
+
+class ManifestDataset(Dataset[Item | Quarantined]):
+    """The samples of a manifest, loaded when asked for by index or by `SampleKey`.
+
+    A sample whose media cannot be used (any `MediaError`, any other `ValueError` of loading) comes as `Quarantined`.
+    When that befalls every sample of a batch, the next good one of the manifest is added, so that no batch is empty;
+    which one depends on the batch only.
+
+    Args:
+        samples: what `read_manifest` gives.
+        load: see `Load`; picklable when workers are spawned.
+        seed: of augmentation, which is a function of seed, epoch and sample id; None never augments.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, load: Load, seed: int | None = None) -> None:
+        if not samples:
+            raise ValueError("a data set needs at least one sample")
+        self.samples = samples
+        self.load = load
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: SampleKey | int) -> Item | Quarantined:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        sample = self.samples[index]
+        generator = None if self.seed is None else random_generator(self.seed, epoch, sample.id, "augmentation")
+        try:
+            return Item(sample, self.load(sample, generator=generator), epoch)
+        except ValueError as error:
+            return Quarantined.of(sample.id, epoch, error)
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
+        """A batch, at once: what a data loader calls when this is defined."""
+        items = [self[key] for key in keys]
+        last = keys[-1]
+        epoch, index = last if isinstance(last, tuple) else (0, last)
+        for step in range(1, MAX_SUBSTITUTES + 1):
+            if not all(isinstance(item, Quarantined) for item in items):
+                break
+            items.append(self[SampleKey(epoch, (index + step) % len(self.samples))])
+        return items
+
+
+class Collator(Generic[Encoded]):
+    """Makes a batch of the good samples and hands the bad ones to the quarantine.
+
+    Args:
+        encode: samples and their media, in step, to a batch. A sample that it refuses with a `ValueError` also when it
+            stands alone is bad as well.
+        quarantine: None forgives nothing: the first bad sample raises.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[Sample], Sequence[Any]], Encoded],
+        *,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        self.encode = encode
+        self.quarantine = quarantine
+
+    def __call__(self, items: Sequence[Item | Quarantined]) -> Encoded:
+        """Encode what is good.
+
+        Raises:
+            TooManyBadSamples: see `Quarantine`.
+            ValueError: nothing is good, or something is bad and there is no quarantine.
+        """
+        good = [item for item in items if isinstance(item, Item)]
+        bad = [item for item in items if isinstance(item, Quarantined)]
+        if bad and self.quarantine is None:
+            raise ValueError(f"sample {bad[0].sample_id!r} cannot be used: {bad[0].reason}")
+        try:
+            batch = self._encode(good) if good else None
+        except ValueError:
+            refused = [] if self.quarantine is None else self._refused(good)
+            if not refused:
+                raise
+            bad += refused
+            ids = {one.sample_id for one in refused}
+            good = [item for item in good if item.sample.id not in ids]
+            batch = self._encode(good) if good else None
+        if self.quarantine is not None:
+            self.quarantine.note(len(items), bad)
+        if batch is None:
+            raise ValueError(f"no sample of the batch can be used; the last: {bad[-1].sample_id!r}, {bad[-1].reason}")
+        return batch
+
+    def _encode(self, items: Sequence[Item]) -> Encoded:
+        return self.encode([item.sample for item in items], [item.media for item in items])
+
+    def _refused(self, items: Sequence[Item]) -> list[Quarantined]:
+        """The items that cannot be encoded alone either; the others suffered from their neighbours."""
+        refused = []
+        for item in items:
+            try:
+                self._encode([item])
+            except ValueError as error:
+                refused.append(Quarantined.of(item.sample.id, item.epoch, error))
+        return refused
