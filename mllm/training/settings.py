@@ -4,6 +4,8 @@ Plain dataclasses, read from YAML and the command line. Knows no torch, so that 
 Contradictions are refused here, before anything is loaded; every message names the key.
 """
 
+from argparse import ArgumentError
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +29,10 @@ class DataSettings:
     """Manifests to validate on; without one there is no validation."""
     root: str | None = None
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
+    noise: str | None = None
+    """Sound file that is mixed into every sound, at a random place and one of the ratios snr_db."""
+    snr_db: list[float | None] = field(default_factory=list)
+    """Signal-to-noise ratios in decibels, of which each sample draws one; null leaves the sound as it is."""
     tokens_per_batch: int = 4096
     """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
@@ -43,6 +49,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("data.train is empty; name at least one manifest")
+        if bool(self.snr_db) != (self.noise is not None):
+            raise ValueError(f"data.noise and data.snr_db go together; got {self.noise!r} and {self.snr_db}")
         _at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
         _at_least("data.max_rows", self.max_rows, 1)
         _at_least("data.num_workers", self.num_workers, 0)
@@ -215,6 +223,22 @@ class RunSettings:
             return tuple(dict.fromkeys(self.train.parts))
         usual: list[Part] = ["compressors"] if self.model.media else []
         return (*usual, *(["adapter"] if self.model.adapter is not None else []))  # type: ignore[return-value]
+
+
+def read_run_settings(values: Mapping[str, Any]) -> RunSettings:
+    """The settings that plain values, as read from a YAML file, describe.
+
+    Raises:
+        ValueError: an unknown key, a value of another type, or a contradiction; the key is named.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunSettings, "run")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"run": dict(values)})).run
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def settings_yaml(settings: RunSettings) -> str:

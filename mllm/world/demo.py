@@ -1,0 +1,150 @@
+"""The main job on the built-in world: make the corpora, train one elastic model, evaluate it at every budget.
+
+Knows the world, training and evaluation, and in which order they come. Does not know how any of them works.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm.evaluation.settings import EvaluateSettings
+
+RECIPE = Path(__file__).with_name("demo.yaml")
+BUDGETS = (
+    *("audio=/4,video=/2", "audio=/4,video=/5", "audio=/8,video=/2", "audio=/16,video=/2", "audio=/16,video=/5"),
+    *("image=64", "image=16", "image=4", "image=1"),
+)
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """How much the demo does; the defaults take about 8 minutes on 2 CPU cores."""
+
+    out: str = "runs/demo"
+    """Folder of the corpora, the run, the evaluation and the plot."""
+    seed: int = 0
+    """Of the corpora, the initial values, the draws and the order of samples."""
+    steps: int | None = None
+    """Optimizer steps, a tenth of them warm-up at most; those of the recipe when left out."""
+    num_utterances: int = 1500
+    """Spoken sentences to train on."""
+    num_scenes: int = 2500
+    """Pictures to train on, with eight questions each."""
+    num_test_utterances: int = 150
+    """Spoken sentences to test on, by voices that were not trained on."""
+    num_test_scenes: int = 300
+    """Pictures to test on, with a question of every kind."""
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if key not in ("out", "seed", "steps") and value < 1:
+                raise ValueError(f"{key} is {value}; it must be at least 1")
+
+
+def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the demo; what is there already (corpora, a trained model, answers) is not made again.
+
+    Returns:
+        `rows`: the rows of the evaluation. `seconds`: of each part that was run.
+
+    Raises:
+        ImportError: the speech synthesiser is not installed; the message has the pip line.
+        ValueError: the folder holds a demo of other settings.
+    """
+    from mllm.evaluation.run import evaluate
+    from mllm.training.run import train
+
+    report = progress or (lambda *_: None)
+    out = Path(settings.out)
+    _claim(out, settings)
+    seconds = {}
+    started = time.monotonic()
+    write_corpora(out / "corpus", settings, progress=report)
+    seconds["corpora"] = time.monotonic() - started
+    if not (out / "trainables.safetensors").exists():
+        started = time.monotonic()
+        train(run_settings(settings), resume="auto")
+        seconds["training"] = time.monotonic() - started
+    started = time.monotonic()
+    results = evaluate(
+        evaluation_settings(settings), progress=lambda done, total: report("answering the test questions", done, total)
+    )
+    assert results is not None
+    seconds["evaluation"] = time.monotonic() - started
+    return {"rows": results.rows, "seconds": seconds}
+
+
+def write_corpora(out: Path, settings: DemoSettings, *, progress: Progress) -> None:
+    """Make the speech and the picture corpus, each unless it is there whole; its manifest of test is written last."""
+    from mllm.world.picture_corpus import write_picture_corpus
+    from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
+
+    if not (out / "speech" / "test.jsonl").exists():
+        write_speech_corpus(
+            out / "speech",
+            SpeechCorpusSettings(
+                num_train=settings.num_utterances, num_test=settings.num_test_utterances, seed=settings.seed
+            ),
+            num_workers=os.cpu_count() or 1,
+            on_progress=lambda done, total: progress("speaking", done, total),
+        )
+    if not (out / "pictures" / "test.jsonl").exists():
+        progress("drawing", 0, 1)
+        write_picture_corpus(
+            out / "pictures", num_train=settings.num_scenes, num_test=settings.num_test_scenes, seed=settings.seed
+        )
+        progress("drawing", 1, 1)
+
+
+def run_settings(settings: DemoSettings) -> Any:
+    """The recipe with the folders, the seed and the steps of this demo filled in."""
+    from mllm.training.settings import read_run_settings
+
+    values = yaml.safe_load(RECIPE.read_text())
+    out = Path(settings.out)
+    data, train = values["data"], values["train"]
+    data["train"] = [str(out / path) for path in data["train"]]
+    data["noise"] = str(out / data["noise"])
+    train["output"] = settings.out
+    train["seed"] = settings.seed
+    values["model"]["seed"] = settings.seed
+    if settings.steps is not None:
+        train["max_steps"] = settings.steps
+        train["warmup_steps"] = min(train["warmup_steps"], settings.steps // 10)
+    return read_run_settings(values)
+
+
+def evaluation_settings(settings: DemoSettings) -> EvaluateSettings:
+    """The test sets at every budget of the demo; speech comes in quiet and at 0 dB."""
+    corpus = Path(settings.out) / "corpus"
+    return EvaluateSettings(
+        model=settings.out,
+        manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "pictures" / "test.jsonl")],
+        budgets=list(BUDGETS),
+        max_new_tokens=24,
+        batch_size=50,
+        seed=settings.seed,
+        use_cpu=True,
+    )
+
+
+def _claim(out: Path, settings: DemoSettings) -> None:
+    """Refuse a folder that was made with other settings."""
+    own = {key: value for key, value in asdict(settings).items() if key != "out"}
+    mark = out / "demo.json"
+    if mark.exists() and (before := json.loads(mark.read_text())) != own:
+        changed = ", ".join(f"{key} was {before.get(key)}" for key in own if before.get(key) != own[key])
+        raise ValueError(f"{out} holds a demo of other settings ({changed}); choose another --out or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(own, indent=1) + "\n")

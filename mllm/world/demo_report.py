@@ -1,0 +1,108 @@
+"""What the demo found, for eyes: a table of word error rates, one of accuracies, and what they were expected to show.
+
+Knows rows of an evaluation. Does not know how they came about.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+NOISES = ("clean", "0dB")
+DETAIL_KINDS = ("colour", "letter", "count", "relation")
+COARSE_KINDS = ("time", "ground")
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the demo should show, the numbers it was judged by, and whether it held."""
+
+    claim: str
+    numbers: str
+    holds: bool
+
+
+def speech_table(rows: Rows) -> Table:
+    """Word error rates: one line per task and budget, in quiet and at 0 dB, with 95 % intervals."""
+    table = Table(title="Word error rate, % (95 % interval)", title_justify="left")
+    for name in ("task", "budget", "soft tokens", *NOISES):
+        table.add_column(name, justify="left" if name in ("task", "budget") else "right")
+    for task in ("asr", "vsr", "avsr"):
+        own = [row for row in rows if row["task"] == task]
+        for budget in dict.fromkeys(row["budget"] for row in own):
+            cells = {row["kind"]: row for row in own if row["budget"] == budget}
+            tokens = next(iter(cells.values()))["soft_tokens"]
+            table.add_row(task, budget, f"{tokens:.0f}", *(_cell(cells.get(noise)) for noise in NOISES))
+        table.add_section()
+    return table
+
+
+def picture_table(rows: Rows) -> Table:
+    """Accuracies: one line per kind of question, one column per number of tokens."""
+    own = [row for row in rows if row["task"] == "vqa"]
+    budgets = sorted({row["budget"] for row in own}, key=lambda budget: int(budget.partition("=")[2]))
+    table = Table(title="Accuracy on pictures, % (95 % interval)", title_justify="left")
+    table.add_column("question")
+    for budget in budgets:
+        table.add_column(budget, justify="right")
+    for kind in (*COARSE_KINDS, *DETAIL_KINDS, None):
+        cells = {row["budget"]: row for row in own if row["kind"] == kind}
+        table.add_row(kind or "all", *(_cell(cells.get(budget)) for budget in budgets))
+    return table
+
+
+def findings(rows: Rows) -> list[Finding]:
+    """Whether the demo shows what it is there to show, from the point estimates."""
+    audio = [_value(rows, "asr", "clean", f"audio=/{rate}") for rate in (4, 8, 16)]
+    noisy = [
+        _value(rows, "avsr", "0dB", "audio=/4,video=/2"),
+        _value(rows, "asr", "0dB", "audio=/4"),
+        _value(rows, "vsr", "clean", "video=/2"),
+    ]
+    detail = [_mean(rows, DETAIL_KINDS, f"image={count}") for count in (1, 4, 16, 64)]
+    coarse = [_mean(rows, COARSE_KINDS, f"image={count}") for count in (1, 4, 16, 64)]
+    return [
+        Finding(
+            "fewer audio tokens cost words (WER at /4, /8, /16 in quiet)",
+            _list(audio),
+            audio[0] < audio[1] < audio[2],
+        ),
+        Finding(
+            "at 0 dB sound and lips together beat either alone (WER of both, sound, lips)",
+            _list(noisy),
+            noisy[0] < min(noisy[1:]),
+        ),
+        Finding(
+            "questions of detail need tokens (mean accuracy at 1, 4, 16, 64)",
+            _list(detail),
+            detail[0] < detail[1] < detail[2] <= detail[3] + 0.02,
+        ),
+        Finding(
+            "questions about the whole picture do not (mean accuracy at 1, 4, 16, 64)",
+            _list(coarse),
+            max(coarse) - min(coarse) <= 0.05,
+        ),
+    ]
+
+
+def _value(rows: Rows, task: str, kind: str | None, budget: str) -> float:
+    found = [r["value"] for r in rows if (r["task"], r["kind"], r["budget"]) == (task, kind, budget)]
+    if len(found) != 1:
+        raise ValueError(f"the evaluation holds {len(found)} rows of {task}, {kind}, {budget}; expected one")
+    return found[0]
+
+
+def _mean(rows: Rows, kinds: Sequence[str], budget: str) -> float:
+    return sum(_value(rows, "vqa", kind, budget) for kind in kinds) / len(kinds)
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.1f}" for value in values)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row['value']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"

@@ -1,0 +1,97 @@
+"""Every shipped run config is read, and its model is built at real size on the meta device."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from mllm.adapters import build_adapter
+from mllm.building import config_of_parts
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.sampler import Sampler
+from mllm.settings import ModelSettings
+from mllm.sources import resolve_source
+from mllm.trainables import set_trainables
+from mllm.training.settings import RunSettings, read_run_settings
+
+ROOT = Path(__file__).parent.parent
+RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "model:" in path.read_text())]
+RUNS.append(ROOT / "mllm" / "world" / "demo.yaml")
+# Millions of parameters that train. Omni-AVSR-S publishes 38.29, of which 6.29 are LoRA inside AV-HuBERT; M3 and MQT
+# train Vicuna-7B whole (6.74 billion) and a projector of 20.98, or a query transformer of 8.92.
+TRAINABLE_MILLIONS = {
+    "demo": None,
+    "frozen_llm_lora": 319.82 + 20.98,
+    "llama_avsr": None,
+    "m3_llava": 6738.42 + 20.98,
+    "mqt_llava": 6738.42 + 8.92,
+    "mtsk_ms": 6.82 + 25.19,
+    "omni_avsr_s": 38.29 - 6.29,
+}
+
+
+def read(path: Path) -> RunSettings:
+    return read_run_settings(yaml.safe_load(path.read_text()))
+
+
+def part_config(reference: str) -> PreTrainedConfig:
+    """Published values of a real part, kept in tests/fixtures; the built-in world's parts are at hand."""
+    if reference.startswith("world:"):
+        return AutoConfig.from_pretrained(resolve_source(reference))
+    values = json.loads((ROOT / "tests" / "fixtures" / f"{Path(reference).name.lower()}.json").read_text())
+    return AutoConfig.for_model(**values)
+
+
+def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
+    text = part_config(settings.llm)
+    media = settings.media
+    config = config_of_parts(
+        settings,
+        text_config=text,
+        encoder_configs={medium: part_config(own.encoder) for medium, own in media.items()},
+        placeholder_ids={medium: text.vocab_size + place for place, medium in enumerate(media)},
+    )
+    with torch.device("meta"):
+        model = ElasticForConditionalGeneration(config)
+        if config.adapter is not None:
+            build_adapter(model.model.language_model, config.adapter)
+    return model
+
+
+def test_every_config_is_here() -> None:
+    assert [path.stem for path in RUNS] == [
+        *("frozen_llm_lora", "llama_avsr", "m3_llava", "mqt_llava", "mtsk_ms", "omni_avsr_s", "demo")
+    ]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_model_of_a_config_builds_at_real_size(path: Path) -> None:
+    settings = read(path)
+    model = build_on_meta(settings.model)
+    names = set_trainables(model, settings.parts)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    millions = sum(p.numel() for n, p in model.named_parameters() if n in set(names)) / 1e6
+    if (expected := TRAINABLE_MILLIONS[path.stem]) is not None:
+        assert millions == pytest.approx(expected, abs=0.02)
+    sampler = Sampler(
+        model.config.space, settings.sampler.mode, num_draws=settings.sampler.num_draws, points=settings.sampler.budgets
+    )
+    assert sampler(0)
+
+
+def test_launcher_configs_are_read() -> None:
+    files = sorted((ROOT / "configs").glob("accelerate_*.yaml"))
+    assert [path.stem for path in files] == [
+        *("accelerate_ddp", "accelerate_multinode", "accelerate_zero2", "accelerate_zero3")
+    ]
+    for path in files:
+        values = yaml.safe_load(path.read_text())
+        assert values["num_processes"] >= 2
+        if "deepspeed_config" in values:
+            assert (ROOT / values["deepspeed_config"]["deepspeed_config_file"]).is_file()
+    for stage in (2, 3):
+        values = json.loads((ROOT / "configs" / f"zero{stage}.json").read_text())
+        assert values["zero_optimization"]["stage"] == stage
