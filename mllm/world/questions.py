@@ -17,7 +17,7 @@ DETAIL_KINDS = ("colour", "letter", "count", "relation")
 KINDS = COARSE_KINDS + DETAIL_KINDS
 
 # How often each kind is asked in training dialogues: the kinds that take long to learn more often.
-TRAINING_SHARES = {"time": 0.06, "ground": 0.07, "colour": 0.24, "letter": 0.24, "count": 0.16, "relation": 0.23}
+TRAINING_SHARES = {"time": 0.04, "ground": 0.07, "colour": 0.14, "letter": 0.17, "count": 0.27, "relation": 0.31}
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 ANSWERS = {

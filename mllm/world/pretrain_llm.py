@@ -1,0 +1,283 @@
+"""Pre-trains the small LLM of the built-in world on text, sharp and blurred, and saves it as a Hugging Face checkpoint.
+
+Knows the optimizer, the batches and when to examine. Does not know pictures, sound or encoders; what the LLM reads is
+in `pretraining_text.py`. Run once; the result is shipped in `assets/llm` and stays frozen.
+
+Shapes: B sequences, T tokens of the longest, n bags of the batch, K bag words, H model width.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from mllm.world.blurred_text import BAG_WORDS
+from mllm.world.examine_llm import examine
+from mllm.world.pretraining_text import KINDS, Example, PretrainingText, speak_sentences
+from mllm.world.tokenizer import build_tokenizer, word_id
+
+logger = logging.getLogger(__name__)
+
+LOG = "log_llm.jsonl"
+PEAK_LEARNING_RATE = 2e-3
+WARM_UP_STEPS = 150
+# Tokens per kind of sequence, relative, at the start and at the end of training: looking things up is learnt first.
+EARLY_SHARES = dict(zip(KINDS, (0.36, 0.34, 0.08, 0.06, 0.05, 0.1, 0.01), strict=True))
+LATE_SHARES = dict(zip(KINDS, (0.16, 0.18, 0.06, 0.16, 0.1, 0.34, 0.01), strict=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences, their bags, and the loss weight of every token."""
+
+    ids: Tensor  # (B, T)
+    weights: Tensor  # (B, T)
+    bags: Tensor  # (n, K)
+    bag_positions: Tensor  # (n,) into the B * T positions
+
+
+def llm_config(tokenizer: Any) -> LlamaConfig:
+    """The shipped architecture: 4 layers of width 192, about 1.9 million parameters, embeddings tied."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.06,
+    )
+
+
+def pretrain_llm(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = 6000,
+    tokens_per_step: int = 4096,
+    num_utterances: int = 8000,
+    examine_every_steps: int = 500,
+    time_limit_seconds: float | None = None,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train the LLM and write it to `out` in float16, with its tokenizer and `log_llm.jsonl`.
+
+    Args:
+        out: folder for the checkpoint; an interim one is written at every examination.
+        seed: of the initial weights and of everything the LLM reads.
+        steps: optimizer steps; the learning rate warms up and falls to zero as a cosine.
+        tokens_per_step: tokens of one optimizer step, padding not counted.
+        num_utterances: sentences that are synthesised for their phone timings.
+        examine_every_steps: steps between two examinations on the validation split.
+        time_limit_seconds: finish the schedule within this time even when fewer steps fit into it; None for no limit.
+        resume: go on from the checkpoint and the log in `out`, with a fresh optimizer and other text.
+
+    Returns:
+        the results of the last examination.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model, done, seconds = _start(out, tokenizer, seed, resume)
+    started = time.monotonic() - seconds
+    spoken = speak_sentences(num_utterances, split="train", seed=seed)
+    text = PretrainingText(tokenizer, spoken, split="train", seed=seed + done)
+    held_out = speak_sentences(max(20, num_utterances // 40), split="validation", seed=seed)
+    bag_ids = torch.tensor([word_id(tokenizer, word) for word in BAG_WORDS])
+    optimizer = _optimizer(model)
+    log = (out / LOG).open("a" if resume else "w")
+    _write(log, _header(model, seed, done, steps, tokens_per_step, num_utterances))
+    logger.info("pre-training an LLM of %d parameters", sum(p.numel() for p in model.parameters()))
+
+    results: dict[str, float] = {}
+    progress = _Progress(steps, time_limit_seconds, started)
+    step, losses = done, []
+    while not progress.is_over(step):
+        share = progress.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LEARNING_RATE * _schedule(share) * min(1.0, (step + 1 - done) / WARM_UP_STEPS)
+        losses.append(_train_step(model, optimizer, draw_batch(text, share, tokens_per_step), bag_ids))
+        step += 1
+        if step % examine_every_steps == 0 or progress.is_over(step):
+            results = examine(model.eval(), tokenizer, held_out, seed=seed)
+            model.train()
+            row = {"step": step, "seconds": round(time.monotonic() - started), "loss": float(np.mean(losses))}
+            _write(log, row | results)
+            logger.info("step %d loss %.4f %s", step, row["loss"], json.dumps(results))
+            losses = []
+            _save(model, tokenizer, out)
+    log.close()
+    return results
+
+
+def draw_batch(text: PretrainingText, share: float, num_tokens: int) -> list[Example]:
+    """Sequences of mixed kinds until `num_tokens` are reached; `share` (0..1) of the training is done."""
+    generator = text.generator
+    text.progress = share
+    examples: list[Example] = []
+    for kind in KINDS:
+        wanted = num_tokens * ((1 - share) * EARLY_SHARES[kind] + share * LATE_SHARES[kind])
+        while wanted > 0:
+            example = text.draw(kind)
+            # The last one is kept in proportion to what is still wanted, so that shares hold on average.
+            if wanted < len(example.ids) and generator.random() > wanted / len(example.ids):
+                break
+            examples.append(example)
+            wanted -= len(example.ids)
+    return examples
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad sequences on the right to the longest of them."""
+    longest = max(len(example.ids) for example in examples)
+    ids, weights = (np.zeros((len(examples), longest), kind) for kind in (np.int64, np.float32))
+    positions: list[int] = []
+    bags = [np.zeros((0, len(BAG_WORDS)), np.float32)]
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = example.ids
+        weights[row, : len(example.ids)] = example.weights
+        positions.extend(row * longest + position for position in example.bag_positions)
+        bags.extend(example.bags)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        weights=torch.from_numpy(weights),
+        bags=torch.from_numpy(np.concatenate(bags)),
+        bag_positions=torch.tensor(positions, dtype=torch.int64),
+    )
+
+
+def embed(model: LlamaForCausalLM, batch: Batch, bag_ids: Tensor) -> Tensor:
+    """Input embeddings (B, T, H): of words where a word stands, the weighted sum over the bag's words elsewhere."""
+    table = model.model.embed_tokens.weight
+    embedded = F.embedding(batch.ids, table)
+    mixed = batch.bags @ table[bag_ids]
+    return embedded.flatten(0, 1).index_copy(0, batch.bag_positions, mixed).view_as(embedded)
+
+
+def _train_step(model: LlamaForCausalLM, optimizer, examples: list[Example], bag_ids: Tensor) -> float:
+    """One optimizer step over sequences of similar length at a time; returns the loss per unit of weight."""
+    total_weight = sum(sum(example.weights) for example in examples)
+    total = 0.0
+    for group in _by_length(examples):
+        batch = collate(group)
+        hidden = model.model(inputs_embeds=embed(model, batch, bag_ids), use_cache=False).last_hidden_state
+        weights = batch.weights[:, 1:]
+        asked = weights > 0
+        logits = model.lm_head(hidden[:, :-1][asked])
+        nll = F.cross_entropy(logits, batch.ids[:, 1:][asked], reduction="none")
+        loss = (nll * weights[asked]).sum() / total_weight
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _by_length(examples: list[Example], max_padded_tokens: int = 800) -> Iterator[list[Example]]:
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    group: list[Example] = []
+    for example in ordered:
+        if group and (len(group) + 1) * len(example.ids) > max_padded_tokens:
+            yield group
+            group = []
+        group.append(example)
+    yield group
+
+
+def _start(out: Path, tokenizer: Any, seed: int, resume: bool) -> tuple[LlamaForCausalLM, int, float]:
+    """The model to train, and how many steps and seconds it has behind it."""
+    if resume:
+        last = json.loads((out / LOG).read_text().splitlines()[-1])
+        return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).train(), last["step"], last["seconds"]
+    torch.manual_seed(seed)
+    return _initialise(LlamaForCausalLM(llm_config(tokenizer))), 0, 0.0
+
+
+def _initialise(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Smaller weights where a layer writes into the residual stream, so that bags are not drowned at the start."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(1.0 / math.sqrt(2 * model.config.num_hidden_layers))
+    return model.train()
+
+
+def _optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), eps=1e-8, foreach=True)
+
+
+def _schedule(share: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+
+
+@dataclass
+class _Progress:
+    """How much of the training is done: by steps, or by time where that is the tighter limit."""
+
+    steps: int
+    time_limit_seconds: float | None
+    started: float
+
+    def share(self, step: int) -> float:
+        by_steps = (step + 1) / self.steps
+        if self.time_limit_seconds is None:
+            return by_steps
+        return max(by_steps, (time.monotonic() - self.started) / self.time_limit_seconds)
+
+    def is_over(self, step: int) -> bool:
+        return step >= self.steps or self.share(step - 1) >= 1.0
+
+
+def _save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
+    state = {name: value.half() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(out, state_dict=state)
+    config = model.config.to_dict() | {"dtype": "float32"}  # stored in half, loaded in full precision for CPUs
+    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=24,
+    ).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _header(model: LlamaForCausalLM, seed: int, done: int, steps: int, tokens: int, utterances: int) -> dict:
+    return {
+        "seed": seed,
+        "begins_at_step": done,
+        "steps": steps,
+        "tokens_per_step": tokens,
+        "learning_rate": PEAK_LEARNING_RATE,
+        "num_utterances": utterances,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write(log, row: dict) -> None:
+    log.write(json.dumps(row) + "\n")
+    log.flush()
