@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -148,6 +149,7 @@ def _run_library(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np
         rate_hz = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _PHONEME_EVENTS_IPA_DONT_EXIT)
         if rate_hz != _SYNTHESISER_RATE_HZ:
             raise RuntimeError(f"eSpeak NG started with {rate_hz}, expected a sample rate of {_SYNTHESISER_RATE_HZ} Hz")
+        library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(receive)
         if library.espeak_SetVoiceByName(str(voice).encode()) != 0:
             raise ValueError(f"the synthesiser has no accent {voice.accent!r}; see mllm.world.voices.VOICES")
@@ -179,7 +181,16 @@ def _unload(library: ctypes.CDLL) -> None:
 
 
 def _resample(raw: np.ndarray) -> np.ndarray:
-    return resample_poly(raw.astype(np.float32), SAMPLE_RATE_HZ // 50, _SYNTHESISER_RATE_HZ // 50)
+    up, down = SAMPLE_RATE_HZ // 50, _SYNTHESISER_RATE_HZ // 50
+    return resample_poly(raw.astype(np.float32), up, down, window=_low_pass(down))
+
+
+@cache
+def _low_pass(down: int) -> np.ndarray:
+    """The filter `resample_poly` would design anew in every call, which takes longer than to apply it."""
+    num_taps = 20 * down + 1
+    ideal = np.sinc((np.arange(num_taps) - 10 * down) / down) * np.kaiser(num_taps, 5.0)
+    return (ideal / ideal.sum()).astype(np.float32)
 
 
 def _level(samples: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ _ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-us-nyc")
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "train": (
         "f1", "f2", "f3", "m1", "m2", "m3", "m4", "m7", "klatt3", "Alicia", "Annie", "Denis", "Gene", "Lee", "Mario",
-        "Michael", "Reed", "adam", "david", "ed", "grandma", "grandpa", "iven2", "iven4", "linda", "marcelo", "miguel",
+        "Michael", "m8", "adam", "david", "ed", "grandma", "grandpa", "iven2", "iven4", "linda", "marcelo", "miguel",
         "norbert", "pablo", "paul", "rob", "shelby", "steph", "steph2", "sandro", "victor",
     ),
     "validation": ("f5", "belinda", "m5", "Andy", "max"),

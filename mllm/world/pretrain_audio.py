@@ -1,0 +1,204 @@
+"""Train the audio encoder of the built-in world: transformers' own Whisper encoder, tiny, on self-made speech.
+
+Knows the synthesiser's voices, babble and the Whisper front end. Does not know LLMs, compressors or corpora on disk.
+
+    pretrain_audio(Path("out"), recipe=AUDIO_RECIPE)
+
+writes a folder that `WhisperEncoder.from_pretrained` and `WhisperFeatureExtractor.from_pretrained` read, and the log of
+the run beside it. Windows are 5 s (250 frames at 50 Hz) where Whisper's are 30 s; everything else is Whisper's.
+Clips are scaled to zero mean and unit variance before the log-mel (the setting `normalize_audio` of a model).
+Training hears the train voices only, validation the validation voices; the test voices are heard once, at the end.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from mllm.media import Audio
+from mllm.transforms import MixNoise, standardize
+from mllm.world.babble import make_babble
+from mllm.world.frame_training import (
+    IGNORED,
+    FrameBatch,
+    PhoneClassifier,
+    Recipe,
+    RunLog,
+    frame_accuracy,
+    frame_phones,
+    save_encoder,
+    train_frames,
+)
+from mllm.world.sentences import sample_sentences
+from mllm.world.speech import SAMPLE_RATE_HZ, Utterance, synthesise
+from mllm.world.voices import draw_speaker
+
+AUDIO_RECIPE = Recipe(
+    steps=2000, seed=0, batch_clips=16, learning_rate=3e-3, warmup_steps=100, validate_every_steps=250
+)
+WINDOW_SECONDS = 5
+FRAMES_PER_SECOND = 50
+TRAIN_SNRS_DB: tuple[float | None, ...] = (None, None, 10.0, 5.0, 0.0, -5.0)
+TEST_SNRS_DB: tuple[float | None, ...] = (None, 10.0, 5.0, 0.0, -5.0)
+_WINDOW_SAMPLES = WINDOW_SECONDS * SAMPLE_RATE_HZ
+_WINDOW_FRAMES = WINDOW_SECONDS * FRAMES_PER_SECOND
+
+
+def pretrain_audio(
+    out: Path, *, recipe: Recipe, num_utterances: int = 5000, num_test_utterances: int = 150
+) -> dict[str, float]:
+    """Train, measure on held-out voices and write `out/audio` and `out/log_audio.jsonl`.
+
+    Returns:
+        frame accuracy in percent on the test voices per noise level ("clean", "10 dB", ...).
+    """
+    torch.manual_seed(recipe.seed)
+    log = RunLog(out / "log_audio.jsonl")
+    extractor = WhisperFeatureExtractor(feature_size=80, sampling_rate=SAMPLE_RATE_HZ, chunk_length=WINDOW_SECONDS)
+    model = PhoneClassifier(build_audio_encoder())
+    train = speak("train", num_utterances, seed=recipe.seed)
+    mix = MixNoise(Audio(make_babble("train", seconds=300, seed=recipe.seed), SAMPLE_RATE_HZ), TRAIN_SNRS_DB)
+    validation = _measured_batches("validation", num_test_utterances // 2, extractor, seed=recipe.seed)
+
+    def draw(generator: np.random.Generator) -> FrameBatch:
+        windows = [_training_window(train, mix, generator) for _ in range(recipe.batch_clips)]
+        return _to_batch(windows, extractor)
+
+    def validate() -> dict[str, float]:
+        return {level: frame_accuracy(model, batches) for level, batches in validation.items()}
+
+    train_frames(model, draw, validate, recipe=recipe, log=log)
+    log.write(event="validation", step=recipe.steps, **validate())
+    test = _measured_batches("test", num_test_utterances, extractor, seed=recipe.seed)
+    result = {level: frame_accuracy(model, batches) for level, batches in test.items()}
+    num_bytes = save_encoder(model, out / "audio")
+    extractor.save_pretrained(out / "audio")
+    log.write(event="test", weights_bytes=num_bytes, **result)
+    return result
+
+
+def build_audio_encoder() -> WhisperEncoder:
+    """An untrained tiny Whisper encoder whose attention starts local, see `_start_local`."""
+    config = WhisperConfig(
+        d_model=144,
+        encoder_layers=4,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        num_mel_bins=80,
+        max_source_positions=_WINDOW_FRAMES,
+        # The decoder is never built; its sizes are small so that the config describes no giant.
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=256,
+        vocab_size=64,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    encoder = WhisperEncoder(config)
+    _start_local(encoder)
+    return encoder
+
+
+def speak(split: str, count: int, *, seed: int) -> list[Utterance]:
+    """`count` sentences of a split, each by a random speaker of it."""
+    generator = np.random.default_rng([seed, count])
+    spoken = []
+    for sentence in sample_sentences(count, split=split, seed=seed):
+        speaker = draw_speaker(split, generator)
+        rate_wpm, pitch = speaker.speaking_rate_wpm, speaker.pitch
+        spoken.append(synthesise(sentence, speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch))
+    return spoken
+
+
+@torch.no_grad()
+def _start_local(encoder: WhisperEncoder) -> None:
+    """Let every head start by looking a few frames to one side: a speech frame is named by its neighbours.
+
+    Whisper has no relative positions, but sines and cosines of one position turn into those of another by a rotation,
+    so queries that copy the fast (sine, cosine) pairs and keys that copy them rotated attend at a fixed distance.
+    """
+    size, heads = encoder.config.d_model, encoder.config.encoder_attention_heads
+    pairs = size // heads // 2
+    speeds = torch.exp(-math.log(10_000) / (size // 2 - 1) * torch.arange(pairs))
+    layers: list[Any] = list(encoder.layers)
+    for depth, layer in enumerate(layers, start=1):
+        distances = (-2 * depth, -depth, depth, 2 * depth)
+        still = torch.zeros(pairs)
+        layer.self_attn.q_proj.weight.copy_(torch.cat([_rotation(still, size) for _ in distances]))
+        layer.self_attn.k_proj.weight.copy_(torch.cat([_rotation(-far * speeds, size) for far in distances]))
+
+
+def _rotation(angles: Tensor, size: int) -> Tensor:
+    """Takes the first (sine, cosine) pairs out of a Whisper position and turns each; (2 * pairs, size)."""
+    pairs, first_cosine = len(angles), size // 2
+    pair = torch.arange(pairs)
+    weight = torch.zeros(2 * pairs, size)
+    weight[pair, pair], weight[pair, first_cosine + pair] = angles.cos(), angles.sin()
+    weight[pairs + pair, pair], weight[pairs + pair, first_cosine + pair] = -angles.sin(), angles.cos()
+    return weight
+
+
+Window = tuple[np.ndarray, np.ndarray]  # samples (L,) of at most one window, labels (_WINDOW_FRAMES,)
+
+
+def _training_window(train: Sequence[Utterance], mix: MixNoise, generator: np.random.Generator) -> Window:
+    """One utterance, or as many as fill the window (so that late positions are trained too); noise, level and tilt."""
+    fills_window = generator.random() < 0.65
+    pieces: list[np.ndarray] = []
+    labels = np.full(_WINDOW_FRAMES, IGNORED)
+    used_samples = 0
+    while used_samples < _WINDOW_SAMPLES and (fills_window or not pieces):
+        utterance = train[int(generator.integers(len(train)))]
+        start_frame = round(used_samples / SAMPLE_RATE_HZ * FRAMES_PER_SECOND)
+        named = _labels(utterance)[: _WINDOW_FRAMES - start_frame]
+        labels[start_frame : start_frame + len(named)] = named
+        pieces.append(utterance.samples)
+        used_samples += len(utterance.samples)
+    speech = np.concatenate(pieces)[:_WINDOW_SAMPLES]
+    noisy = mix(Audio(speech, SAMPLE_RATE_HZ), generator).samples
+    tilted = noisy - generator.uniform(-0.3, 0.5) * np.concatenate([[0], noisy[:-1]])
+    gain = 10 ** (generator.uniform(-6, 6) / 20)
+    return (gain * standardize(tilted, epsilon=1e-8)).astype(np.float32), labels
+
+
+def _labels(utterance: Utterance) -> np.ndarray:
+    num_frames = int(utterance.seconds * FRAMES_PER_SECOND)
+    return frame_phones(utterance.phones, num_frames, frames_per_second=FRAMES_PER_SECOND, centre=0.0)
+
+
+def _measured_batches(
+    split: str, count: int, extractor: WhisperFeatureExtractor, *, seed: int
+) -> dict[str, list[FrameBatch]]:
+    """The utterances of a held-out split, alone in their windows, at every noise level."""
+    utterances = speak(split, count, seed=seed)
+    babble = Audio(make_babble(split, seconds=60, seed=seed), SAMPLE_RATE_HZ)
+    levels: dict[str, list[FrameBatch]] = {}
+    for snr_db in TEST_SNRS_DB:
+        mix, generator = MixNoise(babble, (snr_db,)), np.random.default_rng(seed)
+        windows: list[Window] = []
+        for utterance in utterances:
+            labels = np.full(_WINDOW_FRAMES, IGNORED)
+            named = _labels(utterance)
+            labels[: len(named)] = named
+            noisy = mix(Audio(utterance.samples, SAMPLE_RATE_HZ), generator)
+            windows.append((standardize(noisy.samples, epsilon=1e-8), labels))
+        batches = [_to_batch(windows[start : start + 50], extractor) for start in range(0, count, 50)]
+        levels["clean" if snr_db is None else f"{snr_db:g} dB"] = batches
+    return levels
+
+
+def _to_batch(windows: Sequence[Window], extractor: WhisperFeatureExtractor) -> FrameBatch:
+    mel = extractor([samples for samples, _ in windows], sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt")
+    labels = torch.from_numpy(np.stack([labels for _, labels in windows]))
+    return FrameBatch({"input_features": mel.input_features}, labels)

@@ -1,0 +1,148 @@
+"""Train the lip encoder of the built-in world: the AV-HuBERT architecture, small, on drawn mouths.
+
+Knows the drawn lips and what the encoder wants to be fed. Does not know sound, LLMs, compressors or corpora on disk.
+
+    pretrain_lips(Path("out"), recipe=LIP_RECIPE)
+
+writes a folder that `AVHubertEncoder.from_pretrained` reads, and the log of the run beside it. Pictures are 48 x 48
+gray, of which the encoder sees 44 x 44 (the middle at use, anywhere in training). The batch norms learn here and never
+again. Faces, voices and sentences of the validation and test splits are not those of training; the test split is seen
+once, at the end.
+
+Shapes: N clips, T frames of the longest clip, H x W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
+from mllm.transforms import LIP_MEAN, LIP_STD
+from mllm.world.frame_training import (
+    IGNORED,
+    FrameBatch,
+    PhoneClassifier,
+    Recipe,
+    RunLog,
+    frame_accuracy,
+    frame_phones,
+    save_encoder,
+    train_frames,
+)
+from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
+from mllm.world.sentences import sample_sentences
+from mllm.world.speech import synthesise
+from mllm.world.voices import draw_speaker
+
+LIP_RECIPE = Recipe(steps=1400, seed=0, batch_clips=12, learning_rate=2e-3, warmup_steps=100, validate_every_steps=250)
+CROP_PIXELS = 44
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Lip pictures (T, H, W) uint8 and the phone class of each (T,) int64."""
+
+    frames: np.ndarray
+    labels: np.ndarray
+
+
+def pretrain_lips(
+    out: Path, *, recipe: Recipe, num_utterances: int = 4000, num_test_utterances: int = 150
+) -> dict[str, float]:
+    """Train, measure on held-out faces and voices and write `out/lips` and `out/log_lips.jsonl`.
+
+    Returns:
+        {"frame_accuracy": percent of the spoken frames of the test split whose phone is named}.
+    """
+    torch.manual_seed(recipe.seed)
+    log = RunLog(out / "log_lips.jsonl")
+    model = PhoneClassifier(build_lip_encoder())
+    train = film("train", num_utterances, seed=recipe.seed)
+    validation = _measured_batches(film("validation", num_test_utterances // 2, seed=recipe.seed))
+
+    def draw(generator: np.random.Generator) -> FrameBatch:
+        return to_batch([_augment(clip, generator) for clip in _clips_of_like_length(train, recipe, generator)])
+
+    def validate() -> dict[str, float]:
+        return {"frame_accuracy": frame_accuracy(model, validation)}
+
+    train_frames(model, draw, validate, recipe=recipe, log=log)
+    log.write(event="validation", step=recipe.steps, **validate())
+    test = _measured_batches(film("test", num_test_utterances, seed=recipe.seed))
+    result = {"frame_accuracy": frame_accuracy(model, test)}
+    num_bytes = save_encoder(model.eval(), out / "lips")
+    log.write(event="test", weights_bytes=num_bytes, **result)
+    return result
+
+
+def build_lip_encoder() -> AVHubertEncoder:
+    """An untrained AV-HuBERT of 0.7 M parameters."""
+    config = AVHubertConfig(
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        resnet_channels=(8, 16, 32, 64),
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=8,
+        hidden_dropout=0.05,
+        attention_dropout=0.05,
+        activation_dropout=0.05,
+        frames_per_second=LIP_FRAMES_PER_SECOND,
+    )
+    return AVHubertEncoder(config)
+
+
+def film(split: str, count: int, *, seed: int) -> list[Clip]:
+    """`count` sentences of a split, each by a random speaker of it, as labelled lip pictures, shortest first."""
+    generator = np.random.default_rng([seed, count])
+    clips = []
+    for sentence in sample_sentences(count, split=split, seed=seed):
+        speaker = draw_speaker(split, generator)
+        rate_wpm, pitch = speaker.speaking_rate_wpm, speaker.pitch
+        utterance = synthesise(sentence, speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch)
+        frames = draw_lips(utterance.phones, face_seed=speaker.face_seed)
+        labels = frame_phones(utterance.phones, len(frames), frames_per_second=LIP_FRAMES_PER_SECOND, centre=0.5)
+        clips.append(Clip(frames, labels))
+    return sorted(clips, key=lambda clip: len(clip.frames))
+
+
+def to_batch(clips: Sequence[Clip]) -> FrameBatch:
+    """Clips already cut to `CROP_PIXELS` as the encoder's input, padded to the longest."""
+    longest = max(len(clip.frames) for clip in clips)
+    video = torch.zeros(len(clips), longest, 1, CROP_PIXELS, CROP_PIXELS)
+    labels = torch.full((len(clips), longest), IGNORED)
+    for row, clip in enumerate(clips):
+        pixels = torch.from_numpy(np.ascontiguousarray(clip.frames)).float() / 255
+        video[row, : len(clip.frames), 0] = (pixels - LIP_MEAN) / LIP_STD
+        labels[row, : len(clip.labels)] = torch.from_numpy(clip.labels)
+    return FrameBatch({"video": video, "lengths": torch.tensor([len(clip.frames) for clip in clips])}, labels)
+
+
+def _clips_of_like_length(train: Sequence[Clip], recipe: Recipe, generator: np.random.Generator) -> list[Clip]:
+    """Random clips out of a random eighth of the sorted ones, so that little of a batch is padding."""
+    span = max(recipe.batch_clips, len(train) // 8)
+    start = int(generator.integers(len(train) - span + 1))
+    return [train[index] for index in start + generator.choice(span, recipe.batch_clips, replace=False)]
+
+
+def _augment(clip: Clip, generator: np.random.Generator) -> Clip:
+    """A random crop, mirrored half of the time, with other brightness, contrast and a little noise."""
+    slack = clip.frames.shape[1] - CROP_PIXELS
+    top, left = generator.integers(0, slack + 1, 2)
+    frames = clip.frames[:, top : top + CROP_PIXELS, left : left + CROP_PIXELS].astype(np.float32)
+    if generator.random() < 0.5:
+        frames = frames[:, :, ::-1]
+    frames = (frames - 128) * generator.uniform(0.8, 1.25) + 128 + generator.uniform(-20, 20)
+    frames = frames + generator.normal(0, generator.uniform(0, 4), (1, *frames.shape[1:]))
+    return Clip(frames.astype(np.float32), clip.labels)
+
+
+def _measured_batches(clips: Sequence[Clip]) -> list[FrameBatch]:
+    edge = (clips[0].frames.shape[1] - CROP_PIXELS) // 2
+    middle = slice(edge, edge + CROP_PIXELS)
+    cut = [Clip(clip.frames[:, middle, middle], clip.labels) for clip in clips]
+    return [to_batch(cut[start : start + 25]) for start in range(0, len(cut), 25)]
