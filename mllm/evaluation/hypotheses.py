@@ -1,0 +1,123 @@
+"""Answers on disk: one line per (sample, budget), written as soon as it is there, so that a sweep can be resumed.
+
+Knows lines, ranks and a fingerprint. Does not know models, metrics or media.
+
+    out/fingerprint.json     what the answers depend on; answers of anything else are refused
+    out/answers/0.jsonl      appended by rank 0, and so on; read by every later run, whatever its number of ranks
+    out/hypotheses.jsonl     all answers in the order of the manifests, written at the end
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FINGERPRINT = "fingerprint.json"
+HYPOTHESES = "hypotheses.jsonl"
+ANSWERS = "answers"
+
+
+class Key(NamedTuple):
+    """Which answer a line is: the set, the sample in it, the noise and the budget."""
+
+    set_name: str
+    sample_id: str
+    snr_db: float | None
+    budget: str
+
+
+Line = dict[str, Any]
+
+
+def key_of(line: Mapping[str, Any]) -> Key:
+    """The key of a line."""
+    return Key(line["set"], line["id"], line["snr_db"], line["budget"])
+
+
+def digest_of_file(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class AnswerStore:
+    """The answers of one output folder, seen by one rank.
+
+    Args:
+        folder: shared by all ranks.
+        rank: whose file is appended to.
+    """
+
+    def __init__(self, folder: str | Path, *, rank: int = 0) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / ANSWERS / f"{rank}.jsonl"
+
+    def claim(self, fingerprint: Mapping[str, Any]) -> None:
+        """Make the folder this evaluation's, or find that it is; one rank does this before the others begin.
+
+        Raises:
+            ValueError: the folder holds answers that depend on something else; what differs is named.
+        """
+        (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
+        file = self.folder / FINGERPRINT
+        if not file.exists():
+            write_whole(file, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
+            return
+        before = json.loads(file.read_text())
+        changed = sorted(key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key))
+        if changed:
+            words = "; ".join(f"{key} was {before.get(key)!r} and is {fingerprint.get(key)!r}" for key in changed)
+            raise ValueError(
+                f"{self.folder} holds answers of another evaluation ({words}); delete it or choose another output"
+            )
+
+    def append(self, lines: Iterable[Line]) -> None:
+        """Add lines, and see them on the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> dict[Key, Line]:
+        """The lines of all ranks by key. Of several, an answer beats a failure and a later failure an earlier one.
+
+        Raises:
+            ValueError: a line that is no JSON, other than the last of a file, which a killed run may leave half
+                written.
+        """
+        lines: dict[Key, Line] = {}
+        for file in sorted((self.folder / ANSWERS).glob("*.jsonl")):
+            for line in _whole_lines(file):
+                key = key_of(line)
+                if key not in lines or "error" in lines[key]:
+                    lines[key] = line
+        return lines
+
+    def repair(self) -> None:
+        """Cut a half-written last line of this rank's file, so that what is appended begins on a line of its own."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is whole."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _whole_lines(file: Path) -> Iterable[Line]:
+    rows = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, row in enumerate(rows[:-1], start=1):  # what follows the last line break is half written or nothing
+        try:
+            yield json.loads(row)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON: {error.msg}; delete the line or the folder") from error

@@ -1,0 +1,116 @@
+"""Which sample is answered at which budgets: the work list, checked before anything runs.
+
+Knows samples, budgets and the model's space. Does not know models or files.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mllm.budget import Budget, Space
+from mllm.data.manifest import Sample
+from mllm.evaluation.hypotheses import Key
+from mllm.evaluation.scoring import ALL_KINDS, scorer_of
+from mllm.metrics import vqa_accuracy
+
+
+@dataclass(frozen=True)
+class Work:
+    """One sample under one noise, and the budgets it is to be answered at."""
+
+    set_name: str
+    sample: Sample
+    snr_db: float | None
+    budgets: tuple[Budget, ...]
+
+    def key(self, budget: Budget) -> Key:
+        """Where the answer at a budget is kept."""
+        return Key(self.set_name, self.sample.id, self.snr_db, str(budget))
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Media of the sample in order of appearance."""
+        return tuple(part.medium for part in self.sample.media)
+
+
+def plan(
+    sets: Mapping[str, Sequence[Sample]],
+    budgets: Sequence[Budget],
+    *,
+    space: Space,
+    snrs_db: Sequence[float | None] = (None,),
+) -> list[Work]:
+    """The work list, in the order of the sets.
+
+    A sample is answered at every budget that names a medium it holds, cut down to the media it holds, each once; noise
+    is for samples with sound.
+
+    Raises:
+        ValueError: a task without a metric, answers that cannot be scored, a medium the model does not take, a sample
+            no budget is for, or a budget that is for no sample.
+    """
+    for budget in budgets:
+        if unknown := set(budget.amounts) - set(space.media):
+            allowed = ", ".join(space.media) or "text only"
+            raise ValueError(f"budget {budget} names {min(unknown)}; this model takes {allowed}")
+    work, used = [], set()
+    for name, samples in sets.items():
+        for sample in samples:
+            _check(name, sample, space)
+            own = [(budget, _cut(budget, sample)) for budget in budgets if _is_for(budget, sample)]
+            if not own:
+                held = " and ".join(sorted({part.medium for part in sample.media}))
+                raise ValueError(f"sample {sample.id!r} of {name} holds {held}, which none of the budgets names")
+            used |= {budget for budget, _ in own}
+            asked = tuple(dict.fromkeys(cut for _, cut in own))
+            hears = any(part.medium == "audio" for part in sample.media)
+            work += [Work(name, sample, snr_db, asked) for snr_db in (snrs_db if hears else (None,))]
+    if idle := [budget for budget in budgets if budget not in used]:
+        raise ValueError(f"budget {str(idle[0])!r} is for no sample: none holds a medium it names")
+    return work
+
+
+def references_of(sample: Sample) -> list[str]:
+    """What is right: `meta.answers` where a sample has several, else its last message.
+
+    Raises:
+        ValueError: `meta.answers` is no list of texts, or there is no last message of the assistant's.
+    """
+    answers = sample.meta.get("answers")
+    if answers is not None:
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"sample {sample.id!r}: meta.answers must be a list of texts, got {answers!r}")
+        return answers
+    if sample.messages[-1].role != "assistant":
+        raise ValueError(f"sample {sample.id!r} has no answer to compare with: its last message is the user's")
+    return [sample.messages[-1].text]
+
+
+def _check(name: str, sample: Sample, space: Space) -> None:
+    scorer_of(sample.task)
+    if sample.kind == ALL_KINDS:
+        raise ValueError(
+            f"sample {sample.id!r} of {name} has kind {ALL_KINDS!r}, which stands for all kinds; rename it"
+        )
+    references = references_of(sample)
+    if sample.task == "vqa":
+        try:
+            vqa_accuracy(references, "")
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id!r} of {name}: meta.answers: {error}") from error
+    elif len(references) != 1:
+        raise ValueError(f"sample {sample.id!r} of {name}: task {sample.task} needs one answer, got {len(references)}")
+    for part in sample.media:
+        if part.medium not in space.media:
+            allowed = ", ".join(space.media) or "text only"
+            raise ValueError(f"sample {sample.id!r} of {name} holds {part.medium}; this model takes {allowed}")
+
+
+def _is_for(budget: Budget, sample: Sample) -> bool:
+    held = {part.medium for part in sample.media}
+    return not budget.amounts or not held or bool(held & set(budget.amounts))
+
+
+def _cut(budget: Budget, sample: Sample) -> Budget:
+    held = {part.medium for part in sample.media}
+    amounts = {medium: amount for medium, amount in budget.amounts.items() if medium in held}
+    return Budget(amounts, budget.total_tokens if held else None)

@@ -1,0 +1,173 @@
+"""Results: rows of numbers from lines of answers, and their forms for eyes, programs and spreadsheets.
+
+Knows lines and scores. Does not know models or plots.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mllm.evaluation.hypotheses import Line, write_whole
+from mllm.evaluation.scoring import ALL_KINDS, scorer_of
+
+RESULTS = "results.json"
+CSV = "results.csv"
+_GROUP = ("set", "task", "kind", "snr_db", "budget")
+_MEANS = ("prompt_tokens", "new_tokens")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found.
+
+    `rows` hold one metric each: what it is of (`set`, `task`, `kind`, which is "all" over all kinds, `snr_db`,
+    `budget`), `metric`, `value`, `low`, `high` (95 % bootstrap), and means per sample: `soft_tokens`, `gflops`, ...
+    `failures` name every sample that could not be answered, by budget. `facts` say what was evaluated and how.
+    """
+
+    rows: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """`results.json` and `results.csv`, each whole or not at all."""
+        content = {"facts": dict(self.facts), "rows": self.rows, "failures": self.failures}
+        write_whole(folder / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(folder / CSV, text.getvalue())
+
+
+def summarise(lines: Sequence[Line], *, seed: int, facts: Mapping[str, Any] | None = None) -> Results:
+    """Score lines by set, task, kind, noise and budget, and over all kinds where a task allows it.
+
+    Args:
+        lines: answers and failures.
+        seed: of the bootstrap intervals.
+    """
+    rows = []
+    for group in _groups(lines):
+        answered = [line for line in group.lines if "error" not in line]
+        score = scorer_of(group.names["task"]).score(answered, seed)
+        rows.append(
+            {
+                **group.names,
+                "is_trained": all(line["is_trained"] for line in answered),
+                "num_samples": len(answered),
+                "num_failed": len(group.lines) - len(answered),
+                "metric": score.metric,
+                "value": score.value,
+                "low": score.low,
+                "high": score.high,
+                **score.details,
+                **_means(answered),
+            }
+        )
+    failures = [
+        {key: line[key] for key in ("set", "id", "snr_db", "budget", "error")} for line in lines if "error" in line
+    ]
+    return Results(rows, failures, facts or {})
+
+
+@dataclass
+class _Group:
+    names: dict[str, Any]
+    lines: list[Line]
+
+
+def _groups(lines: Sequence[Line]) -> list[_Group]:
+    """Lines by what a row is of, tasks and kinds in their order of appearance, dearest budgets first."""
+    groups: dict[tuple, _Group] = {}
+    kinds = {(line["set"], line["task"]): set() for line in lines}
+    for line in lines:
+        kinds[line["set"], line["task"]].add(line["kind"])
+    for line in lines:
+        several = len(kinds[line["set"], line["task"]]) > 1
+        versions = [line["kind"]]
+        if several and scorer_of(line["task"]).has_overall and line["kind"] is not None:
+            versions.insert(0, ALL_KINDS)
+        for kind in versions:
+            names = {**{key: line[key] for key in _GROUP}, "kind": kind}
+            groups.setdefault(tuple(names.values()), _Group(names, [])).lines.append(line)
+    places: dict[tuple, int] = {}
+    for key in groups:
+        places.setdefault(key[:-1], len(places))
+
+    def order(group: _Group) -> tuple:
+        spent = [sum(line["tokens"].values()) for line in group.lines if "error" not in line]
+        key = tuple(group.names.values())
+        return places[key[:-1]], -sum(spent) / max(len(spent), 1)
+
+    return sorted(groups.values(), key=order)
+
+
+def _means(lines: Sequence[Line]) -> dict[str, Any]:
+    def mean(values: Sequence[float]) -> float | None:
+        return round(sum(values) / len(values), 3) if values else None
+
+    media = dict.fromkeys(medium for line in lines for medium in line["tokens"])
+    costs = [line["cost"] for line in lines if line["cost"] is not None]
+    return {
+        "soft_tokens": mean([sum(line["tokens"].values()) for line in lines]),
+        **{f"{medium}_tokens": mean([line["tokens"].get(medium, 0) for line in lines]) for medium in media},
+        **{key: mean([line[key] for line in lines]) for key in _MEANS},
+        "gflops": mean([cost["total"] / 1e9 for cost in costs]),
+        "encoder_gflops": mean([cost["encoder"] / 1e9 for cost in costs]),
+        "llm_gflops": mean([(cost["prefill"] + cost["decode"]) / 1e9 for cost in costs]),
+        "kv_megabytes": mean([cost["kv_bytes"] / 1e6 for cost in costs]),
+    }
+
+
+def table(results: Results) -> Table:
+    """The rows for a terminal; rates and accuracies in percent."""
+    shown = Table(title=f"{results.facts.get('model', 'results')}", title_justify="left", pad_edge=False)
+    with_set = len({row["set"] for row in results.rows}) > 1
+    with_noise = any(row["snr_db"] is not None for row in results.rows)
+    columns = ["set"] * with_set + ["task", "kind"] + ["SNR dB"] * with_noise + ["budget"]
+    for name in columns:
+        shown.add_column(name)
+    for name in ("samples", "metric", "value %", "95 % interval", "CER %", "S/D/I", "tokens", "GFLOP"):
+        shown.add_column(name, justify="left" if name == "metric" else "right")
+    before = None
+    for row in results.rows:
+        group = tuple(row[key] for key in _GROUP[:-1])
+        if before not in (None, group):
+            shown.add_section()
+        before = group
+        names = [row["set"]] * with_set + [row["task"], row["kind"] or ""]
+        names += ["clean" if row["snr_db"] is None else f"{row['snr_db']:g}"] * with_noise
+        shown.add_row(*names, _budget_words(row), *_numbers(row))
+    return shown
+
+
+def _budget_words(row: Mapping[str, Any]) -> str:
+    return (row["budget"] or "max") + ("" if row["is_trained"] else " (not trained)")
+
+
+def _numbers(row: Mapping[str, Any]) -> list[str]:
+    failed = f" ({row['num_failed']} failed)" if row["num_failed"] else ""
+    edits = "/".join(str(row[key]) for key in ("substitutions", "deletions", "insertions")) if "cer" in row else ""
+    interval = "" if row["low"] is None else f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"
+    return [
+        f"{row['num_samples']}{failed}",
+        row["metric"],
+        _percent(row["value"]),
+        interval,
+        _percent(row["cer"]) if "cer" in row else "",
+        edits,
+        "" if row["soft_tokens"] is None else f"{row['soft_tokens']:.1f}",
+        "" if row["gflops"] is None else f"{row['gflops']:.3g}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,180 @@
+"""An evaluation from settings to results on disk, on any number of processes.
+
+Knows settings, ranks and the order of steps. The steps are in `planning`, `sweep`, `report` and `plot`.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mllm.budget import Budget
+from mllm.data.manifest import Sample, read_manifest
+from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
+from mllm.evaluation.planning import Work, plan
+from mllm.evaluation.plot import PLOT, plot_pareto
+from mllm.evaluation.report import Results, summarise
+from mllm.evaluation.settings import EvaluateSettings
+from mllm.evaluation.sweep import Sweep, cost_problem
+from mllm.generation import Answerer
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+"""Called with how many answers of this rank's share are done, and how many there are."""
+
+
+def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) -> Results | None:
+    """Evaluate a model and write `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
+
+    Start it with a launcher to share the work among processes; what has been answered before is not answered again.
+
+    Returns:
+        The results on the first process, None on the others.
+
+    Raises:
+        ValueError: see `plan` and `AnswerStore.claim`.
+        FileNotFoundError: no such model or manifest.
+    """
+    from accelerate import PartialState
+
+    from mllm.generation import Decoding
+    from mllm.loading import load
+    from mllm.media import MediaLoader, load_audio
+    from mllm.training.launch import prepare_launch
+
+    samples = read_sets(settings)
+    prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
+    state = PartialState()
+    model, processor = load(settings.model, dtype=settings.dtype)
+    decoding = Decoding(num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens)
+    model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
+    answerer = Answerer(model, processor, decoding, settings.batch_size)
+    work = plan(samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db)
+    store = AnswerStore(settings.output_folder, rank=state.process_index)
+    if state.is_main_process:
+        store.claim(fingerprint_of(settings))
+    state.wait_for_everyone()
+    sweep = Sweep(
+        answerer,
+        store,
+        noise=None if settings.noise is None else load_audio(settings.noise),
+        seed=settings.seed,
+        loader=MediaLoader(gray=True, backend=settings.video_backend),
+    )
+    run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    return conclude(work, store, seed=settings.seed, facts=_facts(settings, model.config))
+
+
+def evaluate_model(
+    answerer: Answerer,
+    sets: Mapping[str, Sequence[Sample]],
+    budgets: Sequence[Budget],
+    *,
+    output: str | Path,
+    fingerprint: Mapping[str, Any],
+    seed: int = 0,
+    with_plot: bool = True,
+    progress: Progress | None = None,
+) -> Results:
+    """Evaluate a model that is at hand, in this process alone; writes what `evaluate` writes.
+
+    Args:
+        fingerprint: whatever tells this model and these samples from others; answers of another one are refused.
+        with_plot: drawing takes seconds.
+    """
+    work = plan(sets, budgets, space=answerer.processor.space)
+    store = AnswerStore(output)
+    store.claim(fingerprint)
+    run_share(Sweep(answerer, store, seed=seed), work, progress=progress)
+    facts = {**fingerprint, **_cost_facts(answerer.model.config)}
+    return conclude(work, store, seed=seed, facts=facts, with_plot=with_plot)
+
+
+def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
+    """The samples of every manifest, by its short name."""
+    sets = {}
+    for name, path in zip(settings.set_names, settings.manifest, strict=True):
+        root = settings.root if settings.root is not None else Path(path).parent
+        sets[name] = read_manifest(path, root)[: settings.limit]
+    return sets
+
+
+def run_share(
+    sweep: Sweep, work: Sequence[Work], *, rank: int = 0, num_ranks: int = 1, progress: Progress | None = None
+) -> None:
+    """Answer one rank's share, telling `progress` about it."""
+    total = sum(len(item.budgets) for item in work[rank::num_ranks])
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    replace(sweep, on_progress=advance).run(work, rank=rank, num_ranks=num_ranks)
+
+
+def conclude(
+    work: Sequence[Work],
+    store: AnswerStore,
+    *,
+    seed: int,
+    facts: Mapping[str, Any] | None = None,
+    with_plot: bool = True,
+) -> Results:
+    """Gather the answers of all ranks, score them and write everything.
+
+    Raises:
+        RuntimeError: answers are missing, because a rank ended early.
+    """
+    lines = gather(work, store)
+    write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    results = summarise(lines, seed=seed, facts=facts)
+    results.write(store.folder)
+    if with_plot and not plot_pareto(results.rows, store.folder / PLOT):
+        logger.warning("nothing to plot: no row has both a value and soft tokens")
+    return results
+
+
+def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
+    """One line per sample, noise and budget of the work list, in its order.
+
+    Raises:
+        RuntimeError: some are missing.
+    """
+    kept = store.read()
+    keys = [item.key(budget) for item in work for budget in item.budgets]
+    if missing := [key for key in keys if key not in kept]:
+        raise RuntimeError(
+            f"{len(missing)} of {len(keys)} answers are missing, the first is {missing[0]}; run it again"
+        )
+    return [kept[key] for key in keys]
+
+
+def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
+    """Everything an answer depends on."""
+    folder = Path(settings.model)
+    weights = sorted(file for file in folder.glob("*.safetensors"))
+    return {
+        "model": {file.name: digest_of_file(file) for file in [folder / "config.json", *weights]},
+        "manifests": dict(zip(settings.set_names, map(digest_of_file, settings.manifest), strict=True)),
+        "root": settings.root,
+        "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
+        **{key: getattr(settings, key) for key in ("num_beams", "max_new_tokens", "dtype")},
+    }
+
+
+def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:
+    keys = ("model", "manifest", "num_beams", "max_new_tokens", "seed", "dtype", "limit", "noise")
+    return {**{key: getattr(settings, key) for key in keys}, **_cost_facts(config)}
+
+
+def _cost_facts(config: Any) -> dict[str, Any]:
+    problem = cost_problem(config)
+    return {} if problem is None else {"flops": f"not told: {problem}"}

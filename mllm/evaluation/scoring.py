@@ -1,0 +1,82 @@
+"""Answers to numbers: the metric of each task, over groups of lines.
+
+Knows lines of `hypotheses.py` and metrics. Does not know models, files or how numbers are shown.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mllm.evaluation.hypotheses import Line
+from mllm.metrics import bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
+
+ALL_KINDS = "all"
+"""The kind of a row over all kinds of a task; no sample may have it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over a group: its value, its bootstrap interval, and what else belongs to it.
+
+    `value` is None where there is nothing to divide by.
+    """
+
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How a task is scored, and whether its kinds may be put together in one number."""
+
+    score: Callable[[Sequence[Line], int], Score]
+    has_overall: bool
+    higher_is_better: bool
+
+
+def score_speech(lines: Sequence[Line], seed: int) -> Score:
+    """Corpus WER with its errors, and CER."""
+    pairs = [(line["references"][0], line["hypothesis"]) for line in lines]
+    words = [word_errors(reference, hypothesis) for reference, hypothesis in pairs]
+    total = corpus(words)
+    interval = bootstrap_interval([one.errors for one in words], [one.reference_units for one in words], seed=seed)
+    low, high = interval or (None, None)
+    details = {
+        "cer": corpus(character_errors(reference, hypothesis) for reference, hypothesis in pairs).rate,
+        "substitutions": total.substitutions,
+        "deletions": total.deletions,
+        "insertions": total.insertions,
+        "reference_words": total.reference_units,
+    }
+    return Score("wer", total.rate, low, high, details)
+
+
+def score_vqa(lines: Sequence[Line], seed: int) -> Score:
+    """Mean VQA accuracy; exact match where a sample has one answer."""
+    values = [vqa_accuracy(line["references"], line["hypothesis"]) for line in lines]
+    low, high = bootstrap_interval(values, [1] * len(values), seed=seed) or (None, None)
+    return Score("accuracy", sum(values) / len(values) if values else None, low, high, {})
+
+
+_SPEECH = Scorer(score_speech, has_overall=False, higher_is_better=False)
+SCORERS = {
+    "asr": _SPEECH,
+    "vsr": _SPEECH,
+    "avsr": _SPEECH,
+    "vqa": Scorer(score_vqa, has_overall=True, higher_is_better=True),
+}
+"""By the `task` of a sample."""
+
+
+def scorer_of(task: str) -> Scorer:
+    """The scorer of a task.
+
+    Raises:
+        ValueError: a task that has none.
+    """
+    if task not in SCORERS:
+        raise ValueError(f"there is no metric for task {task!r}; allowed: {', '.join(SCORERS)}")
+    return SCORERS[task]

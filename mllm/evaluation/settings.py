@@ -1,0 +1,78 @@
+"""What a user writes to describe an evaluation. Plain dataclasses; knows no torch, so that `--help` is quick."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mllm.budget import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Which model is evaluated on what, at which budgets."""
+
+    model: str
+    """Run folder or exported model."""
+    manifest: list[str]
+    """Manifests (JSONL); name several by giving this more than once."""
+    budgets: str | list[str]
+    """Budgets, as a list or parted by ";", e.g. "audio=/4,video=/2;audio=/16,video=/5;image=4". A budget is used for
+    the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
+    output: str | None = None
+    """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
+    root: str | None = None
+    """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
+    limit: int | None = None
+    """Only the first so many samples of each manifest."""
+    noise: str | None = None
+    """Sound file that is mixed into every sound, for snr_db."""
+    snr_db: list[float | None] = field(default_factory=lambda: [None])
+    """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    num_beams: int = 1
+    """1 is greedy; beams are deterministic."""
+    max_new_tokens: int = 64
+    """Answers end there at the latest."""
+    batch_size: int = 8
+    """Samples of one batch; each is answered at all its budgets at once."""
+    seed: int = 0
+    """Of the noise and of the bootstrap intervals."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen parts."""
+    video_backend: Literal["pyav", "decord"] = "pyav"
+    """What decodes videos; both give the same frames."""
+    use_cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+
+    def __post_init__(self) -> None:
+        if not self.manifest:
+            raise ValueError("manifest is empty; name at least one")
+        names = [Path(path).stem for path in self.manifest]
+        if len(set(names)) < len(names) and len(set(self.set_names)) < len(names):
+            raise ValueError(f"manifest names one file twice: {', '.join(self.manifest)}")
+        for key in ("num_beams", "max_new_tokens", "batch_size", "limit"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} is {value}; it must be at least 1")
+        if not self.asked_budgets:
+            raise ValueError("budgets is empty; name at least one, such as audio=/4")
+        if not self.snr_db:
+            raise ValueError("snr_db is empty; null stands for no noise")
+        if any(ratio is not None for ratio in self.snr_db) != (self.noise is not None):
+            raise ValueError(f"noise and snr_db go together; noise is {self.noise!r}, snr_db is {self.snr_db}")
+
+    @property
+    def asked_budgets(self) -> list[Budget]:
+        """The budgets, read, each once."""
+        texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
+        return list(dict.fromkeys(Budget.parse(text) for text in texts))
+
+    @property
+    def set_names(self) -> list[str]:
+        """A short name for each manifest: its file's, or its path where two files have the same."""
+        stems = [Path(path).stem for path in self.manifest]
+        return stems if len(set(stems)) == len(stems) else list(self.manifest)
+
+    @property
+    def output_folder(self) -> Path:
+        """Where results go."""
+        return Path(self.output) if self.output is not None else Path(self.model) / "evaluation"

@@ -1,0 +1,187 @@
+"""Runs the work list: every sample is read and encoded once and answered at all its budgets together.
+
+Knows an answerer, the work list and the store. Does not know metrics or how results are shown.
+
+Whatever goes wrong with a sample or a budget becomes a line with an `error`; anything else stops the sweep, which can
+then be resumed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from mllm.budget import Budget
+from mllm.cost import Item, request_cost
+from mllm.data.manifest import Sample
+from mllm.evaluation.hypotheses import AnswerStore, Line
+from mllm.evaluation.planning import Work, references_of
+from mllm.expansion import Row
+from mllm.generation import Answer, Answerer
+from mllm.media import Audio, MediaError, MediaLoader
+from mllm.processing import LoadedMedia
+from mllm.transforms import MixNoise, random_generator
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A work item with the media of its sample."""
+
+    work: Work
+    media: list[LoadedMedia]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Answers work and keeps the answers.
+
+    Args:
+        answerer: with its decoding and batch size.
+        store: of this rank.
+        noise: mixed into sounds of work with a ratio.
+        seed: of the noise, which is a function of seed, sample and ratio.
+        loader: decodes files; the default one when None.
+    """
+
+    answerer: Answerer
+    store: AnswerStore
+    noise: Audio | None = None
+    seed: int = 0
+    loader: MediaLoader | None = None
+    on_progress: Callable[[int], None] = field(default=lambda _: None)
+    """Called with the number of answers that have been added."""
+
+    def run(self, work: Sequence[Work], *, rank: int = 0, num_ranks: int = 1) -> None:
+        """Answer this rank's share of the work list, leaving out what has been answered. Failures are tried again."""
+        self.store.repair()
+        done = {key for key, line in self.store.read().items() if "error" not in line}
+        own = []
+        for item in work[rank::num_ranks]:
+            pending = tuple(budget for budget in item.budgets if item.key(budget) not in done)
+            self.on_progress(len(item.budgets) - len(pending))
+            if pending:
+                own.append(Work(item.set_name, item.sample, item.snr_db, pending))
+        for batch in _batches(own, self.answerer.batch_size):
+            lines = list(self._answer(batch))
+            self.store.append(lines)
+            self.on_progress(len(lines))
+
+    def _answer(self, batch: Sequence[Work]) -> Iterator[Line]:
+        loaded, wanted = [], []
+        for work in batch:
+            try:
+                item = Loaded(work, self._load(work))
+                row = self._rows([item])[0]
+            except ValueError as error:
+                yield from (_failure(work, budget, error) for budget in work.budgets)
+                continue
+            met = []
+            for budget in work.budgets:
+                try:
+                    row.costs(budget, self.answerer.processor.space)
+                    met.append(budget)
+                except ValueError as error:
+                    yield _failure(work, budget, error)
+            loaded.append(item)
+            wanted.append(tuple(met))
+        for budgets in dict.fromkeys(wanted):
+            if budgets:
+                rows = [item for item, own in zip(loaded, wanted, strict=True) if own == budgets]
+                yield from self._answer_together(rows, budgets)
+
+    def _answer_together(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
+        samples, media = [item.work.sample for item in items], [item.media for item in items]
+        batch = self.answerer.processor.batch(samples, media, for_training=False)
+        draws = self.answerer.answer_batch(batch, [[budget] * len(items) for budget in budgets])
+        for answers in draws:
+            for item, row, answer in zip(items, batch.rows, answers, strict=True):
+                yield self._line(item, row, answer)
+
+    def _load(self, work: Work) -> list[LoadedMedia]:
+        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=self._noise_of(work))
+
+    def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
+        ratio = work.snr_db
+        if ratio is None:
+            return None
+        assert self.noise is not None
+        mix = MixNoise(self.noise, ratio)
+        generator = random_generator(self.seed, 0, work.sample.id, f"evaluation noise {ratio:g}")
+        return lambda sound: mix(sound, generator)
+
+    def _rows(self, items: Sequence[Loaded]) -> Sequence[Row]:
+        samples: list[Sample] = [item.work.sample for item in items]
+        return self.answerer.processor.batch(samples, [item.media for item in items], for_training=False).rows
+
+    def _line(self, item: Loaded, row: Row, answer: Answer) -> Line:
+        return {
+            **_facts(item.work, answer.budget),
+            "hypothesis": answer.text,
+            "is_trained": answer.is_trained,
+            "tokens": dict(answer.tokens),
+            "prompt_tokens": answer.num_prompt_tokens,
+            "new_tokens": answer.num_new_tokens,
+            "cost": self._cost(item, row, answer),
+        }
+
+    def _cost(self, item: Loaded, row: Row, answer: Answer) -> dict[str, int] | None:
+        """FLOPs by part and bytes of cache; None for a model that has no formula."""
+        config = self.answerer.model.config
+        if cost_problem(config) is not None:
+            return None
+        spent = row.costs(answer.budget, self.answerer.processor.space)
+        items = [
+            Item(run.extent.medium, run.extent.length, cost.tokens, *medium.values.shape[-2:])
+            if run.extent.medium == "video"
+            else Item(run.extent.medium, run.extent.length, cost.tokens)
+            for run, cost, medium in zip(row.runs, spent, item.media, strict=True)
+        ]
+        cost = request_cost(
+            config,
+            items,
+            num_prompt_tokens=answer.num_prompt_tokens,
+            num_new_tokens=answer.num_new_tokens,
+            num_beams=self.answerer.decoding.num_beams,
+            dtype=str(self.answerer.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        )
+        parts = {part: getattr(cost, part) for part in ("encoder", "compressor", "prefill", "decode")}
+        return {**parts, "total": cost.total, "kv_bytes": cost.kv_bytes}
+
+
+def cost_problem(config: Any) -> str | None:
+    """Why the cost of this model cannot be told, or None."""
+    try:
+        request_cost(
+            config, [Item(medium, 64, 1) for medium in config.encoder_configs], num_prompt_tokens=1, num_new_tokens=1
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
+    """Work of the same media and budgets together, in its order."""
+
+    def alike(item: Work) -> tuple:
+        return item.media, tuple(map(str, item.budgets))
+
+    for _, group in groupby(sorted(work, key=alike), key=alike):
+        items = list(group)
+        yield from (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _facts(work: Work, budget: Budget) -> Line:
+    return {
+        "set": work.set_name,
+        "id": work.sample.id,
+        "snr_db": work.snr_db,
+        "budget": str(budget),
+        "task": work.sample.task,
+        "kind": work.sample.kind,
+        "references": references_of(work.sample),
+    }
+
+
+def _failure(work: Work, budget: Budget, error: ValueError) -> Line:
+    kind = error.kind if isinstance(error, MediaError) else "refused"
+    return {**_facts(work, budget), "error": {"kind": kind, "reason": str(error)}}

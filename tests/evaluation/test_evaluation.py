@@ -1,0 +1,201 @@
+"""What an evaluation promises: every sample at every budget exactly once, on any number of ranks, failures named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+from PIL import Image
+
+from mllm.budget import Budget
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.hypotheses import ANSWERS, HYPOTHESES, AnswerStore
+from mllm.evaluation.planning import plan
+from mllm.evaluation.plot import PLOT
+from mllm.evaluation.report import CSV, RESULTS
+from mllm.evaluation.run import conclude, evaluate_model, run_share
+from mllm.evaluation.sweep import Sweep
+from mllm.generation import Answerer, Decoding
+from mllm.media import load_audio
+
+OWN = tiny.settings(("image", "audio"))
+BUDGETS = [Budget.parse(text) for text in ("image=16,audio=/4", "image=1,audio=/8", "image=4", "audio=/5")]
+SECONDS = {"a0": 0.5, "a1": 0.7, "a2": 0.3, "short": 0.13}  # 25, 35, 15 and 6 encoder frames
+
+
+@pytest.fixture(scope="module")
+def answerer() -> Answerer:
+    return Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=6), batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Pictures with questions and utterances; one picture is no picture, one utterance too short for rate 8."""
+    root = tmp_path_factory.mktemp("media")
+    random = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / f"p{number}.png")
+    (root / "p9.png").write_bytes(b"not a picture at all")
+    for name, seconds in SECONDS.items():
+        soundfile.write(root / f"{name}.wav", random.normal(0, 0.1, round(16000 * seconds)).astype(np.float32), 16000)
+    found = [
+        _sample(root, f"p{number}", "image", "what colour?", "red", "vqa", ("colour", "count")[number % 2])
+        for number in (0, 1, 2, 3, 9)
+    ]
+    found += [_sample(root, name, "audio", "transcribe speech to text.", "place blue at f", "asr") for name in SECONDS]
+    return found
+
+
+def _sample(
+    root: Path, name: str, medium: str, question: str, answer: str, task: str, kind: str | None = None
+) -> Sample:
+    media = Media(medium, f"{name}.{'png' if medium == 'image' else 'wav'}")  # type: ignore[arg-type]
+    messages = (Message("user", (media, Text(question))), Message("assistant", (Text(answer),)))
+    return Sample(name, messages, task, kind, root=root)
+
+
+def evaluated(answerer: Answerer, samples: list[Sample], output: Path, *, with_plot: bool = False):
+    fingerprint = {"model": "tiny"}
+    return evaluate_model(
+        answerer, {"test": samples}, BUDGETS, output=output, fingerprint=fingerprint, with_plot=with_plot
+    )
+
+
+def test_every_sample_is_answered_at_the_budgets_that_are_for_it(answerer, samples, tmp_path) -> None:
+    results = evaluated(answerer, samples, tmp_path, with_plot=True)
+    lines = [json.loads(line) for line in (tmp_path / HYPOTHESES).read_text().splitlines()]
+    found = [(line["id"], line["budget"]) for line in lines]
+    expected = [(f"p{number}", f"image={count}") for number in (0, 1, 2, 3, 9) for count in (16, 1, 4)]
+    expected += [(name, f"audio=/{rate}") for name in SECONDS for rate in (4, 8, 5)]
+    assert found == expected
+    answers = {(line["id"], line["budget"]): line for line in lines}
+    for name, budget in (("p2", "image=4"), ("a1", "audio=/5")):
+        sample = next(sample for sample in samples if sample.id == name)
+        alone = answerer.answer_samples([sample], [budget])[0]
+        line = answers[name, budget]
+        assert line["hypothesis"] == alone.text
+        assert line["tokens"] == dict(alone.tokens)
+        assert line["prompt_tokens"] == alone.num_prompt_tokens
+    assert [answers["a1", f"audio=/{rate}"]["is_trained"] for rate in (4, 8, 5)] == [True, True, False]
+    costs = [answers["p0", f"image={count}"]["cost"]["prefill"] for count in (1, 4, 16)]
+    assert costs == sorted(costs)
+    assert len({(row["task"], row["kind"]) for row in results.rows}) == 4  # vqa: all, colour, count; asr
+    assert (tmp_path / PLOT).stat().st_size > 10_000
+
+
+def test_failures_are_counted_and_named_and_spoil_nothing(answerer, samples, tmp_path) -> None:
+    results = evaluated(answerer, samples, tmp_path)
+    failed = {(failure["id"], failure["budget"]): failure["error"] for failure in results.failures}
+    assert set(failed) == {("p9", "image=16"), ("p9", "image=1"), ("p9", "image=4"), ("short", "audio=/8")}
+    assert failed["p9", "image=1"]["kind"] == "unsupported"
+    assert "p9.png" in failed["p9", "image=1"]["reason"]
+    assert "too short" in failed["short", "audio=/8"]["reason"]
+    rows = {(row["task"], row["kind"], row["budget"]): row for row in results.rows}
+    assert (rows["vqa", "all", "image=4"]["num_samples"], rows["vqa", "all", "image=4"]["num_failed"]) == (4, 1)
+    assert (rows["asr", None, "audio=/8"]["num_samples"], rows["asr", None, "audio=/8"]["num_failed"]) == (3, 1)
+    assert (rows["asr", None, "audio=/5"]["num_samples"], rows["asr", None, "audio=/5"]["num_failed"]) == (4, 0)
+    assert rows["asr", None, "audio=/4"]["reference_words"] == 4 * 4
+
+
+def test_what_is_answered_is_not_answered_again_and_failures_are_tried_again(answerer, samples, tmp_path) -> None:
+    first = evaluated(answerer, samples, tmp_path)
+    calls = []
+    handle = answerer.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    second = evaluated(answerer, samples, tmp_path)
+    assert not calls
+    assert second == first
+    # A killed run leaves a line half written; it and what follows are answered again, nothing twice.
+    file = tmp_path / ANSWERS / "0.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5]) + lines[5][:20])
+    third = evaluated(answerer, samples, tmp_path)
+    handle.remove()
+    assert calls
+    assert third == first
+    keys = [(line["id"], line["budget"]) for line in map(json.loads, (tmp_path / HYPOTHESES).read_text().splitlines())]
+    assert len(keys) == len(set(keys)) == 27
+
+
+def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path) -> None:
+    encoded = []
+    handle = answerer.model.model.vision_tower.register_forward_hook(lambda _, given, __: encoded.append(len(given[0])))
+    work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
+    run_share(Sweep(answerer, _claimed(tmp_path)), work)
+    handle.remove()
+    assert encoded == [3, 1]  # four pictures, batches of three, each encoded once for three budgets
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ranks: int) -> None:
+    alone = evaluated(answerer, samples, tmp_path / "alone")
+    work = plan({"test": samples}, BUDGETS, space=answerer.processor.space)
+    for rank in range(num_ranks):
+        store = AnswerStore(tmp_path / "shared", rank=rank)
+        store.claim({"model": "tiny"})
+        run_share(Sweep(answerer, store), work, rank=rank, num_ranks=num_ranks)
+    shared = conclude(work, AnswerStore(tmp_path / "shared"), seed=0, facts=alone.facts, with_plot=False)
+    assert shared == alone
+    for name in (HYPOTHESES, RESULTS, CSV):
+        assert (tmp_path / "shared" / name).read_text() == (tmp_path / "alone" / name).read_text()
+    # Another number of ranks goes on where these stopped.
+    done = []
+    run_share(Sweep(answerer, AnswerStore(tmp_path / "shared")), work, progress=lambda *counts: done.append(counts))
+    assert done[-1] == (27, 27)
+
+
+def test_a_rank_that_ended_early_is_noticed(answerer, samples, tmp_path) -> None:
+    work = plan({"test": samples}, BUDGETS, space=answerer.processor.space)
+    store = _claimed(tmp_path)
+    run_share(Sweep(answerer, store), work, rank=1, num_ranks=2)
+    with pytest.raises(RuntimeError, match="answers are missing, the first is Key"):
+        conclude(work, store, seed=0)
+
+
+def test_answers_of_another_model_are_refused(answerer, samples, tmp_path) -> None:
+    store = _claimed(tmp_path)
+    store.claim({"model": "tiny"})
+    with pytest.raises(ValueError, match="model was 'tiny' and is 'other'"):
+        store.claim({"model": "other"})
+
+
+def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_path) -> None:
+    sounds = [sample for sample in samples if sample.task == "asr"][:2]
+    soundfile.write(tmp_path / "noise.wav", np.random.default_rng(1).normal(0, 0.1, 8000).astype(np.float32), 16000)
+    noise = load_audio(tmp_path / "noise.wav")
+    work = plan({"test": sounds}, BUDGETS[:1], space=answerer.processor.space, snrs_db=[None, 0.0, -5.0])
+    assert [(item.sample.id, item.snr_db) for item in work[:3]] == [("a0", None), ("a0", 0.0), ("a0", -5.0)]
+    media = [Sweep(answerer, _claimed(tmp_path), noise=noise, seed=seed)._load(work[1])[0].values for seed in (0, 0, 1)]
+    assert media[0].equal(media[1])
+    assert not media[0].equal(media[2])
+    run_share(Sweep(answerer, _claimed(tmp_path), noise=noise), work)
+    results = conclude(work, AnswerStore(tmp_path), seed=0, with_plot=False)
+    assert [row["snr_db"] for row in results.rows] == [None, 0.0, -5.0]
+    assert {row["num_samples"] for row in results.rows} == {2}
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_runs(answerer, samples) -> None:
+    space = answerer.processor.space
+    picture, sound = samples[0], samples[-1]
+    cases = [
+        ([replace(picture, task="caption")], "image=1", "no metric for task 'caption'; allowed: asr, vsr, avsr, vqa"),
+        ([replace(picture, kind="all")], "image=1", "stands for all kinds"),
+        ([picture], "audio=/4", "'p0' of test holds image, which none of the budgets names"),
+        ([picture], "image=1;audio=/4", "budget 'audio=/4' is for no sample"),
+        ([picture], "video=/2", "names video; this model takes image, audio"),
+        ([replace(picture, meta={"answers": ["a", "b"]})], "image=1", "2 answers are too few"),
+        ([replace(picture, meta={"answers": "red"})], "image=1", "must be a list of texts"),
+        ([replace(sound, meta={"answers": ["a", "b"]})], "audio=/4", "task asr needs one answer, got 2"),
+        ([replace(picture, messages=picture.messages[:1])], "image=1", "no answer to compare with"),
+    ]
+    for own, budgets, message in cases:
+        with pytest.raises(ValueError, match=message):
+            plan({"test": own}, [Budget.parse(text) for text in budgets.split(";")], space=space)
+
+
+def _claimed(folder: Path) -> AnswerStore:
+    store = AnswerStore(folder)
+    store.claim({"model": "tiny"})
+    return store
