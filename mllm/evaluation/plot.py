@@ -47,9 +47,11 @@ def plot_pareto(rows: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
 def _draw(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     with_set = len({row["set"] for row in rows}) > 1
+    with_kinds = {row["task"] for row in rows if row["kind"] is not None}
     for row in rows:
         if row[key] is not None:
-            lines.setdefault(_name(row, with_set=with_set), []).append(row)
+            name = _name(row, with_set=with_set, with_kinds=row["task"] in with_kinds)
+            lines.setdefault(name, []).append(row)
     for number, (name, own) in enumerate(lines.items()):
         own = sorted(own, key=lambda row: row[key])
         color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
@@ -81,8 +83,8 @@ def _scale(axis: Any, places: Sequence[float]) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _name(row: Mapping[str, Any], *, with_set: bool) -> str:
+def _name(row: Mapping[str, Any], *, with_set: bool, with_kinds: bool) -> str:
     words = [row["set"]] if with_set else []
-    words += [row["task"], row["kind"] or ""]
+    words += [row["task"], row["kind"] or ("all" if with_kinds else "")]
     words += [] if row["snr_db"] is None else [f"{row['snr_db']:g} dB"]
     return " ".join(filter(None, words))

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from mllm.evaluation.hypotheses import Line, write_whole
-from mllm.evaluation.scoring import ALL_KINDS, scorer_of
+from mllm.evaluation.scoring import scorer_of
 
 RESULTS = "results.json"
 CSV = "results.csv"
@@ -26,7 +26,7 @@ _MEANS = ("prompt_tokens", "new_tokens")
 class Results:
     """What an evaluation found.
 
-    `rows` hold one metric each: what it is of (`set`, `task`, `kind`, which is "all" over all kinds, `snr_db`,
+    `rows` hold one metric each: what it is of (`set`, `task`, `kind` or None for all kinds, `snr_db`,
     `budget`), `metric`, `value`, `low`, `high` (95 % bootstrap), and means per sample: `soft_tokens`, `gflops`, ...
     `failures` name every sample that could not be answered, by budget. `facts` say what was evaluated and how.
     """
@@ -94,7 +94,7 @@ def _groups(lines: Sequence[Line]) -> list[_Group]:
         several = len(kinds[line["set"], line["task"]]) > 1
         versions = [line["kind"]]
         if several and scorer_of(line["task"]).has_overall and line["kind"] is not None:
-            versions.insert(0, ALL_KINDS)
+            versions.insert(0, None)
         for kind in versions:
             names = {**{key: line[key] for key in _GROUP}, "kind": kind}
             groups.setdefault(tuple(names.values()), _Group(names, [])).lines.append(line)
@@ -143,7 +143,7 @@ def table(results: Results) -> Table:
         if before not in (None, group):
             shown.add_section()
         before = group
-        names = [row["set"]] * with_set + [row["task"], row["kind"] or ""]
+        names = [row["set"]] * with_set + [row["task"], row["kind"] or "all"]
         names += ["clean" if row["snr_db"] is None else f"{row['snr_db']:g}"] * with_noise
         shown.add_row(*names, _budget_words(row), *_numbers(row))
     return shown

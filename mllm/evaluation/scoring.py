@@ -10,9 +10,6 @@ from typing import Any
 from mllm.evaluation.hypotheses import Line
 from mllm.metrics import bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
 
-ALL_KINDS = "all"
-"""The kind of a row over all kinds of a task; no sample may have it."""
-
 
 @dataclass(frozen=True)
 class Score:

@@ -94,7 +94,7 @@ def test_failures_are_counted_and_named_and_spoil_nothing(answerer, samples, tmp
     assert "p9.png" in failed["p9", "image=1"]["reason"]
     assert "too short" in failed["short", "audio=/8"]["reason"]
     rows = {(row["task"], row["kind"], row["budget"]): row for row in results.rows}
-    assert (rows["vqa", "all", "image=4"]["num_samples"], rows["vqa", "all", "image=4"]["num_failed"]) == (4, 1)
+    assert (rows["vqa", None, "image=4"]["num_samples"], rows["vqa", None, "image=4"]["num_failed"]) == (4, 1)
     assert (rows["asr", None, "audio=/8"]["num_samples"], rows["asr", None, "audio=/8"]["num_failed"]) == (3, 1)
     assert (rows["asr", None, "audio=/5"]["num_samples"], rows["asr", None, "audio=/5"]["num_failed"]) == (4, 0)
     assert rows["asr", None, "audio=/4"]["reference_words"] == 4 * 4
@@ -181,7 +181,6 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(answerer, samp
     picture, sound = samples[0], samples[-1]
     cases = [
         ([replace(picture, task="caption")], "image=1", "no metric for task 'caption'; allowed: asr, vsr, avsr, vqa"),
-        ([replace(picture, kind="all")], "image=1", "stands for all kinds"),
         ([picture], "audio=/4", "'p0' of test holds image, which none of the budgets names"),
         ([picture], "image=1;audio=/4", "budget 'audio=/4' is for no sample"),
         ([picture], "video=/2", "names video; this model takes image, audio"),
