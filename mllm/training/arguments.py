@@ -63,9 +63,8 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
         report_to=[],
         disable_tqdm=not train.progress,
         ddp_find_unused_parameters=False,  # the model touches every branch on every process
-        ddp_broadcast_buffers=bool(set(settings.parts) & set(settings.model.media)),  # frozen statistics never move
         deepspeed=train.deepspeed,
-        part_learning_rates=dict(train.part_learning_rates),
+        part_learning_rates={str(part): rate for part, rate in train.part_learning_rates.items()},
         distillation=distillation_of(settings.sampler),
     )
 

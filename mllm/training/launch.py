@@ -6,13 +6,16 @@ On a machine without a GPU accelerate's defaults start several processes that tr
 that this is a CPU run before anything else asks. DeepSpeed compiles its communication there when it is first used.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 COMPILERS = ("g++", "c++", "clang++")
 logger = logging.getLogger(__name__)
 
@@ -46,14 +49,26 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     from accelerate import PartialState
 
     on_cpu = use_cpu or not torch.cuda.is_available()
-    if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+    if deepspeed or os.environ.get(_USE_DEEPSPEED, "").lower() in ("1", "true"):
         check_deepspeed(on_cpu=on_cpu)
     if on_cpu:
-        if use_cpu:
-            os.environ["ACCELERATE_USE_CPU"] = "true"
-        state = PartialState(cpu=True)
-        check_world(state.num_processes)
+        with _asking_for_deepspeed() if deepspeed else contextlib.nullcontext():
+            check_world(PartialState(cpu=True).num_processes)
     return on_cpu
+
+
+@contextlib.contextmanager
+def _asking_for_deepspeed() -> Iterator[None]:
+    """Accelerate starts DeepSpeed's communication with its own only where a launcher's variable says so."""
+    before = os.environ.get(_USE_DEEPSPEED)
+    os.environ[_USE_DEEPSPEED] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_USE_DEEPSPEED]
+        else:
+            os.environ[_USE_DEEPSPEED] = before
 
 
 def check_world(num_processes: int) -> None:

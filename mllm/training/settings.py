@@ -43,8 +43,6 @@ class DataSettings:
     """What decodes videos; both give the same frames."""
     max_bad_fraction: float = 0.01
     """A run stops when more than this share of its samples cannot be read; the others are listed and left out."""
-    audit_samples: int = 1000
-    """Samples looked at before training to see whether there is anything to learn; 0 looks at all."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -54,7 +52,6 @@ class DataSettings:
         _at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
         _at_least("data.max_rows", self.max_rows, 1)
         _at_least("data.num_workers", self.num_workers, 0)
-        _at_least("data.audit_samples", self.audit_samples, 0)
         if not 0 <= self.max_bad_fraction < 1:
             raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be in 0..1, 1 left out")
 
@@ -236,7 +233,7 @@ def read_run_settings(values: Mapping[str, Any]) -> RunSettings:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunSettings, "run")
     try:
-        return parser.instantiate_classes(parser.parse_object({"run": dict(values)})).run
+        return parser.instantiate_classes(parser.parse_object({"run": dict(values)}))["run"]
     except (ArgumentError, TypeError) as error:
         raise ValueError(str(error)) from error
 

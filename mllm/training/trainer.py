@@ -18,6 +18,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
@@ -81,12 +83,13 @@ class ElasticTrainer(Trainer):
         validation: Validation | None = None,
         tensorboard: bool = False,
     ) -> None:
-        had_cache = "use_cache" in model.config.__dict__
+        had_cache = "use_cache" in vars(model.config)
         callbacks = [RunLog(args.run, tensorboard=tensorboard), RunFlow(validates=validation is not None)]
         super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
-            del model.config.use_cache
+            delattr(model.config, "use_cache")
         self.remove_callback(PrinterCallback)
+        self.elastic = model
         self.processor = processor
         self.draws = sampler
         self.batches = batches
@@ -95,6 +98,13 @@ class ElasticTrainer(Trainer):
         self.tally = Tally()
         self._reported_step = 0
         self._micro_batch = (-1, 0)
+
+    def checkpoint_activations(self) -> None:
+        """Compute the LLM's layers again in the backward pass; frozen encoders keep nothing to begin with."""
+        llm = self.elastic.model.language_model
+        # transformers 5.23 calls it after activations and keeps the older name until version 6
+        enable = getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     # ---- data ----
 
@@ -160,11 +170,11 @@ class ElasticTrainer(Trainer):
 
     # ---- the optimizer ----
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Optimizer:
         """AdamW over what trains, by part and kind."""
         if self.optimizer is None:
             groups = named_groups(
-                self.model,
+                self.elastic,
                 learning_rate=self.args.learning_rate,
                 part_learning_rates=self.args.part_learning_rates,
                 weight_decay=self.args.weight_decay,
@@ -176,7 +186,7 @@ class ElasticTrainer(Trainer):
                 self.optimizer.register_step_pre_hook(self._before_update)
         return self.optimizer
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         check_gradients(parameters, self.state.global_step + 1)
 
@@ -187,7 +197,7 @@ class ElasticTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss per budget over the validation samples of all processes, and the caller's metrics."""
         assert self.validation is not None
-        wrapped = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        wrapped = cast(nn.Module, self.model_wrapped if self.is_deepspeed_enabled else self.elastic)
         wrapped.eval()
         tally = Tally()
         with torch.no_grad(), self.accelerator.autocast():
@@ -201,7 +211,7 @@ class ElasticTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
         if self.validation.metric is not None:
-            extra = self.validation.metric(self.model, self.processor)
+            extra = self.validation.metric(self.elastic, self.processor)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in extra.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -222,23 +232,22 @@ class ElasticTrainer(Trainer):
             from mllm.training.sharding import gather_trainables
 
             return gather_trainables(self.deepspeed)
-        return trainable_state(cast(nn.Module, self.model))
+        return trainable_state(self.elastic)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         trainables, moments = self.trainables(), self._moments()
         if self.args.should_save:
-            assert self.optimizer is not None
-            assert self.lr_scheduler is not None
+            schedule = cast(LRScheduler, self.lr_scheduler).state_dict()
             plain = {
-                "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
-                "schedule": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
+                "learning_rates": [group["lr"] for group in cast(Optimizer, self.optimizer).param_groups],
+                "schedule": {key: value for key, value in schedule.items() if key != "lr_lambdas"},
             }
             state = TrainingState(
                 trainables,
                 moments,
                 plain,
                 json.dumps(asdict(self.state), indent=1),
-                cast(Any, self.model).config.to_json_string(),
+                self.elastic.config.to_json_string(),
             )
             facts = {**self.args.facts, "processes": self.args.world_size}
             keep = self.args.save_total_limit or 1
@@ -267,15 +276,13 @@ class ElasticTrainer(Trainer):
 
             scatter(self.deepspeed, read_tensors(folder / TRAINABLES), moments)
         else:
-            model = cast(nn.Module, self.model)
-            load_trainables(model, folder / TRAINABLES, trainable_names(model))
+            load_trainables(self.elastic, folder / TRAINABLES, trainable_names(self.elastic))
             set_moments(_plain(self.optimizer), self.names, moments)
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        groups = self.optimizer.param_groups
+        groups = cast(Optimizer, self.optimizer).param_groups
         for group, rate in zip(groups, plain["learning_rates"], strict=True):
             group["lr"] = rate
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **plain["schedule"]})
+        schedule = cast(LRScheduler, self.lr_scheduler)
+        schedule.load_state_dict({**schedule.state_dict(), **plain["schedule"]})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: weights are put back together with the optimizer, once the model is wrapped."""
@@ -284,6 +291,6 @@ class ElasticTrainer(Trainer):
         """Nothing: there is no generator state, see the file's docstring."""
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
+def _plain(optimizer: Any) -> Optimizer:
     """torch's optimizer, which accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -142,7 +142,11 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    with run_lock(tmp_path), pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on "), run_lock(tmp_path):
+    with (
+        run_lock(tmp_path),
+        pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on "),
+        run_lock(tmp_path),
+    ):
         pass
     with run_lock(tmp_path):  # free again
         pass

@@ -15,14 +15,20 @@ def passes(
     targets: list[list[int]], weights: list[list[float]], teachers: list[list[int]] | None = None
 ) -> tuple[Tensor, Supervision, list[tuple[int, int, int]]]:
     """Rows run at several budgets, flat: logits, supervision and (row, draw, token) of every target."""
-    flat = [(row, draw, token) for row, own in enumerate(weights) for draw in range(len(own)) for token in range(len(targets[row]))]
+    flat = [
+        (row, draw, token)
+        for row, own in enumerate(weights)
+        for draw in range(len(own))
+        for token in range(len(targets[row]))
+    ]
     index = {place: position for position, place in enumerate(flat)}
     logits = torch.randn(len(flat), VOCABULARY, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    teacher_of = [index[row, teachers[row][draw] if teachers else draw, token] for row, draw, token in flat]
     supervision = Supervision(
         ids=torch.tensor([targets[row][token] for row, _, token in flat]),
         weights=torch.tensor([weights[row][draw] for row, draw, _ in flat]),
         budgets=torch.tensor([draw for _, draw, _ in flat]),
-        teachers=torch.tensor([index[row, teachers[row][draw] if teachers else draw, token] for row, draw, token in flat]),
+        teachers=torch.tensor(teacher_of),
         num_budgets=max(len(own) for own in weights),
     )
     return logits, supervision, flat
@@ -43,7 +49,11 @@ def test_the_loss_is_the_weighted_mean_over_budgets_of_the_mean_over_tokens() ->
     )
     assert loss.total.item() == pytest.approx(expected, rel=1e-5)
     by_budget = [
-        sum(-log_probability(logits[p], targets[row][token]) for p, (row, draw, token) in enumerate(flat) if draw == budget)
+        sum(
+            -log_probability(logits[p], targets[row][token])
+            for p, (row, draw, token) in enumerate(flat)
+            if draw == budget
+        )
         for budget in range(2)
     ]
     assert loss.sums.tolist() == pytest.approx(by_budget, rel=1e-5)
@@ -73,7 +83,8 @@ def test_students_learn_from_the_teacher_and_the_teacher_from_the_labels_only() 
     for token, label in enumerate(targets[0]):
         teacher, student = logits[token], logits[2 + token]
         divergence = sum(
-            math.exp(log_probability(teacher, v, 2.0)) * (log_probability(teacher, v, 2.0) - log_probability(student, v, 2.0))
+            math.exp(log_probability(teacher, v, 2.0))
+            * (log_probability(teacher, v, 2.0) - log_probability(student, v, 2.0))
             for v in range(VOCABULARY)
         )
         expected += 0.5 * -log_probability(teacher, label) / 2
@@ -81,7 +92,9 @@ def test_students_learn_from_the_teacher_and_the_teacher_from_the_labels_only() 
     assert loss.total.item() == pytest.approx(expected, rel=1e-5)
 
     plain = logits.detach().clone().requires_grad_()
-    only_teacher = Supervision(supervision.ids[:2], supervision.weights[:2], supervision.budgets[:2], torch.arange(2), 1)
+    only_teacher = Supervision(
+        supervision.ids[:2], supervision.weights[:2], supervision.budgets[:2], torch.arange(2), 1
+    )
     objective(plain[:2], only_teacher, 2).total.backward()
     loss.total.backward()
     assert logits.grad is not None

@@ -1,0 +1,142 @@
+"""From manifests to the micro-batches of a process: files to samples to `{"batch": Batch}`.
+
+Knows the `data` block of a run. Does not know the model's weights, draws or the optimizer.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from mllm.budget import Budget
+from mllm.data.batching import TokenBucketBatchSampler
+from mllm.data.dataset import Collator, ManifestDataset
+from mllm.data.manifest import Sample, read_manifest
+from mllm.data.quarantine import Quarantine
+from mllm.media import Audio, MediaLoader, load_audio
+from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.training.batches import RoundBatches
+from mllm.training.settings import DataSettings, manifest_root
+from mllm.training.survey import Survey
+from mllm.transforms import MixNoise
+
+QUARANTINE = "quarantine-{rank}.jsonl"
+
+
+def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sample]:
+    """The samples of all manifests.
+
+    Raises:
+        ValueError: a bad row, or an id that two manifests use.
+        OSError: a manifest cannot be read.
+    """
+    samples = [sample for path in manifests for sample in read_manifest(path, manifest_root(path, settings))]
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise ValueError(f"the id {sample.id!r} is used by two of the manifests {', '.join(manifests)}")
+        seen.add(sample.id)
+    return samples
+
+
+def train_loader(
+    samples: Sequence[Sample],
+    surveyed: Survey,
+    *,
+    settings: DataSettings,
+    processor: ElasticProcessor,
+    budgets: Sequence[Budget],
+    run: Path,
+    seed: int,
+    lanes: dict[str, int],
+) -> DataLoader[Any]:
+    """Micro-batches of this process, for ever.
+
+    Args:
+        budgets: the extremes of what is drawn; a sample that cannot meet one of them is left out.
+        run: the run folder; what is left out is listed there.
+        lanes: `process_index`, `num_processes` and `accumulation`.
+    """
+    batches = RoundBatches(
+        surveyed.tokens, max_tokens=settings.tokens_per_batch, max_rows=settings.max_rows, seed=seed, **lanes
+    )
+    quarantine = Quarantine(
+        run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
+    )
+    collator = Collator(partial(encode, processor=processor, budgets=budgets), quarantine=quarantine)
+    data = ManifestDataset(samples, load=loading(settings, processor, noisy=True), seed=seed)
+    return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+
+
+def validation_loader(
+    samples: Sequence[Sample],
+    surveyed: Survey,
+    *,
+    settings: DataSettings,
+    processor: ElasticProcessor,
+    budgets: Sequence[Budget],
+    process_index: int,
+    num_processes: int,
+) -> tuple[DataLoader[Any], int]:
+    """Validation batches of this process, clean and in order, and how many of them count; a bad sample is an error."""
+    batches = TokenBucketBatchSampler(
+        surveyed.tokens,
+        max_tokens=settings.tokens_per_batch,
+        max_rows=settings.max_rows,
+        process_index=process_index,
+        num_processes=num_processes,
+        shuffle=False,
+    )
+    collator = Collator(partial(encode, processor=processor, budgets=budgets))
+    data = ManifestDataset(samples, load=loading(settings, processor, noisy=False))
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+    return loader, len(batches) - batches.num_repeated
+
+
+def loading(settings: DataSettings, processor: ElasticProcessor, *, noisy: bool) -> Callable[..., list[LoadedMedia]]:
+    """What loads the media of a sample; with noise mixed in where the settings say so."""
+    mix = None
+    if noisy and settings.noise is not None:
+        mix = MixNoise(load_audio(settings.noise), settings.snr_db)
+    reader = MediaLoader(gray=True, backend=settings.video_backend)
+    return partial(load_sample, processor=processor, reader=reader, mix=mix)
+
+
+def load_sample(
+    sample: Sample,
+    *,
+    generator: np.random.Generator | None,
+    processor: ElasticProcessor,
+    reader: MediaLoader,
+    mix: MixNoise | None,
+) -> list[LoadedMedia]:
+    """Decode and transform the media of one sample; noise and augmentation draw from its generator in turn."""
+
+    def noise(sound: Audio) -> Audio:
+        assert mix is not None
+        assert generator is not None
+        return mix(sound, generator)
+
+    return processor.load_media(sample, generator=generator, loader=reader, noise=noise if mix else None)
+
+
+def encode(
+    samples: Sequence[Sample],
+    media: Sequence[Sequence[LoadedMedia]],
+    *,
+    processor: ElasticProcessor,
+    budgets: Sequence[Budget],
+) -> dict[str, Any]:
+    """A micro-batch, once it is sure that every row can meet the budgets.
+
+    Raises:
+        ValueError: a row that cannot, such as a clip too short for a rate; the sample is named.
+    """
+    batch = processor.batch(samples, media, for_training=True)
+    for row in batch.rows:
+        for budget in budgets:
+            row.costs(budget, processor.space)
+    return {"batch": batch}

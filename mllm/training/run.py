@@ -1,0 +1,187 @@
+"""A training run from its settings to its folder: launch, build, look at the data, train, save.
+
+Knows the order of things and the files of a run. Does not know how any of it is done.
+
+    runs/demo/  settings.yaml  config.json  trainables.safetensors  tokenizer files   what was trained, and how
+                checkpoint-00000500/ ...   log.jsonl   tensorboard/   quarantine-0.jsonl   survey/
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from mllm.budget import Budget, Space
+from mllm.building import build
+from mllm.data.manifest import Sample
+from mllm.loading import load_trainables, save_run
+from mllm.processing import ElasticProcessor
+from mllm.sampler import Sampler
+from mllm.trainables import set_trainables
+from mllm.training.arguments import ElasticArguments, build_arguments
+from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
+from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
+from mllm.training.launch import check_world, prepare_launch
+from mllm.training.loaders import read_samples, train_loader, validation_loader
+from mllm.training.settings import RunSettings, settings_yaml
+from mllm.training.survey import Survey, survey
+from mllm.training.trainer import ElasticTrainer, Metric, Validation
+
+SETTINGS = "settings.yaml"
+logger = logging.getLogger(__name__)
+
+
+def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | None = None) -> Path:
+    """Train a run; every process of a launcher calls this.
+
+    Args:
+        resume: nothing for a fresh start, `auto` for the newest complete checkpoint, or the folder of one.
+        metric: measures answers at each validation, by name.
+
+    Returns:
+        The run folder, which `mllm.load` reads.
+
+    Raises:
+        ValueError: what a user can cause; the message names the key.
+        FloatingPointError: the loss or the gradient is no longer a number.
+    """
+    on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
+    arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
+    check_world(arguments.world_size)
+    with _own_run(arguments.run):
+        start = _start(arguments.run, resume)
+        model, processor = build(settings.model)
+        names = set_trainables(model, settings.parts)
+        keep_in_float32(model)
+        arguments.facts = {"settings": dataclasses.asdict(settings), "sources": dict(model.config.sources or {})}
+        if start is not None:
+            check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
+        if arguments.should_save:
+            (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
+        trainer = build_trainer(settings, arguments, model, processor, metric=metric)
+        if start is not None and start.step >= arguments.max_steps:
+            logger.info("%s is the last step already; nothing is trained", start.folder)
+            load_trainables(model, start.folder / TRAINABLES, names)
+        else:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+        trainables = trainer.trainables()
+        if arguments.should_save:
+            save_run(model, processor, arguments.run, state=trainables)
+        PartialState().wait_for_everyone()
+    return arguments.run
+
+
+def build_trainer(
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    *,
+    metric: Metric | None = None,
+) -> ElasticTrainer:
+    """The trainer of a run: its data looked over, its batches, its draws, its validation."""
+    run, data = arguments.run, settings.data
+    draws = build_sampler(settings, processor.space)
+    samples = read_samples(data.train, data)
+    surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
+    surveyed.check(samples, data.tokens_per_batch)
+    batches = train_loader(
+        samples,
+        surveyed,
+        settings=data,
+        processor=processor,
+        budgets=extremes(draws),
+        run=run,
+        seed=settings.train.seed,
+        lanes={
+            "process_index": arguments.process_index,
+            "num_processes": arguments.world_size,
+            "accumulation": settings.train.accumulation,
+        },
+    )
+    if settings.train.epochs is not None:
+        arguments.max_steps = batches.batch_sampler.steps(settings.train.epochs)  # type: ignore[union-attr]
+    trainer = ElasticTrainer(
+        model,
+        arguments,
+        processor=processor,
+        sampler=draws,
+        batches=batches,
+        validation=_validation(settings, arguments, processor, metric) if data.validation else None,
+        tensorboard=settings.train.tensorboard,
+    )
+    check_world(trainer.accelerator.num_processes)
+    if settings.train.gradient_checkpointing:
+        trainer.checkpoint_activations()
+    return trainer
+
+
+def build_sampler(settings: RunSettings, space: Space) -> Sampler:
+    """The draws of a run."""
+    own = settings.sampler
+    return Sampler(space, own.mode, num_draws=own.num_draws, seed=settings.train.seed, points=tuple(own.budgets))
+
+
+def keep_in_float32(model: nn.Module) -> None:
+    """What trains is kept in float32, whatever the frozen parts are in; what ZeRO-3 has sharded DeepSpeed sees to."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
+def extremes(draws: Sampler) -> list[Budget]:
+    """Budgets that a sample must meet so that it meets whatever is drawn."""
+    return list(draws.points) or [draws.space.largest(), draws.space.smallest()]
+
+
+def _validation(
+    settings: RunSettings, arguments: ElasticArguments, processor: ElasticProcessor, metric: Metric | None
+) -> Validation:
+    data = settings.data
+    asked = [Budget.parse(text) for text in settings.train.validation_budgets]
+    budgets = asked or extremes(build_sampler(settings, processor.space))
+    samples = read_samples(data.validation, data)
+    surveyed = _surveyed(samples, processor, arguments.run / "survey" / "validation.json")
+    surveyed.check(samples, data.tokens_per_batch)
+    batches, own = validation_loader(
+        samples,
+        surveyed,
+        settings=data,
+        processor=processor,
+        budgets=budgets,
+        process_index=arguments.process_index,
+        num_processes=arguments.world_size,
+    )
+    return Validation(batches, own, budgets, metric)
+
+
+def _surveyed(samples: list[Sample], processor: ElasticProcessor, kept: Path) -> Survey:
+    """Looked over by the main process; the others read what it found."""
+    with PartialState().main_process_first():
+        return survey(samples, processor, kept=kept)
+
+
+@contextlib.contextmanager
+def _own_run(run: Path) -> Iterator[None]:
+    """Hold the run folder, by the main process for all, and tidy what a kill left in it."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    with run_lock(run):
+        remove_leftovers(run)
+        yield
+
+
+def _start(run: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to start from, the same on every process."""
+    start = choose_checkpoint(run, resume)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        set_aside_refused(run, start)
+    PartialState().wait_for_everyone()
+    return start

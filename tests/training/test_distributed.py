@@ -1,0 +1,89 @@
+"""Two CPU processes are one training: they end where one process ends that saw the same batches.
+
+Each test starts a launcher once and compares files: weights, moments and the log.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+from harness import log_rows
+from safetensors.torch import load_file
+
+from mllm.training.checkpoint import OPTIMIZER, TRAINABLES
+from mllm.training.folders import read_checkpoint
+
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent.parent / "configs"
+BIN = Path(sys.executable).parent
+
+
+def launch(*arguments: str | Path, timeout: int = 300) -> None:
+    """Run the worker on two processes."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent.parent, TESTS.parent, TESTS))),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(TESTS / "worker.py"), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs on one process: twice the micro-batches per step."""
+    folder = tmp_path_factory.mktemp("one")
+    for name in worker.SCENARIOS:
+        worker.run_scenario(name, worker.scenario_settings(name, folder, accumulation=2))
+    return folder
+
+
+def assert_same_run(one: Path, two: Path, *, tolerance: float = 1e-4) -> None:
+    """Weights, moments and logged losses of two runs agree."""
+    for name in ("checkpoint-00000002", "checkpoint-00000004"):
+        for file in (TRAINABLES, OPTIMIZER):
+            expected, found = load_file(one / name / file), load_file(two / name / file)
+            assert expected.keys() == found.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(
+                    found[key], value, rtol=tolerance, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+                )
+    rows = [[row for row in log_rows(run) if "loss" in row] for run in (one, two)]
+    assert len(rows[0]) == 4
+    for expected_row, row in zip(*rows, strict=True):
+        assert expected_row.keys() == row.keys()
+        assert row == pytest.approx(expected_row, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Path, one_process: Path) -> None:
+    launch(tmp_path, "even", "skewed")
+    for name in worker.SCENARIOS:
+        assert_same_run(one_process / name, tmp_path / name)
+        assert read_checkpoint(tmp_path / name / "checkpoint-00000004").facts["processes"] == 2
+        draws = [(tmp_path / f"{name}-draws-{rank}.txt").read_text() for rank in range(2)]
+        assert draws[0] == draws[1]
+        assert len(set(draws[0].splitlines())) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_equals_one_process_also_where_a_process_lacks_a_medium(
+    tmp_path: Path, one_process: Path, stage: int
+) -> None:
+    launch(tmp_path, "even", "skewed", "--deepspeed", CONFIGS / f"zero{stage}.json", timeout=600)
+    for name in worker.SCENARIOS:
+        assert_same_run(one_process / name, tmp_path / name)
+    # Continue from the checkpoint of one process: full tensors by name know neither the stage nor the processes.

@@ -1,0 +1,141 @@
+"""From a config and real files to a run folder that loads; and what stops a run before it starts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from harness import log_rows
+from safetensors.torch import load_file
+
+from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.loading import TRAINABLES, load
+from mllm.training.batches import RoundBatches
+from mllm.training.folders import newest_checkpoint, run_lock
+from mllm.training.run import train
+from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, read_run_settings
+from mllm.training.survey import survey
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts of a tiny model and a manifest over real files, one of them broken and one too short for its rates."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_parts(folder / "parts")
+    samples = []
+    for seed in range(6):
+        files = tiny.write_media(folder / "media", seed=seed, seconds=0.1 if seed == 5 else 0.4 + 0.08 * seed)
+        kinds = [("image",), ("audio", "video"), ("audio",)][seed % 3] if seed < 5 else ("audio",)
+        parts = (*(Media(kind, f"media/{files[kind]}") for kind in kinds), Text("what is it?"))  # type: ignore[arg-type]
+        messages = (Message("user", parts), Message("assistant", (Text(f"answer {seed}"),)))
+        samples.append(Sample(f"sample{seed}", messages, task="test", meta={} if seed % 2 else {"seconds": 0.5}))
+    (folder / "media" / "broken.wav").write_bytes(b"RIFF but not much of it")
+    broken = (Media("audio", "media/broken.wav"), Text("what?"))
+    samples.append(Sample("broken", (Message("user", broken), Message("assistant", (Text("nothing"),))), task="test"))
+    write_manifest(folder / "train.jsonl", samples)
+    write_manifest(folder / "validation.jsonl", samples[:3])
+    return folder
+
+
+def settings_of(world: Path, output: Path, *, data: dict | None = None, **train) -> RunSettings:
+    model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
+    given = {"max_steps": 4, "save_every": 2, "log_every": 2, "progress": False, "use_cpu": True, **train}
+    own = {"tokens_per_batch": 512, "max_rows": 3, "num_workers": 0, "max_bad_fraction": 0.1, **(data or {})}
+    return RunSettings(
+        model=model,
+        data=DataSettings(train=[str(world / "train.jsonl")], validation=[str(world / "validation.jsonl")], **own),
+        sampler=SamplerSettings(mode="sandwich"),
+        train=TrainSettings(output=str(output), **given),
+    )
+
+
+def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) -> None:
+    settings = settings_of(world, tmp_path, gradient_checkpointing=True)
+    assert train(settings) == tmp_path
+    model, _ = load(tmp_path)
+    final = load_file(tmp_path / "checkpoint-00000004" / TRAINABLES)
+    saved = load_file(tmp_path / TRAINABLES)
+    assert saved.keys() == final.keys()
+    own = dict(model.named_parameters())
+    assert all(torch.equal(value, final[name]) and torch.equal(value, own[name]) for name, value in saved.items())
+    assert read_run_settings(yaml.safe_load((tmp_path / "settings.yaml").read_text())) == settings
+
+    listed = [json.loads(line) for line in (tmp_path / "quarantine-0.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in listed} == {"broken", "sample5"}
+    assert {row["kind"] for row in listed} == {"unsupported", "unusable"}
+    assert any("too short" in row["reason"] for row in listed)
+
+    rows = log_rows(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    validated = rows[-2]
+    assert "eval_loss/image=64,audio=/4,video=/2" in validated
+    assert "eval_loss/image=1,audio=/8,video=/5" in validated
+    assert list((tmp_path / "tensorboard").iterdir())
+    with pytest.raises(ValueError, match="already holds checkpoint-00000004"):
+        train(settings)
+    assert train(settings, resume="auto") == tmp_path  # complete already: nothing is trained, the folder is written
+    assert load_file(tmp_path / TRAINABLES).keys() == saved.keys()
+
+
+def test_what_stops_a_run_before_it_trains(world: Path, tmp_path: Path) -> None:
+    with run_lock(tmp_path), pytest.raises(ValueError, match="is in use by process"):
+        train(settings_of(world, tmp_path))
+    with pytest.raises(ValueError, match=r"data.tokens_per_batch is 40, but 2 samples are longer .* up to 7\d tokens"):
+        train(settings_of(world, tmp_path, data={"tokens_per_batch": 40}))
+    twice = settings_of(world, tmp_path)
+    twice = dataclasses.replace(twice, data=dataclasses.replace(twice.data, train=twice.data.train * 2))
+    with pytest.raises(ValueError, match="the id 'sample0' is used by two of the manifests"):
+        train(twice)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_samples_with_nothing_to_learn_stop_the_run(world: Path) -> None:
+    processor = tiny.processor(tiny.settings(("audio",)))
+    good = Sample("good", (Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))), task="test")
+    empty = [dataclasses.replace(good, id=f"e{n}", messages=good.messages[:1]) for n in range(2)]
+    found = survey([*[good] * 98, *empty], processor)
+    with pytest.raises(ValueError, match=r"2 of 100 samples have nothing to learn .* such as 'e0'"):
+        found.check([*[good] * 98, *empty], 100)
+    survey([*[good] * 199, *empty], processor).check([*[good] * 199, *empty], 100)
+
+
+def test_a_survey_knows_the_tokens_of_every_sample_at_the_largest_budget(world: Path, tmp_path: Path) -> None:
+    from mllm.budget import Budget
+    from mllm.data.manifest import read_manifest
+
+    processor = tiny.processor(tiny.settings(video={"crop_pixels": 32}))
+    samples = read_manifest(world / "train.jsonl", world)[:5]
+    found = survey(samples, processor, kept=tmp_path / "survey.json")
+    for index in (1, 3):  # those whose lengths are read from the headers
+        batch = processor.batch(samples[index : index + 1], [processor.load_media(samples[index])], for_training=True)
+        inputs = processor.expand(batch, [[Budget()]], left_padding=False).inputs
+        assert found.tokens[index] == inputs["input_ids"].shape[1]
+        assert found.targets[index] == sum(label != -100 for label in batch.rows[0].labels)
+    (tmp_path / "survey.json").write_text((tmp_path / "survey.json").read_text().replace("[", "[1000, ", 1))
+    assert survey(samples, processor, kept=tmp_path / "survey.json").tokens[0] == 1000  # read, not made again
+    assert survey(samples[:4], processor, kept=tmp_path / "survey.json").tokens == found.tokens[:4]
+
+
+def test_a_step_holds_the_same_batches_however_it_is_split() -> None:
+    lengths = [5 + 3 * (index % 7) for index in range(50)]
+
+    def steps(num_processes: int, accumulation: int) -> list[list[tuple]]:
+        own = [
+            iter(
+                RoundBatches(
+                    lengths, max_tokens=64, accumulation=accumulation, process_index=p, num_processes=num_processes
+                )
+            )
+            for p in range(num_processes)
+        ]
+        rounds = [[next(batches) for _ in range(accumulation) for batches in own] for _ in range(30)]
+        return [[tuple(batch) for batch in batches] for batches in rounds]
+
+    assert steps(1, 4) == steps(2, 2) == steps(4, 1)
+    batches = RoundBatches(lengths, max_tokens=64, accumulation=4)
+    assert batches.steps(1) < 30 <= batches.steps(20)
+    first = [key.index for step in steps(1, 4)[: batches.steps(1)] for batch in step for key in batch]
+    assert set(first) == set(range(50))

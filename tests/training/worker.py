@@ -1,0 +1,59 @@
+"""What one of several processes does: the toy runs of `test_distributed.py`. Started by a launcher, not by pytest.
+
+python worker.py FOLDER SCENARIO [SCENARIO ...] [--deepspeed CONFIG]
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from harness import make_trainer, run_settings
+
+from mllm.training.launch import prepare_launch
+from mllm.training.settings import RunSettings, SamplerSettings
+
+import tiny  # isort: skip
+
+# Rows 0..7 hold these; every process gets every second batch, so processes lack media at every step.
+SKEWED = [("image",), ("audio",), (), ("video", "audio"), ("image",), ("image",), ("video",), ()]
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "even": {"media": ("audio", "video"), "kinds": [("audio", "video"), ("video",), ("audio",)], "batches": None},
+    "skewed": {"media": ("image", "audio", "video"), "kinds": SKEWED, "batches": [[row] for row in range(8)]},
+}
+
+
+def scenario_settings(name: str, folder: Path, **train: Any) -> RunSettings:
+    """Settings of a scenario; `accumulation` 2 on one process is 1 on two."""
+    media = SCENARIOS[name]["media"]
+    sampler = SamplerSettings(mode="random", num_draws=2)
+    return run_settings(folder / name, tiny.settings(media), sampler=sampler, save_every=2, **train)
+
+
+def run_scenario(name: str, settings: RunSettings, resume: str | None = None) -> Any:
+    """Train a scenario; the trainer afterwards."""
+    own = SCENARIOS[name]
+    trainer = make_trainer(
+        settings, kinds=own["kinds"], batches=own["batches"], rows=9 if own["batches"] is None else 8
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("scenarios", nargs="+")
+    parser.add_argument("--deepspeed")
+    parser.add_argument("--resume", action="store_true")
+    given = parser.parse_args()
+    prepare_launch(use_cpu=True, deepspeed=given.deepspeed is not None)
+    for name in given.scenarios:
+        settings = scenario_settings(name, given.folder, deepspeed=given.deepspeed)
+        resume = str(given.folder / name / "checkpoint-00000002") if given.resume else None
+        trainer = run_scenario(name, settings, resume)
+        draws = [str(draw.budget) for step in range(50) for draw in trainer.draws(step)]
+        (given.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(draws))
+
+
+if __name__ == "__main__":
+    main()
