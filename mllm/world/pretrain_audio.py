@@ -51,20 +51,34 @@ _WINDOW_FRAMES = WINDOW_SECONDS * FRAMES_PER_SECOND
 
 
 def pretrain_audio(
-    out: Path, *, recipe: Recipe, num_utterances: int = 5000, num_test_utterances: int = 150
+    out: Path,
+    *,
+    recipe: Recipe = AUDIO_RECIPE,
+    num_utterances: int = 5000,
+    num_test_utterances: int = 150,
+    babble_seconds: float = 300,
 ) -> dict[str, float]:
     """Train, measure on held-out voices and write `out/audio` and `out/log_audio.jsonl`.
+
+    Args:
+        out: folder to write into.
+        recipe: steps, seed and rates of the training.
+        num_utterances: how many different utterances are heard in training.
+        num_test_utterances: how many the accuracy is measured on; half as many of the validation split.
+        babble_seconds: length of the training noise; a fifth of it of the noise of the other splits.
 
     Returns:
         frame accuracy in percent on the test voices per noise level ("clean", "10 dB", ...).
     """
     torch.manual_seed(recipe.seed)
     log = RunLog(out / "log_audio.jsonl")
-    extractor = WhisperFeatureExtractor(feature_size=80, sampling_rate=SAMPLE_RATE_HZ, chunk_length=WINDOW_SECONDS)
+    extractor = build_extractor()
     model = PhoneClassifier(build_audio_encoder())
     train = speak("train", num_utterances, seed=recipe.seed)
-    mix = MixNoise(Audio(make_babble("train", seconds=300, seed=recipe.seed), SAMPLE_RATE_HZ), TRAIN_SNRS_DB)
-    validation = _measured_batches("validation", num_test_utterances // 2, extractor, seed=recipe.seed)
+    babble = make_babble("train", seconds=babble_seconds, seed=recipe.seed)
+    mix = MixNoise(Audio(babble, SAMPLE_RATE_HZ), TRAIN_SNRS_DB)
+    held_out: dict[str, Any] = {"seed": recipe.seed, "babble_seconds": babble_seconds / 5}
+    validation = measured_audio("validation", num_test_utterances // 2, **held_out)
 
     def draw(generator: np.random.Generator) -> FrameBatch:
         windows = [_training_window(train, mix, generator) for _ in range(recipe.batch_clips)]
@@ -75,7 +89,7 @@ def pretrain_audio(
 
     train_frames(model, draw, validate, recipe=recipe, log=log)
     log.write(event="validation", step=recipe.steps, **validate())
-    test = _measured_batches("test", num_test_utterances, extractor, seed=recipe.seed)
+    test = measured_audio("test", num_test_utterances, **held_out)
     result = {level: frame_accuracy(model, batches) for level, batches in test.items()}
     num_bytes = save_encoder(model, out / "audio")
     extractor.save_pretrained(out / "audio")
@@ -119,6 +133,31 @@ def speak(split: str, count: int, *, seed: int) -> list[Utterance]:
         rate_wpm, pitch = speaker.speaking_rate_wpm, speaker.pitch
         spoken.append(synthesise(sentence, speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch))
     return spoken
+
+
+def build_extractor() -> WhisperFeatureExtractor:
+    """Whisper's log-mel for windows of 5 s."""
+    return WhisperFeatureExtractor(feature_size=80, sampling_rate=SAMPLE_RATE_HZ, chunk_length=WINDOW_SECONDS)
+
+
+def measured_audio(split: str, count: int, *, seed: int, babble_seconds: float = 60) -> dict[str, list[FrameBatch]]:
+    """Utterances of a held-out split, alone in their windows, by noise level ("clean", "10 dB", ...)."""
+    extractor = build_extractor()
+    utterances = speak(split, count, seed=seed)
+    babble = Audio(make_babble(split, seconds=babble_seconds, seed=seed), SAMPLE_RATE_HZ)
+    levels: dict[str, list[FrameBatch]] = {}
+    for snr_db in TEST_SNRS_DB:
+        mix, generator = MixNoise(babble, (snr_db,)), np.random.default_rng(seed)
+        windows: list[Window] = []
+        for utterance in utterances:
+            labels = np.full(_WINDOW_FRAMES, IGNORED)
+            named = _labels(utterance)
+            labels[: len(named)] = named
+            noisy = mix(Audio(utterance.samples, SAMPLE_RATE_HZ), generator)
+            windows.append((standardize(noisy.samples, epsilon=1e-8), labels))
+        batches = [_to_batch(windows[start : start + 50], extractor) for start in range(0, count, 50)]
+        levels["clean" if snr_db is None else f"{snr_db:g} dB"] = batches
+    return levels
 
 
 @torch.no_grad()
@@ -175,27 +214,6 @@ def _training_window(train: Sequence[Utterance], mix: MixNoise, generator: np.ra
 def _labels(utterance: Utterance) -> np.ndarray:
     num_frames = int(utterance.seconds * FRAMES_PER_SECOND)
     return frame_phones(utterance.phones, num_frames, frames_per_second=FRAMES_PER_SECOND, centre=0.0)
-
-
-def _measured_batches(
-    split: str, count: int, extractor: WhisperFeatureExtractor, *, seed: int
-) -> dict[str, list[FrameBatch]]:
-    """The utterances of a held-out split, alone in their windows, at every noise level."""
-    utterances = speak(split, count, seed=seed)
-    babble = Audio(make_babble(split, seconds=60, seed=seed), SAMPLE_RATE_HZ)
-    levels: dict[str, list[FrameBatch]] = {}
-    for snr_db in TEST_SNRS_DB:
-        mix, generator = MixNoise(babble, (snr_db,)), np.random.default_rng(seed)
-        windows: list[Window] = []
-        for utterance in utterances:
-            labels = np.full(_WINDOW_FRAMES, IGNORED)
-            named = _labels(utterance)
-            labels[: len(named)] = named
-            noisy = mix(Audio(utterance.samples, SAMPLE_RATE_HZ), generator)
-            windows.append((standardize(noisy.samples, epsilon=1e-8), labels))
-        batches = [_to_batch(windows[start : start + 50], extractor) for start in range(0, count, 50)]
-        levels["clean" if snr_db is None else f"{snr_db:g} dB"] = batches
-    return levels
 
 
 def _to_batch(windows: Sequence[Window], extractor: WhisperFeatureExtractor) -> FrameBatch:
