@@ -159,12 +159,16 @@ def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits
     The n-th frame shown belongs to the n-th smallest timestamp. A frame's own timestamp is not used: in AVI files it
     is guessed from the order of storage and wrong for reordered frames.
     """
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()  # one for all frames: setting up the conversion costs far more than a small frame
     with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
         for frame in container.decode(stream):
             _check_size(name, frame.width, frame.height, limits)
             if frame.rotation % 90:
                 raise MediaError("unsupported", name, "the rotation in the header is not a multiple of 90 degrees")
-            yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            shown = reformatter.reformat(frame, format="rgb24")
+            yield np.rot90(shown.to_ndarray(), frame.rotation // 90)
 
 
 def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits) -> Iterator[np.ndarray]:
