@@ -1,0 +1,111 @@
+"""The command line: finds the verb, reads its settings, runs it, and says in one line what a user did wrong.
+
+Knows the verbs by name. Loads only the file of the verb that is asked for, so that `--help` is quick.
+
+Exit codes: 0 done, 1 done but something needs attention (failed samples, a bad manifest, a broken installation),
+2 refused, 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+VERBS = {
+    "train": "mllm.commands.train",
+    "generate": "mllm.commands.generate",
+    "evaluate": "mllm.commands.evaluate",
+    "demo": "mllm.commands.demo",
+    "export": "mllm.commands.export",
+    "data check": "mllm.commands.data_check",
+    "doctor": "mllm.commands.doctor",
+    "world pretrain": "mllm.commands.world_pretrain",
+}
+DEBUG = "--debug"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what follows `mllm`; those of this process when left out.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in words
+    # The launcher of DeepSpeed adds this; the same number stands in the environment, where it is read.
+    words = [word for word in words if word != DEBUG and not word.startswith(("--local_rank=", "--local-rank="))]
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if words[0] == "--version":
+        from mllm import __version__
+
+        sys.stdout.write(f"mllm {__version__}\n")
+        return 0
+    try:
+        verb, rest = find_verb(words)
+        return _run(verb, rest, debug=debug)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"mllm: {_one_line(error)}\n")
+        return 2
+
+
+def find_verb(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb at the beginning, of one word or two, and what follows it.
+
+    Raises:
+        ValueError: no verb; the nearest is named.
+    """
+    for length in (2, 1):
+        if (verb := " ".join(words[:length])) in VERBS:
+            return verb, list(words[length:])
+    wanted = " ".join(word for word in words[:2] if not word.startswith("-"))
+    names = [verb for verb in VERBS if verb.partition(" ")[0] == words[0]]
+    names = names or get_close_matches(wanted, VERBS, n=1, cutoff=0.5) or get_close_matches(words[0], VERBS, n=1)
+    hint = f"did you mean {' or '.join(names)}?" if names else f"there are {', '.join(VERBS)}"
+    raise ValueError(f"there is no command {wanted or words[0]!r}; {hint}")
+
+
+def usage() -> str:
+    """What `mllm --help` says."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:<{width}}{import_module(module).SUMMARY}" for verb, module in VERBS.items()]
+    head = ["usage: mllm COMMAND [options]", "", "Multimodal LLMs with an elastic token budget.", "", "commands:"]
+    tail = ["", "mllm COMMAND --help lists the options of one; --debug shows where an error comes from.", ""]
+    return "\n".join([*head, *lines, *tail])
+
+
+def _run(verb: str, rest: Sequence[str], *, debug: bool) -> int:
+    from mllm.commands.options import parse_settings
+
+    command = import_module(VERBS[verb])
+    positional = getattr(command, "POSITIONAL", None)
+    settings = parse_settings(command.Settings, rest, program=f"mllm {verb}", positional=positional)
+    _set_up_logging(debug=debug)
+    return command.run(settings)
+
+
+def _set_up_logging(*, debug: bool) -> None:
+    """Own messages to the terminal, on the first process only; those of transformers when they are errors."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    level = logging.DEBUG if debug else logging.INFO if is_first else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mllm").setLevel(level)
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,37 @@
+"""`mllm doctor`: what is installed, what is missing or broken, and the line that repairs it."""
+
+from dataclasses import dataclass
+
+SUMMARY = "versions, devices, what is missing or broken, and how to repair it"
+_STYLES = {"ok": "green", "missing": "yellow", "outdated": "yellow", "broken": "red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Look at this machine and this Python; every package is really imported, which takes some seconds."""
+
+
+def run(settings: Settings) -> int:
+    """Examine and report; 1 when something that is required does not work."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from mllm.commands.terminal import console
+    from mllm.doctor import examine
+
+    report = examine()
+    out = console()
+    for name, value in report.machine.items():
+        out.print(f"{name:<12}{value}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "package", "state"):
+        table.add_column(name, overflow="fold")
+    for finding in report.findings:
+        name = finding.name if finding.is_required else f"{finding.name} (optional)"
+        table.add_row(Text(finding.status, style=_STYLES[finding.status]), name, finding.detail)
+    out.print(table)
+    repairs = [finding.repair for finding in report.findings if finding.repair]
+    for line in repairs:
+        out.print(f"to repair: {line}", soft_wrap=True)
+    out.print("everything required works" if report.is_healthy else "something required does not work; see above")
+    return 0 if report.is_healthy else 1

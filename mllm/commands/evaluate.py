@@ -1,0 +1,40 @@
+"""`mllm evaluate`: manifests and budgets to a table, files and a plot."""
+
+from typing import TYPE_CHECKING
+
+from mllm.evaluation.settings import EvaluateSettings as Settings
+
+if TYPE_CHECKING:
+    from mllm.evaluation.report import Results
+
+__all__ = ["SUMMARY", "Settings", "run"]
+
+SUMMARY = "error rates and accuracies of a model over budgets: table, JSON, CSV, plot"
+MAX_FAILURES_SHOWN = 10
+
+
+def run(settings: Settings) -> int:
+    """Evaluate, show the table, and name what failed."""
+    from mllm.commands.terminal import console, progress_bar, quiet_loading
+    from mllm.evaluation.report import table
+    from mllm.evaluation.run import evaluate
+
+    quiet_loading()
+    with progress_bar() as show:
+        results = evaluate(settings, progress=lambda done, total: show("answers", done, total))
+    if results is None:  # another process tells
+        return 0
+    console().print(table(results))
+    console().print(f"written to {settings.output_folder}")
+    return _tell_failures(results)
+
+
+def _tell_failures(results: "Results") -> int:
+    from mllm.commands.terminal import console
+
+    errors = console(stderr=True)
+    for failure in results.failures[:MAX_FAILURES_SHOWN]:
+        errors.print(f"failed: {failure['set']} {failure['id']} at {failure['budget']}: {failure['error']['reason']}")
+    if len(results.failures) > MAX_FAILURES_SHOWN:
+        errors.print(f"and {len(results.failures) - MAX_FAILURES_SHOWN} more; see results.json")
+    return 1 if results.failures else 0

@@ -1,0 +1,113 @@
+"""`mllm generate`: files and a question to an answer, word by word."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mllm.budget import Budget
+
+if TYPE_CHECKING:
+    from mllm.generation import Answer
+
+SUMMARY = "answer a question about pictures, sounds and videos at a budget"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Answer one question about files; without a text, speech is transcribed and a picture described."""
+
+    model: str
+    """Run folder or exported model."""
+    text: str | None = None
+    """The question."""
+    image: list[str] = field(default_factory=list)
+    """A picture; may be given several times."""
+    audio: list[str] = field(default_factory=list)
+    """A sound, or a video whose sound is meant; may be given several times. If the budget names audio and there is
+    none, the sound of the videos is taken."""
+    video: list[str] = field(default_factory=list)
+    """A video; may be given several times."""
+    budget: str = ""
+    """Soft tokens, e.g. "image=64", "audio=/4,video=/2" or "total<=256"; the most the model was trained on when left
+    out."""
+    num_beams: int = 1
+    """1 is greedy; beams are deterministic."""
+    max_new_tokens: int = 64
+    """The answer ends there at the latest."""
+    temperature: float | None = None
+    """Draws words at this temperature instead of taking the best."""
+    seed: int = 0
+    """Of what is drawn."""
+    timing: bool = False
+    """Also tell the milliseconds of encoder, prefill and decoding."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen parts."""
+    use_cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+
+    def __post_init__(self) -> None:
+        if not (self.text or self.image or self.audio or self.video):
+            raise ValueError("nothing to answer: give --text, --image, --audio or --video")
+        Budget.parse(self.budget)
+
+    @property
+    def sounds(self) -> list[str]:
+        """Files whose sound is heard."""
+        wants_sound = "audio" in Budget.parse(self.budget).amounts
+        return self.audio or (self.video if wants_sound else [])
+
+
+def run(settings: Settings) -> int:
+    """Answer, and tell what was used."""
+    import torch
+
+    from mllm.commands.terminal import console, quiet_loading
+    from mllm.generation import Answerer, Decoding
+    from mllm.loading import load
+
+    decoding = Decoding(settings.num_beams, settings.max_new_tokens, settings.temperature, settings.seed)
+    quiet_loading()
+    model, processor = load(settings.model, dtype=settings.dtype)
+    if torch.cuda.is_available() and not settings.use_cpu:
+        model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
+    answer = Answerer(model, processor, decoding).answer(
+        settings.text,
+        image=settings.image,
+        audio=settings.sounds,
+        video=settings.video,
+        budget=settings.budget,
+        on_text=_writer(),
+        timed=settings.timing,
+    )
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    for line in facts(answer):
+        console(stderr=True).print(line)
+    return 0
+
+
+def facts(answer: "Answer") -> list[str]:
+    """Lines about an answer: tokens per medium, and the timing if there is one."""
+    used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
+    trained = "" if answer.is_trained else " (this budget was not trained)"
+    lines = [f"soft tokens: {used}{trained}; prompt {answer.num_prompt_tokens}, answer {answer.num_new_tokens}"]
+    if answer.timing is not None:
+        time = answer.timing
+        lines.append(
+            f"milliseconds: encoder {time.encoder_ms:.1f}, prefill {time.prefill_ms:.1f}, decode {time.decode_ms:.1f}"
+        )
+    return lines
+
+
+def _writer() -> Callable[[str], None]:
+    """Writes pieces as they come, the blank before the first of them left out."""
+    begun = False
+
+    def write(piece: str) -> None:
+        nonlocal begun
+        sys.stdout.write(piece if begun else piece.lstrip())
+        sys.stdout.flush()
+        begun = begun or bool(piece.strip())
+
+    return write

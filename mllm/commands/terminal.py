@@ -1,0 +1,48 @@
+"""What verbs share of the terminal: a console, and a progress bar that only the first process shows."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A console that writes texts as they are; where there is no terminal its lines are long instead of broken."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 160)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Inside, call the yielded function with what is being done, how much of it is done, and how much there is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    is_first = os.environ.get("RANK", "0") == "0"
+    bar = Progress(*columns, console=console(stderr=True), disable=not is_first)
+    tasks = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            bar.start()  # not before there is something to show
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if tasks:
+            bar.stop()
+
+
+def quiet_loading() -> None:
+    """Keep transformers from drawing bars of its own while weights load."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

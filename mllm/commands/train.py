@@ -1,0 +1,30 @@
+"""`mllm train`: a run config to a run folder."""
+
+from dataclasses import dataclass, fields
+
+from mllm.training.settings import RunSettings
+
+SUMMARY = "train a model over many budgets, as a run config says"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """Train a model over many budgets; start it with accelerate, torchrun or deepspeed to use several processes."""
+
+    resume: str | None = None
+    """auto for the newest complete checkpoint of the run, or the folder of one; a fresh start when left out."""
+
+
+def run(settings: Settings) -> int:
+    """Train."""
+    from mllm.commands.terminal import console
+    from mllm.data.quarantine import TooManyBadSamples
+    from mllm.training.run import train
+
+    own = RunSettings(**{field.name: getattr(settings, field.name) for field in fields(RunSettings)})
+    try:
+        folder = train(own, resume=settings.resume)
+    except TooManyBadSamples as error:
+        raise ValueError(str(error)) from error
+    console(stderr=True).print(f"trained: {folder}")
+    return 0

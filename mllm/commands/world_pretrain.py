@@ -1,0 +1,18 @@
+"""`mllm world pretrain`: makes the frozen parts of the built-in world again."""
+
+from mllm.world.pretrain import PretrainSettings as Settings
+
+__all__ = ["SUMMARY", "Settings", "run"]
+
+SUMMARY = "make the frozen parts of the built-in world again (hours)"
+
+
+def run(settings: Settings) -> int:
+    """Train the parts and tell what each measured."""
+    from mllm.commands.terminal import console
+    from mllm.world.pretrain import pretrain
+
+    for part, measured in pretrain(settings).items():
+        numbers = ", ".join(f"{name} {value:g}" for name, value in measured.items())
+        console().print(f"{part}: {numbers}", soft_wrap=True)
+    return 0
