@@ -6,16 +6,13 @@ On a machine without a GPU accelerate's defaults start several processes that tr
 that this is a CPU run before anything else asks. DeepSpeed compiles its communication there when it is first used.
 """
 
-import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 COMPILERS = ("g++", "c++", "clang++")
 logger = logging.getLogger(__name__)
 
@@ -49,26 +46,22 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     from accelerate import PartialState
 
     on_cpu = use_cpu or not torch.cuda.is_available()
-    if deepspeed or os.environ.get(_USE_DEEPSPEED, "").lower() in ("1", "true"):
+    deepspeed = deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
+    if deepspeed:
         check_deepspeed(on_cpu=on_cpu)
     if on_cpu:
-        with _asking_for_deepspeed() if deepspeed else contextlib.nullcontext():
-            check_world(PartialState(cpu=True).num_processes)
+        check_world(PartialState(cpu=True).num_processes)
+        if deepspeed:
+            _start_deepspeed_on_cpu()
     return on_cpu
 
 
-@contextlib.contextmanager
-def _asking_for_deepspeed() -> Iterator[None]:
-    """Accelerate starts DeepSpeed's communication with its own only where a launcher's variable says so."""
-    before = os.environ.get(_USE_DEEPSPEED)
-    os.environ[_USE_DEEPSPEED] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_USE_DEEPSPEED]
-        else:
-            os.environ[_USE_DEEPSPEED] = before
+def _start_deepspeed_on_cpu() -> None:
+    """Let DeepSpeed know the processes that are there, before ZeRO-3 counts them to shard a model among them."""
+    logger.info("starting DeepSpeed; the first time it compiles its communication, which takes a minute or more")
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 def check_world(num_processes: int) -> None:

@@ -1,0 +1,102 @@
+"""A contradiction in a run config is refused with its key, before anything is loaded."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
+from mllm.trainables import PARTS
+from mllm.training.settings import (
+    DataSettings,
+    Part,
+    RunSettings,
+    SamplerSettings,
+    TrainSettings,
+    differences,
+    read_run_settings,
+    settings_yaml,
+)
+
+AUDIO = MediumSettings(encoder="e", budgets=["/4", "/16"])
+MODEL = ModelSettings(llm="l", audio=AUDIO, adapter=AdapterSettings())
+
+
+def run(model: ModelSettings = MODEL, **blocks: dict[str, Any]) -> RunSettings:
+    """A run of small changes to a good one, by block."""
+    return RunSettings(
+        model=model,
+        data=DataSettings(**{"train": ["a.jsonl"], **blocks.get("data", {})}),
+        sampler=SamplerSettings(**blocks.get("sampler", {})),
+        train=TrainSettings(**{"output": "o", "max_steps": 10, **blocks.get("train", {})}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"data": {"train": []}}, "data.train is empty"),
+        ({"data": {"max_rows": 0}}, "data.max_rows is 0; it must be at least 1"),
+        ({"data": {"max_bad_fraction": 1.0}}, r"data.max_bad_fraction is 1.0"),
+        ({"data": {"snr_db": [0]}}, "data.noise and data.snr_db go together"),
+        ({"sampler": {"mode": "points"}}, "sampler.points go with sampler.mode points"),
+        ({"sampler": {"points": ["audio=/4"]}}, "sampler.points go with sampler.mode points"),
+        ({"sampler": {"distill_weight": 0.5}}, "sampler.distill_weight goes with sampler.mode sandwich only"),
+        ({"sampler": {"mode": "sandwich", "distill_weight": 1.5}}, "distill_weight is 1.5; it must be in 0..1"),
+        ({"sampler": {"mode": "sandwich", "distill_temperature": 0}}, "distill_temperature is 0"),
+        (
+            {"sampler": {"mode": "sandwich", "distill_temperature": 2, "distill_weight": 0}},
+            "sampler.distill_temperature has no effect",
+        ),
+        ({"sampler": {"mode": "points", "points": ["video=/2"]}}, r"sampler.points holds 'video=/2', but model.video"),
+        ({"train": {"epochs": 1}}, "either train.max_steps or train.epochs"),
+        ({"train": {"max_steps": None}}, "either train.max_steps or train.epochs"),
+        ({"train": {"max_steps": 0}}, "train.max_steps is 0; it must be at least 1"),
+        ({"train": {"warmup_steps": 11}}, "train.warmup_steps is 11, more than train.max_steps 10"),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate is 0"),
+        ({"train": {"part_learning_rates": {"adapter": -1}}}, "train.part_learning_rates.adapter is -1"),
+        ({"train": {"part_learning_rates": {"llm": 1}}}, "names llm, which is not among train.parts"),
+        ({"train": {"adam_betas": [0.9]}}, "train.adam_betas is"),
+        ({"train": {"parts": []}}, "train.parts is empty"),
+        ({"train": {"parts": ["compressors"]}}, "model.adapter is set, but train.parts leaves it out"),
+        ({"train": {"parts": ["adapter", "image"]}}, "train.parts holds image, but model.image is not set"),
+        ({"train": {"validate_every": 5}}, "train.validate_every is set, but data.validation names no manifest"),
+        ({"train": {"validation_budgets": ["audio=four"]}}, "budget amount 'four'"),
+    ],
+)
+def test_contradictions_name_their_key(blocks: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**blocks)
+
+
+def test_parts_follow_the_model() -> None:
+    assert run().parts == ("compressors", "adapter")
+    assert run(dataclasses.replace(MODEL, adapter=None)).parts == ("compressors",)
+    with pytest.raises(ValueError, match=r"train\.parts holds adapter, but model\.adapter is not set"):
+        run(dataclasses.replace(MODEL, adapter=None), train={"parts": ["adapter"]})
+    assert get_args(Part) == PARTS
+
+
+def test_half_precision_parts_train_in_half_precision() -> None:
+    half = dataclasses.replace(MODEL, dtype="bfloat16")
+    assert run(half, train={"precision": "bfloat16"}).model.dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"model\.dtype is bfloat16, which train\.precision float32 cannot"):
+        run(half)
+
+
+def test_resolved_settings_start_the_same_run_again() -> None:
+    settings = run(sampler={"mode": "sandwich"}, train={"part_learning_rates": {"adapter": 0.1}})
+    assert read_run_settings(yaml.safe_load(settings_yaml(settings))) == settings
+
+
+def test_differences_are_named_with_both_values() -> None:
+    before, after = dataclasses.asdict(run()), dataclasses.asdict(run(train={"seed": 3}, data={"max_rows": 2}))
+    assert differences(before, after) == ["data.max_rows was 64 and is 2", "train.seed was 0 and is 3"]
+
+
+def test_reading_settings_loads_no_torch() -> None:
+    code = "import sys, mllm.training.settings; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
