@@ -1,0 +1,88 @@
+"""One run config, four ways to start it, one result: what `accelerate launch`, `torchrun` and `deepspeed` leave behind.
+
+Real files, real parts on disk, the real command line; two CPU processes each.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.loading import TRAINABLES, load
+from mllm.training.folders import read_checkpoint
+from mllm.training.run import train
+from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "torchrun": "torchrun --standalone --nproc_per_node 2 -m mllm",
+    "accelerate": "accelerate launch --config_file configs/accelerate_ddp.yaml -m mllm",
+    "deepspeed": "deepspeed --num_accelerators 2 --no_local_rank --module mllm",
+    "zero2": "accelerate launch --config_file configs/accelerate_zero2.yaml -m mllm",
+    "zero3": "accelerate launch --config_file configs/accelerate_zero3.yaml -m mllm",
+}
+OVERRIDES = {"deepspeed": "--train.deepspeed configs/zero2.json"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
+    """A run over three media; some steps hold a medium on one process only."""
+    folder = tmp_path_factory.mktemp("launchers")
+    parts = tiny.write_parts(folder / "parts")
+    samples = []
+    for seed in range(8):
+        files = tiny.write_media(folder / "media", seed=seed, seconds=0.4 + 0.05 * seed)
+        kinds = [("image",), ("audio", "video"), ("audio",), ("image",)][seed % 4]
+        content = (*(Media(kind, f"media/{files[kind]}") for kind in kinds), Text("what is it?"))  # type: ignore[arg-type]
+        messages = (Message("user", content), Message("assistant", (Text(f"answer {seed}"),)))
+        samples.append(Sample(f"sample{seed}", messages, task="test"))
+    write_manifest(folder / "train.jsonl", samples)
+    return RunSettings(
+        model=tiny.settings_on(parts),
+        data=DataSettings(train=[str(folder / "train.jsonl")], tokens_per_batch=256, max_rows=1, num_workers=0),
+        sampler=SamplerSettings(mode="random", num_draws=2),
+        train=TrainSettings(output=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(settings: RunSettings) -> dict[str, torch.Tensor]:
+    """What one process makes of twice the micro-batches per step."""
+    own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, accumulation=2))
+    return load_file(train(own) / TRAINABLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_trains_what_one_process_trains(
+    settings: RunSettings, one_process: dict[str, torch.Tensor], tmp_path: Path, launcher: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(settings_yaml(settings))
+    command = f"{LAUNCHERS[launcher]} train --config {tmp_path / 'run.yaml'} --train.output {tmp_path / 'run'}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        f"{command} {OVERRIDES.get(launcher, '')}".split(),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = load_file(tmp_path / "run" / TRAINABLES)
+    assert found.keys() == one_process.keys()
+    for name, value in one_process.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-00000003").facts["processes"] == 2
+    load(tmp_path / "run")
