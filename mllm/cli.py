@@ -9,9 +9,10 @@ Exit codes: 0 done, 1 done but something needs attention (failed samples, a bad 
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 VERBS = {
     "train": "mllm.commands.train",
@@ -48,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"mllm {__version__}\n")
         return 0
     try:
-        verb, rest = find_verb(words)
-        return _run(verb, rest, debug=debug)
+        run, settings = parse(words)
+        _set_up_logging(debug=debug)
+        return run(settings)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -58,6 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"mllm: {_one_line(error)}\n")
         return 2
+
+
+def parse(words: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
+    """What `mllm WORDS` would run, and the settings it would run with.
+
+    Raises:
+        ValueError: no such command, unknown options, values that are refused; the nearest valid name is told.
+        FileNotFoundError: a config file that is not there.
+        SystemExit: after `--help`.
+    """
+    from mllm.commands.options import parse_settings
+
+    verb, rest = find_verb(words)
+    command = import_module(VERBS[verb])
+    positional = getattr(command, "POSITIONAL", None)
+    return command.run, parse_settings(command.Settings, rest, program=f"mllm {verb}", positional=positional)
 
 
 def find_verb(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -83,16 +101,6 @@ def usage() -> str:
     head = ["usage: mllm COMMAND [options]", "", "Multimodal LLMs with an elastic token budget.", "", "commands:"]
     tail = ["", "mllm COMMAND --help lists the options of one; --debug shows where an error comes from.", ""]
     return "\n".join([*head, *lines, *tail])
-
-
-def _run(verb: str, rest: Sequence[str], *, debug: bool) -> int:
-    from mllm.commands.options import parse_settings
-
-    command = import_module(VERBS[verb])
-    positional = getattr(command, "POSITIONAL", None)
-    settings = parse_settings(command.Settings, rest, program=f"mllm {verb}", positional=positional)
-    _set_up_logging(debug=debug)
-    return command.run(settings)
 
 
 def _set_up_logging(*, debug: bool) -> None:

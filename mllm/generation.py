@@ -1,8 +1,8 @@
 """A media file and a question to an answer at a budget, one or many at a time.
 
-    answerer = Answerer(*mllm.load("runs/demo"))
-    answer = answerer.answer(audio="hello.wav", budget="audio=/8")
-    answer.text, answer.tokens                                # 'place blue at f two now', {'audio': 12}
+    answer = Answerer(*mllm.load("runs/demo"))
+    found = answer(audio="hello.wav", budget="audio=/8")
+    found.text, found.tokens                                  # 'place blue at f two now', {'audio': 12}
 
 Knows a model, its processor and how to decode. Does not know references, metrics or tables.
 
@@ -148,6 +148,8 @@ class Answerer:
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
         batch = self.processor.batch([sample], [loaded], for_training=False)
         return self.answer_batch(batch, [[asked]], on_text=on_text, timed=timed)[0][0]
+
+    __call__ = answer
 
     def answer_samples(self, samples: Sequence[Sample], budgets: Sequence[Budget | str]) -> list[Answer]:
         """Answer conversations, each at its own budget; a last assistant message is left out and asked for.

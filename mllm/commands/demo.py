@@ -11,11 +11,10 @@ def run(settings: Settings) -> int:
     """Run the demo and show what it found; 1 when it did not show what it should."""
     from pathlib import Path
 
-    from mllm.commands.terminal import console, progress_bar, quiet_loading
+    from mllm.commands.terminal import console, progress_bar
     from mllm.world.demo import demo
     from mllm.world.demo_report import findings, picture_table, speech_table
 
-    quiet_loading()
     with progress_bar() as show:
         found = demo(settings, progress=show)
     out = console()

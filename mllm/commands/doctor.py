@@ -1,6 +1,10 @@
 """`mllm doctor`: what is installed, what is missing or broken, and the line that repairs it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mllm.doctor import Report
 
 SUMMARY = "versions, devices, what is missing or broken, and how to repair it"
 _STYLES = {"ok": "green", "missing": "yellow", "outdated": "yellow", "broken": "red"}
@@ -13,13 +17,20 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Examine and report; 1 when something that is required does not work."""
+    from mllm.doctor import examine
+
+    report = examine()
+    show(report)
+    return 0 if report.is_healthy else 1
+
+
+def show(report: "Report") -> None:
+    """Write a report to the terminal."""
     from rich.table import Table
     from rich.text import Text
 
     from mllm.commands.terminal import console
-    from mllm.doctor import examine
 
-    report = examine()
     out = console()
     for name, value in report.machine.items():
         out.print(f"{name:<12}{value}", soft_wrap=True)
@@ -30,8 +41,7 @@ def run(settings: Settings) -> int:
         name = finding.name if finding.is_required else f"{finding.name} (optional)"
         table.add_row(Text(finding.status, style=_STYLES[finding.status]), name, finding.detail)
     out.print(table)
-    repairs = [finding.repair for finding in report.findings if finding.repair]
-    for line in repairs:
-        out.print(f"to repair: {line}", soft_wrap=True)
+    for finding in report.findings:
+        if finding.repair:
+            out.print(f"to repair {finding.name}: {finding.repair}", soft_wrap=True)
     out.print("everything required works" if report.is_healthy else "something required does not work; see above")
-    return 0 if report.is_healthy else 1

@@ -144,25 +144,22 @@ def _values_of(words: Sequence[str], key: str) -> list[str]:
 
 def _with_lists(kind: Any, words: Sequence[str]) -> list[str]:
     """Items of a list that were given one at a time, put together where the first of them stood."""
-    lists = {key for key, hint in keys_of(kind) if typing.get_origin(hint) is list}
+    items_by_key = {key: typing.get_args(hint)[0] for key, hint in keys_of(kind) if typing.get_origin(hint) is list}
     out: list[str] = []
-    gathered: dict[str, int] = {}
+    places: dict[str, int] = {}
     items: dict[str, list[Any]] = {}
     for word in words:
         key, _, value = word[2:].partition("=")
-        if key not in lists or value.startswith("["):
+        if key not in items_by_key or value.startswith("["):
             out.append(word)
             continue
-        if key not in gathered:
-            gathered[key] = len(out)
+        if key not in places:
+            places[key] = len(out)
             out.append("")
-        items.setdefault(key, []).append(yaml.safe_load(value) if _is_number_or_null(value) else value)
-        out[gathered[key]] = f"--{key}={json.dumps(items[key])}"
+        holds_text = str in (items_by_key[key], *typing.get_args(items_by_key[key]))
+        items.setdefault(key, []).append(value if holds_text else yaml.safe_load(value))
+        out[places[key]] = f"--{key}={json.dumps(items[key])}"
     return out
-
-
-def _is_number_or_null(value: str) -> bool:
-    return value == "null" or isinstance(yaml.safe_load(value or "''"), int | float)
 
 
 def _check_file(kind: Any, path: str) -> None:

@@ -1,5 +1,6 @@
 """What verbs share of the terminal: a console, and a progress bar that only the first process shows."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def quiet_loading() -> None:
-    """Keep transformers from drawing bars of its own while weights load."""
-    from transformers.utils import logging
+    """Keep transformers from drawing bars of its own while weights load, and the model from listing its trainables."""
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("mllm.trainables").setLevel(logging.WARNING)
