@@ -1,9 +1,11 @@
 """Two CPU processes are one training: they end where one process ends that saw the same batches.
 
-Each test starts a launcher once and compares files: weights, moments and the log.
+Each test starts a launcher once and compares files: weights, moments and the log. One of the runs continues what one
+process has begun: checkpoints know neither the number of processes nor the ZeRO stage.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +47,19 @@ def launch(*arguments: str | Path, timeout: int = 300) -> None:
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same runs on one process: twice the micro-batches per step."""
     folder = tmp_path_factory.mktemp("one")
-    for name in worker.SCENARIOS:
+    for name in ("even", "skewed"):
         worker.run_scenario(name, worker.scenario_settings(name, folder, accumulation=2))
     return folder
+
+
+def launch_all(tmp_path: Path, one_process: Path, *options: str | Path) -> None:
+    """Run every scenario on two processes, one of them from the middle of the run of one process, and compare."""
+    shutil.copytree(one_process / "even", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000004")
+    launch(tmp_path, *worker.SCENARIOS, *options, timeout=900)
+    for name in worker.SCENARIOS:
+        assert_same_run(one_process / ("even" if name == "resumed" else name), tmp_path / name)
+        assert read_checkpoint(tmp_path / name / "checkpoint-00000004").facts["processes"] == 2
 
 
 def assert_same_run(one: Path, two: Path, *, tolerance: float = 1e-4) -> None:
@@ -69,13 +81,10 @@ def assert_same_run(one: Path, two: Path, *, tolerance: float = 1e-4) -> None:
 
 @pytest.mark.slow
 def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Path, one_process: Path) -> None:
-    launch(tmp_path, "even", "skewed")
-    for name in worker.SCENARIOS:
-        assert_same_run(one_process / name, tmp_path / name)
-        assert read_checkpoint(tmp_path / name / "checkpoint-00000004").facts["processes"] == 2
-        draws = [(tmp_path / f"{name}-draws-{rank}.txt").read_text() for rank in range(2)]
-        assert draws[0] == draws[1]
-        assert len(set(draws[0].splitlines())) > 2
+    launch_all(tmp_path, one_process)
+    draws = [(tmp_path / f"skewed-draws-{rank}.txt").read_text() for rank in range(2)]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0].splitlines())) > 2
 
 
 @pytest.mark.slow
@@ -83,7 +92,4 @@ def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Pa
 def test_zero_equals_one_process_also_where_a_process_lacks_a_medium(
     tmp_path: Path, one_process: Path, stage: int
 ) -> None:
-    launch(tmp_path, "even", "skewed", "--deepspeed", CONFIGS / f"zero{stage}.json", timeout=600)
-    for name in worker.SCENARIOS:
-        assert_same_run(one_process / name, tmp_path / name)
-    # Continue from the checkpoint of one process: full tensors by name know neither the stage nor the processes.
+    launch_all(tmp_path, one_process, "--deepspeed", CONFIGS / f"zero{stage}.json")

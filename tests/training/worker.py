@@ -1,6 +1,8 @@
 """What one of several processes does: the toy runs of `test_distributed.py`. Started by a launcher, not by pytest.
 
 python worker.py FOLDER SCENARIO [SCENARIO ...] [--deepspeed CONFIG]
+
+A scenario whose run folder holds a checkpoint is resumed from it.
 """
 
 import argparse
@@ -9,6 +11,7 @@ from typing import Any
 
 from harness import make_trainer, run_settings
 
+from mllm.training.folders import newest_checkpoint
 from mllm.training.launch import prepare_launch
 from mllm.training.settings import RunSettings, SamplerSettings
 
@@ -18,6 +21,7 @@ import tiny  # isort: skip
 SKEWED = [("image",), ("audio",), (), ("video", "audio"), ("image",), ("image",), ("video",), ()]
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"media": ("audio", "video"), "kinds": [("audio", "video"), ("video",), ("audio",)], "batches": None},
+    "resumed": {"media": ("audio", "video"), "kinds": [("audio", "video"), ("video",), ("audio",)], "batches": None},
     "skewed": {"media": ("image", "audio", "video"), "kinds": SKEWED, "batches": [[row] for row in range(8)]},
 }
 
@@ -29,13 +33,14 @@ def scenario_settings(name: str, folder: Path, **train: Any) -> RunSettings:
     return run_settings(folder / name, tiny.settings(media), sampler=sampler, save_every=2, **train)
 
 
-def run_scenario(name: str, settings: RunSettings, resume: str | None = None) -> Any:
+def run_scenario(name: str, settings: RunSettings) -> Any:
     """Train a scenario; the trainer afterwards."""
     own = SCENARIOS[name]
     trainer = make_trainer(
         settings, kinds=own["kinds"], batches=own["batches"], rows=9 if own["batches"] is None else 8
     )
-    trainer.train(resume_from_checkpoint=resume)
+    newest = newest_checkpoint(Path(settings.train.output))
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest.folder))
     return trainer
 
 
@@ -44,13 +49,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenarios", nargs="+")
     parser.add_argument("--deepspeed")
-    parser.add_argument("--resume", action="store_true")
     given = parser.parse_args()
     prepare_launch(use_cpu=True, deepspeed=given.deepspeed is not None)
     for name in given.scenarios:
         settings = scenario_settings(name, given.folder, deepspeed=given.deepspeed)
-        resume = str(given.folder / name / "checkpoint-00000002") if given.resume else None
-        trainer = run_scenario(name, settings, resume)
+        trainer = run_scenario(name, settings)
         draws = [str(draw.budget) for step in range(50) for draw in trainer.draws(step)]
         (given.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(draws))
 
