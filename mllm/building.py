@@ -3,7 +3,8 @@
 Knows settings, configs and where weights come from. Does not know training, budgets of a step, or files of samples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from mllm.adapters import build_adapter
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
@@ -137,7 +139,7 @@ def assemble(
     """
     sources = config.sources or {}
     text_dtype = getattr(torch, dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
     llm = AutoModelForCausalLM.from_pretrained(
         _verified("llm", sources), config=config.text_config, dtype=text_dtype, attn_implementation=attention
@@ -146,12 +148,28 @@ def assemble(
     model.lm_head = llm.get_output_embeddings()
     model.generation_config = llm.generation_config
     for medium, own in config.encoder_configs.items():
-        backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
+        with unsharded():
+            backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
         setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, (config.media or {})[medium]))
     materialize(model, model.model.compressors, seed=seed)
     if config.adapter is not None:
         build_adapter(model.model.language_model, {**config.adapter, "seed": seed})
     return model.eval()
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Inside, models are made whole on every process, also where ZeRO-3 shards the LLM while it loads.
+
+    Encoders are small beside the LLM, and transformers' Whisper cannot be made in shards. What is whole now is sharded
+    when training starts.
+    """
+    sharding = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def materialize(model: ElasticForConditionalGeneration, part: nn.Module, *, seed: int) -> None:
