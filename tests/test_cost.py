@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,6 @@ from mllm.budget import Budget
 from mllm.compressors import build_compressor
 from mllm.cost import Item, compressor_flops, encoder_flops, kv_bytes_per_token, llm_flops, request_cost, train_factor
 from mllm.encoders import AVHubertConfig, build_encoder, encoder_facts
-import tiny
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 DECODER: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "vocab_size": 100}

@@ -45,6 +45,9 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     import torch
     from accelerate import PartialState
 
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # workers that decode are forked from a process that tokenised
     on_cpu = use_cpu or not torch.cuda.is_available()
     deepspeed = deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
     if deepspeed:

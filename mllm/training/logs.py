@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.training.passes import Lesson
 
@@ -137,6 +137,21 @@ class RunFlow(TrainerCallback):
         if self.validates and state.global_step >= state.max_steps:
             control.should_evaluate = True
         return control
+
+
+class RunProgress(ProgressCallback):
+    """transformers' progress bar with the loss beside it, instead of every report above it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.4f}")
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

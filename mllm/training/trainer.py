@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from mllm.budget import Budget
 from mllm.expansion import Batch
@@ -32,7 +32,7 @@ from mllm.sampler import Sampler
 from mllm.trainables import trainable_names
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
-from mllm.training.logs import RunFlow, RunLog, Tally
+from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
 from mllm.training.objective import Distillation, Loss, objective
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
 from mllm.training.passes import Lesson, drawn_passes, fixed_passes, make_lesson, num_targets
@@ -89,6 +89,8 @@ class ElasticTrainer(Trainer):
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
             delattr(model.config, "use_cache")
         self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RunProgress)
         self.elastic = model
         self.processor = processor
         self.draws = sampler
@@ -222,6 +224,7 @@ class ElasticTrainer(Trainer):
         if "loss" in logs:
             logs |= self.tally.report(self.accelerator, self.state.global_step - self._reported_step)
             self.tally, self._reported_step = Tally(), self.state.global_step
+        self.state.epoch = None  # to transformers the whole run is one epoch, which would only mislead
         super().log(logs, start_time)
 
     # ---- checkpoints ----

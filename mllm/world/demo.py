@@ -126,12 +126,14 @@ def run_settings(settings: DemoSettings) -> Any:
 
 
 def evaluation_settings(settings: DemoSettings) -> EvaluateSettings:
-    """The test sets at every budget of the demo; speech comes in quiet and at 0 dB."""
+    """The test sets at every budget of the demo; sound comes in quiet and in babble of other voices at 0 dB."""
     corpus = Path(settings.out) / "corpus"
     return EvaluateSettings(
         model=settings.out,
         manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "pictures" / "test.jsonl")],
         budgets=list(BUDGETS),
+        noise=str(corpus / "speech" / "noise" / "test.wav"),
+        snr_db=[None, 0.0],
         max_new_tokens=24,
         batch_size=50,
         seed=settings.seed,

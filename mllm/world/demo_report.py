@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-NOISES = ("clean", "0dB")
+NOISES = {"quiet": None, "0 dB": 0.0}
 DETAIL_KINDS = ("colour", "letter", "count", "relation")
 COARSE_KINDS = ("time", "ground")
 Rows = Sequence[Mapping[str, Any]]
@@ -32,9 +32,9 @@ def speech_table(rows: Rows) -> Table:
     for task in ("asr", "vsr", "avsr"):
         own = [row for row in rows if row["task"] == task]
         for budget in dict.fromkeys(row["budget"] for row in own):
-            cells = {row["kind"]: row for row in own if row["budget"] == budget}
+            cells = {row["snr_db"]: row for row in own if row["budget"] == budget}
             tokens = next(iter(cells.values()))["soft_tokens"]
-            table.add_row(task, budget, f"{tokens:.0f}", *(_cell(cells.get(noise)) for noise in NOISES))
+            table.add_row(task, budget, f"{tokens:.0f}", *(_cell(cells.get(ratio)) for ratio in NOISES.values()))
         table.add_section()
     return table
 
@@ -55,11 +55,11 @@ def picture_table(rows: Rows) -> Table:
 
 def findings(rows: Rows) -> list[Finding]:
     """Whether the demo shows what it is there to show, from the point estimates."""
-    audio = [_value(rows, "asr", "clean", f"audio=/{rate}") for rate in (4, 8, 16)]
+    audio = [_value(rows, "asr", f"audio=/{rate}") for rate in (4, 8, 16)]
     noisy = [
-        _value(rows, "avsr", "0dB", "audio=/4,video=/2"),
-        _value(rows, "asr", "0dB", "audio=/4"),
-        _value(rows, "vsr", "clean", "video=/2"),
+        _value(rows, "avsr", "audio=/4,video=/2", snr_db=0.0),
+        _value(rows, "asr", "audio=/4", snr_db=0.0),
+        _value(rows, "vsr", "video=/2"),
     ]
     detail = [_mean(rows, DETAIL_KINDS, f"image={count}") for count in (1, 4, 16, 64)]
     coarse = [_mean(rows, COARSE_KINDS, f"image={count}") for count in (1, 4, 16, 64)]
@@ -87,15 +87,16 @@ def findings(rows: Rows) -> list[Finding]:
     ]
 
 
-def _value(rows: Rows, task: str, kind: str | None, budget: str) -> float:
-    found = [r["value"] for r in rows if (r["task"], r["kind"], r["budget"]) == (task, kind, budget)]
+def _value(rows: Rows, task: str, budget: str, *, kind: str | None = None, snr_db: float | None = None) -> float:
+    wanted = (task, kind, snr_db, budget)
+    found = [row["value"] for row in rows if (row["task"], row["kind"], row["snr_db"], row["budget"]) == wanted]
     if len(found) != 1:
-        raise ValueError(f"the evaluation holds {len(found)} rows of {task}, {kind}, {budget}; expected one")
+        raise ValueError(f"the evaluation holds {len(found)} rows of {wanted}; expected one")
     return found[0]
 
 
 def _mean(rows: Rows, kinds: Sequence[str], budget: str) -> float:
-    return sum(_value(rows, "vqa", kind, budget) for kind in kinds) / len(kinds)
+    return sum(_value(rows, "vqa", budget, kind=kind) for kind in kinds) / len(kinds)
 
 
 def _list(values: Sequence[float]) -> str:

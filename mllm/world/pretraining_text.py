@@ -160,10 +160,10 @@ class PretrainingText:
             example.add_bags(self._patches(scene, side, noise))
             example.add(self.encode(closing), 0.0)
         if questions is None:
-            is_told = side is None and self.generator.random() < 0.8 - 0.6 * self.progress
+            is_told = side is None and self.generator.random() < 0.7 - 0.6 * self.progress
             if is_told:
                 self._describe(example, scene)
-            fewest = 4 if is_told else 8
+            fewest = 4 if is_told else 10
             questions = sample_questions(scene, self.generator, int(self.generator.integers(fewest, fewest + 6)))
             # People forget question marks, and without one the answer follows the word that is looked up.
             bare = self.generator.random() < 0.4 - 0.3 * self.progress
@@ -222,10 +222,10 @@ class PretrainingText:
         """Bags of the pooled picture, or, as the easiest pictures, of its objects and of everything, in order."""
         noise = self._noise(0.4) * min(1.0, 3.0 * self.progress) if noise is None else noise
         bags = blur.scene_bags(scene)
-        if side is None and self.generator.random() < max(0.1, 0.75 - 2.5 * self.progress):
+        if side is None and self.generator.random() < 0.75 - 0.65 * self.progress:
             objects = sorted(thing.row * GRID_CELLS + thing.column for thing in scene.objects)
             return blur.degrade_bags(np.concatenate([bags[objects], bags.mean(axis=0)[None]]), self.generator, noise)
-        side = self._pick(GRID_SIDES, _OTHER_SIDES, (0.4, 0.3, 0.18, 0.12)) if side is None else side
+        side = self._pick(GRID_SIDES, _OTHER_SIDES, (0.3, 0.34, 0.22, 0.14)) if side is None else side
         return blur.degrade_bags(blur.pool_grid(bags, side), self.generator, noise)
 
     def _phone_ids(self, utterance: Spoken, noise: float | None) -> list[int]:

@@ -17,7 +17,7 @@ DETAIL_KINDS = ("colour", "letter", "count", "relation")
 KINDS = COARSE_KINDS + DETAIL_KINDS
 
 # How often each kind is asked in training dialogues: the kinds that take long to learn more often.
-TRAINING_SHARES = {"time": 0.04, "ground": 0.07, "colour": 0.14, "letter": 0.17, "count": 0.27, "relation": 0.31}
+TRAINING_SHARES = {"time": 0.03, "ground": 0.05, "colour": 0.11, "letter": 0.13, "count": 0.31, "relation": 0.37}
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 ANSWERS = {

@@ -10,9 +10,9 @@ from typing import Any
 import tiny
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers.modeling_utils import set_zero3_state
 
 from mllm.budget import Budget
+from mllm.building import unsharded
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.processing import LoadedMedia
 from mllm.sampler import Sampler
@@ -94,7 +94,7 @@ def make_trainer(
     """The real trainer on toy rows. `batches` fixes the micro-batches of every epoch."""
     arguments = build_arguments(settings, on_cpu=True)
     processor = tiny.processor(settings.model)
-    with set_zero3_state():  # whole on every process, and sharded when training starts
+    with unsharded():
         model = tiny.model(settings.model)
     set_trainables(model, settings.parts)
     arguments.facts = {"settings": dataclasses.asdict(settings), "sources": {}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, load
 from mllm.training.batches import RoundBatches
+from mllm.training.checkpoint import OPTIMIZER
 from mllm.training.folders import newest_checkpoint, run_lock
 from mllm.training.run import train
 from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, read_run_settings
@@ -78,6 +80,16 @@ def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) ->
         train(settings)
     assert train(settings, resume="auto") == tmp_path  # complete already: nothing is trained, the folder is written
     assert load_file(tmp_path / TRAINABLES).keys() == saved.keys()
+
+
+def test_in_half_precision_what_trains_and_its_moments_stay_in_single(world: Path, tmp_path: Path) -> None:
+    settings = settings_of(world, tmp_path, max_steps=1, precision="bfloat16", save_every=None)
+    own = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="bfloat16"))
+    train(own)
+    for name in (TRAINABLES, OPTIMIZER):
+        tensors = load_file(tmp_path / "checkpoint-00000001" / name)
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values())
+    assert math.isfinite(log_rows(tmp_path)[0]["loss"])
 
 
 def test_what_stops_a_run_before_it_trains(world: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
 from mllm.budget import Budget
+from mllm.training.optimization import check_gradients
 from mllm.training.passes import drawn_passes
 from mllm.training.settings import SamplerSettings
 from mllm.training.trainer import ElasticTrainer
@@ -83,6 +84,9 @@ def test_the_logged_losses_are_those_of_one_pass_per_row_and_budget(tmp_path: Pa
     logged = {key.removeprefix("loss/"): value for key, value in row.items() if key.startswith("loss/")}
     assert logged == pytest.approx(by_budget, rel=1e-5)
     assert "text" in logged
+    assert set(row) - {f"loss/{name}" for name in logged} == {
+        *("step", "loss", "grad_norm", "learning_rate", "soft_tokens_per_step")
+    }
     assert row["soft_tokens_per_step"] > 0
     assert log_rows(tmp_path, timed=True)[0]["tokens_per_second"] > 0
 
@@ -177,6 +181,17 @@ def test_what_is_not_finite_is_refused_before_anything_is_updated(tmp_path: Path
         trainer.train()
     after = trainer.model.state_dict()
     assert all(torch.equal(value.nan_to_num(), after[name].nan_to_num()) for name, value in before.items())
+
+
+def test_gradients_that_are_not_finite_are_refused_and_missing_ones_are_zero() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    parameters[0].grad = torch.tensor([1.0, 2.0])
+    check_gradients(parameters, step=7)
+    assert parameters[1].grad is not None
+    assert parameters[1].grad.tolist() == [0.0, 0.0]
+    parameters[0].grad[1] = math.inf
+    with pytest.raises(FloatingPointError, match="the gradient of step 7 is not finite; nothing was updated"):
+        check_gradients(parameters, step=7)
 
 
 def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_path: Path) -> None:

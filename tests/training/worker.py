@@ -19,15 +19,23 @@ import tiny  # isort: skip
 
 # Rows 0..7 hold these; every process gets every second batch, so processes lack media at every step.
 SKEWED = [("image",), ("audio",), (), ("video", "audio"), ("image",), ("image",), ("video",), ()]
+EVEN: dict[str, Any] = {"media": ("audio", "video"), "kinds": [("audio", "video"), ("video",), ("audio",)], "rows": 9}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "even": {"media": ("audio", "video"), "kinds": [("audio", "video"), ("video",), ("audio",)], "batches": None},
-    "resumed": {"media": ("audio", "video"), "kinds": [("audio", "video"), ("video",), ("audio",)], "batches": None},
-    "skewed": {"media": ("image", "audio", "video"), "kinds": SKEWED, "batches": [[row] for row in range(8)]},
+    "even": {**EVEN, "batches": None, "micro_batches": 4},
+    "resumed": {**EVEN, "batches": None, "micro_batches": 4},
+    "skewed": {
+        "media": ("image", "audio", "video"),
+        "kinds": SKEWED,
+        "rows": 8,
+        "batches": [[row] for row in range(8)],
+        "micro_batches": 2,
+    },
 }
 
 
-def scenario_settings(name: str, folder: Path, **train: Any) -> RunSettings:
-    """Settings of a scenario; `accumulation` 2 on one process is 1 on two."""
+def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunSettings:
+    """Settings of a scenario; its micro-batches per step are shared by the processes."""
+    train["accumulation"] = SCENARIOS[name]["micro_batches"] // num_processes
     media = SCENARIOS[name]["media"]
     sampler = SamplerSettings(mode="random", num_draws=2)
     return run_settings(folder / name, tiny.settings(media), sampler=sampler, save_every=2, **train)
@@ -52,7 +60,7 @@ def main() -> None:
     given = parser.parse_args()
     prepare_launch(use_cpu=True, deepspeed=given.deepspeed is not None)
     for name in given.scenarios:
-        settings = scenario_settings(name, given.folder, deepspeed=given.deepspeed)
+        settings = scenario_settings(name, given.folder, 2, deepspeed=given.deepspeed)
         trainer = run_scenario(name, settings)
         draws = [str(draw.budget) for step in range(50) for draw in trainer.draws(step)]
         (given.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(draws))

@@ -1,0 +1,209 @@
+"""What a budget saves, measured beside what the FLOP model says: generate and one training step of a small model.
+
+    python benchmarks/budget_cost.py [--repeats 7] [--threads 1]
+
+The model has random weights: a CLIP tower with 12 x 12 patches, pooling, and a 6-layer Llama with LoRA. Budgets are
+timed in turn, repeat by repeat, so that a slow moment of the machine hits all of them; shown are medians and the range of the
+middle half. Before anything is timed, answers and losses of all budgets together must equal those of each alone.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPVisionConfig, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mllm.adapters import build_adapter
+from mllm.budget import Budget
+from mllm.building import config_of_parts, space_settings
+from mllm.cost import Item, RequestCost, llm_flops, request_cost, train_factor
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.expansion import Batch
+from mllm.generation import Answer, Answerer, Decoding
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
+from mllm.trainables import set_trainables
+from mllm.training.objective import objective
+from mllm.training.passes import fixed_passes, make_lesson
+from mllm.world.tokenizer import build_tokenizer
+
+BUDGETS = [Budget.parse(f"image={count}") for count in (144, 36, 9, 1)]
+NUM_ROWS = 4
+NUM_NEW_TOKENS = 8
+ANSWER = "place blue at f two now and then again"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of the repeats of one budget."""
+
+    times_ms: list[float]
+
+    @property
+    def median(self) -> float:
+        """The middle repeat."""
+        return statistics.median(self.times_ms)
+
+    def __str__(self) -> str:
+        low, _, high = statistics.quantiles(self.times_ms, n=4, method="inclusive")
+        return f"{self.median:.0f} ({low:.0f}-{high:.0f})"
+
+
+def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """A model of 15 million parameters with random weights, and its processor."""
+    tokenizer = build_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=96, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    medium = MediumSettings(encoder="random", budgets=[144, 36, 9, 1], feature_layer=-1)
+    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
+    settings = ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora)
+    placeholder_ids = {"image": tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"])}
+    torch.manual_seed(0)
+    model = ElasticForConditionalGeneration(
+        config_of_parts(settings, text_config=text, encoder_configs={"image": vision}, placeholder_ids=placeholder_ids)
+    )
+    build_adapter(model.model.language_model, model.config.adapter or {})
+    set_trainables(model)
+    own = {"encoder": vision.to_dict(), "preprocessor": {}, "space": space_settings(medium), "span": []}
+    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": own}})
+    model.generation_config.min_new_tokens = NUM_NEW_TOKENS  # every answer is equally long
+    return model.eval(), processor
+
+
+def build_batch(processor: ElasticProcessor, *, for_training: bool) -> Batch:
+    """Rows of one random picture and a question."""
+    generator = torch.Generator().manual_seed(1)
+    asked = (
+        Media("image", "none"),
+        Text("what colour is the circle left of the square and how many objects are there?"),
+    )
+    messages = (Message("user", asked), Message("assistant", (Text(ANSWER),)))
+    samples = [Sample(f"row{number}", messages, task="vqa") for number in range(NUM_ROWS)]
+    media = [[LoadedMedia("image", torch.randn(3, 96, 96, generator=generator))] for _ in samples]
+    return processor.batch(samples, media, for_training=for_training)
+
+
+def train_step(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
+) -> float:
+    """Forward and backward of one step, gradients cleared; returns the loss."""
+    lesson = make_lesson(batch, fixed_passes(batch.rows, budgets), processor)
+    logits = model(**lesson.inputs, logit_positions=lesson.positions).logits
+    loss = objective(logits, lesson.supervision, sum(lesson.counts)).total
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def check_equality(answerer: Answerer, prompts: Batch, lessons: Batch) -> None:
+    """All budgets together give what each gives alone."""
+    together = answerer.answer_batch(prompts, [[budget] * NUM_ROWS for budget in BUDGETS])
+    alone = [answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0] for budget in BUDGETS]
+    if [[answer.text for answer in draw] for draw in together] != [[answer.text for answer in draw] for draw in alone]:
+        raise SystemExit("FAILED: answers at all budgets together differ from those at each budget alone")
+    model, processor = answerer.model, answerer.processor
+    losses = [train_step(model, processor, lessons, [budget]) for budget in BUDGETS]
+    packed = train_step(model, processor, lessons, BUDGETS)
+    if abs(packed - statistics.mean(losses)) > 1e-5 * packed:
+        raise SystemExit(
+            f"FAILED: the loss over all budgets is {packed}, the mean of each alone {statistics.mean(losses)}"
+        )
+
+
+def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Measured]:
+    """Time every run in turn, `repeats` times, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if repeat:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: Measured(own) for name, own in times.items()}
+
+
+def request_flops(model: ElasticForConditionalGeneration, answer: Answer) -> RequestCost:
+    """What the FLOP model says about one row."""
+    item = Item("image", 144, answer.tokens["image"])
+    return request_cost(model.config, [item], num_prompt_tokens=answer.num_prompt_tokens, num_new_tokens=NUM_NEW_TOKENS)
+
+
+def step_flops(model: ElasticForConditionalGeneration, answer: Answer) -> int:
+    """What the FLOP model says about one row of a step: the tower forwards, the frozen LLM forwards and back."""
+    num_targets = len(build_tokenizer()(ANSWER)["input_ids"]) + 1
+    num_tokens = answer.num_prompt_tokens + num_targets
+    llm = llm_flops(
+        model.config.text_config, num_tokens=num_tokens, num_logits=num_targets, adapter=model.config.adapter
+    )
+    cost = request_flops(model, answer)
+    return cost.encoder + 3 * cost.compressor + train_factor() * llm
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model, processor = build_model()
+    answerer = Answerer(model, processor, Decoding(max_new_tokens=NUM_NEW_TOKENS))
+    prompts, lessons = (build_batch(processor, for_training=training) for training in (False, True))
+    check_equality(answerer, prompts, lessons)
+    answers = {str(budget): answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0][0] for budget in BUDGETS}
+    generate = measure(
+        {
+            str(budget): lambda budget=budget: answerer.answer_batch(prompts, [[budget] * NUM_ROWS])
+            for budget in BUDGETS
+        },
+        options.repeats,
+    )
+    step = measure(
+        {str(budget): lambda budget=budget: train_step(model, processor, lessons, [budget]) for budget in BUDGETS},
+        options.repeats,
+    )
+    table = Table(
+        title=f"{NUM_ROWS} rows, {options.threads} threads, {options.repeats} repeats; equality checks passed"
+    )
+    for name in ("budget", "generate ms", "faster", "predicted", "step ms", "faster", "predicted", "GFLOP/s"):
+        table.add_column(name, justify="right")
+    first = str(BUDGETS[0])
+    for name, answer in answers.items():
+        asked, most = request_flops(model, answer).total, request_flops(model, answers[first]).total
+        trained, most_trained = step_flops(model, answer), step_flops(model, answers[first])
+        table.add_row(
+            name,
+            str(generate[name]),
+            f"{generate[first].median / generate[name].median:.2f}x",
+            f"{most / asked:.2f}x",
+            str(step[name]),
+            f"{step[first].median / step[name].median:.2f}x",
+            f"{most_trained / trained:.2f}x",
+            f"{NUM_ROWS * trained / step[name].median / 1e6:.1f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

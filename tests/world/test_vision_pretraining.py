@@ -1,0 +1,89 @@
+"""The labels of the world's vision tower, and what the shipped tower sees."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, CLIPVisionModel
+
+import mllm.world
+from mllm.world.blurred_text import SCENE_WORDS, scene_bags
+from mllm.world.pretrain_vision import (
+    FIELDS,
+    NUM_BACKGROUNDS,
+    NUM_OBJECT_WORDS,
+    PatchReader,
+    draw_pictures,
+    patch_features,
+    patch_loss,
+    pretrain_vision,
+)
+from mllm.world.questions import object_words
+from mllm.world.scenes import random_scenes, render_scene
+
+ASSETS = Path(mllm.world.__file__).parent / "assets" / "vision"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return list(islice(random_scenes("test", 9), 60))
+
+
+def test_fields_hold_the_words_of_an_object(scenes) -> None:
+    bags = draw_pictures(scenes[:1]).bags[0]
+    for thing in scenes[0].objects:
+        bag = bags[thing.row * 8 + thing.column]
+        told = [SCENE_WORDS[first + int(bag.narrow(0, first, number).argmax())] for first, number in FIELDS.values()]
+        assert told == list(object_words(thing))
+    assert NUM_OBJECT_WORDS + NUM_BACKGROUNDS == len(SCENE_WORDS) == bags.shape[1]
+    np.testing.assert_array_equal(bags, scene_bags(scenes[0])[:, -len(SCENE_WORDS) :])
+
+
+def test_a_perfect_reader_has_almost_no_loss_and_a_wrong_one_has(scenes) -> None:
+    bags = draw_pictures(scenes[:4]).bags
+    reader = PatchReader(len(SCENE_WORDS) + 1)
+    with torch.no_grad():
+        reader.bag.weight.copy_(torch.eye(len(SCENE_WORDS), len(SCENE_WORDS) + 1))
+        reader.classes.weight.copy_(100.0 * torch.eye(len(SCENE_WORDS) + 1))
+        reader.bag.bias.zero_(), reader.classes.bias.zero_()
+        is_object = (bags[..., :NUM_OBJECT_WORDS].sum(dim=-1, keepdim=True) > 0).float()
+        features = torch.cat([bags, is_object], dim=-1)
+        size = 0.1 * (features.square().mean(dim=-1).sqrt() - 1.0).square().mean()
+        assert float(patch_loss(reader, features, bags) - size) < 1e-4
+        assert float(patch_loss(reader, features.flip(0), bags)) > 10.0
+
+
+def test_the_shipped_processor_gives_the_pixels_the_tower_was_trained_on(scenes) -> None:
+    processor = AutoImageProcessor.from_pretrained(ASSETS)
+    pixels = processor(images=[render_scene(scene) for scene in scenes[:3]], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, draw_pictures(scenes[:3]).pixels, atol=1e-5, rtol=0)
+
+
+def test_a_linear_map_reads_the_patches_of_held_out_scenes_from_the_shipped_features(scenes) -> None:
+    """Ridge regression from features of 48 scenes to their bags, tried on 12 others."""
+    tower = CLIPVisionModel.from_pretrained(ASSETS, dtype=torch.float32).eval()
+    pictures = draw_pictures(scenes)
+    with torch.no_grad():
+        features = patch_features(tower, pictures.pixels)
+    features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+    known, asked = features[:48].flatten(0, 1), features[48:].flatten(0, 1)
+    weight = torch.linalg.solve(known.T @ known + 0.1 * torch.eye(129), known.T @ pictures.bags[:48].flatten(0, 1))
+    bags = pictures.bags[48:].flatten(0, 1)
+    is_object = bags[:, :NUM_OBJECT_WORDS].sum(dim=-1) > 0
+    for name in ("shape", "colour", "letter"):
+        first, number = FIELDS[name]
+        told, said = ((asked @ weight)[is_object].narrow(1, first, number), bags[is_object].narrow(1, first, number))
+        assert float((told.argmax(1) == said.argmax(1)).float().mean()) >= 0.95, name
+
+
+@pytest.mark.slow
+def test_pretraining_leaves_a_checkpoint_and_the_log_of_its_run(tmp_path) -> None:
+    results = pretrain_vision(tmp_path, seed=1, steps=4, batch_size=8, examine_every_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "log_vision.jsonl").read_text().splitlines()]
+    assert rows[0]["seed"] == 1
+    assert [row["step"] for row in rows[1:]] == [2, 4]
+    assert results.items() <= rows[-1].items()
+    assert CLIPVisionModel.from_pretrained(tmp_path).dtype == torch.float32
