@@ -93,9 +93,10 @@ def config_of_parts(
     sources: dict[str, dict[str, str]] | None = None,
 ) -> ElasticConfig:
     """The elastic config of parts whose configs are at hand, whatever they were read from."""
+    parts: dict[str, Any] = {CONFIG_KEYS[medium]: config for medium, config in encoder_configs.items()}
     return ElasticConfig(
         text_config=text_config,
-        **{CONFIG_KEYS[medium]: config for medium, config in encoder_configs.items()},
+        **parts,
         media={medium: space_settings(own) for medium, own in settings.media.items()},
         placeholder_ids=placeholder_ids,
         span_ids=span_ids or {},
@@ -145,7 +146,7 @@ def assemble(
         _verified("llm", sources), config=config.text_config, dtype=text_dtype, attn_implementation=attention
     )
     model.model.language_model = getattr(llm, llm.base_model_prefix)
-    model.lm_head = llm.get_output_embeddings()
+    model.set_output_embeddings(llm.get_output_embeddings())
     model.generation_config = llm.generation_config
     for medium, own in config.encoder_configs.items():
         with unsharded():

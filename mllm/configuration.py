@@ -3,7 +3,7 @@
 Knows plain values only. Does not know weights, files or how anything is computed.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -33,7 +33,7 @@ class ElasticConfig(PreTrainedConfig):
     """
 
     model_type = "elastic"
-    sub_configs = {  # noqa: RUF012 (a class attribute that transformers reads)
+    sub_configs: ClassVar[Any] = {
         "text_config": AutoConfig,
         "vision_config": AutoConfig,
         "audio_config": AutoConfig,
@@ -44,11 +44,11 @@ class ElasticConfig(PreTrainedConfig):
     vision_config: Any = None
     audio_config: Any = None
     video_config: Any = None
-    media: dict[str, dict[str, Any]] | None = None
-    placeholder_ids: dict[str, int] | None = None
-    span_ids: dict[str, list[list[int]]] | None = None
-    adapter: dict[str, Any] | None = None
-    sources: dict[str, dict[str, str]] | None = None
+    media: Any = None
+    placeholder_ids: Any = None
+    span_ids: Any = None
+    adapter: Any = None
+    sources: Any = None
     trained_parts: list[str] | tuple[str, ...] = ("compressors", "adapter")
     tie_word_embeddings: bool = False
 

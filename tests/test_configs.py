@@ -18,7 +18,7 @@ from mllm.trainables import set_trainables
 from mllm.training.settings import RunSettings, read_run_settings
 
 ROOT = Path(__file__).parent.parent
-RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "model:" in path.read_text())]
+RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]
 RUNS.append(ROOT / "mllm" / "world" / "demo.yaml")
 # Millions of parameters that train. Omni-AVSR-S publishes 38.29, of which 6.29 are LoRA inside AV-HuBERT; M3 and MQT
 # train Vicuna-7B whole (6.74 billion) and a projector of 20.98, or a query transformer of 8.92.

@@ -202,13 +202,13 @@ class ElasticTrainer(Trainer):
         wrapped = cast(nn.Module, self.model_wrapped if self.is_deepspeed_enabled else self.elastic)
         wrapped.eval()
         tally = Tally()
-        with torch.no_grad(), self.accelerator.autocast():
-            for index, inputs in enumerate(self.validation.batches):
-                batch: Batch = inputs["batch"]
-                lesson = make_lesson(batch, fixed_passes(batch.rows, self.validation.budgets), self.processor)
+        for index, inputs in enumerate(self.validation.batches):
+            batch: Batch = inputs["batch"]
+            lesson = make_lesson(batch, fixed_passes(batch.rows, self.validation.budgets), self.processor)
+            with torch.no_grad(), self.accelerator.autocast():  # not around the loader, which computes features too
                 loss = self._run(wrapped, lesson, num_targets(batch.rows))
-                if index < self.validation.own:
-                    tally.add(lesson, loss.sums)
+            if index < self.validation.own:
+                tally.add(lesson, loss.sums)
         losses = tally.losses(self.accelerator)
         metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
@@ -224,7 +224,7 @@ class ElasticTrainer(Trainer):
         if "loss" in logs:
             logs |= self.tally.report(self.accelerator, self.state.global_step - self._reported_step)
             self.tally, self._reported_step = Tally(), self.state.global_step
-        self.state.epoch = None  # to transformers the whole run is one epoch, which would only mislead
+        cast(Any, self.state).epoch = None  # to transformers the whole run is one epoch, which would only mislead
         super().log(logs, start_time)
 
     # ---- checkpoints ----
