@@ -181,9 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {str(budget): lambda budget=budget: train_step(model, processor, lessons, [budget]) for budget in BUDGETS},
         options.repeats,
     )
-    table = Table(
-        title=f"CPU time, {NUM_ROWS} rows, {options.threads} threads, {options.repeats} repeats; all equality checks passed"
-    )
+    table = Table(title=f"CPU time, {NUM_ROWS} rows, {options.threads} threads, {options.repeats} repeats; all equal")
     for name in ("budget", "generate ms", "faster", "predicted", "step ms", "faster", "predicted", "GFLOP/s"):
         table.add_column(name, justify="right")
     first = str(BUDGETS[0])

@@ -6,7 +6,7 @@ Knows settings, configs and where weights come from. Does not know training, bud
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -146,7 +146,7 @@ def assemble(
         _verified("llm", sources), config=config.text_config, dtype=text_dtype, attn_implementation=attention
     )
     model.model.language_model = getattr(llm, llm.base_model_prefix)
-    model.set_output_embeddings(llm.get_output_embeddings())
+    model.set_output_embeddings(cast(nn.Module, llm.get_output_embeddings()))
     model.generation_config = llm.generation_config
     for medium, own in config.encoder_configs.items():
         with unsharded():
