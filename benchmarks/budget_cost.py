@@ -1,4 +1,4 @@
-"""What a budget saves, measured beside what the FLOP model says: generate and one training step of a small model.
+"""What a budget saves, measured beside what the FLOP model says: answers and one training step of a small model.
 
     python benchmarks/budget_cost.py [--repeats 7] [--threads 1]
 
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,7 +88,6 @@ def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     set_trainables(model)
     own = {"encoder": vision.to_dict(), "preprocessor": {}, "space": space_settings(medium), "span": []}
     processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": own}})
-    model.generation_config.min_new_tokens = NUM_NEW_TOKENS  # every answer is equally long
     return model.eval(), processor
 
 
@@ -143,10 +143,10 @@ def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Me
     return {name: Measured(own) for name, own in times.items()}
 
 
-def request_flops(model: ElasticForConditionalGeneration, answer: Answer) -> RequestCost:
+def request_flops(model: ElasticForConditionalGeneration, answer: Answer, num_new_tokens: int) -> RequestCost:
     """What the FLOP model says about one row."""
     item = Item("image", 144, answer.tokens["image"])
-    return request_cost(model.config, [item], num_prompt_tokens=answer.num_prompt_tokens, num_new_tokens=NUM_NEW_TOKENS)
+    return request_cost(model.config, [item], num_prompt_tokens=answer.num_prompt_tokens, num_new_tokens=num_new_tokens)
 
 
 def step_flops(model: ElasticForConditionalGeneration, lessons: Batch, answer: Answer) -> int:
@@ -154,8 +154,15 @@ def step_flops(model: ElasticForConditionalGeneration, lessons: Batch, answer: A
     learned = num_targets(lessons.rows) // NUM_ROWS
     num_tokens = answer.num_prompt_tokens + learned
     llm = llm_flops(model.config.text_config, num_tokens=num_tokens, num_logits=learned, adapter=model.config.adapter)
-    cost = request_flops(model, answer)
+    cost = request_flops(model, answer, 1)
     return cost.encoder + 3 * cost.compressor + train_factor() * llm
+
+
+def answer_exactly(answerer: Answerer, prompts: Batch, budget: Budget, num_new_tokens: int) -> list[Answer]:
+    """Answers of exactly so many tokens, so that every budget decodes equally long."""
+    answerer.model.generation_config.min_new_tokens = num_new_tokens
+    answerer.decoding = Decoding(max_new_tokens=num_new_tokens)
+    return answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -169,36 +176,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     answerer = Answerer(model, processor, Decoding(max_new_tokens=NUM_NEW_TOKENS))
     prompts, lessons = (build_batch(processor, for_training=training) for training in (False, True))
     check_equality(answerer, prompts, lessons)
-    answers = {str(budget): answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0][0] for budget in BUDGETS}
-    generate = measure(
-        {
-            str(budget): lambda budget=budget: answerer.answer_batch(prompts, [[budget] * NUM_ROWS])
-            for budget in BUDGETS
-        },
-        options.repeats,
+    answers = {budget: answer_exactly(answerer, prompts, budget, 1)[0] for budget in BUDGETS}
+    columns: dict[str, tuple[Callable[[Budget], object], Callable[[Answer], int]]] = {
+        "first token": (
+            lambda budget: answer_exactly(answerer, prompts, budget, 1),
+            lambda answer: request_flops(model, answer, 1).total,
+        ),
+        f"{NUM_NEW_TOKENS} tokens": (
+            lambda budget: answer_exactly(answerer, prompts, budget, NUM_NEW_TOKENS),
+            lambda answer: request_flops(model, answer, NUM_NEW_TOKENS).total,
+        ),
+        "train step": (
+            lambda budget: train_step(model, processor, lessons, [budget]),
+            lambda answer: step_flops(model, lessons, answer),
+        ),
+    }
+    print_table(
+        answers, columns, title=f"CPU time, {NUM_ROWS} rows, {options.threads} threads", repeats=options.repeats
     )
-    step = measure(
-        {str(budget): lambda budget=budget: train_step(model, processor, lessons, [budget]) for budget in BUDGETS},
-        options.repeats,
-    )
-    table = Table(title=f"CPU time, {NUM_ROWS} rows, {options.threads} threads, {options.repeats} repeats; all equal")
-    for name in ("budget", "generate ms", "faster", "predicted", "step ms", "faster", "predicted", "GFLOP/s"):
-        table.add_column(name, justify="right")
-    first = str(BUDGETS[0])
-    for name, answer in answers.items():
-        asked, most = request_flops(model, answer).total, request_flops(model, answers[first]).total
-        trained, most_trained = step_flops(model, lessons, answer), step_flops(model, lessons, answers[first])
-        table.add_row(
-            name,
-            str(generate[name]),
-            f"{generate[first].median / generate[name].median:.2f}x",
-            f"{most / asked:.2f}x",
-            str(step[name]),
-            f"{step[first].median / step[name].median:.2f}x",
-            f"{most_trained / trained:.2f}x",
-            f"{NUM_ROWS * trained / step[name].median / 1e6:.1f}",
-        )
-    Console(width=120).print(table)
+
+
+def print_table(
+    answers: dict[Budget, Answer],
+    columns: dict[str, tuple[Callable[[Budget], object], Callable[[Answer], int]]],
+    *,
+    title: str,
+    repeats: int,
+) -> None:
+    """Measure and print; `columns` hold what is run at a budget, and the FLOPs of one row of it."""
+    measured = {
+        name: measure({str(b): partial(run, b) for b in answers}, repeats) for name, (run, _) in columns.items()
+    }
+    table = Table(title=f"{title}, median (middle half) of {repeats}; equality checks passed", title_justify="left")
+    table.add_column("budget")
+    for name in columns:
+        for column in (f"{name} ms", "faster", "FLOP model", "GFLOP/s"):
+            table.add_column(column, justify="right")
+    first = next(iter(answers))
+    for budget, answer in answers.items():
+        cells = []
+        for name, (_, flops) in columns.items():
+            own, most = measured[name][str(budget)], measured[name][str(first)]
+            predicted = flops(answers[first]) / flops(answer)
+            speed = NUM_ROWS * flops(answer) / own.median / 1e6
+            cells += [str(own), f"{most.median / own.median:.2f}x", f"{predicted:.2f}x", f"{speed:.0f}"]
+        table.add_row(str(budget), *cells)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
