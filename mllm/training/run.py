@@ -28,6 +28,7 @@ from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpo
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import read_samples, train_loader, validation_loader
+from mllm.training.projector_fit import fit_projectors
 from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.survey import Survey, survey
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
@@ -63,6 +64,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
         if arguments.should_save:
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
+        if settings.data.captions and start is None:
+            _fit_projectors(settings, arguments, model, processor)
         trainer = build_trainer(settings, arguments, model, processor, metric=metric)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
@@ -158,6 +161,29 @@ def _validation(
         num_processes=arguments.world_size,
     )
     return Validation(batches, own, budgets, metric)
+
+
+def _fit_projectors(
+    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor
+) -> None:
+    """Start the projectors at what captions say; see `projector_fit.py`."""
+    if "compressors" not in settings.parts:
+        raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
+    samples = read_samples(settings.data.captions, settings.data)
+    surveyed = _surveyed(samples, processor, arguments.run / "survey" / "captions.json")
+    surveyed.check(samples, settings.data.tokens_per_batch)
+    batches, own = validation_loader(
+        samples,
+        surveyed,
+        settings=settings.data,
+        processor=processor,
+        budgets=[],
+        process_index=arguments.process_index,
+        num_processes=arguments.world_size,
+    )
+    fit_projectors(model.to(arguments.device), processor, batches, own=own)
 
 
 def _surveyed(samples: list[Sample], processor: ElasticProcessor, kept: Path) -> Survey:

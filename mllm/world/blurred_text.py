@@ -17,7 +17,7 @@ import numpy as np
 
 from mllm.world.phones import PHONE_IDS, PHONES
 from mllm.world.questions import COLUMN_WORDS, ROW_WORDS, object_words
-from mllm.world.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, SHAPES, SKIES, Scene, SceneObject
+from mllm.world.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, SHAPES, SKIES, Scene
 
 SCENE_WORDS = (*SHAPES, *COLOURS, *LETTERS, *COLUMN_WORDS, *ROW_WORDS, *SKIES, *GROUNDS, "ground")
 BAG_WORDS = (*(f"_{phone}" for phone in PHONES), *SCENE_WORDS)
@@ -50,27 +50,6 @@ def scene_bags(scene: Scene) -> np.ndarray:
         bag[:] = 0.0
         bag[[_INDEX[word] for word in object_words(thing)]] = 1.0
     return bags
-
-
-def glued_words(words: Sequence[str], glue: float) -> np.ndarray:
-    """Sharp words that each still hold the words before them, (len(words), K): halfway from a bag to a text.
-
-    `glue` 0 is plain text, 1 puts all words so far into every position at full weight.
-    """
-    bags = np.zeros((len(words), len(BAG_WORDS)), np.float32)
-    for position, word in enumerate(words):
-        bags[position:, _INDEX[word]] = glue
-        bags[position, _INDEX[word]] = 1.0
-    return bags
-
-
-def placed_word(thing: SceneObject, glue: float) -> np.ndarray:
-    """The shape of an object as a word that still holds, with weight `glue`, where the object is, (1, K)."""
-    bag = np.zeros((1, len(BAG_WORDS)), np.float32)
-    shape, *_, column, row = object_words(thing)
-    bag[0, [_INDEX[column], _INDEX[row]]] = glue
-    bag[0, _INDEX[shape]] = 1.0
-    return bag
 
 
 def pool_grid(bags: np.ndarray, side: int) -> np.ndarray:

@@ -114,7 +114,8 @@ def run_settings(settings: DemoSettings) -> Any:
     values = yaml.safe_load(RECIPE.read_text())
     out = Path(settings.out)
     data, train = values["data"], values["train"]
-    data["train"] = [str(out / path) for path in data["train"]]
+    for key in ("train", "captions"):
+        data[key] = [str(out / path) for path in data[key]]
     data["noise"] = str(out / data["noise"])
     train["output"] = settings.out
     train["seed"] = settings.seed

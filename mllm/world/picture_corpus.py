@@ -3,6 +3,7 @@
 Knows scenes, questions and the manifest format. Does not know tokens, models or budgets.
 
     out/train.jsonl       one row per picture, a dialogue of several questions
+    out/captions.jsonl    one row per picture of train, which is told in words
     out/validation.jsonl  one row per question, one question of every kind per picture; `kind` says which
     out/test.jsonl        the same
     out/pictures/<split>/<number>.png
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.world.prompts import DESCRIBE_PROMPT
 from mllm.world.questions import Question, describe_scene, one_question_per_kind, sample_questions
 from mllm.world.scenes import SPLITS, Scene, random_scenes, render_scene
 
@@ -41,7 +43,7 @@ def write_picture_corpus(
         questions_per_scene: turns of a training dialogue.
 
     Returns:
-        the manifest of every split.
+        the manifest of every split, and that of the captions.
 
     Raises:
         ValueError: no scene in a split, or less than one question per scene.
@@ -58,6 +60,9 @@ def write_picture_corpus(
         generator = np.random.default_rng([seed, SPLITS.index(split), 17])
         manifests[split] = out / f"{split}.jsonl"
         num_turns = questions_per_scene if split == "train" else None
+        if split == "train":
+            manifests["captions"] = out / "captions.jsonl"
+            write_manifest(manifests["captions"], _captions(scenes, paths))
         write_manifest(manifests[split], _samples(scenes, paths, split, generator, num_turns))
     return manifests
 
@@ -84,6 +89,12 @@ def _samples(
             continue
         for question in one_question_per_kind(scene, generator):
             yield Sample(f"{name}-{question.kind}", _dialogue(path, [question]), TASK, kind=question.kind, meta=meta)
+
+
+def _captions(scenes: Sequence[Scene], paths: Sequence[str]) -> Iterator[Sample]:
+    for number, (scene, path) in enumerate(zip(scenes, paths, strict=True)):
+        told = Question("caption", DESCRIBE_PROMPT, describe_scene(scene))
+        yield Sample(f"caption-{number:05d}", _dialogue(path, [told]), "caption")
 
 
 def _dialogue(path: str, questions: Sequence[Question]) -> tuple[Message, ...]:

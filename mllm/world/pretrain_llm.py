@@ -3,7 +3,7 @@
 Knows the optimizer, the batches and when to examine. Does not know pictures, sound or encoders; what the LLM reads is
 in `pretraining_text.py`. Run once; the result is shipped in `assets/llm` and stays frozen.
 
-Shapes: B sequences, T tokens of the longest, n bags of the batch, K bag words, H model width.
+Shapes: B sequences, T tokens of the longest, n bags and h hints of the batch, K bag words, H model width.
 """
 
 import json
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 LOG = "log_llm.jsonl"
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 150
+HINT_LAYERS = 3  # layers after which hints should be known; the two behind them are left to use them
+HINT_WEIGHT = 0.15  # of a hint, against 1 for a word to predict; falls to nothing in the last fifth of the training
 # Tokens per kind of sequence, relative, at the start and at the end of training: looking things up is learnt first.
 EARLY_SHARES = dict(zip(KINDS, (0.33, 0.36, 0.06, 0.07, 0.05, 0.12, 0.01), strict=True))
 LATE_SHARES = dict(zip(KINDS, (0.2, 0.22, 0.05, 0.16, 0.1, 0.26, 0.01), strict=True))
@@ -46,6 +48,8 @@ class Batch:
     weights: Tensor  # (B, T)
     bags: Tensor  # (n, K)
     bag_positions: Tensor  # (n,) into the B * T positions
+    hint_positions: Tensor  # (h,) into the B * T positions
+    hint_ids: Tensor  # (h,)
 
 
 def llm_config(tokenizer: Any) -> LlamaConfig:
@@ -72,9 +76,9 @@ def pretrain_llm(
     *,
     seed: int = 0,
     steps: int = 6000,
-    tokens_per_step: int = 4096,
+    tokens_per_step: int = 2048,
     num_utterances: int = 8000,
-    examine_every_steps: int = 500,
+    examine_every_steps: int = 1000,
     time_limit_seconds: float | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
@@ -114,7 +118,9 @@ def pretrain_llm(
         share = progress.share(step)
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * _schedule(share) * min(1.0, (step + 1 - done) / WARM_UP_STEPS)
-        losses.append(_train_step(model, optimizer, draw_batch(text, share, tokens_per_step), bag_ids))
+        examples = draw_batch(text, share, tokens_per_step)
+        hint_weight = HINT_WEIGHT * min(1.0, max(0.0, 5.0 * (1.0 - share)))
+        losses.append(_train_step(model, optimizer, examples, bag_ids, hint_weight))
         step += 1
         if step % examine_every_steps == 0 or progress.is_over(step):
             results = examine(model.eval(), tokenizer, held_out, seed=seed)
@@ -150,17 +156,21 @@ def collate(examples: Sequence[Example]) -> Batch:
     longest = max(len(example.ids) for example in examples)
     ids, weights = (np.zeros((len(examples), longest), kind) for kind in (np.int64, np.float32))
     positions: list[int] = []
+    hints: list[tuple[int, int]] = []
     bags = [np.zeros((0, len(BAG_WORDS)), np.float32)]
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
         weights[row, : len(example.ids)] = example.weights
         positions.extend(row * longest + position for position in example.bag_positions)
+        hints.extend((row * longest + position, word) for position, word in example.hints)
         bags.extend(example.bags)
     return Batch(
         ids=torch.from_numpy(ids),
         weights=torch.from_numpy(weights),
         bags=torch.from_numpy(np.concatenate(bags)),
         bag_positions=torch.tensor(positions, dtype=torch.int64),
+        hint_positions=torch.tensor([position for position, _ in hints], dtype=torch.int64),
+        hint_ids=torch.tensor([word for _, word in hints], dtype=torch.int64),
     )
 
 
@@ -172,24 +182,36 @@ def embed(model: LlamaForCausalLM, batch: Batch, bag_ids: Tensor) -> Tensor:
     return embedded.flatten(0, 1).index_copy(0, batch.bag_positions, mixed).view_as(embedded)
 
 
-def _train_step(model: LlamaForCausalLM, optimizer, examples: list[Example], bag_ids: Tensor) -> float:
+def _train_step(
+    model: LlamaForCausalLM, optimizer, examples: list[Example], bag_ids: Tensor, hint_weight: float
+) -> float:
     """One optimizer step over sequences of similar length at a time; returns the loss per unit of weight."""
     total_weight = sum(sum(example.weights) for example in examples)
     total = 0.0
     for group in _by_length(examples):
         batch = collate(group)
-        hidden = model.model(inputs_embeds=embed(model, batch, bag_ids), use_cache=False).last_hidden_state
+        out = model.model(
+            inputs_embeds=embed(model, batch, bag_ids), use_cache=False, output_hidden_states=hint_weight > 0
+        )
         weights = batch.weights[:, 1:]
         asked = weights > 0
-        logits = model.lm_head(hidden[:, :-1][asked])
+        logits = model.lm_head(out.last_hidden_state[:, :-1][asked])
         nll = F.cross_entropy(logits, batch.ids[:, 1:][asked], reduction="none")
         loss = (nll * weights[asked]).sum() / total_weight
-        loss.backward()
         total += float(loss.detach())
+        if hint_weight > 0:
+            loss = loss + hint_weight * _hint_loss(model, out.hidden_states[HINT_LAYERS], batch) / total_weight
+        loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def _hint_loss(model: LlamaForCausalLM, hidden: Tensor, batch: Batch) -> Tensor:
+    """How badly a layer's hidden states (B, T, H), read as if they were the last, tell the words of the hints."""
+    told = model.lm_head(model.model.norm(hidden.flatten(0, 1)[batch.hint_positions]))
+    return F.cross_entropy(told, batch.hint_ids, reduction="sum")
 
 
 def _by_length(examples: list[Example], max_padded_tokens: int = 800) -> Iterator[list[Example]]:

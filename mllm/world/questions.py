@@ -17,7 +17,7 @@ DETAIL_KINDS = ("colour", "letter", "count", "relation")
 KINDS = COARSE_KINDS + DETAIL_KINDS
 
 # How often each kind is asked in training dialogues: the kinds that take long to learn more often.
-TRAINING_SHARES = {"time": 0.03, "ground": 0.05, "colour": 0.11, "letter": 0.13, "count": 0.31, "relation": 0.37}
+TRAINING_SHARES = {"time": 0.04, "ground": 0.06, "colour": 0.13, "letter": 0.15, "count": 0.36, "relation": 0.26}
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 ANSWERS = {
@@ -100,10 +100,22 @@ def _by_kind(scene: Scene, generator: np.random.Generator) -> dict[str, list[Que
     by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
     for index in generator.permutation(len(questions)):
         by_kind[questions[index].kind].append(questions[index])
-    # Colours that are not there are most of the counts: let them be asked after the others, but for one in five.
-    if generator.random() < 0.8:
-        by_kind["count"].sort(key=lambda question: question.answer != NUMBERS[0])
+    by_kind["count"] = _alternating(by_kind["count"], generator)
     return by_kind
+
+
+def _alternating(questions: list[Question], generator: np.random.Generator) -> list[Question]:
+    """Counts in an order that draws their answers equally often: most colours are not there, or there once."""
+    by_answer: dict[str, list[Question]] = {}
+    for question in questions:
+        by_answer.setdefault(question.answer, []).append(question)
+    ordered = []
+    while by_answer:
+        answer = list(by_answer)[int(generator.integers(len(by_answer)))]
+        ordered.append(by_answer[answer].pop())
+        if not by_answer[answer]:
+            del by_answer[answer]
+    return ordered[::-1]
 
 
 def _unique_shapes(objects: tuple[SceneObject, ...]) -> list[SceneObject]:

@@ -88,6 +88,18 @@ def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_projectors_are_fitted_alike_also_where_a_process_lacks_a_medium(tmp_path: Path) -> None:
+    worker.fit_captions(tmp_path, 0, 1)
+    launch(tmp_path, "captions")
+    expected = load_file(tmp_path / "captions-0-of-1.safetensors")
+    for rank in range(2):
+        found = load_file(tmp_path / f"captions-{rank}-of-2.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process_also_where_a_process_lacks_a_medium(
     tmp_path: Path, one_process: Path, stage: int

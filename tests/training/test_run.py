@@ -54,6 +54,48 @@ def settings_of(world: Path, output: Path, *, data: dict | None = None, **train)
     )
 
 
+def captions_of(world: Path) -> Path:
+    """A manifest of one picture or sound and a few words per row."""
+    path = world / "captions.jsonl"
+    rows = [
+        ("image", "0.png", "red"),
+        ("image", "3.png", "a circle"),
+        ("audio", "2.wav", "the cat"),
+        ("audio", "1.wav", "two"),
+    ]
+    content = [((Media(kind, f"media/{name}"), Text("describe.")), told) for kind, name, told in rows]  # type: ignore[arg-type]
+    messages = [(Message("user", asked), Message("assistant", (Text(told),))) for asked, told in content]
+    write_manifest(path, [Sample(f"caption{i}", own, task="caption") for i, own in enumerate(messages)])
+    return path
+
+
+def test_projectors_start_at_what_captions_say_and_a_resumed_run_does_not_start_again(
+    world: Path, tmp_path: Path
+) -> None:
+    data = {"captions": [str(captions_of(world))]}
+    rates = {"learning_rate": 1e-9, "max_steps": 2, "save_every": 1}
+    train(settings_of(world, tmp_path / "fitted", data=data, **rates))
+    train(settings_of(world, tmp_path / "random", **rates))
+    fitted, start = (load_file(tmp_path / name / TRAINABLES) for name in ("fitted", "random"))
+    moved = {name for name, value in fitted.items() if not torch.allclose(value, start[name], atol=1e-5)}
+    layers = ("image.projectors.0.2", "audio.projectors.0.2")
+    assert moved == {f"model.compressors.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    (tmp_path / "fitted" / "checkpoint-00000002").rename(tmp_path / "whole")
+    (tmp_path / "fitted" / TRAINABLES).unlink()
+    captions_of(world).write_text("", encoding="utf-8")  # nothing is left to fit to
+    train(settings_of(world, tmp_path / "fitted", data=data, **rates), resume="auto")
+    resumed, whole = load_file(tmp_path / "fitted" / TRAINABLES), load_file(tmp_path / "whole" / TRAINABLES)
+    assert all(value.equal(whole[name]) for name, value in resumed.items())
+
+
+def test_captions_need_projectors_that_train(world: Path, tmp_path: Path) -> None:
+    data = {"captions": [str(captions_of(world))]}
+    with pytest.raises(
+        ValueError, match=r"data.captions fits projectors, but train.parts \['adapter'\] keeps them frozen"
+    ):
+        train(settings_of(world, tmp_path, data=data, parts=["adapter"]))
+
+
 def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) -> None:
     settings = settings_of(world, tmp_path, gradient_checkpointing=True)
     assert train(settings) == tmp_path

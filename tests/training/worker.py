@@ -9,7 +9,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from harness import make_trainer, run_settings
+from safetensors.torch import save_file
+from test_projector_fit import fit
 
 from mllm.training.folders import newest_checkpoint
 from mllm.training.launch import prepare_launch
@@ -52,6 +55,13 @@ def run_scenario(name: str, settings: RunSettings) -> Any:
     return trainer
 
 
+def fit_captions(folder: Path, rank: int, world: int) -> None:
+    """Fit toy projectors to captions dealt out so that of two processes each lacks a medium; save the weights."""
+    settings = tiny.settings(("image", "audio"), image={"projector_size": 0})
+    model, _ = fit(settings, ["image", "audio"], batch_size=1, rank=rank, world=world)
+    save_file(model.model.compressors.state_dict(), folder / f"captions-{rank}-of-{world}.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -60,6 +70,9 @@ def main() -> None:
     given = parser.parse_args()
     prepare_launch(use_cpu=True, deepspeed=given.deepspeed is not None)
     for name in given.scenarios:
+        if name == "captions":
+            fit_captions(given.folder, PartialState().process_index, 2)
+            continue
         settings = scenario_settings(name, given.folder, 2, deepspeed=given.deepspeed)
         trainer = run_scenario(name, settings)
         draws = [str(draw.budget) for step in range(50) for draw in trainer.draws(step)]

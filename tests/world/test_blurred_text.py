@@ -29,15 +29,6 @@ def test_a_patch_is_its_object_or_its_background() -> None:
     assert words_of(bags[4 * 8]) == {"pink": 0.3, "ground": 0.15}
 
 
-def test_glued_words_hold_the_words_before_them() -> None:
-    bags = blur.glued_words(["circle", "red", "k"], 0.25)
-    assert [words_of(bag) for bag in bags] == [
-        {"circle": 1.0},
-        {"circle": 0.25, "red": 1.0},
-        {"circle": 0.25, "red": 0.25, "k": 1.0},
-    ]
-
-
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 8])
 def test_pooled_patches_are_means_over_windows(side: int) -> None:
     bags = blur.scene_bags(SCENE)

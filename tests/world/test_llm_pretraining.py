@@ -48,10 +48,7 @@ ASKED = " what colour is the circle? red</s> is it day or night? night</s>"
 
 def test_a_scene_is_told_or_shown_and_asked(text, tokenizer) -> None:
     told = text.draw("scene_text", scene=SCENE, questions=QUESTIONS)
-    assert words(tokenizer, told) == "<s> night, ground brown;*****." + ASKED
-    told_words = [BAG_WORDS[int(bag.argmax())] for bag in np.concatenate(told.bags)]
-    assert told_words == ["circle", "red", "k", "x2", "y5"]
-    assert np.count_nonzero(np.concatenate(told.bags)) == 5, "at the end of training words hold nothing but themselves"
+    assert words(tokenizer, told) == "<s> night, ground brown; circle red k x2 y5." + ASKED
     shown = text.draw("scene_bags", scene=SCENE, questions=QUESTIONS, side=2)
     assert words(tokenizer, shown) == "<s><image>****</image>" + ASKED
     assert [(kind, tokenizer.decode(shown.ids[at])) for kind, at in shown.answers] == [
@@ -90,16 +87,32 @@ def test_a_batch_has_about_the_tokens_asked_for_at_every_stage(tokenizer) -> Non
         assert np.mean(sizes) == pytest.approx(3000 * 1.03, rel=0.12)
 
 
-def test_help_fades_until_words_hold_nothing_but_themselves(tokenizer) -> None:
+def hints(tokenizer, example) -> list[tuple[str, str]]:
+    """The words at which the example has hints, a star for a bag, and the words of the hints."""
+    places = set(example.bag_positions)
+    ids = [(example.ids[position], word) for position, word in example.hints]
+    stars = [position in places for position, _ in example.hints]
+    pairs = [tuple(tokenizer.convert_ids_to_tokens(list(pair))) for pair in ids]
+    return [("*" if star else at[1:], word[1:]) for star, (at, word) in zip(stars, pairs, strict=True)]
+
+
+def test_hints_say_where_things_are_and_how_many_there_were_so_far(tokenizer) -> None:
     text = PretrainingText(tokenizer, [], split="train", seed=0)
-    places = [Question("relation", "is the circle above the star?", "no")]
-    scene = Scene((*SCENE.objects, SceneObject("star", "blue", "m", 3, 2)), "day", "pink")
-    shares = []
-    for text.progress in (0.0, 0.5, 1.0):
-        drawn = [text.draw("scene_text", scene=scene, questions=places) for _ in range(60)]
-        shares.append(np.mean([np.count_nonzero(np.concatenate(example.bags)) > 10 for example in drawn]))
-    assert shares[0] > 0.7
-    assert shares[2] == 0.0
+    others = (SceneObject("star", "red", "m", 3, 2), SceneObject("cross", "blue", "m", 0, 0))
+    scene = Scene((*SCENE.objects, *others), "day", "pink")
+    places = [QUESTIONS[0], Question("relation", "is the circle above the star?", "no")]
+    asked = [("circle", "x2"), ("circle", "y5"), ("star", "x4"), ("star", "y3")]
+    told = hints(tokenizer, text.draw("scene_text", scene=scene, questions=places))
+    assert sorted(told[:3]) == [("blue", "one"), ("red", "one"), ("red", "two")]
+    assert told[3:] == asked
+    shown = text.draw("scene_bags", scene=scene, questions=places, side=8)
+    assert hints(tokenizer, shown) == [("*", "one"), ("*", "one"), ("*", "two"), *asked]
+    assert [position - 2 for position, _ in shown.hints[:3]] == [0, 2 * 8 + 3, 4 * 8 + 1], "behind <s> and <image>"
+    assert hints(tokenizer, text.draw("scene_bags", scene=scene, questions=places, side=4)) == asked
+    batch = collate([shown, shown])
+    own = [(position, word) for position, word in shown.hints]
+    both = own + [(position + len(shown.ids), word) for position, word in own]
+    assert list(zip(batch.hint_positions.tolist(), batch.hint_ids.tolist(), strict=True)) == both
 
 
 def test_an_unknown_kind_is_refused(text) -> None:

@@ -1,0 +1,155 @@
+"""The closed form against a plain least-squares fit, on toy models and real files; and what is no caption."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.utils.data import DataLoader
+
+from mllm.budget import Budget
+from mllm.settings import ModelSettings
+from mllm.training.projector_fit import RIDGE, Fit, fit_projectors
+
+WORDS = ["red circle", "the blue square", "a cat; on the mat.", "two", "left of the cat", "green and white", "no cross"]
+LINEAR = {"projector_size": 0}
+
+
+def fit(
+    settings: ModelSettings, media: list[str], *, batch_size: int = 3, rows: int = 14, rank: int = 0, world: int = 1
+) -> tuple[Any, list[Fit]]:
+    """Fit a toy model to captions of random media; row i shows the kind `media[i % len]`."""
+    model, processor = tiny.model(settings), tiny.processor(settings)
+    pairs = [([tiny.random_media(media[i % len(media)], 20 + i, seed=i)], WORDS[i % 7]) for i in range(rows)]
+    batches = [pairs[start : start + batch_size] for start in range(0, rows, batch_size)]
+    made = [{"batch": tiny.batch(processor, batch, for_training=True)} for batch in batches[rank::world]]
+    loader: Any = DataLoader(made, batch_size=None)  # pyright: ignore[reportArgumentType]
+    return model, fit_projectors(model, processor, loader, own=len(made))
+
+
+def soft_tokens(model: Any, settings: ModelSettings, budget: str, row: int) -> torch.Tensor:
+    """The soft tokens (K, H) of the only medium of a row, by the processor and the model as in generation."""
+    processor = tiny.processor(settings)
+    medium = budget.partition("=")[0]
+    batch = tiny.batch(processor, [([tiny.random_media(medium, 20 + row, seed=row)], "")], for_training=True)
+    inputs = processor.expand(batch, [[Budget.parse(budget)]], left_padding=False).inputs
+    embeds = model.model.embed(inputs["input_ids"], inputs)
+    return embeds[inputs["input_ids"] == processor.placeholder_ids[medium]].detach()
+
+
+def words_of(model: Any, row: int) -> torch.Tensor:
+    """Embeddings (n, H) of the words of a caption, punctuation left out."""
+    ids = tiny.TOKENIZER(" " + WORDS[row % 7], add_special_tokens=False)["input_ids"]
+    ids = [i for i in ids if any(c.isalnum() for c in tiny.TOKENIZER.decode([i]))]
+    return model.get_input_embeddings()(torch.tensor(ids)).detach()
+
+
+def test_the_sum_of_soft_tokens_is_the_ridge_regression_of_the_sum_of_words() -> None:
+    settings = tiny.settings(("image",), image={**LINEAR, "budgets": [64, 16, 1]})
+    model, [report] = fit(settings, ["image"])
+    # A plain fit by numpy, on features that come from the tower itself.
+    values = torch.stack([tiny.random_media("image", seed=i).values for i in range(14)])
+    features = model.model.encode("image", values).values.sum(1).detach().double().numpy()
+    targets = np.stack([words_of(model, i).sum(0).double().numpy() for i in range(14)])
+    x, y = features - features.mean(0), targets - targets.mean(0)
+    ridge = RIDGE * features.var(0).mean() * len(x)
+    weight = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
+    predicted = targets.mean(0) + x @ weight
+    assert report.explained == pytest.approx(1 - np.square(predicted - targets).sum() / np.square(y).sum(), abs=1e-4)
+    assert report.num_items == 14
+    summed = np.stack([soft_tokens(model, settings, "image=64", i).sum(0).double().numpy() for i in range(14)])
+    scale = (summed * predicted).sum() / np.square(predicted).sum()
+    np.testing.assert_allclose(summed, scale * predicted, rtol=2e-3, atol=2e-3 * np.abs(summed).max())
+
+
+def test_soft_tokens_of_the_smallest_budget_are_as_long_as_words() -> None:
+    settings = tiny.settings(("image",), image={**LINEAR, "budgets": [64, 16, 4]})
+    model, _ = fit(settings, ["image"])
+    soft = torch.cat([soft_tokens(model, settings, "image=4", i) for i in range(14)])
+    words = torch.cat([words_of(model, i) for i in range(14)])
+    torch.testing.assert_close(soft.square().sum(1).mean(), words.square().sum(1).mean(), rtol=1e-3, atol=0.0)
+
+
+def test_what_patches_say_is_found_from_sums_alone() -> None:
+    """Words are planted as directions of features; the fit sees only whole pictures and finds every patch's word."""
+    settings = tiny.settings(("image",), image={**LINEAR, "budgets": [64, 1]})
+    model, processor = tiny.model(settings), tiny.processor(settings)
+    names = ["red", "blue", "square", "circle"]
+    ids = [tiny.TOKENIZER(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
+    assert [len(own) for own in ids] == [1, 1, 1, 1]
+    directions = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))[0].T
+
+    def shown(row: int) -> list[int]:
+        return np.random.default_rng(row).choice(4, size=1 + row % 3, replace=False).tolist()
+
+    class Planted(torch.nn.Module):
+        """A tower that shows word w of picture number `row` in patch 10 w."""
+
+        hidden_size = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.full((16,), 0.2))
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            features = self.bias.expand(len(values), 64, 16).clone()
+            for item, row in enumerate(values[:, 0, 0, 0].long().tolist()):
+                for word in shown(row):
+                    features[item, 10 * word] += directions[word]
+            return features
+
+    model.model.vision_tower = Planted()
+    batches = []
+    for start in range(0, 60, 10):
+        pictures = [tiny.LoadedMedia("image", torch.full((3, 64, 64), float(start + i))) for i in range(10)]
+        rows = [([own], " ".join(names[w] for w in shown(start + i))) for i, own in enumerate(pictures)]
+        batches.append({"batch": tiny.batch(processor, rows, for_training=True)})
+    loader: Any = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
+    [report] = fit_projectors(model, processor, loader, own=len(batches))
+    assert report.explained > 0.99
+    table = model.get_input_embeddings().weight.detach()
+    soft = model.model.compressors["image"].projectors[0](directions + model.model.vision_tower.bias)
+    nearest = torch.nn.functional.cosine_similarity(soft[:, None], table[None], dim=-1).argmax(1)
+    assert nearest.tolist() == [own[0] for own in ids]
+
+
+@pytest.mark.parametrize("hidden", [0, 24])
+def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector(hidden: int) -> None:
+    own = {"projector_size": hidden, "budgets": ["/4", "/8"], "per_budget_projector": True}
+    settings = tiny.settings(("image", "audio"), audio={**tiny.MEDIA["audio"], **own}, image=LINEAR)
+    before = tiny.model(settings).state_dict()
+    model, reports = fit(settings, ["audio", "image"])
+    assert [report.name for report in reports] == ["audio=/4", "audio=/8", "image=64"]
+    assert [report.num_items for report in reports] == [7, 7, 7]
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    last = "0" if hidden == 0 else "2"
+    layers = [f"audio.projectors.0.{last}", f"audio.projectors.1.{last}", "image.projectors.0.0"]
+    assert changed == {f"model.compressors.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+
+
+def test_the_fit_does_not_depend_on_batches() -> None:
+    settings = tiny.settings(("image", "audio"), image=LINEAR)
+    one, _ = fit(settings, ["audio", "image"], batch_size=14)
+    many, _ = fit(settings, ["audio", "image"], batch_size=1)
+    for (name, expected), found in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"end in a linear layer, got LayerNorm; set projector_norm to false"):
+        fit(tiny.settings(("image",), image={"projector_norm": True}), ["image"])
+    query = {"compressor": "query", "budgets": [16, 4]}
+    with pytest.raises(
+        ValueError, match=r"data.captions holds image, whose compressor has no projector; allowed: pool"
+    ):
+        fit(tiny.settings(("image",), image=query), ["image"])
+    settings = tiny.settings(("image",))
+    two = tiny.batch(
+        tiny.processor(settings),
+        [([tiny.random_media("image"), tiny.random_media("image")], "both")],
+        for_training=True,
+    )
+    loader: Any = DataLoader([{"batch": two}], batch_size=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"'row0' of data.captions shows 2 media items; a caption has one"):
+        fit_projectors(tiny.model(settings), tiny.processor(settings), loader, own=1)
