@@ -137,7 +137,7 @@ def pretrain_llm(
 def draw_batch(text: PretrainingText, share: float, num_tokens: int) -> list[Example]:
     """Sequences of mixed kinds until `num_tokens` are reached; `share` (0..1) of the training is done."""
     generator = text.generator
-    text.progress = share
+    text.progress = min(share, 1.0)
     examples: list[Example] = []
     for kind in KINDS:
         wanted = num_tokens * ((1 - share) * EARLY_SHARES[kind] + share * LATE_SHARES[kind])

@@ -18,8 +18,8 @@ noisy ones, and from descriptions, in which nearly every word is looked up by th
 Comparing places takes two look-ups and then a comparison, and until all three are there none of them is rewarded: it
 stayed at chance for 3,900 steps, and so did telling two red things from one. So an example also holds hints, words
 that the middle of the model should know at a position: at a thing that is compared, where it is; at a thing that is
-told or shown by itself, how many of its colour there were so far. With hints alone in the mix comparing is learnt
-within 150 steps, and counting within 400.
+told or shown by itself, how many of its colour there were so far. Then comparing is learnt within 150 steps of nothing
+else and counting within 400; thinly mixed with everything else both wait, hence the lessons (`_LESSONS`).
 
 Shapes: T tokens of a sequence, n bags in it, K bag words.
 """
@@ -34,7 +34,7 @@ import numpy as np
 from mllm.world import blurred_text as blur
 from mllm.world.phones import PHONE_IDS, PHONES
 from mllm.world.prompts import DESCRIBE_PROMPT, MEDIA_MARKERS, SPEECH_PROMPTS
-from mllm.world.questions import NUMBERS, Question, describe_scene, object_words, sample_questions
+from mllm.world.questions import NUMBERS, TRAINING_SHARES, Question, describe_scene, object_words, sample_questions
 from mllm.world.scenes import GRID_CELLS, Scene, SceneObject, random_scenes
 from mllm.world.sentences import sample_sentences
 from mllm.world.speech import synthesise
@@ -46,6 +46,12 @@ AUDIO_FRAMES_PER_SECOND, VIDEO_FRAMES_PER_SECOND = 50.0, 25.0
 AUDIO_RATES, VIDEO_RATES, GRID_SIDES = (4, 8, 16), (2, 5), (8, 4, 2, 1)
 _OTHER_AUDIO_RATES, _OTHER_VIDEO_RATES, _OTHER_SIDES = (2, 5, 6, 10, 12), (1, 3, 4, 8), (3, 5, 6, 7)
 _TEXT_WEIGHT, _END_WEIGHT = 0.03, 0.1
+# What is asked until which part of the training is done: one hard lesson after the other, each of them dense.
+_LESSONS = (
+    (0.4, {"time": 0.05, "ground": 0.08, "colour": 0.2, "letter": 0.22, "count": 0.1, "relation": 0.35}),
+    (0.7, {"time": 0.01, "ground": 0.02, "colour": 0.04, "letter": 0.05, "count": 0.8, "relation": 0.08}),
+    (1.0, TRAINING_SHARES),
+)
 _ANSWER_WEIGHTS = {"count": 2.0, "relation": 2.0}  # the hardest ones
 
 
@@ -169,7 +175,9 @@ class PretrainingText:
             if is_told:
                 self._describe(example, scene)
             fewest = 4 if is_told else 10
-            questions = sample_questions(scene, self.generator, int(self.generator.integers(fewest, fewest + 6)))
+            count = int(self.generator.integers(fewest, fewest + 6))
+            shares = next(shares for end, shares in _LESSONS if self.progress <= end)
+            questions = sample_questions(scene, self.generator, count, shares)
         self._ask(example, scene, questions)
         return example
 

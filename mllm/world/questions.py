@@ -5,7 +5,7 @@ Knows scenes. Does not know pixels, tokens, files or who is asked.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ DETAIL_KINDS = ("colour", "letter", "count", "relation")
 KINDS = COARSE_KINDS + DETAIL_KINDS
 
 # How often each kind is asked in training dialogues: the kinds that take long to learn more often.
-TRAINING_SHARES = {"time": 0.04, "ground": 0.06, "colour": 0.13, "letter": 0.15, "count": 0.36, "relation": 0.26}
+TRAINING_SHARES = {"time": 0.05, "ground": 0.07, "colour": 0.18, "letter": 0.2, "count": 0.27, "relation": 0.23}
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 ANSWERS = {
@@ -54,8 +54,10 @@ def all_questions(scene: Scene) -> list[Question]:
     ]
 
 
-def sample_questions(scene: Scene, generator: np.random.Generator, count: int) -> list[Question]:
-    """Up to `count` different questions, their kinds drawn by `TRAINING_SHARES`, then one of that kind.
+def sample_questions(
+    scene: Scene, generator: np.random.Generator, count: int, shares: Mapping[str, float] = TRAINING_SHARES
+) -> list[Question]:
+    """Up to `count` different questions, their kinds drawn by `shares`, then one of that kind.
 
     Raises:
         ValueError: a count below one.
@@ -64,9 +66,9 @@ def sample_questions(scene: Scene, generator: np.random.Generator, count: int) -
         raise ValueError(f"count of questions must be at least 1, got {count}")
     by_kind = _by_kind(scene, generator)
     asked: list[Question] = []
-    shares = np.array([TRAINING_SHARES[kind] for kind in KINDS])
+    weights = np.array([shares[kind] for kind in KINDS])
     while len(asked) < count and any(by_kind.values()):
-        left = shares * [bool(by_kind[kind]) for kind in KINDS]
+        left = weights * [bool(by_kind[kind]) for kind in KINDS]
         kind = KINDS[int(np.searchsorted(np.cumsum(left), generator.random() * left.sum(), side="right"))]
         asked.append(by_kind[kind].pop())
     return asked

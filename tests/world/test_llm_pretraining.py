@@ -115,6 +115,15 @@ def test_hints_say_where_things_are_and_how_many_there_were_so_far(tokenizer) ->
     assert list(zip(batch.hint_positions.tolist(), batch.hint_ids.tolist(), strict=True)) == both
 
 
+def test_counting_is_a_lesson_of_its_own(tokenizer) -> None:
+    text = PretrainingText(tokenizer, [], split="train", seed=0)
+    shares = []
+    for text.progress in (0.0, 0.5, 1.0):
+        asked = [kind for _ in range(60) for kind, _ in text.draw("scene_text").answers]
+        shares.append(asked.count("count") / len(asked))
+    assert shares[1] > 0.6 > 0.4 > shares[2] > shares[0]
+
+
 def test_an_unknown_kind_is_refused(text) -> None:
     with pytest.raises(ValueError, match="'poem'; allowed: scene_text, scene_bags, phones"):
         text.draw("poem")

@@ -85,6 +85,18 @@ def test_a_dialogue_repeats_no_question_and_ends_when_all_are_asked() -> None:
         sample_questions(SCENE, np.random.default_rng(0), 0)
 
 
+def test_kinds_are_asked_by_their_shares_and_counts_by_their_answers() -> None:
+    generator = np.random.default_rng(0)
+    only = dict.fromkeys(KINDS, 0.0) | {"count": 0.5, "letter": 0.5}
+    first = [sample_questions(scene, generator, 1, only)[0] for scene in islice(random_scenes("train", 2), 600)]
+    assert Counter(question.kind for question in first).keys() == {"count", "letter"}
+    counts = Counter(question.answer for question in first if question.kind == "count")
+    assert counts["zero"] < 0.4 * counts.total()
+    assert counts["two"] > 0.15 * counts.total()
+    every = Counter(q.answer for scene in islice(random_scenes("train", 2), 600) for q in all_questions(scene))
+    assert every["zero"] > 4 * every["two"], "while most colours of a scene are not there"
+
+
 def test_yes_and_no_are_equally_frequent() -> None:
     scenes = islice(random_scenes("train", 1), 200)
     told = Counter(q.answer for scene in scenes for q in all_questions(scene) if q.kind == "relation")
