@@ -132,6 +132,10 @@ class Cost:
     rate: int = 0
 
 
+SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames")
+"""The keys of a `media.<medium>` block that shape its space."""
+
+
 @dataclass(frozen=True)
 class MediumSpace:
     """The budgets one medium was trained on, largest first, and how its compressor counts.

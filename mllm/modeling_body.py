@@ -16,8 +16,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from mllm.budget import MEDIA
+from mllm.budget import SETTINGS as SPACE_SETTINGS
+from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
 from mllm.compressors import build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
+from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
 from mllm.splice import check_runs, merge
 
@@ -77,6 +80,7 @@ class ElasticModel(ElasticPreTrainedModel):
         assert config.media is not None
         self.language_model = AutoModel.from_config(text)
         for medium, encoder_config in config.encoder_configs.items():
+            _check_settings(medium, config.media[medium])
             setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, config.media[medium]))
         self.compressors = nn.ModuleDict(
             {
@@ -270,6 +274,13 @@ class ElasticModel(ElasticPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
+
+
+def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
+    """A key that no reader of the block knows would be ignored in silence."""
+    allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS)
+    if unknown := sorted(set(settings) - set(allowed)):
+        raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
 
 
 def _is_distributed() -> bool:

@@ -196,3 +196,10 @@ def test_generation_encodes_each_item_once_whatever_the_beams(model, made) -> No
     generate(model, made, ROWS, BUDGETS, num_beams=3)
     handle.remove()
     assert items == [2]
+
+
+def test_a_setting_that_nobody_reads_is_refused() -> None:
+    config = tiny.model(tiny.settings(("image",))).config
+    config.media["image"]["projector_sise"] = 8
+    with pytest.raises(ValueError, match=r"media.image.projector_sise is not a setting; allowed: compressor, budgets"):
+        ElasticForConditionalGeneration(config)
