@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -67,7 +68,7 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
     """The config of a model that is described by settings, with the digests of its sources."""
-    text_config = AutoConfig.from_pretrained(resolve_source(settings.llm)).get_text_config()
+    text_config = _read_config(settings.llm).get_text_config()
     encoders = {medium: encoder_config(own) for medium, own in settings.media.items()}
     references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.media.items()}}
     return config_of_parts(
@@ -107,7 +108,15 @@ def config_of_parts(
 
 def encoder_config(settings: MediumSettings) -> PreTrainedConfig:
     """The config of a medium's encoder, read from its source."""
-    return tower_config(AutoConfig.from_pretrained(resolve_source(settings.encoder)))
+    return tower_config(_read_config(settings.encoder))
+
+
+def _read_config(reference: str) -> PreTrainedConfig:
+    """The config of a source; what transformers refuses in it is an error of the user like any other."""
+    try:
+        return AutoConfig.from_pretrained(resolve_source(reference))
+    except StrictDataclassError as error:
+        raise ValueError(f"the config of {reference} is refused: {error}") from error
 
 
 def space_settings(settings: MediumSettings) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is saved is what is loaded, bit for bit, and nothing that does not fit is loaded."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,11 @@ def test_other_frozen_weights_than_it_was_trained_on_are_refused(run: Path) -> N
 def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no model"):
         load(tmp_path)
+
+
+def test_a_config_with_sizes_that_do_not_fit_is_refused_by_name(tmp_path) -> None:
+    parts = tiny.write_parts(tmp_path)
+    path = tmp_path / "video" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 3}))
+    with pytest.raises(ValueError, match=r"video is refused: .*num_attention_heads=3 must divide hidden_size="):
+        build(tiny.settings_on(parts, ("video",)))

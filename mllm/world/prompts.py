@@ -15,4 +15,3 @@ SPEECH_TASKS = {
 DESCRIBE_PROMPT = "describe the picture."
 SPEECH_PROMPTS = {media: prompt for prompt, media in SPEECH_TASKS.items()}
 MEDIA_MARKERS = {medium: (f"<{medium}>", f"</{medium}>") for medium in ("image", "audio", "video")}
-PLACEHOLDERS = {medium: f"<|{medium}_token|>" for medium in MEDIA_MARKERS}

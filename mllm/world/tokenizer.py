@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mllm.processing import PLACEHOLDER_TOKENS
 from mllm.world.phones import PHONES
-from mllm.world.prompts import MEDIA_MARKERS, PLACEHOLDERS, SPEECH_TASKS
+from mllm.world.prompts import MEDIA_MARKERS, SPEECH_TASKS
 from mllm.world.questions import ANSWERS, COLUMN_WORDS, ROW_WORDS
 from mllm.world.scenes import SHAPES
 from mllm.world.sentences import LEXICON
@@ -47,7 +48,7 @@ def lexicon() -> list[str]:
 def special_tokens() -> list[str]:
     """BOS, EOS, padding, the markers around a medium's span and its placeholder, in the order of their ids."""
     markers = [marker for pair in MEDIA_MARKERS.values() for marker in pair]
-    return [PAD, BOS, EOS, *markers, *PLACEHOLDERS.values()]
+    return [PAD, BOS, EOS, *markers, *PLACEHOLDER_TOKENS.values()]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
