@@ -11,7 +11,7 @@ Babble of one split holds sentences and voices of that split only, so test noise
 import numpy as np
 
 from mllm.world.sentences import sample_sentences
-from mllm.world.speech import LEVEL_RMS, SAMPLE_RATE_HZ, synthesise
+from mllm.world.speech import LEVEL_RMS, SAMPLE_RATE_HZ, say
 from mllm.world.voices import draw_speaker
 
 NUM_BABBLERS = 5
@@ -44,8 +44,7 @@ def _monologue(split: str, num_samples: int, *, seed: int, babbler: int) -> np.n
     sentences = iter(sample_sentences(num_samples // SAMPLE_RATE_HZ + 2, split=split, seed=stream))  # each > 1 second
     while missing > 0:
         speaker = draw_speaker(split, generator)
-        rate_wpm, pitch = speaker.speaking_rate_wpm, speaker.pitch
-        spoken = synthesise(next(sentences), speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch)
+        spoken = say(next(sentences), speaker)
         pieces.append(spoken.samples)
         missing -= len(spoken.samples)
     return np.roll(np.concatenate(pieces)[:num_samples], int(generator.integers(num_samples)))

@@ -36,7 +36,7 @@ from mllm.world.frame_training import (
     train_frames,
 )
 from mllm.world.sentences import sample_sentences
-from mllm.world.speech import SAMPLE_RATE_HZ, Utterance, synthesise
+from mllm.world.speech import SAMPLE_RATE_HZ, Utterance, say
 from mllm.world.voices import draw_speaker
 
 AUDIO_RECIPE = Recipe(
@@ -127,12 +127,8 @@ def build_audio_encoder() -> WhisperEncoder:
 def speak(split: str, count: int, *, seed: int) -> list[Utterance]:
     """`count` sentences of a split, each by a random speaker of it."""
     generator = np.random.default_rng([seed, count])
-    spoken = []
-    for sentence in sample_sentences(count, split=split, seed=seed):
-        speaker = draw_speaker(split, generator)
-        rate_wpm, pitch = speaker.speaking_rate_wpm, speaker.pitch
-        spoken.append(synthesise(sentence, speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch))
-    return spoken
+    sentences = sample_sentences(count, split=split, seed=seed)
+    return [say(sentence, draw_speaker(split, generator)) for sentence in sentences]
 
 
 def build_extractor() -> WhisperFeatureExtractor:

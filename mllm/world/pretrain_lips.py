@@ -34,7 +34,7 @@ from mllm.world.frame_training import (
 )
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.sentences import sample_sentences
-from mllm.world.speech import synthesise
+from mllm.world.speech import say
 from mllm.world.voices import draw_speaker
 
 LIP_RECIPE = Recipe(steps=1400, seed=0, batch_clips=12, learning_rate=2e-3, warmup_steps=100, validate_every_steps=250)
@@ -108,8 +108,7 @@ def film(split: str, count: int, *, seed: int) -> list[Clip]:
     clips = []
     for sentence in sample_sentences(count, split=split, seed=seed):
         speaker = draw_speaker(split, generator)
-        rate_wpm, pitch = speaker.speaking_rate_wpm, speaker.pitch
-        utterance = synthesise(sentence, speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch)
+        utterance = say(sentence, speaker)
         frames = draw_lips(utterance.phones, face_seed=speaker.face_seed)
         labels = frame_phones(utterance.phones, len(frames), frames_per_second=LIP_FRAMES_PER_SECOND, centre=0.5)
         clips.append(Clip(frames, labels))

@@ -37,7 +37,7 @@ from mllm.world.prompts import DESCRIBE_PROMPT, MEDIA_MARKERS, SPEECH_PROMPTS
 from mllm.world.questions import NUMBERS, TRAINING_SHARES, Question, describe_scene, object_words, sample_questions
 from mllm.world.scenes import GRID_CELLS, Scene, SceneObject, random_scenes
 from mllm.world.sentences import sample_sentences
-from mllm.world.speech import synthesise
+from mllm.world.speech import say
 from mllm.world.tokenizer import phone_word
 from mllm.world.voices import draw_speaker
 
@@ -94,10 +94,7 @@ def speak_sentences(count: int, *, split: str, seed: int) -> list[Spoken]:
     generator = np.random.default_rng([seed, 11])
     spoken = []
     for sentence in sample_sentences(count, split=split, seed=seed):
-        speaker = draw_speaker(split, generator)
-        utterance = synthesise(
-            sentence, speaker.voice, speaking_rate_wpm=speaker.speaking_rate_wpm, pitch=speaker.pitch
-        )
+        utterance = say(sentence, draw_speaker(split, generator))
         phones = np.array([PHONE_IDS[symbol] for symbol, _, _ in utterance.phones])
         spoken.append(Spoken(sentence, phones, np.array([end for _, _, end in utterance.phones])))
     return spoken

@@ -26,7 +26,7 @@ import numpy as np
 from scipy.signal import resample_poly
 
 from mllm.world.phones import SILENCE, phones_of_ipa
-from mllm.world.voices import HIGHEST_PITCH, HIGHEST_RATE_WPM, LOWEST_PITCH, LOWEST_RATE_WPM, Voice
+from mllm.world.voices import HIGHEST_PITCH, HIGHEST_RATE_WPM, LOWEST_PITCH, LOWEST_RATE_WPM, Speaker, Voice
 
 SAMPLE_RATE_HZ = 16_000
 LEVEL_RMS = 0.05
@@ -101,6 +101,11 @@ def synthesise(text: str, voice: Voice, *, speaking_rate_wpm: int = 170, pitch: 
     lead = np.zeros(round(LEAD_SECONDS * SAMPLE_RATE_HZ), np.float32)
     samples = np.concatenate([lead, samples, lead])
     return Utterance(text=text, samples=samples, phones=_intervals(events, len(samples) / SAMPLE_RATE_HZ))
+
+
+def say(text: str, speaker: Speaker) -> Utterance:
+    """`synthesise` with the voice, the rate and the pitch of a speaker."""
+    return synthesise(text, speaker.voice, speaking_rate_wpm=speaker.speaking_rate_wpm, pitch=speaker.pitch)
 
 
 def phone_string(phones: Sequence[Phone]) -> tuple[str, ...]:

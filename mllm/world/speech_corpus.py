@@ -24,7 +24,7 @@ from mllm.world.babble import make_babble
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.prompts import SPEECH_PROMPTS
 from mllm.world.sentences import SPLITS, sample_sentences
-from mllm.world.speech import SAMPLE_RATE_HZ, synthesise
+from mllm.world.speech import SAMPLE_RATE_HZ, say
 from mllm.world.voices import Speaker, draw_speaker
 
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
@@ -146,8 +146,7 @@ def _run(jobs: Sequence[_Job], num_workers: int) -> Iterator[float]:
 
 
 def _write_utterance(job: _Job) -> float:
-    rate_wpm, pitch = job.speaker.speaking_rate_wpm, job.speaker.pitch
-    utterance = synthesise(job.sentence, job.speaker.voice, speaking_rate_wpm=rate_wpm, pitch=pitch)
+    utterance = say(job.sentence, job.speaker)
     frames = draw_lips(
         utterance.phones,
         face_seed=job.speaker.face_seed,
