@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
+from mllm.world.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
+
 NOISES = {"quiet": None, "0 dB": 0.0}
-DETAIL_KINDS = ("colour", "letter", "count", "relation")
-COARSE_KINDS = ("time", "ground")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -47,7 +47,7 @@ def picture_table(rows: Rows) -> Table:
     table.add_column("question")
     for budget in budgets:
         table.add_column(budget, justify="right")
-    for kind in (*COARSE_KINDS, *DETAIL_KINDS, None):
+    for kind in (*KINDS, None):
         cells = {row["budget"]: row for row in own if row["kind"] == kind}
         table.add_row(kind or "all", *(_cell(cells.get(budget)) for budget in budgets))
     return table
@@ -75,12 +75,12 @@ def findings(rows: Rows) -> list[Finding]:
             noisy[0] < min(noisy[1:]),
         ),
         Finding(
-            "questions of detail need tokens (mean accuracy at 1, 4, 16, 64)",
+            "questions of detail need tokens (accuracy on colour, letter and relation at 1, 4, 16, 64)",
             _list(detail),
             detail[0] < detail[1] < detail[2] <= detail[3] + 0.02,
         ),
         Finding(
-            "questions about the whole picture do not (mean accuracy at 1, 4, 16, 64)",
+            "questions about the whole picture do not (accuracy on time and ground at 1, 4, 16, 64)",
             _list(coarse),
             max(coarse) - min(coarse) <= 0.05,
         ),

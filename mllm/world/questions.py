@@ -1,7 +1,8 @@
 """Questions about a scene, their one-word answers, and a scene told in words.
 
 Knows scenes. Does not know pixels, tokens, files or who is asked.
-`time` and `ground` need a glance at the whole picture; `colour`, `letter`, `count` and `relation` need single objects.
+`time` and `ground` need a glance at the whole picture; `colour`, `letter` and `relation` need single objects. `count` is
+in between: which colours there are, and how much of each, survives in a mean over the picture.
 """
 
 from collections import Counter
@@ -13,8 +14,8 @@ import numpy as np
 from mllm.world.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, MAX_OBJECTS, SHAPES, SKIES, Scene, SceneObject
 
 COARSE_KINDS = ("time", "ground")
-DETAIL_KINDS = ("colour", "letter", "count", "relation")
-KINDS = COARSE_KINDS + DETAIL_KINDS
+DETAIL_KINDS = ("colour", "letter", "relation")
+KINDS = (*COARSE_KINDS, "colour", "letter", "count", "relation")
 
 # How often each kind is asked in training dialogues: the kinds that take long to learn more often.
 TRAINING_SHARES = {"time": 0.05, "ground": 0.07, "colour": 0.18, "letter": 0.2, "count": 0.27, "relation": 0.23}

@@ -52,7 +52,7 @@ def test_everything_is_found_where_it_is_there() -> None:
     [
         (0, {"asr:audio=/8:None": 0.30}),
         (1, {"avsr:audio=/4,video=/2:0.0": 0.32}),
-        (2, {f"{kind}:image=16:None": 0.35 for kind in ("colour", "letter", "count", "relation")}),
+        (2, {f"{kind}:image=16:None": 0.35 for kind in ("colour", "letter", "relation")}),
         (3, {"time:image=1:None": 0.8}),
     ],
 )
