@@ -1,8 +1,8 @@
 """Questions about a scene, their one-word answers, and a scene told in words.
 
 Knows scenes. Does not know pixels, tokens, files or who is asked.
-`time` and `ground` need a glance at the whole picture; `colour`, `letter` and `relation` need single objects. `count` is
-in between: which colours there are, and how much of each, survives in a mean over the picture.
+`time` and `ground` need a glance at the whole picture; `colour`, `letter` and `relation` need single objects. `count`
+is in between: which colours there are, and how much of each, survives in a mean over the picture.
 """
 
 from collections import Counter
