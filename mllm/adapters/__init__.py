@@ -3,15 +3,17 @@
 Knows the kinds of adapters by name. Does not know encoders, compressors or budgets.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from mllm.adapters import lora
+from mllm.adapters.hand_over import Adapter
+from mllm.adapters.lora_bank import inject_bank, to_lora
 
-ADAPTERS = {"lora": lora.inject}
+ADAPTERS: dict[str, Callable[..., None]] = {"lora": lora.inject, "lora_bank": inject_bank}
 
 
 def build_adapter(module: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -33,7 +35,7 @@ def build_adapter(module: nn.Module, settings: Mapping[str, Any]) -> None:
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """Inside, every adapter of the module is off: the frozen weights answer, bit for bit."""
-    layers = [layer for layer in module.modules() if lora.is_adapted(layer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, Adapter) or lora.is_adapted(layer)]
     for layer in layers:
         layer.enable_adapters(False)  # pyright: ignore[reportCallIssue]
     try:
