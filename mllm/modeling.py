@@ -80,6 +80,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         num_video_tokens: Tensor | None = None,
         video_rates: Tensor | None = None,
         video_index: Tensor | None = None,
+        scale_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over rows that may differ in media and in budgets.
@@ -93,6 +95,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             pixel_values: (N, 3, h, w). num_image_tokens: (R,). image_index: (R,) item of each run.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
+            scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
         """
         media = {
             "pixel_values": pixel_values,
@@ -117,6 +120,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **media,
+            scale_ids=scale_ids,
+            task_ids=task_ids,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

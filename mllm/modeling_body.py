@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
+from mllm.adapters.hand_over import KEYWORD, KINDS_WITH_INPUTS, AdapterInputs
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
@@ -252,6 +253,15 @@ class ElasticModel(ElasticPreTrainedModel):
         soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
         return soft.sum()
 
+    def _adapter_inputs(self, scale_ids: Tensor | None, task_ids: Tensor | None) -> AdapterInputs | None:
+        """What the adapter needs to know of the rows; nothing where it asks for nothing."""
+        kind = (self.config.adapter or {}).get("kind", "lora")
+        if kind not in KINDS_WITH_INPUTS:
+            if scale_ids is not None or task_ids is not None:
+                raise ValueError(f"scale_ids and task_ids go with {' or '.join(KINDS_WITH_INPUTS)}, not {kind}")
+            return None
+        return AdapterInputs(scale_ids, task_ids)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -267,6 +277,8 @@ class ElasticModel(ElasticPreTrainedModel):
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds; got neither")
             inputs_embeds = self.embed(input_ids, media)
+        if (rows := self._adapter_inputs(kwargs.pop("scale_ids", None), kwargs.pop("task_ids", None))) is not None:
+            kwargs[KEYWORD] = rows
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

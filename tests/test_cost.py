@@ -226,3 +226,12 @@ def _pool_padding_flops(settings: Mapping[str, Any], max_tokens: int) -> int:
     sizes = {"in_size": 16, "out_size": 32}
     asked = compressor_flops(settings, Item("image", 64, 4), **sizes)
     return compressor_flops(settings, Item("image", 64, max_tokens), **sizes) - asked
+
+
+def test_a_bank_costs_all_of_its_members() -> None:
+    text = tiny.llm_config()
+    lora = {"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}
+    bank = {**lora, "kind": "lora_bank", "variant": "mss", "scales": ["audio=/4", "audio=/8"], "tasks": []}
+    plain = llm_flops(text, num_tokens=10)
+    one = llm_flops(text, num_tokens=10, adapter=lora) - plain
+    assert llm_flops(text, num_tokens=10, adapter=bank) - plain == 3 * one

@@ -11,7 +11,7 @@ from torch import nn
 
 from mllm.adapters import lora
 from mllm.adapters.hand_over import Adapter
-from mllm.adapters.lora_bank import inject_bank, to_lora
+from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
 
 ADAPTERS: dict[str, Callable[..., None]] = {"lora": lora.inject, "lora_bank": inject_bank}
 
@@ -45,6 +45,23 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)  # pyright: ignore[reportCallIssue]
 
 
+def select_members(module: nn.Module, *, scale_id: int | None, task_id: int | None) -> None:
+    """Keep of every bank only what one scale and task use, as a plain LoRA, in place; nothing where there is none.
+
+    Raises:
+        ValueError: ids that name no member.
+    """
+    if any(isinstance(layer, LoraBank) for layer in module.modules()):
+        to_lora(module, scale_id=scale_id, task_id=task_id)
+
+
 def merge_adapters(module: nn.Module) -> None:
-    """Fold every adapter into the weights it stands beside and take it out, in place."""
+    """Fold every adapter into the weights it stands beside and take it out, in place.
+
+    Raises:
+        ValueError: an adapter that depends on the rows, and so is no change of the weights.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, Adapter):
+            raise ValueError(f"{name} ({type(layer).__name__}) depends on its rows and cannot be merged")
     lora.merge(module)

@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 KEYWORD = "adapter_inputs"
+KINDS_WITH_INPUTS = ("lora_bank",)
+"""Kinds of adapters that need to know the rows."""
 
 
 @dataclass

@@ -31,7 +31,6 @@ class LoraBank(Adapter):
         has_shared: whether there is a member that every token uses.
         num_scales, num_tasks: members of each kind.
         rank: of each member. alpha: the update is scaled by alpha / rank.
-        dropout: of the input of the update.
     """
 
     def __init__(
@@ -43,13 +42,11 @@ class LoraBank(Adapter):
         num_tasks: int,
         rank: int,
         alpha: float,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.has_shared, self.num_scales, self.num_tasks = has_shared, num_scales, num_tasks
         self.rank, self.scaling = rank, alpha / rank
-        self.dropout = nn.Dropout(dropout)
         members = int(has_shared) + num_scales + num_tasks
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(members, rank, base_layer.in_features, device=device))
@@ -91,7 +88,7 @@ class LoraBank(Adapter):
         used = self.members_used(self.inputs.scale_ids, self.inputs.task_ids, inputs.shape[:-1])
         down = self.lora_A.flatten(0, 1)  # (E r, I)
         up = self.lora_B.transpose(0, 1).flatten(1)  # (O, E r)
-        inner = functional.linear(self.dropout(inputs.to(down.dtype)), down)
+        inner = functional.linear(inputs.to(down.dtype), down)
         inner = inner.masked_fill(~used.repeat_interleave(self.rank, dim=-1), 0.0)
         return (out + self.scaling * functional.linear(inner, up)).to(out.dtype)
 
@@ -120,7 +117,6 @@ def inject_bank(
     targets: Sequence[str],
     scales: Sequence[str] = (),
     tasks: Sequence[str] = (),
-    dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
     """Put a bank beside the named linear layers of every decoder layer.
@@ -129,7 +125,7 @@ def inject_bank(
         module: the LLM's decoder.
         variant: see `mllm.adapters.members.VARIANTS`.
         scales, tasks: names of the members of each kind.
-        rank, alpha, targets, dropout, seed: as those of LoRA.
+        rank, alpha, targets, seed: as those of LoRA.
 
     Raises:
         ValueError: an unknown variant or target, a rank below 1, names that do not go with the variant, or an LLM
@@ -157,7 +153,6 @@ def inject_bank(
                     num_tasks=len(tasks),
                     rank=rank,
                     alpha=alpha,
-                    dropout=dropout,
                 )
                 layer.set_submodule(name, bank)
                 banks.append(bank)

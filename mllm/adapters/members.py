@@ -40,6 +40,11 @@ def kinds_of(variant: str) -> tuple[str, ...]:
     return VARIANTS[variant]
 
 
+def num_members(settings: Mapping[str, Any]) -> int:
+    """How many LoRAs a bank of these settings stacks."""
+    return ("shared" in kinds_of(settings["variant"])) + len(settings["scales"]) + len(settings["tasks"])
+
+
 @dataclass(frozen=True)
 class Members:
     """Names of the scales and the tasks that have a member of their own; none of a kind where there are no such."""
@@ -84,6 +89,9 @@ class Members:
         if name not in self.tasks:
             raise ValueError(f"the adapter has no member for the task {name}; trained are {', '.join(self.tasks)}")
         return self.tasks.index(name)
+
+
+NO_MEMBERS = Members()
 
 
 def scales_of(names: Sequence[str], space: Space) -> list[str]:

@@ -1,4 +1,4 @@
-"""The bank: each row is served by its own members, also when its activations are computed again in the backward pass."""
+"""The bank: each row is served by its own members, also when activations are computed again."""
 
 import copy
 
