@@ -119,9 +119,13 @@ def adapter_settings(settings: ModelSettings) -> dict[str, Any] | None:
     if settings.adapter is None:
         return None
     values = settings.adapter.values
-    if values["kind"] != "lora_bank":
+    if values["kind"] == "lora":
         return values
     space = Space.from_settings({medium: space_settings(own) for medium, own in settings.media.items()})
+    if values["kind"] == "mome":
+        if values["disjoint_routers"]:
+            values["scales"] = scales_of(values["scales"], space)
+        return values
     kinds = kinds_of(values["variant"])
     for kind, names_of in (("scale", scales_of), ("task", tasks_of)):
         key = f"{kind}s"

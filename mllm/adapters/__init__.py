@@ -12,8 +12,9 @@ from torch import nn
 from mllm.adapters import lora
 from mllm.adapters.hand_over import Adapter
 from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
+from mllm.adapters.mome import inject_mome
 
-ADAPTERS: dict[str, Callable[..., None]] = {"lora": lora.inject, "lora_bank": inject_bank}
+ADAPTERS: dict[str, Callable[..., None]] = {"lora": lora.inject, "lora_bank": inject_bank, "mome": inject_mome}
 
 
 def build_adapter(module: nn.Module, settings: Mapping[str, Any]) -> None:

@@ -17,9 +17,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllm.budget import MEDIA
+
 KEYWORD = "adapter_inputs"
-KINDS_WITH_INPUTS = ("lora_bank",)
+KINDS_WITH_INPUTS = ("lora_bank", "mome")
 """Kinds of adapters that need to know the rows."""
+TOKEN_KINDS = ("text", *MEDIA)
+"""What a token can be; its kind is the place in this list."""
+NUM_KINDS = len(TOKEN_KINDS)
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Collector:
     balance: list[Tensor] = field(default_factory=list)
     """(B,) per layer."""
     usage: list[Tensor] = field(default_factory=list)
-    """(B, N) per layer: how often each of N experts was chosen."""
+    """(B, K, N) per layer: how often tokens of each of K kinds chose each of N experts."""
     is_open: bool = True
 
     def add(self, balance: Tensor, usage: Tensor) -> None:
@@ -55,13 +60,13 @@ class AdapterInputs:
     Args:
         scale_ids: (B,) or (B, S) int64, see `mllm.adapters.members`; nothing where the adapter has no scales.
         task_ids: the same for tasks.
-        is_token: (B, S) bool, false on padding; nothing where no adapter reports.
+        kinds: (B, S) int64, places in `TOKEN_KINDS`, -1 on padding; nothing where no adapter reports.
         collector: takes what adapters report.
     """
 
     scale_ids: Tensor | None = None
     task_ids: Tensor | None = None
-    is_token: Tensor | None = None
+    kinds: Tensor | None = None
     collector: Collector | None = None
 
 
@@ -82,13 +87,13 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
     """The layers of a decoder.
 
     Raises:
-        ValueError: an LLM whose layers do not all have a `self_attn`.
+        ValueError: an LLM whose layers do not all have a `self_attn` and an `mlp`.
     """
     layers = list(getattr(llm, "layers", []))
-    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+    if not layers or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
         raise ValueError(
-            f"{type(llm).__name__} has layers without self_attn; this adapter needs a decoder such as Llama, Qwen or "
-            "Gemma"
+            f"{type(llm).__name__} has layers without self_attn or mlp; this adapter needs a decoder such as Llama, "
+            "Qwen or Gemma"
         )
     return layers
 

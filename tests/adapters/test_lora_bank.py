@@ -175,7 +175,7 @@ def test_missing_ids_and_absent_members_are_refused() -> None:
 
 
 def test_a_decoder_without_self_attention_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="layers without self_attn"):
+    with pytest.raises(ValueError, match="layers without self_attn or mlp"):
         build_adapter(
             nn.ModuleDict({"q_proj": nn.Linear(2, 2)}),
             {"kind": "lora_bank", "variant": "ms", "rank": 1, "alpha": 1, "targets": ["q_proj"]},
