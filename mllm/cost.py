@@ -210,8 +210,10 @@ def _adapter_weights(text: Any, adapter: Mapping[str, Any] | None) -> int:
     if adapter is None:
         return 0
     kind, linears = adapter.get("kind", "lora"), _linears(text)
-    if kind not in ("lora", "lora_bank"):
-        raise ValueError(f"no cost formula for adapter {kind!r}; there are lora and lora_bank")
+    if kind == "mome":  # all experts are computed for every token, and all routers
+        experts = adapter["num_shared"] + adapter["num_experts"]
+        routers = max(len(adapter["scales"]), 1) * adapter["num_experts"]
+        return text.hidden_size * (experts * (2 * adapter["bottleneck"] + 1) + routers)
     members = 1 if kind == "lora" else num_members(adapter)  # a bank computes all of its members for every token
     return sum(members * adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
 
