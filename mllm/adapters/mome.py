@@ -107,7 +107,8 @@ class Mome(Adapter):
         """
         assert self.inputs.kinds is not None
         kinds = self.inputs.kinds.to(chosen.device)[..., None] == torch.arange(NUM_KINDS, device=chosen.device)
-        usage = torch.einsum("bsk,bsn->bkn", kinds.to(chosen.dtype), chosen)
+        # Counts are sums and not a product of matrices, which autocast would compute in 8 bits of mantissa.
+        usage = torch.where(kinds[..., None], chosen[..., None, :], 0.0).sum(dim=1)  # (B, K, N)
         is_token = kinds.any(dim=-1, keepdim=True).to(probabilities.dtype)
         num_tokens = is_token.sum(dim=1).clamp(min=1)
         shares = usage.sum(dim=1) / (self.top_k * num_tokens)

@@ -22,6 +22,7 @@ from mllm.settings import AdapterSettings
 from mllm.trainables import set_trainables
 
 OWN = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}
+BANK = {"kind": "lora_bank", "variant": "ms", "rank": 3, "alpha": 6, "targets": ["q_proj", "v_proj"]}
 PLACEMENTS = ["attention", "ffn", "layer"]
 
 
@@ -177,6 +178,25 @@ def test_balance_is_one_where_experts_are_used_alike_and_leaves_padding_out() ->
     expected[0, 0] = expected[2, 1] = expected[2, 2] = expected[3, 3] = 1
     assert torch.equal(usage, expected)
     assert report([-1, -1, -1, 0])[0] == pytest.approx(4.0)  # one expert does it all
+
+
+@pytest.mark.parametrize("adapter", [{**OWN, "placement": "layer"}, BANK], ids=["mome", "lora_bank"])
+def test_beside_a_frozen_llm_in_bfloat16_what_trains_is_float32(adapter: dict) -> None:
+    llm, embeds = decoder().to(torch.bfloat16), embeddings().to(torch.bfloat16)
+    build_adapter(llm, adapter)
+    llm.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        collector = Collector()
+        rows = AdapterInputs(kinds=torch.ones(3, 7, dtype=torch.int64), collector=collector)
+        out = llm(inputs_embeds=embeds, adapter_inputs=rows).last_hidden_state
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    trained = [parameter for parameter in llm.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.dtype == torch.float32 and parameter.grad is not None for parameter in trained)
+    balance, usage = collector.take()
+    assert all(own.dtype == torch.float32 for own in balance)
+    assert all(own.sum() == 3 * 7 * 2 for own in usage)
 
 
 def settings(placement: str, parts: dict[str, str] | None = None):
