@@ -22,6 +22,8 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mllm.adapters import build_adapter
+from mllm.adapters.members import kinds_of, scales_of, tasks_of
+from mllm.budget import Space
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import backbone_class, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
@@ -63,7 +65,9 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
         }
         for medium, own in settings.media.items()
     }
-    return ElasticProcessor(tokenizer, elastic={"chat_format": settings.chat_format, "media": media})
+    return ElasticProcessor(
+        tokenizer, elastic={"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
+    )
 
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
@@ -101,9 +105,40 @@ def config_of_parts(
         media={medium: space_settings(own) for medium, own in settings.media.items()},
         placeholder_ids=placeholder_ids,
         span_ids=span_ids or {},
-        adapter=None if settings.adapter is None else asdict(settings.adapter),
+        adapter=adapter_settings(settings),
         sources=sources or {},
     )
+
+
+def adapter_settings(settings: ModelSettings) -> dict[str, Any] | None:
+    """What shapes the adapter, as the config keeps it: with the names of its members where it has some.
+
+    Raises:
+        ValueError: scales or tasks for a variant without such members, or scales that are not of the trained space.
+    """
+    if settings.adapter is None:
+        return None
+    values = settings.adapter.values
+    if values["kind"] == "lora":
+        return values
+    space = Space.from_settings({medium: space_settings(own) for medium, own in settings.media.items()})
+    if values["kind"] == "mome":
+        if values["disjoint_routers"]:
+            values["scales"] = scales_of(values["scales"], space)
+        return values
+    kinds = kinds_of(values["variant"])
+    for kind, names_of in (("scale", scales_of), ("task", tasks_of)):
+        key = f"{kind}s"
+        if kind not in kinds and values[key]:
+            raise ValueError(f"adapter.{key} is {values[key]}, but variant {values['variant']} has members of {kinds}")
+        values[key] = names_of(values[key], space) if kind in kinds else []
+    return values
+
+
+def member_names(settings: ModelSettings) -> dict[str, list[str]]:
+    """The scales and the tasks that have a member of the adapter, as the processor keeps them."""
+    adapter = adapter_settings(settings) or {}
+    return {key: adapter[key] for key in ("scales", "tasks") if adapter.get(key)}
 
 
 def encoder_config(settings: MediumSettings) -> PreTrainedConfig:

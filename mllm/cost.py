@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm.adapters.members import num_members
+
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -207,10 +209,13 @@ def _linears(text: Any) -> dict[str, tuple[int, int]]:
 def _adapter_weights(text: Any, adapter: Mapping[str, Any] | None) -> int:
     if adapter is None:
         return 0
-    if adapter.get("kind", "lora") != "lora":
-        raise ValueError(f"no cost formula for adapter {adapter['kind']!r}; there is lora")
-    linears = _linears(text)
-    return sum(adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
+    kind, linears = adapter.get("kind", "lora"), _linears(text)
+    if kind == "mome":  # all experts are computed for every token, and all routers
+        experts = adapter["num_shared"] + adapter["num_experts"]
+        routers = max(len(adapter["scales"]), 1) * adapter["num_experts"]
+        return text.hidden_size * (experts * (2 * adapter["bottleneck"] + 1) + routers)
+    members = 1 if kind == "lora" else num_members(adapter)  # a bank computes all of its members for every token
+    return sum(members * adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
 
 
 def _head_size(text: Any) -> int:

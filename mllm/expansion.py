@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mllm.adapters.members import NO_MEMBERS, NOBODY, Members
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
 from mllm.splice import IGNORED_LABEL, expand_placeholders, pad_rows
 
@@ -27,12 +28,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation with a single placeholder id per medium, and its media in order of appearance."""
+    """One conversation with a single placeholder id per medium, its media in order of appearance, and its task."""
 
     sample_id: str
     ids: Sequence[int]
     labels: Sequence[int]
     runs: tuple[Run, ...] = ()
+    task: str = ""
 
     def costs(self, budget: Budget, space: Space) -> list[Cost]:
         """What each medium of this row costs at a budget.
@@ -96,6 +98,7 @@ def expand(
     placeholder_ids: Mapping[str, int],
     pad_id: int,
     left_padding: bool,
+    members: Members = NO_MEMBERS,
 ) -> Expanded:
     """Expand a batch to one or more budgets per row.
 
@@ -104,12 +107,14 @@ def expand(
         budgets: per draw, one budget per row. A budget may name media a row does not hold.
         placeholder_ids: by medium.
         left_padding: prompts are padded on the left, training rows on the right.
+        members: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
 
     Raises:
-        ValueError: a budget a row cannot meet, or placeholders that do not match the media; the sample is named.
+        ValueError: a budget a row cannot meet, or placeholders that do not match the media, or a scale or task that
+            the adapter has no member for; the sample is named.
     """
     placeholders = frozenset(placeholder_ids.values())
-    ids, labels, costs, runs = [], [], [], []
+    ids, labels, costs, runs, scale_ids, task_ids = [], [], [], [], [], []
     for row, budget in ((r, b) for draw in budgets for r, b in zip(batch.rows, draw, strict=True)):
         spent = row.costs(budget, space)
         row_ids, row_labels = expand_placeholders(
@@ -119,13 +124,28 @@ def expand(
         labels.append(row_labels)
         costs.append(spent)
         runs += list(zip(row.runs, spent, strict=True))
+        own_ids = _member_ids(row, spent, members)
+        scale_ids.append(own_ids[0])
+        task_ids.append(own_ids[1])
     inputs = {
         "input_ids": pad_rows(ids, pad_id, left=left_padding),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, left=left_padding),
         **batch.values,
         **_media_inputs(runs),
+        **({"scale_ids": torch.tensor(scale_ids)} if members.scales else {}),
+        **({"task_ids": torch.tensor(task_ids)} if members.tasks else {}),
     }
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
+
+
+def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int, int]:
+    media = [run.extent.medium for run in row.runs]
+    try:
+        scale_id = members.scale_id(list(zip(media, costs, strict=True))) if members.scales else NOBODY
+        task_id = members.task_id(row.task, media) if members.tasks else NOBODY
+    except ValueError as error:
+        raise ValueError(f"sample {row.sample_id!r}: {error}") from error
+    return scale_id, task_id
 
 
 def _media_inputs(runs: Sequence[tuple[Run, Cost]]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllm.adapters import merge_adapters
+from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
 from mllm.configuration import ElasticConfig
 from mllm.modeling import ElasticForConditionalGeneration
@@ -117,14 +117,36 @@ def load(
     return model.eval(), processor
 
 
-def export(folder: str | Path, out: str | Path) -> None:
+def export(folder: str | Path, out: str | Path, *, scale: str | None = None, task: str | None = None) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
     `AutoModelForImageTextToText` and `AutoProcessor` load it after `import mllm`.
+
+    Args:
+        scale, task: of an adapter with members per scale or task, the ones whose answers the checkpoint gives; every
+            row is then served by them, whatever it costs.
+
+    Raises:
+        ValueError: an adapter that cannot be merged, or a scale or task that is missing or that it has not.
     """
     model, processor = load(folder)
+    select_members(
+        model.model.language_model,
+        scale_id=_place("scale", scale, processor.members.scales),
+        task_id=_place("task", task, processor.members.tasks),
+    )
     merge_adapters(model)
+    processor.use_members({})
     model.config.adapter = None
     model.config.sources = {}
     model.save_pretrained(out)
     processor.save_pretrained(out)
+
+
+def _place(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:
+    """The place of a member; what is asked and what there is must go together."""
+    if name is None and not known:
+        return None
+    if name not in known:
+        raise ValueError(f"{kind} is {name}; the adapter has members for: {' | '.join(known) or f'no {kind}'}")
+    return known.index(name)

@@ -7,6 +7,7 @@ Shapes: B rows, S positions, N encoded media items, R placeholder runs, P positi
 the longest clip, H the LLM's hidden size, V its vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,23 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mllm.adapters.hand_over import KEYWORD
 from mllm.configuration import ElasticConfig
 from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel
+
+
+@dataclass
+class ElasticOutput(CausalLMOutputWithPast):
+    """What the model gives, and what its adapter reports.
+
+    Args:
+        balance: (B,) how unevenly a row's tokens use the experts, the mean over layers; 1 is even. A loss.
+        expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.hand_over.TOKEN_KINDS`) chose each of
+            the N routed experts in each of the L layers.
+    """
+
+    balance: Tensor | None = None
+    expert_usage: Tensor | None = None
 
 
 class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
@@ -80,8 +96,11 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         num_video_tokens: Tensor | None = None,
         video_rates: Tensor | None = None,
         video_index: Tensor | None = None,
+        scale_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        adapter_report: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ElasticOutput:
         """One pass over rows that may differ in media and in budgets.
 
         Args:
@@ -93,6 +112,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             pixel_values: (N, 3, h, w). num_image_tokens: (R,). image_index: (R,) item of each run.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
+            scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
+            adapter_report: give `balance` and `expert_usage`, where the adapter has experts; as in training by default.
         """
         media = {
             "pixel_values": pixel_values,
@@ -110,6 +131,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             "video_index": video_index,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
+        with_report = self.training if adapter_report is None else adapter_report
+        rows = self.model.adapter_inputs(input_ids, attention_mask, scale_ids, task_ids, with_report=with_report)
+        if rows is not None:
+            kwargs[KEYWORD] = rows
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -130,12 +155,15 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = logits.shape[-1]
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
-        return CausalLMOutputWithPast(
+        balance, usage = rows.collector.take() if rows is not None and rows.collector is not None else ([], [])
+        return ElasticOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            balance=torch.stack(balance).mean(dim=0) if balance else None,
+            expert_usage=torch.stack(usage) if usage else None,
         )
 
     def prepare_inputs_for_generation(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
+from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
@@ -251,6 +252,38 @@ class ElasticModel(ElasticPreTrainedModel):
         one = features.lengths.new_ones(1)
         soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
         return soft.sum()
+
+    def adapter_inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        scale_ids: Tensor | None,
+        task_ids: Tensor | None,
+        *,
+        with_report: bool,
+    ) -> AdapterInputs | None:
+        """What the adapter needs to know of the rows; nothing where it asks for nothing.
+
+        Args:
+            input_ids: (B, S). attention_mask: (B, S). scale_ids, task_ids: (B,).
+            with_report: let it report what its experts did.
+
+        Raises:
+            ValueError: ids for an adapter that has no members.
+        """
+        kind = (self.config.adapter or {}).get("kind", "lora")
+        if kind not in KINDS_WITH_INPUTS:
+            if scale_ids is not None or task_ids is not None:
+                raise ValueError(f"scale_ids and task_ids go with {' or '.join(KINDS_WITH_INPUTS)}, not {kind}")
+            return None
+        if kind != "mome" or input_ids is None or not with_report:
+            return AdapterInputs(scale_ids, task_ids)
+        kinds = torch.zeros_like(input_ids)
+        for medium, placeholder in (self.config.placeholder_ids or {}).items():
+            kinds = kinds.masked_fill(input_ids == placeholder, TOKEN_KINDS.index(medium))
+        if attention_mask is not None:
+            kinds = kinds.masked_fill(attention_mask == 0, -1)
+        return AdapterInputs(scale_ids, task_ids, kinds, Collector())
 
     def forward(
         self,

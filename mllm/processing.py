@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
 
+from mllm.adapters.members import Members
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Sample, Text
@@ -42,7 +43,7 @@ class ElasticProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer that holds the placeholder tokens.
         elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
             (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), and the
-            tokens around its run (`span`).
+            tokens around its run (`span`). `members` are the scales and tasks of an adapter that has some.
 
     Raises:
         ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
@@ -55,12 +56,18 @@ class ElasticProcessor(ProcessorMixin):
         self.placeholder_ids = {medium: self._token_id(PLACEHOLDER_TOKENS[medium]) for medium in media}
         self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
         self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
+        self.use_members(self.elastic.get("members", {}))
         self.chat = ChatEncoder(
             tokenizer,
             chat_format=self.elastic["chat_format"],
             placeholder_ids=self.placeholder_ids,
             span_ids=self.span_ids,
         )
+
+    def use_members(self, members: Mapping[str, list[str]]) -> None:
+        """Give rows ids of these scales and tasks of the adapter from now on."""
+        self.elastic = {**self.elastic, "members": dict(members)}
+        self.members = Members.from_settings(members)
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
@@ -164,7 +171,7 @@ class ElasticProcessor(ProcessorMixin):
                 runs = tuple(Run(self.extent(item), _next(counts, item.medium)) for item in items)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
-            rows.append(Row(sample.id, prompt.ids, prompt.labels, runs))
+            rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
         return Batch(rows, stack_media([item for items in media for item in items]))
 
     def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
@@ -176,6 +183,7 @@ class ElasticProcessor(ProcessorMixin):
             placeholder_ids=self.placeholder_ids,
             pad_id=self.pad_id,
             left_padding=left_padding,
+            members=self.members,
         )
 
     def __call__(

@@ -4,7 +4,7 @@ Plain dataclasses, read from YAML and the command line. Knows no torch, so that 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +61,77 @@ class MediumSettings:
             raise ValueError(f"span is the token before and the token after, got {self.span}")
 
 
+_LORA = {"rank": 16, "alpha": 32.0, "targets": ["q_proj", "v_proj"]}
+ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {**_LORA, "dropout": 0.0},
+    "lora_bank": {**_LORA, "variant": None, "scales": [], "tasks": []},
+    "mome": {
+        "placement": "layer",
+        "num_experts": 23,
+        "num_shared": 1,
+        "top_k": 4,
+        "bottleneck": 12,
+        "renormalise": False,
+        "balance_weight": 0.01,
+        "disjoint_routers": False,
+        "scales": [],
+    },
+}
+"""The keys that go with a kind of adapter, and their defaults."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """What is trained inside the frozen LLM."""
 
-    kind: Literal["lora"] = "lora"
-    """LoRA by PEFT."""
-    rank: int = 16
-    """The inner size itself."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Last parts of the names of the linear layers that get one."""
-    dropout: float = 0.0
-    """Dropout before the adapter."""
+    kind: Literal["lora", "lora_bank", "mome"] = "lora"
+    """LoRA by PEFT, a bank of LoRAs (a shared one, one per scale, one per task), or a mixture of experts (MoME)."""
+    rank: int | None = None
+    """LoRA and bank: the inner size itself; 16 by default."""
+    alpha: float | None = None
+    """LoRA and bank: the update is scaled by alpha / rank; 32 by default."""
+    targets: list[str] | None = None
+    """LoRA and bank: last parts of the names of the linear layers that get one; q_proj and v_proj by default."""
+    dropout: float | None = None
+    """LoRA: dropout before the adapter; none by default."""
+    variant: Literal["ms", "ss", "mss", "s", "t", "st"] | None = None
+    """Bank: one shared (ms, s), one per scale (ss) or task (t), or a shared one beside those (mss, st)."""
+    scales: list[str] | None = None
+    """Bank with scales, MoME with disjoint routers: those trained, e.g. ["audio=/4,video=/2"]; by default every
+    combination of the budgets."""
+    tasks: list[str] | None = None
+    """Bank with tasks: names of samples' tasks, or asr, vsr and avsr by media held, the default."""
+    placement: Literal["attention", "ffn", "layer"] | None = None
+    """MoME: the block the experts stand beside; layer by default."""
+    num_experts: int | None = None
+    """MoME: routed experts; 23 by default."""
+    num_shared: int | None = None
+    """MoME: experts that every token uses; 1 by default."""
+    top_k: int | None = None
+    """MoME: routed experts a token uses; 4 by default."""
+    bottleneck: int | None = None
+    """MoME: width of an expert; 12 by default."""
+    renormalise: bool | None = None
+    """MoME: let the gates of the experts a token uses sum to 1; not by default."""
+    balance_weight: float | None = None
+    """MoME: weight of the loss that keeps experts in use; 0.01 by default."""
+    disjoint_routers: bool | None = None
+    """MoME: a router per scale instead of one for all."""
+
+    def __post_init__(self) -> None:
+        own = ADAPTER_DEFAULTS[self.kind]
+        for key in vars(self):
+            if key not in ("kind", *own) and getattr(self, key) is not None:
+                raise ValueError(f"adapter.{key} does not go with kind {self.kind}; allowed: {', '.join(own)}")
+        if "variant" in own and self.variant is None:
+            raise ValueError(f"adapter.variant is missing; kind {self.kind} needs one")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The kind and every key that goes with it, with its default where it was left out."""
+        own = ADAPTER_DEFAULTS[self.kind]
+        given = {key: value for key in own if (value := getattr(self, key)) is not None}
+        return {"kind": self.kind, **own, **given}
 
 
 @dataclass(frozen=True, kw_only=True)

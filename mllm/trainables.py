@@ -52,7 +52,7 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 def part_of(name: str) -> str:
     """The part (see `PARTS`) that a parameter belongs to, by its name."""
-    if ".lora_" in name:
+    if ".lora_" in name or ".mome." in name:
         return "adapter"
     if name.startswith("model.compressors."):
         return "compressors"

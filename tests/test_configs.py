@@ -20,16 +20,24 @@ from mllm.training.settings import RunSettings, read_run_settings
 ROOT = Path(__file__).parent.parent
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]
 RUNS.append(ROOT / "mllm" / "world" / "demo.yaml")
-# Millions of parameters that train. Omni-AVSR-S publishes 38.29, of which 6.29 are LoRA inside AV-HuBERT; M3 and MQT
-# train Vicuna-7B whole (6.74 billion) and a projector of 20.98, or a query transformer of 8.92.
+# Millions of parameters that train. Omni-AVSR S, T and ST publish 38.29, 51.92 and 58.74, of which 6.29 are LoRA inside
+# AV-HuBERT; a bank holds every scale (4 pairs of rates), MoME all of its 24 experts per layer; the projectors of MTSK
+# are 25.19. M3 and MQT train Vicuna-7B whole (6.74 billion) and a projector of 20.98, or a query transformer of 8.92.
 TRAINABLE_MILLIONS = {
     "demo": None,
     "frozen_llm_lora": 319.82 + 20.98,
     "llama_avsr": None,
     "m3_llava": 6738.42 + 20.98,
+    "mome_attention": 14.13 + 25.19,
+    "mome_ffn": 14.13 + 25.19,
+    "mome_layer": 14.13 + 25.19,
     "mqt_llava": 6738.42 + 8.92,
     "mtsk_ms": 6.82 + 25.19,
+    "mtsk_mss": 5 * 6.82 + 25.19,
+    "mtsk_ss": 4 * 6.82 + 25.19,
     "omni_avsr_s": 38.29 - 6.29,
+    "omni_avsr_st": 58.74 - 6.29,
+    "omni_avsr_t": 51.92 - 6.29,
 }
 
 
@@ -63,7 +71,8 @@ def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
 
 def test_every_config_is_here() -> None:
     assert [path.stem for path in RUNS] == [
-        *("frozen_llm_lora", "llama_avsr", "m3_llava", "mqt_llava", "mtsk_ms", "omni_avsr_s", "demo")
+        *("frozen_llm_lora", "llama_avsr", "m3_llava", "mome_attention", "mome_ffn", "mome_layer", "mqt_llava"),
+        *("mtsk_ms", "mtsk_mss", "mtsk_ss", "omni_avsr_s", "omni_avsr_st", "omni_avsr_t", "demo"),
     ]
 
 

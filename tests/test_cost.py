@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from mllm.adapters import build_adapter
+from mllm.adapters.hand_over import AdapterInputs
 from mllm.budget import Budget
 from mllm.compressors import build_compressor
 from mllm.cost import Item, compressor_flops, encoder_flops, kv_bytes_per_token, llm_flops, request_cost, train_factor
@@ -72,13 +73,27 @@ def test_tokens_in_one_pass_cost_what_they_cost_one_by_one() -> None:
     assert together == sum(llm_flops(config, num_tokens=1, past_tokens=7 + i, num_logits=1) for i in range(5))
 
 
-def test_an_adapter_that_is_not_merged_costs_its_own_products() -> None:
+LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
+SCALES = ["audio=/4", "audio=/8"]
+EXPERTS = {"kind": "mome", "placement": "ffn", "num_experts": 5, "num_shared": 2, "top_k": 2, "bottleneck": 3}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "lora", **LORA},
+        {"kind": "lora_bank", "variant": "mss", "scales": SCALES, "tasks": [], **LORA},
+        {"scales": [], **EXPERTS},
+        {"scales": SCALES, "disjoint_routers": True, **EXPERTS},
+    ],
+)
+def test_an_adapter_that_is_not_merged_costs_its_own_products(adapter: dict[str, Any]) -> None:
     config = LlamaConfig(**DECODER)
-    adapter = {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    build_adapter(model, adapter)
+    build_adapter(model.model, adapter)
     expected = llm_flops(config, num_tokens=6, num_logits=6, adapter=adapter)
-    assert expected + masked_pairs_flops(config, 6) == counted(lambda: model(torch.arange(6)[None]))
+    rows = {} if adapter["kind"] == "lora" else {"adapter_inputs": AdapterInputs(scale_ids=torch.tensor([1]))}
+    assert expected + masked_pairs_flops(config, 6) == counted(lambda: model(torch.arange(6)[None], **rows))
 
 
 @pytest.mark.parametrize("layer", [-2, -1, 1])

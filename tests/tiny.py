@@ -107,7 +107,7 @@ def settings(
 
 def processor(own: ModelSettings) -> ElasticProcessor:
     """The processor of a tiny model; it reads real files."""
-    from mllm.building import space_settings
+    from mllm.building import member_names, space_settings
 
     configs = encoder_configs()
     preprocessors = {
@@ -128,7 +128,7 @@ def processor(own: ModelSettings) -> ElasticProcessor:
         }
         for medium, one in own.media.items()
     }
-    return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media})
+    return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media, "members": member_names(own)})
 
 
 def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
@@ -153,7 +153,7 @@ def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForCondit
     if own.adapter is not None:
         build_adapter(made.model.language_model, {**(made.config.adapter or {}), "seed": seed})
         for name, parameter in made.named_parameters():
-            if ".lora_B." in name:  # zero at first, so that an untouched adapter would not show
+            if ".lora_B" in name:  # zero at first, so that an untouched adapter would not show
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
     return made.eval()
 

@@ -27,15 +27,24 @@ def inject(
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
+    check_targets(module, rank, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)  # pyright: ignore
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, module)
+
+
+def check_targets(module: nn.Module, rank: int, targets: Sequence[str]) -> None:
+    """Refuse what no linear layer can be given.
+
+    Raises:
+        ValueError: a rank below 1, or a target that no linear layer is named after.
+    """
     if rank < 1:
         raise ValueError(f"adapter.rank is {rank}; it must be at least 1")
     names = {name.rsplit(".", 1)[-1] for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if missing := set(targets) - names:
         raise ValueError(f"adapter.targets holds {sorted(missing)}; linear layers here are {', '.join(sorted(names))}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)  # pyright: ignore
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, module)
 
 
 def is_adapted(layer: nn.Module) -> bool:

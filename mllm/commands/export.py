@@ -13,6 +13,10 @@ class Settings:
     """Run folder."""
     out: str
     """Folder to write."""
+    scale: str | None = None
+    """Of an adapter with members per scale, the one to merge, e.g. audio=/4,video=/2."""
+    task: str | None = None
+    """Of an adapter with members per task, the one to merge, e.g. avsr."""
 
 
 def run(settings: Settings) -> int:
@@ -21,6 +25,6 @@ def run(settings: Settings) -> int:
     from mllm.loading import export
 
     quiet_loading()
-    export(settings.model, settings.out)
+    export(settings.model, settings.out, scale=settings.scale, task=settings.task)
     console().print(f"written to {settings.out}")
     return 0

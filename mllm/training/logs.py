@@ -31,11 +31,15 @@ class Tally:
         self.soft_tokens = 0
         self.tokens = 0
         self.counts: dict[str, int] = {}
+        self.balances: list[tuple[Sequence[str], Tensor, Tensor]] = []
         self.started = time.monotonic()
 
-    def add(self, lesson: Lesson, sums: Tensor) -> None:
-        """One pass over a lesson with its loss summed per budget (K,)."""
+    def add(self, lesson: Lesson, sums: Tensor, balance: Tensor | None = None) -> None:
+        """One pass over a lesson with its loss, and the balance of an adapter's experts, summed per budget (K,)."""
         self.sums.append((lesson.names, sums))
+        if balance is not None:
+            counts = torch.bincount(lesson.pass_budgets, minlength=len(lesson.names))
+            self.balances.append((lesson.names, balance, counts))
         for name, count in zip(lesson.names, lesson.counts, strict=True):
             self.counts[name] = self.counts.get(name, 0) + count
         self.soft_tokens += lesson.soft_tokens
@@ -47,21 +51,37 @@ class Tally:
         for names, sums in self.sums:
             for name, value in zip(names, sums.tolist(), strict=True):
                 own[name][0] += value
-        total: dict[str, list[float]] = {}
-        for part in gather_json(accelerator, own):
-            for name, (value, count) in part.items():
-                entry = total.setdefault(name, [0.0, 0.0])
+        return _means(accelerator, own)
+
+    def balance(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean balance of the experts per pass by budget over all processes, 1 is even; a collective."""
+        own: dict[str, list[float]] = {}
+        for names, sums, counts in self.balances:
+            for name, value, count in zip(names, sums.tolist(), counts.tolist(), strict=True):
+                entry = own.setdefault(name, [0.0, 0.0])
                 entry[0] += value
                 entry[1] += count
-        return {name: value / count for name, (value, count) in sorted(total.items()) if count}
+        return _means(accelerator, own)
 
     def report(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
         """Losses, and what `steps` steps cost, over all processes; a collective."""
         logs = {f"loss/{name}": value for name, value in self.losses(accelerator).items()}
+        logs |= {f"balance/{name}": value for name, value in self.balance(accelerator).items()}
         costs = gather_json(accelerator, [self.tokens, self.soft_tokens])
         logs["tokens_per_second"] = sum(tokens for tokens, _ in costs) / max(time.monotonic() - self.started, 1e-9)
         logs["soft_tokens_per_step"] = sum(soft for _, soft in costs) / max(steps, 1)
         return logs
+
+
+def _means(accelerator: Accelerator, own: dict[str, list[float]]) -> dict[str, float]:
+    """Sum over count of every name, over all processes."""
+    total: dict[str, list[float]] = {}
+    for part in gather_json(accelerator, own):
+        for name, (value, count) in part.items():
+            entry = total.setdefault(name, [0.0, 0.0])
+            entry[0] += value
+            entry[1] += count
+    return {name: value / count for name, (value, count) in sorted(total.items()) if count}
 
 
 def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -47,10 +47,14 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss to differentiate, and the cross-entropy summed per budget (K,), detached, for the log."""
+    """The loss to differentiate; detached, for the log, the cross-entropy summed per budget (K,), and the balance.
+
+    `balance` (K,) sums the balance of the passes at each budget; nothing where the adapter has no experts.
+    """
 
     total: Tensor
     sums: Tensor
+    balance: Tensor | None = None
 
 
 def objective(
@@ -78,6 +82,26 @@ def objective(
     # Where nothing is to be learned in the whole step the loss is 0, not 0 / 0.
     divisor = torch.as_tensor(num_targets, device=logits.device).clamp(min=1)
     return Loss((supervision.weights * per_token).sum() / divisor, sums)
+
+
+def with_balance(
+    loss: Loss, balance: Tensor, *, budgets: Tensor, shares: Tensor, num_targets: int | Tensor, weight: float
+) -> Loss:
+    """The loss with the balance loss of an adapter's experts added.
+
+    A pass's balance is worth its share of the targets, so that the sum over micro-batches and processes is again the
+    loss of one process that saw them all. Source: MoME (arXiv 2510.04136), where the weight is 0.01.
+
+    Args:
+        balance: (B,) of each pass.
+        budgets: (B,) which of the K budgets each pass was run at.
+        shares: (B,) the weights of each pass's targets, summed.
+        num_targets: target tokens of the optimizer step, as `objective` takes them.
+    """
+    divisor = torch.as_tensor(num_targets, device=balance.device).clamp(min=1)
+    total = loss.total + weight * (balance.float() * shares).sum() / divisor
+    by_budget = torch.zeros_like(loss.sums).index_add(0, budgets, balance.detach().to(loss.sums.dtype))
+    return Loss(total, loss.sums, by_budget)
 
 
 def _distill(cross_entropy: Tensor, logits: Tensor, teachers: Tensor, distillation: Distillation) -> Tensor:

@@ -6,7 +6,7 @@ Every row is run at the draws of the step, restricted to the media it holds; dra
 weigh their sum. So what a row adds to the loss depends on nothing else in its batch, and the sum over processes equals
 one process, whichever media each of them holds.
 
-Shapes: B rows, P target tokens of all passes.
+Shapes: B passes, P target tokens of all passes.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,8 @@ class Lesson:
     Args:
         inputs: arguments of the model.
         positions: (P,) flat positions of the logits.
+        pass_budgets: (B,) int64, which of the K budgets each pass is run at.
+        shares: (B,) the weights of each pass's targets summed: what a loss of the whole pass is worth.
         names: the K budgets of the supervision, in words.
         counts: target tokens per budget.
         soft_tokens: soft tokens of all passes.
@@ -56,6 +58,8 @@ class Lesson:
     inputs: dict[str, Tensor]
     positions: Tensor
     supervision: Supervision
+    pass_budgets: Tensor
+    shares: Tensor
     names: list[str]
     counts: list[int]
     soft_tokens: int
@@ -111,6 +115,8 @@ def make_lesson(batch: Batch, passes: Sequence[Pass], processor: ElasticProcesso
         inputs=expanded.inputs,
         positions=targets.positions,
         supervision=supervision,
+        pass_budgets=budget_of,
+        shares=torch.zeros(len(passes)).index_add(0, targets.rows, supervision.weights),
         names=names,
         counts=torch.bincount(budgets, minlength=len(names)).tolist(),
         soft_tokens=sum(cost.tokens for costs in expanded.costs for cost in costs),

@@ -33,7 +33,7 @@ from mllm.trainables import trainable_names
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
-from mllm.training.objective import Distillation, Loss, objective
+from mllm.training.objective import Distillation, Loss, objective, with_balance
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
 from mllm.training.passes import Lesson, drawn_passes, fixed_passes, make_lesson, num_targets
 
@@ -156,7 +156,7 @@ class ElasticTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is {loss.total.item()} for samples {rows}; nothing was "
                 "updated"
             )
-        self.tally.add(lesson, loss.sums)
+        self.tally.add(lesson, loss.sums, loss.balance)
         total = loss.total * self.accelerator.num_processes
         return (total, {}) if return_outputs else total
 
@@ -168,7 +168,12 @@ class ElasticTrainer(Trainer):
         inputs = {key: value.to(device, non_blocking=True) for key, value in lesson.inputs.items()}
         positions = lesson.positions.to(device, non_blocking=True)
         outputs = model(**inputs, logit_positions=positions, use_cache=False)
-        return objective(outputs.logits, lesson.supervision.to(device), targets, distillation)
+        loss = objective(outputs.logits, lesson.supervision.to(device), targets, distillation)
+        if outputs.balance is None:
+            return loss
+        weight = cast(dict[str, Any], self.elastic.config.adapter)["balance_weight"]
+        budgets, shares = lesson.pass_budgets.to(device), lesson.shares.to(device)
+        return with_balance(loss, outputs.balance, budgets=budgets, shares=shares, num_targets=targets, weight=weight)
 
     # ---- the optimizer ----
 

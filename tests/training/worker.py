@@ -6,6 +6,7 @@ A scenario whose run folder holds a checkpoint is resumed from it.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from harness import make_trainer, run_settings
 from safetensors.torch import save_file
 from test_projector_fit import fit
 
+from mllm.settings import AdapterSettings
 from mllm.training.folders import newest_checkpoint
 from mllm.training.launch import prepare_launch
 from mllm.training.settings import RunSettings, SamplerSettings
@@ -34,19 +36,39 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "micro_batches": 2,
     },
 }
+# Rows that all processes but one lack the members of: each holds one task and one scale.
+ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
+    name: {
+        "media": ("audio", "video"),
+        "kinds": [("audio",), ("video",)],
+        "rows": 8,
+        "batches": [[row] for row in range(8)],
+        "micro_batches": 2,
+        "adapter": adapter,
+    }
+    for name, adapter in {
+        "st": AdapterSettings(kind="lora_bank", variant="st", rank=4, alpha=8),
+        "mss": AdapterSettings(
+            kind="lora_bank", variant="mss", rank=4, alpha=8, scales=["audio=/4", "audio=/8", "video=/2", "video=/5"]
+        ),
+        "mome": AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4),
+    }.items()
+}
 
 
 def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunSettings:
     """Settings of a scenario; its micro-batches per step are shared by the processes."""
-    train["accumulation"] = SCENARIOS[name]["micro_batches"] // num_processes
-    media = SCENARIOS[name]["media"]
+    own = {**SCENARIOS, **ADAPTER_SCENARIOS}[name]
+    train["accumulation"] = own["micro_batches"] // num_processes
+    model = tiny.settings(own["media"])
+    model = replace(model, adapter=own.get("adapter", model.adapter))
     sampler = SamplerSettings(mode="random", num_draws=2)
-    return run_settings(folder / name, tiny.settings(media), sampler=sampler, save_every=2, **train)
+    return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
 
 
 def run_scenario(name: str, settings: RunSettings) -> Any:
     """Train a scenario; the trainer afterwards."""
-    own = SCENARIOS[name]
+    own = {**SCENARIOS, **ADAPTER_SCENARIOS}[name]
     trainer = make_trainer(
         settings, kinds=own["kinds"], batches=own["batches"], rows=9 if own["batches"] is None else 8
     )

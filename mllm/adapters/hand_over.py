@@ -1,0 +1,112 @@
+"""How what the rows are reaches the adapters inside an unmodified decoder.
+
+Knows decoder layers by their `self_attn`. Does not know what an adapter computes.
+
+The model passes one `AdapterInputs` as the keyword `adapter_inputs` of the LLM. Decoders of transformers hand unknown
+keywords on to each layer and each layer to its `self_attn`, and there a hook takes it out and gives it to the adapters
+of that layer. The hook is on `self_attn` and not on the layer, because a layer's activations may be computed again in
+the backward pass: transformers checkpoints a layer's `forward`, so hooks of the layer would not run again, while those
+inside it do, with the keywords of the pass that is being repeated. So nothing is ever read that another pass has set.
+
+Shapes: B rows, S positions, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm.budget import MEDIA
+
+KEYWORD = "adapter_inputs"
+KINDS_WITH_INPUTS = ("lora_bank", "mome")
+"""Kinds of adapters that need to know the rows."""
+TOKEN_KINDS = ("text", *MEDIA)
+"""What a token can be; its kind is the place in this list."""
+NUM_KINDS = len(TOKEN_KINDS)
+
+
+@dataclass
+class Collector:
+    """What the adapters of one forward pass report, layer by layer, until it is taken.
+
+    What a layer reports when it is computed again in the backward pass comes too late and is dropped.
+    """
+
+    balance: list[Tensor] = field(default_factory=list)
+    """(B,) per layer."""
+    usage: list[Tensor] = field(default_factory=list)
+    """(B, K, N) per layer: how often tokens of each of K kinds chose each of N experts."""
+    is_open: bool = True
+
+    def add(self, balance: Tensor, usage: Tensor) -> None:
+        """Report of one layer."""
+        if self.is_open:
+            self.balance.append(balance)
+            self.usage.append(usage)
+
+    def take(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Everything reported; nothing is kept and nothing more is taken in."""
+        taken = self.balance, self.usage
+        self.balance, self.usage, self.is_open = [], [], False
+        return taken
+
+
+@dataclass(frozen=True)
+class AdapterInputs:
+    """What adapters need to know of the rows of one forward pass.
+
+    Args:
+        scale_ids: (B,) or (B, S) int64, see `mllm.adapters.members`; nothing where the adapter has no scales.
+        task_ids: the same for tasks.
+        kinds: (B, S) int64, places in `TOKEN_KINDS`, -1 on padding; nothing where no adapter reports.
+        collector: takes what adapters report.
+    """
+
+    scale_ids: Tensor | None = None
+    task_ids: Tensor | None = None
+    kinds: Tensor | None = None
+    collector: Collector | None = None
+
+
+class Adapter(nn.Module):
+    """Base of the adapters that need to know the rows: `inputs` is set by the hook right before they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = AdapterInputs()
+        self.is_enabled = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch on or off; off is the frozen LLM bit for bit."""
+        self.is_enabled = enabled
+
+
+def decoder_layers(llm: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder.
+
+    Raises:
+        ValueError: an LLM whose layers do not all have a `self_attn` and an `mlp`.
+    """
+    layers = list(getattr(llm, "layers", []))
+    if not layers or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
+        raise ValueError(
+            f"{type(llm).__name__} has layers without self_attn or mlp; this adapter needs a decoder such as Llama, "
+            "Qwen or Gemma"
+        )
+    return layers
+
+
+def connect(layer: nn.Module, adapters: Sequence[Adapter]) -> None:
+    """Let a layer's attention hand what it gets to the adapters of that layer."""
+    attention: Any = layer.self_attn
+    attention.served_adapters = tuple(adapters)  # a tuple, so that they are not registered as its children
+    attention.register_forward_pre_hook(_hand_over, with_kwargs=True)
+
+
+def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    inputs = kwargs.pop(KEYWORD, None) or AdapterInputs()
+    for adapter in attention.served_adapters:
+        adapter.inputs = inputs
+    return args, kwargs

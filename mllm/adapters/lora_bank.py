@@ -1,0 +1,188 @@
+"""A bank of LoRAs beside a linear layer: a shared one, one per scale and one per task, chosen by ids in the data.
+
+Knows linear layers and ids. Does not know what a scale or a task is, nor who gives a row its id.
+
+All members are one stacked parameter, so that every process touches all of them in every step, whatever its rows are:
+the update is one product over the concatenated ranks, in which the ranks of members a token does not use are zeroed.
+
+Shapes: B rows, S positions, E members, r rank, I and O the sizes of the linear layer.
+Sources: Llama-MTSK (arXiv 2503.06362), Omni-AVSR (arXiv 2511.07253).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mllm.adapters.hand_over import Adapter, connect, decoder_layers
+from mllm.adapters.lora import check_targets, inject
+from mllm.adapters.members import kinds_of
+
+
+class LoraBank(Adapter):
+    """A frozen linear layer with stacked LoRAs beside it.
+
+    Members stand in the order shared, scales, tasks. A token uses the shared one and those its ids name.
+
+    Args:
+        base_layer: kept as it is.
+        has_shared: whether there is a member that every token uses.
+        num_scales, num_tasks: members of each kind.
+        rank: of each member. alpha: the update is scaled by alpha / rank.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        *,
+        has_shared: bool,
+        num_scales: int,
+        num_tasks: int,
+        rank: int,
+        alpha: float,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.has_shared, self.num_scales, self.num_tasks = has_shared, num_scales, num_tasks
+        self.rank, self.scaling = rank, alpha / rank
+        members = int(has_shared) + num_scales + num_tasks
+        device = base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(members, rank, base_layer.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(members, base_layer.out_features, rank, device=device))
+        for member in self.lora_A:
+            nn.init.kaiming_uniform_(member, a=math.sqrt(5))
+
+    def members_used(self, scale_ids: Tensor | None, task_ids: Tensor | None, shape: torch.Size) -> Tensor:
+        """Which members each token uses.
+
+        Args:
+            scale_ids, task_ids: (B,) or (B, S); -1 uses none.
+            shape: (B, S).
+
+        Returns:
+            (B, S, E) or (B, 1, E) bool.
+
+        Raises:
+            ValueError: ids that are needed and missing.
+        """
+        device = self.lora_A.device
+        used = [torch.ones(*shape, 1, dtype=torch.bool, device=device)] if self.has_shared else []
+        for name, ids, count in (("scale", scale_ids, self.num_scales), ("task", task_ids, self.num_tasks)):
+            if not count:
+                continue
+            if ids is None:
+                raise ValueError(f"the adapter has members per {name}, but {name}_ids were not given")
+            ids = ids.to(device)
+            ids = ids[:, None] if ids.dim() == 1 else ids  # (B, 1) or (B, S)
+            one_hot = ids[..., None] == torch.arange(count, device=device)
+            used.append(one_hot.expand(*shape, count))
+        return torch.cat(used, dim=-1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, S, I) -> (B, S, O)."""
+        out = self.base_layer(inputs)
+        if not self.is_enabled:
+            return out
+        used = self.members_used(self.inputs.scale_ids, self.inputs.task_ids, inputs.shape[:-1])
+        down = self.lora_A.flatten(0, 1)  # (E r, I)
+        up = self.lora_B.transpose(0, 1).flatten(1)  # (O, E r)
+        inner = functional.linear(inputs.to(down.dtype), down)
+        inner = inner.masked_fill(~used.repeat_interleave(self.rank, dim=-1), 0.0)
+        return (out + self.scaling * functional.linear(inner, up)).to(out.dtype)
+
+    def chosen(self, scale_id: int | None, task_id: int | None) -> list[int]:
+        """Places of the members that a token with these ids uses.
+
+        Raises:
+            ValueError: an id that is missing or beyond the members of its kind.
+        """
+        places = [0] if self.has_shared else []
+        start = len(places)
+        for name, own, count in (("scale", scale_id, self.num_scales), ("task", task_id, self.num_tasks)):
+            if count and (own is None or not 0 <= own < count):
+                raise ValueError(f"the adapter has {count} members per {name}; {name} {own} is none of them")
+            places += [start + own] if count and own is not None else []
+            start += count
+        return places
+
+
+def inject_bank(
+    module: nn.Module,
+    *,
+    variant: str,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    scales: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    seed: int = 0,
+) -> None:
+    """Put a bank beside the named linear layers of every decoder layer.
+
+    Args:
+        module: the LLM's decoder.
+        variant: see `mllm.adapters.members.VARIANTS`.
+        scales, tasks: names of the members of each kind.
+        rank, alpha, targets, seed: as those of LoRA.
+
+    Raises:
+        ValueError: an unknown variant or target, a rank below 1, names that do not go with the variant, or an LLM
+            without decoder layers.
+    """
+    kinds = kinds_of(variant)
+    check_targets(module, rank, targets)
+    for kind, names in (("scale", scales), ("task", tasks)):
+        if (kind in kinds) != bool(names):
+            raise ValueError(f"adapter.{kind}s is {list(names)}, but variant {variant} has members of {kinds}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for layer in decoder_layers(module):
+            linears = [
+                (name, own)
+                for name, own in layer.named_modules()
+                if isinstance(own, nn.Linear) and name.rsplit(".", 1)[-1] in targets
+            ]
+            banks = []
+            for name, linear in linears:
+                bank = LoraBank(
+                    linear,
+                    has_shared="shared" in kinds,
+                    num_scales=len(scales),
+                    num_tasks=len(tasks),
+                    rank=rank,
+                    alpha=alpha,
+                )
+                layer.set_submodule(name, bank)
+                banks.append(bank)
+            connect(layer, banks)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+@torch.no_grad()
+def to_lora(module: nn.Module, *, scale_id: int | None = None, task_id: int | None = None) -> dict[str, object]:
+    """Replace every bank by PEFT's LoRA of what one scale and task use, in place; exact, the ranks are concatenated.
+
+    Returns:
+        The settings of that LoRA: rank, alpha and targets.
+
+    Raises:
+        ValueError: ids that name no member.
+    """
+    banks = {name: own for name, own in module.named_modules() if isinstance(own, LoraBank)}
+    assert banks
+    places = next(iter(banks.values())).chosen(scale_id, task_id)
+    targets = sorted({name.rsplit(".", 1)[-1] for name in banks})
+    first = next(iter(banks.values()))
+    rank = first.rank * len(places)
+    for name, bank in banks.items():
+        module.set_submodule(name, bank.base_layer)
+    settings = {"kind": "lora", "rank": rank, "alpha": first.scaling * rank, "targets": targets}
+    inject(module, rank=rank, alpha=first.scaling * rank, targets=targets)
+    for name, bank in banks.items():
+        layer = module.get_submodule(name)
+        layer.lora_A["default"].weight.copy_(bank.lora_A[places].flatten(0, 1))  # pyright: ignore
+        layer.lora_B["default"].weight.copy_(bank.lora_B[places].transpose(0, 1).flatten(1))  # pyright: ignore
+    return settings

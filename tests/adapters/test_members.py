@@ -1,0 +1,169 @@
+"""Ids come from what a row holds and costs, and reach its members whatever stands beside it in the batch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from mllm.adapters.lora_bank import LoraBank
+from mllm.adapters.members import Members, scales_of
+from mllm.budget import Budget, Cost, Space
+from mllm.building import adapter_settings, build
+from mllm.loading import TRAINABLES, export, load, save_run
+from mllm.settings import AdapterSettings, ModelSettings
+from mllm.trainables import set_trainables
+
+SPEECH = ("audio", "video")
+SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", "audio=/4,video=/2", "audio=/8,video=/5"]
+ROWS = [
+    ([tiny.random_media("audio", 37), tiny.random_media("video", 19), "transcribe speech and video to text."], "now"),
+    ([tiny.random_media("audio", 37), tiny.random_media("video", 19), "transcribe speech and video to text."], "now"),
+    ([tiny.random_media("audio", 24, seed=3), "transcribe speech to text."], "place"),
+    ([tiny.random_media("video", 21, seed=4), "transcribe video to text."], "blue"),
+    (["how many objects?"], "two"),
+]
+BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/8,video=/5", "audio=/8", "video=/5", "")]
+SCALE_IDS, TASK_IDS = [4, 5, 1, 3, -1], [2, 2, 0, 1, -1]
+
+
+def settings(variant: str, scales: list[str] | None = None, own: ModelSettings | None = None) -> ModelSettings:
+    adapter = AdapterSettings(kind="lora_bank", variant=variant, rank=3, alpha=6, scales=scales)  # pyright: ignore
+    return replace(own or tiny.settings(SPEECH), adapter=adapter)
+
+
+VARIANTS = {"mss": SCALES, "st": None, "ms": None}
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def made(request: pytest.FixtureRequest):
+    own = settings(request.param, VARIANTS[request.param])
+    return tiny.model(own), tiny.processor(own)
+
+
+def test_ids_say_what_a_row_holds_and_costs() -> None:
+    own = settings("mss", SCALES)
+    inputs = tiny.processor(own).expand(tiny.batch(tiny.processor(own), ROWS), [BUDGETS], left_padding=False).inputs
+    assert inputs["scale_ids"].tolist() == SCALE_IDS
+    assert "task_ids" not in inputs
+    own = settings("t")
+    inputs = tiny.processor(own).expand(tiny.batch(tiny.processor(own), ROWS), [BUDGETS], left_padding=False).inputs
+    assert inputs["task_ids"].tolist() == TASK_IDS
+    assert "scale_ids" not in inputs
+
+
+@pytest.mark.parametrize("left_padding", [True, False])
+@torch.no_grad()
+def test_rows_at_different_budgets_in_one_batch_equal_the_rows_alone(made, left_padding: bool) -> None:
+    model, processor = made
+    inputs = processor.expand(tiny.batch(processor, ROWS), [BUDGETS], left_padding=left_padding).inputs
+    mask = inputs["attention_mask"]
+    together = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    for index, (row, budget) in enumerate(zip(ROWS, BUDGETS, strict=True)):
+        alone = model(**processor.expand(tiny.batch(processor, [row]), [[budget]], left_padding=False).inputs).logits
+        torch.testing.assert_close(together[index][mask[index].bool()], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}]
+)
+def test_batched_generation_equals_single(made, options: dict) -> None:
+    model, processor = made
+
+    def generate(rows, budgets) -> list[list[int]]:
+        inputs = processor.expand(tiny.batch(processor, rows), [budgets], left_padding=True).inputs
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, disable_compile=True, **options)
+        end = processor.tokenizer.eos_token_id
+        answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        return [own[: own.index(end)] if end in own else own for own in answers]
+
+    number = options.get("num_return_sequences", 1)
+    together = generate(ROWS, BUDGETS)
+    for index, (row, budget) in enumerate(zip(ROWS, BUDGETS, strict=True)):
+        assert together[index * number : (index + 1) * number] == generate([row], [budget])
+
+
+def test_a_rate_without_a_member_is_refused_with_those_trained() -> None:
+    own = settings("ss", SCALES)
+    processor = tiny.processor(own)
+    batch = tiny.batch(processor, ROWS[2:3])
+    with pytest.raises(
+        ValueError, match=r"sample 'row0': .* no member for the scale audio=/5; trained are audio=/4 \|"
+    ):
+        processor.expand(batch, [[Budget.parse("audio=/5")]], left_padding=False)
+    processor = tiny.processor(settings("ss"))
+    with pytest.raises(ValueError, match=r"no member for the scale audio=/4; trained are audio=/4,video=/2 \|"):
+        processor.expand(batch, [[Budget.parse("audio=/4")]], left_padding=False)
+
+
+def test_the_task_of_a_sample_comes_before_the_media_it_holds() -> None:
+    members = Members(tasks=("translate", "asr"))
+    assert members.task_id("translate", ["audio"]) == 0
+    assert members.task_id("anything", ["audio"]) == 1
+    assert members.task_id("anything", []) == -1
+    with pytest.raises(ValueError, match="no member for the task avsr; trained are translate, asr"):
+        members.task_id("anything", ["video", "audio"])
+    with pytest.raises(ValueError, match="audio costs both /4 and /8"):
+        Members(scales=("audio=/4",)).scale_id([("audio", Cost(2, 4)), ("audio", Cost(1, 8))])
+
+
+def test_scales_are_points_of_the_space_and_few() -> None:
+    space = Space.from_settings({"audio": {"budgets": ["/4", "/16"]}, "video": {"budgets": ["/2", "/5"]}})
+    assert scales_of([], space) == [f"audio=/{a},video=/{v}" for a in (4, 16) for v in (2, 5)]
+    with pytest.raises(ValueError, match=r"adapter.scales holds 'audio=/5', which is not a point"):
+        scales_of(["audio=/5"], space)
+    many = Space.from_settings({"image": {"compressor": "query", "budgets": list(range(1, 100)), "num_queries": 99}})
+    with pytest.raises(ValueError, match=r"adapter.scales would be 99 members"):
+        scales_of([], many)
+
+
+def test_a_key_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"adapter.variant does not go with kind lora; allowed: rank, alpha"):
+        AdapterSettings(variant="ms")
+    with pytest.raises(ValueError, match=r"adapter.dropout does not go with kind lora_bank"):
+        AdapterSettings(kind="lora_bank", variant="ms", dropout=0.1)
+    with pytest.raises(ValueError, match=r"adapter.variant is missing"):
+        AdapterSettings(kind="lora_bank")
+    with pytest.raises(ValueError, match=r"adapter.scales is .* but variant ms has members of"):
+        adapter_settings(settings("ms", SCALES))
+
+
+def test_ids_for_an_adapter_that_has_no_members_are_refused() -> None:
+    with pytest.raises(ValueError, match="scale_ids and task_ids go with lora_bank or mome, not lora"):
+        tiny.model(tiny.settings(SPEECH))(input_ids=torch.tensor([[3, 4]]), scale_ids=torch.tensor([0]))
+
+
+def test_a_run_is_loaded_bit_for_bit_and_exported_per_task(tmp_path: Path) -> None:
+    own = settings("st", own=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
+    model, processor = build(own)
+    names = set_trainables(model)
+    assert [n for n in names if "lora" in n] == sorted(
+        f"model.language_model.layers.{layer}.self_attn.{target}.lora_{side}"
+        for layer in (0, 1) for target in ("q_proj", "v_proj") for side in "AB"
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_run(model, processor, tmp_path / "run")
+    assert (tmp_path / "run" / TRAINABLES).is_file()
+
+    def logits(model, processor, rows: list[int]) -> torch.Tensor:
+        batch = tiny.batch(processor, [ROWS[row] for row in rows])
+        inputs = processor.expand(batch, [[BUDGETS[row] for row in rows]], left_padding=False).inputs
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    loaded = load(tmp_path / "run")
+    assert torch.equal(logits(*loaded, [0, 2, 3]), logits(model, processor, [0, 2, 3]))
+    for task, row in (("avsr", 0), ("asr", 2), ("vsr", 3)):
+        export(tmp_path / "run", tmp_path / task, task=task)
+        exported = load(tmp_path / task)
+        assert not any(isinstance(part, LoraBank) for part in exported[0].modules())
+        torch.testing.assert_close(logits(*exported, [row]), logits(*loaded, [row]), rtol=1e-4, atol=1e-4)
+    for wrong in (None, "ocr"):
+        with pytest.raises(ValueError, match=rf"task is {wrong}; the adapter has members for: asr \| vsr \| avsr"):
+            export(tmp_path / "run", tmp_path / "no", task=wrong)
+    with pytest.raises(ValueError, match="scale is audio=/4; the adapter has members for: no scale"):
+        export(tmp_path / "run", tmp_path / "no", task="asr", scale="audio=/4")

@@ -1,0 +1,91 @@
+"""What trains at real size, on the meta device, against the counts the papers and their code give, in millions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_configs import ROOT, build_on_meta, part_config, read
+from transformers import AutoModel
+
+from mllm.adapters import build_adapter
+from mllm.adapters.lora_bank import LoraBank
+from mllm.adapters.mome import Mome
+from mllm.settings import MediumSettings
+from mllm.trainables import set_trainables
+
+LLMS = {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B", "8B": "Llama-3.1-8B"}
+SCALES = [f"audio=/{a},video=/{v}" for a in (4, 16) for v in (2, 5)]
+AV_HUBERT_LORA = 6.29
+
+
+def millions(parameters) -> float:
+    return sum(parameter.numel() for parameter in parameters) / 1e6
+
+
+def adapted(llm: str, adapter: dict) -> torch.nn.Module:
+    with torch.device("meta"):
+        made = AutoModel.from_config(part_config(LLMS[llm]))
+        build_adapter(made, adapter)
+    return made
+
+
+# Printed as active in Llama-MTSK: 27.5 (MS, SS) and 55.0 (MSS) on 3B, 27.3 and 54.5 on 8B, 13.6 (MSS) on 1B. The 8.1
+# printed for MS and SS on 1B is not reproduced: half of the 13.6 is 6.82, which is what Llama-AVSR prints.
+@pytest.mark.parametrize(
+    ("llm", "rank", "one", "both"), [("1B", 64, 6.82, 13.63), ("3B", 96, 27.53, 55.05), ("8B", 64, 27.26, 54.53)]
+)
+def test_active_parameters_of_the_scales_of_mtsk(llm: str, rank: int, one: float, both: float) -> None:
+    settings = {"kind": "lora_bank", "rank": rank, "alpha": rank / 8, "targets": ["q_proj", "v_proj"]}
+    for variant, expected in (("ms", one), ("ss", one), ("mss", both)):
+        scales = SCALES if "ss" in variant else []
+        made = adapted(llm, {**settings, "variant": variant, "scales": scales})
+        banks = [part for part in made.modules() if isinstance(part, LoraBank)]
+        active = [
+            stack[place] for bank in banks for place in bank.chosen(0 if scales else None, None)
+            for stack in (bank.lora_A, bank.lora_B)
+        ]  # fmt: skip
+        assert millions(active) == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("llm", "bottleneck", "active", "total"),
+    [("1B", 8, 3.54, 14.13), ("3B", 12, 12.73, 53.60), ("8B", 8, 14.16, 56.50)],
+)
+def test_parameters_of_mome(llm: str, bottleneck: int, active: float, total: float) -> None:
+    """Biases and router counted, one shared and four routed experts active."""
+    settings = {"placement": "layer", "num_experts": 23, "num_shared": 1, "top_k": 4, "bottleneck": bottleneck}
+    made = adapted(llm, {"kind": "mome", **settings})
+    momes = [part for part in made.modules() if isinstance(part, Mome)]
+    stacks = [own for mome in momes for name, own in mome.named_parameters() if name != "router"]
+    routers = [mome.router for mome in momes]
+    assert millions([*routers, *(own[:5] for own in stacks)]) == pytest.approx(active, abs=0.006)
+    assert millions([*routers, *stacks]) == pytest.approx(total, abs=0.006)
+
+
+@pytest.mark.parametrize(("name", "published"), [("s", 38.29), ("t", 51.92), ("st", 58.74)])
+def test_parameters_of_omni_avsr(name: str, published: float) -> None:
+    settings = read(ROOT / "configs" / f"omni_avsr_{name}.yaml")
+    model = build_on_meta(settings.model)
+    set_trainables(model, settings.parts)
+    assert millions(own for own in model.parameters() if own.requires_grad) == pytest.approx(
+        published - AV_HUBERT_LORA, abs=0.006
+    )
+
+
+# Printed as 42, 48 and 57 M: Llama-3.1-8B, frames stacked by 3 for one medium and by (4, 2) for both.
+@pytest.mark.parametrize(
+    ("rates", "published", "elsewhere"),
+    [
+        ({"audio": 3}, 41.95, 0.0),
+        ({"video": 3}, 48.24, AV_HUBERT_LORA),
+        ({"audio": 4, "video": 2}, 56.64, 0.0),
+    ],
+)
+def test_parameters_of_llama_avsr(rates: dict[str, int], published: float, elsewhere: float) -> None:
+    own = read(ROOT / "configs" / "llama_avsr.yaml").model
+    media: dict[str, MediumSettings | None] = {"audio": None, "video": None}
+    for medium, rate in rates.items():
+        media[medium] = replace(own.media[medium], budgets=[f"/{rate}"])
+    model = build_on_meta(replace(own, llm=f"meta-llama/{LLMS['8B']}", **media))  # pyright: ignore
+    set_trainables(model)
+    assert millions(p for p in model.parameters() if p.requires_grad) == pytest.approx(published - elsewhere, abs=0.006)
