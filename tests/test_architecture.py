@@ -14,7 +14,7 @@ LEVELS = [
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {"splice", "transforms", "expansion", "trainables"},
     {"modeling", "modeling_body", "processing", "data", "chat"},
-    {"building", "loading", "cost"},
+    {"building", "loading", "cost", "convert"},
     {"generation", "training"},
     {"evaluation"},
     {"world", "doctor"},

@@ -20,16 +20,23 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.hubert.modeling_hubert import HubertEncoderStableLayerNorm, HubertPositionalConvEmbedding
+from transformers.models.hubert.modeling_hubert import (
+    HubertEncoder,
+    HubertEncoderStableLayerNorm,
+    HubertPositionalConvEmbedding,
+)
 
 
 @strict
 class AVHubertConfig(PreTrainedConfig):
     """Sizes of an AV-HuBERT encoder; the defaults are those of AV-HuBERT Large.
 
-    Fields that `HubertConfig` has too mean the same here; `num_conv_pos_embeddings` is the kernel of the positional
+    Fields that `HubertConfig` has too mean the same here (`do_stable_layer_norm`: the norms stand before attention and
+    feed-forward, as in all released models, or behind them); `num_conv_pos_embeddings` is the kernel of the positional
     convolution in frames. `resnet_channels` are the widths of the four ResNet stages; the stem has the width of the
-    first. `audio_feature_size` is the size of one audio frame (26 filterbank bins of 4 stacked frames).
+    first. `audio_feature_size` is the size of one audio frame (26 filterbank bins of 4 stacked frames). Without
+    `masks_front_end` the front end sees what stands beyond a clip's end, as the released code does; only the trunk is
+    masked then.
     """
 
     model_type = "av_hubert"
@@ -42,6 +49,8 @@ class AVHubertConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     resnet_channels: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     audio_feature_size: int = 104
+    do_stable_layer_norm: bool = True
+    masks_front_end: bool = True
     num_conv_pos_embeddings: int = 128
     num_conv_pos_embedding_groups: int = 16
     frames_per_second: float | int = 25
@@ -160,7 +169,12 @@ class AVHubertEncoder(PreTrainedModel):
     main_input_name = "video"
     input_modalities = ["video", "audio"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HubertEncoderLayerStableLayerNorm", "ResidualBlock", "ParametrizedConv1d"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        "HubertEncoderLayerStableLayerNorm",
+        "HubertEncoderLayer",
+        "ResidualBlock",
+        "ParametrizedConv1d",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -172,7 +186,8 @@ class AVHubertEncoder(PreTrainedModel):
         self.layer_norm = nn.LayerNorm(2 * hidden_size, eps=config.layer_norm_eps)
         self.post_extract_proj = nn.Linear(2 * hidden_size, hidden_size)
         self.dropout_input = nn.Dropout(config.feature_dropout)
-        self.encoder = HubertEncoderStableLayerNorm(config)
+        trunk = HubertEncoderStableLayerNorm if config.do_stable_layer_norm else HubertEncoder
+        self.encoder = trunk(config)
         self.post_init()
 
     @torch.no_grad()
@@ -219,7 +234,7 @@ class AVHubertEncoder(PreTrainedModel):
         is_frame = None
         if lengths is not None:
             is_frame = torch.arange(given[0].shape[1], device=given[0].device) < lengths[:, None]
-        halves = self._halves(video, audio, is_frame)
+        halves = self._halves(video, audio, is_frame if self.config.masks_front_end else None)
         hidden = self.dropout_input(self.post_extract_proj(self.layer_norm(torch.cat(halves, dim=-1))))
         return self.encoder(hidden, attention_mask=is_frame).last_hidden_state
 

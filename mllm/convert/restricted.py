@@ -1,0 +1,236 @@
+"""Reads PyTorch's `.pt` files without running anything that is in them.
+
+Such files are pickles, and a pickle is a program. This reader lets it build plain containers and descriptions of
+tensors, nothing else: every class or function it names becomes an inert stand-in that holds its name and what it was to
+be made from. So a file that says `os.system("...")` yields an object called "os.system", and nothing happens.
+Tensors are read from the file when they are asked for; the optimizer's state, most of a checkpoint, never is.
+
+Knows both formats of `torch.save`: the zip archive, and the stream that came before it (PyTorch 1.5 and older).
+Does not know what a checkpoint is for.
+"""
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_STORAGE_TYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class Inert:
+    """Stands for an object that was not built: `name` of its class, `arguments`, `state` and `items` it was given."""
+
+    name = ""
+    arguments: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *arguments: Any) -> "Inert":
+        made = object.__new__(cls)
+        made.arguments, made.state, made.items = arguments, None, []
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        """What a list is given."""
+        self.items.append(value)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Where the numbers of one or more tensors lie: `start` is a place in a legacy file, `name` one in an archive."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    places: Mapping[str, tuple[int, int]]
+
+    def read(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            ValueError: it reaches beyond what the file holds.
+        """
+        own = self.storage
+        reach = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True)) + 1
+        if self.offset < 0 or min((*self.stride, 0)) < 0 or (math.prod(self.shape) and reach > own.size):
+            raise ValueError(f"{own.path}: a tensor of shape {self.shape} reaches beyond its {own.size} numbers")
+        start, num_bytes = self.places.get(own.name, (0, 0))
+        if num_bytes != own.num_bytes:
+            raise ValueError(f"{own.path}: {num_bytes} bytes for {own.name}, which should have {own.num_bytes}")
+        with own.path.open("rb") as file:
+            file.seek(start)
+            raw = bytearray(file.read(num_bytes))
+        if len(raw) != num_bytes:
+            raise ValueError(f"{own.path} ends before the numbers of {own.name} do")
+        flat = torch.frombuffer(raw, dtype=own.dtype) if raw else torch.zeros(0, dtype=own.dtype)
+        return flat.as_strided(self.shape, self.stride, self.offset).clone()
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a `.pt` file holds: containers, numbers, texts, `StoredTensor` and `Inert`.
+
+    Raises:
+        ValueError: no file of `torch.save`, one that is cut, or one that asks for what a reader cannot do.
+    """
+    path = Path(path)
+    try:
+        return _read_archive(path) if zipfile.is_zipfile(path) else _read_stream(path)
+    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError, IndexError, struct.error) as error:
+        raise ValueError(f"{path} is no checkpoint of torch.save, or is cut: {error}") from error
+
+
+def plain(value: Any) -> Any:
+    """A configuration as plain containers: nodes of omegaconf and namespaces become the values they hold."""
+    if isinstance(value, Inert):
+        state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+        if not isinstance(state, Mapping):
+            return plain(dict(value.items)) if value.items else value.name
+        for key in ("_content", "_val"):  # a container of omegaconf, a value of omegaconf
+            if key in state:
+                return plain(state[key])
+        return plain(state)
+    if isinstance(value, Mapping):
+        return {key: plain(own) for key, own in value.items() if isinstance(key, str)}
+    return [plain(own) for own in value] if isinstance(value, list | tuple) else value
+
+
+class _Tensor:
+    """Takes the place of the functions that rebuild tensors. Without slots nothing can be set on it."""
+
+    __slots__ = ()
+    places: Mapping[str, tuple[int, int]]
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+        numbers = (offset, *shape, *stride)
+        if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
+            raise pickle.UnpicklingError("a tensor without a storage")
+        return StoredTensor(storage, offset, tuple(shape), tuple(stride), self.places)
+
+
+class _Parameter:
+    """Takes the place of the function that makes a parameter of a tensor."""
+
+    __slots__ = ()
+
+    def __call__(self, data: Any, *_: Any) -> Any:
+        return data
+
+
+class _Reader(pickle.Unpickler):
+    """Builds containers and stand-ins; the only two things it calls are its own."""
+
+    def __init__(self, file: BinaryIO, path: Path, places: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.path = path
+        self.num_bytes: dict[str, int] = {}  # of every storage that was referred to
+        tensor = type("_PlacedTensor", (_Tensor,), {"__slots__": (), "places": places})()
+        self.known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): tensor,
+            ("torch._utils", "_rebuild_tensor"): tensor,
+            ("torch._utils", "_rebuild_parameter"): _Parameter(),
+        }
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if module_name == "torch" and global_name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[global_name]
+        key = (module_name, global_name)
+        if key not in self.known:
+            self.known[key] = type("Inert", (Inert,), {"name": f"{module_name}.{global_name}"})
+        return self.known[key]
+
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        kind, dtype, name, _, size = pid[:5]
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(size) is not int or size < 0:
+            raise pickle.UnpicklingError(f"a reference to something other than a storage: {kind}")
+        storage = _Storage(self.path, str(name), dtype, size)
+        self.num_bytes[storage.name] = storage.num_bytes
+        return storage
+
+
+def _read_archive(path: Path) -> Any:
+    """The zip format: `data.pkl`, and one uncompressed entry per storage."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        found = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+        if len(found) != 1:
+            raise ValueError(f"{path} is a zip archive, but none of torch.save: it holds {len(found)} data.pkl")
+        root = found[0].removesuffix("data.pkl")
+        places = {}
+        for name, info in entries.items():
+            if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
+                places[name.removeprefix(f"{root}data/")] = (_start_of(path, info), info.file_size)
+        with archive.open(found[0]) as file:
+            return _Reader(file, path, places).load()  # type: ignore[arg-type]
+
+
+def _start_of(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin: behind its own header, whose last parts have lengths of their own."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)
+        name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _read_stream(path: Path) -> Any:
+    """The old format: magic number, version, facts, the object, the names of the storages, and their bytes in turn."""
+    places: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        magic, _, _ = (_Reader(file, path, {}).load() for _ in range(3))
+        if magic != _LEGACY_MAGIC:
+            raise ValueError(f"{path} is no checkpoint of torch.save")
+        reader = _Reader(file, path, places)
+        content = reader.load()
+        end = path.stat().st_size
+        for name in _Reader(file, path, {}).load():
+            file.seek(8, 1)  # the number of elements, which the reference has told already
+            start, size = file.tell(), reader.num_bytes[name]
+            if start + size > end:
+                raise ValueError(f"{path} ends before the numbers of {name} do")
+            places[name] = (start, size)
+            file.seek(size, 1)
+        return content
