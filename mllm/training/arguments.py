@@ -23,6 +23,7 @@ class ElasticArguments(TrainingArguments):
     """TrainingArguments, and what only this trainer reads."""
 
     part_learning_rates: dict[str, float] = field(default_factory=dict)
+    task_weights: dict[str, float] = field(default_factory=dict)
     distillation: Distillation | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +66,7 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
         ddp_find_unused_parameters=False,  # the model touches every branch on every process
         deepspeed=train.deepspeed,
         part_learning_rates={str(part): rate for part, rate in train.part_learning_rates.items()},
+        task_weights=train.task_weights,
         distillation=distillation_of(settings.sampler),
     )
 

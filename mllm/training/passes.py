@@ -9,8 +9,8 @@ one process, whichever media each of them holds.
 Shapes: B passes, P target tokens of all passes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,9 +71,13 @@ def num_targets(rows: Sequence[Row]) -> int:
     return sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
 
 
-def drawn_passes(rows: Sequence[Row], sampler: Sampler, step: int) -> list[Pass]:
-    """The passes of a training step: every row at the step's draws."""
-    return _passes([sampler(step, {run.extent.medium for run in row.runs}) for row in rows])
+def drawn_passes(
+    rows: Sequence[Row], sampler: Sampler, step: int, task_weights: Mapping[str, float] | None = None
+) -> list[Pass]:
+    """The passes of a training step: every row at the step's draws, worth what its task is worth (1 if not named)."""
+    passes = _passes([sampler(step, {run.extent.medium for run in row.runs}) for row in rows])
+    worth = task_weights or {}
+    return [replace(own, weight=own.weight * worth.get(rows[own.row].task, 1.0)) for own in passes]
 
 
 def fixed_passes(rows: Sequence[Row], budgets: Sequence[Budget]) -> list[Pass]:

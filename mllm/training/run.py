@@ -91,6 +91,9 @@ def build_trainer(
     run, data = arguments.run, settings.data
     draws = build_sampler(settings, processor.space)
     samples = read_samples(data.train, data)
+    tasks = sorted({sample.task for sample in samples})
+    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
+        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
     surveyed.check(samples, data.tokens_per_batch)
     batches = train_loader(

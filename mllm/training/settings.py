@@ -111,6 +111,8 @@ class TrainSettings:
     """Peak learning rate."""
     part_learning_rates: dict[Part, float] = field(default_factory=dict)
     """Other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """How much the loss of a task counts, e.g. {vsr: 1.5} as in Omni-AVSR; 1 for every task that is not named."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls from its peak to 0 at the last step; `constant` keeps it."""
     warmup_steps: int = 0
@@ -169,6 +171,9 @@ class TrainSettings:
             _at_least(f"train.{key}", getattr(self, key), 1)
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
             _at_least(f"train.{key}", getattr(self, key), 0)
+        for task, weight in self.task_weights.items():
+            if weight <= 0:
+                raise ValueError(f"train.task_weights.{task} is {weight}; it must be above 0")
         for key, rate in (("learning_rate", self.learning_rate), *_named_rates(self.part_learning_rates)):
             if rate <= 0:
                 raise ValueError(f"train.{key} is {rate}; it must be above 0")

@@ -147,7 +147,7 @@ class ElasticTrainer(Trainer):
         """
         assert num_items_in_batch is not None
         batch: Batch = inputs["batch"]
-        passes = drawn_passes(batch.rows, self.draws, self.state.global_step)
+        passes = drawn_passes(batch.rows, self.draws, self.state.global_step, self.args.task_weights)
         lesson = make_lesson(batch, passes, self.processor)
         loss = self._run(model, lesson, num_items_in_batch, self.args.distillation)
         if not torch.isfinite(loss.total.detach()):

@@ -17,6 +17,7 @@ from mllm.loading import TRAINABLES, load
 from mllm.training.batches import RoundBatches
 from mllm.training.checkpoint import OPTIMIZER
 from mllm.training.folders import newest_checkpoint, run_lock
+from mllm.training.optimization import split_moments
 from mllm.training.run import train
 from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, read_run_settings
 from mllm.training.survey import survey
@@ -86,6 +87,26 @@ def test_projectors_start_at_what_captions_say_and_a_resumed_run_does_not_start_
     train(settings_of(world, tmp_path / "fitted", data=data, **rates), resume="auto")
     resumed, whole = load_file(tmp_path / "fitted" / TRAINABLES), load_file(tmp_path / "whole" / TRAINABLES)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
+
+
+def test_task_weights_name_tasks_of_the_samples(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train.task_weights names 'vsr'; the samples have: test"):
+        train(settings_of(world, tmp_path, task_weights={"vsr": 1.5}))
+    with pytest.raises(ValueError, match=r"train.task_weights.test is 0; it must be above 0"):
+        settings_of(world, tmp_path, task_weights={"test": 0})
+
+
+def test_a_weighted_task_moves_the_model_as_a_larger_loss_does(world: Path, tmp_path: Path) -> None:
+    """The first step of AdamW does not depend on the scale of the loss, but its moments do."""
+    rates = {"max_steps": 1, "save_every": 1, "max_grad_norm": 0.0}
+    moments = []
+    for name, weights in (("plain", {}), ("weighted", {"test": 3.0})):
+        train(settings_of(world, tmp_path / name, task_weights=weights, **rates))
+        moments.append(split_moments(load_file(tmp_path / name / "checkpoint-00000001" / OPTIMIZER)))
+    plain, weighted = moments
+    assert any(own["exp_avg"].abs().max() > 1e-6 for own in plain.values())
+    for name, own in plain.items():
+        torch.testing.assert_close(weighted[name]["exp_avg"], 3.0 * own["exp_avg"], rtol=1e-3, atol=1e-8)
 
 
 def test_captions_need_projectors_that_train(world: Path, tmp_path: Path) -> None:

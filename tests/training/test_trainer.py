@@ -250,6 +250,9 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
         (1, "audio=/8", 0.5),
         (2, "text", 1.0),
     ]
+    spoken = dataclasses.replace(sound, task="vsr")
+    weighted = drawn_passes([picture, spoken], Sampler(space, "all"), 0, {"vsr": 1.5})
+    assert [own.weight for own in weighted] == [0.5, 0.5, 0.75, 0.75]
     sandwich = drawn_passes([sound], Sampler(space, "sandwich"), step=3)
     assert sum(own.weight for own in sandwich) == pytest.approx(1)
     assert {own.teacher for own in sandwich} == {0}
