@@ -49,12 +49,14 @@ class Distillation:
 class Loss:
     """The loss to differentiate; detached, for the log, the cross-entropy summed per budget (K,), and the balance.
 
-    `balance` (K,) sums the balance of the passes at each budget; nothing where the adapter has no experts.
+    `balance` (K,) sums the balance of the passes at each budget, `usage` counts the choices of experts (see the model's
+    `expert_usage`); nothing where the adapter has no experts.
     """
 
     total: Tensor
     sums: Tensor
     balance: Tensor | None = None
+    usage: Tensor | None = None
 
 
 def objective(

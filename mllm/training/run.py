@@ -4,6 +4,7 @@ Knows the order of things and the files of a run. Does not know how any of it is
 
     runs/demo/  settings.yaml  config.json  trainables.safetensors  tokenizer files   what was trained, and how
                 checkpoint-00000500/ ...   log.jsonl   tensorboard/   quarantine-0.jsonl   survey/
+                experts.jsonl   experts.png   where the adapter has experts
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from mllm.sampler import Sampler
 from mllm.trainables import set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
+from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import read_samples, train_loader, validation_loader
@@ -75,6 +77,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
         trainables = trainer.trainables()
         if arguments.should_save:
             save_run(model, processor, arguments.run, state=trainables)
+            if (counts := arguments.run / COUNTS).exists():
+                draw_experts(read_counts(counts), arguments.run / PLOT)
         PartialState().wait_for_everyone()
     return arguments.run
 

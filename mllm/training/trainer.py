@@ -11,7 +11,7 @@ Every random number of a step is a function of (seed, step, micro-batch, process
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from mllm.sampler import Sampler
 from mllm.trainables import trainable_names
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
+from mllm.training.experts import ExpertUsage
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
 from mllm.training.objective import Distillation, Loss, objective, with_balance
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
@@ -98,6 +99,7 @@ class ElasticTrainer(Trainer):
         self.validation = validation
         self.names: list[list[str]] = []
         self.tally = Tally()
+        self.experts = ExpertUsage()
         self._reported_step = 0
         self._micro_batch = (-1, 0)
 
@@ -157,6 +159,8 @@ class ElasticTrainer(Trainer):
                 "updated"
             )
         self.tally.add(lesson, loss.sums, loss.balance)
+        if loss.usage is not None:
+            self.experts.add(lesson.names, lesson.pass_budgets, loss.usage)
         total = loss.total * self.accelerator.num_processes
         return (total, {}) if return_outputs else total
 
@@ -173,7 +177,8 @@ class ElasticTrainer(Trainer):
             return loss
         weight = cast(dict[str, Any], self.elastic.config.adapter)["balance_weight"]
         budgets, shares = lesson.pass_budgets.to(device), lesson.shares.to(device)
-        return with_balance(loss, outputs.balance, budgets=budgets, shares=shares, num_targets=targets, weight=weight)
+        loss = with_balance(loss, outputs.balance, budgets=budgets, shares=shares, num_targets=targets, weight=weight)
+        return replace(loss, usage=outputs.expert_usage)
 
     # ---- the optimizer ----
 
@@ -229,6 +234,8 @@ class ElasticTrainer(Trainer):
         if "loss" in logs:
             logs |= self.tally.report(self.accelerator, self.state.global_step - self._reported_step)
             self.tally, self._reported_step = Tally(), self.state.global_step
+            if (self.elastic.config.adapter or {}).get("kind") == "mome":
+                self.experts.report(self.accelerator, self.state.global_step, self.args.run)
         cast(Any, self.state).epoch = None  # to transformers the whole run is one epoch, which would only mislead
         super().log(logs, start_time)
 
