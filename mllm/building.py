@@ -197,9 +197,17 @@ def assemble(
             backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
         setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, (config.media or {})[medium]))
     materialize(model, model.model.compressors, seed=seed)
-    if config.adapter is not None:
-        build_adapter(model.model.language_model, {**config.adapter, "seed": seed})
+    put_adapters(model, seed=seed)
     return model.eval()
+
+
+def put_adapters(model: ElasticForConditionalGeneration, *, seed: int = 0) -> None:
+    """Put the adapters that a model's config names into its encoders and its LLM, in place."""
+    for medium, own in (model.config.media or {}).items():
+        if own.get("encoder_adapter"):
+            build_adapter(model.model.tower(medium).backbone, {**own["encoder_adapter"], "seed": seed})
+    if model.config.adapter is not None:
+        build_adapter(model.model.language_model, {**model.config.adapter, "seed": seed})
 
 
 @contextmanager

@@ -138,6 +138,8 @@ def export(folder: str | Path, out: str | Path, *, scale: str | None = None, tas
     merge_adapters(model)
     processor.use_members({})
     model.config.adapter = None
+    for own in (model.config.media or {}).values():
+        own.pop("encoder_adapter", None)
     model.config.sources = {}
     model.save_pretrained(out)
     processor.save_pretrained(out)

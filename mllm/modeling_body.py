@@ -311,7 +311,7 @@ class ElasticModel(ElasticPreTrainedModel):
 
 def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
     """A key that no reader of the block knows would be ignored in silence."""
-    allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS)
+    allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS, "encoder_adapter")
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
 

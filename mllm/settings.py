@@ -8,6 +8,18 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderAdapterSettings:
+    """LoRA inside an encoder whose own weights stay frozen."""
+
+    rank: int = 64
+    """The inner size itself."""
+    alpha: float = 128.0
+    """The update is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Last parts of the names of the linear layers that get one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MediumSettings:
     """How one medium becomes soft tokens."""
 
@@ -43,6 +55,8 @@ class MediumSettings:
     """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
     project_first: bool | None = None
     """Pool after the projector, as M3 does."""
+    encoder_adapter: EncoderAdapterSettings | None = None
+    """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)
     """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default."""
     normalize_audio: bool = False
@@ -162,3 +176,8 @@ class ModelSettings:
         """Settings by medium, for the media this model takes."""
         every = {"image": self.image, "audio": self.audio, "video": self.video}
         return {medium: settings for medium, settings in every.items() if settings is not None}
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter, in the LLM or in an encoder."""
+        return self.adapter is not None or any(own.encoder_adapter is not None for own in self.media.values())

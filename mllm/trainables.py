@@ -32,11 +32,11 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
     """
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"train.parts holds {sorted(unknown)}; allowed: {', '.join(PARTS)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
     for medium, tower in TOWER_NAMES.items():
         if medium not in parts and hasattr(model.model, tower):
             freeze(getattr(model.model, tower))
+    for name, parameter in model.named_parameters():  # an adapter inside a frozen tower learns all the same
+        parameter.requires_grad_(part_of(name) in parts)
     names = trainable_names(model)
     if not names:
         raise ValueError(f"train.parts {list(parts)} leaves nothing to train in this model")

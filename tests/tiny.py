@@ -133,7 +133,7 @@ def processor(own: ModelSettings) -> ElasticProcessor:
 
 def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
     """A tiny model with random weights, its adapter in place, in eval mode."""
-    from mllm.adapters import build_adapter
+    from mllm.building import put_adapters
 
     configs = encoder_configs()
     ids = TOKENIZER.convert_tokens_to_ids
@@ -150,8 +150,8 @@ def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForCondit
         for parameter in made.parameters():  # initial values are so small that every output would be the same
             if parameter.dim() > 1:
                 parameter.data.mul_(4)
-    if own.adapter is not None:
-        build_adapter(made.model.language_model, {**(made.config.adapter or {}), "seed": seed})
+    put_adapters(made, seed=seed)
+    if own.has_adapter:
         for name, parameter in made.named_parameters():
             if ".lora_B" in name:  # zero at first, so that an untouched adapter would not show
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))

@@ -212,13 +212,13 @@ class RunSettings:
 
     def _check_parts(self) -> None:
         for part in self.parts:
-            if part == "adapter" and self.model.adapter is None:
+            if part == "adapter" and not self.model.has_adapter:
                 raise ValueError("train.parts holds adapter, but model.adapter is not set")
             if part in MEDIA and part not in self.model.media:
                 raise ValueError(f"train.parts holds {part}, but model.{part} is not set")
         if idle := set(self.train.part_learning_rates) - set(self.parts):
             raise ValueError(f"train.part_learning_rates names {min(idle)}, which is not among train.parts")
-        if self.model.adapter is not None and "adapter" not in self.parts:
+        if self.model.has_adapter and "adapter" not in self.parts:
             raise ValueError("model.adapter is set, but train.parts leaves it out; it would never learn")
 
     @property
@@ -227,7 +227,7 @@ class RunSettings:
         if self.train.parts is not None:
             return tuple(dict.fromkeys(self.train.parts))
         usual: list[Part] = ["compressors"] if self.model.media else []
-        return (*usual, *(["adapter"] if self.model.adapter is not None else []))  # type: ignore[return-value]
+        return (*usual, *(["adapter"] if self.model.has_adapter else []))  # type: ignore[return-value]
 
 
 def read_run_settings(values: Mapping[str, Any]) -> RunSettings:
