@@ -19,6 +19,7 @@ def run(settings: Settings) -> int:
     """Train."""
     from mllm.commands.terminal import console
     from mllm.data.quarantine import TooManyBadSamples
+    from mllm.training.launch import finish_launch
     from mllm.training.run import train
 
     own = RunSettings(**{field.name: getattr(settings, field.name) for field in fields(RunSettings)})
@@ -26,5 +27,6 @@ def run(settings: Settings) -> int:
         folder = train(own, resume=settings.resume)
     except TooManyBadSamples as error:
         raise ValueError(str(error)) from error
+    finish_launch()
     console(stderr=True).print(f"trained: {folder}")
     return 0

@@ -59,6 +59,18 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     return on_cpu
 
 
+def finish_launch() -> None:
+    """Part the processes of a launcher in order, once all of them are done; the last thing a process does.
+
+    Threads of the backend that still run when the interpreter ends would abort a process that has done all its work.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def _start_deepspeed_on_cpu() -> None:
     """Let DeepSpeed know the processes that are there, before ZeRO-3 counts them to shard a model among them."""
     logger.info("starting DeepSpeed; the first time it compiles its communication, which takes a minute or more")

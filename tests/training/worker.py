@@ -17,7 +17,7 @@ from test_projector_fit import fit
 
 from mllm.settings import AdapterSettings
 from mllm.training.folders import newest_checkpoint
-from mllm.training.launch import prepare_launch
+from mllm.training.launch import finish_launch, prepare_launch
 from mllm.training.settings import RunSettings, SamplerSettings
 
 import tiny  # isort: skip
@@ -99,6 +99,7 @@ def main() -> None:
         trainer = run_scenario(name, settings)
         draws = [str(draw.budget) for step in range(50) for draw in trainer.draws(step)]
         (given.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(draws))
+    finish_launch()
 
 
 if __name__ == "__main__":
