@@ -170,7 +170,9 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
 def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
     """FLOPs per token."""
     hidden_size = settings.get("projector_size", out_size)
-    return 2 * (in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size))
+    one = in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size)
+    experts = settings.get("projector_experts")
+    return 2 * (one if experts is None else experts * (one + in_size + out_size))  # every expert runs on every token
 
 
 def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int) -> int:

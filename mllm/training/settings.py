@@ -113,6 +113,8 @@ class TrainSettings:
     """Other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """How much the loss of a task counts, e.g. {vsr: 1.5} as in Omni-AVSR; 1 for every task that is not named."""
+    sink_weight: float = 0.0
+    """Weight of Llama-AVSR's sink loss, which keeps tokens from looking like the first one; there 10000, off here."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls from its peak to 0 at the last step; `constant` keeps it."""
     warmup_steps: int = 0
@@ -169,7 +171,7 @@ class TrainSettings:
                 _at_least(f"train.{key}", getattr(self, key), 1)
         for key in ("log_every", "keep_checkpoints", "accumulation"):
             _at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"):
             _at_least(f"train.{key}", getattr(self, key), 0)
         for task, weight in self.task_weights.items():
             if weight <= 0:
