@@ -169,7 +169,7 @@ def findings(cells: Cells) -> list[Finding]:
 
 
 def markdown(cells: Cells) -> str:
-    """A table per noise, laid out as the papers do: models by tasks and rates; intervals, and the range of the seeds."""
+    """A table per noise, laid out as the papers do: models by tasks and rates, with intervals and the seeds."""
     parts = []
     for ratio in SNRS_DB:
         own = [place for place in places() if place.snr_db == ratio]
