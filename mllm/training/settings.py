@@ -20,6 +20,22 @@ Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Where the features of frozen encoders are kept; see training/features.py."""
+
+    folder: str
+    """Made before the first step where something is missing; runs with the same encoders and augmentation
+    may share it."""
+    versions: int = 1
+    """Differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
+    seed: int = 0
+    """Of their augmentation, in place of train.seed."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.features.versions", self.versions, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Which samples are trained on, and how they become batches."""
 
@@ -36,6 +52,8 @@ class DataSettings:
     """Sound file that is mixed into every sound, at a random place and one of the ratios snr_db."""
     snr_db: list[float | None] = field(default_factory=list)
     """Signal-to-noise ratios in decibels, of which each sample draws one; null leaves the sound as it is."""
+    features: FeatureSettings | None = None
+    """Encode every training sample once, before the first step, instead of in every epoch; off when left out."""
     tokens_per_batch: int = 4096
     """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
@@ -196,6 +214,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         self._check_parts()
+        self._check_features()
         if self.model.dtype != "float32" and self.train.precision != self.model.dtype:
             raise ValueError(
                 f"model.dtype is {self.model.dtype}, which train.precision {self.train.precision} cannot train beside; "
@@ -211,6 +230,19 @@ class RunSettings:
         for key in ("validate_every", "validation_budgets"):
             if getattr(self.train, key) and not self.data.validation:
                 raise ValueError(f"train.{key} is set, but data.validation names no manifest")
+
+    def _check_features(self) -> None:
+        if self.data.features is None:
+            return
+        if learning := sorted(set(self.parts) & set(MEDIA)):
+            raise ValueError(f"data.features keeps what frozen encoders give, but train.parts holds {learning[0]}")
+        for medium, own in self.model.media.items():
+            if own.encoder_adapter is not None:
+                raise ValueError(
+                    f"data.features keeps what frozen encoders give; model.{medium} has an encoder_adapter"
+                )
+        if self.data.validation:
+            raise ValueError("data.features leaves the run without encoders, so data.validation cannot be answered")
 
     def _check_parts(self) -> None:
         for part in self.parts:
