@@ -185,6 +185,7 @@ def fill_store(
     Raises:
         ValueError: another process writes into the folder.
     """
+    store.folder.mkdir(parents=True, exist_ok=True)
     store.read_index()
     # A share must not depend on what others have written by now.
     if missing := store.missing(samples[rank::num_ranks]):
@@ -217,7 +218,7 @@ def claim(folder: Path, fingerprint: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def features_fingerprint(config: Any, processor: ElasticProcessor, data: DataSettings) -> dict[str, dict[str, Any]]:
-    """What the features of each medium depend on beside the samples: encoder, transform, augmentation and its chance."""
+    """What each medium's features depend on beside the samples: encoder, transform, augmentation and its chance."""
     assert data.features is not None
     noise = None if data.noise is None else hashlib.sha256(Path(data.noise).read_bytes()).hexdigest()
     augmentation = {

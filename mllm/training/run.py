@@ -144,28 +144,40 @@ def build_trainer(
     return trainer
 
 
+def make_features(settings: RunSettings, *, rank: int = 0, num_ranks: int = 1) -> FeatureStore:
+    """Make a share of the features a run reads, without training; any number of processes may each make theirs.
+
+    Raises:
+        ValueError: see `claim` and `fill_store`.
+    """
+    model, processor = build(settings.model)
+    set_trainables(model, settings.parts)  # what is frozen stands in eval mode
+    samples = read_samples(settings.data.train, settings.data)
+    return _filled_store(settings, model, processor, samples, rank=rank, num_ranks=num_ranks)
+
+
+def _filled_store(
+    settings: RunSettings, model: Any, processor: ElasticProcessor, samples: list[Sample], *, rank: int, num_ranks: int
+) -> FeatureStore:
+    own = settings.data.features
+    assert own is not None
+    sizes = {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
+    store = FeatureStore(Path(own.folder), sizes, own.versions, own.seed)
+    if rank == 0:
+        claim(store.folder, features_fingerprint(model.config, processor, settings.data))
+    load = loading(settings.data, processor, noisy=True)
+    fill_store(store, model, samples, load, rank=rank, num_ranks=num_ranks, progress=settings.train.progress)
+    return store
+
+
 def _features(
     settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
 ) -> FeatureStore:
-    """The features of the samples; the model's encoders are gone afterwards. See `features.py`."""
-    data, own = settings.data, settings.data.features
-    assert own is not None
+    """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
-    sizes = {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
-    store = FeatureStore(Path(own.folder), sizes, own.versions, own.seed)
-    if arguments.process_index == 0:
-        claim(store.folder, features_fingerprint(model.config, processor, data))
-    PartialState().wait_for_everyone()
-    fill_store(
-        store,
-        model.to(arguments.device),
-        samples,
-        loading(data, processor, noisy=True),
-        rank=arguments.process_index,
-        num_ranks=arguments.world_size,
-        progress=settings.train.progress,
-    )
+    ranks = {"rank": arguments.process_index, "num_ranks": arguments.world_size}
+    store = _filled_store(settings, model.to(arguments.device), processor, samples, **ranks)
     PartialState().wait_for_everyone()
     store.read_index()
     pass_features_through(model)

@@ -3,6 +3,7 @@
 Knows the world's speech corpus, training and evaluation, and which models are compared. Does not know how any works.
 
     out/speech/              the corpus, shared by all models
+    out/features/            what the frozen encoders make of it
     out/<model>/<seed>/      a run and its evaluation
     out/comparison.*         see `full_report.py`
 
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -39,6 +40,8 @@ ELASTIC = {
 SEPARATE = "separate"
 STEPS_OF_ELASTIC = len(TASKS)
 """Steps of an elastic model for each step of a separate one: it sees every task's rows as often as they do."""
+VERSIONS = 3
+"""Of each training sample, with other noise in its sound; frozen encoders read each once for all models and seeds."""
 Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger(__name__)
@@ -122,6 +125,7 @@ def full_demo(settings: FullDemoSettings, *, progress: Progress | None = None) -
     started = time.monotonic()
     claim(Path(settings.out), settings, ignored=("out", "num_workers", "num_seeds"))
     write_corpus(settings, report)
+    encode_corpus(settings, report)
     run_jobs(jobs_of(settings), settings, report)
     return time.monotonic() - started
 
@@ -161,6 +165,46 @@ def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
             write_manifest(folder / f"{split}-{task}.jsonl", [own for own in samples if own.task == task])
 
 
+def encode_corpus(settings: FullDemoSettings, progress: Progress) -> None:
+    """What the frozen encoders make of the training set, once for all models."""
+    folder = Path(settings.out) / "features"
+    done = folder / "whole"
+    if done.exists():
+        return
+    num_ranks = _num_workers(settings)
+    lines = (Path(settings.out) / "speech" / "train.jsonl").read_text(encoding="utf-8").count("\n")
+    with ProcessPoolExecutor(num_ranks, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_encode_share, settings, rank, num_ranks) for rank in range(num_ranks)}
+        for _ in _finished(pool, waiting):
+            rows = sum(file.read_bytes().count(b"\n") for file in folder.glob("index-*.jsonl"))
+            progress("encoding", rows, lines * VERSIONS)
+    done.touch()
+
+
+def _encode_share(settings: FullDemoSettings, rank: int, num_ranks: int) -> None:
+    import torch
+
+    from mllm.training.run import make_features
+
+    torch.set_num_threads(1)
+    make_features(run_settings(Job(next(iter(ELASTIC)), settings.seed), settings), rank=rank, num_ranks=num_ranks)
+
+
+def _finished(pool: ProcessPoolExecutor, waiting: set[Future[None]]) -> Iterator[None]:
+    """Every few seconds until all are done, and once more; the first failure stops all."""
+    while waiting:
+        finished, waiting = wait(waiting, timeout=5, return_when="FIRST_EXCEPTION")
+        yield
+        for one in finished:
+            if (problem := one.exception()) is not None:
+                pool.shutdown(cancel_futures=True)
+                raise problem
+
+
+def _num_workers(settings: FullDemoSettings) -> int:
+    return settings.num_workers or os.cpu_count() or 1
+
+
 def run_settings(job: Job, settings: FullDemoSettings) -> Any:
     """The demo's recipe without pictures, at the job's tasks, rates and adapter."""
     from mllm.training.settings import read_run_settings
@@ -182,6 +226,7 @@ def run_settings(job: Job, settings: FullDemoSettings) -> Any:
     del data["captions"]
     data["train"] = [str(speech / f"train-{task}.jsonl") for task in job.tasks]
     data["num_workers"] = 0
+    data["features"] = {"folder": str(Path(settings.out) / "features"), "versions": VERSIONS, "seed": settings.seed}
     data["noise"] = str(speech / "noise" / "train.wav")
     if "audio" not in job.rates:
         del data["noise"], data["snr_db"]
@@ -217,17 +262,10 @@ def run_jobs(jobs: Sequence[Job], settings: FullDemoSettings, progress: Progress
     """Run all jobs in worker processes, and tell how many optimizer steps of how many are done."""
     folder = Path(settings.out)
     total = sum(steps_of(job, settings) for job in jobs)
-    num_workers = settings.num_workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        waiting: set[Future[None]] = {pool.submit(run_job, job, settings) for job in jobs}
-        while waiting:
-            finished, waiting = wait(waiting, timeout=5, return_when="FIRST_EXCEPTION")
+    with ProcessPoolExecutor(_num_workers(settings), mp_context=get_context("spawn")) as pool:
+        for _ in _finished(pool, {pool.submit(run_job, job, settings) for job in jobs}):
             done = sum(min(_step(folder / job.name / "log.jsonl"), steps_of(job, settings)) for job in jobs)
             progress(f"training {len(jobs)} models", done, total)
-            for one in finished:
-                if (problem := one.exception()) is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise problem
 
 
 def run_job(job: Job, settings: FullDemoSettings) -> None:

@@ -17,7 +17,7 @@ from mllm.loading import TRAINABLES, load
 from mllm.settings import EncoderAdapterSettings
 from mllm.training.features import FeatureStore, KeptFeatures, fill_store, pass_features_through
 from mllm.training.loaders import loading
-from mllm.training.run import train
+from mllm.training.run import make_features, train
 from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 
 KINDS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video"), "see": ("image",)}
@@ -56,10 +56,16 @@ def settings_of(world: Path, output: Path, *, features: FeatureSettings | None =
     )
 
 
-def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_before", [False, True])
+def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp_path: Path, made_before: bool) -> None:
     train(settings_of(world, tmp_path / "files"))
-    kept = FeatureSettings(folder=str(tmp_path / "kept"), versions=2, seed=3)
-    train(settings_of(world, tmp_path / "features", features=kept))
+    own = settings_of(
+        world, tmp_path / "features", features=FeatureSettings(folder=str(tmp_path / "kept"), versions=2, seed=3)
+    )
+    if made_before:
+        for rank in range(2):
+            make_features(own, rank=rank, num_ranks=2)
+    train(own)
     files, features = (load_file(tmp_path / name / TRAINABLES) for name in ("files", "features"))
     assert files.keys() == features.keys()
     for name, value in files.items():
