@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mllm.log_mel import whisper_log_mel
 from mllm.media import Audio, Video, to_gray
 
 LIP_MEAN, LIP_STD = 0.421, 0.165
@@ -153,9 +154,7 @@ class WhisperMel:
             limit = f"{window / rate_hz:g} seconds"
             raise ValueError(f"the sound lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}")
         samples = standardize(raw.samples, epsilon=1e-8) if self.standardized else raw.samples
-        with torch.autocast("cpu", enabled=False):  # it multiplies in torch, and the run may be in bf16
-            mel = self.extractor(samples, sampling_rate=rate_hz, return_tensors="np")["input_features"]
-        return torch.from_numpy(mel[0]), len(samples)
+        return whisper_log_mel(samples, self.extractor), len(samples)
 
 
 @dataclass(frozen=True)
