@@ -3,6 +3,7 @@
 Knows settings, ranks and the order of steps. The steps are in `planning`, `sweep`, `report` and `plot`.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.budget import Budget
-from mllm.data.manifest import Sample, read_manifest
+from mllm.data.manifest import Sample
+from mllm.data.readers import read_data
+from mllm.data.settings import SPEECH_FORMATS
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
@@ -99,8 +102,7 @@ def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
     """The samples of every manifest, by its short name."""
     sets = {}
     for name, path in zip(settings.set_names, settings.manifest, strict=True):
-        root = settings.root if settings.root is not None else Path(path).parent
-        sets[name] = read_manifest(path, root)[: settings.limit]
+        sets[name] = read_data(path, settings.root, settings.reader)[: settings.limit]
     return sets
 
 
@@ -161,13 +163,22 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
     """Everything an answer depends on."""
     folder = Path(settings.model)
     weights = sorted(file for file in folder.glob("*.safetensors"))
+    sets = zip(settings.set_names, settings.manifest, strict=True)
     return {
         "model": {file.name: digest_of_file(file) for file in [folder / "config.json", *weights]},
-        "manifests": dict(zip(settings.set_names, map(digest_of_file, settings.manifest), strict=True)),
+        "manifests": {name: _digest_of_set(settings, path) for name, path in sets},
         "root": settings.root,
         "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
         **{key: getattr(settings, key) for key in ("num_beams", "max_new_tokens", "dtype")},
     }
+
+
+def _digest_of_set(settings: EvaluateSettings, path: str) -> str:
+    """Of the file, or of what is read where texts stand in other files."""
+    if settings.reader.format not in SPEECH_FORMATS:
+        return digest_of_file(path)
+    samples = read_data(path, settings.root, settings.reader)
+    return hashlib.sha256(repr([(sample.id, sample.messages) for sample in samples]).encode()).hexdigest()
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:

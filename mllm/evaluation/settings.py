@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mllm.budget import Budget
+from mllm.data.settings import ReaderSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class EvaluateSettings:
     the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
     output: str | None = None
     """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
+    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    """The form that all of these files are in."""
     root: str | None = None
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     limit: int | None = None

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 from mllm.budget import Budget
 from mllm.data.batching import TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
-from mllm.data.manifest import Sample, read_manifest
+from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
+from mllm.data.readers import read_data
 from mllm.media import Audio, MediaLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
-from mllm.training.settings import DataSettings, manifest_root
+from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey
 from mllm.transforms import MixNoise
 
@@ -33,7 +34,7 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
         ValueError: a bad row, or an id that two manifests use.
         OSError: a manifest cannot be read.
     """
-    samples = [sample for path in manifests for sample in read_manifest(path, manifest_root(path, settings))]
+    samples = [sample for path in manifests for sample in read_data(path, settings.root, settings.reader)]
     seen: set[str] = set()
     for sample in samples:
         if sample.id in seen:

@@ -7,12 +7,12 @@ Contradictions are refused here, before anything is loaded; every message names 
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
 from mllm.budget import MEDIA, Budget
+from mllm.data.settings import ReaderSettings
 from mllm.sampler import Mode
 from mllm.settings import ModelSettings
 
@@ -24,7 +24,10 @@ class DataSettings:
     """Which samples are trained on, and how they become batches."""
 
     train: list[str]
-    """Manifests (JSONL) to train on; media paths are relative to each manifest's own folder, unless `root` is given."""
+    """Manifests (JSONL, or what data.reader.format says) to train on; media paths are relative to each manifest's own
+    folder, unless `root` is given."""
+    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    """The form that all of these files are in."""
     validation: list[str] = field(default_factory=list)
     """Manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
@@ -261,11 +264,6 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return found
-
-
-def manifest_root(manifest: str, settings: DataSettings) -> Path:
-    """The folder that the media paths of a manifest are relative to."""
-    return Path(settings.root) if settings.root is not None else Path(manifest).parent
 
 
 def _at_least(key: str, value: float, least: float) -> None:
