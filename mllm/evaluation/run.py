@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
@@ -37,7 +39,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         The results on the first process, None on the others.
 
     Raises:
-        ValueError: see `plan` and `AnswerStore.claim`.
+        ValueError: see `plan`, `AnswerStore.claim` and `check_noise`.
         FileNotFoundError: no such model or manifest.
     """
     from accelerate import PartialState
@@ -47,6 +49,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     from mllm.media import MediaLoader, load_audio
     from mllm.training.launch import prepare_launch
 
+    check_noise(settings)
     samples = read_sets(settings)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
@@ -64,7 +67,9 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         store,
         noise=None if settings.noise is None else load_audio(settings.noise),
         seed=settings.seed,
-        loader=MediaLoader(gray=True, backend=settings.video_backend),
+        loader=MediaLoader(
+            gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
+        ),
     )
     run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
     state.wait_for_everyone()
@@ -104,6 +109,30 @@ def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
     for name, path in zip(settings.set_names, settings.manifest, strict=True):
         sets[name] = read_data(path, settings.root, settings.reader)[: settings.limit]
     return sets
+
+
+def check_noise(settings: EvaluateSettings) -> None:
+    """Refuse to measure under the very noise that the model was trained with, unless that is asked for.
+
+    Only a run folder knows what it was trained with; an exported model does not.
+
+    Raises:
+        ValueError: the same file, or a copy of it.
+    """
+    from mllm.training.run import SETTINGS
+
+    own = Path(settings.model) / SETTINGS
+    if settings.noise is None or settings.allow_training_noise or not own.is_file():
+        return
+    trained = yaml.safe_load(own.read_text(encoding="utf-8")).get("data", {}).get("noise")
+    if trained is None:
+        return
+    same_place = Path(trained).resolve() == Path(settings.noise).resolve()
+    if same_place or (Path(trained).is_file() and digest_of_file(trained) == digest_of_file(settings.noise)):
+        raise ValueError(
+            f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
+            "few; name another recording, or set allow_training_noise"
+        )
 
 
 def run_share(

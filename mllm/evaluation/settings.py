@@ -28,9 +28,13 @@ class EvaluateSettings:
     limit: int | None = None
     """Only the first so many samples of each manifest."""
     noise: str | None = None
-    """Sound file that is mixed into every sound, for snr_db."""
+    """Sound file that is mixed into every sound, for snr_db; another one than the model was trained with."""
+    allow_training_noise: bool = False
+    """Take the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    max_mismatch_seconds: float | None = 0.08
+    """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1
     """1 is greedy; beams are deterministic."""
     max_new_tokens: int = 64

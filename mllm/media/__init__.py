@@ -7,6 +7,7 @@
 Knows files, formats and limits. Does not know what an encoder wants (`transforms.py` does).
 """
 
+from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
 from mllm.media.image import load_image
@@ -18,6 +19,7 @@ from mllm.media.video import Video, load_video, to_gray
 __all__ = [
     "DEFAULT_LIMITS",
     "ERROR_KINDS",
+    "MAX_MISMATCH_SECONDS",
     "Audio",
     "ErrorKind",
     "MediaError",
@@ -25,6 +27,7 @@ __all__ = [
     "MediaLoader",
     "RootedPaths",
     "Video",
+    "agreeing_sound",
     "load_audio",
     "load_image",
     "load_video",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from mllm.media.agreement import MAX_MISMATCH_SECONDS
 from mllm.media.audio import Audio, load_audio
 from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
@@ -28,6 +29,8 @@ class MediaLoader:
     """Whether video frames are grey (lip encoders) or RGB."""
     backend: Backend = "pyav"
     """Video decoder."""
+    max_mismatch_seconds: float | None = MAX_MISMATCH_SECONDS
+    """How far apart the lengths of a clip's sound and video may be, for whoever loads both; None never compares."""
     limits: MediaLimits = DEFAULT_LIMITS
     """What is refused."""
 

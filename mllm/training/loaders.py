@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DataLoader
 
+from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
 from mllm.data.batching import TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
-from mllm.media import Audio, MediaLoader, load_audio
+from mllm.media import MediaError, MediaLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.settings import DataSettings
@@ -68,7 +68,7 @@ def train_loader(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
     collator = Collator(partial(encode, processor=processor, budgets=budgets), quarantine=quarantine)
-    data = ManifestDataset(samples, load=loading(settings, processor, noisy=True), seed=seed)
+    data = ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=seed)
     return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
 
 
@@ -92,36 +92,39 @@ def validation_loader(
         shuffle=False,
     )
     collator = Collator(partial(encode, processor=processor, budgets=budgets))
-    data = ManifestDataset(samples, load=loading(settings, processor, noisy=False))
+    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
 
 
-def loading(settings: DataSettings, processor: ElasticProcessor, *, noisy: bool) -> Callable[..., list[LoadedMedia]]:
-    """What loads the media of a sample; with noise mixed in where the settings say so."""
-    mix = None
-    if noisy and settings.noise is not None:
-        mix = MixNoise(load_audio(settings.noise), settings.snr_db)
-    reader = MediaLoader(gray=True, backend=settings.video_backend)
-    return partial(load_sample, processor=processor, reader=reader, mix=mix)
+def loading(
+    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool
+) -> Callable[..., list[LoadedMedia]]:
+    """What loads the media of a sample; changed by chance where the settings say so.
+
+    Raises:
+        ValueError: noise that is silent.
+    """
+    reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
+    augmentation = build_augmentation(settings) if augmented else None
+    return partial(processor.load_media, loader=reader, augmentation=augmentation)
 
 
-def load_sample(
-    sample: Sample,
-    *,
-    generator: np.random.Generator | None,
-    processor: ElasticProcessor,
-    reader: MediaLoader,
-    mix: MixNoise | None,
-) -> list[LoadedMedia]:
-    """Decode and transform the media of one sample; noise and augmentation draw from its generator in turn."""
+def build_augmentation(settings: DataSettings) -> Augmentation:
+    """What the `data` block asks for.
 
-    def noise(sound: Audio) -> Audio:
-        assert mix is not None
-        assert generator is not None
-        return mix(sound, generator)
-
-    return processor.load_media(sample, generator=generator, loader=reader, noise=noise if mix else None)
+    Raises:
+        ValueError: noise that is silent; the file is named.
+        MediaError: noise that cannot be read.
+    """
+    try:
+        mix = None if settings.noise is None else MixNoise(load_audio(settings.noise), settings.snr_db)
+    except MediaError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"data.noise {settings.noise}: {error}") from error
+    masks = [TimeMask(*mask) if mask else None for mask in (settings.audio_mask_samples, settings.video_mask_frames)]
+    return Augmentation(mix, *masks, flip_probability=settings.flip_probability)
 
 
 def encode(
