@@ -160,6 +160,8 @@ def _problems_of(utterance: Utterance, text: str) -> Iterator[str]:
     for medium, file in utterance.files.items():
         if problem := path_problem(file):
             yield f"{medium} {file!r}: {problem}"
+    if not utterance.name.strip() or not utterance.name.isprintable():
+        yield f"the clip's name must be printable and not empty, got {utterance.name!r}"
     if not text:
         yield f"{utterance.name}: the transcript is empty"
     if "\0" in text:

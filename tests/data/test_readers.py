@@ -10,7 +10,7 @@ import soundfile
 from mllm.cli import main
 from mllm.data.cutting import Cutter
 from mllm.data.lrs import Word, parse_text, plan_segments, read_lrs
-from mllm.data.manifest import Media, read_manifest
+from mllm.data.manifest import Media, read_manifest, write_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.settings import SPEECH_FORMATS, Format, ReaderSettings
 from mllm.data.utterances import TEXT_FORMS, Listing
@@ -350,3 +350,52 @@ def test_the_command_cuts(tmp_path: Path, capsys) -> None:
     assert [sample.messages[-1].text for sample in read_manifest(out, tmp_path)] == ["ONE TWO", "NS THREE"]
     assert main([*words, "--max-seconds", "1", "--segments", "../cut"]) == 2
     assert "segments: " in capsys.readouterr().err
+
+
+def test_hostile_lists_give_problems_and_nothing_else(tmp_path: Path) -> None:
+    """Rows broken in every way: what is not refused as a whole is listed, and no sample points out of the root."""
+    pieces = [
+        b",",
+        b'"',
+        b"\t",
+        b"..",
+        b"/",
+        b"\\",
+        b"\0",
+        b"\xff",
+        b"a",
+        b".mp4",
+        b"25",
+        b"-1",
+        b"\xe2\x80\xa8",
+        b"\r",
+        b" ",
+    ]
+    good = {
+        "omni_csv": b"d,a.mp4,25,1 2,some text",
+        "auto_avsr": b"d,a.mp4,25,1 2",
+        "fairseq": b"a\td/a.mp4\td/a.wav\t25\t16000",
+        "lrs": b"d/a",
+    }
+    chance = np.random.default_rng(0)
+    touch(tmp_path, "d/a.mp4", "d/a.wav", "main/d/a.mp4")
+    for folder in ("d", "main/d"):
+        (tmp_path / folder / "a.txt").write_text("Text: HELLO")
+    for form, row in good.items():
+        for _ in range(60):
+            rows = []
+            for _ in range(5):
+                place = int(chance.integers(len(row) + 1))
+                middle = b"".join(pieces[i] for i in chance.integers(len(pieces), size=chance.integers(1, 5)))
+                rows.append(row[:place] + middle + row[place + int(chance.integers(4)) :])
+            (tmp_path / "l.tsv").write_bytes(b"\n".join([b"/"] * (form == "fairseq") + rows))
+            (tmp_path / "l.wrd").write_text("x\n" * 5)
+            try:
+                listing = listing_of(form, tmp_path / "l.tsv", tmp_path)
+            except ValueError:
+                continue
+            write_manifest(tmp_path / "m.jsonl", listing.samples)
+            assert not listing.samples or read_manifest(tmp_path / "m.jsonl", tmp_path) == listing.samples
+            for sample in listing.samples:
+                whole = [(tmp_path / part.path).resolve() for part in sample.media]
+                assert all(path.is_relative_to(tmp_path.resolve()) for path in whole)
