@@ -91,12 +91,15 @@ def run(settings: Settings) -> int:
 def _read(settings: Settings, root: Path) -> "Listing":
     from mllm.data.cutting import Cutter
     from mllm.data.lrs import read_lrs
-    from mllm.data.readers import READERS
+    from mllm.data.readers import READERS, note_missing
     from mllm.media import path_problem
 
     source = Path(settings.source)
     if settings.segments is None:
-        return READERS[settings.format](source, root, settings.reader)
+        listing = READERS[settings.format](source, root, settings.reader)
+        if settings.format == "llava":
+            note_missing(listing, source, root)
+        return listing
     if problem := path_problem(settings.segments):
         raise ValueError(f"segments: {problem}, got {settings.segments!r}")
     return read_lrs(source, root, settings.reader, cut=Cutter(root, settings.segments))

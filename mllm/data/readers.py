@@ -15,6 +15,7 @@ from mllm.data.lrs import read_lrs
 from mllm.data.manifest import Sample, scan_manifest
 from mllm.data.settings import Format, ReaderSettings
 from mllm.data.utterances import Finding, Listing
+from mllm.media import MediaError, RootedPaths
 
 MAX_SHOWN = 20
 logger = logging.getLogger(__name__)
@@ -69,6 +70,19 @@ def read_data(
     if listing.untranscribed:
         logger.warning("%d clips have no transcript and are left out", len(listing.untranscribed))
     return listing.samples
+
+
+def note_missing(listing: Listing, source: Path, root: Path) -> None:
+    """Look up the media of samples whose reader does not, and note those that cannot be opened."""
+    paths = RootedPaths(root)
+    for sample in listing.samples:
+        for part in sample.media:
+            try:
+                paths.resolve(part.path)
+            except MediaError as error:
+                message = f"sample {sample.id!r}: {part.medium} {part.path}: {error.reason}"
+                listing.missing.append(Finding(os.fspath(source), None, message))
+                listing.incomplete.add(sample.id)
 
 
 def default_root(source: str | os.PathLike[str]) -> Path:

@@ -1,5 +1,6 @@
 """Lists and trees of speech clips become the samples their formats mean; whatever is wrong is told with its line."""
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ import soundfile
 
 from mllm.cli import main
 from mllm.data.cutting import Cutter
+from mllm.data.llava import read_llava
 from mllm.data.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.manifest import Media, read_manifest, write_manifest
 from mllm.data.readers import READERS, read_data
@@ -339,6 +341,19 @@ def test_the_command_writes_what_is_right_and_tells_what_is_wrong(tmp_path: Path
         assert message in capsys.readouterr().err
     assert main(["data", "import", "csv", "x", "--out", "y"]) == 2
     assert "omni_csv" in capsys.readouterr().err
+
+
+def test_the_command_takes_conversations_about_pictures(tmp_path: Path, capsys) -> None:
+    touch(tmp_path, "a.jpg")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat, sitting."}]
+    entries = [{"id": name, "image": f"{name}.jpg", "conversations": turns} for name in "ab"]
+    (tmp_path / "l.json").write_text(json.dumps(entries))
+    words = ["data", "import", "llava", str(tmp_path / "l.json"), "--out", str(tmp_path / "out.jsonl")]
+    assert main(words) == 1
+    assert "sample 'b': image b.jpg: there is no such file" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "out.jsonl", tmp_path) == read_llava(tmp_path / "l.json", tmp_path)[:1]
+    assert main([*words, "--tasks", "asr"]) == 2
+    assert "tasks goes with the formats" in capsys.readouterr().err
 
 
 def test_the_command_cuts(tmp_path: Path, capsys) -> None:
