@@ -21,6 +21,7 @@ VERBS = {
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",
+    "data import": "mllm.commands.data_import",
     "convert av-hubert": "mllm.commands.convert_av_hubert",
     "doctor": "mllm.commands.doctor",
     "world pretrain": "mllm.commands.world_pretrain",

@@ -25,7 +25,7 @@ from transformers import TextStreamer
 from mllm.budget import MEDIA, Amount, Budget, Cost, Extent, Space
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
-from mllm.media import MediaError
+from mllm.media import MediaError, MediaLoader
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor
 
@@ -104,12 +104,14 @@ class Answerer:
         processor: the one that belongs to it.
         decoding: how tokens are chosen.
         batch_size: most requests of one `generate` in `answer_samples`.
+        loader: limits and decoders other than the default ones.
     """
 
     model: ElasticForConditionalGeneration = field(repr=False)
     processor: ElasticProcessor = field(repr=False)
     decoding: Decoding = field(default_factory=Decoding)
     batch_size: int = 8
+    loader: MediaLoader | None = None
 
     def answer(
         self,
@@ -142,7 +144,7 @@ class Answerer:
         if idle := set(asked.amounts) - {part.medium for part in sample.media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
         try:
-            loaded = self.processor.load_media(sample)
+            loaded = self.processor.load_media(sample, loader=self.loader)
         except MediaError as error:
             name = names.get(error.path, error.path)
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
@@ -163,7 +165,7 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(samples), self.batch_size):
             rows = samples[start : start + self.batch_size]
-            loaded = [self.processor.load_media(sample) for sample in rows]
+            loaded = [self.processor.load_media(sample, loader=self.loader) for sample in rows]
             batch = self.processor.batch(rows, loaded, for_training=False)
             answers += self.answer_batch(batch, [asked[start : start + self.batch_size]])[0]
         return answers

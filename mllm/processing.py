@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from mllm.adapters.members import Members
+from mllm.augmentation import Augmentation, Chance, chances
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, expand
-from mllm.media import Audio, MediaLoader, resolve_media
+from mllm.media import Audio, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
 from mllm.transforms import MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
@@ -102,29 +104,57 @@ class ElasticProcessor(ProcessorMixin):
         sample: Sample,
         *,
         generator: np.random.Generator | None = None,
-        loader: MediaLoader | None = None,
+        loader: MediaLoader | RememberingLoader | None = None,
         noise: Callable[[Audio], Audio] | None = None,
+        augmentation: Augmentation | None = None,
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
+        Sound and video of one clip (see `mllm.data.pairs`) are brought to one length first.
+
         Args:
-            generator: randomness of training augmentation; none for evaluation.
+            generator: randomness of training augmentation; none for evaluation. Each medium and purpose draws from a
+                generator of its own, made of this one.
             loader: limits and decoders other than the default ones.
             noise: what becomes of each sound between its file and its transform.
+            augmentation: done before that, where there is a generator.
 
         Raises:
-            MediaError: a file that is missing, broken, over a limit or outside the root.
-            ValueError: a medium this model does not take.
+            MediaError: a file that is missing, broken, over a limit or outside the root, or sound and video of one
+                clip that are not equally long.
+            ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
-        read = loader or MediaLoader(gray=True)
+        chance = None if generator is None else chances(generator)
         loaded = []
+        for number, (part, raw) in enumerate(zip(sample.media, self._read(sample, loader), strict=True)):
+            own = None if chance is None else _numbered(chance, number)
+            try:
+                if own is not None and augmentation is not None:
+                    raw = augmentation(raw, own)
+                if noise is not None and isinstance(raw, Audio):
+                    raw = noise(raw)
+            except ValueError as error:
+                raise ValueError(f"{part.medium} {part.path}: {error}") from error
+            loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
+        return loaded
+
+    def _read(self, sample: Sample, loader: MediaLoader | RememberingLoader | None) -> list[Any]:
+        """Decoded media in order of appearance, sounds as long as the videos they belong to."""
+        read = loader or MediaLoader(gray=True)
         for part in sample.media:
             self._check_medium(part.medium)
-            raw = read(part.medium, resolve_media(sample.root, part.path))
-            if noise is not None and isinstance(raw, Audio):
-                raw = noise(raw)
-            loaded.append(self.transform(part.medium, raw, generator=generator))
-        return loaded
+        paths = [resolve_media(sample.root, part.path) for part in sample.media]
+        raws = [read(part.medium, path) for part, path in zip(sample.media, paths, strict=True)]
+        limit = read.max_mismatch_seconds
+        for sound, video in clip_pairs(sample) if limit is not None else []:
+            assert limit is not None
+            raws[sound] = agreeing_sound(
+                raws[sound],  # type: ignore[arg-type]
+                raws[video],  # type: ignore[arg-type]
+                path=paths[sound],
+                max_mismatch_seconds=limit,
+            )
+        return raws
 
     def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
         """One decoded picture, clip or video as its encoder wants it."""
@@ -244,6 +274,11 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
             if medium in LENGTH_KEYS:
                 out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
     return out
+
+
+def _numbered(chance: Chance, number: int) -> Chance:
+    """Generators of one medium of a sample."""
+    return lambda purpose: chance(f"{purpose} {number}")
 
 
 def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:

@@ -20,10 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from mllm import filterbank
+from mllm.log_mel import whisper_log_mel
 from mllm.media import Audio, Video, to_gray
 
 LIP_MEAN, LIP_STD = 0.421, 0.165
 """Mean and deviation of grey mouth crops in 0..1, as in AV-HuBERT and every published system after it."""
+
+MAX_SNR_ERROR_DB = 0.05
+"""How far the ratio of mixed sound may lie from the one that was asked."""
 
 
 class MediaTransform(Protocol):
@@ -61,7 +65,7 @@ class MixNoise:
         snr_db: one ratio, or several of which one is drawn each time; None among them leaves the sound clean.
 
     Raises:
-        ValueError: no ratio, or one that is not finite.
+        ValueError: no ratio, or one that is not finite; noise that is silent throughout.
     """
 
     noise: Audio
@@ -70,6 +74,8 @@ class MixNoise:
     def __post_init__(self) -> None:
         if not self.choices or any(choice is not None and not math.isfinite(choice) for choice in self.choices):
             raise ValueError(f"snr_db must be one or several finite numbers (or None for clean), got {self.snr_db!r}")
+        if not self.noise.samples.any():
+            raise ValueError("the noise is silent throughout, so nothing can be mixed from it")
 
     @property
     def choices(self) -> tuple[float | None, ...]:
@@ -80,7 +86,8 @@ class MixNoise:
         """Mix noise into a sound.
 
         Raises:
-            ValueError: the rates differ, or the sound or the drawn piece of noise is silent, so there is no ratio.
+            ValueError: the rates differ; the sound or the drawn piece of noise is silent, so there is no ratio; or the
+                ratio is so extreme that it is lost in rounding.
         """
         if audio.sample_rate_hz != self.noise.sample_rate_hz:
             rates = f"{audio.sample_rate_hz} and {self.noise.sample_rate_hz} Hz"
@@ -96,7 +103,17 @@ class MixNoise:
             silent = "sound" if powers[0] == 0 else "piece of noise"
             raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: the {silent} is silent")
         scale = math.sqrt(powers[0] / powers[1] * 10 ** (-snr_db / 10))
-        return Audio((audio.samples + scale * piece).astype(np.float32), audio.sample_rate_hz)
+        mixed = (audio.samples + scale * piece).astype(np.float32)
+        _check_ratio(powers[0], mixed.astype(np.float64) - audio.samples, snr_db)
+        return Audio(mixed, audio.sample_rate_hz)
+
+
+def _check_ratio(power: float, added: np.ndarray, snr_db: float) -> None:
+    """Measure what came out, in float32, against what was asked."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        measured = 10 * np.log10(power / np.mean(np.square(added)))
+    if not abs(measured - snr_db) <= MAX_SNR_ERROR_DB:
+        raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: rounding would make it {measured:.2f} dB")
 
 
 @dataclass(frozen=True)
@@ -154,9 +171,7 @@ class WhisperMel:
             limit = f"{window / rate_hz:g} seconds"
             raise ValueError(f"the sound lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}")
         samples = standardize(raw.samples, epsilon=1e-8) if self.standardized else raw.samples
-        with torch.autocast("cpu", enabled=False):  # it multiplies in torch, and the run may be in bf16
-            mel = self.extractor(samples, sampling_rate=rate_hz, return_tensors="np")["input_features"]
-        return torch.from_numpy(mel[0]), len(samples)
+        return whisper_log_mel(samples, self.extractor), len(samples)
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,6 @@ class LipTransform:
         crop_size: side S of the square that is cut out.
         mean: subtracted after scaling to 0..1.
         std: divided by.
-        flip_probability: how often a clip is mirrored, where there is a generator.
 
     Raises:
         ValueError: values that contradict each other.
@@ -192,21 +206,17 @@ class LipTransform:
     crop_size: int
     mean: float = LIP_MEAN
     std: float = LIP_STD
-    flip_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_size <= (self.size or self.crop_size):
             raise ValueError(f"crop_size must be 1 to size ({self.size}), got {self.crop_size}")
-        if not 0 <= self.flip_probability <= 1 or self.std <= 0:
-            got = f"flip_probability {self.flip_probability}, std {self.std}"
-            raise ValueError(f"flip_probability must be 0 to 1 and std above 0, got {got}")
+        if self.std <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
 
     def __call__(self, raw: Video, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
         """Raises: ValueError when a frame is smaller than the crop."""
         frames = to_gray(raw.frames) if raw.frames.ndim == 4 else raw.frames
         gray = self._crop(self._resize(torch.from_numpy(frames)[:, None].float() / 255), generator)
-        if generator is not None and generator.random() < self.flip_probability:
-            gray = gray.flip(-1)
         return (gray - self.mean) / self.std, len(gray)
 
     def _resize(self, frames: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def test_messages_are_plain() -> None:
     ("words", "message"),
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
-        (["data"], "there is no command 'data'; did you mean data check?"),
+        (["data"], "there is no command 'data'; did you mean data check or data import?"),
         (["world", "pretrian"], "did you mean world pretrain?"),
         (["qqqqqq"], "there are train, generate, evaluate"),
         (["generate", "--model", "x"], "nothing to answer"),
@@ -245,7 +245,7 @@ def test_the_sound_of_a_video_is_heard_when_the_budget_names_audio(folder: Path,
             picture = np.full((48, 48, 3), 10 * number, np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))  # type: ignore[union-attr]
         frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-        frame.sample_rate = 16_000
+        frame.sample_rate, frame.pts = 16_000, 0  # without a time the coder's delay would be heard as sound
         container.mux(audio.encode(frame))  # type: ignore[union-attr]
         container.mux([*video.encode(), *audio.encode()])  # type: ignore[union-attr]
     words = ["generate", "--model", str(folder / "run"), "--video", str(path), "--max-new-tokens", "2"]

@@ -1,15 +1,22 @@
 """Files to model inputs: what the encoders get is what was in the files, and users cannot forge media."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import tiny
 import torch
 
+from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
+from mllm.data.batching import SampleKey
+from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.media import Audio, MediaError, load_audio, load_image, load_video
+from mllm.data.quarantine import Quarantined
+from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video
+from mllm.media.writing import write_lip_video
 from mllm.processing import ElasticProcessor
 from mllm.transforms import MixNoise, random_generator
 
@@ -83,6 +90,79 @@ def test_a_processor_is_the_same_after_saving(made, sample, tmp_path: Path) -> N
     assert again.space == made.space
     first, second = made(sample, "image=7"), again(sample, "image=7")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def both(root: Path, sound: str = "clip.wav") -> Sample:
+    parts = (Media("audio", sound), Media("video", "clip.mp4"), Text("?"))
+    return Sample("both", (Message("user", parts), Message("assistant", (Text("red"),))), task="avsr", root=root)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A folder with a clip of one second: a video, and a sound that is 60 ms longer."""
+    frames = np.random.default_rng(0).integers(0, 255, (25, 40, 40), dtype=np.uint8)
+    write_lip_video(tmp_path / "clip.mp4", frames)
+    soundfile.write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
+    return tmp_path
+
+
+def test_sound_and_video_of_one_clip_agree_in_length_or_are_refused(made, clip) -> None:
+    for num_samples in (14_800, 15_999):
+        soundfile.write(clip / "clip.wav", np.full(num_samples, 0.1), 16_000)
+        sound, video = made.load_media(both(clip))
+        assert (sound.raw_length, video.raw_length) == (16_000, 25)
+    soundfile.write(clip / "clip.wav", np.full(14_000, 0.1), 16_000)
+    with pytest.raises(MediaError, match=r"lasts 0\.875 seconds and the video of the same clip 1\.000") as refusal:
+        made.load_media(both(clip))
+    assert refusal.value.kind == "mismatch"
+    left = made.load_media(both(clip), loader=MediaLoader(gray=True, max_mismatch_seconds=None))
+    assert left[0].raw_length == 14_000
+    (clip / "question.wav").write_bytes((clip / "clip.wav").read_bytes())
+    assert made.load_media(both(clip, "question.wav"))[0].raw_length == 14_000  # not the same clip
+
+
+def test_a_mismatch_is_quarantined_in_training(made, clip) -> None:
+    soundfile.write(clip / "clip.wav", np.full(14_000, 0.1), 16_000)
+    item = ManifestDataset([both(clip)], load=made.load_media, seed=0)[0]
+    assert isinstance(item, Quarantined)
+    assert item.kind == "mismatch"
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(made, clip) -> None:
+    noise = Audio(np.random.default_rng(1).normal(0, 1, 5_000).astype(np.float32), 16_000)
+    full = Augmentation(MixNoise(noise, [0.0]), TimeMask(1_600, 16_000), TimeMask(5, 25), 0.5)
+
+    def drawn(augmentation: Augmentation, seed: int, epoch: int) -> list[torch.Tensor]:
+        load = partial(made.load_media, augmentation=augmentation)
+        item = ManifestDataset([both(clip)], load=load, seed=seed)[SampleKey(epoch, 0)]
+        assert isinstance(item, Item)
+        return [medium.values for medium in item.media]
+
+    first = drawn(full, 0, 0)
+    assert all(map(torch.equal, first, drawn(full, 0, 0)))
+    for other in (drawn(full, 1, 0), drawn(full, 0, 1)):
+        assert not any(map(torch.equal, first, other))
+    # The sound's parts do not move the video's: crop, mask and flip are the same without them.
+    without = drawn(Augmentation(video_mask=TimeMask(5, 25), flip_probability=0.5), 0, 0)
+    assert torch.equal(first[1], without[1])
+    assert not torch.equal(first[0], without[0])
+    plain = ManifestDataset([both(clip)], load=partial(made.load_media, augmentation=full))[0]
+    assert all(map(torch.equal, [m.values for m in plain.media], [m.values for m in made.load_media(both(clip))]))
+
+
+def test_a_silent_clip_that_shall_get_noise_is_named(made, clip) -> None:
+    soundfile.write(clip / "clip.wav", np.zeros(16_000), 16_000)
+    noise = Audio(np.ones(100, dtype=np.float32), 16_000)
+    load = partial(made.load_media, augmentation=Augmentation(MixNoise(noise, [0.0])))
+    with pytest.raises(ValueError, match=r"audio clip\.wav: noise cannot be mixed at 0 dB: the sound is silent"):
+        load(both(clip), generator=random_generator(0, 0, "a", "x"))
+
+
+def test_a_clip_too_short_for_a_rate_is_named_with_frames_and_rate(made, sample, clip) -> None:
+    write_lip_video(clip / "clip.mp4", np.zeros((4, 40, 40), np.uint8))
+    soundfile.write(clip / "clip.wav", np.full(2_560, 0.1), 16_000)
+    with pytest.raises(ValueError, match=r"sample 'both': video=/5: a clip of 4 frames is too short"):
+        made(both(clip), "audio=/4,video=/5")
 
 
 def test_noise_comes_between_the_file_and_its_transform(made, sample) -> None:

@@ -43,6 +43,8 @@ class Settings:
     timing: bool = False
     """Also tell the milliseconds of encoder, prefill and decoding. The request is run once before, unseen: the first
     time also pays for what a process does only once."""
+    max_mismatch_seconds: float | None = 0.08
+    """A sound and a video of one name may differ in length by so much; null never compares."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen parts."""
     use_cpu: bool = False
@@ -67,13 +69,15 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console, quiet_loading
     from mllm.generation import Answerer, Decoding
     from mllm.loading import load
+    from mllm.media import MediaLoader
 
     decoding = Decoding(settings.num_beams, settings.max_new_tokens, settings.temperature, settings.seed)
     quiet_loading()
     model, processor = load(settings.model, dtype=settings.dtype)
     if torch.cuda.is_available() and not settings.use_cpu:
         model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
-    answerer = Answerer(model, processor, decoding)
+    loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds)
+    answerer = Answerer(model, processor, decoding, loader=loader)
     ask = partial(
         answerer.answer,
         settings.text,

@@ -26,7 +26,7 @@ _NO_REASONS = ("Parser key", "Does not validate", "Subtypes", "Errors:", "Proble
 
 
 def parse_settings(
-    kind: type[Settings], arguments: Sequence[str], *, program: str, positional: str | None = None
+    kind: type[Settings], arguments: Sequence[str], *, program: str, positional: str | Sequence[str] | None = None
 ) -> Settings:
     """Read settings.
 
@@ -34,7 +34,7 @@ def parse_settings(
         kind: a dataclass; nested dataclasses are written with dots.
         arguments: what follows the verb.
         program: what the user typed so far, for `--help`.
-        positional: a field that may be given without its name.
+        positional: a field that may be given without its name, or several, in their order.
 
     Raises:
         ValueError: unknown keys (the nearest valid one is named), values of another type, contradictions.
@@ -44,7 +44,7 @@ def parse_settings(
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    words = _named(kind, arguments, positional)
+    words = _named(kind, arguments, [positional] if isinstance(positional, str) else positional or [])
     parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(kind)
@@ -95,19 +95,21 @@ def plain_message(message: str) -> str:
     return " ".join(f"{'.'.join(keys)}: {text}".removeprefix(": ").split())
 
 
-def _named(kind: Any, arguments: Sequence[str], positional: str | None) -> list[str]:
+def _named(kind: Any, arguments: Sequence[str], positional: Sequence[str]) -> list[str]:
     """Arguments as `--key=value` throughout; unknown keys are refused here."""
     types_by_key = dict(keys_of(kind))
     waiting = list(arguments)
+    nameless = list(positional)
     words: list[str] = []
     while waiting:
         word = waiting.pop(0)
         if word in ("-h", "--help"):
             words.append("--help")
         elif not word.startswith("--"):
-            if positional is None:
+            if not nameless:
                 raise ValueError(f"unexpected {word!r}: options begin with --")
-            words.append(f"--{positional}={word}")
+            # The last one may be given again, as every option may: later ones win.
+            words.append(f"--{nameless.pop(0) if len(nameless) > 1 else nameless[0]}={word}")
         else:
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")

@@ -3,6 +3,7 @@
 Knows settings, ranks and the order of steps. The steps are in `planning`, `sweep`, `report` and `plot`.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mllm.budget import Budget
-from mllm.data.manifest import Sample, read_manifest
+from mllm.data.manifest import Sample
+from mllm.data.readers import read_data
+from mllm.data.settings import SPEECH_FORMATS
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
@@ -34,7 +39,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         The results on the first process, None on the others.
 
     Raises:
-        ValueError: see `plan` and `AnswerStore.claim`.
+        ValueError: see `plan`, `AnswerStore.claim` and `check_noise`.
         FileNotFoundError: no such model or manifest.
     """
     from accelerate import PartialState
@@ -44,6 +49,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     from mllm.media import MediaLoader, load_audio
     from mllm.training.launch import prepare_launch
 
+    check_noise(settings)
     samples = read_sets(settings)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
@@ -61,7 +67,9 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         store,
         noise=None if settings.noise is None else load_audio(settings.noise),
         seed=settings.seed,
-        loader=MediaLoader(gray=True, backend=settings.video_backend),
+        loader=MediaLoader(
+            gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
+        ),
     )
     run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
     state.wait_for_everyone()
@@ -99,9 +107,32 @@ def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
     """The samples of every manifest, by its short name."""
     sets = {}
     for name, path in zip(settings.set_names, settings.manifest, strict=True):
-        root = settings.root if settings.root is not None else Path(path).parent
-        sets[name] = read_manifest(path, root)[: settings.limit]
+        sets[name] = read_data(path, settings.root, settings.reader)[: settings.limit]
     return sets
+
+
+def check_noise(settings: EvaluateSettings) -> None:
+    """Refuse to measure under the very noise that the model was trained with, unless that is asked for.
+
+    Only a run folder knows what it was trained with; an exported model does not.
+
+    Raises:
+        ValueError: the same file, or a copy of it.
+    """
+    from mllm.training.run import SETTINGS
+
+    own = Path(settings.model) / SETTINGS
+    if settings.noise is None or settings.allow_training_noise or not own.is_file():
+        return
+    trained = yaml.safe_load(own.read_text(encoding="utf-8")).get("data", {}).get("noise")
+    if trained is None:
+        return
+    same_place = Path(trained).resolve() == Path(settings.noise).resolve()
+    if same_place or (Path(trained).is_file() and digest_of_file(trained) == digest_of_file(settings.noise)):
+        raise ValueError(
+            f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
+            "few; name another recording, or set allow_training_noise"
+        )
 
 
 def run_share(
@@ -161,13 +192,22 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
     """Everything an answer depends on."""
     folder = Path(settings.model)
     weights = sorted(file for file in folder.glob("*.safetensors"))
+    sets = zip(settings.set_names, settings.manifest, strict=True)
     return {
         "model": {file.name: digest_of_file(file) for file in [folder / "config.json", *weights]},
-        "manifests": dict(zip(settings.set_names, map(digest_of_file, settings.manifest), strict=True)),
+        "manifests": {name: _digest_of_set(settings, path) for name, path in sets},
         "root": settings.root,
         "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
         **{key: getattr(settings, key) for key in ("num_beams", "max_new_tokens", "dtype")},
     }
+
+
+def _digest_of_set(settings: EvaluateSettings, path: str) -> str:
+    """Of the file, or of what is read where texts stand in other files."""
+    if settings.reader.format not in SPEECH_FORMATS:
+        return digest_of_file(path)
+    samples = read_data(path, settings.root, settings.reader)
+    return hashlib.sha256(repr([(sample.id, sample.messages) for sample in samples]).encode()).hexdigest()
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:

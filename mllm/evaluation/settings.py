@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mllm.budget import Budget
+from mllm.data.settings import ReaderSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +21,20 @@ class EvaluateSettings:
     the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
     output: str | None = None
     """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
+    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    """The form that all of these files are in."""
     root: str | None = None
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     limit: int | None = None
     """Only the first so many samples of each manifest."""
     noise: str | None = None
-    """Sound file that is mixed into every sound, for snr_db."""
+    """Sound file that is mixed into every sound, for snr_db; another one than the model was trained with."""
+    allow_training_noise: bool = False
+    """Take the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    max_mismatch_seconds: float | None = 0.08
+    """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1
     """1 is greedy; beams are deterministic."""
     max_new_tokens: int = 64

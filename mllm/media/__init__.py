@@ -7,24 +7,28 @@
 Knows files, formats and limits. Does not know what an encoder wants (`transforms.py` does).
 """
 
+from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
 from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
-from mllm.media.loader import MediaLoader
+from mllm.media.loader import MediaLoader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
 from mllm.media.video import Video, load_video, to_gray
 
 __all__ = [
     "DEFAULT_LIMITS",
     "ERROR_KINDS",
+    "MAX_MISMATCH_SECONDS",
     "Audio",
     "ErrorKind",
     "MediaError",
     "MediaLimits",
     "MediaLoader",
+    "RememberingLoader",
     "RootedPaths",
     "Video",
+    "agreeing_sound",
     "load_audio",
     "load_image",
     "load_video",

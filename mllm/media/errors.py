@@ -5,12 +5,13 @@ Knows nothing about formats, limits or decoders.
 
 from typing import Literal, get_args
 
-ErrorKind = Literal["missing", "refused", "unsupported", "corrupt", "empty", "limit", "deadline"]
+ErrorKind = Literal["missing", "refused", "unsupported", "corrupt", "empty", "limit", "deadline", "mismatch"]
 """What went wrong, for programs.
 
 missing: no such file.  refused: not a regular file, or outside the declared root.
 unsupported: a format, codec or pixel layout that is not read.  corrupt: the decoder gave up or the content contradicts
 the header.  empty: no bytes, frames or samples.  limit: above a `MediaLimits` value.  deadline: decoding took too long.
+mismatch: sound and video of one clip are not equally long.
 """
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 

@@ -4,10 +4,13 @@ Knows which function reads which medium. Does not know manifests or encoders.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
+from mllm.media.agreement import MAX_MISMATCH_SECONDS
 from mllm.media.audio import Audio, load_audio
 from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
@@ -28,6 +31,8 @@ class MediaLoader:
     """Whether video frames are grey (lip encoders) or RGB."""
     backend: Backend = "pyav"
     """Video decoder."""
+    max_mismatch_seconds: float | None = MAX_MISMATCH_SECONDS
+    """How far apart the lengths of a clip's sound and video may be, for whoever loads both; None never compares."""
     limits: MediaLimits = DEFAULT_LIMITS
     """What is refused."""
 
@@ -51,3 +56,20 @@ class MediaLoader:
                 limits=self.limits,
             )
         raise ValueError(f"medium must be one of image, audio, video, got {medium!r}")
+
+
+class RememberingLoader:
+    """A loader that keeps the last files it has read, for whoever reads one file several times in a row.
+
+    Args:
+        loader: reads what is not remembered.
+        size: how many files are.
+    """
+
+    def __init__(self, loader: MediaLoader, size: int) -> None:
+        self.max_mismatch_seconds = loader.max_mismatch_seconds
+        self._read: Callable[[str, str | os.PathLike[str]], Raw] = lru_cache(size)(loader)
+
+    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
+        """As `MediaLoader`; what comes is shared and must not be changed in place."""
+        return self._read(medium, path)

@@ -8,18 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DataLoader
 
+from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
 from mllm.data.batching import TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
-from mllm.data.manifest import Sample, read_manifest
+from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
-from mllm.media import Audio, MediaLoader, load_audio
+from mllm.data.readers import read_data
+from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
-from mllm.training.settings import DataSettings, manifest_root
+from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey
 from mllm.transforms import MixNoise
 
@@ -33,7 +34,7 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
         ValueError: a bad row, or an id that two manifests use.
         OSError: a manifest cannot be read.
     """
-    samples = [sample for path in manifests for sample in read_manifest(path, manifest_root(path, settings))]
+    samples = [sample for path in manifests for sample in read_data(path, settings.root, settings.reader)]
     seen: set[str] = set()
     for sample in samples:
         if sample.id in seen:
@@ -91,36 +92,43 @@ def validation_loader(
         shuffle=False,
     )
     collator = Collator(partial(encode, processor=processor, budgets=budgets))
-    data = ManifestDataset(samples, load=loading(settings, processor, noisy=False))
+    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
 
 
-def loading(settings: DataSettings, processor: ElasticProcessor, *, noisy: bool) -> Callable[..., list[LoadedMedia]]:
-    """What loads the media of a sample; with noise mixed in where the settings say so."""
-    mix = None
-    if noisy and settings.noise is not None:
-        mix = MixNoise(load_audio(settings.noise), settings.snr_db)
-    reader = MediaLoader(gray=True, backend=settings.video_backend)
-    return partial(load_sample, processor=processor, reader=reader, mix=mix)
+def loading(
+    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool, remembered_files: int = 0
+) -> Callable[..., list[LoadedMedia]]:
+    """What loads the media of a sample; changed by chance where the settings say so.
+
+    Args:
+        remembered_files: how many decoded files are kept for samples that follow each other and share them.
+
+    Raises:
+        ValueError: noise that is silent.
+    """
+    reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
+    reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
+    augmentation = build_augmentation(settings) if augmented else None
+    return partial(processor.load_media, loader=reader, augmentation=augmentation)
 
 
-def load_sample(
-    sample: Sample,
-    *,
-    generator: np.random.Generator | None,
-    processor: ElasticProcessor,
-    reader: MediaLoader,
-    mix: MixNoise | None,
-) -> list[LoadedMedia]:
-    """Decode and transform the media of one sample; noise and augmentation draw from its generator in turn."""
+def build_augmentation(settings: DataSettings) -> Augmentation:
+    """What the `data` block asks for.
 
-    def noise(sound: Audio) -> Audio:
-        assert mix is not None
-        assert generator is not None
-        return mix(sound, generator)
-
-    return processor.load_media(sample, generator=generator, loader=reader, noise=noise if mix else None)
+    Raises:
+        ValueError: noise that is silent; the file is named.
+        MediaError: noise that cannot be read.
+    """
+    try:
+        mix = None if settings.noise is None else MixNoise(load_audio(settings.noise), settings.snr_db)
+    except MediaError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"data.noise {settings.noise}: {error}") from error
+    masks = [TimeMask(*mask) if mask else None for mask in (settings.audio_mask_samples, settings.video_mask_frames)]
+    return Augmentation(mix, *masks, flip_probability=settings.flip_probability)
 
 
 def encode(

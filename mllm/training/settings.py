@@ -7,12 +7,12 @@ Contradictions are refused here, before anything is loaded; every message names 
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
 from mllm.budget import MEDIA, Budget
+from mllm.data.settings import ReaderSettings
 from mllm.sampler import Mode
 from mllm.settings import ModelSettings
 
@@ -40,7 +40,10 @@ class DataSettings:
     """Which samples are trained on, and how they become batches."""
 
     train: list[str]
-    """Manifests (JSONL) to train on; media paths are relative to each manifest's own folder, unless `root` is given."""
+    """Manifests (JSONL, or what data.reader.format says) to train on; media paths are relative to each manifest's own
+    folder, unless `root` is given."""
+    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    """The form that all of these files are in."""
     validation: list[str] = field(default_factory=list)
     """Manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
@@ -52,6 +55,16 @@ class DataSettings:
     """Sound file that is mixed into every sound, at a random place and one of the ratios snr_db."""
     snr_db: list[float | None] = field(default_factory=list)
     """Signal-to-noise ratios in decibels, of which each sample draws one; null leaves the sound as it is."""
+    audio_mask_samples: list[int] = field(default_factory=list)
+    """Time mask of sound, [window, stride], e.g. [6400, 16000]: in each second begun a stretch of less than 0.4 seconds
+    is silenced; none when left out."""
+    video_mask_frames: list[int] = field(default_factory=list)
+    """Time mask of lip videos, [window, stride], e.g. [10, 25]: frames are black there; none when left out."""
+    flip_probability: float = 0.0
+    """How often a lip video is mirrored."""
+    max_mismatch_seconds: float | None = 0.08
+    """A clip whose sound and video differ by more cannot be used; by less, the sound is cut or followed by silence.
+    null never compares."""
     features: FeatureSettings | None = None
     """Encode every training sample once, before the first step, instead of in every epoch; off when left out."""
     tokens_per_batch: int = 4096
@@ -70,6 +83,14 @@ class DataSettings:
             raise ValueError("data.train is empty; name at least one manifest")
         if bool(self.snr_db) != (self.noise is not None):
             raise ValueError(f"data.noise and data.snr_db go together; got {self.noise!r} and {self.snr_db}")
+        for key in ("audio_mask_samples", "video_mask_frames"):
+            mask = getattr(self, key)
+            if mask and (len(mask) != 2 or min(mask) < 1):
+                raise ValueError(f"data.{key} is [window, stride], both above 0; got {mask}")
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"data.flip_probability is {self.flip_probability}; it must be in 0..1")
+        if self.max_mismatch_seconds is not None:
+            _at_least("data.max_mismatch_seconds", self.max_mismatch_seconds, 0)
         _at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
         _at_least("data.max_rows", self.max_rows, 1)
         _at_least("data.num_workers", self.num_workers, 0)
@@ -295,11 +316,6 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return found
-
-
-def manifest_root(manifest: str, settings: DataSettings) -> Path:
-    """The folder that the media paths of a manifest are relative to."""
-    return Path(settings.root) if settings.root is not None else Path(manifest).parent
 
 
 def _at_least(key: str, value: float, least: float) -> None:

@@ -17,11 +17,8 @@ from typing import Any
 
 from mllm.budget import Amount, Extent
 from mllm.data.manifest import Media, Sample
-from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
-from mllm.media.audio import AUDIO_CODECS
-from mllm.media.containers import open_stream, stated_seconds
-from mllm.media.limits import decoding, open_media, sniff
-from mllm.media.video import VIDEO_CODECS
+from mllm.media import MediaError, resolve_media
+from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
 from mllm.splice import IGNORED_LABEL
 
@@ -116,25 +113,10 @@ def _seconds(part: Media, sample: Sample) -> float:
     if isinstance(stated, int | float) and stated > 0:
         return float(stated)
     try:
-        return _header_seconds(part.medium, resolve_media(sample.root, part.path))
+        return header_seconds(part.medium, resolve_media(sample.root, part.path))
     except MediaError as error:
         logger.debug("no length of sample %r: %s", sample.id, error)
         return 0.0
-
-
-def _header_seconds(medium: str, path: Path) -> float:
-    name = str(path)
-    limit = DEFAULT_LIMITS.audio_bytes if medium == "audio" else DEFAULT_LIMITS.video_bytes
-    with open_media(path, limit) as file:
-        found = sniff(file)
-        if found is not None and found[0] == "sound":
-            import soundfile
-
-            with decoding(name), soundfile.SoundFile(file) as sound:
-                return sound.frames / sound.samplerate
-        kind, codecs = ("audio", AUDIO_CODECS) if medium == "audio" else ("video", VIDEO_CODECS)
-        with open_stream(name, file, kind, codecs) as (container, stream):
-            return float(stated_seconds(container, stream))
 
 
 def _key(samples: Sequence[Sample], processor: ElasticProcessor) -> str:

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.media.writing import write_lip_video, write_sound
 from mllm.world.babble import make_babble
-from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
+from mllm.world.lips import draw_lips
 from mllm.world.prompts import SPEECH_PROMPTS
 from mllm.world.sentences import SPLITS, sample_sentences
-from mllm.world.speech import SAMPLE_RATE_HZ, say
+from mllm.world.speech import say
 from mllm.world.voices import Speaker, draw_speaker
 
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
-_QUALITY = {"preset": "ultrafast", "crf": "10", "threads": "1"}  # about one grey level of error
 
 
 @dataclass(frozen=True)
@@ -104,28 +104,6 @@ def write_speech_corpus(
         timed = [(job, length) for job, length in zip(jobs, seconds, strict=True) if job.split == split]
         write_manifest(manifest, [sample for job, length in timed for sample in _samples(job, length)])
     return manifests
-
-
-def write_lip_video(path: Path, frames: np.ndarray, *, frames_per_second: int = LIP_FRAMES_PER_SECOND) -> None:
-    """Write uint8 pictures, (T, H, W) gray or (T, H, W, 3) RGB, as H.264 in mp4, with little loss and no sound."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=frames_per_second, options=_QUALITY)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="gray" if frame.ndim == 2 else "rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-
-
-def write_sound(path: Path, samples: np.ndarray) -> None:
-    """Write float samples (L,) as 16-bit wav at 16 kHz; a peak beyond full scale turns the whole clip down."""
-    import soundfile
-
-    peak = float(np.abs(samples).max())
-    soundfile.write(path, samples / max(1.0, peak / 0.99), SAMPLE_RATE_HZ, subtype="PCM_16")
 
 
 def _jobs(out: Path, split: str, settings: SpeechCorpusSettings) -> Iterator[_Job]:

@@ -16,7 +16,8 @@ from mllm.evaluation.hypotheses import ANSWERS, HYPOTHESES, AnswerStore
 from mllm.evaluation.planning import plan
 from mllm.evaluation.plot import PLOT
 from mllm.evaluation.report import CSV, RESULTS
-from mllm.evaluation.run import conclude, evaluate_model, run_share
+from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
+from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep
 from mllm.generation import Answerer, Decoding
 from mllm.media import load_audio
@@ -174,6 +175,25 @@ def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_pat
     results = conclude(work, AnswerStore(tmp_path), seed=0, with_plot=False)
     assert [row["snr_db"] for row in results.rows] == [None, 0.0, -5.0]
     assert {row["num_samples"] for row in results.rows} == {2}
+
+
+def test_the_noise_of_training_is_refused_for_testing(tmp_path) -> None:
+    (tmp_path / "train.wav").write_bytes(b"a recording")
+    (tmp_path / "copy.wav").write_bytes(b"a recording")
+    (tmp_path / "other.wav").write_bytes(b"another")
+    (tmp_path / "settings.yaml").write_text(f"data:\n  noise: {tmp_path}/train.wav\n")
+
+    def settings(noise: str, **changes) -> EvaluateSettings:
+        path = str(tmp_path / noise)
+        return EvaluateSettings(
+            model=str(tmp_path), manifest=["m.jsonl"], budgets="audio=/4", noise=path, snr_db=[0.0], **changes
+        )
+
+    check_noise(settings("other.wav"))
+    for same in ("train.wav", "copy.wav"):
+        with pytest.raises(ValueError, match=r"is what the model was trained with .* allow_training_noise"):
+            check_noise(settings(same))
+        check_noise(settings(same, allow_training_noise=True))
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(answerer, samples) -> None:

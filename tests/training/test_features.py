@@ -83,7 +83,9 @@ def filled(world: Path, folder: Path, *, versions: int = 2, ranks: int = 1) -> t
     for rank in range(ranks):
         store = FeatureStore(folder, sizes, versions, 3)
         folder.mkdir(exist_ok=True)
-        fill_store(store, model.eval(), samples, loading(own.data, processor, noisy=True), rank=rank, num_ranks=ranks)
+        fill_store(
+            store, model.eval(), samples, loading(own.data, processor, augmented=True), rank=rank, num_ranks=ranks
+        )
     store = FeatureStore(folder, sizes, versions, 3)
     store.read_index()
     return store, samples

@@ -9,10 +9,11 @@ import pytest
 import soundfile
 
 from mllm.data.manifest import Sample, read_manifest
+from mllm.media.writing import write_lip_video
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.prompts import SPEECH_TASKS
 from mllm.world.speech import SAMPLE_RATE_HZ, synthesise
-from mllm.world.speech_corpus import SpeechCorpusSettings, write_lip_video, write_speech_corpus
+from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
 from mllm.world.voices import VOICES
 
 SETTINGS = SpeechCorpusSettings(num_train=5, num_validation=3, num_test=3, seed=4, babble_seconds=3)

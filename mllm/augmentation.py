@@ -1,0 +1,111 @@
+"""What training does to a decoded clip before its transform: hides stretches of time, mirrors, adds noise.
+
+Each part draws from a generator of its own, made of one number per sample and the part's name, so that switching one on
+changes no other. Does not know files or encoders; cropping is the transforms' own, and how noise is mixed is
+`transforms.MixNoise`.
+
+Shapes: L samples of a sound, T frames of a video.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mllm.media import Audio, Video
+from mllm.transforms import MixNoise, random_generator
+
+Chance = Callable[[str], np.random.Generator]
+"""A purpose to its generator."""
+
+
+def chances(generator: np.random.Generator) -> Chance:
+    """Generators by purpose; they depend on the given one alone, from which one number is drawn."""
+    key = int(generator.integers(2**63))
+    return lambda purpose: random_generator(key, 0, "", purpose)
+
+
+@dataclass(frozen=True)
+class TimeMask:
+    """Silences or blackens stretches of a clip: the adaptive time mask of auto_avsr and the systems after it.
+
+    A clip of T steps gets (T + stride - 0.1) // stride stretches, about one per stride begun, each of a random length
+    below `window` and of the clip's, at a random place. What is masked is 0 before any normalisation.
+
+    Args:
+        window: in frames or samples; a stretch is shorter.
+        stride: likewise; how much clip there is per stretch.
+
+    Raises:
+        ValueError: either is not above 0.
+    """
+
+    window: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.stride < 1:
+            raise ValueError(f"a time mask needs a window and a stride above 0, got {self.window} and {self.stride}")
+
+    def count(self, length: int) -> int:
+        """How many stretches a clip gets."""
+        return int((length + self.stride - 0.1) // self.stride)
+
+    def __call__(self, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """A masked copy of (L,) samples or (T, ...) frames."""
+        masked = values.copy()
+        for _ in range(self.count(len(values))):
+            length = int(generator.integers(min(self.window, len(values))))
+            start = int(generator.integers(len(values) - length + 1))
+            masked[start : start + length] = 0
+        return masked
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Everything that is done to sounds and videos in training, between their files and their transforms.
+
+    A sound is masked first and then gets its noise, as in the published systems, so the ratio is that of the noise to
+    what is left of the sound, and the noise is heard through the gaps.
+
+    Args:
+        noise: mixed into every sound.
+        audio_mask: in samples.
+        video_mask: in frames.
+        flip_probability: how often a video is mirrored, all frames of it.
+
+    Raises:
+        ValueError: a probability outside 0..1.
+    """
+
+    noise: MixNoise | None = None
+    audio_mask: TimeMask | None = None
+    video_mask: TimeMask | None = None
+    flip_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"flip_probability must be 0 to 1, got {self.flip_probability}")
+
+    def __call__(self, raw: Any, chance: Chance) -> Any:
+        """A changed sound or video; pictures stay as they are.
+
+        Raises:
+            ValueError: see `MixNoise`.
+        """
+        if isinstance(raw, Audio):
+            return self._sound(raw, chance)
+        return self._video(raw, chance) if isinstance(raw, Video) else raw
+
+    def _sound(self, sound: Audio, chance: Chance) -> Audio:
+        if self.audio_mask is not None:
+            sound = replace(sound, samples=self.audio_mask(sound.samples, chance("audio mask")))
+        return sound if self.noise is None else self.noise(sound, chance("noise"))
+
+    def _video(self, video: Video, chance: Chance) -> Video:
+        if self.video_mask is not None:
+            video = replace(video, frames=self.video_mask(video.frames, chance("video mask")))
+        if chance("flip").random() < self.flip_probability:
+            video = replace(video, frames=np.ascontiguousarray(video.frames[:, :, ::-1]))
+        return video

@@ -1,0 +1,120 @@
+"""`mllm data import`: lists and folders of speech clips, in the forms others write them, to our manifest."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mllm.data.settings import ReaderSettings, SpeechTask, TextForm
+
+if TYPE_CHECKING:
+    from mllm.data.utterances import Listing
+
+SUMMARY = "make a manifest of a list or folder of clips in another form"
+POSITIONAL = ("format", "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Make a manifest; everything that cannot be taken over is told with its line, and the rest is written."""
+
+    format: Literal["llava", "auto_avsr", "omni_csv", "fairseq", "lrs", "clips"]
+    """What the source is: LLaVA's JSON, a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv), fairseq's tsv, a list
+    of LRS2 or a folder of LRS3, or a folder of one's own clips."""
+    source: str
+    """The list or folder."""
+    out: str
+    """The manifest (JSONL) to write."""
+    root: str | None = None
+    """Folder that media paths are relative to and cannot leave; the source's own folder when left out."""
+    tasks: str = ""
+    """Tasks parted by commas, of asr (sound), vsr (lips) and avsr (both); all that a clip's media allow when left
+    out."""
+    text: TextForm = "as_is"
+    """Transcripts as they are, in lower case, or as words: in lower case without punctuation but apostrophes."""
+    prompts: dict[SpeechTask, str] = field(default_factory=dict)
+    """What is asked, by task, instead of the prompts of Llama-AVSR and Omni-AVSR."""
+    transcripts: str | None = None
+    """Format clips: a CSV or TSV of clip and transcript. Format auto_avsr: the folder of the text files."""
+    max_seconds: float | None = None
+    """Format lrs: a longer clip is refused, or cut where `segments` is given."""
+    segments: str | None = None
+    """Format lrs: a folder, relative to the root, that clips longer than max_seconds are cut into."""
+    untranscribed: str | None = None
+    """Format clips: a text file to write the clips without a transcript into, one path per line."""
+
+    def __post_init__(self) -> None:
+        if (self.segments is not None) and self.max_seconds is None:
+            raise ValueError("segments is set, but max_seconds is not; it says how long a piece may be")
+        if self.untranscribed is not None and self.format != "clips":
+            raise ValueError(f"untranscribed goes with the format clips, not {self.format}")
+        self.reader  # noqa: B018 (refuses what contradicts itself)
+
+    @property
+    def reader(self) -> ReaderSettings:
+        """What the reader is told."""
+        tasks = [task.strip() for task in self.tasks.split(",") if task.strip()]
+        if unknown := [task for task in tasks if task not in ("asr", "vsr", "avsr")]:
+            raise ValueError(f"tasks must be asr, vsr or avsr, parted by commas; got {unknown[0]!r}")
+        return ReaderSettings(
+            format=self.format,
+            tasks=tasks,  # type: ignore[arg-type]
+            text=self.text,
+            prompts=self.prompts,
+            transcripts=self.transcripts,
+            max_seconds=self.max_seconds,
+        )
+
+
+def run(settings: Settings) -> int:
+    """Read, tell what is wrong, write what is right; 1 when something is wrong."""
+    from mllm.commands.terminal import console
+    from mllm.data.manifest import write_manifest
+    from mllm.data.readers import default_root
+
+    root = default_root(settings.source) if settings.root is None else Path(settings.root)
+    listing = _read(settings, root)
+    out = console()
+    for finding in (*listing.problems, *listing.missing):
+        out.print(str(finding), soft_wrap=True)
+    for path in listing.untranscribed:
+        out.print(f"{path}: no transcript", soft_wrap=True)
+    if settings.untranscribed is not None:
+        Path(settings.untranscribed).write_text("".join(f"{path}\n" for path in listing.untranscribed), "utf-8")
+    whole = listing.whole
+    if not whole:
+        raise ValueError(f"{settings.source}: there is no sample to write; {len(listing.problems)} problems")
+    write_manifest(settings.out, whole)
+    out.print(_summary(settings, listing), soft_wrap=True)
+    return 1 if listing.problems or listing.missing else 0
+
+
+def _read(settings: Settings, root: Path) -> "Listing":
+    from mllm.data.cutting import Cutter
+    from mllm.data.lrs import read_lrs
+    from mllm.data.readers import READERS, note_missing
+    from mllm.media import path_problem
+
+    source = Path(settings.source)
+    if settings.segments is None:
+        listing = READERS[settings.format](source, root, settings.reader)
+        if settings.format == "llava":
+            note_missing(listing, source, root)
+        return listing
+    if problem := path_problem(settings.segments):
+        raise ValueError(f"segments: {problem}, got {settings.segments!r}")
+    return read_lrs(source, root, settings.reader, cut=Cutter(root, settings.segments))
+
+
+def _summary(settings: Settings, listing: "Listing") -> str:
+    whole = listing.whole
+    tasks = {task: sum(sample.task == task for sample in whole) for task in sorted({sample.task for sample in whole})}
+    lines = [f"{settings.out}: {len(whole)} samples ({', '.join(f'{task} {n}' for task, n in tasks.items())})"]
+    if listing.problems or listing.missing:
+        left_out = len(listing.samples) - len(whole)
+        lines.append(
+            f"problems: {len(listing.problems)}; missing files: {len(listing.missing)}, of {left_out} samples that "
+            "were left out"
+        )
+    if listing.untranscribed:
+        lines.append(f"without a transcript: {len(listing.untranscribed)} files, fit for inference only")
+    return "\n".join(lines)

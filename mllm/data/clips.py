@@ -1,0 +1,115 @@
+"""Reads a folder of one's own clips: videos with or without sound, sounds, and their transcripts.
+
+Files of one name (but for the suffix) are one clip. A transcript is a .txt of that name, or a row of a CSV or TSV of
+two columns, the clip (its path in the folder, with or without suffix) and the text, which may hold commas.
+
+Knows names and transcripts; opens a video's header to see whether it has sound.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mllm.data.settings import ReaderSettings
+from mllm.data.utterances import (
+    SOUND_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Gathering,
+    Listing,
+    Utterance,
+    read_text,
+    relative_to,
+    unquoted,
+)
+from mllm.media.lengths import has_sound
+
+
+def read_clips(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Read a folder of clips; those without a transcript are listed, by their paths relative to the root.
+
+    Raises:
+        ValueError: the folder is not under the root, or there is no clip in it.
+        NotADirectoryError: no such folder.
+        OSError: the table of transcripts cannot be read.
+    """
+    if not source.is_dir():
+        raise NotADirectoryError(f"{source} is no folder of clips")
+    relative_to(root, source)
+    gathering = Gathering(source, root, settings)
+    clips = _clips(source)
+    if not clips:
+        raise ValueError(f"{source} holds no clip; those end in {', '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)}")
+    table = _Table(gathering, clips, None if settings.transcripts is None else Path(settings.transcripts))
+    for name, files in clips.items():
+        text, path, line_number = table.text_of(name, source / f"{name}.txt")
+        if text is None:
+            gathering.listing.untranscribed += [relative_to(root, source / file) for file in files]
+            continue
+        try:
+            media = _media_of(files, source, root)
+        except ValueError as error:
+            gathering.problem(f"{name}: {error}", line_number, path)
+            continue
+        clip = Utterance(relative_to(root, source / name), media, text)  # type: ignore[arg-type]
+        gathering.add(clip, line_number, path)
+    return gathering.listing
+
+
+def _clips(source: Path) -> dict[str, list[str]]:
+    """Files of each clip, by its name, relative to the folder; sorted."""
+    clips: dict[str, list[str]] = {}
+    for folder, folders, files in os.walk(source):
+        folders.sort()
+        for name in sorted(files):
+            stem, suffix = os.path.splitext(os.path.relpath(os.path.join(folder, name), source))
+            if suffix.lower() in VIDEO_SUFFIXES + SOUND_SUFFIXES:
+                clips.setdefault(Path(stem).as_posix(), []).append(Path(stem + suffix).as_posix())
+    return clips
+
+
+def _media_of(files: list[str], source: Path, root: Path) -> dict[str, str]:
+    videos = [file for file in files if file.lower().endswith(VIDEO_SUFFIXES)]
+    sounds = [file for file in files if file.lower().endswith(SOUND_SUFFIXES)]
+    for medium, found in (("videos", videos), ("sounds", sounds)):
+        if len(found) > 1:
+            raise ValueError(f"there are several {medium} of this name: {', '.join(found)}")
+    if videos and not sounds and has_sound(source / videos[0]):
+        sounds = videos
+    found = {"audio": sounds, "video": videos}
+    return {medium: relative_to(root, source / own[0]) for medium, own in found.items() if own}
+
+
+class _Table:
+    """Transcripts of a table, and where each stands; rows that fit no clip are noted at once."""
+
+    def __init__(self, gathering: Gathering, clips: dict[str, list[str]], path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, tuple[str, int]] = {}
+        for line_number, key, text in _rows(gathering, path):
+            name = key if key in clips else os.path.splitext(key)[0]
+            if name not in clips:
+                gathering.problem(f"there is no clip {key!r} in {gathering.source}", line_number, path)
+            elif name in self.rows:
+                gathering.problem(f"the clip {key!r} has a transcript on line {self.rows[name][1]}", line_number, path)
+            else:
+                self.rows[name] = (text, line_number)
+
+    def text_of(self, name: str, file: Path) -> tuple[str | None, Path | None, int | None]:
+        """The transcript of a clip with its place, from the table or else the file."""
+        if name in self.rows:
+            return self.rows[name][0], self.path, self.rows[name][1]
+        return (read_text(file), file, None) if file.is_file() else (None, None, None)
+
+
+def _rows(gathering: Gathering, path: Path | None) -> Iterator[tuple[int, str, str]]:
+    if path is None:
+        return
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    for line_number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        key, found, text = line.partition(separator)
+        if not found:
+            gathering.problem("a row must be clip and transcript, in two columns", line_number, path)
+            continue
+        yield line_number, unquoted(key).strip(), unquoted(text)

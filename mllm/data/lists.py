@@ -1,0 +1,166 @@
+"""Reads the lists of speech clips that published systems train on: auto_avsr, Llama-AVSR and Omni-AVSR, fairseq.
+
+    auto_avsr   lrs3,test/a/1.mp4,52,1 7 9             the text is in a file of its own
+    omni_csv    lrs3,test/a/1.mp4,52,1 7 9,well, yes   the text is all that follows the fourth comma
+    fairseq     a/1  video/a/1.mp4  audio/a/1.wav  52  33280   tab-separated, texts in a .wrd file line by line
+
+Knows those columns. Does not decode media; frames are counted at 25 per second.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mllm.data.settings import ReaderSettings
+from mllm.data.utterances import FRAMES_PER_SECOND, Gathering, Listing, Utterance, read_text, relative_to, unquoted
+from mllm.media import path_problem
+
+_FIELD = r'("(?:[^"]|"")*"|[^,"]*)'
+_FOUR = re.compile(",".join([_FIELD] * 4))
+_FIVE = re.compile(_FOUR.pattern + ",(.*)")
+AUDIO_RATE_HZ = 16_000
+
+
+def read_auto_avsr(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Read `dataset,rel_path,n_frames,token ids`; the ids belong to a vocabulary that the list does not hold.
+
+    The text is read from the file of the same name and the suffix .txt: in the folder `transcripts` when it is given,
+    else beside the video, else where the folder called `..._video_...` has a neighbour called `..._text_...`.
+
+    Raises:
+        OSError: the list cannot be read.
+    """
+    gathering = Gathering(source, root, settings)
+    for line_number, line in _lines(source, gathering):
+        row = _FOUR.fullmatch(line)
+        if row is None:
+            columns = "dataset,rel_path,n_frames,token_ids"
+            hint = "; with a text after that it is format omni_csv" if _FIVE.fullmatch(line) else ""
+            gathering.problem(f"a row must be {columns}{hint}", line_number)
+            continue
+        fields = [unquoted(text) for text in row.groups()]
+        if problem := path_problem(f"{fields[0]}/{fields[1]}"):
+            gathering.problem(f"rel_path: {problem}, got {fields[0]}/{fields[1]}", line_number)
+            continue
+        try:
+            text = _text_of(gathering, fields[0], fields[1])
+        except (ValueError, OSError) as error:
+            gathering.problem(str(error), line_number)
+            continue
+        _add_clip(gathering, fields, text, line_number)
+    return gathering.listing
+
+
+def read_omni_csv(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Read `dataset,rel_path,n_frames,token_ids,text`; a comma in the text is text, and so are quotes inside it.
+
+    A field that stands in quotes as a whole is unquoted, as CSV writers mean it.
+
+    Raises:
+        OSError: the list cannot be read.
+    """
+    gathering = Gathering(source, root, settings)
+    for line_number, line in _lines(source, gathering):
+        row = _FIVE.fullmatch(line)
+        if row is None:
+            gathering.problem("a row must be dataset,rel_path,n_frames,token_ids,text", line_number)
+            continue
+        fields = [unquoted(text) for text in row.groups()]
+        if fields[4].startswith('"') and fields[4].count('"') % 2:
+            gathering.problem("the quote before the text is not closed on this line", line_number)
+            continue
+        _add_clip(gathering, fields, fields[4], line_number)
+    return gathering.listing
+
+
+def read_fairseq(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Read a .tsv of AV-HuBERT (id, video, audio, frames, samples; more are ignored), texts in the .wrd beside it.
+
+    A row of two columns (audio, samples) is that of HuBERT. The first line of the file is the folder that paths are
+    relative to; where it is not under the root, as when the list was made on another machine, the root itself is.
+
+    Raises:
+        ValueError: the .wrd file has another number of lines.
+        OSError: one of the two cannot be read.
+    """
+    gathering = Gathering(source, root, settings)
+    rows = list(_lines(source, gathering))
+    words = source.with_suffix(".wrd")
+    texts = read_text(words).removesuffix("\n").split("\n")
+    if not rows or len(texts) != len(rows) - 1:
+        raise ValueError(f"{words} has {len(texts)} lines for {max(len(rows) - 1, 0)} clips in {source}")
+    base = _base_of(rows[0][1], root)
+    for (line_number, line), text in zip(rows[1:], texts, strict=True):
+        fields = line.split("\t")
+        if len(fields) == 2:
+            fields = [os.path.splitext(fields[0])[0], "", fields[0], "", fields[1]]
+        if len(fields) < 5 or not fields[4].isdecimal():
+            gathering.problem("a row must be id, video, audio, frames, samples, or path and samples", line_number)
+            continue
+        try:
+            files = {
+                medium: _inside(path, base, root)
+                for medium, path in (("audio", fields[2]), ("video", fields[1]))
+                if path
+            }
+        except ValueError as error:
+            gathering.problem(str(error), line_number)
+            continue
+        utterance = Utterance(fields[0], files, text, int(fields[4]) / AUDIO_RATE_HZ)  # type: ignore[arg-type]
+        gathering.add(utterance, line_number)
+    return gathering.listing
+
+
+def _add_clip(gathering: Gathering, fields: list[str], text: str, line_number: int) -> None:
+    """A row of dataset, path and frames; the sound is the file beside the video, or the video's own."""
+    dataset, path, frames = (field.strip() for field in fields[:3])
+    if not frames.isdecimal() or int(frames) < 1:
+        gathering.problem(f"n_frames must be a whole number above 0, got {frames!r}", line_number)
+        return
+    video = f"{dataset}/{path}" if dataset else path
+    name = os.path.splitext(video)[0]
+    files = {"audio": gathering.sound_of(video), "video": video}
+    gathering.add(Utterance(name, files, text, int(frames) / FRAMES_PER_SECOND), line_number)  # type: ignore[arg-type]
+
+
+def _text_of(gathering: Gathering, dataset: str, path: str) -> str:
+    stem = os.path.splitext(f"{dataset.strip()}/{path.strip()}")[0]
+    own = gathering.settings.transcripts
+    if own is not None:
+        inner = os.path.splitext(path.strip())[0]
+        places = [Path(own) / f"{stem}.txt", Path(own) / f"{inner}.txt"]
+    else:
+        places = [gathering.root / f"{stem}.txt", gathering.root / f"{stem.replace('_video_', '_text_')}.txt"]
+    for place in places:
+        if place.is_file():
+            return read_text(place)
+    tried = " or ".join(dict.fromkeys(map(str, places)))
+    raise ValueError(f"the list holds no text, and there is none in {tried} (key transcripts)")
+
+
+def _base_of(stated: str, root: Path) -> Path:
+    """The stated folder of a list where it is under the root; else the root."""
+    full = Path(os.path.abspath(root / stated))
+    return full if full.is_relative_to(os.path.abspath(root)) else root
+
+
+def _inside(path: str, base: Path, root: Path) -> str:
+    if not os.path.isabs(path) and (problem := path_problem(path)):
+        raise ValueError(f"{problem}, got {path!r}")
+    return relative_to(root, base / path)
+
+
+def _lines(source: Path, gathering: Gathering) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, without their ends, numbered from 1; what is not UTF-8 becomes a problem."""
+    with open(source, "rb") as file:
+        for line_number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                gathering.problem(
+                    f"not UTF-8: byte {error.start + 1} of the line is {line[error.start]:#04x}", line_number
+                )
+                continue
+            if text.strip():
+                yield line_number, text

@@ -1,0 +1,96 @@
+"""Every format that data come in, behind one call: a file or folder to samples, or to all that is wrong with it.
+
+Knows which reader reads which format. Does not know what formats look like.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mllm.data.clips import read_clips
+from mllm.data.lists import read_auto_avsr, read_fairseq, read_omni_csv
+from mllm.data.llava import read_llava
+from mllm.data.lrs import read_lrs
+from mllm.data.manifest import Sample, scan_manifest
+from mllm.data.settings import Format, ReaderSettings
+from mllm.data.utterances import Finding, Listing
+from mllm.media import MediaError, RootedPaths
+
+MAX_SHOWN = 20
+logger = logging.getLogger(__name__)
+
+
+def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    listing = Listing()
+    for row in scan_manifest(source, root):
+        listing.problems += [Finding(os.fspath(source), row.line_number, problem) for problem in row.problems]
+        listing.samples += [] if row.sample is None else [row.sample]
+    return listing
+
+
+def _read_conversations(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    return Listing(samples=read_llava(source, root))
+
+
+READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
+    "manifest": _read_rows,
+    "llava": _read_conversations,
+    "auto_avsr": read_auto_avsr,
+    "omni_csv": read_omni_csv,
+    "fairseq": read_fairseq,
+    "lrs": read_lrs,
+    "clips": read_clips,
+}
+
+
+def read_data(
+    source: str | os.PathLike[str], root: str | os.PathLike[str] | None, settings: ReaderSettings
+) -> list[Sample]:
+    """The samples of a file or folder, to train or evaluate on.
+
+    Files that are named and not there are logged and their samples kept: a run lists and leaves out what it cannot
+    read, and stops when that is too much.
+
+    Args:
+        root: folder that media paths are relative to; None for `default_root`.
+
+    Raises:
+        ValueError: rows that cannot be used, the first of them with their places; or there is no sample.
+        OSError: the file or folder cannot be read.
+    """
+    root = default_root(source) if root is None else Path(root)
+    listing = READERS[settings.format](Path(source), root, settings)
+    if listing.problems:
+        raise ValueError("\n".join(_first(listing.problems)))
+    if not listing.samples:
+        raise ValueError(f"{os.fspath(source)}: there is no sample in it")
+    if listing.missing:
+        logger.warning("%d files are missing:\n%s", len(listing.missing), "\n".join(_first(listing.missing)))
+    if listing.untranscribed:
+        logger.warning("%d clips have no transcript and are left out", len(listing.untranscribed))
+    return listing.samples
+
+
+def note_missing(listing: Listing, source: Path, root: Path) -> None:
+    """Look up the media of samples whose reader does not, and note those that cannot be opened."""
+    paths = RootedPaths(root)
+    for sample in listing.samples:
+        for part in sample.media:
+            try:
+                paths.resolve(part.path)
+            except MediaError as error:
+                message = f"sample {sample.id!r}: {part.medium} {part.path}: {error.reason}"
+                listing.missing.append(Finding(os.fspath(source), None, message))
+                listing.incomplete.add(sample.id)
+
+
+def default_root(source: str | os.PathLike[str]) -> Path:
+    """The folder that media paths are relative to when none is given: the folder itself, or the file's own."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent
+
+
+def _first(findings: Iterable[Finding]) -> list[str]:
+    lines = [str(finding) for finding in findings]
+    return lines if len(lines) <= MAX_SHOWN else [*lines[:MAX_SHOWN], f"and {len(lines) - MAX_SHOWN} more"]

@@ -1,0 +1,39 @@
+"""What a user writes about the form data come in: the `reader` block of a run config. Plain dataclasses, no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Format = Literal["manifest", "llava", "auto_avsr", "omni_csv", "fairseq", "lrs", "clips"]
+SpeechTask = Literal["asr", "vsr", "avsr"]
+TextForm = Literal["as_is", "lower", "words"]
+SPEECH_FORMATS = ("auto_avsr", "omni_csv", "fairseq", "lrs", "clips")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderSettings:
+    """How files that list samples are read. All but `format` are for the speech formats, the last five."""
+
+    format: Format = "manifest"
+    """Our own JSONL manifest, LLaVA's JSON, or a list or folder of speech clips."""
+    tasks: list[SpeechTask] = field(default_factory=list)
+    """Samples made of each clip: of its sound (asr), its lips (vsr), both (avsr); all its media allow when left out."""
+    text: TextForm = "as_is"
+    """Transcripts as they are, in lower case, or as words: in lower case without punctuation but apostrophes."""
+    prompts: dict[SpeechTask, str] = field(default_factory=dict)
+    """What is asked, by task, instead of the prompts of Llama-AVSR and Omni-AVSR."""
+    transcripts: str | None = None
+    """Format clips: a CSV or TSV of clip and transcript. Format auto_avsr: the folder of the text files."""
+    max_seconds: float | None = None
+    """Format lrs: a longer clip is refused, or cut by its word times where `mllm data import` is told to."""
+
+    def __post_init__(self) -> None:
+        if self.format not in SPEECH_FORMATS:
+            for key in ("tasks", "prompts", "transcripts", "max_seconds"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} goes with the formats {', '.join(SPEECH_FORMATS)}, not {self.format}")
+            if self.text != "as_is":
+                raise ValueError(f"text goes with the formats {', '.join(SPEECH_FORMATS)}, not {self.format}")
+        if self.transcripts is not None and self.format not in ("clips", "auto_avsr"):
+            raise ValueError(f"transcripts goes with the formats clips and auto_avsr, not {self.format}")
+        if self.max_seconds is not None and (self.format != "lrs" or self.max_seconds <= 0):
+            raise ValueError(f"max_seconds goes with format lrs and is above 0; got {self.max_seconds}, {self.format}")

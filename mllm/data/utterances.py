@@ -1,0 +1,212 @@
+"""Speech clips to samples: one per clip and task, asked in the words of the published systems.
+
+    asr   the sound     "Transcribe speech to text."
+    vsr   the lips      "Transcribe video to text."
+    avsr  both          "Transcribe speech and video to text."
+
+Knows tasks, prompts, forms of text and which files are there. Does not know formats (the readers do) or decode media.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mllm.data.manifest import Media, Medium, Message, Sample, Text
+from mllm.data.settings import ReaderSettings
+from mllm.media import MediaError, RootedPaths, path_problem
+
+TASKS: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
+PROMPTS = {
+    "asr": "Transcribe speech to text.",
+    "vsr": "Transcribe video to text.",
+    "avsr": "Transcribe speech and video to text.",
+}
+"""Those of Llama-AVSR and Omni-AVSR."""
+FRAMES_PER_SECOND = 25
+"""Of the videos that the lists of the published systems count frames of."""
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about one place of the data; without a line number it is about the whole file."""
+
+    path: str
+    line_number: int | None
+    message: str
+
+    def __str__(self) -> str:
+        place = self.path if self.line_number is None else f"{self.path}:{self.line_number}"
+        return f"{place}: {self.message}"
+
+
+@dataclass
+class Listing:
+    """Everything a reader found, in one pass.
+
+    samples: all that can be used, those with files that are missing included.
+    problems: what cannot be used at all; missing: files that are named and not there; incomplete: ids of the samples
+    that need one of them; untranscribed: clips nobody wrote a transcript for, fit for inference only.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
+    missing: list[Finding] = field(default_factory=list)
+    incomplete: set[str] = field(default_factory=set)
+    untranscribed: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[Sample]:
+        """The samples all of whose files are there."""
+        return [sample for sample in self.samples if sample.id not in self.incomplete]
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One clip: its name, its files relative to the root by medium, and what is said."""
+
+    name: str
+    files: Mapping[Medium, str]
+    text: str
+    seconds: float | None = None
+
+
+class Gathering:
+    """Makes a `Listing` of utterances as a reader comes upon them.
+
+    Args:
+        source: the list or folder that is read, for messages.
+        root: folder that media paths are relative to and cannot leave.
+        settings: tasks, prompts, form of text.
+    """
+
+    def __init__(self, source: Path, root: Path, settings: ReaderSettings) -> None:
+        self.source = source
+        self.root = root
+        self.settings = settings
+        self.listing = Listing()
+        self._paths = RootedPaths(root)
+        self._places: dict[str, str] = {}
+
+    def problem(self, message: str, line_number: int | None = None, path: Path | None = None) -> None:
+        """Note something that cannot be used."""
+        self.listing.problems.append(Finding(os.fspath(path or self.source), line_number, message))
+
+    def holds(self, relative: str) -> bool:
+        """Whether there is such a file under the root."""
+        try:
+            self._paths.resolve(relative)
+        except MediaError:
+            return False
+        return True
+
+    def sound_of(self, video: str) -> str:
+        """The sound file beside a video, or the video itself, whose own sound is then meant."""
+        stem = os.path.splitext(video)[0]
+        return next((stem + suffix for suffix in SOUND_SUFFIXES if self.holds(stem + suffix)), video)
+
+    def add(self, utterance: Utterance, line_number: int | None = None, path: Path | None = None) -> None:
+        """Take up an utterance, or note what is wrong with it; the place is where it was read."""
+        place = Finding(os.fspath(path or self.source), line_number, "")
+        text = TEXT_FORMS[self.settings.text](utterance.text)
+        tasks = self.settings.tasks or [task for task, media in TASKS.items() if set(media) <= set(utterance.files)]
+        problems = [*_problems_of(utterance, text), *_lacking(utterance, tasks)]
+        if utterance.name in self._places:
+            problems.append(f"the clip {utterance.name!r} was already named at {self._places[utterance.name]}")
+        missing = {} if problems else self._missing(utterance, problems)
+        self.listing.problems += [replace(place, message=message) for message in problems]
+        if problems:
+            return
+        self._places[utterance.name] = str(place).removesuffix(": ")
+        self.listing.missing += [replace(place, message=message) for message in missing.values()]
+        for task in tasks:
+            sample = self._sample(utterance, task, text)
+            self.listing.samples.append(sample)
+            if missing.keys() & set(TASKS[task]):
+                self.listing.incomplete.add(sample.id)
+
+    def _missing(self, utterance: Utterance, problems: list[str]) -> dict[Medium, str]:
+        """Media whose files are not there; files that are refused for another reason become problems."""
+        missing: dict[Medium, str] = {}
+        for medium, file in utterance.files.items():
+            try:
+                self._paths.resolve(file)
+            except MediaError as error:
+                message = f"{medium} {file}: {error.reason} {os.fspath(self.root)}"
+                if error.kind == "missing":
+                    missing[medium] = message
+                else:
+                    problems.append(message)
+        return missing
+
+    def _sample(self, utterance: Utterance, task: str, text: str) -> Sample:
+        media = tuple(Media(medium, utterance.files[medium]) for medium in TASKS[task])
+        prompt = dict(self.settings.prompts).get(task, PROMPTS[task])  # type: ignore[call-overload]
+        messages = (Message("user", (*media, Text(prompt))), Message("assistant", (Text(text),)))
+        meta = {} if utterance.seconds is None else {"seconds": round(utterance.seconds, 3)}
+        return Sample(f"{utterance.name}-{task}", messages, task, meta=meta, root=self.root)
+
+
+def _lacking(utterance: Utterance, tasks: Sequence[str]) -> Iterator[str]:
+    for task in tasks:
+        if lacking := [medium for medium in TASKS[task] if medium not in utterance.files]:
+            yield f"{utterance.name}: there is no {' and no '.join(lacking)} for the task {task}"
+
+
+def _problems_of(utterance: Utterance, text: str) -> Iterator[str]:
+    for medium, file in utterance.files.items():
+        if problem := path_problem(file):
+            yield f"{medium} {file!r}: {problem}"
+    if not utterance.name.strip() or not utterance.name.isprintable():
+        yield f"the clip's name must be printable and not empty, got {utterance.name!r}"
+    if not text:
+        yield f"{utterance.name}: the transcript is empty"
+    if "\0" in text:
+        yield f"{utterance.name}: the transcript holds the character NUL"
+
+
+def read_text(path: Path) -> str:
+    """A small text file in UTF-8.
+
+    Raises:
+        ValueError: it is not; the file is named.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start + 1}") from error
+
+
+def relative_to(root: Path, path: Path) -> str:
+    """A path below the root as manifests write it.
+
+    Raises:
+        ValueError: it is not below the root.
+    """
+    try:
+        return Path(os.path.abspath(path)).relative_to(os.path.abspath(root)).as_posix()
+    except ValueError as error:
+        raise ValueError(f"{path} is not under the root {root}") from error
+
+
+def unquoted(text: str) -> str:
+    """A field without the quotes around it, where it stands in quotes as a whole."""
+    bare = text.strip()
+    return bare[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', bare) else text
+
+
+def _words(text: str) -> str:
+    plain = text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    return " ".join(word for part in re.sub(r"[^\w']|_", " ", plain).split() if (word := part.strip("'")))
+
+
+TEXT_FORMS = {
+    "as_is": lambda text: " ".join(text.split()),
+    "lower": lambda text: " ".join(text.lower().split()),
+    "words": _words,
+}
+"""Blanks and line breaks become single blanks in each."""

@@ -1,0 +1,37 @@
+"""Sound and pictures of one clip, brought to one length, or refused where they cannot be of one clip.
+
+Knows lengths. Does not look for an offset between the two: both begin at their own first sample and frame.
+"""
+
+import numpy as np
+
+from mllm.media.audio import Audio
+from mllm.media.errors import MediaError
+from mllm.media.video import Video
+
+MAX_MISMATCH_SECONDS = 0.08
+"""Two frames of a video at 25 per second, or the padding of a sound codec."""
+
+
+def agreeing_sound(sound: Audio, video: Video, *, path: object, max_mismatch_seconds: float) -> Audio:
+    """The sound, cut or followed by silence to the length of the video: 640 samples a frame at 16 kHz and 25 frames/s.
+
+    Args:
+        path: of the sound, for the message.
+        max_mismatch_seconds: how far apart the two may be.
+
+    Raises:
+        MediaError: kind `mismatch`, when they are further apart.
+    """
+    apart = abs(sound.seconds - video.seconds)
+    if apart > max_mismatch_seconds + 1e-6:
+        raise MediaError(
+            "mismatch",
+            path,
+            f"the sound lasts {sound.seconds:.3f} seconds and the video of the same clip {video.seconds:.3f}; they may "
+            f"differ by {max_mismatch_seconds:g} (max_mismatch_seconds)",
+        )
+    count = max(1, round(video.seconds * sound.sample_rate_hz))
+    if count <= len(sound.samples):
+        return Audio(sound.samples[:count], sound.sample_rate_hz)
+    return Audio(np.pad(sound.samples, (0, count - len(sound.samples))), sound.sample_rate_hz)
