@@ -48,7 +48,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
     model, processor = load(settings.model, dtype=settings.dtype)
-    decoding = Decoding(num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens)
+    decoding = Decoding(settings.num_beams, settings.max_new_tokens, length_penalty=settings.length_penalty)
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     answerer = Answerer(model, processor, decoding, settings.batch_size)
     work = plan(samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db)
@@ -166,12 +166,12 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
         "manifests": dict(zip(settings.set_names, map(digest_of_file, settings.manifest), strict=True)),
         "root": settings.root,
         "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
-        **{key: getattr(settings, key) for key in ("num_beams", "max_new_tokens", "dtype")},
+        **{key: getattr(settings, key) for key in ("num_beams", "length_penalty", "max_new_tokens", "dtype")},
     }
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:
-    keys = ("model", "manifest", "num_beams", "max_new_tokens", "seed", "dtype", "limit", "noise")
+    keys = ("model", "manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise")
     return {**{key: getattr(settings, key) for key in keys}, **_cost_facts(config)}
 
 

@@ -29,7 +29,9 @@ class EvaluateSettings:
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
     num_beams: int = 1
-    """1 is greedy; beams are deterministic."""
+    """1 is greedy; beams are deterministic. The LLM's own generation config, which may sample, is not followed."""
+    length_penalty: float = 1.0
+    """Of beams: sums of log-probabilities are divided by length to this power."""
     max_new_tokens: int = 64
     """Answers end there at the latest."""
     batch_size: int = 8
