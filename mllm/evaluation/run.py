@@ -51,7 +51,10 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     decoding = Decoding(settings.num_beams, settings.max_new_tokens, length_penalty=settings.length_penalty)
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     answerer = Answerer(model, processor, decoding, settings.batch_size)
-    work = plan(samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db)
+    allowed = settings.allow_untrained
+    work = plan(
+        samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
+    )
     store = AnswerStore(settings.output_folder, rank=state.process_index)
     if state.is_main_process:
         store.claim(fingerprint_of(settings))
@@ -62,6 +65,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         noise=None if settings.noise is None else load_audio(settings.noise),
         seed=settings.seed,
         loader=MediaLoader(gray=True, backend=settings.video_backend),
+        allow_untrained=allowed,
     )
     run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
     state.wait_for_everyone()
@@ -79,18 +83,19 @@ def evaluate_model(
     fingerprint: Mapping[str, Any],
     seed: int = 0,
     with_plot: bool = True,
-    progress: Progress | None = None,
+    allow_untrained: bool = False,
 ) -> Results:
     """Evaluate a model that is at hand, in this process alone; writes what `evaluate` writes.
 
     Args:
         fingerprint: whatever tells this model and these samples from others; answers of another one are refused.
         with_plot: drawing takes seconds.
+        allow_untrained: answer at amounts that training did not draw.
     """
-    work = plan(sets, budgets, space=answerer.processor.space)
+    work = plan(sets, budgets, space=answerer.processor.space, allow_untrained=allow_untrained)
     store = AnswerStore(output)
     store.claim(fingerprint)
-    run_share(Sweep(answerer, store, seed=seed), work, progress=progress)
+    run_share(Sweep(answerer, store, seed=seed, allow_untrained=allow_untrained), work)
     facts = {**fingerprint, **_cost_facts(answerer.model.config)}
     return conclude(work, store, seed=seed, facts=facts, with_plot=with_plot)
 

@@ -18,6 +18,9 @@ class EvaluateSettings:
     budgets: str | list[str]
     """Budgets, as a list or parted by ";", e.g. "audio=/4,video=/2;audio=/16,video=/5;image=4". A budget is used for
     the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
+    allow_untrained: bool = False
+    """Also answer at rates and counts that training did not draw, where the model can; reports mark those rows. They
+    are refused otherwise."""
     output: str | None = None
     """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
     root: str | None = None
