@@ -12,6 +12,7 @@ from typing import Any
 
 from mllm.budget import Budget
 from mllm.data.manifest import Sample, read_manifest
+from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
@@ -28,6 +29,7 @@ Progress = Callable[[int, int], None]
 def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) -> Results | None:
     """Evaluate a model and write `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
 
+    Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do.
     Start it with a launcher to share the work among processes; what has been answered before is not answered again.
 
     Returns:
@@ -142,6 +144,9 @@ def conclude(
     write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     results = summarise(lines, seed=seed, facts=facts)
     results.write(store.folder)
+    speech = comparison_of(results.rows, short_name(str(results.facts.get("model", "model"))))
+    if speech is not None:
+        speech.write(store.folder, with_plot=with_plot)
     if with_plot and not plot_pareto(results.rows, store.folder / PLOT):
         logger.warning("nothing to plot: no row has both a value and soft tokens")
     return results
