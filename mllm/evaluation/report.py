@@ -113,8 +113,8 @@ def _groups(lines: Sequence[Line]) -> list[_Group]:
 
 
 def _means(lines: Sequence[Line]) -> dict[str, Any]:
-    def mean(values: Sequence[float], digits: int = 3) -> float | None:
-        return round(sum(values) / len(values), digits) if values else None
+    def mean(values: Sequence[float]) -> float | None:
+        return round(sum(values) / len(values), 3) if values else None
 
     media = dict.fromkeys(medium for line in lines for medium in line["tokens"])
     costs = [line["cost"] for line in lines if line["cost"] is not None]
@@ -127,8 +127,13 @@ def _means(lines: Sequence[Line]) -> dict[str, Any]:
         "encoder_gflops": mean([cost["encoder"] / 1e9 for cost in costs]),
         "llm_gflops": mean([(cost["prefill"] + cost["decode"]) / 1e9 for cost in costs]),
         "kv_megabytes": mean([cost["kv_bytes"] / 1e6 for cost in costs]),
-        **{key: mean([cost[part] / 1e12 for cost in costs], 6) for key, part in _TFLOPS.items()},
+        **{key: _mean_tflops([cost[part] for cost in costs]) for key, part in _TFLOPS.items()},
     }
+
+
+def _mean_tflops(flops: Sequence[int]) -> float | None:
+    """To six digits, wherever they stand: toy models count in millionths."""
+    return float(f"{sum(flops) / len(flops) / 1e12:.6g}") if flops else None
 
 
 def _tokens_per_second(lines: Sequence[Line]) -> float | None:

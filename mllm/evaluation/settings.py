@@ -58,6 +58,8 @@ class EvaluateSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}; it must be at least 1")
+        if self.length_penalty != 1.0 and self.num_beams == 1:
+            raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
         if not self.asked_budgets:
             raise ValueError("budgets is empty; name at least one, such as audio=/4")
         if not self.snr_db:
