@@ -117,7 +117,8 @@ def build_model(device: torch.device, dtype: torch.dtype) -> tuple[ElasticForCon
         "span": [],
     }
     processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"audio": own}})
-    return model.to(device=device, dtype=dtype).eval(), processor  # pyright: ignore[reportArgumentType]
+    model.to(device=device, dtype=dtype)  # pyright: ignore (PreTrainedModel.to is wrapped without its types)
+    return model.eval(), processor
 
 
 def build_batch(processor: ElasticProcessor, num_rows: int, words: int = 1) -> Batch:

@@ -97,23 +97,29 @@ def spread(cache: DynamicCache, copies: int) -> DynamicCache:
 
 
 def num_copies(options: Mapping[str, Any], generation_config: Any) -> int:
-    """Rows `generate` makes of each row of a batch."""
-    config = options.get("generation_config") or generation_config
-    wanted = [options.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
-    return max(value or 1 for value in wanted)
+    """Rows `generate` makes of each row of a batch.
+
+    Args:
+        options: of `generate`.
+        generation_config: the model's own, for what they leave open.
+    """
+    return max(_asked(key, options, generation_config) or 1 for key in ("num_beams", "num_return_sequences"))
 
 
 def shares_prefill(input_ids: Tensor | None, options: Mapping[str, Any], generation_config: Any) -> bool:
     """Whether reading the prompt once gives what these options of `generate` ask for."""
-    config = options.get("generation_config") or generation_config
     if input_ids is None or input_ids.shape[1] < 2 or options.get("attention_mask") is None:
         return False
-    if options.get("use_cache", getattr(config, "use_cache", None)) is False:
+    if num_copies(options, generation_config) == 1 or _asked("use_cache", options, generation_config) is False:
         return False
-    asked = {key: options.get(key, getattr(config, key, None)) for key in _FORBIDS_SHARING}
-    return num_copies(options, generation_config) > 1 and not any(
-        value not in (None, False) for value in asked.values()
-    )
+    forbidding = [_asked(key, options, generation_config) for key in _FORBIDS_SHARING]
+    return all(value is None or value is False for value in forbidding)
+
+
+def _asked(key: str, options: Mapping[str, Any], generation_config: Any) -> Any:
+    """An option as `generate` reads it: its argument, else that of the config it is given, else the model's own."""
+    values = (options.get(key), getattr(options.get("generation_config"), key, None))
+    return next((value for value in values if value is not None), getattr(generation_config, key, None))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from test_modeling import ROWS
-from transformers import DynamicCache, Gemma2Config, GenerationMixin, PreTrainedConfig, Qwen2Config
+from transformers import DynamicCache, Gemma2Config, GenerationConfig, GenerationMixin, PreTrainedConfig, Qwen2Config
 
 from mllm.beams import GROWTH_TOKENS, BeamLayer, spread
 from mllm.budget import Budget
@@ -90,6 +90,7 @@ def library_ids(model: ElasticForConditionalGeneration, inputs: dict[str, Any], 
 def answers(model, processor, rows, budgets, generate=None, **options: Any) -> list[list[int]]:
     inputs = processor.expand(tiny.batch(processor, rows), [budgets], left_padding=True).inputs
     options = {"num_beams": 4, "max_new_tokens": 12, "do_sample": False, **options}
+    options = {key: value for key, value in options.items() if value is not None}
     generated = model.generate(**inputs, **options) if generate is None else generate(model, inputs, **options)
     end, pad = processor.tokenizer.eos_token_id, processor.pad_id
     return [_cut(row, end, pad) for row in generated[:, inputs["input_ids"].shape[1] :].tolist()]
@@ -127,6 +128,8 @@ def made():
         {"num_beams": 3, "length_penalty": -2.0},
         {"num_beams": 3, "early_stopping": True},
         {"num_beams": 4, "num_return_sequences": 3},
+        {"num_beams": 1, "num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        {"num_beams": None, "generation_config": GenerationConfig(num_beams=3, max_new_tokens=12)},
         {"num_beams": 3, "output_attentions": True},
         {"num_beams": 3, "cache_implementation": "static", "disable_compile": True},
         {"num_beams": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},

@@ -14,11 +14,13 @@ import pytest
 import soundfile
 import tiny
 
+from mllm.budget import Budget
 from mllm.building import build
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.comparison import DATA, MARKDOWN, PLOT
 from mllm.evaluation.hypotheses import ANSWERS, FINGERPRINT, HYPOTHESES, AnswerStore
+from mllm.evaluation.planning import Work
 from mllm.evaluation.report import CSV, RESULTS, summarise
 from mllm.evaluation.run import gather
 from mllm.evaluation.sweep import Sweep
@@ -110,8 +112,7 @@ def test_zero_decibels_are_zero_decibels(folder: Path, tmp_path: Path) -> None:
     answerer = Answerer(*load(str(folder / "run")), Decoding())
     sweep = Sweep(answerer, AnswerStore(tmp_path), noise=load_audio(folder / "noise.wav"))
     for ratio in (0, 0.0, -5.0, 7.5):
-        work = type("Work", (), {"snr_db": ratio, "sample": Sample("u", (), "asr")})()
-        mix = sweep._noise_of(work)  # pyright: ignore[reportArgumentType]
+        mix = sweep._noise_of(Work("test", Sample("u", (), "asr"), ratio, ()))
         assert mix is not None
         noise = mix(Audio(sound.samples, 16_000)).samples - sound.samples
         measured = 10 * np.log10(np.mean(sound.samples.astype(float) ** 2) / np.mean(noise.astype(float) ** 2))
@@ -163,11 +164,8 @@ def test_any_split_of_the_answers_merges_to_the_same_numbers(one_process: Path, 
     assert json.loads(json.dumps(summarise(merged, seed=0).rows)) == whole["rows"]
 
 
-def _work_of(lines: list[dict]) -> list:
+def _work_of(lines: list[dict]) -> list[Work]:
     """A work list that names the answers of a file in its order."""
-    from mllm.budget import Budget
-    from mllm.evaluation.planning import Work
-
     return [
         Work(line["set"], Sample(line["id"], (), line["task"]), line["snr_db"], (Budget.parse(line["budget"]),))
         for line in lines
