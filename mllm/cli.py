@@ -18,6 +18,7 @@ VERBS = {
     "train": "mllm.commands.train",
     "generate": "mllm.commands.generate",
     "evaluate": "mllm.commands.evaluate",
+    "compare": "mllm.commands.compare",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",
