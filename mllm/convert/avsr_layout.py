@@ -208,9 +208,8 @@ def read_llm_loras(state: Mapping[str, Tensor], num_layers: int) -> tuple[Loras 
         if set(own) == members:
             return Loras("llm.model.layers.", num_layers, _inner_size(state), tuple(own)), variant
     names = ", ".join(repr(member) for member in sorted(members))
-    raise ValueError(
-        f"the LoRAs of the LLM end in {names}; known are '', all of {', '.join(tasks)}, and these with '_shared'"
-    )
+    known = f"'', all of {', '.join(tasks)}, and these with '_shared'"
+    raise ValueError(f"the names of the LLM's LoRAs end in {names}; known are {known}")
 
 
 def read_video_loras(state: Mapping[str, Tensor], num_layers: int) -> Loras | None:

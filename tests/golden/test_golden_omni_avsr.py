@@ -49,7 +49,8 @@ def weight(name: str, shape: tuple[int, ...]) -> Tensor:
 def released_state(variant: str) -> dict[str, Tensor]:
     layout = FACTS["layouts"][variant]
     state = {name: weight(name, tuple(shape)) for name, shape in layout.items()}
-    state["llm.lm_head.weight"] = state[TABLE]
+    if FACTS["llm_config"]["tie_word_embeddings"]:
+        state["llm.lm_head.weight"] = state[TABLE]
     return state | {f"prompt_{task}": state[TABLE][ids][None] for task, ids in FACTS["prompts"].items()}
 
 
@@ -66,8 +67,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=extra, **special)
     fast.save_pretrained(folder / "llm")
     text.save_pretrained(folder / "llm")
-    WhisperConfig(**FACTS["whisper_config"]).save_pretrained(folder / "whisper")
-    WhisperFeatureExtractor(feature_size=FACTS["whisper_config"]["num_mel_bins"]).save_pretrained(folder / "whisper")
+    whisper = WhisperConfig(**FACTS["whisper_config"])
+    whisper.save_pretrained(folder / "whisper")
+    seconds = whisper.max_source_positions // 50
+    extractor = WhisperFeatureExtractor(feature_size=whisper.num_mel_bins, chunk_length=seconds)
+    extractor.save_pretrained(folder / "whisper")
     return {name: str(folder / name) for name in ("llm", "whisper")}
 
 
