@@ -1,5 +1,6 @@
 """Released Llama-AVSR, Llama-MTSK and Omni-AVSR at toy size: what is read from them, refused and written."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from mllm.budget import Budget
 from mllm.cli import main
 from mllm.convert.avsr import convert_file, read_tokenizer
+from mllm.convert.avsr_layout import Loras, Projectors
 from mllm.convert.avsr_options import Options
 from mllm.convert.state_files import read_state
 from mllm.encoders.av_hubert import AVHubertEncoder
@@ -325,3 +327,14 @@ def test_the_tokens_of_the_released_training_get_the_ids_they_had(tmp_path: Path
     assert tokenizer.pad_token == ("<pad>" if added else "</s>")
     with pytest.raises(ValueError, match=r"embeds 6 tokens, but the tokenizer of .* holds 3 and the released"):
         read_tokenizer(str(tmp_path), rows=6)
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("s", 38.29), ("t", 51.92), ("st", 58.74)])
+def test_the_released_layout_has_the_published_number_of_trained_parameters(variant: str, millions: float) -> None:
+    """Llama-3.2-1B, Whisper-medium and AV-HuBERT Large."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for medium in ("audio", "video"):
+        shapes |= Projectors(medium, True, (1, 1), hidden_size=2048, has_norm=False).layout(1024, 2048)
+    shapes |= Loras("llm.model.layers.", 16, 64, tuple(MEMBERS[variant])).layout(2048, {"Q": 2048, "V": 512})
+    shapes |= Loras("video_encoder.encoder.layers.", 24, 64, ("",)).layout(1024, {"Q": 1024, "V": 1024})
+    assert round(sum(math.prod(shape) for shape in shapes.values()) / 1e6, 2) == millions
