@@ -304,11 +304,11 @@ def _check_prompts(split: Split, system: System, options: Options, tokenizer: An
     for name, stored in split.prompts.items():
         words = options.prompts[name]
         ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-        found = stored.float().reshape(-1, stored.shape[-1])
-        if found.shape[1] != table.shape[1]:
+        if stored.dim() != 3 or len(stored) != 1 or stored.shape[2] != table.shape[1]:
             raise ValueError(
                 f"prompt_{name} has the shape {tuple(stored.shape)}; expected (1, tokens, {table.shape[1]})"
             )
+        found = stored[0].float()
         if found.shape[0] != len(ids) or not torch.allclose(found, table[ids], rtol=1e-2, atol=1e-5):
             nearest = torch.cdist(found, table).argmin(dim=1).tolist()
             raise ValueError(

@@ -62,8 +62,9 @@ def split_state(state: Mapping[str, Tensor]) -> Split:
     if own.encoders.keys() != own.projectors.keys() or not own.encoders:
         encoders, projectors = (", ".join(group) or "nothing" for group in (own.encoders, own.projectors))
         raise ValueError(f"the checkpoint holds encoders of {encoders} and projectors of {projectors}; both are needed")
-    if "llm.model.embed_tokens.weight" not in own.llm:
-        raise ValueError("the checkpoint misses llm.model.embed_tokens.weight; it is no Llama-AVSR, MTSK or Omni-AVSR")
+    table = own.llm.get("llm.model.embed_tokens.weight")
+    if table is None or table.dim() != 2:
+        raise ValueError("the checkpoint misses llm.model.embed_tokens.weight, a matrix; it is none of these systems")
     return own
 
 
@@ -226,4 +227,8 @@ def read_video_loras(state: Mapping[str, Tensor], num_layers: int) -> Loras | No
 
 
 def _inner_size(state: Mapping[str, Tensor]) -> int:
-    return next(value.shape[0] for name, value in state.items() if ".lora_down_" in name)
+    """Rows of the first matrix downwards; what is wrong with the others is said when all shapes are compared."""
+    found = next((value for name, value in state.items() if ".lora_down_" in name and value.dim() == 2), None)
+    if found is None or not len(found):
+        raise ValueError(f"the checkpoint holds {min(state)}, but no matrix that goes with it (lora_down)")
+    return found.shape[0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_convert_av_hubert import released
 from tokenizers import Tokenizer, models
@@ -109,7 +110,8 @@ def converted(folder: Path, state: dict[str, Tensor], parts: dict[str, str], sys
     """The model, the processor, and what the command tells."""
     torch.save(state, folder / "released.pt")
     facts = convert_file(folder / "released.pt", folder / "run", system=system, options=options(parts, **changes))
-    return *load(folder / "run"), facts
+    model, processor = load(folder / "run")
+    return model, processor, facts
 
 
 def test_the_command_writes_a_run_folder_that_can_be_moved_and_asked(
@@ -156,7 +158,8 @@ def test_what_was_trained_and_what_was_frozen_come_from_the_checkpoint(st_run: A
 
 def test_the_prompt_of_the_checkpoint_is_what_is_asked_when_nothing_is(tmp_path: Path, st_run: Any) -> None:
     media = tiny.write_media(tmp_path / "media")
-    answerer = Answerer(*st_run[1:], Decoding(max_new_tokens=3))
+    _, model, processor = st_run
+    answerer = Answerer(model, processor, Decoding(max_new_tokens=3))
     sound = tmp_path / "media" / media["audio"]
     asked = answerer(audio=sound, budget="audio=/4")
     assert asked.text == answerer("Transcribe speech to text.", audio=sound, budget="audio=/4").text
@@ -210,6 +213,17 @@ def test_llama_avsr_may_take_sound_alone(tmp_path: Path, parts: dict[str, str]) 
     assert set(processor.prompts) == {("audio",)}
 
 
+def test_a_checkpoint_in_bfloat16_gives_the_values_it_holds(tmp_path: Path, parts: dict[str, str]) -> None:
+    """As the released ones are. Its LLM is kept as it is; what trains here is float32."""
+    state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in omni("s").items()}
+    model, _, _ = converted(tmp_path, state, parts, "omni-avsr")
+    own = model.state_dict()
+    assert own["model.compressors.audio.projectors.1.0.weight"].equal(state["audio_proj.1.0.weight"].float())
+    assert own["lm_head.weight"].equal(state["llm.model.embed_tokens.weight"].float())
+    with safe_open(tmp_path / "run" / "llm" / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+
+
 def test_mtsk_projectors_go_to_their_rates_whatever_their_order(tmp_path: Path, parts: dict[str, str]) -> None:
     state = frozen() | loras("s")
     state |= projectors("audio", [1, 1, 1], is_list=True, has_norm=True)
@@ -253,6 +267,9 @@ CHANGES = [
     ({"audio_encoder.conv1.bias": None}, {}, r"misses audio_encoder.conv1.bias"),
     ({"video_encoder.encoder.layers.0.fc1.bias": torch.ones(2)}, {}, r"video_encoder: .* has the shape \(2,\)"),
     ({"video_encoder.encoder.layers.0.self_attn.lora_up_Q.weight": None}, {}, "misses .*lora_up_Q.weight"),
+    ({"video_encoder.post_extract_proj.weight": torch.tensor(1.0)}, {}, r"post_extract_proj.weight has the shape \(\)"),
+    ({}, {"video_heads": 3}, "num_attention_heads=3 must divide hidden_size=16"),
+    ({"prompt_audio": torch.tensor(1.0)}, {}, r"prompt_audio has the shape \(\); expected \(1, tokens, 32\)"),
     ({"audio_proj.1.0.weight": torch.ones(HIDDEN, 17)}, {}, "audio_proj.1.0.weight takes 17 values, no multiple"),
     ({"audio_proj.1.2.bias": torch.ones(3)}, {}, r"audio_proj.1.2.bias has the shape \(3,\)"),
     ({"audio_proj.0.3.weight": torch.ones(WIDTH)}, {}, "misses audio_proj.0.3.bias, audio_proj.1.3"),
