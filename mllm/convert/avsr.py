@@ -178,7 +178,8 @@ def _whisper(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor
 
 def _lips(state: Mapping[str, Tensor], options: Options) -> av_hubert.Converted:
     own = {name.removeprefix("video_encoder."): value.float() for name, value in state.items()}
-    width = own["post_extract_proj.weight"].shape[0] if "post_extract_proj.weight" in own else 64
+    matrix = own.get("post_extract_proj.weight")
+    width = len(matrix) if matrix is not None and matrix.dim() else 0  # what is wrong with it is said below
     heads = options.video_heads or max(width // 64, 1)
     settings = {"encoder_attention_heads": heads, "layer_norm_first": options.video_norms_first}
     try:
