@@ -24,6 +24,9 @@ VERBS = {
     "data check": "mllm.commands.data_check",
     "data import": "mllm.commands.data_import",
     "convert av-hubert": "mllm.commands.convert_av_hubert",
+    "convert llama-avsr": "mllm.commands.convert_llama_avsr",
+    "convert llama-mtsk": "mllm.commands.convert_llama_mtsk",
+    "convert omni-avsr": "mllm.commands.convert_omni_avsr",
     "doctor": "mllm.commands.doctor",
     "world pretrain": "mllm.commands.world_pretrain",
 }

@@ -132,7 +132,7 @@ class Answerer:
         """Answer one request about files.
 
         Args:
-            text: the question; without one, what `DEFAULT_PROMPTS` asks of these media.
+            text: the question; without one, what the model's own prompts or `DEFAULT_PROMPTS` ask of these media.
             image, audio, video: a file or several; in the prompt pictures stand before sounds before videos, all
                 before the text.
             budget: see `mllm.budget`.
@@ -144,7 +144,8 @@ class Answerer:
             ValueError: a medium the model does not take, a budget that cannot be met (with what is allowed), or nothing
                 to ask.
         """
-        sample, names = request({"image": image, "audio": audio, "video": video}, text)
+        prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
+        sample, names = request({"image": image, "audio": audio, "video": video}, text, prompts)
         asked = Budget.parse(budget) if isinstance(budget, str) else budget
         if idle := set(asked.amounts) - {part.medium for part in sample.media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
@@ -283,7 +284,9 @@ class _Pieces(TextStreamer):
             self.on_text(text)
 
 
-def request(files: Mapping[str, Files], text: str | None = None) -> tuple[Sample, dict[str, str]]:
+def request(
+    files: Mapping[str, Files], text: str | None = None, prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS
+) -> tuple[Sample, dict[str, str]]:
     """One request about files anywhere on the disk, as a sample.
 
     Returns:
@@ -296,14 +299,14 @@ def request(files: Mapping[str, Files], text: str | None = None) -> tuple[Sample
     media = tuple(dict.fromkeys(medium for medium, _ in named))
     if text is None and not named:
         raise ValueError("nothing to answer: give text, or an image, audio or video file")
-    if text is None and media not in DEFAULT_PROMPTS:
+    if text is None and media not in prompts:
         raise ValueError(f"there is no default question about {' and '.join(media)} together; give text")
     # Links are followed here: whoever names a file may read it, while a manifest cannot leave its root.
     real = [os.path.realpath(file) for _, file in named]
     root = os.path.commonpath([os.path.dirname(path) for path in real]) if real else os.curdir
     paths = [Path(path).relative_to(root).as_posix() for path in real]
     parts = tuple(Media(medium, path) for (medium, _), path in zip(named, paths, strict=True))  # type: ignore[arg-type]
-    message = Message("user", (*parts, Text(DEFAULT_PROMPTS[media] if text is None else text)))
+    message = Message("user", (*parts, Text(prompts[media] if text is None else text)))
     names = {path: name for path, (_, name) in zip([*paths, *real], [*named, *named], strict=True)}
     return Sample("request", (message,), task="generate", root=Path(root)), names
 
