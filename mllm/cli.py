@@ -22,6 +22,7 @@ VERBS = {
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",
     "convert av-hubert": "mllm.commands.convert_av_hubert",
+    "prepare lips": "mllm.commands.prepare_lips",
     "doctor": "mllm.commands.doctor",
     "world pretrain": "mllm.commands.world_pretrain",
 }

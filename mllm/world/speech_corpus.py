@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.media import write_sound, write_video
 from mllm.world.babble import make_babble
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.prompts import SPEECH_PROMPTS
@@ -28,7 +29,6 @@ from mllm.world.speech import SAMPLE_RATE_HZ, say
 from mllm.world.voices import Speaker, draw_speaker
 
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
-_QUALITY = {"preset": "ultrafast", "crf": "10", "threads": "1"}  # about one grey level of error
 
 
 @dataclass(frozen=True)
@@ -106,28 +106,6 @@ def write_speech_corpus(
     return manifests
 
 
-def write_lip_video(path: Path, frames: np.ndarray, *, frames_per_second: int = LIP_FRAMES_PER_SECOND) -> None:
-    """Write uint8 pictures, (T, H, W) gray or (T, H, W, 3) RGB, as H.264 in mp4, with little loss and no sound."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=frames_per_second, options=_QUALITY)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="gray" if frame.ndim == 2 else "rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-
-
-def write_sound(path: Path, samples: np.ndarray) -> None:
-    """Write float samples (L,) as 16-bit wav at 16 kHz; a peak beyond full scale turns the whole clip down."""
-    import soundfile
-
-    peak = float(np.abs(samples).max())
-    soundfile.write(path, samples / max(1.0, peak / 0.99), SAMPLE_RATE_HZ, subtype="PCM_16")
-
-
 def _jobs(out: Path, split: str, settings: SpeechCorpusSettings) -> Iterator[_Job]:
     sentences = sample_sentences(settings.count(split), split=split, seed=settings.seed)
     for number, sentence in enumerate(sentences):
@@ -153,15 +131,15 @@ def _write_utterance(job: _Job) -> float:
         size=job.settings.size_pixels,
         color=job.settings.color,
     )
-    write_lip_video(job.root / f"{job.stem}.mp4", frames)
-    write_sound(job.root / f"{job.stem}.wav", utterance.samples)
+    write_video(job.root / f"{job.stem}.mp4", frames, frames_per_second=LIP_FRAMES_PER_SECOND)
+    write_sound(job.root / f"{job.stem}.wav", utterance.samples, SAMPLE_RATE_HZ)
     return utterance.seconds
 
 
 def _write_babble(out: Path, split: str, settings: SpeechCorpusSettings) -> None:
     (out / "noise").mkdir(parents=True, exist_ok=True)
     babble = make_babble(split, seconds=settings.babble_seconds, seed=settings.seed)
-    write_sound(out / "noise" / f"{split}.wav", babble)
+    write_sound(out / "noise" / f"{split}.wav", babble, SAMPLE_RATE_HZ)
 
 
 def _samples(job: _Job, seconds: float) -> Iterator[Sample]:
