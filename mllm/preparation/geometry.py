@@ -11,6 +11,7 @@ Shapes: T frames, P points, 8 stable points, H rows and W columns of a frame, S 
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 CROP_PIXELS = 96
 SMOOTHING_FRAMES = 6
@@ -146,11 +147,11 @@ def crop(frame: np.ndarray, factor: complex, centre: complex, *, size: int = CRO
         for part, start in ((places.real, left), (places.imag, top))
     )
     box = frame[np.clip(np.arange(top, top + rows), 0, len(frame) - 1)]
-    box = box[:, np.clip(np.arange(left, left + columns), 0, frame.shape[1] - 1)].astype(np.float32)
+    box = box[:, np.clip(np.arange(left, left + columns), 0, frame.shape[1] - 1)]
     if step > 1:
-        box = box.reshape(rows // step, step, columns // step, step, *box.shape[2:]).mean(axis=(1, 3))
+        box = np.asarray(Image.fromarray(box).reduce(step))
     x, y = ((part - start + 0.5) / step - 0.5 for part, start in ((places.real, left), (places.imag, top)))
-    return np.clip(_bilinear(box, x, y) + 0.5, 0, 255).astype(np.uint8)
+    return np.clip(_bilinear(box.astype(np.float32), x, y) + 0.5, 0, 255).astype(np.uint8)
 
 
 def share_outside(path: CropPath, width: int, height: int, *, size: int = CROP_PIXELS) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.media import path_problem
 from mllm.preparation.clip import ClipJob, prepare_clip, strip_path
-from mllm.preparation.faces import import_mediapipe
+from mllm.preparation.faces import check_installed
 from mllm.preparation.settings import PrepareSettings
 from mllm.preparation.sheet import draw_sheet
 from mllm.world.prompts import SPEECH_PROMPTS
@@ -65,7 +65,7 @@ def prepare(settings: PrepareSettings, *, progress: Callable[[str, int, int], No
             crops that would overwrite recordings.
         OSError: a worker ended without an answer; what is done stays done.
     """
-    import_mediapipe()
+    check_installed()
     out = Path(settings.out)
     jobs = _jobs(settings, find_recordings(Path(settings.source), out))
     out.mkdir(parents=True, exist_ok=True)
