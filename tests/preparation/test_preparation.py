@@ -141,10 +141,10 @@ def test_far_faces_are_found_as_near_ones(width: int) -> None:
     face, scale = draw_face(0), width / 85
     frame = Image.new("RGB", (1280, 720), (96, 110, 128))
     small = face.resize((round(face.width * scale), round(face.height * scale)), Image.Resampling.LANCZOS)
-    frame.paste(small, (700, 10))
+    frame.paste(small, (700, 300))
     with FaceFinder() as find:
         (found,) = find(np.array(frame))
-    assert abs(found[8:].mean() - (700 + 10j + MOUTH * scale)) < 0.1 * width
+    assert abs(found[8:].mean() - (700 + 300j + MOUTH * scale)) < 0.1 * width
 
 
 @needs_mediapipe
@@ -166,6 +166,23 @@ def test_the_lip_pipeline_takes_the_crops(out: Path) -> None:
     values, length = LipTransform(size=None, crop_size=88)(load_video(out / "phone.mp4", gray=True))
     assert (tuple(values.shape), length) == ((50, 1, 88, 88), 50)
     assert abs(float(values.mean())) < 2
+
+
+@needs_mediapipe
+def test_a_model_answers_about_a_prepared_clip(out: Path, tmp_path: Path, capsys) -> None:
+    import tiny
+
+    from mllm.building import build
+    from mllm.loading import save_run
+    from mllm.trainables import set_trainables
+
+    model, processor = build(tiny.settings_on(tiny.write_parts(tmp_path / "parts"), media=("audio", "video")))
+    set_trainables(model)
+    save_run(model, processor, tmp_path / "run")
+    words = ["generate", "--model", str(tmp_path / "run"), "--max-new-tokens", "3", "--budget", "audio=/8,video=/5"]
+    files = ["--video", str(out / "two.mp4"), "--audio", str(out / "two.wav")]
+    assert main([*words, *files]) == 0
+    assert "video 5;" in capsys.readouterr().err
 
 
 @needs_mediapipe
