@@ -93,12 +93,17 @@ def _prepare(job: ClipJob) -> tuple[Status, dict[str, Any]]:
         return "skipped", {"reason": reason, **facts}
     split = len(MEAN_FACE_MILLIMETRES)
     path = crop_path(track.points[:, :split], track.points[:, split:])
+    outside = share_outside(path, first.shape[1], first.shape[0])
+    facts["outside_share"] = round(outside, 4)
     crops, middle = _cut(job, path)
+    if outside > job.settings.max_outside:
+        reason = f"{outside:.0%} of the crops lie beyond the border; {job.settings.max_outside:.0%} are allowed"
+        _show(job, middle, path, crops, reason)
+        return "skipped", {"reason": reason, **facts}
     sound = sound_of(job.path, len(crops))
     _write(job, crops, sound)
-    _show(job, middle, path, crops, f"face in {track.coverage:.0%} of {len(crops)} frames")
-    outside = share_outside(path, first.shape[1], first.shape[0])
-    return "done", {**facts, "outside_share": round(outside, 4), **_sound_facts(sound)}
+    _show(job, middle, path, crops, f"face in {track.coverage:.0%} of {len(crops)} frames", is_used=True)
+    return "done", {**facts, **_sound_facts(sound)}
 
 
 def _find_faces(path: Path, find: Finder) -> tuple[list[list[np.ndarray]], np.ndarray]:
@@ -138,9 +143,11 @@ def _write(job: ClipJob, crops: np.ndarray, sound: AlignedSound | None) -> None:
                 part.unlink()
 
 
-def _show(job: ClipJob, frame: np.ndarray, path: CropPath | None, crops: np.ndarray, text: str) -> None:
+def _show(
+    job: ClipJob, frame: np.ndarray, path: CropPath | None, crops: np.ndarray, text: str, *, is_used: bool = False
+) -> None:
     """A clip that is not used is always shown: it is what somebody should look at."""
-    if job.settings.sheet_clips and (job.is_shown or path is None):
+    if job.settings.sheet_clips and (job.is_shown or not is_used):
         middle = len(crops) // 2
         place = None if path is None else (path.factors[middle], path.centres[middle])
         job.strip.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,7 @@ def prepare(settings: PrepareSettings, *, progress: Callable[[str, int, int], No
     rows = {row["id"]: row for row in _rows_of(out / REPORT)}
     _check_sources(jobs, rows, out)
     waiting = [job for job in jobs if not _is_made(job, rows.get(job.id))]
+    _write_report(out / REPORT, list(rows.values()))  # an interrupted run may have left half a line
     with open(out / REPORT, "a", encoding="utf-8") as report:
         for number, (job, row) in enumerate(_work(waiting, settings.workers, out / LOG), start=1):
             rows[job.id] = row | _stamp(job)

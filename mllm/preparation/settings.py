@@ -29,6 +29,8 @@ class PrepareSettings:
     """A clip with fewer frames at 25 a second is skipped."""
     min_face_coverage: float = 0.75
     """The face must be found in this share of the frames, 0 to 1; in the others it is interpolated."""
+    max_outside: float = 0.2
+    """A clip whose crops lie beyond the border of the picture by more than this share, 0 to 1, is skipped."""
     workers: int = 1
     """Processes that work side by side."""
     sheet_clips: int = 40
@@ -39,6 +41,8 @@ class PrepareSettings:
             raise ValueError(f"face must be {', '.join(NAMED_FACES)} or a number from 0, got {self.face!r}")
         if not 0 < self.min_face_coverage <= 1:
             raise ValueError(f"min_face_coverage must be above 0 and at most 1, got {self.min_face_coverage}")
+        if not 0 <= self.max_outside <= 1:
+            raise ValueError(f"max_outside must be 0 to 1, got {self.max_outside}")
         for name, least in (("min_frames", 1), ("workers", 1), ("sheet_clips", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -46,5 +50,5 @@ class PrepareSettings:
     @property
     def deciding(self) -> dict[str, str | bool | int | float]:
         """What decides how a clip comes out; a clip made with other values is made again."""
-        names = ("face", "color", "min_frames", "min_face_coverage")
+        names = ("face", "color", "min_frames", "min_face_coverage", "max_outside")
         return {name: getattr(self, name) for name in names}

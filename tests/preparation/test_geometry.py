@@ -124,7 +124,7 @@ def test_how_much_is_outside_is_told() -> None:
     poses = np.full(30, PIXELS_PER_MILLIMETRE**-1, dtype=complex)
     within = crop_path(seen(poses, np.full(30, 100 + 100j), FACE), seen(poses, np.full(30, 100 + 100j), MOUTH))
     assert share_outside(within, 200, 200) == 0
-    assert share_outside(within, 100, 200) == pytest.approx(0.5, abs=0.02)
+    assert share_outside(within, 100, 200) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_picture_that_is_turned_and_scaled_gives_the_same_crop() -> None:

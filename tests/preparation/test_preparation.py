@@ -1,6 +1,7 @@
 """What preparing promises, on a film of a real face that talks; where MediaPipe is missing, that it says so."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from mllm.data.check import check_manifest
 from mllm.data.manifest import read_manifest
 from mllm.media import load_audio, load_video
 from mllm.preparation.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
-from mllm.preparation.run import find_recordings, transcript_of
+from mllm.preparation.run import _work, find_recordings, transcript_of
 from mllm.preparation.settings import PrepareSettings
 from mllm.transforms import LipTransform
 
@@ -24,7 +25,8 @@ FILMS = {
     "day/late": Film(seconds=1.2, sound_delay_seconds=0.24, missing=(0.5, 0.65)),
     "day/silent": Film(seconds=1.0, has_sound=False, rotation_degrees=0),
     "two": Film(seconds=1.0, places=(130 + 300j, 350 + 300j), scales=(0.8, 1.0)),
-    "edge": Film(seconds=0.8, places=(240 + 630j,)),
+    "border": Film(seconds=0.6, places=(240 + 575j,)),
+    "beyond": Film(seconds=0.6, places=(240 + 630j,)),
     "empty": Film(seconds=1.0, missing=(0.0, 9.0)),
     "short": Film(seconds=0.3),
 }
@@ -83,7 +85,9 @@ def still_crop() -> np.ndarray:
 def test_every_recording_is_in_the_report_with_what_became_of_it(raw: Path, out: Path) -> None:
     rows = report(out)
     assert set(rows) == {*FILMS, "bad"}
-    unused = {name: (row["status"], row["reason"]) for name, row in rows.items() if row["status"] != "done"}
+    status, reason = rows["beyond"]["status"], rows["beyond"].pop("reason")
+    assert (status, reason.partition("%")[2]) == ("skipped", " of the crops lie beyond the border; 20% are allowed")
+    unused = {name: (row["status"], row["reason"]) for name, row in rows.items() if "reason" in row}
     assert unused == {
         "bad": ("failed", "not an MP4, Matroska, WebM, AVI or MPEG video"),
         "empty": ("skipped", "no face was found"),
@@ -92,7 +96,7 @@ def test_every_recording_is_in_the_report_with_what_became_of_it(raw: Path, out:
     assert rows["phone"]["face_coverage"] == 1
     assert rows["two"]["faces"] == 2
     assert 0.8 < rows["day/late"]["face_coverage"] < 1
-    assert rows["edge"]["outside_share"] > 0.05 > 0 == rows["phone"]["outside_share"]
+    assert 0.2 > rows["border"]["outside_share"] > 0.02 > 0 == rows["phone"]["outside_share"]
     assert (out / "contact_sheet.png").is_file()
     assert {path.stem for path in (out / "sheets").rglob("*.png")} == {Path(name).name for name in FILMS}
 
@@ -192,6 +196,8 @@ def test_done_clips_are_left_alone_and_changed_wishes_are_not(raw: Path, tmp_pat
     assert "1 done, 0 skipped, 0 failed; 1 of them now" in capsys.readouterr().out
     gray = (tmp_path / "two.mp4").read_bytes()
     first = load_video(tmp_path / "two.mp4").frames
+    with open(tmp_path / "prepare.jsonl", "a") as interrupted:
+        interrupted.write('{"id": "thr')
     assert main(words) == 0
     assert "1 done, 0 skipped, 0 failed; 0 of them now" in capsys.readouterr().out
     assert (tmp_path / "two.mp4").read_bytes() == gray
@@ -218,6 +224,13 @@ def test_without_mediapipe_the_pip_line_is_told(raw: Path, tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "mediapipe", None)
     assert main(["prepare", "lips", str(raw), "--out", str(tmp_path)]) == 2
     assert "pip install 'mllm[lips]'" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_told_and_what_it_said_is_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("mllm.preparation.run.prepare_clip", os._exit)
+    with pytest.raises(OSError, match="a worker ended without an answer, see .*prepare.log; run again"):
+        list(_work([9], 1, tmp_path / "prepare.log"))  # pyright: ignore[reportArgumentType]
+    assert (tmp_path / "prepare.log").is_file()
 
 
 def test_frames_are_upright_25_a_second_and_at_their_time(raw: Path) -> None:
@@ -303,6 +316,7 @@ def test_transcripts_are_read_as_lrs_writes_them_or_whole(tmp_path: Path, conten
         ({"face": "biggest"}, "face must be largest, left, right or a number from 0, got 'biggest'"),
         ({"face": "-1"}, "got '-1'"),
         ({"min_face_coverage": 0.0}, "min_face_coverage must be above 0 and at most 1, got 0.0"),
+        ({"max_outside": 2.0}, "max_outside must be 0 to 1, got 2.0"),
         ({"min_frames": 0}, "min_frames must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"sheet_clips": -1}, "sheet_clips must be at least 0, got -1"),
