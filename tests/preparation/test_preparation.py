@@ -228,7 +228,7 @@ def test_without_mediapipe_the_pip_line_is_told(raw: Path, tmp_path: Path, monke
 
 def test_a_worker_that_dies_is_told_and_what_it_said_is_kept(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("mllm.preparation.run.prepare_clip", os._exit)
-    with pytest.raises(OSError, match="a worker ended without an answer, see .*prepare.log; run again"):
+    with pytest.raises(OSError, match=r"a worker ended without an answer, see .*prepare\.log; run again"):
         list(_work([9], 1, tmp_path / "prepare.log"))  # pyright: ignore[reportArgumentType]
     assert (tmp_path / "prepare.log").is_file()
 
