@@ -37,16 +37,16 @@ class Track:
     @property
     def x(self) -> float:
         """Mean place from left to right, in pixels."""
-        return float(self.points[self._found].real.mean())
+        return float(np.real(self.points[self._found]).mean())
 
     @property
     def _found(self) -> np.ndarray:
-        return ~np.isnan(self.points).any(axis=1)
+        return np.asarray(~np.isnan(self.points).any(axis=1))
 
 
 def face_size(face: np.ndarray) -> float:
     """Width and height of the box around the points (P,), together."""
-    return float(np.ptp(face.real) + np.ptp(face.imag))
+    return float(np.ptp(np.real(face)) + np.ptp(np.imag(face)))
 
 
 def follow(faces: Sequence[Sequence[np.ndarray]]) -> list[Track]:
