@@ -1,5 +1,6 @@
 """`mllm prepare lips`: recordings of talking people to mouth crops and sound."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.preparation.settings import PrepareSettings as Settings
@@ -41,5 +42,6 @@ def summary(prepared: "Prepared", out: str) -> list[str]:
         lines.append(f"manifest: {out}/manifest.jsonl, {prepared.num_samples} rows")
     else:
         lines.append("manifest.jsonl is empty: no recording has a .txt with its transcript beside it")
-    lines.append(f"look at {out}/contact_sheet.png")
+    if (Path(out) / "contact_sheet.png").is_file():
+        lines.append(f"look at {out}/contact_sheet.png")
     return lines

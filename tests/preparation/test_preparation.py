@@ -202,11 +202,15 @@ def test_done_clips_are_left_alone_and_changed_wishes_are_not(raw: Path, tmp_pat
     assert "1 done, 0 skipped, 0 failed; 0 of them now" in capsys.readouterr().out
     assert (tmp_path / "two.mp4").read_bytes() == gray
     assert main([*words, "--face", "left", "--color"]) == 0
-    assert "; 1 of them now" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "; 1 of them now" in shown
+    assert "look at " in shown
     other = load_video(tmp_path / "two.mp4").frames
     assert np.ptp(other, axis=-1).max() > 30 > np.ptp(first, axis=-1).max()
-    assert main([*words, "--face", "2"]) == 1
-    assert "face 2 was asked for; there are 2, counted from 0 at the left" in capsys.readouterr().out
+    assert main([*words, "--face", "2", "--sheet_clips", "0"]) == 1
+    shown = capsys.readouterr().out
+    assert "face 2 was asked for; there are 2, counted from 0 at the left" in shown
+    assert "look at " not in shown
     assert not (tmp_path / "two.mp4").exists()
 
 
