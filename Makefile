@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-all lint types check bench clean
+.PHONY: help demo test test-slow test-lips test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -40,7 +40,17 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-test-all: test test-slow
+$(VENV)-lips/stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found"; exit 1; }
+	$(PYTHON) -m venv $(VENV)-lips
+	$(VENV)-lips/bin/python -m pip install --quiet --editable ".[lips,demo,dev]"
+	@touch $@
+
+## make test-lips  the tests that need MediaPipe, in an environment of their own: it holds other libraries back
+test-lips: $(VENV)-lips/stamp
+	OMP_NUM_THREADS=1 $(VENV)-lips/bin/python -m pytest tests/preparation
+
+test-all: test test-slow test-lips
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -58,4 +68,4 @@ bench: $(VENV)/dev.stamp
 
 ## make clean      remove the environment and what the tools left
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lips build *.egg-info .pytest_cache .ruff_cache

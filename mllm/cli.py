@@ -27,6 +27,7 @@ VERBS = {
     "convert llama-avsr": "mllm.commands.convert_llama_avsr",
     "convert llama-mtsk": "mllm.commands.convert_llama_mtsk",
     "convert omni-avsr": "mllm.commands.convert_omni_avsr",
+    "prepare lips": "mllm.commands.prepare_lips",
     "doctor": "mllm.commands.doctor",
     "world pretrain": "mllm.commands.world_pretrain",
 }

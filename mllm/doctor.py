@@ -29,11 +29,14 @@ class Package:
     module: str = ""
     purpose: str = ""
     """What does not work without it; empty for what nothing works without."""
+    extra: str = ""
+    """Extra of this project to install it by, where other packages must change with it."""
 
     @property
     def pip_line(self) -> str:
         """The command that installs a fitting version."""
-        return f'pip install "{self.name}{self.specifier}"'
+        wanted = f"mllm[{self.extra}]" if self.extra else f"{self.name}{self.specifier}"
+        return f'pip install "{wanted}"'
 
 
 REQUIRED = (
@@ -62,6 +65,8 @@ OPTIONAL = (
     Package("decord", "==0.6.0", purpose="the decord video backend"),
     Package("deepspeed", ">=0.19.8,<0.20", purpose="ZeRO training"),
     Package("espeakng-loader", ">=0.2.4", module="espeakng_loader", purpose="making the built-in world's speech"),
+    # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
+    Package("mediapipe", "==0.10.14", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips"),
 )
 TOOLS = {
     "ninja": ('pip install "ninja"', "compiling deepspeed's kernels"),

@@ -62,6 +62,11 @@ def test_the_report_names_state_and_pip_line_of_every_package(stubs: Folder) -> 
     assert int(report.machine["threads"]) >= 1
 
 
+def test_what_changes_other_packages_is_installed_by_its_extra() -> None:
+    mediapipe = next(package for package in OPTIONAL if package.name == "mediapipe")
+    assert mediapipe.pip_line == 'pip install "mllm[lips]"'
+
+
 def test_something_optional_that_is_missing_is_no_illness() -> None:
     fine, optional = Finding("a", "ok", "1.0", True), Finding("b", "missing", "not installed", False)
     assert Report({}, [fine, optional]).is_healthy
@@ -71,7 +76,8 @@ def test_something_optional_that_is_missing_is_no_illness() -> None:
 def test_the_doctor_knows_the_versions_of_the_package_itself() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["audio"], *extras["decord"], *extras["deepspeed"], *extras["demo"]]
+    optional = [line for name in ("audio", "decord", "deepspeed", "demo", "lips") for line in extras[name]]
+    declared = [*project["dependencies"], *optional]
     known = {package.name + package.specifier for package in (*REQUIRED, *OPTIONAL)}
     assert {line.replace("[signatures]", "") for line in declared} - {"ninja"} == known
 

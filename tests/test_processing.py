@@ -15,8 +15,7 @@ from mllm.data.batching import SampleKey
 from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.quarantine import Quarantined
-from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video
-from mllm.media.writing import write_lip_video
+from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video, write_video
 from mllm.processing import ElasticProcessor
 from mllm.transforms import MixNoise, random_generator
 
@@ -101,7 +100,7 @@ def both(root: Path, sound: str = "clip.wav") -> Sample:
 def clip(tmp_path: Path) -> Path:
     """A folder with a clip of one second: a video, and a sound that is 60 ms longer."""
     frames = np.random.default_rng(0).integers(0, 255, (25, 40, 40), dtype=np.uint8)
-    write_lip_video(tmp_path / "clip.mp4", frames)
+    write_video(tmp_path / "clip.mp4", frames)
     soundfile.write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
     return tmp_path
 
@@ -159,7 +158,7 @@ def test_a_silent_clip_that_shall_get_noise_is_named(made, clip) -> None:
 
 
 def test_a_clip_too_short_for_a_rate_is_named_with_frames_and_rate(made, sample, clip) -> None:
-    write_lip_video(clip / "clip.mp4", np.zeros((4, 40, 40), np.uint8))
+    write_video(clip / "clip.mp4", np.zeros((4, 40, 40), np.uint8))
     soundfile.write(clip / "clip.wav", np.full(2_560, 0.1), 16_000)
     with pytest.raises(ValueError, match=r"sample 'both': video=/5: a clip of 4 frames is too short"):
         made(both(clip), "audio=/4,video=/5")

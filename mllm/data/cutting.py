@@ -11,8 +11,7 @@ import numpy as np
 
 from mllm.data.lrs import Piece, Segment
 from mllm.data.utterances import FRAMES_PER_SECOND
-from mllm.media import load_audio, load_video, resolve_media
-from mllm.media.writing import write_lip_video, write_sound
+from mllm.media import load_audio, load_video, resolve_media, write_sound, write_video
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -54,6 +53,6 @@ class Cutter:
         target = self.root / stem
         target.parent.mkdir(parents=True, exist_ok=True)
         per_frame = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
-        write_lip_video(target.with_name(f"{target.name}.mp4"), frames[first:last])
+        write_video(target.with_name(f"{target.name}.mp4"), frames[first:last])
         write_sound(target.with_name(f"{target.name}.wav"), samples[first * per_frame : last * per_frame])
         return Piece(f"{stem}.mp4", f"{stem}.wav", (last - first) / FRAMES_PER_SECOND)

@@ -3,6 +3,7 @@
     load_image(path)  a picture, upright RGB          load_audio(path)  one channel at the asked rate
     load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings
     MediaError        whatever is wrong with a file   resolve_media     which files may be opened at all
+    stream_video      frames one at a time            write_video, write_sound    crops and their sound
 
 Knows files, formats and limits. Does not know what an encoder wants (`transforms.py` does).
 """
@@ -14,7 +15,8 @@ from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.loader import MediaLoader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
-from mllm.media.video import Video, load_video, to_gray
+from mllm.media.video import Video, load_video, stream_video, to_gray
+from mllm.media.writing import write_sound, write_video
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -35,5 +37,8 @@ __all__ = [
     "path_problem",
     "resample",
     "resolve_media",
+    "stream_video",
     "to_gray",
+    "write_sound",
+    "write_video",
 ]

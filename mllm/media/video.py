@@ -10,9 +10,11 @@ Shapes: T frames, H rows and W columns of a frame.
 
 import os
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import repeat
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -84,13 +86,37 @@ def load_video(
     name = os.fspath(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes) as file:
-        container = sniff(file)
-        if container is None or container[0] != "clip":
-            raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video")
+        _check_clip(name, file)
         plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
         file.seek(0)
         frames = _READERS[backend](name, file, plan, limits)
         return Video(_gather(name, frames, plan, gray, limits, deadline), plan.frames_per_second)
+
+
+def stream_video(
+    path: str | os.PathLike[str], *, frames_per_second: float = 25.0, limits: MediaLimits = DEFAULT_LIMITS
+) -> Iterator[np.ndarray]:
+    """The frames of `load_video`, (H, W, 3) uint8 RGB, one after the other and never all in memory.
+
+    A frame that stands for several outputs is the same array each time. The deadline counts what the caller does
+    between the frames as well.
+
+    Raises:
+        MediaError: as `load_video`, when the first frame is asked for or later.
+    """
+    name = os.fspath(path)
+    deadline = Deadline(name, limits.deadline_seconds)
+    with open_media(path, limits.video_bytes) as file:
+        _check_clip(name, file)
+        plan = _plan(name, file, VIDEO_CODECS, frames_per_second, limits, deadline)
+        file.seek(0)
+        uses = Counter(plan.indices)
+        number = -1
+        for number, frame in enumerate(guarded(name, _pyav_frames(name, file, plan, limits))):
+            deadline.check()
+            yield from repeat(frame, uses[number])
+        if number + 1 != plan.num_frames:
+            raise MediaError("corrupt", name, "the decoder found another number of frames than the file states")
 
 
 def nearest_frame(times: Sequence[int], target: Fraction) -> int:
@@ -99,6 +125,12 @@ def nearest_frame(times: Sequence[int], target: Fraction) -> int:
     if right == 0 or right == len(times):
         return max(right - 1, 0)
     return right - 1 if target - times[right - 1] <= times[right] - target else right
+
+
+def _check_clip(name: str, file: BinaryIO) -> None:
+    container = sniff(file)
+    if container is None or container[0] != "clip":
+        raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video")
 
 
 def _plan(

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.media.writing import write_lip_video, write_sound
+from mllm.media import write_sound, write_video
 from mllm.world.babble import make_babble
-from mllm.world.lips import draw_lips
+from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.prompts import SPEECH_PROMPTS
 from mllm.world.sentences import SPLITS, sample_sentences
-from mllm.world.speech import say
+from mllm.world.speech import SAMPLE_RATE_HZ, say
 from mllm.world.voices import Speaker, draw_speaker
 
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
@@ -131,15 +131,15 @@ def _write_utterance(job: _Job) -> float:
         size=job.settings.size_pixels,
         color=job.settings.color,
     )
-    write_lip_video(job.root / f"{job.stem}.mp4", frames)
-    write_sound(job.root / f"{job.stem}.wav", utterance.samples)
+    write_video(job.root / f"{job.stem}.mp4", frames, frames_per_second=LIP_FRAMES_PER_SECOND)
+    write_sound(job.root / f"{job.stem}.wav", utterance.samples, SAMPLE_RATE_HZ)
     return utterance.seconds
 
 
 def _write_babble(out: Path, split: str, settings: SpeechCorpusSettings) -> None:
     (out / "noise").mkdir(parents=True, exist_ok=True)
     babble = make_babble(split, seconds=settings.babble_seconds, seed=settings.seed)
-    write_sound(out / "noise" / f"{split}.wav", babble)
+    write_sound(out / "noise" / f"{split}.wav", babble, SAMPLE_RATE_HZ)
 
 
 def _samples(job: _Job, seconds: float) -> Iterator[Sample]:

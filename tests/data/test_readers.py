@@ -16,8 +16,7 @@ from mllm.data.manifest import Media, read_manifest, write_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.settings import SPEECH_FORMATS, Format, ReaderSettings
 from mllm.data.utterances import TEXT_FORMS, Listing
-from mllm.media import load_audio, load_video
-from mllm.media.writing import write_lip_video, write_sound
+from mllm.media import load_audio, load_video, write_sound, write_video
 
 PRETRAIN = """Text:  ONE TWO {NS} THREE
 Conf:  4
@@ -48,7 +47,7 @@ def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, sound: bool = Tr
     """A video whose frames brighten by 3 with each, and a sound beside it that rises with time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = np.arange(num_frames, dtype=np.uint8) * 3 + 10
-    write_lip_video(path, np.broadcast_to(levels[:, None, None], (num_frames, 16, 16)).copy())
+    write_video(path, np.broadcast_to(levels[:, None, None], (num_frames, 16, 16)).copy())
     if sound:
         write_sound(path.with_suffix(".wav"), np.linspace(0, 0.9, num_frames * rate_hz // 25), sample_rate_hz=rate_hz)
 

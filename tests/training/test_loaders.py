@@ -14,7 +14,7 @@ from mllm.budget import Budget
 from mllm.cli import parse
 from mllm.data.dataset import ManifestDataset
 from mllm.data.settings import ReaderSettings
-from mllm.media.writing import write_lip_video
+from mllm.media import write_video
 from mllm.training.loaders import build_augmentation, loading, read_samples, train_loader
 from mllm.training.settings import DataSettings, read_run_settings, settings_yaml
 from mllm.training.survey import survey
@@ -24,7 +24,7 @@ MODEL = {"llm": "l", "audio": {"encoder": "e", "budgets": ["/4"]}}
 
 def test_a_run_config_may_name_lists_of_other_systems(tmp_path: Path) -> None:
     (tmp_path / "lrs2").mkdir()
-    write_lip_video(tmp_path / "lrs2/1.mp4", np.zeros((5, 16, 16), np.uint8))
+    write_video(tmp_path / "lrs2/1.mp4", np.zeros((5, 16, 16), np.uint8))
     (tmp_path / "train.csv").write_text("lrs2,1.mp4,5,0,Well, yes\n")
     values = {
         "model": MODEL,
@@ -78,7 +78,7 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
     (tmp_path / "c").mkdir()
     for number in range(3):
         frames = chance.integers(0, 255, (25, 40, 40), dtype=np.uint8)
-        write_lip_video(tmp_path / f"c/{number}.mp4", frames)
+        write_video(tmp_path / f"c/{number}.mp4", frames)
         soundfile.write(tmp_path / f"c/{number}.wav", chance.normal(0, 0.1, 15_500), 16_000)
     soundfile.write(tmp_path / "noise.wav", chance.normal(0, 0.1, 8_000), 16_000)
     (tmp_path / "l.csv").write_text("".join(f"c,{n}.mp4,25,0,place blue, now\n" for n in range(3)))

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from mllm.data.manifest import Sample, read_manifest
-from mllm.media.writing import write_lip_video
+from mllm.media import write_video
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.prompts import SPEECH_TASKS
 from mllm.world.speech import SAMPLE_RATE_HZ, synthesise
@@ -79,7 +79,7 @@ def test_two_workers_write_what_one_writes(corpus: Path, tmp_path: Path) -> None
 def test_films_lose_little(tmp_path: Path, color: bool) -> None:
     phones = synthesise("we moved the boat", VOICES["train"][2]).phones
     frames = draw_lips(phones, face_seed=5, color=color)
-    write_lip_video(tmp_path / "lips.mp4", frames)
+    write_video(tmp_path / "lips.mp4", frames, frames_per_second=LIP_FRAMES_PER_SECOND)
     with av.open(str(tmp_path / "lips.mp4")) as container:
         decoded = np.stack(
             [frame.to_ndarray(format="rgb24" if color else "gray") for frame in container.decode(video=0)]

@@ -1,0 +1,47 @@
+"""`mllm prepare lips`: recordings of talking people to mouth crops and sound."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mllm.preparation.settings import PrepareSettings as Settings
+
+if TYPE_CHECKING:
+    from mllm.preparation.run import Prepared
+
+__all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
+
+SUMMARY = "cut mouth crops and 16 kHz sound out of recordings of talking people"
+POSITIONAL = "source"
+MAX_SHOWN = 10
+
+
+def run(settings: Settings) -> int:
+    """Prepare, and name what could not be used; then 1."""
+    from mllm.commands.terminal import console, progress_bar
+    from mllm.preparation.run import prepare
+
+    with progress_bar() as show:
+        prepared = prepare(settings, progress=show)
+    for line in summary(prepared, settings.out):
+        console().print(line, soft_wrap=True)
+    return 0 if len(prepared.with_status("done")) == len(prepared.rows) else 1
+
+
+def summary(prepared: "Prepared", out: str) -> list[str]:
+    """Lines for the terminal: what is not used and why, counts, and what to look at."""
+    unused = [row for row in prepared.rows if row["status"] != "done"]
+    lines = [f"{row['status']}: {row['source']}: {row['reason']}" for row in unused[:MAX_SHOWN]]
+    if len(unused) > MAX_SHOWN:
+        lines.append(f"and {len(unused) - MAX_SHOWN} more; see {out}/prepare.jsonl")
+    done = prepared.with_status("done")
+    counts = [f"{len(prepared.with_status(status))} {status}" for status in ("done", "skipped", "failed")]
+    lines.append(f"{', '.join(counts)}; {prepared.num_new} of them now")
+    if silent := sum(not row["sound"] for row in done):
+        lines.append(f"{silent} without sound: only the crop was written")
+    if prepared.num_samples:
+        lines.append(f"manifest: {out}/manifest.jsonl, {prepared.num_samples} rows")
+    else:
+        lines.append("manifest.jsonl is empty: no recording has a .txt with its transcript beside it")
+    if (Path(out) / "contact_sheet.png").is_file():
+        lines.append(f"look at {out}/contact_sheet.png")
+    return lines

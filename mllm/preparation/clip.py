@@ -1,0 +1,167 @@
+"""One recording to one crop, its sound and a line of the report.
+
+Knows the order of the steps: find faces, follow one, cut it out in a second pass, write, show. Frames are never all in
+memory, crops are. Does not know folders, workers or manifests.
+
+Shapes: T frames, H rows and W columns of a frame, S side of a crop.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mllm.media import MediaError, to_gray, write_sound, write_video
+from mllm.preparation.faces import FaceFinder
+from mllm.preparation.geometry import MEAN_FACE_MILLIMETRES, CropPath, crop, crop_path, share_outside
+from mllm.preparation.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedSound, frames_of, sound_of
+from mllm.preparation.settings import PrepareSettings
+from mllm.preparation.sheet import draw_strip
+from mllm.preparation.tracks import Track, choose, follow
+
+Status = Literal["done", "skipped", "failed"]
+Finder = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """One recording to prepare.
+
+    Attributes:
+        id: path below the source folder without its suffix; the outputs are named after it.
+        path: the recording.
+        out: folder of all outputs.
+        settings: of the whole run.
+        is_shown: whether the contact sheet wants this clip even when nothing is wrong with it.
+    """
+
+    id: str
+    path: Path
+    out: Path
+    settings: PrepareSettings
+    is_shown: bool
+
+    def output(self, suffix: str) -> Path:
+        """Where the crop (.mp4) or the sound (.wav) goes."""
+        return self.out / f"{self.id}{suffix}"
+
+    @property
+    def strip(self) -> Path:
+        """Where this clip's part of the contact sheet goes."""
+        return strip_path(self.out, self.id)
+
+
+def strip_path(out: Path, clip_id: str) -> Path:
+    """Where the strip of a clip is."""
+    return out / "sheets" / f"{clip_id}.png"
+
+
+def prepare_clip(job: ClipJob) -> dict[str, Any]:
+    """Prepare one recording.
+
+    Returns:
+        Its line of the report: status "done"; "skipped" (no face that fits) or "failed" (a file that cannot be read),
+        both with a reason; and what was found.
+
+    Raises:
+        ImportError: MediaPipe is missing or broken.
+    """
+    # What an earlier run with other settings wrote would otherwise stand beside a report that says otherwise.
+    for old in (job.output(".mp4"), job.output(".wav"), job.strip):
+        old.unlink(missing_ok=True)
+    try:
+        status, facts = _prepare(job)
+    except MediaError as error:
+        status, facts = "failed", {"reason": error.reason}
+    return {"id": job.id, "source": os.path.abspath(job.path), "status": status, **facts}
+
+
+def _prepare(job: ClipJob) -> tuple[Status, dict[str, Any]]:
+    with FaceFinder() as find:
+        faces, first = _find_faces(job.path, find)
+    tracks = follow(faces)
+    track, reason = choose(tracks, job.settings.face, min_coverage=job.settings.min_face_coverage)
+    if len(faces) < job.settings.min_frames:
+        track, reason = None, f"{len(faces)} frames; at least {job.settings.min_frames} are asked for"
+    facts = {"frames": len(faces), "seconds": len(faces) / FRAMES_PER_SECOND, **_face_facts(tracks, track)}
+    if track is None:
+        _show(job, first, None, np.empty(0), reason)
+        return "skipped", {"reason": reason, **facts}
+    split = len(MEAN_FACE_MILLIMETRES)
+    path = crop_path(track.points[:, :split], track.points[:, split:])
+    outside = share_outside(path, first.shape[1], first.shape[0])
+    facts["outside_share"] = round(outside, 4)
+    crops, middle = _cut(job, path)
+    if outside > job.settings.max_outside:
+        reason = f"{outside:.0%} of the crops lie beyond the border; {job.settings.max_outside:.0%} are allowed"
+        _show(job, middle, path, crops, reason)
+        return "skipped", {"reason": reason, **facts}
+    sound = sound_of(job.path, len(crops))
+    _write(job, crops, sound)
+    _show(job, middle, path, crops, f"face in {track.coverage:.0%} of {len(crops)} frames", is_used=True)
+    return "done", {**facts, **_sound_facts(sound)}
+
+
+def _find_faces(path: Path, find: Finder) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """The faces of every frame, and the first frame."""
+    faces: list[list[np.ndarray]] = []
+    first = np.empty(0)
+    for frame in frames_of(path):
+        first = first if faces else frame
+        faces.append(list(find(frame)))
+    return faces, first
+
+
+def _cut(job: ClipJob, path: CropPath) -> tuple[np.ndarray, np.ndarray]:
+    """Crops (T, S, S) gray or (T, S, S, 3) RGB, and the frame in the middle of the clip."""
+    crops, middle = [], np.empty(0)
+    for number, frame in enumerate(frames_of(job.path)):
+        cut = crop(frame, path.factors[number], path.centres[number])
+        crops.append(cut if job.settings.color else to_gray(cut))
+        if number == len(path.factors) // 2:
+            middle = frame
+    return np.stack(crops), middle
+
+
+def _write(job: ClipJob, crops: np.ndarray, sound: AlignedSound | None) -> None:
+    """Outputs appear under their names only when they are whole, the crop last."""
+    job.output(".mp4").parent.mkdir(parents=True, exist_ok=True)
+    parts = [job.output(f"{suffix}.part") for suffix in (".wav", ".mp4")]
+    try:
+        if sound is not None:
+            write_sound(parts[0], sound.samples, SAMPLE_RATE_HZ)
+            os.replace(parts[0], job.output(".wav"))
+        write_video(parts[1], crops, frames_per_second=FRAMES_PER_SECOND)
+        os.replace(parts[1], job.output(".mp4"))
+    finally:
+        for part in parts:
+            with suppress(FileNotFoundError):
+                part.unlink()
+
+
+def _show(
+    job: ClipJob, frame: np.ndarray, path: CropPath | None, crops: np.ndarray, text: str, *, is_used: bool = False
+) -> None:
+    """A clip that is not used is always shown: it is what somebody should look at."""
+    if job.settings.sheet_clips and (job.is_shown or not is_used):
+        middle = len(crops) // 2
+        place = None if path is None else (path.factors[middle], path.centres[middle])
+        job.strip.parent.mkdir(parents=True, exist_ok=True)
+        draw_strip(frame, place, crops, f"{job.id}: {text}").save(job.strip)
+
+
+def _face_facts(tracks: Sequence[Track], track: Track | None) -> dict[str, Any]:
+    coverage = track.coverage if track else max((track.coverage for track in tracks), default=0.0)
+    width = {"face_pixels": round(track.size / 2)} if track else {}
+    return {"faces": len(tracks), "face_coverage": round(coverage, 4), **width}
+
+
+def _sound_facts(sound: AlignedSound | None) -> dict[str, Any]:
+    if sound is None:
+        return {"sound": False}
+    offset, silent = round(sound.offset_seconds, 3), round(sound.silent_seconds, 3)
+    return {"sound": True, "sound_offset_seconds": offset, "silent_seconds": silent}

@@ -1,0 +1,105 @@
+"""One recording as it is read here: upright frames at 25 a second, and sound that begins with the first of them.
+
+Knows files, limits and the clock that picture and sound share. Does not know faces.
+
+Shapes: L samples of sound, H rows and W columns of a frame.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+from mllm.media import DEFAULT_LIMITS, MediaError, MediaLimits, load_audio, stream_video
+from mllm.media.audio import AUDIO_CODECS
+from mllm.media.containers import CONTAINERS, open_stream
+from mllm.media.limits import decoding, open_media
+from mllm.media.video import VIDEO_CODECS
+
+FRAMES_PER_SECOND = 25
+SAMPLE_RATE_HZ = 16_000
+SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
+
+# A camera's files are larger than crops, and its slow motion has more frames; nothing longer than what is read later.
+LIMITS = MediaLimits(
+    audio_bytes=8 * 2**30,
+    audio_seconds=DEFAULT_LIMITS.video_seconds + 10,
+    video_bytes=8 * 2**30,
+    video_frames=int(DEFAULT_LIMITS.video_seconds) * 240,
+    deadline_seconds=3600,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlignedSound:
+    """Sound that begins with the first frame and lasts as long as the frames.
+
+    Attributes:
+        samples: (L,) float32 at 16 kHz.
+        offset_seconds: how much later than the picture the sound of the file begins; negative when it is earlier.
+        silent_seconds: what had to be filled with silence, at both ends together.
+    """
+
+    samples: np.ndarray
+    offset_seconds: float
+    silent_seconds: float
+
+
+def frames_of(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
+    """Upright RGB frames (H, W, 3) at 25 a second, by the file's own timestamps.
+
+    Raises:
+        MediaError: the file cannot be used.
+    """
+    return stream_video(path, frames_per_second=FRAMES_PER_SECOND, limits=LIMITS)
+
+
+def sound_of(path: str | os.PathLike[str], num_frames: int) -> AlignedSound | None:
+    """The sound of a recording, cut or filled so that it keeps time with `num_frames` frames; None without sound.
+
+    Raises:
+        MediaError: there is a sound stream, and it cannot be read.
+    """
+    if not _has_sound(path):
+        return None
+    offset = _first_second(path, "audio") - _first_second(path, "video")
+    samples = load_audio(path, SAMPLE_RATE_HZ, limits=LIMITS).samples
+    return align(samples, float(offset), num_frames)
+
+
+def align(samples: np.ndarray, offset_seconds: float, num_frames: int) -> AlignedSound:
+    """Put sound (L,) that begins `offset_seconds` after the picture beside exactly `num_frames` frames."""
+    wanted = num_frames * SAMPLES_PER_FRAME
+    start = round(offset_seconds * SAMPLE_RATE_HZ)
+    aligned = np.zeros(wanted, dtype=np.float32)
+    used = samples[max(0, -start) : max(0, wanted - start)]
+    begin = min(max(0, start), wanted)
+    aligned[begin : begin + len(used)] = used
+    return AlignedSound(aligned, offset_seconds, (wanted - len(used)) / SAMPLE_RATE_HZ)
+
+
+def _has_sound(path: str | os.PathLike[str]) -> bool:
+    import av
+
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    with (
+        open_media(path, LIMITS.video_bytes) as file,
+        decoding(os.fspath(path)),
+        av.open(file, options=options) as container,
+    ):
+        return bool(container.streams.audio)
+
+
+def _first_second(path: str | os.PathLike[str], medium: Literal["audio", "video"]) -> Fraction:
+    """When the first decoded frame of a stream is due, on the clock of the file."""
+    name = os.fspath(path)
+    codecs = AUDIO_CODECS if medium == "audio" else VIDEO_CODECS
+    with open_media(path, LIMITS.video_bytes) as file, open_stream(name, file, medium, codecs) as (container, stream):
+        with decoding(name):
+            frame = next(container.decode(stream), None)
+        if frame is None:
+            raise MediaError("empty", name, f"the {medium} stream holds nothing")
+        return (frame.pts or 0) * (frame.time_base or stream.time_base)
