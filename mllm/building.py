@@ -25,7 +25,7 @@ from mllm.adapters import build_adapter
 from mllm.adapters.members import kinds_of, scales_of, tasks_of
 from mllm.budget import Space
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
-from mllm.encoders import backbone_class, tower_config, wrap_encoder
+from mllm.encoders import AVHubertAudioConfig, backbone_class, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
@@ -58,7 +58,7 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     media = {
         medium: {
-            "encoder": encoder_config(own).to_dict(),
+            "encoder": encoder_config(own, medium).to_dict(),
             "preprocessor": _preprocessor(medium, own),
             "space": space_settings(own),
             "span": list(own.span),
@@ -73,7 +73,7 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
     """The config of a model that is described by settings, with the digests of its sources."""
     text_config = _read_config(settings.llm).get_text_config()
-    encoders = {medium: encoder_config(own) for medium, own in settings.media.items()}
+    encoders = {medium: encoder_config(own, medium) for medium, own in settings.media.items()}
     references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.media.items()}}
     return config_of_parts(
         settings,
@@ -141,9 +141,9 @@ def member_names(settings: ModelSettings) -> dict[str, list[str]]:
     return {key: adapter[key] for key in ("scales", "tasks") if adapter.get(key)}
 
 
-def encoder_config(settings: MediumSettings) -> PreTrainedConfig:
+def encoder_config(settings: MediumSettings, medium: str) -> PreTrainedConfig:
     """The config of a medium's encoder, read from its source."""
-    return tower_config(_read_config(settings.encoder))
+    return tower_config(_read_config(settings.encoder), medium)
 
 
 def _read_config(reference: str) -> PreTrainedConfig:
@@ -246,6 +246,12 @@ def _verified(part: str, sources: Mapping[str, Mapping[str, str]]) -> str:
 
 def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
     """Plain values that turn a decoded file into the encoder's input; see `mllm.transforms.build_transform`."""
+    if medium == "audio" and encoder_config(settings, medium).model_type == AVHubertAudioConfig.model_type:
+        if settings.normalize_audio:
+            raise ValueError(
+                "audio.normalize_audio does not go with AV-HuBERT, whose features are normalised; leave it out"
+            )
+        return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
         "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
         "audio": lambda: {

@@ -170,7 +170,9 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
 def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
     """FLOPs per token."""
     hidden_size = settings.get("projector_size", out_size)
-    return 2 * (in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size))
+    one = in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size)
+    experts = settings.get("projector_experts")
+    return 2 * (one if experts is None else experts * (one + in_size + out_size))  # every expert runs on every token
 
 
 def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int) -> int:
@@ -283,6 +285,13 @@ def _av_hubert(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     return frames * (per_frame + projections) + _hubert_trunk(config, frames)
 
 
+def _av_hubert_audio(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+    """The other half: one matrix on each frame, and the trunk over sound and zeros side by side."""
+    size = config.hidden_size
+    projections = 2 * config.audio_feature_size * size + 2 * 2 * size * size
+    return item.num_features * projections + _hubert_trunk(config, item.num_features)
+
+
 def _hubert_trunk(config: Any, frames: int) -> int:
     """Positional convolution (an even kernel computes one frame that is dropped) and layers."""
     size, kernel = config.hidden_size, config.num_conv_pos_embeddings
@@ -307,4 +316,5 @@ _ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
     "wav2vec2": _wave,
     "wavlm": _wave,
     "av_hubert": _av_hubert,
+    "av_hubert_audio": _av_hubert_audio,
 }

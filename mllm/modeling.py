@@ -25,13 +25,24 @@ class ElasticOutput(CausalLMOutputWithPast):
     """What the model gives, and what its adapter reports.
 
     Args:
-        balance: (B,) how unevenly a row's tokens use the experts, the mean over layers; 1 is even. A loss.
+        auxiliary: what is to be made small beside the loss, by name, each (B,); `auxiliary_weights` says how much it
+            counts. `balance`: how unevenly a row's tokens use the experts, the mean over layers; 1 is even.
+            `<medium>_balance`, `<medium>_z`: the same of a mixture of projectors, and how large its logits are.
         expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.hand_over.TOKEN_KINDS`) chose each of
             the N routed experts in each of the L layers.
     """
 
-    balance: Tensor | None = None
+    auxiliary: dict[str, Tensor] | None = None
     expert_usage: Tensor | None = None
+
+
+def auxiliary_weights(config: ElasticConfig) -> dict[str, float]:
+    """What each of a model's auxiliary losses is multiplied by, by name; see `ElasticOutput`."""
+    weights = {"balance": (config.adapter or {}).get("balance_weight", 0.0)}
+    for medium, settings in (config.media or {}).items():
+        weights[f"{medium}_balance"] = settings.get("projector_balance_weight", 0.01)
+        weights[f"{medium}_z"] = settings.get("projector_z_weight", 0.001)
+    return weights
 
 
 class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
@@ -113,7 +124,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
-            adapter_report: give `balance` and `expert_usage`, where the adapter has experts; as in training by default.
+            adapter_report: give the adapter's `balance` and `expert_usage`, where it has experts; as in training by
+                default. What a mixture of projectors reports is given in training.
         """
         media = {
             "pixel_values": pixel_values,
@@ -156,13 +168,16 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             vocab_size = logits.shape[-1]
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
         balance, usage = rows.collector.take() if rows is not None and rows.collector is not None else ([], [])
+        auxiliary = self.model.routing_losses(input_ids, media)
+        if balance:
+            auxiliary["balance"] = torch.stack(balance).mean(dim=0)
         return ElasticOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            balance=torch.stack(balance).mean(dim=0) if balance else None,
+            auxiliary=auxiliary or None,
             expert_usage=torch.stack(usage) if usage else None,
         )
 

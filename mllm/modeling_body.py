@@ -8,7 +8,7 @@ K soft tokens of the longest run, D an encoder's feature size, H the LLM's hidde
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInput
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
-from mllm.compressors import build_compressor
+from mllm.compressors import MixtureProjector, ProjectorBank, build_compressor
+from mllm.compressors.mixture import routing_losses
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
@@ -252,6 +253,26 @@ class ElasticModel(ElasticPreTrainedModel):
         one = features.lengths.new_ones(1)
         soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
         return soft.sum()
+
+    def routing_losses(self, input_ids: Tensor | None, media: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """What the mixtures of projectors left behind in this pass, as losses (B,) by name; see `ElasticOutput`.
+
+        Args:
+            input_ids: (B, S). media: the media arguments of `forward` by name.
+        """
+        losses = {}
+        for medium, compressor in self.compressors.items():
+            bank = getattr(compressor, "projectors", None)
+            num_tokens = media.get(f"num_{medium}_tokens")
+            if not isinstance(bank, ProjectorBank) or (routing := bank.take_routing()) is None:
+                continue
+            if num_tokens is None or input_ids is None:
+                continue  # it was only run to touch its parameters
+            is_token = input_ids == (self.config.placeholder_ids or {})[medium]
+            spread = merge(routing.new_zeros(*input_ids.shape, routing.shape[-1]), is_token, routing, num_tokens)
+            top_k = cast(MixtureProjector, bank[0]).top_k
+            losses[f"{medium}_balance"], losses[f"{medium}_z"] = routing_losses(spread, is_token, top_k=top_k)
+        return losses
 
     def adapter_inputs(
         self,

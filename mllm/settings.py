@@ -51,6 +51,14 @@ class MediumSettings:
     """LayerNorm after the projector; none by default."""
     projector_activation: Literal["gelu", "relu"] | None = None
     """Between the projector's layers; gelu by default."""
+    projector_experts: int | None = None
+    """A mixture of so many projectors with a router (Llama-SMoP); one projector and no router by default."""
+    projector_top_k: int | None = None
+    """How many of them a soft token uses; 2 by default."""
+    projector_balance_weight: float | None = None
+    """Weight of the loss that keeps them in use; 0.01 by default."""
+    projector_z_weight: float | None = None
+    """Weight of the loss that keeps the router's logits small; 0.001 by default."""
     per_budget_projector: bool = False
     """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
     project_first: bool | None = None
@@ -71,6 +79,9 @@ class MediumSettings:
             raise ValueError("give either budgets or budget_range for a medium, and not both")
         if self.budget_range and len(self.budget_range) != 3:
             raise ValueError(f"budget_range is [start, stop, step], got {self.budget_range}")
+        for key in ("projector_balance_weight", "projector_z_weight"):
+            if (getattr(self, key) or 0.0) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it cannot be negative")
         if len(self.span) not in (0, 2):
             raise ValueError(f"span is the token before and the token after, got {self.span}")
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mllm import filterbank
 from mllm.log_mel import whisper_log_mel
 from mllm.media import Audio, Video, to_gray
 
@@ -174,6 +175,17 @@ class WhisperMel:
 
 
 @dataclass(frozen=True)
+class Filterbank:
+    """Sound to the stacked filterbank frames (T, 104) that AV-HuBERT hears; the length is that of the sound."""
+
+    def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Raises: ValueError for sound at another rate or without samples."""
+        _check_rate(raw, filterbank.SAMPLE_RATE_HZ)
+        filterbank.num_stacked_frames(len(raw.samples))
+        return torch.from_numpy(filterbank.stacked_filterbank(raw.samples)), len(raw.samples)
+
+
+@dataclass(frozen=True)
 class LipTransform:
     """Video to normalised grey crops (T, 1, S, S) in float32: (grey in 0..1 - mean) / std.
 
@@ -229,7 +241,8 @@ def build_transform(medium: str, encoder: Any, preprocessor: Mapping[str, Any]) 
 
     Args:
         medium: image, audio or video.
-        encoder: config of the encoder's backbone; Whisper takes log-mel windows, other audio encoders waveforms.
+        encoder: config of the encoder's backbone; Whisper takes log-mel windows, AV-HuBERT filterbank
+            frames, other audio encoders waveforms.
         preprocessor: image: `to_dict()` of a Hugging Face image processor. audio: `to_dict()` of its feature
             extractor, and `normalize_audio` to standardise each utterance. video: `crop_pixels`.
 
@@ -256,6 +269,8 @@ def _build_audio(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
     from transformers import WhisperFeatureExtractor
 
     standardized = bool(preprocessor.pop("normalize_audio", False))
+    if encoder.model_type == "av_hubert_audio":
+        return Filterbank()
     if encoder.model_type == "whisper":
         return WhisperMel(WhisperFeatureExtractor.from_dict(preprocessor), standardized)
     standardized = standardized or bool(preprocessor.get("do_normalize", False))

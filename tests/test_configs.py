@@ -34,9 +34,9 @@ TRAINABLE_MILLIONS = {
     "mtsk_ms": 6.82 + 25.19,
     "mtsk_mss": 5 * 6.82 + 25.19,
     "mtsk_ss": 4 * 6.82 + 25.19,
-    "omni_avsr_s": 38.29,
-    "omni_avsr_st": 58.74,
-    "omni_avsr_t": 51.92,
+    "omni_s": 38.29,
+    "omni_st": 58.74,
+    "omni_t": 51.92,
 }
 
 
@@ -70,7 +70,7 @@ def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
 def test_every_config_is_here() -> None:
     assert [path.stem for path in RUNS] == [
         *("frozen_llm_lora", "llama_avsr", "m3_llava", "mome_attention", "mome_ffn", "mome_layer", "mqt_llava"),
-        *("mtsk_ms", "mtsk_mss", "mtsk_ss", "omni_avsr_s", "omni_avsr_st", "omni_avsr_t", "demo"),
+        *("mtsk_ms", "mtsk_mss", "mtsk_ss", "omni_s", "omni_st", "omni_t", "demo"),
     ]
 
 

@@ -12,15 +12,27 @@ import torch
 from mllm.budget import Amount, MediumSpace
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
+from mllm.compressors.mixture import MixtureProjector
 from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
 
-__all__ = ["SETTINGS", "Compressor", "Pool", "Projector", "ProjectorBank", "Query", "Stack", "build_compressor"]
+__all__ = [
+    "SETTINGS",
+    "Compressor",
+    "MixtureProjector",
+    "Pool",
+    "Projector",
+    "ProjectorBank",
+    "Query",
+    "Stack",
+    "build_compressor",
+]
 
 ORDERS = ("raster",)
-_PROJECTOR = ("projector_size", "projector_norm", "projector_activation")
+_MIXTURE = ("projector_top_k", "projector_balance_weight", "projector_z_weight")
+_PROJECTOR = ("projector_size", "projector_norm", "projector_activation", "projector_experts", *_MIXTURE)
 _OWN_SETTINGS = {
     "query": ("keys", "query_size", "query_heads"),
     "pool": ("project_first", "order", *_PROJECTOR),
@@ -50,6 +62,7 @@ def build_compressor(
             projector_size: hidden size of the projector; the LLM's unless given, and null for a single Linear.
             projector_norm: a LayerNorm behind the projector.
             projector_activation: `gelu` or `relu`.
+            projector_experts, projector_top_k: a mixture of so many projectors, of which a token uses 2, or so many.
         in_size: size of a feature.
         out_size: the LLM's hidden size.
         grid: (rows, columns) of the features, for pictures.
@@ -73,6 +86,8 @@ def _build_pool(
         raise ValueError(f"{key}.order={order!r} is not one of: {', '.join(ORDERS)}")
     _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("tokens", "rate"))
     budgets = _values(space.trained) if settings.get("per_budget_projector", False) else ()
+    if "projector_experts" in settings and settings.get("project_first", False):
+        raise ValueError(f"{key}.projector_experts route soft tokens, and with project_first there are none yet")
     projectors = [_projector(settings, *sizes) for _ in budgets or (0,)]
     return Pool(
         projectors=ProjectorBank(projectors, budgets=budgets),
@@ -125,13 +140,24 @@ def _build_query(
     )
 
 
-def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Projector:
-    return Projector(
-        in_size=in_size,
-        out_size=out_size,
-        hidden_size=settings.get("projector_size", out_size),
-        norm=settings.get("projector_norm", False),
-        activation=settings.get("projector_activation", "gelu"),
+def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Projector | MixtureProjector:
+    def one() -> Projector:
+        return Projector(
+            in_size=in_size,
+            out_size=out_size,
+            hidden_size=settings.get("projector_size", out_size),
+            norm=settings.get("projector_norm", False),
+            activation=settings.get("projector_activation", "gelu"),
+        )
+
+    if (num_experts := settings.get("projector_experts")) is None:
+        if alone := sorted(set(settings) & set(_MIXTURE)):
+            raise ValueError(f"{alone[0]} goes with projector_experts, which is not set")
+        return one()
+    if num_experts < 1:
+        raise ValueError(f"projector_experts is {num_experts}; it must be at least 1")
+    return MixtureProjector(
+        [one() for _ in range(num_experts)], in_size=in_size, top_k=settings.get("projector_top_k", 2)
     )
 
 

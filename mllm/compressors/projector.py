@@ -5,10 +5,13 @@ Knows sizes, and which budget an item has. Does not know how features were compr
 Shapes: N items, K soft tokens, D feature size, H the LLM's hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from mllm.compressors.mixture import MixtureProjector
 
 Activation = Literal["gelu", "relu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -48,23 +51,39 @@ class ProjectorBank(nn.ModuleList):
     ZeRO demand), nothing asks the device for numbers, and items of different budgets may share a batch.
 
     Args:
-        projectors: one, or one per budget.
+        projectors: one, or one per budget; each a `Projector` or a mixture of them.
         budgets: the rate (or count) each projector is for; nothing where one serves all.
     """
 
-    def __init__(self, projectors: list[Projector], *, budgets: tuple[int, ...] = ()) -> None:
+    def __init__(self, projectors: Sequence[nn.Module], *, budgets: tuple[int, ...] = ()) -> None:
         super().__init__(projectors)
         assert len(projectors) == max(len(budgets), 1), (len(projectors), budgets)
         self.budgets = budgets
+        self.routing: Tensor | None = None
 
     def forward(self, features: Tensor, asked: Tensor) -> Tensor:
         """(N, K, D) -> (N, K, H), item i through the projector of the budget `asked[i]` (zero if there is none)."""
         if not self.budgets:
-            return self[0](features)
+            out = self[0](features)
+            self.routing = _routing(self[0])
+            return out
         chosen = torch.zeros((), device=features.device, dtype=features.dtype)
+        self.routing = None
         for budget, projector in zip(self.budgets, self, strict=True):
             chosen = chosen + keep_asked(projector(features), asked, budget)
+            if (routing := _routing(projector)) is not None:
+                routing = keep_asked(routing, asked, budget)
+                self.routing = routing if self.routing is None else self.routing + routing
         return chosen
+
+    def take_routing(self) -> Tensor | None:
+        """(N, K, 2E + 1) of the last pass in training, where the projectors are mixtures; nothing is kept."""
+        routing, self.routing = self.routing, None
+        return routing
+
+
+def _routing(projector: nn.Module) -> Tensor | None:
+    return projector.take_routing() if isinstance(projector, MixtureProjector) else None
 
 
 def keep_asked(soft: Tensor, asked: Tensor, budget: int) -> Tensor:

@@ -63,11 +63,15 @@ class ManifestDataset(Dataset[Item | Quarantined]):
     def __getitem__(self, key: SampleKey | int) -> Item | Quarantined:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.samples[index]
-        generator = None if self.seed is None else random_generator(self.seed, epoch, sample.id, "augmentation")
         try:
-            return Item(sample, self.load(sample, generator=generator), epoch)
+            return Item(sample, self.load_in(sample, epoch), epoch)
         except ValueError as error:
             return Quarantined.of(sample.id, epoch, error)
+
+    def load_in(self, sample: Sample, epoch: int) -> Any:
+        """The media of a sample as they are in an epoch."""
+        generator = None if self.seed is None else random_generator(self.seed, epoch, sample.id, "augmentation")
+        return self.load(sample, generator=generator)
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
         """A batch, at once: what a data loader calls when this is defined."""

@@ -12,15 +12,17 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm.encoders.audio import wave_class, wave_facts, whisper_class, whisper_facts, wrap_wave, wrap_whisper
-from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder, register_av_hubert
+from mllm.encoders.av_hubert import AVHubertAudioConfig, AVHubertConfig, AVHubertEncoder, register_av_hubert
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
 from mllm.encoders.lips import lip_class, lip_facts, wrap_lips
+from mllm.encoders.listening import listening_facts, wrap_listening
 from mllm.encoders.vision import SETTINGS as VISION_SETTINGS
 from mllm.encoders.vision import vision_class, vision_facts, wrap_vision
 
 __all__ = [
     "ENCODERS",
     "SETTINGS",
+    "AVHubertAudioConfig",
     "AVHubertConfig",
     "AVHubertEncoder",
     "Encoder",
@@ -62,12 +64,21 @@ ENCODERS = {
     "wav2vec2": _WAVE,
     "wavlm": _WAVE,
     "av_hubert": Family("video", lip_class, lip_facts, wrap_lips),
+    "av_hubert_audio": Family("audio", lip_class, listening_facts, wrap_listening),
 }
 """By the `model_type` of the backbone's config."""
 
 
-def tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision half of a picture-and-text config (CLIP, SigLIP); any other config as it is."""
+def tower_config(config: PreTrainedConfig, medium: str | None = None) -> PreTrainedConfig:
+    """What of a source's config an encoder is built from; most configs are it as they are.
+
+    It is the vision half of a picture-and-text config (CLIP, SigLIP), and AV-HuBERT's as a listener where `medium`, the
+    block that names it, is `audio`.
+    """
+    if medium == "audio" and config.model_type == AVHubertConfig.model_type:
+        values = config.to_dict()
+        values.pop("model_type")
+        return AVHubertAudioConfig(**values)
     return config.vision_config if hasattr(config, "vision_config") else config
 
 

@@ -71,6 +71,13 @@ class AVHubertConfig(PreTrainedConfig):
                 raise ValueError(f"{key}={getattr(self, key)} must divide hidden_size={self.hidden_size}")
 
 
+@strict
+class AVHubertAudioConfig(AVHubertConfig):
+    """The same encoder, wanted for sound: what `tower_config` makes of an AV-HuBERT that an `audio` block names."""
+
+    model_type = "av_hubert_audio"
+
+
 class ResidualBlock(nn.Module):
     """The basic ResNet block with one PReLU per convolution; a `stride` of 2 halves the picture."""
 
@@ -182,7 +189,7 @@ class AVHubertEncoder(PreTrainedModel):
         super().__init__(config)
         hidden_size = config.hidden_size
         self.feature_extractor_audio: nn.Module | None = AudioFeatures(config.audio_feature_size, hidden_size)
-        self.feature_extractor_video = VideoFeatures(tuple(config.resnet_channels), hidden_size)
+        self.feature_extractor_video: nn.Module | None = VideoFeatures(tuple(config.resnet_channels), hidden_size)
         self.layer_norm = nn.LayerNorm(2 * hidden_size, eps=config.layer_norm_eps)
         self.post_extract_proj = nn.Linear(2 * hidden_size, hidden_size)
         self.dropout_input = nn.Dropout(config.feature_dropout)
@@ -240,13 +247,14 @@ class AVHubertEncoder(PreTrainedModel):
 
     def _halves(self, video: Tensor | None, audio: Tensor | None, is_frame: Tensor | None) -> list[Tensor]:
         """Audio and video features (N, T, D); a medium that is absent contributes zeros."""
-        features = []
+        features: list[Tensor | None] = []
         for medium, extractor in ((audio, self.feature_extractor_audio), (video, self.feature_extractor_video)):
             if medium is not None and is_frame is not None:
                 # The convolution over frames sees past a clip's end: zeros there are what a lone clip is padded with.
                 medium = medium.masked_fill(~is_frame.view(*is_frame.shape, *(1,) * (medium.ndim - 2)), 0.0)
             if medium is not None and extractor is None:
-                raise ValueError("this AV-HuBERT was cut to read video alone; audio must be None")
+                kept = "video" if extractor is self.feature_extractor_audio else "audio"
+                raise ValueError(f"this AV-HuBERT was cut to read {kept} alone; the other medium must be None")
             features.append(None if medium is None or extractor is None else extractor(medium))
         present = next(half for half in features if half is not None)
         return [torch.zeros_like(present) if half is None else half for half in features]
@@ -256,3 +264,4 @@ def register_av_hubert() -> None:
     """Make `AutoConfig` and `AutoModel` know AV-HuBERT; calling it again changes nothing."""
     AutoConfig.register(AVHubertConfig.model_type, AVHubertConfig, exist_ok=True)
     AutoModel.register(AVHubertConfig, AVHubertEncoder, exist_ok=True)
+    AutoConfig.register(AVHubertAudioConfig.model_type, AVHubertAudioConfig, exist_ok=True)

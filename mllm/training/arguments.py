@@ -24,6 +24,7 @@ class ElasticArguments(TrainingArguments):
 
     part_learning_rates: dict[str, float] = field(default_factory=dict)
     task_weights: dict[str, float] = field(default_factory=dict)
+    sink_weight: float = 0.0
     distillation: Distillation | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -67,6 +68,7 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
         deepspeed=train.deepspeed,
         part_learning_rates={str(part): rate for part, rate in train.part_learning_rates.items()},
         task_weights=train.task_weights,
+        sink_weight=train.sink_weight,
         distillation=distillation_of(settings.sampler),
     )
 

@@ -44,7 +44,7 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
 
 
 def train_loader(
-    samples: Sequence[Sample],
+    data: ManifestDataset,
     surveyed: Survey,
     *,
     settings: DataSettings,
@@ -57,6 +57,7 @@ def train_loader(
     """Micro-batches of this process, for ever.
 
     Args:
+        data: the samples and how their media are loaded.
         budgets: the extremes of what is drawn; a sample that cannot meet one of them is left out.
         run: the run folder; what is left out is listed there.
         lanes: `process_index`, `num_processes` and `accumulation`.
@@ -68,7 +69,6 @@ def train_loader(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
     collator = Collator(partial(encode, processor=processor, budgets=budgets), quarantine=quarantine)
-    data = ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=seed)
     return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
 
 

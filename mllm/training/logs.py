@@ -8,7 +8,7 @@ Knows numbers by name. Does not know how they come about.
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,14 @@ class Tally:
         self.soft_tokens = 0
         self.tokens = 0
         self.counts: dict[str, int] = {}
-        self.balances: list[tuple[Sequence[str], Tensor, Tensor]] = []
+        self.auxiliary: dict[str, list[tuple[Sequence[str], Tensor]]] = {}
         self.started = time.monotonic()
 
-    def add(self, lesson: Lesson, sums: Tensor, balance: Tensor | None = None) -> None:
-        """One pass over a lesson with its loss, and the balance of an adapter's experts, summed per budget (K,)."""
+    def add(self, lesson: Lesson, sums: Tensor, auxiliary: Mapping[str, Tensor] | None = None) -> None:
+        """One pass over a lesson with its loss summed per budget (K,), and its auxiliary losses, see `Loss`."""
         self.sums.append((lesson.names, sums))
-        if balance is not None:
-            counts = torch.bincount(lesson.pass_budgets, minlength=len(lesson.names))
-            self.balances.append((lesson.names, balance, counts))
+        for name, own in (auxiliary or {}).items():
+            self.auxiliary.setdefault(name, []).append((lesson.names, own))
         for name, count in zip(lesson.names, lesson.counts, strict=True):
             self.counts[name] = self.counts.get(name, 0) + count
         self.soft_tokens += lesson.soft_tokens
@@ -53,20 +52,21 @@ class Tally:
                 own[name][0] += value
         return _means(accelerator, own)
 
-    def balance(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean balance of the experts per pass by budget over all processes, 1 is even; a collective."""
+    def auxiliary_losses(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean of each auxiliary loss per pass that has one, by budget, over all processes; a collective."""
         own: dict[str, list[float]] = {}
-        for names, sums, counts in self.balances:
-            for name, value, count in zip(names, sums.tolist(), counts.tolist(), strict=True):
-                entry = own.setdefault(name, [0.0, 0.0])
-                entry[0] += value
-                entry[1] += count
+        for kind, passes in self.auxiliary.items():
+            for names, sums_and_counts in passes:
+                for name, value, count in zip(names, *sums_and_counts.tolist(), strict=True):
+                    entry = own.setdefault(f"{kind}/{name}", [0.0, 0.0])
+                    entry[0] += value
+                    entry[1] += count
         return _means(accelerator, own)
 
     def report(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
         """Losses, and what `steps` steps cost, over all processes; a collective."""
         logs = {f"loss/{name}": value for name, value in self.losses(accelerator).items()}
-        logs |= {f"balance/{name}": value for name, value in self.balance(accelerator).items()}
+        logs |= self.auxiliary_losses(accelerator)
         costs = gather_json(accelerator, [self.tokens, self.soft_tokens])
         logs["tokens_per_second"] = sum(tokens for tokens, _ in costs) / max(time.monotonic() - self.started, 1e-9)
         logs["soft_tokens_per_step"] = sum(soft for _, soft in costs) / max(steps, 1)

@@ -6,7 +6,8 @@ Shapes: P target tokens of all passes of a micro-batch, V vocabulary, K budgets 
 A pass is one row at one budget; the targets of a row are the same, in the same order, in each of its passes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,15 +48,15 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss to differentiate; detached, for the log, the cross-entropy summed per budget (K,), and the balance.
+    """The loss to differentiate; detached, for the log, the cross-entropy summed per budget (K,), and what was added.
 
-    `balance` (K,) sums the balance of the passes at each budget, `usage` counts the choices of experts (see the model's
-    `expert_usage`); nothing where the adapter has no experts.
+    `auxiliary` (2, K) by name: the sum of an auxiliary loss over the passes at each budget, and how many had one.
+    `usage` counts the choices of experts (see the model's `expert_usage`); nothing where the adapter has no experts.
     """
 
     total: Tensor
     sums: Tensor
-    balance: Tensor | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
     usage: Tensor | None = None
 
 
@@ -86,24 +87,55 @@ def objective(
     return Loss((supervision.weights * per_token).sum() / divisor, sums)
 
 
-def with_balance(
-    loss: Loss, balance: Tensor, *, budgets: Tensor, shares: Tensor, num_targets: int | Tensor, weight: float
+def with_auxiliary(
+    loss: Loss,
+    values: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    *,
+    budgets: Tensor,
+    shares: Tensor,
+    num_targets: int | Tensor,
 ) -> Loss:
-    """The loss with the balance loss of an adapter's experts added.
+    """The loss with the auxiliary losses of its passes added.
 
-    A pass's balance is worth its share of the targets, so that the sum over micro-batches and processes is again the
-    loss of one process that saw them all. Source: MoME (arXiv 2510.04136), where the weight is 0.01.
+    Those of a pass are worth its share of the targets, so that the sum over micro-batches and processes is again the
+    loss of one process that saw them all.
 
     Args:
-        balance: (B,) of each pass.
+        values: (B,) of each pass, by name; 0 where a pass has none.
+        weights: by name. Sources: MoME (arXiv 2510.04136), whose balance weighs 0.01; see `sink` for another.
         budgets: (B,) which of the K budgets each pass was run at.
         shares: (B,) the weights of each pass's targets, summed.
         num_targets: target tokens of the optimizer step, as `objective` takes them.
     """
-    divisor = torch.as_tensor(num_targets, device=balance.device).clamp(min=1)
-    total = loss.total + weight * (balance.float() * shares).sum() / divisor
-    by_budget = torch.zeros_like(loss.sums).index_add(0, budgets, balance.detach().to(loss.sums.dtype))
-    return Loss(total, loss.sums, by_budget)
+    total, logged = loss.total, {}
+    for name, own in values.items():
+        own = own.float()
+        divisor = torch.as_tensor(num_targets, device=own.device).clamp(min=1)
+        total = total + weights[name] * (own * shares).sum() / divisor
+        known = torch.stack([own.detach(), (own.detach() != 0).float()])
+        logged[name] = known.new_zeros(2, len(loss.sums)).index_add(1, budgets, known)
+    return replace(loss, total=total, auxiliary=loss.auxiliary | logged)
+
+
+def sink(hidden_states: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+    """How much the tokens of a row look like its first one: squared cosines, the mean over them and the layers.
+
+    Source: Llama-AVSR's `--add-sink-loss` (arXiv 2510.22603), which weighs it 10,000.
+
+    Args:
+        hidden_states: (B, S, H) behind each layer, rows padded on the right.
+        attention_mask: (B, S).
+
+    Returns:
+        (B,).
+    """
+    others = attention_mask[:, 1:].to(hidden_states[0].dtype)
+    per_layer = []
+    for hidden in hidden_states:
+        cosines = functional.cosine_similarity(hidden[:, 1:].float(), hidden[:, :1].float(), dim=-1)
+        per_layer.append((cosines.square() * others).sum(dim=1) / others.sum(dim=1).clamp(min=1))
+    return torch.stack(per_layer).mean(dim=0)
 
 
 def _distill(cross_entropy: Tensor, logits: Tensor, teachers: Tensor, distillation: Distillation) -> Tensor:

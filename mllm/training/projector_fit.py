@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
-from mllm.compressors.projector import ProjectorBank
+from mllm.compressors import MixtureProjector, ProjectorBank
 from mllm.expansion import Batch, Expanded
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.modeling_body import VALUE_KEYS, Features
@@ -203,6 +203,8 @@ def _bank(model: Any, medium: str) -> ProjectorBank:
 @contextmanager
 def _without_last_layers(bank: ProjectorBank) -> Iterator[None]:
     """Every projector gives what its last layer is fed with; what follows the projectors is linear."""
+    if any(isinstance(projector, MixtureProjector) for projector in bank):
+        raise ValueError("data.captions fits one projector, not a mixture; leave out projector_experts or the captions")
     lasts = [cast(nn.Sequential, projector)[-1] for projector in bank]
     if others := {type(last).__name__ for last in lasts if not isinstance(last, nn.Linear)}:
         raise ValueError(

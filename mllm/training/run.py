@@ -19,6 +19,7 @@ from torch import nn
 
 from mllm.budget import Budget, Space
 from mllm.building import build
+from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.loading import load_trainables, save_run
 from mllm.processing import ElasticProcessor
@@ -27,9 +28,17 @@ from mllm.trainables import set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
+from mllm.training.features import (
+    FeatureDataset,
+    FeatureStore,
+    claim,
+    features_fingerprint,
+    fill_store,
+    pass_features_through,
+)
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
-from mllm.training.loaders import read_samples, train_loader, validation_loader
+from mllm.training.loaders import loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.survey import Survey, survey
@@ -100,8 +109,12 @@ def build_trainer(
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
     surveyed.check(samples, data.tokens_per_batch)
+    if data.features is None:
+        rows = ManifestDataset(samples, load=loading(data, processor, augmented=True), seed=settings.train.seed)
+    else:
+        rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples))
     batches = train_loader(
-        samples,
+        rows,
         surveyed,
         settings=data,
         processor=processor,
@@ -129,6 +142,46 @@ def build_trainer(
     if settings.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer
+
+
+def make_features(settings: RunSettings, *, rank: int = 0, num_ranks: int = 1) -> FeatureStore:
+    """Make a share of the features a run reads, without training; any number of processes may each make theirs.
+
+    Raises:
+        ValueError: see `claim` and `fill_store`.
+    """
+    model, processor = build(settings.model)
+    set_trainables(model, settings.parts)  # what is frozen stands in eval mode
+    samples = read_samples(settings.data.train, settings.data)
+    return _filled_store(settings, model, processor, samples, rank=rank, num_ranks=num_ranks)
+
+
+def _filled_store(
+    settings: RunSettings, model: Any, processor: ElasticProcessor, samples: list[Sample], *, rank: int, num_ranks: int
+) -> FeatureStore:
+    own = settings.data.features
+    assert own is not None
+    sizes = {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
+    store = FeatureStore(Path(own.folder), sizes, own.versions, own.seed)
+    if rank == 0:
+        claim(store.folder, features_fingerprint(model.config, processor, settings.data))
+    load = loading(settings.data, processor, augmented=True)
+    fill_store(store, model, samples, load, rank=rank, num_ranks=num_ranks, progress=settings.train.progress)
+    return store
+
+
+def _features(
+    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
+) -> FeatureStore:
+    """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
+    ranks = {"rank": arguments.process_index, "num_ranks": arguments.world_size}
+    store = _filled_store(settings, model.to(arguments.device), processor, samples, **ranks)
+    PartialState().wait_for_everyone()
+    store.read_index()
+    pass_features_through(model)
+    return store
 
 
 def build_sampler(settings: RunSettings, space: Space) -> Sampler:

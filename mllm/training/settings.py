@@ -20,6 +20,22 @@ Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Where the features of frozen encoders are kept; see training/features.py."""
+
+    folder: str
+    """Made before the first step where something is missing; runs with the same encoders and augmentation
+    may share it."""
+    versions: int = 1
+    """Differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
+    seed: int = 0
+    """Of their augmentation, in place of train.seed."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.features.versions", self.versions, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Which samples are trained on, and how they become batches."""
 
@@ -49,6 +65,8 @@ class DataSettings:
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; by less, the sound is cut or followed by silence.
     null never compares."""
+    features: FeatureSettings | None = None
+    """Encode every training sample once, before the first step, instead of in every epoch; off when left out."""
     tokens_per_batch: int = 4096
     """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
@@ -134,6 +152,8 @@ class TrainSettings:
     """Other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """How much the loss of a task counts, e.g. {vsr: 1.5} as in Omni-AVSR; 1 for every task that is not named."""
+    sink_weight: float = 0.0
+    """Weight of Llama-AVSR's sink loss, which keeps tokens from looking like the first one; there 10000, off here."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls from its peak to 0 at the last step; `constant` keeps it."""
     warmup_steps: int = 0
@@ -190,7 +210,7 @@ class TrainSettings:
                 _at_least(f"train.{key}", getattr(self, key), 1)
         for key in ("log_every", "keep_checkpoints", "accumulation"):
             _at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"):
             _at_least(f"train.{key}", getattr(self, key), 0)
         for task, weight in self.task_weights.items():
             if weight <= 0:
@@ -215,6 +235,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         self._check_parts()
+        self._check_features()
         if self.model.dtype != "float32" and self.train.precision != self.model.dtype:
             raise ValueError(
                 f"model.dtype is {self.model.dtype}, which train.precision {self.train.precision} cannot train beside; "
@@ -230,6 +251,19 @@ class RunSettings:
         for key in ("validate_every", "validation_budgets"):
             if getattr(self.train, key) and not self.data.validation:
                 raise ValueError(f"train.{key} is set, but data.validation names no manifest")
+
+    def _check_features(self) -> None:
+        if self.data.features is None:
+            return
+        if learning := sorted(set(self.parts) & set(MEDIA)):
+            raise ValueError(f"data.features keeps what frozen encoders give, but train.parts holds {learning[0]}")
+        for medium, own in self.model.media.items():
+            if own.encoder_adapter is not None:
+                raise ValueError(
+                    f"data.features keeps what frozen encoders give; model.{medium} has an encoder_adapter"
+                )
+        if self.data.validation:
+            raise ValueError("data.features leaves the run without encoders, so data.validation cannot be answered")
 
     def _check_parts(self) -> None:
         for part in self.parts:

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from mllm.budget import Budget
 from mllm.expansion import Batch
 from mllm.loading import load_trainables, trainable_state
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
 from mllm.trainables import trainable_names
@@ -34,7 +34,7 @@ from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
-from mllm.training.objective import Distillation, Loss, objective, with_balance
+from mllm.training.objective import Distillation, Loss, objective, sink, with_auxiliary
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
 from mllm.training.passes import Lesson, drawn_passes, fixed_passes, make_lesson, num_targets
 
@@ -158,7 +158,7 @@ class ElasticTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is {loss.total.item()} for samples {rows}; nothing was "
                 "updated"
             )
-        self.tally.add(lesson, loss.sums, loss.balance)
+        self.tally.add(lesson, loss.sums, loss.auxiliary)
         if loss.usage is not None:
             self.experts.add(lesson.names, lesson.pass_budgets, loss.usage)
         total = loss.total * self.accelerator.num_processes
@@ -171,13 +171,15 @@ class ElasticTrainer(Trainer):
         device = self.args.device
         inputs = {key: value.to(device, non_blocking=True) for key, value in lesson.inputs.items()}
         positions = lesson.positions.to(device, non_blocking=True)
-        outputs = model(**inputs, logit_positions=positions, use_cache=False)
+        with_sink = model.training and self.args.sink_weight > 0
+        outputs = model(**inputs, logit_positions=positions, use_cache=False, output_hidden_states=with_sink)
         loss = objective(outputs.logits, lesson.supervision.to(device), targets, distillation)
-        if outputs.balance is None:
-            return loss
-        weight = cast(dict[str, Any], self.elastic.config.adapter)["balance_weight"]
+        auxiliary: dict[str, Tensor] = outputs.auxiliary or {}
+        if with_sink:
+            auxiliary = {**auxiliary, "sink": sink(outputs.hidden_states[1:], inputs["attention_mask"])}
+        weights = {**auxiliary_weights(self.elastic.config), "sink": self.args.sink_weight}
         budgets, shares = lesson.pass_budgets.to(device), lesson.shares.to(device)
-        loss = with_balance(loss, outputs.balance, budgets=budgets, shares=shares, num_targets=targets, weight=weight)
+        loss = with_auxiliary(loss, auxiliary, weights, budgets=budgets, shares=shares, num_targets=targets)
         return replace(loss, usage=outputs.expert_usage)
 
     # ---- the optimizer ----

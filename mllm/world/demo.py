@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[st
 
     report = progress or (lambda *_: None)
     out = Path(settings.out)
-    _claim(out, settings)
+    claim(out, settings)
     seconds = {}
     started = time.monotonic()
     write_corpora(out / "corpus", settings, progress=report)
@@ -142,9 +142,17 @@ def evaluation_settings(settings: DemoSettings) -> EvaluateSettings:
     )
 
 
-def _claim(out: Path, settings: DemoSettings) -> None:
-    """Refuse a folder that was made with other settings."""
-    own = {key: value for key, value in asdict(settings).items() if key != "out"}
+def claim(out: Path, settings: Any, *, ignored: Sequence[str] = ("out",)) -> None:
+    """Make a folder that of a demo of these settings, or find that it is.
+
+    Args:
+        settings: a dataclass.
+        ignored: keys that may differ.
+
+    Raises:
+        ValueError: it was made with other settings; they are named.
+    """
+    own = {key: value for key, value in asdict(settings).items() if key not in ignored}
     mark = out / "demo.json"
     if mark.exists() and (before := json.loads(mark.read_text())) != own:
         changed = ", ".join(f"{key} was {before.get(key)}" for key in own if before.get(key) != own[key])

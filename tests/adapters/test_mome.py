@@ -226,11 +226,11 @@ def test_a_row_in_a_mixed_batch_equals_the_row_alone_and_is_reported(placement: 
         single = model(**alone, adapter_report=True)
         length = alone["input_ids"].shape[1]
         torch.testing.assert_close(out.logits[row, :length], single.logits[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(out.balance[row], single.balance[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.auxiliary["balance"][row], single.auxiliary["balance"][0], rtol=1e-4, atol=1e-5)
         assert out.expert_usage[:, row].sum(dim=(1, 2)).tolist() == [2.0 * length] * 2  # top 2, in each of 2 layers
         soft = {medium: int(alone.get(f"num_{medium}_tokens", torch.zeros(1)).sum()) for medium in ("audio", "video")}
         assert out.expert_usage[0, row].sum(dim=1)[2:].tolist() == [2.0 * soft["audio"], 2.0 * soft["video"]]
-    assert model(**inputs).balance is None
+    assert model(**inputs).auxiliary is None
 
 
 def test_a_run_is_loaded_bit_for_bit_and_cannot_be_exported(tmp_path: Path) -> None:

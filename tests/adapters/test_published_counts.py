@@ -63,7 +63,7 @@ def test_parameters_of_mome(llm: str, bottleneck: int, active: float, total: flo
 
 @pytest.mark.parametrize(("name", "published"), [("s", 38.29), ("t", 51.92), ("st", 58.74)])
 def test_parameters_of_omni_avsr(name: str, published: float) -> None:
-    settings = read(ROOT / "configs" / f"omni_avsr_{name}.yaml")
+    settings = read(ROOT / "configs" / f"omni_{name}.yaml")
     model = build_on_meta(settings.model)
     set_trainables(model, settings.parts)
     assert millions(own for own in model.parameters() if own.requires_grad) == pytest.approx(published, abs=0.006)

@@ -137,4 +137,5 @@ def test_the_keys_that_are_read_are_listed() -> None:
     assert set(SETTINGS) == {
         *("keys", "query_size", "query_heads", "project_first", "order"),
         *("projector_size", "projector_norm", "projector_activation"),
+        *("projector_experts", "projector_top_k", "projector_balance_weight", "projector_z_weight"),
     }

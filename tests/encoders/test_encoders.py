@@ -68,7 +68,8 @@ WAVES = {
 LIPS = AVHubertConfig(
     **TRUNK, resnet_channels=(4, 8, 16, 32), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4
 )
-CONFIGS = {**TOWERS, **WAVES, "whisper": WhisperConfig(**WHISPER), "lips": LIPS}
+LISTENING = tower_config(LIPS, "audio")
+CONFIGS = {**TOWERS, **WAVES, "whisper": WhisperConfig(**WHISPER), "lips": LIPS, "listening": LISTENING}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -228,6 +229,8 @@ def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
     both = SiglipConfig(vision_config=PICTURE)
     assert tower_config(both).model_type == "siglip_vision_model"
     assert tower_config(LIPS) is LIPS
+    assert tower_config(LIPS, "video") is LIPS
+    assert LISTENING.to_dict() == {**LIPS.to_dict(), "model_type": "av_hubert_audio"}
 
 
 def test_published_towers_have_their_published_grids() -> None:

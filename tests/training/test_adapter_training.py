@@ -62,13 +62,55 @@ def test_the_loss_holds_the_balance_of_every_pass_by_its_share_of_the_targets(tm
         with torch.no_grad():
             out = trainer.model(**expanded.inputs, labels=expanded.labels, adapter_report=True)
         count = sum(label != -100 for label in batch.rows[own.row].labels)
-        expected += own.weight * count / targets * (out.loss.item() + 0.5 * out.balance.item())
-        balances.setdefault(own.name, []).append(out.balance.item())
+        expected += own.weight * count / targets * (out.loss.item() + 0.5 * out.auxiliary["balance"].item())
+        balances.setdefault(own.name, []).append(out.auxiliary["balance"].item())
     trainer.train()
     row = log_rows(tmp_path)[0]
     assert row["loss"] == pytest.approx(expected, rel=1e-5)
     logged = {key.removeprefix("balance/"): value for key, value in row.items() if key.startswith("balance/")}
     assert logged == pytest.approx({name: sum(own) / len(own) for name, own in balances.items()}, rel=1e-4)
+
+
+def mixture_settings() -> ModelSettings:
+    """A mixture of projectors for sound and one projector for lips."""
+    own = tiny.settings(("audio", "video"))
+    assert own.audio is not None
+    audio = dataclasses.replace(own.audio, projector_experts=3, projector_balance_weight=0.5, projector_z_weight=0.25)
+    return dataclasses.replace(own, audio=audio)
+
+
+def test_losses_of_projectors_and_the_sink_are_added_by_their_weights_and_logged(tmp_path: Path) -> None:
+    rows = {}
+    for name, sink_weight in (("without", 0.0), ("with", 100.0)):
+        settings = run_settings(tmp_path / name, mixture_settings(), sampler=ALL, max_steps=1, sink_weight=sink_weight)
+        make_trainer(settings, batches=[[0]]).train()
+        rows[name] = log_rows(tmp_path / name)[0]
+    plain = rows["without"]
+    budgets = [key.removeprefix("loss/") for key in plain if key.startswith("loss/")]
+    shares = 1 / len(budgets)
+    expected = sum(
+        shares * (plain[f"loss/{name}"] + 0.5 * plain[f"audio_balance/{name}"] + 0.25 * plain[f"audio_z/{name}"])
+        for name in budgets
+    )
+    assert plain["loss"] == pytest.approx(expected, rel=1e-4)
+    sinks = sum(shares * rows["with"][f"sink/{name}"] for name in budgets)
+    assert 0 < sinks < 1
+    assert rows["with"]["loss"] == pytest.approx(plain["loss"] + 100 * sinks, rel=1e-4)
+    assert not [key for key in plain if key.startswith(("sink/", "video_"))]
+
+
+def test_accumulation_does_not_change_what_a_mixture_of_projectors_learns(tmp_path: Path) -> None:
+    weights = {}
+    for name, batches, accumulation in (("one", [[0, 1, 2, 3]], 1), ("two", [[0, 1], [2, 3]], 2)):
+        options = {"max_steps": 2, "accumulation": accumulation, "sink_weight": 10.0}
+        trainer = make_trainer(run_settings(tmp_path / name, mixture_settings(), **options), batches=batches)
+        before = {own: value.clone() for own, value in trainer.trainables().items()}
+        trainer.train()
+        weights[name] = trainer.trainables()
+        assert not [own for own, value in weights[name].items() if torch.equal(value, before[own])]
+    assert any("gate" in name for name in weights["one"])
+    for name, value in weights["one"].items():
+        torch.testing.assert_close(weights["two"][name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ import torch
 from mllm.augmentation import TimeMask
 from mllm.budget import Budget
 from mllm.cli import parse
+from mllm.data.dataset import ManifestDataset
 from mllm.data.settings import ReaderSettings
 from mllm.media.writing import write_lip_video
-from mllm.training.loaders import build_augmentation, read_samples, train_loader
+from mllm.training.loaders import build_augmentation, loading, read_samples, train_loader
 from mllm.training.settings import DataSettings, read_run_settings, settings_yaml
 from mllm.training.survey import survey
 
@@ -97,8 +98,9 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
         )
         samples = read_samples(settings.train, settings)
         lanes = {"process_index": 0, "num_processes": 1, "accumulation": 1}
+        data = ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0)
         loader = train_loader(
-            samples,
+            data,
             survey(samples, processor),
             settings=settings,
             processor=processor,

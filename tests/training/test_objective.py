@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllm.training.objective import Distillation, Supervision, objective
+from mllm.training.objective import Distillation, Supervision, objective, sink
 
 VOCABULARY = 7
 
@@ -116,3 +116,18 @@ def test_half_precision_logits_are_compared_in_single() -> None:
     half = objective(logits.to(torch.bfloat16), supervision, 3).total
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(objective(logits.bfloat16().float(), supervision, 3).total.item(), rel=1e-6)
+
+
+def test_the_sink_loss_is_the_mean_squared_cosine_to_the_first_token() -> None:
+    chance = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(2, 4, 5, generator=chance) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    expected = []
+    for row, length in enumerate((4, 2)):
+        cosines = [
+            (layer[row, place] @ layer[row, 0] / layer[row, place].norm() / layer[row, 0].norm()) ** 2
+            for layer in hidden
+            for place in range(1, length)
+        ]
+        expected.append(sum(cosines) / len(cosines))
+    torch.testing.assert_close(sink(hidden, mask), torch.stack(expected))

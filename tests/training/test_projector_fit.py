@@ -139,6 +139,8 @@ def test_the_fit_does_not_depend_on_batches() -> None:
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match=r"end in a linear layer, got LayerNorm; set projector_norm to false"):
         fit(tiny.settings(("image",), image={"projector_norm": True}), ["image"])
+    with pytest.raises(ValueError, match=r"fits one projector, not a mixture; leave out projector_experts"):
+        fit(tiny.settings(("image",), image={"projector_experts": 2}), ["image"])
     query = {"compressor": "query", "budgets": [16, 4]}
     with pytest.raises(
         ValueError, match=r"data.captions holds image, whose compressor has no projector; allowed: pool"

@@ -1,0 +1,68 @@
+"""AV-HuBERT as the audio encoder: filterbank frames in, 25 features per second out.
+
+The video half of its input is zeros.
+
+Knows filterbank frames and the true length of each sound in samples. `av_hubert.py` holds the network, `filterbank.py`
+makes the frames.
+
+Shapes: N clips, T stacked filterbank frames of the longest clip, D feature size.
+Source: the encoder `avhubert-audio` of Llama-AVSR (arXiv 2409.12319).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mllm.encoders.av_hubert import AVHubertEncoder
+from mllm.encoders.base import Encoder, EncoderFacts
+from mllm.filterbank import HOP_SAMPLES, NUM_STACKED, WINDOW_SAMPLES, num_stacked_frames
+
+
+class ListeningEncoder(Encoder):
+    """AV-HuBERT on sound alone.
+
+    The backbone loses its video path: it could never train, and would keep processes that train together waiting.
+    """
+
+    def __init__(self, *, backbone: AVHubertEncoder) -> None:
+        super().__init__(backbone)
+        backbone.feature_extractor_video = None
+        self.hidden_size: int = backbone.config.hidden_size
+        self.frames_per_second = float(backbone.config.frames_per_second)
+
+    def lengths(self, raw: Tensor) -> Tensor:
+        """Samples (N,) -> feature frames (N,), as `num_stacked_frames` counts them."""
+        frames = 1 + (-((WINDOW_SAMPLES - raw) // HOP_SAMPLES)).clamp(min=0)
+        return -(-frames // NUM_STACKED)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode clips.
+
+        Args:
+            values: (N, T, 104) stacked filterbank frames; what follows a clip's end does not matter.
+            lengths: (N,) true samples of each clip at 16 kHz.
+
+        Returns:
+            features (N, T, D) and the true frames (N,).
+        """
+        num_frames = self.lengths(lengths)
+        return self.backbone(audio=values, lengths=num_frames), num_frames
+
+    def smallest_input(self) -> tuple[Tensor, Tensor]:
+        """One frame of a sound of one sample."""
+        return torch.zeros(1, 1, self.backbone.config.audio_feature_size), torch.tensor([1])
+
+
+def listening_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+    """The facts of AV-HuBERT as an audio encoder."""
+    return EncoderFacts(
+        "audio", config.hidden_size, frames_per_second=float(config.frames_per_second), num_frames=num_stacked_frames
+    )
+
+
+def wrap_listening(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> ListeningEncoder:
+    """AV-HuBERT as an audio encoder of this project; it has no settings."""
+    return ListeningEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]

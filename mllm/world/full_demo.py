@@ -1,0 +1,292 @@
+"""The long demo: elastic speech models against separately trained ones of a fixed rate, with several seeds.
+
+Knows the world's speech corpus, training and evaluation, and which models are compared. Does not know how any works.
+
+    out/speech/              the corpus, shared by all models
+    out/features/            what the frozen encoders make of it
+    out/<model>/<seed>/      a run and its evaluation
+    out/comparison.*         see `full_report.py`
+
+Every model is trained and evaluated by a worker process with one thread: models are independent of each other.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm.data.manifest import read_manifest, write_manifest
+from mllm.evaluation.report import RESULTS
+from mllm.evaluation.settings import EvaluateSettings
+from mllm.world.demo import RECIPE, claim
+from mllm.world.speech_corpus import TASKS, SpeechCorpusSettings, write_speech_corpus
+
+AUDIO_RATES = (4, 16)
+VIDEO_RATES = (2, 5)
+SNRS_DB = (None, 0.0, -5.0)
+ELASTIC = {
+    "omni_st": {"kind": "lora_bank", "variant": "st", "rank": 16, "alpha": 32},
+    "mome": {"kind": "mome", "placement": "layer", "num_experts": 7, "num_shared": 1, "top_k": 2, "bottleneck": 32},
+}
+"""The adapters of the models that are trained for all tasks and rates at once."""
+SEPARATE = "separate"
+STEPS_OF_ELASTIC = len(TASKS)
+"""Steps of an elastic model for each step of a separate one: it sees every task's rows as often as they do."""
+VERSIONS = 3
+"""Of each training sample, with other noise in its sound; frozen encoders read each once for all models and seeds."""
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullDemoSettings:
+    """How much the long demo does; the defaults take less than an hour on 2 CPU cores."""
+
+    out: str = "runs/demo_full"
+    """Folder of the corpus, the runs, and the comparison."""
+    seed: int = 0
+    """Of the corpus, and the first of the seeds of training."""
+    num_seeds: int = 3
+    """How often everything is trained."""
+    steps: int = 150
+    """Optimizer steps of a separately trained model; an elastic one, for three tasks, takes three times as many."""
+    num_utterances: int = 2000
+    """Spoken sentences to train on."""
+    num_test_utterances: int = 200
+    """Spoken sentences to test on, by voices that were not trained on."""
+    num_workers: int | None = None
+    """Models trained at a time, one thread each; as many as there are cores when left out."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_seeds", "steps", "num_utterances", "num_test_utterances", "num_workers"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train and evaluate: at all tasks and rates (no task), or at one."""
+
+    model: str
+    seed: int
+    task: str | None = None
+    audio_rate: int | None = None
+    video_rate: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder of the run below that of the demo."""
+        rates = [str(rate) for rate in (self.audio_rate, self.video_rate) if rate is not None]
+        return "-".join([self.model, *([self.task] if self.task else []), *rates]) + f"/{self.seed}"
+
+    @property
+    def tasks(self) -> list[str]:
+        """What it is trained and tested on."""
+        return list(TASKS) if self.task is None else [self.task]
+
+    @property
+    def rates(self) -> dict[str, list[int]]:
+        """Its rates by medium."""
+        if self.task is None:
+            return {"audio": list(AUDIO_RATES), "video": list(VIDEO_RATES)}
+        own = {"audio": self.audio_rate, "video": self.video_rate}
+        return {medium: [rate] for medium, rate in own.items() if rate is not None}
+
+    @property
+    def budgets(self) -> list[str]:
+        """The budgets it is tested at; each sample is answered at the media it holds."""
+        combinations: list[list[str]] = [[]]
+        for medium, rates in self.rates.items():
+            combinations = [[*before, f"{medium}=/{rate}"] for before in combinations for rate in rates]
+        return [",".join(parts) for parts in combinations]
+
+
+def full_demo(settings: FullDemoSettings, *, progress: Progress | None = None) -> float:
+    """Make the corpus, train and evaluate every model; what is there already is not made again.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        ImportError: the speech synthesiser is not installed; the message has the pip line.
+        ValueError: the folder holds a demo of other settings.
+    """
+    report = progress or (lambda *_: None)
+    started = time.monotonic()
+    claim(Path(settings.out), settings, ignored=("out", "num_workers", "num_seeds"))
+    write_corpus(settings, report)
+    encode_corpus(settings, report)
+    run_jobs(jobs_of(settings), settings, report)
+    return time.monotonic() - started
+
+
+def jobs_of(settings: FullDemoSettings) -> list[Job]:
+    """Every model at every seed, the longest first."""
+    seeds = range(settings.seed, settings.seed + settings.num_seeds)
+    return [Job(model, seed) for seed in seeds for model in ELASTIC] + [
+        job for seed in seeds for job in separate_jobs(seed)
+    ]
+
+
+def separate_jobs(seed: int) -> list[Job]:
+    """One model for each task and combination of rates."""
+    both = [Job(SEPARATE, seed, "avsr", audio, video) for audio in AUDIO_RATES for video in VIDEO_RATES]
+    audio = [Job(SEPARATE, seed, "asr", audio_rate=rate) for rate in AUDIO_RATES]
+    return both + [Job(SEPARATE, seed, "vsr", video_rate=rate) for rate in VIDEO_RATES] + audio
+
+
+def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
+    """The speech corpus, and of each split a manifest per task beside the whole one."""
+    folder = Path(settings.out) / "speech"
+    last = folder / "test-avsr.jsonl"
+    if last.exists():
+        return
+    write_speech_corpus(
+        folder,
+        SpeechCorpusSettings(
+            num_train=settings.num_utterances, num_test=settings.num_test_utterances, seed=settings.seed
+        ),
+        num_workers=os.cpu_count() or 1,
+        on_progress=lambda done, total: progress("speaking", done, total),
+    )
+    for split in ("train", "test"):
+        samples = read_manifest(folder / f"{split}.jsonl", folder)
+        for task in TASKS:
+            write_manifest(folder / f"{split}-{task}.jsonl", [own for own in samples if own.task == task])
+
+
+def encode_corpus(settings: FullDemoSettings, progress: Progress) -> None:
+    """What the frozen encoders make of the training set, once for all models."""
+    folder = Path(settings.out) / "features"
+    done = folder / "whole"
+    if done.exists():
+        return
+    num_ranks = _num_workers(settings)
+    lines = (Path(settings.out) / "speech" / "train.jsonl").read_text(encoding="utf-8").count("\n")
+    with ProcessPoolExecutor(num_ranks, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_encode_share, settings, rank, num_ranks) for rank in range(num_ranks)}
+        for _ in _finished(pool, waiting):
+            rows = sum(file.read_bytes().count(b"\n") for file in folder.glob("index-*.jsonl"))
+            progress("encoding", rows, lines * VERSIONS)
+    done.touch()
+
+
+def _encode_share(settings: FullDemoSettings, rank: int, num_ranks: int) -> None:
+    import torch
+
+    from mllm.training.run import make_features
+
+    torch.set_num_threads(1)
+    make_features(run_settings(Job(next(iter(ELASTIC)), settings.seed), settings), rank=rank, num_ranks=num_ranks)
+
+
+def _finished(pool: ProcessPoolExecutor, waiting: set[Future[None]]) -> Iterator[None]:
+    """Every few seconds until all are done, and once more; the first failure stops all."""
+    while waiting:
+        finished, waiting = wait(waiting, timeout=5, return_when="FIRST_EXCEPTION")
+        yield
+        for one in finished:
+            if (problem := one.exception()) is not None:
+                pool.shutdown(cancel_futures=True)
+                raise problem
+
+
+def _num_workers(settings: FullDemoSettings) -> int:
+    return settings.num_workers or os.cpu_count() or 1
+
+
+def run_settings(job: Job, settings: FullDemoSettings) -> Any:
+    """The demo's recipe without pictures, at the job's tasks, rates and adapter."""
+    from mllm.training.settings import read_run_settings
+
+    values = yaml.safe_load(RECIPE.read_text())
+    model, data, train = values["model"], values["data"], values["train"]
+    speech = Path(settings.out) / "speech"
+    for medium in ("image", "audio", "video"):
+        if medium not in job.rates:
+            del model[medium]
+        else:
+            model[medium]["budgets"] = [f"/{rate}" for rate in job.rates[medium]]
+    targets = model["adapter"]["targets"]
+    if job.model in ELASTIC:
+        model["adapter"] = dict(ELASTIC[job.model])
+        if model["adapter"]["kind"] == "lora_bank":
+            model["adapter"]["targets"] = targets
+    model["seed"] = train["seed"] = job.seed
+    del data["captions"]
+    data["train"] = [str(speech / f"train-{task}.jsonl") for task in job.tasks]
+    data["num_workers"] = 0
+    data["features"] = {"folder": str(Path(settings.out) / "features"), "versions": VERSIONS, "seed": settings.seed}
+    data["noise"] = str(speech / "noise" / "train.wav")
+    if "audio" not in job.rates:
+        del data["noise"], data["snr_db"]
+    steps = steps_of(job, settings)
+    train |= {"max_steps": steps, "warmup_steps": steps // 9, "log_every": max(steps // 30, 1)}
+    train |= {"output": str(Path(settings.out) / job.name), "progress": False, "tensorboard": False}
+    return read_run_settings(values)
+
+
+def steps_of(job: Job, settings: FullDemoSettings) -> int:
+    """Optimizer steps of a job."""
+    return settings.steps * (STEPS_OF_ELASTIC if job.task is None else 1)
+
+
+def evaluation_settings(job: Job, settings: FullDemoSettings) -> EvaluateSettings:
+    """The job's tasks at its budgets; those with sound in quiet and in babble, lips alone once."""
+    speech = Path(settings.out) / "speech"
+    hears = "audio" in job.rates
+    return EvaluateSettings(
+        model=str(Path(settings.out) / job.name),
+        manifest=[str(speech / f"test-{task}.jsonl") for task in job.tasks],
+        budgets=job.budgets,
+        noise=str(speech / "noise" / "test.wav") if hears else None,
+        snr_db=list(SNRS_DB) if hears else [None],
+        max_new_tokens=24,
+        batch_size=50,
+        seed=settings.seed,
+        use_cpu=True,
+    )
+
+
+def run_jobs(jobs: Sequence[Job], settings: FullDemoSettings, progress: Progress) -> None:
+    """Run all jobs in worker processes, and tell how many optimizer steps of how many are done."""
+    folder = Path(settings.out)
+    total = sum(steps_of(job, settings) for job in jobs)
+    with ProcessPoolExecutor(_num_workers(settings), mp_context=get_context("spawn")) as pool:
+        for _ in _finished(pool, {pool.submit(run_job, job, settings) for job in jobs}):
+            done = sum(min(_step(folder / job.name / "log.jsonl"), steps_of(job, settings)) for job in jobs)
+            progress(f"training {len(jobs)} models", done, total)
+
+
+def run_job(job: Job, settings: FullDemoSettings) -> None:
+    """Train and evaluate one model, in a process of its own with one thread."""
+    import torch
+
+    from mllm.evaluation.run import evaluate
+    from mllm.training.run import train
+
+    torch.set_num_threads(1)
+    folder = Path(settings.out) / job.name
+    if (folder / "evaluation" / RESULTS).exists():
+        return
+    if not (folder / "trainables.safetensors").exists():
+        train(run_settings(job, settings), resume="auto")
+    evaluate(evaluation_settings(job, settings))
+
+
+def _step(log: Path) -> int:
+    """The last step a run has reported."""
+    if not log.exists():
+        return 0
+    lines = [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    return json.loads(lines[-1])["step"] if lines else 0

@@ -1,0 +1,69 @@
+"""AV-HuBERT as an audio encoder: from a folder that was written for lips to answers about a sound."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import soundfile
+import tiny
+import torch
+
+from mllm.budget import Budget
+from mllm.building import build
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
+from mllm.filterbank import num_stacked_frames, stacked_filterbank
+from mllm.loading import load, save_run
+from mllm.settings import ModelSettings
+from mllm.trainables import set_trainables
+
+LIPS = tiny.encoder_configs()["video"]
+
+
+@torch.no_grad()
+def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> None:
+    torch.manual_seed(0)
+    network = AVHubertEncoder(LIPS).eval()
+    sounds = [torch.randn(length).numpy() * 0.1 for length in (9000, 5000, 401)]
+    frames = [torch.from_numpy(stacked_filterbank(sound)) for sound in sounds]
+    expected = [network(audio=own[None])[0] for own in frames]
+    listener = wrap_encoder(AVHubertEncoder(tower_config(LIPS, "audio")), {}).eval()
+    listener.backbone.load_state_dict(network.state_dict(), strict=False)
+    batch = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True, padding_value=7.0)
+    features, counts = listener(batch, torch.tensor([len(sound) for sound in sounds]))
+    assert counts.tolist() == [num_stacked_frames(len(sound)) for sound in sounds] == [len(own) for own in expected]
+    for item, own in enumerate(expected):
+        torch.testing.assert_close(features[item, : len(own)], own, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cut to read audio alone"):
+        listener.backbone(video=torch.zeros(1, 2, 1, 32, 32))
+
+
+def listening_settings(folder: Path) -> ModelSettings:
+    parts = tiny.write_parts(folder)
+    own = tiny.settings_on(parts, ("audio", "video"))
+    assert own.audio is not None
+    return dataclasses.replace(own, audio=dataclasses.replace(own.audio, encoder=parts["video"], budgets=["/2", "/4"]))
+
+
+def test_one_folder_serves_lips_and_sound_and_a_run_is_the_same_after_loading(tmp_path: Path) -> None:
+    model, processor = build(listening_settings(tmp_path / "parts"))
+    set_trainables(model, ("compressors", "adapter"))
+    names = tiny.write_media(tmp_path / "media", seconds=0.8)
+    parts = (Media("audio", names["audio"]), Media("video", names["video"]), Text("transcribe."))
+    sample = Sample("one", (Message("user", parts),), task="avsr", root=tmp_path / "media")
+    inputs = processor([sample], Budget.parse("audio=/4,video=/2"))
+    num_samples = soundfile.info(tmp_path / "media" / names["audio"]).frames
+    assert inputs["num_audio_tokens"].tolist() == [num_stacked_frames(num_samples) // 4]
+    with torch.no_grad():
+        before = model.eval()(**inputs).logits
+        save_run(model, processor, tmp_path / "run")
+        again, processor = load(tmp_path / "run")
+        after = again.eval()(**processor([sample], Budget.parse("audio=/4,video=/2"))).logits
+    torch.testing.assert_close(after, before)
+
+
+def test_normalised_twice_is_refused(tmp_path: Path) -> None:
+    own = listening_settings(tmp_path)
+    assert own.audio is not None
+    with pytest.raises(ValueError, match="normalize_audio does not go with AV-HuBERT"):
+        build(dataclasses.replace(own, audio=dataclasses.replace(own.audio, normalize_audio=True)))
