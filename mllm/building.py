@@ -65,9 +65,10 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
         }
         for medium, own in settings.media.items()
     }
-    return ElasticProcessor(
-        tokenizer, elastic={"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
-    )
+    elastic = {"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
+    if settings.released_behaviour:
+        elastic["shares_lengths"] = True
+    return ElasticProcessor(tokenizer, elastic=elastic)
 
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:

@@ -15,12 +15,17 @@ from mllm.data.manifest import Media, Message, Part, Text
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
-# conversation.py, "v1"). `chat` stands for the template that came with the tokenizer.
+# conversation.py, "v1"); `avsr` is how Llama-AVSR, Llama-MTSK and Omni-AVSR put sound, lips, prompt and transcript side
+# by side, without a space between them. `chat` stands for the template that came with the tokenizer.
 TEMPLATES = {
     "plain": (
         "{{ bos_token }}{% for message in messages %}"
         "{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
         "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    ),
+    "avsr": (
+        "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
     "vicuna_v1": (
         "{{ bos_token }}{% if messages[0].role != 'system' %}A chat between a curious user and an artificial "
@@ -51,7 +56,7 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer.
-        chat_format: `plain`, `vicuna_v1`, or `chat` for the tokenizer's own template.
+        chat_format: `plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
         placeholder_ids: per medium the id that stands for it.
         span_ids: per medium the ids before and after it.
 

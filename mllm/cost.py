@@ -57,7 +57,9 @@ def request_cost(
     num_beams: int = 1,
     dtype: str = "float32",
 ) -> RequestCost:
-    """The cost of answering one request, as `generate` runs it: encode once, prefill and decode every beam.
+    """The cost of answering one request, as `generate` runs it: encode once, read the prompt once, decode every beam.
+
+    Beams read the last token of the prompt each for itself (see `mllm.beams`); it counts as prefill.
 
     Args:
         config: an `ElasticConfig`.
@@ -71,7 +73,9 @@ def request_cost(
     """
     text, adapter, media = config.text_config, config.adapter, config.media
     encoders = config.encoder_configs
-    first = llm_flops(text, num_tokens=num_prompt_tokens, num_logits=1, adapter=adapter)
+    shared = num_prompt_tokens - 1 if num_beams > 1 else 0
+    once = llm_flops(text, num_tokens=shared, num_logits=1, adapter=adapter) if shared else 0
+    first = llm_flops(text, num_tokens=num_prompt_tokens - shared, past_tokens=shared, num_logits=1, adapter=adapter)
     rest = max(num_new_tokens - 1, 0)  # the prompt's own pass gives the first token
     later = llm_flops(text, num_tokens=rest, past_tokens=num_prompt_tokens, num_logits=rest, adapter=adapter)
     kept = num_prompt_tokens + rest
@@ -83,7 +87,7 @@ def request_cost(
             )
             for item in items
         ),
-        prefill=num_beams * first,
+        prefill=once + num_beams * first,
         decode=num_beams * later,
         kv_bytes=num_beams * kept * kv_bytes_per_token(text, dtype=dtype),
     )
@@ -103,10 +107,31 @@ def llm_flops(
         ValueError: a mixture of experts, or a config without the fields of such a decoder.
     """
     body = sum(rows * columns for rows, columns in _linears(text).values()) + _adapter_weights(text, adapter)
-    pairs = num_tokens * past_tokens + num_tokens * (num_tokens + 1) // 2
-    attention = 4 * text.num_attention_heads * _head_size(text) * pairs
+    attention = attention_flops(text, num_tokens=num_tokens, past_tokens=past_tokens)
     head = 2 * text.hidden_size * text.vocab_size * num_logits
-    return text.num_hidden_layers * (2 * body * num_tokens + attention) + head
+    return text.num_hidden_layers * 2 * body * num_tokens + attention + head
+
+
+def published_flops(text: Any, *, num_tokens: int, adapter: Mapping[str, Any] | None = None) -> int:
+    """FLOPs of a prompt as Llama-MTSK (arXiv 2503.06362) prints them: twice the parameters at work, times the tokens.
+
+    The parameters are those of layers, norms and head, and of the adapter; the input embedding, which is only looked
+    up, is left out, and the head counts even where it shares the embedding's weights. Biases are left out. Attention
+    between tokens is not in it; `attention_flops` is.
+
+    Raises:
+        ValueError: as `llm_flops`.
+    """
+    size = text.hidden_size
+    layer = sum(rows * columns for rows, columns in _linears(text).values()) + _adapter_weights(text, adapter)
+    weights = text.num_hidden_layers * (layer + 2 * size) + size + text.vocab_size * size
+    return 2 * weights * num_tokens
+
+
+def attention_flops(text: Any, *, num_tokens: int, past_tokens: int = 0) -> int:
+    """FLOPs of attention in all layers: scores and weighted sums over the pairs of a causal mask."""
+    pairs = num_tokens * past_tokens + num_tokens * (num_tokens + 1) // 2
+    return text.num_hidden_layers * 4 * text.num_attention_heads * _head_size(text) * pairs
 
 
 def train_factor(*, llm_trains: bool = False, checkpointing: bool = False) -> int:

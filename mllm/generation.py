@@ -70,8 +70,10 @@ class Decoding:
     """How tokens are chosen.
 
     Args:
-        num_beams: 1 is greedy.
+        num_beams: 1 is greedy. The prompt is read once, whatever the number.
         max_new_tokens: answers end there at the latest.
+        length_penalty: beams are compared by the sum of their log-probabilities over length to this power; above 0
+            favours long answers.
         temperature: samples at this temperature instead; needs `num_beams` 1.
         seed: of the samples.
 
@@ -83,6 +85,7 @@ class Decoding:
     max_new_tokens: int = 64
     temperature: float | None = None
     seed: int = 0
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for key in ("num_beams", "max_new_tokens"):
@@ -93,6 +96,8 @@ class Decoding:
                 f"temperature is {self.temperature} with num_beams {self.num_beams}; sampling needs a temperature "
                 "above 0 and num_beams 1, and without a temperature the answer is deterministic"
             )
+        if self.length_penalty != 1.0 and self.num_beams == 1:
+            raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
 
 
 @dataclass
@@ -127,7 +132,7 @@ class Answerer:
         """Answer one request about files.
 
         Args:
-            text: the question; without one, what `DEFAULT_PROMPTS` asks of these media.
+            text: the question; without one, what the model's own prompts or `DEFAULT_PROMPTS` ask of these media.
             image, audio, video: a file or several; in the prompt pictures stand before sounds before videos, all
                 before the text.
             budget: see `mllm.budget`.
@@ -139,7 +144,8 @@ class Answerer:
             ValueError: a medium the model does not take, a budget that cannot be met (with what is allowed), or nothing
                 to ask.
         """
-        sample, names = request({"image": image, "audio": audio, "video": video}, text)
+        prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
+        sample, names = request({"image": image, "audio": audio, "video": video}, text, prompts)
         asked = Budget.parse(budget) if isinstance(budget, str) else budget
         if idle := set(asked.amounts) - {part.medium for part in sample.media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
@@ -195,7 +201,7 @@ class Answerer:
         inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
         with _stopwatch(self.model, timed) as watch, self._chance():
             ids = self.model.generate(**inputs, **self._options(on_text))
-        new_ids = ids[:, inputs["input_ids"].shape[1] :].cpu()
+        new_ids = [self._ended(new) for new in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         prompt_lengths = expanded.inputs["attention_mask"].sum(dim=1).tolist()
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         if on_text is not None and self.decoding.num_beams > 1:
@@ -209,7 +215,7 @@ class Answerer:
                 tokens=tokens_by_medium([run.extent for run in row.runs], costs),
                 is_trained=is_trained([run.extent for run in row.runs], costs, self.processor.space),
                 num_prompt_tokens=length,
-                num_new_tokens=self._num_new(new.tolist()),
+                num_new_tokens=len(new),
                 timing=watch.timing(),
             )
             for text, budget, row, costs, length, new in zip(
@@ -235,9 +241,10 @@ class Answerer:
             torch.manual_seed(self.decoding.seed)
             yield
 
-    def _num_new(self, ids: list[int]) -> int:
+    def _ended(self, ids: list[int]) -> list[int]:
+        """An answer up to its end token; what follows waited for the batch mates."""
         ends = set(self.end_ids)
-        return next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
 
     def _options(self, on_text: Callable[[str], None] | None) -> dict[str, Any]:
         """Arguments of `generate`, every one that could make a checkpoint's own config change the answer included."""
@@ -250,7 +257,11 @@ class Answerer:
             "top_p": 1.0,
             "top_k": 0 if how.temperature is not None else 50,
             "repetition_penalty": 1.0,
-            "length_penalty": 1.0,
+            "length_penalty": how.length_penalty,
+            "early_stopping": False,
+            "num_return_sequences": 1,
+            "min_length": 0,
+            "min_new_tokens": 0,
             "no_repeat_ngram_size": 0,
             "eos_token_id": self.end_ids or None,
             "pad_token_id": self.processor.pad_id,
@@ -273,7 +284,9 @@ class _Pieces(TextStreamer):
             self.on_text(text)
 
 
-def request(files: Mapping[str, Files], text: str | None = None) -> tuple[Sample, dict[str, str]]:
+def request(
+    files: Mapping[str, Files], text: str | None = None, prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS
+) -> tuple[Sample, dict[str, str]]:
     """One request about files anywhere on the disk, as a sample.
 
     Returns:
@@ -286,14 +299,14 @@ def request(files: Mapping[str, Files], text: str | None = None) -> tuple[Sample
     media = tuple(dict.fromkeys(medium for medium, _ in named))
     if text is None and not named:
         raise ValueError("nothing to answer: give text, or an image, audio or video file")
-    if text is None and media not in DEFAULT_PROMPTS:
+    if text is None and media not in prompts:
         raise ValueError(f"there is no default question about {' and '.join(media)} together; give text")
     # Links are followed here: whoever names a file may read it, while a manifest cannot leave its root.
     real = [os.path.realpath(file) for _, file in named]
     root = os.path.commonpath([os.path.dirname(path) for path in real]) if real else os.curdir
     paths = [Path(path).relative_to(root).as_posix() for path in real]
     parts = tuple(Media(medium, path) for (medium, _), path in zip(named, paths, strict=True))  # type: ignore[arg-type]
-    message = Message("user", (*parts, Text(DEFAULT_PROMPTS[media] if text is None else text)))
+    message = Message("user", (*parts, Text(prompts[media] if text is None else text)))
     names = {path: name for path, (_, name) in zip([*paths, *real], [*named, *named], strict=True)}
     return Sample("request", (message,), task="generate", root=Path(root)), names
 

@@ -21,6 +21,7 @@ from mllm.building import assemble
 from mllm.configuration import ElasticConfig
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor
+from mllm.sources import within_run
 from mllm.trainables import set_trainables, trainable_names
 
 TRAINABLES = "trainables.safetensors"
@@ -112,6 +113,7 @@ def load(
         )
         return model.eval(), processor
     config = ElasticConfig.from_pretrained(folder)
+    config.sources = within_run(config.sources or {}, folder)
     model = assemble(config, dtype=dtype, attention=attention)
     load_trainables(model, folder / TRAINABLES, set_trainables(model, tuple(config.trained_parts)))
     return model.eval(), processor

@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.hand_over import KEYWORD
+from mllm.beams import num_copies, prefill, shares_prefill
 from mllm.configuration import ElasticConfig
 from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel
 
@@ -199,17 +200,31 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate` with the media encoded and compressed once per item, whatever the beams.
+        """transformers' `generate`; media are encoded once per item and prompts read once per row, whatever the beams.
 
         Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
-        the prompt included. In the returned ids a placeholder reads as the pad id, or 0 where there is none.
+        the prompt included. In the returned ids a placeholder reads as the pad id, or 0 where there is none. Options
+        that ask for another cache, or to see the pass over the prompt, make every beam read it (see `mllm.beams`).
         """
         media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
         input_ids = kwargs.pop("input_ids", inputs)
+        placeholders = list((self.config.placeholder_ids or {}).values())
+        spliced_last = True
         if any(media[key] is not None for key in VALUE_KEYS.values()):
             kwargs["inputs_embeds"] = self.model.embed(input_ids, media)
-            filler = self.generation_config.pad_token_id or 0
-            for placeholder in (self.config.placeholder_ids or {}).values():
-                input_ids = input_ids.masked_fill(input_ids == placeholder, filler)
+            is_soft = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
+            spliced_last = bool(is_soft[:, -1].any())
+            input_ids = input_ids.masked_fill(is_soft, self.generation_config.pad_token_id or 0)
+        if shares_prefill(input_ids, kwargs, self.generation_config):
+            kwargs["past_key_values"] = prefill(
+                self,
+                input_ids,
+                kwargs["attention_mask"],
+                inputs_embeds=kwargs.get("inputs_embeds"),
+                copies=num_copies(kwargs, self.generation_config),
+                **{key: kwargs.get(key) for key in ("scale_ids", "task_ids")},
+            )
+            if not spliced_last:  # what is left of the prompt is one token of text; B * C embeddings need not be made
+                del kwargs["inputs_embeds"]
         parent: Any = super()
         return parent.generate(input_ids, **kwargs)

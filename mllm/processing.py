@@ -5,7 +5,7 @@ Does not know weights, training or metrics. Everything it makes is on the host.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, expand
-from mllm.media import Audio, MediaLoader, agreeing_sound, resolve_media
+from mllm.media import Audio, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
 from mllm.transforms import MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
@@ -45,7 +45,9 @@ class ElasticProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer that holds the placeholder tokens.
         elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
             (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), and the
-            tokens around its run (`span`). `members` are the scales and tasks of an adapter that has some.
+            tokens around its run (`span`). `members` are the scales and tasks of an adapter that has some, `prompts`
+            what is asked about media (`audio+video`) when nothing is, and with `shares_lengths` every clip of a batch
+            counts as long as the longest and training rows are not masked, as in the released AVSR code.
 
     Raises:
         ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
@@ -59,6 +61,8 @@ class ElasticProcessor(ProcessorMixin):
         self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
         self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
         self.use_members(self.elastic.get("members", {}))
+        self.prompts = {tuple(name.split("+")): text for name, text in self.elastic.get("prompts", {}).items()}
+        self.shares_lengths = bool(self.elastic.get("shares_lengths", False))
         self.chat = ChatEncoder(
             tokenizer,
             chat_format=self.elastic["chat_format"],
@@ -104,7 +108,7 @@ class ElasticProcessor(ProcessorMixin):
         sample: Sample,
         *,
         generator: np.random.Generator | None = None,
-        loader: MediaLoader | None = None,
+        loader: MediaLoader | RememberingLoader | None = None,
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
     ) -> list[LoadedMedia]:
@@ -138,7 +142,7 @@ class ElasticProcessor(ProcessorMixin):
             loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
         return loaded
 
-    def _read(self, sample: Sample, loader: MediaLoader | None) -> list[Any]:
+    def _read(self, sample: Sample, loader: MediaLoader | RememberingLoader | None) -> list[Any]:
         """Decoded media in order of appearance, sounds as long as the videos they belong to."""
         read = loader or MediaLoader(gray=True)
         for part in sample.media:
@@ -187,6 +191,8 @@ class ElasticProcessor(ProcessorMixin):
             ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
                 named.
         """
+        if self.shares_lengths:
+            media = as_long_as_longest(media)
         counts: dict[str, int] = {}
         rows = []
         for sample, items in zip(samples, media, strict=True):
@@ -206,7 +212,7 @@ class ElasticProcessor(ProcessorMixin):
 
     def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
         """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`."""
-        return expand(
+        expanded = expand(
             batch,
             budgets,
             space=self.space,
@@ -215,6 +221,9 @@ class ElasticProcessor(ProcessorMixin):
             left_padding=left_padding,
             members=self.members,
         )
+        if self.shares_lengths and not left_padding:
+            expanded.inputs["attention_mask"].fill_(1)
+        return expanded
 
     def __call__(
         self,
@@ -257,6 +266,14 @@ class ElasticProcessor(ProcessorMixin):
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
     """A conversation up to what the last assistant message answers."""
     return tuple(messages[:-1]) if messages and messages[-1].role == "assistant" else tuple(messages)
+
+
+def as_long_as_longest(media: Sequence[Sequence[LoadedMedia]]) -> list[list[LoadedMedia]]:
+    """The media of a batch, each clip as long as the longest of its medium: its padding counts as its own."""
+    longest: dict[str, int] = {}
+    for item in (item for items in media for item in items):
+        longest[item.medium] = max(longest.get(item.medium, 0), item.raw_length)
+    return [[replace(item, raw_length=longest[item.medium]) for item in items] for items in media]
 
 
 def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:

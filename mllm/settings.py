@@ -3,7 +3,7 @@
 Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -67,6 +67,9 @@ class MediumSettings:
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)
     """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default."""
+    released_cut: bool | None = None
+    """Whisper: as many frames as the released AVSR code cuts out, `max(int(samples / 16000 * 50), 25)`; set by
+    `released_behaviour`. By default the whole frames of the clip."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
     size_pixels: int | None = None
@@ -165,8 +168,11 @@ class ModelSettings:
 
     llm: str
     """Folder, hub name or world part of the LLM with its tokenizer."""
-    chat_format: Literal["plain", "vicuna_v1", "chat"] = "chat"
+    chat_format: Literal["plain", "avsr", "vicuna_v1", "chat"] = "chat"
     """How a conversation becomes text; `chat` is the LLM's own template."""
+    released_behaviour: bool = False
+    """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
+    longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
     image: MediumSettings | None = None
     """Pictures; not taken when left out."""
     audio: MediumSettings | None = None
@@ -182,10 +188,17 @@ class ModelSettings:
     seed: int = 0
     """Of the initial values of compressors and adapter."""
 
+    def __post_init__(self) -> None:
+        if self.released_behaviour and self.chat_format != "avsr":
+            raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+
     @property
     def media(self) -> dict[str, MediumSettings]:
         """Settings by medium, for the media this model takes."""
-        every = {"image": self.image, "audio": self.audio, "video": self.video}
+        audio = self.audio
+        if audio is not None and self.released_behaviour:
+            audio = replace(audio, released_cut=True)
+        every = {"image": self.image, "audio": audio, "video": self.video}
         return {medium: settings for medium, settings in every.items() if settings is not None}
 
     @property

@@ -4,9 +4,12 @@ Knows names and files. Does not know what a part computes.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 WORLD_PREFIX = "world:"
+RUN_PREFIX = "run:"
+"""Before the name of a folder inside the run folder itself, which may be moved with it."""
 WORLD_PARTS = ("llm", "vision", "audio", "lips")
 
 
@@ -22,6 +25,15 @@ def resolve_source(reference: str) -> str:
     if part not in WORLD_PARTS:
         raise ValueError(f"{reference!r} is no part of the built-in world; allowed: {', '.join(WORLD_PARTS)}")
     return str(Path(__file__).parent / "world" / "assets" / part)
+
+
+def within_run(sources: Mapping[str, Mapping[str, str]], folder: str | Path) -> dict[str, dict[str, str]]:
+    """Sources of a run with the parts that lie in its own folder found there."""
+    found = {part: dict(own) for part, own in sources.items()}
+    for own in found.values():
+        if own["reference"].startswith(RUN_PREFIX):
+            own["reference"] = str(Path(folder) / own["reference"].removeprefix(RUN_PREFIX))
+    return found
 
 
 def digest_of(folder: str | Path) -> str:

@@ -12,7 +12,7 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank"},
     {"configuration", "media", "encoders", "compressors", "adapters"},
-    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables"},
+    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams"},
     {"modeling", "modeling_body", "processing", "data", "chat"},
     {"building", "loading", "cost", "convert"},
     {"generation", "training"},

@@ -27,7 +27,17 @@ from mllm.adapters import build_adapter
 from mllm.adapters.hand_over import AdapterInputs
 from mllm.budget import Budget
 from mllm.compressors import build_compressor
-from mllm.cost import Item, compressor_flops, encoder_flops, kv_bytes_per_token, llm_flops, request_cost, train_factor
+from mllm.cost import (
+    Item,
+    attention_flops,
+    compressor_flops,
+    encoder_flops,
+    kv_bytes_per_token,
+    llm_flops,
+    published_flops,
+    request_cost,
+    train_factor,
+)
 from mllm.encoders import AVHubertConfig, build_encoder, encoder_facts
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -199,11 +209,39 @@ def test_beams_and_answers_cost_what_generate_runs() -> None:
     config = tiny.model(tiny.settings(("image",))).config
     one = request_cost(config, [], num_prompt_tokens=20, num_new_tokens=4, dtype="bfloat16")
     three = request_cost(config, [], num_prompt_tokens=20, num_new_tokens=4, num_beams=3, dtype="bfloat16")
-    assert (three.prefill, three.decode) == (3 * one.prefill, 3 * one.decode)
+    own = {"num_logits": 1, "adapter": config.adapter}
+    shared = llm_flops(config.text_config, num_tokens=19, **own)
+    assert three.prefill == shared + 3 * llm_flops(config.text_config, num_tokens=1, past_tokens=19, **own)
+    assert three.decode == 3 * one.decode
     assert one.kv_bytes == 23 * 2 * 2 * 2 * 8 * 2
     assert one.decode == llm_flops(
         config.text_config, num_tokens=3, past_tokens=20, num_logits=3, adapter=config.adapter
     )
+
+
+def test_beams_run_what_they_cost() -> None:
+    own = tiny.settings(("image",), adapter=False)
+    model = tiny.model(own)
+    model.set_attn_implementation("eager")
+    ids = torch.arange(40, 60)[None]
+    options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    run = counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+    cost = request_cost(model.config, [], num_prompt_tokens=20, num_new_tokens=4, num_beams=3)
+    assert run - masked_pairs_flops(model.config.text_config, 19) == cost.total
+
+
+def test_published_teraflops_of_the_8b_speech_model() -> None:
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+    )  # fmt: skip
+    lora = {"kind": "lora", "rank": 64, "targets": ["q_proj", "v_proj"]}
+    counts = (757, 257, 182, 163, 88)  # ten seconds at (1,1), (4,2), (4,5), (16,2), (16,5), and seven tokens of text
+    assert published_flops(config, num_tokens=1, adapter=lora) == 2 * (8_030_261_248 - 128256 * 4096 + 27_262_976)
+    found = [f"{published_flops(config, num_tokens=count, adapter=lora) / 1e12:.2f}" for count in counts]
+    assert found == ["11.40", "3.87", "2.74", "2.46", "1.33"]
+    with_attention = llm_flops(config, num_tokens=757) - llm_flops(config, num_tokens=1) * 757
+    assert attention_flops(config, num_tokens=757) - 757 * attention_flops(config, num_tokens=1) == with_attention
 
 
 def test_published_numbers_of_llama_1b() -> None:

@@ -144,11 +144,17 @@ def test_a_checkpoint_cannot_make_answers_random_and_a_seed_makes_samples_repeat
     batch = tiny.batch(answerer.processor, ROWS[:2])
     before = answerer.answer_batch(batch, [BUDGETS[:2]])
     config = answerer.model.generation_config
-    config.do_sample, config.temperature, config.repetition_penalty = True, 0.6, 1.3  # as chat checkpoints have it
+    beams = Answerer(answerer.model, answerer.processor, Decoding(max_new_tokens=12, num_beams=3))
+    before_beams = beams.answer_batch(batch, [BUDGETS[:2]])
+    # As chat checkpoints have it, and more.
+    own = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3, "early_stopping": True, "min_length": 99}
+    own |= {"length_penalty": -5.0, "num_return_sequences": 2, "min_new_tokens": 9}
     try:
+        config.update(**own)
         assert answerer.answer_batch(batch, [BUDGETS[:2]]) == before
+        assert beams.answer_batch(batch, [BUDGETS[:2]]) == before_beams
     finally:
-        config.do_sample, config.temperature, config.repetition_penalty = None, None, None
+        config.update(**dict.fromkeys(own))
     state = torch.get_rng_state()
     drawn = []
     for seed in (0, 0, 1):
@@ -156,6 +162,22 @@ def test_a_checkpoint_cannot_make_answers_random_and_a_seed_makes_samples_repeat
         drawn.append(sampled.answer_batch(batch, [BUDGETS[:2]]))
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_long_answer_is_favoured_by_the_length_penalty(answerer: Answerer) -> None:
+    batch = tiny.batch(answerer.processor, ROWS[:1])
+    free = answerer.answer_batch(batch, [BUDGETS[:1]])[0][0]
+    first = answerer.processor.tokenizer(f" {free.text}", add_special_tokens=False)["input_ids"][0]
+    answerer.model.generation_config.eos_token_id = [first]
+    try:
+        lengths = []
+        for penalty in (0.0, 9.0):
+            beams = Decoding(num_beams=4, max_new_tokens=12, length_penalty=penalty)
+            patient = Answerer(answerer.model, answerer.processor, beams)
+            lengths.append(patient.answer_batch(batch, [BUDGETS[:1]])[0][0].num_new_tokens)
+    finally:
+        answerer.model.generation_config.eos_token_id = answerer.processor.tokenizer.eos_token_id
+    assert lengths[0] == 1 < lengths[1]
 
 
 def test_an_answer_ends_where_the_llm_says(answerer: Answerer) -> None:
@@ -179,6 +201,7 @@ def test_an_answer_ends_where_the_llm_says(answerer: Answerer) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": 0.0}, "temperature above 0"),
         ({"temperature": 0.5, "num_beams": 2}, "num_beams 1"),
+        ({"length_penalty": 0.5}, "it compares beams"),
     ],
 )
 def test_decoding_refuses_what_makes_no_sense(values: dict, message: str) -> None:

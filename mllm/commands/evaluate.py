@@ -25,8 +25,20 @@ def run(settings: Settings) -> int:
     if results is None:  # another process tells
         return 0
     console().print(table(results))
+    _show_speech(results)
     console().print(f"written to {settings.output_folder}")
     return _tell_failures(results)
+
+
+def _show_speech(results: "Results") -> None:
+    from mllm.commands.terminal import console
+    from mllm.evaluation.comparison import comparison_of, short_name
+    from mllm.evaluation.speech_table import notes_of, tables
+
+    speech = comparison_of(results.rows, short_name(results.facts["model"]))
+    if speech is not None:
+        for line in (*tables(speech.blocks), *notes_of(speech.blocks)):
+            console().print(line)
 
 
 def _tell_failures(results: "Results") -> int:

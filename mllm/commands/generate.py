@@ -33,7 +33,9 @@ class Settings:
     """Soft tokens, e.g. "image=64", "audio=/4,video=/2" or "total<=256"; the most the model was trained on when left
     out."""
     num_beams: int = 1
-    """1 is greedy; beams are deterministic."""
+    """1 is greedy; beams are deterministic. The LLM's own generation config, which may sample, is not followed."""
+    length_penalty: float = 1.0
+    """Of beams: sums of log-probabilities are divided by length to this power."""
     max_new_tokens: int = 64
     """The answer ends there at the latest."""
     temperature: float | None = None
@@ -71,7 +73,9 @@ def run(settings: Settings) -> int:
     from mllm.loading import load
     from mllm.media import MediaLoader
 
-    decoding = Decoding(settings.num_beams, settings.max_new_tokens, settings.temperature, settings.seed)
+    decoding = Decoding(
+        settings.num_beams, settings.max_new_tokens, settings.temperature, settings.seed, settings.length_penalty
+    )
     quiet_loading()
     model, processor = load(settings.model, dtype=settings.dtype)
     if torch.cuda.is_available() and not settings.use_cpu:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from mllm.convert.restricted import StoredTensor, plain, read_checkpoint
@@ -94,25 +95,34 @@ def config_of(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> AVHub
     """Sizes from the shapes of entries (by their own names), the rest from the file's configuration.
 
     Raises:
-        ValueError: an entry that tells a size is missing.
+        ValueError: an entry that tells a size is missing or has too few axes, or sizes that do not go together.
     """
     try:
-        hidden_size = state["post_extract_proj.weight"].shape[0]
-        kernel = state["encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
+        hidden_size = _size(state, "post_extract_proj.weight", 0)
+        kernel = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
         trunk = "feature_extractor_video.resnet.trunk.layer"
         return AVHubertConfig(
             hidden_size=hidden_size,
             num_hidden_layers=len({name.split(".")[2] for name in state if name.startswith("encoder.layers.")}),
             num_attention_heads=int(settings["encoder_attention_heads"]),
-            intermediate_size=state["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0],
-            resnet_channels=[state[f"{trunk}{stage}.0.conv1.weight"].shape[0] for stage in range(1, 5)],
-            audio_feature_size=state["feature_extractor_audio.proj.weight"].shape[1],
-            num_conv_pos_embeddings=kernel.shape[2],
-            num_conv_pos_embedding_groups=hidden_size // kernel.shape[1],
+            intermediate_size=_size(state, "encoder.layers.0.feed_forward.intermediate_dense.weight", 0),
+            resnet_channels=[_size(state, f"{trunk}{stage}.0.conv1.weight", 0) for stage in range(1, 5)],
+            audio_feature_size=_size(state, "feature_extractor_audio.proj.weight", 1),
+            num_conv_pos_embeddings=_size(state, kernel, 2),
+            num_conv_pos_embedding_groups=max(hidden_size // _size(state, kernel, 1), 1),
             do_stable_layer_norm=bool(settings["layer_norm_first"]),
         )
     except KeyError as error:
         raise ValueError(f"the checkpoint misses {error.args[0]}; it is no AV-HuBERT") from error
+    except StrictDataclassError as error:
+        raise ValueError(f"the sizes in the checkpoint are those of no AV-HuBERT: {error}") from error
+
+
+def _size(state: Mapping[str, Tensor], name: str, axis: int) -> int:
+    shape = tuple(state[name].shape)
+    if len(shape) <= axis or not shape[axis]:
+        raise ValueError(f"{name} has the shape {shape} in the checkpoint; it should have {axis + 1} axes or more")
+    return shape[axis]
 
 
 def model_settings(*configurations: Any) -> dict[str, Any]:

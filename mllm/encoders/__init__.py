@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mllm.encoders.audio import SETTINGS as AUDIO_SETTINGS
 from mllm.encoders.audio import wave_class, wave_facts, whisper_class, whisper_facts, wrap_wave, wrap_whisper
 from mllm.encoders.av_hubert import AVHubertAudioConfig, AVHubertConfig, AVHubertEncoder, register_av_hubert
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
@@ -36,7 +37,7 @@ __all__ = [
     "wrap_encoder",
 ]
 
-SETTINGS = VISION_SETTINGS
+SETTINGS = (*VISION_SETTINGS, *AUDIO_SETTINGS)
 """The keys of a `media.<medium>` block that shape an encoder."""
 
 

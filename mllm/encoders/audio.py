@@ -19,9 +19,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mllm.encoders.base import Encoder, EncoderFacts
 
+SETTINGS = ("released_cut",)
 SAMPLE_RATE_HZ = 16_000
 # One Whisper frame: mel frames are 160 samples apart, and its second convolution keeps every other one.
 WHISPER_SAMPLES_PER_FRAME = 320
+WHISPER_FRAMES_PER_SECOND = 50
+RELEASED_LEAST_FRAMES = 25
 
 WAVE_CLASSES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
 
@@ -33,16 +36,25 @@ class WhisperFeatures(Encoder):
     samples owns the first L // 320 frames, the count of Llama-AVSR and its successors (50 frames per second, a partial
     frame dropped); unlike there it does not depend on the longest clip of the batch. Training drops no layer at random;
     see `WaveEncoder`.
+
+    Args:
+        released_cut: count as their code does, see `released_frames`.
     """
 
-    def __init__(self, *, backbone: WhisperEncoder) -> None:
+    def __init__(self, *, backbone: WhisperEncoder, released_cut: bool = False) -> None:
         super().__init__(backbone)
+        self.released_cut = released_cut
         backbone.layerdrop = 0.0
         self.hidden_size: int = backbone.config.d_model
         self.frames_per_second = SAMPLE_RATE_HZ / WHISPER_SAMPLES_PER_FRAME
 
     def lengths(self, raw: Tensor) -> Tensor:
         """Samples (N,) -> feature frames (N,)."""
+        if self.released_cut:
+            seconds = (
+                raw.double() / SAMPLE_RATE_HZ
+            )  # in this order: what is cut to a whole number is theirs bit for bit
+            return (seconds * WHISPER_FRAMES_PER_SECOND).long().clamp(min=RELEASED_LEAST_FRAMES)
         return raw // WHISPER_SAMPLES_PER_FRAME
 
     def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,12 +156,24 @@ def _samples_of_one_frame(kernels: tuple[tuple[int, int], ...]) -> int:
     return num_samples
 
 
+def released_frames(num_samples: int) -> int:
+    """Frames that Llama-AVSR, Llama-MTSK and Omni-AVSR keep of a clip.
+
+    Never below 25, silence where the clip is shorter; and where a product of floats falls short of a whole number, one
+    frame less than the clip has (28 of 9280 samples, which are 29).
+    """
+    return max(int(num_samples / SAMPLE_RATE_HZ * WHISPER_FRAMES_PER_SECOND), RELEASED_LEAST_FRAMES)
+
+
 def whisper_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
     """The facts of a Whisper encoder; `num_frames` refuses clips below one frame and beyond the window."""
     longest = config.max_source_positions
+    is_released = bool(settings.get("released_cut", False))
 
     def num_frames(num_samples: int) -> int:
         frames = num_samples // WHISPER_SAMPLES_PER_FRAME
+        if is_released:
+            frames = released_frames(num_samples)
         if not 1 <= frames <= longest:
             raise ValueError(
                 f"a clip of {num_samples} samples ({num_samples / SAMPLE_RATE_HZ:.2f} s) does not fit this encoder: "
@@ -170,8 +194,11 @@ def wave_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Encoder
     """The facts of a waveform encoder; `num_frames` refuses clips below one frame.
 
     Raises:
-        ValueError: a config with a length adapter behind the encoder, which this project does not read.
+        ValueError: a config with a length adapter behind the encoder, which this project does not read, or settings of
+            Whisper.
     """
+    if settings.get("released_cut", False):
+        raise ValueError(f"released_cut is about Whisper's window; {config.model_type} counts its frames one way only")
     if getattr(config, "add_adapter", False):
         raise ValueError(f"{config.model_type} with add_adapter=true is not supported; compressors do that work here")
     kernels = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
@@ -200,8 +227,9 @@ def wave_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def wrap_whisper(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WhisperFeatures:
-    """Whisper's encoder as an encoder of this project; it has no settings."""
-    return WhisperFeatures(backbone=backbone)  # pyright: ignore[reportArgumentType]
+    """Whisper's encoder as an encoder of this project."""
+    cut = bool(settings.get("released_cut", False))
+    return WhisperFeatures(backbone=backbone, released_cut=cut)  # pyright: ignore[reportArgumentType]
 
 
 def wrap_wave(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WaveEncoder:

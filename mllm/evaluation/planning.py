@@ -6,7 +6,7 @@ Knows samples, budgets and the model's space. Does not know models or files.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mllm.budget import Budget, Space
+from mllm.budget import Amount, Budget, Space
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import Key
 from mllm.evaluation.scoring import scorer_of
@@ -38,20 +38,24 @@ def plan(
     *,
     space: Space,
     snrs_db: Sequence[float | None] = (None,),
+    allow_untrained: bool = False,
 ) -> list[Work]:
     """The work list, in the order of the sets.
 
     A sample is answered at every budget that names a medium it holds, cut down to the media it holds, each once; noise
-    is for samples with sound.
+    is for samples with sound. Tokens per second are seen to be trained or not when a sample is at hand, not here.
 
     Raises:
-        ValueError: a task without a metric, answers that cannot be scored, a medium the model does not take, a sample
-            no budget is for, or a budget that is for no sample.
+        ValueError: an amount that was not trained unless `allow_untrained`, a task without a metric, answers that
+            cannot be scored, a medium the model does not take, a sample no budget is for, or a budget that is for no
+            sample.
     """
     for budget in budgets:
         if unknown := set(budget.amounts) - set(space.media):
             allowed = ", ".join(space.media) or "text only"
             raise ValueError(f"budget {budget} names {min(unknown)}; this model takes {allowed}")
+        if not allow_untrained and any(_is_untrained(m, amount, space) for m, amount in budget.amounts.items()):
+            raise ValueError(untrained_message(budget, space))
     work, used = [], set()
     for name, samples in sets.items():
         for sample in samples:
@@ -83,6 +87,16 @@ def references_of(sample: Sample) -> list[str]:
     if sample.messages[-1].role != "assistant":
         raise ValueError(f"sample {sample.id!r} has no answer to compare with: its last message is the user's")
     return [sample.messages[-1].text]
+
+
+def untrained_message(budget: Budget, space: Space) -> str:
+    """What is said of a budget that is refused because training did not draw it."""
+    trained = "; ".join(f"{m}: {', '.join(map(str, space.media[m].trained))}" for m in budget.amounts)
+    return f"budget {str(budget)!r} was not trained ({trained}); allow_untrained evaluates it and marks its rows"
+
+
+def _is_untrained(medium: str, amount: Amount, space: Space) -> bool:
+    return amount.kind != "per_second" and not space.media[medium].is_trained(amount)
 
 
 def _check(name: str, sample: Sample, space: Space) -> None:

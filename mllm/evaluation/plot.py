@@ -10,12 +10,16 @@ from typing import Any
 from mllm.evaluation.scoring import scorer_of
 
 PLOT = "pareto.png"
-_AXES = {"soft_tokens": "soft tokens per sample (mean)", "gflops": "GFLOP per sample (mean)"}
+AXES = {"soft_tokens": "soft tokens per sample (mean)", "gflops": "GFLOP per sample (mean)"}
 _MARKERS = "osD^vP*X<>"
 
 
-def plot_pareto(rows: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
+def plot_pareto(rows: Sequence[Mapping[str, Any]], path: str | Path, *, axes: Mapping[str, str] = AXES) -> bool:
     """Draw the plot; budgets that were not trained have hollow marks.
+
+    Args:
+        rows: of results; where they have a `model`, lines are named by it too.
+        axes: keys of the rows and how they are called, one column of plots each.
 
     Returns:
         Whether there was anything to draw: rows without a value are left out.
@@ -27,19 +31,21 @@ def plot_pareto(rows: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
     if not drawn:
         return False
     metrics = list(dict.fromkeys(row["metric"] for row in drawn))
-    columns = [key for key in _AXES if any(row[key] is not None for row in drawn)]
+    columns = [key for key in axes if any(row.get(key) is not None for row in drawn)]
+    if not columns:
+        return False
     size = (5.2 * len(columns) + 2.4, 4.2 * len(metrics))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # needs no display
     grid = figure.subplots(len(metrics), len(columns), squeeze=False)
-    for metric, axes in zip(metrics, grid, strict=True):
+    for metric, places in zip(metrics, grid, strict=True):
         own = [row for row in drawn if row["metric"] == metric]
-        for key, axis in zip(columns, axes, strict=True):
+        for key, axis in zip(columns, places, strict=True):
             _draw(axis, own, key)
-            axis.set_xlabel(_AXES[key])
+            axis.set_xlabel(axes[key])
         better = "higher" if scorer_of(own[0]["task"]).higher_is_better else "lower"
-        axes[0].set_ylabel(f"{metric.upper() if metric == 'wer' else metric} in % ({better} is better)")
-        axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        places[0].set_ylabel(f"{metric.upper() if metric == 'wer' else metric} in % ({better} is better)")
+        places[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
     return True
 
@@ -49,7 +55,7 @@ def _draw(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     with_set = len({row["set"] for row in rows}) > 1
     with_kinds = {row["task"] for row in rows if row["kind"] is not None}
     for row in rows:
-        if row[key] is not None:
+        if row.get(key) is not None:
             name = _name(row, with_set=with_set, with_kinds=row["task"] in with_kinds)
             lines.setdefault(name, []).append(row)
     for number, (name, own) in enumerate(lines.items()):
@@ -63,8 +69,8 @@ def _draw(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
         if all(row["low"] is not None for row in own):
             bounds = [[100 * row[bound] for row in own] for bound in ("low", "high")]
             axis.fill_between(places, *bounds, color=color, alpha=0.12, linewidth=0)
-    if any(row[key] is not None for row in rows):
-        _scale(axis, sorted({row[key] for row in rows if row[key] is not None}))
+    if found := sorted({row[key] for own in lines.values() for row in own}):
+        _scale(axis, found)
     axis.grid(alpha=0.3)
     axis.set_ylim(bottom=0)
 
@@ -84,7 +90,7 @@ def _scale(axis: Any, places: Sequence[float]) -> None:
 
 
 def _name(row: Mapping[str, Any], *, with_set: bool, with_kinds: bool) -> str:
-    words = [row["set"]] if with_set else []
+    words = [row.get("model", ""), *([row["set"]] if with_set else [])]
     words += [row["task"], row["kind"] or ("all" if with_kinds else "")]
     words += [] if row["snr_db"] is None else [f"{row['snr_db']:g} dB"]
     return " ".join(filter(None, words))

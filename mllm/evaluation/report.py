@@ -20,6 +20,8 @@ RESULTS = "results.json"
 CSV = "results.csv"
 _GROUP = ("set", "task", "kind", "snr_db", "budget")
 _MEANS = ("prompt_tokens", "new_tokens")
+_TFLOPS = {"published_tflops": "published", "attention_tflops": "attention"}
+"""Of the prompt: what speech papers print, twice the parameters per token, and the attention that leaves out."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,25 @@ def _means(lines: Sequence[Line]) -> dict[str, Any]:
         "soft_tokens": mean([sum(line["tokens"].values()) for line in lines]),
         **{f"{medium}_tokens": mean([line["tokens"].get(medium, 0) for line in lines]) for medium in media},
         **{key: mean([line[key] for line in lines]) for key in _MEANS},
+        "tokens_per_second": _tokens_per_second(lines),
         "gflops": mean([cost["total"] / 1e9 for cost in costs]),
         "encoder_gflops": mean([cost["encoder"] / 1e9 for cost in costs]),
         "llm_gflops": mean([(cost["prefill"] + cost["decode"]) / 1e9 for cost in costs]),
         "kv_megabytes": mean([cost["kv_bytes"] / 1e6 for cost in costs]),
+        **{key: _mean_tflops([cost[part] for cost in costs]) for key, part in _TFLOPS.items()},
     }
+
+
+def _mean_tflops(flops: Sequence[int]) -> float | None:
+    """To six digits, wherever they stand: toy models count in millionths."""
+    return float(f"{sum(flops) / len(flops) / 1e12:.6g}") if flops else None
+
+
+def _tokens_per_second(lines: Sequence[Line]) -> float | None:
+    """Soft tokens of sounds and videos over the seconds they last; None where there are none."""
+    timed = [line for line in lines if line["seconds"]]
+    seconds = sum(line["seconds"] for line in timed)
+    return round(sum(sum(line["tokens"].values()) for line in timed) / seconds, 2) if seconds else None
 
 
 def table(results: Results) -> Table:

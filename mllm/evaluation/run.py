@@ -17,6 +17,7 @@ from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.settings import SPEECH_FORMATS
+from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
@@ -33,6 +34,7 @@ Progress = Callable[[int, int], None]
 def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) -> Results | None:
     """Evaluate a model and write `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
 
+    Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do.
     Start it with a launcher to share the work among processes; what has been answered before is not answered again.
 
     Returns:
@@ -54,10 +56,13 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
     model, processor = load(settings.model, dtype=settings.dtype)
-    decoding = Decoding(num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens)
+    decoding = Decoding(settings.num_beams, settings.max_new_tokens, length_penalty=settings.length_penalty)
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     answerer = Answerer(model, processor, decoding, settings.batch_size)
-    work = plan(samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db)
+    allowed = settings.allow_untrained
+    work = plan(
+        samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
+    )
     store = AnswerStore(settings.output_folder, rank=state.process_index)
     if state.is_main_process:
         store.claim(fingerprint_of(settings))
@@ -70,6 +75,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         loader=MediaLoader(
             gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
         ),
+        allow_untrained=allowed,
     )
     run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
     state.wait_for_everyone()
@@ -87,18 +93,19 @@ def evaluate_model(
     fingerprint: Mapping[str, Any],
     seed: int = 0,
     with_plot: bool = True,
-    progress: Progress | None = None,
+    allow_untrained: bool = False,
 ) -> Results:
     """Evaluate a model that is at hand, in this process alone; writes what `evaluate` writes.
 
     Args:
         fingerprint: whatever tells this model and these samples from others; answers of another one are refused.
         with_plot: drawing takes seconds.
+        allow_untrained: answer at amounts that training did not draw.
     """
-    work = plan(sets, budgets, space=answerer.processor.space)
+    work = plan(sets, budgets, space=answerer.processor.space, allow_untrained=allow_untrained)
     store = AnswerStore(output)
     store.claim(fingerprint)
-    run_share(Sweep(answerer, store, seed=seed), work, progress=progress)
+    run_share(Sweep(answerer, store, seed=seed, allow_untrained=allow_untrained), work)
     facts = {**fingerprint, **_cost_facts(answerer.model.config)}
     return conclude(work, store, seed=seed, facts=facts, with_plot=with_plot)
 
@@ -168,6 +175,9 @@ def conclude(
     write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     results = summarise(lines, seed=seed, facts=facts)
     results.write(store.folder)
+    speech = comparison_of(results.rows, short_name(str(results.facts.get("model", "model"))))
+    if speech is not None:
+        speech.write(store.folder, with_plot=with_plot)
     if with_plot and not plot_pareto(results.rows, store.folder / PLOT):
         logger.warning("nothing to plot: no row has both a value and soft tokens")
     return results
@@ -198,7 +208,7 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
         "manifests": {name: _digest_of_set(settings, path) for name, path in sets},
         "root": settings.root,
         "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
-        **{key: getattr(settings, key) for key in ("num_beams", "max_new_tokens", "dtype")},
+        **{key: getattr(settings, key) for key in ("num_beams", "length_penalty", "max_new_tokens", "dtype")},
     }
 
 
@@ -211,7 +221,7 @@ def _digest_of_set(settings: EvaluateSettings, path: str) -> str:
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:
-    keys = ("model", "manifest", "num_beams", "max_new_tokens", "seed", "dtype", "limit", "noise")
+    keys = ("model", "manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise")
     return {**{key: getattr(settings, key) for key in keys}, **_cost_facts(config)}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm.evaluation.hypotheses import Line
-from mllm.metrics import bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
+from mllm.metrics import ErrorCounts, bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,32 @@ class Scorer:
 
 
 def score_speech(lines: Sequence[Line], seed: int) -> Score:
-    """Corpus WER with its errors, and CER."""
+    """Corpus WER and CER, each with its errors and its interval."""
     pairs = [(line["references"][0], line["hypothesis"]) for line in lines]
     words = [word_errors(reference, hypothesis) for reference, hypothesis in pairs]
-    total = corpus(words)
-    interval = bootstrap_interval([one.errors for one in words], [one.reference_units for one in words], seed=seed)
-    low, high = interval or (None, None)
+    characters = [character_errors(reference, hypothesis) for reference, hypothesis in pairs]
+    total, (low, high) = corpus(words), _interval(words, seed)
+    cer, (cer_low, cer_high) = corpus(characters), _interval(characters, seed)
     details = {
-        "cer": corpus(character_errors(reference, hypothesis) for reference, hypothesis in pairs).rate,
         "substitutions": total.substitutions,
         "deletions": total.deletions,
         "insertions": total.insertions,
         "reference_words": total.reference_units,
+        "cer": cer.rate,
+        "cer_low": cer_low,
+        "cer_high": cer_high,
+        "character_substitutions": cer.substitutions,
+        "character_deletions": cer.deletions,
+        "character_insertions": cer.insertions,
+        "reference_characters": cer.reference_units,
     }
     return Score("wer", total.rate, low, high, details)
+
+
+def _interval(counts: Sequence[ErrorCounts], seed: int) -> tuple[float | None, float | None]:
+    """Bootstrap interval of a corpus rate; utterances are drawn again."""
+    found = bootstrap_interval([one.errors for one in counts], [one.reference_units for one in counts], seed=seed)
+    return found or (None, None)
 
 
 def score_vqa(lines: Sequence[Line], seed: int) -> Score:

@@ -19,6 +19,9 @@ class EvaluateSettings:
     budgets: str | list[str]
     """Budgets, as a list or parted by ";", e.g. "audio=/4,video=/2;audio=/16,video=/5;image=4". A budget is used for
     the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
+    allow_untrained: bool = False
+    """Also answer at rates and counts that training did not draw, where the model can; reports mark those rows. They
+    are refused otherwise."""
     output: str | None = None
     """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
     reader: ReaderSettings = field(default_factory=ReaderSettings)
@@ -36,7 +39,9 @@ class EvaluateSettings:
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1
-    """1 is greedy; beams are deterministic."""
+    """1 is greedy; beams are deterministic. The LLM's own generation config, which may sample, is not followed."""
+    length_penalty: float = 1.0
+    """Of beams: sums of log-probabilities are divided by length to this power."""
     max_new_tokens: int = 64
     """Answers end there at the latest."""
     batch_size: int = 8
@@ -60,6 +65,8 @@ class EvaluateSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}; it must be at least 1")
+        if self.length_penalty != 1.0 and self.num_beams == 1:
+            raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
         if not self.asked_budgets:
             raise ValueError("budgets is empty; name at least one, such as audio=/4")
         if not self.snr_db:

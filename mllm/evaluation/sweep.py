@@ -12,12 +12,12 @@ from itertools import groupby
 from typing import Any
 
 from mllm.budget import Budget
-from mllm.cost import Item, request_cost
+from mllm.cost import Item, attention_flops, published_flops, request_cost
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import AnswerStore, Line
-from mllm.evaluation.planning import Work, references_of
+from mllm.evaluation.planning import Work, references_of, untrained_message
 from mllm.expansion import Row
-from mllm.generation import Answer, Answerer
+from mllm.generation import Answer, Answerer, is_trained
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing import LoadedMedia
 from mllm.transforms import MixNoise, random_generator
@@ -41,6 +41,8 @@ class Sweep:
         noise: mixed into sounds of work with a ratio.
         seed: of the noise, which is a function of seed, sample and ratio.
         loader: decodes files; the default one when None.
+        allow_untrained: answer at amounts that training did not draw; refused otherwise, sample by sample where only
+            the sample tells what an amount is.
     """
 
     answerer: Answerer
@@ -48,6 +50,7 @@ class Sweep:
     noise: Audio | None = None
     seed: int = 0
     loader: MediaLoader | None = None
+    allow_untrained: bool = False
     on_progress: Callable[[int], None] = field(default=lambda _: None)
     """Called with the number of answers that have been added."""
 
@@ -78,7 +81,7 @@ class Sweep:
             met = []
             for budget in work.budgets:
                 try:
-                    row.costs(budget, self.answerer.processor.space)
+                    self._check(row, budget)
                     met.append(budget)
                 except ValueError as error:
                     yield _failure(work, budget, error)
@@ -88,6 +91,13 @@ class Sweep:
             if budgets:
                 rows = [item for item, own in zip(loaded, wanted, strict=True) if own == budgets]
                 yield from self._answer_together(rows, budgets)
+
+    def _check(self, row: Row, budget: Budget) -> None:
+        """Raises: ValueError for a budget that the row cannot meet, or that was not trained and is not allowed."""
+        space = self.answerer.processor.space
+        costs = row.costs(budget, space)
+        if not self.allow_untrained and not is_trained([run.extent for run in row.runs], costs, space):
+            raise ValueError(f"sample {row.sample_id!r}: {untrained_message(budget, space)}")
 
     def _answer_together(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
         samples, media = [item.work.sample for item in items], [item.media for item in items]
@@ -121,6 +131,7 @@ class Sweep:
             "tokens": dict(answer.tokens),
             "prompt_tokens": answer.num_prompt_tokens,
             "new_tokens": answer.num_new_tokens,
+            "seconds": _seconds(row),
             "cost": self._cost(item, row, answer),
         }
 
@@ -145,7 +156,22 @@ class Sweep:
             dtype=str(self.answerer.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         )
         parts = {part: getattr(cost, part) for part in ("encoder", "compressor", "prefill", "decode")}
-        return {**parts, "total": cost.total, "kv_bytes": cost.kv_bytes}
+        prompt = answer.num_prompt_tokens
+        return {
+            **parts,
+            "total": cost.total,
+            "published": published_flops(config.text_config, num_tokens=prompt, adapter=config.adapter),
+            "attention": attention_flops(config.text_config, num_tokens=prompt),
+            "kv_bytes": cost.kv_bytes,
+        }
+
+
+def _seconds(row: Row) -> float | None:
+    """How long the longest sound or video of a row lasts."""
+    lasts = [
+        float(run.extent.length / run.extent.frames_per_second) for run in row.runs if run.extent.frames_per_second
+    ]
+    return round(max(lasts), 3) if lasts else None
 
 
 def cost_problem(config: Any) -> str | None:

@@ -12,7 +12,7 @@ from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
 from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
-from mllm.media.loader import MediaLoader
+from mllm.media.loader import MediaLoader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
 from mllm.media.video import Video, load_video, to_gray
 
@@ -25,6 +25,7 @@ __all__ = [
     "MediaError",
     "MediaLimits",
     "MediaLoader",
+    "RememberingLoader",
     "RootedPaths",
     "Video",
     "agreeing_sound",

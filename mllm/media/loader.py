@@ -4,7 +4,9 @@ Knows which function reads which medium. Does not know manifests or encoders.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
@@ -54,3 +56,20 @@ class MediaLoader:
                 limits=self.limits,
             )
         raise ValueError(f"medium must be one of image, audio, video, got {medium!r}")
+
+
+class RememberingLoader:
+    """A loader that keeps the last files it has read, for whoever reads one file several times in a row.
+
+    Args:
+        loader: reads what is not remembered.
+        size: how many files are.
+    """
+
+    def __init__(self, loader: MediaLoader, size: int) -> None:
+        self.max_mismatch_seconds = loader.max_mismatch_seconds
+        self._read: Callable[[str, str | os.PathLike[str]], Raw] = lru_cache(size)(loader)
+
+    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
+        """As `MediaLoader`; what comes is shared and must not be changed in place."""
+        return self._read(medium, path)

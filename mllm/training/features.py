@@ -41,6 +41,8 @@ from mllm.transforms import random_generator
 
 FINGERPRINT = "fingerprint.json"
 ITEMS_PER_BATCH = 16
+REMEMBERED_FILES = 8
+"""Decoded files that are kept: the versions of a sample, and samples of several tasks, follow each other."""
 Load = Callable[..., list[LoadedMedia]]
 
 logger = logging.getLogger(__name__)
@@ -223,12 +225,8 @@ def features_fingerprint(config: Any, processor: ElasticProcessor, data: DataSet
     noise = None if data.noise is None else hashlib.sha256(Path(data.noise).read_bytes()).hexdigest()
     augmentation = {
         "image": {},
-        "audio": {
-            "noise": noise,
-            "snr_db": data.snr_db,
-            **_changed(data, "audio_mask_samples", "max_mismatch_seconds"),
-        },
-        "video": {"video_backend": data.video_backend, **_changed(data, "video_mask_frames", "flip_probability")},
+        "audio": {"noise": noise, "snr_db": data.snr_db, "audio_mask_samples": data.audio_mask_samples},
+        "video": {"flip_probability": data.flip_probability, "video_mask_frames": data.video_mask_frames},
     }
     return {
         medium: {
@@ -236,16 +234,12 @@ def features_fingerprint(config: Any, processor: ElasticProcessor, data: DataSet
             "settings": {key: own[key] for key in ENCODER_SETTINGS if key in own},
             "preprocessor": processor.elastic["media"][medium]["preprocessor"],
             "seed": data.features.seed,
+            "video_backend": data.video_backend,
+            "max_mismatch_seconds": data.max_mismatch_seconds,
             **augmentation[medium],
         }
         for medium, own in (config.media or {}).items()
     }
-
-
-def _changed(data: DataSettings, *keys: str) -> dict[str, Any]:
-    """Those of the keys that are not at their default, so that a key which is added later changes no fingerprint."""
-    usual = DataSettings(train=data.train)
-    return {key: getattr(data, key) for key in keys if getattr(data, key) != getattr(usual, key)}
 
 
 def pass_features_through(model: Any) -> None:

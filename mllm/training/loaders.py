@@ -17,7 +17,7 @@ from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
-from mllm.media import MediaError, MediaLoader, load_audio
+from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.settings import DataSettings
@@ -98,14 +98,18 @@ def validation_loader(
 
 
 def loading(
-    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool
+    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool, remembered_files: int = 0
 ) -> Callable[..., list[LoadedMedia]]:
     """What loads the media of a sample; changed by chance where the settings say so.
+
+    Args:
+        remembered_files: how many decoded files are kept for samples that follow each other and share them.
 
     Raises:
         ValueError: noise that is silent.
     """
     reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
+    reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
     return partial(processor.load_media, loader=reader, augmentation=augmentation)
 

@@ -29,6 +29,7 @@ from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
 from mllm.training.features import (
+    REMEMBERED_FILES,
     FeatureDataset,
     FeatureStore,
     claim,
@@ -165,7 +166,7 @@ def _filled_store(
     store = FeatureStore(Path(own.folder), sizes, own.versions, own.seed)
     if rank == 0:
         claim(store.folder, features_fingerprint(model.config, processor, settings.data))
-    load = loading(settings.data, processor, augmented=True)
+    load = loading(settings.data, processor, augmented=True, remembered_files=REMEMBERED_FILES)
     fill_store(store, model, samples, load, rank=rank, num_ranks=num_ranks, progress=settings.train.progress)
     return store
 

@@ -57,7 +57,7 @@ class FullDemoSettings:
     """Of the corpus, and the first of the seeds of training."""
     num_seeds: int = 3
     """How often everything is trained."""
-    steps: int = 150
+    steps: int = 270
     """Optimizer steps of a separately trained model; an elastic one, for three tasks, takes three times as many."""
     num_utterances: int = 2000
     """Spoken sentences to train on."""

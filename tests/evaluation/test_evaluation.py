@@ -61,7 +61,13 @@ def _sample(
 def evaluated(answerer: Answerer, samples: list[Sample], output: Path, *, with_plot: bool = False):
     fingerprint = {"model": "tiny"}
     return evaluate_model(
-        answerer, {"test": samples}, BUDGETS, output=output, fingerprint=fingerprint, with_plot=with_plot
+        answerer,
+        {"test": samples},
+        BUDGETS,
+        output=output,
+        fingerprint=fingerprint,
+        with_plot=with_plot,
+        allow_untrained=True,
     )
 
 
@@ -132,25 +138,26 @@ def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ranks: int) -> None:
     alone = evaluated(answerer, samples, tmp_path / "alone")
-    work = plan({"test": samples}, BUDGETS, space=answerer.processor.space)
+    work = plan({"test": samples}, BUDGETS, space=answerer.processor.space, allow_untrained=True)
     for rank in range(num_ranks):
         store = AnswerStore(tmp_path / "shared", rank=rank)
         store.claim({"model": "tiny"})
-        run_share(Sweep(answerer, store), work, rank=rank, num_ranks=num_ranks)
+        run_share(Sweep(answerer, store, allow_untrained=True), work, rank=rank, num_ranks=num_ranks)
     shared = conclude(work, AnswerStore(tmp_path / "shared"), seed=0, facts=alone.facts, with_plot=False)
     assert shared == alone
     for name in (HYPOTHESES, RESULTS, CSV):
         assert (tmp_path / "shared" / name).read_text() == (tmp_path / "alone" / name).read_text()
     # Another number of ranks goes on where these stopped.
     done = []
-    run_share(Sweep(answerer, AnswerStore(tmp_path / "shared")), work, progress=lambda *counts: done.append(counts))
+    again = Sweep(answerer, AnswerStore(tmp_path / "shared"), allow_untrained=True)
+    run_share(again, work, progress=lambda *counts: done.append(counts))
     assert done[-1] == (27, 27)
 
 
 def test_a_rank_that_ended_early_is_noticed(answerer, samples, tmp_path) -> None:
-    work = plan({"test": samples}, BUDGETS, space=answerer.processor.space)
+    work = plan({"test": samples}, BUDGETS, space=answerer.processor.space, allow_untrained=True)
     store = _claimed(tmp_path)
-    run_share(Sweep(answerer, store), work, rank=1, num_ranks=2)
+    run_share(Sweep(answerer, store, allow_untrained=True), work, rank=1, num_ranks=2)
     with pytest.raises(RuntimeError, match="answers are missing, the first is Key"):
         conclude(work, store, seed=0)
 

@@ -30,12 +30,15 @@ def line(sample: str, budget: str, reference: str, hypothesis: str, *, task: str
         "tokens": {"audio": 10},
         "prompt_tokens": 20,
         "new_tokens": 5,
+        "seconds": 2.0,
         "cost": {
             "encoder": 10**9,
             "compressor": 0,
             "prefill": 10**9,
             "decode": 0,
             "total": 2 * 10**9,
+            "published": 3 * 10**12,
+            "attention": 10**11,
             "kv_bytes": 10**6,
         },
         **changes,
@@ -63,6 +66,10 @@ def test_rows_are_those_counted_by_hand() -> None:
     assert (coarse["deletions"], coarse["insertions"], coarse["soft_tokens"]) == (1, 1, 6.0)
     assert coarse["cer"] == pytest.approx((5 + 3) / (14 + 7))
     assert (coarse["gflops"], coarse["encoder_gflops"], coarse["kv_megabytes"]) == (2.0, 1.0, 1.0)
+    assert (coarse["published_tflops"], coarse["attention_tflops"], coarse["tokens_per_second"]) == (3.0, 0.1, 3.0)
+    assert coarse["cer_low"] <= coarse["cer"] <= coarse["cer_high"]
+    edits = [coarse[f"character_{edit}"] for edit in ("substitutions", "deletions", "insertions")]
+    assert (edits, coarse["reference_characters"]) == ([0, 5, 3], 21)
     assert [(row["kind"], row["value"]) for row in rows[2:]] == [(None, 2 / 3), ("colour", 1.0), ("count", 0.5)]
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
 
@@ -147,6 +154,7 @@ def test_settings_read_budgets_and_name_sets() -> None:
         ({"snr_db": [0.0]}, "noise and snr_db go together"),
         ({"noise": "n.wav"}, "noise and snr_db go together"),
         ({"snr_db": []}, "snr_db is empty"),
+        ({"length_penalty": 0.5}, "it compares beams"),
     ],
 )
 def test_settings_refuse_what_makes_no_sense(changes: dict, message: str) -> None:

@@ -98,9 +98,8 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
         )
         samples = read_samples(settings.train, settings)
         lanes = {"process_index": 0, "num_processes": 1, "accumulation": 1}
-        data = ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0)
         loader = train_loader(
-            data,
+            ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0),
             survey(samples, processor),
             settings=settings,
             processor=processor,

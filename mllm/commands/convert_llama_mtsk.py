@@ -1,0 +1,12 @@
+"""`mllm convert llama-mtsk`: a released Llama-MTSK to a run folder."""
+
+from mllm.commands.convert_avsr import Settings, convert
+
+SUMMARY = "read a released Llama-MTSK (.pt, .pth, .ckpt or .safetensors) and write it as a run folder"
+POSITIONAL = "file"
+__all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
+
+
+def run(settings: Settings) -> int:
+    """Convert, and tell what was found."""
+    return convert(settings, "llama-mtsk")

@@ -1,0 +1,372 @@
+"""A released Llama-AVSR, Llama-MTSK or Omni-AVSR to a run folder: what trained, and beside it the frozen parts.
+
+    released file ── split_state ── LLM, encoders ──────────── DIR/llm, DIR/audio, DIR/video   (`run:llm`, ... )
+                                 └─ projectors, LoRAs ──────── DIR/trainables.safetensors
+
+Knows options and the parts of a checkpoint. Everything is checked before anything is written.
+Does not know how the entries are named; that is `avsr_layout.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from mllm.building import build_processor, elastic_config, put_adapters, unsharded
+from mllm.convert import av_hubert
+from mllm.convert.avsr_layout import (
+    TASKS,
+    Loras,
+    Projectors,
+    Split,
+    read_llm_loras,
+    read_projectors,
+    read_video_loras,
+    split_state,
+)
+from mllm.convert.avsr_options import SYSTEMS, Options, System
+from mllm.convert.state_files import check_layout, read_state
+from mllm.encoders import backbone_class
+from mllm.loading import save_run
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor
+from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
+from mllm.sources import RUN_PREFIX, resolve_source
+from mllm.trainables import set_trainables
+
+PAD_TOKEN = "<pad>"
+SPANS = {"audio": ["<audio>", "</audio>"], "video": ["<video>", "</video>"]}
+PROMPT_MEDIA = {"audio": ("audio",), "video": ("video",), "audiovisual": ("audio", "video")}
+_EMBEDDINGS = "llm.model.embed_tokens.weight"
+_HEAD = "llm.lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run folder is made of.
+
+    Args:
+        weights: of the frozen LLM and Whisper, by part and by the names transformers gives them.
+        configs: the same parts' configs. helpers: their tokenizer and feature extractor.
+        lips: the lip encoder, or nothing.
+        trained: what a checkpoint of ours holds, by its names.
+        facts: what was found, in words.
+    """
+
+    weights: dict[str, dict[str, Tensor]]
+    configs: dict[str, PreTrainedConfig]
+    helpers: dict[str, Any]
+    lips: av_hubert.Converted | None
+    media: dict[str, MediumSettings]
+    adapter: AdapterSettings | None
+    trained: dict[str, Tensor]
+    facts: list[str]
+
+
+def convert_file(path: str | Path, out: str | Path, *, system: str, options: Options) -> list[str]:
+    """Convert a released file; `mllm.load(out)` loads what is written.
+
+    Args:
+        system: one of `SYSTEMS`.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that does not hold such a checkpoint, options that contradict it, or a folder in use.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out={folder} is in use; name a new or an empty folder")
+    parts = read_parts(split_state(read_state(path)), SYSTEMS[system], options)
+    write_parts(parts, folder)
+    write_run(parts, folder, options)
+    return parts.facts
+
+
+def read_parts(split: Split, system: System, options: Options) -> Parts:
+    """Everything in a checkpoint, checked.
+
+    Raises:
+        ValueError: entries that are missing, unknown or misshapen, or options that contradict them.
+    """
+    tokenizer = read_tokenizer(options.llm, rows=split.llm[_EMBEDDINGS].shape[0])
+    text = AutoConfig.from_pretrained(resolve_source(options.llm)).get_text_config()
+    text.vocab_size = split.llm[_EMBEDDINGS].shape[0]
+    weights = {"llm": _llm_weights(split.llm, text)}
+    configs, helpers, lips = {"llm": text}, {"llm": tokenizer}, None
+    if "audio" in split.encoders:
+        weights["audio"], configs["audio"] = _whisper(split.encoders["audio"], options.whisper)
+        helpers["audio"] = AutoFeatureExtractor.from_pretrained(resolve_source(options.whisper))
+    if "video" in split.encoders:
+        lips = _lips(split.encoders["video"], options)
+    sizes = {
+        "audio": getattr(configs.get("audio"), "d_model", 0),
+        "video": lips.encoder.config.hidden_size if lips else 0,
+    }
+    media, facts, trained = {}, [], {}
+    for medium in split.media:
+        projectors = read_projectors(medium, split.projectors[medium], feature_size=sizes[medium])
+        check_layout(split.projectors[medium], projectors.layout(sizes[medium], text.hidden_size))
+        rates = _rates(projectors, system, options, split.media)
+        media[medium] = _medium_settings(projectors, rates, options)
+        trained.update(_projector_entries(projectors, rates, split.projectors[medium]))
+        facts.append(_projector_facts(projectors, rates))
+    if split.video_lora:
+        media["video"], entries = _video_lora(split.video_lora, lips, media.get("video"), options)
+        trained.update(entries)
+    adapter, entries = _llm_lora(split, text, system, options)
+    trained.update(entries)
+    _check_prompts(split, system, options, tokenizer)
+    return Parts(weights, configs, helpers, lips, media, adapter, trained, [*facts, _adapter_facts(adapter, media)])
+
+
+def read_tokenizer(source: str, *, rows: int) -> Any:
+    """The LLM's tokenizer with the tokens that the released training added to it.
+
+    Args:
+        rows: of the checkpoint's embeddings.
+
+    Raises:
+        ValueError: a number of rows that this tokenizer does not give.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve_source(source))
+    known = tokenizer.get_vocab()
+    spans = [token for pair in SPANS.values() for token in pair if token not in known]
+    pads = [] if PAD_TOKEN in known else [PAD_TOKEN]
+    base = len(tokenizer)
+    if rows not in (base + len(spans), base + len(spans) + len(pads)):
+        raise ValueError(
+            f"the checkpoint embeds {rows} tokens, but the tokenizer of {source} holds {base} and the released "
+            f"training adds {', '.join([*pads, *spans]) or 'nothing'}; was it trained on another LLM? (option llm)"
+        )
+    if pads and rows > base + len(spans):  # Qwen keeps the padding token it has
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if spans:
+        tokenizer.add_special_tokens({"additional_special_tokens": spans}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {f"llm.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    kept = {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and _HEAD not in kept:
+        expected.pop(_HEAD)
+    check_layout(kept, expected)
+    if config.tie_word_embeddings and not kept.pop(_HEAD, kept[_EMBEDDINGS]).equal(kept[_EMBEDDINGS]):
+        raise ValueError(f"{_HEAD} differs from {_EMBEDDINGS}, but the config of this LLM ties them (option llm)")
+    return {name.removeprefix("llm."): value.contiguous() for name, value in kept.items()}
+
+
+def _whisper(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], PreTrainedConfig]:
+    config = AutoConfig.from_pretrained(resolve_source(source))
+    if config.model_type != "whisper":
+        raise ValueError(f"{source} is a {config.model_type}; only checkpoints with Whisper can be converted")
+    with torch.device("meta"):
+        expected = backbone_class(config)._from_config(config).state_dict()
+    check_layout(state, {f"audio_encoder.{name}": tuple(value.shape) for name, value in expected.items()})
+    return {name.removeprefix("audio_encoder."): value.contiguous() for name, value in state.items()}, config
+
+
+def _lips(state: Mapping[str, Tensor], options: Options) -> av_hubert.Converted:
+    own = {name.removeprefix("video_encoder."): value.float() for name, value in state.items()}
+    matrix = own.get("post_extract_proj.weight")
+    width = len(matrix) if matrix is not None and matrix.dim() else 0  # what is wrong with it is said below
+    heads = options.video_heads or max(width // 64, 1)
+    settings = {"encoder_attention_heads": heads, "layer_norm_first": options.video_norms_first}
+    try:
+        return av_hubert.convert_state(own, settings)
+    except ValueError as error:
+        raise ValueError(f"video_encoder: {error}") from error
+
+
+def _rates(own: Projectors, system: System, options: Options, media: list[str]) -> tuple[int, ...]:
+    """Frames per token of each projector (of the single one, all that it served).
+
+    Raises:
+        ValueError: rates that the shapes contradict, or a kind of projector this system does not have.
+    """
+    if own.is_list not in system.lists:
+        found = "a list, one per rate" if own.is_list else "a single one"
+        raise ValueError(f"the {own.medium} projector is {found}; {system.title} has none such (see `mllm convert`)")
+    given = tuple(options.audio_rates if own.medium == "audio" else options.video_rates)
+    if own.is_stack:
+        if given and given != own.multiples:
+            shown = ", ".join(map(str, own.multiples))
+            raise ValueError(f"{own.medium}_rates is {list(given)}, but the projectors stack {shown} frames")
+        given = own.multiples
+    rates = given or system.published_rates(own.medium, media)
+    if min(rates) < 1 or len(set(rates)) < len(rates):
+        raise ValueError(f"{own.medium}_rates is {list(rates)}; rates are whole numbers from 1, each once")
+    if own.is_list and len(rates) != len(own.multiples):
+        raise ValueError(
+            f"{own.medium}_rates is {list(rates)}, but the checkpoint holds {len(own.multiples)} projectors; name one "
+            "rate each, in their order"
+        )
+    return rates
+
+
+def _medium_settings(own: Projectors, rates: tuple[int, ...], options: Options) -> MediumSettings:
+    return MediumSettings(
+        encoder="",
+        compressor="stack" if own.is_stack else "pool",
+        budgets=[f"/{rate}" for rate in sorted(rates)],
+        per_budget_projector=own.is_list and not own.is_stack,
+        projector_size=own.hidden_size,
+        projector_norm=own.has_norm or None,
+        projector_activation="relu",
+        span=SPANS[own.medium],
+        normalize_audio=own.medium == "audio" and options.normalize_audio,
+    )
+
+
+def _projector_entries(own: Projectors, rates: tuple[int, ...], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our projectors stand in the order of their rates, whatever the order was there."""
+    order = sorted(rates)
+    places = {place: order.index(rate) if own.is_list else 0 for place, rate in enumerate(rates)}
+    prefix = f"model.compressors.{own.medium}.projectors"
+    return {f"{prefix}.{places[place]}.{ours}": state[name].float() for place, name, ours in own.names()}
+
+
+def _video_lora(
+    state: Mapping[str, Tensor], lips: av_hubert.Converted | None, settings: MediumSettings | None, options: Options
+) -> tuple[MediumSettings, dict[str, Tensor]]:
+    if lips is None or settings is None:
+        raise ValueError(f"the checkpoint holds {min(state)}, but no lip encoder")
+    config = lips.encoder.config
+    loras = read_video_loras(state, config.num_hidden_layers)
+    assert loras is not None
+    check_layout(state, loras.layout(config.hidden_size, dict.fromkeys("QV", config.hidden_size)))
+    adapter = EncoderAdapterSettings(rank=loras.inner_size, alpha=options.video_scaling * loras.inner_size)
+    entries = loras.matrices(state, prefix="model.video_tower.backbone.encoder.layers.{}.attention")
+    return replace(settings, encoder_adapter=adapter), entries
+
+
+def _llm_lora(
+    split: Split, text: Any, system: System, options: Options
+) -> tuple[AdapterSettings | None, dict[str, Tensor]]:
+    loras, variant = read_llm_loras(split.llm_lora, text.num_hidden_layers)
+    if variant not in system.variants:
+        raise ValueError(f"the LLM has a LoRA per task, which {system.title} has not; is it an Omni-AVSR?")
+    if loras is None:
+        return None, {}
+    weights = {letter: split.llm[f"llm.model.layers.0.self_attn.{letter.lower()}_proj.weight"] for letter in "QV"}
+    outs = {letter: weight.shape[0] for letter, weight in weights.items()}
+    check_layout(split.llm_lora, loras.layout(text.hidden_size, outs))
+    bank: dict[str, Any] = {"kind": "lora_bank", "variant": variant, "tasks": list(TASKS.values())}
+    adapter = AdapterSettings(
+        rank=loras.inner_size,
+        alpha=_scaling(loras, text.hidden_size, options) * loras.inner_size,
+        **(bank if variant != "s" else {}),
+    )
+    return adapter, loras.matrices(split.llm_lora, prefix="model.language_model.layers.{}.self_attn")
+
+
+def _scaling(loras: Loras, hidden_size: int, options: Options) -> float:
+    """What the LLM's LoRAs are multiplied by.
+
+    Raises:
+        ValueError: a reduction that does not give the inner size of the checkpoint, or none where it cannot be told.
+    """
+    told, rest = divmod(hidden_size, loras.inner_size)
+    if options.reduction is None and rest:
+        raise ValueError(
+            f"the LoRAs are {loras.inner_size} inside and the LLM is {hidden_size} wide, which does not tell what it "
+            "was divided by; give reduction"
+        )
+    reduction = options.reduction or told
+    if round(hidden_size / reduction) != loras.inner_size:
+        raise ValueError(
+            f"reduction is {reduction}, so the LoRAs would be {round(hidden_size / reduction)} inside, but in the "
+            f"checkpoint they are {loras.inner_size}"
+        )
+    return (reduction / 8 if options.alpha is None else options.alpha) / reduction
+
+
+def _check_prompts(split: Split, system: System, options: Options, tokenizer: Any) -> None:
+    """The released models ask with the embeddings in the checkpoint; ours asks with words, which must be the same.
+
+    Raises:
+        ValueError: prompts that are missing, unknown, or other words than those of the options; both are named.
+    """
+    expected = set(PROMPT_MEDIA) if system.has_prompts else set()
+    for problem, names in (("misses", expected - set(split.prompts)), ("holds unknown", set(split.prompts) - expected)):
+        if names:
+            raise ValueError(f"the checkpoint {problem} {', '.join(f'prompt_{name}' for name in sorted(names))}")
+    table = split.llm[_EMBEDDINGS].float()
+    for name, stored in split.prompts.items():
+        words = options.prompts[name]
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+        if stored.dim() != 3 or len(stored) != 1 or stored.shape[2] != table.shape[1]:
+            raise ValueError(
+                f"prompt_{name} has the shape {tuple(stored.shape)}; expected (1, tokens, {table.shape[1]})"
+            )
+        found = stored[0].float()
+        if found.shape[0] != len(ids) or not torch.allclose(found, table[ids], rtol=1e-2, atol=1e-5):
+            nearest = torch.cdist(found, table).argmin(dim=1).tolist()
+            raise ValueError(
+                f"prompt_{name} in the checkpoint is not {words!r}; its embeddings are those of "
+                f"{tokenizer.decode(nearest)!r} (option prompt_{name})"
+            )
+
+
+def write_parts(parts: Parts, folder: Path) -> None:
+    """Write the frozen parts as folders that transformers reads."""
+    for part, weights in parts.weights.items():
+        own = folder / part
+        own.mkdir(parents=True)
+        parts.configs[part].save_pretrained(own)
+        parts.helpers[part].save_pretrained(own)
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    if parts.lips is not None:
+        av_hubert.save(parts.lips, folder / "video")
+
+
+def write_run(parts: Parts, folder: Path, options: Options) -> None:
+    """Write config, processor and what trained; the frozen parts must lie in the folder already."""
+    media: dict[str, Any] = {m: replace(own, encoder=str(folder / m)) for m, own in parts.media.items()}
+    settings = ModelSettings(
+        llm=str(folder / "llm"),
+        chat_format="avsr",
+        adapter=parts.adapter,
+        released_behaviour=options.released_behaviour,
+        **media,
+    )
+    processor = build_processor(settings)
+    config = elastic_config(settings, processor)
+    for part, source in (config.sources or {}).items():
+        source["reference"] = f"{RUN_PREFIX}{part}"
+    prompts = {"+".join(own): options.prompts[name] for name, own in PROMPT_MEDIA.items() if {*own} <= {*media}}
+    processor = ElasticProcessor(processor.tokenizer, elastic={**processor.elastic, "prompts": prompts})
+    with torch.device("meta"), unsharded():
+        model = ElasticForConditionalGeneration(config)
+    put_adapters(model)
+    names = set_trainables(model)
+    own = dict(model.named_parameters())
+    check_layout(parts.trained, {name: tuple(own[name].shape) for name in names})
+    save_run(model, processor, folder, state={name: value.contiguous() for name, value in parts.trained.items()})
+
+
+def _projector_facts(own: Projectors, rates: tuple[int, ...]) -> str:
+    how = "stacked" if own.is_stack else "averaged"
+    count = f"{len(own.multiples)} projectors" if own.is_list else "one projector"
+    norm = "with" if own.has_norm else "without"
+    return f"{own.medium}: frames {how}, {', '.join(map(str, rates))} per token, {count} {norm} LayerNorm"
+
+
+def _adapter_facts(adapter: AdapterSettings | None, media: Mapping[str, MediumSettings]) -> str:
+    if adapter is None or adapter.rank is None or adapter.alpha is None:
+        llm = "no LoRA in the LLM"
+    else:
+        kind = f"variant {adapter.variant}" if adapter.variant else "shared"
+        llm = f"LoRA in the LLM: {kind}, rank {adapter.rank}, scaled by {adapter.alpha / adapter.rank:g}"
+    lips = media["video"].encoder_adapter if "video" in media else None
+    return llm + (f"; in AV-HuBERT: rank {lips.rank}, scaled by {lips.alpha / lips.rank:g}" if lips else "")

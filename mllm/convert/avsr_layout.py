@@ -1,0 +1,234 @@
+"""How Llama-AVSR, Llama-MTSK and Omni-AVSR name what they trained, and what can be told from the shapes of it.
+
+Knows names and shapes. Does not know files, options of a command, or what a run folder looks like.
+Sources: Llama-AVSR (arXiv 2409.12319), Llama-MTSK (2503.06362), Omni-AVSR (2511.07253), umbertocappellazzo/Llama-AVSR
+and umbertocappellazzo/Omni-AVSR.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+TASKS = {"audio": "asr", "video": "vsr", "audiovisual": "avsr"}
+"""Tasks by the names in the released files, in the order of a bank's members."""
+LETTERS = {"Q": "q_proj", "V": "v_proj"}
+_LLM_LORA = re.compile(r"llm\.model\.layers\.(\d+)\.self_attn\.lora_(?:down|up)_[QV](_shared|\.\w+|)\.weight")
+_VIDEO_LORA = re.compile(r"video_encoder\.encoder\.layers\.(\d+)\.self_attn\.lora_(?:down|up)_[QV]\.weight")
+_OF_LIST = re.compile(r"\w+_proj\.(\d+)\.\d\.(?:weight|bias)")
+_PARTS = ("audio_encoder.", "video_encoder.", "audio_proj.", "video_proj.", "llm.", "prompt_")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The entries of a checkpoint by what they belong to, under their released names."""
+
+    llm: dict[str, Tensor] = field(default_factory=dict)
+    llm_lora: dict[str, Tensor] = field(default_factory=dict)
+    encoders: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    video_lora: dict[str, Tensor] = field(default_factory=dict)
+    projectors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    prompts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def media(self) -> list[str]:
+        """The media of this checkpoint."""
+        return [medium for medium in ("audio", "video") if medium in self.encoders]
+
+
+def split_state(state: Mapping[str, Tensor]) -> Split:
+    """Sort the entries of a checkpoint.
+
+    Raises:
+        ValueError: an entry of none of the parts, or a part without what goes with it.
+    """
+    if unknown := sorted(name for name in state if not name.startswith(_PARTS)):
+        raise ValueError(f"the checkpoint holds unknown {', '.join(unknown[:3])} ({len(unknown)} in all)")
+    own = Split()
+    for name, value in state.items():
+        part = name.split(".")[0]
+        if part == "llm":
+            (own.llm_lora if ".lora_" in name else own.llm)[name] = value
+        elif part.startswith("prompt_"):
+            own.prompts[part.removeprefix("prompt_")] = value
+        elif part == "video_encoder" and ".lora_" in name:
+            own.video_lora[name] = value
+        else:
+            medium, kind = part.split("_")
+            group = own.encoders if kind == "encoder" else own.projectors
+            group.setdefault(medium, {})[name] = value
+    if own.encoders.keys() != own.projectors.keys() or not own.encoders:
+        encoders, projectors = (", ".join(group) or "nothing" for group in (own.encoders, own.projectors))
+        raise ValueError(f"the checkpoint holds encoders of {encoders} and projectors of {projectors}; both are needed")
+    table = own.llm.get("llm.model.embed_tokens.weight")
+    if table is None or table.dim() != 2:
+        raise ValueError("the checkpoint misses llm.model.embed_tokens.weight, a matrix; it is none of these systems")
+    return own
+
+
+@dataclass(frozen=True)
+class Projectors:
+    """What the shapes of a medium's projectors tell.
+
+    Args:
+        medium: audio or video.
+        is_list: one per rate, or a single one.
+        multiples: of the encoder's size, what each takes: frames stacked, or 1 where frames were averaged.
+        hidden_size: between the two linear layers.
+        has_norm: whether a LayerNorm stands behind them.
+    """
+
+    medium: str
+    is_list: bool
+    multiples: tuple[int, ...]
+    hidden_size: int
+    has_norm: bool
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether frames were stacked."""
+        return any(multiple > 1 for multiple in self.multiples)
+
+    def names(self) -> Iterator[tuple[int, str, str]]:
+        """Place, name in the checkpoint and name of our projector's entry, of every entry."""
+        for place in range(len(self.multiples)):
+            prefix = f"{self.medium}_proj." + (f"{place}." if self.is_list else "")
+            for layer in ("0", "2", "3") if self.has_norm else ("0", "2"):
+                for kind in ("weight", "bias"):
+                    yield place, f"{prefix}{layer}.{kind}", f"{layer}.{kind}"
+
+    def layout(self, feature_size: int, out_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of every entry."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place, name, own in self.names():
+            wide = {"0": (self.hidden_size, feature_size * self.multiples[place]), "2": (out_size, self.hidden_size)}
+            layer, kind = own.split(".")
+            shapes[name] = wide.get(layer, (out_size,)) if kind == "weight" else (wide.get(layer, (out_size,))[0],)
+        return shapes
+
+
+def read_projectors(medium: str, state: Mapping[str, Tensor], *, feature_size: int) -> Projectors:
+    """What the projectors of a medium are.
+
+    Args:
+        state: their entries by released names.
+        feature_size: of the encoder.
+
+    Raises:
+        ValueError: an input that is no multiple of the encoder's size, or no projector at all.
+    """
+    name = f"{medium}_proj"
+    places = [int(match[1]) for entry in state if (match := _OF_LIST.fullmatch(entry))]
+    is_list, count = bool(places), max(places, default=0) + 1
+    multiples = []
+    for place in range(count):
+        first = f"{name}.{place}.0.weight" if is_list else f"{name}.0.weight"
+        if first not in state or state[first].dim() != 2:
+            raise ValueError(f"the checkpoint misses {first}, a matrix")
+        in_size = state[first].shape[1]
+        if in_size % feature_size or not in_size:
+            raise ValueError(
+                f"{first} takes {in_size} values, no multiple of the {feature_size} of the {medium} encoder"
+            )
+        multiples.append(in_size // feature_size)
+    prefix = f"{name}.0." if is_list else f"{name}."
+    return Projectors(
+        medium,
+        is_list,
+        tuple(multiples),
+        hidden_size=state[f"{prefix}0.weight"].shape[0],
+        has_norm=f"{prefix}3.weight" in state,
+    )
+
+
+@dataclass(frozen=True)
+class Loras:
+    """LoRAs beside the queries and values of a stack of layers.
+
+    Args:
+        prefix: of the names, up to the number of the layer.
+        num_layers: how many layers have them.
+        inner_size: the rank proper.
+        members: what follows the letter in each name: nothing or `_shared` for the shared one, `.audio` and so on.
+    """
+
+    prefix: str
+    num_layers: int
+    inner_size: int
+    members: tuple[str, ...]
+
+    def name(self, layer: int, direction: str, letter: str, member: str) -> str:
+        """The released name of one matrix."""
+        return f"{self.prefix}{layer}.self_attn.lora_{direction}_{letter}{member}.weight"
+
+    def layout(self, in_size: int, out_sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of every entry; `out_sizes` by letter."""
+        shapes = {}
+        for layer in range(self.num_layers):
+            for letter in LETTERS:
+                for member in self.members:
+                    shapes[self.name(layer, "down", letter, member)] = (self.inner_size, in_size)
+                    shapes[self.name(layer, "up", letter, member)] = (out_sizes[letter], self.inner_size)
+        return shapes
+
+    def matrices(self, state: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
+        """Our entries: PEFT's LoRA where there is one member, else those of a bank, members stacked.
+
+        Args:
+            prefix: of our names, up to the number of the layer; a `{}` in it stands for that.
+        """
+        single = len(self.members) == 1
+        made = {}
+        for layer in range(self.num_layers):
+            for letter, target in LETTERS.items():
+                for direction, side in (("down", "A"), ("up", "B")):
+                    own = [state[self.name(layer, direction, letter, member)].float() for member in self.members]
+                    name = f"{prefix.format(layer)}.{target}.lora_{side}"
+                    made[f"{name}.default.weight" if single else name] = own[0] if single else torch.stack(own)
+        return made
+
+
+def read_llm_loras(state: Mapping[str, Tensor], num_layers: int) -> tuple[Loras | None, str]:
+    """The LoRAs of the LLM, and the variant they are: `s`, `t` or `st`.
+
+    Raises:
+        ValueError: members that are none of these variants, or a name that is none of a LoRA.
+    """
+    if not state:
+        return None, ""
+    found = [_LLM_LORA.fullmatch(name) for name in state]
+    if None in found:
+        name = list(state)[found.index(None)]
+        raise ValueError(f"the checkpoint holds unknown {name}")
+    members = {match[2] for match in found if match is not None}
+    tasks = tuple(f".{task}" for task in TASKS)
+    variants: dict[str, Sequence[str]] = {"s": ("",), "t": tasks, "st": ("_shared", *tasks)}
+    for variant, own in variants.items():
+        if set(own) == members:
+            return Loras("llm.model.layers.", num_layers, _inner_size(state), tuple(own)), variant
+    names = ", ".join(repr(member) for member in sorted(members))
+    known = f"'', all of {', '.join(tasks)}, and these with '_shared'"
+    raise ValueError(f"the names of the LLM's LoRAs end in {names}; known are {known}")
+
+
+def read_video_loras(state: Mapping[str, Tensor], num_layers: int) -> Loras | None:
+    """The LoRAs of the lip encoder, or nothing.
+
+    Raises:
+        ValueError: a name that is none of a LoRA.
+    """
+    if not state:
+        return None
+    if unknown := [name for name in state if not _VIDEO_LORA.fullmatch(name)]:
+        raise ValueError(f"the checkpoint holds unknown {unknown[0]}")
+    return Loras("video_encoder.encoder.layers.", num_layers, _inner_size(state), ("",))
+
+
+def _inner_size(state: Mapping[str, Tensor]) -> int:
+    """Rows of the first matrix downwards; what is wrong with the others is said when all shapes are compared."""
+    found = next((value for name, value in state.items() if ".lora_down_" in name and value.dim() == 2), None)
+    if found is None or not len(found):
+        raise ValueError(f"the checkpoint holds {min(state)}, but no matrix that goes with it (lora_down)")
+    return found.shape[0]

@@ -1,0 +1,73 @@
+"""The tensors of a released checkpoint by name, from the kinds of files that systems are released in.
+
+Knows files. Does not know what the names mean. Nothing in a file is run.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mllm.convert.restricted import Inert, StoredTensor, read_checkpoint
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+LIGHTNING_PREFIX = "model."
+"""What Lightning puts before the names of the module it trains."""
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file: one that was saved as such, or the `state_dict` of a Lightning checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file of another kind, or an entry that is no tensor; it is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}; checkpoints end in {', '.join(SUFFIXES)}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = read_checkpoint(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds {_kind(content)} where a state dict is expected")
+    if isinstance(content.get("state_dict"), Mapping):
+        content = {name.removeprefix(LIGHTNING_PREFIX): own for name, own in content["state_dict"].items()}
+    if not content:
+        raise ValueError(f"{path} holds no tensors")
+    for name, own in content.items():
+        if not isinstance(own, StoredTensor):
+            raise ValueError(f"{path} holds {_kind(own)} at {name!r} where a tensor is expected; nothing of it was run")
+    return {name: own.read() for name, own in content.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or is cut: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    return f"{value.name}()" if isinstance(value, Inert) else f"a {type(value).__name__}"
+
+
+def check_layout(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a state whose names or shapes are not those expected.
+
+    Raises:
+        ValueError: what is missing, unknown or of another shape, by name.
+    """
+    for problem, names in (
+        ("misses", expected.keys() - found.keys()),
+        ("holds unknown", found.keys() - expected.keys()),
+    ):
+        if names:
+            raise ValueError(f"the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != tuple(shape):
+            raise ValueError(f"{name} has the shape {tuple(found[name].shape)} in the checkpoint; expected {shape}")

@@ -1,0 +1,132 @@
+"""Results of one model or of several to the speech table: read, checked to be of the same samples, written.
+
+Knows result folders. Does not know models or how they answered.
+
+    out/speech.md      the tables of `speech_table.py`
+    out/speech.json    the same with everything the results hold
+    out/speech.png     WER against soft tokens per second and against TFLOPs of the prompt
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm.evaluation.hypotheses import FINGERPRINT, write_whole
+from mllm.evaluation.plot import plot_pareto
+from mllm.evaluation.report import RESULTS
+from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
+
+MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
+AXES = {"tokens_per_second": "soft tokens per second", "published_tflops": "TFLOPs of the prompt (mean)"}
+SAME = ("num_beams", "length_penalty", "max_new_tokens", "dtype")
+"""What should be the same for all, and is told where it is not."""
+
+
+@dataclass
+class Comparison:
+    """Rows of results by model, and how they came about.
+
+    `differences` say how models were answered differently, which the table cannot show.
+    """
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The rows laid out.
+
+        Raises:
+            ValueError: see `blocks_of`.
+        """
+        return blocks_of(self.rows)
+
+    def write(self, folder: Path, *, with_plot: bool = True) -> None:
+        """`speech.md`, `speech.json` and `speech.png`."""
+        blocks = self.blocks
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = "".join(f"\n{difference}\n" for difference in self.differences)
+        write_whole(folder / MARKDOWN, to_markdown(blocks) + notes)
+        content = {"blocks": to_data(blocks), "differences": self.differences}
+        write_whole(folder / DATA, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if with_plot:
+            plot_pareto(self._plotted(), folder / PLOT, axes=AXES)
+
+    def _plotted(self) -> list[Row]:
+        names = len(self.rows) > 1
+        return [
+            {**row, "model": model if names else ""}
+            for model, rows in self.rows.items()
+            for row in rows
+            if column_of(row) is not None
+        ]
+
+
+def compare(folders: Sequence[str]) -> Comparison:
+    """Lay results of several models side by side.
+
+    Args:
+        folders: `DIR`, a folder of results or a run that holds `evaluation`, or `NAME=DIR`. Folders of one name make
+            one line, as where a model was trained for each column.
+
+    Raises:
+        FileNotFoundError: a folder without results.
+        ValueError: nothing to compare, no speech, results on different samples, or two results for one cell.
+    """
+    if not folders:
+        raise ValueError("folders is empty; name at least one folder of results")
+    made, known = Comparison(), {}
+    used: dict[str, dict[str, set[str]]] = {key: {} for key in SAME}
+    for folder in folders:
+        name, path = _named(folder)
+        content = json.loads((path / RESULTS).read_text(encoding="utf-8"))
+        _check_samples(path, content["facts"], known)
+        made.rows.setdefault(name, []).extend(content["rows"])
+        for key in SAME:
+            if key in content["facts"]:
+                used[key].setdefault(str(content["facts"][key]), set()).add(name)
+    made.differences = [_difference(key, own) for key, own in used.items() if len(own) > 1]
+    if not made.blocks:
+        raise ValueError("the results hold no speech: no row of asr, vsr or avsr at a rate")
+    return made
+
+
+def comparison_of(rows: Sequence[Row], model: str) -> Comparison | None:
+    """One model's own table, or None where its results hold no speech."""
+    speech = [row for row in rows if column_of(row) is not None]
+    return Comparison({model: speech}) if speech else None
+
+
+def short_name(path: str | Path) -> str:
+    """What a model is called in a table: the last folder of its path that says something."""
+    parts = [part for part in Path(path).parts if part not in ("evaluation", "/", ".", "..")]
+    return parts[-1] if parts else str(path)
+
+
+def _named(folder: str) -> tuple[str, Path]:
+    name, equals, rest = folder.partition("=")
+    path = Path(rest if equals else folder)
+    inner = path / "evaluation"
+    found = next((own for own in (path, inner) if (own / RESULTS).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no {RESULTS}; evaluate the model first")
+    return (name if equals else short_name(path)), found
+
+
+def _check_samples(folder: Path, facts: Mapping[str, Any], known: dict[str, tuple]) -> None:
+    """Numbers on different samples say nothing about each other."""
+    mark = folder / FINGERPRINT
+    manifests = json.loads(mark.read_text()).get("manifests", {}) if mark.is_file() else {}
+    for name, digest in manifests.items():
+        own = (digest, facts.get("limit"))
+        before, where = known.setdefault(name, (own, folder))
+        if before != own:
+            what = "limits" if before[0] == digest else "manifests"
+            raise ValueError(f"{where} and {folder} have different {what} behind the set {name!r}; evaluate them alike")
+
+
+def _difference(key: str, models: Mapping[str, set[str]]) -> str:
+    words = (f"{value} for {', '.join(sorted(names))}" for value, names in models.items())
+    return f"{key} is {'; '.join(words)}"
