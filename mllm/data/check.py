@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm.data.manifest import MEDIA, Sample, scan_manifest
-from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video
+from mllm.data.pairs import clip_pairs
+from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, agreeing_sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ def check_manifest(
     Args:
         path: the JSONL file.
         root: folder that media paths are relative to.
-        open_media: also decode every file, which takes as long as an epoch of reading does.
+        open_media: also decode every file, which takes as long as an epoch of reading does, and compare the lengths
+            of sound and video of one clip.
         loader: how files are decoded, and under which limits; the default one when None.
 
     Raises:
@@ -91,16 +93,34 @@ def check_manifest(
 
 
 def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | None, report: Report) -> list[str]:
-    problems, seconds = [], dict.fromkeys(MEDIA, 0.0)
+    problems, raws = [], []
     for part in sample.media:
         try:
             found = paths.resolve(part.path)
-            if opener is not None:
-                seconds[part.medium] += _seconds(opener(part.medium, found))
+            raws.append(None if opener is None else opener(part.medium, found))
         except MediaError as error:
             problems.append(f"{part.medium} {part.path}: {error.reason} ({error.kind})")
     if opener is not None and not problems:
-        report.seconds = {medium: report.seconds[medium] + seconds[medium] for medium in MEDIA}
+        problems += _mismatches(sample, raws, opener.max_mismatch_seconds)
+    if opener is not None and not problems:
+        for part, raw in zip(sample.media, raws, strict=True):
+            report.seconds[part.medium] += _seconds(raw)
+    return problems
+
+
+def _mismatches(sample: Sample, raws: list[Any], max_mismatch_seconds: float | None) -> list[str]:
+    """Sounds that are not as long as the video of the same clip, and a sample that states nonsense about its clips."""
+    problems: list[str] = []
+    if max_mismatch_seconds is None:
+        return problems
+    try:
+        for sound, video in clip_pairs(sample):
+            path = sample.media[sound].path
+            agreeing_sound(raws[sound], raws[video], path=path, max_mismatch_seconds=max_mismatch_seconds)
+    except MediaError as error:
+        problems.append(f"audio {error.path}: {error.reason} ({error.kind})")
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 

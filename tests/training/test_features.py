@@ -15,7 +15,14 @@ from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, writ
 from mllm.encoders import encoder_facts
 from mllm.loading import TRAINABLES, load
 from mllm.settings import EncoderAdapterSettings
-from mllm.training.features import FeatureStore, KeptFeatures, fill_store, pass_features_through
+from mllm.training.features import (
+    FeatureStore,
+    KeptFeatures,
+    claim,
+    features_fingerprint,
+    fill_store,
+    pass_features_through,
+)
 from mllm.training.loaders import loading
 from mllm.training.run import make_features, train
 from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
@@ -143,6 +150,22 @@ def test_features_of_something_else_are_refused(world: Path, tmp_path: Path) -> 
         ValueError, match=r"data.features.folder .*kept holds features of something else \(image.seed was 0"
     ):
         train(settings_of(world, tmp_path / "two", features=dataclasses.replace(kept, seed=1)))
+
+
+def test_features_of_other_masks_are_something_else(world: Path, tmp_path: Path) -> None:
+    own = FeatureSettings(folder=str(tmp_path / "kept"))
+    model, processor = build(settings_of(world, tmp_path).model)
+
+    def fingerprint(**data) -> dict:
+        return features_fingerprint(model.config, processor, settings_of(world, tmp_path, features=own, **data).data)
+
+    plain, masked = fingerprint(), fingerprint(audio_mask_samples=[1_600, 16_000])
+    assert plain != masked
+    assert plain["video"] == masked["video"]  # a mask of the sound leaves the features of videos as they are
+    assert plain["video"] != fingerprint(flip_probability=0.5)["video"]
+    claim(tmp_path / "kept", plain)
+    with pytest.raises(ValueError, match=r"audio\.audio_mask_samples was \[\] and is \[1600, 16000\]"):
+        claim(tmp_path / "kept", masked)
 
 
 def test_what_learns_or_answers_needs_its_encoders(world: Path, tmp_path: Path) -> None:
