@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.data.utterances import PROMPTS, TASKS
 from mllm.media import path_problem
 from mllm.preparation.clip import ClipJob, prepare_clip, strip_path
 from mllm.preparation.faces import check_installed
 from mllm.preparation.settings import PrepareSettings
 from mllm.preparation.sheet import draw_sheet
-from mllm.world.prompts import SPEECH_PROMPTS
 
 RECORDING_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
 REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet.png", "prepare.log"
 
 
@@ -205,7 +204,7 @@ def _samples(row: dict[str, Any]) -> Iterator[Sample]:
     for task, media in TASKS.items():
         if "audio" in media and not row["sound"]:
             continue
-        asked = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[media]))
+        asked = (*(Media(medium, paths[medium]) for medium in media), Text(PROMPTS[task]))
         answer = Message("assistant", (Text(row["transcript"]),))
         yield Sample(f"{row['id']}-{task}", (Message("user", asked), answer), task, meta={"seconds": row["seconds"]})
 

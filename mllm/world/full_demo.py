@@ -24,10 +24,11 @@ from typing import Any
 import yaml
 
 from mllm.data.manifest import read_manifest, write_manifest
+from mllm.data.utterances import TASKS
 from mllm.evaluation.report import RESULTS
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.world.demo import RECIPE, claim
-from mllm.world.speech_corpus import TASKS, SpeechCorpusSettings, write_speech_corpus
+from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
 
 AUDIO_RATES = (4, 16)
 VIDEO_RATES = (2, 5)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.data.utterances import TASKS
 from mllm.media import write_sound, write_video
 from mllm.world.babble import make_babble
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
@@ -27,8 +28,6 @@ from mllm.world.prompts import SPEECH_PROMPTS
 from mllm.world.sentences import SPLITS, sample_sentences
 from mllm.world.speech import SAMPLE_RATE_HZ, say
 from mllm.world.voices import Speaker, draw_speaker
-
-TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
 
 
 @dataclass(frozen=True)
