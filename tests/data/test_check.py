@@ -8,7 +8,7 @@ import soundfile
 from PIL import Image
 
 from mllm.data.check import check_manifest
-from mllm.media.writing import write_lip_video
+from mllm.media import write_video
 
 
 def row(name: str, *media: tuple[str, str], task: str = "vqa") -> bytes:
@@ -83,8 +83,8 @@ def test_a_thousand_hostile_rows_in_one_pass(tmp_path: Path) -> None:
 
 
 def test_opening_compares_the_sound_and_the_video_of_a_clip(tmp_path: Path) -> None:
-    write_lip_video(tmp_path / "a.mp4", np.zeros((50, 16, 16), np.uint8))
-    write_lip_video(tmp_path / "short.mp4", np.zeros((40, 16, 16), np.uint8))
+    write_video(tmp_path / "a.mp4", np.zeros((50, 16, 16), np.uint8))
+    write_video(tmp_path / "short.mp4", np.zeros((40, 16, 16), np.uint8))
     path = corpus(tmp_path, row("a", ("audio", "a.wav"), ("video", "a.mp4"), task="avsr"))
     (tmp_path / "short.wav").write_bytes((tmp_path / "a.wav").read_bytes())
     path.write_bytes(path.read_bytes() + b"\n" + row("b", ("audio", "short.wav"), ("video", "short.mp4"), task="avsr"))
