@@ -62,9 +62,11 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      step and generation time per budget beside the FLOP model
+## make bench      time per budget beside the FLOP model, log-mel, beams
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/budget_cost.py
+	$(BIN)/python benchmarks/log_mel.py
+	$(BIN)/python benchmarks/beam_decoding.py
 
 ## make clean      remove the environment and what the tools left
 clean:
