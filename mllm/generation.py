@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mllm.budget import MEDIA, Amount, Budget, Cost, Extent, Space
+from mllm.budget import MEDIA, Budget, Cost, Extent, Space
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.media import MediaError, MediaLoader
@@ -147,10 +147,10 @@ class Answerer:
         prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
         sample, names = request({"image": image, "audio": audio, "video": video}, text, prompts)
         asked = Budget.parse(budget) if isinstance(budget, str) else budget
-        if idle := set(asked.amounts) - {part.medium for part in sample.media}:
+        if idle := asked.media - {part.medium for part in sample.media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
         try:
-            loaded = self.processor.load_media(sample, loader=self.loader)
+            loaded = self.processor.load_media(sample, loader=self.loader, budgets=[asked])
         except MediaError as error:
             name = names.get(error.path, error.path)
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
@@ -171,9 +171,13 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(samples), self.batch_size):
             rows = samples[start : start + self.batch_size]
-            loaded = [self.processor.load_media(sample, loader=self.loader) for sample in rows]
+            own = asked[start : start + self.batch_size]
+            loaded = [
+                self.processor.load_media(sample, loader=self.loader, budgets=[budget])
+                for sample, budget in zip(rows, own, strict=True)
+            ]
             batch = self.processor.batch(rows, loaded, for_training=False)
-            answers += self.answer_batch(batch, [asked[start : start + self.batch_size]])[0]
+            answers += self.answer_batch(batch, [own])[0]
         return answers
 
     @torch.no_grad()
@@ -327,10 +331,7 @@ def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[s
 
 def is_trained(extents: Sequence[Extent], costs: Sequence[Cost], space: Space) -> bool:
     """Whether training drew what every medium of a request costs, however the budget put it."""
-    return all(
-        space.media[extent.medium].is_trained(Amount.parse(f"/{cost.rate}" if cost.rate else cost.tokens))
-        for extent, cost in zip(extents, costs, strict=True)
-    )
+    return all(space.media[extent.medium].is_trained_cost(cost) for extent, cost in zip(extents, costs, strict=True))
 
 
 class _Watch:

@@ -98,6 +98,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         num_image_tokens: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_layout: Tensor | None = None,
         audio_values: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         num_audio_tokens: Tensor | None = None,
@@ -121,7 +122,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 sum over `num_items_in_batch` when the trainer passes that).
             logits_to_keep: logits of the last n positions only, or of the given ones; 0 keeps all.
             logit_positions: (P,) flat positions in B*S; the logits are then (P, V) and nothing else is computed.
-            pixel_values: (N, 3, h, w). num_image_tokens: (R,). image_index: (R,) item of each run.
+            pixel_values: (N, 3, h, w). num_image_tokens: (R,). image_index: (R,) item of each run. image_layout: (P, 2)
+                of each placeholder the run and the place in it, or -1 for a newline, where pictures are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
@@ -132,6 +134,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             "pixel_values": pixel_values,
             "num_image_tokens": num_image_tokens,
             "image_index": image_index,
+            "image_layout": image_layout,
             "audio_values": audio_values,
             "audio_lengths": audio_lengths,
             "num_audio_tokens": num_audio_tokens,

@@ -3,7 +3,8 @@
 Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 
@@ -20,11 +21,33 @@ class EncoderAdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TilingSettings:
+    """Pictures of any resolution: cut into tiles that are each encoded; see docs/vision_inputs.md."""
+
+    kind: Literal["pinpoints", "free"] = "pinpoints"
+    """The sizes listed, or every rows x columns of at most max_tiles tiles."""
+    pinpoints: list[list[int]] = field(default_factory=list)
+    """Sizes [height, width] in pixels, each of whole tiles; LLaVA-NeXT's five shapes when left out."""
+    max_tiles: int | None = None
+    """Most tiles of a picture; needed by free."""
+    thumbnail: bool = True
+    """Show the whole picture first, squeezed into one tile."""
+    merge: Literal["spatial_unpad", "flat"] = "spatial_unpad"
+    """One map of all tiles without what lies over padding (LLaVA-NeXT), or the tiles one after the other."""
+    newline: bool = True
+    """A learned token at the end of each row of the map, or of tiles when flat."""
+
+
+FRAMES_ENCODER = "image"
+"""What `video.encoder` says where frames go through the tower, the compressor and the projector of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MediumSettings:
     """How one medium becomes soft tokens."""
 
     encoder: str
-    """Folder, hub name or world part of the encoder."""
+    """Folder, hub name or world part of the encoder; of videos also `image`: sampled frames, each like a picture."""
     compressor: Literal["pool", "query", "stack"] = "pool"
     """Average pooling, Matryoshka queries, or frames stacked on the feature axis."""
     budgets: list[str | int] = field(default_factory=list)
@@ -72,6 +95,17 @@ class MediumSettings:
     `released_behaviour`. By default the whole frames of the clip."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
+    tiling: TilingSettings | None = None
+    """Pictures: cut into tiles; each picture is squeezed into one when left out."""
+    frames: int | None = None
+    """Videos of pictures: most frames taken from a file; 8 by default."""
+    frame_counts: list[int] | None = None
+    """Videos of pictures: the trained numbers of frames shown, each a divisor of frames; all of them by default."""
+    sampling: Literal["uniform", "fps"] | None = None
+    """Videos of pictures: frames evenly over the whole clip (the default), or sample_fps of them a second as long as
+    that gives no more than frames, and evenly otherwise."""
+    sample_fps: float | None = None
+    """Videos of pictures: frames per second of the sampling fps."""
     size_pixels: int | None = None
     """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
     crop_pixels: int = 88
@@ -191,6 +225,23 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.released_behaviour and self.chat_format != "avsr":
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+        if self.shows_frames and self.image is None:
+            raise ValueError("video.encoder is image, so frames are encoded like pictures; give an image block as well")
+        for medium, own in self.media.items():
+            if medium != "video" or own.encoder != FRAMES_ENCODER:
+                _refuse(own, medium, FRAME_SETTINGS, "goes with a video block whose encoder is image")
+            else:
+                _check_frames(own)
+
+    @property
+    def encoded_media(self) -> dict[str, MediumSettings]:
+        """Settings of the media that have an encoder of their own."""
+        return {m: own for m, own in self.media.items() if not (m == "video" and self.shows_frames)}
+
+    @property
+    def shows_frames(self) -> bool:
+        """Whether videos are frames that are encoded like pictures."""
+        return self.video is not None and self.video.encoder == FRAMES_ENCODER
 
     @property
     def media(self) -> dict[str, MediumSettings]:
@@ -205,3 +256,34 @@ class ModelSettings:
     def has_adapter(self) -> bool:
         """Whether there is an adapter, in the LLM or in an encoder."""
         return self.adapter is not None or any(own.encoder_adapter is not None for own in self.media.values())
+
+
+FRAME_SETTINGS = ("frames", "frame_counts", "sampling", "sample_fps")
+"""The keys of a video block whose frames are encoded like pictures, beside encoder, budgets and span."""
+
+
+def _refuse(own: MediumSettings, medium: str, keys: Iterable[str], why: str) -> None:
+    """Raises: ValueError for the first of the keys that is not at its default."""
+    defaults = {item.name: item.default for item in fields(MediumSettings)}
+    for key in keys:
+        if getattr(own, key) != defaults[key]:
+            raise ValueError(f"{medium}.{key} is {getattr(own, key)!r}; it {why}")
+
+
+def _check_frames(own: MediumSettings) -> None:
+    """Refuse what contradicts a video of pictures: everything else is taken from the image block."""
+    allowed = {"encoder", "budgets", "budget_range", "span", *FRAME_SETTINGS}
+    others = (item.name for item in fields(MediumSettings) if item.name not in allowed)
+    _refuse(own, "video", others, "is taken from the image block where video.encoder is image; leave it out")
+    frames = 8 if own.frames is None else own.frames
+    if frames < 1:
+        raise ValueError(f"video.frames is {frames}; it must be at least 1")
+    if (own.sampling == "fps") != (own.sample_fps is not None) or (own.sample_fps or 1) <= 0:
+        raise ValueError(
+            f"video.sample_fps is {own.sample_fps}; a number above 0 goes with sampling fps and only with it"
+        )
+    if wrong := [count for count in own.frame_counts or () if count < 1 or frames % count]:
+        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise ValueError(
+            f"video.frame_counts holds {wrong[0]}; allowed are the divisors of {frames} frames: {divisors}"
+        )
