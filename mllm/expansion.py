@@ -111,6 +111,7 @@ def expand(
     pad_id: int,
     left_padding: bool,
     members: Members = NO_MEMBERS,
+    context_tokens: int | None = None,
 ) -> Expanded:
     """Expand a batch to one or more budgets per row.
 
@@ -120,16 +121,18 @@ def expand(
         placeholder_ids: by medium.
         left_padding: prompts are padded on the left, training rows on the right.
         members: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
+        context_tokens: what the LLM reads.
 
     Raises:
-        ValueError: a budget a row cannot meet, or placeholders that do not match the media, or a scale or task that
-            the adapter has no member for; the sample is named.
+        ValueError: a budget a row cannot meet, a row longer than the LLM reads, placeholders that do not match the
+            media, or a scale or task that the adapter has no member for; the sample is named.
     """
     placeholders = frozenset(placeholder_ids.values())
     ids, labels, costs, scale_ids, task_ids = [], [], [], [], []
     runs: list[Placed] = []
     for row, budget in ((r, b) for draw in budgets for r, b in zip(batch.rows, draw, strict=True)):
         spent = row.costs(budget, space)
+        check_length(row, spent, context_tokens)
         row_ids, row_labels = expand_placeholders(
             row.ids, row.labels, placeholders, [cost.tokens for cost in spent], row.sample_id
         )
@@ -149,6 +152,21 @@ def expand(
         **({"task_ids": torch.tensor(task_ids)} if members.tasks else {}),
     }
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
+
+
+def check_length(row: Row, costs: Sequence[Cost], context_tokens: int | None) -> None:
+    """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a run of soft tokens.
+
+    Raises:
+        ValueError: with the sample, its length and what is allowed.
+    """
+    soft = sum(cost.tokens for cost in costs)
+    length = len(row.ids) - len(row.runs) + soft
+    if context_tokens is not None and length > context_tokens:
+        raise ValueError(
+            f"sample {row.sample_id!r} is {length} tokens long, {soft} of them soft, and the LLM reads at most "
+            f"{context_tokens}; ask for fewer soft tokens or shorten the text"
+        )
 
 
 def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int, int]:

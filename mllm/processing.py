@@ -38,7 +38,8 @@ class ElasticProcessor(ProcessorMixin):
             around its run (`span`), and how many `frames` of a video are encoded like pictures. `members` are the
             scales and tasks of an adapter that has some, `prompts` what is asked about media (`audio+video`) when
             nothing is, and with `shares_lengths` every clip of a batch counts as long as the longest and training rows
-            are not masked, as in the released AVSR code.
+            are not masked, as in the released AVSR code. `context_tokens` is how much the LLM reads; longer rows are
+            refused.
 
     Raises:
         ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
@@ -54,6 +55,7 @@ class ElasticProcessor(ProcessorMixin):
         self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
         self.use_members(self.elastic.get("members", {}))
         self.prompts = {tuple(name.split("+")): text for name, text in self.elastic.get("prompts", {}).items()}
+        self.context_tokens: int | None = self.elastic.get("context_tokens")
         self.shares_lengths = bool(self.elastic.get("shares_lengths", False))
         self.chat = ChatEncoder(
             tokenizer,
@@ -159,7 +161,7 @@ class ElasticProcessor(ProcessorMixin):
     ) -> list[LoadedMedia]:
         """The media, with every picture that is not there yet cut as the budgets ask."""
         extents = [
-            self._picture_extent((raw.height, raw.width)) if item is None else self.extent(item)
+            self.picture_extent((raw.height, raw.width)) if item is None else self.extent(item)
             for item, raw in zip(loaded, raws, strict=True)
         ]
         cuts = cuts_of(extents, budgets, self.space) if None in loaded else [()] * len(loaded)
@@ -221,14 +223,14 @@ class ElasticProcessor(ProcessorMixin):
         """What the budget needs to know of a medium."""
         facts = self.facts[loaded.medium]
         if loaded.picture_pixels is not None:
-            return self._picture_extent(loaded.picture_pixels)
+            return self.picture_extent(loaded.picture_pixels)
         if facts.grid is not None:
             return Extent(loaded.medium, grid=facts.grid, num_pictures=loaded.num_items)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
-    def _picture_extent(self, picture_pixels: Size) -> Extent:
+    def picture_extent(self, picture_pixels: Size) -> Extent:
         """Of a picture that may be cut into tiles."""
         facts = self.facts["image"]
         return Extent("image", grid=facts.grid, picture_pixels=picture_pixels, tile_pixels=facts.picture_pixels)
@@ -279,6 +281,7 @@ class ElasticProcessor(ProcessorMixin):
             pad_id=self.pad_id,
             left_padding=left_padding,
             members=self.members,
+            context_tokens=self.context_tokens,
         )
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)

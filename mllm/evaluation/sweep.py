@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from mllm.budget import Budget
-from mllm.cost import Item, attention_flops, published_flops, request_cost
+from mllm.cost import Item, attention_flops, items_of, published_flops, request_cost
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import AnswerStore, Line
 from mllm.evaluation.planning import Work, references_of, untrained_message
@@ -108,7 +108,8 @@ class Sweep:
                 yield self._line(item, row, answer)
 
     def _load(self, work: Work) -> list[LoadedMedia]:
-        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=self._noise_of(work))
+        noise = self._noise_of(work)
+        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=noise, budgets=work.budgets)
 
     def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
         ratio = work.snr_db
@@ -142,10 +143,9 @@ class Sweep:
             return None
         spent = row.costs(answer.budget, self.answerer.processor.space)
         items = [
-            Item(run.extent.medium, run.extent.length, cost.tokens, *medium.values.shape[-2:])
-            if run.extent.medium == "video"
-            else Item(run.extent.medium, run.extent.length, cost.tokens)
+            own
             for run, cost, medium in zip(row.runs, spent, item.media, strict=True)
+            for own in items_of(run.extent, cost, frame_pixels=medium.values.shape[-2:])
         ]
         cost = request_cost(
             config,

@@ -17,6 +17,7 @@ from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
+from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
@@ -92,17 +93,23 @@ def validation_loader(
         shuffle=False,
     )
     collator = Collator(partial(encode, processor=processor, budgets=budgets))
-    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False))
+    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False, budgets=budgets))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
 
 
 def loading(
-    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool, remembered_files: int = 0
+    settings: DataSettings,
+    processor: ElasticProcessor,
+    *,
+    augmented: bool,
+    budgets: Sequence[Budget] = (),
+    remembered_files: int = 0,
 ) -> Callable[..., list[LoadedMedia]]:
     """What loads the media of a sample; changed by chance where the settings say so.
 
     Args:
+        budgets: what samples will be asked at; pictures that are cut into tiles are cut as these ask.
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
 
     Raises:
@@ -111,7 +118,7 @@ def loading(
     reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
-    return partial(processor.load_media, loader=reader, augmentation=augmentation)
+    return partial(processor.load_media, loader=reader, augmentation=augmentation, budgets=tuple(budgets))
 
 
 def build_augmentation(settings: DataSettings) -> Augmentation:
@@ -141,10 +148,11 @@ def encode(
     """A micro-batch, once it is sure that every row can meet the budgets.
 
     Raises:
-        ValueError: a row that cannot, such as a clip too short for a rate; the sample is named.
+        ValueError: a row that cannot, such as a clip too short for a rate, or that the LLM cannot read whole; the
+            sample is named.
     """
     batch = processor.batch(samples, media, for_training=True)
     for row in batch.rows:
         for budget in budgets:
-            row.costs(budget, processor.space)
+            check_length(row, row.costs(budget, processor.space), processor.context_tokens)
     return {"batch": batch}

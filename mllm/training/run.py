@@ -113,7 +113,8 @@ def build_trainer(
     surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
     surveyed.check(samples, data.tokens_per_batch)
     if data.features is None:
-        rows = ManifestDataset(samples, load=loading(data, processor, augmented=True), seed=settings.train.seed)
+        load = loading(data, processor, augmented=True, budgets=extremes(draws))
+        rows = ManifestDataset(samples, load=load, seed=settings.train.seed)
     else:
         rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples))
     batches = train_loader(
@@ -220,7 +221,9 @@ def keep_in_float32(model: nn.Module) -> None:
 
 def extremes(draws: Sampler) -> list[Budget]:
     """Budgets that a sample must meet so that it meets whatever is drawn."""
-    return list(draws.points) or [draws.space.largest(), draws.space.smallest()]
+    largest, smallest = draws.space.largest(), draws.space.smallest()
+    between = [dataclasses.replace(largest, num_frames=count) for count in draws.space.frame_counts[1:-1]]
+    return list(draws.points) or [largest, *between, smallest]
 
 
 def _validation(

@@ -18,6 +18,7 @@ from typing import Any
 from mllm.budget import Amount, Extent
 from mllm.data.manifest import Media, Sample
 from mllm.media import MediaError, resolve_media
+from mllm.media.image import header_pixels
 from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
 from mllm.splice import IGNORED_LABEL
@@ -96,8 +97,11 @@ def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path
 def _most_tokens(part: Media, sample: Sample, processor: ElasticProcessor) -> int:
     """Soft tokens of one medium at its largest budget; at least one."""
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
-    if facts.grid is not None:
-        extent = Extent(part.medium, grid=facts.grid)
+    if part.medium == "image" and space.tiling is not None:
+        extent = processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
+    elif facts.grid is not None:
+        frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
+        extent = Extent(part.medium, grid=facts.grid, num_pictures=frames)
     else:
         assert facts.frames_per_second is not None
         frames = round(_seconds(part, sample) * facts.frames_per_second)
@@ -106,6 +110,15 @@ def _most_tokens(part: Media, sample: Sample, processor: ElasticProcessor) -> in
         return max(space.cost(Amount("max"), extent).tokens, 1)
     except ValueError:  # too short for its budgets: found and left out when it is loaded
         return 1
+
+
+def _picture_pixels(part: Media, sample: Sample) -> tuple[int, int] | None:
+    """Height and width as the header states them."""
+    try:
+        return header_pixels(resolve_media(sample.root, part.path))
+    except MediaError as error:
+        logger.debug("no size of sample %r: %s", sample.id, error)
+        return None
 
 
 def _seconds(part: Media, sample: Sample) -> float:
