@@ -244,16 +244,19 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
     with torch.no_grad():
         with FlopCounterMode(display=False) as encoder:
             features = model.model.encode("image", inputs["pixel_values"])
-        with FlopCounterMode(display=False) as compressor:
-            model.model.compress(
-                "image",
-                features,
-                num_tokens=inputs["num_image_tokens"],
-                index=inputs.get("image_index"),
-                max_tokens=cost.each,
-            )
+        items = inputs.get("image_index", torch.arange(len(features.values)))
+        with FlopCounterMode(display=False) as compressor:  # one by one: queries share work within a batch
+            for item in items:
+                model.model.compress(
+                    "image",
+                    features,
+                    num_tokens=inputs["num_image_tokens"][:1],
+                    index=item[None],
+                    max_tokens=cost.each,
+                )
     assert counted.encoder == encoder.get_total_flops()
     assert counted.compressor == compressor.get_total_flops()
+    assert len(items) == cost.num_pictures
 
 
 @pytest.mark.parametrize(
