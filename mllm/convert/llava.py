@@ -281,14 +281,15 @@ def write_run(parts: Parts, folder: Path) -> None:
 
 def _facts(parts: Parts, vision: Any) -> list[str]:
     image, budgets = parts.image, parts.image.budgets
-    shown = ", ".join(map(str, budgets)) if len(budgets) < 8 else f"{budgets[0]}, {budgets[1]}, ... {budgets[-1]}"
+    shown = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]}, {budgets[1]}, ... {budgets[-1]}"
     if image.compressor == "query":
         how = f"{image.num_queries} queries of {vision.hidden_size} with {image.query_heads} heads"
     else:
         how = f"averaged behind the projector, {image.projector_size} inside" if image.projector_size else "averaged"
+    only = " only, other counts are untrained" if len(budgets) == 1 else ""
     margins = "padded to a square" if parts.image_processor.get("do_pad") else "cut to a square"
     origins = {part: "in the checkpoint" if part in parts.weights else own for part, own in parts.sources.items()}
     return [
-        f"pictures: {how}; trained at {shown} tokens; {margins}",
+        f"pictures: {how}; trained at {shown} tokens{only}; {margins}",
         f"LLM: {origins['llm']}; vision tower: {origins['image']}",
     ]
