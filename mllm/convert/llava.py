@@ -151,13 +151,11 @@ def _check_system(split: Split, told: Told, system: System, options: Options) ->
 def _llm(split: Split, folder: Path | None, told: Told, options: Options) -> tuple[Any, Any]:
     """Config and tokenizer of the LLM: from the option, from the folder where there is none, or the published ones."""
     source = resolve_source(options.llm or LLM)
-    own = options.llm is None and folder is not None and bool(split.llm)
-    if own and told.values:
-        text = _text_config(told)
-    else:
-        text = AutoConfig.from_pretrained(source).get_text_config()
-    has_tokenizer = own and any((folder / name).is_file() for name in _TOKENIZERS)  # pyright: ignore
-    source = str(folder) if has_tokenizer else source
+    own = folder if options.llm is None and split.llm else None
+    is_told = own is not None and bool(told.values)
+    text = _text_config(told) if is_told else AutoConfig.from_pretrained(source).get_text_config()
+    if own is not None and any((own / name).is_file() for name in _TOKENIZERS):
+        source = str(own)
     tokenizer = AutoTokenizer.from_pretrained(source, config=text)
     rows = len(split.llm[EMBEDDINGS]) if EMBEDDINGS in split.llm else text.vocab_size
     if len(tokenizer) > rows:

@@ -109,7 +109,8 @@ def write_folder(folder: Path, state: dict[str, Tensor], parts: dict[str, str], 
 def write_manifest(folder: Path, picture: str) -> Path:
     parts = [{"type": "image", "path": picture}, {"type": "text", "text": "what?"}]
     answer = {"role": "assistant", "content": "red"}
-    row = {"id": "a", "task": "color", "messages": [{"role": "user", "content": parts}, answer]}
+    messages = [{"role": "user", "content": parts}, answer]
+    row = {"id": "a", "task": "vqa", "messages": messages, "meta": {"answers": ["red"] * 10}}
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     return folder / "rows.jsonl"
 
@@ -127,7 +128,7 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "elsewhere"))
     media = tiny.write_media(tmp_path / "media")
     picture = str(tmp_path / "media" / media["image"])
-    asked = ["--image", picture, "--prompt", "what?", "--max-new-tokens", "2", "--use-cpu"]
+    asked = ["--image", picture, "--text", "what?", "--max-new-tokens", "2", "--use-cpu"]
     for budget in ("image=16", "image=7"):
         assert main(["generate", "--model", str(moved), "--budget", budget, *asked]) == 0
     words = ["--model.llm", str(moved / "llm"), "--model.image.encoder", str(moved / "image")]
@@ -145,7 +146,7 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
     """In half precision, as the released ones are; the parts keep it, what trains is float32."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in frozen().items()}
     state |= {name: value.half() for name, value in projector().items()}
-    state[f"{TOWER}post_layernorm.bias"] = torch.full((FEATURES,), 0.5).half()
+    state[f"{TOWER}pre_layrnorm.bias"] = torch.full((FEATURES,), 0.5).half()
     folder = write_folder(tmp_path / "m3", state, parts, kind="bin", **SCALES)
     convert(folder, tmp_path / "run", system="llava-m3", options=Options())
     model, processor = load(tmp_path / "run")
@@ -155,7 +156,7 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
         ("model.layers.1.mlp.up_proj.weight", "model.language_model.layers.1.mlp.up_proj.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("model.mm_projector.2.weight", "model.compressors.image.projectors.0.2.weight"),
-        (f"{TOWER}post_layernorm.bias", "model.vision_tower.backbone.post_layernorm.bias"),
+        (f"{TOWER}pre_layrnorm.bias", "model.vision_tower.backbone.pre_layrnorm.bias"),
     ):
         assert own[ours].equal(state[name].float()), name
     assert load_file(tmp_path / "run" / "llm" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
@@ -318,7 +319,7 @@ CHANGES = [
 QUERY_CHANGES = [
     ({"ln_k.bias": None}, {}, "misses model.query_abstractor.ln_k.bias"),
     ({"gate": torch.ones(1)}, {}, "holds unknown model.query_abstractor.gate"),
-    ({"proj": torch.ones(WIDTH, FEATURES)}, {}, r"query_abstractor.proj has the shape \(32, 16\) .*; expected \(16, 32\)"),
+    ({"proj": torch.ones(WIDTH, FEATURES)}, {}, r"abstractor.proj has the shape \(32, 16\) .*; expected \(16, 32\)"),
     ({"query": torch.ones(15, FEATURES)}, {}, "query holds 15 queries, which form no square grid"),
     ({"query": torch.ones(16, 12)}, {}, "query is 12 wide, but the vision tower is 16 wide"),
     ({"query": None}, {}, "misses model.query_abstractor.query, a matrix"),
@@ -378,6 +379,6 @@ def test_an_index_that_contradicts_its_files_is_refused(tmp_path: Path, index: s
 
 def test_a_folder_without_weights_and_one_that_is_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    refused(tmp_path, "llava", Options(), "holds no weights; looked for model.safetensors, pytorch_model.bin, query_abs")
+    refused(tmp_path, "llava", Options(), "holds no weights; looked for model.safetensors, pytorch_model.bin, query")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         convert(tmp_path / "none", tmp_path / "run", system="llava", options=Options())

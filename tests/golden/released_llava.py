@@ -96,7 +96,8 @@ def _write_sources(facts: Mapping[str, Any], folder: Path) -> None:
     vocabulary = {f"w{token_id}": token_id for token_id in range(text.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))  # pyright: ignore[reportCallIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    special = {f"{kind}_token": f"w{getattr(text, f'{kind}_token_id')}" for kind in ("bos", "eos", "pad")}
+    ids = {f"{kind}_token": getattr(text, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    special = {name: f"w{token_id}" for name, token_id in ids.items() if token_id is not None}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "llm")
     vision = CLIPVisionConfig(**facts["vision_config"])
     vision.save_pretrained(folder / "vision")

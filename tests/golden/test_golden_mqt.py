@@ -1,6 +1,8 @@
 """MQT-LLaVA against what its released code computed: a released file, the command, and what the run folder gives."""
 
+import numpy as np
 import pytest
+import torch
 from rebuild import Golden
 from released_llava import (
     Released,
@@ -18,9 +20,6 @@ POSITIONS = "model.query_abstractor.pos_embed"
 
 def position_table(rows: int, size: int) -> Tensor:
     """The fixed sine-cosine table of a square of queries, in half precision: half of the size per axis."""
-    import numpy as np
-    import torch
-
     side = round(rows**0.5)
     down, across = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
     frequency = 1.0 / 10000 ** (np.arange(size // 4) / (size / 4))
