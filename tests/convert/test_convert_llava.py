@@ -19,7 +19,8 @@ from mllm.cli import main
 from mllm.compressors.query import sincos_positions
 from mllm.convert.llava import convert
 from mllm.convert.llava_options import Options
-from mllm.generation import Answerer, Decoding
+from mllm.data.manifest import Text
+from mllm.generation import Answerer, Decoding, request
 from mllm.loading import load
 
 WIDTH, FEATURES, HIDDEN, PATCHES, QUERIES = 32, 16, 24, 64, 16
@@ -268,6 +269,29 @@ def test_the_answers_of_a_moved_run_are_those_before(tmp_path: Path, parts: dict
     shutil.move(tmp_path / "run", tmp_path / "other")
     after = answer(tmp_path / "other")
     assert (after.text, after.tokens) == (before.text, before.tokens)
+
+
+def test_a_question_stands_behind_a_line_break_as_in_the_released_prompts(
+    tmp_path: Path, parts: dict[str, str]
+) -> None:
+    folder = write_folder(tmp_path / "llava", frozen() | projector(), parts, kind="one")
+    convert(folder, tmp_path / "run", system="llava", options=Options())
+    model, processor = load(tmp_path / "run")
+    media = tiny.write_media(tmp_path / "media")
+    answerer = Answerer(model, processor, Decoding(max_new_tokens=4))
+    picture = tmp_path / "media" / media["image"]
+    plain, broken = (answerer(text, image=picture) for text in ("what?", "\nwhat?"))
+    assert (plain.text, plain.num_prompt_tokens) == (broken.text, broken.num_prompt_tokens)
+    row = processor.batch(
+        [request({"image": picture}, "what?", separator="\n")[0]],
+        [[processor.transform("image", Image.open(picture).convert("RGB"))]],
+        for_training=False,
+    ).rows[0]
+    line_break = tiny.TOKENIZER("\nwhat?", add_special_tokens=False)["input_ids"]
+    place = list(row.ids).index(processor.placeholder_ids["image"]) + 1
+    assert list(row.ids)[place : place + len(line_break)] == line_break
+    assert plain.num_prompt_tokens == len(row.ids) - 1 + PATCHES
+    assert request({}, "what?", separator="\n")[0].messages[0].parts == (Text("what?"),)
 
 
 class Harmful:
