@@ -107,7 +107,7 @@ class Told:
 
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llava_llama", "llama"),
+    "model_type": ("llava_llama", "llava", "llama"),
     "mm_vision_select_feature": ("patch",),
     "mm_patch_merge_type": ("flat",),
     "mm_use_im_start_end": (False,),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 from mllm.cli import main
 from mllm.compressors.query import sincos_positions
 from mllm.convert.llava import convert
-from mllm.convert.llava_options import Options
+from mllm.convert.llava_options import LLM, SYSTEMS, VISION, Options
 from mllm.data.manifest import Text
 from mllm.generation import Answerer, Decoding, request
 from mllm.loading import load
@@ -274,7 +275,7 @@ def test_the_answers_of_a_moved_run_are_those_before(tmp_path: Path, parts: dict
 def test_a_question_stands_behind_a_line_break_as_in_the_released_prompts(
     tmp_path: Path, parts: dict[str, str]
 ) -> None:
-    folder = write_folder(tmp_path / "llava", frozen() | projector(), parts, kind="one")
+    folder = write_folder(tmp_path / "llava", frozen() | projector(), parts, kind="one", model_type="llava")
     convert(folder, tmp_path / "run", system="llava", options=Options())
     model, processor = load(tmp_path / "run")
     media = tiny.write_media(tmp_path / "media")
@@ -292,6 +293,17 @@ def test_a_question_stands_behind_a_line_break_as_in_the_released_prompts(
     assert list(row.ids)[place : place + len(line_break)] == line_break
     assert plain.num_prompt_tokens == len(row.ids) - 1 + PATCHES
     assert request({}, "what?", separator="\n")[0].messages[0].parts == (Text("what?"),)
+
+
+def test_the_recipes_train_what_the_released_systems_were_trained_at() -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    m3, mqt = (yaml.safe_load((configs / f"{name}_llava.yaml").read_text())["model"] for name in ("m3", "mqt"))
+    assert tuple(m3["image"]["budgets"]) == SYSTEMS["llava-m3"].scales
+    assert (m3["image"]["compressor"], m3["image"]["project_first"]) == ("pool", True)
+    assert mqt["image"]["budget_range"] == [2, 256, 2]
+    assert (mqt["image"]["compressor"], mqt["image"]["keys"]) == ("query", "position")
+    for own in (m3, mqt):
+        assert (own["llm"], own["image"]["encoder"], own["image"]["feature_layer"]) == (LLM, VISION, -2)
 
 
 class Harmful:
@@ -332,6 +344,7 @@ CHANGES = [
     ("llava", {"model.embed_tokens.weight": torch.ones(9, WIDTH)}, {}, {}, "holds .* tokens, but the LLM embeds 9"),
     ("llava", {}, SCALES, {}, r"matryoshka_vis_token_scale is \[64, 16, 4, 1\] in .*; it is no LLaVA-1.5"),
     ("llava", {}, {"mm_hidden_size": 8}, {}, "mm_hidden_size is 8 in .*, but the vision tower is 16 wide"),
+    ("llava", {}, {"model_type": "mpt"}, {}, "model_type is mpt in .*; only llava_llama or llava or llama can be"),
     ("llava", {}, {"mm_projector_type": "linear"}, {}, "is linear in .*, but the checkpoint holds a mlp2x_gelu"),
     ("llava", {}, {"mm_patch_merge_type": "spatial_unpad"}, {}, "is spatial_unpad in .*; only flat can be converted"),
     ("llava", {}, {"image_aspect_ratio": "anyres"}, {}, "image_aspect_ratio is anyres in .*; only pad or square"),
