@@ -45,6 +45,9 @@ class MediumSettings:
     """Size of the queries; the encoder's hidden size by default."""
     query_heads: int | None = None
     """Attention heads of the compressor `query`; one per 64 of its size by default."""
+    query_start: Literal["released", "pyramid"] | None = None
+    """Where fresh queries on pictures begin: everywhere alike (MQT as released, the default), or each at its own cell,
+    coarse to fine; needs keys: position."""
     projector_size: int | None = None
     """Hidden size of the two-layer projector, the LLM's by default; 0 for one linear layer."""
     projector_norm: bool | None = None

@@ -17,6 +17,9 @@ from torch.nn import functional
 from mllm.budget import Budget
 from mllm.compressors import Compressor, MixtureProjector, Pool, ProjectorBank, Query
 
+PINV_RTOL = 1e-3
+"""Directions that a projection shrinks by more than this are not used to carry a bias."""
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -94,7 +97,8 @@ class QueryReadout(Readout):
         """Set the projection; the bias, which it has not, goes into that of the layer before as far as it can."""
         query = cast(Query, self.compressor)
         query.proj.copy_(weight)
-        query.attn.out_proj.bias.add_(torch.linalg.lstsq(weight.T, bias[:, None]).solution[:, 0])
+        # Normed values span one direction less than they have numbers, so the projection nearly loses directions.
+        query.attn.out_proj.bias.add_(torch.linalg.pinv(weight.T, rtol=PINV_RTOL) @ bias)
 
 
 def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]:
