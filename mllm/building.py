@@ -88,6 +88,8 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
     elastic = {"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
     if settings.released_behaviour:
         elastic["shares_lengths"] = True
+    if settings.names_pictures:
+        elastic["names_pictures"] = True
     limit = getattr(_read_config(settings.llm).get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int):
         elastic["context_tokens"] = limit

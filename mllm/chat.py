@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm.data.manifest import Media, Message, Part, Text
+from mllm.data.naming import named_pictures
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
@@ -59,6 +60,7 @@ class ChatEncoder:
         chat_format: `plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
         placeholder_ids: per medium the id that stands for it.
         span_ids: per medium the ids before and after it.
+        names_pictures: number the pictures of a conversation in the text; see `named_pictures`.
 
     Raises:
         ValueError: an unknown format, or `chat` with a tokenizer that has no template.
@@ -71,6 +73,7 @@ class ChatEncoder:
         chat_format: str,
         placeholder_ids: Mapping[str, int],
         span_ids: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        names_pictures: bool = False,
     ) -> None:
         if chat_format not in FORMATS:
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(FORMATS)}")
@@ -78,6 +81,7 @@ class ChatEncoder:
             raise ValueError("chat_format is 'chat', but the tokenizer has no chat template; use plain or vicuna_v1")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; a fast one is needed")
+        self.names_pictures = names_pictures
         self.tokenizer = tokenizer
         self.template = TEMPLATES.get(chat_format)
         self.placeholder_ids = dict(placeholder_ids)
@@ -89,6 +93,7 @@ class ChatEncoder:
         Raises:
             ValueError: a medium without a placeholder id, or a template that drops or repeats a message.
         """
+        messages = named_pictures(messages) if self.names_pictures else messages
         parts = [(message.role, part) for message in messages for part in message.parts]
         pieces = self._render(messages, len(parts), add_generation_prompt)
         ids: list[int] = []

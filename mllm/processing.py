@@ -39,7 +39,7 @@ class ElasticProcessor(ProcessorMixin):
             scales and tasks of an adapter that has some, `prompts` what is asked about media (`audio+video`) when
             nothing is, and with `shares_lengths` every clip of a batch counts as long as the longest and training rows
             are not masked, as in the released AVSR code. `context_tokens` is how much the LLM reads; longer rows are
-            refused.
+            refused. `names_pictures` numbers the pictures of a conversation in the text.
 
     Raises:
         ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
@@ -62,6 +62,7 @@ class ElasticProcessor(ProcessorMixin):
             chat_format=self.elastic["chat_format"],
             placeholder_ids=self.placeholder_ids,
             span_ids=self.span_ids,
+            names_pictures=bool(self.elastic.get("names_pictures", False)),
         )
 
     def _tower(self, medium: str) -> str:

@@ -213,12 +213,14 @@ class ModelSettings:
     released_behaviour: bool = False
     """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
+    names_pictures: bool = False
+    """Say "image 1 is" before the first picture of a conversation and so on (MMICL), so that questions name them."""
     image: MediumSettings | None = None
     """Pictures; not taken when left out."""
     audio: MediumSettings | None = None
     """Audio clips; not taken when left out."""
     video: MediumSettings | None = None
-    """Lip videos; not taken when left out."""
+    """Lip videos, or with the encoder `image` videos of anything; not taken when left out."""
     adapter: AdapterSettings | None = None
     """Nothing inside the LLM is trained when left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -231,6 +233,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.released_behaviour and self.chat_format != "avsr":
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+        if self.names_pictures and self.image is None:
+            raise ValueError("names_pictures is set, but there is no image block")
         if self.shows_frames and self.image is None:
             raise ValueError("video.encoder is image, so frames are encoded like pictures; give an image block as well")
         for medium, own in self.media.items():
