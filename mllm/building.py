@@ -90,6 +90,8 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
         elastic["shares_lengths"] = True
     if settings.names_pictures:
         elastic["names_pictures"] = True
+    if settings.shows_frames:
+        elastic["prompts"] = {"video": "describe the video."}  # the default question about videos is for lips
     limit = getattr(_read_config(settings.llm).get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int):
         elastic["context_tokens"] = limit

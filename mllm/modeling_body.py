@@ -238,15 +238,13 @@ class ElasticModel(ElasticPreTrainedModel):
                 if layout is None:
                     embeds = merge(embeds, mask, soft, num_tokens)
                 else:
-                    embeds = place(embeds, mask, soft, layout, self._newline_vector())
+                    newline = None if self.newline is None else self.newline()
+                    embeds = place(embeds, mask, soft, layout, newline)
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
         if self.newline is not None and media.get("image_layout") is None and self.training and _is_distributed():
-            embeds = embeds + 0.0 * self.newline.vector.sum().to(embeds.dtype)
+            embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
         return embeds
-
-    def _newline_vector(self) -> Tensor | None:
-        return None if self.newline is None else self.newline.vector
 
     def _most_tokens(self, medium: str, features: Features, length: int) -> int:
         """An upper bound of the tokens of one item, so that many short runs in a long row stay small."""

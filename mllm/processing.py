@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from mllm.adapters.members import Members
@@ -153,19 +154,22 @@ class ElasticProcessor(ProcessorMixin):
     def _pictures(self, medium: str, raw: Any) -> LoadedMedia | None:
         """A picture or the frames of a video; nothing yet of a picture that is to be cut into tiles."""
         if medium in self.sampling:
-            frames = torch.from_numpy(raw.frames).permute(0, 3, 1, 2)
-            return LoadedMedia(medium, self._image_transform(medium).many(list(frames)), len(frames), tower="image")
+            frames = [self.transforms[medium](Image.fromarray(frame))[0] for frame in raw.frames]
+            return LoadedMedia(medium, torch.stack(frames), len(frames), tower="image")
         return None if self.tiling is not None else self.transform(medium, raw)
 
     def _with_tiles(
         self, loaded: Sequence[LoadedMedia | None], raws: Sequence[Any], budgets: Sequence[Budget]
     ) -> list[LoadedMedia]:
         """The media, with every picture that is not there yet cut as the budgets ask."""
+        whole = [item for item in loaded if item is not None]
+        if len(whole) == len(loaded):
+            return whole
         extents = [
             self.picture_extent((raw.height, raw.width)) if item is None else self.extent(item)
             for item, raw in zip(loaded, raws, strict=True)
         ]
-        cuts = cuts_of(extents, budgets, self.space) if None in loaded else [()] * len(loaded)
+        cuts = cuts_of(extents, budgets, self.space)
         return [
             self._cut(raw, own) if item is None else item for item, raw, own in zip(loaded, raws, cuts, strict=True)
         ]
@@ -174,12 +178,9 @@ class ElasticProcessor(ProcessorMixin):
         tile = self.facts["image"].picture_pixels
         assert self.tiling is not None
         assert tile is not None
-        return cut_picture(raw, tilings, self._image_transform("image"), tile=tile, thumbnail=self.tiling.thumbnail)
-
-    def _image_transform(self, medium: str) -> ImageTransform:
-        own = self.transforms[medium]
+        own = self.transforms["image"]
         assert isinstance(own, ImageTransform)
-        return own
+        return cut_picture(raw, tilings, own, tile=tile, thumbnail=self.tiling.thumbnail)
 
     @property
     def tiling(self) -> Tiling | None:
@@ -232,8 +233,14 @@ class ElasticProcessor(ProcessorMixin):
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
     def picture_extent(self, picture_pixels: Size) -> Extent:
-        """Of a picture that may be cut into tiles."""
+        """Of a picture that may be cut into tiles.
+
+        Raises:
+            ValueError: an encoder without a size of its own.
+        """
         facts = self.facts["image"]
+        if facts.picture_pixels is None:
+            raise ValueError("media.image.tiling needs an encoder that reads pictures of one size; leave it out")
         return Extent("image", grid=facts.grid, picture_pixels=picture_pixels, tile_pixels=facts.picture_pixels)
 
     def batch(self, samples: Sequence[Sample], media: Sequence[Sequence[LoadedMedia]], *, for_training: bool) -> Batch:

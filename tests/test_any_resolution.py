@@ -20,6 +20,7 @@ from mllm.layout import NEWLINE, order_of
 from mllm.media import MediaError, write_video
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.settings import MediumSettings, ModelSettings, TilingSettings
+from mllm.trainables import set_trainables
 
 FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")}
 VIDEO = {"encoder": "image", "budgets": [1, 4, 16], "frames": 4, "frame_counts": [4, 2, 1]}
@@ -279,3 +280,31 @@ def test_settings_of_frames_that_make_no_sense_are_refused(video: dict[str, Any]
 def test_frames_need_pictures() -> None:
     with pytest.raises(ValueError, match="so frames are encoded like pictures; give an image block"):
         ModelSettings(llm="none", video=frames())
+
+
+@pytest.mark.parametrize("files", [(), ("3.png",), ("clip.mp4",)], ids=["text", "thumbnail", "frames"])
+def test_a_process_without_newlines_still_touches_it(folder: Path, tmp_path: Path, files: tuple[str, ...]) -> None:
+    """One process of a group: whatever its rows hold, the gradient of every trained parameter is there."""
+    own = tiled(video=True, tiling=TilingSettings(kind="free", max_tiles=4, merge="flat"))
+    model, processor = tiny.model(own), tiny.processor(own)
+    set_trainables(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        one = sample(folder, *files)
+        batch = processor.batch([one], [processor.load_media(one)], for_training=True)
+        expanded = processor.expand(batch, [[Budget()]], left_padding=False)
+        model.train()(**expanded.inputs, labels=expanded.labels).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert not model.model.newline.vector.grad.any()
+
+
+def test_every_sample_of_a_batch_may_have_its_own_cap(folder: Path) -> None:
+    processor = tiny.processor(tiled())
+    samples = [sample(folder, "0.png", "2.png", name="a"), sample(folder, "1.png", name="b")]
+    caps = [Budget.parse("total<=60"), Budget.parse("total<=200")]
+    loaded = [processor.load_media(one, budgets=[cap]) for one, cap in zip(samples, caps, strict=True)]
+    costs = processor.expand(processor.batch(samples, loaded, for_training=False), [caps], left_padding=True).costs
+    first, second = (sum(cost.tokens for cost in own) for own in costs)
+    assert 30 < first <= 60 < second <= 200

@@ -4,7 +4,7 @@ Knows the LLM's hidden size. Does not know tiles or where it is put (`mllm.layou
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Newline(nn.Module):
@@ -18,3 +18,7 @@ class Newline(nn.Module):
     def reset_parameters(self) -> None:
         """Normal, as long as an embedding of standard deviation 1 / sqrt(H)."""
         nn.init.normal_(self.vector, std=len(self.vector) ** -0.5)
+
+    def forward(self) -> Tensor:
+        """(H,). A copy, and by a call, so that sharded parameters are gathered for it."""
+        return self.vector.clone()

@@ -199,7 +199,7 @@ def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -
     by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
     for media, sample_id in by_media.items():
         for budget in draws.possible(media) if media else []:
-            if budget.total_tokens is None and str(budget) not in members.scales:
+            if budget.total_tokens is None and str(Budget(budget.amounts)) not in members.scales:
                 raise ValueError(
                     f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
                     f" has no such member; it has {' | '.join(members.scales)}"
