@@ -28,7 +28,7 @@ from mllm.budget import Budget
 from mllm.compressors import MixtureProjector, ProjectorBank
 from mllm.expansion import Batch, Expanded
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.modeling_body import VALUE_KEYS, Features
+from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
 
 RIDGE = 1e-3
@@ -122,7 +122,7 @@ def _add(
     bank = _bank(model, medium)
     with torch.no_grad(), _without_last_layers(bank):
         values = {name: value.to(device) for name, value in batch.values.items()}
-        features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(f"{medium}_lengths"))
+        features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(SIZE_KEYS[medium]))
         for which, (largest, smallest) in enumerate(_budgets(processor, medium, bank)):
             expanded = processor.expand(batch, [[largest] * len(batch.rows)], left_padding=False)
             summed, counts, _ = _inputs(model, expanded, medium, features)

@@ -136,7 +136,7 @@ def test_lmms_evals_own_command_gives_the_answers_of_the_answerer(
     assert score == share(expected["image=2"], expected["image=16"]) < 1
     (samples,) = tmp_path.rglob("*_samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    found = {line["doc_id"]: line["filtered_resps"][0] for line in lines}
+    found = {line["doc_id"]: line["filtered_resps"] for line in lines}
     assert [found[place] for place in range(NUM_DOCS)] == expected["image=2"]
 
 
@@ -184,7 +184,7 @@ def test_the_media_of_a_question_are_encoded_once_for_all_budgets(run: Path, tas
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--budgets", "image=999"], r"allowed are counts 1..64"),
+        (["--budgets", "image=999"], "allowed are counts 1..64"),
         (["--budgets", "picture=4"], "must be medium=amount"),
         (["--budgets", ";"], "budgets is empty"),
         (["--budgets", "image=4", "--tasks", "none_such"], "no task 'none_such'"),
@@ -196,4 +196,4 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     task = [] if "--tasks" in words else ["--tasks", NAME]
     assert main(["lmms-eval", "--model", str(run), "--include_path", str(tasks), "--use_cpu", *task, *words]) == 2
-    assert told in capsys.readouterr().err.replace("1..64", "1..64")
+    assert told in capsys.readouterr().err
