@@ -286,8 +286,9 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
     """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
 
     Returns:
-        `pixel_values` (N, 3, h, w), or (N, P, values of a patch) with `image_grids` (N, 2); `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their
-        `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
+        `pixel_values` (N, 3, h, w), or (N, P, values of a patch) with `image_grids` (N, 2) of pictures that keep their
+        shape; `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their `audio_lengths`, `video_lengths`
+        (N,). Media that do not occur are left out.
     """
     out: dict[str, Tensor] = {}
     for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):

@@ -87,7 +87,8 @@ def own_grid_cover(tokens: Tensor, grids: Tensor, *, num_features: int, max_toke
     down, across = (patch // width)[:, None], (patch % width)[:, None]  # (N, 1, T); rows below the last are in no cell
     vertical = _shares(height * cells.first, height * cells.after, count, down)
     horizontal = _shares(width * cells.column, width * (cells.column + 1), cells.columns, across)
-    return vertical * horizontal, (height * width / count)[:, 0]
+    area = height * width * count.reciprocal()  # rounded as in `grid_cover`, where torch divides a number by a tensor
+    return vertical * horizontal, area[:, 0]
 
 
 @dataclass(frozen=True)

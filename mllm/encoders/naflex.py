@@ -3,8 +3,8 @@
 Knows the backbone's packed patches and its mask. Does not know how a picture was brought to its number of patches, what
 compresses the patches, or the LLM.
 
-Shapes: N pictures, P patches of the one that has most, D feature size, rows x columns the grid of one picture in reading
-order.
+Shapes: N pictures, P patches of the one that has most, D feature size, rows x columns the grid of one picture, whose
+patches stand in reading order.
 Source: SigLIP 2 (arXiv 2502.14786), as in transformers' `siglip2_vision_model`.
 """
 
@@ -95,7 +95,8 @@ def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFle
     """
     if settings.get("image_size") is not None:
         raise ValueError(
-            "image_size does not go with siglip2_vision_model, whose pictures keep their shape; allowed: max_num_patches"
+            "image_size does not go with siglip2_vision_model, whose pictures keep their shape; "
+            "allowed: max_num_patches"
         )
     return NaFlexEncoder(
         backbone=backbone,

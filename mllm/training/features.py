@@ -163,7 +163,7 @@ class KeptFeatures(Encoder):
         self.marker = nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False)  # says dtype and device
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
-        """(N, T, D) -> the same, with the true frames (N,) of streams or patches (N,) where pictures keep their shape."""
+        """(N, T, D) -> the same, with the true frames (N,) of streams, or patches of pictures that keep their shape."""
         if lengths is None:
             return values
         assert self._lengths is not None

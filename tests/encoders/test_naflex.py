@@ -1,4 +1,4 @@
-"""Pictures in their own shape: each is encoded as alone, whatever its batch mates, and as the backbone itself does it."""
+"""Pictures in their own shape: each is encoded as alone, whatever its batch mates, and as the backbone does it."""
 
 import pytest
 import torch
