@@ -10,12 +10,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
     DINOv3ViTConfig,
     DINOv3ViTImageProcessor,
     DINOv3ViTModel,
     Siglip2ImageProcessor,
     Siglip2VisionConfig,
     Siglip2VisionModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from mllm.budget import Budget
@@ -48,9 +54,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Siglip2VisionModel(Siglip2VisionConfig(**TRUNK, patch_size=8, num_patches=16)).save_pretrained(
             folder / "naflex"
         )
+        dinov2 = Dinov2Config(**{key: TRUNK[key] for key in TRUNK if key != "intermediate_size"}, patch_size=8)
+        Dinov2Model(dinov2).save_pretrained(folder / "dinov2")
+        SiglipVisionModel(SiglipVisionConfig(**TRUNK, image_size=64, patch_size=8)).save_pretrained(folder / "siglip")
         dino = DINOv3ViTConfig(**TRUNK, image_size=64, patch_size=8, num_register_tokens=2)
         DINOv3ViTModel(dino).save_pretrained(folder / "dinov3")
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder / "naflex")
+    BitImageProcessor().save_pretrained(folder / "dinov2")
+    SiglipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "siglip")
     DINOv3ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "dinov3")
     rng = np.random.default_rng(0)
     for name, shape in SHAPES.items():
@@ -148,7 +159,7 @@ def test_it_trains_on_mixed_shapes_and_on_kept_features_alike(world: Path, tmp_p
         torch.testing.assert_close(value, from_features[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tower", ["image", "dinov3"])
+@pytest.mark.parametrize("tower", ["image", "siglip", "dinov2", "dinov3"])
 @pytest.mark.parametrize("size", [(48, 96), (32, 32)])
 def test_a_tower_of_fixed_size_reads_pictures_of_any_other(world: Path, tower: str, size: tuple[int, int]) -> None:
     model, processor = build(settings(world, tower, image_size=list(size)))

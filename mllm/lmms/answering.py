@@ -31,7 +31,7 @@ def read_budget(text: object, processor: ElasticProcessor) -> Budget:
 
     Raises:
         ValueError: none at all, one that cannot be read, a medium the model does not take, or a count that its grid of
-            patches cannot give; what depends on the length of a clip is found when the clip is there.
+            patches cannot give; what depends on the length of a clip or the shape of a picture is found when it is there.
     """
     if text is None or not str(text).strip():
         example = JOIN.join(f"{medium}={space.trained[0]}" for medium, space in processor.space.media.items())
@@ -42,8 +42,9 @@ def read_budget(text: object, processor: ElasticProcessor) -> Budget:
             raise ValueError(
                 f"budget {str(text)!r} names {medium}; this model takes {', '.join(processor.space.media)}"
             )
-        if (grid := processor.facts[medium].grid) is not None:
-            processor.space.media[medium].cost(amount, Extent(medium, grid=grid))
+        facts = processor.facts[medium]
+        if facts.grid is not None and facts.max_patches is None:
+            processor.space.media[medium].cost(amount, Extent(medium, grid=facts.grid))
     return budget
 
 
