@@ -27,7 +27,7 @@ from mllm.budget import Space
 from mllm.compressors import Query
 from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
-from mllm.encoders import AVHubertAudioConfig, backbone_class, tower_config, wrap_encoder
+from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
@@ -267,7 +267,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             )
         return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
-        "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+        "image": lambda: _picture_preprocessor(settings),
         "audio": lambda: {
             **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
             "normalize_audio": settings.normalize_audio,
@@ -275,3 +275,15 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
         "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
     }
     return readers[medium]()
+
+
+def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+    """The image processor of a tower, told the size of its pictures where the settings say one."""
+    values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
+    config = encoder_config(settings, "image")
+    if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
+        return {**values, "max_num_patches": most, "patch_size": config.patch_size}
+    if settings.image_size is None:
+        return values
+    height, width = settings.image_size
+    return {**values, "do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}

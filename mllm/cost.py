@@ -266,7 +266,7 @@ def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     layer = settings.get("feature_layer", -2)
     depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
     size, patch = config.hidden_size, config.patch_size
-    extra = int(config.model_type != "siglip_vision_model") + getattr(config, "num_register_tokens", 0)
+    extra = int(not config.model_type.startswith("siglip")) + getattr(config, "num_register_tokens", 0)
     stem = 2 * item.num_features * size * config.num_channels * patch * patch
     inner = int(size * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
     gated = bool(getattr(config, "use_gated_mlp", False) or getattr(config, "use_swiglu_ffn", False))
@@ -335,6 +335,7 @@ def _halved(pixels: int) -> int:
 _ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
     "clip_vision_model": _vision_tower,
     "siglip_vision_model": _vision_tower,
+    "siglip2_vision_model": _vision_tower,
     "dinov2": _vision_tower,
     "dinov2_with_registers": _vision_tower,
     "dinov3_vit": _vision_tower,

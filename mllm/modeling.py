@@ -96,6 +96,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         logit_positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_grids: Tensor | None = None,
         num_image_tokens: Tensor | None = None,
         image_index: Tensor | None = None,
         audio_values: Tensor | None = None,
@@ -121,7 +122,9 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 sum over `num_items_in_batch` when the trainer passes that).
             logits_to_keep: logits of the last n positions only, or of the given ones; 0 keeps all.
             logit_positions: (P,) flat positions in B*S; the logits are then (P, V) and nothing else is computed.
-            pixel_values: (N, 3, h, w). num_image_tokens: (R,). image_index: (R,) item of each run.
+            pixel_values: (N, 3, h, w); or (N, P, values of a patch) with image_grids (N, 2), the rows and columns of
+                each picture, where pictures keep their shape. num_image_tokens: (R,). image_index: (R,) item of each
+                run.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
@@ -130,6 +133,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         """
         media = {
             "pixel_values": pixel_values,
+            "image_grids": image_grids,
             "num_image_tokens": num_image_tokens,
             "image_index": image_index,
             "audio_values": audio_values,

@@ -31,11 +31,15 @@ LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 
 @dataclass(frozen=True)
 class LoadedMedia:
-    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream."""
+    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
+
+    `grid` is that of a picture's patches where pictures keep their shape.
+    """
 
     medium: str
     values: Tensor
     raw_length: int = 0
+    grid: tuple[int, int] | None = None
 
 
 class ElasticProcessor(ProcessorMixin):
@@ -164,6 +168,8 @@ class ElasticProcessor(ProcessorMixin):
         """One decoded picture, clip or video as its encoder wants it."""
         self._check_medium(medium)
         values, raw_length = self.transforms[medium](raw, generator=generator)
+        if self.facts[medium].max_patches is not None:
+            return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
         return LoadedMedia(medium, values, raw_length)
 
     def _check_medium(self, medium: str) -> None:
@@ -175,7 +181,7 @@ class ElasticProcessor(ProcessorMixin):
         """What the budget needs to know of a medium."""
         facts = self.facts[loaded.medium]
         if facts.grid is not None:
-            return Extent(loaded.medium, grid=facts.grid)
+            return Extent(loaded.medium, grid=loaded.grid or facts.grid)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
@@ -280,14 +286,17 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
     """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
 
     Returns:
-        `pixel_values` (N, 3, h, w); `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their
-        `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
+        `pixel_values` (N, 3, h, w), or (N, P, values of a patch) with `image_grids` (N, 2) of pictures that keep their
+        shape; `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their `audio_lengths`, `video_lengths`
+        (N,). Media that do not occur are left out.
     """
     out: dict[str, Tensor] = {}
     for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
         own = [item for item in items if item.medium == medium]
         if own:
             out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
+            if own[0].grid is not None:
+                out["image_grids"] = torch.tensor([item.grid for item in own])
             if medium in LENGTH_KEYS:
                 out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
     return out

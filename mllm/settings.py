@@ -35,6 +35,10 @@ class MediumSettings:
     """Which hidden layer of a vision tower gives the features; -2 by default, -1 is the last."""
     final_norm: bool | None = None
     """Send that layer through the tower's own final norm; off by default."""
+    image_size: list[int] | None = None
+    """[height, width] in pixels that pictures are brought to; what the tower was trained on by default."""
+    max_num_patches: int | None = None
+    """SigLIP 2 with native aspect ratio: most patches of a picture; what the tower was trained on by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
     window_frames: int | None = None
@@ -91,6 +95,8 @@ class MediumSettings:
         for key in ("projector_balance_weight", "projector_z_weight"):
             if (getattr(self, key) or 0.0) < 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it cannot be negative")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"image_size is [height, width] in pixels, got {self.image_size}")
         if len(self.span) not in (0, 2):
             raise ValueError(f"span is the token before and the token after, got {self.span}")
 

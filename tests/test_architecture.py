@@ -17,7 +17,7 @@ LEVELS = [
     {"building", "loading", "cost", "convert"},
     {"generation", "training"},
     {"evaluation"},
-    {"world", "doctor", "preparation"},
+    {"world", "doctor", "preparation", "lmms"},
     {"commands", "cli", "__main__"},
 ]
 # Registering needs the classes at the moment transformers loads; it imports them inside functions.

@@ -57,14 +57,15 @@ def _read(name: str, file: BinaryIO, limits: MediaLimits) -> Image.Image:
         with decoding(name):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(image)
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
     return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as 8-bit RGB; see `load_image` for transparency and 16 bits."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
