@@ -2,7 +2,7 @@
 
     python benchmarks/grouped_questions.py [--repeats 5] [--threads 1] [--questions 8] [--new-tokens 4] [--device cpu]
 
-The model has random weights: a 12-layer Llama, 768 wide with 12 heads, and a CLIP of 12 layers, 512 wide, on 24 x 24
+The model has random weights: a 6-layer Llama, 512 wide with 8 heads, and a CLIP of 6 layers, 384 wide, on 24 x 24
 patches, pooled to 576, 144, 36, 9 and 1 tokens as M3 does. The baseline asks one question at a time in batches of one,
 as the evaluation of M3 and MQT-LLaVA does, and encodes and reads the picture anew for each. A third run answers the
 questions in one batch that shares the encoding but not what the LLM reads. All three run in this process in turns;
@@ -50,20 +50,20 @@ def build_model(device: torch.device, dtype: torch.dtype) -> tuple[ElasticForCon
     """The model of the head of this file, and its processor."""
     tokenizer = build_tokenizer()
     vision = CLIPVisionConfig(
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=8,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
         image_size=336,
         patch_size=14,
     )
     text = LlamaConfig(
         vocab_size=16384,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

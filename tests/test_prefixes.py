@@ -50,7 +50,7 @@ def test_answers_are_those_of_each_question_alone(llm: str, adapter: str, num_be
         assert answer == replace(alone, num_shared_tokens=answer.num_shared_tokens)
     alike = [True, True, True, False, True, True, False, True, True]
     assert [[answer.num_shared_tokens > 0 for answer in found] for found in draws] == [alike, alike]
-    assert len({answer.text for answer in draws[0]}) > 4
+    assert len({answer.text for answer in draws[0]}) > 2
 
 
 @pytest.fixture(scope="module")
