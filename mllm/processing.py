@@ -191,7 +191,8 @@ class ElasticProcessor(ProcessorMixin):
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
-            media: the loaded media of each sample, in order of appearance.
+            media: the loaded media of each sample, in order of appearance. Without `for_training`, samples that are
+                given the same object are shown the same encoded item.
 
         Raises:
             ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
@@ -199,7 +200,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        counts: dict[str, int] = {}
+        numbers = _Numbers(shares=not for_training)
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -210,13 +211,15 @@ class ElasticProcessor(ProcessorMixin):
                     f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
                 )
             try:
-                runs = tuple(Run(self.extent(item), _next(counts, item.medium)) for item in items)
+                runs = tuple(Run(self.extent(item), numbers(item)) for item in items)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
-        return Batch(rows, stack_media([item for items in media for item in items]))
+        return Batch(rows, stack_media(numbers.items))
 
-    def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
+    def expand(
+        self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool, share_prefixes: bool = False
+    ) -> Expanded:
         """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`."""
         expanded = expand(
             batch,
@@ -226,6 +229,7 @@ class ElasticProcessor(ProcessorMixin):
             pad_id=self.pad_id,
             left_padding=left_padding,
             members=self.members,
+            share_prefixes=share_prefixes,
         )
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
@@ -311,6 +315,20 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def _next(counts: dict[str, int], medium: str) -> int:
-    counts[medium] = counts.get(medium, 0) + 1
-    return counts[medium] - 1
+class _Numbers:
+    """Which encoded item of a batch each medium is: the next of its kind, or one that has the very same values."""
+
+    def __init__(self, *, shares: bool) -> None:
+        self.items: list[LoadedMedia] = []
+        self._shares = shares
+        self._counts: dict[str, int] = {}
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, item: LoadedMedia) -> int:
+        key = (item.medium, id(item.values), item.raw_length)
+        if self._shares and key in self._known:
+            return self._known[key]
+        self.items.append(item)
+        number = self._known[key] = self._counts.get(item.medium, 0)
+        self._counts[item.medium] = number + 1
+        return number

@@ -12,10 +12,10 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank"},
     {"configuration", "media", "encoders", "compressors", "adapters"},
-    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams"},
+    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams", "prefixes"},
     {"modeling", "modeling_body", "processing", "data", "chat"},
     {"building", "loading", "cost", "convert"},
-    {"generation", "training"},
+    {"generation", "timing", "training"},
     {"evaluation"},
     {"world", "doctor", "preparation", "lmms"},
     {"commands", "cli", "__main__"},

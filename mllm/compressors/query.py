@@ -8,7 +8,7 @@ Source: Hu et al., Matryoshka Query Transformer (arXiv 2405.19315), as released:
 feed-forward. Parameters have the released names. Streams are an extension of ours.
 """
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import initialization as init
 
 from mllm.compressors.base import Compressor, own_tokens, without_padding
+from mllm.compressors.folding import FoldCache, Folded, can_fold
 
 Keys = Literal["position", "content"]
 KEYS: tuple[Keys, ...] = ("position", "content")
@@ -71,7 +72,8 @@ class Query(Compressor):
     """Soft token i is what learned query i reads; queries do not see each other, so the first m never change with m.
 
     `keys="position"` is MQT as released: keys are positions only, hence the attention is the same for every input and
-    the whole is a learned, fixed pooling. `keys="content"` adds the features themselves to the keys.
+    the whole is a learned, fixed pooling; in eval mode without gradients a grid is read with constants that are folded
+    once, see `folding.py`. `keys="content"` adds the features themselves to the keys.
 
     Streams are read window by window: W frames, of which the last window of a clip may own fewer; a rate of r frames
     per token takes the first W / r queries of every window.
@@ -122,6 +124,7 @@ class Query(Compressor):
         self.attn = CrossAttention(size=size, num_heads=num_heads)
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(size, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(size, out_size))
+        self._folds = FoldCache()
         _reset_unless_meta(self)
 
     def reset_parameters(self) -> None:
@@ -146,9 +149,13 @@ class Query(Compressor):
         elif grids is not None:
             mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
             positions = own_positions(self.pos_embed, self.query_grid, grids, num_features=features.shape[1])
-            read = self._read(without_padding(features, lengths), mask, positions)[:, :max_tokens]
+            read = self._read(without_padding(features, lengths), mask, positions, num_queries=max_tokens)
+        elif self.keys == "position" and not self.training and can_fold(weights := tuple(self.parameters())):
+            folded = self._folds.get(weights, self._fold)
+            normed = functional.layer_norm(self.kv_proj(features), (self.query.shape[1],), eps=self.ln_v.eps)
+            return own_tokens(folded(normed, max_tokens), tokens, max_tokens)
         else:
-            read = self._read(features)[:, :max_tokens]
+            read = self._read(features, num_queries=max_tokens)
         return own_tokens(read @ self.proj, tokens, max_tokens)
 
     def values(self, features: Tensor) -> Tensor:
@@ -156,12 +163,40 @@ class Query(Compressor):
         weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
         return self.attn.out_proj(functional.linear(self.ln_v(self.kv_proj(features)), weight, bias))
 
-    def _read(self, features: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """What all M queries read: (N, T, D), a mask (N, T) of the features that exist, positions (N, T, C)
-        of theirs where they differ -> (N, M, C)."""
+    def train(self, mode: bool = True) -> Self:
+        """As ever; what was folded is forgotten."""
+        self._folds.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Constants of weights that move elsewhere would keep the old ones alive.
+        self._folds.clear()
+        return super()._apply(fn, recurse)
+
+    def _fold(self) -> Folded:
+        query, key = self.ln_q(self.query + self.pos_embed), self.ln_k(self.key_positions())
+        return Folded.of(self.attn, query, key, self.ln_v, self.proj)
+
+    def _read(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        num_queries: int | None = None,
+    ) -> Tensor:
+        """What the first queries read, all M by default.
+
+        Args:
+            features: (N, T, D). mask: (N, T), those that exist.
+            positions: (N, T, C) of the features, where they differ from item to item.
+
+        Returns:
+            (N, M, C).
+        """
         states = self.kv_proj(features)
-        positions = self._key_positions()[None] if positions is None else positions
-        query = self.ln_q(self.query + self.pos_embed)
+        positions = self.key_positions()[None] if positions is None else positions
+        query = self.ln_q((self.query + self.pos_embed)[:num_queries])
         # Positions are added behind the norm where there is content, so that large features do not drown them.
         key = self.ln_k(positions) if self.keys == "position" else self.ln_k(states) + positions
         return self.attn(query[None], key, self.ln_v(states), mask)
@@ -182,7 +217,7 @@ class Query(Compressor):
         rows = torch.arange(len(read), device=features.device)[:, None]
         return read[rows, index.clamp(max=read.shape[1] - 1)]
 
-    def _key_positions(self) -> Tensor:
+    def key_positions(self) -> Tensor:
         """Positions of the features (T, C): those of the queries, resized from their grid as the released code does."""
         if self.query_grid == self.feature_grid:
             return self.pos_embed

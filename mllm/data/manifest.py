@@ -13,7 +13,7 @@ Knows the row format. Does not open or look up media (`media.paths` does); does 
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -80,6 +80,11 @@ class Sample:
     def media(self) -> tuple[Media, ...]:
         """Every media part, in order of appearance."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+
+    @property
+    def media_key(self) -> Hashable:
+        """Equal for samples that hold the same files; samples without media are like no other."""
+        return (str(self.root), self.media) if self.media else (str(self.root), self.id)
 
 
 @dataclass(frozen=True, slots=True)

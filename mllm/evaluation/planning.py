@@ -3,7 +3,7 @@
 Knows samples, budgets and the model's space. Does not know models or files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mllm.budget import Amount, Budget, Space
@@ -25,6 +25,11 @@ class Work:
     def key(self, budget: Budget) -> Key:
         """Where the answer at a budget is kept."""
         return Key(self.set_name, self.sample.id, self.snr_db, str(budget))
+
+    @property
+    def media_key(self) -> Hashable:
+        """Equal for work whose media sound and look the same; noise is made for each sample anew."""
+        return self.sample.media_key if self.snr_db is None else (self.sample.id, self.set_name, self.snr_db)
 
     @property
     def media(self) -> tuple[str, ...]:
