@@ -74,10 +74,19 @@ class Sampler:
         present = [medium for medium in self.space.media if media is None or medium in set(media)]
         return _merge([self._restrict(draw, present) for draw in self._draws(step, present)])
 
+    def possible(self, media: Iterable[str]) -> list[Budget]:
+        """Every budget that some step may draw for a batch of these media."""
+        present = [medium for medium in self.space.media if medium in set(media)]
+        draws = [Draw(point) for point in self.points] or self._product(present)
+        return list(dict.fromkeys(self._restrict(draw, present).budget for draw in draws))
+
+    def _product(self, present: Sequence[str]) -> list[Draw]:
+        trained = [self.space.media[medium].trained for medium in present]
+        return [Draw(Budget(dict(zip(present, point, strict=True)))) for point in itertools.product(*trained)]
+
     def _draws(self, step: int, present: Sequence[str]) -> list[Draw]:
         if self.mode == "all":
-            trained = [self.space.media[medium].trained for medium in present]
-            return [Draw(Budget(dict(zip(present, point, strict=True)))) for point in itertools.product(*trained)]
+            return self._product(present)
         if self.mode == "points":
             order = random.Random(f"{self.seed}:{step}:points").sample(range(len(self.points)), len(self.points))
             kept = sorted(order[: self.num_draws or len(self.points)])

@@ -1,5 +1,6 @@
 """What the command line promises: quick help, the nearest name for what is unknown, one line for what went wrong."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+import torch
 
 from mllm.cli import VERBS, main, parse
 from mllm.commands.options import nearest, parse_settings, plain_message
@@ -304,6 +306,35 @@ def test_export_gives_the_same_answer(folder: Path, tmp_path: Path, capsys) -> N
         assert main(["generate", "--model", str(model), *words]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+def test_export_of_one_task_answers_as_the_bank_does_for_it(tmp_path: Path, capsys) -> None:
+    from mllm.building import build
+    from mllm.loading import save_run
+    from mllm.settings import AdapterSettings
+    from mllm.trainables import set_trainables
+
+    own = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))
+    model, processor = build(dataclasses.replace(own, adapter=AdapterSettings(kind="lora_bank", variant="st", rank=4)))
+    set_trainables(model)
+    chance = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=chance))
+    save_run(model, processor, tmp_path / "run")
+    names = tiny.write_media(tmp_path)
+    words = ["--audio", str(tmp_path / names["audio"]), "--budget", "audio=/4", "--max-new-tokens", "8"]
+    answers = []
+    for name, task in (("run", None), ("asr", "asr"), ("vsr", "vsr")):
+        if task is not None:
+            export = ["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / name), "--task", task]
+            assert main(export) == 0
+        capsys.readouterr()
+        assert main(["generate", "--model", str(tmp_path / name), *words]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    assert main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "none"), "--task", "sing"]) == 2
+    assert "sing" in capsys.readouterr().err
 
 
 def test_data_check_lists_problems_with_lines(folder: Path, capsys) -> None:

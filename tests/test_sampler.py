@@ -3,7 +3,7 @@
 import pytest
 
 from mllm.budget import Budget, Space
-from mllm.sampler import Sampler
+from mllm.sampler import Mode, Sampler
 
 SPACE = Space.from_settings(
     {
@@ -86,3 +86,19 @@ def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
 def test_contradictions_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(SPACE, **arguments)
+
+
+@pytest.mark.parametrize("mode", ["all", "random", "sandwich"])
+def test_what_is_possible_is_what_some_step_draws(mode: Mode) -> None:
+    space = Space.from_settings(
+        {
+            "audio": {"compressor": "pool", "budgets": ["/4", "/16"]},
+            "video": {"compressor": "pool", "budgets": ["/2", "/5"]},
+        }
+    )
+    sampler = Sampler(space, mode)
+    for media in (["audio"], ["video"], ["video", "audio"]):
+        drawn = {draw.budget for step in range(60) for draw in sampler(step, media)}
+        assert drawn == set(sampler.possible(media))
+    points = Sampler(space, "points", points=(Budget.parse("audio=/4,video=/2"), Budget.parse("audio=/4,video=/5")))
+    assert [str(budget) for budget in points.possible(["audio"])] == ["audio=/4"]

@@ -10,13 +10,14 @@ Knows the order of things and the files of a run. Does not know how any of it is
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import nn
 
+from mllm.adapters.members import Members
 from mllm.budget import Budget, Space
 from mllm.building import build
 from mllm.data.dataset import ManifestDataset
@@ -108,6 +109,7 @@ def build_trainer(
     tasks = sorted({sample.task for sample in samples})
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
+    check_members(samples, draws, processor.members)
     surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
     surveyed.check(samples, data.tokens_per_batch)
     if data.features is None:
@@ -183,6 +185,24 @@ def _features(
     store.read_index()
     pass_features_through(model)
     return store
+
+
+def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
+    """See that every scale some step may draw for some sample has a member of the adapter, before the first step.
+
+    Raises:
+        ValueError: one that has none; it is named, with a sample.
+    """
+    if not members.scales:
+        return
+    by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
+    for media, sample_id in by_media.items():
+        for budget in draws.possible(media) if media else []:
+            if budget.total_tokens is None and str(budget) not in members.scales:
+                raise ValueError(
+                    f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
+                    f" has no such member; it has {' | '.join(members.scales)}"
+                )
 
 
 def build_sampler(settings: RunSettings, space: Space) -> Sampler:

@@ -10,8 +10,13 @@ import worker
 from harness import log_rows, make_trainer, run_settings
 from test_distributed import CONFIGS, assert_same_run, launch
 
+from mllm.adapters.members import Members
+from mllm.budget import Budget
+from mllm.data.manifest import Media, Message, Sample
+from mllm.sampler import Sampler
 from mllm.settings import AdapterSettings, ModelSettings
 from mllm.training.passes import drawn_passes
+from mllm.training.run import check_members
 from mllm.training.settings import SamplerSettings
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]
@@ -69,6 +74,18 @@ def test_the_loss_holds_the_balance_of_every_pass_by_its_share_of_the_targets(tm
     assert row["loss"] == pytest.approx(expected, rel=1e-5)
     logged = {key.removeprefix("balance/"): value for key, value in row.items() if key.startswith("balance/")}
     assert logged == pytest.approx({name: sum(own) / len(own) for name, own in balances.items()}, rel=1e-4)
+
+
+def test_a_draw_without_a_member_stops_the_run_before_its_first_step() -> None:
+    own = tiny.processor(model_settings("mss"))
+    samples = [Sample("both", (Message("user", (Media("audio", "a"), Media("video", "b"))),), task="avsr")]
+    draws = Sampler(own.space, "random")
+    check_members(samples, draws, Members(scales=tuple(SCALES)))
+    check_members(samples, draws, Members())
+    with pytest.raises(ValueError, match=r"audio=/8,video=/5 for samples such as 'both', and adapter.scales"):
+        check_members(samples, draws, Members(scales=tuple(SCALES[:-1])))
+    points = Sampler(own.space, "points", points=(Budget.parse("audio=/4,video=/2"),))
+    check_members(samples, points, Members(scales=("audio=/4,video=/2",)))
 
 
 def mixture_settings() -> ModelSettings:
