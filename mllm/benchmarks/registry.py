@@ -151,6 +151,15 @@ def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
     return Total(sum(sums.values()), parts if len(scores) == 1 else [], details)
 
 
+def _seed_total(own: Benchmark, lines: Sequence[Line]) -> Total:
+    """Accuracy over all questions, and over those on pictures and those on videos."""
+    total = mean_of_units(own, lines)
+    for name in ("image", "video"):
+        mine = [own.judge(line) for line in lines if line["meta"]["data_type"] == name]
+        total.details[name] = sum(mine) / len(mine) if mine else None
+    return total
+
+
 def _kinds(lines: Sequence[Line]) -> list[Any]:
     return list(dict.fromkeys(line["kind"] for line in lines))
 
@@ -180,7 +189,7 @@ def _mmmu_reads(line: Line) -> bool:
 
 
 def _mmbench_unit(line: Line) -> str:
-    return str(int(line["id"]) % MMBENCH_ROTATION)
+    return str(line["meta"]["index"] % MMBENCH_ROTATION)
 
 
 def _mme_worth(line: Line) -> float:
@@ -223,7 +232,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         (Column("MMBench"),),
         _names_right_letter,
         unit=_mmbench_unit,
-        meta=("options",),
+        meta=("options", "index"),
         reads=_reads_letter,
     ),
     "vizwiz": Benchmark(
@@ -234,9 +243,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "seedbench": Benchmark(
         "accuracy",
-        (Column("SEED-IMG"),),
+        (Column("SEED"), Column("SEED-IMG", "image")),
         lambda line: float(line["hypothesis"].strip() == line["references"][0]),
-        meta=("options",),
+        total=_seed_total,
+        meta=("options", "data_type"),
         reads=lambda line: line["hypothesis"].strip() in LETTERS[: len(line["meta"]["options"])],
     ),
     "ai2d": Benchmark("accuracy", (Column("AI2D"),), _names_right_letter, meta=("options",), reads=_reads_letter),

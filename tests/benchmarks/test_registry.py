@@ -13,13 +13,13 @@ def line(number: object, reference: str, said: str | None, *, kind: str | None =
 def test_mmbench_is_right_only_in_all_rotations() -> None:
     options = ["x", "y"]
     lines = [
-        line(7, "A", "A", options=options),
-        line(1000007, "B", "B. y", options=options),
-        line(8, "A", "A", options=options),
-        line(1000008, "B", "A", options=options),
-        line(9, "A", "A", options=options),
-        line(1000009, "B", None, options=options),
-        line(10, "A", "what?", options=options),
+        line(7, "A", "A", options=options, index=7),
+        line(1000007, "B", "B. y", options=options, index=1000007),
+        line(8, "A", "A", options=options, index=8),
+        line(1000008, "B", "A", options=options, index=1000008),
+        line(9, "A", "A", options=options, index=9),
+        line(1000009, "B", None, options=options, index=1000009),
+        line(10, "A", "what?", options=options, index=10),
     ]
     total = BENCHMARKS["mmbench"].score(lines)
     assert worths_of_units(BENCHMARKS["mmbench"], lines) == {"7": 1, "8": 0, "9": 0, "10": 0}
@@ -75,7 +75,9 @@ def test_mmmu_and_letters_count_what_could_not_be_read() -> None:
     total = BENCHMARKS["mmmu"].score([open_one, *guessed])
     assert total.details == {"num_unread": 20}
     assert 1 / 21 < total.value < 1
-    assert BENCHMARKS["seedbench"].score([line(1, "A", "A. x", options=["x"])]).value == 0  # the bare letter only
+    assert (
+        BENCHMARKS["seedbench"].score([line(1, "A", "A. x", options=["x"], data_type="image")]).value == 0
+    )  # the bare letter only
     assert BENCHMARKS["scienceqa"].score([line(1, "A", "A. x", options=["x"])]).value == 1
 
 
