@@ -12,9 +12,12 @@ stays, some contractions are written with capitals and so never match, and "some
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 NUM_ANNOTATORS = 10
 NUM_AGREEING = 3
+MAX_KEPT_TEXTS = 2**17
+"""The same references are compared at every budget."""
 MAX_FULL_STOPS = 32
 """re.UNICODE is 32, and stands where the official call takes a number of replacements."""
 
@@ -70,12 +73,14 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+@lru_cache(MAX_KEPT_TEXTS)
 def evalai_answer(text: str) -> str:
     """An answer as the processor of EvalAI leaves it, with which LLaVA prepares submissions and scores TextVQA."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vqa_eval_answer(text)
 
 
+@lru_cache(MAX_KEPT_TEXTS)
 def vqa_eval_answer(text: str) -> str:
     """An answer as the official code of VQA compares it: punctuation, then numbers, articles and contractions."""
     return _plain_words(_without_punctuation(_on_one_line(text)))
