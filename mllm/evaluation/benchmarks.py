@@ -27,6 +27,7 @@ from mllm.evaluation.report import Results
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
 AXES = {"soft_tokens": "soft tokens per question (mean)", "tflops": "TFLOP per question (mean)"}
+ORACLE_TOKENS = ("soft tokens, all wrong at the largest", "at the smallest")
 MAX_FAILURES_SHOWN = 200
 
 
@@ -46,7 +47,7 @@ class BenchmarkReport:
     @property
     def oracle_head(self) -> list[str]:
         """The first line of the table of oracles."""
-        return ["benchmark", "oracle", "soft tokens", "all wrong at the smallest", "all wrong", "best budget"]
+        return ["benchmark", "oracle", *ORACLE_TOKENS, "all wrong", "best budget"]
 
     @property
     def oracle_cells(self) -> list[list[str]]:
@@ -104,10 +105,10 @@ class BenchmarkReport:
         if self.oracles:
             parts += ["## Oracle", markdown_table(self.oracle_head, self.oracle_cells)]
             parts.append(
-                "Each question at the smallest budget that answers it best, and mean soft tokens: those that none "
-                "answers right billed at the largest budget, then at the smallest. How many questions need which:"
+                "Each question at the smallest budget that answers it best. Mean soft tokens per question stand there "
+                "with those that no budget answers right billed at the largest, and at the smallest. How many need which:"
             )
-            parts += [_shares(one) for one in self.oracles]
+            parts.append("\n".join(_shares(one) for one in self.oracles))
         return "\n\n".join([*parts, *self._failures()]) + "\n"
 
     def _failures(self) -> list[str]:
