@@ -105,8 +105,8 @@ class BenchmarkReport:
         if self.oracles:
             parts += ["## Oracle", markdown_table(self.oracle_head, self.oracle_cells)]
             parts.append(
-                "Each question at the smallest budget that answers it best. Mean soft tokens per question stand there "
-                "with those that no budget answers right billed at the largest, and at the smallest. How many need which:"
+                "Each question at the smallest budget that answers it best, and mean soft tokens per question, with "
+                "those that no budget answers right billed at the largest and at the smallest. How many need which:"
             )
             parts.append("\n".join(_shares(one) for one in self.oracles))
         return "\n\n".join([*parts, *self._failures()]) + "\n"
