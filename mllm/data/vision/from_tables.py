@@ -79,7 +79,7 @@ def _read(
 
 
 def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
-    options = _listed(row["options"])
+    options = [] if row["question_type"] == "open" else _listed(row["options"])
     held = [row.get(f"image_{place}") for place in range(1, MAX_MMMU_PICTURES + 1)]
     images = [write(cell) for cell in held if cell is not None]
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
