@@ -135,7 +135,8 @@ def _f1_part(line: Line) -> tuple[float, float]:
 
 def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
     """Accuracy plus the share of pictures with all answers right, summed over subtasks; in hundreds, 20 + 8 at most."""
-    scores, parts = {}, []
+    scores: dict[Any, tuple[float, float]] = {}
+    parts: list[tuple[float, float]] = []
     for kind in _kinds(lines):
         mine = [line for line in lines if line["kind"] == kind]
         pictures: dict[str, list[float]] = {}
@@ -144,7 +145,7 @@ def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
         accuracy = sum(own.judge(line) for line in mine) / len(mine)
         plus = sum(min(worths) for worths in pictures.values()) / len(pictures)
         scores[kind] = (accuracy, plus)
-        parts = [(sum(worths) / len(worths) + min(worths), 1) for worths in pictures.values()]
+        parts = [(sum(worths) / len(worths) + min(worths), 1.0) for worths in pictures.values()]
     sums = {kind: sum(score) for kind, score in scores.items()}
     details: dict[str, Any] = {
         name: sum(value for kind, value in sums.items() if kind in kinds) if set(sums) & set(kinds) else None

@@ -130,9 +130,9 @@ def question_ids(path: str) -> list[int]:
     """
     file = Path(path)
     rows = [row for _, row in json_lines(file)] if file.suffix == ".jsonl" else json_of(file).get("questions", [])
-    ids = [row.get("question_id") for row in rows]
-    if not ids or None in ids:
-        raise ValueError(f"{path}: must hold questions with a question_id each")
+    ids = [row["question_id"] for row in rows if isinstance(row.get("question_id"), int)]
+    if not ids or len(ids) < len(rows):
+        raise ValueError(f"{path}: must hold questions with a question_id each, a whole number")
     return ids
 
 
