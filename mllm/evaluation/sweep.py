@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
 from mllm.cost import Item, attention_flops, published_flops, request_cost
 from mllm.data.manifest import Sample
@@ -218,6 +219,8 @@ def _batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
 
 
 def _facts(work: Work, budget: Budget) -> Line:
+    judged = BENCHMARKS.get(work.sample.task)
+    meta = {} if judged is None else {"meta": {key: work.sample.meta[key] for key in judged.meta}}
     return {
         "set": work.set_name,
         "id": work.sample.id,
@@ -226,6 +229,7 @@ def _facts(work: Work, budget: Budget) -> Line:
         "task": work.sample.task,
         "kind": work.sample.kind,
         "references": references_of(work.sample),
+        **meta,
     }
 
 

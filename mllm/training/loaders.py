@@ -31,7 +31,7 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
     """The samples of all manifests.
 
     Raises:
-        ValueError: a bad row, or an id that two manifests use.
+        ValueError: a bad row, an id that two manifests use, or a question that is there without an answer.
         OSError: a manifest cannot be read.
     """
     samples = [sample for path in manifests for sample in read_data(path, settings.root, settings.reader)]
@@ -40,6 +40,8 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
         if sample.id in seen:
             raise ValueError(f"the id {sample.id!r} is used by two of the manifests {', '.join(manifests)}")
         seen.add(sample.id)
+        if sample.messages[-1].role != "assistant":
+            raise ValueError(f"sample {sample.id!r} has no answer to learn from: its last message is the user's")
     return samples
 
 
