@@ -24,6 +24,8 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mllm.adapters import build_adapter
 from mllm.adapters.members import kinds_of, scales_of, tasks_of
 from mllm.budget import Space
+from mllm.compressors import Query
+from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
@@ -32,7 +34,7 @@ from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
-_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range")
+_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range", "query_start")
 
 
 def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -45,7 +47,18 @@ def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, Ela
     processor = build_processor(settings)
     config = elastic_config(settings, processor)
     model = assemble(config, dtype=settings.dtype, attention=settings.attention, seed=settings.seed)
+    for medium, own in settings.media.items():
+        if own.query_start == "pyramid":
+            _read_places(model.model.compressors[medium], seed=settings.seed)
     return model, processor
+
+
+def _read_places(compressor: nn.Module, *, seed: int) -> None:
+    if not isinstance(compressor, Query):
+        raise ValueError("query_start=pyramid needs compressor: query; leave it out")
+    if any(hasattr(parameter, "ds_id") for parameter in compressor.parameters()):
+        raise ValueError("query_start=pyramid cannot be found under ZeRO-3, which keeps no query whole; use ZeRO-2")
+    read_places(compressor, torch.Generator().manual_seed(seed))
 
 
 def build_processor(settings: ModelSettings) -> ElasticProcessor:

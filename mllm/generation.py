@@ -36,6 +36,8 @@ DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
     ("video",): "transcribe video to text.",
     ("audio", "video"): "transcribe speech and video to text.",
 }
+SEPARATORS = {"vicuna_v1": "\n"}
+"""By chat format, what published data put between pictures and a question; a manifest's texts hold it themselves."""
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -145,7 +147,8 @@ class Answerer:
                 to ask.
         """
         prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
-        sample, names = request({"image": image, "audio": audio, "video": video}, text, prompts)
+        separator = SEPARATORS.get(self.processor.elastic["chat_format"], "")
+        sample, names = request({"image": image, "audio": audio, "video": video}, text, prompts, separator=separator)
         asked = Budget.parse(budget) if isinstance(budget, str) else budget
         if idle := set(asked.amounts) - {part.medium for part in sample.media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
@@ -285,9 +288,16 @@ class _Pieces(TextStreamer):
 
 
 def request(
-    files: Mapping[str, Files], text: str | None = None, prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS
+    files: Mapping[str, Files],
+    text: str | None = None,
+    prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS,
+    *,
+    separator: str = "",
 ) -> tuple[Sample, dict[str, str]]:
     """One request about files anywhere on the disk, as a sample.
+
+    Args:
+        separator: put between the files and the question where it does not begin with it already.
 
     Returns:
         The sample, and the name the caller gave each file by its path in the sample, for messages.
@@ -306,7 +316,10 @@ def request(
     root = os.path.commonpath([os.path.dirname(path) for path in real]) if real else os.curdir
     paths = [Path(path).relative_to(root).as_posix() for path in real]
     parts = tuple(Media(medium, path) for (medium, _), path in zip(named, paths, strict=True))  # type: ignore[arg-type]
-    message = Message("user", (*parts, Text(prompts[media] if text is None else text)))
+    question = prompts[media] if text is None else text
+    if named and not question.startswith(separator):
+        question = f"{separator}{question}"
+    message = Message("user", (*parts, Text(question)))
     names = {path: name for path, (_, name) in zip([*paths, *real], [*named, *named], strict=True)}
     return Sample("request", (message,), task="generate", root=Path(root)), names
 

@@ -49,6 +49,9 @@ class MediumSettings:
     """Size of the queries; the encoder's hidden size by default."""
     query_heads: int | None = None
     """Attention heads of the compressor `query`; one per 64 of its size by default."""
+    query_start: Literal["released", "pyramid"] | None = None
+    """Where fresh queries on pictures begin: everywhere alike (MQT as released, the default), or each at its own cell,
+    coarse to fine; needs keys: position."""
     projector_size: int | None = None
     """Hidden size of the two-layer projector, the LLM's by default; 0 for one linear layer."""
     projector_norm: bool | None = None
@@ -67,6 +70,9 @@ class MediumSettings:
     """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
     project_first: bool | None = None
     """Pool after the projector, as M3 does."""
+    order: Literal["raster", "haar"] | None = None
+    """Order of a picture's tokens under `pool`: in reading order (the default), or coarse to fine (`haar`), where the
+    tokens of a small budget are the first ones of a large; then counts are those of whole maps: 9, 36, 144, 576."""
     encoder_adapter: EncoderAdapterSettings | None = None
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)

@@ -151,6 +151,11 @@ class Query(Compressor):
             read = self._read(features)[:, :max_tokens]
         return own_tokens(read @ self.proj, tokens, max_tokens)
 
+    def values(self, features: Tensor) -> Tensor:
+        """What a query would read that looked at one feature alone: (N, T, D) -> (N, T, C)."""
+        weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
+        return self.attn.out_proj(functional.linear(self.ln_v(self.kv_proj(features)), weight, bias))
+
     def _read(self, features: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """What all M queries read: (N, T, D), a mask (N, T) of the features that exist, positions (N, T, C)
         of theirs where they differ -> (N, M, C)."""
