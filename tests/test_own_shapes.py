@@ -9,6 +9,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import (
     BitImageProcessor,
     Dinov2Config,
@@ -31,6 +32,7 @@ from mllm.generation import Answerer, Decoding
 from mllm.loading import TRAINABLES, load, save_run
 from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.trainables import set_trainables
+from mllm.training.projector_fit import fit_projectors
 from mllm.training.run import make_features, train
 from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.transforms import ImageTransform
@@ -157,6 +159,31 @@ def test_it_trains_on_mixed_shapes_and_on_kept_features_alike(world: Path, tmp_p
     assert from_files.keys() == from_features.keys()
     for key, value in from_files.items():
         torch.testing.assert_close(value, from_features[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_captions_give_one_start_however_the_shapes_are_batched(world: Path, name: str) -> None:
+    captions = []
+    for one, words in zip(
+        [*SHAPES, *SHAPES], ["wide", "tall thing", "square", "red", "two of it", "left"], strict=True
+    ):
+        messages = (Message("user", (Media("image", f"{one}.png"),)), Message("assistant", (Text(words),)))
+        captions.append(Sample(words, messages, task="caption", root=world))
+    starts = []
+    for size in (1, 3):
+        model, processor = build(settings(world, **COMPRESSORS[name]))
+        media = [processor.load_media(one) for one in captions]
+        batches = [
+            {"batch": processor.batch(captions[at : at + size], media[at : at + size], for_training=True)}
+            for at in range(0, len(captions), size)
+        ]
+        loader: Any = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
+        fit_projectors(model, processor, loader, own=len(batches))
+        starts.append({key: value for key, value in model.state_dict().items() if "compressors" in key})
+    untouched = build(settings(world, **COMPRESSORS[name]))[0].state_dict()
+    assert any(not torch.equal(value, untouched[key]) for key, value in starts[0].items())
+    for key, value in starts[0].items():
+        torch.testing.assert_close(value, starts[1][key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", ["image", "siglip", "dinov2", "dinov3"])

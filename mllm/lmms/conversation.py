@@ -89,8 +89,14 @@ def _tell_once(key: str, value: str) -> None:
     logger.warning("generation argument %s=%s is for other models; the run's own preprocessing applies", key, value)
 
 
-def read_conversation(name: str, messages: Sequence[Mapping[str, Any]]) -> tuple[Sample, list[tuple[str, Any]]]:
+def read_conversation(
+    name: str, messages: Sequence[Mapping[str, Any]], *, separator: str = ""
+) -> tuple[Sample, list[tuple[str, Any]]]:
     """A conversation in lmms-eval's form, a list of {role, content: [{type, text | url}, ...]}.
+
+    Args:
+        name: for messages.
+        separator: put between a medium and a text after it that does not begin with it already.
 
     Returns:
         The sample, and medium and source of each of its media in order of appearance.
@@ -102,7 +108,13 @@ def read_conversation(name: str, messages: Sequence[Mapping[str, Any]]) -> tuple
     turns = []
     for message in messages:
         content = message["content"]
-        parts = [_read_part(part, sources) for part in ([content] if isinstance(content, str) else content)]
+        parts: list[Part] = []
+        for given in [content] if isinstance(content, str) else content:
+            part = _read_part(given, sources)
+            after_medium = bool(parts) and isinstance(parts[-1], Media)
+            if isinstance(part, Text) and after_medium and not part.text.startswith(separator):
+                part = Text(f"{separator}{part.text}")
+            parts.append(part)
         turns.append(Message(message["role"], tuple(parts)))
     return Sample(name, tuple(turns), task="generate"), sources
 

@@ -33,7 +33,7 @@ class Evaluated:
         for task, values in self.results["results"].items():
             for name, value in values.items():
                 metric, _, filtered = name.partition(",")
-                if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
+                if isinstance(value, int | float) and filtered and "_stderr" not in metric:
                     yield task, metric if filtered == "none" else name, float(value)
 
 

@@ -72,6 +72,9 @@ def test_a_conversation_keeps_its_order() -> None:
     assert [message.role for message in sample.messages] == ["system", "user", "assistant", "user"]
     assert sample.messages[1].parts == (Text("a"), Media("image", ""))
     assert sources == [("image", picture), ("audio", "c.wav")]
+    parted, _ = read_conversation("doc 1", turns, separator="\n")
+    assert [message.text for message in parted.messages] == ["be brief", "a", "b", "\nd"]
+    assert read_conversation("doc 1", [{"role": "user", "content": "a"}], separator="\n")[0].messages[0].text == "a"
     for part, words in [
         ({"type": "image_url", "url": "x"}, "'image_url'; allowed: text, image, audio, video"),
         ({"type": "video", "url": "x.mp4", "start_time": 1.0}, "start_time"),

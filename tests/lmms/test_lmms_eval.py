@@ -167,6 +167,7 @@ def test_several_budgets_in_one_run_give_the_answers_of_each(
     assert results["image=16"]["is_trained"]
     assert not results["image=2"]["is_trained"]
     assert "image=2 (untrained)" in shown
+    assert "stderr" not in shown
 
 
 def test_the_media_of_a_question_are_encoded_once_for_all_budgets(run: Path, tasks: Path) -> None:
