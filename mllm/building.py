@@ -32,7 +32,9 @@ from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
-_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range")
+_NOT_MODEL = ("encoder", "span", "normalize_audio", "pad_to_square", "size_pixels", "crop_pixels", "budget_range")
+PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
+"""What makes an image processor put margins in its mean colour around a picture, computed as LLaVA's code does."""
 
 
 def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -254,7 +256,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             )
         return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
-        "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+        "image": lambda: _image_preprocessor(settings),
         "audio": lambda: {
             **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
             "normalize_audio": settings.normalize_audio,
@@ -262,3 +264,8 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
         "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
     }
     return readers[medium]()
+
+
+def _image_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+    values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
+    return {"do_center_crop": False} | values | PADDED if settings.pad_to_square else values
