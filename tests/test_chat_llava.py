@@ -1,4 +1,4 @@
-"""Conversations as LLaVA's training code reads them: the same ids and the same targets, on SentencePiece vocabularies."""
+"""Conversations as LLaVA's training code reads them: the same ids and targets, on SentencePiece vocabularies."""
 
 import re
 

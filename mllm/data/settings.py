@@ -11,7 +11,7 @@ SPEECH_FORMATS = ("auto_avsr", "omni_csv", "fairseq", "lrs", "clips")
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderSettings:
-    """How files that list samples are read. All but `format` are for the speech formats, the last five."""
+    """How files that list samples are read. All but `format` and `pictures_first` are for the speech formats."""
 
     format: Format = "manifest"
     """Our own JSONL manifest, LLaVA's JSON, or a list or folder of speech clips."""
@@ -26,7 +26,12 @@ class ReaderSettings:
     max_seconds: float | None = None
     """Format lrs: a longer clip is refused, or cut by its word times where `mllm data import` is told to."""
 
+    pictures_first: bool = False
+    """Format llava: pictures stand before the text of their turn, as LLaVA's training code puts them."""
+
     def __post_init__(self) -> None:
+        if self.pictures_first and self.format != "llava":
+            raise ValueError(f"pictures_first goes with the format llava, not {self.format}")
         if self.format not in SPEECH_FORMATS:
             for key in ("tasks", "prompts", "transcripts", "max_seconds"):
                 if getattr(self, key):
