@@ -11,7 +11,7 @@ vocabularies put a space before every text that they take for a new one.
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,8 @@ TEMPLATES = {
 FORMATS = (*TEMPLATES, "chat")
 # Private-use characters mark where each part of the content lies in the rendered template.
 _MARK = re.compile("\ue000(\\d+)\ue001")
-_NOTHING, _ALL = 0, -1
+MAX_LAYOUTS = 4096
+"""Layouts that are kept; conversations of the same speakers and media have the same."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,23 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A stretch of a conversation.
+class _Fixed:
+    """A stretch that is the same in every conversation of a layout; the first ids of it may be learned."""
 
-    Args:
-        text: to be tokenised, where there are no `ids`.
-        ids: what it becomes.
-        is_written: by people, so that special tokens in it are plain text.
-        continues: goes on after text.
-        num_targets: how many of its ids are learned, counted from the first; all where it is -1.
-    """
+    ids: tuple[int, ...]
+    num_targets: int = 0
 
-    text: str = ""
-    ids: tuple[int, ...] | None = None
-    is_written: bool = False
-    continues: bool = False
-    num_targets: int = _NOTHING
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where people write: the space before it, whether it goes on after text, and whether it is learned."""
+
+    glue: str
+    continues: bool
+    is_target: bool
+
+
+Layout = tuple[_Fixed | _Slot, ...]
 
 
 class ChatEncoder:
@@ -117,6 +119,7 @@ class ChatEncoder:
         self.placeholder_ids = dict(placeholder_ids)
         self.span_ids = {medium: (list(before), list(after)) for medium, (before, after) in (span_ids or {}).items()}
         special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._layouts: dict[Any, Layout] = {}
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Prompt:
@@ -136,20 +139,56 @@ class ChatEncoder:
         Raises:
             ValueError: see `__call__`; it does not say which conversation.
         """
-        plans = [self._pieces(self._read(messages), add_generation_prompt) for messages in conversations]
-        known = self._tokenized([piece for plan in plans for piece in plan])
+        plans = [self._plan(messages, add_generation_prompt) for messages in conversations]
+        read = self._tokenized(plans)
         prompts = []
-        for messages, plan in zip(conversations, plans, strict=True):
+        for messages, (layout, _) in zip(conversations, plans, strict=True):
             ids: list[int] = []
             labels: list[int] = []
-            for piece in plan:
-                new = piece.ids if piece.ids is not None else known[_key(piece)]
-                num = len(new) if piece.num_targets == _ALL else piece.num_targets
+            for piece in layout:
+                if isinstance(piece, _Fixed):
+                    new, num = piece.ids, piece.num_targets
+                else:
+                    new = next(read).ids
+                    num = len(new) if piece.is_target else 0
                 ids += new
                 labels += [*new[:num], *[IGNORED_LABEL] * (len(new) - num)]
             media = tuple(part.medium for message in messages for part in message.parts if isinstance(part, Media))
             prompts.append(Prompt(ids, labels, media))
         return prompts
+
+    def count_all(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[int, int]]:
+        """Per conversation its number of ids, placeholders included, and of those that are learned.
+
+        Raises:
+            ValueError: see `__call__`; it does not say which conversation.
+        """
+        plans = [self._plan(messages, False) for messages in conversations]
+        read = self._tokenized(plans)
+        counts = []
+        for layout, _ in plans:
+            num_ids = num_targets = 0
+            for piece in layout:
+                is_fixed = isinstance(piece, _Fixed)
+                length = len(piece.ids) if is_fixed else len(next(read))
+                num_targets += piece.num_targets if is_fixed else length * piece.is_target
+                num_ids += length
+            counts.append((num_ids, num_targets))
+        return counts
+
+    def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
+        """How a conversation is laid out, and what stands in the slots."""
+        messages = self._read(messages)
+        speakers = tuple(
+            (message.role, tuple(part.medium if isinstance(part, Media) else "" for part in message.parts))
+            for message in messages
+        )
+        layout = self._layouts.get((speakers, prompt))
+        if layout is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[speakers, prompt] = tuple(self._layout(messages, prompt))
+        return layout, [part.text for message in messages for part in message.parts if isinstance(part, Text)]
 
     def _read(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages the format has a place for: all, or in `llava_plain` the media of a question and its answer."""
@@ -164,51 +203,56 @@ class ChatEncoder:
             )
         return [Message("user", tuple(media)), *messages[1:]]
 
-    def _tokenized(self, pieces: Sequence[_Piece]) -> dict[tuple[str, bool, bool], list[int]]:
-        """Ids of every distinct text, with one call of the tokenizer for each way of reading."""
-        wanted = dict.fromkeys(_key(piece) for piece in pieces if piece.ids is None)
-        known: dict[tuple[str, bool, bool], list[int]] = {}
-        for is_written in (False, True):
-            for continues in (False, True):
-                own = [key for key in wanted if key[1:] == (is_written, continues) and key[0]]
-                tokenizer = self.going_on if continues else self.tokenizer
-                texts = [key[0] for key in own]
-                if own:
-                    read = tokenizer(texts, add_special_tokens=False, split_special_tokens=is_written)["input_ids"]
-                    known.update(zip(own, read, strict=True))
-        return known | {key: [] for key in wanted if not key[0]}
+    def _tokenized(self, plans: Sequence[tuple[Layout, list[str]]]) -> Iterator[Any]:
+        """What people wrote, read slot by slot; with one call of the tokenizer for each way of reading."""
+        slots = [[piece for piece in layout if isinstance(piece, _Slot)] for layout, _ in plans]
+        texts = [
+            (slot.glue + text, slot.continues)
+            for own, (_, written) in zip(slots, plans, strict=True)
+            for slot, text in zip(own, written, strict=True)
+        ]
+        read = {
+            continues: iter(self._encode([text for text, own in texts if own == continues], continues, is_written=True))
+            for continues in (False, True)
+        }
+        return (next(read[continues]) for _, continues in texts)
 
-    def _pieces(self, messages: Sequence[Message], prompt: bool) -> list[_Piece]:
-        """A conversation in pieces: template text and what people wrote by turns.
+    def _encode(self, texts: Sequence[str], continues: bool, *, is_written: bool) -> Sequence[Any]:
+        backend = (self.going_on if continues else self.tokenizer).backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = is_written
+        return backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+
+    def _layout(self, messages: Sequence[Message], prompt: bool) -> Iterator[_Fixed | _Slot]:
+        """Template text and what people write by turns.
 
         A space before a written part is handed to the part: tokenizers join it to the word after it, so
         "ASSISTANT: red" must be cut before the space, not after.
         """
         parts = [(message.role, part) for message in messages for part in message.parts]
-        rendered, pieces = self._rendered(messages, len(parts), prompt), list[_Piece]()
+        rendered = self._rendered(messages, len(parts), prompt)
         bos = self.tokenizer.bos_token
         if self.template is not None and bos and rendered[0].startswith(bos):  # what comes after it begins anew
             rendered[0] = rendered[0].removeprefix(bos)
-            pieces.append(_Piece(ids=(self.tokenizer.bos_token_id,)))
+            yield _Fixed((self.tokenizer.bos_token_id,))
         continues = answering = False
         for position, text in enumerate(rendered):
             follower = parts[position][1] if position < len(parts) else None
             glue = " " if text.endswith(" ") and (follower is None or isinstance(follower, Text)) else ""
             text = text.removesuffix(glue)
-            pieces += self._template_pieces(text, continues=continues, ends_answer=answering)
+            yield from self._template_pieces(text, continues=continues, ends_answer=answering)
             answering = answering and not text
             continues = continues or bool(text)
             if follower is None:
                 break
             answering = parts[position][0] == "assistant"
             if isinstance(follower, Text):
-                num_targets = _ALL if answering else _NOTHING
-                pieces.append(_Piece(glue + follower.text, None, True, continues, num_targets))
+                yield _Slot(glue, continues, answering)
                 continues = True
             else:
-                pieces.append(_Piece(ids=self._media_ids(follower)))
+                yield _Fixed(self._media_ids(follower))
                 continues = False
-        return pieces
 
     def _rendered(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str]:
         """The template's text before, between and after the parts of a conversation."""
@@ -225,20 +269,21 @@ class ChatEncoder:
             raise ValueError("the tokenizer's chat template drops, repeats or reorders what people wrote")
         return split[::2]
 
-    def _template_pieces(self, text: str, *, continues: bool, ends_answer: bool) -> list[_Piece]:
+    def _template_pieces(self, text: str, *, continues: bool, ends_answer: bool) -> Iterator[_Fixed]:
         """Template text, cut before its first special token, which tokenizers part from what stands before it.
 
         After an answer that special token ends the turn and is learned, with what stands before it; without one
         nothing is, but the line break of `llava_plain`.
         """
-        if not text:
-            return []
         first = self._special.search(text)
-        if first is None:
-            learned = ends_answer and self.chat_format == "llava_plain"
-            return [_Piece(text, None, False, continues, _ALL if learned else _NOTHING)]
-        before = _Piece(text[: first.start()], None, False, continues, _ALL if ends_answer else _NOTHING)
-        return [before, _Piece(text[first.start() :], num_targets=int(ends_answer))]
+        cut = len(text) if first is None else first.start()
+        learns = ends_answer and (first is not None or self.chat_format == "llava_plain")
+        if before := text[:cut]:
+            ids = tuple(self._encode([before], continues, is_written=False)[0].ids)
+            yield _Fixed(ids, len(ids) if learns else 0)
+        if after := text[cut:]:
+            ids = tuple(self._encode([after], False, is_written=False)[0].ids)
+            yield _Fixed(ids, int(learns))
 
     def _media_ids(self, part: Media) -> tuple[int, ...]:
         if part.medium not in self.placeholder_ids:
@@ -275,6 +320,3 @@ def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     return state.get("normalizers") or state.get("pretokenizers") or [state]
 
-
-def _key(piece: _Piece) -> tuple[str, bool, bool]:
-    return piece.text, piece.is_written, piece.continues
