@@ -319,4 +319,3 @@ def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     if state is None:
         return []
     return state.get("normalizers") or state.get("pretokenizers") or [state]
-
