@@ -17,8 +17,8 @@ from mllm.sources import within_run
 from mllm.trainables import part_of, trainable_names
 from mllm.training.settings import differences
 
-# What may differ between two compressors that share their weights: which counts are trained, and what pools them.
-_FREE = ("budgets", "between")
+# What may differ: the counts that are trained, how a picture is cut up, and what the shapes of the values tell anyway.
+_FREE = ("budgets", "num_queries", "query_size", "projector_size", "tiling")
 logger = logging.getLogger(__name__)
 
 
