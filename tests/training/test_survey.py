@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import time
 
 import pytest
 import tiny
@@ -106,10 +105,22 @@ def test_samples_are_grouped_by_their_media() -> None:
     assert media_groups([GOOD, picture, GOOD]) == [0, 1, 0]
 
 
-def test_conversations_are_counted_by_the_thousand_in_a_second(processor) -> None:
-    """LLaVA's mixture has 665,000 of them; generous, since test machines are busy."""
-    samples = [dataclasses.replace(GOOD, id=str(number)) for number in range(3000)]
-    started = time.perf_counter()
-    assert count_targets(samples, processor.chat) == [4] * 3000
-    assert time.perf_counter() - started < 10
-    check_targets([sample.id for sample in samples], [4] * 3000, 0.0)
+def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
+    processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 7)
+    samples = [
+        dataclasses.replace(
+            GOOD,
+            id=str(number),
+            messages=(GOOD.messages[0], Message("assistant", (Text("a cat " * (number % 5 + 1)),))),
+        )
+        for number in range(40)
+    ]
+    encoded = [processor.chat(sample.messages) for sample in samples]
+    assert count_targets(samples, processor.chat) == [
+        sum(label != -100 for label in prompt.labels) for prompt in encoded
+    ]
+    found = survey(samples, processor)
+    assert found.tokens == [len(prompt.ids) for prompt in encoded]
+    check_targets([sample.id for sample in samples], found.targets, 0.0)
