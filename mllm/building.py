@@ -34,7 +34,12 @@ from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
-_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range", "query_start")
+_NOT_MODEL = (
+    *("encoder", "span", "normalize_audio", "pad_to_square", "size_pixels", "crop_pixels", "budget_range"),
+    "query_start",
+)
+PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
+"""What makes an image processor put margins in its mean colour around a picture, computed as LLaVA's code does."""
 
 
 def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -278,12 +283,14 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
 
 
 def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
-    """The image processor of a tower, told the size of its pictures where the settings say one."""
+    """The image processor of a tower, told the size of its pictures and what to do about their shape."""
     values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
     config = encoder_config(settings, "image")
     if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
+        if settings.pad_to_square:
+            raise ValueError("image.pad_to_square does not go with a tower that reads pictures in their own shape")
         return {**values, "max_num_patches": most, "patch_size": config.patch_size}
-    if settings.image_size is None:
-        return values
-    height, width = settings.image_size
-    return {**values, "do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
+    if settings.image_size is not None:
+        height, width = settings.image_size
+        values |= {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
+    return {"do_center_crop": False} | values | PADDED if settings.pad_to_square else values

@@ -8,7 +8,7 @@ rows stand budget by budget: row `d * B + b` is row b at budget d.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,25 @@ class Row:
             return count_tokens([run.extent for run in self.runs], fitting, space)
         except ValueError as error:
             raise ValueError(f"sample {self.sample_id!r}: {error}") from error
+
+    def cut(self, max_tokens: int, space: Space, placeholders: frozenset[int]) -> "Row":
+        """The row without what would lie behind `max_tokens` with every medium at its largest budget.
+
+        Raises:
+            ValueError: a medium that lies there, whole or in part; the sample is named.
+        """
+        most = iter(self.costs(space.largest(), space))
+        length = 0
+        for place, token in enumerate(self.ids):
+            is_medium = token in placeholders
+            length += next(most).tokens if is_medium else 1
+            if length > max_tokens:
+                if any(later in placeholders for later in self.ids[place:]):
+                    raise ValueError(
+                        f"sample {self.sample_id!r}: a medium lies behind data.max_sample_tokens {max_tokens}"
+                    )
+                return replace(self, ids=self.ids[:place], labels=self.labels[:place])
+        return self
 
 
 @dataclass(frozen=True)

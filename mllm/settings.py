@@ -82,6 +82,9 @@ class MediumSettings:
     `released_behaviour`. By default the whole frames of the clip."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
+    pad_to_square: bool = False
+    """Pictures: margins in the mean colour make them square, as in LLaVA-1.5's second stage, MQT-LLaVA and M3. By
+    default the encoder's own processor decides (CLIP's cuts the middle out)."""
     size_pixels: int | None = None
     """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
     crop_pixels: int = 88
@@ -180,8 +183,8 @@ class ModelSettings:
 
     llm: str
     """Folder, hub name or world part of the LLM with its tokenizer."""
-    chat_format: Literal["plain", "avsr", "vicuna_v1", "chat"] = "chat"
-    """How a conversation becomes text; `chat` is the LLM's own template."""
+    chat_format: Literal["plain", "llava_plain", "avsr", "vicuna_v1", "chat"] = "chat"
+    """How a conversation becomes text; `chat` is the LLM's own template, llava_plain that of LLaVA's first stage."""
     released_behaviour: bool = False
     """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
@@ -203,6 +206,9 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.released_behaviour and self.chat_format != "avsr":
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+        for medium in ("audio", "video"):
+            if (own := getattr(self, medium)) is not None and own.pad_to_square:
+                raise ValueError(f"model.{medium}.pad_to_square is set, but only pictures (image) can be padded")
 
     @property
     def media(self) -> dict[str, MediumSettings]:

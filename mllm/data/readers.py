@@ -34,7 +34,7 @@ def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
 
 def _read_conversations(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    return Listing(samples=read_llava(source, root))
+    return Listing(samples=read_llava(source, root, pictures_first=settings.pictures_first))
 
 
 READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {

@@ -74,13 +74,11 @@ class ReaderSettings:
     split: str | None = None
     """Vision benchmarks in tables (parquet, arrow): the split, where it is not the one that papers print."""
 
+    pictures_first: bool = False
+    """Format llava: pictures stand before the text of their turn, as LLaVA's training code puts them."""
+
     def __post_init__(self) -> None:
-        if self.split is not None and self.format not in TABLE_FORMATS:
-            raise ValueError(f"split goes with the formats {', '.join(TABLE_FORMATS)}, not {self.format}")
-        if self.format not in BENCHMARK_FORMATS and (self.images is not None or self.annotations is not None):
-            raise ValueError(f"images and annotations go with vision benchmarks, not {self.format}")
-        if self.format != "textvqa" and not self.ocr_tokens:
-            raise ValueError(f"ocr_tokens goes with the format textvqa, not {self.format}")
+        self._check_pictures()
         if self.format not in SPEECH_FORMATS:
             for key in ("tasks", "prompts", "transcripts", "max_seconds"):
                 if getattr(self, key):
@@ -91,3 +89,13 @@ class ReaderSettings:
             raise ValueError(f"transcripts goes with the formats clips and auto_avsr, not {self.format}")
         if self.max_seconds is not None and (self.format != "lrs" or self.max_seconds <= 0):
             raise ValueError(f"max_seconds goes with format lrs and is above 0; got {self.max_seconds}, {self.format}")
+
+    def _check_pictures(self) -> None:
+        if self.pictures_first and self.format != "llava":
+            raise ValueError(f"pictures_first goes with the format llava, not {self.format}")
+        if self.split is not None and self.format not in TABLE_FORMATS:
+            raise ValueError(f"split goes with the formats {', '.join(TABLE_FORMATS)}, not {self.format}")
+        if self.format not in BENCHMARK_FORMATS and (self.images is not None or self.annotations is not None):
+            raise ValueError(f"images and annotations go with vision benchmarks, not {self.format}")
+        if self.format != "textvqa" and not self.ocr_tokens:
+            raise ValueError(f"ocr_tokens goes with the format textvqa, not {self.format}")
