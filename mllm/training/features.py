@@ -110,7 +110,7 @@ class FeatureStore:
         if isinstance(found, str):
             raise ValueError(found)
         return [
-            LoadedMedia(own.medium, self._rows(own), own.raw_length, own.grid and (own.grid[0], own.grid[1]))
+            LoadedMedia(own.medium, self._rows(own), own.raw_length, (own.grid[0], own.grid[1]) if own.grid else None)
             for own in found
         ]
 
