@@ -27,7 +27,7 @@ from mllm.budget import MediumSpace, Space
 from mllm.compressors import Query
 from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
-from mllm.encoders import AVHubertAudioConfig, backbone_class, tower_config, wrap_encoder
+from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
@@ -35,9 +35,11 @@ from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (
-    *("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range", "query_start"),
-    *FRAME_SETTINGS,
+    *("encoder", "span", "normalize_audio", "pad_to_square", "size_pixels", "crop_pixels", "budget_range"),
+    *("query_start", *FRAME_SETTINGS),
 )
+PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
+"""What makes an image processor put margins in its mean colour around a picture, computed as LLaVA's code does."""
 DEFAULT_FRAMES = 8
 """Frames taken from a video whose frames are encoded like pictures."""
 
@@ -83,6 +85,7 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
         }
         for medium, own in settings.encoded_media.items()
     }
+    _check_one_size(settings)
     if settings.shows_frames:
         media["video"] = frames_entry(settings, media["image"])
     elastic = {"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
@@ -96,6 +99,16 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
     if isinstance(limit, int):
         elastic["context_tokens"] = limit
     return ElasticProcessor(tokenizer, elastic=elastic)
+
+
+def _check_one_size(settings: ModelSettings) -> None:
+    """Raises: ValueError for tiles or frames with an encoder whose pictures keep their shape."""
+    image = settings.image
+    if image is None or not (settings.shows_frames or image.tiling is not None):
+        return
+    if encoder_facts(encoder_config(image, "image"), space_settings(image)).max_patches is not None:
+        what = "image.tiling" if image.tiling is not None else "video.encoder image"
+        raise ValueError(f"{what} needs an encoder that reads pictures of one size, and this one keeps their shape")
 
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
@@ -318,7 +331,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             )
         return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
-        "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+        "image": lambda: _picture_preprocessor(settings),
         "audio": lambda: {
             **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
             "normalize_audio": settings.normalize_audio,
@@ -326,3 +339,17 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
         "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
     }
     return readers[medium]()
+
+
+def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+    """The image processor of a tower, told the size of its pictures and what to do about their shape."""
+    values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
+    config = encoder_config(settings, "image")
+    if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
+        if settings.pad_to_square:
+            raise ValueError("image.pad_to_square does not go with a tower that reads pictures in their own shape")
+        return {**values, "max_num_patches": most, "patch_size": config.patch_size}
+    if settings.image_size is not None:
+        height, width = settings.image_size
+        values |= {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
+    return {"do_center_crop": False} | values | PADDED if settings.pad_to_square else values

@@ -19,6 +19,7 @@ VERBS = {
     "generate": "mllm.commands.generate",
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
+    "lmms-eval": "mllm.commands.lmms_eval",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",

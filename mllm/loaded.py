@@ -24,11 +24,13 @@ class LoadedMedia:
 
     Where it is several encoded pictures, values are (P, 3, h, w): of a picture of `picture_pixels` (height, width) the
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `tower` names whose encoder they want.
+    `grid` is that of a picture's patches where pictures keep their shape.
     """
 
     medium: str
     values: Tensor
     raw_length: int = 0
+    grid: tuple[int, int] | None = None
     tower: str = ""
     picture_pixels: Size | None = None
     tilings: tuple[Tiles, ...] = ()
@@ -93,7 +95,8 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
     """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
 
     Returns:
-        `pixel_values` (N, 3, h, w), tiles and frames one after the other; `audio_values` (N, ...) and `video_values`
+        `pixel_values` (N, 3, h, w), tiles and frames one after the other, or (N, P, values of a patch) with
+        `image_grids` (N, 2) of pictures that keep their shape; `audio_values` (N, ...) and `video_values`
         (N, T, 1, h, w) with their `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
     """
     out: dict[str, Tensor] = {}
@@ -103,6 +106,8 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
             out[key] = torch.cat([item.values.view(-1, *item.values.shape[-3:]) for item in own])
         elif own:
             out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
-            if medium in LENGTH_KEYS:
-                out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
+            if own[0].grid is not None:
+                out["image_grids"] = torch.tensor([item.grid for item in own])
+        if own and medium in LENGTH_KEYS:
+            out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
     return out

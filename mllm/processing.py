@@ -4,6 +4,7 @@ Knows the tokenizer, the chat format, what each encoder wants to be fed, and the
 Does not know weights, training or metrics. Everything it makes is on the host.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -20,7 +21,7 @@ from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
-from mllm.expansion import Batch, Expanded, Row, Run, expand
+from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
 from mllm.loaded import LoadedMedia, as_long_as_longest, cut_picture, cuts_of, stack_media
 from mllm.media import Audio, FrameSampling, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
 from mllm.tiling import Size, Tiles, Tiling
@@ -214,6 +215,8 @@ class ElasticProcessor(ProcessorMixin):
         if self._tower(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._pictures(medium, raw)], [raw], [])[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
+        if self.facts[medium].max_patches is not None:
+            return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
         return LoadedMedia(medium, values, raw_length)
 
     def _check_medium(self, medium: str) -> None:
@@ -227,7 +230,7 @@ class ElasticProcessor(ProcessorMixin):
         if loaded.picture_pixels is not None:
             return self.picture_extent(loaded.picture_pixels)
         if facts.grid is not None:
-            return Extent(loaded.medium, grid=facts.grid, num_pictures=loaded.num_items)
+            return Extent(loaded.medium, grid=loaded.grid or facts.grid, num_pictures=loaded.num_items)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
@@ -248,7 +251,8 @@ class ElasticProcessor(ProcessorMixin):
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
-            media: the loaded media of each sample, in order of appearance.
+            media: the loaded media of each sample, in order of appearance. Without `for_training`, samples that are
+                given the same object are shown the same encoded item.
 
         Raises:
             ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
@@ -256,7 +260,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        counts: dict[str, int] = {}
+        numbers = _Numbers(shares=not for_training)
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -267,20 +271,20 @@ class ElasticProcessor(ProcessorMixin):
                     f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
                 )
             try:
-                runs = tuple(self._run(item, counts) for item in items)
+                runs = tuple(Run(self.extent(item), numbers(item), item.tilings, item.tower) for item in items)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
-        return Batch(rows, stack_media([item for items in media for item in items]))
+        return Batch(rows, stack_media(numbers.items))
 
-    def _run(self, item: LoadedMedia, counts: dict[str, int]) -> Run:
-        """A medium item whose first encoded item has the next number of its encoder."""
-        first = counts.get(item.encoder, 0)
-        counts[item.encoder] = first + item.num_items
-        return Run(self.extent(item), first, item.tilings, item.tower)
+    def expand(
+        self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool, share_prefixes: bool = False
+    ) -> Expanded:
+        """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`.
 
-    def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
-        """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`."""
+        Raises:
+            ValueError: as there, or a row longer than the LLM reads; the sample is named.
+        """
         expanded = expand(
             batch,
             budgets,
@@ -289,8 +293,10 @@ class ElasticProcessor(ProcessorMixin):
             pad_id=self.pad_id,
             left_padding=left_padding,
             members=self.members,
-            context_tokens=self.context_tokens,
+            share_prefixes=share_prefixes,
         )
+        for row, costs in zip(itertools.cycle(batch.rows), expanded.costs, strict=False):
+            check_length(row, costs, self.context_tokens)
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
         return expanded
@@ -358,3 +364,22 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
     return FrameSampling(frames["count"], frames["per_second"])
+
+
+class _Numbers:
+    """Which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
+
+    def __init__(self, *, shares: bool) -> None:
+        self.items: list[LoadedMedia] = []
+        self._shares = shares
+        self._counts: dict[str, int] = {}
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, item: LoadedMedia) -> int:
+        key = (item.medium, id(item.values), item.raw_length)
+        if self._shares and key in self._known:
+            return self._known[key]
+        self.items.append(item)
+        number = self._known[key] = self._counts.get(item.encoder, 0)
+        self._counts[item.encoder] = number + item.num_items
+        return number

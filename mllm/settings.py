@@ -58,6 +58,10 @@ class MediumSettings:
     """Which hidden layer of a vision tower gives the features; -2 by default, -1 is the last."""
     final_norm: bool | None = None
     """Send that layer through the tower's own final norm; off by default."""
+    image_size: list[int] | None = None
+    """[height, width] in pixels that pictures are brought to; what the tower was trained on by default."""
+    max_num_patches: int | None = None
+    """SigLIP 2 with native aspect ratio: most patches of a picture; what the tower was trained on by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
     window_frames: int | None = None
@@ -112,6 +116,9 @@ class MediumSettings:
     that gives no more than frames, and evenly otherwise."""
     sample_fps: float | None = None
     """Videos of pictures: frames per second of the sampling fps."""
+    pad_to_square: bool = False
+    """Pictures: margins in the mean colour make them square, as in LLaVA-1.5's second stage, MQT-LLaVA and M3. By
+    default the encoder's own processor decides (CLIP's cuts the middle out)."""
     size_pixels: int | None = None
     """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
     crop_pixels: int = 88
@@ -125,6 +132,8 @@ class MediumSettings:
         for key in ("projector_balance_weight", "projector_z_weight"):
             if (getattr(self, key) or 0.0) < 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it cannot be negative")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"image_size is [height, width] in pixels, got {self.image_size}")
         if len(self.span) not in (0, 2):
             raise ValueError(f"span is the token before and the token after, got {self.span}")
 
@@ -208,8 +217,8 @@ class ModelSettings:
 
     llm: str
     """Folder, hub name or world part of the LLM with its tokenizer."""
-    chat_format: Literal["plain", "avsr", "vicuna_v1", "chat"] = "chat"
-    """How a conversation becomes text; `chat` is the LLM's own template."""
+    chat_format: Literal["plain", "llava_plain", "avsr", "vicuna_v1", "chat"] = "chat"
+    """How a conversation becomes text; `chat` is the LLM's own template, llava_plain that of LLaVA's first stage."""
     released_behaviour: bool = False
     """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
@@ -233,6 +242,9 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.released_behaviour and self.chat_format != "avsr":
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+        for medium in ("audio", "video"):
+            if (own := getattr(self, medium)) is not None and own.pad_to_square:
+                raise ValueError(f"model.{medium}.pad_to_square is set, but only pictures (image) can be padded")
         if self.names_pictures and self.image is None:
             raise ValueError("names_pictures is set, but there is no image block")
         if self.shows_frames and self.image is None:

@@ -35,8 +35,8 @@ class Settings:
     seed: int | None = None
     """Of the corpora, the initial values, the draws and the order of samples; 0 when left out."""
     steps: int | None = None
-    """Optimizer steps; with full those of a separate model, and two (pictures) or three times as many of an elastic
-    one."""
+    """Optimizer steps; with full those of a separate model, and three (speech) or four times as many of an
+    elastic one."""
     num_utterances: int | None = None
     """Spoken sentences to train on."""
     num_test_utterances: int | None = None

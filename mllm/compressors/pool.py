@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mllm.compressors.areas import average, grid_cover, stream_cover
+from mllm.compressors.areas import average, grid_cover, own_grid_cover, stream_cover
 from mllm.compressors.base import Compressor, own_tokens, without_padding
 from mllm.compressors.haar import haar
 from mllm.compressors.projector import ProjectorBank
@@ -34,7 +34,7 @@ class Pool(Compressor):
 
     Args:
         projectors: D -> H.
-        grid: (rows, columns) of the features, for pictures.
+        grid: (rows, columns) of the features, for pictures; each item's own where `forward` is told `grids`.
         project_first: pool what the projector gives, instead of projecting what was pooled.
         order: of the tokens of a grid.
     """
@@ -55,7 +55,16 @@ class Pool(Compressor):
         self.grid = grid
         self.project_first = project_first
 
-    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
         """See `Compressor.forward`."""
         asked = rates.where(rates > 0, tokens)
         if self.order == "haar":
@@ -64,6 +73,9 @@ class Pool(Compressor):
         num_cells = min(max_tokens, num_features)  # no item has more tokens than features
         if self.grid is None:
             cover, area = stream_cover(lengths, tokens, rates, num_features=num_features, max_tokens=num_cells)
+            features = without_padding(features, lengths)
+        elif grids is not None:
+            cover, area = own_grid_cover(tokens, grids, num_features=num_features, max_tokens=num_cells)
             features = without_padding(features, lengths)
         else:
             cover, area = grid_cover(tokens, self.grid, max_tokens=num_cells)

@@ -79,7 +79,7 @@ def read_places(compressor: Query, generator: torch.Generator) -> Tensor:
         attention.in_proj_bias.zero_()
         attention.out_proj.weight.copy_(torch.eye(size))
         attention.out_proj.bias.zero_()
-        compressor.query.copy_(wanted @ compressor._key_positions() - compressor.pos_embed)
+        compressor.query.copy_(wanted @ compressor.key_positions() - compressor.pos_embed)
     searched = [compressor.query, attention.in_proj_weight]
     starts = [parameter.detach().clone().requires_grad_() for parameter in searched]
     left = _search(compressor, starts, wanted)
@@ -114,7 +114,7 @@ def _search(compressor: Query, starts: list[Tensor], wanted: Tensor) -> Tensor:
 def _divergence(compressor: Query, query: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
     """(h, M): how far each head of each query is from where it should look."""
     num_heads = compressor.attn.num_heads
-    states = (compressor.ln_q(query + compressor.pos_embed.detach()), compressor.ln_k(compressor._key_positions()))
+    states = (compressor.ln_q(query + compressor.pos_embed.detach()), compressor.ln_k(compressor.key_positions()))
     queries, keys = (
         functional.linear(own, part).unflatten(1, (num_heads, -1)).transpose(0, 1)
         for own, part in zip(states, weight.chunk(3), strict=False)

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mllm.building import build_processor, elastic_config, unsharded
+from mllm.building import PADDED, build_processor, elastic_config, unsharded
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
@@ -39,8 +39,6 @@ from mllm.trainables import set_trainables
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
-"""Pictures get margins in the mean colour and keep all they show; computed by PIL, as the released code does."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def _heads(split: Split, vision: Any, options: Options) -> int | None:
 def _image_processor(source: str, told: Told, options: Options) -> dict[str, Any]:
     values = AutoImageProcessor.from_pretrained(resolve_source(source)).to_dict()
     padded = (options.image_aspect_ratio or told.image_aspect_ratio) == "pad"
-    return values | _PADDED if padded else values
+    return values | PADDED if padded else values
 
 
 def write_parts(parts: Parts, folder: Path) -> None:

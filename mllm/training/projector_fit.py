@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from mllm.budget import Budget
 from mllm.expansion import Batch, Expanded
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.modeling_body import VALUE_KEYS, Features
+from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
 from mllm.training.readouts import Readout, opened, readouts, with_one
 
@@ -121,10 +121,10 @@ def _add(
     found = _readouts(model, processor, medium)
     with torch.no_grad(), opened(compressor):
         values = {name: value.to(device) for name, value in batch.values.items()}
-        features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(f"{medium}_lengths"))
+        features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(SIZE_KEYS[medium]))
         for which, readout in enumerate(found):
             expanded, read, counts, shown = _read(model, processor, batch, readout.largest, medium, features)
-            summed, number = readout.summed(read, counts, shown)
+            summed, number = readout.summed(read, counts, shown.values, shown.lengths)
             _, few, few_counts, _ = _read(model, processor, batch, readout.smallest, medium, features)
             tokens = with_one(few[torch.arange(few.shape[1], device=device) < few_counts[:, None]].double())
             targets, words = _targets(model, processor, expanded, device)
@@ -137,8 +137,8 @@ def _add(
 
 def _read(
     model: Any, processor: ElasticProcessor, batch: Batch, budget: Budget, medium: str, features: Features
-) -> tuple[Expanded, Tensor, Tensor, Tensor]:
-    """The rows at a budget, what the open compressor gives (N, K, D') and how much (N,), and the features (N, T, D)."""
+) -> tuple[Expanded, Tensor, Tensor, Features]:
+    """The rows at a budget, what the open compressor gives (N, K, D') and how much (N,), and each row's features."""
     expanded = processor.expand(batch, [[budget] * len(batch.rows)], left_padding=False)
     given = {name: value.to(features.values.device) for name, value in expanded.inputs.items()}
     index, counts = given.get(f"{medium}_index"), given[f"num_{medium}_tokens"]
@@ -150,7 +150,8 @@ def _read(
         index=index,
         max_tokens=given["input_ids"].shape[1],
     )
-    return expanded, read, counts, features.values if index is None else features.values[index]
+    shown = features if index is None else Features(features.values[index], features.lengths[index])
+    return expanded, read, counts, shown
 
 
 def _targets(

@@ -31,8 +31,8 @@ STYLES: dict[str, dict[str, Any]] = {
 """What makes soft tokens: pooled maps, the same maps nested as prefixes, or Matryoshka queries."""
 COMPRESSOR_RATES = {"mqt": 2e-4}
 """Learning rates of compressors that need a smaller one than the rest: queries are four matrices deep, not one."""
-STEPS_OF_ELASTIC = 2
-"""Steps of an elastic model for each step of a separate one."""
+STEPS_OF_ELASTIC = len(COUNTS)
+"""Steps of an elastic model for each step of a separate one: it draws each count as often as they do."""
 ROWS_PER_STEP = 12
 """Dialogues of each step, the same number whatever a picture costs."""
 
@@ -48,7 +48,7 @@ class FullPicturesSettings:
     num_seeds: int = 3
     """How often everything is trained."""
     steps: int = 200
-    """Optimizer steps of a separately trained model; an elastic one takes twice as many."""
+    """Optimizer steps of a separately trained model; an elastic one takes four times as many."""
     num_scenes: int = 2500
     """Pictures to train on, with eight questions each."""
     num_test_scenes: int = 200

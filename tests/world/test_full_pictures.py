@@ -48,7 +48,7 @@ def test_every_style_and_count_has_a_separate_model_and_every_seed_has_all() -> 
 def test_elastic_and_separate_models_differ_in_their_counts_and_steps_only(style: str) -> None:
     elastic, separate = (run_settings(PictureJob(style, 1, count), SETTINGS) for count in (None, 16))
     assert (elastic.model.image.budgets, separate.model.image.budgets) == (list(COUNTS), [16])
-    assert (elastic.train.max_steps, separate.train.max_steps) == (60, 30)
+    assert (elastic.train.max_steps, separate.train.max_steps) == (120, 30)
     assert elastic.data == separate.data
     assert elastic.model.adapter == separate.model.adapter
     assert elastic.train.part_learning_rates == separate.train.part_learning_rates
