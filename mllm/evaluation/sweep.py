@@ -100,8 +100,8 @@ class Sweep:
                 yield from self._answer_together(rows, budgets)
 
     def _check(self, row: Row, budget: Budget) -> None:
-        """Raises: ValueError for a budget that the row cannot meet, at which the LLM cannot read it whole, or that was
-        not trained and is not allowed."""
+        """Raises: ValueError for a budget the row cannot meet, at which it is longer than the LLM reads, or that
+        was not trained and is not allowed."""
         space = self.answerer.processor.space
         costs = row.costs(budget, space)
         check_length(row, costs, self.answerer.processor.context_tokens)
