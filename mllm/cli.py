@@ -22,6 +22,7 @@ VERBS = {
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",
+    "data balance": "mllm.commands.data_balance",
     "data import": "mllm.commands.data_import",
     "convert av-hubert": "mllm.commands.convert_av_hubert",
     "convert llama-avsr": "mllm.commands.convert_llama_avsr",

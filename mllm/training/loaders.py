@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
-from mllm.data.batching import TokenBucketBatchSampler
+from mllm.data.batching import Lengths, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
@@ -21,7 +21,7 @@ from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.settings import DataSettings
-from mllm.training.survey import Survey
+from mllm.training.survey import Survey, media_kind
 from mllm.transforms import MixNoise
 
 QUARANTINE = "quarantine-{rank}.jsonl"
@@ -62,14 +62,26 @@ def train_loader(
         run: the run folder; what is left out is listed there.
         lanes: `process_index`, `num_processes` and `accumulation`.
     """
-    batches = RoundBatches(
-        surveyed.tokens, max_tokens=settings.tokens_per_batch, max_rows=settings.max_rows, seed=seed, **lanes
-    )
+    batches = round_batches(data.samples, surveyed, settings=settings, seed=seed, lanes=lanes)
     quarantine = Quarantine(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
     collator = Collator(partial(encode, processor=processor, budgets=budgets), quarantine=quarantine)
     return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+
+
+def round_batches(
+    samples: Sequence[Sample], surveyed: Survey, *, settings: DataSettings, seed: int, lanes: dict[str, int]
+) -> RoundBatches:
+    """Which samples are in which micro-batch of this process; see `train_loader`."""
+    kinds = [media_kind(sample) for sample in samples] if settings.group_by_media else None
+    return RoundBatches(
+        Lengths(surveyed.tokens, surveyed.smallest, kinds),
+        max_tokens=settings.tokens_per_batch,
+        max_rows=settings.max_rows,
+        seed=seed,
+        **lanes,
+    )
 
 
 def validation_loader(

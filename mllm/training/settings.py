@@ -71,6 +71,9 @@ class DataSettings:
     """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
     """Most samples of one micro-batch, however short they are."""
+    group_by_media: bool = False
+    """A step holds rows of one number of pictures, and rows with and without sound or video apart, as LLaVA's
+    group_by_modality_length: then processes cost the same at small budgets too. See `mllm data balance`."""
     num_workers: int = 2
     """Processes that decode media beside each training process; 0 decodes in the training process itself."""
     video_backend: Literal["pyav", "decord"] = "pyav"

@@ -1,6 +1,6 @@
 """What is known of the samples before training: how many tokens each costs, and whether there is anything to learn.
 
-Knows conversations, headers of media files and the largest budget. Does not decode, and does not know batches.
+Knows conversations, headers of media files and budgets. Does not decode, and does not know batches.
 
 The whole data set is looked at once, by the main process; the result is kept beside the run, so that a resumed run
 starts at once.
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm.budget import Amount, Extent
+from mllm.budget import Amount, Budget, Extent, Space
 from mllm.data.manifest import Media, Sample
 from mllm.media import MediaError, resolve_media
 from mllm.media.lengths import header_seconds
@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Survey:
-    """Per sample its tokens at the largest budgets, and how many of them are targets."""
+    """Per sample its tokens at the largest budgets and at the smallest, and how many of them are targets."""
 
     tokens: list[int]
     targets: list[int]
+    smallest: list[int]
 
     def check(self, samples: Sequence[Sample], max_tokens: int) -> None:
         """Refuse data that would train nothing, or that no batch can hold, and log what was found.
@@ -60,11 +61,46 @@ class Survey:
         )
 
 
-def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path | None = None) -> Survey:
-    """Look at every sample.
+@dataclass(frozen=True)
+class Looked:
+    """One sample: tokens of its text, how many tokens are targets, and its media as far as headers tell."""
+
+    text_tokens: int
+    targets: int
+    extents: tuple[Extent, ...]
+
+    def tokens(self, budget: Budget, space: Space) -> int:
+        """All tokens at a budget; a medium it does not name is at its largest, one too short for it counts one."""
+        amounts = budget.amounts
+        return self.text_tokens + sum(_soft(own, amounts.get(own.medium, Amount("max")), space) for own in self.extents)
+
+
+def look(sample: Sample, processor: ElasticProcessor) -> Looked:
+    """A sample without decoding anything.
 
     A stream's length is `meta.seconds` where the sample has it, else what the header of its file states. A file that
     cannot be read counts nothing: it is left out when its turn comes.
+
+    Raises:
+        ValueError: a medium the model does not take; the sample is named.
+    """
+    try:
+        prompt = processor.chat(sample.messages)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
+    targets = sum(label != IGNORED_LABEL for label in prompt.labels[1:])
+    extents = tuple(_extent(part, sample, processor) for part in sample.media)
+    return Looked(len(prompt.ids) - len(sample.media), targets, extents)
+
+
+def media_kind(sample: Sample) -> int:
+    """Samples that may cost the same at one budget only get different numbers: by their pictures, and by streams."""
+    pictures = sum(part.medium == "image" for part in sample.media)
+    return 2 * pictures + int(len(sample.media) > pictures)
+
+
+def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path | None = None) -> Survey:
+    """Look at every sample, see `look`.
 
     Args:
         kept: file the result is read from when it is of these samples and this processor, and written to otherwise.
@@ -75,16 +111,10 @@ def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path
     key = _key(samples, processor)
     if kept is not None and (found := _read(kept, key)) is not None:
         return found
-    tokens, targets = [], []
-    for sample in samples:
-        try:
-            prompt = processor.chat(sample.messages)
-        except ValueError as error:
-            raise ValueError(f"sample {sample.id!r}: {error}") from error
-        soft = sum(_most_tokens(part, sample, processor) for part in sample.media)
-        tokens.append(len(prompt.ids) - len(sample.media) + soft)
-        targets.append(sum(label != IGNORED_LABEL for label in prompt.labels[1:]))
-    result = Survey(tokens, targets)
+    looked = [look(sample, processor) for sample in samples]
+    space = processor.space
+    largest, smallest = ([one.tokens(at, space) for one in looked] for at in (space.largest(), space.smallest()))
+    result = Survey(largest, [one.targets for one in looked], smallest)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_suffix(".part")
@@ -93,17 +123,19 @@ def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path
     return result
 
 
-def _most_tokens(part: Media, sample: Sample, processor: ElasticProcessor) -> int:
-    """Soft tokens of one medium at its largest budget; at least one."""
-    facts, space = processor.facts[part.medium], processor.space.media[part.medium]
+def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
+    facts = processor.facts[part.medium]
     if facts.grid is not None:
-        extent = Extent(part.medium, grid=facts.grid)
-    else:
-        assert facts.frames_per_second is not None
-        frames = round(_seconds(part, sample) * facts.frames_per_second)
-        extent = Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+        return Extent(part.medium, grid=facts.grid)
+    assert facts.frames_per_second is not None
+    frames = round(_seconds(part, sample) * facts.frames_per_second)
+    return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+
+
+def _soft(extent: Extent, amount: Amount, space: Space) -> int:
+    """Soft tokens of one medium; at least one."""
     try:
-        return max(space.cost(Amount("max"), extent).tokens, 1)
+        return max(space.media[extent.medium].cost(amount, extent).tokens, 1)
     except ValueError:  # too short for its budgets: found and left out when it is loaded
         return 1
 
@@ -135,6 +167,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _read(kept: Path, key: str) -> Survey | None:
     try:
         values = json.loads(kept.read_text(encoding="utf-8"))
-        return Survey(values["tokens"], values["targets"]) if values["key"] == key else None
+        return Survey(values["tokens"], values["targets"], values["smallest"]) if values["key"] == key else None
     except (OSError, ValueError, KeyError):
         return None
