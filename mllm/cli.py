@@ -24,6 +24,8 @@ VERBS = {
     "data check": "mllm.commands.data_check",
     "data balance": "mllm.commands.data_balance",
     "data import": "mllm.commands.data_import",
+    "features build": "mllm.commands.features_build",
+    "features check": "mllm.commands.features_check",
     "convert av-hubert": "mllm.commands.convert_av_hubert",
     "convert llama-avsr": "mllm.commands.convert_llama_avsr",
     "convert llama-mtsk": "mllm.commands.convert_llama_mtsk",

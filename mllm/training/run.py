@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
+from tqdm.auto import tqdm
 
 from mllm.adapters.members import Members
 from mllm.budget import Budget, Space
@@ -29,15 +30,9 @@ from mllm.trainables import set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.features import (
-    REMEMBERED_FILES,
-    FeatureDataset,
-    FeatureStore,
-    claim,
-    features_fingerprint,
-    fill_store,
-    pass_features_through,
-)
+from mllm.training.feature_building import filled_store
+from mllm.training.feature_store import FeatureStore
+from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import loading, read_samples, train_loader, validation_loader
@@ -147,32 +142,6 @@ def build_trainer(
     return trainer
 
 
-def make_features(settings: RunSettings, *, rank: int = 0, num_ranks: int = 1) -> FeatureStore:
-    """Make a share of the features a run reads, without training; any number of processes may each make theirs.
-
-    Raises:
-        ValueError: see `claim` and `fill_store`.
-    """
-    model, processor = build(settings.model)
-    set_trainables(model, settings.parts)  # what is frozen stands in eval mode
-    samples = read_samples(settings.data.train, settings.data)
-    return _filled_store(settings, model, processor, samples, rank=rank, num_ranks=num_ranks)
-
-
-def _filled_store(
-    settings: RunSettings, model: Any, processor: ElasticProcessor, samples: list[Sample], *, rank: int, num_ranks: int
-) -> FeatureStore:
-    own = settings.data.features
-    assert own is not None
-    sizes = {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
-    store = FeatureStore(Path(own.folder), sizes, own.versions, own.seed)
-    if rank == 0:
-        claim(store.folder, features_fingerprint(model.config, processor, settings.data))
-    load = loading(settings.data, processor, augmented=True, remembered_files=REMEMBERED_FILES)
-    fill_store(store, model, samples, load, rank=rank, num_ranks=num_ranks, progress=settings.train.progress)
-    return store
-
-
 def _features(
     settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
 ) -> FeatureStore:
@@ -180,10 +149,17 @@ def _features(
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
     ranks = {"rank": arguments.process_index, "num_ranks": arguments.world_size}
-    store = _filled_store(settings, model.to(arguments.device), processor, samples, **ranks)
+    with tqdm(desc="encoding", disable=not settings.train.progress or arguments.process_index > 0) as bar:
+
+        def note(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model.to(arguments.device)
+        store, form = filled_store(settings, model, processor, samples, **ranks, progress=note)
     PartialState().wait_for_everyone()
     store.read_index()
-    pass_features_through(model)
+    pass_features_through(model, form.pooled)
     return store
 
 

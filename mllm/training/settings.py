@@ -30,6 +30,11 @@ class FeatureSettings:
     """Differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
     seed: int = 0
     """Of their augmentation, in place of train.seed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How they are kept; bfloat16 takes half the space and rounds to 3 digits."""
+    pooled: list[Literal["audio", "video"]] = field(default_factory=list)
+    """Media with compressor `pool` that are kept averaged at the largest rate all trained ones are multiples of: a
+    quarter of the space for /4 and /16, and the same soft tokens."""
 
     def __post_init__(self) -> None:
         _at_least("data.features.versions", self.versions, 1)
