@@ -34,6 +34,7 @@ from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.folders import run_lock
 from mllm.training.settings import RunSettings
+from mllm.training.throughput import Stopwatch
 from mllm.transforms import random_generator
 
 ITEMS_PER_BATCH = 16
@@ -45,13 +46,15 @@ Load = Callable[..., list[LoadedMedia]]
 class FeatureDataset(ManifestDataset):
     """The samples of a manifest, their media taken from a store."""
 
-    def __init__(self, samples: Sequence[Sample], store: FeatureStore) -> None:
+    def __init__(self, samples: Sequence[Sample], store: FeatureStore, watch: Stopwatch | None = None) -> None:
         super().__init__(samples, load=_never)
         self.store = store
+        self.watch = watch or Stopwatch()
 
     def load_in(self, sample: Sample, epoch: int) -> list[LoadedMedia]:
         """The version of the epoch."""
-        return self.store.load(sample, epoch)
+        with self.watch.measure("decode"):
+            return self.store.load(sample, epoch)
 
 
 def _never(sample: Sample, *, generator: np.random.Generator | None) -> Any:

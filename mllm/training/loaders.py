@@ -22,6 +22,7 @@ from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey, media_kind
+from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms import MixNoise
 
 QUARANTINE = "quarantine-{rank}.jsonl"
@@ -48,8 +49,7 @@ def train_loader(
     surveyed: Survey,
     *,
     settings: DataSettings,
-    processor: ElasticProcessor,
-    budgets: Sequence[Budget],
+    encode: Callable[..., dict[str, Any]],
     run: Path,
     seed: int,
     lanes: dict[str, int],
@@ -58,7 +58,7 @@ def train_loader(
 
     Args:
         data: the samples and how their media are loaded.
-        budgets: the extremes of what is drawn; a sample that cannot meet one of them is left out.
+        encode: samples and their media to a batch, see `encode`; a sample that it refuses is left out.
         run: the run folder; what is left out is listed there.
         lanes: `process_index`, `num_processes` and `accumulation`.
     """
@@ -66,7 +66,7 @@ def train_loader(
     quarantine = Quarantine(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
-    collator = Collator(partial(encode, processor=processor, budgets=budgets), quarantine=quarantine)
+    collator = Collator(encode, quarantine=quarantine)
     return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
 
 
@@ -110,12 +110,18 @@ def validation_loader(
 
 
 def loading(
-    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool, remembered_files: int = 0
+    settings: DataSettings,
+    processor: ElasticProcessor,
+    *,
+    augmented: bool,
+    remembered_files: int = 0,
+    watch: Stopwatch | None = None,
 ) -> Callable[..., list[LoadedMedia]]:
     """What loads the media of a sample; changed by chance where the settings say so.
 
     Args:
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
+        watch: takes the time.
 
     Raises:
         ValueError: noise that is silent.
@@ -123,7 +129,7 @@ def loading(
     reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
-    return partial(processor.load_media, loader=reader, augmentation=augmentation)
+    return TimedLoad(processor, reader, augmentation, watch or Stopwatch())
 
 
 def build_augmentation(settings: DataSettings) -> Augmentation:
@@ -149,14 +155,20 @@ def encode(
     *,
     processor: ElasticProcessor,
     budgets: Sequence[Budget],
+    watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
-    """A micro-batch, once it is sure that every row can meet the budgets.
+    """A micro-batch, once it is sure that every row can meet the budgets, and the seconds it took by `watch`.
+
+    Args:
+        budgets: the extremes of what is drawn.
+        watch: has the time of loading.
 
     Raises:
         ValueError: a row that cannot, such as a clip too short for a rate; the sample is named.
     """
-    batch = processor.batch(samples, media, for_training=True)
-    for row in batch.rows:
-        for budget in budgets:
-            row.costs(budget, processor.space)
-    return {"batch": batch}
+    with (watch or Stopwatch()).measure("collate"):
+        batch = processor.batch(samples, media, for_training=True)
+        for row in batch.rows:
+            for budget in budgets:
+                row.costs(budget, processor.space)
+    return {"batch": batch} if watch is None else {"batch": batch, "seconds": watch.take()}

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from mllm.training.feature_store import FeatureStore
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
-from mllm.training.loaders import loading, read_samples, train_loader, validation_loader
+from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.survey import Survey, survey
+from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 
 SETTINGS = "settings.yaml"
@@ -107,16 +109,17 @@ def build_trainer(
     check_members(samples, draws, processor.members)
     surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
     surveyed.check(samples, data.tokens_per_batch)
+    watch = Stopwatch()
     if data.features is None:
-        rows = ManifestDataset(samples, load=loading(data, processor, augmented=True), seed=settings.train.seed)
+        load = loading(data, processor, augmented=True, watch=watch)
+        rows = ManifestDataset(samples, load=load, seed=settings.train.seed)
     else:
-        rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples))
+        rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples), watch)
     batches = train_loader(
         rows,
         surveyed,
         settings=data,
-        processor=processor,
-        budgets=extremes(draws),
+        encode=partial(encode, processor=processor, budgets=extremes(draws), watch=watch),
         run=run,
         seed=settings.train.seed,
         lanes={
