@@ -24,15 +24,22 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mllm.adapters import build_adapter
 from mllm.adapters.members import kinds_of, scales_of, tasks_of
 from mllm.budget import Space
+from mllm.compressors import Query
+from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
-from mllm.encoders import AVHubertAudioConfig, backbone_class, tower_config, wrap_encoder
+from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
-_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range")
+_NOT_MODEL = (
+    *("encoder", "span", "normalize_audio", "pad_to_square", "size_pixels", "crop_pixels", "budget_range"),
+    "query_start",
+)
+PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
+"""What makes an image processor put margins in its mean colour around a picture, computed as LLaVA's code does."""
 
 
 def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -45,7 +52,18 @@ def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, Ela
     processor = build_processor(settings)
     config = elastic_config(settings, processor)
     model = assemble(config, dtype=settings.dtype, attention=settings.attention, seed=settings.seed)
+    for medium, own in settings.media.items():
+        if own.query_start == "pyramid":
+            _read_places(model.model.compressors[medium], seed=settings.seed)
     return model, processor
+
+
+def _read_places(compressor: nn.Module, *, seed: int) -> None:
+    if not isinstance(compressor, Query):
+        raise ValueError("query_start=pyramid needs compressor: query; leave it out")
+    if any(hasattr(parameter, "ds_id") for parameter in compressor.parameters()):
+        raise ValueError("query_start=pyramid cannot be found under ZeRO-3, which keeps no query whole; use ZeRO-2")
+    read_places(compressor, torch.Generator().manual_seed(seed))
 
 
 def build_processor(settings: ModelSettings) -> ElasticProcessor:
@@ -254,7 +272,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             )
         return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
-        "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+        "image": lambda: _picture_preprocessor(settings),
         "audio": lambda: {
             **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
             "normalize_audio": settings.normalize_audio,
@@ -262,3 +280,17 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
         "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
     }
     return readers[medium]()
+
+
+def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+    """The image processor of a tower, told the size of its pictures and what to do about their shape."""
+    values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
+    config = encoder_config(settings, "image")
+    if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
+        if settings.pad_to_square:
+            raise ValueError("image.pad_to_square does not go with a tower that reads pictures in their own shape")
+        return {**values, "max_num_patches": most, "patch_size": config.patch_size}
+    if settings.image_size is not None:
+        height, width = settings.image_size
+        values |= {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
+    return {"do_center_crop": False} | values | PADDED if settings.pad_to_square else values

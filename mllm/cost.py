@@ -169,8 +169,9 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
     """FLOPs of compressing one item to `item.num_tokens` soft tokens, its projectors included.
 
     A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
-    Everything else is as it runs: `query` reads with all its queries whatever the budget, and with a projector per
-    budget every one of them runs.
+    Everything else is as it runs when answering: on streams `query` reads with all its queries whatever the budget; on
+    a picture with position keys it is folded (see `mllm.compressors.folding`), and making the constants, once, is left
+    out; with a projector per budget every one of them runs.
 
     Args:
         settings: the `media.<medium>` block.
@@ -189,6 +190,8 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
     first = settings.get("project_first", False)
     projected, averaged_size = (item.num_features, out_size) if first else (item.num_tokens, in_size)
     average = 2 * item.num_tokens * item.num_features * averaged_size
+    if settings.get("order", "raster") == "haar":
+        average = 0  # sums and differences, no products
     return average + num_projectors * projected * _projector(settings, in_size, out_size)
 
 
@@ -206,10 +209,22 @@ def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int)
     window = item.num_features if item.medium == "image" else settings["window_frames"]
     windows = -(-item.num_features // window)
     read = windows * window
-    keys = read if settings.get("keys", "position") == "content" else window
+    content = settings.get("keys", "position") == "content"
+    given = 0 if size == in_size else read * in_size * size
+    if item.medium == "image":
+        queries = min(queries, item.num_tokens)
+        if not content:
+            return 2 * (given + _folded(settings, read, queries, size) + queries * size * out_size)
+    keys = read if content else window
     weights = (queries + keys + read + windows * queries) * size * size  # queries, keys, values, output
-    weights += 0 if size == in_size else read * in_size * size
-    return 2 * (weights + 2 * queries * read * size + item.num_tokens * size * out_size)
+    return 2 * (weights + given + 2 * queries * read * size + item.num_tokens * size * out_size)
+
+
+def _folded(settings: Mapping[str, Any], length: int, num_tokens: int, size: int) -> int:
+    """Multiply-adds of pooling a grid with folded attention: values first, or per head first, whichever is fewer."""
+    heads = settings.get("query_heads") or max(size // 64, 1)
+    values_first = length * size * size + num_tokens * length * size
+    return min(values_first, num_tokens * heads * length * size + num_tokens * size * size)
 
 
 def _linears(text: Any) -> dict[str, tuple[int, int]]:
@@ -264,7 +279,7 @@ def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     layer = settings.get("feature_layer", -2)
     depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
     size, patch = config.hidden_size, config.patch_size
-    extra = int(config.model_type != "siglip_vision_model") + getattr(config, "num_register_tokens", 0)
+    extra = int(not config.model_type.startswith("siglip")) + getattr(config, "num_register_tokens", 0)
     stem = 2 * item.num_features * size * config.num_channels * patch * patch
     inner = int(size * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
     gated = bool(getattr(config, "use_gated_mlp", False) or getattr(config, "use_swiglu_ffn", False))
@@ -333,6 +348,7 @@ def _halved(pixels: int) -> int:
 _ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
     "clip_vision_model": _vision_tower,
     "siglip_vision_model": _vision_tower,
+    "siglip2_vision_model": _vision_tower,
     "dinov2": _vision_tower,
     "dinov2_with_registers": _vision_tower,
     "dinov3_vit": _vision_tower,

@@ -3,18 +3,19 @@
 Knows rows, extents and budgets; decides how many placeholders each run gets and which encoded item it shows.
 Does not know files, tokenizers or the model. Everything here happens on the host, before the transfer.
 
-Shapes: B rows, S positions, R placeholder runs, P target tokens. With several budgets per row the rows stand budget by
-budget: row `d * B + b` is row b at budget d.
+Shapes: B rows, S positions, R placeholder runs, P target tokens, G groups of rows. With several budgets per row the
+rows stand budget by budget: row `d * B + b` is row b at budget d.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mllm.adapters.members import NO_MEMBERS, NOBODY, Members
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
+from mllm.prefixes import group_rows
 from mllm.splice import IGNORED_LABEL, expand_placeholders, pad_rows
 
 
@@ -49,6 +50,25 @@ class Row:
             return count_tokens([run.extent for run in self.runs], fitting, space)
         except ValueError as error:
             raise ValueError(f"sample {self.sample_id!r}: {error}") from error
+
+    def cut(self, max_tokens: int, space: Space, placeholders: frozenset[int]) -> "Row":
+        """The row without what would lie behind `max_tokens` with every medium at its largest budget.
+
+        Raises:
+            ValueError: a medium that lies there, whole or in part; the sample is named.
+        """
+        most = iter(self.costs(space.largest(), space))
+        length = 0
+        for place, token in enumerate(self.ids):
+            is_medium = token in placeholders
+            length += next(most).tokens if is_medium else 1
+            if length > max_tokens:
+                if any(later in placeholders for later in self.ids[place:]):
+                    raise ValueError(
+                        f"sample {self.sample_id!r}: a medium lies behind data.max_sample_tokens {max_tokens}"
+                    )
+                return replace(self, ids=self.ids[:place], labels=self.labels[:place])
+        return self
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,7 @@ def expand(
     pad_id: int,
     left_padding: bool,
     members: Members = NO_MEMBERS,
+    share_prefixes: bool = False,
 ) -> Expanded:
     """Expand a batch to one or more budgets per row.
 
@@ -108,6 +129,9 @@ def expand(
         placeholder_ids: by medium.
         left_padding: prompts are padded on the left, training rows on the right.
         members: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
+        share_prefixes: rows that show the same items at the same cost in the same place, behind the same text, are
+            grouped for `generate`: they get `prefix_index` (B,) and `prefix_lengths` (G,), and what is said of media is
+            said of the first row of each group alone. Nothing is added where no two rows are alike.
 
     Raises:
         ValueError: a budget a row cannot meet, or placeholders that do not match the media, or a scale or task that
@@ -123,19 +147,54 @@ def expand(
         ids.append(row_ids)
         labels.append(row_labels)
         costs.append(spent)
-        runs += list(zip(row.runs, spent, strict=True))
+        runs.append(list(zip(row.runs, spent, strict=True)))
         own_ids = _member_ids(row, spent, members)
         scale_ids.append(own_ids[0])
         task_ids.append(own_ids[1])
+    prefixes = {}
+    if share_prefixes:
+        keys = [_prefix_key(*of, placeholders) for of in zip(ids, runs, scale_ids, task_ids, strict=True)]
+        prefixes = _prefixes(ids, keys, runs)
     inputs = {
         "input_ids": pad_rows(ids, pad_id, left=left_padding),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, left=left_padding),
         **batch.values,
-        **_media_inputs(runs),
+        **_media_inputs([run for own in runs for run in own]),
+        **prefixes,
         **({"scale_ids": torch.tensor(scale_ids)} if members.scales else {}),
         **({"task_ids": torch.tensor(task_ids)} if members.tasks else {}),
     }
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
+
+
+def _prefix_key(
+    ids: Sequence[int],
+    runs: Sequence[tuple[Run, Cost]],
+    scale_id: int,
+    task_id: int,
+    placeholders: frozenset[int],
+) -> Hashable:
+    """What rows have in common that begin alike, up to behind their last soft token; None without media."""
+    if not runs:
+        return None
+    end = max(place for place, token in enumerate(ids) if token in placeholders) + 1
+    items = tuple((run.extent.medium, run.item, cost.tokens, cost.rate) for run, cost in runs)
+    return tuple(ids[:end]), items, scale_id, task_id
+
+
+def _prefixes(
+    ids: Sequence[Sequence[int]], keys: Sequence[Hashable], runs: list[list[tuple[Run, Cost]]]
+) -> dict[str, Tensor]:
+    """The groups of rows; takes the runs of all rows but the first of each group out of `runs`."""
+    index, lengths = group_rows(ids, keys)
+    if len(lengths) == len(index):
+        return {}
+    seen: set[int] = set()
+    for row, group in enumerate(index):
+        if group in seen:
+            runs[row] = []
+        seen.add(group)
+    return {"prefix_index": torch.tensor(index), "prefix_lengths": torch.tensor(lengths)}
 
 
 def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int, int]:

@@ -27,9 +27,11 @@ from mllm.encoders import build_encoder
 from mllm.splice import check_runs, merge
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
+SIZE_KEYS = {"image": "image_grids", "audio": "audio_lengths", "video": "video_lengths"}
+"""What says how large each raw item truly is; pictures need it where they keep their shape."""
 # What the forward pass takes per medium, beside the raw values.
 MEDIA_KEYS = (
-    *("pixel_values", "num_image_tokens", "image_index"),
+    *("pixel_values", "image_grids", "num_image_tokens", "image_index"),
     *(f"{medium}_{name}" for medium in ("audio", "video") for name in ("values", "lengths", "rates", "index")),
     *("num_audio_tokens", "num_video_tokens"),
 )
@@ -37,10 +39,11 @@ MEDIA_KEYS = (
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder gave: values (N, T, D) and the true lengths (N,) of the items."""
+    """What an encoder gave: values (N, T, D) and the true lengths (N,) of the items; grids (N, 2) where they differ."""
 
     values: Tensor
     lengths: Tensor
+    grids: Tensor | None = None
 
 
 class ElasticPreTrainedModel(PreTrainedModel):
@@ -92,6 +95,7 @@ class ElasticModel(ElasticPreTrainedModel):
                     in_size=self.tower(medium).hidden_size,
                     out_size=text.hidden_size,
                     grid=getattr(self.tower(medium), "grid", None),
+                    max_patches=getattr(self.tower(medium), "max_patches", None),
                 )
                 for medium in config.encoder_configs
             }
@@ -113,12 +117,14 @@ class ElasticModel(ElasticPreTrainedModel):
 
         Args:
             values: raw input of the encoder, items first.
-            lengths: (N,) true raw lengths of a stream.
+            lengths: (N,) true raw lengths of a stream; (N, 2) grids of pictures that keep their shape.
         """
         tower = self.tower(medium)
         trains = any(parameter.requires_grad for parameter in tower.parameters())
         values = values.to(next(tower.parameters()).dtype)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            if medium == "image" and lengths is not None:
+                return Features(*tower(values, lengths), grids=lengths)
             if medium == "image":
                 features = tower(values)
                 return Features(features, features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64))
@@ -146,16 +152,23 @@ class ElasticModel(ElasticPreTrainedModel):
             (R, K, H) with K = max_tokens, zero beyond each run's own count.
         """
         values, lengths = features.values, features.lengths
+        own = {} if features.grids is None else {"grids": features.grids}
         if index is not None:
             values, lengths = values[index], lengths[index]
+            own = {name: grids[index] for name, grids in own.items()}
         rates = torch.zeros_like(num_tokens) if rates is None else rates
-        return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens)
+        return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens, **own)
 
     def get_image_features(
-        self, pixel_values: Tensor, num_image_tokens: Tensor, image_index: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        num_image_tokens: Tensor,
+        image_index: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Soft tokens of pictures: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output("image", pixel_values, None, num_image_tokens, None, image_index)
+        return self._features_output("image", pixel_values, image_grids, num_image_tokens, None, image_index)
 
     def get_audio_features(
         self,
@@ -220,7 +233,7 @@ class ElasticModel(ElasticPreTrainedModel):
             num_tokens = media.get(f"num_{medium}_tokens")
             self._check(medium, input_ids, num_tokens)
             if values is not None and num_tokens is not None:
-                features = self.encode(medium, values, media.get(f"{medium}_lengths"))
+                features = self.encode(medium, values, media.get(SIZE_KEYS[medium]))
                 soft = self.compress(
                     medium,
                     features,

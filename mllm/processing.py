@@ -31,11 +31,15 @@ LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 
 @dataclass(frozen=True)
 class LoadedMedia:
-    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream."""
+    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
+
+    `grid` is that of a picture's patches where pictures keep their shape.
+    """
 
     medium: str
     values: Tensor
     raw_length: int = 0
+    grid: tuple[int, int] | None = None
 
 
 class ElasticProcessor(ProcessorMixin):
@@ -164,6 +168,8 @@ class ElasticProcessor(ProcessorMixin):
         """One decoded picture, clip or video as its encoder wants it."""
         self._check_medium(medium)
         values, raw_length = self.transforms[medium](raw, generator=generator)
+        if self.facts[medium].max_patches is not None:
+            return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
         return LoadedMedia(medium, values, raw_length)
 
     def _check_medium(self, medium: str) -> None:
@@ -175,7 +181,7 @@ class ElasticProcessor(ProcessorMixin):
         """What the budget needs to know of a medium."""
         facts = self.facts[loaded.medium]
         if facts.grid is not None:
-            return Extent(loaded.medium, grid=facts.grid)
+            return Extent(loaded.medium, grid=loaded.grid or facts.grid)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
@@ -185,7 +191,8 @@ class ElasticProcessor(ProcessorMixin):
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
-            media: the loaded media of each sample, in order of appearance.
+            media: the loaded media of each sample, in order of appearance. Without `for_training`, samples that are
+                given the same object are shown the same encoded item.
 
         Raises:
             ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
@@ -193,7 +200,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        counts: dict[str, int] = {}
+        numbers = _Numbers(shares=not for_training)
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -204,13 +211,15 @@ class ElasticProcessor(ProcessorMixin):
                     f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
                 )
             try:
-                runs = tuple(Run(self.extent(item), _next(counts, item.medium)) for item in items)
+                runs = tuple(Run(self.extent(item), numbers(item)) for item in items)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
-        return Batch(rows, stack_media([item for items in media for item in items]))
+        return Batch(rows, stack_media(numbers.items))
 
-    def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
+    def expand(
+        self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool, share_prefixes: bool = False
+    ) -> Expanded:
         """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`."""
         expanded = expand(
             batch,
@@ -220,6 +229,7 @@ class ElasticProcessor(ProcessorMixin):
             pad_id=self.pad_id,
             left_padding=left_padding,
             members=self.members,
+            share_prefixes=share_prefixes,
         )
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
@@ -280,14 +290,17 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
     """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
 
     Returns:
-        `pixel_values` (N, 3, h, w); `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their
-        `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
+        `pixel_values` (N, 3, h, w), or (N, P, values of a patch) with `image_grids` (N, 2) of pictures that keep their
+        shape; `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their `audio_lengths`, `video_lengths`
+        (N,). Media that do not occur are left out.
     """
     out: dict[str, Tensor] = {}
     for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
         own = [item for item in items if item.medium == medium]
         if own:
             out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
+            if own[0].grid is not None:
+                out["image_grids"] = torch.tensor([item.grid for item in own])
             if medium in LENGTH_KEYS:
                 out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
     return out
@@ -302,6 +315,20 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def _next(counts: dict[str, int], medium: str) -> int:
-    counts[medium] = counts.get(medium, 0) + 1
-    return counts[medium] - 1
+class _Numbers:
+    """Which encoded item of a batch each medium is: the next of its kind, or one that has the very same values."""
+
+    def __init__(self, *, shares: bool) -> None:
+        self.items: list[LoadedMedia] = []
+        self._shares = shares
+        self._counts: dict[str, int] = {}
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, item: LoadedMedia) -> int:
+        key = (item.medium, id(item.values), item.raw_length)
+        if self._shares and key in self._known:
+            return self._known[key]
+        self.items.append(item)
+        number = self._known[key] = self._counts.get(item.medium, 0)
+        self._counts[item.medium] = number + 1
+        return number

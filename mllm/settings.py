@@ -35,6 +35,10 @@ class MediumSettings:
     """Which hidden layer of a vision tower gives the features; -2 by default, -1 is the last."""
     final_norm: bool | None = None
     """Send that layer through the tower's own final norm; off by default."""
+    image_size: list[int] | None = None
+    """[height, width] in pixels that pictures are brought to; what the tower was trained on by default."""
+    max_num_patches: int | None = None
+    """SigLIP 2 with native aspect ratio: most patches of a picture; what the tower was trained on by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
     window_frames: int | None = None
@@ -45,6 +49,9 @@ class MediumSettings:
     """Size of the queries; the encoder's hidden size by default."""
     query_heads: int | None = None
     """Attention heads of the compressor `query`; one per 64 of its size by default."""
+    query_start: Literal["released", "pyramid"] | None = None
+    """Where fresh queries on pictures begin: everywhere alike (MQT as released, the default), or each at its own cell,
+    coarse to fine; needs keys: position."""
     projector_size: int | None = None
     """Hidden size of the two-layer projector, the LLM's by default; 0 for one linear layer."""
     projector_norm: bool | None = None
@@ -63,6 +70,9 @@ class MediumSettings:
     """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
     project_first: bool | None = None
     """Pool after the projector, as M3 does."""
+    order: Literal["raster", "haar"] | None = None
+    """Order of a picture's tokens under `pool`: in reading order (the default), or coarse to fine (`haar`), where the
+    tokens of a small budget are the first ones of a large; then counts are those of whole maps: 9, 36, 144, 576."""
     encoder_adapter: EncoderAdapterSettings | None = None
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)
@@ -72,6 +82,9 @@ class MediumSettings:
     `released_behaviour`. By default the whole frames of the clip."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
+    pad_to_square: bool = False
+    """Pictures: margins in the mean colour make them square, as in LLaVA-1.5's second stage, MQT-LLaVA and M3. By
+    default the encoder's own processor decides (CLIP's cuts the middle out)."""
     size_pixels: int | None = None
     """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
     crop_pixels: int = 88
@@ -85,6 +98,8 @@ class MediumSettings:
         for key in ("projector_balance_weight", "projector_z_weight"):
             if (getattr(self, key) or 0.0) < 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it cannot be negative")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"image_size is [height, width] in pixels, got {self.image_size}")
         if len(self.span) not in (0, 2):
             raise ValueError(f"span is the token before and the token after, got {self.span}")
 
@@ -168,8 +183,8 @@ class ModelSettings:
 
     llm: str
     """Folder, hub name or world part of the LLM with its tokenizer."""
-    chat_format: Literal["plain", "avsr", "vicuna_v1", "chat"] = "chat"
-    """How a conversation becomes text; `chat` is the LLM's own template."""
+    chat_format: Literal["plain", "llava_plain", "avsr", "vicuna_v1", "chat"] = "chat"
+    """How a conversation becomes text; `chat` is the LLM's own template, llava_plain that of LLaVA's first stage."""
     released_behaviour: bool = False
     """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
@@ -191,6 +206,9 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.released_behaviour and self.chat_format != "avsr":
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+        for medium in ("audio", "video"):
+            if (own := getattr(self, medium)) is not None and own.pad_to_square:
+                raise ValueError(f"model.{medium}.pad_to_square is set, but only pictures (image) can be padded")
 
     @property
     def media(self) -> dict[str, MediumSettings]:

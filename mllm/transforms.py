@@ -132,6 +132,22 @@ class ImageTransform:
 
 
 @dataclass(frozen=True)
+class PatchTransform:
+    """A picture in its own shape to its patches (rows, columns, values of a patch), by SigLIP 2's image processor.
+
+    It is brought to the largest size of its shape that has at most `max_num_patches` patches, whole ones per side.
+    """
+
+    processor: Any
+
+    def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Its patches without padding."""
+        found = self.processor(images=[raw], return_tensors="pt")
+        rows, columns = found["spatial_shapes"][0].tolist()
+        return found["pixel_values"][0, : rows * columns].unflatten(0, (rows, columns)), 1
+
+
+@dataclass(frozen=True)
 class Waveform:
     """Sound to the waveform (L,) that HuBERT, WavLM and wav2vec 2.0 take.
 
@@ -264,7 +280,8 @@ def _build_image(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
     processor_class = get_image_processor_class_from_name(name)
     if processor_class is None:
         raise ValueError(f"transformers has no image processor {name!r} (key image_processor_type)")
-    return ImageTransform(processor_class.from_dict(preprocessor))
+    processor = processor_class.from_dict(preprocessor)
+    return PatchTransform(processor) if encoder.model_type == "siglip2_vision_model" else ImageTransform(processor)
 
 
 def _build_audio(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:

@@ -10,14 +10,14 @@ import mllm
 PACKAGE = Path(mllm.__file__).parent
 # A module may import from its own level or from a lower one. A package stands for its modules.
 LEVELS = [
-    {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank"},
+    {"budget", "sampler", "metrics", "benchmarks", "settings", "sources", "registration", "filterbank"},
     {"configuration", "media", "encoders", "compressors", "adapters"},
-    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams"},
+    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams", "prefixes"},
     {"modeling", "modeling_body", "processing", "data", "chat"},
     {"building", "loading", "cost", "convert"},
-    {"generation", "training"},
+    {"generation", "timing", "training"},
     {"evaluation"},
-    {"world", "doctor", "preparation"},
+    {"world", "doctor", "preparation", "lmms"},
     {"commands", "cli", "__main__"},
 ]
 # Registering needs the classes at the moment transformers loads; it imports them inside functions.

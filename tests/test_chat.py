@@ -91,5 +91,5 @@ def test_a_medium_the_model_does_not_take_is_refused(tokenizer: PreTrainedTokeni
 
 
 def test_an_unknown_format_names_the_known_ones(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="allowed: plain, avsr, vicuna_v1, chat"):
+    with pytest.raises(ValueError, match="allowed: plain, avsr, llava_plain, vicuna_v1, chat"):
         encoder(tokenizer, "llama")

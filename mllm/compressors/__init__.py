@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mllm.budget import Amount, MediumSpace
+from mllm.budget import Amount, MediumSpace, haar_grids
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.mixture import MixtureProjector
@@ -30,7 +30,7 @@ __all__ = [
     "build_compressor",
 ]
 
-ORDERS = ("raster",)
+ORDERS = ("raster", "haar")
 _MIXTURE = ("projector_top_k", "projector_balance_weight", "projector_z_weight")
 _PROJECTOR = ("projector_size", "projector_norm", "projector_activation", "projector_experts", *_MIXTURE)
 _OWN_SETTINGS = {
@@ -49,6 +49,7 @@ def build_compressor(
     in_size: int,
     out_size: int,
     grid: tuple[int, int] | None = None,
+    max_patches: int | None = None,
 ) -> Compressor:
     """A compressor with random weights; works on the meta device.
 
@@ -58,14 +59,15 @@ def build_compressor(
             keys: `position` (as MQT, the default) or `content`, for `query`.
             query_size, query_heads: size and heads of the queries; the encoder's size and one head per 64 of it.
             project_first: pool behind the projector, as M3; for `pool`.
-            order: order of a grid's soft tokens; `raster` is the only one there is.
+            order: of a grid's soft tokens: `raster` or, for `pool`, `haar`, in which small budgets are prefixes.
             projector_size: hidden size of the projector; the LLM's unless given, and null for a single Linear.
             projector_norm: a LayerNorm behind the projector.
             projector_activation: `gelu` or `relu`.
             projector_experts, projector_top_k: a mixture of so many projectors, of which a token uses 2, or so many.
         in_size: size of a feature.
         out_size: the LLM's hidden size.
-        grid: (rows, columns) of the features, for pictures.
+        grid: (rows, columns) of the features, for pictures; of a square one where pictures keep their shape.
+        max_patches: most features of a picture, where pictures keep their shape.
 
     Raises:
         ValueError: settings of another compressor, or trained budgets that this one cannot meet.
@@ -75,6 +77,8 @@ def build_compressor(
     if misplaced := sorted(set(settings) & set(SETTINGS) - set(_OWN_SETTINGS[space.compressor])):
         allowed = ", ".join(_OWN_SETTINGS[space.compressor])
         raise ValueError(f"{key}.{misplaced[0]} does not apply to compressor {space.compressor!r}; allowed: {allowed}")
+    if max_patches is not None:
+        _check_own_grids(key, space, settings)
     build = {"query": _build_query, "pool": _build_pool, "stack": _build_stack}[space.compressor]
     return build(key, space, settings, (in_size, out_size), grid)
 
@@ -85,6 +89,8 @@ def _build_pool(
     if (order := settings.get("order", "raster")) not in ORDERS:
         raise ValueError(f"{key}.order={order!r} is not one of: {', '.join(ORDERS)}")
     _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("tokens", "rate"))
+    if order == "haar":
+        _check_haar(key, space, settings, grid)
     budgets = _values(space.trained) if settings.get("per_budget_projector", False) else ()
     if "projector_experts" in settings and settings.get("project_first", False):
         raise ValueError(f"{key}.projector_experts route soft tokens, and with project_first there are none yet")
@@ -93,7 +99,21 @@ def _build_pool(
         projectors=ProjectorBank(projectors, budgets=budgets),
         grid=grid,
         project_first=settings.get("project_first", False),
+        order=order,
     )
+
+
+def _check_haar(key: str, space: MediumSpace, settings: Mapping[str, Any], grid: tuple[int, int] | None) -> None:
+    if grid is None:
+        raise ValueError(f"{key}.order='haar' is an order of grids, and this is a stream; allowed: raster")
+    if settings.get("per_budget_projector", False):
+        raise ValueError(f"{key}.per_budget_projector would break the nesting of order 'haar'; allowed: false")
+    counts = [rows * columns for rows, columns in haar_grids(grid)]
+    if wrong := [budget for budget in _values(space.trained) if budget not in counts]:
+        raise ValueError(
+            f"{key}.budgets: {wrong[0]} tokens are no whole map of a grid of {grid[0]}x{grid[1]} in Haar order; "
+            f"allowed: {', '.join(map(str, counts))}"
+        )
 
 
 def _build_stack(
@@ -159,6 +179,17 @@ def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Proj
     return MixtureProjector(
         [one() for _ in range(num_experts)], in_size=in_size, top_k=settings.get("projector_top_k", 2)
     )
+
+
+def _check_own_grids(key: str, space: MediumSpace, settings: Mapping[str, Any]) -> None:
+    """Refuse what needs one grid for all pictures."""
+    if space.compressor not in (allowed := ("pool", "query")):
+        raise ValueError(
+            f"{key}.compressor {space.compressor!r} needs one grid, and here each picture has its own; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    if (order := settings.get("order", "raster")) != "raster":
+        raise ValueError(f"{key}.order={order!r} needs one grid, and here each picture has its own; allowed: raster")
 
 
 def _values(amounts: tuple[Amount, ...]) -> tuple[int, ...]:

@@ -21,7 +21,16 @@ class Compressor(nn.Module):
 
     nested: Literal["prefix", "pooled", "none"]
 
-    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
         """Compress each item at its own budget.
 
         The budgets are those of `count_tokens`, which refuses what cannot be met; nothing is checked again here, since
@@ -33,6 +42,8 @@ class Compressor(nn.Module):
             tokens: (N,) int64, soft tokens of each item.
             rates: (N,) int64, features per soft token; 0 where a count was asked for.
             max_tokens: K, an upper bound of `tokens` known on the host.
+            grids: (N, 2) int64, rows and columns of each item where pictures keep their shape; only those compressors
+                take it that can be built for such (`build_compressor`).
 
         Returns:
             (N, K, H), zero beyond each item's own count.

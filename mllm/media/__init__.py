@@ -11,7 +11,7 @@ Knows files, formats and limits. Does not know what an encoder wants (`transform
 from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
-from mllm.media.image import load_image
+from mllm.media.image import load_image, to_rgb
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.loader import MediaLoader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
@@ -39,6 +39,7 @@ __all__ = [
     "resolve_media",
     "stream_video",
     "to_gray",
+    "to_rgb",
     "write_sound",
     "write_video",
 ]

@@ -1,6 +1,6 @@
 """A picture file to an upright 8-bit RGB picture.
 
-Reads JPEG, PNG, WebP and BMP with Pillow; says what is done with rotation tags, alpha, palettes and 16 bits.
+Reads JPEG, PNG, WebP, BMP and GIF with Pillow; says what is done with rotation tags, alpha, palettes and 16 bits.
 Does not know sizes or normalisations an encoder wants (`transforms.py` does).
 """
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from mllm.media.errors import MediaError
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits, decoding, open_media, sniff
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 """Pixel layouts that are read. The 32-bit ones have no agreed white, so they are refused."""
 
@@ -57,14 +57,15 @@ def _read(name: str, file: BinaryIO, limits: MediaLimits) -> Image.Image:
         with decoding(name):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(image)
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
     return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as 8-bit RGB; see `load_image` for transparency and 16 bits."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:

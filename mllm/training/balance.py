@@ -15,7 +15,7 @@ from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
 from mllm.training.loaders import round_batches
 from mllm.training.settings import RunSettings
-from mllm.training.survey import Looked, Survey, look
+from mllm.training.survey import Looked, look_all, survey_of
 
 
 @dataclass
@@ -65,11 +65,9 @@ def simulate(
     Raises:
         ValueError: samples that a run would refuse, see `Survey.check`.
     """
-    looked = [look(sample, processor) for sample in samples]
-    space = processor.space
-    ends = [np.array([one.tokens(at, space) for one in looked]) for at in (space.largest(), space.smallest())]
-    surveyed = Survey(ends[0].tolist(), [one.targets for one in looked], ends[1].tolist())
-    surveyed.check(samples, settings.data.tokens_per_batch)
+    looked, space, data = look_all(samples, processor, settings.data.max_sample_tokens), processor.space, settings.data
+    surveyed = survey_of(looked, space)
+    surveyed.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
     lanes = {"num_processes": num_ranks, "accumulation": settings.train.accumulation}
     batches = round_batches(samples, surveyed, settings=settings.data, seed=settings.train.seed, lanes=lanes)
     fixed = {str(budget): np.array([one.tokens(budget, space) for one in looked]) for budget in budgets}

@@ -29,7 +29,7 @@ from mllm.training.feature_store import (
 from mllm.training.features import REMEMBERED_FILES, Form, fill_store, form_of
 from mllm.training.loaders import loading, read_samples
 from mllm.training.settings import RunSettings
-from mllm.training.survey import look
+from mllm.training.survey import extents_of
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 Progress = Callable[[str, int, int], None]
@@ -81,7 +81,7 @@ def estimate(
     looked: dict[str, tuple[Extent, ...]] = {}
     for sample, version in missing:
         if sample.id not in looked:
-            looked[sample.id] = look(sample, processor).extents
+            looked[sample.id] = extents_of(sample, processor)
         for part, extent in zip(sample.media, looked[sample.id], strict=True):
             # A sound beside its video may be cut to its length, and is then another one.
             item = (sample.root, part.path, len(sample.media))

@@ -48,6 +48,8 @@ class Kept:
     raw_length: int
     stamp: str
     content: str
+    grid: Sequence[int] | None = None
+    """Rows and columns of a picture, where pictures keep their shape."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ class FeatureStore:
         found = self.entries[sample.id, epoch % self.versions]
         if isinstance(found, str):
             raise ValueError(found)
-        return [LoadedMedia(own.medium, self.rows(own).float(), own.raw_length) for own in found]
+        return [
+            LoadedMedia(own.medium, self.rows(own).float(), own.raw_length, own.grid and (own.grid[0], own.grid[1]))
+            for own in found
+        ]
 
     def rows(self, own: Kept) -> Tensor:
         """(T, D) as they are kept; mapped from the file, not read until used."""
@@ -245,7 +250,8 @@ def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Mapping
 def key_of(item: LoadedMedia, fingerprint: Mapping[str, Any]) -> str:
     """The name of an item's features: of what its encoder is fed with, and of the encoder."""
     digest = hashlib.blake2b(json.dumps(_plain(fingerprint), sort_keys=True).encode(), digest_size=16)
-    digest.update(f"{item.medium} {item.raw_length} {tuple(item.values.shape)} {item.values.dtype}".encode())
+    shape = f"{tuple(item.values.shape)} {item.grid} {item.values.dtype}"
+    digest.update(f"{item.medium} {item.raw_length} {shape}".encode())
     digest.update(item.values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -254,7 +260,7 @@ def kept_of(sample: Sample, loaded: Sequence[LoadedMedia], keys: Sequence[str]) 
     """The items of a sample as they go into the index; where their features are is filled in when they are written."""
     files = [_File(sample, part.path) for part in sample.media]
     return [
-        Kept(item.medium, "", key, 0, item.raw_length, file.stamp, file.content())
+        Kept(item.medium, "", key, 0, item.raw_length, file.stamp, file.content(), item.grid)
         for item, key, file in zip(loaded, keys, files, strict=True)
     ]
 

@@ -30,6 +30,7 @@ from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import Encoder
+from mllm.modeling_body import SIZE_KEYS
 from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.folders import run_lock
@@ -74,7 +75,7 @@ class KeptFeatures(Encoder):
         super().__init__(nn.Identity())
         self.pooled_frames = pooled_frames
         self.hidden_size: int = encoder.hidden_size
-        for name in ("grid", "frames_per_second"):
+        for name in ("grid", "max_patches", "frames_per_second"):
             if hasattr(encoder, name):
                 setattr(self, name, getattr(encoder, name))
         self._lengths: Callable[[Tensor], Tensor] | None = getattr(encoder, "lengths", None)
@@ -86,7 +87,8 @@ class KeptFeatures(Encoder):
         self.marker = nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False)  # says dtype and device
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
-        """(N, T / pooled, D) -> (N, T, D), with the true frames (N,) of streams."""
+        """(N, T / pooled, D) -> (N, T, D), with the true frames (N,) of streams, or patches of pictures that keep their
+        shape."""
         if lengths is None:
             return values
         assert self._lengths is not None
@@ -308,7 +310,7 @@ class _Filler:
         inputs = stack_media([item for _, item in items])
         device = next(self.model.model.tower(medium).parameters()).device
         values = next(value for name, value in inputs.items() if name.endswith("values")).to(device)
-        lengths = inputs.get(f"{medium}_lengths")
+        lengths = inputs.get(SIZE_KEYS[medium])
         found = self.model.model.encode(medium, values, None if lengths is None else lengths.to(device))
         for (own, _), features, count in zip(items, found.values.float(), found.lengths.tolist(), strict=True):
             self.writer.add_features(own, self.form.of(features[:count], medium))

@@ -4,6 +4,7 @@ Knows the `data` block of a run. Does not know the model's weights, draws or the
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.settings import DataSettings
-from mllm.training.survey import Survey, media_kind
+from mllm.training.survey import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms import MixNoise
 
@@ -32,7 +33,7 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
     """The samples of all manifests.
 
     Raises:
-        ValueError: a bad row, or an id that two manifests use.
+        ValueError: a bad row, an id that two manifests use, or a question that is there without an answer.
         OSError: a manifest cannot be read.
     """
     samples = [sample for path in manifests for sample in read_data(path, settings.root, settings.reader)]
@@ -41,6 +42,8 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
         if sample.id in seen:
             raise ValueError(f"the id {sample.id!r} is used by two of the manifests {', '.join(manifests)}")
         seen.add(sample.id)
+        if sample.messages[-1].role != "assistant":
+            raise ValueError(f"sample {sample.id!r} has no answer to learn from: its last message is the user's")
     return samples
 
 
@@ -74,7 +77,7 @@ def round_batches(
     samples: Sequence[Sample], surveyed: Survey, *, settings: DataSettings, seed: int, lanes: dict[str, int]
 ) -> RoundBatches:
     """Which samples are in which micro-batch of this process; see `train_loader`."""
-    kinds = [media_kind(sample) for sample in samples] if settings.group_by_media else None
+    kinds = media_groups(samples) if settings.group_by_media else None
     return RoundBatches(
         Lengths(surveyed.tokens, surveyed.smallest, kinds),
         max_tokens=settings.tokens_per_batch,
@@ -103,7 +106,8 @@ def validation_loader(
         num_processes=num_processes,
         shuffle=False,
     )
-    collator = Collator(partial(encode, processor=processor, budgets=budgets))
+    own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
+    collator = Collator(own)
     data = ManifestDataset(samples, load=loading(settings, processor, augmented=False))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
@@ -149,25 +153,41 @@ def build_augmentation(settings: DataSettings) -> Augmentation:
     return Augmentation(mix, *masks, flip_probability=settings.flip_probability)
 
 
+def media_groups(samples: Sequence[Sample]) -> list[int]:
+    """Of each sample a number that it shares with those that have the same media: as many pictures, and sound or video
+    or neither."""
+    numbers: dict[tuple[int, ...], int] = {}
+    kinds = [[part.medium for part in sample.media] for sample in samples]
+    keys = [(own.count("image"), "audio" in own, "video" in own) for own in kinds]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
 def encode(
     samples: Sequence[Sample],
     media: Sequence[Sequence[LoadedMedia]],
     *,
     processor: ElasticProcessor,
     budgets: Sequence[Budget],
+    max_sample_tokens: int | None = None,
     watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
     """A micro-batch, once it is sure that every row can meet the budgets, and the seconds it took by `watch`.
 
     Args:
         budgets: the extremes of what is drawn.
+        max_sample_tokens: where longer rows are cut, every medium at its largest budget; see `Row.cut`.
         watch: has the time of loading.
 
     Raises:
-        ValueError: a row that cannot, such as a clip too short for a rate; the sample is named.
+        ValueError: a row that cannot, such as a clip too short for a rate, or whose cut would lose a medium; the
+            sample is named.
     """
     with (watch or Stopwatch()).measure("collate"):
         batch = processor.batch(samples, media, for_training=True)
+        if max_sample_tokens is not None:
+            placeholders = frozenset(processor.placeholder_ids.values())
+            rows = [row.cut(max_sample_tokens, processor.space, placeholders) for row in batch.rows]
+            batch = replace(batch, rows=rows)
         for row in batch.rows:
             for budget in budgets:
                 row.costs(budget, processor.space)

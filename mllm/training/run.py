@@ -38,7 +38,8 @@ from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
-from mllm.training.settings import RunSettings, settings_yaml
+from mllm.training.settings import DataSettings, RunSettings, settings_yaml
+from mllm.training.start import start_from
 from mllm.training.survey import Survey, survey
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
@@ -74,6 +75,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
         if arguments.should_save:
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
+        if settings.train.start_from is not None and start is None:
+            start_from(model, settings.train.start_from)
         if settings.data.captions and start is None:
             _fit_projectors(settings, arguments, model, processor)
         trainer = build_trainer(settings, arguments, model, processor, metric=metric)
@@ -107,8 +110,7 @@ def build_trainer(
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     check_members(samples, draws, processor.members)
-    surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
-    surveyed.check(samples, data.tokens_per_batch)
+    surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     if data.features is None:
         load = loading(data, processor, augmented=True, watch=watch)
@@ -119,7 +121,13 @@ def build_trainer(
         rows,
         surveyed,
         settings=data,
-        encode=partial(encode, processor=processor, budgets=extremes(draws), watch=watch),
+        encode=partial(
+            encode,
+            processor=processor,
+            budgets=extremes(draws),
+            max_sample_tokens=data.max_sample_tokens,
+            watch=watch,
+        ),
         run=run,
         seed=settings.train.seed,
         lanes={
@@ -130,6 +138,7 @@ def build_trainer(
     )
     if settings.train.epochs is not None:
         arguments.max_steps = batches.batch_sampler.steps(settings.train.epochs)  # type: ignore[union-attr]
+        arguments.warmup_steps = settings.train.count_warmup_steps(arguments.max_steps)
     trainer = ElasticTrainer(
         model,
         arguments,
@@ -209,8 +218,7 @@ def _validation(
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
     samples = read_samples(data.validation, data)
-    surveyed = _surveyed(samples, processor, arguments.run / "survey" / "validation.json")
-    surveyed.check(samples, data.tokens_per_batch)
+    surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
     batches, own = validation_loader(
         samples,
         surveyed,
@@ -232,8 +240,7 @@ def _fit_projectors(
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
     samples = read_samples(settings.data.captions, settings.data)
-    surveyed = _surveyed(samples, processor, arguments.run / "survey" / "captions.json")
-    surveyed.check(samples, settings.data.tokens_per_batch)
+    surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
     batches, own = validation_loader(
         samples,
         surveyed,
@@ -246,10 +253,18 @@ def _fit_projectors(
     fit_projectors(model.to(arguments.device), processor, batches, own=own)
 
 
-def _surveyed(samples: list[Sample], processor: ElasticProcessor, kept: Path) -> Survey:
-    """Looked over by the main process; the others read what it found."""
+def _surveyed(samples: list[Sample], processor: ElasticProcessor, data: DataSettings, kept: Path) -> Survey:
+    """Looked over by the main process; the others read what it found. What was found is logged and checked."""
     with PartialState().main_process_first():
-        return survey(samples, processor, kept=kept)
+        found = survey(
+            samples,
+            processor,
+            kept=kept,
+            max_sample_tokens=data.max_sample_tokens,
+            max_unsupervised_fraction=data.max_unsupervised_fraction,
+        )
+    found.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
+    return found
 
 
 @contextlib.contextmanager

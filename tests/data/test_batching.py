@@ -195,3 +195,14 @@ def test_settings_that_make_no_sense() -> None:
         TokenBucketBatchSampler([1], max_tokens=30).set_epoch(0, 9)
     with pytest.raises(ValueError, match="num_batches must be at least 0"):
         TokenBucketBatchSampler([1], max_tokens=30).seek(-1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 4])
+def test_groups_that_are_kept_apart_share_no_step_but_the_last_ones(num_processes: int) -> None:
+    groups = [index % 5 == 0 for index in range(len(LENGTHS))]
+    settings = {"lengths": Lengths(LENGTHS, LENGTHS, groups), "max_tokens": 800, "max_rows": 6}
+    batches = epoch_of(0, num_processes=num_processes, **settings)
+    mixed = [len({groups[index] for batch in step for index in batch}) > 1 for step in zip(*batches, strict=True)]
+    assert sum(mixed) <= 2
+    assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(len(LENGTHS)))
+    assert batches != epoch_of(1, num_processes=num_processes, **settings)

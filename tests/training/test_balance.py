@@ -12,11 +12,11 @@ from mllm.budget import Budget
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.training.balance import simulate
-from mllm.training.loaders import round_batches
+from mllm.training.loaders import media_groups, round_batches
 from mllm.training.passes import drawn_passes
 from mllm.training.run import build_sampler
 from mllm.training.settings import read_run_settings
-from mllm.training.survey import media_kind, survey
+from mllm.training.survey import extents_of, survey
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_simulation_counts_what_the_passes_of_a_run_hold(config: Path) -> None:
     from mllm.building import build_processor
     from mllm.expansion import Row, Run
-    from mllm.training.survey import look
 
     settings = read_run_settings(yaml.safe_load(config.read_text()))
     processor = build_processor(settings.model)
@@ -68,8 +67,8 @@ def test_the_simulation_counts_what_the_passes_of_a_run_hold(config: Path) -> No
         for step in range(3):
             drawn = fixed = 0
             for key in [*next(batches), *next(batches)]:
-                prompt, looked = processor.chat(samples[key.index].messages), look(samples[key.index], processor)
-                runs = tuple(Run(extent, 0) for extent in looked.extents)
+                prompt = processor.chat(samples[key.index].messages)
+                runs = tuple(Run(extent, 0) for extent in extents_of(samples[key.index], processor))
                 row = Row("x", prompt.ids, prompt.labels, runs)
                 for own in drawn_passes([row], draws, step):
                     costs = row.costs(own.budget, processor.space)
@@ -80,7 +79,7 @@ def test_the_simulation_counts_what_the_passes_of_a_run_hold(config: Path) -> No
     facts = loads["as drawn"].facts()
     assert 1 <= facts["imbalance"] <= facts["worst"]  # type: ignore[operator]
     assert sum(surveyed.smallest) < sum(surveyed.tokens)
-    assert len({media_kind(sample) for sample in samples}) == 2
+    assert len(set(media_groups(samples))) == 3
 
 
 def test_the_command_shows_every_budget_and_grouping_evens_them_out(config: Path, tmp_path: Path, capsys) -> None:
