@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
     "lmms-eval": "mllm.commands.lmms_eval",
+    "bench": "mllm.commands.bench",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",
