@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
+from mllm.data.naming import named_pictures
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
@@ -93,6 +94,7 @@ class ChatEncoder:
         chat_format: `plain`, `llava_plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
         placeholder_ids: per medium the id that stands for it.
         span_ids: per medium the ids before and after it.
+        names_pictures: number the pictures of a conversation in the text; see `named_pictures`.
 
     Raises:
         ValueError: an unknown format, or `chat` with a tokenizer that has no template.
@@ -105,6 +107,7 @@ class ChatEncoder:
         chat_format: str,
         placeholder_ids: Mapping[str, int],
         span_ids: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        names_pictures: bool = False,
     ) -> None:
         if chat_format not in FORMATS:
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(FORMATS)}")
@@ -112,6 +115,7 @@ class ChatEncoder:
             raise ValueError("chat_format is 'chat', but the tokenizer has no chat template; use plain or vicuna_v1")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; a fast one is needed")
+        self.names_pictures = names_pictures
         self.tokenizer = tokenizer
         self.going_on = without_prefix(tokenizer)
         self.chat_format = chat_format
@@ -178,7 +182,7 @@ class ChatEncoder:
 
     def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
         """How a conversation is laid out, and what stands in the slots."""
-        messages = self._read(messages)
+        messages = self._read(named_pictures(messages) if self.names_pictures else messages)
         speakers = tuple(
             (message.role, tuple(part.medium if isinstance(part, Media) else "" for part in message.parts))
             for message in messages

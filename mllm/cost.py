@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm.adapters.members import num_members
+from mllm.budget import Cost, Extent
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -21,7 +22,8 @@ BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Item:
     """One encoded medium of a request.
 
-    `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them, `height_pixels` and
+    `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them (0 for a frame that is
+    not shown, which the compressor never sees), `height_pixels` and
     `width_pixels` the size of a video's frames (pictures have the size their config says).
     """
 
@@ -30,6 +32,22 @@ class Item:
     num_tokens: int
     height_pixels: int = 0
     width_pixels: int = 0
+
+
+def items_of(extent: Extent, cost: Cost, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
+    """The encoded items of one medium: a picture's thumbnail and tiles, a video's frames, or the medium itself.
+
+    Every frame that was taken from a video is encoded, and only those that are shown are compressed.
+
+    Args:
+        frame_pixels: height and width of the frames of a lip video.
+    """
+    if extent.grid is None:
+        size = (int(frame_pixels[0]), int(frame_pixels[1])) if extent.medium == "video" else (0, 0)
+        return [Item(extent.medium, extent.length, cost.tokens, *size)]
+    shown = [Item("image", extent.length, cost.each or cost.tokens)] * cost.num_pictures
+    hidden = extent.num_pictures - cost.frames if cost.frames else 0
+    return shown + [Item("image", extent.length, 0)] * hidden
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ def request_cost(
                 media[item.medium], item, in_size=_hidden_size(encoders[item.medium]), out_size=text.hidden_size
             )
             for item in items
+            if item.num_tokens
         ),
         prefill=once + num_beams * first,
         decode=num_beams * later,

@@ -15,16 +15,29 @@ from torch import Tensor
 
 from mllm.adapters.members import NO_MEMBERS, NOBODY, Members
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
+from mllm.layout import NEWLINE, order_of, shown_items
 from mllm.prefixes import group_rows
 from mllm.splice import IGNORED_LABEL, expand_placeholders, pad_rows
+from mllm.tiling import Tiles
 
 
 @dataclass(frozen=True)
 class Run:
-    """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows."""
+    """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
+
+    Where the medium is several encoded pictures, `item` is the first of them; `tilings` are the cuts that a picture was
+    encoded in. `tower` names the encoder where it is another medium's.
+    """
 
     extent: Extent
     item: int
+    tilings: tuple[Tiles, ...] = ()
+    tower: str = ""
+
+    @property
+    def encoder(self) -> str:
+        """The medium whose encoder its items went through."""
+        return self.tower or self.extent.medium
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,7 @@ class Row:
             ValueError: the budget cannot be met; the sample is named.
         """
         named = {run.extent.medium for run in self.runs}
-        amounts = {m: a for m, a in budget.amounts.items() if m in named or m not in space.media}
-        fitting = Budget(amounts, budget.total_tokens)
+        fitting = budget.only(named | (budget.media - set(space.media)))
         try:
             return count_tokens([run.extent for run in self.runs], fitting, space)
         except ValueError as error:
@@ -138,7 +150,8 @@ def expand(
             the adapter has no member for; the sample is named.
     """
     placeholders = frozenset(placeholder_ids.values())
-    ids, labels, costs, runs, scale_ids, task_ids = [], [], [], [], [], []
+    ids, labels, costs, scale_ids, task_ids = [], [], [], [], []
+    runs: list[list[Placed]] = []
     for row, budget in ((r, b) for draw in budgets for r, b in zip(batch.rows, draw, strict=True)):
         spent = row.costs(budget, space)
         row_ids, row_labels = expand_placeholders(
@@ -147,7 +160,7 @@ def expand(
         ids.append(row_ids)
         labels.append(row_labels)
         costs.append(spent)
-        runs.append(list(zip(row.runs, spent, strict=True)))
+        runs.append(_placed(row, spent, space))
         own_ids = _member_ids(row, spent, members)
         scale_ids.append(own_ids[0])
         task_ids.append(own_ids[1])
@@ -167,9 +180,24 @@ def expand(
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
 
 
+def check_length(row: Row, costs: Sequence[Cost], context_tokens: int | None) -> None:
+    """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a run of soft tokens.
+
+    Raises:
+        ValueError: with the sample, its length and what is allowed.
+    """
+    soft = sum(cost.tokens for cost in costs)
+    length = len(row.ids) - len(row.runs) + soft
+    if context_tokens is not None and length > context_tokens:
+        raise ValueError(
+            f"sample {row.sample_id!r} is {length} tokens long, {soft} of them soft, and the LLM reads at most "
+            f"{context_tokens}; ask for fewer soft tokens or shorten the text"
+        )
+
+
 def _prefix_key(
     ids: Sequence[int],
-    runs: Sequence[tuple[Run, Cost]],
+    runs: Sequence["Placed"],
     scale_id: int,
     task_id: int,
     placeholders: frozenset[int],
@@ -178,13 +206,11 @@ def _prefix_key(
     if not runs:
         return None
     end = max(place for place, token in enumerate(ids) if token in placeholders) + 1
-    items = tuple((run.extent.medium, run.item, cost.tokens, cost.rate) for run, cost in runs)
+    items = tuple((own.run.encoder, tuple(own.items), own.cost) for own in runs)
     return tuple(ids[:end]), items, scale_id, task_id
 
 
-def _prefixes(
-    ids: Sequence[Sequence[int]], keys: Sequence[Hashable], runs: list[list[tuple[Run, Cost]]]
-) -> dict[str, Tensor]:
+def _prefixes(ids: Sequence[Sequence[int]], keys: Sequence[Hashable], runs: list[list["Placed"]]) -> dict[str, Tensor]:
     """The groups of rows; takes the runs of all rows but the first of each group out of `runs`."""
     index, lengths = group_rows(ids, keys)
     if len(lengths) == len(index):
@@ -207,17 +233,57 @@ def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int,
     return scale_id, task_id
 
 
-def _media_inputs(runs: Sequence[tuple[Run, Cost]]) -> dict[str, Tensor]:
-    """Counts, rates and items of each medium's runs; the items are left out where run i simply shows item i."""
+@dataclass(frozen=True)
+class Placed:
+    """A run at its cost: the encoded items it shows, and the order of their tokens where they do not follow in turn."""
+
+    run: Run
+    cost: Cost
+    items: list[int]
+    order: Tensor | None
+
+
+def _placed(row: Row, costs: Sequence[Cost], space: Space) -> list[Placed]:
+    placed = []
+    for run, cost in zip(row.runs, costs, strict=True):
+        try:
+            items = [run.item + place for place in shown_items(run.extent, cost, run.tilings)]
+        except ValueError as error:
+            raise ValueError(f"sample {row.sample_id!r}: {error}") from error
+        tiling = space.media[run.extent.medium].tiling
+        placed.append(Placed(run, cost, items, None if tiling is None else order_of(run.extent, cost, tiling)))
+    return placed
+
+
+def _media_inputs(runs: Sequence[Placed]) -> dict[str, Tensor]:
+    """Counts, rates and items of each medium's encoded items; the items are left out where run i simply shows item i.
+
+    Pictures that are cut into tiles also need `image_layout` (P, 2): for every placeholder of the batch the run and the
+    place in it, or `NEWLINE`.
+    """
     inputs: dict[str, Tensor] = {}
     for medium in MEDIA:
-        own = [(run.item, cost) for run, cost in runs if run.extent.medium == medium]
+        own = [placed for placed in runs if placed.run.encoder == medium]
         if not own:
             continue
-        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.tokens for _, cost in own])
+        each = [(item, placed.cost) for placed in own for item in placed.items]
+        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.each or cost.tokens for _, cost in each])
         if medium != "image":
-            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in own])
-        items = [item for item, _ in own]
+            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in each])
+        items = [item for item, _ in each]
         if items != list(range(len(items))):
             inputs[f"{medium}_index"] = torch.tensor(items)
+        if any(placed.order is not None for placed in own):
+            inputs[f"{medium}_layout"] = _layout(own)
     return inputs
+
+
+def _layout(own: Sequence[Placed]) -> Tensor:
+    """The orders of all runs after each other, their pieces numbered through the batch."""
+    first, orders = 0, []
+    for placed in own:
+        order = order_of(placed.run.extent, placed.cost, None) if placed.order is None else placed.order
+        shift = torch.tensor([first, 0])
+        orders.append(torch.where(order[:, :1] == NEWLINE, order, order + shift))
+        first += len(placed.items)
+    return torch.cat(orders)

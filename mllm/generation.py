@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from mllm.budget import MEDIA, Amount, Budget, Cost, Extent, Space
+from mllm.budget import MEDIA, Budget, Cost, Extent, Space
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.media import MediaError, MediaLoader
@@ -183,10 +183,10 @@ class Answerer:
         requests = [request(files, text, prompts, separator=separator) for text in texts]
         samples, names = [sample for sample, _ in requests], requests[0][1]
         asked = Budget.parse(budget) if isinstance(budget, str) else budget
-        if idle := set(asked.amounts) - {part.medium for part in samples[0].media}:
+        if idle := asked.media - {part.medium for part in samples[0].media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
         try:
-            loaded = self.processor.load_media(samples[0], loader=self.loader)
+            loaded = self.processor.load_media(samples[0], loader=self.loader, budgets=[asked])
         except MediaError as error:
             name = names.get(error.path, error.path)
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
@@ -208,10 +208,13 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(samples), self.batch_size):
             rows = samples[start : start + self.batch_size]
+            budgets: dict[Hashable, list[Budget]] = {}
+            for sample, budget in zip(rows, asked[start : start + self.batch_size], strict=True):
+                budgets.setdefault(sample.media_key, []).append(budget)
             known: dict[Hashable, list[LoadedMedia]] = {}
             for sample in rows:
-                if sample.media_key not in known:
-                    known[sample.media_key] = self.processor.load_media(sample, loader=self.loader)
+                if (key := sample.media_key) not in known:
+                    known[key] = self.processor.load_media(sample, loader=self.loader, budgets=budgets[key])
             batch = self.processor.batch(rows, [known[sample.media_key] for sample in rows], for_training=False)
             answers += self.answer_batch(batch, [asked[start : start + self.batch_size]])[0]
         return answers
@@ -391,7 +394,4 @@ def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[s
 
 def is_trained(extents: Sequence[Extent], costs: Sequence[Cost], space: Space) -> bool:
     """Whether training drew what every medium of a request costs, however the budget put it."""
-    return all(
-        space.media[extent.medium].is_trained(Amount.parse(f"/{cost.rate}" if cost.rate else cost.tokens))
-        for extent, cost in zip(extents, costs, strict=True)
-    )
+    return all(space.media[extent.medium].is_trained_cost(cost) for extent, cost in zip(extents, costs, strict=True))

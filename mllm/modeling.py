@@ -100,6 +100,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         image_grids: Tensor | None = None,
         num_image_tokens: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_layout: Tensor | None = None,
         audio_values: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         num_audio_tokens: Tensor | None = None,
@@ -125,7 +126,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             logit_positions: (P,) flat positions in B*S; the logits are then (P, V) and nothing else is computed.
             pixel_values: (N, 3, h, w); or (N, P, values of a patch) with image_grids (N, 2), the rows and columns of
                 each picture, where pictures keep their shape. num_image_tokens: (R,). image_index: (R,) item of each
-                run.
+                run. image_layout: (P, 2) of each placeholder the run and the place in it, or -1 for a newline, where
+                pictures are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
@@ -137,6 +139,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             "image_grids": image_grids,
             "num_image_tokens": num_image_tokens,
             "image_index": image_index,
+            "image_layout": image_layout,
             "audio_values": audio_values,
             "audio_lengths": audio_lengths,
             "num_audio_tokens": num_audio_tokens,

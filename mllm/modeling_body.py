@@ -19,19 +19,20 @@ from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInput
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
-from mllm.compressors import MixtureProjector, ProjectorBank, build_compressor
+from mllm.compressors import MixtureProjector, Newline, ProjectorBank, build_compressor
 from mllm.compressors.mixture import routing_losses
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
-from mllm.splice import check_runs, merge
+from mllm.splice import check_runs, is_newline, merge, place
+from mllm.tiling import Tiling
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
 SIZE_KEYS = {"image": "image_grids", "audio": "audio_lengths", "video": "video_lengths"}
 """What says how large each raw item truly is; pictures need it where they keep their shape."""
 # What the forward pass takes per medium, beside the raw values.
 MEDIA_KEYS = (
-    *("pixel_values", "image_grids", "num_image_tokens", "image_index"),
+    *("pixel_values", "image_grids", "num_image_tokens", "image_index", "image_layout"),
     *(f"{medium}_{name}" for medium in ("audio", "video") for name in ("values", "lengths", "rates", "index")),
     *("num_audio_tokens", "num_video_tokens"),
 )
@@ -75,7 +76,9 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids ──── embed_tokens ─────────────────────────────────────────────────── merge ── language_model
 
     A run is one stretch of placeholders in `input_ids`. `*_index` says which encoded item a run shows, so several
-    rows, or several budgets of one row, share one encoding; without it run i shows item i.
+    rows, or several budgets of one row, share one encoding; without it run i shows item i. The tiles of a picture are
+    items and runs of their own; `image_layout` then says which token of which run each placeholder stands for, or that
+    it is the learned newline.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
@@ -100,6 +103,8 @@ class ElasticModel(ElasticPreTrainedModel):
                 for medium in config.encoder_configs
             }
         )
+        own_tiling = _tiling(config)
+        self.newline = Newline(text.hidden_size) if own_tiling is not None and own_tiling.newline else None
         self.post_init()
 
     def tower(self, medium: str) -> Any:
@@ -231,7 +236,8 @@ class ElasticModel(ElasticPreTrainedModel):
         for medium, mask in masks.items():
             values = media.get(VALUE_KEYS[medium])
             num_tokens = media.get(f"num_{medium}_tokens")
-            self._check(medium, input_ids, num_tokens)
+            layout = media.get(f"{medium}_layout")
+            self._check(medium, input_ids, num_tokens, layout)
             if values is not None and num_tokens is not None:
                 features = self.encode(medium, values, media.get(SIZE_KEYS[medium]))
                 soft = self.compress(
@@ -240,17 +246,31 @@ class ElasticModel(ElasticPreTrainedModel):
                     num_tokens=num_tokens,
                     rates=media.get(f"{medium}_rates"),
                     index=media.get(f"{medium}_index"),
-                    max_tokens=input_ids.shape[1],
+                    max_tokens=self._most_tokens(medium, features, input_ids.shape[1]),
                 )
-                embeds = merge(embeds, mask, soft, num_tokens)
+                if layout is None:
+                    embeds = merge(embeds, mask, soft, num_tokens)
+                else:
+                    newline = None if self.newline is None else self.newline()
+                    embeds = place(embeds, mask, soft, layout, newline)
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
+        if self.newline is not None and media.get("image_layout") is None and self.training and _is_distributed():
+            embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
         return embeds
 
-    def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None) -> None:
+    def _most_tokens(self, medium: str, features: Features, length: int) -> int:
+        """An upper bound of the tokens of one item, so that many short runs in a long row stay small."""
+        if medium != "image":
+            return length
+        queries = (self.config.media or {})[medium].get("num_queries", 0)
+        return min(length, max(features.values.shape[1], queries))
+
+    def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None, layout: Tensor | None) -> None:
         # On a device the host has checked the batch before the transfer; asking again would make the host wait.
         if input_ids.device.type == "cpu":
             counts = torch.zeros(0, dtype=torch.int64) if num_tokens is None else num_tokens
+            counts = counts if layout is None else len(layout)
             check_runs(input_ids, (self.config.placeholder_ids or {})[medium], counts, medium)
 
     def _touch(self, medium: str) -> Tensor:
@@ -282,7 +302,12 @@ class ElasticModel(ElasticPreTrainedModel):
             if num_tokens is None or input_ids is None:
                 continue  # it was only run to touch its parameters
             is_token = input_ids == (self.config.placeholder_ids or {})[medium]
-            spread = merge(routing.new_zeros(*input_ids.shape, routing.shape[-1]), is_token, routing, num_tokens)
+            spread = routing.new_zeros(*input_ids.shape, routing.shape[-1])
+            if (layout := media.get(f"{medium}_layout")) is None:
+                spread = merge(spread, is_token, routing, num_tokens)
+            else:
+                spread = place(spread, is_token, routing, layout)
+                is_token = is_token & ~is_newline(is_token, layout)
             top_k = cast(MixtureProjector, bank[0]).top_k
             losses[f"{medium}_balance"], losses[f"{medium}_z"] = routing_losses(spread, is_token, top_k=top_k)
         return losses
@@ -348,6 +373,10 @@ def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
     allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS, "encoder_adapter")
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
+
+
+def _tiling(config: ElasticConfig) -> Tiling | None:
+    return Tiling.from_settings("image", (config.media or {}).get("image", {}))
 
 
 def _is_distributed() -> bool:

@@ -57,13 +57,13 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
 
 
 def check_runs(
-    input_ids: Tensor, placeholder_id: int, num_tokens: Tensor, name: str, row_ids: Sequence[str] = ()
+    input_ids: Tensor, placeholder_id: int, num_tokens: Tensor | int, name: str, row_ids: Sequence[str] = ()
 ) -> None:
     """Refuse a batch whose placeholders are not exactly its soft tokens; called on the host, before the transfer.
 
     Args:
         input_ids: (B, S).
-        num_tokens: (R,) soft tokens of each run, in order of appearance.
+        num_tokens: (R,) soft tokens of each run, or their sum.
         name: the medium, named in the error.
         row_ids: sample ids of the rows, named in the error.
 
@@ -71,7 +71,7 @@ def check_runs(
         ValueError: with both counts.
     """
     found = int((input_ids == placeholder_id).sum())
-    expected = int(num_tokens.sum())
+    expected = num_tokens if isinstance(num_tokens, int) else int(num_tokens.sum())
     if found != expected:
         samples = f" in samples {', '.join(row_ids)}" if row_ids else ""
         raise ValueError(f"{found} {name} placeholders in the text for {expected} {name} soft tokens{samples}")
@@ -95,3 +95,31 @@ def merge(inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, num_token
     offset = (place - (ends - num_tokens)[run]).clamp(0, soft.shape[1] - 1)
     picked = soft.to(inputs_embeds.dtype)[run, offset].view_as(inputs_embeds)
     return torch.where(is_placeholder[..., None], picked, inputs_embeds)
+
+
+def place(
+    inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, layout: Tensor, newline: Tensor | None = None
+) -> Tensor:
+    """Put soft tokens at their placeholders in an order that is given, as tiles of a picture need it.
+
+    Args:
+        inputs_embeds: (B, S, H). is_placeholder: (B, S) bool.
+        soft: (R, K, H) soft tokens by run.
+        layout: (P, 2) for each placeholder in turn its run and its place in that; a run of -1 is the newline.
+        newline: (H,); zeros where there is none.
+
+    Returns:
+        (B, S, H). Nothing waits for the device.
+    """
+    number = (is_placeholder.flatten().cumsum(0) - 1).clamp(0, len(layout) - 1)
+    run, offset = layout[number].unbind(dim=-1)
+    picked = soft.to(inputs_embeds.dtype)[run.clamp(min=0), offset]
+    ends = torch.zeros_like(picked[0]) if newline is None else newline.to(inputs_embeds.dtype)
+    picked = torch.where((run < 0)[:, None], ends, picked).view_as(inputs_embeds)
+    return torch.where(is_placeholder[..., None], picked, inputs_embeds)
+
+
+def is_newline(is_placeholder: Tensor, layout: Tensor) -> Tensor:
+    """(B, S) bool: which placeholders are newlines."""
+    number = (is_placeholder.flatten().cumsum(0) - 1).clamp(0, len(layout) - 1)
+    return is_placeholder & (layout[number, 0] < 0).view_as(is_placeholder)

@@ -130,6 +130,17 @@ class ImageTransform:
             raise ValueError(f"{name} must give one picture (1, 3, H, W) per picture, got {tuple(pixels.shape)}")
         return pixels[0], 1
 
+    @property
+    def resample(self) -> int:
+        """Pillow's number of the interpolation that pictures are resized by."""
+        return int(getattr(self.processor, "resample", None) or 3)
+
+    def many(self, pictures: Sequence[Any]) -> Tensor:
+        """(P, 3, H, W) of several pictures, Pillow's or uint8 (3, h, w)."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        assert pixels.ndim == 4, pixels.shape
+        return pixels
+
 
 @dataclass(frozen=True)
 class PatchTransform:

@@ -10,10 +10,16 @@ import mllm
 PACKAGE = Path(mllm.__file__).parent
 # A module may import from its own level or from a lower one. A package stands for its modules.
 LEVELS = [
-    {"budget", "sampler", "metrics", "benchmarks", "settings", "sources", "registration", "filterbank"},
+    {
+        *("budget", "grammar", "tiling", "sampler", "metrics", "benchmarks", "settings", "sources", "registration"),
+        "filterbank",
+    },
     {"configuration", "media", "encoders", "compressors", "adapters"},
-    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams", "prefixes"},
-    {"modeling", "modeling_body", "processing", "data", "chat"},
+    {
+        *("splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
+        *("beams", "prefixes"),
+    },
+    {"modeling", "modeling_body", "processing", "loaded", "data", "chat"},
     {"building", "loading", "cost", "convert"},
     {"generation", "timing", "training"},
     {"evaluation"},

@@ -29,6 +29,7 @@ TRAINABLE_MILLIONS = {
     "llama_avsr": None,
     "m3": 6738.42 + 20.98,
     "m3_lora": 319.82 + 20.98,
+    "m3_next_anyres": 6738.42 + 20.98 + 290.91,  # CLIP too, up to the layer that is read, and one newline
     "mome_attention": 14.13 + 25.19,
     "mome_ffn": 14.13 + 25.19,
     "mome_layer": 14.13 + 25.19,
@@ -77,7 +78,8 @@ def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
 
 def test_every_config_is_here() -> None:
     assert [path.stem for path in RUNS] == [
-        *("frozen_llm_lora", "frozen_llm_mome", "llama_avsr", "m3", "m3_lora", "mome_attention", "mome_ffn"),
+        *("frozen_llm_lora", "frozen_llm_mome", "llama_avsr", "m3", "m3_lora", "m3_next_anyres"),
+        *("mome_attention", "mome_ffn"),
         *("mome_layer", "mqt_stage1", "mqt_stage2", "mtsk_ms", "mtsk_mss", "mtsk_ss", "omni_s", "omni_st", "omni_t"),
         "demo",
     ]

@@ -13,6 +13,7 @@ from mllm.budget import Amount, MediumSpace, haar_grids
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.mixture import MixtureProjector
+from mllm.compressors.newline import Newline
 from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
@@ -22,6 +23,7 @@ __all__ = [
     "SETTINGS",
     "Compressor",
     "MixtureProjector",
+    "Newline",
     "Pool",
     "Projector",
     "ProjectorBank",

@@ -22,6 +22,7 @@ class EncoderFacts:
         medium: `image`, `audio` or `video`.
         hidden_size: size of one feature.
         grid: rows and columns of patches, for pictures; where they keep their shape, those of a square one.
+        picture_pixels: height and width of the pictures it reads, where it reads one size.
         frames_per_second: the clock of the features, for streams.
         num_frames: feature frames of a clip of so many raw samples or frames; raises `ValueError` for a clip that is
             too short or too long, and for pictures.
@@ -34,6 +35,7 @@ class EncoderFacts:
     frames_per_second: float | None = None
     num_frames: Callable[[int], int] = _no_frames
     max_patches: int | None = None
+    picture_pixels: tuple[int, int] | None = None
 
 
 class Encoder(nn.Module):

@@ -99,7 +99,8 @@ class VisionEncoder(Encoder):
 def vision_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
     """The facts of a vision tower; `settings` may hold `image_size`."""
     size = image_size_of(settings) or _pair(config.image_size)
-    return EncoderFacts("image", config.hidden_size, grid=grid_of(size, _pair(config.patch_size)))
+    grid = grid_of(size, _pair(config.patch_size))
+    return EncoderFacts("image", config.hidden_size, grid=grid, picture_pixels=size)
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

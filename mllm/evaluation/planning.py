@@ -4,7 +4,7 @@ Knows samples, budgets and the model's space. Does not know models or files.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mllm.benchmarks.registry import BENCHMARKS
 from mllm.benchmarks.submissions import SUBMISSIONS, Answer
@@ -58,10 +58,12 @@ def plan(
             sample.
     """
     for budget in budgets:
-        if unknown := set(budget.amounts) - set(space.media):
+        if unknown := budget.media - set(space.media):
             allowed = ", ".join(space.media) or "text only"
             raise ValueError(f"budget {budget} names {min(unknown)}; this model takes {allowed}")
-        if not allow_untrained and any(_is_untrained(m, amount, space) for m, amount in budget.amounts.items()):
+        space.check(budget)
+        untrained = any(_is_untrained(m, amount, space) for m, amount in budget.amounts.items())
+        if not allow_untrained and (untrained or not space.is_trained(replace(budget, amounts={}))):
             raise ValueError(untrained_message(budget, space))
     work, used = [], set()
     for name, samples in sets.items():
@@ -107,6 +109,8 @@ def is_for_server(sample: Sample) -> bool:
 def untrained_message(budget: Budget, space: Space) -> str:
     """What is said of a budget that is refused because training did not draw it."""
     trained = "; ".join(f"{m}: {', '.join(map(str, space.media[m].trained))}" for m in budget.amounts)
+    if budget.num_frames is not None:
+        trained += f"; frames: {', '.join(map(str, space.media['video'].frame_counts))}"
     return f"budget {str(budget)!r} was not trained ({trained}); allow_untrained evaluates it and marks its rows"
 
 
@@ -155,10 +159,10 @@ def _check_answers(name: str, samples: Sequence[Sample]) -> None:
 
 def _is_for(budget: Budget, sample: Sample) -> bool:
     held = {part.medium for part in sample.media}
-    return not budget.amounts or not held or bool(held & set(budget.amounts))
+    return not budget.media or not held or bool(held & budget.media)
 
 
 def _cut(budget: Budget, sample: Sample) -> Budget:
     held = {part.medium for part in sample.media}
-    amounts = {medium: amount for medium, amount in budget.amounts.items() if medium in held}
-    return Budget(amounts, budget.total_tokens if held else None)
+    own = budget.only(held)
+    return own if held else replace(own, total_tokens=None)

@@ -16,11 +16,11 @@ from typing import Any
 
 from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
-from mllm.cost import Item, attention_flops, published_flops, request_cost
+from mllm.cost import Item, attention_flops, items_of, published_flops, request_cost
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import AnswerStore, Line
 from mllm.evaluation.planning import Work, references_of, untrained_message
-from mllm.expansion import Row
+from mllm.expansion import Row, check_length
 from mllm.generation import Answer, Answerer, is_trained
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing import LoadedMedia
@@ -100,9 +100,11 @@ class Sweep:
                 yield from self._answer_together(rows, budgets)
 
     def _check(self, row: Row, budget: Budget) -> None:
-        """Raises: ValueError for a budget that the row cannot meet, or that was not trained and is not allowed."""
+        """Raises: ValueError for a budget the row cannot meet, at which it is longer than the LLM reads, or that
+        was not trained and is not allowed."""
         space = self.answerer.processor.space
         costs = row.costs(budget, space)
+        check_length(row, costs, self.answerer.processor.context_tokens)
         if not self.allow_untrained and not is_trained([run.extent for run in row.runs], costs, space):
             raise ValueError(f"sample {row.sample_id!r}: {untrained_message(budget, space)}")
 
@@ -115,7 +117,8 @@ class Sweep:
                 yield self._line(item, row, answer)
 
     def _load(self, work: Work) -> list[LoadedMedia]:
-        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=self._noise_of(work))
+        noise = self._noise_of(work)
+        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=noise, budgets=work.budgets)
 
     def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
         ratio = work.snr_db
@@ -152,10 +155,9 @@ class Sweep:
             return None
         spent = row.costs(answer.budget, self.answerer.processor.space)
         items = [
-            Item(run.extent.medium, run.extent.length, cost.tokens, *medium.values.shape[-2:])
-            if run.extent.medium == "video"
-            else Item(run.extent.medium, run.extent.length, cost.tokens)
+            own
             for run, cost, medium in zip(row.runs, spent, item.media, strict=True)
+            for own in items_of(run.extent, cost, frame_pixels=medium.values.shape[-2:])
         ]
         cost = request_cost(
             config,

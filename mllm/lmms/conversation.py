@@ -156,7 +156,7 @@ def read_medium(medium: str, source: Any, loader: MediaLoader) -> Any:
 def _sound_of(source: Any) -> tuple[Any, int] | None:
     if isinstance(source, Mapping) and {"array", "sampling_rate"} <= set(source):
         return source["array"], int(source["sampling_rate"])
-    if hasattr(source, "get_all_samples"):
-        decoded = source.get_all_samples()
+    if (decode := getattr(source, "get_all_samples", None)) is not None:
+        decoded = decode()
         return decoded.data.numpy(), int(decoded.sample_rate)
     return None

@@ -15,7 +15,7 @@ from mllm.media.image import load_image, to_rgb
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.loader import MediaLoader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
-from mllm.media.video import Video, load_video, stream_video, to_gray
+from mllm.media.video import FrameSampling, Video, load_video, stream_video, to_gray
 from mllm.media.writing import write_sound, write_video
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MAX_MISMATCH_SECONDS",
     "Audio",
     "ErrorKind",
+    "FrameSampling",
     "MediaError",
     "MediaLimits",
     "MediaLoader",

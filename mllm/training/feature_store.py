@@ -126,7 +126,9 @@ class FeatureStore:
         if isinstance(found, str):
             raise ValueError(found)
         return [
-            LoadedMedia(own.medium, self.rows(own).float(), own.raw_length, own.grid and (own.grid[0], own.grid[1]))
+            LoadedMedia(
+                own.medium, self.rows(own).float(), own.raw_length, (own.grid[0], own.grid[1]) if own.grid else None
+            )
             for own in found
         ]
 

@@ -18,6 +18,7 @@ from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
+from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
@@ -108,7 +109,7 @@ def validation_loader(
     )
     own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
     collator = Collator(own)
-    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False))
+    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False, budgets=budgets))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
 
@@ -118,12 +119,14 @@ def loading(
     processor: ElasticProcessor,
     *,
     augmented: bool,
+    budgets: Sequence[Budget] = (),
     remembered_files: int = 0,
     watch: Stopwatch | None = None,
 ) -> Callable[..., list[LoadedMedia]]:
     """What loads the media of a sample; changed by chance where the settings say so.
 
     Args:
+        budgets: what samples will be asked at; pictures that are cut into tiles are cut as these ask.
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
         watch: takes the time.
 
@@ -133,7 +136,7 @@ def loading(
     reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
-    return TimedLoad(processor, reader, augmentation, watch or Stopwatch())
+    return TimedLoad(processor, reader, watch or Stopwatch(), augmentation=augmentation, budgets=tuple(budgets))
 
 
 def build_augmentation(settings: DataSettings) -> Augmentation:
@@ -179,8 +182,8 @@ def encode(
         watch: has the time of loading.
 
     Raises:
-        ValueError: a row that cannot, such as a clip too short for a rate, or whose cut would lose a medium; the
-            sample is named.
+        ValueError: a row that cannot, such as a clip too short for a rate, that the LLM cannot read whole, or whose cut
+            would lose a medium; the sample is named.
     """
     with (watch or Stopwatch()).measure("collate"):
         batch = processor.batch(samples, media, for_training=True)
@@ -190,5 +193,5 @@ def encode(
             batch = replace(batch, rows=rows)
         for row in batch.rows:
             for budget in budgets:
-                row.costs(budget, processor.space)
+                check_length(row, row.costs(budget, processor.space), processor.context_tokens)
     return {"batch": batch} if watch is None else {"batch": batch, "seconds": watch.take()}

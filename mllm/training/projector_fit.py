@@ -206,6 +206,12 @@ def _check_captions(batch: Batch) -> None:
             raise ValueError(
                 f"sample {row.sample_id!r} of data.captions shows {len(row.runs)} media items; a caption has one"
             )
+        run = row.runs[0]
+        if run.extent.picture_pixels is not None or run.encoder != run.extent.medium:
+            raise ValueError(
+                f"sample {row.sample_id!r} of data.captions is several encoded pictures (tiles or frames), and "
+                "projectors are fitted to one; leave out data.captions"
+            )
 
 
 def _only(batch: Batch, medium: str) -> Batch:

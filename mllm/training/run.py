@@ -113,7 +113,7 @@ def build_trainer(
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     if data.features is None:
-        load = loading(data, processor, augmented=True, watch=watch)
+        load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed)
     else:
         rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples), watch)
@@ -186,7 +186,7 @@ def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -
     by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
     for media, sample_id in by_media.items():
         for budget in draws.possible(media) if media else []:
-            if budget.total_tokens is None and str(budget) not in members.scales:
+            if budget.total_tokens is None and str(Budget(budget.amounts)) not in members.scales:
                 raise ValueError(
                     f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
                     f" has no such member; it has {' | '.join(members.scales)}"
@@ -208,7 +208,9 @@ def keep_in_float32(model: nn.Module) -> None:
 
 def extremes(draws: Sampler) -> list[Budget]:
     """Budgets that a sample must meet so that it meets whatever is drawn."""
-    return list(draws.points) or [draws.space.largest(), draws.space.smallest()]
+    largest, smallest = draws.space.largest(), draws.space.smallest()
+    between = [dataclasses.replace(largest, num_frames=count) for count in draws.space.frame_counts[1:-1]]
+    return list(draws.points) or [largest, *between, smallest]
 
 
 def _validation(

@@ -278,7 +278,7 @@ class RunSettings:
             ("train.validation_budgets", self.train.validation_budgets),
         ):
             for budget in budgets:
-                if missing := set(Budget.parse(budget).amounts) - set(self.model.media):
+                if missing := Budget.parse(budget).media - set(self.model.media):
                     raise ValueError(f"{key} holds {budget!r}, but model.{min(missing)} is not set")
         for key in ("validate_every", "validation_budgets"):
             if getattr(self.train, key) and not self.data.validation:
@@ -294,6 +294,8 @@ class RunSettings:
                 raise ValueError(
                     f"data.features keeps what frozen encoders give; model.{medium} has an encoder_adapter"
                 )
+        if self.model.shows_frames or any(own.tiling is not None for own in self.model.media.values()):
+            raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
         if self.data.validation:
             raise ValueError("data.features leaves the run without encoders, so data.validation cannot be answered")
 

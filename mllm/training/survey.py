@@ -21,7 +21,9 @@ import numpy as np
 from mllm.budget import Amount, Budget, Extent, Space
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Sample
+from mllm.expansion import Row, Run
 from mllm.media import MediaError, resolve_media
+from mllm.media.image import header_pixels
 from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
 from mllm.splice import IGNORED_LABEL
@@ -72,8 +74,11 @@ class Looked:
 
     def tokens(self, budget: Budget, space: Space) -> int:
         """All tokens at a budget; a medium it does not name is at its largest, one too short for it counts one."""
-        amounts = budget.amounts
-        soft = sum(_soft(own, amounts.get(own.medium, Amount("max")), space) for own in self.extents)
+        row = Row("", (), (), tuple(Run(extent, 0) for extent in self.extents))
+        try:
+            soft = sum(max(cost.tokens, 1) for cost in row.costs(budget, space))
+        except ValueError:  # too short for its budgets: found and left out when it is loaded
+            soft = sum(_soft(own, budget.amounts.get(own.medium, Amount("max")), space) for own in self.extents)
         return max(self.text_tokens + soft, 1)  # a cut through media leaves less: refused when it is loaded
 
 
@@ -221,9 +226,12 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 
 
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
-    facts = processor.facts[part.medium]
+    facts, space = processor.facts[part.medium], processor.space.media[part.medium]
+    if part.medium == "image" and space.tiling is not None:
+        return processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
     if facts.grid is not None:
-        return Extent(part.medium, grid=facts.grid)
+        frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
+        return Extent(part.medium, grid=facts.grid, num_pictures=frames)
     assert facts.frames_per_second is not None
     frames = round(_seconds(part, sample) * facts.frames_per_second)
     return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
@@ -235,6 +243,15 @@ def _soft(extent: Extent, amount: Amount, space: Space) -> int:
         return max(space.media[extent.medium].cost(amount, extent).tokens, 1)
     except ValueError:  # too short for its budgets: found and left out when it is loaded
         return 1
+
+
+def _picture_pixels(part: Media, sample: Sample) -> tuple[int, int] | None:
+    """Height and width as the header states them."""
+    try:
+        return header_pixels(resolve_media(sample.root, part.path))
+    except MediaError as error:
+        logger.debug("no size of sample %r: %s", sample.id, error)
+        return None
 
 
 def _seconds(part: Media, sample: Sample) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mllm.augmentation import Augmentation
+from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor, LoadedMedia
 
@@ -59,16 +60,28 @@ class TimedReader:
         with self.watch.measure("decode"):
             return self.reader(medium, path)
 
+    def frames(self, path: Any, sampling: Any) -> Any:
+        """As the reader."""
+        with self.watch.measure("decode"):
+            return self.reader.frames(path, sampling)
+
 
 class TimedLoad:
     """`ElasticProcessor.load_media` with its time taken: `decode` is reading files, `transform` the rest."""
 
     def __init__(
-        self, processor: ElasticProcessor, reader: Any, augmentation: Augmentation | None, watch: Stopwatch
+        self,
+        processor: ElasticProcessor,
+        reader: Any,
+        watch: Stopwatch,
+        *,
+        augmentation: Augmentation | None = None,
+        budgets: Sequence[Budget] = (),
     ) -> None:
         self.processor = processor
         self.reader = TimedReader(reader, watch)
         self.augmentation = augmentation
+        self.budgets = budgets
         self.watch = watch
 
     def __call__(self, sample: Sample, *, generator: Any) -> list[LoadedMedia]:
@@ -76,7 +89,11 @@ class TimedLoad:
         before = self.watch.seconds.get("decode", 0.0)
         with self.watch.measure("transform"):
             loaded = self.processor.load_media(
-                sample, generator=generator, loader=self.reader, augmentation=self.augmentation
+                sample,
+                generator=generator,
+                loader=self.reader,
+                augmentation=self.augmentation,
+                budgets=self.budgets,
             )
         self.watch.seconds["transform"] -= self.watch.seconds.get("decode", 0.0) - before
         return loaded

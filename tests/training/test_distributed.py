@@ -106,3 +106,16 @@ def test_zero_equals_one_process_also_where_a_process_lacks_a_medium(
     tmp_path: Path, one_process: Path, stage: int
 ) -> None:
     launch_all(tmp_path, one_process, "--deepspeed", CONFIGS / f"zero{stage}.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_an_llm_that_trains_whole_is_saved_whole_from_two_processes(tmp_path: Path, stage: int | None) -> None:
+    worker.run_scenario("whole", worker.scenario_settings("whole", tmp_path / "one", 1))
+    options = [] if stage is None else ["--deepspeed", CONFIGS / f"zero{stage}.json"]
+    launch(tmp_path, "whole", *options, timeout=900)
+    assert_same_run(tmp_path / "one" / "whole", tmp_path / "whole", weights_atol=5e-5)
+    names = load_file(tmp_path / "whole" / "checkpoint-00000004" / TRAINABLES).keys()
+    assert any(".mlp.down_proj." in name for name in names)
+    assert any(name.startswith("model.compressors.image.") for name in names)
+    assert not any("vision_tower" in name for name in names)

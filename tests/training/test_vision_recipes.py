@@ -18,7 +18,7 @@ from mllm.training.run import train
 from mllm.training.settings import RunSettings, read_run_settings
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-RECIPES = ("mqt_stage1", "mqt_stage2", "m3", "m3_lora", "frozen_llm_lora", "frozen_llm_mome")
+RECIPES = ("mqt_stage1", "mqt_stage2", "m3", "m3_next_anyres", "m3_lora", "frozen_llm_lora", "frozen_llm_mome")
 SPACES: dict[str, dict[str, Any]] = {
     "mqt_stage1": {"budgets": [16], "query_heads": 2},
     "mqt_stage2": {"budget_range": [2, 16, 2], "query_heads": 2},
@@ -93,7 +93,8 @@ def test_a_recipe_trains_saves_what_trains_and_loads(world: Path, tmp_path: Path
     held_llm = any(
         key.startswith("model.language_model.") and ".lora_" not in key and ".mome." not in key for key in saved
     )
-    assert held_llm == (name == "m3")
+    assert held_llm == (name in ("m3", "m3_next_anyres"))
+    assert any(key.startswith("model.newline.") for key in saved) == (name == "m3_next_anyres")
 
 
 def test_the_second_stage_starts_with_the_queries_of_the_first(world: Path, tmp_path: Path) -> None:

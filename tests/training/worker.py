@@ -54,11 +54,25 @@ ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
         "mome": AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4),
     }.items()
 }
+# The LLM itself learns, and at every step one process has a picture and the other text alone.
+WHOLE_SCENARIOS: dict[str, dict[str, Any]] = {
+    "whole": {
+        "media": ("image",),
+        "kinds": [("image",), ()],
+        "rows": 8,
+        "batches": [[row] for row in range(8)],
+        "micro_batches": 2,
+        "adapter": None,
+        "train": {"parts": ["compressors", "llm"], "learning_rate": 1e-4},
+    }
+}
+ALL_SCENARIOS = {**SCENARIOS, **ADAPTER_SCENARIOS, **WHOLE_SCENARIOS}
 
 
 def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunSettings:
     """Settings of a scenario; its micro-batches per step are shared by the processes."""
-    own = {**SCENARIOS, **ADAPTER_SCENARIOS}[name]
+    own = ALL_SCENARIOS[name]
+    train |= own.get("train", {})
     train["accumulation"] = own["micro_batches"] // num_processes
     model = tiny.settings(own["media"])
     model = replace(model, adapter=own.get("adapter", model.adapter))
@@ -68,7 +82,7 @@ def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any)
 
 def run_scenario(name: str, settings: RunSettings) -> Any:
     """Train a scenario; the trainer afterwards."""
-    own = {**SCENARIOS, **ADAPTER_SCENARIOS}[name]
+    own = ALL_SCENARIOS[name]
     trainer = make_trainer(
         settings, kinds=own["kinds"], batches=own["batches"], rows=9 if own["batches"] is None else 8
     )
