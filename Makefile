@@ -72,10 +72,11 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      time per budget beside the FLOP model, log-mel, beams, folded queries, grouped questions
+## make bench      time per budget beside the FLOP model, log-mel, input pipeline, beams, folded queries, grouped questions
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/budget_cost.py
 	$(BIN)/python benchmarks/log_mel.py
+	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/beam_decoding.py
 	$(BIN)/python benchmarks/folded_queries.py
 	$(BIN)/python benchmarks/grouped_questions.py

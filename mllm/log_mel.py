@@ -46,9 +46,14 @@ def whisper_log_mel(samples: np.ndarray, extractor: Any) -> Tensor:
             window = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np")
             return torch.from_numpy(window["input_features"][0])
         powers = _mel_powers(samples, extractor, num_frames)
-    levels = torch.full((extractor.feature_size, num_frames), math.log10(FLOOR))
-    levels[:, : powers.shape[-1]] = powers.clamp(min=FLOOR).log10()[0]
-    return (torch.maximum(levels, levels.max() - RANGE_BELS) + 4.0) / 4.0
+    levels = powers.clamp_(min=FLOOR).log10_()[0]
+    silence = torch.tensor(math.log10(FLOOR), dtype=levels.dtype)
+    # Where nothing was transformed one value stands for all.
+    loudest = levels.max() if levels.shape[1] == num_frames else torch.maximum(levels.max(), silence)
+    window = torch.empty(extractor.feature_size, num_frames)
+    for place, own in ((slice(levels.shape[1]), levels), (slice(levels.shape[1], None), silence)):
+        window[:, place] = (torch.maximum(own, loudest - RANGE_BELS) + 4.0) / 4.0
+    return window
 
 
 def _mel_powers(samples: np.ndarray, extractor: Any, num_frames: int) -> Tensor:

@@ -242,14 +242,16 @@ class LipTransform:
 
     def __call__(self, raw: Video, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
         """Raises: ValueError when a frame is smaller than the crop."""
-        frames = to_gray(raw.frames) if raw.frames.ndim == 4 else raw.frames
-        gray = self._crop(self._resize(torch.from_numpy(frames)[:, None].float() / 255), generator)
-        return (gray - self.mean) / self.std, len(gray)
+        frames = torch.from_numpy(to_gray(raw.frames) if raw.frames.ndim == 4 else raw.frames)[:, None]
+        if self.size is not None and min(frames.shape[-2:]) != self.size:
+            gray = self._crop(self._resize(frames.float() / 255), generator).clone()
+        else:
+            gray = self._crop(frames, generator).float().div_(255)  # what is cut off is never converted
+        return gray.sub_(self.mean).div_(self.std), len(gray)
 
     def _resize(self, frames: Tensor) -> Tensor:
+        assert self.size is not None
         shorter = min(frames.shape[-2:])
-        if self.size is None or shorter == self.size:
-            return frames
         size = [round(side * self.size / shorter) for side in frames.shape[-2:]]
         return torch.nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
 

@@ -135,7 +135,7 @@ def test_messages_are_plain() -> None:
     ("words", "message"),
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
-        (["data"], "there is no command 'data'; did you mean data check or data import?"),
+        (["data"], "there is no command 'data'; did you mean data check or data balance or data import?"),
         (["world", "pretrian"], "did you mean world pretrain?"),
         (["qqqqqq"], "there are train, generate, evaluate"),
         (["generate", "--model", "x"], "nothing to answer"),

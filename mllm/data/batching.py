@@ -13,10 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from mllm.data.rounds import deal, fill_rounds
 from mllm.transforms import random_generator
-
-POOL_BATCHES = 50
-"""Samples are sorted by length within shuffled pools of about this many batches: little padding, yet well mixed."""
 
 
 class SampleKey(NamedTuple):
@@ -26,13 +24,28 @@ class SampleKey(NamedTuple):
     index: int
 
 
+class Lengths(NamedTuple):
+    """The cost of each sample in tokens, which may be more than one number.
+
+    Args:
+        largest: what fills batches.
+        smallest: at the smallest budget; processes then agree there too.
+        kinds: a number per sample; samples of different numbers do not share a step.
+    """
+
+    largest: Sequence[int]
+    smallest: Sequence[int]
+    kinds: Sequence[int] | None = None
+
+
 class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
     """Batches of similar length whose padded size, rows x longest, stays within `max_tokens`.
 
-    The batches of an epoch are a function of seed and epoch. Every process gets the same number of them, of similar
-    cost within a step, and every sample is in exactly one batch of one process. Where the count does not come out even,
-    the largest batches are halved. Only when all of them hold one row is that impossible; then the last step repeats
-    earlier batches on some processes, and `num_repeated` says how many of this process's last batches are such.
+    The batches of an epoch are a function of seed and epoch. Every process gets the same number of them, of about the
+    same cost within a step (see `rounds.py`), and every sample is in exactly one batch of one process. Where the count
+    does not come out even, batches of some steps hold one row more or fewer. Only when all of them hold one row is that
+    impossible; then the last step repeats earlier batches on some processes, and `num_repeated` says how many of this
+    process's last batches are such.
 
     Iterating changes nothing: a sampler starts where `set_epoch` or `seek` put it. The number of batches may differ a
     little from epoch to epoch.
@@ -44,7 +57,7 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         seed: of the order.
         process_index: which share of each step is ours.
         num_processes: how many processes share each step.
-        shuffle: False keeps the order of the samples (and pads more).
+        shuffle: False keeps the order of the samples (and pads more, and halves batches where the count is uneven).
         endless: go on with the next epoch; the sampler then has no length.
 
     Raises:
@@ -53,7 +66,7 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | Lengths,
         *,
         max_tokens: int,
         max_rows: int | None = None,
@@ -63,7 +76,10 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         shuffle: bool = True,
         endless: bool = False,
     ) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
+        own = lengths if isinstance(lengths, Lengths) else Lengths(lengths, lengths)
+        self.lengths = np.asarray(own.largest, dtype=np.int64)
+        self.costs = np.stack([self.lengths, np.asarray(own.smallest, np.int64)])
+        self.kinds = np.zeros(len(self.lengths), np.int64) if own.kinds is None else np.asarray(own.kinds, np.int64)
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.seed = seed
@@ -72,20 +88,8 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         self.shuffle = shuffle
         self.endless = endless
         self._start = (0, 0)
-        self._planned: tuple[int, list[list[int]], int] | None = None
+        self._planned: tuple[int, list[np.ndarray] | list[list[list[int]]], int] | None = None
         self._check()
-        self._groups = [np.arange(len(self.lengths))]
-
-    def keep_apart(self, groups: Sequence[int]) -> None:
-        """Let every step, on all processes, take samples of one group only, but for the last steps of an epoch.
-
-        Args:
-            groups: of each sample its number.
-        """
-        numbers = np.asarray(groups)
-        assert len(numbers) == len(self.lengths)
-        self._groups = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
-        self._planned = None
 
     def _check(self) -> None:
         if not len(self.lengths):
@@ -102,7 +106,7 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
         """Start the next iteration in this epoch, leaving out its first `position` batches of this process."""
-        if epoch < 0 or not 0 <= position <= len(self.batches(epoch)):
+        if epoch < 0 or not 0 <= position <= self.num_rounds(epoch):
             raise ValueError(f"there is no batch {position} in epoch {epoch}")
         self._start = (epoch, position)
 
@@ -114,16 +118,22 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         if num_batches < 0:
             raise ValueError(f"num_batches must be at least 0, got {num_batches}")
         epoch = 0
-        while num_batches >= (count := len(self.batches(epoch))):
+        while num_batches >= (count := self.num_rounds(epoch)):
             num_batches -= count
             epoch += 1
         self.set_epoch(epoch, num_batches)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        for epoch, batches in self.rounds():
+            yield [SampleKey(epoch, index) for index in batches[self.process_index]]
+
+    def rounds(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """From where the next iteration starts: the epoch, and the batch of every process in a step."""
         epoch, position = self._start
         while True:
-            for batch in self.batches(epoch)[position:]:
-                yield [SampleKey(epoch, index) for index in batch]
+            planned, num_repeated = self._plan(epoch)
+            for number in range(position, len(planned)):
+                yield epoch, self._dealt(planned[number], num_repeated if number + 1 == len(planned) else 0)
             if not self.endless:
                 return
             epoch, position = epoch + 1, 0
@@ -133,59 +143,53 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         if self.endless:
             raise TypeError("an endless sampler has no length")
         epoch, position = self._start
-        return len(self.batches(epoch)) - position
+        return self.num_rounds(epoch) - position
+
+    def num_rounds(self, epoch: int) -> int:
+        """Steps of an epoch, in each of which every process has one batch."""
+        return len(self._plan(epoch)[0])
 
     @property
     def num_repeated(self) -> int:
         """How many of this process's last batches (0 or 1) repeat another's, in the epoch that comes next."""
-        self.batches(self._start[0])
-        assert self._planned is not None
-        first_repeated = self.num_processes - self._planned[2]
-        return int(self.process_index >= first_repeated)
+        return int(self.process_index >= self.num_processes - self._plan(self._start[0])[1])
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Indices of the samples in each batch of this process in an epoch."""
+    def _plan(self, epoch: int) -> tuple[list[np.ndarray] | list[list[list[int]]], int]:
+        """The rounds of an epoch, and how many batches of the last one are repeated ones."""
         if self._planned is None or self._planned[0] != epoch:
-            rounds, num_repeated = self._rounds(epoch)
-            self._planned = (epoch, [batches[self.process_index] for batches in rounds], num_repeated)
-        return self._planned[1]
+            self._planned = (epoch, *(self._shuffled(epoch) if self.shuffle else self._in_order()))
+        return self._planned[1], self._planned[2]
 
-    def _rounds(self, epoch: int) -> tuple[list[list[list[int]]], int]:
-        """One batch for every process per round, and how many batches of the last round are repeated ones."""
+    def _shuffled(self, epoch: int) -> tuple[list[np.ndarray], int]:
+        """Samples by round; what a round deals to whom is found when its turn comes."""
         chance = random_generator(self.seed, epoch, "", "batches")
-        batches: list[list[int]] = []
-        rest: list[list[int]] = []
-        for group in self._groups:
-            own = _split_to_multiple(self._filled(group, chance), self.num_processes)
-            if self.shuffle:
-                own.sort(key=lambda batch: (self._cost(batch), batch[0]))
-            whole = len(own) - len(own) % self.num_processes
-            batches += own[:whole]
-            rest += own[whole:]
-        batches += rest
+        limits = {"max_tokens": self.max_tokens, "max_rows": self.max_rows}
+        order = chance.permutation(len(self.lengths))
+        rounds, rest = fill_rounds(self.lengths, self.kinds, order, num_lanes=self.num_processes, **limits)
+        rounds = [rounds[number] for number in chance.permutation(len(rounds))]
+        if not len(rest):
+            return rounds, 0
+        repeated = np.resize(np.concatenate([*rounds, rest]), self.num_processes - len(rest))
+        return [*rounds, np.concatenate([rest, repeated])], len(repeated)
+
+    def _dealt(self, planned: np.ndarray | list[list[int]], num_repeated: int) -> list[list[int]]:
+        if isinstance(planned, list):
+            return planned
+        if num_repeated:
+            return [[index] for index in planned.tolist()]  # in order: the repeated ones last
+        return deal(planned, self.costs, self.num_processes)
+
+    def _in_order(self) -> tuple[list[list[list[int]]], int]:
+        batches = _split_to_multiple(self._fill(), self.num_processes)
         num_repeated = -len(batches) % self.num_processes
         batches += [batches[number % len(batches)] for number in range(num_repeated)]
-        rounds = [batches[i : i + self.num_processes] for i in range(0, len(batches), self.num_processes)]
-        if self.shuffle:
-            last = [rounds.pop()] if num_repeated else []
-            rounds = [rounds[number] for number in chance.permutation(len(rounds))] + last
-        return rounds, num_repeated
+        return [batches[i : i + self.num_processes] for i in range(0, len(batches), self.num_processes)], num_repeated
 
-    def _filled(self, group: np.ndarray, chance: np.random.Generator) -> list[list[int]]:
-        if not self.shuffle:
-            return self._fill(group)
-        order = group[chance.permutation(len(group))]
-        rows = max(1, int(self.max_tokens / self.lengths[group].mean()))
-        pool = POOL_BATCHES * min(rows, self.max_rows or rows)
-        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        by_length = [part[np.argsort(self.lengths[part], kind="stable")] for part in pools]
-        return [batch for part in by_length for batch in self._fill(part)]
-
-    def _fill(self, order: np.ndarray) -> list[list[int]]:
-        """Cut an order of samples into batches, each as long as the limits allow."""
+    def _fill(self) -> list[list[int]]:
+        """Cut the samples into batches, each as long as the limits allow."""
         batches: list[list[int]] = []
         longest = 0
-        for index, length in zip(order.tolist(), self.lengths[order].tolist(), strict=True):
+        for index, length in enumerate(self.lengths.tolist()):
             longest = max(longest, length)
             if batches and (len(batches[-1]) + 1) * longest <= self.max_tokens and len(batches[-1]) != self.max_rows:
                 batches[-1].append(index)
@@ -193,9 +197,6 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
                 batches.append([index])
                 longest = length
         return batches
-
-    def _cost(self, batch: list[int]) -> int:
-        return len(batch) * int(self.lengths[batch].max())
 
 
 def _split_to_multiple(batches: list[list[int]], num_processes: int) -> list[list[int]]:

@@ -123,17 +123,24 @@ def decoding(path: str) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        raise MediaError("corrupt", path, "the decoder could not read the file") from error
+        raise _corrupt(path) from error
+
+
+def _corrupt(path: str) -> MediaError:
+    return MediaError("corrupt", path, "the decoder could not read the file")
 
 
 def guarded(path: str, items: Iterator[Item]) -> Iterator[Item]:
     """The items of a decoder, each step of it under `decoding`; the caller's own code between the steps is not."""
     while True:
-        with decoding(path):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
+        try:  # `decoding` written out: its entry and exit cost as much as decoding a small frame
+            item = next(items)
+        except StopIteration:
+            return
+        except MediaError:
+            raise
+        except Exception as error:
+            raise _corrupt(path) from error
         yield item
 
 

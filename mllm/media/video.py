@@ -27,6 +27,12 @@ Backend = Literal["pyav", "decord"]
 VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
 DECORD_CHUNK_FRAMES = 32
 """Frames decord decodes between two looks at the clock."""
+_LUMA_FIRST = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "gray", "nv12")
+"""Pixel layouts of 8 bits whose first plane is the brightness."""
+_ITU_601 = (2, 5, 6)
+"""FFmpeg's numbers of its colour matrices: none stated, which is decoded as 601, and its two names for 601."""
+_FULL_RANGE = 2
+_TO_FULL_RANGE = bytes(min(max(round((value - 16) * 255 / 219), 0), 255) for value in range(256))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +107,9 @@ def load_video(
     and reports their mean rate; a `FrameSampling` takes a few frames of the whole, and only those are kept in memory.
 
     A rotation in the file's header is applied when it is a multiple of 90 degrees; pixels are taken as square.
-    Grey is the ITU-R 601 luma of the RGB frame, as Pillow's mode "L".
+    Grey is the ITU-R 601 luma. PyAV takes it from the file, which holds it as a plane of its own unless its colours are
+    of another standard, and brings it to 0..255; otherwise, and by decord, it is that of the RGB frame, as Pillow's
+    mode "L". The two differ by 1 where nothing has a colour, and by more where a colour is beyond RGB and was cut off.
 
     Raises:
         ValueError: an unknown backend, a rate that is not above 0, or fewer frames in the file than are to be taken.
@@ -120,8 +128,8 @@ def load_video(
         _check_clip(name, file)
         plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
         file.seek(0)
-        frames = _READERS[backend](name, file, plan, limits)
-        return Video(_gather(name, frames, plan, gray, limits, deadline), plan.frames_per_second)
+        frames = _READERS[backend](name, file, plan, limits, gray)
+        return Video(_gather(name, frames, plan, limits, deadline), plan.frames_per_second)
 
 
 def stream_video(
@@ -143,19 +151,20 @@ def stream_video(
         file.seek(0)
         uses = Counter(plan.indices)
         number = -1
-        for number, frame in enumerate(guarded(name, _pyav_frames(name, file, plan, limits))):
+        for number, frame in enumerate(guarded(name, _pyav_frames(name, file, plan, limits, gray=False))):
             deadline.check()
             yield from repeat(frame, uses[number])
         if number + 1 != plan.num_frames:
             raise MediaError("corrupt", name, "the decoder found another number of frames than the file states")
 
 
-def nearest_frame(times: Sequence[int], target: Fraction) -> int:
-    """Index of the time nearest to the target, the earlier one of two equally near; `times` never decrease."""
-    right = bisect_left(times, target)
+def nearest_frame(times: Sequence[int], above: int, below: int) -> int:
+    """Index of the time nearest to above / below, the earlier one of two equally near; `times` never decrease."""
+    # Whole numbers, since comparing fractions takes longer than decoding a small frame.
+    right = bisect_left(times, -(-above // below))
     if right == 0 or right == len(times):
         return max(right - 1, 0)
-    return right - 1 if target - times[right - 1] <= times[right] - target else right
+    return right - 1 if above - times[right - 1] * below <= times[right] * below - above else right
 
 
 def _check_clip(name: str, file: BinaryIO) -> None:
@@ -185,7 +194,8 @@ def _plan(
                 if packet.is_corrupt or packet.pts is None:
                     raise MediaError("corrupt", name, "the file is cut off, or a frame has no timestamp")
                 stamps.append((packet.pts, packet.duration or 0))
-                _check_length(name, Fraction(0), len(stamps), limits)
+                if len(stamps) > limits.video_frames:
+                    _check_length(name, Fraction(0), len(stamps), limits)
         if not stamps:
             raise MediaError("empty", name, "the file holds no video frames")
         if len(stamps) < stream.frames and "mp4" in container.format.name:
@@ -219,11 +229,13 @@ def _plan_of(
     count = max(1, round(span * rate))
     _check_length(name, Fraction(0), count, limits)
     step = 1 / (rate * stream.time_base)
-    return FramePlan(len(times), tuple(nearest_frame(times, k * step) for k in range(count)), frames_per_second)
+    nearest = (nearest_frame(times, k * step.numerator, step.denominator) for k in range(count))
+    return FramePlan(len(times), tuple(nearest), frames_per_second)
 
 
-def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits) -> Iterator[np.ndarray]:
-    """Every frame of the file in the order shown, (H, W, 3), turned upright; frames the plan leaves out as well.
+def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
+    """Every frame of the file in the order shown, (H, W, 3) or grey (H, W), turned upright; frames the plan leaves out
+    as well.
 
     The n-th frame shown belongs to the n-th smallest timestamp. A frame's own timestamp is not used: in AVI files it
     is guessed from the order of storage and wrong for reordered frames.
@@ -236,11 +248,26 @@ def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits
             _check_size(name, frame.width, frame.height, limits)
             if frame.rotation % 90:
                 raise MediaError("unsupported", name, "the rotation in the header is not a multiple of 90 degrees")
-            shown = reformatter.reformat(frame, format="rgb24")
-            yield np.rot90(shown.to_ndarray(), frame.rotation // 90)
+            shown = _luma_plane(frame) if gray else None
+            if shown is None:
+                shown = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                shown = to_gray(shown) if gray else shown
+            yield np.rot90(shown, frame.rotation // 90) if frame.rotation else shown
 
 
-def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits) -> Iterator[np.ndarray]:
+def _luma_plane(frame: Any) -> np.ndarray | None:
+    """The brightness (H, W) that a frame holds beside its colours; None where it is not ITU-R 601's."""
+    if frame.format.name not in _LUMA_FIRST or frame.colorspace not in _ITU_601:
+        return None
+    plane = frame.planes[0]
+    values = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+    is_full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    if is_full:
+        return values
+    return np.frombuffer(values.tobytes().translate(_TO_FULL_RANGE), np.uint8).reshape(values.shape)
+
+
+def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
     """The same frames by decord, which turns them upright itself and reads the whole file into memory first."""
     reader = _import_decord().VideoReader(file, num_threads=1)
     if len(reader) != plan.num_frames:
@@ -249,7 +276,8 @@ def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimi
         # decord 0.6 hands out the padding of narrow rows as pixels (16, 24, 48 and 72 wide).
         raise MediaError("unsupported", name, "decord cannot read frames of this width: use pyav")
     for start in range(0, plan.num_frames, DECORD_CHUNK_FRAMES):
-        yield from reader.get_batch(range(start, min(start + DECORD_CHUNK_FRAMES, plan.num_frames))).asnumpy()
+        frames = reader.get_batch(range(start, min(start + DECORD_CHUNK_FRAMES, plan.num_frames))).asnumpy()
+        yield from to_gray(frames) if gray else frames
 
 
 def _import_decord() -> Any:
@@ -265,14 +293,13 @@ _CODECS = {"pyav": VIDEO_CODECS, "decord": tuple(codec for codec in VIDEO_CODECS
 
 
 def _gather(
-    name: str, frames: Iterator[np.ndarray], plan: FramePlan, gray: bool, limits: MediaLimits, deadline: Deadline
+    name: str, frames: Iterator[np.ndarray], plan: FramePlan, limits: MediaLimits, deadline: Deadline
 ) -> np.ndarray:
     """Put the planned frames into one array, which is allocated once, after its size has been checked."""
     gathered: np.ndarray | None = None
     number, position = -1, 0
     for number, frame in enumerate(guarded(name, frames)):
         deadline.check()
-        frame = to_gray(frame) if gray else frame
         if gathered is None:
             if frame.nbytes * len(plan.indices) > limits.video_decoded_bytes:
                 raise MediaError("limit", name, f"the frames take more than {limits.video_decoded_bytes} bytes")
@@ -289,8 +316,8 @@ def _gather(
 
 def to_gray(frame: np.ndarray) -> np.ndarray:
     """ITU-R 601 luma of RGB frames, (..., 3) to (...) uint8, by the integer weights of Pillow's mode "L"."""
-    weights = np.array([19595, 38470, 7471], dtype=np.uint32)
-    return ((frame @ weights + 0x8000) >> 16).astype(np.uint8)
+    red, green, blue = (frame[..., channel].astype(np.uint32) for channel in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
 
 
 def _check_size(name: str, width: int, height: int, limits: MediaLimits) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
-from mllm.data.batching import TokenBucketBatchSampler
+from mllm.data.batching import Lengths, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
@@ -24,6 +24,7 @@ from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey
+from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms import MixNoise
 
 QUARANTINE = "quarantine-{rank}.jsonl"
@@ -52,8 +53,7 @@ def train_loader(
     surveyed: Survey,
     *,
     settings: DataSettings,
-    processor: ElasticProcessor,
-    budgets: Sequence[Budget],
+    encode: Callable[..., dict[str, Any]],
     run: Path,
     seed: int,
     lanes: dict[str, int],
@@ -62,24 +62,30 @@ def train_loader(
 
     Args:
         data: the samples and how their media are loaded.
-        budgets: the extremes of what is drawn; a sample that cannot meet one of them is left out.
+        encode: samples and their media to a batch, see `encode`; a sample that it refuses is left out.
         run: the run folder; what is left out is listed there.
         lanes: `process_index`, `num_processes` and `accumulation`.
     """
-    batches = RoundBatches(
-        surveyed.tokens,
-        max_tokens=settings.tokens_per_batch,
-        max_rows=settings.max_rows,
-        seed=seed,
-        groups=media_groups(data.samples) if settings.group_by_media else None,
-        **lanes,
-    )
+    batches = round_batches(data.samples, surveyed, settings=settings, seed=seed, lanes=lanes)
     quarantine = Quarantine(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
-    own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
-    collator = Collator(own, quarantine=quarantine)
+    collator = Collator(encode, quarantine=quarantine)
     return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+
+
+def round_batches(
+    samples: Sequence[Sample], surveyed: Survey, *, settings: DataSettings, seed: int, lanes: dict[str, int]
+) -> RoundBatches:
+    """Which samples are in which micro-batch of this process; see `train_loader`."""
+    kinds = media_groups(samples) if settings.group_by_media else None
+    return RoundBatches(
+        Lengths(surveyed.tokens, surveyed.smallest, kinds),
+        max_tokens=settings.tokens_per_batch,
+        max_rows=settings.max_rows,
+        seed=seed,
+        **lanes,
+    )
 
 
 def validation_loader(
@@ -115,12 +121,14 @@ def loading(
     augmented: bool,
     budgets: Sequence[Budget] = (),
     remembered_files: int = 0,
+    watch: Stopwatch | None = None,
 ) -> Callable[..., list[LoadedMedia]]:
     """What loads the media of a sample; changed by chance where the settings say so.
 
     Args:
         budgets: what samples will be asked at; pictures that are cut into tiles are cut as these ask.
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
+        watch: takes the time.
 
     Raises:
         ValueError: noise that is silent.
@@ -128,7 +136,7 @@ def loading(
     reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
-    return partial(processor.load_media, loader=reader, augmentation=augmentation, budgets=tuple(budgets))
+    return TimedLoad(processor, reader, watch or Stopwatch(), augmentation=augmentation, budgets=tuple(budgets))
 
 
 def build_augmentation(settings: DataSettings) -> Augmentation:
@@ -149,11 +157,12 @@ def build_augmentation(settings: DataSettings) -> Augmentation:
 
 
 def media_groups(samples: Sequence[Sample]) -> list[int]:
-    """Of each sample a number that it shares with those that have the same media."""
-    numbers: dict[tuple[str, ...], int] = {}
-    return [
-        numbers.setdefault(tuple(sorted({part.medium for part in sample.media})), len(numbers)) for sample in samples
-    ]
+    """Of each sample a number that it shares with those that have the same media: as many pictures, and sound or video
+    or neither."""
+    numbers: dict[tuple[int, ...], int] = {}
+    kinds = [[part.medium for part in sample.media] for sample in samples]
+    keys = [(own.count("image"), "audio" in own, "video" in own) for own in kinds]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def encode(
@@ -163,22 +172,26 @@ def encode(
     processor: ElasticProcessor,
     budgets: Sequence[Budget],
     max_sample_tokens: int | None = None,
+    watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
-    """A micro-batch, once it is sure that every row can meet the budgets.
+    """A micro-batch, once it is sure that every row can meet the budgets, and the seconds it took by `watch`.
 
     Args:
+        budgets: the extremes of what is drawn.
         max_sample_tokens: where longer rows are cut, every medium at its largest budget; see `Row.cut`.
+        watch: has the time of loading.
 
     Raises:
         ValueError: a row that cannot, such as a clip too short for a rate, that the LLM cannot read whole, or whose cut
             would lose a medium; the sample is named.
     """
-    batch = processor.batch(samples, media, for_training=True)
-    if max_sample_tokens is not None:
-        placeholders = frozenset(processor.placeholder_ids.values())
-        rows = [row.cut(max_sample_tokens, processor.space, placeholders) for row in batch.rows]
-        batch = replace(batch, rows=rows)
-    for row in batch.rows:
-        for budget in budgets:
-            check_length(row, row.costs(budget, processor.space), processor.context_tokens)
-    return {"batch": batch}
+    with (watch or Stopwatch()).measure("collate"):
+        batch = processor.batch(samples, media, for_training=True)
+        if max_sample_tokens is not None:
+            placeholders = frozenset(processor.placeholder_ids.values())
+            rows = [row.cut(max_sample_tokens, processor.space, placeholders) for row in batch.rows]
+            batch = replace(batch, rows=rows)
+        for row in batch.rows:
+            for budget in budgets:
+                check_length(row, row.costs(budget, processor.space), processor.context_tokens)
+    return {"batch": batch} if watch is None else {"batch": batch, "seconds": watch.take()}

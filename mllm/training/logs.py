@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.training.passes import Lesson
+from mllm.training.throughput import bottleneck
 
 LOG = "log.jsonl"
 logger = logging.getLogger(__name__)
@@ -103,20 +104,25 @@ def _gather(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 
 class RunLog(TrainerCallback):
-    """Writes every report to `log.jsonl` and, where it is installed, to tensorboard; only on the main process.
+    """Writes every report to `log.jsonl` and, where it is installed, to tensorboard; only on the main process. At the
+    end it says where the time went.
 
     A resumed run first drops the rows beyond the step it resumes from, so that every step stands there once.
     """
 
-    def __init__(self, run: Path, *, tensorboard: bool) -> None:
+    def __init__(self, run: Path, *, tensorboard: bool, num_workers: int = 0) -> None:
         self.run = run
         self.tensorboard = tensorboard
+        self.num_workers = num_workers
+        self.paces: list[dict[str, float]] = []
+        self.reported_step = 0
         self.writer: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
+            self.reported_step = state.global_step
             _drop_rows_after(self.run / LOG, state.global_step)
             self.writer = _tensorboard_writer(self.run, state.global_step) if self.tensorboard else None
 
@@ -130,6 +136,9 @@ class RunLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        if "seconds/waiting" in logs:
+            self.paces.append({**logs, "steps": state.global_step - self.reported_step})
+            self.reported_step = state.global_step
         with (self.run / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if self.writer is not None:
@@ -139,6 +148,8 @@ class RunLog(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if line := bottleneck(self.paces, self.num_workers):
+            logger.info("%s", line)
         if self.writer is not None:
             self.writer.close()
             self.writer = None

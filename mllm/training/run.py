@@ -11,11 +11,13 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import nn
+from tqdm.auto import tqdm
 
 from mllm.adapters.members import Members
 from mllm.budget import Budget, Space
@@ -29,22 +31,17 @@ from mllm.trainables import set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.features import (
-    REMEMBERED_FILES,
-    FeatureDataset,
-    FeatureStore,
-    claim,
-    features_fingerprint,
-    fill_store,
-    pass_features_through,
-)
+from mllm.training.feature_building import filled_store
+from mllm.training.feature_store import FeatureStore
+from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
-from mllm.training.loaders import loading, read_samples, train_loader, validation_loader
+from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.settings import DataSettings, RunSettings, settings_yaml
 from mllm.training.start import start_from
 from mllm.training.survey import Survey, survey
+from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 
 SETTINGS = "settings.yaml"
@@ -114,17 +111,23 @@ def build_trainer(
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     check_members(samples, draws, processor.members)
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
+    watch = Stopwatch()
     if data.features is None:
-        load = loading(data, processor, augmented=True, budgets=extremes(draws))
+        load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed)
     else:
-        rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples))
+        rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples), watch)
     batches = train_loader(
         rows,
         surveyed,
         settings=data,
-        processor=processor,
-        budgets=extremes(draws),
+        encode=partial(
+            encode,
+            processor=processor,
+            budgets=extremes(draws),
+            max_sample_tokens=data.max_sample_tokens,
+            watch=watch,
+        ),
         run=run,
         seed=settings.train.seed,
         lanes={
@@ -151,32 +154,6 @@ def build_trainer(
     return trainer
 
 
-def make_features(settings: RunSettings, *, rank: int = 0, num_ranks: int = 1) -> FeatureStore:
-    """Make a share of the features a run reads, without training; any number of processes may each make theirs.
-
-    Raises:
-        ValueError: see `claim` and `fill_store`.
-    """
-    model, processor = build(settings.model)
-    set_trainables(model, settings.parts)  # what is frozen stands in eval mode
-    samples = read_samples(settings.data.train, settings.data)
-    return _filled_store(settings, model, processor, samples, rank=rank, num_ranks=num_ranks)
-
-
-def _filled_store(
-    settings: RunSettings, model: Any, processor: ElasticProcessor, samples: list[Sample], *, rank: int, num_ranks: int
-) -> FeatureStore:
-    own = settings.data.features
-    assert own is not None
-    sizes = {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
-    store = FeatureStore(Path(own.folder), sizes, own.versions, own.seed)
-    if rank == 0:
-        claim(store.folder, features_fingerprint(model.config, processor, settings.data))
-    load = loading(settings.data, processor, augmented=True, remembered_files=REMEMBERED_FILES)
-    fill_store(store, model, samples, load, rank=rank, num_ranks=num_ranks, progress=settings.train.progress)
-    return store
-
-
 def _features(
     settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
 ) -> FeatureStore:
@@ -184,10 +161,17 @@ def _features(
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
     ranks = {"rank": arguments.process_index, "num_ranks": arguments.world_size}
-    store = _filled_store(settings, model.to(arguments.device), processor, samples, **ranks)
+    with tqdm(desc="encoding", disable=not settings.train.progress or arguments.process_index > 0) as bar:
+
+        def note(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model.to(arguments.device)
+        store, form = filled_store(settings, model, processor, samples, **ranks, progress=note)
     PartialState().wait_for_everyone()
     store.read_index()
-    pass_features_through(model)
+    pass_features_through(model, form.pooled)
     return store
 
 

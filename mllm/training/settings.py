@@ -31,6 +31,11 @@ class FeatureSettings:
     """Differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
     seed: int = 0
     """Of their augmentation, in place of train.seed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How they are kept; bfloat16 takes half the space and rounds to 3 digits."""
+    pooled: list[Literal["audio", "video"]] = field(default_factory=list)
+    """Media with compressor `pool` that are kept averaged at the largest rate all trained ones are multiples of: a
+    quarter of the space for /4 and /16, and the same soft tokens."""
 
     def __post_init__(self) -> None:
         _at_least("data.features.versions", self.versions, 1)
@@ -76,8 +81,9 @@ class DataSettings:
     """A longer sample is cut there, counted with every medium at its largest budget, as LLaVA cuts at 2048. Media are
     never cut: a sample with one behind this point is left out. Nothing is cut when left out."""
     group_by_media: bool = False
-    """Every step takes samples with the same media only (but for the last ones of an epoch), as LLaVA parts samples
-    with a picture from those without."""
+    """Every step takes samples with the same media only, as many pictures included (but for the last ones of an epoch),
+    as LLaVA parts samples with a picture from those without. Then processes cost the same at small budgets too; see
+    `mllm data balance`."""
     max_unsupervised_fraction: float = 0.01
     """A run does not start when more than this share of its samples has no target token."""
     num_workers: int = 2

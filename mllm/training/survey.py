@@ -1,6 +1,6 @@
 """What is known of the samples before training: how many tokens each costs, and whether there is anything to learn.
 
-Knows conversations, headers of media files and the largest budget. Does not decode, and does not know batches.
+Knows conversations, headers of media files and budgets. Does not decode, and does not know batches.
 
 The whole data set is looked at once, by the main process; the result is kept beside the run, so that a resumed run
 starts at once.
@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mllm.budget import Amount, Extent
+from mllm.budget import Amount, Budget, Extent, Space
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Sample
+from mllm.expansion import Row, Run
 from mllm.media import MediaError, resolve_media
 from mllm.media.image import header_pixels
 from mllm.media.lengths import header_seconds
@@ -37,10 +38,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Survey:
-    """Per sample its tokens at the largest budgets, and how many of them are targets."""
+    """Per sample its tokens at the largest budgets and at the smallest, and how many of them are targets."""
 
     tokens: list[int]
     targets: list[int]
+    smallest: list[int]
 
     def check(self, samples: Sequence[Sample], *, max_tokens: int, max_unsupervised_fraction: float) -> None:
         """Log what was found, and refuse data that would train nothing, or that no batch can hold.
@@ -60,6 +62,46 @@ class Survey:
                 f"up to {max(long)[0]} tokens (sample {max(long)[1]!r}); raise it, or cut them with "
                 "data.max_sample_tokens"
             )
+
+
+@dataclass(frozen=True)
+class Looked:
+    """One sample: tokens of its text, how many tokens are targets, and its media as far as headers tell."""
+
+    text_tokens: int
+    targets: int
+    extents: tuple[Extent, ...]
+
+    def tokens(self, budget: Budget, space: Space) -> int:
+        """All tokens at a budget; a medium it does not name is at its largest, one too short for it counts one."""
+        row = Row("", (), (), tuple(Run(extent, 0) for extent in self.extents))
+        try:
+            soft = sum(max(cost.tokens, 1) for cost in row.costs(budget, space))
+        except ValueError:  # too short for its budgets: found and left out when it is loaded
+            soft = sum(_soft(own, budget.amounts.get(own.medium, Amount("max")), space) for own in self.extents)
+        return max(self.text_tokens + soft, 1)  # a cut through media leaves less: refused when it is loaded
+
+
+def look_all(
+    samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None = None
+) -> list[Looked]:
+    """Every sample, without decoding anything.
+
+    Raises:
+        ValueError: see `survey`.
+    """
+    found: list[Looked] = []
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        for sample, (ids, targets) in zip(chunk, _counts(chunk, processor.chat), strict=True):
+            found.append(_look(sample, ids, targets, processor, max_sample_tokens))
+    return found
+
+
+def survey_of(looked: Sequence[Looked], space: Space) -> Survey:
+    """The survey of samples that have been looked at."""
+    largest, smallest = ([one.tokens(at, space) for one in looked] for at in (space.largest(), space.smallest()))
+    return Survey(largest, [one.targets for one in looked], smallest)
 
 
 def target_report(ids: Sequence[str], targets: Sequence[int]) -> str:
@@ -119,13 +161,7 @@ def survey(
         logger.info("first look: %s", target_report([sample.id for sample in first], targets))
         check_targets([sample.id for sample in first], targets, max_unsupervised_fraction)
     started = time.perf_counter()
-    result = Survey([], [])
-    for start in range(0, len(samples), CHUNK):
-        chunk = samples[start : start + CHUNK]
-        for sample, (ids, targets) in zip(chunk, _counts(chunk, processor.chat), strict=True):
-            tokens, targets = _of_sample(sample, ids, targets, processor, max_sample_tokens)
-            result.tokens.append(tokens)
-            result.targets.append(targets)
+    result = survey_of(look_all(samples, processor, max_sample_tokens), processor.space)
     logger.info("surveyed %.0f samples per second", len(samples) / max(time.perf_counter() - started, 1e-9))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -165,17 +201,18 @@ def _counts(samples: Sequence[Sample], chat: ChatEncoder) -> list[tuple[int, int
         raise
 
 
-def _of_sample(
+def _look(
     sample: Sample, num_ids: int, num_targets: int, processor: ElasticProcessor, max_sample_tokens: int | None
-) -> tuple[int, int]:
-    """Tokens and targets of a sample, cut where it is too long."""
-    soft = [_most_tokens(part, sample, processor) for part in sample.media]
-    tokens = num_ids - len(soft) + sum(soft)
-    if max_sample_tokens is None or tokens <= max_sample_tokens:
-        return tokens, num_targets
+) -> Looked:
+    """What is known of a sample, cut where it is too long."""
+    extents = extents_of(sample, processor)
+    looked = Looked(num_ids - len(extents), num_targets, extents)
+    beyond = looked.tokens(processor.space.largest(), processor.space) - (max_sample_tokens or 0)
+    if max_sample_tokens is None or beyond <= 0:
+        return looked
     prompt = processor.chat(sample.messages)
-    last = len(prompt.ids) - (tokens - max_sample_tokens)
-    return max_sample_tokens, sum(label != IGNORED_LABEL for label in prompt.labels[: max(last, 0)])
+    last = max(len(prompt.ids) - beyond, 0)
+    return Looked(looked.text_tokens - beyond, sum(label != IGNORED_LABEL for label in prompt.labels[:last]), extents)
 
 
 def _some(ids: Sequence[str]) -> str:
@@ -183,20 +220,27 @@ def _some(ids: Sequence[str]) -> str:
     return f"{shown} and {len(ids) - MAX_SHOWN} more" if len(ids) > MAX_SHOWN else shown
 
 
-def _most_tokens(part: Media, sample: Sample, processor: ElasticProcessor) -> int:
-    """Soft tokens of one medium at its largest budget; at least one."""
+def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...]:
+    """The media of a sample as far as headers tell."""
+    return tuple(_extent(part, sample, processor) for part in sample.media)
+
+
+def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
     if part.medium == "image" and space.tiling is not None:
-        extent = processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
-    elif facts.grid is not None:
+        return processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
+    if facts.grid is not None:
         frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
-        extent = Extent(part.medium, grid=facts.grid, num_pictures=frames)
-    else:
-        assert facts.frames_per_second is not None
-        frames = round(_seconds(part, sample) * facts.frames_per_second)
-        extent = Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+        return Extent(part.medium, grid=facts.grid, num_pictures=frames)
+    assert facts.frames_per_second is not None
+    frames = round(_seconds(part, sample) * facts.frames_per_second)
+    return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+
+
+def _soft(extent: Extent, amount: Amount, space: Space) -> int:
+    """Soft tokens of one medium; at least one."""
     try:
-        return max(space.cost(Amount("max"), extent).tokens, 1)
+        return max(space.media[extent.medium].cost(amount, extent).tokens, 1)
     except ValueError:  # too short for its budgets: found and left out when it is loaded
         return 1
 
@@ -237,6 +281,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _read(kept: Path, key: str) -> Survey | None:
     try:
         values = json.loads(kept.read_text(encoding="utf-8"))
-        return Survey(values["tokens"], values["targets"]) if values["key"] == key else None
+        return Survey(values["tokens"], values["targets"], values["smallest"]) if values["key"] == key else None
     except (OSError, ValueError, KeyError):
         return None

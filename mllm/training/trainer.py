@@ -10,7 +10,7 @@ Every random number of a step is a function of (seed, step, micro-batch, process
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,10 +33,11 @@ from mllm.trainables import trainable_names
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
-from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
+from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
 from mllm.training.objective import Distillation, Loss, objective, sink, with_auxiliary
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
 from mllm.training.passes import Lesson, drawn_passes, fixed_passes, make_lesson, num_targets
+from mllm.training.throughput import Pace, mean_of
 
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
 """Metrics of answers by name; called on every process, with the model in eval mode."""
@@ -85,7 +86,8 @@ class ElasticTrainer(Trainer):
         tensorboard: bool = False,
     ) -> None:
         had_cache = "use_cache" in vars(model.config)
-        callbacks = [RunLog(args.run, tensorboard=tensorboard), RunFlow(validates=validation is not None)]
+        log = RunLog(args.run, tensorboard=tensorboard, num_workers=batches.num_workers)
+        callbacks = [log, RunFlow(validates=validation is not None)]
         super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
             delattr(model.config, "use_cache")
@@ -100,6 +102,7 @@ class ElasticTrainer(Trainer):
         self.names: list[list[str]] = []
         self.tally = Tally()
         self.experts = ExpertUsage()
+        self.pace = Pace([model.model.tower(medium) for medium in model.model.compressors])
         self._reported_step = 0
         self._micro_batch = (-1, 0)
 
@@ -115,6 +118,12 @@ class ElasticTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The micro-batches of this process; they are split over processes already."""
         return self.batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step; the wait for them is taken."""
+        return super().get_batch_samples(self.pace.batches(epoch_iterator), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Target tokens of the optimizer step: over its micro-batches and all processes, once per token."""
@@ -133,7 +142,8 @@ class ElasticTrainer(Trainer):
         self._micro_batch = (step, micro_batch)
         seed_of = np.random.SeedSequence([self.args.seed, step, micro_batch, self.args.process_index])
         torch.manual_seed(int(seed_of.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        return super().training_step(model, inputs, num_items_in_batch)
+        with self.pace.watch.measure("step"):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -234,7 +244,9 @@ class ElasticTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report, with the losses per budget and the costs since the last report where it is one of training."""
         if "loss" in logs:
-            logs |= self.tally.report(self.accelerator, self.state.global_step - self._reported_step)
+            steps = self.state.global_step - self._reported_step
+            logs |= self.tally.report(self.accelerator, steps)
+            logs |= mean_of(gather_json(self.accelerator, self.pace.take()), steps)
             self.tally, self._reported_step = Tally(), self.state.global_step
             if (self.elastic.config.adapter or {}).get("kind") == "mome":
                 self.experts.report(self.accelerator, self.state.global_step, self.args.run)

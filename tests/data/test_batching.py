@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from mllm.data.batching import SampleKey, TokenBucketBatchSampler
+from mllm.data.batching import Lengths, SampleKey, TokenBucketBatchSampler
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, 500).tolist()
 
@@ -43,6 +43,64 @@ def test_shuffled_batches_pad_little_and_are_full() -> None:
     (in_order,) = epoch_of(0, lengths=LENGTHS, max_tokens=2_000, shuffle=False)
     assert list(itertools.chain(*in_order)) == list(range(500))
     assert len(in_order) > len(batches)
+
+
+def clips(count: int, chance: np.random.Generator) -> list[np.ndarray]:
+    """Tokens of audio-visual clips of 0.5 to 6 seconds in three tasks, at the four pairs of rates of the papers."""
+    seconds, kind = np.clip(chance.lognormal(0.75, 0.6, count), 0.5, 6), chance.integers(0, 3, count)
+    text = 12 + np.maximum(1, 3.2 * seconds + chance.normal(0, 1, count)).astype(int)
+    sound, lips = np.where(kind != 1, seconds * 50, 0).astype(int), np.where(kind != 0, seconds * 25, 0).astype(int)
+    return [text + sound // audio + lips // video for audio, video in ((4, 2), (4, 5), (16, 2), (16, 5))]
+
+
+def conversations(count: int, chance: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """Tokens of picture conversations with a long tail, and longer ones without a picture, at 576 to 1 tokens."""
+    text, pictures = np.clip(chance.lognormal(5, 0.8, count), 20, 1_400).astype(int), chance.random(count) > 0.06
+    text = np.where(pictures, text, np.clip(3 * text, 50, 1_900))
+    return [text + np.where(pictures, most, 0) for most in (576, 144, 36, 9, 1)], pictures.astype(int)
+
+
+def imbalance(batches: list[list[list[int]]], costs: np.ndarray) -> float:
+    """Time of an epoch in which every step takes as long as its fullest process, over that of even processes."""
+    sums = np.array([[costs[batch].sum() for batch in of_process] for of_process in batches])
+    return sums.max(axis=0).sum() / sums.mean(axis=0).sum()
+
+
+@pytest.mark.parametrize("num_processes", [2, 8])
+def test_processes_cost_the_same_at_every_budget(num_processes: int) -> None:
+    settings = {"max_tokens": 4_096, "max_rows": 64, "num_processes": num_processes}
+    costs = clips(8_000, np.random.default_rng(0))
+    batches = epoch_of(0, lengths=Lengths(costs[0], costs[-1]), **settings)
+    assert max(imbalance(batches, own) for own in costs) < 1.05
+    costs, kinds = conversations(8_000, np.random.default_rng(0))
+    batches = epoch_of(0, lengths=Lengths(costs[0], costs[-1], kinds), **settings)
+    assert max(imbalance(batches, own) for own in costs) < 1.05
+    assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(8_000))
+    mixed = [step for step in zip(*batches, strict=True) if len({kinds[i] for batch in step for i in batch}) > 1]
+    assert len(mixed) <= 1
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_any_lengths_are_dealt_out_once_and_within_the_limits(case: int) -> None:
+    chance = np.random.default_rng(case)
+    count, num_processes = int(chance.integers(1, 120)), int(chance.integers(1, 9))
+    lengths = np.clip(chance.lognormal(3, 1.2, count), 1, 400).astype(int)
+    limits = {"max_tokens": int(lengths.max() * chance.uniform(1, 6)), "max_rows": [None, 1, 2, 7][case % 4]}
+    kinds = chance.integers(0, 1 + case % 3, count)
+    samples = Lengths(lengths, np.minimum(lengths, 20), kinds)
+    batches = epoch_of(case % 5, lengths=samples, num_processes=num_processes, **limits)
+    assert len({len(of_process) for of_process in batches}) == 1
+    own = []
+    for index, of_process in enumerate(batches):
+        sampler = TokenBucketBatchSampler(samples, process_index=index, num_processes=num_processes, **limits)
+        sampler.set_epoch(case % 5)
+        own += of_process[: len(of_process) - sampler.num_repeated]
+    assert sorted(itertools.chain(*own)) == list(range(count))
+    flat = list(itertools.chain(*batches))
+    assert all(1 <= len(batch) <= (limits["max_rows"] or count) for batch in flat)
+    assert all(len(batch) * lengths[batch].max() <= limits["max_tokens"] for batch in flat)
+    if own != flat:  # repeated only where no batch could give one of its rows away
+        assert all(len(batch) == 1 for batch in flat)
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -104,9 +162,10 @@ def test_uneven_batches_are_halved_rather_than_repeated() -> None:
     assert TokenBucketBatchSampler([10] * 9, max_tokens=30, num_processes=2).num_repeated == 0
 
 
-def test_the_epoch_travels_with_the_sample_through_a_loader() -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_epoch_travels_with_the_sample_through_a_loader(num_workers: int) -> None:
     sampler = TokenBucketBatchSampler([1] * 6, max_tokens=2, endless=True)
-    loader = DataLoader(Keys(), batch_sampler=sampler, collate_fn=list)
+    loader = DataLoader(Keys(), batch_sampler=sampler, collate_fn=list, num_workers=num_workers)
     seen = Counter(key for batch in itertools.islice(loader, 6) for key in batch)
     assert seen == Counter(SampleKey(epoch, index) for epoch in (0, 1) for index in range(6))
 
@@ -141,19 +200,9 @@ def test_settings_that_make_no_sense() -> None:
 @pytest.mark.parametrize("num_processes", [1, 4])
 def test_groups_that_are_kept_apart_share_no_step_but_the_last_ones(num_processes: int) -> None:
     groups = [index % 5 == 0 for index in range(len(LENGTHS))]
-    samplers = []
-    for process in range(num_processes):
-        sampler = TokenBucketBatchSampler(
-            LENGTHS, max_tokens=800, max_rows=6, num_processes=num_processes, process_index=process
-        )
-        sampler.keep_apart(groups)
-        samplers.append(sampler)
-    steps = list(zip(*(sampler.batches(0) for sampler in samplers), strict=True))
-    mixed = [len({groups[index] for batch in step for index in batch}) > 1 for step in steps]
-    assert all(len({groups[index] for index in batch}) == 1 for step in steps for batch in step)
+    settings = {"lengths": Lengths(LENGTHS, LENGTHS, groups), "max_tokens": 800, "max_rows": 6}
+    batches = epoch_of(0, num_processes=num_processes, **settings)
+    mixed = [len({groups[index] for batch in step for index in batch}) > 1 for step in zip(*batches, strict=True)]
     assert sum(mixed) <= 2
-    seen = [index for step in steps for batch in step for index in batch]
-    repeated = sum(sampler.num_repeated for sampler in samplers)
-    assert set(seen) == set(range(len(LENGTHS)))
-    assert len(seen) == len(LENGTHS) or repeated
-    assert samplers[0].batches(1) != samplers[0].batches(0)
+    assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(len(LENGTHS)))
+    assert batches != epoch_of(1, num_processes=num_processes, **settings)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -11,21 +13,25 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.building import build
+from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
 from mllm.loading import TRAINABLES, load
 from mllm.settings import EncoderAdapterSettings
-from mllm.training.features import (
-    FeatureStore,
-    KeptFeatures,
-    claim,
-    features_fingerprint,
-    fill_store,
-    pass_features_through,
-)
+from mllm.training import feature_building, feature_store, features
+from mllm.training.feature_building import make_features
+from mllm.training.feature_store import FeatureStore, claim
+from mllm.training.features import Form, KeptFeatures, fill_store, form_of, pass_features_through, share_of
 from mllm.training.loaders import loading
-from mllm.training.run import make_features, train
-from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.training.run import train
+from mllm.training.settings import (
+    DataSettings,
+    FeatureSettings,
+    RunSettings,
+    SamplerSettings,
+    TrainSettings,
+    settings_yaml,
+)
 
 KINDS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video"), "see": ("image",)}
 
@@ -83,17 +89,16 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
 
 
 def filled(world: Path, folder: Path, *, versions: int = 2, ranks: int = 1) -> tuple[FeatureStore, list[Sample]]:
-    own = settings_of(world, folder)
+    own = settings_of(world, folder, features=FeatureSettings(folder=str(folder), versions=versions, seed=3))
     model, processor = build(own.model)
     samples = read_manifest(world / "train.jsonl", world)
-    sizes = {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
+    folder.mkdir(exist_ok=True)
     for rank in range(ranks):
-        store = FeatureStore(folder, sizes, versions, 3)
-        folder.mkdir(exist_ok=True)
-        fill_store(
-            store, model.eval(), samples, loading(own.data, processor, augmented=True), rank=rank, num_ranks=ranks
-        )
-    store = FeatureStore(folder, sizes, versions, 3)
+        store = FeatureStore(folder, versions, 3)
+        load = loading(own.data, processor, augmented=True)
+        form = form_of(model.config, processor, own)
+        fill_store(store, model.eval(), samples, load, form=form, rank=rank, num_ranks=ranks)
+    store = FeatureStore(folder, versions, 3)
     store.read_index()
     return store, samples
 
@@ -107,8 +112,10 @@ def test_equal_inputs_are_kept_once_and_versions_repeat(world: Path, tmp_path: P
     sound = [store.load(by_id["asr1"], epoch)[0].values for epoch in range(4)]
     assert torch.equal(sound[0], sound[2])
     assert torch.equal(sound[1], sound[3])
-    picture = [store.entries["see2", version][0].first_row for version in (0, 1)]
+    picture = [store.entries["see2", version][0].key for version in (0, 1)]
     assert picture[0] == picture[1]
+    items = {own.key for found in store.entries.values() if not isinstance(found, str) for own in found}
+    assert sum(shard.num_items for shard in store.shards.values()) == len(items)
     with pytest.raises(ValueError, match=r"broken.wav"):
         store.load(by_id["broken"], 0)
 
@@ -116,28 +123,65 @@ def test_equal_inputs_are_kept_once_and_versions_repeat(world: Path, tmp_path: P
 def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(world: Path, tmp_path: Path) -> None:
     one, samples = filled(world, tmp_path / "one")
     two, _ = filled(world, tmp_path / "two", ranks=2)
+    assert {shard.name for shard in two.shards.values()} == {path.name for path in (tmp_path / "two").glob("*.safete*")}
+    assert sum(shard.num_items for shard in two.shards.values()) == sum(s.num_items for s in one.shards.values())
+    shares = [share_of(samples, rank, 2) for rank in range(2)]
+    assert sorted(sample.id for share in shares for sample in share) == sorted(sample.id for sample in samples)
     index = tmp_path / "one" / "index-0.jsonl"
     lines = index.read_text().splitlines(keepends=True)
-    index.write_text("".join(lines[:7]) + lines[7][:20])  # a kill in the middle of a line, and of a row of features
-    with (tmp_path / "one" / "audio-0.bin").open("ab") as file:
-        file.write(b"\0\0\0")
+    index.write_text("".join(lines[:7]) + lines[7][:20])  # a kill in the middle of a line, and of a shard
+    (tmp_path / "one" / "audio-0-00001.part").write_bytes(b"half a shard")
     continued, _ = filled(world, tmp_path / "one")
+    assert not list((tmp_path / "one").glob("*.part"))
     for sample in samples:
         for version in range(2):
             if sample.id != "broken":
-                expected = one.load(sample, version) if sample.id == samples[0].id else two.load(sample, version)
-                for found, own in zip(continued.load(sample, version), expected, strict=True):
+                for found, own in zip(continued.load(sample, version), two.load(sample, version), strict=True):
                     torch.testing.assert_close(found.values, own.values)
                     assert (found.medium, found.raw_length) == (own.medium, own.raw_length)
 
 
-def test_a_file_that_changed_is_encoded_again(world: Path, tmp_path: Path) -> None:
+def test_a_kill_costs_no_more_than_the_shards_that_were_not_written(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(features, "ITEMS_PER_BATCH", 4)
+    written: list[int] = []
+    add = feature_store.ShardWriter.add_sample
+
+    def killed(writer, *arguments) -> None:
+        if len(written) == 9:
+            raise KeyboardInterrupt
+        written.append(1)
+        add(writer, *arguments)
+
+    monkeypatch.setattr(feature_store.ShardWriter, "add_sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        filled(world, tmp_path / "kept", versions=1)
+    store = FeatureStore(tmp_path / "kept")
+    store.read_index()
+    samples = read_manifest(world / "train.jsonl", world)
+    assert len(store.missing(samples)) == len(samples) - 8
+    monkeypatch.setattr(feature_store.ShardWriter, "add_sample", add)
+    filled(world, tmp_path / "kept", versions=1)
+    store.read_index()
+    assert [sample.id for sample, _ in store.missing(samples)] == ["broken"]
+
+
+def test_a_file_that_changed_is_encoded_again_and_one_that_only_looks_newer_is_not(world: Path, tmp_path: Path) -> None:
     store, samples = filled(world, tmp_path / "kept", versions=1)
     assert [sample.id for sample, _ in store.missing(samples)] == ["broken"]
     path = world / "media" / "1.png"
     before = path.read_bytes()
+    path.write_bytes(before)
+    assert [sample.id for sample, _ in store.missing(samples)] == ["broken"]
+    assert store.renewed == [("see1", 0)]
+    kept, _ = filled(world, tmp_path / "kept", versions=1)
+    assert (kept.missing(samples), kept.renewed) == (store.missing(samples), [])  # the new time has been noted
     path.write_bytes((world / "media" / "2.png").read_bytes())
     try:
+        assert [sample.id for sample, _ in store.missing(samples)] == ["see1", "broken"]
+        path.unlink()
         assert [sample.id for sample, _ in store.missing(samples)] == ["see1", "broken"]
     finally:
         path.write_bytes(before)
@@ -157,7 +201,7 @@ def test_features_of_other_masks_are_something_else(world: Path, tmp_path: Path)
     model, processor = build(settings_of(world, tmp_path).model)
 
     def fingerprint(**data) -> dict:
-        return features_fingerprint(model.config, processor, settings_of(world, tmp_path, features=own, **data).data)
+        return dict(form_of(model.config, processor, settings_of(world, tmp_path, features=own, **data)).fingerprint)
 
     plain, masked = fingerprint(), fingerprint(audio_mask_samples=[1_600, 16_000])
     assert plain != masked
@@ -191,7 +235,7 @@ def test_features_pass_through_as_if_they_had_just_been_made() -> None:
     for medium, own in given.items():
         lengths = None if medium == "image" else torch.tensor([own.raw_length])
         before[medium] = model.model.encode(medium, own.values[None], lengths)
-    pass_features_through(model)
+    pass_features_through(model, {})
     for medium, own in given.items():
         tower = model.model.tower(medium)
         assert isinstance(tower, KeptFeatures)
@@ -203,3 +247,149 @@ def test_features_pass_through_as_if_they_had_just_been_made() -> None:
         assert tower.hidden_size == facts.hidden_size
         smallest, lengths = tower.smallest_input()
         assert model.model.encode(medium, smallest, lengths).values.shape[-1] == tower.hidden_size
+
+
+def pooled_settings(world: Path, output: Path, rates: list[str], **features) -> RunSettings:
+    own = settings_of(world, output, features=FeatureSettings(folder=str(output / "kept"), seed=3, **features))
+    audio, video = own.model.audio, own.model.video
+    assert audio is not None
+    assert video is not None
+    video = dataclasses.replace(video, compressor="pool", budgets=["/2", "/4"])
+    return dataclasses.replace(
+        own, model=dataclasses.replace(own.model, audio=dataclasses.replace(audio, budgets=rates), video=video)
+    )
+
+
+@torch.no_grad()
+def test_pooled_features_give_the_same_soft_tokens(world: Path, tmp_path: Path) -> None:
+    model = tiny.model(tiny.settings(("audio", "video"), video={"compressor": "pool", "budgets": ["/2", "/6"]})).eval()
+    pooled = {"audio": 4, "video": 2}
+    for medium, rates in (("audio", (4, 8, 20)), ("video", (2, 6))):
+        items = [tiny.random_media(medium, length, seed=length) for length in (23, 45, 22)]
+        if medium == "video":
+            whole = [model.model.encode(medium, i.values[None], torch.tensor([i.raw_length])) for i in items]
+        else:
+            lengths = torch.tensor([item.raw_length for item in items])
+            both = model.model.encode(medium, torch.stack([item.values for item in items]), lengths)
+            whole = [type(both)(both.values[i : i + 1, : both.lengths[i]], both.lengths[i : i + 1]) for i in range(3)]
+        form = Form({}, "float32", pooled)
+        rows = [form.of(one.values[0, : int(one.lengths)], medium) for one in whole]
+        assert [len(own) for own in rows] == [int(one.lengths) // pooled[medium] for one in whole]
+        kept = KeptFeatures(model.model.tower(medium), pooled[medium])
+        stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        values, counts = kept(stacked, torch.tensor([item.raw_length for item in items]))
+        for rate in rates:
+            asked = counts // rate
+            soft = model.model.compress(
+                medium,
+                type(whole[0])(values, counts),
+                num_tokens=asked,
+                rates=torch.full_like(asked, rate),
+                max_tokens=int(asked.max()),
+            )
+            for place, one in enumerate(whole):
+                count = one.lengths // rate
+                assert int(count) == int(asked[place])
+                expected = model.model.compress(
+                    medium, one, num_tokens=count, rates=torch.full_like(count, rate), max_tokens=int(count)
+                )
+                torch.testing.assert_close(soft[place, : int(count)], expected[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_on_pooled_features_learns_what_one_on_whole_ones_does(world: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, own in {"whole": {}, "pooled": {"pooled": ["audio", "video"]}, "small": {"dtype": "bfloat16"}}.items():
+        settings = pooled_settings(world, tmp_path / name, ["/4", "/8"], **own)
+        runs[name] = load_file(train(settings) / TRAINABLES)
+    for name, value in runs["whole"].items():
+        torch.testing.assert_close(runs["pooled"][name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(runs["small"][name], value, rtol=0.3, atol=0.02)
+    sizes = {name: sum(file.stat().st_size for file in (tmp_path / name / "kept").glob("audio*")) for name in runs}
+    assert sizes["pooled"] < 0.5 * sizes["whole"]
+    assert sizes["small"] < 0.7 * sizes["whole"]
+    other = pooled_settings(world, tmp_path / "pooled", ["/2", "/4"], pooled=["audio", "video"])
+    with pytest.raises(ValueError, match=r"audio.pooled_frames was 4 and is 2"):
+        train(dataclasses.replace(other, train=dataclasses.replace(other.train, output=str(tmp_path / "again"))))
+
+
+@pytest.mark.parametrize(
+    ("rates", "medium", "message"),
+    [
+        (["/2", "/5"], "audio", r"names audio, whose rates /2, /5 are multiples of no common one"),
+        (["4", "8"], "audio", r"names audio, which trains at 8; only streams at rates"),
+    ],
+)
+def test_what_cannot_be_kept_pooled_is_refused(
+    world: Path, tmp_path: Path, rates: list[str], medium: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_features(pooled_settings(world, tmp_path, rates, pooled=[medium]))
+    own = settings_of(world, tmp_path, features=FeatureSettings(folder=str(tmp_path / "kept"), pooled=["video"]))
+    with pytest.raises(ValueError, match=r"names video, whose compressor does not average"):
+        make_features(own)
+
+
+def test_the_commands_build_and_check(
+    world: Path, tmp_path: Path, capsys, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = settings_of(world, tmp_path / "run", features=FeatureSettings(folder=str(tmp_path / "kept"), versions=2))
+    config = tmp_path / "run.yaml"
+    config.write_text(settings_yaml(own))
+    build_words = ["features", "build", "--config", str(config)]
+    check = ["features", "check", str(tmp_path / "kept")]
+    assert main(check) == 2
+    assert "holds no features" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_building.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+        assert main(build_words) == 2
+        assert re.search(r"features may take [\d,]+ bytes and 1,000 are free there", capsys.readouterr().err)
+    assert main(build_words) == 0
+    assert "encoded 26 samples and versions, " in capsys.readouterr().out
+    assert main(check) == 0
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"audio: \d+ items, \d+ rows \(every frame, float32\), 1 shards, [\d,]+ bytes; encoder \w{12}", shown
+    )
+    said = re.search(r"features at most: image 192, audio (\d+), video (\d+)", caplog.text)
+    kept = [re.search(rf"{medium}: \d+ items, (\d+) rows", shown) for medium in ("audio", "video")]
+    assert said is not None
+    for most, own in zip(said.groups(), kept, strict=True):
+        assert own is not None
+        assert 0 < int(own[1]) <= int(most)
+    assert main([*check, "--config", str(config)]) == 1  # the broken sound
+    assert "broken version 0: audio media/broken.wav" in capsys.readouterr().out.replace(str(world) + "/", "audio ")
+    assert main([*check, "--config", str(config), "--data.flip_probability", "0.5"]) == 1
+    assert "not of this config: video.flip_probability was 0.0 and is 0.5" in capsys.readouterr().out
+    lines = (tmp_path / "kept" / "index-0.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "kept" / "index-0.jsonl").write_text(
+        "".join(line for line in lines if '"see1", "version": 1' not in line)
+    )
+    shard = tmp_path / "kept" / "video-0-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    assert main([*check, "--config", str(config)]) == 1
+    shown = capsys.readouterr().out
+    assert "see1 version 1: missing" in shown
+    assert "video-0-00000.safetensors is not what was written" in shown
+    shard.unlink()
+    assert main(check) == 1
+    assert "video-0-00000.safetensors is gone" in capsys.readouterr().out
+    assert main(["features", "build", "--config", str(config), "--processes", "0"]) == 2
+    assert "processes is 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_build_what_one_builds(world: Path, tmp_path: Path) -> None:
+    samples = read_manifest(world / "train.jsonl", world)
+    stores = []
+    for processes in (1, 2):
+        own = settings_of(world, tmp_path, features=FeatureSettings(folder=str(tmp_path / str(processes)), versions=2))
+        (tmp_path / "run.yaml").write_text(settings_yaml(own))
+        words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", str(processes)]
+        assert main(words) == 0
+        stores.append(FeatureStore(tmp_path / str(processes), 2))
+        stores[-1].read_index()
+        assert [sample.id for sample, _ in stores[-1].missing(samples)] == ["broken", "broken"]
+    for sample in samples[:-1]:
+        for epoch in range(2):
+            for one, two in zip(stores[0].load(sample, epoch), stores[1].load(sample, epoch), strict=True):
+                torch.testing.assert_close(one.values, two.values)

@@ -1,5 +1,6 @@
 """What the data block says is what a run reads and how it loads it."""
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mllm.cli import parse
 from mllm.data.dataset import ManifestDataset
 from mllm.data.settings import ReaderSettings
 from mllm.media import write_video
-from mllm.training.loaders import build_augmentation, loading, read_samples, train_loader
+from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader
 from mllm.training.settings import DataSettings, read_run_settings, settings_yaml
 from mllm.training.survey import survey
 
@@ -109,8 +110,7 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
             ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0),
             survey(samples, processor),
             settings=settings,
-            processor=processor,
-            budgets=[Budget.parse("audio=/4,video=/2")],
+            encode=partial(encode, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")]),
             run=tmp_path / "run",
             seed=0,
             lanes=lanes,

@@ -1,0 +1,178 @@
+"""`mllm bench`: what each budget of one's own model costs on one's own machine."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mllm.budget import MEDIA, Budget
+
+if TYPE_CHECKING:
+    from mllm.evaluation.bench import Measured
+
+SUMMARY = "measure what each budget of a model costs here: tokens, FLOPs, cache, memory, time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Answer the same requests at several budgets, in turn, and tell what each of them costs."""
+
+    model: str
+    """Run folder or exported model."""
+    budgets: list[str] | str = field(default_factory=list)
+    """List, or one text with `;` between budgets; those that were trained, at most 8, when left out."""
+    image: list[str] = field(default_factory=list)
+    """A picture of the request; may be given several times. Without any file the media are made up."""
+    audio: list[str] = field(default_factory=list)
+    """A sound of the request."""
+    video: list[str] = field(default_factory=list)
+    """A video of the request."""
+    media: list[Literal["image", "audio", "video"]] = field(default_factory=list)
+    """Media that are made up; all that the budgets name, or else all that the model takes, when left out."""
+    seconds: float = 6.0
+    """Length of made-up sounds and videos."""
+    text: str | None = None
+    """The question; a usual one when left out."""
+    batch_size: int = 1
+    """Requests that are answered together."""
+    new_tokens: int = 16
+    """Tokens that are decoded, always as many."""
+    num_beams: int = 1
+    """1 is greedy."""
+    repeats: int = 7
+    """Of every budget."""
+    warmup: int = 1
+    """Rounds before those, which do not count."""
+    output: str | None = None
+    """Folder that gets bench.json and bench.png; only shown when left out."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen parts."""
+    threads: int | None = None
+    """CPU threads; as many as torch takes when left out."""
+    use_cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "new_tokens", "num_beams", "repeats"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
+        if self.seconds <= 0:
+            raise ValueError(f"seconds is {self.seconds}; it must be above 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        if self.media and (self.image or self.audio or self.video):
+            raise ValueError("media makes up media, and files are given; leave one of them out")
+        assert self.asked_budgets is not None
+
+    @property
+    def asked_budgets(self) -> list[Budget]:
+        """The budgets, read, each once."""
+        texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
+        return list(dict.fromkeys(Budget.parse(text) for text in texts))
+
+
+def run(settings: Settings) -> int:
+    """Measure, show, and write where asked."""
+    from pathlib import Path
+
+    import torch
+
+    from mllm.commands.terminal import console, progress_bar, quiet_loading
+    from mllm.evaluation.bench import bench, default_budgets, requests, write
+    from mllm.generation import Decoding
+    from mllm.loading import load
+
+    quiet_loading()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model, processor = load(settings.model, dtype=settings.dtype)
+    if torch.cuda.is_available() and not settings.use_cpu:
+        model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
+    loaded = _media(settings, processor)
+    batch = requests(processor, loaded, settings.text, settings.batch_size)
+    budgets = settings.asked_budgets or default_budgets(processor, [item.medium for item in loaded])
+    with progress_bar() as show:
+        results = bench(
+            model,
+            processor,
+            batch,
+            budgets,
+            decoding=Decoding(settings.num_beams, settings.new_tokens),
+            repeats=settings.repeats,
+            warmup=settings.warmup,
+            progress=lambda done, total: show("runs", done, total),
+        )
+    facts = _facts(settings, model)
+    console().print(_table(results, facts))
+    if settings.output is not None:
+        write(results, facts, Path(settings.output))
+        console().print(f"written to {settings.output}")
+    return 0
+
+
+def _media(settings: Settings, processor: Any) -> Any:
+    from mllm.evaluation.bench import made_up_media
+    from mllm.generation import request
+
+    files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
+    if any(files.values()):
+        return processor.load_media(request(files, settings.text or "what is this?")[0])
+    named = {medium for budget in settings.asked_budgets for medium in budget.amounts}
+    wanted = settings.media or [medium for medium in MEDIA if medium in (named or processor.placeholder_ids)]
+    return made_up_media(processor, wanted, settings.seconds)
+
+
+def _facts(settings: Settings, model: Any) -> dict[str, Any]:
+    """What the figures depend on beside the budgets."""
+    import torch
+
+    on_gpu = model.device.type == "cuda"
+    return {
+        "model": settings.model,
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": settings.dtype,
+        "torch": torch.__version__,
+        "batch_size": settings.batch_size,
+        "new_tokens": settings.new_tokens,
+        "num_beams": settings.num_beams,
+        "repeats": settings.repeats,
+    }
+
+
+def _table(results: "list[Measured]", facts: dict[str, Any]) -> Any:
+    """One line per budget; times are medians with the middle half of the repeats."""
+    from rich.table import Table
+
+    title = f"{facts['model']}: {facts['device']}, {facts['dtype']}, batch {facts['batch_size']}"
+    caption = (
+        f"medians of {facts['repeats']} (middle half); {facts['new_tokens']} new tokens; GFLOP and KV of one request"
+    )
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", pad_edge=False)
+    columns = ("budget", "soft tokens", "prompt", "GFLOP", "KV MB", "encoder ms", "prefill ms", "decode ms", "total ms")
+    for name in (*columns, "quicker", "by FLOP", *(["peak MB"] if results[0].peak_bytes else [])):
+        table.add_column(name, justify="left" if name == "budget" else "right")
+    for one in results:
+        table.add_row(*_cells(one, results[0]))
+    return table
+
+
+def _cells(one: "Measured", first: "Measured") -> list[str]:
+    from statistics import median
+
+    from mllm.evaluation.bench import PHASES, quartiles
+
+    answer, cost = one.answer, one.cost
+    times = [quartiles(one.milliseconds(phase)) for phase in (*PHASES, "total_ms")]
+    gain = median(first.milliseconds("total_ms")) / times[-1][1]
+    by_flops = "-" if cost is None or first.cost is None else f"{first.cost.total / cost.total:.2f}x"
+    return [
+        f"{str(one.budget) or 'largest'}{'' if answer.is_trained else ' (untrained)'}",
+        ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none",
+        str(answer.num_prompt_tokens),
+        "-" if cost is None else f"{cost.total / 1e9:,.2f}",
+        "-" if cost is None else f"{cost.kv_bytes / 1e6:,.2f}",
+        *(f"{middle:,.1f} ({low:,.1f}-{high:,.1f})" for low, middle, high in times),
+        f"{gain:.2f}x",
+        by_flops,
+        *([f"{one.peak_bytes / 1e6:,.0f}"] if first.peak_bytes else []),
+    ]

@@ -1,0 +1,104 @@
+"""`mllm data balance`: how evenly the batches of a run load its processes, before there are any."""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+
+from mllm.budget import Budget
+from mllm.training.settings import RunSettings
+
+SUMMARY = "tell how evenly a run's batches load several ranks, at every budget"
+POSITIONAL = "manifest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """Go through the batches of a run, without a model, and count the tokens of every rank in every step."""
+
+    manifest: list[str] = field(default_factory=list)
+    """Manifests to look at instead of data.train."""
+    ranks: int = 8
+    """Processes that share a step."""
+    tokens_per_batch: int | None = None
+    """Instead of data.tokens_per_batch."""
+    simulated_epochs: int = 1
+    """Passes over the samples."""
+    budgets: list[str] = field(default_factory=list)
+    """Budgets to count at beside those the run draws; the largest, the smallest and the sampler's points when left
+    out."""
+    json: str | None = None
+    """Also write the figures into this file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("ranks", "simulated_epochs"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for budget in self.budgets:
+            Budget.parse(budget)
+
+
+def run(settings: Settings) -> int:
+    """Count and print."""
+    from pathlib import Path
+
+    from mllm.building import build_processor
+    from mllm.commands.terminal import console
+    from mllm.training.balance import simulate
+    from mllm.training.loaders import read_samples
+    from mllm.training.run import build_sampler, extremes
+
+    own = RunSettings(**{one.name: getattr(settings, one.name) for one in fields(RunSettings)})
+    data = own.data
+    if settings.manifest:
+        data = replace(data, train=settings.manifest)
+    if settings.tokens_per_batch is not None:
+        data = replace(data, tokens_per_batch=settings.tokens_per_batch)
+    own = replace(own, data=data)
+    processor = build_processor(own.model)
+    samples = read_samples(data.train, data)
+    draws = build_sampler(own, processor.space)
+    budgets = [Budget.parse(text) for text in settings.budgets] or extremes(draws)
+    loads = simulate(
+        samples,
+        processor,
+        draws,
+        settings=own,
+        num_ranks=settings.ranks,
+        epochs=settings.simulated_epochs,
+        budgets=budgets,
+    )
+    facts = {name: load.facts() for name, load in loads.items()}
+    steps = len(loads["as drawn"].tokens)
+    console().print(f"{len(samples)} samples, {settings.ranks} ranks, {steps} steps")
+    for line in (_table(facts), *_advice(facts, grouped=data.group_by_media)):
+        console().print(line)
+    if settings.json is not None:
+        Path(settings.json).write_text(json.dumps({"steps": steps, **facts}, indent=1) + "\n", encoding="utf-8")
+        console().print(f"written to {settings.json}")
+    return 0
+
+
+def _table(facts: dict[str, dict[str, object]]) -> object:
+    """One line per budget; max/mean is over ranks."""
+    from rich.table import Table
+
+    table = Table(caption="max/mean: the fullest rank of a step over the mean rank; 1 is even", caption_justify="left")
+    table.add_column("budget")
+    for name in ("tokens/rank/step", "max/mean", "worst step", "padded max/mean", "worst", "padding", "epoch, by rank"):
+        table.add_column(name, justify="right")
+    for name, own in facts.items():
+        ranks = own["tokens_per_rank"]
+        assert isinstance(ranks, list)
+        spread = f"{min(ranks):,}..{max(ranks):,}"
+        numbers = [f"{own[key]:.3f}" for key in ("imbalance", "worst", "padded_imbalance", "padded_worst")]
+        table.add_row(name, f"{own['mean_tokens']:,.0f}", *numbers, f"{100 * float(str(own['padding'])):.1f} %", spread)
+    return table
+
+
+def _advice(facts: dict[str, dict[str, object]], *, grouped: bool) -> list[str]:
+    worst = max(facts, key=lambda name: float(str(facts[name]["imbalance"])))
+    value = float(str(facts[worst]["imbalance"]))
+    if value <= 1.05:
+        return []
+    hint = "" if grouped else "; data.group_by_media keeps rows that cost alike at every budget together"
+    return [f"at {worst} ranks wait for the fullest: {100 * (value - 1):.0f} % of a step's tokens{hint}"]

@@ -1,0 +1,38 @@
+"""`mllm features build`: what frozen encoders make of a run's samples, written to disk before the run."""
+
+from dataclasses import dataclass, fields
+
+from mllm.training.settings import RunSettings
+
+SUMMARY = "encode a run's samples once, so that training reads features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """Fill the folder data.features.folder of a run config; go on where an earlier build stopped. Says how much room
+    it takes at most before it starts, and refuses when the disk has less."""
+
+    processes: int = 1
+    """How many encode at once, each with its own copy of the encoders; on several GPUs each takes one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.features is None:
+            raise ValueError("data.features is not set; give at least --data.features.folder")
+        if self.processes < 1:
+            raise ValueError(f"processes is {self.processes}; it must be at least 1")
+
+
+def run(settings: Settings) -> int:
+    """Encode, with a progress bar."""
+    from mllm.commands.terminal import console, progress_bar, quiet_loading
+    from mllm.training.feature_building import build_features
+
+    quiet_loading()
+    own = RunSettings(**{field.name: getattr(settings, field.name) for field in fields(RunSettings)})
+    assert own.data.features is not None
+    with progress_bar() as show:
+        made = build_features(own, processes=settings.processes, show=show)
+    speed = f", {made.num_samples / made.seconds:.1f} per second" if made.num_samples else ""
+    console().print(f"encoded {made.num_samples:,} samples and versions{speed}: {own.data.features.folder}")
+    return 0

@@ -1,0 +1,53 @@
+"""`mllm features check`: whether a folder of features is whole, and whether it is all that a run needs."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mllm.settings import ModelSettings
+from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+
+SUMMARY = "tell what a folder of features holds, and what is missing or broken"
+POSITIONAL = "folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Read every byte of a folder of features; with --config RUN.yaml also compare it with what that run needs."""
+
+    folder: str
+    """Folder of features."""
+    model: ModelSettings | None = None
+    """Of a run config."""
+    data: DataSettings | None = None
+    """Of a run config."""
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    """Of a run config."""
+    train: TrainSettings | None = None
+    """Of a run config."""
+    limit: int = 20
+    """Problems that are shown."""
+
+    @property
+    def run(self) -> RunSettings | None:
+        """The run that was given, reading from this folder."""
+        if self.model is None or self.data is None or self.train is None:
+            return None
+        features = replace(self.data.features or FeatureSettings(folder=""), folder=self.folder)
+        data = replace(self.data, features=features)
+        return RunSettings(model=self.model, data=data, sampler=self.sampler, train=self.train)
+
+
+def run(settings: Settings) -> int:
+    """Check, and return 1 when something is missing or broken."""
+    from mllm.commands.terminal import console
+    from mllm.training.feature_building import check_features
+
+    found = check_features(Path(settings.folder), settings.run)
+    out = console()
+    for line in found.facts:
+        out.print(line)
+    for line in found.problems[: settings.limit]:
+        out.print(line)
+    more = len(found.problems) - settings.limit
+    out.print(f"{len(found.problems):,} problems{f', {more:,} more' if more > 0 else ''}")
+    return 1 if found.problems else 0

@@ -1,0 +1,234 @@
+"""What a model's budgets cost on this machine: tokens, FLOPs, cache, memory, and measured milliseconds by phase.
+
+Knows a model that answers, and clocks. Does not know files, references or metrics.
+
+Every budget answers the same requests with the same number of new tokens. Budgets are run in turn, repeat by repeat,
+beginning with another one each time, so that a slow moment of the machine hits all of them.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mllm.budget import Budget
+from mllm.cost import Item, RequestCost, request_cost
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.sweep import cost_problem
+from mllm.expansion import Batch
+from mllm.generation import DEFAULT_PROMPTS, Answer, Answerer, Decoding
+from mllm.media import Audio, Video
+from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.sampler import Sampler
+from mllm.timing import Timing
+
+PHASES = ("encoder_ms", "prefill_ms", "decode_ms")
+RESULTS, PLOT = "bench.json", "bench.png"
+MOST_BUDGETS = 8
+_PICTURE_PIXELS, _LIP_PIXELS = 512, 96
+
+
+@dataclass
+class Measured:
+    """One budget: what its requests are, what the FLOP model says of one of them, and what every repeat took.
+
+    `cost` is None for a model without a formula, `peak_bytes` are 0 where the device does not tell.
+    """
+
+    budget: Budget
+    answer: Answer
+    cost: RequestCost | None
+    timings: list[Timing] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def milliseconds(self, phase: str) -> list[float]:
+        """Of every repeat; a phase, or `total_ms`."""
+        names = PHASES if phase == "total_ms" else (phase,)
+        return [sum(getattr(timing, name) for name in names) for timing in self.timings]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values: medians, the middle half, and every repeat."""
+        answer = self.answer
+        out: dict[str, Any] = {
+            "budget": str(self.budget),
+            "tokens": dict(answer.tokens),
+            "is_trained": answer.is_trained,
+            "prompt_tokens": answer.num_prompt_tokens,
+            "new_tokens": answer.num_new_tokens,
+            "peak_bytes": self.peak_bytes or None,
+        }
+        if self.cost is not None:
+            out["flops"] = {part: getattr(self.cost, part) for part in ("encoder", "compressor", "prefill", "decode")}
+            out |= {"total_flops": self.cost.total, "kv_bytes": self.cost.kv_bytes}
+        for phase in (*PHASES, "total_ms"):
+            values = self.milliseconds(phase)
+            low, middle, high = quartiles(values)
+            out[phase] = {"median": middle, "low": low, "high": high, "repeats": [round(one, 3) for one in values]}
+        return out
+
+
+class _Steady(Answerer):
+    """Answers that never end by themselves, so that every budget decodes equally long."""
+
+    @property
+    def end_ids(self) -> list[int]:
+        """No token ends an answer."""
+        return []
+
+
+def default_budgets(processor: ElasticProcessor, media: Sequence[str]) -> list[Budget]:
+    """All trained budgets of requests with these media; of more than 8, the two ends and some between."""
+    every = Sampler(processor.space, "all").possible(media)
+    if len(every) <= MOST_BUDGETS:
+        return every
+    return [every[round(place)] for place in np.linspace(0, len(every) - 1, MOST_BUDGETS)]
+
+
+def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: float) -> list[LoadedMedia]:
+    """Noise in place of files: what a model computes takes as long whatever it sees.
+
+    Raises:
+        ValueError: a medium the model does not take, or a sound longer than its encoder's window.
+    """
+    chance = np.random.default_rng(0)
+    makers: dict[str, Callable[[], Any]] = {
+        "image": lambda: Image.fromarray(chance.integers(0, 256, (_PICTURE_PIXELS, _PICTURE_PIXELS, 3), np.uint8)),
+        "audio": lambda: Audio(chance.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32), 16_000),
+        "video": lambda: Video(
+            chance.integers(0, 256, (round(25 * seconds), _LIP_PIXELS, _LIP_PIXELS), np.uint8), 25.0
+        ),
+    }
+    return [processor.transform(medium, makers[medium]()) for medium in media]
+
+
+def requests(processor: ElasticProcessor, loaded: Sequence[LoadedMedia], text: str | None, batch_size: int) -> Batch:
+    """A batch of one request several times, none of which shares anything with another."""
+    media = tuple(dict.fromkeys(item.medium for item in loaded))
+    asked = text or processor.prompts.get(media) or DEFAULT_PROMPTS.get(media, "what is this?")
+    parts = (*(Media(item.medium, "none") for item in loaded), Text(asked))  # type: ignore[arg-type]
+    samples = [Sample(f"request {number}", (Message("user", parts),), task="generate") for number in range(batch_size)]
+    copies = [[replace(item, values=item.values.clone()) for item in loaded] for _ in samples]
+    return processor.batch(samples, copies, for_training=False)
+
+
+def bench(
+    model: Any,
+    processor: ElasticProcessor,
+    batch: Batch,
+    budgets: Sequence[Budget],
+    *,
+    decoding: Decoding,
+    repeats: int,
+    warmup: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Measured]:
+    """Measure every budget.
+
+    Args:
+        decoding: `max_new_tokens` are decoded, not fewer.
+        repeats: of every budget.
+        warmup: rounds before those, which do not count.
+
+    Raises:
+        ValueError: a budget that the requests cannot meet.
+    """
+    answerer = _Steady(model, processor, decoding)
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    found: dict[Budget, Measured] = {}
+    try:
+        for number in range(warmup + repeats):
+            turned = [*budgets[number % len(budgets) :], *budgets[: number % len(budgets)]]
+            for place, budget in enumerate(turned):
+                answer, peak_bytes = _run(answerer, batch, budget)
+                if number >= warmup:
+                    if budget not in found:
+                        found[budget] = Measured(budget, answer, _cost(answerer, batch, budget, answer))
+                    assert answer.timing is not None
+                    found[budget].timings.append(answer.timing)
+                    found[budget].peak_bytes = max(found[budget].peak_bytes, peak_bytes)
+                progress(number * len(budgets) + place + 1, (warmup + repeats) * len(budgets))
+    finally:
+        model.generation_config.eos_token_id = before
+    return [found[budget] for budget in budgets]
+
+
+def _run(answerer: Answerer, batch: Batch, budget: Budget) -> tuple[Answer, int]:
+    """The first answer of one run, with the timing of all, and the most memory that the device held meanwhile."""
+    device = answerer.model.device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    answers = answerer.answer_batch(batch, [[budget] * len(batch.rows)], timed=True)[0]
+    short = [answer.num_new_tokens for answer in answers if answer.num_new_tokens != answerer.decoding.max_new_tokens]
+    assert not short or answerer.decoding.num_beams > 1, short
+    return answers[0], torch.cuda.max_memory_allocated(device) if on_gpu else 0
+
+
+def _cost(answerer: Answerer, batch: Batch, budget: Budget, answer: Answer) -> RequestCost | None:
+    config, row = answerer.model.config, batch.rows[0]
+    if cost_problem(config) is not None:
+        return None
+    sides = {"video": tuple(batch.values["video_values"].shape[-2:])} if "video_values" in batch.values else {}
+    items = [
+        Item(run.extent.medium, run.extent.length, cost.tokens, *sides.get(run.extent.medium, ()))
+        for run, cost in zip(row.runs, row.costs(budget, answerer.processor.space), strict=True)
+    ]
+    return request_cost(
+        config,
+        items,
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_new_tokens=answer.num_new_tokens,
+        num_beams=answerer.decoding.num_beams,
+        dtype=str(answerer.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def write(results: Sequence[Measured], facts: Mapping[str, Any], folder: Path) -> None:
+    """Write `bench.json`, and `bench.png` where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"facts": dict(facts), "budgets": [one.facts() for one in results]}
+    (folder / RESULTS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    plot(results, folder / PLOT)
+
+
+def plot(results: Sequence[Measured], path: Path) -> None:
+    """Milliseconds by phase of each budget, and how much quicker than the largest one, measured and by FLOPs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.45 * len(results) + 2), layout="constrained")
+    FigureCanvasAgg(figure)  # needs no display
+    times, gains = figure.subplots(1, 2, sharey=True)
+    names, places = [str(one.budget) or "text" for one in results], np.arange(len(results))
+    left = np.zeros(len(results))
+    for phase in PHASES:
+        medians = np.array([statistics.median(one.milliseconds(phase)) for one in results])
+        times.barh(places, medians, left=left, label=phase.removesuffix("_ms"))
+        left += medians
+    times.set_yticks(places, names)
+    times.invert_yaxis()
+    times.set_xlabel("milliseconds (medians)")
+    times.legend(frameon=False)
+    totals = [statistics.median(one.milliseconds("total_ms")) for one in results]
+    gains.plot([totals[0] / one for one in totals], places, "o-", label="measured")
+    if all(one.cost is not None for one in results):
+        flops = [one.cost.total for one in results if one.cost is not None]
+        gains.plot([flops[0] / one for one in flops], places, "s--", label="FLOP model")
+    gains.set_xlabel("times the speed of the first budget")
+    gains.legend(frameon=False)
+    gains.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,341 @@
+"""Features of media on disk: shards of safetensors, and an index of which sample's media they are of.
+
+Knows files, digests, tensors by key. Does not know encoders, models, manifests' files or how features come about.
+
+    folder/fingerprint.json                     per medium: encoder, transform, augmentation, form; others are refused
+    folder/<medium>-<rank>-<number>.safetensors features (T, D) of some items, each under its key
+    folder/index-<rank>.jsonl                   one line per sample and version: keys and shards, and the files they are
+                                                of; and one line per shard, with the digest of its bytes
+
+A key is a digest of the fingerprint of its medium (transform and encoder) and of what the encoder was fed, so items
+whose encoder input is equal (a clip in two tasks, a video under two noises of its sound) are kept once. A file is known
+by path, size and time; where the time differs, by a digest of its bytes, so that a copied data set keeps its features.
+Shards get their names when they are whole and lines are written after their shards: a kill costs what was not yet
+written, at most `SHARD_BYTES` or `FLUSH_SECONDS` of work.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mllm.data.manifest import Sample
+from mllm.media import MediaError, resolve_media
+from mllm.processing import LoadedMedia
+
+FINGERPRINT = "fingerprint.json"
+SHARD_BYTES = 2**27
+FLUSH_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the features of one media item are, the raw length they are of, and the file: its stamp and digest."""
+
+    medium: str
+    shard: str
+    key: str
+    num_rows: int
+    raw_length: int
+    stamp: str
+    content: str
+    grid: Sequence[int] | None = None
+    """Rows and columns of a picture, where pictures keep their shape."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of features: how many items and bytes it holds, and the digest of the bytes."""
+
+    name: str
+    num_items: int
+    num_bytes: int
+    digest: str
+
+
+@dataclass
+class FeatureStore:
+    """The features in a folder.
+
+    Args:
+        folder: of all runs that share them.
+        versions: of each sample.
+        seed: of the chance of each version.
+        entries: by (sample id, version) the items of the sample in order, or why it cannot be used.
+        shards: by name.
+        renewed: entries whose files were found to be the same under another time.
+    """
+
+    folder: Path
+    versions: int = 1
+    seed: int = 0
+    entries: dict[tuple[str, int], list[Kept] | str] = field(default_factory=dict)
+    shards: dict[str, Shard] = field(default_factory=dict)
+    renewed: list[tuple[str, int]] = field(default_factory=list)
+    _open: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, for data loader workers that are spawned."""
+        return {**self.__dict__, "_open": {}}
+
+    def read_index(self) -> None:
+        """Take in what all processes have written."""
+        for file in sorted(self.folder.glob("index-*.jsonl")):
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # the last may be half written
+                row = json.loads(line)
+                if "shard" in row:
+                    self.shards[row["shard"]["name"]] = Shard(**row["shard"])
+                else:
+                    found = row["error"] if "error" in row else [Kept(**own) for own in row["items"]]
+                    self.entries[row["id"], row["version"]] = found
+
+    def missing(self, samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
+        """The versions of samples that are not there, failed, or are of files that have changed since.
+
+        Entries of files that are the same but for their time take on the new time.
+        """
+        wanted = []
+        for sample in samples:
+            files = [_File(sample, part.path) for part in sample.media]
+            for version in range(self.versions):
+                found = self.entries.get((sample.id, version))
+                if found is None or isinstance(found, str) or not _are_of(found, files):
+                    wanted.append((sample, version))
+                elif any(own.stamp != file.stamp for file, own in zip(files, found, strict=True)):
+                    now = [replace(own, stamp=file.stamp) for file, own in zip(files, found, strict=True)]
+                    self.entries[sample.id, version] = now
+                    self.renewed.append((sample.id, version))
+        return wanted
+
+    def load(self, sample: Sample, epoch: int) -> list[LoadedMedia]:
+        """The features of a sample in place of its media, instead of `ElasticProcessor.load_media`.
+
+        Raises:
+            ValueError: the sample could not be loaded when its features were made; the reason is that of then.
+        """
+        found = self.entries[sample.id, epoch % self.versions]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return [
+            LoadedMedia(
+                own.medium, self.rows(own).float(), own.raw_length, (own.grid[0], own.grid[1]) if own.grid else None
+            )
+            for own in found
+        ]
+
+    def rows(self, own: Kept) -> Tensor:
+        """(T, D) as they are kept; mapped from the file, not read until used."""
+        if own.shard not in self._open:
+            self._open[own.shard] = safe_open(self.folder / own.shard, framework="pt")
+        return self._open[own.shard].get_tensor(own.key)
+
+
+class ShardWriter:
+    """Writes the features of one process: shards when enough has come together, then their lines of the index.
+
+    Args:
+        store: gets the entries that are written.
+        rank: of this process, part of all names.
+    """
+
+    def __init__(self, store: FeatureStore, rank: int) -> None:
+        self.store = store
+        self.rank = rank
+        self.index = store.folder / f"index-{rank}.jsonl"
+        self.known = {own.key: own for found in store.entries.values() if not isinstance(found, str) for own in found}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._lines: list[tuple[str, int, Any]] = []
+        self._bytes = 0
+        self._flushed = time.monotonic()
+        for file in store.folder.glob(f"*-{rank}-*.part"):  # of a kill
+            file.unlink()
+        _cut_half_line(self.index)
+
+    def add_features(self, item: Kept, features: Tensor) -> None:
+        """Keep one item's features under its key."""
+        own = self._tensors.setdefault(item.medium, {})
+        own[item.key] = features.clone()
+        self._bytes += features.nbytes
+        self.known[item.key] = replace(item, shard="", num_rows=len(features))
+
+    def add_sample(self, sample_id: str, version: int, items: Sequence[Kept] | str) -> None:
+        """Note a sample whose items are known, or why it cannot be used."""
+        self._lines.append((sample_id, version, items))
+
+    def flush_when_due(self) -> None:
+        """Write when enough has come together, or has waited long enough."""
+        if self._bytes >= SHARD_BYTES or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        shards = [self._write(medium, tensors) for medium, tensors in self._tensors.items()]
+        with self.index.open("a", encoding="utf-8") as file:
+            for shard in shards:
+                self.store.shards[shard.name] = shard
+                file.write(json.dumps({"shard": asdict(shard)}) + "\n")
+            for sample_id, version, items in self._lines:
+                file.write(self._line(sample_id, version, items))
+            file.flush()
+            os.fsync(file.fileno())
+        self._tensors, self._lines, self._bytes, self._flushed = {}, [], 0, time.monotonic()
+
+    def _write(self, medium: str, tensors: Mapping[str, Tensor]) -> Shard:
+        number = len(list(self.store.folder.glob(f"{medium}-{self.rank}-*.safetensors")))
+        file = self.store.folder / f"{medium}-{self.rank}-{number:05d}.safetensors"
+        aside = file.with_suffix(".part")
+        save_file(dict(tensors), aside)
+        shard = Shard(file.name, len(tensors), aside.stat().st_size, digest_of_file(aside))
+        aside.replace(file)
+        for key in tensors:
+            self.known[key] = replace(self.known[key], shard=file.name)
+        return shard
+
+    def _line(self, sample_id: str, version: int, items: Sequence[Kept] | str) -> str:
+        row: dict[str, Any] = {"id": sample_id, "version": version}
+        if isinstance(items, str):
+            self.store.entries[sample_id, version] = items
+            return json.dumps(row | {"error": items}) + "\n"
+        facts = [self.known[own.key] for own in items]
+        kept = [replace(own, shard=at.shard, num_rows=at.num_rows) for own, at in zip(items, facts, strict=True)]
+        self.store.entries[sample_id, version] = kept
+        return json.dumps(row | {"items": [asdict(own) for own in kept]}) + "\n"
+
+
+def claim(folder: Path, fingerprint: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make a folder that of these features, or find that it is; the features of other media may be there too.
+
+    Args:
+        fingerprint: by medium, what its features depend on.
+
+    Raises:
+        ValueError: it holds others; what differs is named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = read_fingerprint(folder)
+    if words := fingerprint_differences(before, fingerprint):
+        raise ValueError(
+            f"data.features.folder {folder} holds features of something else ({'; '.join(words)}); choose another"
+        )
+    file = folder / FINGERPRINT
+    aside = file.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps({**before, **_plain(fingerprint)}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    aside.replace(file)
+
+
+def read_fingerprint(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the features of a folder depend on, by medium; nothing where there are none yet."""
+    file = folder / FINGERPRINT
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What differs between the features that are there and those that are wanted, of the media that both have."""
+    return [
+        f"{medium}.{key} was {before[medium].get(key)!r} and is {own.get(key)!r}"
+        for medium, own in _plain(now).items()
+        if medium in before
+        for key in sorted(before[medium].keys() | own.keys())
+        if before[medium].get(key) != own.get(key)
+    ]
+
+
+def key_of(item: LoadedMedia, fingerprint: Mapping[str, Any]) -> str:
+    """The name of an item's features: of what its encoder is fed with, and of the encoder."""
+    digest = hashlib.blake2b(json.dumps(_plain(fingerprint), sort_keys=True).encode(), digest_size=16)
+    shape = f"{tuple(item.values.shape)} {item.grid} {item.values.dtype}"
+    digest.update(f"{item.medium} {item.raw_length} {shape}".encode())
+    digest.update(item.values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def kept_of(sample: Sample, loaded: Sequence[LoadedMedia], keys: Sequence[str]) -> list[Kept]:
+    """The items of a sample as they go into the index; where their features are is filled in when they are written."""
+    files = [_File(sample, part.path) for part in sample.media]
+    return [
+        Kept(item.medium, "", key, 0, item.raw_length, file.stamp, file.content(), item.grid)
+        for item, key, file in zip(loaded, keys, files, strict=True)
+    ]
+
+
+def digest_of_file(file: Path) -> str:
+    """A digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@dataclass
+class _File:
+    """A media file of a sample, as it is now."""
+
+    sample: Sample
+    path: str
+    stamp: str = ""
+    _content: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            facts = resolve_media(self.sample.root, self.path).stat()
+        except (OSError, ValueError) as error:
+            self.stamp = f"none: {type(error).__name__}"
+        else:
+            self.stamp = f"{self.path} {facts.st_size} {facts.st_mtime_ns}"
+
+    def content(self) -> str:
+        """A digest of its bytes; nothing where it cannot be read."""
+        if self._content is None:
+            try:
+                self._content = digest_of_file(resolve_media(self.sample.root, self.path))
+            except (OSError, MediaError):
+                self._content = ""
+        return self._content
+
+    def is_that_of(self, own: Kept) -> bool:
+        """Whether an entry was made of this file; its bytes are looked at only where only its time differs."""
+        if own.stamp == self.stamp:
+            return True
+        same_size = own.stamp.rpartition(" ")[0] == self.stamp.rpartition(" ")[0]
+        return same_size and own.content != "" and own.content == self.content()
+
+
+def _are_of(found: Sequence[Kept], files: Sequence[_File]) -> bool:
+    return len(found) == len(files) and all(file.is_that_of(own) for file, own in zip(files, found, strict=True))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(dict(values), default=str))
+
+
+def _cut_half_line(file: Path) -> None:
+    if file.exists():
+        with file.open("rb+") as stream:
+            content = stream.read()
+            stream.truncate(content.rfind(b"\n") + 1)
+
+
+def missing_keys(store: FeatureStore) -> Iterator[tuple[tuple[str, int], Kept, str]]:
+    """Entries whose features are not where the index says, or not of the size it says, and why."""
+    shapes: dict[str, dict[str, int] | str] = {}
+    for name in {own.shard for found in store.entries.values() if not isinstance(found, str) for own in found}:
+        try:
+            with safe_open(store.folder / name, framework="pt") as file:
+                shapes[name] = {key: file.get_slice(key).get_shape()[0] for key in file.keys()}  # noqa: SIM118
+        except Exception as error:  # whatever is wrong with the file
+            shapes[name] = f"{name} cannot be read: {error}"
+    for place, found in store.entries.items():
+        for own in found if not isinstance(found, str) else []:
+            there = shapes[own.shard]
+            if isinstance(there, str):
+                yield place, own, there
+            elif there.get(own.key) != own.num_rows:
+                yield place, own, f"{own.shard} holds {there.get(own.key, 'no')} rows of it, not {own.num_rows}"
