@@ -24,7 +24,8 @@ from mllm.compressors.mixture import routing_losses
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
-from mllm.splice import check_runs, merge
+from mllm.segments import SegmentPlan
+from mllm.splice import check_runs, merge, place
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
 # What the forward pass takes per medium, beside the raw values.
@@ -196,12 +197,21 @@ class ElasticModel(ElasticPreTrainedModel):
         runs = [tokens[:count] for tokens, count in zip(soft, counts, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=features.values, pooler_output=runs)  # pyright: ignore
 
-    def embed(self, input_ids: Tensor, media: Mapping[str, Tensor | None]) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        media: Mapping[str, Tensor | None],
+        *,
+        plan: SegmentPlan | None = None,
+        features: Mapping[str, Features] | None = None,
+    ) -> Tensor:
         """Text embeddings with the soft tokens of all media in place.
 
         Args:
             input_ids: (B, S), one placeholder id per soft token.
             media: the media arguments of `forward` by name.
+            plan: where soft tokens go in a packed row.
+            features: what `encode` gave before, by medium; the others are encoded.
 
         Returns:
             (B, S, H).
@@ -218,18 +228,22 @@ class ElasticModel(ElasticPreTrainedModel):
         for medium, mask in masks.items():
             values = media.get(VALUE_KEYS[medium])
             num_tokens = media.get(f"num_{medium}_tokens")
-            self._check(medium, input_ids, num_tokens)
+            if plan is None:  # shared tokens stand once, so a packed row has fewer than its runs
+                self._check(medium, input_ids, num_tokens)
             if values is not None and num_tokens is not None:
-                features = self.encode(medium, values, media.get(f"{medium}_lengths"))
+                known = (features or {}).get(medium)
                 soft = self.compress(
                     medium,
-                    features,
+                    known or self.encode(medium, values, media.get(f"{medium}_lengths")),
                     num_tokens=num_tokens,
                     rates=media.get(f"{medium}_rates"),
                     index=media.get(f"{medium}_index"),
-                    max_tokens=input_ids.shape[1],
+                    max_tokens=input_ids.shape[1] if plan is None else plan.max_tokens[medium],
                 )
-                embeds = merge(embeds, mask, soft, num_tokens)
+                if plan is None:
+                    embeds = merge(embeds, mask, soft, num_tokens)
+                else:
+                    embeds = place(embeds, soft, plan.places[medium], plan.sources[medium])
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
         return embeds
@@ -254,11 +268,13 @@ class ElasticModel(ElasticPreTrainedModel):
         soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
         return soft.sum()
 
-    def routing_losses(self, input_ids: Tensor | None, media: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def routing_losses(
+        self, input_ids: Tensor | None, media: Mapping[str, Tensor | None], plan: SegmentPlan | None = None
+    ) -> dict[str, Tensor]:
         """What the mixtures of projectors left behind in this pass, as losses (B,) by name; see `ElasticOutput`.
 
         Args:
-            input_ids: (B, S). media: the media arguments of `forward` by name.
+            input_ids: (B, S). media: the media arguments of `forward` by name. plan: of packed rows.
         """
         losses = {}
         for medium, compressor in self.compressors.items():
@@ -269,7 +285,12 @@ class ElasticModel(ElasticPreTrainedModel):
             if num_tokens is None or input_ids is None:
                 continue  # it was only run to touch its parameters
             is_token = input_ids == (self.config.placeholder_ids or {})[medium]
-            spread = merge(routing.new_zeros(*input_ids.shape, routing.shape[-1]), is_token, routing, num_tokens)
+            nothing = routing.new_zeros(*input_ids.shape, routing.shape[-1])
+            if plan is None:
+                spread = merge(nothing, is_token, routing, num_tokens)
+            else:
+                spread = plan.unpack(place(nothing, routing, plan.places[medium], plan.sources[medium]))
+                is_token = plan.unpack(is_token)
             top_k = cast(MixtureProjector, bank[0]).top_k
             losses[f"{medium}_balance"], losses[f"{medium}_z"] = routing_losses(spread, is_token, top_k=top_k)
         return losses
@@ -282,12 +303,14 @@ class ElasticModel(ElasticPreTrainedModel):
         task_ids: Tensor | None,
         *,
         with_report: bool,
+        plan: SegmentPlan | None = None,
     ) -> AdapterInputs | None:
         """What the adapter needs to know of the rows; nothing where it asks for nothing.
 
         Args:
-            input_ids: (B, S). attention_mask: (B, S). scale_ids, task_ids: (B,).
+            input_ids: (B, S). attention_mask: (B, S). scale_ids, task_ids: (B,) or (B, S).
             with_report: let it report what its experts did.
+            plan: of packed rows.
 
         Raises:
             ValueError: ids for an adapter that has no members.
@@ -304,7 +327,7 @@ class ElasticModel(ElasticPreTrainedModel):
             kinds = kinds.masked_fill(input_ids == placeholder, TOKEN_KINDS.index(medium))
         if attention_mask is not None:
             kinds = kinds.masked_fill(attention_mask == 0, -1)
-        return AdapterInputs(scale_ids, task_ids, kinds, Collector())
+        return AdapterInputs(scale_ids, task_ids, kinds, Collector(), plan)
 
     def forward(
         self,
@@ -313,6 +336,8 @@ class ElasticModel(ElasticPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        features: Mapping[str, Features] | None = None,
+        plan: SegmentPlan | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed, splice and run the decoder. The media arguments are those of `ElasticForConditionalGeneration`."""
@@ -320,7 +345,7 @@ class ElasticModel(ElasticPreTrainedModel):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds; got neither")
-            inputs_embeds = self.embed(input_ids, media)
+            inputs_embeds = self.embed(input_ids, media, plan=plan, features=features)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -2,7 +2,8 @@
 
 Knows ids, counts and tensors. Does not know media, budgets or what an id means.
 
-Shapes: B rows, S positions, R runs of placeholders, K soft tokens of the longest run, H the LLM's hidden size.
+Shapes: B rows, S positions, R runs of placeholders, K soft tokens of the longest run, H the LLM's hidden size, L tokens
+of a packed row.
 """
 
 from collections.abc import Sequence
@@ -95,3 +96,18 @@ def merge(inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, num_token
     offset = (place - (ends - num_tokens)[run]).clamp(0, soft.shape[1] - 1)
     picked = soft.to(inputs_embeds.dtype)[run, offset].view_as(inputs_embeds)
     return torch.where(is_placeholder[..., None], picked, inputs_embeds)
+
+
+def place(inputs_embeds: Tensor, soft: Tensor, places: Tensor, sources: Tensor) -> Tensor:
+    """Put soft tokens into a packed row; what `merge` is for padded ones.
+
+    Args:
+        inputs_embeds: (1, L, H) text embeddings; what they hold at placeholders does not matter.
+        soft: (R, K, H) soft tokens by run.
+        places: (n,) where in the packed row soft tokens stand.
+        sources: (n,) which of the soft tokens, flat over (R, K).
+
+    Returns:
+        (1, L, H).
+    """
+    return inputs_embeds.index_copy(1, places, soft.flatten(0, 1)[sources][None].to(inputs_embeds.dtype))

@@ -10,9 +10,9 @@ import mllm
 PACKAGE = Path(mllm.__file__).parent
 # A module may import from its own level or from a lower one. A package stands for its modules.
 LEVELS = [
-    {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank"},
+    {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank", "segments"},
     {"configuration", "media", "encoders", "compressors", "adapters"},
-    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams"},
+    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams", "packing", "segment_attention"},
     {"modeling", "modeling_body", "processing", "data", "chat"},
     {"building", "loading", "cost", "convert"},
     {"generation", "training"},

@@ -106,7 +106,10 @@ class Mome(Adapter):
         N times the sum over experts of (share of the choices) * (mean probability), over the tokens of a row.
         """
         assert self.inputs.kinds is not None
-        kinds = self.inputs.kinds.to(chosen.device)[..., None] == torch.arange(NUM_KINDS, device=chosen.device)
+        kinds = self.inputs.kinds.to(chosen.device)
+        if (plan := self.inputs.plan) is not None:
+            probabilities, chosen, kinds = plan.unpack(probabilities), plan.unpack(chosen), plan.unpack(kinds, -1)
+        kinds = kinds[..., None] == torch.arange(NUM_KINDS, device=chosen.device)
         # Counts are sums and not a product of matrices, which autocast would compute in 8 bits of mantissa.
         usage = torch.where(kinds[..., None], chosen[..., None, :], 0.0).sum(dim=1)  # (B, K, N)
         is_token = kinds.any(dim=-1, keepdim=True).to(probabilities.dtype)

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from mllm.budget import Budget
 from mllm.expansion import Batch, Expanded, Row
+from mllm.packing import pack, packed_targets
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Draw, Sampler
+from mllm.segments import SegmentPlan
 from mllm.splice import IGNORED_LABEL
 from mllm.training.objective import Supervision
 
@@ -46,13 +48,14 @@ class Lesson:
 
     Args:
         inputs: arguments of the model.
+        plan: how the passes are packed, for the model; nothing where they are padded.
         positions: (P,) flat positions of the logits.
         pass_budgets: (B,) int64, which of the K budgets each pass is run at.
         shares: (B,) the weights of each pass's targets summed: what a loss of the whole pass is worth.
         names: the K budgets of the supervision, in words.
         counts: target tokens per budget.
         soft_tokens: soft tokens of all passes.
-        tokens: tokens of all passes, soft ones included, padding left out.
+        tokens: tokens of all passes, soft ones included, padding left out, shared ones once per pass.
     """
 
     inputs: dict[str, Tensor]
@@ -64,6 +67,7 @@ class Lesson:
     counts: list[int]
     soft_tokens: int
     tokens: int
+    plan: SegmentPlan | None = None
 
 
 def num_targets(rows: Sequence[Row]) -> int:
@@ -96,8 +100,13 @@ def _passes(draws_by_row: Sequence[Sequence[Draw]]) -> list[Pass]:
     return passes
 
 
-def make_lesson(batch: Batch, passes: Sequence[Pass], processor: ElasticProcessor) -> Lesson:
+def make_lesson(
+    batch: Batch, passes: Sequence[Pass], processor: ElasticProcessor, *, packed: bool = False
+) -> Lesson:
     """Expand a batch to its passes; every medium of it is still encoded once.
+
+    Args:
+        packed: lay all passes in one row that holds what they share once, instead of padding them.
 
     Raises:
         ValueError: a budget a row cannot meet; the sample is named.
@@ -115,9 +124,14 @@ def make_lesson(batch: Batch, passes: Sequence[Pass], processor: ElasticProcesso
         teachers=_teachers(targets.rows, passes),
         num_budgets=len(names),
     )
+    inputs, plan, positions = expanded.inputs, None, targets.positions
+    if packed:
+        inputs, plan = pack(inputs, space=processor.space, placeholder_ids=processor.placeholder_ids)
+        positions = packed_targets(plan, positions)
     return Lesson(
-        inputs=expanded.inputs,
-        positions=targets.positions,
+        inputs=inputs,
+        plan=plan,
+        positions=positions,
         supervision=supervision,
         pass_budgets=budget_of,
         shares=torch.zeros(len(passes)).index_add(0, targets.rows, supervision.weights),

@@ -1,0 +1,116 @@
+"""From the padded rows of a training pass to one packed row: which tokens are the same, and which soft token goes where.
+
+Knows expanded rows, placeholders and how budgets of a medium are nested. Does not know the model, losses or draws.
+Everything here happens on the host, before the transfer.
+
+Two soft tokens are the same if they are of the same encoded item and, for a compressor whose budgets are prefixes of
+each other, the same one of it; for every other compressor the budget must be the same too. Rows that are served by
+different members of an adapter share nothing.
+
+Shapes: B rows, S positions, R placeholder runs, L tokens of the packed row, K soft tokens of the longest run.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mllm.budget import MEDIA, MediumSpace, Space
+from mllm.segments import SegmentPlan, plan_rows
+
+MEMBER_KEYS = ("scale_ids", "task_ids")
+# A key of a soft token holds its medium, item, budget and number; all are above every id of text.
+_MEDIUM, _ITEM, _BUDGET, _SOFT = 56, 36, 20, 1 << 60
+
+
+def pack(
+    inputs: Mapping[str, Tensor], *, space: Space, placeholder_ids: Mapping[str, int]
+) -> tuple[dict[str, Tensor], SegmentPlan]:
+    """Pack the inputs of a forward pass.
+
+    Args:
+        inputs: as `expand` gives them, padded on the right.
+
+    Returns:
+        The inputs of the packed pass: `input_ids` (1, L), ids of members (1, L), and the media with the runs that are
+        still needed; and the plan, which the model takes beside them.
+    """
+    ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy() != 0
+    keys = ids.astype(np.int64)
+    runs = {medium: _Runs(medium, inputs, (ids == placeholder_ids[medium]) & mask) for medium in _present(inputs)}
+    for medium, own in runs.items():
+        keys[own.where] = own.keys(space.media[medium])
+    lengths = mask.sum(axis=1)
+    members = [inputs[key].tolist() for key in MEMBER_KEYS if key in inputs]
+    groups = list(zip(*members, strict=True)) if members else []
+    plan = plan_rows([row[:length].tolist() for row, length in zip(keys, lengths, strict=True)], groups)
+    row_of, column_of = plan.maker.numpy(), plan.position_ids[0].numpy()
+    packed = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", *MEMBER_KEYS)}
+    packed["input_ids"] = torch.from_numpy(ids[row_of, column_of])[None]
+    packed |= {key: inputs[key][plan.maker][None] for key in MEMBER_KEYS if key in inputs}
+    for medium, own in runs.items():
+        is_soft = own.where[row_of, column_of]
+        needed, sources, max_tokens = own.needed(row_of[is_soft], column_of[is_soft])
+        packed |= needed
+        plan.places[medium] = torch.from_numpy(np.nonzero(is_soft)[0])
+        plan.sources[medium] = torch.from_numpy(sources)
+        plan.max_tokens[medium] = max_tokens
+    return packed, plan
+
+
+class _Runs:
+    """The runs of one medium in all rows.
+
+    where: (B, S) bool, its placeholders. run, offset: (B, S) int64, which run a placeholder is of and which token of
+    it; meaningless elsewhere.
+    """
+
+    def __init__(self, medium: str, inputs: Mapping[str, Tensor], where: np.ndarray) -> None:
+        self.medium, self.where = medium, where
+        self.counts = inputs[f"num_{medium}_tokens"].numpy()
+        self.rates = inputs[f"{medium}_rates"].numpy() if f"{medium}_rates" in inputs else np.zeros_like(self.counts)
+        items = inputs.get(f"{medium}_index")
+        self.items = np.arange(len(self.counts)) if items is None else items.numpy()
+        ends = self.counts.cumsum()
+        number = (where.cumsum() - 1).reshape(where.shape)
+        self.run = np.searchsorted(ends, number, side="right").clip(max=len(ends) - 1)
+        self.offset = number - (ends - self.counts)[self.run]
+
+    def keys(self, space: MediumSpace) -> np.ndarray:
+        """Of all placeholders in order: equal where the soft tokens are equal."""
+        run, offset = self.run[self.where], self.offset[self.where]
+        budgets = np.stack([self.counts, self.rates])
+        budget = np.unique(budgets, axis=1, return_inverse=True)[1].reshape(-1)[run]
+        if space.compressor == "query":
+            budget, offset = np.zeros_like(budget), _queries(offset, self.rates[run], space)
+        medium = MEDIA.index(self.medium)
+        return _SOFT | medium << _MEDIUM | self.items[run] << _ITEM | budget << _BUDGET | offset
+
+    def needed(self, rows: np.ndarray, columns: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray, int]:
+        """The runs that the soft tokens at these places are taken from: model inputs, sources, and K."""
+        run, offset = self.run[rows, columns], self.offset[rows, columns]
+        kept, own = np.unique(run, return_inverse=True)
+        max_tokens = int(self.counts[kept].max())
+        needed = {f"num_{self.medium}_tokens": self.counts[kept]}
+        if self.medium != "image":
+            needed[f"{self.medium}_rates"] = self.rates[kept]
+        needed[f"{self.medium}_index"] = self.items[kept]
+        return {key: torch.from_numpy(value) for key, value in needed.items()}, own * max_tokens + offset, max_tokens
+
+
+def _queries(offset: np.ndarray, rates: np.ndarray, space: MediumSpace) -> np.ndarray:
+    """Which query, of all windows, the tokens of a query compressor are; see `Query`."""
+    if not space.window_frames:
+        return offset
+    per_window = space.window_frames // np.maximum(rates, 1)
+    return offset // per_window * space.max_tokens + offset % per_window
+
+
+def _present(inputs: Mapping[str, Tensor]) -> list[str]:
+    return [medium for medium in MEDIA if f"num_{medium}_tokens" in inputs]
+
+
+def packed_targets(plan: SegmentPlan, positions: Tensor) -> Tensor:
+    """Flat positions in the padded rows (B * S) -> places in the packed row."""
+    return plan.rows.flatten()[positions]
