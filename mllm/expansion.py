@@ -162,3 +162,9 @@ def _media_inputs(runs: Sequence[tuple[Run, Cost]]) -> dict[str, Tensor]:
         if items != list(range(len(items))):
             inputs[f"{medium}_index"] = torch.tensor(items)
     return inputs
+
+
+def with_items(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs, with the item of every run said."""
+    counts = {m: inputs[f"num_{m}_tokens"] for m in MEDIA if f"num_{m}_tokens" in inputs}
+    return {f"{medium}_index": torch.arange(len(own)) for medium, own in counts.items()} | dict(inputs)

@@ -1,4 +1,4 @@
-"""From the padded rows of a training pass to one packed row: which tokens are the same, and which soft token goes where.
+"""From the padded rows of a training pass to one packed row: which tokens are the same, which soft token goes where.
 
 Knows expanded rows, placeholders and how budgets of a medium are nested. Does not know the model, losses or draws.
 Everything here happens on the host, before the transfer.

@@ -2,10 +2,11 @@
 
 Knows a `SegmentPlan`, queries, keys and values. Does not know rows, budgets or which decoder asks.
 
-The LLM gets the plan as the keyword `segment_plan`, which decoders of transformers hand on to every layer and each layer
-to this function, in the backward pass of a layer that is computed again as well. Without a plan this is transformers'
-own `sdpa`. The mask that transformers would make of positions that begin anew is never made: a packed pass brings a
-mask of four dimensions, which it takes as it is; for `sdpa` it holds nothing, for `flex` it is the block mask.
+The LLM gets the plan as the keyword `segment_plan`, which decoders of transformers hand on to every layer and each
+layer to this function, in the backward pass of a layer that is computed again as well. Without a plan this is
+transformers' own `sdpa`. The mask that transformers would make of positions that begin anew is never made: a packed
+pass brings a mask of four dimensions, which is taken as it is; for `sdpa` it holds nothing, for `flex` it is the block
+mask.
 
 Shapes: h heads, L tokens of the packed row, d size of a head, n tokens of a segment, v tokens it sees before itself.
 """

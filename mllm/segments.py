@@ -164,9 +164,7 @@ def _first(path: Sequence[Range], num_tokens: int) -> list[Range]:
     return kept
 
 
-def _with_tensors(
-    segments: Sequence[Segment], makers: Sequence[int], paths: Sequence[Sequence[Range]]
-) -> SegmentPlan:
+def _with_tensors(segments: Sequence[Segment], makers: Sequence[int], paths: Sequence[Sequence[Range]]) -> SegmentPlan:
     places = [_places(path) for path in paths]
     positions = np.zeros(segments[-1].stop, dtype=np.int64)
     for own in places:

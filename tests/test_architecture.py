@@ -12,7 +12,17 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank", "segments"},
     {"configuration", "media", "encoders", "compressors", "adapters"},
-    {"splice", "augmentation", "log_mel", "transforms", "expansion", "trainables", "beams", "packing", "segment_attention"},
+    {
+        "splice",
+        "augmentation",
+        "log_mel",
+        "transforms",
+        "expansion",
+        "trainables",
+        "beams",
+        "packing",
+        "segment_attention",
+    },
     {"modeling", "modeling_body", "processing", "data", "chat"},
     {"building", "loading", "cost", "convert"},
     {"generation", "training"},
