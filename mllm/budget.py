@@ -132,6 +132,19 @@ class Cost:
     rate: int = 0
 
 
+def haar_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """The maps of a grid in Haar order, coarse first: halved in turn along rows and columns while both are even.
+
+    24 x 24 gives 3 x 3, 3 x 6, 6 x 6, 6 x 12, 12 x 12, 12 x 24, 24 x 24. A grid with an odd side gives itself alone.
+    """
+    grids = [grid]
+    rows, columns = grid
+    while rows % 2 == 0 and columns % 2 == 0:
+        rows, columns = rows // 2, columns // 2
+        grids += [(rows, 2 * columns), (rows, columns)]
+    return grids[::-1]
+
+
 SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames")
 """The keys of a `media.<medium>` block that shape its space."""
 
@@ -141,7 +154,8 @@ class MediumSpace:
     """The budgets one medium was trained on, largest first, and how its compressor counts.
 
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
-    window on a stream), `window_frames` the window of a query compressor on a stream.
+    window on a stream), `window_frames` the window of a query compressor on a stream. With `order` haar a grid has only
+    the counts of whole maps, see `haar_grids`.
     """
 
     medium: str
@@ -150,10 +164,11 @@ class MediumSpace:
     max_tokens: int = 0
     window_frames: int = 0
     between: bool = True
+    order: Literal["raster", "haar"] = "raster"
 
     @classmethod
     def from_settings(cls, medium: str, settings: Mapping[str, Any]) -> "MediumSpace":
-        """Read the `media.<medium>` block of a config: `compressor`, `budgets` and, for `query`, its sizes.
+        """Read the `media.<medium>` block of a config: `compressor`, `budgets`, `order` and the sizes of `query`.
 
         `budgets` is a list of amounts, or {start, stop, step} for an arithmetic run of counts (stop included).
 
@@ -179,6 +194,7 @@ class MediumSpace:
             max_tokens=int(settings.get("num_queries", 0)),
             window_frames=int(settings.get("window_frames", 0)),
             between=not fixed,
+            order=settings.get("order", "raster"),
         )
 
     def allowed(self) -> str:
@@ -222,6 +238,12 @@ class MediumSpace:
         most = self.max_tokens if self.compressor == "query" else extent.length
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
+        if self.order == "haar":
+            assert extent.grid is not None
+            counts = [rows * columns for rows, columns in haar_grids(extent.grid)]
+            if amount.value not in counts:
+                whole = ", ".join(map(str, counts))
+                raise ValueError(f"{self.medium}={amount} is no whole map in Haar order: allowed are counts {whole}")
         return Cost(int(amount.value))
 
     def _stream_cost(self, amount: Amount, extent: Extent) -> Cost:

@@ -189,6 +189,8 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
     first = settings.get("project_first", False)
     projected, averaged_size = (item.num_features, out_size) if first else (item.num_tokens, in_size)
     average = 2 * item.num_tokens * item.num_features * averaged_size
+    if settings.get("order", "raster") == "haar":
+        average = 0  # sums and differences, no products
     return average + num_projectors * projected * _projector(settings, in_size, out_size)
 
 

@@ -63,6 +63,9 @@ class MediumSettings:
     """One projector per trained budget (Llama-MTSK, Omni-AVSR) instead of a shared one; between them is refused."""
     project_first: bool | None = None
     """Pool after the projector, as M3 does."""
+    order: Literal["raster", "haar"] | None = None
+    """Order of a picture's tokens under `pool`: in reading order (the default), or coarse to fine (`haar`), where the
+    tokens of a small budget are the first ones of a large; then counts are those of whole maps: 9, 36, 144, 576."""
     encoder_adapter: EncoderAdapterSettings | None = None
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)

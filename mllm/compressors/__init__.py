@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mllm.budget import Amount, MediumSpace
+from mllm.budget import Amount, MediumSpace, haar_grids
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.mixture import MixtureProjector
@@ -30,7 +30,7 @@ __all__ = [
     "build_compressor",
 ]
 
-ORDERS = ("raster",)
+ORDERS = ("raster", "haar")
 _MIXTURE = ("projector_top_k", "projector_balance_weight", "projector_z_weight")
 _PROJECTOR = ("projector_size", "projector_norm", "projector_activation", "projector_experts", *_MIXTURE)
 _OWN_SETTINGS = {
@@ -58,7 +58,7 @@ def build_compressor(
             keys: `position` (as MQT, the default) or `content`, for `query`.
             query_size, query_heads: size and heads of the queries; the encoder's size and one head per 64 of it.
             project_first: pool behind the projector, as M3; for `pool`.
-            order: order of a grid's soft tokens; `raster` is the only one there is.
+            order: of a grid's soft tokens: `raster` or, for `pool`, `haar`, in which small budgets are prefixes.
             projector_size: hidden size of the projector; the LLM's unless given, and null for a single Linear.
             projector_norm: a LayerNorm behind the projector.
             projector_activation: `gelu` or `relu`.
@@ -85,6 +85,8 @@ def _build_pool(
     if (order := settings.get("order", "raster")) not in ORDERS:
         raise ValueError(f"{key}.order={order!r} is not one of: {', '.join(ORDERS)}")
     _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("tokens", "rate"))
+    if order == "haar":
+        _check_haar(key, space, settings, grid)
     budgets = _values(space.trained) if settings.get("per_budget_projector", False) else ()
     if "projector_experts" in settings and settings.get("project_first", False):
         raise ValueError(f"{key}.projector_experts route soft tokens, and with project_first there are none yet")
@@ -93,7 +95,21 @@ def _build_pool(
         projectors=ProjectorBank(projectors, budgets=budgets),
         grid=grid,
         project_first=settings.get("project_first", False),
+        order=order,
     )
+
+
+def _check_haar(key: str, space: MediumSpace, settings: Mapping[str, Any], grid: tuple[int, int] | None) -> None:
+    if grid is None:
+        raise ValueError(f"{key}.order='haar' is an order of grids, and this is a stream; allowed: raster")
+    if settings.get("per_budget_projector", False):
+        raise ValueError(f"{key}.per_budget_projector would break the nesting of order 'haar'; allowed: false")
+    counts = [rows * columns for rows, columns in haar_grids(grid)]
+    if wrong := [budget for budget in _values(space.trained) if budget not in counts]:
+        raise ValueError(
+            f"{key}.budgets: {wrong[0]} tokens are no whole map of a grid of {grid[0]}x{grid[1]} in Haar order; "
+            f"allowed: {', '.join(map(str, counts))}"
+        )
 
 
 def _build_stack(

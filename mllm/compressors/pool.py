@@ -5,14 +5,19 @@ Knows features, counts and, for pictures, the grid. Does not know which medium t
 Shapes: N items, T features of the longest item, D feature size, K soft tokens asked for, H the LLM's hidden size.
 Sources: M3 (arXiv 2405.17430) pools grids 24 -> 12 -> 6 -> 3 -> 1 behind its projector (`project_first`); Llama-MTSK
 (2503.06362) and Omni-AVSR (2511.07253) pool streams at rates and drop the remainder. Counts between those are area
-pooling, see `areas.py`.
+pooling, see `areas.py`. The Haar order is ours, see `haar.py`.
 """
+
+from typing import Literal
 
 from torch import Tensor
 
 from mllm.compressors.areas import average, grid_cover, stream_cover
 from mllm.compressors.base import Compressor, own_tokens, without_padding
+from mllm.compressors.haar import haar
 from mllm.compressors.projector import ProjectorBank
+
+Order = Literal["raster", "haar"]
 
 
 class Pool(Compressor):
@@ -21,18 +26,31 @@ class Pool(Compressor):
     Streams: at rate r each full window of r features (the remainder is dropped, as in the published systems); at rate 0
     the whole item in equal stretches. Grids: equal rectangles.
 
+    In Haar order a grid's tokens are a coarse map and then details, and the tokens of a smaller budget are the first
+    ones of a larger. The projector stands behind the transform, on each token by itself: then a token costs what it
+    costs in raster order, a prefix needs nothing of what follows it, and the projector can tell details, which are
+    small, from means. `project_first` transforms what the projector gives instead, so that prefixes hold the means of
+    projected patches exactly, as M3 pools them; it runs the projector on every patch whatever the budget.
+
     Args:
         projectors: D -> H.
         grid: (rows, columns) of the features, for pictures.
         project_first: pool what the projector gives, instead of projecting what was pooled.
+        order: of the tokens of a grid.
     """
 
-    nested = "pooled"
-
     def __init__(
-        self, *, projectors: ProjectorBank, grid: tuple[int, int] | None = None, project_first: bool = False
+        self,
+        *,
+        projectors: ProjectorBank,
+        grid: tuple[int, int] | None = None,
+        project_first: bool = False,
+        order: Order = "raster",
     ) -> None:
         super().__init__()
+        assert order == "raster" or (grid is not None and not projectors.budgets)
+        self.nested = "pooled" if order == "raster" else "prefix"
+        self.order = order
         self.projectors = projectors
         self.grid = grid
         self.project_first = project_first
@@ -40,6 +58,8 @@ class Pool(Compressor):
     def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
         """See `Compressor.forward`."""
         asked = rates.where(rates > 0, tokens)
+        if self.order == "haar":
+            return own_tokens(self._in_haar_order(features, asked, max_tokens), tokens, max_tokens)
         num_features = features.shape[1]
         num_cells = min(max_tokens, num_features)  # no item has more tokens than features
         if self.grid is None:
@@ -52,3 +72,10 @@ class Pool(Compressor):
         else:
             soft = self.projectors(average(features, cover, area), asked)
         return own_tokens(soft, tokens, max_tokens)
+
+    def _in_haar_order(self, features: Tensor, asked: Tensor, max_tokens: int) -> Tensor:
+        """(N, T, D) -> (N, k, H): the first tokens of all, which do not depend on how many an item has."""
+        assert self.grid is not None
+        if self.project_first:
+            return haar(self.projectors(features, asked), self.grid)[:, :max_tokens]
+        return self.projectors(haar(features, self.grid)[:, :max_tokens], asked)

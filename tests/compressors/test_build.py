@@ -18,6 +18,7 @@ OMNI = {
     "projector_size": 32,
     "projector_activation": "relu",
 }
+HAAR = {"compressor": "pool", "budgets": [576, 144, 36, 9], "order": "haar"}
 LLAMA_AVSR = {"compressor": "stack", "budgets": ["/2", "/3"], "projector_norm": True}
 WINDOWS = {"compressor": "query", "budgets": ["/2", "/4"], "num_queries": 8, "window_frames": 16, "keys": "content"}
 
@@ -31,6 +32,7 @@ def build(settings: dict, grid: tuple[int, int] | None = None) -> Compressor:
     [
         (M3, (24, 24), Pool, "pooled"),
         (MQT, (24, 24), Query, "prefix"),
+        (HAAR, (24, 24), Pool, "prefix"),
         (OMNI, None, Pool, "pooled"),
         (LLAMA_AVSR, None, Stack, "none"),
         ({"compressor": "stack", "budgets": [144, 36]}, (24, 24), Stack, "none"),
@@ -65,7 +67,8 @@ def test_what_is_counted_is_what_comes_out(settings: dict, grid, kind: type, nes
 
 
 @pytest.mark.parametrize(
-    ("settings", "grid"), [(M3, (24, 24)), (MQT, (24, 24)), (OMNI, None), (LLAMA_AVSR, None), (WINDOWS, None)]
+    ("settings", "grid"),
+    [(M3, (24, 24)), (HAAR, (24, 24)), (MQT, (24, 24)), (OMNI, None), (LLAMA_AVSR, None), (WINDOWS, None)],
 )
 def test_nothing_waits_for_the_device(settings: dict, grid) -> None:
     """On the meta device there are no numbers to look at: whatever would make the host wait raises there."""
@@ -110,7 +113,10 @@ def test_heads_are_one_per_64_as_in_the_released_model() -> None:
     [
         ({**M3, "keys": "content"}, (24, 24), "media.image.keys does not apply to compressor 'pool'; allowed: project"),
         ({**MQT, "projector_norm": True}, (24, 24), "projector_norm does not apply to compressor 'query'"),
-        ({**M3, "order": "haar"}, (24, 24), "media.image.order='haar' is not one of: raster"),
+        ({**M3, "order": "zigzag"}, (24, 24), "media.image.order='zigzag' is not one of: raster, haar"),
+        ({**M3, "order": "haar"}, (24, 24), "1 tokens are no whole map .* in Haar order; allowed: 9, 18, 36, 72, 144"),
+        ({**HAAR, "per_budget_projector": True}, (24, 24), "would break the nesting of order 'haar'"),
+        ({"compressor": "pool", "budgets": ["/4"], "order": "haar"}, None, "is an order of grids, and this is a str"),
         ({**M3, "budgets": ["/4"]}, (24, 24), r"budgets are rates \(/4\); compressor 'pool' on a grid takes counts"),
         ({**M3, "budgets": [577]}, (24, 24), r"577 tokens cannot be met; allowed are counts 1\.\.576"),
         ({**MQT, "budgets": [300]}, (24, 24), r"300 tokens cannot be met; allowed are counts 1\.\.256"),
