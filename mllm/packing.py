@@ -38,9 +38,12 @@ def pack(
     """
     ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy() != 0
     keys = ids.astype(np.int64)
-    runs = {medium: _Runs(medium, inputs, (ids == placeholder_ids[medium]) & mask) for medium in _present(inputs)}
-    for medium, own in runs.items():
-        keys[own.where] = own.keys(space.media[medium])
+    runs = {
+        medium: _Runs(space.media[medium], inputs, (ids == placeholder_ids[medium]) & mask)
+        for medium in _present(inputs)
+    }
+    for own in runs.values():
+        keys[own.where] = own.keys()
     lengths = mask.sum(axis=1)
     members = [inputs[key].tolist() for key in MEMBER_KEYS if key in inputs]
     groups = list(zip(*members, strict=True)) if members else []
@@ -66,8 +69,9 @@ class _Runs:
     it; meaningless elsewhere.
     """
 
-    def __init__(self, medium: str, inputs: Mapping[str, Tensor], where: np.ndarray) -> None:
-        self.medium, self.where = medium, where
+    def __init__(self, space: MediumSpace, inputs: Mapping[str, Tensor], where: np.ndarray) -> None:
+        self.space, self.medium, self.where = space, space.medium, where
+        medium = space.medium
         self.counts = inputs[f"num_{medium}_tokens"].numpy()
         self.rates = inputs[f"{medium}_rates"].numpy() if f"{medium}_rates" in inputs else np.zeros_like(self.counts)
         items = inputs.get(f"{medium}_index")
@@ -76,14 +80,19 @@ class _Runs:
         number = (where.cumsum() - 1).reshape(where.shape)
         self.run = np.searchsorted(ends, number, side="right").clip(max=len(ends) - 1)
         self.offset = number - (ends - self.counts)[self.run]
+        if _is_prefix(space):  # any run of an item holds the tokens of its smaller ones
+            self.run = _largest_of_item(self.items, self.counts)[self.run]
 
-    def keys(self, space: MediumSpace) -> np.ndarray:
+    def keys(self) -> np.ndarray:
         """Of all placeholders in order: equal where the soft tokens are equal."""
         run, offset = self.run[self.where], self.offset[self.where]
-        budgets = np.stack([self.counts, self.rates])
-        budget = np.unique(budgets, axis=1, return_inverse=True)[1].reshape(-1)[run]
-        if space.compressor == "query":
-            budget, offset = np.zeros_like(budget), _queries(offset, self.rates[run], space)
+        budget = np.unique(np.stack([self.counts, self.rates]), axis=1, return_inverse=True)[1].reshape(-1)[run]
+        if _is_prefix(self.space):
+            budget = np.zeros_like(budget)
+        elif self.space.compressor == "query":  # of each window the first queries
+            per_window = self.space.window_frames // np.maximum(self.rates[run], 1)
+            budget = np.zeros_like(budget)
+            offset = offset // per_window * self.space.max_tokens + offset % per_window
         medium = MEDIA.index(self.medium)
         return _SOFT | medium << _MEDIUM | self.items[run] << _ITEM | budget << _BUDGET | offset
 
@@ -99,12 +108,16 @@ class _Runs:
         return {key: torch.from_numpy(value) for key, value in needed.items()}, own * max_tokens + offset, max_tokens
 
 
-def _queries(offset: np.ndarray, rates: np.ndarray, space: MediumSpace) -> np.ndarray:
-    """Which query, of all windows, the tokens of a query compressor are; see `Query`."""
-    if not space.window_frames:
-        return offset
-    per_window = space.window_frames // np.maximum(rates, 1)
-    return offset // per_window * space.max_tokens + offset % per_window
+def _is_prefix(space: MediumSpace) -> bool:
+    """Whether the tokens of a smaller budget are the first ones of a larger."""
+    return space.order == "haar" or (space.compressor == "query" and not space.window_frames)
+
+
+def _largest_of_item(items: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """For every run the run of the same item that has most tokens."""
+    by_count = np.lexsort((counts, items))
+    ends = np.searchsorted(items[by_count], items, side="right") - 1
+    return by_count[ends]
 
 
 def _present(inputs: Mapping[str, Tensor]) -> list[str]:

@@ -55,6 +55,12 @@ def mqt() -> tuple[ModelSettings, list, list[str]]:
     return own, rows, [f"image={n}" for n in NESTED["budgets"]]
 
 
+def haar() -> tuple[ModelSettings, list, list[str]]:
+    """A pooled pyramid in the order that nests."""
+    own = tiny.settings(("image",), image={"order": "haar", "budgets": [64, 16, 4]})
+    return own, m3()[1], ["image=64", "image=16", "image=4"]
+
+
 def mtsk() -> tuple[ModelSettings, list, list[str]]:
     """Sound and lips at every pair of rates; what follows the sound differs."""
     own = tiny.settings(("audio", "video"), **SPEECH)
@@ -74,7 +80,7 @@ def stacked() -> tuple[ModelSettings, list, list[str]]:
     return tiny.settings(("image", "video")), rows, ["image=16,video=/2", "image=4,video=/5"]
 
 
-CASES = {"m3": m3, "mqt": mqt, "mtsk": mtsk, "streams": streams, "stacked": stacked}
+CASES = {"m3": m3, "mqt": mqt, "haar": haar, "mtsk": mtsk, "streams": streams, "stacked": stacked}
 
 
 def build(own: ModelSettings, **text: Any) -> ElasticForConditionalGeneration:
@@ -149,6 +155,9 @@ def compare(own: ModelSettings, rows: list, budgets: list[str], **text: Any) -> 
 def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: str) -> None:
     own, rows, budgets = CASES[name]()
     model, (processor, batch, wanted), passes = compare(own, rows, budgets)
+    if name in ("mqt", "haar"):  # everything is taken from one run per picture
+        lesson = make_lesson(batch, passes, processor, packed=True)
+        assert lesson.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
     # The same, one group of passes after the other, on features that are encoded once.
     features = frozen_features(model, batch, torch.device("cpu"))
     assert set(features) == batch.media
