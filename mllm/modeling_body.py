@@ -6,7 +6,7 @@ Shapes: B rows, S positions, N encoded media items, R placeholder runs, T featur
 K soft tokens of the longest run, D an encoder's feature size, H the LLM's hidden size, V its vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInput
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
-from mllm.compressors import MixtureProjector, ProjectorBank, build_compressor
+from mllm.compressors import Compressor, MixtureProjector, ProjectorBank, build_compressor
 from mllm.compressors.mixture import routing_losses
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
@@ -134,6 +134,7 @@ class ElasticModel(ElasticPreTrainedModel):
         rates: Tensor | None = None,
         index: Tensor | None = None,
         max_tokens: int,
+        groups: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
         """Soft tokens of every run at its own budget.
 
@@ -142,11 +143,17 @@ class ElasticModel(ElasticPreTrainedModel):
             rates: (R,) frames per token, 0 where a count was asked; nothing for pictures.
             index: (R,) the encoded item of each run; nothing means one run per item.
             max_tokens: an upper bound of `num_tokens` known on the host.
+            groups: see `Compressor.compress_runs`, which then computes runs with an index.
 
         Returns:
             (R, K, H) with K = max_tokens, zero beyond each run's own count.
         """
         values, lengths = features.values, features.lengths
+        if groups:
+            assert index is not None
+            rates = torch.zeros_like(num_tokens) if rates is None else rates
+            compressor = cast(Compressor, self.compressors[medium])
+            return compressor.compress_runs(values, lengths, index, tokens=num_tokens, rates=rates, groups=groups)
         if index is not None:
             values, lengths = values[index], lengths[index]
         rates = torch.zeros_like(num_tokens) if rates is None else rates
@@ -238,7 +245,8 @@ class ElasticModel(ElasticPreTrainedModel):
                     num_tokens=num_tokens,
                     rates=media.get(f"{medium}_rates"),
                     index=media.get(f"{medium}_index"),
-                    max_tokens=input_ids.shape[1] if plan is None else plan.max_tokens[medium],
+                    max_tokens=input_ids.shape[1],
+                    groups=() if plan is None else plan.groups[medium],
                 )
                 if plan is None:
                     embeds = merge(embeds, mask, soft, num_tokens)

@@ -54,11 +54,10 @@ def pack(
     packed |= {key: inputs[key][plan.maker][None] for key in MEMBER_KEYS if key in inputs}
     for medium, own in runs.items():
         is_soft = own.where[row_of, column_of]
-        needed, sources, max_tokens = own.needed(row_of[is_soft], column_of[is_soft])
+        needed, plan.groups[medium], sources = own.needed(row_of[is_soft], column_of[is_soft])
         packed |= needed
         plan.places[medium] = torch.from_numpy(np.nonzero(is_soft)[0])
         plan.sources[medium] = torch.from_numpy(sources)
-        plan.max_tokens[medium] = max_tokens
     return packed, plan
 
 
@@ -96,16 +95,31 @@ class _Runs:
         medium = MEDIA.index(self.medium)
         return _SOFT | medium << _MEDIUM | self.items[run] << _ITEM | budget << _BUDGET | offset
 
-    def needed(self, rows: np.ndarray, columns: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray, int]:
-        """The runs that the soft tokens at these places are taken from: model inputs, sources, and K."""
+    def needed(
+        self, rows: np.ndarray, columns: np.ndarray
+    ) -> tuple[dict[str, Tensor], list[tuple[int, int]], np.ndarray]:
+        """The runs that the soft tokens there are taken from, longest first: model inputs, groups, sources."""
         run, offset = self.run[rows, columns], self.offset[rows, columns]
         kept, own = np.unique(run, return_inverse=True)
-        max_tokens = int(self.counts[kept].max())
+        order = np.argsort(-self.counts[kept], kind="stable")
+        kept, own = kept[order], np.argsort(order)[own]
+        groups = _groups(self.counts[kept])
         needed = {f"num_{self.medium}_tokens": self.counts[kept]}
         if self.medium != "image":
             needed[f"{self.medium}_rates"] = self.rates[kept]
         needed[f"{self.medium}_index"] = self.items[kept]
-        return {key: torch.from_numpy(value) for key, value in needed.items()}, own * max_tokens + offset, max_tokens
+        tensors = {key: torch.from_numpy(value) for key, value in needed.items()}
+        return tensors, groups, own * groups[0][1] + offset
+
+
+def _groups(counts: np.ndarray) -> list[tuple[int, int]]:
+    """Falling counts in stretches of which none is padded to more than twice its length: sizes and longest."""
+    groups: list[tuple[int, int]] = []
+    for count in counts.tolist():
+        if not groups or 2 * count <= groups[-1][1]:
+            groups.append((0, count))
+        groups[-1] = (groups[-1][0] + 1, groups[-1][1])
+    return groups
 
 
 def _is_prefix(space: MediumSpace) -> bool:

@@ -57,7 +57,7 @@ class SegmentPlan:
             included, after each other.
         places, sources: by medium, (n,) int64: where soft tokens lie, and which of the soft tokens of all runs, flat
             over (R, K), stands there.
-        max_tokens: by medium, K.
+        groups: by medium, how many runs follow each other that are of similar length, and the longest of them.
     """
 
     segments: tuple[Segment, ...]
@@ -67,7 +67,7 @@ class SegmentPlan:
     attended: Tensor
     places: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, Tensor] = field(default_factory=dict)
-    max_tokens: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
