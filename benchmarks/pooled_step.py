@@ -45,16 +45,20 @@ BUDGETS = [Budget.parse(f"image={scale}") for scale in SCALES]
 SYSTEM, QUESTION, ANSWER = 40, 32, 32
 
 
-def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
-    """The model of the head of this file and its one sample."""
+def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
+    """The model of the head of this file, `text` changed in its LLM's config, and its one sample."""
     vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4, image_size=336
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
     )
-    vision.patch_size = 14
     medium = MediumSettings(encoder="random", budgets=list(SCALES), project_first=True)
     lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
     model, processor = build(
-        ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
+        ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}, **text
     )
     picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
     return model, processor, rows_of(processor, [([words(SYSTEM), picture, words(QUESTION)], words(ANSWER))])

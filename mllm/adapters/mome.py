@@ -79,6 +79,7 @@ class Mome(Adapter):
             self._report(self.inputs.collector, probabilities, chosen)
         weights = torch.cat([gates.new_ones(*gates.shape[:-1], self.num_shared), gates], dim=-1)  # (B, S, M)
         inner = functional.linear(values, self.down.flatten(0, 1), self.down_bias.flatten())
+        weights = weights.to(inner.dtype)
         inner = functional.gelu(inner).unflatten(-1, self.down.shape[:2]) * weights[..., None]
         out = functional.linear(inner.flatten(-2), self.up.transpose(0, 1).flatten(1)) + weights @ self.up_bias
         return out.to(hidden.dtype)
