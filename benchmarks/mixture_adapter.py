@@ -5,8 +5,9 @@
 The loop is that of transformers (models/mixtral/modeling_mixtral.py, `MixtralExperts.forward`: experts that are hit,
 `torch.where` on the mask of choices, gathered tokens, `index_add_`), with the experts of MoME (arXiv 2510.04136): a
 linear layer, GELU, a linear layer, with biases, and gates that are not renormalised. MoME's own code is not released.
-Both use the same router and the same 16 experts of width 16, of which a token chooses 4, beside a layer 1024 wide.
-Outputs and gradients must agree to 1e-5 in float32 and 1e-2 in bfloat16 before anything is timed.
+The router is in float32 in both, as in models/deepseek_v3/modeling_deepseek_v3.py. Both use the same 16 experts of
+width 16, of which a token chooses 4, beside a layer 1024 wide. Outputs and gradients must agree to 1e-5 in float32 and
+1e-2 in bfloat16 before anything is timed. On a CPU the dense product is computed in float32 whatever the dtype of the weights.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def build(dtype: torch.dtype, num_tokens: int) -> tuple[Mome, Tensor, Tensor]:
 def loop(mome: Mome, hidden: Tensor) -> Tensor:
     """One expert after the other, each on the tokens that chose it."""
     states = hidden[0]
-    probabilities = functional.linear(states, mome.router[0]).float().softmax(dim=-1)
+    probabilities = functional.linear(states.float(), mome.router[0].float()).softmax(dim=-1)
     weights, index = probabilities.topk(TOP_K, dim=-1)
     out = torch.zeros_like(states)
     with torch.no_grad():
