@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-lips test-all lint types check bench clean
+.PHONY: help demo test test-slow test-lips test-lmms test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -50,7 +50,17 @@ $(VENV)-lips/stamp: pyproject.toml
 test-lips: $(VENV)-lips/stamp
 	OMP_NUM_THREADS=1 $(VENV)-lips/bin/python -m pytest tests/preparation
 
-test-all: test test-slow test-lips
+$(VENV)-lmms/stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[lmms,dev]"
+	@touch $@
+
+## make test-lmms  the tests that need lmms-eval, in an environment of their own: it brings a hundred packages
+test-lmms: $(VENV)-lmms/stamp
+	OMP_NUM_THREADS=1 $(VENV)-lmms/bin/python -m pytest tests/lmms
+
+test-all: test test-slow test-lips test-lmms
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -62,12 +72,14 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      time per budget beside the FLOP model, log-mel, beams
+## make bench      time per budget beside the FLOP model, log-mel, beams, folded queries, grouped questions
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/budget_cost.py
 	$(BIN)/python benchmarks/log_mel.py
 	$(BIN)/python benchmarks/beam_decoding.py
+	$(BIN)/python benchmarks/folded_queries.py
+	$(BIN)/python benchmarks/grouped_questions.py
 
 ## make clean      remove the environment and what the tools left
 clean:
-	rm -rf $(VENV) $(VENV)-lips build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lips $(VENV)-lmms build *.egg-info .pytest_cache .ruff_cache

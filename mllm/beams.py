@@ -110,7 +110,12 @@ def shares_prefill(input_ids: Tensor | None, options: Mapping[str, Any], generat
     """Whether reading the prompt once gives what these options of `generate` ask for."""
     if input_ids is None or input_ids.shape[1] < 2 or options.get("attention_mask") is None:
         return False
-    if num_copies(options, generation_config) == 1 or _asked("use_cache", options, generation_config) is False:
+    return num_copies(options, generation_config) > 1 and allows_sharing(options, generation_config)
+
+
+def allows_sharing(options: Mapping[str, Any], generation_config: Any) -> bool:
+    """Whether these options of `generate` leave the cache to us and do not ask to see the pass over the prompt."""
+    if _asked("use_cache", options, generation_config) is False:
         return False
     forbidding = [_asked(key, options, generation_config) for key in _FORBIDS_SHARING]
     return all(value is None or value is False for value in forbidding)
@@ -130,6 +135,7 @@ def prefill(
     *,
     inputs_embeds: Tensor | None = None,
     copies: int,
+    past: DynamicCache | None = None,
     **row_inputs: Tensor | None,
 ) -> DynamicCache:
     """Read all prompts up to their last token, which `generate` then reads with every copy for the first logits.
@@ -137,6 +143,7 @@ def prefill(
     Args:
         input_ids: (B, S), padded on the left. attention_mask: (B, S).
         inputs_embeds: (B, S, H) in place of the ids.
+        past: a cache of what has been read of the prompts already, for B rows.
         row_inputs: (B,) what else the model takes per row.
 
     Returns:
@@ -144,11 +151,14 @@ def prefill(
     """
     positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if past is None else past
+    left = slice(cache.get_seq_length(), -1)
+    if input_ids[:, left].shape[1] == 0:
+        return spread(cache, copies)
     model(
-        **{key: value[:, :-1] for key, value in given.items()},
+        **{key: value[:, left] for key, value in given.items()},
         attention_mask=attention_mask[:, :-1],
-        position_ids=positions[:, :-1],
+        position_ids=positions[:, left],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,

@@ -1,135 +1,85 @@
-"""How many soft tokens each medium may use: the grammar, the space a model was trained on, and exact counting.
+"""How many soft tokens each medium may use: the space a model was trained on, and exact counting.
 
-    image=64            64 soft tokens per image
-    audio=/4            one soft token per 4 encoder frames
-    audio=12.5/s        soft tokens per second of the encoder's clock
-    image=max           the largest of the space (what a medium that is not named gets)
-    total<=256          a cap over all media of one request: the largest allowed split wins
-
-Knows numbers only: extents (frames, grids), amounts, and the counting rules of the compressors.
+Knows numbers only: extents (frames, grids), amounts, and the counting rules of the compressors. How a budget is written
+is in `grammar.py`, how pictures are cut in `tiling.py`.
 Does not know torch, files, tokenizers or weights. A budget is exact or refused; nothing here rounds.
 What a training step draws from a space is in `sampler.py`.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-MEDIA = ("image", "audio", "video")
+from mllm.grammar import MEDIA, Amount, Budget
+from mllm.tiling import Size, Tiles, Tiling
+
+__all__ = [
+    "COMPRESSIONS",
+    "MEDIA",
+    "SETTINGS",
+    "Amount",
+    "Budget",
+    "Compression",
+    "Cost",
+    "Extent",
+    "MediumSpace",
+    "Space",
+    "count_tokens",
+]
+
 Compression = Literal["query", "pool", "stack"]
 COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack")
-FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
-
-
-@dataclass(frozen=True)
-class Amount:
-    """What one medium may cost: `tokens` in all, a `rate` in frames per token, tokens `per_second`, or the `max`."""
-
-    kind: Literal["tokens", "rate", "per_second", "max"]
-    value: Fraction = Fraction(0)
-
-    @classmethod
-    def parse(cls, text: str | int) -> "Amount":
-        """Read one amount.
-
-        Raises:
-            ValueError: not one of the four forms, or not a positive number.
-        """
-        word = str(text).strip()
-        if word == "max":
-            return cls("max")
-        kind: Literal["tokens", "rate", "per_second"] = "tokens"
-        number = word
-        if word.startswith("/"):
-            kind, number = "rate", word[1:]
-        elif word.endswith("/s"):
-            kind, number = "per_second", word[:-2]
-        whole = kind != "per_second"
-        if not (number.isascii() and number.replace("." if not whole else "", "", 1).isdigit()):
-            raise ValueError(f"budget amount {word!r} is not {FORMS}")
-        if (value := Fraction(number)) <= 0:
-            raise ValueError(f"budget amount {word!r} must be above 0; allowed is {FORMS}")
-        return cls(kind, value)
-
-    def __str__(self) -> str:
-        if self.kind == "max":
-            return "max"
-        number = str(self.value) if self.value.denominator == 1 else _decimal(self.value)
-        return {"tokens": number, "rate": f"/{number}", "per_second": f"{number}/s"}[self.kind]
-
-
-def _decimal(value: Fraction) -> str:
-    """A fraction whose denominator has only the primes 2 and 5, which is all `Amount.parse` makes, as a decimal."""
-    digits = 0
-    while (value * 10**digits).denominator != 1:
-        digits += 1
-        assert digits < 100, value
-    whole, rest = divmod(int(value * 10**digits), 10**digits)
-    return f"{whole}.{rest:0{digits}d}"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Amounts by medium and an optional cap on the sum. `Budget.parse(str(b)) == b`."""
-
-    amounts: Mapping[str, Amount] = field(default_factory=dict)
-    total_tokens: int | None = None
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """Read `image=64,audio=/4,total<=256`; an empty text asks for the largest of everything.
-
-        Raises:
-            ValueError: an unknown medium, a medium named twice, or an amount that is none.
-        """
-        amounts: dict[str, Amount] = {}
-        total: int | None = None
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            if item.startswith("total"):
-                number = item.removeprefix("total").strip().removeprefix("<=").strip()
-                if "<=" not in item or not number.isascii() or not number.isdigit() or int(number) < 1 or total:
-                    raise ValueError(f"budget cap {item!r} must be written once, as total<=N with N at least 1")
-                total = int(number)
-                continue
-            medium, equals, amount = (word.strip() for word in item.partition("="))
-            if not equals or medium not in MEDIA:
-                raise ValueError(f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}) or total<=N")
-            if medium in amounts:
-                raise ValueError(f"budget {text!r} names {medium} twice")
-            amounts[medium] = Amount.parse(amount)
-        return cls({m: amounts[m] for m in MEDIA if m in amounts}, total)
-
-    def __str__(self) -> str:
-        items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
-        return ",".join(items + ([f"total<={self.total_tokens}"] if self.total_tokens else []))
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock."""
+    """What is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock.
+
+    A picture that may be cut into tiles also has its own size and that of a tile, in pixels; a video whose frames are
+    pictures has the grid of each, and how many were taken from the file.
+    """
 
     medium: str
     grid: tuple[int, int] | None = None
     num_frames: int = 0
     frames_per_second: float | None = None
+    picture_pixels: Size | None = None
+    tile_pixels: Size | None = None
+    num_pictures: int = 1
 
     @property
     def length(self) -> int:
-        """Features the encoder gives: patches of the grid, or frames."""
+        """Features the encoder gives: patches of the grid (of one tile or frame), or frames."""
         return self.grid[0] * self.grid[1] if self.grid else self.num_frames
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one medium costs: its exact soft tokens, and the rate they were asked at (0: a count was asked)."""
+    """What one medium costs: its exact soft tokens, and the rate they were asked at (0: a count was asked).
+
+    Where it is several encoded pictures, `each` are the tokens of one of them, and either `tiles` says how the picture
+    is cut or `frames` how many are shown of the video.
+    """
 
     tokens: int
     rate: int = 0
+    each: int = 0
+    tiles: Tiles | None = None
+    frames: int = 0
+
+    @property
+    def amount(self) -> Amount:
+        """What was asked of each encoded item."""
+        return (
+            Amount("rate", Fraction(self.rate)) if self.rate else Amount("tokens", Fraction(self.each or self.tokens))
+        )
+
+    @property
+    def num_pictures(self) -> int:
+        """Encoded items that are shown."""
+        return self.tiles.num_pictures if self.tiles else self.frames or 1
 
 
 def haar_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
@@ -145,7 +95,7 @@ def haar_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
     return grids[::-1]
 
 
-SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames")
+SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames", "tiling", "frame_counts")
 """The keys of a `media.<medium>` block that shape its space."""
 
 
@@ -155,7 +105,8 @@ class MediumSpace:
 
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
     window on a stream), `window_frames` the window of a query compressor on a stream. With `order` haar a grid has only
-    the counts of whole maps, see `haar_grids`.
+    the counts of whole maps, see `haar_grids`. `tiling` says how pictures are cut; `frame_counts` are the trained
+    numbers of frames of a video whose frames are pictures, largest first.
     """
 
     medium: str
@@ -165,6 +116,8 @@ class MediumSpace:
     window_frames: int = 0
     between: bool = True
     order: Literal["raster", "haar"] = "raster"
+    tiling: Tiling | None = None
+    frame_counts: tuple[int, ...] = ()
 
     @classmethod
     def from_settings(cls, medium: str, settings: Mapping[str, Any]) -> "MediumSpace":
@@ -195,6 +148,8 @@ class MediumSpace:
             window_frames=int(settings.get("window_frames", 0)),
             between=not fixed,
             order=settings.get("order", "raster"),
+            tiling=Tiling.from_settings(medium, settings),
+            frame_counts=tuple(sorted(settings.get("frame_counts") or (), reverse=True)),
         )
 
     def allowed(self) -> str:
@@ -206,8 +161,18 @@ class MediumSpace:
         """Whether training drew this very amount; `max` always is."""
         return amount.kind == "max" or amount in self.trained
 
-    def cost(self, amount: Amount, extent: Extent) -> Cost:
+    def is_trained_cost(self, cost: Cost) -> bool:
+        """Whether training drew what something cost. Cuts into tiles differ by picture, so they are not compared."""
+        return self.is_trained(cost.amount) and (not self.frame_counts or cost.frames in self.frame_counts)
+
+    def cost(
+        self, amount: Amount, extent: Extent, *, max_tiles: int | None = None, num_frames: int | None = None
+    ) -> Cost:
         """The exact cost of one medium at an amount.
+
+        Args:
+            max_tiles: of a picture; as many as `tiling` allows when left out.
+            num_frames: shown of a video whose frames are pictures; all when left out.
 
         Raises:
             ValueError: the amount cannot be met exactly; the message names what can.
@@ -217,9 +182,36 @@ class MediumSpace:
             chosen = self._rate_of(chosen, extent)
         if not self.between and chosen not in self.trained:
             raise ValueError(f"{self.medium}={amount} was not trained and this model serves only: {self.allowed()}")
-        if extent.grid is not None:
-            return self._grid_cost(chosen, extent)
-        return self._stream_cost(chosen, extent)
+        if extent.grid is None:
+            return self._stream_cost(chosen, extent)
+        one = self._grid_cost(chosen, extent)
+        if self.frame_counts:
+            return self._frames_cost(one.tokens, extent, num_frames)
+        if self.tiling is None:
+            return one
+        return self._tiles_cost(self.tiling, one.tokens, extent, max_tiles)
+
+    def _tiles_cost(self, tiling: Tiling, each: int, extent: Extent, max_tiles: int | None) -> Cost:
+        picture, tile, grid = extent.picture_pixels, extent.tile_pixels, extent.grid
+        assert picture is not None
+        assert tile is not None
+        assert grid is not None
+        tiles = tiling.choose(picture, tile, max_tiles)
+        try:
+            tokens = tiling.num_tokens(tiles, each, picture=picture, tile=tile, grid=grid)
+        except ValueError as error:
+            raise ValueError(f"{self.medium}={each} cannot be met: {error}") from error
+        return Cost(tokens, each=each, tiles=tiles)
+
+    def _frames_cost(self, each: int, extent: Extent, num_frames: int | None) -> Cost:
+        shown = extent.num_pictures if num_frames is None else num_frames
+        if extent.num_pictures % shown:
+            allowed = ", ".join(str(n) for n in range(1, extent.num_pictures + 1) if extent.num_pictures % n == 0)
+            raise ValueError(
+                f"frames={shown} cannot be met: {extent.num_pictures} frames were taken from the video; "
+                f"allowed are {allowed}"
+            )
+        return Cost(shown * each, each=each, frames=shown)
 
     def _rate_of(self, amount: Amount, extent: Extent) -> Amount:
         if extent.frames_per_second is None:
@@ -283,52 +275,82 @@ class Space:
             raise ValueError(f"media.{min(unknown)} is not a medium; allowed: {', '.join(MEDIA)}")
         return cls({m: MediumSpace.from_settings(m, settings[m]) for m in MEDIA if m in settings})
 
+    @property
+    def frame_counts(self) -> tuple[int, ...]:
+        """The numbers of frames training chooses from, largest first; none where there is no choice."""
+        found = self.media["video"].frame_counts if "video" in self.media else ()
+        return found if len(found) > 1 else ()
+
     def largest(self) -> Budget:
         """Every medium at its most tokens."""
-        return Budget({medium: space.trained[0] for medium, space in self.media.items()})
+        frames = next(iter(self.frame_counts), None)
+        return Budget({medium: space.trained[0] for medium, space in self.media.items()}, num_frames=frames)
 
     def smallest(self) -> Budget:
         """Every medium at its fewest tokens."""
-        return Budget({medium: space.trained[-1] for medium, space in self.media.items()})
+        frames = next(reversed(self.frame_counts), None)
+        return Budget({medium: space.trained[-1] for medium, space in self.media.items()}, num_frames=frames)
 
     def is_trained(self, budget: Budget) -> bool:
         """Whether every amount the budget names was drawn in training; reports mark the others."""
+        frames = self.media["video"].frame_counts if "video" in self.media else ()
+        if budget.num_frames not in (None, *frames):
+            return False
         return all(m in self.media and self.media[m].is_trained(a) for m, a in budget.amounts.items())
+
+    def check(self, budget: Budget) -> None:
+        """Refuse a budget that speaks of what the model does not have.
+
+        Raises:
+            ValueError: a medium, tiles or frames of a model without them; what there is is named.
+        """
+        for medium in budget.media:
+            if medium not in self.media:
+                allowed = ", ".join(self.media) or "text only"
+                raise ValueError(f"this model does not take {medium}; it takes {allowed}")
+        if budget.max_tiles is not None and self.media["image"].tiling is None:
+            raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut pictures into tiles")
+        if budget.num_frames is not None and not self.media["video"].frame_counts:
+            raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of pictures")
 
 
 def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> list[Cost]:
     """The exact soft tokens of every medium of one request, in order. The only place where tokens are counted.
 
-    Under `total<=N`, media that the budget does not name may take any of their trained amounts (all items of a
-    medium the same); the split with the most tokens wins, and between equals the one that favours image, then
-    audio, then video.
+    Under `total<=N`, media that the budget does not name may take any of their trained amounts, pictures any cap on
+    tiles (up to that of the budget) and videos of pictures any frames they can show (unless it names them), all items
+    of a medium the same. The split with the most tokens wins; between equals the one that favours image, then audio,
+    then video, and then the one with more tiles and frames.
 
     Raises:
         ValueError: a medium the model does not take, an amount that cannot be met, or a cap that nothing meets.
     """
-    for medium in {extent.medium for extent in extents} | set(budget.amounts):
-        if medium not in space.media:
+    for extent in extents:
+        if extent.medium not in space.media:
             allowed = ", ".join(space.media) or "text only"
-            raise ValueError(f"this model does not take {medium}; it takes {allowed}")
+            raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
+    space.check(budget)
     if budget.total_tokens is None:
-        return [_cost_of(extent, budget.amounts.get(extent.medium, Amount("max")), space) for extent in extents]
+        return [_cost_of(extent, budget, space) for extent in extents]
     return _best_split(extents, budget, space)
 
 
-def _cost_of(extent: Extent, amount: Amount, space: Space) -> Cost:
-    return space.media[extent.medium].cost(amount, extent)
+def _cost_of(extent: Extent, budget: Budget, space: Space) -> Cost:
+    amount = budget.amounts.get(extent.medium, Amount("max"))
+    own = space.media[extent.medium]
+    return own.cost(amount, extent, max_tiles=budget.max_tiles, num_frames=budget.num_frames)
 
 
 def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list[Cost]:
     present = [medium for medium in MEDIA if any(extent.medium == medium for extent in extents)]
-    by_medium = {m: _choices([e for e in extents if e.medium == m], budget.amounts.get(m), space) for m in present}
+    by_medium = {m: _choices([e for e in extents if e.medium == m], budget, space) for m in present}
     best: dict[str, list[Cost]] | None = None
     best_key: tuple[int, ...] = ()
     smallest = 0
     for split in itertools.product(*by_medium.values()):
         sums = [sum(cost.tokens for cost in costs) for costs in split]
         smallest = min(smallest or sum(sums), sum(sums))
-        key = (sum(sums), *sums)
+        key = (sum(sums), *sums, *(sum(cost.num_pictures for cost in costs) for costs in split))
         if sum(sums) <= (budget.total_tokens or 0) and key > best_key:
             best, best_key = dict(zip(present, split, strict=True)), key
     if not extents:
@@ -339,16 +361,36 @@ def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list
     return [next(queues[extent.medium]) for extent in extents]
 
 
-def _choices(extents: list[Extent], named: Amount | None, space: Space) -> list[list[Cost]]:
+def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[Cost]]:
     """Costs of one medium's items at every amount it may take; a trained amount its clips are too short for is not."""
-    if named is not None:
-        return [[_cost_of(extent, named, space) for extent in extents]]
+    medium = extents[0].medium
+    own = space.media[medium]
+    named = budget.amounts.get(medium)
     found, refusals = [], []
-    for amount in space.media[extents[0].medium].trained:
-        try:
-            found.append([_cost_of(extent, amount, space) for extent in extents])
-        except ValueError as error:
-            refusals.append(error)
+    for amount in own.trained if named is None else (named,):
+        for change in _changes(extents, budget, own):
+            asked = replace(budget, amounts={medium: amount}, **change)
+            try:
+                found.append([_cost_of(extent, asked, space) for extent in extents])
+            except ValueError as error:
+                refusals.append(error)
     if not found:
         raise refusals[0]
     return found
+
+
+def _changes(extents: Sequence[Extent], budget: Budget, own: MediumSpace) -> Iterator[dict[str, int]]:
+    """The caps on tiles, or the frames, that a medium's items may take under `total<=`; one empty change otherwise."""
+    if own.tiling is not None:
+        caps: set[int] = set()
+        for extent in extents:
+            assert extent.picture_pixels is not None
+            assert extent.tile_pixels is not None
+            caps.update(own.tiling.choices(extent.picture_pixels, extent.tile_pixels, budget.max_tiles))
+        yield from ({"max_tiles": cap} for cap in sorted(caps, reverse=True))
+    elif own.frame_counts and budget.num_frames is None:
+        most = min(extent.num_pictures for extent in extents)
+        shared = (n for n in range(most, 0, -1) if all(extent.num_pictures % n == 0 for extent in extents))
+        yield from ({"num_frames": count} for count in shared)
+    else:
+        yield {}

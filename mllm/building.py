@@ -23,16 +23,25 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from mllm.adapters import build_adapter
 from mllm.adapters.members import kinds_of, scales_of, tasks_of
-from mllm.budget import Space
+from mllm.budget import MediumSpace, Space
+from mllm.compressors import Query
+from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
-from mllm.encoders import AVHubertAudioConfig, backbone_class, tower_config, wrap_encoder
+from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
-from mllm.settings import MediumSettings, ModelSettings
+from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
-_NOT_MODEL = ("encoder", "span", "normalize_audio", "size_pixels", "crop_pixels", "budget_range")
+_NOT_MODEL = (
+    *("encoder", "span", "normalize_audio", "pad_to_square", "size_pixels", "crop_pixels", "budget_range"),
+    *("query_start", *FRAME_SETTINGS),
+)
+PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
+"""What makes an image processor put margins in its mean colour around a picture, computed as LLaVA's code does."""
+DEFAULT_FRAMES = 8
+"""Frames taken from a video whose frames are encoded like pictures."""
 
 
 def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -45,13 +54,24 @@ def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, Ela
     processor = build_processor(settings)
     config = elastic_config(settings, processor)
     model = assemble(config, dtype=settings.dtype, attention=settings.attention, seed=settings.seed)
+    for medium, own in settings.media.items():
+        if own.query_start == "pyramid":
+            _read_places(model.model.compressors[medium], seed=settings.seed)
     return model, processor
+
+
+def _read_places(compressor: nn.Module, *, seed: int) -> None:
+    if not isinstance(compressor, Query):
+        raise ValueError("query_start=pyramid needs compressor: query; leave it out")
+    if any(hasattr(parameter, "ds_id") for parameter in compressor.parameters()):
+        raise ValueError("query_start=pyramid cannot be found under ZeRO-3, which keeps no query whole; use ZeRO-2")
+    read_places(compressor, torch.Generator().manual_seed(seed))
 
 
 def build_processor(settings: ModelSettings) -> ElasticProcessor:
     """The processor of a model that is described by settings."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_source(settings.llm))
-    wanted = [PLACEHOLDER_TOKENS[medium] for medium in settings.media]
+    wanted = [PLACEHOLDER_TOKENS[medium] for medium in settings.encoded_media]
     wanted += [token for medium in settings.media.values() for token in medium.span]
     known = tokenizer.get_vocab()
     if missing := [token for token in dict.fromkeys(wanted) if token not in known]:
@@ -63,24 +83,44 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
             "space": space_settings(own),
             "span": list(own.span),
         }
-        for medium, own in settings.media.items()
+        for medium, own in settings.encoded_media.items()
     }
+    _check_one_size(settings)
+    if settings.shows_frames:
+        media["video"] = frames_entry(settings, media["image"])
     elastic = {"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
     if settings.released_behaviour:
         elastic["shares_lengths"] = True
+    if settings.names_pictures:
+        elastic["names_pictures"] = True
+    if settings.shows_frames:
+        elastic["prompts"] = {"video": "describe the video."}  # the default question about videos is for lips
+    limit = getattr(_read_config(settings.llm).get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int):
+        elastic["context_tokens"] = limit
     return ElasticProcessor(tokenizer, elastic=elastic)
+
+
+def _check_one_size(settings: ModelSettings) -> None:
+    """Raises: ValueError for tiles or frames with an encoder whose pictures keep their shape."""
+    image = settings.image
+    if image is None or not (settings.shows_frames or image.tiling is not None):
+        return
+    if encoder_facts(encoder_config(image, "image"), space_settings(image)).max_patches is not None:
+        what = "image.tiling" if image.tiling is not None else "video.encoder image"
+        raise ValueError(f"{what} needs an encoder that reads pictures of one size, and this one keeps their shape")
 
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
     """The config of a model that is described by settings, with the digests of its sources."""
     text_config = _read_config(settings.llm).get_text_config()
-    encoders = {medium: encoder_config(own, medium) for medium, own in settings.media.items()}
-    references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.media.items()}}
+    encoders = {medium: encoder_config(own, medium) for medium, own in settings.encoded_media.items()}
+    references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.encoded_media.items()}}
     return config_of_parts(
         settings,
         text_config=text_config,
         encoder_configs=encoders,
-        placeholder_ids=processor.placeholder_ids,
+        placeholder_ids={m: processor.placeholder_ids[m] for m in encoders},
         span_ids=processor.span_ids,
         sources={
             part: {"reference": reference, "sha256": digest_of(resolve_source(reference))}
@@ -103,7 +143,7 @@ def config_of_parts(
     return ElasticConfig(
         text_config=text_config,
         **parts,
-        media={medium: space_settings(own) for medium, own in settings.media.items()},
+        media={medium: space_settings(own) for medium, own in settings.encoded_media.items()},
         placeholder_ids=placeholder_ids,
         span_ids=span_ids or {},
         adapter=adapter_settings(settings),
@@ -122,7 +162,10 @@ def adapter_settings(settings: ModelSettings) -> dict[str, Any] | None:
     values = settings.adapter.values
     if values["kind"] == "lora":
         return values
-    space = Space.from_settings({medium: space_settings(own) for medium, own in settings.media.items()})
+    spaces = {medium: space_settings(own) for medium, own in settings.encoded_media.items()}
+    if settings.shows_frames:
+        spaces["video"] = frames_space(settings)
+    space = Space.from_settings(spaces)
     if values["kind"] == "mome":
         if values["disjoint_routers"]:
             values["scales"] = scales_of(values["scales"], space)
@@ -171,6 +214,38 @@ def space_settings(settings: MediumSettings) -> dict[str, Any]:
     return values
 
 
+def frames_space(settings: ModelSettings) -> dict[str, Any]:
+    """What shapes the space of videos whose frames are encoded like pictures: all but the budgets is the pictures' own.
+
+    Raises:
+        ValueError: a budget that the compressor of pictures does not serve.
+    """
+    assert settings.image is not None
+    assert settings.video is not None
+    own = space_settings(settings.video)
+    shared = {key: value for key, value in space_settings(settings.image).items() if key != "tiling"}
+    frames = settings.video.frames or DEFAULT_FRAMES
+    space = {**shared, "budgets": own["budgets"], "frame_counts": settings.video.frame_counts or [frames]}
+    served = MediumSpace.from_settings("image", shared)
+    for amount in MediumSpace.from_settings("video", space).trained:
+        if not served.between and not served.is_trained(amount):
+            raise ValueError(f"video.budgets holds {amount}, and the compressor of pictures serves {served.allowed()}")
+    return space
+
+
+def frames_entry(settings: ModelSettings, image: Mapping[str, Any]) -> dict[str, Any]:
+    """What the processor keeps of videos whose frames are encoded like pictures, given what it keeps of pictures."""
+    own = settings.video
+    assert own is not None
+    return {
+        "encoder": image["encoder"],
+        "preprocessor": image["preprocessor"],
+        "space": frames_space(settings),
+        "span": list(own.span),
+        "frames": {"count": own.frames or DEFAULT_FRAMES, "per_second": own.sample_fps},
+    }
+
+
 def assemble(
     config: ElasticConfig, *, dtype: str = "float32", attention: str = "sdpa", seed: int = 0
 ) -> ElasticForConditionalGeneration:
@@ -198,6 +273,8 @@ def assemble(
             backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
         setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, (config.media or {})[medium]))
     materialize(model, model.model.compressors, seed=seed)
+    if model.model.newline is not None:
+        materialize(model, model.model.newline, seed=seed)
     put_adapters(model, seed=seed)
     return model.eval()
 
@@ -254,7 +331,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             )
         return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
-        "image": lambda: AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+        "image": lambda: _picture_preprocessor(settings),
         "audio": lambda: {
             **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
             "normalize_audio": settings.normalize_audio,
@@ -262,3 +339,17 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
         "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
     }
     return readers[medium]()
+
+
+def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+    """The image processor of a tower, told the size of its pictures and what to do about their shape."""
+    values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
+    config = encoder_config(settings, "image")
+    if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
+        if settings.pad_to_square:
+            raise ValueError("image.pad_to_square does not go with a tower that reads pictures in their own shape")
+        return {**values, "max_num_patches": most, "patch_size": config.patch_size}
+    if settings.image_size is not None:
+        height, width = settings.image_size
+        values |= {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
+    return {"do_center_crop": False} | values | PADDED if settings.pad_to_square else values

@@ -3,20 +3,29 @@
 Knows a tokenizer, a chat template and the ids around a medium. Does not know files, encoders or budgets.
 
 Only the template may make special ids. What people wrote is tokenised apart from it, with special tokens read as plain
-text, so that a user who types `<image>` or an end-of-turn marker has typed just that.
+text, so that a user who types `<image>` or an end-of-turn marker has typed just that. Text is cut where the template
+stops and people begin to write, never elsewhere, and a piece that goes on after text is read as going on: SentencePiece
+vocabularies put a space before every text that they take for a new one.
 """
 
+import copy
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.data.manifest import Media, Message, Part, Text
+from tokenizers import Tokenizer
+
+from mllm.data.manifest import Media, Message, Text
+from mllm.data.naming import named_pictures
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
-# conversation.py, "v1"); `avsr` is how Llama-AVSR, Llama-MTSK and Omni-AVSR put sound, lips, prompt and transcript side
-# by side, without a space between them. `chat` stands for the template that came with the tokenizer.
+# conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the picture, its
+# caption and a line break, which is learned in place of an end of turn; `avsr` is how Llama-AVSR, Llama-MTSK and
+# Omni-AVSR put sound, lips, prompt and transcript side by side, without a space between them. `chat` stands for the
+# template that came with the tokenizer.
 TEMPLATES = {
     "plain": (
         "{{ bos_token }}{% for message in messages %}"
@@ -26,6 +35,10 @@ TEMPLATES = {
     "avsr": (
         "{{ bos_token }}{% for message in messages %}{{ message.content }}"
         "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "llava_plain": (
+        "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ '\\n' }}{% endif %}{% endfor %}"
     ),
     "vicuna_v1": (
         "{{ bos_token }}{% if messages[0].role != 'system' %}A chat between a curious user and an artificial "
@@ -40,6 +53,8 @@ TEMPLATES = {
 FORMATS = (*TEMPLATES, "chat")
 # Private-use characters mark where each part of the content lies in the rendered template.
 _MARK = re.compile("\ue000(\\d+)\ue001")
+MAX_LAYOUTS = 4096
+"""Layouts that are kept; conversations of the same speakers and media have the same."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +66,35 @@ class Prompt:
     media: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """A stretch that is the same in every conversation of a layout; the first ids of it may be learned."""
+
+    ids: tuple[int, ...]
+    num_targets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where people write: the space before it, whether it goes on after text, and whether it is learned."""
+
+    glue: str
+    continues: bool
+    is_target: bool
+
+
+Layout = tuple[_Fixed | _Slot, ...]
+
+
 class ChatEncoder:
     """Encodes conversations for one tokenizer.
 
     Args:
         tokenizer: a fast tokenizer.
-        chat_format: `plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
+        chat_format: `plain`, `llava_plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
         placeholder_ids: per medium the id that stands for it.
         span_ids: per medium the ids before and after it.
+        names_pictures: number the pictures of a conversation in the text; see `named_pictures`.
 
     Raises:
         ValueError: an unknown format, or `chat` with a tokenizer that has no template.
@@ -71,6 +107,7 @@ class ChatEncoder:
         chat_format: str,
         placeholder_ids: Mapping[str, int],
         span_ids: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        names_pictures: bool = False,
     ) -> None:
         if chat_format not in FORMATS:
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(FORMATS)}")
@@ -78,43 +115,151 @@ class ChatEncoder:
             raise ValueError("chat_format is 'chat', but the tokenizer has no chat template; use plain or vicuna_v1")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; a fast one is needed")
+        self.names_pictures = names_pictures
         self.tokenizer = tokenizer
+        self.going_on = without_prefix(tokenizer)
+        self.chat_format = chat_format
         self.template = TEMPLATES.get(chat_format)
         self.placeholder_ids = dict(placeholder_ids)
         self.span_ids = {medium: (list(before), list(after)) for medium, (before, after) in (span_ids or {}).items()}
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._layouts: dict[Any, Layout] = {}
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Prompt:
         """Encode a conversation; what assistants said, with the end of their turn, is the target.
 
         Raises:
-            ValueError: a medium without a placeholder id, or a template that drops or repeats a message.
+            ValueError: a medium without a placeholder id, a conversation that the format has no place for, or a
+                template that drops or repeats a message.
+        """
+        return self.encode_all([messages], add_generation_prompt=add_generation_prompt)[0]
+
+    def encode_all(
+        self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+    ) -> list[Prompt]:
+        """Encode many conversations at once, which is several times as fast as one by one.
+
+        Raises:
+            ValueError: see `__call__`; it does not say which conversation.
+        """
+        plans = [self._plan(messages, add_generation_prompt) for messages in conversations]
+        read = self._tokenized(plans)
+        prompts = []
+        for messages, (layout, _) in zip(conversations, plans, strict=True):
+            ids: list[int] = []
+            labels: list[int] = []
+            for piece in layout:
+                if isinstance(piece, _Fixed):
+                    new, num = piece.ids, piece.num_targets
+                else:
+                    new = next(read).ids
+                    num = len(new) if piece.is_target else 0
+                ids += new
+                labels += [*new[:num], *[IGNORED_LABEL] * (len(new) - num)]
+            media = tuple(part.medium for message in messages for part in message.parts if isinstance(part, Media))
+            prompts.append(Prompt(ids, labels, media))
+        return prompts
+
+    def count_all(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[int, int]]:
+        """Per conversation its number of ids, placeholders included, and of those that are learned.
+
+        Raises:
+            ValueError: see `__call__`; it does not say which conversation.
+        """
+        plans = [self._plan(messages, False) for messages in conversations]
+        read = self._tokenized(plans)
+        counts = []
+        for layout, _ in plans:
+            num_ids = num_targets = 0
+            for piece in layout:
+                is_fixed = isinstance(piece, _Fixed)
+                length = len(piece.ids) if is_fixed else len(next(read))
+                num_targets += piece.num_targets if is_fixed else length * piece.is_target
+                num_ids += length
+            counts.append((num_ids, num_targets))
+        return counts
+
+    def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
+        """How a conversation is laid out, and what stands in the slots."""
+        messages = self._read(named_pictures(messages) if self.names_pictures else messages)
+        speakers = tuple(
+            (message.role, tuple(part.medium if isinstance(part, Media) else "" for part in message.parts))
+            for message in messages
+        )
+        layout = self._layouts.get((speakers, prompt))
+        if layout is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[speakers, prompt] = tuple(self._layout(messages, prompt))
+        return layout, [part.text for message in messages for part in message.parts if isinstance(part, Text)]
+
+    def _read(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages the format has a place for: all, or in `llava_plain` the media of a question and its answer."""
+        if self.chat_format != "llava_plain":
+            return messages
+        roles = [message.role for message in messages]
+        media = [part for part in messages[0].parts if isinstance(part, Media)] if messages else []
+        if roles not in (["user"], ["user", "assistant"]) or not media:
+            raise ValueError(
+                f"chat_format llava_plain is for one question with a picture and its answer, got {', '.join(roles)} "
+                f"with {len(media)} media; use vicuna_v1"
+            )
+        return [Message("user", tuple(media)), *messages[1:]]
+
+    def _tokenized(self, plans: Sequence[tuple[Layout, list[str]]]) -> Iterator[Any]:
+        """What people wrote, read slot by slot; with one call of the tokenizer for each way of reading."""
+        slots = [[piece for piece in layout if isinstance(piece, _Slot)] for layout, _ in plans]
+        texts = [
+            (slot.glue + text, slot.continues)
+            for own, (_, written) in zip(slots, plans, strict=True)
+            for slot, text in zip(own, written, strict=True)
+        ]
+        read = {
+            continues: iter(self._encode([text for text, own in texts if own == continues], continues, is_written=True))
+            for continues in (False, True)
+        }
+        return (next(read[continues]) for _, continues in texts)
+
+    def _encode(self, texts: Sequence[str], continues: bool, *, is_written: bool) -> Sequence[Any]:
+        backend = (self.going_on if continues else self.tokenizer).backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = is_written
+        return backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+
+    def _layout(self, messages: Sequence[Message], prompt: bool) -> Iterator[_Fixed | _Slot]:
+        """Template text and what people write by turns.
+
+        A space before a written part is handed to the part: tokenizers join it to the word after it, so
+        "ASSISTANT: red" must be cut before the space, not after.
         """
         parts = [(message.role, part) for message in messages for part in message.parts]
-        pieces = self._render(messages, len(parts), add_generation_prompt)
-        ids: list[int] = []
-        labels: list[int] = []
-        answering = False
-        for piece in pieces:
-            if isinstance(piece, tuple):
-                index, glue = piece
-                role, part = parts[index]
-                new = self._part_ids(part, glue)
-                answering = role == "assistant"
-                targets = new if answering and isinstance(part, Text) else [IGNORED_LABEL] * len(new)
+        rendered = self._rendered(messages, len(parts), prompt)
+        bos = self.tokenizer.bos_token
+        if self.template is not None and bos and rendered[0].startswith(bos):  # what comes after it begins anew
+            rendered[0] = rendered[0].removeprefix(bos)
+            yield _Fixed((self.tokenizer.bos_token_id,))
+        continues = answering = False
+        for position, text in enumerate(rendered):
+            follower = parts[position][1] if position < len(parts) else None
+            glue = " " if text.endswith(" ") and (follower is None or isinstance(follower, Text)) else ""
+            text = text.removesuffix(glue)
+            yield from self._template_pieces(text, continues=continues, ends_answer=answering)
+            answering = answering and not text
+            continues = continues or bool(text)
+            if follower is None:
+                break
+            answering = parts[position][0] == "assistant"
+            if isinstance(follower, Text):
+                yield _Slot(glue, continues, answering)
+                continues = True
             else:
-                new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-                targets = self._end_of_turn(new) if answering else [IGNORED_LABEL] * len(new)
-                answering = answering and not new
-            ids += new
-            labels += targets
-        media = tuple(part.medium for _, part in parts if isinstance(part, Media))
-        return Prompt(ids, labels, media)
+                yield _Fixed(self._media_ids(follower))
+                continues = False
 
-    def _render(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str | tuple[int, str]]:
-        """Template text and part numbers by turns; a space before a written part is handed to the part.
-
-        Tokenizers join a space to the word after it, so "ASSISTANT: red" must be cut before the space, not after.
-        """
+    def _rendered(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str]:
+        """The template's text before, between and after the parts of a conversation."""
         marks = iter(range(num_parts))
         marked = [
             {"role": message.role, "content": "".join(f"\ue000{next(marks)}\ue001" for _ in message.parts)}
@@ -126,27 +271,55 @@ class ChatEncoder:
         split = _MARK.split(rendered)
         if [int(number) for number in split[1::2]] != list(range(num_parts)):
             raise ValueError("the tokenizer's chat template drops, repeats or reorders what people wrote")
-        written = [part for message in messages for part in message.parts]
-        pieces: list[str | tuple[int, str]] = []
-        for position, text in enumerate(split[::2]):
-            followed = position < num_parts
-            glue = " " if text.endswith(" ") and (not followed or isinstance(written[position], Text)) else ""
-            pieces.append(text.removesuffix(glue))
-            if followed:
-                pieces.append((position, glue))
-        return pieces
+        return split[::2]
 
-    def _part_ids(self, part: Part, glue: str) -> list[int]:
-        if isinstance(part, Text):
-            return self.tokenizer(glue + part.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def _template_pieces(self, text: str, *, continues: bool, ends_answer: bool) -> Iterator[_Fixed]:
+        """Template text, cut before its first special token, which tokenizers part from what stands before it.
+
+        After an answer that special token ends the turn and is learned, with what stands before it; without one
+        nothing is, but the line break of `llava_plain`.
+        """
+        first = self._special.search(text)
+        cut = len(text) if first is None else first.start()
+        learns = ends_answer and (first is not None or self.chat_format == "llava_plain")
+        if before := text[:cut]:
+            ids = tuple(self._encode([before], continues, is_written=False)[0].ids)
+            yield _Fixed(ids, len(ids) if learns else 0)
+        if after := text[cut:]:
+            ids = tuple(self._encode([after], False, is_written=False)[0].ids)
+            yield _Fixed(ids, int(learns))
+
+    def _media_ids(self, part: Media) -> tuple[int, ...]:
         if part.medium not in self.placeholder_ids:
             allowed = ", ".join(self.placeholder_ids) or "text only"
             raise ValueError(f"this model does not take {part.medium}; it takes {allowed}")
         before, after = self.span_ids.get(part.medium, ([], []))
-        return [*before, self.placeholder_ids[part.medium], *after]
+        return (*before, self.placeholder_ids[part.medium], *after)
 
-    def _end_of_turn(self, ids: list[int]) -> list[int]:
-        """Labels of the template text after an answer: its first special id ends the turn and is learned."""
-        special = set(self.tokenizer.all_special_ids)
-        end = next((index for index, token in enumerate(ids) if token in special), -1)
-        return [token if index <= end else IGNORED_LABEL for index, token in enumerate(ids)]
+
+def without_prefix(tokenizer: Any) -> Any:
+    """The tokenizer for text that goes on: without the space that SentencePiece vocabularies put before a new text.
+
+    A tokenizer that puts none, or that is byte-level, is given back as it is.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    changed = [
+        step
+        for key in ("normalizer", "pre_tokenizer")
+        for step in _steps(state.get(key))
+        if (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never") or step["type"] == "Prepend"
+    ]
+    if not changed:
+        return tokenizer
+    for step in changed:
+        step.update({"prepend_scheme": "never"} if step["type"] == "Metaspace" else {"prepend": ""})
+    other = copy.deepcopy(tokenizer)
+    other._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return other
+
+
+def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normaliser or pre-tokeniser, which may be a sequence of them."""
+    if state is None:
+        return []
+    return state.get("normalizers") or state.get("pretokenizers") or [state]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm.adapters.members import num_members
+from mllm.budget import Cost, Extent
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -21,7 +22,8 @@ BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Item:
     """One encoded medium of a request.
 
-    `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them, `height_pixels` and
+    `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them (0 for a frame that is
+    not shown, which the compressor never sees), `height_pixels` and
     `width_pixels` the size of a video's frames (pictures have the size their config says).
     """
 
@@ -30,6 +32,22 @@ class Item:
     num_tokens: int
     height_pixels: int = 0
     width_pixels: int = 0
+
+
+def items_of(extent: Extent, cost: Cost, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
+    """The encoded items of one medium: a picture's thumbnail and tiles, a video's frames, or the medium itself.
+
+    Every frame that was taken from a video is encoded, and only those that are shown are compressed.
+
+    Args:
+        frame_pixels: height and width of the frames of a lip video.
+    """
+    if extent.grid is None:
+        size = (int(frame_pixels[0]), int(frame_pixels[1])) if extent.medium == "video" else (0, 0)
+        return [Item(extent.medium, extent.length, cost.tokens, *size)]
+    shown = [Item("image", extent.length, cost.each or cost.tokens)] * cost.num_pictures
+    hidden = extent.num_pictures - cost.frames if cost.frames else 0
+    return shown + [Item("image", extent.length, 0)] * hidden
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ def request_cost(
                 media[item.medium], item, in_size=_hidden_size(encoders[item.medium]), out_size=text.hidden_size
             )
             for item in items
+            if item.num_tokens
         ),
         prefill=once + num_beams * first,
         decode=num_beams * later,
@@ -169,8 +188,9 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
     """FLOPs of compressing one item to `item.num_tokens` soft tokens, its projectors included.
 
     A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
-    Everything else is as it runs: `query` reads with all its queries whatever the budget, and with a projector per
-    budget every one of them runs.
+    Everything else is as it runs when answering: on streams `query` reads with all its queries whatever the budget; on
+    a picture with position keys it is folded (see `mllm.compressors.folding`), and making the constants, once, is left
+    out; with a projector per budget every one of them runs.
 
     Args:
         settings: the `media.<medium>` block.
@@ -208,10 +228,22 @@ def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int)
     window = item.num_features if item.medium == "image" else settings["window_frames"]
     windows = -(-item.num_features // window)
     read = windows * window
-    keys = read if settings.get("keys", "position") == "content" else window
+    content = settings.get("keys", "position") == "content"
+    given = 0 if size == in_size else read * in_size * size
+    if item.medium == "image":
+        queries = min(queries, item.num_tokens)
+        if not content:
+            return 2 * (given + _folded(settings, read, queries, size) + queries * size * out_size)
+    keys = read if content else window
     weights = (queries + keys + read + windows * queries) * size * size  # queries, keys, values, output
-    weights += 0 if size == in_size else read * in_size * size
-    return 2 * (weights + 2 * queries * read * size + item.num_tokens * size * out_size)
+    return 2 * (weights + given + 2 * queries * read * size + item.num_tokens * size * out_size)
+
+
+def _folded(settings: Mapping[str, Any], length: int, num_tokens: int, size: int) -> int:
+    """Multiply-adds of pooling a grid with folded attention: values first, or per head first, whichever is fewer."""
+    heads = settings.get("query_heads") or max(size // 64, 1)
+    values_first = length * size * size + num_tokens * length * size
+    return min(values_first, num_tokens * heads * length * size + num_tokens * size * size)
 
 
 def _linears(text: Any) -> dict[str, tuple[int, int]]:
@@ -266,7 +298,7 @@ def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     layer = settings.get("feature_layer", -2)
     depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
     size, patch = config.hidden_size, config.patch_size
-    extra = int(config.model_type != "siglip_vision_model") + getattr(config, "num_register_tokens", 0)
+    extra = int(not config.model_type.startswith("siglip")) + getattr(config, "num_register_tokens", 0)
     stem = 2 * item.num_features * size * config.num_channels * patch * patch
     inner = int(size * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
     gated = bool(getattr(config, "use_gated_mlp", False) or getattr(config, "use_swiglu_ffn", False))
@@ -335,6 +367,7 @@ def _halved(pixels: int) -> int:
 _ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
     "clip_vision_model": _vision_tower,
     "siglip_vision_model": _vision_tower,
+    "siglip2_vision_model": _vision_tower,
     "dinov2": _vision_tower,
     "dinov2_with_registers": _vision_tower,
     "dinov3_vit": _vision_tower,

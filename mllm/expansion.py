@@ -3,27 +3,41 @@
 Knows rows, extents and budgets; decides how many placeholders each run gets and which encoded item it shows.
 Does not know files, tokenizers or the model. Everything here happens on the host, before the transfer.
 
-Shapes: B rows, S positions, R placeholder runs, P target tokens. With several budgets per row the rows stand budget by
-budget: row `d * B + b` is row b at budget d.
+Shapes: B rows, S positions, R placeholder runs, P target tokens, G groups of rows. With several budgets per row the
+rows stand budget by budget: row `d * B + b` is row b at budget d.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mllm.adapters.members import NO_MEMBERS, NOBODY, Members
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
+from mllm.layout import NEWLINE, order_of, shown_items
+from mllm.prefixes import group_rows
 from mllm.splice import IGNORED_LABEL, expand_placeholders, pad_rows
+from mllm.tiling import Tiles
 
 
 @dataclass(frozen=True)
 class Run:
-    """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows."""
+    """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
+
+    Where the medium is several encoded pictures, `item` is the first of them; `tilings` are the cuts that a picture was
+    encoded in. `tower` names the encoder where it is another medium's.
+    """
 
     extent: Extent
     item: int
+    tilings: tuple[Tiles, ...] = ()
+    tower: str = ""
+
+    @property
+    def encoder(self) -> str:
+        """The medium whose encoder its items went through."""
+        return self.tower or self.extent.medium
 
 
 @dataclass(frozen=True)
@@ -43,12 +57,30 @@ class Row:
             ValueError: the budget cannot be met; the sample is named.
         """
         named = {run.extent.medium for run in self.runs}
-        amounts = {m: a for m, a in budget.amounts.items() if m in named or m not in space.media}
-        fitting = Budget(amounts, budget.total_tokens)
+        fitting = budget.only(named | (budget.media - set(space.media)))
         try:
             return count_tokens([run.extent for run in self.runs], fitting, space)
         except ValueError as error:
             raise ValueError(f"sample {self.sample_id!r}: {error}") from error
+
+    def cut(self, max_tokens: int, space: Space, placeholders: frozenset[int]) -> "Row":
+        """The row without what would lie behind `max_tokens` with every medium at its largest budget.
+
+        Raises:
+            ValueError: a medium that lies there, whole or in part; the sample is named.
+        """
+        most = iter(self.costs(space.largest(), space))
+        length = 0
+        for place, token in enumerate(self.ids):
+            is_medium = token in placeholders
+            length += next(most).tokens if is_medium else 1
+            if length > max_tokens:
+                if any(later in placeholders for later in self.ids[place:]):
+                    raise ValueError(
+                        f"sample {self.sample_id!r}: a medium lies behind data.max_sample_tokens {max_tokens}"
+                    )
+                return replace(self, ids=self.ids[:place], labels=self.labels[:place])
+        return self
 
 
 @dataclass(frozen=True)
@@ -99,6 +131,7 @@ def expand(
     pad_id: int,
     left_padding: bool,
     members: Members = NO_MEMBERS,
+    share_prefixes: bool = False,
 ) -> Expanded:
     """Expand a batch to one or more budgets per row.
 
@@ -108,13 +141,17 @@ def expand(
         placeholder_ids: by medium.
         left_padding: prompts are padded on the left, training rows on the right.
         members: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
+        share_prefixes: rows that show the same items at the same cost in the same place, behind the same text, are
+            grouped for `generate`: they get `prefix_index` (B,) and `prefix_lengths` (G,), and what is said of media is
+            said of the first row of each group alone. Nothing is added where no two rows are alike.
 
     Raises:
         ValueError: a budget a row cannot meet, or placeholders that do not match the media, or a scale or task that
             the adapter has no member for; the sample is named.
     """
     placeholders = frozenset(placeholder_ids.values())
-    ids, labels, costs, runs, scale_ids, task_ids = [], [], [], [], [], []
+    ids, labels, costs, scale_ids, task_ids = [], [], [], [], []
+    runs: list[list[Placed]] = []
     for row, budget in ((r, b) for draw in budgets for r, b in zip(batch.rows, draw, strict=True)):
         spent = row.costs(budget, space)
         row_ids, row_labels = expand_placeholders(
@@ -123,19 +160,67 @@ def expand(
         ids.append(row_ids)
         labels.append(row_labels)
         costs.append(spent)
-        runs += list(zip(row.runs, spent, strict=True))
+        runs.append(_placed(row, spent, space))
         own_ids = _member_ids(row, spent, members)
         scale_ids.append(own_ids[0])
         task_ids.append(own_ids[1])
+    prefixes = {}
+    if share_prefixes:
+        keys = [_prefix_key(*of, placeholders) for of in zip(ids, runs, scale_ids, task_ids, strict=True)]
+        prefixes = _prefixes(ids, keys, runs)
     inputs = {
         "input_ids": pad_rows(ids, pad_id, left=left_padding),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, left=left_padding),
         **batch.values,
-        **_media_inputs(runs),
+        **_media_inputs([run for own in runs for run in own]),
+        **prefixes,
         **({"scale_ids": torch.tensor(scale_ids)} if members.scales else {}),
         **({"task_ids": torch.tensor(task_ids)} if members.tasks else {}),
     }
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
+
+
+def check_length(row: Row, costs: Sequence[Cost], context_tokens: int | None) -> None:
+    """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a run of soft tokens.
+
+    Raises:
+        ValueError: with the sample, its length and what is allowed.
+    """
+    soft = sum(cost.tokens for cost in costs)
+    length = len(row.ids) - len(row.runs) + soft
+    if context_tokens is not None and length > context_tokens:
+        raise ValueError(
+            f"sample {row.sample_id!r} is {length} tokens long, {soft} of them soft, and the LLM reads at most "
+            f"{context_tokens}; ask for fewer soft tokens or shorten the text"
+        )
+
+
+def _prefix_key(
+    ids: Sequence[int],
+    runs: Sequence["Placed"],
+    scale_id: int,
+    task_id: int,
+    placeholders: frozenset[int],
+) -> Hashable:
+    """What rows have in common that begin alike, up to behind their last soft token; None without media."""
+    if not runs:
+        return None
+    end = max(place for place, token in enumerate(ids) if token in placeholders) + 1
+    items = tuple((own.run.encoder, tuple(own.items), own.cost) for own in runs)
+    return tuple(ids[:end]), items, scale_id, task_id
+
+
+def _prefixes(ids: Sequence[Sequence[int]], keys: Sequence[Hashable], runs: list[list["Placed"]]) -> dict[str, Tensor]:
+    """The groups of rows; takes the runs of all rows but the first of each group out of `runs`."""
+    index, lengths = group_rows(ids, keys)
+    if len(lengths) == len(index):
+        return {}
+    seen: set[int] = set()
+    for row, group in enumerate(index):
+        if group in seen:
+            runs[row] = []
+        seen.add(group)
+    return {"prefix_index": torch.tensor(index), "prefix_lengths": torch.tensor(lengths)}
 
 
 def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int, int]:
@@ -148,20 +233,60 @@ def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int,
     return scale_id, task_id
 
 
-def _media_inputs(runs: Sequence[tuple[Run, Cost]]) -> dict[str, Tensor]:
-    """Counts, rates and items of each medium's runs; the items are left out where run i simply shows item i."""
+@dataclass(frozen=True)
+class Placed:
+    """A run at its cost: the encoded items it shows, and the order of their tokens where they do not follow in turn."""
+
+    run: Run
+    cost: Cost
+    items: list[int]
+    order: Tensor | None
+
+
+def _placed(row: Row, costs: Sequence[Cost], space: Space) -> list[Placed]:
+    placed = []
+    for run, cost in zip(row.runs, costs, strict=True):
+        try:
+            items = [run.item + place for place in shown_items(run.extent, cost, run.tilings)]
+        except ValueError as error:
+            raise ValueError(f"sample {row.sample_id!r}: {error}") from error
+        tiling = space.media[run.extent.medium].tiling
+        placed.append(Placed(run, cost, items, None if tiling is None else order_of(run.extent, cost, tiling)))
+    return placed
+
+
+def _media_inputs(runs: Sequence[Placed]) -> dict[str, Tensor]:
+    """Counts, rates and items of each medium's encoded items; the items are left out where run i simply shows item i.
+
+    Pictures that are cut into tiles also need `image_layout` (P, 2): for every placeholder of the batch the run and the
+    place in it, or `NEWLINE`.
+    """
     inputs: dict[str, Tensor] = {}
     for medium in MEDIA:
-        own = [(run.item, cost) for run, cost in runs if run.extent.medium == medium]
+        own = [placed for placed in runs if placed.run.encoder == medium]
         if not own:
             continue
-        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.tokens for _, cost in own])
+        each = [(item, placed.cost) for placed in own for item in placed.items]
+        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.each or cost.tokens for _, cost in each])
         if medium != "image":
-            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in own])
-        items = [item for item, _ in own]
+            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in each])
+        items = [item for item, _ in each]
         if items != list(range(len(items))):
             inputs[f"{medium}_index"] = torch.tensor(items)
+        if any(placed.order is not None for placed in own):
+            inputs[f"{medium}_layout"] = _layout(own)
     return inputs
+
+
+def _layout(own: Sequence[Placed]) -> Tensor:
+    """The orders of all runs after each other, their pieces numbered through the batch."""
+    first, orders = 0, []
+    for placed in own:
+        order = order_of(placed.run.extent, placed.cost, None) if placed.order is None else placed.order
+        shift = torch.tensor([first, 0])
+        orders.append(torch.where(order[:, :1] == NEWLINE, order, order + shift))
+        first += len(placed.items)
+    return torch.cat(orders)
 
 
 def with_items(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

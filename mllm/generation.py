@@ -11,23 +11,23 @@ in a batch, whatever the LLM's own generation config says.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
-from mllm.budget import MEDIA, Amount, Budget, Cost, Extent, Space
+from mllm.budget import MEDIA, Budget, Cost, Extent, Space
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.media import MediaError, MediaLoader
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor
+from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.timing import Timing, stopwatch
 
 # What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
 DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
@@ -36,16 +36,9 @@ DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
     ("video",): "transcribe video to text.",
     ("audio", "video"): "transcribe speech and video to text.",
 }
+SEPARATORS = {"vicuna_v1": "\n"}
+"""By chat format, what published data put between pictures and a question; a manifest's texts hold it themselves."""
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one `generate`: media to soft tokens, the prompt's pass through the LLM, the tokens after it."""
-
-    encoder_ms: float
-    prefill_ms: float
-    decode_ms: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,9 @@ class Answer:
     """What the model said, and what it was given.
 
     `tokens` are the soft tokens used, by medium; `is_trained` is false where a medium's budget was not in the trained
-    space. `num_new_tokens` counts the end token. `timing` is that of the whole batch, where it was asked for.
+    space. `num_prompt_tokens` is the whole prompt, of which the first `num_shared_tokens` were read once together with
+    other questions about the same media, and `num_new_tokens` counts the end token. `timing` is that of the whole
+    batch, where it was asked for.
     """
 
     text: str
@@ -63,6 +58,7 @@ class Answer:
     num_prompt_tokens: int
     num_new_tokens: int
     timing: Timing | None = None
+    num_shared_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,23 +140,64 @@ class Answerer:
             ValueError: a medium the model does not take, a budget that cannot be met (with what is allowed), or nothing
                 to ask.
         """
-        prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
-        sample, names = request({"image": image, "audio": audio, "video": video}, text, prompts)
-        asked = Budget.parse(budget) if isinstance(budget, str) else budget
-        if idle := set(asked.amounts) - {part.medium for part in sample.media}:
-            raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
-        try:
-            loaded = self.processor.load_media(sample, loader=self.loader)
-        except MediaError as error:
-            name = names.get(error.path, error.path)
-            raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
-        batch = self.processor.batch([sample], [loaded], for_training=False)
-        return self.answer_batch(batch, [[asked]], on_text=on_text, timed=timed)[0][0]
+        files = {"image": image, "audio": audio, "video": video}
+        return self._answer_about(files, [text], budget, on_text=on_text, timed=timed)[0]
 
     __call__ = answer
 
+    def answer_questions(
+        self,
+        texts: Sequence[str],
+        *,
+        image: Files = (),
+        audio: Files = (),
+        video: Files = (),
+        budget: Budget | str = "",
+        timed: bool = False,
+    ) -> list[Answer]:
+        """Answer several questions about the same files, which are encoded and read by the LLM once for all of them.
+
+        Answers are those of one question at a time. All are answered in one batch, whatever `batch_size` is.
+
+        Args:
+            texts: at least one; the rest is as in `answer`.
+
+        Raises:
+            MediaError, ValueError: as `answer`.
+        """
+        if not texts:
+            raise ValueError("nothing to answer: texts is empty")
+        return self._answer_about({"image": image, "audio": audio, "video": video}, texts, budget, timed=timed)
+
+    def _answer_about(
+        self,
+        files: Mapping[str, Files],
+        texts: Sequence[str | None],
+        budget: Budget | str,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        timed: bool = False,
+    ) -> list[Answer]:
+        prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
+        separator = SEPARATORS.get(self.processor.elastic["chat_format"], "")
+        requests = [request(files, text, prompts, separator=separator) for text in texts]
+        samples, names = [sample for sample, _ in requests], requests[0][1]
+        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+        if idle := asked.media - {part.medium for part in samples[0].media}:
+            raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
+        try:
+            loaded = self.processor.load_media(samples[0], loader=self.loader, budgets=[asked])
+        except MediaError as error:
+            name = names.get(error.path, error.path)
+            raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
+        batch = self.processor.batch(samples, [loaded] * len(samples), for_training=False)
+        return self.answer_batch(batch, [[asked] * len(samples)], on_text=on_text, timed=timed)[0]
+
     def answer_samples(self, samples: Sequence[Sample], budgets: Sequence[Budget | str]) -> list[Answer]:
         """Answer conversations, each at its own budget; a last assistant message is left out and asked for.
+
+        Samples of one batch that hold the same files share them: they are loaded and encoded once, and what the prompts
+        begin with alike is read once. So it pays to let questions about one picture follow each other.
 
         Raises:
             MediaError, ValueError: as `answer`; the sample is named.
@@ -171,8 +208,14 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(samples), self.batch_size):
             rows = samples[start : start + self.batch_size]
-            loaded = [self.processor.load_media(sample, loader=self.loader) for sample in rows]
-            batch = self.processor.batch(rows, loaded, for_training=False)
+            budgets: dict[Hashable, list[Budget]] = {}
+            for sample, budget in zip(rows, asked[start : start + self.batch_size], strict=True):
+                budgets.setdefault(sample.media_key, []).append(budget)
+            known: dict[Hashable, list[LoadedMedia]] = {}
+            for sample in rows:
+                if (key := sample.media_key) not in known:
+                    known[key] = self.processor.load_media(sample, loader=self.loader, budgets=budgets[key])
+            batch = self.processor.batch(rows, [known[sample.media_key] for sample in rows], for_training=False)
             answers += self.answer_batch(batch, [asked[start : start + self.batch_size]])[0]
         return answers
 
@@ -187,6 +230,9 @@ class Answerer:
     ) -> list[list[Answer]]:
         """Answer every row of a batch at several budgets, its media encoded once.
 
+        Rows that show the same items at one budget, in the same place behind the same text, are read once up to where
+        their questions begin (see `mllm.prefixes`).
+
         Args:
             batch: of `processor.batch(..., for_training=False)`.
             budgets: per draw, one budget per row.
@@ -197,12 +243,14 @@ class Answerer:
         Raises:
             ValueError: a budget a row cannot meet; the sample is named.
         """
-        expanded = self.processor.expand(batch, budgets, left_padding=True)
+        expanded = self.processor.expand(batch, budgets, left_padding=True, share_prefixes=True)
         inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
-        with _stopwatch(self.model, timed) as watch, self._chance():
+        shares = "prefix_index" in inputs
+        with stopwatch(self.model, timed, num_prefills=2 if shares else 1) as watch, self._chance():
             ids = self.model.generate(**inputs, **self._options(on_text))
         new_ids = [self._ended(new) for new in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         prompt_lengths = expanded.inputs["attention_mask"].sum(dim=1).tolist()
+        shared = _shared_tokens(expanded.inputs) if shares else [0] * len(new_ids)
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         if on_text is not None and self.decoding.num_beams > 1:
             on_text(texts[0].strip())
@@ -217,9 +265,10 @@ class Answerer:
                 num_prompt_tokens=length,
                 num_new_tokens=len(new),
                 timing=watch.timing(),
+                num_shared_tokens=num_shared,
             )
-            for text, budget, row, costs, length, new in zip(
-                texts, asked, rows, expanded.costs, prompt_lengths, new_ids, strict=True
+            for text, budget, row, costs, length, new, num_shared in zip(
+                texts, asked, rows, expanded.costs, prompt_lengths, new_ids, shared, strict=True
             )
         ]
         return [answers[start : start + len(batch.rows)] for start in range(0, len(answers), len(batch.rows))]
@@ -261,10 +310,12 @@ class Answerer:
             "early_stopping": False,
             "num_return_sequences": 1,
             "min_length": 0,
-            "min_new_tokens": 0,
+            "min_new_tokens": None,  # both set would be warned of
             "no_repeat_ngram_size": 0,
             "eos_token_id": self.end_ids or None,
             "pad_token_id": self.processor.pad_id,
+            # A soft token's place is no word, and there would be no soft token to put there.
+            "suppress_tokens": sorted(self.processor.placeholder_ids.values()) or None,
         }
         if on_text is not None and how.num_beams == 1:
             options["streamer"] = _Pieces(self.processor.tokenizer, on_text)
@@ -285,9 +336,16 @@ class _Pieces(TextStreamer):
 
 
 def request(
-    files: Mapping[str, Files], text: str | None = None, prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS
+    files: Mapping[str, Files],
+    text: str | None = None,
+    prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS,
+    *,
+    separator: str = "",
 ) -> tuple[Sample, dict[str, str]]:
     """One request about files anywhere on the disk, as a sample.
+
+    Args:
+        separator: put between the files and the question where it does not begin with it already.
 
     Returns:
         The sample, and the name the caller gave each file by its path in the sample, for messages.
@@ -306,13 +364,22 @@ def request(
     root = os.path.commonpath([os.path.dirname(path) for path in real]) if real else os.curdir
     paths = [Path(path).relative_to(root).as_posix() for path in real]
     parts = tuple(Media(medium, path) for (medium, _), path in zip(named, paths, strict=True))  # type: ignore[arg-type]
-    message = Message("user", (*parts, Text(prompts[media] if text is None else text)))
+    question = prompts[media] if text is None else text
+    if named and not question.startswith(separator):
+        question = f"{separator}{question}"
+    message = Message("user", (*parts, Text(question)))
     names = {path: name for path, (_, name) in zip([*paths, *real], [*named, *named], strict=True)}
     return Sample("request", (message,), task="generate", root=Path(root)), names
 
 
 def _several(files: Files) -> list[str | os.PathLike[str]]:
     return [files] if isinstance(files, str | os.PathLike) else list(files)
+
+
+def _shared_tokens(inputs: Mapping[str, Tensor]) -> list[int]:
+    """Per row, how many of its tokens it shares with others."""
+    index, lengths = inputs["prefix_index"], inputs["prefix_lengths"]
+    return (lengths * (index.bincount(minlength=len(lengths)) > 1))[index].tolist()
 
 
 def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[str, int]:
@@ -327,51 +394,4 @@ def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[s
 
 def is_trained(extents: Sequence[Extent], costs: Sequence[Cost], space: Space) -> bool:
     """Whether training drew what every medium of a request costs, however the budget put it."""
-    return all(
-        space.media[extent.medium].is_trained(Amount.parse(f"/{cost.rate}" if cost.rate else cost.tokens))
-        for extent, cost in zip(extents, costs, strict=True)
-    )
-
-
-class _Watch:
-    """Marks of one `generate`: its start, the first call of the LLM, the end of that call, its end."""
-
-    def __init__(self, device: torch.device, active: bool) -> None:
-        self.device = device
-        self.active = active
-        self.marks: dict[str, float] = {}
-
-    def mark(self, name: str) -> None:
-        """Keep the first time a name is marked."""
-        if name not in self.marks:
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)
-            self.marks[name] = time.perf_counter()
-
-    def timing(self) -> Timing | None:
-        """The three phases, once everything is marked."""
-        if not self.active:
-            return None
-        times = [self.marks[name] for name in ("start", "embedded", "prefilled", "end")]
-        return Timing(*(1000 * (after - before) for before, after in pairwise(times)))
-
-
-@contextmanager
-def _stopwatch(model: ElasticForConditionalGeneration, active: bool) -> Iterator[_Watch]:
-    """Watches the LLM from outside, so that what is timed is what runs."""
-    watch = _Watch(model.device, active)
-    if not active:
-        yield watch
-        return
-    llm = model.get_decoder()
-    hooks = [
-        llm.register_forward_pre_hook(lambda *_: watch.mark("embedded")),
-        llm.register_forward_hook(lambda *_: watch.mark("prefilled")),
-    ]
-    try:
-        watch.mark("start")
-        yield watch
-        watch.mark("end")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return all(space.media[extent.medium].is_trained_cost(cost) for extent, cost in zip(extents, costs, strict=True))

@@ -17,9 +17,10 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.hand_over import KEYWORD
-from mllm.beams import num_copies, prefill, shares_prefill
+from mllm.beams import allows_sharing, num_copies, prefill, shares_prefill
 from mllm.configuration import ElasticConfig
 from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel, Features
+from mllm.prefixes import Prefixes
 from mllm.segment_attention import KEYWORD as PLAN_KEYWORD
 from mllm.segment_attention import PackedAttention, is_enabled, packed_mask
 from mllm.segments import SegmentPlan
@@ -105,8 +106,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         logit_positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_grids: Tensor | None = None,
         num_image_tokens: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_layout: Tensor | None = None,
         audio_values: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         num_audio_tokens: Tensor | None = None,
@@ -134,7 +137,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 sum over `num_items_in_batch` when the trainer passes that).
             logits_to_keep: logits of the last n positions only, or of the given ones; 0 keeps all.
             logit_positions: (P,) flat positions in B*S; the logits are then (P, V) and nothing else is computed.
-            pixel_values: (N, 3, h, w). num_image_tokens: (R,). image_index: (R,) item of each run.
+            pixel_values: (N, 3, h, w); or (N, P, values of a patch) with image_grids (N, 2), the rows and columns of
+                each picture, where pictures keep their shape. num_image_tokens: (R,). image_index: (R,) item of each
+                run. image_layout: (P, 2) of each placeholder the run and the place in it, or -1 for a newline, where
+                pictures are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
@@ -151,8 +157,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         """
         media = {
             "pixel_values": pixel_values,
+            "image_grids": image_grids,
             "num_image_tokens": num_image_tokens,
             "image_index": image_index,
+            "image_layout": image_layout,
             "audio_values": audio_values,
             "audio_lengths": audio_lengths,
             "num_audio_tokens": num_audio_tokens,
@@ -239,26 +247,60 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
         the prompt included. In the returned ids a placeholder reads as the pad id, or 0 where there is none. Options
         that ask for another cache, or to see the pass over the prompt, make every beam read it (see `mllm.beams`).
+
+        With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
+        equal ids, which are read once (see `mllm.prefixes`); the media arguments are then those of the first row of
+        each group alone.
+
+        Raises:
+            ValueError: groups of rows together with options that forbid sharing.
         """
         media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
         input_ids = kwargs.pop("input_ids", inputs)
-        placeholders = list((self.config.placeholder_ids or {}).values())
-        spliced_last = True
-        if any(media[key] is not None for key in VALUE_KEYS.values()):
-            kwargs["inputs_embeds"] = self.model.embed(input_ids, media)
+        prefixes = _prefixes_of(kwargs, self.generation_config)
+        is_soft = None
+        if prefixes is not None or any(media[key] is not None for key in VALUE_KEYS.values()):
+            placeholders = list((self.config.placeholder_ids or {}).values())
             is_soft = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
-            spliced_last = bool(is_soft[:, -1].any())
+            shown = input_ids if prefixes is None else input_ids[prefixes.first_rows]
+            kwargs["inputs_embeds"] = self.model.embed(shown, media)
             input_ids = input_ids.masked_fill(is_soft, self.generation_config.pad_token_id or 0)
+        row_inputs = {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
+        past = None
+        if prefixes is not None:
+            past = prefixes.read(self, kwargs["inputs_embeds"], **row_inputs)
+            text_embeds = self.get_input_embeddings()(input_ids)
+            kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
         if shares_prefill(input_ids, kwargs, self.generation_config):
-            kwargs["past_key_values"] = prefill(
+            past = prefill(
                 self,
                 input_ids,
                 kwargs["attention_mask"],
                 inputs_embeds=kwargs.get("inputs_embeds"),
                 copies=num_copies(kwargs, self.generation_config),
-                **{key: kwargs.get(key) for key in ("scale_ids", "task_ids")},
+                past=past,
+                **row_inputs,
             )
-            if not spliced_last:  # what is left of the prompt is one token of text; B * C embeddings need not be made
-                del kwargs["inputs_embeds"]
+        if past is not None:
+            kwargs["past_key_values"] = past
+            if is_soft is not None and not is_soft[:, past.get_seq_length() :].any():
+                del kwargs["inputs_embeds"]  # what is left of the prompts is text; B * C embeddings need not be made
         parent: Any = super()
         return parent.generate(input_ids, **kwargs)
+
+
+def _prefixes_of(options: dict[str, Any], generation_config: Any) -> Prefixes | None:
+    """What `generate` was told of rows that begin alike, taken out of its options.
+
+    Raises:
+        ValueError: options of `generate` that ask for another cache, or to see the pass over the prompt.
+    """
+    index, lengths = options.pop("prefix_index", None), options.pop("prefix_lengths", None)
+    if index is None:
+        return None
+    if lengths is None or options.get("attention_mask") is None or not allows_sharing(options, generation_config):
+        raise ValueError(
+            "prefix_index goes with prefix_lengths and attention_mask, and with use_cache and the library's own "
+            "dynamic cache; leave it out to read every prompt by itself"
+        )
+    return Prefixes(index, lengths, options["attention_mask"])

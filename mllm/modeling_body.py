@@ -19,18 +19,21 @@ from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInput
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
-from mllm.compressors import Compressor, MixtureProjector, ProjectorBank, build_compressor
-from mllm.compressors.mixture import routing_losses
+from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
+from mllm.routing import losses_of_routing
 from mllm.segments import SegmentPlan
 from mllm.splice import check_runs, merge, place
+from mllm.tiling import Tiling
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
+SIZE_KEYS = {"image": "image_grids", "audio": "audio_lengths", "video": "video_lengths"}
+"""What says how large each raw item truly is; pictures need it where they keep their shape."""
 # What the forward pass takes per medium, beside the raw values.
 MEDIA_KEYS = (
-    *("pixel_values", "num_image_tokens", "image_index"),
+    *("pixel_values", "image_grids", "num_image_tokens", "image_index", "image_layout"),
     *(f"{medium}_{name}" for medium in ("audio", "video") for name in ("values", "lengths", "rates", "index")),
     *("num_audio_tokens", "num_video_tokens"),
 )
@@ -38,10 +41,11 @@ MEDIA_KEYS = (
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder gave: values (N, T, D) and the true lengths (N,) of the items."""
+    """What an encoder gave: values (N, T, D) and the true lengths (N,) of the items; grids (N, 2) where they differ."""
 
     values: Tensor
     lengths: Tensor
+    grids: Tensor | None = None
 
 
 class ElasticPreTrainedModel(PreTrainedModel):
@@ -73,7 +77,9 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids ──── embed_tokens ─────────────────────────────────────────────────── merge ── language_model
 
     A run is one stretch of placeholders in `input_ids`. `*_index` says which encoded item a run shows, so several
-    rows, or several budgets of one row, share one encoding; without it run i shows item i.
+    rows, or several budgets of one row, share one encoding; without it run i shows item i. The tiles of a picture are
+    items and runs of their own; `image_layout` then says which token of which run each placeholder stands for, or that
+    it is the learned newline.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
@@ -93,10 +99,13 @@ class ElasticModel(ElasticPreTrainedModel):
                     in_size=self.tower(medium).hidden_size,
                     out_size=text.hidden_size,
                     grid=getattr(self.tower(medium), "grid", None),
+                    max_patches=getattr(self.tower(medium), "max_patches", None),
                 )
                 for medium in config.encoder_configs
             }
         )
+        own_tiling = _tiling(config)
+        self.newline = Newline(text.hidden_size) if own_tiling is not None and own_tiling.newline else None
         self.post_init()
 
     def tower(self, medium: str) -> Any:
@@ -114,12 +123,14 @@ class ElasticModel(ElasticPreTrainedModel):
 
         Args:
             values: raw input of the encoder, items first.
-            lengths: (N,) true raw lengths of a stream.
+            lengths: (N,) true raw lengths of a stream; (N, 2) grids of pictures that keep their shape.
         """
         tower = self.tower(medium)
         trains = any(parameter.requires_grad for parameter in tower.parameters())
         values = values.to(next(tower.parameters()).dtype)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            if medium == "image" and lengths is not None:
+                return Features(*tower(values, lengths), grids=lengths)
             if medium == "image":
                 features = tower(values)
                 return Features(features, features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64))
@@ -149,21 +160,30 @@ class ElasticModel(ElasticPreTrainedModel):
             (R, K, H) with K = max_tokens, zero beyond each run's own count.
         """
         values, lengths = features.values, features.lengths
+        own = {} if features.grids is None else {"grids": features.grids}
         if groups:
             assert index is not None
             rates = torch.zeros_like(num_tokens) if rates is None else rates
             compressor = cast(Compressor, self.compressors[medium])
-            return compressor.compress_runs(values, lengths, index, tokens=num_tokens, rates=rates, groups=groups)
+            return compressor.compress_runs(
+                values, lengths, index, tokens=num_tokens, rates=rates, groups=groups, **own
+            )
         if index is not None:
             values, lengths = values[index], lengths[index]
+            own = {name: grids[index] for name, grids in own.items()}
         rates = torch.zeros_like(num_tokens) if rates is None else rates
-        return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens)
+        return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens, **own)
 
     def get_image_features(
-        self, pixel_values: Tensor, num_image_tokens: Tensor, image_index: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        num_image_tokens: Tensor,
+        image_index: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Soft tokens of pictures: `pooler_output` is a list of (n_i, H), one per run."""
-        return self._features_output("image", pixel_values, None, num_image_tokens, None, image_index)
+        return self._features_output("image", pixel_values, image_grids, num_image_tokens, None, image_index)
 
     def get_audio_features(
         self,
@@ -235,31 +255,43 @@ class ElasticModel(ElasticPreTrainedModel):
         for medium, mask in masks.items():
             values = media.get(VALUE_KEYS[medium])
             num_tokens = media.get(f"num_{medium}_tokens")
-            if plan is None:  # shared tokens stand once, so a packed row has fewer than its runs
-                self._check(medium, input_ids, num_tokens)
+            layout = media.get(f"{medium}_layout") if plan is None else plan.layouts.get(medium)
+            self._check(medium, input_ids, num_tokens, layout)
             if values is not None and num_tokens is not None:
-                known = (features or {}).get(medium)
+                known = (features or {}).get(medium) or self.encode(medium, values, media.get(SIZE_KEYS[medium]))
                 soft = self.compress(
                     medium,
-                    known or self.encode(medium, values, media.get(f"{medium}_lengths")),
+                    known,
                     num_tokens=num_tokens,
                     rates=media.get(f"{medium}_rates"),
                     index=media.get(f"{medium}_index"),
-                    max_tokens=input_ids.shape[1],
+                    max_tokens=self._most_tokens(medium, known, input_ids.shape[1]),
                     groups=() if plan is None else plan.groups[medium],
                 )
-                if plan is None:
+                if layout is None:
                     embeds = merge(embeds, mask, soft, num_tokens)
                 else:
-                    embeds = place(embeds, soft, plan.places[medium], plan.sources[medium])
+                    newline = None if self.newline is None or medium != "image" else self.newline()
+                    embeds = place(embeds, mask, soft, layout, newline)
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
+        is_placed = media.get("image_layout") is not None if plan is None else "image" in plan.layouts
+        if self.newline is not None and not is_placed and self.training and _is_distributed():
+            embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
         return embeds
 
-    def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None) -> None:
+    def _most_tokens(self, medium: str, features: Features, length: int) -> int:
+        """An upper bound of the tokens of one item, so that many short runs in a long row stay small."""
+        if medium != "image":
+            return length
+        queries = (self.config.media or {})[medium].get("num_queries", 0)
+        return min(length, max(features.values.shape[1], queries))
+
+    def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None, layout: Tensor | None) -> None:
         # On a device the host has checked the batch before the transfer; asking again would make the host wait.
         if input_ids.device.type == "cpu":
             counts = torch.zeros(0, dtype=torch.int64) if num_tokens is None else num_tokens
+            counts = counts if layout is None else len(layout)
             check_runs(input_ids, (self.config.placeholder_ids or {})[medium], counts, medium)
 
     def _touch(self, medium: str) -> Tensor:
@@ -279,29 +311,8 @@ class ElasticModel(ElasticPreTrainedModel):
     def routing_losses(
         self, input_ids: Tensor | None, media: Mapping[str, Tensor | None], plan: SegmentPlan | None = None
     ) -> dict[str, Tensor]:
-        """What the mixtures of projectors left behind in this pass, as losses (B,) by name; see `ElasticOutput`.
-
-        Args:
-            input_ids: (B, S). media: the media arguments of `forward` by name. plan: of packed rows.
-        """
-        losses = {}
-        for medium, compressor in self.compressors.items():
-            bank = getattr(compressor, "projectors", None)
-            num_tokens = media.get(f"num_{medium}_tokens")
-            if not isinstance(bank, ProjectorBank) or (routing := bank.take_routing()) is None:
-                continue
-            if num_tokens is None or input_ids is None:
-                continue  # it was only run to touch its parameters
-            is_token = input_ids == (self.config.placeholder_ids or {})[medium]
-            nothing = routing.new_zeros(*input_ids.shape, routing.shape[-1])
-            if plan is None:
-                spread = merge(nothing, is_token, routing, num_tokens)
-            else:
-                spread = plan.unpack(place(nothing, routing, plan.places[medium], plan.sources[medium]))
-                is_token = plan.unpack(is_token)
-            top_k = cast(MixtureProjector, bank[0]).top_k
-            losses[f"{medium}_balance"], losses[f"{medium}_z"] = routing_losses(spread, is_token, top_k=top_k)
-        return losses
+        """What the mixtures of projectors left behind in this pass, as losses (B,) by name; see `ElasticOutput`."""
+        return losses_of_routing(self.compressors, self.config.placeholder_ids or {}, input_ids, media, plan)
 
     def adapter_inputs(
         self,
@@ -368,6 +379,10 @@ def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
     allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS, "encoder_adapter")
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
+
+
+def _tiling(config: ElasticConfig) -> Tiling | None:
+    return Tiling.from_settings("image", (config.media or {}).get("image", {}))
 
 
 def _is_distributed() -> bool:

@@ -54,18 +54,17 @@ def pack(
     packed |= {key: inputs[key][plan.maker][None] for key in MEMBER_KEYS if key in inputs}
     for medium, own in runs.items():
         is_soft = own.where[row_of, column_of]
-        needed, plan.groups[medium], sources = own.needed(row_of[is_soft], column_of[is_soft])
+        packed.pop(f"{medium}_layout", None)
+        needed, plan.groups[medium], plan.layouts[medium] = own.needed(row_of[is_soft], column_of[is_soft])
         packed |= needed
-        plan.places[medium] = torch.from_numpy(np.nonzero(is_soft)[0])
-        plan.sources[medium] = torch.from_numpy(sources)
     return packed, plan
 
 
 class _Runs:
     """The runs of one medium in all rows.
 
-    where: (B, S) bool, its placeholders. run, offset: (B, S) int64, which run a placeholder is of and which token of
-    it; meaningless elsewhere.
+    where: (B, S) bool, its placeholders. run, offset: (B, S) int64, which run a placeholder is of, -1 for a newline,
+    and which token of it; meaningless elsewhere.
     """
 
     def __init__(self, space: MediumSpace, inputs: Mapping[str, Tensor], where: np.ndarray) -> None:
@@ -75,12 +74,18 @@ class _Runs:
         self.rates = inputs[f"{medium}_rates"].numpy() if f"{medium}_rates" in inputs else np.zeros_like(self.counts)
         items = inputs.get(f"{medium}_index")
         self.items = np.arange(len(self.counts)) if items is None else items.numpy()
-        ends = self.counts.cumsum()
-        number = (where.cumsum() - 1).reshape(where.shape)
-        self.run = np.searchsorted(ends, number, side="right").clip(max=len(ends) - 1)
-        self.offset = number - (ends - self.counts)[self.run]
+        self.run, self.offset = np.zeros(where.shape, dtype=np.int64), np.zeros(where.shape, dtype=np.int64)
+        if (layout := inputs.get(f"{medium}_layout")) is None:
+            ends = self.counts.cumsum()
+            number = np.arange(where.sum())
+            run = np.searchsorted(ends, number, side="right")
+            offset = number - (ends - self.counts)[run]
+        else:
+            run, offset = layout.numpy().T
         if _is_prefix(space):  # any run of an item holds the tokens of its smaller ones
-            self.run = _largest_of_item(self.items, self.counts)[self.run]
+            largest = _largest_of_item(self.items, self.counts)
+            run = np.where(run < 0, run, largest[run])
+        self.run[where], self.offset[where] = run, offset
 
     def keys(self) -> np.ndarray:
         """Of all placeholders in order: equal where the soft tokens are equal."""
@@ -92,24 +97,25 @@ class _Runs:
             per_window = self.space.window_frames // np.maximum(self.rates[run], 1)
             budget = np.zeros_like(budget)
             offset = offset // per_window * self.space.max_tokens + offset % per_window
-        medium = MEDIA.index(self.medium)
-        return _SOFT | medium << _MEDIUM | self.items[run] << _ITEM | budget << _BUDGET | offset
+        medium = _SOFT | MEDIA.index(self.medium) << _MEDIUM
+        token = medium | self.items[run] << _ITEM | (budget + 1) << _BUDGET | offset
+        return np.where(run < 0, medium, token)  # all newlines are one
 
-    def needed(
-        self, rows: np.ndarray, columns: np.ndarray
-    ) -> tuple[dict[str, Tensor], list[tuple[int, int]], np.ndarray]:
-        """The runs that the soft tokens there are taken from, longest first: model inputs, groups, sources."""
+    def needed(self, rows: np.ndarray, columns: np.ndarray) -> tuple[dict[str, Tensor], list[tuple[int, int]], Tensor]:
+        """The runs that the soft tokens there are taken from, longest first: model inputs, groups, layout."""
         run, offset = self.run[rows, columns], self.offset[rows, columns]
-        kept, own = np.unique(run, return_inverse=True)
-        order = np.argsort(-self.counts[kept], kind="stable")
-        kept, own = kept[order], np.argsort(order)[own]
+        kept = np.unique(run[run >= 0])
+        kept = kept[np.argsort(-self.counts[kept], kind="stable")]
+        place = np.full(len(self.counts), -1)
+        place[kept] = np.arange(len(kept))
+        own = np.where(run < 0, -1, place[run])
         groups = _groups(self.counts[kept])
         needed = {f"num_{self.medium}_tokens": self.counts[kept]}
         if self.medium != "image":
             needed[f"{self.medium}_rates"] = self.rates[kept]
         needed[f"{self.medium}_index"] = self.items[kept]
         tensors = {key: torch.from_numpy(value) for key, value in needed.items()}
-        return tensors, groups, own * groups[0][1] + offset
+        return tensors, groups, torch.from_numpy(np.stack([own, offset], axis=1))
 
 
 def _groups(counts: np.ndarray) -> list[tuple[int, int]]:

@@ -4,14 +4,14 @@ Knows the tokenizer, the chat format, what each encoder wants to be fed, and the
 Does not know weights, training or metrics. Everything it makes is on the host.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from mllm.adapters.members import Members
@@ -21,21 +21,13 @@ from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
-from mllm.expansion import Batch, Expanded, Row, Run, expand
-from mllm.media import Audio, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
-from mllm.transforms import MediaTransform, build_transform
+from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
+from mllm.loaded import LoadedMedia, as_long_as_longest, cut_picture, cuts_of, stack_media
+from mllm.media import Audio, FrameSampling, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
+from mllm.tiling import Size, Tiles, Tiling
+from mllm.transforms import ImageTransform, MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
-LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
-
-
-@dataclass(frozen=True)
-class LoadedMedia:
-    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream."""
-
-    medium: str
-    values: Tensor
-    raw_length: int = 0
 
 
 class ElasticProcessor(ProcessorMixin):
@@ -44,10 +36,12 @@ class ElasticProcessor(ProcessorMixin):
     Args:
         tokenizer: a fast tokenizer that holds the placeholder tokens.
         elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
-            (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), and the
-            tokens around its run (`span`). `members` are the scales and tasks of an adapter that has some, `prompts`
-            what is asked about media (`audio+video`) when nothing is, and with `shares_lengths` every clip of a batch
-            counts as long as the longest and training rows are not masked, as in the released AVSR code.
+            (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), the tokens
+            around its run (`span`), and how many `frames` of a video are encoded like pictures. `members` are the
+            scales and tasks of an adapter that has some, `prompts` what is asked about media (`audio+video`) when
+            nothing is, and with `shares_lengths` every clip of a batch counts as long as the longest and training rows
+            are not masked, as in the released AVSR code. `context_tokens` is how much the LLM reads; longer rows are
+            refused. `names_pictures` numbers the pictures of a conversation in the text.
 
     Raises:
         ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
@@ -57,18 +51,25 @@ class ElasticProcessor(ProcessorMixin):
         super().__init__(tokenizer, **kwargs)
         self.elastic = elastic or {"chat_format": "chat", "media": {}}
         media: Mapping[str, dict[str, Any]] = self.elastic["media"]
-        self.placeholder_ids = {medium: self._token_id(PLACEHOLDER_TOKENS[medium]) for medium in media}
+        self.sampling = {m: _sampling_of(s["frames"]) for m, s in media.items() if "frames" in s}
+        self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in media}
         self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
         self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
         self.use_members(self.elastic.get("members", {}))
         self.prompts = {tuple(name.split("+")): text for name, text in self.elastic.get("prompts", {}).items()}
+        self.context_tokens: int | None = self.elastic.get("context_tokens")
         self.shares_lengths = bool(self.elastic.get("shares_lengths", False))
         self.chat = ChatEncoder(
             tokenizer,
             chat_format=self.elastic["chat_format"],
             placeholder_ids=self.placeholder_ids,
             span_ids=self.span_ids,
+            names_pictures=bool(self.elastic.get("names_pictures", False)),
         )
+
+    def _tower(self, medium: str) -> str:
+        """The medium whose encoder, compressor and placeholder a medium uses."""
+        return "image" if medium in self.sampling else medium
 
     def use_members(self, members: Mapping[str, list[str]]) -> None:
         """Give rows ids of these scales and tasks of the adapter from now on."""
@@ -97,7 +98,8 @@ class ElasticProcessor(ProcessorMixin):
     def transforms(self) -> dict[str, MediaTransform]:
         """What makes an encoder's input of a decoded file, by medium."""
         media = self.elastic["media"]
-        return {m: build_transform(m, _config_of(s["encoder"]), s["preprocessor"]) for m, s in media.items()}
+        configs = {m: _config_of(s["encoder"]) for m, s in media.items()}
+        return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved beside the tokenizer."""
@@ -111,10 +113,13 @@ class ElasticProcessor(ProcessorMixin):
         loader: MediaLoader | RememberingLoader | None = None,
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
+        budgets: Sequence[Budget] = (),
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
-        Sound and video of one clip (see `mllm.data.pairs`) are brought to one length first.
+        Sound and video of one clip (see `mllm.data.pairs`) are brought to one length first. A picture that is cut into
+        tiles is cut as each of the budgets asks, and into the most tiles where there is none; what several budgets
+        share is there once.
 
         Args:
             generator: randomness of training augmentation; none for evaluation. Each medium and purpose draws from a
@@ -122,6 +127,7 @@ class ElasticProcessor(ProcessorMixin):
             loader: limits and decoders other than the default ones.
             noise: what becomes of each sound between its file and its transform.
             augmentation: done before that, where there is a generator.
+            budgets: what the sample is going to be asked at.
 
         Raises:
             MediaError: a file that is missing, broken, over a limit or outside the root, or sound and video of one
@@ -129,9 +135,13 @@ class ElasticProcessor(ProcessorMixin):
             ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
         chance = None if generator is None else chances(generator)
-        loaded = []
-        for number, (part, raw) in enumerate(zip(sample.media, self._read(sample, loader), strict=True)):
+        raws = self._read(sample, loader)
+        loaded: list[LoadedMedia | None] = []
+        for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
             own = None if chance is None else _numbered(chance, number)
+            if self._tower(part.medium) == "image":
+                loaded.append(self._pictures(part.medium, raw))
+                continue
             try:
                 if own is not None and augmentation is not None:
                     raw = augmentation(raw, own)
@@ -140,7 +150,43 @@ class ElasticProcessor(ProcessorMixin):
             except ValueError as error:
                 raise ValueError(f"{part.medium} {part.path}: {error}") from error
             loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
-        return loaded
+        return self._with_tiles(loaded, raws, budgets)
+
+    def _pictures(self, medium: str, raw: Any) -> LoadedMedia | None:
+        """A picture or the frames of a video; nothing yet of a picture that is to be cut into tiles."""
+        if medium in self.sampling:
+            frames = [self.transforms[medium](Image.fromarray(frame))[0] for frame in raw.frames]
+            return LoadedMedia(medium, torch.stack(frames), len(frames), tower="image")
+        return None if self.tiling is not None else self.transform(medium, raw)
+
+    def _with_tiles(
+        self, loaded: Sequence[LoadedMedia | None], raws: Sequence[Any], budgets: Sequence[Budget]
+    ) -> list[LoadedMedia]:
+        """The media, with every picture that is not there yet cut as the budgets ask."""
+        whole = [item for item in loaded if item is not None]
+        if len(whole) == len(loaded):
+            return whole
+        extents = [
+            self.picture_extent((raw.height, raw.width)) if item is None else self.extent(item)
+            for item, raw in zip(loaded, raws, strict=True)
+        ]
+        cuts = cuts_of(extents, budgets, self.space)
+        return [
+            self._cut(raw, own) if item is None else item for item, raw, own in zip(loaded, raws, cuts, strict=True)
+        ]
+
+    def _cut(self, raw: Any, tilings: tuple[Tiles, ...]) -> LoadedMedia:
+        tile = self.facts["image"].picture_pixels
+        assert self.tiling is not None
+        assert tile is not None
+        own = self.transforms["image"]
+        assert isinstance(own, ImageTransform)
+        return cut_picture(raw, tilings, own, tile=tile, thumbnail=self.tiling.thumbnail)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut into tiles, if they are."""
+        return self.space.media["image"].tiling if "image" in self.space.media else None
 
     def _read(self, sample: Sample, loader: MediaLoader | RememberingLoader | None) -> list[Any]:
         """Decoded media in order of appearance, sounds as long as the videos they belong to."""
@@ -148,9 +194,12 @@ class ElasticProcessor(ProcessorMixin):
         for part in sample.media:
             self._check_medium(part.medium)
         paths = [resolve_media(sample.root, part.path) for part in sample.media]
-        raws = [read(part.medium, path) for part, path in zip(sample.media, paths, strict=True)]
+        raws = [
+            read.frames(path, self.sampling[part.medium]) if part.medium in self.sampling else read(part.medium, path)
+            for part, path in zip(sample.media, paths, strict=True)
+        ]
         limit = read.max_mismatch_seconds
-        for sound, video in clip_pairs(sample) if limit is not None else []:
+        for sound, video in clip_pairs(sample) if limit is not None and "video" not in self.sampling else []:
             assert limit is not None
             raws[sound] = agreeing_sound(
                 raws[sound],  # type: ignore[arg-type]
@@ -161,9 +210,13 @@ class ElasticProcessor(ProcessorMixin):
         return raws
 
     def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
-        """One decoded picture, clip or video as its encoder wants it."""
+        """One decoded picture, clip or video as its encoder wants it; a picture in the most tiles it may have."""
         self._check_medium(medium)
+        if self._tower(medium) == "image" and (medium in self.sampling or self.tiling is not None):
+            return self._with_tiles([self._pictures(medium, raw)], [raw], [])[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
+        if self.facts[medium].max_patches is not None:
+            return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
         return LoadedMedia(medium, values, raw_length)
 
     def _check_medium(self, medium: str) -> None:
@@ -174,18 +227,32 @@ class ElasticProcessor(ProcessorMixin):
     def extent(self, loaded: LoadedMedia) -> Extent:
         """What the budget needs to know of a medium."""
         facts = self.facts[loaded.medium]
+        if loaded.picture_pixels is not None:
+            return self.picture_extent(loaded.picture_pixels)
         if facts.grid is not None:
-            return Extent(loaded.medium, grid=facts.grid)
+            return Extent(loaded.medium, grid=loaded.grid or facts.grid, num_pictures=loaded.num_items)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+
+    def picture_extent(self, picture_pixels: Size) -> Extent:
+        """Of a picture that may be cut into tiles.
+
+        Raises:
+            ValueError: an encoder without a size of its own.
+        """
+        facts = self.facts["image"]
+        if facts.picture_pixels is None:
+            raise ValueError("media.image.tiling needs an encoder that reads pictures of one size; leave it out")
+        return Extent("image", grid=facts.grid, picture_pixels=picture_pixels, tile_pixels=facts.picture_pixels)
 
     def batch(self, samples: Sequence[Sample], media: Sequence[Sequence[LoadedMedia]], *, for_training: bool) -> Batch:
         """Encode conversations and stack the inputs of their encoders.
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
-            media: the loaded media of each sample, in order of appearance.
+            media: the loaded media of each sample, in order of appearance. Without `for_training`, samples that are
+                given the same object are shown the same encoded item.
 
         Raises:
             ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
@@ -193,7 +260,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        counts: dict[str, int] = {}
+        numbers = _Numbers(shares=not for_training)
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -204,14 +271,20 @@ class ElasticProcessor(ProcessorMixin):
                     f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
                 )
             try:
-                runs = tuple(Run(self.extent(item), _next(counts, item.medium)) for item in items)
+                runs = tuple(Run(self.extent(item), numbers(item), item.tilings, item.tower) for item in items)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
-        return Batch(rows, stack_media([item for items in media for item in items]))
+        return Batch(rows, stack_media(numbers.items))
 
-    def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
-        """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`."""
+    def expand(
+        self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool, share_prefixes: bool = False
+    ) -> Expanded:
+        """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`.
+
+        Raises:
+            ValueError: as there, or a row longer than the LLM reads; the sample is named.
+        """
         expanded = expand(
             batch,
             budgets,
@@ -220,7 +293,10 @@ class ElasticProcessor(ProcessorMixin):
             pad_id=self.pad_id,
             left_padding=left_padding,
             members=self.members,
+            share_prefixes=share_prefixes,
         )
+        for row, costs in zip(itertools.cycle(batch.rows), expanded.costs, strict=False):
+            check_length(row, costs, self.context_tokens)
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
         return expanded
@@ -249,48 +325,32 @@ class ElasticProcessor(ProcessorMixin):
         """
         if (samples is None) == (text is None):
             raise ValueError("give either samples or text, and not both")
+        asked = Budget.parse(budget) if isinstance(budget, str) else budget
         if samples is None:
             given = {"image": images, "audio": audio, "video": videos}
             raws = [(medium, raw) for medium in MEDIA for raw in given[medium]]
             parts = (*(Media(cast(Any, medium), "") for medium, _ in raws), Text(text or ""))
             rows = [Sample("prompt", (Message("user", parts),), task="generate")]
-            loaded = [[self.transform(medium, raw) for medium, raw in raws]]
+            loaded = [self._decoded(raws, [asked])]
         else:
             rows = [samples] if isinstance(samples, Sample) else list(samples)
-            loaded = [self.load_media(row) for row in rows]
-        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+            loaded = [self.load_media(row, budgets=[asked]) for row in rows]
         batch = self.batch(rows, loaded, for_training=False)
         return BatchFeature(self.expand(batch, [[asked] * len(rows)], left_padding=True).inputs)
+
+    def _decoded(self, raws: Sequence[tuple[str, Any]], budgets: Sequence[Budget]) -> list[LoadedMedia]:
+        """Decoded media as their encoders want them."""
+        loaded = []
+        for medium, raw in raws:
+            self._check_medium(medium)
+            pictures = self._tower(medium) == "image"
+            loaded.append(self._pictures(medium, raw) if pictures else self.transform(medium, raw))
+        return self._with_tiles(loaded, [raw for _, raw in raws], budgets)
 
 
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
     """A conversation up to what the last assistant message answers."""
     return tuple(messages[:-1]) if messages and messages[-1].role == "assistant" else tuple(messages)
-
-
-def as_long_as_longest(media: Sequence[Sequence[LoadedMedia]]) -> list[list[LoadedMedia]]:
-    """The media of a batch, each clip as long as the longest of its medium: its padding counts as its own."""
-    longest: dict[str, int] = {}
-    for item in (item for items in media for item in items):
-        longest[item.medium] = max(longest.get(item.medium, 0), item.raw_length)
-    return [[replace(item, raw_length=longest[item.medium]) for item in items] for items in media]
-
-
-def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
-    """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
-
-    Returns:
-        `pixel_values` (N, 3, h, w); `audio_values` (N, ...) and `video_values` (N, T, 1, h, w) with their
-        `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
-    """
-    out: dict[str, Tensor] = {}
-    for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
-        own = [item for item in items if item.medium == medium]
-        if own:
-            out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
-            if medium in LENGTH_KEYS:
-                out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
-    return out
 
 
 def _numbered(chance: Chance, number: int) -> Chance:
@@ -302,6 +362,24 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def _next(counts: dict[str, int], medium: str) -> int:
-    counts[medium] = counts.get(medium, 0) + 1
-    return counts[medium] - 1
+def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
+    return FrameSampling(frames["count"], frames["per_second"])
+
+
+class _Numbers:
+    """Which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
+
+    def __init__(self, *, shares: bool) -> None:
+        self.items: list[LoadedMedia] = []
+        self._shares = shares
+        self._counts: dict[str, int] = {}
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, item: LoadedMedia) -> int:
+        key = (item.medium, id(item.values), item.raw_length)
+        if self._shares and key in self._known:
+            return self._known[key]
+        self.items.append(item)
+        number = self._known[key] = self._counts.get(item.encoder, 0)
+        self._counts[item.encoder] = number + item.num_items
+        return number

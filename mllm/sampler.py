@@ -60,7 +60,7 @@ class Sampler:
         if self.mode == "points" and (self.num_draws or 0) > len(self.points):
             raise ValueError(f"sampler.num_draws is {self.num_draws}, but there are {len(self.points)} points")
         for point in self.points:
-            if missing := set(point.amounts) - set(self.space.media):
+            if missing := point.media - set(self.space.media):
                 raise ValueError(f"sampler.points names {min(missing)}, which the space does not hold")
 
     def __call__(self, step: int, media: Iterable[str] | None = None) -> list[Draw]:
@@ -82,7 +82,11 @@ class Sampler:
 
     def _product(self, present: Sequence[str]) -> list[Draw]:
         trained = [self.space.media[medium].trained for medium in present]
-        return [Draw(Budget(dict(zip(present, point, strict=True)))) for point in itertools.product(*trained)]
+        frames = (self.space.frame_counts if "video" in present else ()) or (None,)
+        return [
+            Draw(Budget(dict(zip(present, point, strict=True)), num_frames=count))
+            for *point, count in itertools.product(*trained, frames)
+        ]
 
     def _draws(self, step: int, present: Sequence[str]) -> list[Draw]:
         if self.mode == "all":
@@ -97,17 +101,18 @@ class Sampler:
         return [Draw(self.space.largest(), is_teacher=True), *between, Draw(self.space.smallest())]
 
     def _random(self, step: int, index: int) -> Budget:
+        frames = self.space.frame_counts
         return Budget(
             {
                 medium: random.Random(f"{self.seed}:{step}:{index}:{medium}").choice(space.trained)
                 for medium, space in self.space.media.items()
-            }
+            },
+            num_frames=random.Random(f"{self.seed}:{step}:{index}:frames").choice(frames) if frames else None,
         )
 
     @staticmethod
     def _restrict(draw: Draw, present: Sequence[str]) -> Draw:
-        amounts = {medium: amount for medium, amount in draw.budget.amounts.items() if medium in present}
-        return Draw(Budget(amounts, draw.budget.total_tokens), draw.weight, draw.is_teacher)
+        return Draw(draw.budget.only(present), draw.weight, draw.is_teacher)
 
 
 def _merge(draws: Sequence[Draw]) -> list[Draw]:

@@ -55,8 +55,8 @@ class SegmentPlan:
         maker: (L,) int64, the row that each token was placed for; others may share it.
         attended: (A,) int64, for all segments that see something before themselves the places they see, themselves
             included, after each other.
-        places, sources: by medium, (n,) int64: where soft tokens lie, and which of the soft tokens of all runs, flat
-            over (R, K), stands there.
+        layouts: by medium, (n, 2) int64: for each placeholder of the packed row in turn its run, or -1 for a newline,
+            and its place in that.
         groups: by medium, how many runs follow each other that are of similar length, and the longest of them.
     """
 
@@ -65,8 +65,7 @@ class SegmentPlan:
     position_ids: Tensor
     maker: Tensor
     attended: Tensor
-    places: dict[str, Tensor] = field(default_factory=dict)
-    sources: dict[str, Tensor] = field(default_factory=dict)
+    layouts: dict[str, Tensor] = field(default_factory=dict)
     groups: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     @property
@@ -82,8 +81,7 @@ class SegmentPlan:
             position_ids=self.position_ids.to(device, non_blocking=True),
             maker=self.maker.to(device, non_blocking=True),
             attended=self.attended.to(device, non_blocking=True),
-            places={medium: own.to(device, non_blocking=True) for medium, own in self.places.items()},
-            sources={medium: own.to(device, non_blocking=True) for medium, own in self.sources.items()},
+            layouts={medium: own.to(device, non_blocking=True) for medium, own in self.layouts.items()},
         )
 
     def unpack(self, packed: Tensor, fill: float = 0) -> Tensor:

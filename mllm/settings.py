@@ -3,7 +3,8 @@
 Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 
@@ -20,11 +21,33 @@ class EncoderAdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TilingSettings:
+    """Pictures of any resolution: cut into tiles that are each encoded; see docs/vision_inputs.md."""
+
+    kind: Literal["pinpoints", "free"] = "pinpoints"
+    """The sizes listed, or every rows x columns of at most max_tiles tiles."""
+    pinpoints: list[list[int]] = field(default_factory=list)
+    """Sizes [height, width] in pixels, each of whole tiles; LLaVA-NeXT's five shapes when left out."""
+    max_tiles: int | None = None
+    """Most tiles of a picture; needed by free."""
+    thumbnail: bool = True
+    """Show the whole picture first, squeezed into one tile."""
+    merge: Literal["spatial_unpad", "flat"] = "spatial_unpad"
+    """One map of all tiles without what lies over padding (LLaVA-NeXT), or the tiles one after the other."""
+    newline: bool = True
+    """A learned token at the end of each row of the map, or of tiles when flat."""
+
+
+FRAMES_ENCODER = "image"
+"""What `video.encoder` says where frames go through the tower, the compressor and the projector of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MediumSettings:
     """How one medium becomes soft tokens."""
 
     encoder: str
-    """Folder, hub name or world part of the encoder."""
+    """Folder, hub name or world part of the encoder; of videos also `image`: sampled frames, each like a picture."""
     compressor: Literal["pool", "query", "stack"] = "pool"
     """Average pooling, Matryoshka queries, or frames stacked on the feature axis."""
     budgets: list[str | int] = field(default_factory=list)
@@ -35,6 +58,10 @@ class MediumSettings:
     """Which hidden layer of a vision tower gives the features; -2 by default, -1 is the last."""
     final_norm: bool | None = None
     """Send that layer through the tower's own final norm; off by default."""
+    image_size: list[int] | None = None
+    """[height, width] in pixels that pictures are brought to; what the tower was trained on by default."""
+    max_num_patches: int | None = None
+    """SigLIP 2 with native aspect ratio: most patches of a picture; what the tower was trained on by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
     window_frames: int | None = None
@@ -45,6 +72,9 @@ class MediumSettings:
     """Size of the queries; the encoder's hidden size by default."""
     query_heads: int | None = None
     """Attention heads of the compressor `query`; one per 64 of its size by default."""
+    query_start: Literal["released", "pyramid"] | None = None
+    """Where fresh queries on pictures begin: everywhere alike (MQT as released, the default), or each at its own cell,
+    coarse to fine; needs keys: position."""
     projector_size: int | None = None
     """Hidden size of the two-layer projector, the LLM's by default; 0 for one linear layer."""
     projector_norm: bool | None = None
@@ -75,6 +105,20 @@ class MediumSettings:
     `released_behaviour`. By default the whole frames of the clip."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
+    tiling: TilingSettings | None = None
+    """Pictures: cut into tiles; each picture is squeezed into one when left out."""
+    frames: int | None = None
+    """Videos of pictures: most frames taken from a file; 8 by default."""
+    frame_counts: list[int] | None = None
+    """Videos of pictures: the trained numbers of frames shown, each a divisor of frames; all of them by default."""
+    sampling: Literal["uniform", "fps"] | None = None
+    """Videos of pictures: frames evenly over the whole clip (the default), or sample_fps of them a second as long as
+    that gives no more than frames, and evenly otherwise."""
+    sample_fps: float | None = None
+    """Videos of pictures: frames per second of the sampling fps."""
+    pad_to_square: bool = False
+    """Pictures: margins in the mean colour make them square, as in LLaVA-1.5's second stage, MQT-LLaVA and M3. By
+    default the encoder's own processor decides (CLIP's cuts the middle out)."""
     size_pixels: int | None = None
     """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
     crop_pixels: int = 88
@@ -88,6 +132,8 @@ class MediumSettings:
         for key in ("projector_balance_weight", "projector_z_weight"):
             if (getattr(self, key) or 0.0) < 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it cannot be negative")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"image_size is [height, width] in pixels, got {self.image_size}")
         if len(self.span) not in (0, 2):
             raise ValueError(f"span is the token before and the token after, got {self.span}")
 
@@ -171,17 +217,19 @@ class ModelSettings:
 
     llm: str
     """Folder, hub name or world part of the LLM with its tokenizer."""
-    chat_format: Literal["plain", "avsr", "vicuna_v1", "chat"] = "chat"
-    """How a conversation becomes text; `chat` is the LLM's own template."""
+    chat_format: Literal["plain", "llava_plain", "avsr", "vicuna_v1", "chat"] = "chat"
+    """How a conversation becomes text; `chat` is the LLM's own template, llava_plain that of LLaVA's first stage."""
     released_behaviour: bool = False
     """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
+    names_pictures: bool = False
+    """Say "image 1 is" before the first picture of a conversation and so on (MMICL), so that questions name them."""
     image: MediumSettings | None = None
     """Pictures; not taken when left out."""
     audio: MediumSettings | None = None
     """Audio clips; not taken when left out."""
     video: MediumSettings | None = None
-    """Lip videos; not taken when left out."""
+    """Lip videos, or with the encoder `image` videos of anything; not taken when left out."""
     adapter: AdapterSettings | None = None
     """Nothing inside the LLM is trained when left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -194,6 +242,28 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.released_behaviour and self.chat_format != "avsr":
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
+        for medium in ("audio", "video"):
+            if (own := getattr(self, medium)) is not None and own.pad_to_square:
+                raise ValueError(f"model.{medium}.pad_to_square is set, but only pictures (image) can be padded")
+        if self.names_pictures and self.image is None:
+            raise ValueError("names_pictures is set, but there is no image block")
+        if self.shows_frames and self.image is None:
+            raise ValueError("video.encoder is image, so frames are encoded like pictures; give an image block as well")
+        for medium, own in self.media.items():
+            if medium != "video" or own.encoder != FRAMES_ENCODER:
+                _refuse(own, medium, FRAME_SETTINGS, "goes with a video block whose encoder is image")
+            else:
+                _check_frames(own)
+
+    @property
+    def encoded_media(self) -> dict[str, MediumSettings]:
+        """Settings of the media that have an encoder of their own."""
+        return {m: own for m, own in self.media.items() if not (m == "video" and self.shows_frames)}
+
+    @property
+    def shows_frames(self) -> bool:
+        """Whether videos are frames that are encoded like pictures."""
+        return self.video is not None and self.video.encoder == FRAMES_ENCODER
 
     @property
     def media(self) -> dict[str, MediumSettings]:
@@ -208,3 +278,34 @@ class ModelSettings:
     def has_adapter(self) -> bool:
         """Whether there is an adapter, in the LLM or in an encoder."""
         return self.adapter is not None or any(own.encoder_adapter is not None for own in self.media.values())
+
+
+FRAME_SETTINGS = ("frames", "frame_counts", "sampling", "sample_fps")
+"""The keys of a video block whose frames are encoded like pictures, beside encoder, budgets and span."""
+
+
+def _refuse(own: MediumSettings, medium: str, keys: Iterable[str], why: str) -> None:
+    """Raises: ValueError for the first of the keys that is not at its default."""
+    defaults = {item.name: item.default for item in fields(MediumSettings)}
+    for key in keys:
+        if getattr(own, key) != defaults[key]:
+            raise ValueError(f"{medium}.{key} is {getattr(own, key)!r}; it {why}")
+
+
+def _check_frames(own: MediumSettings) -> None:
+    """Refuse what contradicts a video of pictures: everything else is taken from the image block."""
+    allowed = {"encoder", "budgets", "budget_range", "span", *FRAME_SETTINGS}
+    others = (item.name for item in fields(MediumSettings) if item.name not in allowed)
+    _refuse(own, "video", others, "is taken from the image block where video.encoder is image; leave it out")
+    frames = 8 if own.frames is None else own.frames
+    if frames < 1:
+        raise ValueError(f"video.frames is {frames}; it must be at least 1")
+    if (own.sampling == "fps") != (own.sample_fps is not None) or (own.sample_fps or 1) <= 0:
+        raise ValueError(
+            f"video.sample_fps is {own.sample_fps}; a number above 0 goes with sampling fps and only with it"
+        )
+    if wrong := [count for count in own.frame_counts or () if count < 1 or frames % count]:
+        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise ValueError(
+            f"video.frame_counts holds {wrong[0]}; allowed are the divisors of {frames} frames: {divisors}"
+        )

@@ -2,8 +2,7 @@
 
 Knows ids, counts and tensors. Does not know media, budgets or what an id means.
 
-Shapes: B rows, S positions, R runs of placeholders, K soft tokens of the longest run, H the LLM's hidden size, L tokens
-of a packed row.
+Shapes: B rows, S positions, R runs of placeholders, K soft tokens of the longest run, H the LLM's hidden size.
 """
 
 from collections.abc import Sequence
@@ -58,13 +57,13 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
 
 
 def check_runs(
-    input_ids: Tensor, placeholder_id: int, num_tokens: Tensor, name: str, row_ids: Sequence[str] = ()
+    input_ids: Tensor, placeholder_id: int, num_tokens: Tensor | int, name: str, row_ids: Sequence[str] = ()
 ) -> None:
     """Refuse a batch whose placeholders are not exactly its soft tokens; called on the host, before the transfer.
 
     Args:
         input_ids: (B, S).
-        num_tokens: (R,) soft tokens of each run, in order of appearance.
+        num_tokens: (R,) soft tokens of each run, or their sum.
         name: the medium, named in the error.
         row_ids: sample ids of the rows, named in the error.
 
@@ -72,7 +71,7 @@ def check_runs(
         ValueError: with both counts.
     """
     found = int((input_ids == placeholder_id).sum())
-    expected = int(num_tokens.sum())
+    expected = num_tokens if isinstance(num_tokens, int) else int(num_tokens.sum())
     if found != expected:
         samples = f" in samples {', '.join(row_ids)}" if row_ids else ""
         raise ValueError(f"{found} {name} placeholders in the text for {expected} {name} soft tokens{samples}")
@@ -98,16 +97,29 @@ def merge(inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, num_token
     return torch.where(is_placeholder[..., None], picked, inputs_embeds)
 
 
-def place(inputs_embeds: Tensor, soft: Tensor, places: Tensor, sources: Tensor) -> Tensor:
-    """Put soft tokens into a packed row; what `merge` is for padded ones.
+def place(
+    inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, layout: Tensor, newline: Tensor | None = None
+) -> Tensor:
+    """Put soft tokens at their placeholders in an order that is given, as tiles of a picture need it.
 
     Args:
-        inputs_embeds: (1, L, H) text embeddings; what they hold at placeholders does not matter.
+        inputs_embeds: (B, S, H). is_placeholder: (B, S) bool.
         soft: (R, K, H) soft tokens by run.
-        places: (n,) where in the packed row soft tokens stand.
-        sources: (n,) which of the soft tokens, flat over (R, K).
+        layout: (P, 2) for each placeholder in turn its run and its place in that; a run of -1 is the newline.
+        newline: (H,); zeros where there is none.
 
     Returns:
-        (1, L, H).
+        (B, S, H). Nothing waits for the device.
     """
-    return inputs_embeds.index_copy(1, places, soft.flatten(0, 1)[sources][None].to(inputs_embeds.dtype))
+    number = (is_placeholder.flatten().cumsum(0) - 1).clamp(0, len(layout) - 1)
+    run, offset = layout[number].unbind(dim=-1)
+    picked = soft.to(inputs_embeds.dtype)[run.clamp(min=0), offset]
+    ends = torch.zeros_like(picked[0]) if newline is None else newline.to(inputs_embeds.dtype)
+    picked = torch.where((run < 0)[:, None], ends, picked).view_as(inputs_embeds)
+    return torch.where(is_placeholder[..., None], picked, inputs_embeds)
+
+
+def is_newline(is_placeholder: Tensor, layout: Tensor) -> Tensor:
+    """(B, S) bool: which placeholders are newlines."""
+    number = (is_placeholder.flatten().cumsum(0) - 1).clamp(0, len(layout) - 1)
+    return is_placeholder & (layout[number, 0] < 0).view_as(is_placeholder)

@@ -12,7 +12,7 @@ from mllm.configuration import TOWER_NAMES
 from mllm.encoders import freeze
 
 PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
-"""What `train.parts` may name: compressors (projectors included), the adapter, or a whole part of the model."""
+"""What `train.parts` may name: compressors (with projectors and newline), the adapter, or a whole part of the model."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def part_of(name: str) -> str:
     """The part (see `PARTS`) that a parameter belongs to, by its name."""
     if ".lora_" in name or ".mome." in name:
         return "adapter"
-    if name.startswith("model.compressors."):
+    if name.startswith(("model.compressors.", "model.newline.")):
         return "compressors"
     for medium, tower in TOWER_NAMES.items():
         if name.startswith(f"model.{tower}."):

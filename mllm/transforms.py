@@ -130,6 +130,33 @@ class ImageTransform:
             raise ValueError(f"{name} must give one picture (1, 3, H, W) per picture, got {tuple(pixels.shape)}")
         return pixels[0], 1
 
+    @property
+    def resample(self) -> int:
+        """Pillow's number of the interpolation that pictures are resized by."""
+        return int(getattr(self.processor, "resample", None) or 3)
+
+    def many(self, pictures: Sequence[Any]) -> Tensor:
+        """(P, 3, H, W) of several pictures, Pillow's or uint8 (3, h, w)."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        assert pixels.ndim == 4, pixels.shape
+        return pixels
+
+
+@dataclass(frozen=True)
+class PatchTransform:
+    """A picture in its own shape to its patches (rows, columns, values of a patch), by SigLIP 2's image processor.
+
+    It is brought to the largest size of its shape that has at most `max_num_patches` patches, whole ones per side.
+    """
+
+    processor: Any
+
+    def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """Its patches without padding."""
+        found = self.processor(images=[raw], return_tensors="pt")
+        rows, columns = found["spatial_shapes"][0].tolist()
+        return found["pixel_values"][0, : rows * columns].unflatten(0, (rows, columns)), 1
+
 
 @dataclass(frozen=True)
 class Waveform:
@@ -262,7 +289,8 @@ def _build_image(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
     processor_class = get_image_processor_class_from_name(name)
     if processor_class is None:
         raise ValueError(f"transformers has no image processor {name!r} (key image_processor_type)")
-    return ImageTransform(processor_class.from_dict(preprocessor))
+    processor = processor_class.from_dict(preprocessor)
+    return PatchTransform(processor) if encoder.model_type == "siglip2_vision_model" else ImageTransform(processor)
 
 
 def _build_audio(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:

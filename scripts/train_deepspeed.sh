@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a run config with DeepSpeed's launcher; it takes machines from a hostfile (deepspeed --hostfile ...).
-#   ZERO=3 PROCESSES=8 scripts/train_deepspeed.sh configs/m3_llava.yaml
+#   ZERO=3 PROCESSES=8 scripts/train_deepspeed.sh configs/m3.yaml
 set -euo pipefail
 config=$1
 shift

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a run config with torchrun: DDP, or ZeRO with a DeepSpeed config as an override.
 #   scripts/train_torchrun.sh configs/omni_s.yaml
-#   PROCESSES=4 scripts/train_torchrun.sh configs/m3_llava.yaml --train.deepspeed configs/zero3.json
+#   PROCESSES=4 scripts/train_torchrun.sh configs/m3.yaml --train.deepspeed configs/zero3.json
 set -euo pipefail
 config=$1
 shift

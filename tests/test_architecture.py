@@ -10,24 +10,20 @@ import mllm
 PACKAGE = Path(mllm.__file__).parent
 # A module may import from its own level or from a lower one. A package stands for its modules.
 LEVELS = [
-    {"budget", "sampler", "metrics", "settings", "sources", "registration", "filterbank", "segments"},
+    {
+        *("budget", "grammar", "tiling", "sampler", "metrics", "benchmarks", "settings", "sources", "registration"),
+        *("filterbank", "segments"),
+    },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
-        "splice",
-        "augmentation",
-        "log_mel",
-        "transforms",
-        "expansion",
-        "trainables",
-        "beams",
-        "packing",
-        "segment_attention",
+        *("splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
+        *("beams", "prefixes", "packing", "segment_attention"),
     },
-    {"modeling", "modeling_body", "processing", "data", "chat"},
+    {"modeling", "modeling_body", "routing", "processing", "loaded", "data", "chat"},
     {"building", "loading", "cost", "convert"},
-    {"generation", "training"},
+    {"generation", "timing", "training"},
     {"evaluation"},
-    {"world", "doctor", "preparation"},
+    {"world", "doctor", "preparation", "lmms"},
     {"commands", "cli", "__main__"},
 ]
 # Registering needs the classes at the moment transformers loads; it imports them inside functions.

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Text
+from mllm.data.naming import named_pictures
 from mllm.world.tokenizer import build_tokenizer
 
 QUESTION = Message("user", (Media("image", "a.png"), Text("what colour is the circle?")))
@@ -91,5 +92,30 @@ def test_a_medium_the_model_does_not_take_is_refused(tokenizer: PreTrainedTokeni
 
 
 def test_an_unknown_format_names_the_known_ones(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="allowed: plain, avsr, vicuna_v1, chat"):
+    with pytest.raises(ValueError, match="allowed: plain, avsr, llava_plain, vicuna_v1, chat"):
         encoder(tokenizer, "llama")
+
+
+def test_pictures_are_numbered_where_that_is_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+    two = Message("user", (Media("image", "a.png"), Media("image", "b.png"), Text("which is larger?")))
+    third = Message("user", (Text("and "), Media("image", "c.png"), Text("what colour is it?")))
+    image = tokenizer.convert_tokens_to_ids("<|image_token|>")
+    named, plain = (
+        ChatEncoder(tokenizer, chat_format="plain", placeholder_ids={"image": image}, names_pictures=names)
+        for names in (True, False)
+    )
+    conversation = [two, ANSWER, third, ANSWER]
+    prompt = named(conversation)
+    assert tokenizer.decode(prompt.ids, skip_special_tokens=True).split("red")[0].split() == (
+        ["image", "1", "is", ",", "image", "2", "is", ".", "which", "is", "larger?"]
+    )
+    assert prompt.media == plain(conversation).media == ("image",) * 3
+    assert prompt.ids.count(image) == 3
+    before, others = plain(conversation), [label for label in prompt.labels if label != -100]
+    assert others == [label for label in before.labels if label != -100]
+    assert [message.text for message in named_pictures(conversation)][2] == "and image 3 is . what colour is it?"
+
+
+def test_text_without_pictures_stays_as_it_is() -> None:
+    sound = Message("user", (Media("audio", "a.wav"), Text("what?")))
+    assert named_pictures([sound, ANSWER]) == [sound, ANSWER]

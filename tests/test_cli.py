@@ -235,6 +235,22 @@ def test_generate_answers_about_files_and_tells_what_it_used(folder: Path, capsy
     assert "image 5 (this budget was not trained)" in capsys.readouterr().err
 
 
+def test_generate_answers_several_questions_about_one_picture(folder: Path, capsys) -> None:
+    words = ["generate", "--model", str(folder / "run"), "--image", str(folder / "media" / "0.png")]
+    words += ["--max-new-tokens", "6", "--budget", "image=16"]
+    texts = ["what is it?", "what colour?", "[how] many: objects, and which?"]
+    assert main([*words, *(word for text in texts for word in ("--text", text)), "--timing"]) == 0
+    shown = capsys.readouterr()
+    alone = []
+    for text in texts:
+        assert main([*words, "--text", text]) == 0
+        alone.append(" ".join(capsys.readouterr().out.split()))
+    assert shown.out.splitlines() == alone
+    assert shown.err.count("soft tokens: image 16; prompt ") == 3
+    assert shown.err.count(" of them shared)") == 3
+    assert "milliseconds of all 3 together: encoder " in shown.err
+
+
 def test_the_sound_of_a_video_is_heard_when_the_budget_names_audio(folder: Path, capsys) -> None:
     import av
 

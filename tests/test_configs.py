@@ -25,12 +25,16 @@ RUNS.append(ROOT / "mllm" / "world" / "demo.yaml")
 TRAINABLE_MILLIONS = {
     "demo": None,
     "frozen_llm_lora": 319.82 + 20.98,
+    "frozen_llm_mome": 308.19 + 20.98,
     "llama_avsr": None,
-    "m3_llava": 6738.42 + 20.98,
+    "m3": 6738.42 + 20.98,
+    "m3_lora": 319.82 + 20.98,
+    "m3_next_anyres": 6738.42 + 20.98 + 290.91,  # CLIP too, up to the layer that is read, and one newline
     "mome_attention": 14.13 + 25.19,
     "mome_ffn": 14.13 + 25.19,
     "mome_layer": 14.13 + 25.19,
-    "mqt_llava": 6738.42 + 8.92,
+    "mqt_stage1": 8.92,
+    "mqt_stage2": 6738.42 + 8.92,
     "mtsk_ms": 6.82 + 25.19,
     "mtsk_mss": 5 * 6.82 + 25.19,
     "mtsk_ss": 4 * 6.82 + 25.19,
@@ -38,6 +42,10 @@ TRAINABLE_MILLIONS = {
     "omni_st": 58.74,
     "omni_t": 51.92,
 }
+
+
+LIKE = {"checkpoints/llava-v1.5-7b/llm": "vicuna-7b-v1.5"}
+"""Parts that are converted checkpoints, and the part whose sizes they have."""
 
 
 def read(path: Path) -> RunSettings:
@@ -48,7 +56,8 @@ def part_config(reference: str) -> PreTrainedConfig:
     """Published values of a real part, kept in tests/fixtures; the built-in world's parts are at hand."""
     if reference.startswith("world:"):
         return AutoConfig.from_pretrained(resolve_source(reference))
-    values = json.loads((ROOT / "tests" / "fixtures" / f"{Path(reference).name.lower()}.json").read_text())
+    name = LIKE.get(reference) or Path(reference).name.lower()
+    values = json.loads((ROOT / "tests" / "fixtures" / f"{name}.json").read_text())
     return AutoConfig.for_model(**values)
 
 
@@ -69,8 +78,10 @@ def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
 
 def test_every_config_is_here() -> None:
     assert [path.stem for path in RUNS] == [
-        *("frozen_llm_lora", "llama_avsr", "m3_llava", "mome_attention", "mome_ffn", "mome_layer", "mqt_llava"),
-        *("mtsk_ms", "mtsk_mss", "mtsk_ss", "omni_s", "omni_st", "omni_t", "demo"),
+        *("frozen_llm_lora", "frozen_llm_mome", "llama_avsr", "m3", "m3_lora", "m3_next_anyres"),
+        *("mome_attention", "mome_ffn"),
+        *("mome_layer", "mqt_stage1", "mqt_stage2", "mtsk_ms", "mtsk_mss", "mtsk_ss", "omni_s", "omni_st", "omni_t"),
+        "demo",
     ]
 
 
@@ -102,3 +113,34 @@ def test_launcher_configs_are_read() -> None:
     for stage in (2, 3):
         values = json.loads((ROOT / "configs" / f"zero{stage}.json").read_text())
         assert values["zero_optimization"]["stage"] == stage
+
+
+def test_the_first_stage_of_mqt_trains_the_published_query_transformer() -> None:
+    settings = read(ROOT / "configs" / "mqt_stage1.yaml")
+    model = build_on_meta(settings.model)
+    names = set(set_trainables(model, settings.parts))
+    assert sum(p.numel() for n, p in model.named_parameters() if n in names) == 8_923_136
+    assert Sampler(model.config.space, "all")(0)[0].budget.amounts["image"].value == 256
+    second = build_on_meta(read(ROOT / "configs" / "mqt_stage2.yaml").model)
+    shapes = {name: value.shape for name, value in second.named_parameters()}
+    assert all(shapes[name] == value.shape for name, value in model.named_parameters() if name in names)
+    assert len(second.config.space.media["image"].trained) == 128
+
+
+def test_m3_can_train_its_tower_as_the_paper_says() -> None:
+    settings = read(ROOT / "configs" / "m3.yaml")
+    model = build_on_meta(settings.model)
+    both, own = (len(set_trainables(model, (*settings.parts, *more))) for more in (("image",), ()))
+    assert both > own
+    counts = [amount.value for amount in model.config.space.media["image"].trained]
+    assert counts == [576, 144, 36, 9, 1]
+    assert len(Sampler(model.config.space, "all")(0)) == 5
+
+
+@pytest.mark.parametrize("name", ["mqt_stage1", "mqt_stage2", "m3", "m3_lora", "frozen_llm_lora", "frozen_llm_mome"])
+def test_a_step_of_eight_processes_holds_the_published_number_of_pictures(name: str) -> None:
+    settings = read(ROOT / "configs" / f"{name}.yaml")
+    data, train = settings.data, settings.train
+    assert data.max_rows * train.accumulation * 8 == (256 if name == "mqt_stage1" else 128)
+    assert data.max_rows * (data.max_sample_tokens or 0) == data.tokens_per_batch  # so that rows decide, not tokens
+    assert train.count_warmup_steps(5198) == 156

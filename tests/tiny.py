@@ -107,7 +107,7 @@ def settings(
 
 def processor(own: ModelSettings) -> ElasticProcessor:
     """The processor of a tiny model; it reads real files."""
-    from mllm.building import member_names, space_settings
+    from mllm.building import frames_entry, member_names, space_settings
 
     configs = encoder_configs()
     preprocessors = {
@@ -126,8 +126,10 @@ def processor(own: ModelSettings) -> ElasticProcessor:
             "space": space_settings(one),
             "span": list(one.span),
         }
-        for medium, one in own.media.items()
+        for medium, one in own.encoded_media.items()
     }
+    if own.shows_frames:
+        media["video"] = frames_entry(own, media["image"])
     return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media, "members": member_names(own)})
 
 
@@ -143,8 +145,8 @@ def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForCondit
             config_of_parts(
                 own,
                 text_config=llm_config(**text),
-                encoder_configs={medium: configs[medium] for medium in own.media},
-                placeholder_ids={medium: ids(PLACEHOLDER_TOKENS[medium]) for medium in own.media},
+                encoder_configs={medium: configs[medium] for medium in own.encoded_media},
+                placeholder_ids={medium: ids(PLACEHOLDER_TOKENS[medium]) for medium in own.encoded_media},
             )
         )
         for parameter in made.parameters():  # initial values are so small that every output would be the same

@@ -68,7 +68,7 @@ class Members:
             return NOBODY
         amounts: dict[str, Amount] = {}
         for medium, cost in costs:
-            amount = Amount.parse(f"/{cost.rate}" if cost.rate else cost.tokens)
+            amount = cost.amount
             if amounts.setdefault(medium, amount) != amount:
                 raise ValueError(f"{medium} costs both {amounts[medium]} and {amount}; a row has one scale")
         name = str(Budget({medium: amounts[medium] for medium in MEDIA if medium in amounts}))

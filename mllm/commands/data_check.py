@@ -1,7 +1,7 @@
 """`mllm data check`: everything that is wrong with a manifest, in one pass."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 SUMMARY = "report every bad row of a manifest, with its line"
 POSITIONAL = "manifest"
@@ -12,22 +12,61 @@ class Settings:
     """Check every row of a manifest, and that the files it names are there."""
 
     manifest: str
-    """Manifest (JSONL)."""
+    """Manifest (JSONL), or what data.reader of the recipe reads."""
     root: str | None = None
-    """Folder that media paths are relative to; the manifest's own when left out."""
+    """Folder that media paths are relative to; the recipe's, or the manifest's own, when left out."""
     open: bool = False
     """Also decode every file, which takes as long as an epoch of reading does."""
+    recipe: str | None = None
+    """Run config (YAML): also count the tokens per sample that it would learn, of 10,000 samples evenly drawn where
+    there are more; needs its LLM's tokenizer and the configs of its encoders."""
 
 
 def run(settings: Settings) -> int:
     """Check, and return 1 when something is wrong."""
     from mllm.commands.terminal import console
-    from mllm.data.check import check_manifest
+    from mllm.data.check import check_listing, check_manifest
+    from mllm.data.readers import default_root
 
-    root = settings.root if settings.root is not None else Path(settings.manifest).parent
-    report = check_manifest(settings.manifest, root, open_media=settings.open)
+    recipe = None if settings.recipe is None else _read(settings.recipe)
+    root = settings.root or (recipe.data.root if recipe else None) or default_root(settings.manifest)
+    if recipe is None or recipe.data.reader.format == "manifest":
+        report = check_manifest(settings.manifest, root, open_media=settings.open)
+    else:
+        report = check_listing(settings.manifest, root, recipe.data.reader, open_media=settings.open)
     out = console()
     for problem in report.problems:
         out.print(f"{settings.manifest}:{problem.line_number}: {problem.message}", soft_wrap=True)
     out.print(report.summary(), soft_wrap=True)
+    if recipe is not None and report.num_samples:
+        out.print(_targets(settings.manifest, root, recipe), soft_wrap=True)
     return 0 if report.is_good else 1
+
+
+def _read(path: str) -> Any:
+    from pathlib import Path
+
+    import yaml
+
+    from mllm.training.settings import read_run_settings
+
+    return read_run_settings(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+
+
+def _targets(manifest: str, root: Any, recipe: Any) -> str:
+    """What a run of the recipe would learn from these samples, in a line.
+
+    Raises:
+        ValueError: too many have no target token.
+    """
+    from mllm.building import build_processor
+    from mllm.data.readers import read_data
+    from mllm.training.survey import FIRST_LOOK, check_targets, count_targets, drawn, target_report
+
+    every = read_data(manifest, root, recipe.data.reader)
+    samples = [every[number] for number in drawn(len(every), FIRST_LOOK)]
+    targets = count_targets(samples, build_processor(recipe.model).chat)
+    ids = [sample.id for sample in samples]
+    check_targets(ids, targets, recipe.data.max_unsupervised_fraction)
+    of = "" if len(samples) == len(every) else f" (of {len(every)}, evenly drawn)"
+    return f"{target_report(ids, targets)}{of}"

@@ -1,15 +1,15 @@
-"""`mllm data import`: lists and folders of speech clips, in the forms others write them, to our manifest."""
+"""`mllm data import`: clips and vision benchmarks, in the forms others write them, to our manifest."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from mllm.data.settings import ReaderSettings, SpeechTask, TextForm
+from mllm.data.settings import BENCHMARK_FORMATS, Format, ReaderSettings, SpeechTask, TextForm
 
 if TYPE_CHECKING:
     from mllm.data.utterances import Listing
 
-SUMMARY = "make a manifest of a list or folder of clips in another form"
+SUMMARY = "make a manifest of clips or of a vision benchmark in another form"
 POSITIONAL = ("format", "source")
 
 
@@ -17,9 +17,9 @@ POSITIONAL = ("format", "source")
 class Settings:
     """Make a manifest; everything that cannot be taken over is told with its line, and the rest is written."""
 
-    format: Literal["llava", "auto_avsr", "omni_csv", "fairseq", "lrs", "clips"]
+    format: Format
     """What the source is: LLaVA's JSON, a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv), fairseq's tsv, a list
-    of LRS2 or a folder of LRS3, or a folder of one's own clips."""
+    of LRS2 or a folder of LRS3, a folder of one's own clips, or a vision benchmark (docs/vision_evaluation.md)."""
     source: str
     """The list or folder."""
     out: str
@@ -42,7 +42,19 @@ class Settings:
     untranscribed: str | None = None
     """Format clips: a text file to write the clips without a transcript into, one path per line."""
 
+    images: str | None = None
+    """Vision benchmarks: the folder of pictures, relative to the root, where it is not the usual one; pictures that
+    stand inside a table are written there."""
+    annotations: str | None = None
+    """Vision benchmarks: the file with the answers (pope: its folder), where it is not beside the questions."""
+    ocr_tokens: bool = True
+    """Format textvqa: leave the words that an OCR found in the question, as LLaVA does."""
+    split: str | None = None
+    """Vision benchmarks in tables (parquet, arrow): the split, where it is not the one that papers print."""
+
     def __post_init__(self) -> None:
+        if self.format == "manifest":
+            raise ValueError("format is manifest, which is what this writes; there is nothing to import")
         if (self.segments is not None) and self.max_seconds is None:
             raise ValueError("segments is set, but max_seconds is not; it says how long a piece may be")
         if self.untranscribed is not None and self.format != "clips":
@@ -62,6 +74,10 @@ class Settings:
             prompts=self.prompts,
             transcripts=self.transcripts,
             max_seconds=self.max_seconds,
+            images=self.images,
+            annotations=self.annotations,
+            ocr_tokens=self.ocr_tokens,
+            split=self.split,
         )
 
 
@@ -97,7 +113,7 @@ def _read(settings: Settings, root: Path) -> "Listing":
     source = Path(settings.source)
     if settings.segments is None:
         listing = READERS[settings.format](source, root, settings.reader)
-        if settings.format == "llava":
+        if settings.format in ("llava", *BENCHMARK_FORMATS):
             note_missing(listing, source, root)
         return listing
     if problem := path_problem(settings.segments):

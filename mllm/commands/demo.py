@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mllm.world.demo import DemoSettings
 from mllm.world.full_demo import FullDemoSettings
+from mllm.world.full_pictures import FullPicturesSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,39 +25,47 @@ class Settings:
     """The demo takes about 8 minutes on 2 CPU cores; what is left out has the defaults of what is run."""
 
     full: bool = False
-    """Instead compare two elastic speech models, Omni-AVSR-ST and MoME, with eight models of one task and rate each,
-    three times over; takes less than an hour on 2 CPU cores."""
+    """Instead compare elastic models with separately trained ones, three times over; takes less than an hour on 2 CPU
+    cores."""
+    about: Literal["speech", "pictures"] | None = None
+    """Only with full: two elastic speech models, Omni-AVSR-ST and MoME, against eight of one task and rate each (the
+    default), or elastic pictures in the style of M3, MQT and Haar against models of one count of tokens each."""
     out: str | None = None
-    """Folder of everything; runs/demo, or runs/demo_full, when left out."""
+    """Folder of everything; runs/demo, runs/demo_full or runs/demo_full_pictures when left out."""
     seed: int | None = None
     """Of the corpora, the initial values, the draws and the order of samples; 0 when left out."""
     steps: int | None = None
-    """Optimizer steps; with full those of a model of one task, and three times as many of an elastic one."""
+    """Optimizer steps; with full those of a separate model, and three (speech) or four times as many of an
+    elastic one."""
     num_utterances: int | None = None
     """Spoken sentences to train on."""
     num_test_utterances: int | None = None
     """Spoken sentences to test on, by voices that were not trained on."""
     num_scenes: int | None = None
-    """Pictures to train on, with eight questions each; not with full."""
+    """Pictures to train on, with eight questions each; not with speech alone."""
     num_test_scenes: int | None = None
-    """Pictures to test on, with a question of every kind; not with full."""
+    """Pictures to test on, with a question of every kind; not with speech alone."""
     num_seeds: int | None = None
     """How often everything is trained; only with full, 3 when left out."""
     num_workers: int | None = None
     """Models trained at a time; only with full, as many as there are cores when left out."""
 
-    def chosen(self) -> DemoSettings | FullDemoSettings:
+    def chosen(self) -> DemoSettings | FullDemoSettings | FullPicturesSettings:
         """The settings of the demo that is asked for.
 
         Raises:
             ValueError: a key of the other one.
         """
-        kind = FullDemoSettings if self.full else DemoSettings
-        given = {key: value for key, value in vars(self).items() if key != "full" and value is not None}
+        if self.about is not None and not self.full:
+            raise ValueError(f"about={self.about} goes with full=true only")
+        long = FullPicturesSettings if self.about == "pictures" else FullDemoSettings
+        kind = long if self.full else DemoSettings
+        given = {key: value for key, value in vars(self).items() if key not in ("full", "about") and value is not None}
         allowed = [field.name for field in fields(kind)]
         if wrong := [key for key in given if key not in allowed]:
+            about = f" about {self.about or 'speech'}" if self.full else ""
             raise ValueError(
-                f"{wrong[0]} does not go with full={str(self.full).lower()}; allowed: {', '.join(allowed)}"
+                f"{wrong[0]} does not go with full={str(self.full).lower()}{about}; allowed: {', '.join(allowed)}"
             )
         return kind(**given)
 
@@ -68,6 +77,8 @@ def run(settings: Settings) -> int:
     chosen = settings.chosen()
     if isinstance(chosen, FullDemoSettings):
         return _run_full(chosen, console())
+    if isinstance(chosen, FullPicturesSettings):
+        return _run_pictures(chosen, console())
     return _run(chosen, console())
 
 
@@ -93,10 +104,23 @@ def _run_full(settings: FullDemoSettings, out: "Console") -> int:
 
     with progress_bar() as show:
         seconds = full_demo(settings, progress=show)
-    shown = write_comparison(settings)
-    out.print((Path(settings.out) / "comparison.md").read_text(encoding="utf-8"), soft_wrap=True)
+    return _compare(write_comparison(settings), settings.out, seconds, out)
+
+
+def _run_pictures(settings: FullPicturesSettings, out: "Console") -> int:
+    from mllm.commands.terminal import progress_bar
+    from mllm.world.full_pictures import full_pictures
+    from mllm.world.pictures_report import write_comparison
+
+    with progress_bar() as show:
+        seconds = full_pictures(settings, progress=show)
+    return _compare(write_comparison(settings), settings.out, seconds, out)
+
+
+def _compare(shown: "Sequence[Finding]", folder: str, seconds: float, out: "Console") -> int:
+    out.print((Path(folder) / "comparison.md").read_text(encoding="utf-8"), soft_wrap=True)
     status = _show(shown, out)
-    out.print(f"seconds: {seconds:.0f}; plot: {Path(settings.out) / 'comparison.png'}", soft_wrap=True)
+    out.print(f"seconds: {seconds:.0f}; plot: {Path(folder) / 'comparison.png'}", soft_wrap=True)
     return status
 
 

@@ -1,5 +1,6 @@
 """`mllm evaluate`: manifests and budgets to a table, files and a plot."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mllm.evaluation.settings import EvaluateSettings as Settings
@@ -15,6 +16,7 @@ MAX_FAILURES_SHOWN = 10
 
 def run(settings: Settings) -> int:
     """Evaluate, show the table, and name what failed."""
+    from mllm.benchmarks.registry import BENCHMARKS
     from mllm.commands.terminal import console, progress_bar, quiet_loading
     from mllm.evaluation.report import table
     from mllm.evaluation.run import evaluate
@@ -24,8 +26,11 @@ def run(settings: Settings) -> int:
         results = evaluate(settings, progress=lambda done, total: show("answers", done, total))
     if results is None:  # another process tells
         return 0
-    console().print(table(results))
+    others = [row for row in results.rows if row["task"] not in BENCHMARKS]
+    if others:
+        console().print(table(replace(results, rows=others)))
     _show_speech(results)
+    _show_benchmarks(settings, results)
     console().print(f"written to {settings.output_folder}")
     return _tell_failures(results)
 
@@ -39,6 +44,30 @@ def _show_speech(results: "Results") -> None:
     if speech is not None:
         for line in (*tables(speech.blocks), *notes_of(speech.blocks)):
             console().print(line)
+
+
+def _show_benchmarks(settings: Settings, results: "Results") -> None:
+    from mllm.commands.terminal import console
+    from mllm.evaluation.benchmark_table import benchmark_table
+    from mllm.evaluation.benchmarks import MARKDOWN, SUBMITTED
+
+    found = benchmark_table(results.rows)
+    if found is None:
+        return
+    from rich.table import Table
+
+    shown = Table(title=f"{results.facts['model']}", title_justify="left", pad_edge=False)
+    for number, title in enumerate(found.titles):
+        shown.add_column(title, justify="right" if number else "left")
+    for line in found.cells:
+        shown.add_row(*line)
+    out = console()
+    out.print(shown)
+    for note in found.notes:
+        out.print(note, soft_wrap=True)
+    out.print(f"oracle and failures: {settings.output_folder / MARKDOWN}", soft_wrap=True)
+    for file in sorted((settings.output_folder / SUBMITTED).rglob("*.*")):
+        out.print(f"to hand in: {file}", soft_wrap=True)
 
 
 def _tell_failures(results: "Results") -> int:

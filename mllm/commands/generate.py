@@ -1,7 +1,7 @@
-"""`mllm generate`: files and a question to an answer, word by word."""
+"""`mllm generate`: files and a question to an answer, word by word; or several questions about the same files."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -16,12 +16,12 @@ SUMMARY = "answer a question about pictures, sounds and videos at a budget"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Answer one question about files; without a text, speech is transcribed and a picture described."""
+    """Answer questions about files; without a text, speech is transcribed and a picture described."""
 
     model: str
     """Run folder or exported model."""
-    text: str | None = None
-    """The question."""
+    text: list[str] = field(default_factory=list)
+    """The question. Given several times, all are answered, a line each; the files are encoded and read once for all."""
     image: list[str] = field(default_factory=list)
     """A picture; may be given several times."""
     audio: list[str] = field(default_factory=list)
@@ -82,33 +82,40 @@ def run(settings: Settings) -> int:
         model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds)
     answerer = Answerer(model, processor, decoding, loader=loader)
-    ask = partial(
-        answerer.answer,
-        settings.text,
-        image=settings.image,
-        audio=settings.sounds,
-        video=settings.video,
-        budget=settings.budget,
-    )
-    if settings.timing:
-        ask()
-    answer = ask(on_text=_writer(), timed=settings.timing)
-    sys.stdout.write("\n")
+    files = {"image": settings.image, "audio": settings.sounds, "video": settings.video}
+    if len(settings.text) > 1:
+        ask_all = partial(answerer.answer_questions, settings.text, **files, budget=settings.budget)
+        if settings.timing:
+            ask_all()
+        answers = ask_all(timed=settings.timing)
+        sys.stdout.write("".join(" ".join(answer.text.split()) + "\n" for answer in answers))
+    else:
+        text = settings.text[0] if settings.text else None
+        ask = partial(answerer.answer, text, **files, budget=settings.budget)
+        if settings.timing:
+            ask()
+        answers = [ask(on_text=_writer(), timed=settings.timing)]
+        sys.stdout.write("\n")
     sys.stdout.flush()
-    for line in facts(answer):
+    for line in facts(answers):
         console(stderr=True).print(line)
     return 0
 
 
-def facts(answer: "Answer") -> list[str]:
-    """Lines about an answer: tokens per medium, and the timing if there is one."""
-    used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
-    trained = "" if answer.is_trained else " (this budget was not trained)"
-    lines = [f"soft tokens: {used}{trained}; prompt {answer.num_prompt_tokens}, answer {answer.num_new_tokens}"]
-    if answer.timing is not None:
-        time = answer.timing
+def facts(answers: Sequence["Answer"]) -> list[str]:
+    """Lines about answers to questions about the same files: tokens of each, and the timing of all if there is one."""
+    lines = []
+    for answer in answers:
+        used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
+        trained = "" if answer.is_trained else " (this budget was not trained)"
+        shared = f" ({answer.num_shared_tokens} of them shared)" if answer.num_shared_tokens else ""
+        prompt = f"prompt {answer.num_prompt_tokens}{shared}"
+        lines.append(f"soft tokens: {used}{trained}; {prompt}, answer {answer.num_new_tokens}")
+    if (time := answers[0].timing) is not None:
+        of = f" of all {len(answers)} together" if len(answers) > 1 else ""
         lines.append(
-            f"milliseconds: encoder {time.encoder_ms:.1f}, prefill {time.prefill_ms:.1f}, decode {time.decode_ms:.1f}"
+            f"milliseconds{of}: encoder {time.encoder_ms:.1f}, prefill {time.prefill_ms:.1f}, "
+            f"decode {time.decode_ms:.1f}"
         )
     return lines
 

@@ -152,16 +152,26 @@ def _with_lists(kind: Any, words: Sequence[str]) -> list[str]:
     items: dict[str, list[Any]] = {}
     for word in words:
         key, _, value = word[2:].partition("=")
-        if key not in items_by_key or value.startswith("["):
+        holds_text = key in items_by_key and str in (items_by_key[key], *typing.get_args(items_by_key[key]))
+        if key not in items_by_key or (_is_list(value) if holds_text else value.startswith("[")):
             out.append(word)
             continue
         if key not in places:
             places[key] = len(out)
             out.append("")
-        holds_text = str in (items_by_key[key], *typing.get_args(items_by_key[key]))
         items.setdefault(key, []).append(value if holds_text else yaml.safe_load(value))
         out[places[key]] = f"--{key}={json.dumps(items[key])}"
     return out
+
+
+def _is_list(text: str) -> bool:
+    """Whether a value is a list; a text may begin with a bracket too."""
+    if not text.startswith("["):
+        return False
+    try:
+        return isinstance(yaml.safe_load(text), list)
+    except yaml.YAMLError:
+        return False
 
 
 def _check_file(kind: Any, path: str) -> None:

@@ -13,6 +13,7 @@ from mllm.budget import Amount, MediumSpace, haar_grids
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.mixture import MixtureProjector
+from mllm.compressors.newline import Newline
 from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
@@ -22,6 +23,7 @@ __all__ = [
     "SETTINGS",
     "Compressor",
     "MixtureProjector",
+    "Newline",
     "Pool",
     "Projector",
     "ProjectorBank",
@@ -49,6 +51,7 @@ def build_compressor(
     in_size: int,
     out_size: int,
     grid: tuple[int, int] | None = None,
+    max_patches: int | None = None,
 ) -> Compressor:
     """A compressor with random weights; works on the meta device.
 
@@ -65,7 +68,8 @@ def build_compressor(
             projector_experts, projector_top_k: a mixture of so many projectors, of which a token uses 2, or so many.
         in_size: size of a feature.
         out_size: the LLM's hidden size.
-        grid: (rows, columns) of the features, for pictures.
+        grid: (rows, columns) of the features, for pictures; of a square one where pictures keep their shape.
+        max_patches: most features of a picture, where pictures keep their shape.
 
     Raises:
         ValueError: settings of another compressor, or trained budgets that this one cannot meet.
@@ -75,6 +79,8 @@ def build_compressor(
     if misplaced := sorted(set(settings) & set(SETTINGS) - set(_OWN_SETTINGS[space.compressor])):
         allowed = ", ".join(_OWN_SETTINGS[space.compressor])
         raise ValueError(f"{key}.{misplaced[0]} does not apply to compressor {space.compressor!r}; allowed: {allowed}")
+    if max_patches is not None:
+        _check_own_grids(key, space, settings)
     build = {"query": _build_query, "pool": _build_pool, "stack": _build_stack}[space.compressor]
     return build(key, space, settings, (in_size, out_size), grid)
 
@@ -175,6 +181,17 @@ def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Proj
     return MixtureProjector(
         [one() for _ in range(num_experts)], in_size=in_size, top_k=settings.get("projector_top_k", 2)
     )
+
+
+def _check_own_grids(key: str, space: MediumSpace, settings: Mapping[str, Any]) -> None:
+    """Refuse what needs one grid for all pictures."""
+    if space.compressor not in (allowed := ("pool", "query")):
+        raise ValueError(
+            f"{key}.compressor {space.compressor!r} needs one grid, and here each picture has its own; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    if (order := settings.get("order", "raster")) != "raster":
+        raise ValueError(f"{key}.order={order!r} needs one grid, and here each picture has its own; allowed: raster")
 
 
 def _values(amounts: tuple[Amount, ...]) -> tuple[int, ...]:

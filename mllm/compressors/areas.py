@@ -10,6 +10,8 @@ units small enough for all of them, hence nothing is rounded.
 Shapes: N items, K cells, T features, a grid of H x W patches in reading order.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def stream_cover(
     dtype = torch.int32 if (num_features + 1) * (max_tokens + 1) < 2**31 else torch.int64
     unit, width = unit.to(dtype), width.to(dtype)
     start = torch.arange(max_tokens, device=lengths.device, dtype=dtype) * width[:, None]
-    return _shares(start, start + width[:, None], unit[:, None], num_features), width / unit
+    feature = torch.arange(num_features, device=lengths.device, dtype=dtype)
+    return _shares(start, start + width[:, None], unit[:, None], feature), width / unit
 
 
 def grid_cover(tokens: Tensor, grid: tuple[int, int], *, max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -56,15 +59,53 @@ def grid_cover(tokens: Tensor, grid: tuple[int, int], *, max_tokens: int) -> tup
     """
     height, width = grid
     count = tokens.clamp(min=1)[:, None]
-    rows = grid_rows(count[:, 0], grid)[:, None]
-    cell = torch.arange(max_tokens, device=tokens.device)
-    row = ((cell + 1) * rows - 1) // count
-    first, after = row * count // rows, (row + 1) * count // rows
-    columns, column = after - first, cell - first
-    vertical = _shares(height * first, height * after, count, height)  # in units of 1/n of a patch
-    horizontal = _shares(width * column, width * (column + 1), columns, width)  # in units of 1/columns of a patch
+    cells = _grid_cells(count, grid_rows(count[:, 0], grid)[:, None], max_tokens)
+    down, across = (torch.arange(size, device=tokens.device) for size in grid)
+    vertical = _shares(height * cells.first, height * cells.after, count, down)  # in units of 1/n of a patch
+    left, right = width * cells.column, width * (cells.column + 1)  # in units of 1/columns of a patch
+    horizontal = _shares(left, right, cells.columns, across)
     cover = vertical[..., :, None] * horizontal[..., None, :]
     return cover.flatten(2), height * width / count[:, 0]
+
+
+def own_grid_cover(tokens: Tensor, grids: Tensor, *, num_features: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Cells of items that have a grid each; every item's are those of `grid_cover` on its own grid.
+
+    Args:
+        tokens: (N,) int64, cells of each item, 1..H*W of its own grid.
+        grids: (N, 2) int64, rows and columns of each item.
+        num_features: T, patches of the item that has most.
+        max_tokens: K.
+
+    Returns:
+        cover (N, K, T), zero on what is beyond an item's own patches, and the patches per cell (N,), float32.
+    """
+    height, width = grids[:, :1], grids[:, 1:]
+    count = tokens.clamp(min=1)[:, None]
+    cells = _grid_cells(count, _rows_of(count, height, width, most=num_features)[:, None], max_tokens)
+    patch = torch.arange(num_features, device=tokens.device)
+    down, across = (patch // width)[:, None], (patch % width)[:, None]  # (N, 1, T); rows below the last are in no cell
+    vertical = _shares(height * cells.first, height * cells.after, count, down)
+    horizontal = _shares(width * cells.column, width * (cells.column + 1), cells.columns, across)
+    area = height * width * count.reciprocal()  # rounded as in `grid_cover`, where torch divides a number by a tensor
+    return vertical * horizontal, area[:, 0]
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Of each cell of a grid (N, K): the first cell of its row and the one after it, its column, columns of its row."""
+
+    first: Tensor
+    after: Tensor
+    column: Tensor
+    columns: Tensor
+
+
+def _grid_cells(count: Tensor, rows: Tensor, max_tokens: int) -> _Cells:
+    cell = torch.arange(max_tokens, device=count.device)
+    row = ((cell + 1) * rows - 1) // count
+    first, after = row * count // rows, (row + 1) * count // rows
+    return _Cells(first, after, cell - first, after - first)
 
 
 def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -81,12 +122,15 @@ def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (N,) int64.
     """
-    height, width = grid
-    count = tokens[:, None]
+    return _rows_of(tokens[:, None], *grid, most=grid[0])
+
+
+def _rows_of(count: Tensor, height: Tensor | int, width: Tensor | int, *, most: int) -> Tensor:
+    """`grid_rows` of counts (N, 1) on one grid, or on one of at most `most` rows each (N, 1)."""
     # R >= r + 1 exactly where sqrt(n * H / W) is above r + 1/2.
-    below = 2 * torch.arange(height, device=tokens.device) + 1
-    nearest = (below.square() * width < 4 * count * height).sum(dim=1).clamp(min=1).minimum(tokens)
-    rows = torch.arange(1, height + 1, device=tokens.device)
+    below = 2 * torch.arange(most, device=count.device) + 1
+    nearest = (below.square() * width < 4 * count * height).sum(dim=1).clamp(min=1).minimum(count[:, 0])
+    rows = torch.arange(1, most + 1, device=count.device)
     columns = (count // rows).clamp(min=1)
     whole = (rows * columns == count) & (height % rows == 0) & (width % columns == 0)
     flatness = rows.square() * width / (count * height)  # width over height of a cell, in patches
@@ -105,9 +149,12 @@ def average(features: Tensor, cover: Tensor, area: Tensor) -> Tensor:
     return (sums / area[:, None, None]).to(features.dtype)
 
 
-def _shares(start: Tensor, end: Tensor, unit: Tensor, num_features: int) -> Tensor:
-    """Share of feature t, which spans [t * unit, (t + 1) * unit), inside [start, end): (N, K) each -> (N, K, T)."""
+def _shares(start: Tensor, end: Tensor, unit: Tensor, feature: Tensor) -> Tensor:
+    """Share of feature t, which spans [t * unit, (t + 1) * unit), inside [start, end).
+
+    start, end, unit: (N, K). feature: (T,) or (N, 1, T), the numbers t. Returns (N, K, T).
+    """
     unit = unit[..., None]
-    feature = torch.arange(num_features, device=start.device, dtype=start.dtype) * unit
+    feature = feature * unit
     inside = torch.minimum(end[..., None], feature + unit).sub_(torch.maximum(start[..., None], feature))
     return inside.clamp_(min=0) / unit

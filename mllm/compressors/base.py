@@ -22,7 +22,16 @@ class Compressor(nn.Module):
 
     nested: Literal["prefix", "pooled", "none"]
 
-    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
         """Compress each item at its own budget.
 
         The budgets are those of `count_tokens`, which refuses what cannot be met; nothing is checked again here, since
@@ -34,6 +43,8 @@ class Compressor(nn.Module):
             tokens: (N,) int64, soft tokens of each item.
             rates: (N,) int64, features per soft token; 0 where a count was asked for.
             max_tokens: K, an upper bound of `tokens` known on the host.
+            grids: (N, 2) int64, rows and columns of each item where pictures keep their shape; only those compressors
+                take it that can be built for such (`build_compressor`).
 
         Returns:
             (N, K, H), zero beyond each item's own count.
@@ -44,9 +55,11 @@ class Compressor(nn.Module):
         """What is made of features (N, T, D) whatever the budget is; `serve` takes it. Nothing by default."""
         return features
 
-    def serve(self, read: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def serve(
+        self, read: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int, **given: Any
+    ) -> Tensor:
         """The rest of `forward`, given what `read_items` made."""
-        return self(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens)
+        return self(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens, **given)
 
     def compress_runs(
         self,
@@ -57,6 +70,7 @@ class Compressor(nn.Module):
         tokens: Tensor,
         rates: Tensor,
         groups: Sequence[tuple[int, int]],
+        **given: Tensor,
     ) -> Tensor:
         """Compress runs of which several may be of one item, at different budgets; what they share is done once.
 
@@ -65,6 +79,7 @@ class Compressor(nn.Module):
             index: (R,) the item of each run.
             tokens, rates: (R,).
             groups: how many runs follow each other that are computed together, and an upper bound of their tokens.
+            given: `grids` of the items, where pictures keep their shape.
 
         Returns:
             (R, K, H) with K the largest bound, zero beyond each run's own count.
@@ -75,7 +90,10 @@ class Compressor(nn.Module):
         for count, most in groups:
             own, start = slice(start, start + count), start + count
             items = index[own]
-            soft = self.serve(read[items], lengths[items], tokens=tokens[own], rates=rates[own], max_tokens=most)
+            shapes = {name: value[items] for name, value in given.items()}
+            soft = self.serve(
+                read[items], lengths[items], tokens=tokens[own], rates=rates[own], max_tokens=most, **shapes
+            )
             parts.append(functional.pad(soft, (0, 0, 0, longest - most)))
             if bank is not None and (routing := bank.take_routing()) is not None:
                 routings.append(functional.pad(routing, (0, 0, 0, longest - routing.shape[1])))

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mllm.compressors.areas import average, grid_cover, stream_cover
+from mllm.compressors.areas import average, grid_cover, own_grid_cover, stream_cover
 from mllm.compressors.base import Compressor, own_tokens, without_padding
 from mllm.compressors.haar import haar
 from mllm.compressors.projector import ProjectorBank
@@ -34,7 +34,7 @@ class Pool(Compressor):
 
     Args:
         projectors: D -> H.
-        grid: (rows, columns) of the features, for pictures.
+        grid: (rows, columns) of the features, for pictures; each item's own where `forward` is told `grids`.
         project_first: pool what the projector gives, instead of projecting what was pooled.
         order: of the tokens of a grid.
     """
@@ -55,20 +55,37 @@ class Pool(Compressor):
         self.grid = grid
         self.project_first = project_first
 
-    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
         """See `Compressor.forward`."""
         read = self.read_items(features, lengths)
-        return self.serve(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens)
+        return self.serve(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens, grids=grids)
 
     def read_items(self, features: Tensor, lengths: Tensor) -> Tensor:
         """See `Compressor.read_items`: features behind the projector, where it comes first and is that of all."""
-        if self.grid is None:
-            features = without_padding(features, lengths)
+        features = without_padding(features, lengths)
         if not self.project_first or self.projectors.budgets:
             return features
         return self.projectors(features, features.new_zeros(len(features)))
 
-    def serve(self, read: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def serve(
+        self,
+        read: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
         """See `Compressor.serve`."""
         asked = rates.where(rates > 0, tokens)
         if self.project_first and self.projectors.budgets:
@@ -77,14 +94,18 @@ class Pool(Compressor):
             assert self.grid is not None
             pooled = haar(read, self.grid)[:, :max_tokens]  # does not depend on how many tokens an item has
         else:
-            pooled = self._means(read, lengths, tokens, rates, max_tokens)
+            # No item has more tokens than features.
+            sizes = {"num_features": read.shape[1], "max_tokens": min(max_tokens, read.shape[1])}
+            pooled = average(read, *self._cover(lengths, tokens, rates, grids, sizes))
         soft = pooled if self.project_first else self.projectors(pooled, asked)
         return own_tokens(soft, tokens, max_tokens)
 
-    def _means(self, read: Tensor, lengths: Tensor, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
-        """(N, T, D) -> (N, k, D) in raster order."""
-        num_cells = min(max_tokens, read.shape[1])  # no item has more tokens than features
+    def _cover(
+        self, lengths: Tensor, tokens: Tensor, rates: Tensor, grids: Tensor | None, sizes: dict[str, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Which features each token averages, see `areas.py`."""
         if self.grid is None:
-            cover, area = stream_cover(lengths, tokens, rates, num_features=read.shape[1], max_tokens=num_cells)
-            return average(read, cover, area)
-        return average(read, *grid_cover(tokens, self.grid, max_tokens=num_cells))
+            return stream_cover(lengths, tokens, rates, **sizes)
+        if grids is not None:
+            return own_grid_cover(tokens, grids, **sizes)
+        return grid_cover(tokens, self.grid, max_tokens=sizes["max_tokens"])

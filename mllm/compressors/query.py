@@ -8,7 +8,7 @@ Source: Hu et al., Matryoshka Query Transformer (arXiv 2405.19315), as released:
 feed-forward. Parameters have the released names. Streams are an extension of ours.
 """
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import initialization as init
 
 from mllm.compressors.base import Compressor, own_tokens, without_padding
+from mllm.compressors.folding import FoldCache, Folded, can_fold
 
 Keys = Literal["position", "content"]
 KEYS: tuple[Keys, ...] = ("position", "content")
@@ -71,7 +72,8 @@ class Query(Compressor):
     """Soft token i is what learned query i reads; queries do not see each other, so the first m never change with m.
 
     `keys="position"` is MQT as released: keys are positions only, hence the attention is the same for every input and
-    the whole is a learned, fixed pooling. `keys="content"` adds the features themselves to the keys.
+    the whole is a learned, fixed pooling; in eval mode without gradients a grid is read with constants that are folded
+    once, see `folding.py`. `keys="content"` adds the features themselves to the keys.
 
     Streams are read window by window: W frames, of which the last window of a clip may own fewer; a rate of r frames
     per token takes the first W / r queries of every window.
@@ -80,7 +82,8 @@ class Query(Compressor):
         in_size: D.
         out_size: H.
         query_grid: (rows, columns) of the queries, M in all; (1, M) for streams.
-        feature_grid: (rows, columns) of the patches; (1, W) for streams.
+        feature_grid: (rows, columns) of the patches, each item's own where `forward` is told `grids`; (1, W) for
+            streams.
         keys: what the queries look for.
         size: C; nothing means D, as released.
         num_heads: heads of the attention, dividing C.
@@ -121,6 +124,7 @@ class Query(Compressor):
         self.attn = CrossAttention(size=size, num_heads=num_heads)
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(size, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(size, out_size))
+        self._folds = FoldCache()
         _reset_unless_meta(self)
 
     def reset_parameters(self) -> None:
@@ -129,21 +133,72 @@ class Query(Compressor):
         init.normal_(self.proj, std=self.proj.shape[1] ** -0.5)
         init.copy_(self.pos_embed, sincos_positions(self.query_grid, self.pos_embed.shape[1], self.pos_embed.device))
 
-    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
         """See `Compressor.forward`."""
         if self.windowed:
             read = self._read_windows(without_padding(features, lengths), lengths, rates, max_tokens)
+        elif grids is not None:
+            mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+            positions = own_positions(self.pos_embed, self.query_grid, grids, num_features=features.shape[1])
+            read = self._read(without_padding(features, lengths), mask, positions, num_queries=max_tokens)
+        elif self.keys == "position" and not self.training and can_fold(weights := tuple(self.parameters())):
+            folded = self._folds.get(weights, self._fold)
+            normed = functional.layer_norm(self.kv_proj(features), (self.query.shape[1],), eps=self.ln_v.eps)
+            return own_tokens(folded(normed, max_tokens), tokens, max_tokens)
         else:
-            read = self._read(features)[:, :max_tokens]
+            read = self._read(features, num_queries=max_tokens)
         return own_tokens(read @ self.proj, tokens, max_tokens)
 
-    def _read(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What all M queries read: (N, T, D) and a mask (N, T) of the features that exist -> (N, M, C)."""
+    def values(self, features: Tensor) -> Tensor:
+        """What a query would read that looked at one feature alone: (N, T, D) -> (N, T, C)."""
+        weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
+        return self.attn.out_proj(functional.linear(self.ln_v(self.kv_proj(features)), weight, bias))
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever; what was folded is forgotten."""
+        self._folds.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Constants of weights that move elsewhere would keep the old ones alive.
+        self._folds.clear()
+        return super()._apply(fn, recurse)
+
+    def _fold(self) -> Folded:
+        query, key = self.ln_q(self.query + self.pos_embed), self.ln_k(self.key_positions())
+        return Folded.of(self.attn, query, key, self.ln_v, self.proj)
+
+    def _read(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        num_queries: int | None = None,
+    ) -> Tensor:
+        """What the first queries read, all M by default.
+
+        Args:
+            features: (N, T, D). mask: (N, T), those that exist.
+            positions: (N, T, C) of the features, where they differ from item to item.
+
+        Returns:
+            (N, M, C).
+        """
         states = self.kv_proj(features)
-        positions = self._key_positions()
-        query = self.ln_q(self.query + self.pos_embed)
+        positions = self.key_positions()[None] if positions is None else positions
+        query = self.ln_q((self.query + self.pos_embed)[:num_queries])
         # Positions are added behind the norm where there is content, so that large features do not drown them.
-        key = self.ln_k(positions)[None] if self.keys == "position" else self.ln_k(states) + positions
+        key = self.ln_k(positions) if self.keys == "position" else self.ln_k(states) + positions
         return self.attn(query[None], key, self.ln_v(states), mask)
 
     def _read_windows(self, features: Tensor, lengths: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
@@ -162,7 +217,7 @@ class Query(Compressor):
         rows = torch.arange(len(read), device=features.device)[:, None]
         return read[rows, index.clamp(max=read.shape[1] - 1)]
 
-    def _key_positions(self) -> Tensor:
+    def key_positions(self) -> Tensor:
         """Positions of the features (T, C): those of the queries, resized from their grid as the released code does."""
         if self.query_grid == self.feature_grid:
             return self.pos_embed
@@ -178,6 +233,41 @@ def _reset_unless_meta(module: "CrossAttention | Query") -> None:
     # Drawing random numbers on the meta device fills nothing and imports torch's compiler, which takes seconds.
     if not any(parameter.is_meta for parameter in module.parameters()):
         module.reset_parameters()
+
+
+def own_positions(table: Tensor, table_grid: tuple[int, int], grids: Tensor, *, num_features: int) -> Tensor:
+    """Positions of a table resized to each item's own grid, as `interpolate` does it in mode `bicubic` for one grid.
+
+    Args:
+        table: (rows * columns, C) positions on `table_grid`.
+        grids: (N, 2) int64, rows and columns of each item.
+        num_features: T.
+
+    Returns:
+        (N, T, C); what is beyond an item's own patches means nothing.
+    """
+    patch = torch.arange(num_features, device=table.device)
+    down = _cubic_weights(patch // grids[:, 1:], table_grid[0], grids[:, :1])
+    across = _cubic_weights(patch % grids[:, 1:], table_grid[1], grids[:, 1:])
+    weights = down[..., :, None] * across[..., None, :]  # (N, T, rows, columns)
+    return (weights.flatten(2) @ table.float()).to(table.dtype)
+
+
+def _cubic_weights(place: Tensor, size: int, own_size: Tensor) -> Tensor:
+    """How much each of `size` values weighs at a place of a line of `own_size`: (N, T), (N, 1) -> (N, T, size).
+
+    Cubic convolution with the constant -0.75 over four neighbours; the outermost values stand for those outside.
+    """
+    source = (place + 0.5) * (size / own_size) - 0.5
+    left = source.floor()
+    weights = torch.zeros(*place.shape, size, device=place.device)
+    for offset in (-1, 0, 1, 2):
+        distance = (source - left - offset).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        neighbour = (left.long() + offset).clamp(0, size - 1)
+        weights = weights.scatter_add(2, neighbour[..., None], torch.where(distance <= 1, near, far)[..., None])
+    return weights
 
 
 def sincos_positions(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:

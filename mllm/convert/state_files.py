@@ -3,7 +3,8 @@
 Knows files. Does not know what the names mean. Nothing in a file is run.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,63 @@ from torch import Tensor
 
 from mllm.convert.restricted import Inert, StoredTensor, read_checkpoint
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIGHTNING_PREFIX = "model."
 """What Lightning puts before the names of the module it trains."""
+INDEX_SUFFIX = ".index.json"
+WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
+"""What hubs call the weights of a model; with the suffix of an index where they lie in several files."""
+
+
+def read_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[str, Tensor]:
+    """The tensors of a file, or of a folder as hubs keep them: one file, or several and an index of what is where.
+
+    Args:
+        names: of files looked for in a folder, the first found wins.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a folder without weights, an index that contradicts its files, or what `read_state` refuses.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_state(path)
+    for name in names:
+        if (index := path / f"{name}{INDEX_SUFFIX}").is_file():
+            return _read_indexed(index)
+        if (path / name).is_file():
+            return read_state(path / name)
+    raise ValueError(f"{path} holds no weights; looked for {', '.join(names)} and {names[0]}{INDEX_SUFFIX}")
+
+
+def _read_indexed(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, Mapping) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index} holds no weight_map of names and files")
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise ValueError(f"{index} names {file!r}, which is no file beside it")
+        found = read_state(index.parent / file)
+        if wrong := sorted(found.keys() ^ {name for name, place in places.items() if place == file}):
+            raise ValueError(f"{index.name} and {file} disagree about {wrong[0]} ({len(wrong)} in all)")
+        state |= found
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

@@ -74,6 +74,18 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         self._start = (0, 0)
         self._planned: tuple[int, list[list[int]], int] | None = None
         self._check()
+        self._groups = [np.arange(len(self.lengths))]
+
+    def keep_apart(self, groups: Sequence[int]) -> None:
+        """Let every step, on all processes, take samples of one group only, but for the last steps of an epoch.
+
+        Args:
+            groups: of each sample its number.
+        """
+        numbers = np.asarray(groups)
+        assert len(numbers) == len(self.lengths)
+        self._groups = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+        self._planned = None
 
     def _check(self) -> None:
         if not len(self.lengths):
@@ -141,9 +153,16 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
     def _rounds(self, epoch: int) -> tuple[list[list[list[int]]], int]:
         """One batch for every process per round, and how many batches of the last round are repeated ones."""
         chance = random_generator(self.seed, epoch, "", "batches")
-        batches = _split_to_multiple(self._filled(chance), self.num_processes)
-        if self.shuffle:
-            batches.sort(key=lambda batch: (self._cost(batch), batch[0]))
+        batches: list[list[int]] = []
+        rest: list[list[int]] = []
+        for group in self._groups:
+            own = _split_to_multiple(self._filled(group, chance), self.num_processes)
+            if self.shuffle:
+                own.sort(key=lambda batch: (self._cost(batch), batch[0]))
+            whole = len(own) - len(own) % self.num_processes
+            batches += own[:whole]
+            rest += own[whole:]
+        batches += rest
         num_repeated = -len(batches) % self.num_processes
         batches += [batches[number % len(batches)] for number in range(num_repeated)]
         rounds = [batches[i : i + self.num_processes] for i in range(0, len(batches), self.num_processes)]
@@ -152,11 +171,11 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
             rounds = [rounds[number] for number in chance.permutation(len(rounds))] + last
         return rounds, num_repeated
 
-    def _filled(self, chance: np.random.Generator) -> list[list[int]]:
+    def _filled(self, group: np.ndarray, chance: np.random.Generator) -> list[list[int]]:
         if not self.shuffle:
-            return self._fill(np.arange(len(self.lengths)))
-        order = chance.permutation(len(self.lengths))
-        rows = max(1, int(self.max_tokens / self.lengths.mean()))
+            return self._fill(group)
+        order = group[chance.permutation(len(group))]
+        rows = max(1, int(self.max_tokens / self.lengths[group].mean()))
         pool = POOL_BATCHES * min(rows, self.max_rows or rows)
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
         by_length = [part[np.argsort(self.lengths[part], kind="stable")] for part in pools]

@@ -1,4 +1,4 @@
-"""Looks a whole manifest over in one pass and reports everything that is wrong with it.
+"""Looks a whole manifest, or a file of another format, over in one pass and reports everything that is wrong with it.
 
 Knows rows and files. Does not know models, so it cannot say whether a sample fits a context or an encoder's window.
 """
@@ -10,6 +10,8 @@ from typing import Any
 
 from mllm.data.manifest import MEDIA, Sample, scan_manifest
 from mllm.data.pairs import clip_pairs
+from mllm.data.readers import read_data
+from mllm.data.settings import ReaderSettings
 from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, agreeing_sound
 
 
@@ -89,6 +91,32 @@ def check_manifest(
         report.problems += [Problem(row.line_number, message) for message in problems]
     if not report.num_rows:
         report.problems.append(Problem(1, "the manifest holds no sample"))
+    return report
+
+
+def check_listing(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    reader: ReaderSettings,
+    *,
+    open_media: bool,
+    loader: MediaLoader | None = None,
+) -> Report:
+    """Check a file or folder of another format as `check_manifest` does; numbers of lines are those of samples.
+
+    Raises:
+        ValueError: what its reader refuses, with the places.
+        OSError: it cannot be read.
+    """
+    report = Report(os.fspath(path))
+    paths = RootedPaths(root)
+    opener = (loader or MediaLoader()) if open_media else None
+    for number, sample in enumerate(read_data(path, root, reader), start=1):
+        report.num_rows += 1
+        problems = _media_problems(sample, paths, opener, report)
+        if not problems:
+            _count(sample, report)
+        report.problems += [Problem(number, f"sample {sample.id!r}: {problem}") for problem in problems]
     return report
 
 

@@ -4,7 +4,8 @@
         {"role": "user", "content": [{"type": "video", "path": "a1.mp4"}, {"type": "text", "text": "Transcribe."}]},
         {"role": "assistant", "content": "hello there"}]}
 
-`kind` (a str) and `meta` (an object) are optional; `content` is a list of parts or a plain string. UTF-8 with or
+`kind` (a str) and `meta` (an object) are optional; `content` is a list of parts or a plain string. The last message is
+the assistant's, unless `meta` holds `"unanswered": true`, as of test sets that a server judges. UTF-8 with or
 without a byte order mark, any line ending, blank lines allowed. Everything else is refused with file, line and key.
 
 Knows the row format. Does not open or look up media (`media.paths` does); does not know budgets, tokenizers, batches.
@@ -13,7 +14,7 @@ Knows the row format. Does not open or look up media (`media.paths` does); does 
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -63,7 +64,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation; the last message is the assistant's.
+    """One conversation; the last message is the assistant's unless nobody here knows the answer.
 
     `task` groups samples in reports ("avsr", "vqa"), `kind` groups them further ("colour", "count"), `meta` is carried
     along untouched. `root` is the folder that the media paths are relative to and cannot leave.
@@ -80,6 +81,11 @@ class Sample:
     def media(self) -> tuple[Media, ...]:
         """Every media part, in order of appearance."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+
+    @property
+    def media_key(self) -> Hashable:
+        """Equal for samples that hold the same files; samples without media are like no other."""
+        return (str(self.root), self.media) if self.media else (str(self.root), self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,17 +248,18 @@ class _Inspector:
         if "meta" in row and not isinstance(row["meta"], dict):
             self._add(("meta",), f"must be an object, got {_type_name(row['meta'])}")
         if "messages" in row:
-            self._messages(row["messages"])
+            meta = row.get("meta")
+            self._messages(row["messages"], is_open=isinstance(meta, dict) and meta.get("unanswered") is True)
         return self.problems
 
-    def _messages(self, messages: object) -> None:
+    def _messages(self, messages: object, *, is_open: bool) -> None:
         if not isinstance(messages, list | tuple) or not messages:
             self._add(("messages",), f"must be a list of at least one message, got {_type_name(messages)}")
             return
         for index, message in enumerate(messages):
             self._message(("messages", index), message, is_first=index == 0)
         last = messages[-1]
-        if isinstance(last, dict) and last.get("role") in ("system", "user"):
+        if isinstance(last, dict) and last.get("role") in (("system",) if is_open else ("system", "user")):
             self._add(("messages",), f"the last message must be the assistant's, got role {last['role']!r}")
 
     def _message(self, key: Key, message: object, *, is_first: bool) -> None:

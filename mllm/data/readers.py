@@ -15,6 +15,10 @@ from mllm.data.lrs import read_lrs
 from mllm.data.manifest import Sample, scan_manifest
 from mllm.data.settings import Format, ReaderSettings
 from mllm.data.utterances import Finding, Listing
+from mllm.data.vision.choices import read_mmbench, read_mme, read_pope, read_scienceqa, read_seedbench
+from mllm.data.vision.documents import read_chartqa, read_docvqa
+from mllm.data.vision.from_tables import read_ai2d, read_mmmu
+from mllm.data.vision.short_answers import read_gqa, read_textvqa, read_vizwiz, read_vqav2
 from mllm.media import MediaError, RootedPaths
 
 MAX_SHOWN = 20
@@ -30,7 +34,7 @@ def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
 
 def _read_conversations(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    return Listing(samples=read_llava(source, root))
+    return Listing(samples=read_llava(source, root, pictures_first=settings.pictures_first))
 
 
 READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
@@ -41,6 +45,19 @@ READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
     "fairseq": read_fairseq,
     "lrs": read_lrs,
     "clips": read_clips,
+    "vqav2": read_vqav2,
+    "gqa": read_gqa,
+    "textvqa": read_textvqa,
+    "pope": read_pope,
+    "scienceqa": read_scienceqa,
+    "mme": read_mme,
+    "mmbench": read_mmbench,
+    "vizwiz": read_vizwiz,
+    "seedbench": read_seedbench,
+    "chartqa": read_chartqa,
+    "docvqa": read_docvqa,
+    "mmmu": read_mmmu,
+    "ai2d": read_ai2d,
 }
 
 

@@ -3,18 +3,56 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-Format = Literal["manifest", "llava", "auto_avsr", "omni_csv", "fairseq", "lrs", "clips"]
+Format = Literal[
+    "manifest",
+    "llava",
+    "auto_avsr",
+    "omni_csv",
+    "fairseq",
+    "lrs",
+    "clips",
+    "vqav2",
+    "gqa",
+    "textvqa",
+    "pope",
+    "scienceqa",
+    "mme",
+    "mmbench",
+    "vizwiz",
+    "seedbench",
+    "chartqa",
+    "docvqa",
+    "mmmu",
+    "ai2d",
+]
 SpeechTask = Literal["asr", "vsr", "avsr"]
 TextForm = Literal["as_is", "lower", "words"]
 SPEECH_FORMATS = ("auto_avsr", "omni_csv", "fairseq", "lrs", "clips")
+BENCHMARK_FORMATS = (
+    "vqav2",
+    "gqa",
+    "textvqa",
+    "pope",
+    "scienceqa",
+    "mme",
+    "mmbench",
+    "vizwiz",
+    "seedbench",
+    "chartqa",
+    "docvqa",
+    "mmmu",
+    "ai2d",
+)
+TABLE_FORMATS = ("mmmu", "ai2d", "chartqa", "docvqa", "scienceqa")
+"""Vision benchmarks that hubs hand out as tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderSettings:
-    """How files that list samples are read. All but `format` are for the speech formats, the last five."""
+    """How files that list samples are read. What goes with which formats is said below and checked."""
 
     format: Format = "manifest"
-    """Our own JSONL manifest, LLaVA's JSON, or a list or folder of speech clips."""
+    """Our own JSONL manifest, LLaVA's JSON, a list or folder of speech clips, or a folder of a vision benchmark."""
     tasks: list[SpeechTask] = field(default_factory=list)
     """Samples made of each clip: of its sound (asr), its lips (vsr), both (avsr); all its media allow when left out."""
     text: TextForm = "as_is"
@@ -26,7 +64,21 @@ class ReaderSettings:
     max_seconds: float | None = None
     """Format lrs: a longer clip is refused, or cut by its word times where `mllm data import` is told to."""
 
+    images: str | None = None
+    """Vision benchmarks: the folder of pictures, relative to the root, where it is not the usual one; pictures that
+    stand inside a table are written there."""
+    annotations: str | None = None
+    """Vision benchmarks: the file with the answers (pope: its folder), where it is not beside the questions."""
+    ocr_tokens: bool = True
+    """Format textvqa: leave the words that an OCR found in the question, as LLaVA does."""
+    split: str | None = None
+    """Vision benchmarks in tables (parquet, arrow): the split, where it is not the one that papers print."""
+
+    pictures_first: bool = False
+    """Format llava: pictures stand before the text of their turn, as LLaVA's training code puts them."""
+
     def __post_init__(self) -> None:
+        self._check_pictures()
         if self.format not in SPEECH_FORMATS:
             for key in ("tasks", "prompts", "transcripts", "max_seconds"):
                 if getattr(self, key):
@@ -37,3 +89,13 @@ class ReaderSettings:
             raise ValueError(f"transcripts goes with the formats clips and auto_avsr, not {self.format}")
         if self.max_seconds is not None and (self.format != "lrs" or self.max_seconds <= 0):
             raise ValueError(f"max_seconds goes with format lrs and is above 0; got {self.max_seconds}, {self.format}")
+
+    def _check_pictures(self) -> None:
+        if self.pictures_first and self.format != "llava":
+            raise ValueError(f"pictures_first goes with the format llava, not {self.format}")
+        if self.split is not None and self.format not in TABLE_FORMATS:
+            raise ValueError(f"split goes with the formats {', '.join(TABLE_FORMATS)}, not {self.format}")
+        if self.format not in BENCHMARK_FORMATS and (self.images is not None or self.annotations is not None):
+            raise ValueError(f"images and annotations go with vision benchmarks, not {self.format}")
+        if self.format != "textvqa" and not self.ocr_tokens:
+            raise ValueError(f"ocr_tokens goes with the format textvqa, not {self.format}")

@@ -17,6 +17,8 @@ from mllm.encoders.av_hubert import AVHubertAudioConfig, AVHubertConfig, AVHuber
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
 from mllm.encoders.lips import lip_class, lip_facts, wrap_lips
 from mllm.encoders.listening import listening_facts, wrap_listening
+from mllm.encoders.naflex import SETTINGS as NAFLEX_SETTINGS
+from mllm.encoders.naflex import naflex_facts, wrap_naflex
 from mllm.encoders.vision import SETTINGS as VISION_SETTINGS
 from mllm.encoders.vision import vision_class, vision_facts, wrap_vision
 
@@ -37,7 +39,7 @@ __all__ = [
     "wrap_encoder",
 ]
 
-SETTINGS = (*VISION_SETTINGS, *AUDIO_SETTINGS)
+SETTINGS = (*VISION_SETTINGS, *NAFLEX_SETTINGS, *AUDIO_SETTINGS)
 """The keys of a `media.<medium>` block that shape an encoder."""
 
 
@@ -57,6 +59,7 @@ _WAVE = Family("audio", wave_class, wave_facts, wrap_wave)
 ENCODERS = {
     "clip_vision_model": _VISION,
     "siglip_vision_model": _VISION,
+    "siglip2_vision_model": Family("image", vision_class, naflex_facts, wrap_naflex),
     "dinov2": _VISION,
     "dinov2_with_registers": _VISION,
     "dinov3_vit": _VISION,

@@ -21,10 +21,12 @@ class EncoderFacts:
     Args:
         medium: `image`, `audio` or `video`.
         hidden_size: size of one feature.
-        grid: rows and columns of patches, for pictures.
+        grid: rows and columns of patches, for pictures; where they keep their shape, those of a square one.
+        picture_pixels: height and width of the pictures it reads, where it reads one size.
         frames_per_second: the clock of the features, for streams.
         num_frames: feature frames of a clip of so many raw samples or frames; raises `ValueError` for a clip that is
             too short or too long, and for pictures.
+        max_patches: most patches of a picture, where pictures keep their shape and each has a grid of its own.
     """
 
     medium: str
@@ -32,12 +34,15 @@ class EncoderFacts:
     grid: tuple[int, int] | None = None
     frames_per_second: float | None = None
     num_frames: Callable[[int], int] = _no_frames
+    max_patches: int | None = None
+    picture_pixels: tuple[int, int] | None = None
 
 
 class Encoder(nn.Module):
     """A backbone behind the contract of its medium.
 
-    Pictures: `forward(values) -> features (N, T, D)`. Streams: `forward(values, lengths) -> (features (N, T, D),
+    Pictures: `forward(values) -> features (N, T, D)`, or, where they keep their shape, `forward(values, grids)` as for
+    streams. Streams: `forward(values, lengths) -> (features (N, T, D),
     num_frames (N,))`, where the features of a clip do not depend on its batch mates.
 
     Once frozen, `train()` leaves it in `eval()`: neither dropout nor batch statistics of a frozen tower ever move.

@@ -35,6 +35,7 @@ class TowerLayout:
 TOWERS = {
     "clip_vision_model": TowerLayout("CLIPVisionModel", "encoder.layers", "post_layernorm", True, True),
     "siglip_vision_model": TowerLayout("SiglipVisionModel", "encoder.layers", "post_layernorm", False, True),
+    "siglip2_vision_model": TowerLayout("Siglip2VisionModel", "encoder.layers", "post_layernorm", False, False),
     "dinov2": TowerLayout("Dinov2Model", "encoder.layer", "layernorm", True, False),
     "dinov2_with_registers": TowerLayout("Dinov2WithRegistersModel", "encoder.layer", "layernorm", True, False),
     "dinov3_vit": TowerLayout("DINOv3ViTModel", "model.layer", "norm", True, False),
@@ -75,7 +76,7 @@ class VisionEncoder(Encoder):
         self._num_extra_tokens = int(layout.has_class_token) + getattr(config, "num_register_tokens", 0)
         resized = layout.interpolates and self.image_size != own_size
         self._options = {"interpolate_pos_encoding": True} if resized else {}
-        _cut(backbone, layout, feature_layer, final_norm)
+        cut(backbone, feature_layer, final_norm)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, h, w) normalised pixels -> (N, T, D) patch features in reading order.
@@ -98,7 +99,8 @@ class VisionEncoder(Encoder):
 def vision_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
     """The facts of a vision tower; `settings` may hold `image_size`."""
     size = image_size_of(settings) or _pair(config.image_size)
-    return EncoderFacts("image", config.hidden_size, grid=grid_of(size, _pair(config.patch_size)))
+    grid = grid_of(size, _pair(config.patch_size))
+    return EncoderFacts("image", config.hidden_size, grid=grid, picture_pixels=size)
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -107,7 +109,14 @@ def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def wrap_vision(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> VisionEncoder:
-    """A vision tower as an encoder, shaped by the keys `SETTINGS` of a config."""
+    """A vision tower as an encoder, shaped by the keys `SETTINGS` of a config.
+
+    Raises:
+        ValueError: `max_num_patches`, which goes with towers whose pictures keep their shape.
+    """
+    if settings.get("max_num_patches") is not None:
+        name = backbone.config.model_type
+        raise ValueError(f"max_num_patches goes with siglip2_vision_model, not with {name}; allowed: image_size")
     return VisionEncoder(
         backbone=backbone,
         feature_layer=settings.get("feature_layer", -2),
@@ -139,8 +148,13 @@ def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _cut(backbone: PreTrainedModel, layout: TowerLayout, feature_layer: int, final_norm: bool) -> None:
-    """Drop everything behind the hidden layer that is read."""
+def cut(backbone: PreTrainedModel, feature_layer: int, final_norm: bool) -> None:
+    """Drop everything behind the hidden layer that is read, in place.
+
+    Raises:
+        ValueError: a layer that the tower does not have.
+    """
+    layout = TOWERS[backbone.config.model_type]
     layers: Any = backbone.get_submodule(layout.layers)
     num_layers = len(layers)
     depth = feature_layer if feature_layer > 0 else num_layers + 1 + feature_layer

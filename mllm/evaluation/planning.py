@@ -3,9 +3,11 @@
 Knows samples, budgets and the model's space. Does not know models or files.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from mllm.benchmarks.registry import BENCHMARKS
+from mllm.benchmarks.submissions import SUBMISSIONS, Answer
 from mllm.budget import Amount, Budget, Space
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import Key
@@ -25,6 +27,11 @@ class Work:
     def key(self, budget: Budget) -> Key:
         """Where the answer at a budget is kept."""
         return Key(self.set_name, self.sample.id, self.snr_db, str(budget))
+
+    @property
+    def media_key(self) -> Hashable:
+        """Equal for work whose media sound and look the same; noise is made for each sample anew."""
+        return self.sample.media_key if self.snr_db is None else (self.sample.id, self.set_name, self.snr_db)
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -51,13 +58,16 @@ def plan(
             sample.
     """
     for budget in budgets:
-        if unknown := set(budget.amounts) - set(space.media):
+        if unknown := budget.media - set(space.media):
             allowed = ", ".join(space.media) or "text only"
             raise ValueError(f"budget {budget} names {min(unknown)}; this model takes {allowed}")
-        if not allow_untrained and any(_is_untrained(m, amount, space) for m, amount in budget.amounts.items()):
+        space.check(budget)
+        untrained = any(_is_untrained(m, amount, space) for m, amount in budget.amounts.items())
+        if not allow_untrained and (untrained or not space.is_trained(replace(budget, amounts={}))):
             raise ValueError(untrained_message(budget, space))
     work, used = [], set()
     for name, samples in sets.items():
+        _check_answers(name, samples)
         for sample in samples:
             _check(name, sample, space)
             own = [(budget, _cut(budget, sample)) for budget in budgets if _is_for(budget, sample)]
@@ -74,7 +84,7 @@ def plan(
 
 
 def references_of(sample: Sample) -> list[str]:
-    """What is right: `meta.answers` where a sample has several, else its last message.
+    """What is right: `meta.answers` where a sample has several, else its last message; nothing where a server judges.
 
     Raises:
         ValueError: `meta.answers` is no list of texts, or there is no last message of the assistant's.
@@ -84,14 +94,23 @@ def references_of(sample: Sample) -> list[str]:
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f"sample {sample.id!r}: meta.answers must be a list of texts, got {answers!r}")
         return answers
+    if is_for_server(sample):
+        return []
     if sample.messages[-1].role != "assistant":
         raise ValueError(f"sample {sample.id!r} has no answer to compare with: its last message is the user's")
     return [sample.messages[-1].text]
 
 
+def is_for_server(sample: Sample) -> bool:
+    """Whether a server judges the sample: a benchmark's, without an answer, in a form that can be handed in."""
+    return sample.messages[-1].role != "assistant" and sample.task in BENCHMARKS and sample.task in SUBMISSIONS
+
+
 def untrained_message(budget: Budget, space: Space) -> str:
     """What is said of a budget that is refused because training did not draw it."""
     trained = "; ".join(f"{m}: {', '.join(map(str, space.media[m].trained))}" for m in budget.amounts)
+    if budget.num_frames is not None:
+        trained += f"; frames: {', '.join(map(str, space.media['video'].frame_counts))}"
     return f"budget {str(budget)!r} was not trained ({trained}); allow_untrained evaluates it and marks its rows"
 
 
@@ -102,7 +121,9 @@ def _is_untrained(medium: str, amount: Amount, space: Space) -> bool:
 def _check(name: str, sample: Sample, space: Space) -> None:
     scorer_of(sample.task)
     references = references_of(sample)
-    if sample.task == "vqa":
+    if sample.task in BENCHMARKS:
+        _check_question(name, sample, references)
+    elif sample.task == "vqa":
         try:
             vqa_accuracy(references, "")
         except ValueError as error:
@@ -115,12 +136,33 @@ def _check(name: str, sample: Sample, space: Space) -> None:
             raise ValueError(f"sample {sample.id!r} of {name} holds {part.medium}; this model takes {allowed}")
 
 
+def _check_question(name: str, sample: Sample, references: Sequence[str]) -> None:
+    if not sample.media:
+        raise ValueError(f"sample {sample.id!r} of {name} holds no picture; {sample.task} asks about pictures")
+    try:
+        BENCHMARKS[sample.task].check(references, sample.meta)
+        if is_for_server(sample):
+            SUBMISSIONS[sample.task].check(Answer(sample.id, "", sample.meta))
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r} of {name}: {error}") from error
+
+
+def _check_answers(name: str, samples: Sequence[Sample]) -> None:
+    for task in dict.fromkeys(sample.task for sample in samples):
+        open_ones = [sample for sample in samples if sample.task == task and is_for_server(sample)]
+        if open_ones and len(open_ones) < sum(sample.task == task for sample in samples):
+            raise ValueError(
+                f"{len(open_ones)} of the samples of {name} for {task} have no answer, such as {open_ones[0].id!r}, "
+                "and the others have; a server judges all of them or none"
+            )
+
+
 def _is_for(budget: Budget, sample: Sample) -> bool:
     held = {part.medium for part in sample.media}
-    return not budget.amounts or not held or bool(held & set(budget.amounts))
+    return not budget.media or not held or bool(held & budget.media)
 
 
 def _cut(budget: Budget, sample: Sample) -> Budget:
     held = {part.medium for part in sample.media}
-    amounts = {medium: amount for medium, amount in budget.amounts.items() if medium in held}
-    return Budget(amounts, budget.total_tokens if held else None)
+    own = budget.only(held)
+    return own if held else replace(own, total_tokens=None)

@@ -59,7 +59,8 @@ def summarise(lines: Sequence[Line], *, seed: int, facts: Mapping[str, Any] | No
     rows = []
     for group in _groups(lines):
         answered = [line for line in group.lines if "error" not in line]
-        score = scorer_of(group.names["task"]).score(answered, seed)
+        scorer = scorer_of(group.names["task"])
+        score = scorer.score(group.lines if scorer.counts_failures else answered, seed)
         rows.append(
             {
                 **group.names,

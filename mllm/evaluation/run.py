@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
+from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
-from mllm.data.settings import SPEECH_FORMATS
+from mllm.data.vision.short_answers import question_ids
+from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
@@ -34,7 +36,8 @@ Progress = Callable[[int, int], None]
 def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) -> Results | None:
     """Evaluate a model and write `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
 
-    Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do.
+    Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do; where vision
+    benchmarks were, `benchmarks.md`, `benchmarks.json` and `benchmarks.png` do, and `submissions` is for servers.
     Start it with a launcher to share the work among processes; what has been answered before is not answered again.
 
     Returns:
@@ -53,6 +56,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
 
     check_noise(settings)
     samples = read_sets(settings)
+    all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
     model, processor = load(settings.model, dtype=settings.dtype)
@@ -81,7 +85,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    return conclude(work, store, seed=settings.seed, facts=_facts(settings, model.config))
+    return conclude(work, store, seed=settings.seed, facts=_facts(settings, model.config), all_ids=all_ids)
 
 
 def evaluate_model(
@@ -116,6 +120,23 @@ def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
     for name, path in zip(settings.set_names, settings.manifest, strict=True):
         sets[name] = read_data(path, settings.root, settings.reader)[: settings.limit]
     return sets
+
+
+def all_vqav2_ids(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample]]) -> list[int]:
+    """Every question of VQAv2's test set, where a file of them is named.
+
+    Raises:
+        ValueError: it holds none, or not those that are asked.
+    """
+    if settings.vqav2_questions is None:
+        return []
+    ids = question_ids(settings.vqav2_questions)
+    asked = [sample.id for samples in sets.values() for sample in samples if sample.task == "vqav2"]
+    if strangers := set(asked) - set(map(str, ids)):
+        raise ValueError(f"vqav2_questions {settings.vqav2_questions} does not hold question {min(strangers)}")
+    if not asked:
+        raise ValueError("vqav2_questions is set, but no manifest holds samples of vqav2")
+    return ids
 
 
 def check_noise(settings: EvaluateSettings) -> None:
@@ -165,8 +186,9 @@ def conclude(
     seed: int,
     facts: Mapping[str, Any] | None = None,
     with_plot: bool = True,
+    all_ids: Sequence[int] = (),
 ) -> Results:
-    """Gather the answers of all ranks, score them and write everything.
+    """Gather the answers of all ranks, score them and write everything; for `all_ids` see `write_submissions`.
 
     Raises:
         RuntimeError: answers are missing, because a rank ended early.
@@ -178,7 +200,13 @@ def conclude(
     speech = comparison_of(results.rows, short_name(str(results.facts.get("model", "model"))))
     if speech is not None:
         speech.write(store.folder, with_plot=with_plot)
-    if with_plot and not plot_pareto(results.rows, store.folder / PLOT):
+    report = report_of(results, lines)
+    if report is not None:
+        report.write(store.folder, with_plot=with_plot)
+        samples = {(item.set_name, item.sample.id): item.sample for item in work}
+        write_submissions(store.folder, lines, samples, all_ids=all_ids)
+    others = [row for row in results.rows if row["task"] not in BENCHMARKS]
+    if with_plot and others and not plot_pareto(others, store.folder / PLOT):
         logger.warning("nothing to plot: no row has both a value and soft tokens")
     return results
 
@@ -214,10 +242,11 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
 
 def _digest_of_set(settings: EvaluateSettings, path: str) -> str:
     """Of the file, or of what is read where texts stand in other files."""
-    if settings.reader.format not in SPEECH_FORMATS:
+    if settings.reader.format in ("manifest", "llava"):
         return digest_of_file(path)
     samples = read_data(path, settings.root, settings.reader)
-    return hashlib.sha256(repr([(sample.id, sample.messages) for sample in samples]).encode()).hexdigest()
+    own = [(sample.id, sample.messages, *([sample.meta] if sample.task in BENCHMARKS else [])) for sample in samples]
+    return hashlib.sha256(repr(own).encode()).hexdigest()
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm.benchmarks.registry import BENCHMARKS, Benchmark
 from mllm.evaluation.hypotheses import Line
 from mllm.metrics import ErrorCounts, bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
 
@@ -27,11 +28,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorer:
-    """How a task is scored, and whether its kinds may be put together in one number."""
+    """How a task is scored, whether its kinds may be put together in one number, and whether what failed is wrong.
+
+    Where it is not, failures are left out of the number and counted beside it.
+    """
 
     score: Callable[[Sequence[Line], int], Score]
     has_overall: bool
     higher_is_better: bool
+    counts_failures: bool = False
 
 
 def score_speech(lines: Sequence[Line], seed: int) -> Score:
@@ -70,12 +75,23 @@ def score_vqa(lines: Sequence[Line], seed: int) -> Score:
     return Score("accuracy", sum(values) / len(values) if values else None, low, high, {})
 
 
+def _benchmark_scorer(benchmark: Benchmark) -> Scorer:
+    def score(lines: Sequence[Line], seed: int) -> Score:
+        total = benchmark.score(lines)
+        above, below = [part[0] for part in total.parts], [part[1] for part in total.parts]
+        low, high = bootstrap_interval(above, below, seed=seed) or (None, None)
+        return Score(benchmark.metric, total.value, low, high, total.details)
+
+    return Scorer(score, has_overall=True, higher_is_better=True, counts_failures=True)
+
+
 _SPEECH = Scorer(score_speech, has_overall=False, higher_is_better=False)
 SCORERS = {
     "asr": _SPEECH,
     "vsr": _SPEECH,
     "avsr": _SPEECH,
     "vqa": Scorer(score_vqa, has_overall=True, higher_is_better=True),
+    **{name: _benchmark_scorer(benchmark) for name, benchmark in BENCHMARKS.items()},
 }
 """By the `task` of a sample."""
 

@@ -30,6 +30,9 @@ class EvaluateSettings:
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     limit: int | None = None
     """Only the first so many samples of each manifest."""
+    vqav2_questions: str | None = None
+    """File of all questions of VQAv2's test set (LLaVA's or the official one); its server wants an answer to each, so
+    those that no manifest asks get an empty one in the submission."""
     noise: str | None = None
     """Sound file that is mixed into every sound, for snr_db; another one than the model was trained with."""
     allow_training_noise: bool = False

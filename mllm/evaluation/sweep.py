@@ -1,22 +1,26 @@
 """Runs the work list: every sample is read and encoded once and answered at all its budgets together.
 
+Samples of a batch that hold the same files share them: these are loaded and encoded once for all their questions, and
+what the prompts begin with alike is read once (see `mllm.prefixes`). Work is ordered so that such samples meet.
+
 Knows an answerer, the work list and the store. Does not know metrics or how results are shown.
 
 Whatever goes wrong with a sample or a budget becomes a line with an `error`; anything else stops the sweep, which can
 then be resumed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
-from mllm.cost import Item, attention_flops, published_flops, request_cost
+from mllm.cost import Item, attention_flops, items_of, published_flops, request_cost
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import AnswerStore, Line
 from mllm.evaluation.planning import Work, references_of, untrained_message
-from mllm.expansion import Row
+from mllm.expansion import Row, check_length
 from mllm.generation import Answer, Answerer, is_trained
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing import LoadedMedia
@@ -59,7 +63,7 @@ class Sweep:
         self.store.repair()
         done = {key for key, line in self.store.read().items() if "error" not in line}
         own = []
-        for item in work[rank::num_ranks]:
+        for item in _share(work, rank, num_ranks):
             pending = tuple(budget for budget in item.budgets if item.key(budget) not in done)
             self.on_progress(len(item.budgets) - len(pending))
             if pending:
@@ -71,9 +75,12 @@ class Sweep:
 
     def _answer(self, batch: Sequence[Work]) -> Iterator[Line]:
         loaded, wanted = [], []
+        known: dict[Hashable, list[LoadedMedia]] = {}
         for work in batch:
             try:
-                item = Loaded(work, self._load(work))
+                if work.media_key not in known:
+                    known[work.media_key] = self._load(work)
+                item = Loaded(work, known[work.media_key])
                 row = self._rows([item])[0]
             except ValueError as error:
                 yield from (_failure(work, budget, error) for budget in work.budgets)
@@ -93,9 +100,11 @@ class Sweep:
                 yield from self._answer_together(rows, budgets)
 
     def _check(self, row: Row, budget: Budget) -> None:
-        """Raises: ValueError for a budget that the row cannot meet, or that was not trained and is not allowed."""
+        """Raises: ValueError for a budget the row cannot meet, at which it is longer than the LLM reads, or that
+        was not trained and is not allowed."""
         space = self.answerer.processor.space
         costs = row.costs(budget, space)
+        check_length(row, costs, self.answerer.processor.context_tokens)
         if not self.allow_untrained and not is_trained([run.extent for run in row.runs], costs, space):
             raise ValueError(f"sample {row.sample_id!r}: {untrained_message(budget, space)}")
 
@@ -108,7 +117,8 @@ class Sweep:
                 yield self._line(item, row, answer)
 
     def _load(self, work: Work) -> list[LoadedMedia]:
-        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=self._noise_of(work))
+        noise = self._noise_of(work)
+        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=noise, budgets=work.budgets)
 
     def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
         ratio = work.snr_db
@@ -136,16 +146,18 @@ class Sweep:
         }
 
     def _cost(self, item: Loaded, row: Row, answer: Answer) -> dict[str, int] | None:
-        """FLOPs by part and bytes of cache; None for a model that has no formula."""
+        """FLOPs by part and bytes of cache, of the sample asked alone; None for a model that has no formula.
+
+        What it shared with other questions about its media is counted whole, so that no figure depends on company.
+        """
         config = self.answerer.model.config
         if cost_problem(config) is not None:
             return None
         spent = row.costs(answer.budget, self.answerer.processor.space)
         items = [
-            Item(run.extent.medium, run.extent.length, cost.tokens, *medium.values.shape[-2:])
-            if run.extent.medium == "video"
-            else Item(run.extent.medium, run.extent.length, cost.tokens)
+            own
             for run, cost, medium in zip(row.runs, spent, item.media, strict=True)
+            for own in items_of(run.extent, cost, frame_pixels=medium.values.shape[-2:])
         ]
         cost = request_cost(
             config,
@@ -185,18 +197,32 @@ def cost_problem(config: Any) -> str | None:
     return None
 
 
+def _share(work: Sequence[Work], rank: int, num_ranks: int) -> Iterator[Work]:
+    """Every so-manieth set of files with all that is asked about them, in the order of the work."""
+    places: dict[Hashable, int] = {}
+    return (item for item in work if places.setdefault(item.media_key, len(places)) % num_ranks == rank)
+
+
 def _batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
-    """Work of the same media and budgets together, in its order."""
+    """Work of the same media and budgets together, questions about the same files side by side, else in its order."""
+    places: dict[Hashable, int] = {}
+    for item in work:
+        places.setdefault(item.media_key, len(places))
 
     def alike(item: Work) -> tuple:
         return item.media, tuple(map(str, item.budgets))
 
-    for _, group in groupby(sorted(work, key=alike), key=alike):
+    def place(item: Work) -> tuple:
+        return *alike(item), places[item.media_key]
+
+    for _, group in groupby(sorted(work, key=place), key=alike):
         items = list(group)
         yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _facts(work: Work, budget: Budget) -> Line:
+    judged = BENCHMARKS.get(work.sample.task)
+    meta = {} if judged is None else {"meta": {key: work.sample.meta[key] for key in judged.meta}}
     return {
         "set": work.set_name,
         "id": work.sample.id,
@@ -205,6 +231,7 @@ def _facts(work: Work, budget: Budget) -> Line:
         "task": work.sample.task,
         "kind": work.sample.kind,
         "references": references_of(work.sample),
+        **meta,
     }
 
 

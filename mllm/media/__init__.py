@@ -11,11 +11,11 @@ Knows files, formats and limits. Does not know what an encoder wants (`transform
 from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
-from mllm.media.image import load_image
+from mllm.media.image import load_image, to_rgb
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.loader import MediaLoader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
-from mllm.media.video import Video, load_video, stream_video, to_gray
+from mllm.media.video import FrameSampling, Video, load_video, stream_video, to_gray
 from mllm.media.writing import write_sound, write_video
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MAX_MISMATCH_SECONDS",
     "Audio",
     "ErrorKind",
+    "FrameSampling",
     "MediaError",
     "MediaLimits",
     "MediaLoader",
@@ -39,6 +40,7 @@ __all__ = [
     "resolve_media",
     "stream_video",
     "to_gray",
+    "to_rgb",
     "write_sound",
     "write_video",
 ]

@@ -1,19 +1,21 @@
 """A picture file to an upright 8-bit RGB picture.
 
-Reads JPEG, PNG, WebP and BMP with Pillow; says what is done with rotation tags, alpha, palettes and 16 bits.
+Reads JPEG, PNG, WebP, BMP and GIF with Pillow; says what is done with rotation tags, alpha, palettes and 16 bits.
 Does not know sizes or normalisations an encoder wants (`transforms.py` does).
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mllm.media.errors import MediaError
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits, decoding, open_media, sniff
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 """Pixel layouts that are read. The 32-bit ones have no agreed white, so they are refused."""
 
@@ -40,7 +42,32 @@ def load_image(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LI
         return _read(name, file, limits)
 
 
+def header_pixels(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Upright height and width of a picture as its header states them, without unpacking it.
+
+    Raises:
+        MediaError: as `load_image`, as far as the header shows it.
+    """
+    name = os.fspath(path)
+    with open_media(path, limits.image_bytes) as file:
+        container = sniff(file)
+        if container is None or container[0] != "image":
+            raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
+        with _opened(name, file, limits) as image, decoding(name):
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def _read(name: str, file: BinaryIO, limits: MediaLimits) -> Image.Image:
+    with _opened(name, file, limits) as image, decoding(name):
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+@contextmanager
+def _opened(name: str, file: BinaryIO, limits: MediaLimits) -> Iterator[Image.Image]:
+    """A picture that has been looked at and not unpacked."""
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -54,17 +81,15 @@ def _read(name: str, file: BinaryIO, limits: MediaLimits) -> Image.Image:
             raise MediaError("unsupported", name, "animated pictures are not read")
         if image.mode not in MODES:
             raise MediaError("unsupported", name, f"pixels must be of one of the kinds {', '.join(MODES)}")
-        with decoding(name):
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+        yield image
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
     return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as 8-bit RGB; see `load_image` for transparency and 16 bits."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:

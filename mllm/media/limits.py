@@ -164,6 +164,7 @@ _SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (
     (b"\xff\xd8\xff", ("image", "jpeg")),
     (b"\x89PNG\r\n\x1a\n", ("image", "png")),
     (b"BM", ("image", "bmp")),
+    (b"GIF8", ("image", "gif")),
     (b"fLaC", ("sound", "flac")),
     (b"OggS", ("sound", "ogg")),
     (b"ID3", ("sound", "mp3")),

@@ -14,7 +14,7 @@ from mllm.media.agreement import MAX_MISMATCH_SECONDS
 from mllm.media.audio import Audio, load_audio
 from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
-from mllm.media.video import Backend, Video, load_video
+from mllm.media.video import Backend, FrameSampling, Video, load_video
 
 Raw = Image.Image | Audio | Video
 
@@ -57,6 +57,15 @@ class MediaLoader:
             )
         raise ValueError(f"medium must be one of image, audio, video, got {medium!r}")
 
+    def frames(self, path: str | os.PathLike[str], sampling: FrameSampling) -> Video:
+        """A few frames of a video, in colour.
+
+        Raises:
+            MediaError: the file cannot be used.
+            ValueError: it has fewer frames than are to be taken.
+        """
+        return load_video(path, backend=self.backend, frames_per_second=sampling, limits=self.limits)
+
 
 class RememberingLoader:
     """A loader that keeps the last files it has read, for whoever reads one file several times in a row.
@@ -69,6 +78,7 @@ class RememberingLoader:
     def __init__(self, loader: MediaLoader, size: int) -> None:
         self.max_mismatch_seconds = loader.max_mismatch_seconds
         self._read: Callable[[str, str | os.PathLike[str]], Raw] = lru_cache(size)(loader)
+        self.frames = lru_cache(size)(loader.frames)
 
     def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
         """As `MediaLoader`; what comes is shared and must not be changed in place."""

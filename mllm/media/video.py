@@ -54,11 +54,42 @@ class FramePlan:
     frames_per_second: float
 
 
+@dataclass(frozen=True, slots=True)
+class FrameSampling:
+    """How few frames stand for a whole video.
+
+    Args:
+        count: frames, each from the middle of one of as many equal stretches of time.
+        per_second: fewer than `count` where that makes more frames a second than this; always `count` when left out.
+    """
+
+    count: int
+    per_second: float | None = None
+
+    def plan(self, name: str, times: Sequence[int], span: Fraction, time_base: Fraction) -> FramePlan:
+        """The frames of a video.
+
+        Args:
+            times: of all its frames, in units of `time_base` seconds. span: its length in seconds.
+
+        Raises:
+            ValueError: it has fewer frames than are to be taken.
+        """
+        count = self.count
+        if self.per_second is not None:
+            count = min(count, max(1, int(span * Fraction(self.per_second))))
+        if len(times) < count:
+            raise ValueError(f"{name}: the video has {len(times)} frames, and {count} are to be taken from it")
+        step = span / count / time_base
+        indices = tuple(nearest_frame(times, (k + Fraction(1, 2)) * step) for k in range(count))
+        return FramePlan(len(times), indices, float(count / span))
+
+
 def load_video(
     path: str | os.PathLike[str],
     *,
     backend: Backend = "pyav",
-    frames_per_second: float | None = 25.0,
+    frames_per_second: float | FrameSampling | None = 25.0,
     gray: bool = False,
     limits: MediaLimits = DEFAULT_LIMITS,
 ) -> Video:
@@ -67,19 +98,19 @@ def load_video(
     With a rate, output k is the frame whose presentation time is nearest to k / rate seconds after the first frame
     (the earlier of two equally near ones), and there are round(seconds * rate) outputs, at least one. Timestamps
     decide, not counts, so a variable frame rate is resampled right. `frames_per_second=None` keeps the file's frames
-    and reports their mean rate.
+    and reports their mean rate; a `FrameSampling` takes a few frames of the whole, and only those are kept in memory.
 
     A rotation in the file's header is applied when it is a multiple of 90 degrees; pixels are taken as square.
     Grey is the ITU-R 601 luma of the RGB frame, as Pillow's mode "L".
 
     Raises:
-        ValueError: an unknown backend, or a rate that is not above 0.
+        ValueError: an unknown backend, a rate that is not above 0, or fewer frames in the file than are to be taken.
         ImportError: the backend is not installed or broken.
         MediaError: missing, refused, unsupported (format, codec, no video stream), corrupt, empty, limit, deadline.
     """
     if backend not in _READERS:
         raise ValueError(f"video backend must be one of {', '.join(_READERS)}, got {backend!r}")
-    if frames_per_second is not None and not frames_per_second > 0:
+    if isinstance(frames_per_second, int | float) and not frames_per_second > 0:
         raise ValueError(f"frames_per_second must be above 0 or None, got {frames_per_second}")
     if backend == "decord":
         _import_decord()
@@ -137,7 +168,7 @@ def _plan(
     name: str,
     file: BinaryIO,
     codecs: Sequence[str],
-    frames_per_second: float | None,
+    frames_per_second: float | FrameSampling | None,
     limits: MediaLimits,
     deadline: Deadline,
 ) -> FramePlan:
@@ -170,7 +201,11 @@ def _is_shown(packet: Any, codec: str) -> bool:
 
 
 def _plan_of(
-    name: str, stamps: list[tuple[int, int]], stream: Any, frames_per_second: float | None, limits: MediaLimits
+    name: str,
+    stamps: list[tuple[int, int]],
+    stream: Any,
+    frames_per_second: float | FrameSampling | None,
+    limits: MediaLimits,
 ) -> FramePlan:
     times = [time - stamps[0][0] for time, _ in stamps]
     mean_rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -178,6 +213,8 @@ def _plan_of(
     _check_length(name, span, len(times), limits)
     if frames_per_second is None:
         return FramePlan(len(times), tuple(range(len(times))), float(len(times) / span))
+    if isinstance(frames_per_second, FrameSampling):
+        return frames_per_second.plan(name, times, span, stream.time_base)
     rate = Fraction(frames_per_second)
     count = max(1, round(span * rate))
     _check_length(name, Fraction(0), count, limits)

@@ -39,7 +39,8 @@ class ElasticArguments(TrainingArguments):
 
 
 def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
-    """The arguments of a run. Where it is given in epochs, `max_steps` is put in once the data is known."""
+    """The arguments of a run. Where it is given in epochs, `max_steps` and the warm-up are put in once
+    the data is known."""
     train = settings.train
     return ElasticArguments(
         output_dir=train.output,
@@ -52,7 +53,7 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
         adam_beta2=train.adam_betas[1],
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=_SCHEDULES[train.schedule],
-        warmup_steps=train.warmup_steps,
+        warmup_steps=train.count_warmup_steps(train.max_steps or 1),
         logging_strategy="steps",
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,  # what is not finite is refused, never averaged away

@@ -22,6 +22,7 @@ class RoundBatches(Sampler[list[SampleKey]]):
         max_tokens, max_rows, seed: see `TokenBucketBatchSampler`.
         accumulation: micro-batches of this process per step.
         process_index, num_processes: this process among all.
+        groups: of each sample its number; a step then takes samples of one group only.
 
     Raises:
         ValueError: a sample that no batch can hold.
@@ -37,6 +38,7 @@ class RoundBatches(Sampler[list[SampleKey]]):
         accumulation: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
+        groups: Sequence[int] | None = None,
     ) -> None:
         self.lanes = [
             TokenBucketBatchSampler(
@@ -50,6 +52,8 @@ class RoundBatches(Sampler[list[SampleKey]]):
             )
             for lane in range(process_index, num_processes * accumulation, num_processes)
         ]
+        for lane in self.lanes if groups is not None else ():
+            lane.keep_apart(groups or ())
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for batches in zip(*self.lanes, strict=True):

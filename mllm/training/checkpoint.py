@@ -47,7 +47,7 @@ _FREE = {
         *("validation_budgets", "tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
         "accumulation",  # checked together with the number of processes
     },
-    "data": {"validation", "num_workers", "max_bad_fraction", "video_backend"},
+    "data": {"validation", "num_workers", "max_bad_fraction", "max_unsupervised_fraction", "video_backend"},
 }
 logger = logging.getLogger(__name__)
 

@@ -34,6 +34,7 @@ from mllm.data.manifest import Sample
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import Encoder
 from mllm.media import resolve_media
+from mllm.modeling_body import SIZE_KEYS
 from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.folders import run_lock
 from mllm.training.settings import DataSettings
@@ -58,6 +59,8 @@ class Kept:
     num_rows: int
     raw_length: int
     stamp: str
+    grid: Sequence[int] | None = None
+    """Rows and columns of a picture, where pictures keep their shape."""
 
 
 @dataclass
@@ -106,7 +109,10 @@ class FeatureStore:
         found = self.entries[sample.id, epoch % self.versions]
         if isinstance(found, str):
             raise ValueError(found)
-        return [LoadedMedia(own.medium, self._rows(own), own.raw_length) for own in found]
+        return [
+            LoadedMedia(own.medium, self._rows(own), own.raw_length, (own.grid[0], own.grid[1]) if own.grid else None)
+            for own in found
+        ]
 
     def _rows(self, own: Kept) -> Tensor:
         size = self.sizes[own.medium]
@@ -145,7 +151,7 @@ class KeptFeatures(Encoder):
     def __init__(self, encoder: Any) -> None:
         super().__init__(nn.Identity())
         self.hidden_size: int = encoder.hidden_size
-        for name in ("grid", "frames_per_second"):
+        for name in ("grid", "max_patches", "frames_per_second"):
             if hasattr(encoder, name):
                 setattr(self, name, getattr(encoder, name))
         self._lengths: Callable[[Tensor], Tensor] | None = getattr(encoder, "lengths", None)
@@ -157,7 +163,7 @@ class KeptFeatures(Encoder):
         self.marker = nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False)  # says dtype and device
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
-        """(N, T, D) -> the same, with the true frames (N,) of streams."""
+        """(N, T, D) -> the same, with the true frames (N,) of streams, or patches of pictures that keep their shape."""
         if lengths is None:
             return values
         assert self._lengths is not None
@@ -301,7 +307,7 @@ class _Writer:
             tower = self.model.model.tower(medium)
             device = next(tower.parameters()).device
             values = next(value for name, value in inputs.items() if name.endswith("values")).to(device)
-            lengths = inputs.get(f"{medium}_lengths")
+            lengths = inputs.get(SIZE_KEYS[medium])
             found = self.model.model.encode(medium, values, None if lengths is None else lengths.to(device))
             rows, counts = found.values.float().cpu().numpy(), found.lengths.cpu().tolist()
             self._append(medium, list(own), [rows[place, :count] for place, count in enumerate(counts)])
@@ -324,14 +330,16 @@ class _Writer:
         items = []
         for part, item in zip(sample.media, loaded, strict=True):
             file, first, count = self.seen[_digest(item)]
-            items.append(asdict(Kept(item.medium, file, first, count, item.raw_length, _stamp(sample, part.path))))
+            stamp = _stamp(sample, part.path)
+            items.append(asdict(Kept(item.medium, file, first, count, item.raw_length, stamp, item.grid)))
         return row | {"items": items}
 
 
 def _digest(item: LoadedMedia) -> str:
     """What an encoder is fed with, in short."""
     content = hashlib.blake2b(item.values.numpy().tobytes(), digest_size=16)
-    return f"{item.medium} {item.raw_length} {tuple(item.values.shape)} {content.hexdigest()}"
+    shape = tuple(item.values.shape) if item.grid is None else item.grid
+    return f"{item.medium} {item.raw_length} {shape} {content.hexdigest()}"
 
 
 def _stamp(sample: Sample, path: str) -> str:

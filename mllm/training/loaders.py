@@ -4,6 +4,7 @@ Knows the `data` block of a run. Does not know the model's weights, draws or the
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
+from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
@@ -31,7 +33,7 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
     """The samples of all manifests.
 
     Raises:
-        ValueError: a bad row, or an id that two manifests use.
+        ValueError: a bad row, an id that two manifests use, or a question that is there without an answer.
         OSError: a manifest cannot be read.
     """
     samples = [sample for path in manifests for sample in read_data(path, settings.root, settings.reader)]
@@ -40,6 +42,8 @@ def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sampl
         if sample.id in seen:
             raise ValueError(f"the id {sample.id!r} is used by two of the manifests {', '.join(manifests)}")
         seen.add(sample.id)
+        if sample.messages[-1].role != "assistant":
+            raise ValueError(f"sample {sample.id!r} has no answer to learn from: its last message is the user's")
     return samples
 
 
@@ -63,12 +67,18 @@ def train_loader(
         lanes: `process_index`, `num_processes` and `accumulation`.
     """
     batches = RoundBatches(
-        surveyed.tokens, max_tokens=settings.tokens_per_batch, max_rows=settings.max_rows, seed=seed, **lanes
+        surveyed.tokens,
+        max_tokens=settings.tokens_per_batch,
+        max_rows=settings.max_rows,
+        seed=seed,
+        groups=media_groups(data.samples) if settings.group_by_media else None,
+        **lanes,
     )
     quarantine = Quarantine(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
-    collator = Collator(partial(encode, processor=processor, budgets=budgets), quarantine=quarantine)
+    own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
+    collator = Collator(own, quarantine=quarantine)
     return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
 
 
@@ -91,18 +101,25 @@ def validation_loader(
         num_processes=num_processes,
         shuffle=False,
     )
-    collator = Collator(partial(encode, processor=processor, budgets=budgets))
-    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False))
+    own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
+    collator = Collator(own)
+    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False, budgets=budgets))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
 
 
 def loading(
-    settings: DataSettings, processor: ElasticProcessor, *, augmented: bool, remembered_files: int = 0
+    settings: DataSettings,
+    processor: ElasticProcessor,
+    *,
+    augmented: bool,
+    budgets: Sequence[Budget] = (),
+    remembered_files: int = 0,
 ) -> Callable[..., list[LoadedMedia]]:
     """What loads the media of a sample; changed by chance where the settings say so.
 
     Args:
+        budgets: what samples will be asked at; pictures that are cut into tiles are cut as these ask.
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
 
     Raises:
@@ -111,7 +128,7 @@ def loading(
     reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
-    return partial(processor.load_media, loader=reader, augmentation=augmentation)
+    return partial(processor.load_media, loader=reader, augmentation=augmentation, budgets=tuple(budgets))
 
 
 def build_augmentation(settings: DataSettings) -> Augmentation:
@@ -131,20 +148,37 @@ def build_augmentation(settings: DataSettings) -> Augmentation:
     return Augmentation(mix, *masks, flip_probability=settings.flip_probability)
 
 
+def media_groups(samples: Sequence[Sample]) -> list[int]:
+    """Of each sample a number that it shares with those that have the same media."""
+    numbers: dict[tuple[str, ...], int] = {}
+    return [
+        numbers.setdefault(tuple(sorted({part.medium for part in sample.media})), len(numbers)) for sample in samples
+    ]
+
+
 def encode(
     samples: Sequence[Sample],
     media: Sequence[Sequence[LoadedMedia]],
     *,
     processor: ElasticProcessor,
     budgets: Sequence[Budget],
+    max_sample_tokens: int | None = None,
 ) -> dict[str, Any]:
     """A micro-batch, once it is sure that every row can meet the budgets.
 
+    Args:
+        max_sample_tokens: where longer rows are cut, every medium at its largest budget; see `Row.cut`.
+
     Raises:
-        ValueError: a row that cannot, such as a clip too short for a rate; the sample is named.
+        ValueError: a row that cannot, such as a clip too short for a rate, that the LLM cannot read whole, or whose cut
+            would lose a medium; the sample is named.
     """
     batch = processor.batch(samples, media, for_training=True)
+    if max_sample_tokens is not None:
+        placeholders = frozenset(processor.placeholder_ids.values())
+        rows = [row.cut(max_sample_tokens, processor.space, placeholders) for row in batch.rows]
+        batch = replace(batch, rows=rows)
     for row in batch.rows:
         for budget in budgets:
-            row.costs(budget, processor.space)
+            check_length(row, row.costs(budget, processor.space), processor.context_tokens)
     return {"batch": batch}

@@ -1,35 +1,33 @@
-"""Fits projectors to captions in closed form before the first step, so that training starts from readable soft tokens.
+"""Fits compressors to captions in closed form before the first step, so that training starts from readable soft tokens.
 
-Knows soft tokens, the LLM's word embeddings and least squares. Does not know the LLM's layers, losses or draws.
+Knows soft tokens, the LLM's word embeddings and least squares; `readouts.py` says which maps there are. Does not know
+the LLM's layers, losses or draws.
 
 From answers alone a projector must find what a patch says and how the LLM would say it at the same time, which takes
-long to begin. But a frozen encoder often holds both almost linearly. So the last linear layer of each projector is
+long to begin. But a frozen encoder often holds both almost linearly. So the last linear map of each compressor is
 chosen by ridge regression such that the *sum* of an item's soft tokens comes close to the sum of the embeddings of the
 words of its caption; sums, because the tokens of a picture add up as the words about it do. Each direction of the
 features is thus pointed at the words it occurs with, without anyone saying which patch shows what. Training goes on
 from there. (LLaVA, arXiv 2304.08485, spends a first stage of gradient steps on captions for the same purpose.)
 
-Shapes: N items, D' input size of a projector's last layer, H the LLM's hidden size; all sums are float64.
+Shapes: N items, D' input size of a map, H the LLM's hidden size; all sums are float64.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, reduce
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
-from mllm.compressors import MixtureProjector, ProjectorBank
 from mllm.expansion import Batch, Expanded
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.modeling_body import VALUE_KEYS, Features
+from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
+from mllm.training.readouts import Readout, opened, readouts, with_one
 
 RIDGE = 1e-3
 """Of the mean variance of the layer's inputs."""
@@ -55,7 +53,7 @@ class Fit:
 def fit_projectors(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batches: DataLoader[Any], *, own: int
 ) -> list[Fit]:
-    """Fit the last layer of every projector of the media that captions show; every process calls this.
+    """Fit the last linear map of every compressor of the media that captions show; every process calls this.
 
     A shared projector is fitted at its medium's largest budget, one per budget at its own each.
 
@@ -67,8 +65,8 @@ def fit_projectors(
         One report per projector.
 
     Raises:
-        ValueError: a row that is no caption (it is named), fewer than two captions for a projector, or a projector that
-            does not end in a linear layer.
+        ValueError: a row that is no caption (it is named), fewer than two captions for a projector, or a compressor
+            that does not end in a linear map.
     """
     sums: dict[tuple[str, int], _Sums] = {}
     model.eval()
@@ -80,11 +78,10 @@ def fit_projectors(
                 _add(sums, model, processor, _only(batch, medium), medium)
     fits = []
     for medium, which in sorted(set(gather_object(list(sums)))):
-        bank = _bank(model, medium)
-        budget, _ = _budgets(processor, medium, bank)[which]
-        last = cast(nn.Linear, cast(nn.Sequential, bank[which])[-1])
-        own_sums = sums.get((medium, which)) or _Sums.zeros(last)  # this process may have seen none of this medium
-        fits.append(_solve(own_sums.over_processes(), last, str(budget)))
+        readout = _readouts(model, processor, medium)[which]
+        # This process may have seen none of this medium.
+        own_sums = sums.get((medium, which)) or _Sums.zeros(readout, model.get_input_embeddings().weight.device)
+        fits.append(_solve(own_sums.over_processes(), readout))
         logger.info("%s: captions explain %.0f %%", fits[-1].name, 100 * fits[-1].explained)
     return fits
 
@@ -94,7 +91,7 @@ class _Sums:
     """What ridge regression needs to know of all captions, added up batch by batch.
 
     Args:
-        items: (D'+2+H, D'+2+H), products of [summed inputs, number of tokens, 1, target] of an item.
+        items: (D'+2+H, D'+2+H), products of [summed inputs, number of inputs, 1, target] of an item.
         tokens: (D'+1, D'+1), products of [inputs, 1] of a token at the smallest budget.
         words: (2,), number of words in the captions, and the squares of their embeddings' lengths.
     """
@@ -104,10 +101,11 @@ class _Sums:
     words: Tensor
 
     @classmethod
-    def zeros(cls, last: nn.Linear) -> "_Sums":
-        """The sums of no captions, for a projector's last layer."""
-        sizes = (last.in_features + 2 + last.out_features,) * 2, (last.in_features + 1,) * 2, (2,)
-        return cls(*(torch.zeros(size, dtype=torch.float64, device=last.weight.device) for size in sizes))
+    def zeros(cls, readout: Readout, device: torch.device) -> "_Sums":
+        """The sums of no captions."""
+        in_size, out_size = readout.sizes
+        shapes = (in_size + 2 + out_size,) * 2, (in_size + 1,) * 2, (2,)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def over_processes(self) -> "_Sums":
         """The same over the captions of all processes."""
@@ -119,36 +117,41 @@ def _add(
 ) -> None:
     """Add one batch, all rows of which show one item of `medium`, to the sums of the medium's projectors."""
     device = model.get_input_embeddings().weight.device
-    bank = _bank(model, medium)
-    with torch.no_grad(), _without_last_layers(bank):
+    compressor = model.model.compressors[medium]
+    found = _readouts(model, processor, medium)
+    with torch.no_grad(), opened(compressor):
         values = {name: value.to(device) for name, value in batch.values.items()}
-        features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(f"{medium}_lengths"))
-        for which, (largest, smallest) in enumerate(_budgets(processor, medium, bank)):
-            expanded = processor.expand(batch, [[largest] * len(batch.rows)], left_padding=False)
-            summed, counts, _ = _inputs(model, expanded, medium, features)
-            few = processor.expand(batch, [[smallest] * len(batch.rows)], left_padding=False)
-            *_, tokens = _inputs(model, few, medium, features)
+        features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(SIZE_KEYS[medium]))
+        for which, readout in enumerate(found):
+            expanded, read, counts, shown = _read(model, processor, batch, readout.largest, medium, features)
+            summed, number = readout.summed(read, counts, shown.values, shown.lengths)
+            _, few, few_counts, _ = _read(model, processor, batch, readout.smallest, medium, features)
+            tokens = with_one(few[torch.arange(few.shape[1], device=device) < few_counts[:, None]].double())
             targets, words = _targets(model, processor, expanded, device)
-            items = torch.cat([summed, counts[:, None], torch.ones_like(targets[:, :1]), targets], 1)
+            parts = [summed.double(), number.double()[:, None], torch.ones_like(targets[:, :1]), targets]
+            items = torch.cat(parts, 1)
             new = _Sums(items.T @ items, tokens.T @ tokens, words)
             old = sums.get((medium, which))
             sums[medium, which] = new if old is None else _Sums(*map(torch.add, vars(old).values(), vars(new).values()))
 
 
-def _inputs(model: Any, expanded: Expanded, medium: str, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """What the last layer is fed with: summed over each item's tokens (N, D'), their counts, and each token's and 1."""
+def _read(
+    model: Any, processor: ElasticProcessor, batch: Batch, budget: Budget, medium: str, features: Features
+) -> tuple[Expanded, Tensor, Tensor, Features]:
+    """The rows at a budget, what the open compressor gives (N, K, D') and how much (N,), and each row's features."""
+    expanded = processor.expand(batch, [[budget] * len(batch.rows)], left_padding=False)
     given = {name: value.to(features.values.device) for name, value in expanded.inputs.items()}
-    counts = given[f"num_{medium}_tokens"]
+    index, counts = given.get(f"{medium}_index"), given[f"num_{medium}_tokens"]
     read = model.model.compress(
         medium,
         features,
         num_tokens=counts,
         rates=given.get(f"{medium}_rates"),
-        index=given.get(f"{medium}_index"),
+        index=index,
         max_tokens=given["input_ids"].shape[1],
-    ).double()
-    is_token = torch.arange(read.shape[1], device=read.device) < counts[:, None]
-    return read.sum(1), counts.double(), functional.pad(read[is_token], (0, 1), value=1.0)
+    )
+    shown = features if index is None else Features(features.values[index], features.lengths[index])
+    return expanded, read, counts, shown
 
 
 def _targets(
@@ -165,13 +168,13 @@ def _targets(
     return embedded.sum(1), torch.stack([is_word.sum().to(device).double(), embedded.square().sum()])
 
 
-def _solve(sums: _Sums, last: nn.Linear, name: str) -> Fit:
-    """Put the ridge solution into a projector's last layer, scaled so that soft tokens are as long as words.
+def _solve(sums: _Sums, readout: Readout) -> Fit:
+    """Put the ridge solution into a compressor's last map, scaled so that soft tokens are as long as words.
 
     Those of the smallest budget: they are means over many features and the shortest, and an LLM that normalises what
     its layers read bears soft tokens that are too long better than some that are too short.
     """
-    size = last.in_features
+    size, name = readout.sizes[0], str(readout.largest)
     inputs, one = slice(0, size + 1), size + 1
     gram, cross = sums.items[inputs, inputs], sums.items[inputs, size + 2 :]
     number, total = sums.items[one, one], sums.items[one, size + 2 :]
@@ -188,42 +191,13 @@ def _solve(sums: _Sums, last: nn.Linear, name: str) -> Fit:
     spoken = (solution * (sums.tokens @ solution)).sum() / sums.tokens[-1, -1]
     solution = solution * (sums.words[1] / sums.words[0] / spoken).sqrt()
     with torch.no_grad():
-        last.weight.copy_(solution[:size].T)
-        last.bias.copy_(solution[size])
+        readout.put(solution[:size], solution[size])
     return Fit(name, int(number), float(explained))
 
 
-def _bank(model: Any, medium: str) -> ProjectorBank:
-    bank = getattr(model.model.compressors[medium], "projectors", None)
-    if bank is None:
-        raise ValueError(f"data.captions holds {medium}, whose compressor has no projector; allowed: pool, stack")
-    return bank
-
-
-@contextmanager
-def _without_last_layers(bank: ProjectorBank) -> Iterator[None]:
-    """Every projector gives what its last layer is fed with; what follows the projectors is linear."""
-    if any(isinstance(projector, MixtureProjector) for projector in bank):
-        raise ValueError("data.captions fits one projector, not a mixture; leave out projector_experts or the captions")
-    lasts = [cast(nn.Sequential, projector)[-1] for projector in bank]
-    if others := {type(last).__name__ for last in lasts if not isinstance(last, nn.Linear)}:
-        raise ValueError(
-            f"data.captions needs projectors that end in a linear layer, got {', '.join(sorted(others))}; "
-            "set projector_norm to false"
-        )
-    try:
-        for projector in bank:
-            cast(nn.Sequential, projector)[-1] = nn.Identity()
-        yield
-    finally:
-        for projector, last in zip(bank, lasts, strict=True):
-            cast(nn.Sequential, projector)[-1] = last
-
-
-def _budgets(processor: ElasticProcessor, medium: str, bank: ProjectorBank) -> list[tuple[Budget, Budget]]:
-    """The largest and the smallest budget each projector of a bank is for."""
+def _readouts(model: Any, processor: ElasticProcessor, medium: str) -> list[Readout]:
     trained = [Budget({medium: amount}) for amount in processor.space.media[medium].trained]
-    return [(budget, budget) for budget in trained] if bank.budgets else [(trained[0], trained[-1])]
+    return readouts(model.model.compressors[medium], trained)
 
 
 def _check_captions(batch: Batch) -> None:
@@ -231,6 +205,12 @@ def _check_captions(batch: Batch) -> None:
         if len(row.runs) != 1:
             raise ValueError(
                 f"sample {row.sample_id!r} of data.captions shows {len(row.runs)} media items; a caption has one"
+            )
+        run = row.runs[0]
+        if run.extent.picture_pixels is not None or run.encoder != run.extent.medium:
+            raise ValueError(
+                f"sample {row.sample_id!r} of data.captions is several encoded pictures (tiles or frames), and "
+                "projectors are fitted to one; leave out data.captions"
             )
 
 

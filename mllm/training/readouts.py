@@ -16,6 +16,10 @@ from torch.nn import functional
 
 from mllm.budget import Budget
 from mllm.compressors import Compressor, MixtureProjector, Pool, ProjectorBank, Query
+from mllm.compressors.base import without_padding
+
+PINV_RTOL = 1e-3
+"""Directions that a projection shrinks by more than this are not used to carry a bias."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,13 @@ class Readout:
         """(D', H)."""
         raise NotImplementedError
 
-    def summed(self, read: Tensor, counts: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, read: Tensor, counts: Tensor, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """All of an item as the map would be fed with it, and how many such inputs there are.
 
         Args:
             read: (N, K, D') what the open compressor gave at the largest budget, zero beyond each item's own count.
             counts: (N,) soft tokens of each item.
-            features: (N, T, D) of the encoder.
+            features: (N, T, D) of the encoder, of which (N,) `lengths` exist.
 
         Returns:
             (N, D') and (N,).
@@ -85,16 +89,17 @@ class QueryReadout(Readout):
         rows, columns = cast(Query, self.compressor).proj.shape
         return rows, columns
 
-    def summed(self, read: Tensor, counts: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Readout`; features are those of pictures, of which all exist."""
+    def summed(self, read: Tensor, counts: Tensor, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Readout`."""
         values = cast(Query, self.compressor).values(features)
-        return values.sum(1), torch.full_like(counts, values.shape[1])
+        return without_padding(values, lengths).sum(1), lengths
 
     def put(self, weight: Tensor, bias: Tensor) -> None:
         """Set the projection; the bias, which it has not, goes into that of the layer before as far as it can."""
         query = cast(Query, self.compressor)
         query.proj.copy_(weight)
-        query.attn.out_proj.bias.add_(torch.linalg.lstsq(weight.T, bias[:, None]).solution[:, 0])
+        # Normed values span one direction less than they have numbers, so the projection nearly loses directions.
+        query.attn.out_proj.bias.add_(torch.linalg.pinv(weight.T, rtol=PINV_RTOL) @ bias)
 
 
 def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]:

@@ -42,7 +42,8 @@ from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
-from mllm.training.settings import RunSettings, settings_yaml
+from mllm.training.settings import DataSettings, RunSettings, settings_yaml
+from mllm.training.start import start_from
 from mllm.training.survey import Survey, survey
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 
@@ -77,6 +78,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
         if arguments.should_save:
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
+        if settings.train.start_from is not None and start is None:
+            start_from(model, settings.train.start_from)
         if settings.data.captions and start is None:
             _fit_projectors(settings, arguments, model, processor)
         trainer = build_trainer(settings, arguments, model, processor, metric=metric)
@@ -110,10 +113,10 @@ def build_trainer(
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     check_members(samples, draws, processor.members)
-    surveyed = _surveyed(samples, processor, run / "survey" / "train.json")
-    surveyed.check(samples, data.tokens_per_batch)
+    surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     if data.features is None:
-        rows = ManifestDataset(samples, load=loading(data, processor, augmented=True), seed=settings.train.seed)
+        load = loading(data, processor, augmented=True, budgets=extremes(draws))
+        rows = ManifestDataset(samples, load=load, seed=settings.train.seed)
     else:
         rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples))
     batches = train_loader(
@@ -132,6 +135,7 @@ def build_trainer(
     )
     if settings.train.epochs is not None:
         arguments.max_steps = batches.batch_sampler.steps(settings.train.epochs)  # type: ignore[union-attr]
+        arguments.warmup_steps = settings.train.count_warmup_steps(arguments.max_steps)
     trainer = ElasticTrainer(
         model,
         arguments,
@@ -198,7 +202,7 @@ def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -
     by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
     for media, sample_id in by_media.items():
         for budget in draws.possible(media) if media else []:
-            if budget.total_tokens is None and str(budget) not in members.scales:
+            if budget.total_tokens is None and str(Budget(budget.amounts)) not in members.scales:
                 raise ValueError(
                     f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
                     f" has no such member; it has {' | '.join(members.scales)}"
@@ -220,7 +224,9 @@ def keep_in_float32(model: nn.Module) -> None:
 
 def extremes(draws: Sampler) -> list[Budget]:
     """Budgets that a sample must meet so that it meets whatever is drawn."""
-    return list(draws.points) or [draws.space.largest(), draws.space.smallest()]
+    largest, smallest = draws.space.largest(), draws.space.smallest()
+    between = [dataclasses.replace(largest, num_frames=count) for count in draws.space.frame_counts[1:-1]]
+    return list(draws.points) or [largest, *between, smallest]
 
 
 def _validation(
@@ -230,8 +236,7 @@ def _validation(
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
     samples = read_samples(data.validation, data)
-    surveyed = _surveyed(samples, processor, arguments.run / "survey" / "validation.json")
-    surveyed.check(samples, data.tokens_per_batch)
+    surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
     batches, own = validation_loader(
         samples,
         surveyed,
@@ -253,8 +258,7 @@ def _fit_projectors(
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
     samples = read_samples(settings.data.captions, settings.data)
-    surveyed = _surveyed(samples, processor, arguments.run / "survey" / "captions.json")
-    surveyed.check(samples, settings.data.tokens_per_batch)
+    surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
     batches, own = validation_loader(
         samples,
         surveyed,
@@ -267,10 +271,18 @@ def _fit_projectors(
     fit_projectors(model.to(arguments.device), processor, batches, own=own)
 
 
-def _surveyed(samples: list[Sample], processor: ElasticProcessor, kept: Path) -> Survey:
-    """Looked over by the main process; the others read what it found."""
+def _surveyed(samples: list[Sample], processor: ElasticProcessor, data: DataSettings, kept: Path) -> Survey:
+    """Looked over by the main process; the others read what it found. What was found is logged and checked."""
     with PartialState().main_process_first():
-        return survey(samples, processor, kept=kept)
+        found = survey(
+            samples,
+            processor,
+            kept=kept,
+            max_sample_tokens=data.max_sample_tokens,
+            max_unsupervised_fraction=data.max_unsupervised_fraction,
+        )
+    found.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
+    return found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Plain dataclasses, read from YAML and the command line. Knows no torch, so that 
 Contradictions are refused here, before anything is loaded; every message names the key.
 """
 
+import math
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,14 @@ class DataSettings:
     """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
     """Most samples of one micro-batch, however short they are."""
+    max_sample_tokens: int | None = None
+    """A longer sample is cut there, counted with every medium at its largest budget, as LLaVA cuts at 2048. Media are
+    never cut: a sample with one behind this point is left out. Nothing is cut when left out."""
+    group_by_media: bool = False
+    """Every step takes samples with the same media only (but for the last ones of an epoch), as LLaVA parts samples
+    with a picture from those without."""
+    max_unsupervised_fraction: float = 0.01
+    """A run does not start when more than this share of its samples has no target token."""
     num_workers: int = 2
     """Processes that decode media beside each training process; 0 decodes in the training process itself."""
     video_backend: Literal["pyav", "decord"] = "pyav"
@@ -94,8 +103,11 @@ class DataSettings:
         _at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
         _at_least("data.max_rows", self.max_rows, 1)
         _at_least("data.num_workers", self.num_workers, 0)
-        if not 0 <= self.max_bad_fraction < 1:
-            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be in 0..1, 1 left out")
+        if self.max_sample_tokens is not None:
+            _at_least("data.max_sample_tokens", self.max_sample_tokens, 1)
+        for key in ("max_bad_fraction", "max_unsupervised_fraction"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"data.{key} is {getattr(self, key)}; it must be in 0..1, 1 left out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +156,8 @@ class TrainSettings:
     """Optimizer steps of the run; or give epochs."""
     epochs: int | None = None
     """Passes over the training samples, rounded up to a whole optimizer step; or give max_steps."""
+    start_from: str | None = None
+    """Run folder whose trained values this run starts from, e.g. of a first stage or of a converted checkpoint."""
     parts: list[Part] | None = None
     """What learns; the compressors and, where there is one, the adapter when left out. A whole part by its name."""
     learning_rate: float = 1e-3
@@ -158,6 +172,8 @@ class TrainSettings:
     """How the learning rate falls from its peak to 0 at the last step; `constant` keeps it."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0 to its peak."""
+    warmup_fraction: float | None = None
+    """Instead of warmup_steps: that share of all steps, rounded up, e.g. 0.03."""
     weight_decay: float = 0.0
     """AdamW's, for matrices; biases and norms are left out of it."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -205,6 +221,10 @@ class TrainSettings:
         self._check_ranges()
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"train.warmup_steps is {self.warmup_steps}, more than train.max_steps {self.max_steps}")
+        if self.warmup_fraction is not None and (self.warmup_steps or not 0 <= self.warmup_fraction <= 1):
+            raise ValueError(
+                f"train.warmup_fraction is {self.warmup_fraction}; it must be in 0..1, without train.warmup_steps"
+            )
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"train.adam_betas is {self.adam_betas}; it must be two numbers in 0..1, 1 left out")
         if self.parts is not None and not self.parts:
@@ -215,6 +235,10 @@ class TrainSettings:
             raise ValueError("train.packed_attention flex needs train.packing and a GPU, where its backward pass is")
         if self.memory == "low" and self.deepspeed is not None:
             raise ValueError("train.memory low does not go with train.deepspeed, which counts backward passes")
+
+    def count_warmup_steps(self, max_steps: int) -> int:
+        """Steps of rising learning rate in a run of so many steps."""
+        return self.warmup_steps if self.warmup_fraction is None else math.ceil(self.warmup_fraction * max_steps)
 
     def _check_ranges(self) -> None:
         for key in ("max_steps", "epochs", "save_every", "validate_every"):
@@ -248,6 +272,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         self._check_parts()
         self._check_features()
+        if self.train.start_from is not None and self.data.captions:
+            raise ValueError("train.start_from and data.captions both say where projectors start; give one of them")
         if self.model.dtype != "float32" and self.train.precision != self.model.dtype:
             raise ValueError(
                 f"model.dtype is {self.model.dtype}, which train.precision {self.train.precision} cannot train beside; "
@@ -258,7 +284,7 @@ class RunSettings:
             ("train.validation_budgets", self.train.validation_budgets),
         ):
             for budget in budgets:
-                if missing := set(Budget.parse(budget).amounts) - set(self.model.media):
+                if missing := Budget.parse(budget).media - set(self.model.media):
                     raise ValueError(f"{key} holds {budget!r}, but model.{min(missing)} is not set")
         for key in ("validate_every", "validation_budgets"):
             if getattr(self.train, key) and not self.data.validation:
@@ -274,6 +300,8 @@ class RunSettings:
                 raise ValueError(
                     f"data.features keeps what frozen encoders give; model.{medium} has an encoder_adapter"
                 )
+        if self.model.shows_frames or any(own.tiling is not None for own in self.model.media.values()):
+            raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
         if self.data.validation:
             raise ValueError("data.features leaves the run without encoders, so data.validation cannot be answered")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mllm.configuration import ElasticConfig
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
-from mllm.modeling_body import VALUE_KEYS, Features
+from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
 from mllm.segment_attention import PackedAttention, enable_packing, obstacle
 from mllm.training.objective import Distillation, Loss, read_hidden, sink, with_auxiliary
@@ -42,15 +42,14 @@ def prepare_packing(model: ElasticForConditionalGeneration, processor: ElasticPr
 def frozen_features(model: ElasticForConditionalGeneration, batch: Batch, device: torch.device) -> dict[str, Features]:
     """What the frozen encoders make of a batch, by medium; encoders that train are left to the forward pass."""
     features = {}
-    for medium in batch.media:
+    for medium, key in VALUE_KEYS.items():
+        if (values := batch.values.get(key)) is None:
+            continue
         if any(parameter.requires_grad for parameter in model.model.tower(medium).parameters()):
             continue
-        lengths = batch.values.get(f"{medium}_lengths")
-        features[medium] = model.model.encode(
-            medium,
-            batch.values[VALUE_KEYS[medium]].to(device, non_blocking=True),
-            None if lengths is None else lengths.to(device, non_blocking=True),
-        )
+        sizes = batch.values.get(SIZE_KEYS[medium])
+        sizes = None if sizes is None else sizes.to(device, non_blocking=True)
+        features[medium] = model.model.encode(medium, values.to(device, non_blocking=True), sizes)
     return features
 
 

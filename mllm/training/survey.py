@@ -10,20 +10,28 @@ import hashlib
 import json
 import logging
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mllm.budget import Amount, Extent
+from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Sample
 from mllm.media import MediaError, resolve_media
+from mllm.media.image import header_pixels
 from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
 from mllm.splice import IGNORED_LABEL
 
-MAX_UNSUPERVISED = 0.01
-"""More than this share of samples without a single target token is a mistake in the data or in the chat format."""
+CHUNK = 1024
+"""Conversations that are tokenised in one call."""
+FIRST_LOOK = 10_000
+"""Of a larger data set so many samples, evenly drawn, are looked at first: a mistake shows within seconds."""
+MAX_SHOWN = 5
 logger = logging.getLogger(__name__)
 
 
@@ -34,33 +42,60 @@ class Survey:
     tokens: list[int]
     targets: list[int]
 
-    def check(self, samples: Sequence[Sample], max_tokens: int) -> None:
-        """Refuse data that would train nothing, or that no batch can hold, and log what was found.
+    def check(self, samples: Sequence[Sample], *, max_tokens: int, max_unsupervised_fraction: float) -> None:
+        """Log what was found, and refuse data that would train nothing, or that no batch can hold.
 
         Raises:
-            ValueError: more than 1 % of the samples without a target token, or a sample of too many tokens.
+            ValueError: too many samples without a target token, or a sample of too many tokens.
         """
-        without = [sample.id for sample, targets in zip(samples, self.targets, strict=True) if targets == 0]
-        if len(without) > MAX_UNSUPERVISED * len(samples):
-            raise ValueError(
-                f"{len(without)} of {len(samples)} samples have nothing to learn (no target token), such as "
-                f"{without[0]!r}; does model.chat_format fit the data?"
-            )
+        logger.info("%s", target_report([sample.id for sample in samples], self.targets))
+        logger.info(
+            "tokens at the largest budget: median %d, most %d", statistics.median(self.tokens), max(self.tokens)
+        )
+        check_targets([sample.id for sample in samples], self.targets, max_unsupervised_fraction)
         long = [(tokens, sample.id) for sample, tokens in zip(samples, self.tokens, strict=True) if tokens > max_tokens]
         if long:
             raise ValueError(
                 f"data.tokens_per_batch is {max_tokens}, but {len(long)} samples are longer at the largest budget, "
-                f"up to {max(long)[0]} tokens ({max(long)[1]!r})"
+                f"up to {max(long)[0]} tokens (sample {max(long)[1]!r}); raise it, or cut them with "
+                "data.max_sample_tokens"
             )
-        logger.info(
-            "%d samples; target tokens per sample: least %d, median %d, most %d; %d without; tokens at the largest "
-            "budget: median %d, most %d",
-            *(len(samples), min(self.targets), statistics.median(self.targets), max(self.targets), len(without)),
-            *(statistics.median(self.tokens), max(self.tokens)),
+
+
+def target_report(ids: Sequence[str], targets: Sequence[int]) -> str:
+    """One line on the target tokens of samples, with the ids of some that have none."""
+    without = [sample_id for sample_id, count in zip(ids, targets, strict=True) if not count]
+    line = (
+        f"{len(targets)} samples; target tokens per sample: least {min(targets)}, median "
+        f"{statistics.median(targets):g}, mean {statistics.fmean(targets):.1f}, most {max(targets)}; "
+        f"{len(without)} without"
+    )
+    return f"{line} ({_some(without)})" if without else line
+
+
+def check_targets(ids: Sequence[str], targets: Sequence[int], max_unsupervised_fraction: float) -> None:
+    """Refuse samples too many of which would train nothing.
+
+    Raises:
+        ValueError: more than this share without a target token; some are named.
+    """
+    without = [sample_id for sample_id, count in zip(ids, targets, strict=True) if not count]
+    if len(without) > max_unsupervised_fraction * len(ids):
+        raise ValueError(
+            f"{len(without)} of {len(ids)} samples have nothing to learn (no target token), such as {_some(without)}; "
+            f"data.max_unsupervised_fraction allows {max_unsupervised_fraction:g} of them. Does model.chat_format fit "
+            "the data?"
         )
 
 
-def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path | None = None) -> Survey:
+def survey(
+    samples: Sequence[Sample],
+    processor: ElasticProcessor,
+    *,
+    kept: Path | None = None,
+    max_sample_tokens: int | None = None,
+    max_unsupervised_fraction: float = 1.0,
+) -> Survey:
     """Look at every sample.
 
     A stream's length is `meta.seconds` where the sample has it, else what the header of its file states. A file that
@@ -68,23 +103,30 @@ def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path
 
     Args:
         kept: file the result is read from when it is of these samples and this processor, and written to otherwise.
+        max_sample_tokens: where longer samples are cut; nothing cuts none.
+        max_unsupervised_fraction: of a large data set, a part is checked against this first.
 
     Raises:
-        ValueError: a medium the model does not take; the sample is named.
+        ValueError: a medium the model does not take, or a conversation its format has no place for; the sample is
+            named. Or too many samples of the first look without a target token.
     """
-    key = _key(samples, processor)
+    key = _key(samples, processor, max_sample_tokens)
     if kept is not None and (found := _read(kept, key)) is not None:
         return found
-    tokens, targets = [], []
-    for sample in samples:
-        try:
-            prompt = processor.chat(sample.messages)
-        except ValueError as error:
-            raise ValueError(f"sample {sample.id!r}: {error}") from error
-        soft = sum(_most_tokens(part, sample, processor) for part in sample.media)
-        tokens.append(len(prompt.ids) - len(sample.media) + soft)
-        targets.append(sum(label != IGNORED_LABEL for label in prompt.labels[1:]))
-    result = Survey(tokens, targets)
+    if len(samples) > FIRST_LOOK:
+        first = [samples[number] for number in drawn(len(samples), FIRST_LOOK)]
+        targets = count_targets(first, processor.chat)
+        logger.info("first look: %s", target_report([sample.id for sample in first], targets))
+        check_targets([sample.id for sample in first], targets, max_unsupervised_fraction)
+    started = time.perf_counter()
+    result = Survey([], [])
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        for sample, (ids, targets) in zip(chunk, _counts(chunk, processor.chat), strict=True):
+            tokens, targets = _of_sample(sample, ids, targets, processor, max_sample_tokens)
+            result.tokens.append(tokens)
+            result.targets.append(targets)
+    logger.info("surveyed %.0f samples per second", len(samples) / max(time.perf_counter() - started, 1e-9))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_suffix(".part")
@@ -93,11 +135,62 @@ def survey(samples: Sequence[Sample], processor: ElasticProcessor, *, kept: Path
     return result
 
 
+def drawn(num_samples: int, most: int) -> list[int]:
+    """Numbers of at most so many samples, in order; always the same ones."""
+    if num_samples <= most:
+        return list(range(num_samples))
+    return sorted(np.random.default_rng(0).choice(num_samples, most, replace=False).tolist())
+
+
+def count_targets(samples: Sequence[Sample], chat: ChatEncoder) -> list[int]:
+    """Target tokens of each sample, nothing cut.
+
+    Raises:
+        ValueError: see `survey`.
+    """
+    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
+    return [targets for chunk in chunks for _, targets in _counts(chunk, chat)]
+
+
+def _counts(samples: Sequence[Sample], chat: ChatEncoder) -> list[tuple[int, int]]:
+    """Ids and targets of each sample; where some sample is refused, all are tried one by one to name it."""
+    try:
+        return chat.count_all([sample.messages for sample in samples])
+    except ValueError:
+        for sample in samples:
+            try:
+                chat.count_all([sample.messages])
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id!r}: {error}") from error
+        raise
+
+
+def _of_sample(
+    sample: Sample, num_ids: int, num_targets: int, processor: ElasticProcessor, max_sample_tokens: int | None
+) -> tuple[int, int]:
+    """Tokens and targets of a sample, cut where it is too long."""
+    soft = [_most_tokens(part, sample, processor) for part in sample.media]
+    tokens = num_ids - len(soft) + sum(soft)
+    if max_sample_tokens is None or tokens <= max_sample_tokens:
+        return tokens, num_targets
+    prompt = processor.chat(sample.messages)
+    last = len(prompt.ids) - (tokens - max_sample_tokens)
+    return max_sample_tokens, sum(label != IGNORED_LABEL for label in prompt.labels[: max(last, 0)])
+
+
+def _some(ids: Sequence[str]) -> str:
+    shown = ", ".join(repr(sample_id) for sample_id in ids[:MAX_SHOWN])
+    return f"{shown} and {len(ids) - MAX_SHOWN} more" if len(ids) > MAX_SHOWN else shown
+
+
 def _most_tokens(part: Media, sample: Sample, processor: ElasticProcessor) -> int:
     """Soft tokens of one medium at its largest budget; at least one."""
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
-    if facts.grid is not None:
-        extent = Extent(part.medium, grid=facts.grid)
+    if part.medium == "image" and space.tiling is not None:
+        extent = processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
+    elif facts.grid is not None:
+        frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
+        extent = Extent(part.medium, grid=facts.grid, num_pictures=frames)
     else:
         assert facts.frames_per_second is not None
         frames = round(_seconds(part, sample) * facts.frames_per_second)
@@ -106,6 +199,15 @@ def _most_tokens(part: Media, sample: Sample, processor: ElasticProcessor) -> in
         return max(space.cost(Amount("max"), extent).tokens, 1)
     except ValueError:  # too short for its budgets: found and left out when it is loaded
         return 1
+
+
+def _picture_pixels(part: Media, sample: Sample) -> tuple[int, int] | None:
+    """Height and width as the header states them."""
+    try:
+        return header_pixels(resolve_media(sample.root, part.path))
+    except MediaError as error:
+        logger.debug("no size of sample %r: %s", sample.id, error)
+        return None
 
 
 def _seconds(part: Media, sample: Sample) -> float:
@@ -119,10 +221,10 @@ def _seconds(part: Media, sample: Sample) -> float:
         return 0.0
 
 
-def _key(samples: Sequence[Sample], processor: ElasticProcessor) -> str:
+def _key(samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None) -> str:
     """What the result depends on: the conversations and what shapes their tokens."""
     digest = hashlib.sha256(json.dumps(_plain(processor.elastic), sort_keys=True, default=str).encode())
-    digest.update(str(len(processor.tokenizer)).encode())
+    digest.update(f"{len(processor.tokenizer)} {max_sample_tokens}".encode())
     for sample in samples:
         digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str))).encode())
     return digest.hexdigest()

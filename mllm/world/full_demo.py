@@ -1,4 +1,4 @@
-"""The long demo: elastic speech models against separately trained ones of a fixed rate, with several seeds.
+"""The long demo of speech: elastic speech models against separately trained ones of a fixed rate, with several seeds.
 
 Knows the world's speech corpus, training and evaluation, and which models are compared. Does not know how any works.
 
@@ -7,17 +7,12 @@ Knows the world's speech corpus, training and evaluation, and which models are c
     out/<model>/<seed>/      a run and its evaluation
     out/comparison.*         see `full_report.py`
 
-Every model is trained and evaluated by a worker process with one thread: models are independent of each other.
+How they are trained side by side is in `full_jobs.py`.
 """
 
-import json
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +20,9 @@ import yaml
 
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.utterances import TASKS
-from mllm.evaluation.report import RESULTS
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.world.demo import RECIPE, claim
+from mllm.world.full_jobs import Progress, Work, encode_all, num_processes, run_all
 from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
 
 AUDIO_RATES = (4, 16)
@@ -43,9 +38,6 @@ STEPS_OF_ELASTIC = len(TASKS)
 """Steps of an elastic model for each step of a separate one: it sees every task's rows as often as they do."""
 VERSIONS = 3
 """Of each training sample, with other noise in its sound; frozen encoders read each once for all models and seeds."""
-Progress = Callable[[str, int, int], None]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +118,11 @@ def full_demo(settings: FullDemoSettings, *, progress: Progress | None = None) -
     started = time.monotonic()
     claim(Path(settings.out), settings, ignored=("out", "num_workers", "num_seeds"))
     write_corpus(settings, report)
-    encode_corpus(settings, report)
-    run_jobs(jobs_of(settings), settings, report)
+    works = [Work(run_settings(job, settings), evaluation_settings(job, settings)) for job in jobs_of(settings)]
+    lines = (Path(settings.out) / "speech" / "train.jsonl").read_text(encoding="utf-8").count("\n")
+    num_workers = num_processes(settings.num_workers)
+    encode_all(works[0].run, lines, num_workers=num_workers, progress=report)
+    run_all(works, num_workers=num_workers, progress=report)
     return time.monotonic() - started
 
 
@@ -164,46 +159,6 @@ def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
         samples = read_manifest(folder / f"{split}.jsonl", folder)
         for task in TASKS:
             write_manifest(folder / f"{split}-{task}.jsonl", [own for own in samples if own.task == task])
-
-
-def encode_corpus(settings: FullDemoSettings, progress: Progress) -> None:
-    """What the frozen encoders make of the training set, once for all models."""
-    folder = Path(settings.out) / "features"
-    done = folder / "whole"
-    if done.exists():
-        return
-    num_ranks = _num_workers(settings)
-    lines = (Path(settings.out) / "speech" / "train.jsonl").read_text(encoding="utf-8").count("\n")
-    with ProcessPoolExecutor(num_ranks, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_encode_share, settings, rank, num_ranks) for rank in range(num_ranks)}
-        for _ in _finished(pool, waiting):
-            rows = sum(file.read_bytes().count(b"\n") for file in folder.glob("index-*.jsonl"))
-            progress("encoding", rows, lines * VERSIONS)
-    done.touch()
-
-
-def _encode_share(settings: FullDemoSettings, rank: int, num_ranks: int) -> None:
-    import torch
-
-    from mllm.training.run import make_features
-
-    torch.set_num_threads(1)
-    make_features(run_settings(Job(next(iter(ELASTIC)), settings.seed), settings), rank=rank, num_ranks=num_ranks)
-
-
-def _finished(pool: ProcessPoolExecutor, waiting: set[Future[None]]) -> Iterator[None]:
-    """Every few seconds until all are done, and once more; the first failure stops all."""
-    while waiting:
-        finished, waiting = wait(waiting, timeout=5, return_when="FIRST_EXCEPTION")
-        yield
-        for one in finished:
-            if (problem := one.exception()) is not None:
-                pool.shutdown(cancel_futures=True)
-                raise problem
-
-
-def _num_workers(settings: FullDemoSettings) -> int:
-    return settings.num_workers or os.cpu_count() or 1
 
 
 def run_settings(job: Job, settings: FullDemoSettings) -> Any:
@@ -257,37 +212,3 @@ def evaluation_settings(job: Job, settings: FullDemoSettings) -> EvaluateSetting
         seed=settings.seed,
         use_cpu=True,
     )
-
-
-def run_jobs(jobs: Sequence[Job], settings: FullDemoSettings, progress: Progress) -> None:
-    """Run all jobs in worker processes, and tell how many optimizer steps of how many are done."""
-    folder = Path(settings.out)
-    total = sum(steps_of(job, settings) for job in jobs)
-    with ProcessPoolExecutor(_num_workers(settings), mp_context=get_context("spawn")) as pool:
-        for _ in _finished(pool, {pool.submit(run_job, job, settings) for job in jobs}):
-            done = sum(min(_step(folder / job.name / "log.jsonl"), steps_of(job, settings)) for job in jobs)
-            progress(f"training {len(jobs)} models", done, total)
-
-
-def run_job(job: Job, settings: FullDemoSettings) -> None:
-    """Train and evaluate one model, in a process of its own with one thread."""
-    import torch
-
-    from mllm.evaluation.run import evaluate
-    from mllm.training.run import train
-
-    torch.set_num_threads(1)
-    folder = Path(settings.out) / job.name
-    if (folder / "evaluation" / RESULTS).exists():
-        return
-    if not (folder / "trainables.safetensors").exists():
-        train(run_settings(job, settings), resume="auto")
-    evaluate(evaluation_settings(job, settings))
-
-
-def _step(log: Path) -> int:
-    """The last step a run has reported."""
-    if not log.exists():
-        return 0
-    lines = [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    return json.loads(lines[-1])["step"] if lines else 0

@@ -117,7 +117,7 @@ def read_cells(settings: FullDemoSettings) -> dict[tuple[str, Place], Cell]:
             own = word_errors(line["references"][0], line["hypothesis"])
             key = job.model, _place(line)
             counts.setdefault(key, {})[job.seed, line["id"]] = own.errors, own.reference_units
-    return {key: _cell(own) for key, own in counts.items()}
+    return {key: pooled_cell(own) for key, own in counts.items()}
 
 
 def comparison(cells: Cells) -> dict[str, Any]:
@@ -239,7 +239,8 @@ def _place(line: Mapping[str, Any]) -> Place:
     return Place(line["task"], line["budget"], None if line["task"] == "vsr" else line["snr_db"])
 
 
-def _cell(counts: Mapping[tuple[int, str], tuple[int, int]]) -> Cell:
+def pooled_cell(counts: Mapping[tuple[int, str], tuple[int, int]]) -> Cell:
+    """A cell of errors and units by seed and utterance (or whatever the bootstrap draws)."""
     seeds = sorted({seed for seed, _ in counts})
     utterances = sorted({sample for _, sample in counts})
     by_utterance = [[counts[seed, sample] for seed in seeds] for sample in utterances]

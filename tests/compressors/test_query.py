@@ -1,11 +1,14 @@
 """What queries promise: prefixes, the attention of the released model, and windows on streams."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm.compressors import Query
+from mllm.compressors.folding import pools_first
 from mllm.compressors.query import CrossAttention, sincos_positions
 
 SIZE, OUT = 16, 6
@@ -201,3 +204,102 @@ def test_attention_over_a_mask_ignores_what_is_masked() -> None:
     query, states = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
     mask = torch.tensor([[True, True, True, False, False]])
     torch.testing.assert_close(attention(query, states, states, mask), attention(query, states[:, :3], states[:, :3]))
+
+
+def read_picture(compressor: Query, pictures: Tensor, *counts: int) -> Tensor:
+    lengths = torch.full((len(pictures),), pictures.shape[1])
+    return compressor(pictures, lengths, **costs(*((count, 0) for count in counts)), max_tokens=max(counts) + 2)
+
+
+def sharp_query(**changes) -> Query:
+    """Every weight far from its initial value, so that whatever is left out of the fold shows."""
+    compressor = picture_query("position", **changes)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in compressor.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return compressor
+
+
+@pytest.mark.parametrize("changes", [{}, {"size": 24}, {"num_heads": 1}, {"feature_grid": (3, 3)}])
+@pytest.mark.parametrize("counts", [(1, 2), (9, 4)])
+def test_folded_queries_equal_those_that_are_not(changes: dict, counts: tuple[int, int]) -> None:
+    """Both orders of the products (few tokens, many tokens), heads, sizes and a grid without resizing."""
+    compressor = sharp_query(**changes)
+    length = compressor.feature_grid[0] * compressor.feature_grid[1]
+    pictures = 3 * torch.randn(2, length, SIZE, generator=torch.Generator().manual_seed(3)) + 1
+    unfolded = read_picture(compressor, pictures, *counts).detach()
+    with torch.no_grad():
+        folded = read_picture(compressor, pictures, *counts)
+    assert not torch.equal(folded, unfolded)  # it really took another way
+    torch.testing.assert_close(folded, unfolded, rtol=1e-5, atol=1e-5 * float(unfolded.abs().max()))
+
+
+def test_which_product_comes_first_is_what_costs_less() -> None:
+    assert pools_first(16, num_heads=16, length=576, size=1024)
+    assert not pools_first(256, num_heads=16, length=576, size=1024)
+    assert pools_first(256, num_heads=1, length=576, size=1024)
+
+
+@torch.no_grad()
+def _step(compressor: Query) -> None:
+    compressor.attn.out_proj.weight.add_(0.5)
+
+
+def _load(compressor: Query) -> None:
+    compressor.load_state_dict({name: value + 0.3 for name, value in compressor.state_dict().items()})
+
+
+def _assign(compressor: Query) -> None:
+    other = {name: value - 0.2 for name, value in compressor.state_dict().items()}
+    compressor.load_state_dict(other, assign=True)
+
+
+def _train(compressor: Query) -> None:
+    compressor.train()
+    optimizer = torch.optim.SGD(compressor.parameters(), lr=0.1)
+    with torch.enable_grad():
+        read_picture(compressor, torch.randn(1, 25, SIZE), 9).square().sum().backward()
+    optimizer.step()
+    compressor.eval()
+
+
+def _write_data(compressor: Query) -> None:
+    compressor.train()
+    compressor.query.data.add_(1)
+    compressor.eval()
+
+
+def _replace(compressor: Query) -> None:
+    compressor.proj = nn.Parameter(compressor.proj + 1)
+
+
+@pytest.mark.parametrize("change", [_step, _load, _assign, _train, _write_data, _replace, Query.double])
+def test_folded_constants_are_never_stale(change) -> None:
+    compressor = sharp_query()
+    pictures = torch.randn(1, 25, SIZE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = read_picture(compressor, pictures, 9)
+        kept = compressor._folds._kept
+        torch.testing.assert_close(read_picture(compressor, pictures, 9), before)
+        assert compressor._folds._kept is kept  # folded once
+    change(compressor)
+    own = pictures.to(compressor.proj.dtype)
+    expected = read_picture(compressor, own, 9).detach()
+    with torch.no_grad():
+        after = read_picture(compressor, own, 9)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert after.dtype != before.dtype or not torch.allclose(after, before)
+
+
+def test_copies_fold_for_themselves_and_gradients_are_not_folded() -> None:
+    compressor = sharp_query()
+    pictures = torch.randn(1, 25, SIZE)
+    with torch.no_grad():
+        read_picture(compressor, pictures, 9)
+    twin = copy.deepcopy(compressor)
+    assert twin._folds._kept is None
+    assert set(twin.state_dict()) == set(compressor.state_dict())
+    read_picture(compressor, pictures, 9).sum().backward()
+    assert compressor.query.grad is not None
+    assert compressor.attn.in_proj_weight.grad.abs().sum() > 0

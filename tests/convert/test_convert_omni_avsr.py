@@ -317,11 +317,11 @@ def test_stacked_frames_and_the_kind_of_projectors_must_be_those_of_the_system(
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, parts: dict[str, str]) -> None:
-    (tmp_path / "x.bin").write_bytes(b"x")
+    (tmp_path / "x.onnx").write_bytes(b"x")
     (tmp_path / "x.safetensors").write_bytes(b"x" * 100)
     torch.save([1, 2], tmp_path / "x.pt")
     for name, message in (
-        ("x.bin", r"ends in \.bin; checkpoints end in \.pt"),
+        ("x.onnx", r"ends in \.onnx; checkpoints end in \.pt"),
         ("x.safetensors", "is no safetensors file, or is cut"),
         ("x.pt", "holds a list where a state dict is expected"),
     ):

@@ -136,3 +136,24 @@ def test_settings_that_make_no_sense() -> None:
         TokenBucketBatchSampler([1], max_tokens=30).set_epoch(0, 9)
     with pytest.raises(ValueError, match="num_batches must be at least 0"):
         TokenBucketBatchSampler([1], max_tokens=30).seek(-1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 4])
+def test_groups_that_are_kept_apart_share_no_step_but_the_last_ones(num_processes: int) -> None:
+    groups = [index % 5 == 0 for index in range(len(LENGTHS))]
+    samplers = []
+    for process in range(num_processes):
+        sampler = TokenBucketBatchSampler(
+            LENGTHS, max_tokens=800, max_rows=6, num_processes=num_processes, process_index=process
+        )
+        sampler.keep_apart(groups)
+        samplers.append(sampler)
+    steps = list(zip(*(sampler.batches(0) for sampler in samplers), strict=True))
+    mixed = [len({groups[index] for batch in step for index in batch}) > 1 for step in steps]
+    assert all(len({groups[index] for index in batch}) == 1 for step in steps for batch in step)
+    assert sum(mixed) <= 2
+    seen = [index for step in steps for batch in step for index in batch]
+    repeated = sum(sampler.num_repeated for sampler in samplers)
+    assert set(seen) == set(range(len(LENGTHS)))
+    assert len(seen) == len(LENGTHS) or repeated
+    assert samplers[0].batches(1) != samplers[0].batches(0)

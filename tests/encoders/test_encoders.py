@@ -12,6 +12,7 @@ from transformers import (
     DINOv3ViTConfig,
     HubertConfig,
     LlamaConfig,
+    Siglip2VisionConfig,
     SiglipConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -69,7 +70,15 @@ LIPS = AVHubertConfig(
     **TRUNK, resnet_channels=(4, 8, 16, 32), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4
 )
 LISTENING = tower_config(LIPS, "audio")
-CONFIGS = {**TOWERS, **WAVES, "whisper": WhisperConfig(**WHISPER), "lips": LIPS, "listening": LISTENING}
+NAFLEX = Siglip2VisionConfig(**TRUNK, patch_size=8, num_patches=25)
+CONFIGS = {
+    **TOWERS,
+    "siglip2": NAFLEX,
+    **WAVES,
+    "whisper": WhisperConfig(**WHISPER),
+    "lips": LIPS,
+    "listening": LISTENING,
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -147,6 +156,32 @@ def test_another_picture_size_gives_another_grid(name: str) -> None:
     assert encoder(torch.zeros(1, 3, 48, 32)).shape == (1, 24, 32)
     with pytest.raises(ValueError, match=r"pictures are \(40, 40\) pixels"):
         encoder(torch.zeros(1, 3, 40, 40))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("size", [(24, 64), (44, 43)])
+@torch.no_grad()
+def test_pictures_that_are_not_square_are_read_as_the_tower_itself_reads_them(name: str, size: tuple[int, int]) -> None:
+    """Positions are the tower's own, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); what fills no patch is cut."""
+    torch.manual_seed(0)
+    whole = backbone_class(TOWERS[name])(TOWERS[name]).eval()
+    pictures = torch.randn(2, 3, *size)
+    options = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
+    hidden = whole(pictures, output_hidden_states=True, **options).hidden_states[-2]
+    rows, columns = size[0] // 8, size[1] // 8
+    encoder = wrap_encoder(whole, {"image_size": size}).eval()
+    assert encoder.grid == (rows, columns)
+    features = encoder(pictures)
+    torch.testing.assert_close(features, hidden[:, -rows * columns :])
+    mirrored = encoder(pictures.flip(3)).unflatten(1, (rows, columns)).flip(2).flatten(1, 2)
+    assert not torch.allclose(features, mirrored, atol=1e-4)  # positions are there, and a row is a row
+
+
+def test_a_size_is_refused_for_patches_and_patches_for_a_size() -> None:
+    with pytest.raises(ValueError, match=r"max_num_patches goes with siglip2_vision_model, not with clip_vision_model"):
+        build_encoder("image", TOWERS["clip"], {"max_num_patches": 64})
+    with pytest.raises(ValueError, match="smaller than one patch"):
+        build_encoder("image", TOWERS["clip"], {"image_size": [4, 40]})
 
 
 @pytest.mark.parametrize("feature_layer", [0, 4, -4])

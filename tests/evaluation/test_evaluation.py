@@ -135,6 +135,37 @@ def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path
     assert encoded == [3, 1]  # four pictures, batches of three, each encoded once for three budgets
 
 
+def test_questions_about_one_picture_meet_and_share_its_encoding(answerer, samples, tmp_path) -> None:
+    """Wherever they stand in the manifest; the answers are those of each alone, on one rank or two."""
+    asked = [
+        replace(sample, id=f"{sample.id} {question}", messages=_asking(sample, question))
+        for question in ("what colour?", "how many objects are there?", "where is it?")
+        for sample in samples[:2]
+    ]
+    work = plan({"test": asked}, BUDGETS[:3], space=answerer.processor.space)
+    seen = {"pictures": 0}
+    handle = answerer.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, given: seen.update(pictures=seen["pictures"] + len(given[0]))
+    )
+    for rank in range(2):
+        store = AnswerStore(tmp_path / "shared", rank=rank)
+        store.claim({"model": "tiny"})
+        run_share(Sweep(answerer, store), work, rank=rank, num_ranks=2)
+    handle.remove()
+    assert seen["pictures"] == 2
+    lines = AnswerStore(tmp_path / "shared").read().values()
+    assert len(lines) == len(asked) * 3
+    by_id = {sample.id: sample for sample in asked}
+    for line in lines:
+        alone = answerer.answer_samples([by_id[line["id"]]], [line["budget"]])[0]
+        assert (line["hypothesis"], line["prompt_tokens"]) == (alone.text, alone.num_prompt_tokens)
+
+
+def _asking(sample: Sample, question: str) -> tuple[Message, ...]:
+    picture = sample.media[0]
+    return (Message("user", (picture, Text(question))), *sample.messages[1:])
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ranks: int) -> None:
     alone = evaluated(answerer, samples, tmp_path / "alone")

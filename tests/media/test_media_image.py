@@ -102,6 +102,12 @@ def test_the_first_picture_of_a_phone_jpeg_is_read(tmp_path: Path) -> None:
     assert red > 200 > 100 > blue
 
 
+def test_a_gif_of_one_picture_is_read_whatever_its_name(tmp_path: Path) -> None:
+    """OCR-VQA's covers, which LLaVA's download names .jpg, hold some."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "cover.jpg", format="GIF")
+    assert np.asarray(load_image(tmp_path / "cover.jpg"))[4, 4].tolist() == [255, 0, 0]
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_animations_are_refused(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]

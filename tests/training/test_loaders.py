@@ -45,6 +45,13 @@ def test_a_run_config_may_name_lists_of_other_systems(tmp_path: Path) -> None:
         read_samples(folder.train, folder)
 
 
+def test_questions_that_a_server_judges_teach_nothing(tmp_path: Path) -> None:
+    (tmp_path / "llava_test.jsonl").write_text('{"question_id": "a.jpg", "image": "a.jpg", "text": "What?"}\n')
+    settings = DataSettings(train=[str(tmp_path)], reader=ReaderSettings(format="vizwiz"))
+    with pytest.raises(ValueError, match=r"'a\.jpg' has no answer to learn from"):
+        read_samples(settings.train, settings)
+
+
 def test_the_command_line_reaches_the_reader_and_the_masks() -> None:
     words = ["train", "--model.llm", "l", "--data.train", "a.csv", "--train.output", "o", "--train.max_steps", "1"]
     own = [

@@ -71,6 +71,40 @@ def test_soft_tokens_of_the_smallest_budget_are_as_long_as_words() -> None:
     torch.testing.assert_close(soft.square().sum(1).mean(), words.square().sum(1).mean(), rtol=1e-3, atol=0.0)
 
 
+def test_a_picture_in_haar_order_is_fitted_as_the_map_it_is() -> None:
+    """Details are differences and do not add up to the picture; where the map's own sums are fitted, maps agree."""
+    raster, haar = ({**LINEAR, "budgets": [64, 16, 1], "order": order} for order in ("raster", "haar"))
+    plain, _ = fit(tiny.settings(("image",), image=raster), ["image"])
+    nested, _ = fit(tiny.settings(("image",), image=haar), ["image"])
+    assert nested.model.compressors["image"].order == "haar"
+    own, other = (m.model.compressors["image"].projectors[0][0] for m in (plain, nested))
+    torch.testing.assert_close(other.weight, own.weight)
+    torch.testing.assert_close(other.bias, own.bias)
+
+
+def test_queries_are_fitted_to_what_they_would_read_of_single_features() -> None:
+    """The sum of single features' tokens is the ridge regression; the bias stands in the layer before."""
+    own = {"compressor": "query", "num_queries": 16, "query_start": "pyramid", "budgets": [16, 4, 1]}
+    settings = tiny.settings(("image",), image=own)
+    model, [report] = fit(settings, ["image"])
+    assert report.name == "image=16"
+    query = model.model.compressors["image"]
+    assert query.proj.shape == (16, 32)
+    features = model.model.encode(
+        "image", torch.stack([tiny.random_media("image", seed=i).values for i in range(14)])
+    ).values
+    with torch.no_grad():
+        summed = (query.values(features) @ query.proj).sum(1).double()
+    targets = torch.stack([words_of(model, i).sum(0).double() for i in range(14)])
+    around, wanted = summed - summed.mean(0), targets - targets.mean(0)
+    scale = (around * wanted).sum() / around.square().sum()
+    missed = (wanted - scale * around).square().sum() / wanted.square().sum()
+    assert 1 - float(missed) == pytest.approx(report.explained, abs=0.02)
+    soft = torch.cat([soft_tokens(model, settings, "image=1", i) for i in range(14)])
+    words = torch.cat([words_of(model, i) for i in range(14)])
+    torch.testing.assert_close(soft.square().sum(1).mean(), words.square().sum(1).mean(), rtol=0.2, atol=0.0)
+
+
 def test_what_patches_say_is_found_from_sums_alone() -> None:
     """Words are planted as directions of features; the fit sees only whole pictures and finds every patch's word."""
     settings = tiny.settings(("image",), image={**LINEAR, "budgets": [64, 1]})
@@ -141,11 +175,9 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit(tiny.settings(("image",), image={"projector_norm": True}), ["image"])
     with pytest.raises(ValueError, match=r"fits one projector, not a mixture; leave out projector_experts"):
         fit(tiny.settings(("image",), image={"projector_experts": 2}), ["image"])
-    query = {"compressor": "query", "budgets": [16, 4]}
-    with pytest.raises(
-        ValueError, match=r"data.captions holds image, whose compressor has no projector; allowed: pool"
-    ):
-        fit(tiny.settings(("image",), image=query), ["image"])
+    windows = {"compressor": "query", "budgets": ["/4", "/8"], "num_queries": 4, "window_frames": 16}
+    with pytest.raises(ValueError, match=r"cannot fit a query here; allowed: pool, stack, and query on pictures"):
+        fit(tiny.settings(("audio",), audio=windows), ["audio"])
     settings = tiny.settings(("image",))
     two = tiny.batch(
         tiny.processor(settings),

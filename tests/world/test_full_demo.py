@@ -114,7 +114,7 @@ def test_the_table_has_the_columns_of_the_papers_and_the_file_every_number() -> 
 def test_the_command_chooses_the_demo_and_refuses_keys_of_the_other() -> None:
     assert Settings(full=True, num_seeds=2).chosen() == FullDemoSettings(num_seeds=2)
     assert Settings(num_scenes=5).chosen() == DemoSettings(num_scenes=5)
-    with pytest.raises(ValueError, match=r"num_scenes does not go with full=true; allowed: out, seed"):
+    with pytest.raises(ValueError, match=r"num_scenes does not go with full=true about speech; allowed: out, seed"):
         Settings(full=True, num_scenes=5).chosen()
     with pytest.raises(ValueError, match=r"num_seeds does not go with full=false"):
         Settings(num_seeds=5).chosen()

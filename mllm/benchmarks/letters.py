@@ -1,0 +1,53 @@
+"""Multiple choice: which option an answer names, as LLaVA's scripts, SEED-Bench and MMMU read it.
+
+Knows strings. Does not know files or samples.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SAID = re.compile(r"The answer is ([A-Z]).")
+_EDGES = (",", ".", "!", "?", ";", ":", "'")
+_MIN_WORDS_TO_QUOTE = 6
+"""MMMU looks for the words of an option only in longer answers."""
+
+
+def llava_letter(answer: str, num_options: int) -> str | None:
+    """The option by the rules of LLaVA for ScienceQA: "B", "B. a cat" or one "The answer is B."; None otherwise.
+
+    Any sign may follow the letter in the third form, but one must. A letter beyond the options is returned where it is
+    in one of the longer forms and names no option then, which is as wrong as None.
+    """
+    answer = answer.strip()
+    known = LETTERS[:num_options]
+    if len(answer) == 1 and answer in known:
+        return answer
+    if len(answer) >= 3 and answer[0] in known and answer[1:3] == ". ":
+        return answer[0]
+    said = _SAID.findall(answer)
+    return said[0] if len(said) == 1 else None
+
+
+def mmmu_letter(answer: str, options: Sequence[str], *, sample_id: str) -> tuple[str, bool]:
+    """The option by the rules of MMMU, and whether it was found rather than drawn by lot.
+
+    In this order: "(B)", then " B ", then in answers of more than five words the text of an option; of several the one
+    that stands last. Where nothing is found the official code draws an option at random; here the draw is a function
+    of the sample's id.
+    """
+    for edge in _EDGES:
+        answer = answer.strip(edge)
+    text, letters = f" {answer} ", LETTERS[: len(options)]
+    for form in ("({})", " {} "):
+        places = {letter: text.rfind(form.format(letter)) for letter in letters}
+        if found := {letter: place for letter, place in places.items() if place >= 0}:
+            return max(found, key=lambda letter: found[letter]), True
+    if len(text.split()) >= _MIN_WORDS_TO_QUOTE:
+        low = text.lower()
+        found = {a: low.rfind(option.lower()) for a, option in zip(letters, options, strict=True)}
+        if found := {letter: place for letter, place in found.items() if place >= 0}:
+            return max(found, key=lambda letter: found[letter]), True
+    draw = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8])
+    return letters[draw % len(letters)], False

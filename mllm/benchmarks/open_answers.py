@@ -1,0 +1,120 @@
+"""Open answers: MMMU's reading of numbers and phrases, DocVQA's edit similarity, ChartQA's tolerance, GQA's match.
+
+Knows strings. Does not know files or samples.
+"""
+
+import re
+from collections.abc import Sequence
+
+ANLS_THRESHOLD = 0.5
+TOLERANCE = 0.05
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
+
+
+def gqa_match(reference: str, answer: str) -> float:
+    """1 where the answer in lower case without its last full stops is the reference, as LLaVA hands it in."""
+    return float(answer.strip().rstrip(".").lower() == reference)
+
+
+def anls(references: Sequence[str], answer: str) -> float:
+    """DocVQA's 1 - edit distance / length to the nearest reference, in lower case; 0 below one half.
+
+    The official code keeps exactly one half.
+    """
+    best = max(1.0 - _distance_share(reference, answer) for reference in references)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def relaxed_match(reference: str, answer: str) -> float:
+    """ChartQA: numbers within 5 % of the reference, everything else equal in lower case.
+
+    "12%" is 0.12, and so is not within reach of "12". A reference of 0 is compared as text, as the official code does.
+    """
+    answer = answer.strip()
+    wanted, given = _float(reference), _float(answer)
+    if given is not None and wanted:
+        return float(abs(given - wanted) / abs(wanted) <= TOLERANCE)
+    return float(answer.lower() == reference.strip().lower())
+
+
+def mmmu_open_match(references: Sequence[str], answer: str) -> float:
+    """1 where a number of the answer is a reference, or a phrase of it holds one."""
+    wanted: set[str | float] = {form for reference in references for form in _forms(reference)}
+    texts = [form for form in wanted if isinstance(form, str)]
+    for form in mmmu_open_answers(answer):
+        if isinstance(form, str) and any(text in form for text in texts):
+            return 1.0
+        if not isinstance(form, str) and form in wanted:
+            return 1.0
+    return 0.0
+
+
+def mmmu_open_answers(answer: str) -> set[str | float]:
+    """What an open answer may say: its key phrases and the numbers in them, rounded to two digits."""
+    phrases = _key_phrases(answer)
+    numbers = [number for phrase in phrases for pattern in _NUMBERS for number in pattern.findall(phrase)]
+    return {form for text in (*phrases, *numbers) for form in _forms(text)}
+
+
+def _key_phrases(answer: str) -> list[str]:
+    """The shortest rest after an indicator such as "is ", by line; the whole answer where there is none.
+
+    The official code lowers the text before it splits sentences at capitals, so only line breaks part it.
+    """
+    whole = answer.strip().strip(".").lower()
+    lines = whole.split("\n")
+    found = []
+    for number, line in enumerate(lines):
+        indicators = (*_INDICATORS, "=") if number == len(lines) - 1 else _INDICATORS
+        rests = [line.split(indicator)[-1].strip() for indicator in indicators if indicator in line]
+        shortest = _shortest(rests)
+        if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
+            found.append(shortest)
+    return found or [whole]
+
+
+def _shortest(rests: Sequence[str]) -> str | None:
+    """The first of the shortest; an empty one gives way to whatever follows it, as in the official code."""
+    best: str | None = None
+    for rest in rests:
+        if not best or len(rest) < len(best):
+            best = rest
+    return best
+
+
+def _forms(text: str) -> list[str | float]:
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        low = text.lower()
+        return [f" {low}", f"{low} "] if len(low) == 1 else [low]
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _distance_share(reference: str, answer: str) -> float:
+    """Edit distance over the longer length; white space collapsed. Two empty texts agree."""
+    one, two = (" ".join(text.lower().split()) for text in (reference, answer))
+    length = max(len(one), len(two))
+    return edit_distance(one, two) / length if length else 0.0
+
+
+def edit_distance(one: str, two: str) -> int:
+    """Insertions, deletions and substitutions between two texts."""
+    row = list(range(len(two) + 1))
+    for number, own in enumerate(one, start=1):
+        before, row = row, [number]
+        for place, other in enumerate(two, start=1):
+            row.append(min(before[place] + 1, row[-1] + 1, before[place - 1] + (own != other)))
+    return row[-1]

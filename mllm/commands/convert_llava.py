@@ -1,0 +1,42 @@
+"""`mllm convert llava`: a released LLaVA-1.5 to a run folder; MQT-LLaVA and M3 share its options.
+
+Knows options and the terminal. Does not know names in checkpoints.
+"""
+
+from dataclasses import dataclass
+
+from mllm.convert.llava_options import SYSTEMS, Options
+
+SUMMARY = "read a released LLaVA-1.5 (a folder as downloaded, or one file) and write it as a run folder"
+POSITIONAL = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """Convert a released checkpoint to a run folder; nothing in its files is run."""
+
+    checkpoint: str
+    """The folder as downloaded, a file (.bin, .pt, .safetensors), or what a first stage trained
+    (query_abstractor.bin, mm_projector.bin)."""
+    out: str
+    """Folder to write; new or empty."""
+
+
+def run(settings: Settings) -> int:
+    """Convert, and tell what was found."""
+    return convert_system(settings, "llava")
+
+
+def convert_system(settings: Settings, system: str) -> int:
+    """Convert a checkpoint of a system, and tell what was found."""
+    from mllm.commands.terminal import console, quiet_loading
+    from mllm.convert.llava import convert
+
+    quiet_loading()
+    facts = convert(settings.checkpoint, settings.out, system=system, options=settings)
+    out = console()
+    out.print(SYSTEMS[system].title, soft_wrap=True)
+    for fact in facts:
+        out.print(fact, soft_wrap=True)
+    out.print(f"written to {settings.out}", soft_wrap=True)
+    return 0

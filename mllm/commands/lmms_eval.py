@@ -1,0 +1,103 @@
+"""`mllm lmms-eval`: lmms-eval's benchmarks at several budgets, each question encoded once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mllm.budget import Budget
+
+SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Run tasks of lmms-eval at several budgets. Needs mllm[lmms]; see docs/lmms_eval.md."""
+
+    model: str
+    """Run folder or exported model."""
+    tasks: list[str]
+    """Names of lmms-eval's tasks, groups or tags; `lmms-eval tasks list` shows them."""
+    budgets: str | list[str]
+    """Budgets, as a list or parted by ";", e.g. "image=64;image=16;image=4"."""
+    include_path: str | None = None
+    """Folder of tasks of your own."""
+    output: str | None = None
+    """Folder of the results; `lmms_eval` inside the model's folder when left out."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    num_fewshot: int | None = None
+    """Examples before each question; what the task says when left out."""
+    gen_kwargs: str | None = None
+    """Instead of what tasks say of decoding, e.g. "max_new_tokens=32,num_beams=3"."""
+    batch_size: int = 1
+    """Questions answered together; each is answered at all budgets at once."""
+    log_samples: bool = False
+    """Also write every question and answer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen parts."""
+    use_cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+
+    def __post_init__(self) -> None:
+        if not self.asked_budgets:
+            raise ValueError("budgets is empty; name at least one, such as image=64")
+        if not self.tasks:
+            raise ValueError("tasks is empty; name at least one")
+        for key in ("batch_size", "limit"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} is {value}; it must be at least 1")
+
+    @property
+    def asked_budgets(self) -> list[str]:
+        """The budgets, each once."""
+        texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
+        return [str(budget) for budget in dict.fromkeys(Budget.parse(text) for text in texts if text.strip())]
+
+
+def run(settings: Settings) -> int:
+    """Evaluate at each budget, show one table, and write everything."""
+    from mllm.commands.terminal import console, quiet_loading
+
+    try:
+        import lmms_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("mllm lmms-eval needs lmms-eval: pip install 'mllm[lmms]'") from error
+    from mllm.lmms.model import ElasticChat
+    from mllm.lmms.sweep import sweep, table_rows, write
+
+    quiet_loading()
+    chat = ElasticChat(
+        pretrained=settings.model,
+        budget=settings.asked_budgets,
+        batch_size=settings.batch_size,
+        device="cpu" if settings.use_cpu else None,
+        dtype=settings.dtype,
+    )
+    options: dict[str, Any] = {
+        "limit": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "gen_kwargs": settings.gen_kwargs,
+        "batch_size": settings.batch_size,
+        "log_samples": settings.log_samples,
+        "verbosity": "WARNING",
+    }
+    evaluated = list(sweep(chat, tasks=settings.tasks, include_path=settings.include_path, **options))
+    if not evaluated:  # another process tells
+        return 0
+    folder = Path(settings.output) if settings.output is not None else Path(settings.model) / "lmms_eval"
+    write(evaluated, folder)
+    console().print(_table(table_rows(evaluated)))
+    console().print(f"written to {folder}")
+    return 0
+
+
+def _table(rows: list[list[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table

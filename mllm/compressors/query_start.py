@@ -1,0 +1,123 @@
+"""A start for queries on pictures at which query i reads one place: the whole picture, then its quarters, and so on.
+
+Knows one query compressor and cells of a grid. Does not know pictures, losses or the LLM.
+
+The released start (see `query.py`) lets every query look at everything about equally, and training must part them. At
+this one the first query reads the mean of all features, the next three a quarter each, the next twelve a sixteenth
+each: of the four parts of a cell three are read, for the fourth follows from them and the whole. So the first 1, 4, 16,
+64, ... queries hold what a pooled map of that many cells holds, which is what nested budgets ask of them. Values pass
+unchanged, and heads look at the same places. It is a start only; everything trains on from there.
+
+Shapes: M queries, T features of the grid, C size of queries.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mllm.compressors.query import Query
+
+Cell = tuple[int, int, int, int]
+"""First row, row behind the last, first column, column behind the last."""
+NUM_STEPS = 300
+SHARPNESS = 10.0
+"""Of the attention that the search begins with; the search itself changes it."""
+
+
+def pyramid_cells(num_cells: int, grid: tuple[int, int]) -> list[Cell]:
+    """The cells of the first queries, coarse to fine; where the grid has no more of them they begin anew."""
+    level: list[Cell] = [(0, grid[0], 0, grid[1])]
+    cells = list(level)
+    while len(cells) < num_cells:
+        children = [part for cell in level for part in _parts(cell)]
+        if len(children) == len(level):  # single features: those not read yet, then all over again
+            cells += [cell for cell in level if cell not in cells] or cells
+        for cell in level:
+            cells += _parts(cell)[:-1]
+        level = children
+    return cells[:num_cells]
+
+
+def _parts(cell: Cell) -> list[Cell]:
+    """A cell halved along each axis it can be halved along, in reading order."""
+    top, bottom, left, right = cell
+    row_cuts = [top, (top + bottom) // 2, bottom] if bottom - top > 1 else [top, bottom]
+    column_cuts = [left, (left + right) // 2, right] if right - left > 1 else [left, right]
+    return [
+        (row_cuts[i], row_cuts[i + 1], column_cuts[j], column_cuts[j + 1])
+        for i in range(len(row_cuts) - 1)
+        for j in range(len(column_cuts) - 1)
+    ]
+
+
+def read_places(compressor: Query, generator: torch.Generator) -> Tensor:
+    """Give a query compressor with position keys this start, in place.
+
+    The weights of queries and keys are searched for by gradient descent on the divergence of the attention from the
+    cells; with 64 queries on 64 features that takes half a second.
+
+    Args:
+        generator: of the directions in which heads look.
+
+    Returns:
+        (M,) what is left of the divergence, in nats.
+
+    Raises:
+        ValueError: content keys or a stream, whose attention is not one of places.
+    """
+    if compressor.windowed or compressor.keys != "position":
+        raise ValueError("query_start=pyramid goes with pictures and keys=position; leave it out")
+    attention = compressor.attn
+    size = attention.out_proj.in_features
+    grid = compressor.feature_grid
+    wanted = _attention_on(pyramid_cells(compressor.num_queries, grid), grid).to(compressor.query)
+    with torch.no_grad():
+        looks = torch.linalg.qr(torch.randn(size, size, generator=generator))[0] * math.sqrt(SHARPNESS)
+        attention.in_proj_weight.copy_(torch.cat([looks, looks, torch.eye(size)]))
+        attention.in_proj_bias.zero_()
+        attention.out_proj.weight.copy_(torch.eye(size))
+        attention.out_proj.bias.zero_()
+        compressor.query.copy_(wanted @ compressor.key_positions() - compressor.pos_embed)
+    searched = [compressor.query, attention.in_proj_weight]
+    starts = [parameter.detach().clone().requires_grad_() for parameter in searched]
+    left = _search(compressor, starts, wanted)
+    with torch.no_grad():
+        for parameter, found in zip(searched, starts, strict=True):
+            parameter.copy_(found)
+    return left
+
+
+def _attention_on(cells: list[Cell], grid: tuple[int, int]) -> Tensor:
+    """(M, T): the mean over each cell."""
+    wanted = torch.zeros(len(cells), *grid)
+    for own, (top, bottom, left, right) in zip(wanted, cells, strict=True):
+        own[top:bottom, left:right] = 1 / ((bottom - top) * (right - left))
+    return wanted.flatten(1)
+
+
+def _search(compressor: Query, starts: list[Tensor], wanted: Tensor) -> Tensor:
+    """Adam with a falling rate; the values' part of the weights gets no gradient."""
+    optimizer = torch.optim.Adam(starts, lr=2e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=NUM_STEPS)
+    with torch.enable_grad():
+        for _ in range(NUM_STEPS):
+            divergence = _divergence(compressor, *starts, wanted)
+            optimizer.zero_grad()
+            divergence.mean().backward()
+            optimizer.step()
+            schedule.step()
+        return _divergence(compressor, *starts, wanted).mean(0).detach()
+
+
+def _divergence(compressor: Query, query: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """(h, M): how far each head of each query is from where it should look."""
+    num_heads = compressor.attn.num_heads
+    states = (compressor.ln_q(query + compressor.pos_embed.detach()), compressor.ln_k(compressor.key_positions()))
+    queries, keys = (
+        functional.linear(own, part).unflatten(1, (num_heads, -1)).transpose(0, 1)
+        for own, part in zip(states, weight.chunk(3), strict=False)
+    )
+    logs = (queries @ keys.mT * queries.shape[-1] ** -0.5).log_softmax(-1)
+    return (torch.special.xlogy(wanted, wanted) - wanted * logs).sum(-1)

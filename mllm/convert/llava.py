@@ -1,0 +1,291 @@
+"""A released LLaVA-1.5, MQT-LLaVA or LLaVA-1.5-M3 to a run folder: the connector, and beside it the frozen parts.
+
+    released weights ── split_state ── LLM, vision tower ─────── DIR/llm, DIR/image   (`run:llm`, `run:image`)
+                                    └─ queries or projector ──── DIR/trainables.safetensors
+
+A part that is not in the checkpoint (the LLM of a first stage, a tower that is loaded from elsewhere) is named by its
+source, as after a training of ours. Knows options and the parts of a checkpoint. Everything is checked before anything
+is written. Does not know how the entries are named; that is `llava_layout.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+)
+
+from mllm.building import PADDED, build_processor, elastic_config, unsharded
+from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
+from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
+from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
+from mllm.encoders import backbone_class, encoder_facts, tower_config
+from mllm.loading import save_run
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor
+from mllm.settings import MediumSettings, ModelSettings
+from mllm.sources import RUN_PREFIX, resolve_source
+from mllm.trainables import set_trainables
+
+FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run folder is made of.
+
+    Args:
+        weights: of the frozen parts that are in the checkpoint, by part and by the names transformers gives them.
+        configs: of both parts. sources: where each comes from if it is not in the checkpoint.
+        tokenizer: the LLM's. image_processor: its settings as plain values.
+        image: how pictures become soft tokens.
+        trained: what a checkpoint of ours holds, by its names.
+        facts: what was found, in words.
+    """
+
+    weights: dict[str, dict[str, Tensor]]
+    configs: dict[str, PreTrainedConfig]
+    sources: dict[str, str]
+    tokenizer: Any
+    image_processor: dict[str, Any]
+    image: MediumSettings
+    trained: dict[str, Tensor]
+    facts: list[str]
+
+
+def convert(path: str | Path, out: str | Path, *, system: str, options: Options) -> list[str]:
+    """Convert a released file or folder; `mllm.load(out)` loads what is written.
+
+    Args:
+        system: one of `SYSTEMS`.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: weights that are none of such a checkpoint, options that contradict them, or a folder in use.
+    """
+    path, folder = Path(path), Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out={folder} is in use; name a new or an empty folder")
+    split = split_state(read_weights(path, (*WHOLE_MODELS, *FIRST_STAGES)))
+    parts = read_parts(split, path if path.is_dir() else None, SYSTEMS[system], options)
+    write_parts(parts, folder)
+    write_run(parts, folder)
+    return parts.facts
+
+
+def read_parts(split: Split, folder: Path | None, system: System, options: Options) -> Parts:
+    """Everything in a checkpoint, checked.
+
+    Args:
+        folder: the checkpoint lies in, with what else is in it.
+
+    Raises:
+        ValueError: entries that are missing, unknown or misshapen, or options that contradict them.
+    """
+    told = Told({})
+    if folder is not None and (folder / "config.json").is_file():
+        told = Told(read_json(folder / "config.json"), str(folder / "config.json"))
+    _check_system(split, told, system, options)
+    sources = {"llm": options.llm or LLM, "image": options.vision or told.vision}
+    text, tokenizer = _llm(split, folder, told, options)
+    vision = tower_config(AutoConfig.from_pretrained(resolve_source(sources["image"])))
+    if vision.model_type != "clip_vision_model":
+        raise ValueError(f"{sources['image']} is a {vision.model_type}; only checkpoints with CLIP can be converted")
+    told.check_size(vision.hidden_size)
+    weights = {"llm": _llm_weights(split.llm, text)} if split.llm else {}
+    if split.tower:
+        weights["image"] = _tower_weights(split.tower, vision)
+    image, trained = _connector(split, told, text, vision)
+    image = replace(image, feature_layer=told.feature_layer if options.feature_layer is None else options.feature_layer)
+    budgets = _budgets(split, told, vision, system, options)
+    image = replace(image, budgets=list(budgets), query_heads=_heads(split, vision, options))
+    parts = Parts(
+        weights,
+        {"llm": text, "image": vision},
+        sources,
+        tokenizer,
+        _image_processor(sources["image"], told, options),
+        image,
+        trained,
+        facts=[],
+    )
+    return replace(parts, facts=_facts(parts, vision))
+
+
+def _check_system(split: Split, told: Told, system: System, options: Options) -> None:
+    """Refuse a checkpoint of another of the three systems.
+
+    Raises:
+        ValueError: what it is instead, and the option that contradicts it.
+    """
+    if split.connector != system.connector:
+        found = "queries (MQT-LLaVA)" if split.queries else "a projector (LLaVA-1.5, LLaVA-1.5-M3)"
+        raise ValueError(f"the checkpoint holds {found}; it is no {system.title} (see `mllm convert`)")
+    if told.scales and not system.scales:
+        raise ValueError(f"{SCALES_KEY} is {list(told.scales)} in {told.source}; it is no {system.title}")
+    if system.scales and told.values and not told.scales and not options.budgets:
+        raise ValueError(
+            f"{told.source} has no {SCALES_KEY}, so it is a LLaVA-1.5 that was not trained at several counts "
+            "(`mllm convert llava`); give budgets if it was"
+        )
+    if options.query_heads is not None and split.connector != "query":
+        raise ValueError(f"query_heads goes with MQT-LLaVA; {system.title} has no queries")
+
+
+def _llm(split: Split, folder: Path | None, told: Told, options: Options) -> tuple[Any, Any]:
+    """Config and tokenizer of the LLM: from the option, from the folder where there is none, or the published ones."""
+    source = resolve_source(options.llm or LLM)
+    own = folder if options.llm is None and split.llm else None
+    is_told = own is not None and bool(told.values)
+    text = _text_config(told) if is_told else AutoConfig.from_pretrained(source).get_text_config()
+    if own is not None and any((own / name).is_file() for name in _TOKENIZERS):
+        source = str(own)
+    tokenizer = AutoTokenizer.from_pretrained(source, config=text)
+    rows = len(split.llm[EMBEDDINGS]) if EMBEDDINGS in split.llm else text.vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer of {source} holds {len(tokenizer)} tokens, but the LLM embeds {rows}; "
+            "was it trained on another LLM? (option llm)"
+        )
+    return text, tokenizer
+
+
+def _text_config(told: Told) -> LlamaConfig:
+    """The Llama in a LLaVA's config.json, whose own model type transformers does not know."""
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "dtype"}
+    values = {key: value for key, value in told.values.items() if key in known}
+    return LlamaConfig(**values)
+
+
+def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    check_layout(state, {name: tuple(value.shape) for name, value in expected.items()})
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def _tower_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        expected = backbone_class(config)._from_config(config).state_dict()
+    try:
+        check_layout(state, {name: tuple(value.shape) for name, value in expected.items()})
+    except ValueError as error:
+        raise ValueError(f"vision_tower (option vision): {error}") from error
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[MediumSettings, dict[str, Tensor]]:
+    """How pictures become soft tokens as far as shapes tell, and our entries for it."""
+    any_budget: Any = {"encoder": "", "budgets": [1]}  # both are filled in by the caller
+    if split.queries:
+        queries = read_queries(split.queries, feature_size=vision.hidden_size)
+        check_layout(split.queries, queries.layout(text.hidden_size))
+        image = MediumSettings(**any_budget, compressor="query", num_queries=queries.num_queries, keys="position")
+        return image, queries.entries(split.queries)
+    projector = read_projector(split.projector)
+    check_layout(split.projector, projector.layout(vision.hidden_size, text.hidden_size))
+    kind = told.values.get("mm_projector_type", projector.kind)
+    if kind != projector.kind:
+        raise ValueError(f"mm_projector_type is {kind} in {told.source}, but the checkpoint holds a {projector.kind}")
+    size = projector.hidden_size or 0
+    return MediumSettings(**any_budget, project_first=True, projector_size=size), projector.entries(split.projector)
+
+
+def _budgets(split: Split, told: Told, vision: Any, system: System, options: Options) -> list[int]:
+    """The trained counts, fewest first.
+
+    Raises:
+        ValueError: counts that this checkpoint cannot give.
+    """
+    grid = encoder_facts(vision).grid
+    assert grid is not None
+    most = grid[0] * grid[1]
+    if split.queries:
+        most = next(len(value) for name, value in split.queries.items() if name.endswith(".query"))
+        every = range(2, most + 1, 2) if split.llm else [most]
+        chosen = options.budgets or list(every) or [most]
+    else:
+        chosen = options.budgets or list(told.scales or system.scales) or [most]
+    if min(chosen) < 1 or max(chosen) > most or len(set(chosen)) < len(chosen):
+        raise ValueError(f"budgets is {list(chosen)}; this checkpoint gives counts 1..{most}, each named once")
+    return sorted(chosen)
+
+
+def _heads(split: Split, vision: Any, options: Options) -> int | None:
+    if not split.queries:
+        return None
+    heads = options.query_heads or vision.num_attention_heads
+    if heads < 1 or vision.hidden_size % heads:
+        raise ValueError(f"query_heads is {heads}, which does not divide the {vision.hidden_size} of the queries")
+    return heads
+
+
+def _image_processor(source: str, told: Told, options: Options) -> dict[str, Any]:
+    values = AutoImageProcessor.from_pretrained(resolve_source(source)).to_dict()
+    padded = (options.image_aspect_ratio or told.image_aspect_ratio) == "pad"
+    return values | PADDED if padded else values
+
+
+def write_parts(parts: Parts, folder: Path) -> None:
+    """Write the parts of the checkpoint as folders that transformers reads."""
+    for part, weights in parts.weights.items():
+        own = folder / part
+        own.mkdir(parents=True)
+        parts.configs[part].save_pretrained(own)
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    if "llm" in parts.weights:
+        parts.tokenizer.save_pretrained(folder / "llm")
+    if "image" in parts.weights:
+        source = resolve_source(parts.sources["image"])
+        AutoImageProcessor.from_pretrained(source).save_pretrained(folder / "image")
+
+
+def write_run(parts: Parts, folder: Path) -> None:
+    """Write config, processor and the connector; the parts of the checkpoint must lie in the folder already."""
+    places = {part: str(folder / part) if part in parts.weights else own for part, own in parts.sources.items()}
+    settings = ModelSettings(
+        llm=places["llm"], chat_format="vicuna_v1", image=replace(parts.image, encoder=places["image"])
+    )
+    processor = build_processor(settings)
+    elastic = processor.elastic
+    image = {**elastic["media"]["image"], "preprocessor": parts.image_processor}
+    processor = ElasticProcessor(processor.tokenizer, elastic={**elastic, "media": {"image": image}})
+    config = elastic_config(settings, processor)
+    for part in parts.weights:
+        (config.sources or {})[part]["reference"] = f"{RUN_PREFIX}{part}"
+    with torch.device("meta"), unsharded():
+        model = ElasticForConditionalGeneration(config)
+    names = set_trainables(model)
+    own = dict(model.named_parameters())
+    check_layout(parts.trained, {name: tuple(own[name].shape) for name in names})
+    save_run(model, processor, folder, state={name: value.contiguous() for name, value in parts.trained.items()})
+
+
+def _facts(parts: Parts, vision: Any) -> list[str]:
+    image, budgets = parts.image, parts.image.budgets
+    shown = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]}, {budgets[1]}, ... {budgets[-1]}"
+    if image.compressor == "query":
+        how = f"{image.num_queries} queries of {vision.hidden_size} with {image.query_heads} heads"
+    else:
+        how = f"averaged behind the projector, {image.projector_size} inside" if image.projector_size else "averaged"
+    only = " only, other counts are untrained" if len(budgets) == 1 else ""
+    margins = "padded to a square" if parts.image_processor.get("do_pad") else "cut to a square"
+    origins = {part: "in the checkpoint" if part in parts.weights else own for part, own in parts.sources.items()}
+    return [
+        f"pictures: {how}; trained at {shown} tokens{only}; {margins}",
+        f"LLM: {origins['llm']}; vision tower: {origins['image']}",
+    ]

@@ -1,0 +1,139 @@
+"""MMMU, AI2D, ChartQA, DocVQA and ScienceQA from the tables of a hub; their pictures are written under the root.
+
+    format     split        columns
+    mmmu       validation   id, question, options, answer, question_type, image_1, ...
+    ai2d       test         question, options, answer, image
+    chartqa    test         question, answer, type, image; or query, label, human_or_machine, image
+    docvqa     validation   questionId, question, answers, image
+    scienceqa  test         question, choices, answer, hint, subject, image
+
+Knows these columns. Does not decode pictures.
+"""
+
+import ast
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm.data.settings import ReaderSettings
+from mllm.data.utterances import Listing
+from mllm.data.vision.pictures import PictureFolder
+from mllm.data.vision.questions import CHOOSE, LETTERS, SHORT, Question, Questions, with_options
+from mllm.data.vision.tables import table_files, table_rows
+
+Make = Callable[[dict[str, Any], int, "Write"], Question | None]
+Write = Callable[[Any], str]
+MAX_MMMU_PICTURES = 7
+_UNKNOWN = "?"
+"""Stands for the answers of MMMU's test split."""
+
+
+def read_mmmu(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Questions of all subjects, pictures where the text names them; kinds are the subjects."""
+    return _read(source, root, settings, task="mmmu", split="validation", make=_mmmu)
+
+
+def read_ai2d(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Questions about diagrams with four options."""
+    return _read(source, root, settings, task="ai2d", split="test", make=_ai2d)
+
+
+def read_chartqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Both halves of the split; kinds are "human" and "augmented"."""
+    return _read(source, root, settings, task="chartqa", split="test", make=_chartqa)
+
+
+def read_docvqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Questions with all answers that count; none in the test split."""
+    return _read(source, root, settings, task="docvqa", split="validation", make=_docvqa, inside=("DocVQA",))
+
+
+def read_scienceqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Questions that have a picture; kinds are the subjects."""
+    return _read(source, root, settings, task="scienceqa", split="test", make=_scienceqa, inside=("ScienceQA-IMG",))
+
+
+def _read(
+    source: Path,
+    root: Path,
+    settings: ReaderSettings,
+    *,
+    task: str,
+    split: str,
+    make: Make,
+    inside: Sequence[str] = (),
+) -> Listing:
+    pictures = PictureFolder(root, settings.images)
+    gathered, number = Questions(task, root), 0
+
+    def write(cell: Any) -> str:
+        if not isinstance(cell, dict) or not cell.get("bytes"):
+            raise ValueError("a picture is named in the table and is not in it")
+        return pictures.write(cell["bytes"])
+
+    for file in table_files(source, settings.split or split, inside=inside):
+        for row in table_rows(file):
+            gathered.add((file, None), lambda row=row, number=number: make(row, number, write))
+            number += 1
+    return gathered.listing
+
+
+def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
+    options = [] if row["question_type"] == "open" else _listed(row["options"])
+    held = [row.get(f"image_{place}") for place in range(1, MAX_MMMU_PICTURES + 1)]
+    images = [write(cell) for cell in held if cell is not None]
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
+    text = "\n".join([row["question"], *lines]) + f"\n\n{CHOOSE if options else SHORT}"
+    answer = str(row["answer"])
+    answers = [] if answer == _UNKNOWN else [answer] if options else _listed(answer, bare=True)
+    subject = "_".join(row["id"].split("_")[1:-1])
+    return Question(row["id"], images, text, answers, subject or None, {"options": options})
+
+
+def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
+    options = list(row["options"])
+    answer = LETTERS[: len(options)][int(row["answer"])]
+    text = with_options(row["question"], options)
+    return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
+
+
+def _chartqa(row: dict[str, Any], number: int, write: Write) -> Question:
+    if "query" in row:
+        asked, label = row["query"], row["label"]
+        kind = ("human", "augmented")[int(row["human_or_machine"])]
+    else:
+        asked, label, kind = row["question"], row["answer"], row["type"].removesuffix("_test")
+    if isinstance(label, list):
+        label = label[0]
+    return Question(f"{kind}-{number}", [write(row["image"])], f"{asked}\n{SHORT}", [str(label)], kind)
+
+
+def _docvqa(row: dict[str, Any], number: int, write: Write) -> Question:
+    meta = {"question_id": int(row["questionId"])}
+    text, answers = f"{row['question']}\n{SHORT}", list(row.get("answers") or [])
+    return Question(str(row["questionId"]), [write(row["image"])], text, answers, None, meta)
+
+
+def _scienceqa(row: dict[str, Any], number: int, write: Write) -> Question | None:
+    if row["image"] is None:
+        return None
+    options = list(row["choices"])
+    hint = f"Context: {row['hint']}" if row.get("hint") else None
+    text = with_options(row["question"], options, hint=hint)
+    kind = row.get("subject") or None
+    return Question(str(number), [write(row["image"])], text, [LETTERS[row["answer"]]], kind, {"options": options})
+
+
+def _listed(text: Any, *, bare: bool = False) -> list[str]:
+    """A list of texts that is written as Python writes it; a `bare` text stands for itself."""
+    if isinstance(text, list):
+        return [str(item) for item in text]
+    if bare and not text.startswith("["):
+        return [text]
+    try:
+        found = ast.literal_eval(text)
+    except (SyntaxError, ValueError) as error:
+        if bare:
+            return [text]
+        raise ValueError(f"options must be a list of texts, got {text!r}") from error
+    return [str(item) for item in found]

@@ -1,0 +1,169 @@
+"""One question of a benchmark to a sample, and what all readers of benchmarks share: files, prompts, findings.
+
+Knows JSON, JSON lines and our samples. Does not know any benchmark.
+
+A question that a server judges has no answer: its sample ends with the question, and `meta.unanswered` says so.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm.data.manifest import parse_row
+from mllm.data.utterances import Finding, Listing
+
+SHORT = "Answer the question using a single word or phrase."
+CHOOSE = "Answer with the option's letter from the given choices directly."
+UNSURE = "When the provided information is insufficient, respond with 'Unanswerable'."
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NUMBERED = re.compile(r"<image ([1-9]\d*)>")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about pictures: their paths under the root, what is asked, and all answers that count as right.
+
+    Pictures stand before the text; or in it, where it holds `<image 1>`, `<image 2>`, ..., and those it does not name
+    are left out.
+    """
+
+    id: str
+    images: Sequence[str]
+    text: str
+    answers: Sequence[str]
+    kind: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+Place = tuple[Path, int | None]
+Maker = Callable[[], Question | None]
+
+
+class Questions:
+    """Gathers samples of one benchmark; what cannot be used becomes a problem with its place, and the rest goes on."""
+
+    def __init__(self, task: str, root: Path) -> None:
+        self.task = task
+        self.root = root
+        self.listing = Listing()
+        self._times_seen: Counter[str] = Counter()
+
+    def add(self, place: Place, make: Maker) -> None:
+        """Add what `make` gives; None is left out. A `ValueError` or a key that is not there is noted."""
+        try:
+            question = make()
+            if question is not None:
+                self.listing.samples.append(self._sample(question))
+        except KeyError as error:
+            self._note(place, f"{error} is missing")
+        except (ValueError, TypeError) as error:
+            self._note(place, str(error))
+
+    def _note(self, place: Place, message: str) -> None:
+        self.listing.problems.append(Finding(str(place[0]), place[1], message))
+
+    def _sample(self, question: Question) -> Any:
+        self._times_seen[question.id] += 1
+        times = self._times_seen[question.id]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": _parts_of(question)}]
+        meta = dict(question.meta)
+        if question.answers:
+            said = Counter(answer for answer in question.answers if answer.strip())
+            if not said:
+                raise ValueError(f"all answers to {question.id!r} are empty")
+            messages.append({"role": "assistant", "content": said.most_common(1)[0][0]})
+        else:
+            meta["unanswered"] = True
+        if len(question.answers) > 1:
+            meta["answers"] = list(question.answers)
+        name = question.id if times == 1 else f"{question.id}#{times}"
+        row = {"id": name, "task": self.task, "meta": meta, "messages": messages}
+        kind = {} if question.kind is None else {"kind": question.kind}
+        return parse_row(row | kind, self.root, where=f"question {question.id!r}")
+
+
+def _parts_of(question: Question) -> list[dict[str, str]]:
+    pieces = _NUMBERED.split(question.text)
+    if len(pieces) == 1:
+        pictures = [{"type": "image", "path": image} for image in question.images]
+        return [*pictures, {"type": "text", "text": f"\n{question.text}"}]
+    parts = []
+    for place, piece in enumerate(pieces):
+        if place % 2 == 0:
+            parts += [{"type": "text", "text": piece}] if piece else []
+        elif int(piece) > len(question.images):
+            raise ValueError(f"<image {piece}> is asked about; there are {len(question.images)}")
+        else:
+            parts.append({"type": "image", "path": question.images[int(piece) - 1]})
+    return parts
+
+
+def find(source: Path, names: Sequence[str], *, named: str | None = None, what: str = "questions") -> Path:
+    """The file of questions or answers: what is named, the source itself, or the first of `names` in its folder.
+
+    Raises:
+        FileNotFoundError: none of them is there.
+    """
+    if named is not None:
+        return Path(named)
+    if what == "questions" and source.is_file():
+        return source
+    folder = source if source.is_dir() else source.parent
+    found = find_optional(folder, names)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no file of {what}; looked for {', '.join(names)}")
+    return found
+
+
+def find_optional(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of the files that is there."""
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
+    """The folder of pictures, relative to the root, with a slash behind it: what is named, or the first that is there.
+
+    Where none is, the first is taken, and every picture is told to be missing there.
+    """
+    if named is not None:
+        return f"{named.rstrip('/')}/" if named not in ("", ".") else ""
+    found = next((name for name in names if (root / name).is_dir()), names[0])
+    return f"{found}/" if found else ""
+
+
+def json_of(path: Path) -> Any:
+    """Raises: ValueError where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows.
+
+    Raises:
+        ValueError: a row that is no JSON object.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: must be an object, got {type(row).__name__}")
+            yield number, row
+
+
+def with_options(question: str, options: Sequence[str], *, hint: str | None = None) -> str:
+    """Hint, question and lettered options on lines of their own, and how to answer."""
+    lines = [*([hint] if hint else []), question]
+    lines += [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
+    return "\n".join([*lines, CHOOSE])

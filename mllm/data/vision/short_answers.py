@@ -1,0 +1,143 @@
+"""VQAv2, GQA, TextVQA and VizWiz in the layout of LLaVA's evaluation, or with the official files of questions.
+
+    vqav2/    llava_vqav2_mscoco_test-dev2015.jsonl, test2015/; or v2_OpenEnded_mscoco_val2014_questions.json,
+              v2_mscoco_val2014_annotations.json, val2014/
+    gqa/      llava_gqa_testdev_balanced.jsonl, data/testdev_balanced_questions.json, data/images/
+    textvqa/  llava_textvqa_val_v051_ocr.jsonl, TextVQA_0.5.1_val.json, train_images/
+    vizwiz/   llava_test.jsonl, test/; or val.json, val/
+
+Knows these files. Does not open pictures.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mllm.data.settings import ReaderSettings
+from mllm.data.utterances import Listing
+from mllm.data.vision.questions import (
+    SHORT,
+    UNSURE,
+    Question,
+    Questions,
+    find,
+    folder_of,
+    json_lines,
+    json_of,
+)
+
+OCR_LINE = "Reference OCR token:"
+
+
+def read_vqav2(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """LLaVA's questions of test-dev, which the server judges; or the official questions with their annotations."""
+    names = ("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_val2014_questions.json")
+    file = find(source, names)
+    gathered = Questions("vqav2", root)
+    if file.suffix == ".jsonl":
+        images = folder_of(root, ("test2015",), named=settings.images)
+        for number, row in json_lines(file):
+            gathered.add((file, number), lambda row=row: _llava_question(row, images, []))
+        return gathered.listing
+    notes = find(source, ("v2_mscoco_val2014_annotations.json",), named=settings.annotations, what="annotations")
+    answers = {note["question_id"]: note for note in json_of(notes)["annotations"]}
+    images = folder_of(root, ("val2014",), named=settings.images)
+
+    def make(row: dict[str, Any]) -> Question:
+        note = answers[row["question_id"]]
+        given = [answer["answer"] for answer in note["answers"]]
+        image = f"{images}COCO_val2014_{row['image_id']:012d}.jpg"
+        return Question(
+            str(row["question_id"]), [image], f"{row['question']}\n{SHORT}", given, note.get("answer_type"), {}
+        )
+
+    for row in json_of(file)["questions"]:
+        gathered.add((file, None), lambda row=row: make(row))
+    return gathered.listing
+
+
+def read_gqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and "binary"."""
+    file = find(source, ("llava_gqa_testdev_balanced.jsonl",))
+    names = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
+    notes = json_of(find(source, names, named=settings.annotations, what="annotations"))
+    images = folder_of(root, ("data/images", "images"), named=settings.images)
+    gathered = Questions("gqa", root)
+
+    def make(row: dict[str, Any]) -> Question:
+        note = notes[str(row["question_id"])]
+        kind = "open" if note["types"]["structural"] == "query" else "binary"
+        return _llava_question(row, images, [note["answer"]], kind)
+
+    for number, row in json_lines(file):
+        gathered.add((file, number), lambda row=row: make(row))
+    return gathered.listing
+
+
+def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """LLaVA's questions of the validation set, with the words that an OCR found or without them.
+
+    A question is matched with its annotation by picture and words, as the official script does.
+    """
+    file = find(source, ("llava_textvqa_val_v051_ocr.jsonl",))
+    notes = json_of(find(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations"))["data"]
+    by_words = {(note["image_id"], note["question"].lower()): note for note in notes}
+    images = folder_of(root, ("train_images",), named=settings.images)
+    gathered = Questions("textvqa", root)
+
+    def make(row: dict[str, Any]) -> Question:
+        lines = row["text"].split("\n")
+        asked = next((line for line in lines if not line.startswith((OCR_LINE, SHORT))), "")
+        asked = asked.removeprefix("Question: ")
+        note = by_words.get((row["question_id"], asked.lower()))
+        if note is None:
+            raise ValueError(f"no annotation of picture {row['question_id']!r} asks {asked!r}")
+        if not settings.ocr_tokens:
+            row = {**row, "text": "\n".join(line for line in lines if not line.startswith(OCR_LINE))}
+        return _llava_question({**row, "question_id": note["question_id"]}, images, note["answers"])
+
+    for number, row in json_lines(file):
+        gathered.add((file, number), lambda row=row: make(row))
+    return gathered.listing
+
+
+def read_vizwiz(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """LLaVA's questions of the test set, which the server judges; or the official files, test.json among them."""
+    file = find(source, ("llava_test.jsonl", "val.json"))
+    gathered = Questions("vizwiz", root)
+    if file.suffix == ".jsonl":
+        images = folder_of(root, ("test",), named=settings.images)
+        for number, row in json_lines(file):
+            gathered.add((file, number), lambda row=row: _llava_question(row, images, [], picture=row["image"]))
+        return gathered.listing
+    images = folder_of(root, ("val",), named=settings.images)
+
+    def make(row: dict[str, Any]) -> Question:
+        answers = [answer["answer"] for answer in row.get("answers", [])]
+        text = f"{row['question']}\n{UNSURE}\n{SHORT}"
+        meta = {"picture": row["image"]}
+        return Question(row["image"], [images + row["image"]], text, answers, row.get("answer_type"), meta)
+
+    for row in json_of(file):
+        gathered.add((file, None), lambda row=row: make(row))
+    return gathered.listing
+
+
+def question_ids(path: str) -> list[int]:
+    """All ids of a file of questions, LLaVA's or the official one; VQAv2 wants an answer to each.
+
+    Raises:
+        ValueError: neither form, or a row without an id.
+    """
+    file = Path(path)
+    rows = [row for _, row in json_lines(file)] if file.suffix == ".jsonl" else json_of(file).get("questions", [])
+    ids = [row["question_id"] for row in rows if isinstance(row.get("question_id"), int)]
+    if not ids or len(ids) < len(rows):
+        raise ValueError(f"{path}: must hold questions with a question_id each, a whole number")
+    return ids
+
+
+def _llava_question(
+    row: dict[str, Any], images: str, answers: list[str], kind: str | None = None, *, picture: str | None = None
+) -> Question:
+    meta = {} if picture is None else {"picture": picture}
+    return Question(str(row["question_id"]), [images + row["image"]], row["text"], answers, kind, meta)

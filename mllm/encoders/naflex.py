@@ -1,0 +1,119 @@
+"""SigLIP 2 with native aspect ratio (NaFlex) as an encoder: a picture in its own shape, one feature per patch.
+
+Knows the backbone's packed patches and its mask. Does not know how a picture was brought to its number of patches, what
+compresses the patches, or the LLM.
+
+Shapes: N pictures, P patches of the one that has most, D feature size, rows x columns the grid of one picture, whose
+patches stand in reading order.
+Source: SigLIP 2 (arXiv 2502.14786), as in transformers' `siglip2_vision_model`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mllm.encoders.base import Encoder, EncoderFacts
+from mllm.encoders.vision import cut
+
+SETTINGS = ("max_num_patches",)
+
+
+class NaFlexEncoder(Encoder):
+    """The patch features of one hidden layer of a tower whose pictures keep their shape.
+
+    `grid` is that of a square picture; the true one comes with each picture. Position embeddings are resized picture by
+    picture by the backbone, which reads their shapes on the host.
+
+    Args:
+        backbone: a `Siglip2VisionModel`; it is changed in place.
+        feature_layer, final_norm: as for `VisionEncoder`.
+        max_num_patches: most patches of a picture; nothing means as many as the backbone was trained on.
+
+    Raises:
+        ValueError: a layer that the tower does not have, or no patches.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: PreTrainedModel,
+        feature_layer: int = -2,
+        final_norm: bool = False,
+        max_num_patches: int | None = None,
+    ) -> None:
+        super().__init__(backbone)
+        self.hidden_size: int = backbone.config.hidden_size
+        self.max_patches = _max_patches(backbone.config, max_num_patches)
+        self.grid = square_grid(self.max_patches)
+        self._patch_values = backbone.config.num_channels * backbone.config.patch_size**2
+        cut(backbone, feature_layer, final_norm)
+
+    def lengths(self, raw: Tensor) -> Tensor:
+        """Grids (N, 2) -> patches of each picture (N,)."""
+        return raw.prod(dim=1)
+
+    def forward(self, pixel_values: Tensor, grids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode pictures, padded to the one with most patches.
+
+        Args:
+            pixel_values: (N, P, values of a patch) normalised pixels, patches in reading order.
+            grids: (N, 2) rows and columns of each picture.
+
+        Returns:
+            (N, P, D) features, whatever beyond a picture's own, and its own patches (N,).
+
+        Raises:
+            ValueError: pictures without their grids.
+        """
+        if grids is None:
+            raise ValueError("pixel_values came without image_grids, the rows and columns of each picture")
+        lengths = self.lengths(grids)
+        mask = torch.arange(pixel_values.shape[1], device=lengths.device) < lengths[:, None]
+        found = self.backbone(pixel_values, pixel_attention_mask=mask.to(torch.int32), spatial_shapes=grids)
+        return found.last_hidden_state, lengths
+
+    def smallest_input(self) -> tuple[Tensor, Tensor]:
+        """One blank picture of one patch."""
+        return torch.zeros(1, 1, self._patch_values), torch.ones(1, 2, dtype=torch.int64)
+
+
+def naflex_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+    """The facts of a NaFlex tower; `settings` may hold `max_num_patches`."""
+    most = _max_patches(config, settings.get("max_num_patches"))
+    return EncoderFacts("image", config.hidden_size, grid=square_grid(most), max_patches=most)
+
+
+def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFlexEncoder:
+    """A NaFlex tower as an encoder, shaped by a config.
+
+    Raises:
+        ValueError: `image_size`, which its pictures do not have.
+    """
+    if settings.get("image_size") is not None:
+        raise ValueError(
+            "image_size does not go with siglip2_vision_model, whose pictures keep their shape; "
+            "allowed: max_num_patches"
+        )
+    return NaFlexEncoder(
+        backbone=backbone,
+        feature_layer=settings.get("feature_layer", -2),
+        final_norm=settings.get("final_norm", False),
+        max_num_patches=settings.get("max_num_patches"),
+    )
+
+
+def square_grid(max_patches: int) -> tuple[int, int]:
+    """Rows and columns of a square picture of at most so many patches."""
+    side = math.isqrt(max_patches)
+    return side, side
+
+
+def _max_patches(config: PreTrainedConfig, asked: int | None) -> int:
+    most = config.num_patches if asked is None else asked
+    if most < 1:
+        raise ValueError(f"max_num_patches is {most}; it must be at least 1")
+    return most

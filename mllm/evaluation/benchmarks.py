@@ -1,0 +1,198 @@
+"""Results on vision benchmarks, written: the table, what an oracle would give, what failed, and what servers judge.
+
+    out/benchmarks.md      table, oracle, failures
+    out/benchmarks.json    the same with everything the results hold
+    out/benchmarks.png     scores against soft tokens and TFLOPs, Pareto fronts ringed
+    out/submissions/<set>/<task>-<budget>.json or .xlsx
+
+Knows results, lines and samples. Does not know models.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mllm.benchmarks.registry import BENCHMARKS
+from mllm.benchmarks.submissions import SUBMISSIONS, Answer
+from mllm.data.manifest import Sample
+from mllm.evaluation import benchmark_table, oracle
+from mllm.evaluation.benchmark_table import BenchmarkTable, markdown_table
+from mllm.evaluation.hypotheses import Line, write_whole
+from mllm.evaluation.plot import plot_pareto
+from mllm.evaluation.report import Results
+
+MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
+AXES = {"soft_tokens": "soft tokens per question (mean)", "tflops": "TFLOP per question (mean)"}
+ORACLE_TOKENS = ("soft tokens, all wrong at the largest", "at the smallest")
+MAX_FAILURES_SHOWN = 200
+
+
+@dataclass
+class BenchmarkReport:
+    """Everything that is told about the benchmarks of an evaluation."""
+
+    results: Results
+    table: BenchmarkTable
+    lines: Sequence[Line]
+
+    @cached_property
+    def oracles(self) -> list[oracle.Oracle]:
+        """Of every benchmark that has one."""
+        return oracle.oracles_of(self.lines, self.table.columns)
+
+    @property
+    def oracle_head(self) -> list[str]:
+        """The first line of the table of oracles."""
+        return ["benchmark", "oracle", *ORACLE_TOKENS, "all wrong", "best budget"]
+
+    @property
+    def oracle_cells(self) -> list[list[str]]:
+        """A line per number; the best single budget stands beside it."""
+        return [
+            [
+                title,
+                "-" if value is None else f"{value:.1f}",
+                f"{one.tokens:.2f}",
+                f"{one.tokens_all_wrong_smallest:.2f}",
+                f"{one.num_all_wrong} of {one.num_questions}",
+                self._best(title),
+            ]
+            for one in self.oracles
+            for title, value in one.values.items()
+        ]
+
+    def _best(self, title: str) -> str:
+        found = [
+            (column.value(row), budget.budget)
+            for budget in reversed(self.table.rows)
+            for column, row in budget.found.items()
+            if column.title == title
+        ]
+        known = [(value, budget) for value, budget in found if value is not None]
+        if not known:
+            return "-"
+        value, budget = max(known, key=lambda one: one[0])
+        return f"{value:.1f} at {budget or 'max'}"
+
+    @property
+    def unread(self) -> list[str]:
+        """Answers in which no option was found; many of them mean that a score tells little about seeing."""
+        return [
+            f"{row['num_unread']} answers of {row['set']} ({row['task']}) at {row['budget'] or 'max'} name no option"
+            for row in benchmark_table.overall_rows(self.results.rows)
+            if row.get("num_unread")
+        ]
+
+    def write(self, folder: Path, *, with_plot: bool = True) -> None:
+        """`benchmarks.md`, `benchmarks.json` and `benchmarks.png`."""
+        write_whole(folder / MARKDOWN, self.to_markdown())
+        content = {
+            "rows": benchmark_table.to_data(self.table),
+            "oracles": [oracle.to_data(one) for one in self.oracles],
+        }
+        write_whole(folder / DATA, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if with_plot:
+            plot_pareto(self._plotted(), folder / PLOT, axes=AXES, with_front=True)
+
+    def to_markdown(self) -> str:
+        """Table, notes, oracle and failures."""
+        parts = [f"# {self.results.facts.get('model', 'results')}", markdown_table(self.table.titles, self.table.cells)]
+        parts += [*self.table.notes, *self.unread]
+        if self.oracles:
+            parts += ["## Oracle", markdown_table(self.oracle_head, self.oracle_cells)]
+            parts.append(
+                "Each question at the smallest budget that answers it best, and mean soft tokens per question, with "
+                "those that no budget answers right billed at the largest and at the smallest. How many need which:"
+            )
+            parts.append("\n".join(_shares(one) for one in self.oracles))
+        return "\n\n".join([*parts, *self._failures()]) + "\n"
+
+    def _failures(self) -> list[str]:
+        own = [line for line in self.lines if "error" in line and line["task"] in BENCHMARKS]
+        if not own:
+            return []
+        named = [f"- {one['set']} {one['id']} at {one['budget'] or 'max'}: {one['error']['reason']}" for one in own]
+        more = len(named) - MAX_FAILURES_SHOWN
+        rest = [f"- and {more} more, in results.json"] if more > 0 else []
+        return [f"## Failed: {len(own)}, counted as wrong", "\n".join(named[:MAX_FAILURES_SHOWN] + rest)]
+
+    def _plotted(self) -> list[dict[str, Any]]:
+        made = []
+        for row in self.table.rows:
+            for column, found in row.found.items():
+                made.append(_point(column.title, found, column.share(found)))
+            first = next(iter(row.found.values()))
+            if (average := row.average(self.table.columns)) is not None:
+                made.append(_point("average", {**first, **_means(list(row.found.values()))}, average / 100))
+        order = {title: place for place, title in enumerate([*self.table.titles, "average"])}
+        return sorted(made, key=lambda one: order[one["label"]])
+
+
+def report_of(results: Results, lines: Sequence[Line]) -> BenchmarkReport | None:
+    """The report, or None where nothing was a benchmark."""
+    table = benchmark_table.benchmark_table(results.rows)
+    return None if table is None else BenchmarkReport(results, table, lines)
+
+
+def write_submissions(
+    folder: Path, lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample], *, all_ids: Sequence[int] = ()
+) -> list[Path]:
+    """Write what servers judge, a file per set and budget, and say where it lies.
+
+    Args:
+        folder: of the results.
+        samples: by set and id.
+        all_ids: every question of VQAv2's test set, which its server wants an answer to.
+    """
+    groups: dict[tuple[str, str, str], list[Answer]] = {}
+    for line in lines:
+        sample = samples[line["set"], line["id"]]
+        if _is_submitted(line, sample):
+            key = (line["set"], line["task"], line["budget"])
+            groups.setdefault(key, []).append(Answer(sample.id, line.get("hypothesis", ""), sample.meta))
+    written = []
+    for (set_name, task, budget), answers in groups.items():
+        submission = SUBMISSIONS[task]
+        name = f"{task}-{quote(budget or 'max', safe='=,')}{submission.suffix}"
+        file = folder / SUBMITTED / quote(set_name, safe=" ") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(submission.make(answers, all_ids if task == "vqav2" else ()))
+        written.append(file)
+    return written
+
+
+def _is_submitted(line: Line, sample: Sample) -> bool:
+    submission = SUBMISSIONS.get(line["task"])
+    if submission is None:
+        return False
+    return not line["references"] or (submission.is_always and all(key in sample.meta for key in submission.meta))
+
+
+def _point(label: str, row: Mapping[str, Any], share: float | None) -> dict[str, Any]:
+    kept = {key: row[key] for key in ("task", "set", "snr_db", "budget", "is_trained", "soft_tokens")}
+    tflops = None if row["gflops"] is None else row["gflops"] / 1000
+    own = {"label": label, "kind": None, "metric": "score", "value": share, "low": None, "high": None}
+    return {**kept, **own, "tflops": tflops}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over sets, for the average; what one of them lacks is not told."""
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows]
+        return None if None in values else sum(values) / len(values)
+
+    return {
+        "soft_tokens": mean("soft_tokens"),
+        "gflops": mean("gflops"),
+        "is_trained": all(row["is_trained"] for row in rows),
+    }
+
+
+def _shares(one: oracle.Oracle) -> str:
+    counts = ", ".join(f"{budget or 'max'}: {count}" for budget, count in one.smallest.items())
+    return f"- {one.set_name} ({one.task}): {counts}, none: {one.num_all_wrong}"

@@ -1,0 +1,140 @@
+"""How a budget is written: amounts by medium, caps, and what they say in numbers.
+
+    image=64            64 soft tokens per image
+    audio=/4            one soft token per 4 encoder frames
+    audio=12.5/s        soft tokens per second of the encoder's clock
+    image=max           the largest of the space (what a medium that is not named gets)
+    tiles<=4            at most so many tiles per picture, the thumbnail not counted; 0 shows the thumbnail alone
+    frames=8            frames shown of each video whose frames are pictures
+    total<=256          a cap over all media of one request: the largest allowed split wins
+
+A picture that is cut into tiles costs image=n tokens per tile, and a video of pictures video=n per frame.
+
+Knows words and numbers. Does not know media, encoders, or what can be met; that is `budget.py`.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+MEDIA = ("image", "audio", "video")
+FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What one medium may cost: `tokens` in all, a `rate` in frames per token, tokens `per_second`, or the `max`."""
+
+    kind: Literal["tokens", "rate", "per_second", "max"]
+    value: Fraction = Fraction(0)
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Amount":
+        """Read one amount.
+
+        Raises:
+            ValueError: not one of the four forms, or not a positive number.
+        """
+        word = str(text).strip()
+        if word == "max":
+            return cls("max")
+        kind: Literal["tokens", "rate", "per_second"] = "tokens"
+        number = word
+        if word.startswith("/"):
+            kind, number = "rate", word[1:]
+        elif word.endswith("/s"):
+            kind, number = "per_second", word[:-2]
+        whole = kind != "per_second"
+        if not (number.isascii() and number.replace("." if not whole else "", "", 1).isdigit()):
+            raise ValueError(f"budget amount {word!r} is not {FORMS}")
+        if (value := Fraction(number)) <= 0:
+            raise ValueError(f"budget amount {word!r} must be above 0; allowed is {FORMS}")
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        if self.kind == "max":
+            return "max"
+        number = str(self.value) if self.value.denominator == 1 else _decimal(self.value)
+        return {"tokens": number, "rate": f"/{number}", "per_second": f"{number}/s"}[self.kind]
+
+
+def _decimal(value: Fraction) -> str:
+    """A fraction whose denominator has only the primes 2 and 5, which is all `Amount.parse` makes, as a decimal."""
+    digits = 0
+    while (value * 10**digits).denominator != 1:
+        digits += 1
+        assert digits < 100, value
+    whole, rest = divmod(int(value * 10**digits), 10**digits)
+    return f"{whole}.{rest:0{digits}d}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Amounts by medium, caps on tiles and on the sum, and frames. `Budget.parse(str(b)) == b`."""
+
+    amounts: Mapping[str, Amount] = field(default_factory=dict)
+    total_tokens: int | None = None
+    max_tiles: int | None = None
+    num_frames: int | None = None
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read `image=64,audio=/4,total<=256`; an empty text asks for the largest of everything.
+
+        Raises:
+            ValueError: an unknown medium, a medium named twice, or an amount that is none.
+        """
+        amounts: dict[str, Amount] = {}
+        numbers: dict[str, int] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            word = next((word for word in _NUMBERS if item.startswith(word)), None)
+            if word is not None:
+                numbers[word] = _number(item, word, numbers)
+                continue
+            medium, equals, amount = (word.strip() for word in item.partition("="))
+            if not equals or medium not in MEDIA:
+                raise ValueError(
+                    f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}), total<=N, tiles<=N or "
+                    "frames=N"
+                )
+            if medium in amounts:
+                raise ValueError(f"budget {text!r} names {medium} twice")
+            amounts[medium] = Amount.parse(amount)
+        ordered = {m: amounts[m] for m in MEDIA if m in amounts}
+        return cls(ordered, numbers.get("total"), numbers.get("tiles"), numbers.get("frames"))
+
+    def __str__(self) -> str:
+        items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
+        values = {"tiles": self.max_tiles, "frames": self.num_frames, "total": self.total_tokens}
+        return ",".join(items + [f"{name}{_NUMBERS[name][0]}{n}" for name, n in values.items() if n is not None])
+
+    @property
+    def media(self) -> set[str]:
+        """The media it speaks of."""
+        named = {"image": self.max_tiles, "video": self.num_frames}
+        return set(self.amounts) | {medium for medium, number in named.items() if number is not None}
+
+    def only(self, media: Collection[str]) -> "Budget":
+        """What it says of these media."""
+        return Budget(
+            {medium: amount for medium, amount in self.amounts.items() if medium in media},
+            self.total_tokens,
+            self.max_tiles if "image" in media else None,
+            self.num_frames if "video" in media else None,
+        )
+
+
+_NUMBERS = {"tiles": ("<=", 0), "frames": ("=", 1), "total": ("<=", 1)}
+"""What a budget says beside amounts: the sign it is written with, and the least number."""
+
+
+def _number(item: str, word: str, known: Mapping[str, int]) -> int:
+    sign, least = _NUMBERS[word]
+    number = item.removeprefix(word).strip().removeprefix(sign).strip()
+    if sign not in item or not number.isascii() or not number.isdigit() or int(number) < least or word in known:
+        raise ValueError(f"budget item {item!r} must be written once, as {word}{sign}N with N at least {least}")
+    return int(number)

@@ -1,0 +1,95 @@
+"""In which order the soft tokens of one medium stand in the prompt: tiles put together, newlines, frames in turn.
+
+Knows tiles, counts and numbers of items. Does not know pictures, budgets as words, or the model.
+
+Shapes: n soft tokens of one medium in the prompt, each a pair (piece, place): the place-th token of the piece-th
+encoded picture that is shown, or (NEWLINE, 0) for the learned newline.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mllm.budget import Cost, Extent
+from mllm.tiling import Size, Tiles, Tiling, kept_map, map_of
+
+NEWLINE = -1
+
+
+def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> list[int]:
+    """Which of the encoded pictures of one medium item are shown, counted from its first.
+
+    Frames are taken evenly, from the middle of each stretch that one of them stands for.
+
+    Args:
+        tilings: the cuts whose tiles were encoded, one after the other behind the thumbnail they share.
+
+    Raises:
+        ValueError: a cut whose tiles were not.
+    """
+    if cost.frames:
+        stride = extent.num_pictures // cost.frames
+        return list(range((stride - 1) // 2, extent.num_pictures, stride))
+    if cost.tiles is None:
+        return [0]
+    thumbnail = [0] if cost.tiles.has_thumbnail else []
+    if not cost.tiles.count:
+        return thumbnail
+    if cost.tiles not in tilings:
+        known = ", ".join(map(str, tilings)) or "no tiles"
+        raise ValueError(
+            f"the picture was loaded as {known} and its budget cuts it into {cost.tiles}: load media with the budgets "
+            "they are asked at"
+        )
+    start = len(thumbnail) + sum(other.count for other in tilings[: list(tilings).index(cost.tiles)])
+    return [*thumbnail, *range(start, start + cost.tiles.count)]
+
+
+def order_of(extent: Extent, cost: Cost, tiling: Tiling | None) -> Tensor:
+    """The order of one medium's soft tokens, (n, 2) int64; pieces are numbered as `shown_items` gives them."""
+    each = cost.each or cost.tokens
+    if cost.tiles is None or tiling is None:
+        return _in_turn(cost.num_pictures, each)
+    if tiling.merge == "flat":
+        return _flat(cost.tiles, each, tiling.newline)
+    assert extent.grid is not None
+    assert extent.picture_pixels is not None
+    shape = map_of(each, extent.grid)
+    kept = kept_map(cost.tiles, shape, extent.picture_pixels) if cost.tiles.count else None
+    return _spatial(cost.tiles, shape, kept, tiling.newline)
+
+
+def _in_turn(pieces: int, each: int) -> Tensor:
+    return torch.cartesian_prod(torch.arange(pieces), torch.arange(each)).view(-1, 2)
+
+
+@lru_cache(maxsize=512)
+def _flat(tiles: Tiles, each: int, newline: bool) -> Tensor:
+    order = _in_turn(tiles.num_pictures, each)
+    if not newline or not tiles.count:
+        return order
+    first = each * int(tiles.has_thumbnail)
+    rows = order[first:].view(tiles.rows, tiles.columns * each, 2)
+    return torch.cat([order[:first], _with_newlines(rows)])
+
+
+@lru_cache(maxsize=512)
+def _spatial(tiles: Tiles, shape: Size, kept: tuple[int, int, int, int] | None, newline: bool) -> Tensor:
+    """The thumbnail, then the map of all tiles row by row. A thumbnail alone is a single row (LLaVA-NeXT's order)."""
+    thumbnail = _in_turn(int(tiles.has_thumbnail), shape[0] * shape[1])
+    if kept is None:
+        return _with_newlines(thumbnail[None]) if newline else thumbnail
+    row, column = torch.arange(tiles.rows * shape[0])[:, None], torch.arange(tiles.columns * shape[1])[None]
+    piece = row // shape[0] * tiles.columns + column // shape[1] + int(tiles.has_thumbnail)
+    place = row % shape[0] * shape[1] + column % shape[1]
+    top, left, height, width = kept
+    rows = torch.stack([piece, place], dim=-1)[top : top + height, left : left + width]
+    return torch.cat([thumbnail, _with_newlines(rows) if newline else rows.flatten(0, 1)])
+
+
+def _with_newlines(rows: Tensor) -> Tensor:
+    """(rows, columns, 2) -> (rows * (columns + 1), 2)."""
+    ends = torch.tensor([NEWLINE, 0]).expand(len(rows), 1, 2)
+    return torch.cat([rows, ends], dim=1).flatten(0, 1)

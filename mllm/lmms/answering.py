@@ -1,0 +1,109 @@
+"""Answers to lmms-eval's requests at several budgets, the media of each request decoded and encoded once.
+
+Knows a model, its processor and budgets. Imports nothing of lmms-eval; does not know tasks or scores.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm.budget import Budget, Extent
+from mllm.generation import SEPARATORS, Answer, Answerer
+from mllm.lmms.conversation import Generation, read_conversation, read_medium
+from mllm.media import MediaLoader
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor, LoadedMedia
+
+JOIN = "+"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing asked: a name for messages, how it is answered, and what gives the conversation when its turn comes."""
+
+    name: str
+    generation: Generation
+    messages: Callable[[], Sequence[Mapping[str, Any]]]
+
+
+def read_budget(text: object, processor: ElasticProcessor) -> Budget:
+    """A budget of `--model_args`, where a comma would end the argument: `image=64+audio=/4`.
+
+    Raises:
+        ValueError: none at all, one that cannot be read, a medium the model does not take, or a count that its grid of
+            patches cannot give. What depends on the length of a clip or the shape of a picture is found later.
+    """
+    if text is None or not str(text).strip():
+        example = JOIN.join(f"{medium}={space.trained[0]}" for medium, space in processor.space.media.items())
+        raise ValueError(f"budget is missing; give one in the model's arguments, such as budget={example}")
+    budget = Budget.parse(str(text).replace(JOIN, ","))
+    for medium, amount in budget.amounts.items():
+        if medium not in processor.space.media:
+            raise ValueError(
+                f"budget {str(text)!r} names {medium}; this model takes {', '.join(processor.space.media)}"
+            )
+        facts = processor.facts[medium]
+        if facts.grid is not None and facts.max_patches is None:
+            processor.space.media[medium].cost(amount, Extent(medium, grid=facts.grid))
+    return budget
+
+
+@dataclass
+class BudgetedAnswers:
+    """Answers of one model at several budgets.
+
+    Args:
+        model: in eval mode, on the device it is to run on.
+        processor: the one that belongs to it.
+        budgets: every request is answered at each of them, in one pass.
+        batch_size: requests of one pass; its rows are that times the number of budgets.
+        loader: what reads files, where requests name some.
+    """
+
+    model: ElasticForConditionalGeneration = field(repr=False)
+    processor: ElasticProcessor = field(repr=False)
+    budgets: Sequence[Budget]
+    batch_size: int = 1
+    loader: MediaLoader = field(default_factory=lambda: MediaLoader(gray=True))
+
+    def __call__(self, requests: Sequence[Request], progress: Callable[[int], object]) -> list[list[Answer]]:
+        """Answer requests, those that are decoded alike together.
+
+        Args:
+            requests: in any order.
+            progress: told how many were answered, after every pass.
+
+        Returns:
+            Per request, one answer per budget.
+
+        Raises:
+            MediaError, ValueError: a request that cannot be answered, or not at one of the budgets; it is named.
+        """
+        places: dict[Generation, list[int]] = {}
+        for place, request in enumerate(requests):
+            places.setdefault(request.generation, []).append(place)
+        answers: dict[int, list[Answer]] = {}
+        for generation, own in places.items():
+            for start in range(0, len(own), self.batch_size):
+                chosen = own[start : start + self.batch_size]
+                answers |= zip(chosen, self._pass([requests[place] for place in chosen], generation), strict=True)
+                progress(len(chosen))
+        return [answers[place] for place in range(len(requests))]
+
+    def _pass(self, requests: Sequence[Request], generation: Generation) -> list[list[Answer]]:
+        separator = SEPARATORS.get(self.processor.elastic["chat_format"], "")
+        samples, media = [], []
+        for request in requests:
+            sample, sources = read_conversation(request.name, request.messages(), separator=separator)
+            samples.append(sample)
+            media.append([self._load(medium, source, request.name) for medium, source in sources])
+        batch = self.processor.batch(samples, media, for_training=False)
+        answerer = Answerer(self.model, self.processor, generation.decoding)
+        draws = answerer.answer_batch(batch, [[budget] * len(samples) for budget in self.budgets])
+        return [list(answers) for answers in zip(*draws, strict=True)]
+
+    def _load(self, medium: str, source: Any, name: str) -> LoadedMedia:
+        try:
+            return self.processor.transform(medium, read_medium(medium, source, self.loader))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error

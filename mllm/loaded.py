@@ -1,0 +1,113 @@
+"""Media as their encoders want them: one item, a picture in tiles, the stacks of a batch.
+
+Knows tensors, tiles and budgets. Does not know files, tokenizers or encoders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.budget import Budget, Extent, Space, count_tokens
+from mllm.picture_tiles import cut
+from mllm.tiling import Size, Tiles
+from mllm.transforms import ImageTransform
+
+LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
+
+
+@dataclass(frozen=True)
+class LoadedMedia:
+    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
+
+    Where it is several encoded pictures, values are (P, 3, h, w): of a picture of `picture_pixels` (height, width) the
+    thumbnail and the tiles of every one of `tilings`; of a video its frames, and `tower` names whose encoder they want.
+    `grid` is that of a picture's patches where pictures keep their shape.
+    """
+
+    medium: str
+    values: Tensor
+    raw_length: int = 0
+    grid: tuple[int, int] | None = None
+    tower: str = ""
+    picture_pixels: Size | None = None
+    tilings: tuple[Tiles, ...] = ()
+
+    @property
+    def encoder(self) -> str:
+        """The medium whose encoder this is for."""
+        return self.tower or self.medium
+
+    @property
+    def num_items(self) -> int:
+        """Encoded items it makes."""
+        return len(self.values) if self.encoder == "image" and self.values.ndim == 4 else 1
+
+
+def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) -> list[tuple[Tiles, ...]]:
+    """Of each medium item of a sample the different cuts into tiles that budgets ask for; the most tiles by default.
+
+    A budget that cannot be met asks for none; it is refused when it is counted for good.
+
+    Raises:
+        ValueError: none of the budgets can be met.
+    """
+    asked: list[list[Tiles]] = [[] for _ in extents]
+    held = {extent.medium for extent in extents}
+    refusals = []
+    for budget in budgets or (Budget(),):
+        try:
+            costs = count_tokens(extents, budget.only(held), space)
+        except ValueError as error:
+            refusals.append(error)
+            continue
+        for own, cost in zip(asked, costs, strict=True):
+            own += [cost.tiles] if cost.tiles is not None and cost.tiles not in own else []
+    if not any(asked):
+        raise refusals[0]
+    return [tuple(own) for own in asked]
+
+
+def cut_picture(
+    raw: Any, tilings: Sequence[Tiles], transform: ImageTransform, *, tile: Size, thumbnail: bool
+) -> LoadedMedia:
+    """A decoded picture cut in one or several ways, for its encoder.
+
+    Args:
+        tile: height and width of what the encoder reads, in pixels.
+    """
+    pixels = cut(raw, tilings, tile=tile, thumbnail=thumbnail, resample=transform.resample)
+    picture_pixels = (raw.height, raw.width)
+    return LoadedMedia("image", transform.many(list(pixels)), picture_pixels=picture_pixels, tilings=tuple(tilings))
+
+
+def as_long_as_longest(media: Sequence[Sequence[LoadedMedia]]) -> list[list[LoadedMedia]]:
+    """The media of a batch, each clip as long as the longest of its medium: its padding counts as its own."""
+    longest: dict[str, int] = {}
+    for item in (item for items in media for item in items):
+        longest[item.medium] = max(longest.get(item.medium, 0), item.raw_length)
+    return [[replace(item, raw_length=longest[item.medium]) for item in items] for items in media]
+
+
+def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
+    """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
+
+    Returns:
+        `pixel_values` (N, 3, h, w), tiles and frames one after the other, or (N, P, values of a patch) with
+        `image_grids` (N, 2) of pictures that keep their shape; `audio_values` (N, ...) and `video_values`
+        (N, T, 1, h, w) with their `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
+    """
+    out: dict[str, Tensor] = {}
+    for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
+        own = [item for item in items if item.encoder == medium]
+        if any(item.values.ndim == 4 for item in own) and medium == "image":
+            out[key] = torch.cat([item.values.view(-1, *item.values.shape[-3:]) for item in own])
+        elif own:
+            out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
+            if own[0].grid is not None:
+                out["image_grids"] = torch.tensor([item.grid for item in own])
+        if own and medium in LENGTH_KEYS:
+            out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
+    return out

@@ -1,0 +1,68 @@
+"""Cuts the pixels of a picture into a thumbnail and tiles, as `mllm.tiling` says.
+
+Knows pixels and sizes. Does not know means and deviations (`transforms.py` does), tokens or budgets.
+
+Source: LLaVA-NeXT's image processor. The picture is scaled into rows x columns of tiles with its sides in proportion
+(rounded up), centred, and black where nothing is; the thumbnail is the whole picture squeezed into one tile.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mllm.tiling import Size, Tiles
+
+
+def cut(picture: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: bool, resample: int = 3) -> Tensor:
+    """The thumbnail, if there is one, and then the tiles of each cut, row by row.
+
+    Args:
+        picture: RGB.
+        tilings: cuts that share the thumbnail.
+        tile: height and width of what the encoder reads, in pixels.
+        resample: Pillow's number of the interpolation; 3 is bicubic.
+
+    Returns:
+        (P, 3, h, w) uint8.
+    """
+    pixels = _pixels(picture)
+    pieces = [_resized(pixels, tile, resample)[None]] if thumbnail else []
+    for tiles in tilings:
+        if tiles.count:
+            size = (tiles.rows * tile[0], tiles.columns * tile[1])
+            page = _centred(_resized(pixels, scaled_size(pixels.shape[-2:], size), resample), size)
+            grid = page.unflatten(2, (tiles.columns, tile[1])).unflatten(1, (tiles.rows, tile[0]))
+            pieces.append(grid.permute(1, 3, 0, 2, 4).flatten(0, 1))
+    return torch.cat(pieces)
+
+
+def scaled_size(picture: Sequence[int], room: Size) -> Size:
+    """Height and width of a picture scaled into a room, its sides in proportion."""
+    by_height, by_width = room[0] / picture[0], room[1] / picture[1]
+    if by_width < by_height:
+        return min(math.ceil(picture[0] * by_width), room[0]), room[1]
+    return room[0], min(math.ceil(picture[1] * by_height), room[1])
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    import torchvision.transforms.v2.functional as vision
+
+    return vision.pil_to_tensor(picture.convert("RGB"))
+
+
+def _resized(pixels: Tensor, size: Size, resample: int) -> Tensor:
+    """As transformers' image processors resize, so that a tile is what they would have made of it."""
+    import torchvision.transforms.v2.functional as vision
+    from transformers.image_utils import pil_torch_interpolation_mapping
+
+    return vision.resize(pixels, list(size), interpolation=pil_torch_interpolation_mapping[resample], antialias=True)
+
+
+def _centred(pixels: Tensor, size: Size) -> Tensor:
+    top, left = ((room - side) // 2 for room, side in zip(size, pixels.shape[-2:], strict=True))
+    bottom, right = size[0] - pixels.shape[-2] - top, size[1] - pixels.shape[-1] - left
+    return functional.pad(pixels, (left, right, top, bottom))

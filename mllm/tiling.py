@@ -1,0 +1,245 @@
+"""Pictures of any resolution: into which tiles one is cut, and how many soft tokens that makes.
+
+Knows sizes, caps and counts. Does not know torch, what pixels show, budgets as words, or how a tile is compressed.
+
+A picture is cut into rows x columns of tiles, each as large as the encoder reads, behind a thumbnail of the whole. Of
+the sizes that rows x columns of tiles may have, the one is taken that keeps most of the picture and, of equal ones,
+wastes least (LLaVA-NeXT's rule). The picture is scaled into it with its sides in proportion, and the rest is padding.
+
+`spatial_unpad` puts the tokens of all tiles together as one map, cuts off what lies over padding, and ends every row of
+the map with a newline: LLaVA-NeXT's order, at every number of tokens that forms a map. `flat` leaves the tiles one
+after the other, whatever their tokens are, with a newline behind each row of tiles.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+Kind = Literal["pinpoints", "free"]
+Merge = Literal["spatial_unpad", "flat"]
+Size = tuple[int, int]
+"""Height and width: in pixels, patches or tokens."""
+LLAVA_NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""Rows and columns of LLaVA-NeXT's five sizes, in its order, which decides between equally good ones."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one picture is cut: rows x columns of tiles, 0 x 0 for none, behind a thumbnail if there is one."""
+
+    rows: int
+    columns: int
+    has_thumbnail: bool
+
+    @property
+    def count(self) -> int:
+        """Tiles, the thumbnail not among them."""
+        return self.rows * self.columns
+
+    @property
+    def num_pictures(self) -> int:
+        """What the encoder sees of it: the thumbnail and the tiles."""
+        return self.count + int(self.has_thumbnail)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How pictures are cut and put together again: the `tiling` block of `media.image`.
+
+    Args:
+        kind: `pinpoints` allows the sizes listed, `free` every rows x columns of at most `max_tiles`.
+        pinpoints: (height, width) in pixels, each a multiple of a tile; empty means LLaVA-NeXT's five shapes.
+        max_tiles: most tiles of a picture; what is left of the pinpoints under it.
+        thumbnail: whether the whole picture, squeezed into a tile, comes first.
+        merge: see the file's docstring.
+        newline: whether a learned token ends the rows.
+    """
+
+    kind: Kind = "pinpoints"
+    pinpoints: tuple[Size, ...] = ()
+    max_tiles: int | None = None
+    thumbnail: bool = True
+    merge: Merge = "spatial_unpad"
+    newline: bool = True
+
+    @classmethod
+    def from_settings(cls, medium: str, settings: Mapping[str, Any]) -> "Tiling | None":
+        """Read `media.<medium>.tiling`; nothing where there is no such block.
+
+        Raises:
+            ValueError: a value that is not allowed, or a merge that the compressor's tokens cannot be put through.
+        """
+        own = settings.get("tiling")
+        if own is None:
+            return None
+        key = f"media.{medium}.tiling"
+        if medium != "image":
+            raise ValueError(f"{key} is for pictures; leave it out of {medium}")
+        if unknown := sorted(set(own) - set(cls.__dataclass_fields__)):
+            raise ValueError(f"{key}.{unknown[0]} is not a setting; allowed: {', '.join(cls.__dataclass_fields__)}")
+        pinpoints = tuple((int(height), int(width)) for height, width in own.get("pinpoints") or ())
+        made = cls(**{**own, "pinpoints": pinpoints})
+        made._check(key)
+        order = settings.get("order") or "raster"
+        if made.merge == "spatial_unpad" and (settings.get("compressor") == "query" or order != "raster"):
+            raise ValueError(
+                f"{key}.merge spatial_unpad needs tokens that form a map in reading order, those of pool or stack; "
+                "allowed here: flat"
+            )
+        return made
+
+    def _check(self, key: str) -> None:
+        for name, value, allowed in (("kind", self.kind, get_args(Kind)), ("merge", self.merge, get_args(Merge))):
+            if value not in allowed:
+                raise ValueError(f"{key}.{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.kind == "free" and (self.pinpoints or self.max_tiles is None):
+            raise ValueError(f"{key}.kind free goes with max_tiles and without pinpoints")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise ValueError(f"{key}.max_tiles is {self.max_tiles}; it must be at least 1")
+        if self.kind == "pinpoints" and not self.thumbnail and self.max_tiles is not None:
+            raise ValueError(f"{key}.max_tiles may leave no pinpoint, and there is no thumbnail; list fewer pinpoints")
+
+    def shapes(self, tile: Size) -> list[Size]:
+        """Rows and columns a picture may be cut into, in the order that decides between equally good ones.
+
+        Args:
+            tile: size of a tile in pixels.
+
+        Raises:
+            ValueError: a pinpoint that is not made of whole tiles.
+        """
+        if self.kind == "free":
+            most = self.max_tiles or 1
+            found = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+        elif self.pinpoints:
+            for height, width in self.pinpoints:
+                if height < 1 or width < 1 or height % tile[0] or width % tile[1]:
+                    raise ValueError(
+                        f"tiling.pinpoints holds {[height, width]}, which is not made of whole tiles of {list(tile)} "
+                        "pixels, the size this encoder reads"
+                    )
+            found = [(height // tile[0], width // tile[1]) for height, width in self.pinpoints]
+        else:
+            found = list(LLAVA_NEXT)
+        return [shape for shape in found if self.max_tiles is None or shape[0] * shape[1] <= self.max_tiles]
+
+    def choose(self, picture: Size, tile: Size, max_tiles: int | None = None) -> Tiles:
+        """The tiles of a picture under a cap. One tile behind a thumbnail would repeat it, so there is none then.
+
+        Args:
+            picture, tile: sizes in pixels.
+
+        Raises:
+            ValueError: a cap that leaves nothing to see; the caps that do not are named.
+        """
+        every = self.shapes(tile)
+        shapes = [shape for shape in every if max_tiles is None or shape[0] * shape[1] <= max_tiles]
+        if not shapes and not self.thumbnail:
+            least = min(rows * columns for rows, columns in every)
+            raise ValueError(
+                f"tiles<={max_tiles} leaves nothing of a picture without a thumbnail; allowed from {least}"
+            )
+        best = _best(shapes, picture, tile) if shapes else None
+        if best is None or (best == (1, 1) and self.thumbnail):
+            return Tiles(0, 0, True)
+        return Tiles(*best, self.thumbnail)
+
+    def choices(self, picture: Size, tile: Size, max_tiles: int | None = None) -> list[int]:
+        """The caps up to a cap that matter to a picture, largest first: with each of them it is cut differently."""
+        counts = {rows * columns for rows, columns in self.shapes(tile)} | ({0} if self.thumbnail else set())
+        chosen = {self.choose(picture, tile, cap).count for cap in counts if max_tiles is None or cap <= max_tiles}
+        return sorted(chosen, reverse=True)
+
+    def num_tokens(self, tiles: Tiles, each: int, *, picture: Size, tile: Size, grid: Size) -> int:
+        """Soft tokens of a picture, newlines included.
+
+        Args:
+            each: tokens of every tile.
+            picture, tile: sizes in pixels.
+            grid: patches of a tile.
+
+        Raises:
+            ValueError: tokens that do not form a map, where the merge needs one; the counts that do are named.
+        """
+        if self.merge == "flat":
+            return tiles.num_pictures * each + (tiles.rows if self.newline else 0)
+        shape = map_of(each, grid)
+        if not tiles.count:
+            return each + int(self.newline)
+        _, _, height, width = kept_map(tiles, shape, picture)
+        return each * int(tiles.has_thumbnail) + height * (width + int(self.newline))
+
+
+def _best(shapes: Sequence[Size], picture: Size, tile: Size) -> Size:
+    """The shape that keeps the most pixels of a picture and, of those, wastes the fewest."""
+    height, width = picture
+    best, best_key = shapes[0], (-1, 0)
+    for rows, columns in shapes:
+        full_height, full_width = rows * tile[0], columns * tile[1]
+        # In floats, as transformers' select_best_resolution computes it: a pixel more or less decides ties.
+        scale = min(full_width / width, full_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        if (key := (kept, kept - full_height * full_width)) > best_key:
+            best, best_key = (rows, columns), key
+    return best
+
+
+def map_of(count: int, grid: Size) -> Size:
+    """Rows and columns that `count` pooled tokens of a grid form, where every row is equally long.
+
+    Raises:
+        ValueError: rows that are not; the counts that do form a map are named.
+    """
+    most = grid[0] * grid[1]
+    if 1 <= count <= most and count % (rows := pooled_rows(count, grid)) == 0:
+        return rows, count // rows
+    good = [n for n in range(1, most + 1) if n % pooled_rows(n, grid) == 0]
+    near = sorted(sorted(good, key=lambda n: abs(n - count))[:12]) if len(good) > 40 else good
+    words = "the nearest that do" if len(good) > 40 else "those that do"
+    raise ValueError(f"{count} tokens per tile form no map of equal rows; {words}: {', '.join(map(str, near))}")
+
+
+@lru_cache(maxsize=4096)
+def pooled_rows(count: int, grid: Size) -> int:
+    """How many rows `count` pooled tokens of a grid form; the rule of `mllm.compressors.areas.grid_rows`, in numbers.
+
+    Whole patches win where that makes cells at most twice as long as wide, the squarest and then the fewest rows;
+    otherwise the cells are as square as can be.
+    """
+    height, width = grid
+    whole: dict[int, Fraction] = {}
+    for rows in range(1, min(height, count) + 1):
+        if count % rows == 0 and height % rows == 0 and width % (count // rows) == 0:
+            flatness = Fraction(rows * rows * width, count * height)
+            whole[rows] = max(flatness, 1 / flatness)
+    if whole and min(whole.values()) <= 2:
+        return min(whole, key=lambda rows: (whole[rows], rows))
+    below = sum((2 * row + 1) ** 2 * width < 4 * count * height for row in range(height))
+    return min(max(below, 1), count)
+
+
+def kept_map(tiles: Tiles, shape: Size, picture: Size) -> tuple[int, int, int, int]:
+    """The part of the merged map that does not lie over padding: top, left, height, width.
+
+    As transformers' `unpad_image` counts it, except that a row or a column always stays: at one token per tile a
+    picture that is far from the shape of its tiles would vanish.
+
+    Args:
+        tiles: at least one.
+        shape: rows and columns of the tokens of a tile.
+        picture: its size, in pixels.
+    """
+    height, width = tiles.rows * shape[0], tiles.columns * shape[1]
+    full_height, full_width = picture
+    if full_width / full_height > width / height:
+        used = int(round(full_height * (width / full_width), 7))
+        top = min((height - used) // 2, (height - 1) // 2)
+        return top, 0, height - 2 * top, width
+    used = int(round(full_width * (height / full_height), 7))
+    left = min((width - used) // 2, (width - 1) // 2)
+    return 0, left, height, width - 2 * left

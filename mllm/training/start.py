@@ -1,0 +1,96 @@
+"""What a run starts from: the trained values of another run, such as a first stage or a converted checkpoint.
+
+Knows run folders, names of parameters and what makes two compressors the same. Does not know how anything is trained.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from mllm.configuration import ElasticConfig
+from mllm.loading import TRAINABLES
+from mllm.sources import within_run
+from mllm.trainables import part_of, trainable_names
+from mllm.training.settings import differences
+
+# What may differ: the counts that are trained, how a picture is cut up, and what the shapes of the values tell anyway.
+_FREE = ("budgets", "num_queries", "query_size", "projector_size", "tiling")
+logger = logging.getLogger(__name__)
+
+
+def start_from(model: Any, folder: str | Path) -> list[str]:
+    """Put every trained value of a run into a model that is about to train.
+
+    Args:
+        model: an `ElasticForConditionalGeneration` in which what trains is set.
+        folder: the run.
+
+    Returns:
+        The names of what was put in; everything else that trains keeps its initial value.
+
+    Raises:
+        FileNotFoundError: the folder is no run.
+        ValueError: values that have no place in the model, that would not train and so be lost, or that were trained
+            beside another encoder or compressor; all are named, with the keys to change.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINABLES).is_file():
+        raise FileNotFoundError(f"train.start_from {folder} is no run: there is no {TRAINABLES} in it")
+    before = ElasticConfig.from_pretrained(folder)
+    _check_parts(model.config, before, folder)
+    own, learning = dict(model.named_parameters()), set(trainable_names(model))
+    with safe_open(folder / TRAINABLES, framework="pt") as file:
+        names = sorted(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        _check_names(shapes, own, learning, folder)
+        with torch.no_grad():
+            for name in names:
+                own[name].copy_(file.get_tensor(name))
+    parts = ", ".join(sorted({part_of(name) for name in names}))
+    logger.info("started from %s: %s (%d of %d values that train)", folder, parts, len(names), len(learning))
+    return names
+
+
+def _check_names(
+    shapes: dict[str, tuple[int, ...]], own: dict[str, nn.Parameter], learning: set[str], folder: Path
+) -> None:
+    problems = []
+    for name, shape in shapes.items():
+        if name not in own:
+            problems.append(f"{name} is not in this model")
+        elif hasattr(own[name], "ds_id"):
+            problems.append(f"{name} is sharded by ZeRO-3 already; use ZeRO-2")
+        elif tuple(own[name].shape) != shape:
+            problems.append(f"{name} has shape {shape}, here {tuple(own[name].shape)}")
+        elif name not in learning:
+            problems.append(f"{name} would not train and so be lost; put {part_of(name)} into train.parts")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"train.start_from {folder} does not fit: {'; '.join(problems[:5])}{more}")
+
+
+def _check_parts(now: ElasticConfig, before: ElasticConfig, folder: Path) -> None:
+    """Refuse media that were trained otherwise; another LLM is allowed and logged."""
+    sources, old_sources = now.sources or {}, within_run(before.sources or {}, folder)
+    media, old_media = now.media or {}, before.media or {}
+    problems = []
+    for medium in sorted(media.keys() & old_media.keys()):
+        old, new = (
+            {key: value for key, value in every.items() if key not in _FREE}
+            for every in (old_media[medium], media[medium])
+        )
+        problems += [f"model.{medium}.{line}" for line in differences(old, new)]
+    for part in sorted(sources.keys() & old_sources.keys()):
+        digests = [every[part]["sha256"] for every in (old_sources, sources)]
+        if all(digests) and digests[0] != digests[1]:
+            line = f"the weights of {part} were {old_sources[part]['reference']}, here {sources[part]['reference']}"
+            if part == "llm":
+                logger.warning("train.start_from %s: %s", folder, line)
+            else:
+                problems.append(line)
+    if problems:
+        raise ValueError(f"train.start_from {folder} was trained otherwise: {'; '.join(problems)}")

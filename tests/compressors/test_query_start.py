@@ -1,0 +1,69 @@
+"""Where queries begin: cells of a pyramid, and attention that is the mean over each."""
+
+import pytest
+import torch
+
+from mllm.compressors import Query
+from mllm.compressors.query_start import pyramid_cells, read_places
+
+
+def query_of(grid: tuple[int, int], queries: tuple[int, int], **changes) -> Query:
+    sizes = {"in_size": 64, "out_size": 8, "query_grid": queries, "feature_grid": grid, "num_heads": 2}
+    return Query(**{**sizes, **changes}).eval()
+
+
+def area(cells: list[tuple[int, int, int, int]]) -> int:
+    return sum((bottom - top) * (right - left) for top, bottom, left, right in cells)
+
+
+def test_cells_are_the_whole_then_three_of_four_quarters_and_so_on() -> None:
+    cells = pyramid_cells(16, (8, 8))
+    assert cells[:4] == [(0, 8, 0, 8), (0, 4, 0, 4), (0, 4, 4, 8), (4, 8, 0, 4)]
+    assert area(cells[1:4]) == 48
+    assert area(cells[4:]) == 12 * 4
+    assert {(b - t, e - s) for t, b, s, e in cells[4:]} == {(2, 2)}
+    assert len(set(cells)) == 16
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (24, 24), (6, 10), (1, 5), (3, 3)])
+def test_all_cells_lie_in_the_grid_and_none_repeats_while_there_are_others(grid: tuple[int, int]) -> None:
+    num_features = grid[0] * grid[1]
+    cells = pyramid_cells(2 * num_features + 3, grid)
+    assert len(cells) == 2 * num_features + 3
+    assert all(0 <= t < b <= grid[0] and 0 <= s < e <= grid[1] for t, b, s, e in cells)
+    distinct = len(set(cells))
+    assert len(set(cells[:distinct])) == distinct
+    singles = {cell for cell in cells if area([cell]) == 1}
+    assert len(singles) == num_features
+
+
+@pytest.mark.parametrize(("grid", "queries"), [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((4, 6), (3, 4))])
+def test_each_query_reads_the_mean_of_its_cell(grid: tuple[int, int], queries: tuple[int, int]) -> None:
+    compressor = query_of(grid, queries)
+    left = read_places(compressor, torch.Generator().manual_seed(0))
+    assert float(left.max()) < 0.3  # nats, of 2.8 and more at the released start
+    maps = torch.randn(1, *grid, 64, generator=torch.Generator().manual_seed(1))
+    normed = compressor.ln_v(maps)
+    cells = pyramid_cells(compressor.num_queries, grid)
+    with torch.no_grad():
+        read = compressor._read(maps.flatten(1, 2))[0]
+        means = torch.stack([normed[0, t:b, s:e].flatten(0, 1).mean(0) for t, b, s, e in cells])
+    alike = torch.nn.functional.cosine_similarity(read[:, None], means[None], dim=-1)
+    assert alike.argmax(1).tolist() == list(range(len(cells)))
+    assert float(alike.diagonal().min()) > 0.85
+
+
+def test_it_is_the_same_for_the_same_seed_and_leaves_positions_alone() -> None:
+    one, two = query_of((4, 4), (2, 2)), query_of((4, 4), (2, 2))
+    for compressor in (one, two):
+        before = compressor.pos_embed.clone()
+        read_places(compressor, torch.Generator().manual_seed(3))
+        assert compressor.pos_embed.equal(before)
+    assert one.query.equal(two.query)
+    assert one.attn.in_proj_weight.equal(two.attn.in_proj_weight)
+
+
+def test_streams_and_content_keys_are_refused() -> None:
+    for compressor in (query_of((1, 8), (1, 4), windowed=True), query_of((4, 4), (2, 2), keys="content")):
+        with pytest.raises(ValueError, match=r"query_start=pyramid goes with pictures and keys=position"):
+            read_places(compressor, torch.Generator())

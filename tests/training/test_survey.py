@@ -1,0 +1,126 @@
+"""What a run finds out about its samples before it starts: tokens, targets, and what stops it."""
+
+import dataclasses
+import logging
+
+import pytest
+import tiny
+
+from mllm.budget import Budget
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.processing import LoadedMedia
+from mllm.training import survey as module
+from mllm.training.loaders import encode, media_groups
+from mllm.training.survey import check_targets, count_targets, drawn, survey, target_report
+
+GOOD = Sample("good", (Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))), task="test")
+PICTURE = Media("image", "a.png")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.processor(tiny.settings(("image",)))
+
+
+def mixed(num_good: int, num_empty: int) -> list[Sample]:
+    """Samples of which some are a question alone."""
+    empty = [dataclasses.replace(GOOD, id=f"e{number}", messages=GOOD.messages[:1]) for number in range(num_empty)]
+    return [*[GOOD] * num_good, *empty]
+
+
+def test_too_many_samples_with_nothing_to_learn_stop_the_run(processor) -> None:
+    samples = mixed(98, 2)
+    limits = {"max_tokens": 100, "max_unsupervised_fraction": 0.01}
+    with pytest.raises(ValueError, match=r"2 of 100 samples have nothing to learn .* such as 'e0', 'e1'; .* 0.01"):
+        survey(samples, processor).check(samples, **limits)
+    survey(samples, processor).check(samples, **{**limits, "max_unsupervised_fraction": 0.02})
+    survey(mixed(199, 2), processor).check(mixed(199, 2), **limits)
+
+
+def test_the_report_says_how_many_targets_and_who_has_none(processor, caplog: pytest.LogCaptureFixture) -> None:
+    samples = mixed(5, 7)
+    caplog.set_level(logging.INFO)
+    survey(samples, processor).check(samples, max_tokens=100, max_unsupervised_fraction=0.9)
+    line = "12 samples; target tokens per sample: least 0, median 0, mean 1.7, most 4; 7 without"
+    assert f"{line} ('e0', 'e1', 'e2', 'e3', 'e4' and 2 more)" in caplog.text
+    assert "samples per second" in caplog.text
+    assert target_report(["a"], [3]).endswith("0 without")
+
+
+def test_a_large_data_set_is_stopped_at_the_first_look(
+    processor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "FIRST_LOOK", 50)
+    caplog.set_level(logging.INFO)
+    with pytest.raises(ValueError, match=r"\d+ of 50 samples have nothing to learn"):
+        survey(mixed(150, 150), processor, max_unsupervised_fraction=0.01)
+    assert "first look: 50 samples" in caplog.text
+    assert "samples per second" not in caplog.text
+
+
+def test_what_is_drawn_is_always_the_same_and_spread() -> None:
+    assert drawn(5, 10) == [0, 1, 2, 3, 4]
+    first = drawn(1000, 100)
+    assert first == drawn(1000, 100) == sorted(set(first))
+    assert len(first) == 100
+    assert max(first) > 900
+
+
+def test_a_sample_the_format_has_no_place_for_is_named(processor) -> None:
+    bad = dataclasses.replace(GOOD, id="bad", messages=(Message("user", (Media("audio", "a.wav"),)), GOOD.messages[1]))
+    with pytest.raises(ValueError, match="sample 'bad': this model does not take audio"):
+        survey([GOOD, bad], processor)
+
+
+def test_a_cut_sample_has_the_tokens_and_targets_that_a_batch_has(processor) -> None:
+    """The survey and the batch agree on what is left, at every place of the cut."""
+    messages = (
+        *(Message("user", (PICTURE, Text("what is it?"))), Message("assistant", (Text("a red circle"),))),
+        *(Message("user", (Text("sure?"),)), Message("assistant", (Text("yes it is a red circle"),))),
+    )
+    sample = Sample("long", messages, task="test")
+    picture: LoadedMedia = tiny.random_media("image")
+    whole = survey([sample], processor)
+    for limit in range(66, whole.tokens[0] + 2):
+        found = survey([sample], processor, max_sample_tokens=limit)
+        row = encode([sample], [[picture]], processor=processor, budgets=[], max_sample_tokens=limit)["batch"].rows[0]
+        assert found.tokens[0] == min(limit, whole.tokens[0]) == len(row.ids) - 1 + 64
+        assert found.targets[0] == sum(label != -100 for label in row.labels)
+        assert len(row.ids) == len(row.labels)
+    assert survey([sample], processor, max_sample_tokens=66).targets == [0]
+
+
+def test_a_picture_behind_the_cut_is_refused_not_cut(processor) -> None:
+    messages = (
+        *(Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))),
+        *(Message("user", (PICTURE,)), Message("assistant", (Text("red"),))),
+    )
+    sample = Sample("late", messages, task="test")
+    with pytest.raises(ValueError, match=r"sample 'late': a medium lies behind data.max_sample_tokens 20"):
+        encode([sample], [[tiny.random_media("image")]], processor=processor, budgets=[Budget()], max_sample_tokens=20)
+
+
+def test_samples_are_grouped_by_their_media() -> None:
+    picture = dataclasses.replace(GOOD, messages=(Message("user", (PICTURE, PICTURE)), GOOD.messages[1]))
+    assert media_groups([GOOD, picture, GOOD]) == [0, 1, 0]
+
+
+def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
+    processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 7)
+    samples = [
+        dataclasses.replace(
+            GOOD,
+            id=str(number),
+            messages=(GOOD.messages[0], Message("assistant", (Text("a cat " * (number % 5 + 1)),))),
+        )
+        for number in range(40)
+    ]
+    encoded = [processor.chat(sample.messages) for sample in samples]
+    assert count_targets(samples, processor.chat) == [
+        sum(label != -100 for label in prompt.labels) for prompt in encoded
+    ]
+    found = survey(samples, processor)
+    assert found.tokens == [len(prompt.ids) for prompt in encoded]
+    check_targets([sample.id for sample in samples], found.targets, 0.0)
