@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -16,7 +18,7 @@ from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.processing import LoadedMedia
 from mllm.sampler import Draw
 from mllm.segment_attention import enable_packing, obstacle
-from mllm.settings import AdapterSettings, ModelSettings
+from mllm.settings import AdapterSettings, ModelSettings, TilingSettings
 from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
@@ -100,7 +102,10 @@ def plain(model: ElasticForConditionalGeneration, batch: Batch, passes: Sequence
         inputs = dict(expanded.inputs)
         for medium in batch.media:  # the items of other rows are encoded too, and not shown
             shown = [run.item for run in row.runs if run.extent.medium == medium]
-            inputs |= {f"{medium}_index": torch.tensor(shown)} if shown else {}
+            if shown and f"{medium}_index" not in inputs:
+                first, count = shown[0], len(inputs[f"num_{medium}_tokens"])
+                items = shown if len(shown) == count else [*range(first, first + count)]
+                inputs[f"{medium}_index"] = torch.tensor(items)
         out = model(**inputs)
         labels = expanded.labels[:, 1:]
         losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].mT, labels, reduction="sum", ignore_index=-100)
@@ -233,6 +238,28 @@ def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -
 def test_mixtures_of_projectors_report_by_row() -> None:
     own = tiny.settings(("audio", "video"), audio={"projector_experts": 3, "projector_z_weight": 0.5})
     compare(own, mtsk()[1], SCALES)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"tiling": TilingSettings(), "budgets": [16, 4, 1]},
+        {**NESTED, "budgets": [16, 4], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")},
+    ],
+    ids=["one map", "flat"],
+)
+def test_pictures_in_tiles_are_packed_with_their_newlines(image: dict[str, Any]) -> None:
+    own = tiny.settings(("image",), image=image)
+    processor = tiny.processor(own)
+    cuts = [Image.fromarray(np.full(size, 9, dtype=np.uint8)) for size in ((90, 130, 3), (60, 200, 3))]
+    for number, cut in enumerate(cuts):
+        cut.putpixel((number, 3), (200, 100, 0))
+    rows = [([SYSTEM, processor.transform("image", cut), "what"], "red") for cut in cuts]
+    model, (_, batch, _), passes = compare(own, rows, ["image=16", "image=4"])
+    if model.model.newline is not None:
+        plan = make_lesson(batch, passes, processor, packed=True).plan
+        assert plan is not None
+        assert (plan.layouts["image"][:, 0] < 0).any()
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, MistralConfig])
