@@ -78,6 +78,11 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/log_mel.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/beam_decoding.py
+	$(BIN)/python benchmarks/pooled_step.py
+	$(BIN)/python benchmarks/activation_memory.py
+	$(BIN)/python benchmarks/nested_step.py
+	$(BIN)/python benchmarks/speech_step.py
+	$(BIN)/python benchmarks/mixture_adapter.py
 	$(BIN)/python benchmarks/folded_queries.py
 	$(BIN)/python benchmarks/grouped_questions.py
 

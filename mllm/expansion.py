@@ -287,3 +287,9 @@ def _layout(own: Sequence[Placed]) -> Tensor:
         orders.append(torch.where(order[:, :1] == NEWLINE, order, order + shift))
         first += len(placed.items)
     return torch.cat(orders)
+
+
+def with_items(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs, with the item of every run said."""
+    counts = {m: inputs[f"num_{m}_tokens"] for m in MEDIA if f"num_{m}_tokens" in inputs}
+    return {f"{medium}_index": torch.arange(len(own)) for medium, own in counts.items()} | dict(inputs)

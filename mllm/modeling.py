@@ -7,6 +7,7 @@ Shapes: B rows, S positions, N encoded media items, R placeholder runs, P positi
 the longest clip, H the LLM's hidden size, V its vocabulary.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mllm.adapters.hand_over import KEYWORD
 from mllm.beams import allows_sharing, num_copies, prefill, shares_prefill
 from mllm.configuration import ElasticConfig
-from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel
+from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel, Features
 from mllm.prefixes import Prefixes
+from mllm.segment_attention import KEYWORD as PLAN_KEYWORD
+from mllm.segment_attention import PackedAttention, is_enabled, packed_mask
+from mllm.segments import SegmentPlan
+
+Reader = Callable[[Callable[[Tensor], Tensor], Tensor], dict[str, Tensor]]
+"""Takes the head and hidden states (P, H); gives a `loss` and whatever else is wanted, by name."""
 
 
 @dataclass
@@ -30,12 +37,14 @@ class ElasticOutput(CausalLMOutputWithPast):
         auxiliary: what is to be made small beside the loss, by name, each (B,); `auxiliary_weights` says how much it
             counts. `balance`: how unevenly a row's tokens use the experts, the mean over layers; 1 is even.
             `<medium>_balance`, `<medium>_z`: the same of a mixture of projectors, and how large its logits are.
+        read: what a `reader` gave beside the loss.
         expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.hand_over.TOKEN_KINDS`) chose each of
             the N routed experts in each of the L layers.
     """
 
     auxiliary: dict[str, Tensor] | None = None
     expert_usage: Tensor | None = None
+    read: dict[str, Tensor] | None = None
 
 
 def auxiliary_weights(config: ElasticConfig) -> dict[str, float]:
@@ -114,6 +123,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         scale_ids: Tensor | None = None,
         task_ids: Tensor | None = None,
         adapter_report: bool | None = None,
+        plan: SegmentPlan | None = None,
+        packed_attention: PackedAttention = "sdpa",
+        features: Mapping[str, Features] | None = None,
+        reader: Reader | None = None,
         **kwargs: Any,
     ) -> ElasticOutput:
         """One pass over rows that may differ in media and in budgets.
@@ -133,6 +146,14 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
             adapter_report: give the adapter's `balance` and `expert_usage`, where it has experts; as in training by
                 default. What a mixture of projectors reports is given in training.
+            plan: how rows are packed; the shapes above then have B = 1, `scale_ids` and `task_ids` are (1, S), and
+                reports are by row. See `mllm.packing`.
+            packed_attention: what computes the attention of packed rows.
+            features: by medium what `ElasticModel.encode` gave; those media are not encoded.
+            reader: makes the loss of the hidden states at `logit_positions`; there are no logits then.
+
+        Raises:
+            ValueError: packed rows for an LLM that was not prepared for them.
         """
         media = {
             "pixel_values": pixel_values,
@@ -153,15 +174,25 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         }
         num_items = kwargs.pop("num_items_in_batch", None)
         with_report = self.training if adapter_report is None else adapter_report
-        rows = self.model.adapter_inputs(input_ids, attention_mask, scale_ids, task_ids, with_report=with_report)
+        rows = self.model.adapter_inputs(
+            input_ids, attention_mask, scale_ids, task_ids, with_report=with_report, plan=plan
+        )
         if rows is not None:
             kwargs[KEYWORD] = rows
+        if plan is not None:
+            if not is_enabled(self.model.language_model):
+                raise ValueError("packed rows need an LLM prepared by mllm.segment_attention.enable_packing")
+            assert input_ids is not None
+            attention_mask = packed_mask(plan, input_ids.device, packed_attention)
+            position_ids, kwargs[PLAN_KEYWORD] = plan.position_ids, plan
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            features=features,
+            plan=plan,
             **media,
             **kwargs,
         )
@@ -171,13 +202,15 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         elif isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
             hidden = hidden[:, kept]
-        logits = self.head(hidden)
-        loss = None
+        read = {} if reader is None else reader(self.head, hidden)
+        logits = self.head(hidden) if reader is None else None
+        loss = read.pop("loss", None)
         if labels is not None:
+            assert logits is not None
             vocab_size = logits.shape[-1]
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
         balance, usage = rows.collector.take() if rows is not None and rows.collector is not None else ([], [])
-        auxiliary = self.model.routing_losses(input_ids, media)
+        auxiliary = self.model.routing_losses(input_ids, media, plan)
         if balance:
             auxiliary["balance"] = torch.stack(balance).mean(dim=0)
         return ElasticOutput(
@@ -188,6 +221,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             auxiliary=auxiliary or None,
             expert_usage=torch.stack(usage) if usage else None,
+            read=read or None,
         )
 
     def prepare_inputs_for_generation(

@@ -6,7 +6,7 @@ Shapes: B rows, S positions, N encoded media items, R placeholder runs, T featur
 K soft tokens of the longest run, D an encoder's feature size, H the LLM's hidden size, V its vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,12 +19,13 @@ from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInput
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
-from mllm.compressors import MixtureProjector, Newline, ProjectorBank, build_compressor
-from mllm.compressors.mixture import routing_losses
+from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
-from mllm.splice import check_runs, is_newline, merge, place
+from mllm.routing import losses_of_routing
+from mllm.segments import SegmentPlan
+from mllm.splice import check_runs, merge, place
 from mllm.tiling import Tiling
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
@@ -144,6 +145,7 @@ class ElasticModel(ElasticPreTrainedModel):
         rates: Tensor | None = None,
         index: Tensor | None = None,
         max_tokens: int,
+        groups: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
         """Soft tokens of every run at its own budget.
 
@@ -152,12 +154,20 @@ class ElasticModel(ElasticPreTrainedModel):
             rates: (R,) frames per token, 0 where a count was asked; nothing for pictures.
             index: (R,) the encoded item of each run; nothing means one run per item.
             max_tokens: an upper bound of `num_tokens` known on the host.
+            groups: see `Compressor.compress_runs`, which then computes runs with an index.
 
         Returns:
             (R, K, H) with K = max_tokens, zero beyond each run's own count.
         """
         values, lengths = features.values, features.lengths
         own = {} if features.grids is None else {"grids": features.grids}
+        if groups:
+            assert index is not None
+            rates = torch.zeros_like(num_tokens) if rates is None else rates
+            compressor = cast(Compressor, self.compressors[medium])
+            return compressor.compress_runs(
+                values, lengths, index, tokens=num_tokens, rates=rates, groups=groups, **own
+            )
         if index is not None:
             values, lengths = values[index], lengths[index]
             own = {name: grids[index] for name, grids in own.items()}
@@ -214,12 +224,21 @@ class ElasticModel(ElasticPreTrainedModel):
         runs = [tokens[:count] for tokens, count in zip(soft, counts, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=features.values, pooler_output=runs)  # pyright: ignore
 
-    def embed(self, input_ids: Tensor, media: Mapping[str, Tensor | None]) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        media: Mapping[str, Tensor | None],
+        *,
+        plan: SegmentPlan | None = None,
+        features: Mapping[str, Features] | None = None,
+    ) -> Tensor:
         """Text embeddings with the soft tokens of all media in place.
 
         Args:
             input_ids: (B, S), one placeholder id per soft token.
             media: the media arguments of `forward` by name.
+            plan: where soft tokens go in a packed row.
+            features: what `encode` gave before, by medium; the others are encoded.
 
         Returns:
             (B, S, H).
@@ -236,26 +255,28 @@ class ElasticModel(ElasticPreTrainedModel):
         for medium, mask in masks.items():
             values = media.get(VALUE_KEYS[medium])
             num_tokens = media.get(f"num_{medium}_tokens")
-            layout = media.get(f"{medium}_layout")
+            layout = media.get(f"{medium}_layout") if plan is None else plan.layouts.get(medium)
             self._check(medium, input_ids, num_tokens, layout)
             if values is not None and num_tokens is not None:
-                features = self.encode(medium, values, media.get(SIZE_KEYS[medium]))
+                known = (features or {}).get(medium) or self.encode(medium, values, media.get(SIZE_KEYS[medium]))
                 soft = self.compress(
                     medium,
-                    features,
+                    known,
                     num_tokens=num_tokens,
                     rates=media.get(f"{medium}_rates"),
                     index=media.get(f"{medium}_index"),
-                    max_tokens=self._most_tokens(medium, features, input_ids.shape[1]),
+                    max_tokens=self._most_tokens(medium, known, input_ids.shape[1]),
+                    groups=() if plan is None else plan.groups[medium],
                 )
                 if layout is None:
                     embeds = merge(embeds, mask, soft, num_tokens)
                 else:
-                    newline = None if self.newline is None else self.newline()
+                    newline = None if self.newline is None or medium != "image" else self.newline()
                     embeds = place(embeds, mask, soft, layout, newline)
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
-        if self.newline is not None and media.get("image_layout") is None and self.training and _is_distributed():
+        is_placed = media.get("image_layout") is not None if plan is None else "image" in plan.layouts
+        if self.newline is not None and not is_placed and self.training and _is_distributed():
             embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
         return embeds
 
@@ -287,30 +308,11 @@ class ElasticModel(ElasticPreTrainedModel):
         soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
         return soft.sum()
 
-    def routing_losses(self, input_ids: Tensor | None, media: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """What the mixtures of projectors left behind in this pass, as losses (B,) by name; see `ElasticOutput`.
-
-        Args:
-            input_ids: (B, S). media: the media arguments of `forward` by name.
-        """
-        losses = {}
-        for medium, compressor in self.compressors.items():
-            bank = getattr(compressor, "projectors", None)
-            num_tokens = media.get(f"num_{medium}_tokens")
-            if not isinstance(bank, ProjectorBank) or (routing := bank.take_routing()) is None:
-                continue
-            if num_tokens is None or input_ids is None:
-                continue  # it was only run to touch its parameters
-            is_token = input_ids == (self.config.placeholder_ids or {})[medium]
-            spread = routing.new_zeros(*input_ids.shape, routing.shape[-1])
-            if (layout := media.get(f"{medium}_layout")) is None:
-                spread = merge(spread, is_token, routing, num_tokens)
-            else:
-                spread = place(spread, is_token, routing, layout)
-                is_token = is_token & ~is_newline(is_token, layout)
-            top_k = cast(MixtureProjector, bank[0]).top_k
-            losses[f"{medium}_balance"], losses[f"{medium}_z"] = routing_losses(spread, is_token, top_k=top_k)
-        return losses
+    def routing_losses(
+        self, input_ids: Tensor | None, media: Mapping[str, Tensor | None], plan: SegmentPlan | None = None
+    ) -> dict[str, Tensor]:
+        """What the mixtures of projectors left behind in this pass, as losses (B,) by name; see `ElasticOutput`."""
+        return losses_of_routing(self.compressors, self.config.placeholder_ids or {}, input_ids, media, plan)
 
     def adapter_inputs(
         self,
@@ -320,12 +322,14 @@ class ElasticModel(ElasticPreTrainedModel):
         task_ids: Tensor | None,
         *,
         with_report: bool,
+        plan: SegmentPlan | None = None,
     ) -> AdapterInputs | None:
         """What the adapter needs to know of the rows; nothing where it asks for nothing.
 
         Args:
-            input_ids: (B, S). attention_mask: (B, S). scale_ids, task_ids: (B,).
+            input_ids: (B, S). attention_mask: (B, S). scale_ids, task_ids: (B,) or (B, S).
             with_report: let it report what its experts did.
+            plan: of packed rows.
 
         Raises:
             ValueError: ids for an adapter that has no members.
@@ -342,7 +346,7 @@ class ElasticModel(ElasticPreTrainedModel):
             kinds = kinds.masked_fill(input_ids == placeholder, TOKEN_KINDS.index(medium))
         if attention_mask is not None:
             kinds = kinds.masked_fill(attention_mask == 0, -1)
-        return AdapterInputs(scale_ids, task_ids, kinds, Collector())
+        return AdapterInputs(scale_ids, task_ids, kinds, Collector(), plan)
 
     def forward(
         self,
@@ -351,6 +355,8 @@ class ElasticModel(ElasticPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        features: Mapping[str, Features] | None = None,
+        plan: SegmentPlan | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed, splice and run the decoder. The media arguments are those of `ElasticForConditionalGeneration`."""
@@ -358,7 +364,7 @@ class ElasticModel(ElasticPreTrainedModel):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds; got neither")
-            inputs_embeds = self.embed(input_ids, media)
+            inputs_embeds = self.embed(input_ids, media, plan=plan, features=features)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

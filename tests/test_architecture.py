@@ -12,14 +12,14 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {
         *("budget", "grammar", "tiling", "sampler", "metrics", "benchmarks", "settings", "sources", "registration"),
-        "filterbank",
+        *("filterbank", "segments"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
         *("splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
-        *("beams", "prefixes"),
+        *("beams", "prefixes", "packing", "segment_attention"),
     },
-    {"modeling", "modeling_body", "processing", "loaded", "data", "chat"},
+    {"modeling", "modeling_body", "routing", "processing", "loaded", "data", "chat"},
     {"building", "loading", "cost", "convert"},
     {"generation", "timing", "training"},
     {"evaluation"},

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm.budget import MEDIA
+from mllm.segments import SegmentPlan
 
 KEYWORD = "adapter_inputs"
 KINDS_WITH_INPUTS = ("lora_bank", "mome")
@@ -62,12 +63,14 @@ class AdapterInputs:
         task_ids: the same for tasks.
         kinds: (B, S) int64, places in `TOKEN_KINDS`, -1 on padding; nothing where no adapter reports.
         collector: takes what adapters report.
+        plan: how the rows lie where they are packed; B is then 1 in the shapes above, and reports are by row.
     """
 
     scale_ids: Tensor | None = None
     task_ids: Tensor | None = None
     kinds: Tensor | None = None
     collector: Collector | None = None
+    plan: SegmentPlan | None = None
 
 
 class Adapter(nn.Module):

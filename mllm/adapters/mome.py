@@ -66,7 +66,13 @@ class Mome(Adapter):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, S, H) -> what to add, (B, S, H)."""
-        values = hidden.to(self.down.dtype)
+        if hidden.device.type == "cpu":  # most CPUs cannot multiply bfloat16 and take up to 80 times as long over it
+            with torch.autocast("cpu", enabled=False):
+                return self._forward(hidden, torch.float32)
+        return self._forward(hidden, self.down.dtype)
+
+    def _forward(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        values = hidden.to(dtype)
         probabilities = self._probabilities(values)
         top = probabilities.topk(self.top_k, dim=-1)
         chosen = torch.zeros_like(probabilities).scatter(-1, top.indices, 1.0)
@@ -78,14 +84,16 @@ class Mome(Adapter):
         if self.inputs.collector is not None:
             self._report(self.inputs.collector, probabilities, chosen)
         weights = torch.cat([gates.new_ones(*gates.shape[:-1], self.num_shared), gates], dim=-1)  # (B, S, M)
-        inner = functional.linear(values, self.down.flatten(0, 1), self.down_bias.flatten())
-        inner = functional.gelu(inner).unflatten(-1, self.down.shape[:2]) * weights[..., None]
-        out = functional.linear(inner.flatten(-2), self.up.transpose(0, 1).flatten(1)) + weights @ self.up_bias
+        down, up = self.down.flatten(0, 1).to(dtype), self.up.transpose(0, 1).flatten(1).to(dtype)
+        inner = functional.gelu(functional.linear(values, down, self.down_bias.flatten().to(dtype)))
+        weights = weights.to(inner.dtype)
+        inner = inner.unflatten(-1, self.down.shape[:2]) * weights[..., None]
+        out = functional.linear(inner.flatten(-2), up) + weights @ self.up_bias.to(weights.dtype)
         return out.to(hidden.dtype)
 
     def _probabilities(self, values: Tensor) -> Tensor:
         """(B, S, N), in float32."""
-        logits = functional.linear(values, self.router.flatten(0, 1)).float()
+        logits = functional.linear(values, self.router.flatten(0, 1).to(values.dtype)).float()
         if self.num_routers > 1:
             logits = logits.unflatten(-1, (self.num_routers, self.num_experts))
             places = self._scale_ids().clamp(min=0)[..., None, None].expand(*logits.shape[:2], 1, self.num_experts)
@@ -106,7 +114,10 @@ class Mome(Adapter):
         N times the sum over experts of (share of the choices) * (mean probability), over the tokens of a row.
         """
         assert self.inputs.kinds is not None
-        kinds = self.inputs.kinds.to(chosen.device)[..., None] == torch.arange(NUM_KINDS, device=chosen.device)
+        kinds = self.inputs.kinds.to(chosen.device)
+        if (plan := self.inputs.plan) is not None:
+            probabilities, chosen, kinds = plan.unpack(probabilities), plan.unpack(chosen), plan.unpack(kinds, -1)
+        kinds = kinds[..., None] == torch.arange(NUM_KINDS, device=chosen.device)
         # Counts are sums and not a product of matrices, which autocast would compute in 8 bits of mantissa.
         usage = torch.where(kinds[..., None], chosen[..., None, :], 0.0).sum(dim=1)  # (B, K, N)
         is_token = kinds.any(dim=-1, keepdim=True).to(probabilities.dtype)

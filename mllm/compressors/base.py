@@ -5,7 +5,8 @@ Knows features and counts. Does not know media, encoders, budgets as words, or t
 Shapes: N items, T features of the longest item, D feature size, K soft tokens asked for, H the LLM's hidden size.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,56 @@ class Compressor(nn.Module):
             (N, K, H), zero beyond each item's own count.
         """
         raise NotImplementedError
+
+    def read_items(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """What is made of features (N, T, D) whatever the budget is; `serve` takes it. Nothing by default."""
+        return features
+
+    def serve(
+        self, read: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int, **given: Any
+    ) -> Tensor:
+        """The rest of `forward`, given what `read_items` made."""
+        return self(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens, **given)
+
+    def compress_runs(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        index: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        groups: Sequence[tuple[int, int]],
+        **given: Tensor,
+    ) -> Tensor:
+        """Compress runs of which several may be of one item, at different budgets; what they share is done once.
+
+        Args:
+            features, lengths: of N items.
+            index: (R,) the item of each run.
+            tokens, rates: (R,).
+            groups: how many runs follow each other that are computed together, and an upper bound of their tokens.
+            given: `grids` of the items, where pictures keep their shape.
+
+        Returns:
+            (R, K, H) with K the largest bound, zero beyond each run's own count.
+        """
+        read, parts, routings, start = self.read_items(features, lengths), [], [], 0
+        longest = max(most for _, most in groups)
+        bank: Any = getattr(self, "projectors", None)
+        for count, most in groups:
+            own, start = slice(start, start + count), start + count
+            items = index[own]
+            shapes = {name: value[items] for name, value in given.items()}
+            soft = self.serve(
+                read[items], lengths[items], tokens=tokens[own], rates=rates[own], max_tokens=most, **shapes
+            )
+            parts.append(functional.pad(soft, (0, 0, 0, longest - most)))
+            if bank is not None and (routing := bank.take_routing()) is not None:
+                routings.append(functional.pad(routing, (0, 0, 0, longest - routing.shape[1])))
+        if routings:
+            bank.routing = torch.cat(routings)
+        return torch.cat(parts)
 
 
 def without_padding(features: Tensor, lengths: Tensor) -> Tensor:

@@ -66,28 +66,46 @@ class Pool(Compressor):
         grids: Tensor | None = None,
     ) -> Tensor:
         """See `Compressor.forward`."""
+        read = self.read_items(features, lengths)
+        return self.serve(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens, grids=grids)
+
+    def read_items(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """See `Compressor.read_items`: features behind the projector, where it comes first and is that of all."""
+        features = without_padding(features, lengths)
+        if not self.project_first or self.projectors.budgets:
+            return features
+        return self.projectors(features, features.new_zeros(len(features)))
+
+    def serve(
+        self,
+        read: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
+        """See `Compressor.serve`."""
         asked = rates.where(rates > 0, tokens)
+        if self.project_first and self.projectors.budgets:
+            read = self.projectors(read, asked)
         if self.order == "haar":
-            return own_tokens(self._in_haar_order(features, asked, max_tokens), tokens, max_tokens)
-        num_features = features.shape[1]
-        num_cells = min(max_tokens, num_features)  # no item has more tokens than features
-        if self.grid is None:
-            cover, area = stream_cover(lengths, tokens, rates, num_features=num_features, max_tokens=num_cells)
-            features = without_padding(features, lengths)
-        elif grids is not None:
-            cover, area = own_grid_cover(tokens, grids, num_features=num_features, max_tokens=num_cells)
-            features = without_padding(features, lengths)
+            assert self.grid is not None
+            pooled = haar(read, self.grid)[:, :max_tokens]  # does not depend on how many tokens an item has
         else:
-            cover, area = grid_cover(tokens, self.grid, max_tokens=num_cells)
-        if self.project_first:
-            soft = average(self.projectors(features, asked), cover, area)
-        else:
-            soft = self.projectors(average(features, cover, area), asked)
+            # No item has more tokens than features.
+            sizes = {"num_features": read.shape[1], "max_tokens": min(max_tokens, read.shape[1])}
+            pooled = average(read, *self._cover(lengths, tokens, rates, grids, sizes))
+        soft = pooled if self.project_first else self.projectors(pooled, asked)
         return own_tokens(soft, tokens, max_tokens)
 
-    def _in_haar_order(self, features: Tensor, asked: Tensor, max_tokens: int) -> Tensor:
-        """(N, T, D) -> (N, k, H): the first tokens of all, which do not depend on how many an item has."""
-        assert self.grid is not None
-        if self.project_first:
-            return haar(self.projectors(features, asked), self.grid)[:, :max_tokens]
-        return self.projectors(haar(features, self.grid)[:, :max_tokens], asked)
+    def _cover(
+        self, lengths: Tensor, tokens: Tensor, rates: Tensor, grids: Tensor | None, sizes: dict[str, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Which features each token averages, see `areas.py`."""
+        if self.grid is None:
+            return stream_cover(lengths, tokens, rates, **sizes)
+        if grids is not None:
+            return own_grid_cover(tokens, grids, **sizes)
+        return grid_cover(tokens, self.grid, max_tokens=sizes["max_tokens"])

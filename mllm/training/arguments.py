@@ -6,7 +6,7 @@ weights while they are loaded.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -26,6 +26,9 @@ class ElasticArguments(TrainingArguments):
     task_weights: dict[str, float] = field(default_factory=dict)
     sink_weight: float = 0.0
     distillation: Distillation | None = None
+    packing: bool = True
+    packed_attention: Literal["sdpa", "flex"] = "sdpa"
+    memory: Literal["fast", "low"] = "fast"
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,6 +74,9 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
         task_weights=train.task_weights,
         sink_weight=train.sink_weight,
         distillation=distillation_of(settings.sampler),
+        packing=train.packing,
+        packed_attention=train.packed_attention,
+        memory=train.memory,
     )
 
 

@@ -6,12 +6,17 @@ Shapes: P target tokens of all passes of a micro-batch, V vocabulary, K budgets 
 A pass is one row at one budget; the targets of a row are the same, in the same order, in each of its passes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 1 << 30
+"""Logits beyond so many bytes in float32 are made and read piece by piece."""
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Supervision:
         budgets: (P,) int64, which of the K budgets the target's pass was run at.
         teachers: (P,) int64, the same target in the pass that teaches; its own index where nothing does.
         num_budgets: K.
+        students: (P,) bool, which targets have a teacher; when left out those whose teacher is another target here.
     """
 
     ids: Tensor
@@ -31,11 +37,26 @@ class Supervision:
     budgets: Tensor
     teachers: Tensor
     num_budgets: int
+    students: Tensor | None = None
+
+    @property
+    def is_student(self) -> Tensor:
+        """(P,) bool."""
+        if self.students is not None:
+            return self.students
+        return self.teachers != torch.arange(len(self.teachers), device=self.teachers.device)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Supervision":
+        values = (self.ids, self.weights, self.budgets, self.teachers)
+        return Supervision(*map(change, values), num_budgets=self.num_budgets, students=change(self.is_student))
 
     def to(self, device: torch.device) -> "Supervision":
         """The same on a device."""
-        moved = (value.to(device, non_blocking=True) for value in (self.ids, self.weights, self.budgets, self.teachers))
-        return Supervision(*moved, num_budgets=self.num_budgets)
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def part(self, kept: slice) -> "Supervision":
+        """Some of the targets; teachers are counted as before."""
+        return self._map(lambda value: value[kept])
 
 
 @dataclass(frozen=True)
@@ -78,12 +99,74 @@ def objective(
         num_targets: target tokens of the optimizer step.
     """
     logits = logits.float()
+    taught = logits.detach()[supervision.teachers] if distillation is not None else None
+    cross_entropy, per_token = _token_losses(logits, taught, supervision, distillation)
+    return _weighted(cross_entropy, per_token, supervision, num_targets)
+
+
+def read_hidden(
+    head: Head,
+    hidden: Tensor,
+    *,
+    supervision: Supervision,
+    num_targets: int | Tensor,
+    distillation: Distillation | None = None,
+    teachers: Tensor | None = None,
+    vocabulary: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> dict[str, Tensor]:
+    """The same loss of hidden states, whose logits are never all there at once where they would be large.
+
+    They are then made piece by piece, and again in the backward pass.
+
+    Args:
+        head: hidden states (n, H) -> logits (n, V).
+        hidden: (P, H).
+        teachers: (P', H) hidden states that `supervision.teachers` counts in; these here when left out.
+        vocabulary: V.
+        chunk_bytes: most bytes of the logits of a piece, in float32.
+
+    Returns:
+        `loss`; `sums` (K,) as `Loss` has them; `hidden` as given, detached.
+    """
+    size = max(chunk_bytes // (4 * vocabulary), 1)
+    if size >= len(hidden) and (teachers is None or distillation is None):
+        loss = objective(head(hidden), supervision, num_targets, distillation)
+        return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
+    teachers = hidden.detach() if teachers is None else teachers
+
+    def read(piece: Tensor, own: Supervision) -> tuple[Tensor, Tensor]:
+        taught = None
+        if distillation is not None:
+            with torch.no_grad():
+                taught = head(teachers[own.teachers]).float()
+        return _token_losses(head(piece).float(), taught, own, distillation)
+
+    parts = []
+    for start in range(0, max(len(hidden), 1), size):
+        piece, own = hidden[start : start + size], supervision.part(slice(start, start + size))
+        parts.append(read(piece, own) if size >= len(hidden) else checkpoint(read, piece, own, use_reentrant=False))
+    cross_entropy, per_token = (torch.cat(own) for own in zip(*parts, strict=True))
+    loss = _weighted(cross_entropy, per_token, supervision, num_targets)
+    return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
+
+
+def _token_losses(
+    logits: Tensor, taught: Tensor | None, supervision: Supervision, distillation: Distillation | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, detached, and what is learned from, both (P,)."""
     per_token = functional.cross_entropy(logits, supervision.ids, reduction="none")
-    sums = per_token.detach().new_zeros(supervision.num_budgets).index_add(0, supervision.budgets, per_token.detach())
+    cross_entropy = per_token.detach()
     if distillation is not None and distillation.weight > 0:
-        per_token = _distill(per_token, logits, supervision.teachers, distillation)
+        assert taught is not None
+        per_token = _distill(per_token, logits, taught, supervision, distillation)
+    return cross_entropy, per_token
+
+
+def _weighted(cross_entropy: Tensor, per_token: Tensor, supervision: Supervision, num_targets: int | Tensor) -> Loss:
+    sums = cross_entropy.new_zeros(supervision.num_budgets).index_add(0, supervision.budgets, cross_entropy)
     # Where nothing is to be learned in the whole step the loss is 0, not 0 / 0.
-    divisor = torch.as_tensor(num_targets, device=logits.device).clamp(min=1)
+    divisor = torch.as_tensor(num_targets, device=per_token.device).clamp(min=1)
     return Loss((supervision.weights * per_token).sum() / divisor, sums)
 
 
@@ -138,11 +221,12 @@ def sink(hidden_states: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
     return torch.stack(per_layer).mean(dim=0)
 
 
-def _distill(cross_entropy: Tensor, logits: Tensor, teachers: Tensor, distillation: Distillation) -> Tensor:
+def _distill(
+    cross_entropy: Tensor, logits: Tensor, taught: Tensor, supervision: Supervision, distillation: Distillation
+) -> Tensor:
     students = (logits / distillation.temperature).log_softmax(dim=-1)
-    taught = students.detach()[teachers]
-    divergence = functional.kl_div(students, taught, reduction="none", log_target=True).sum(dim=-1)
+    targets = (taught / distillation.temperature).log_softmax(dim=-1)
+    divergence = functional.kl_div(students, targets, reduction="none", log_target=True).sum(dim=-1)
     weight = distillation.weight
     mixed = (1 - weight) * cross_entropy + weight * distillation.temperature**2 * divergence
-    is_student = teachers != torch.arange(len(teachers), device=teachers.device)
-    return torch.where(is_student, mixed, cross_entropy)
+    return torch.where(supervision.is_student, mixed, cross_entropy)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from mllm.budget import Budget
-from mllm.expansion import Batch, Expanded, Row
+from mllm.expansion import Batch, Expanded, Row, with_items
+from mllm.packing import pack, packed_targets
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Draw, Sampler
+from mllm.segments import SegmentPlan
 from mllm.splice import IGNORED_LABEL
 from mllm.training.objective import Supervision
 
@@ -46,24 +48,28 @@ class Lesson:
 
     Args:
         inputs: arguments of the model.
+        plan: how the passes are packed, for the model; nothing where they are padded.
         positions: (P,) flat positions of the logits.
         pass_budgets: (B,) int64, which of the K budgets each pass is run at.
+        starts: (B,) how many targets stand before those of each pass.
         shares: (B,) the weights of each pass's targets summed: what a loss of the whole pass is worth.
         names: the K budgets of the supervision, in words.
         counts: target tokens per budget.
         soft_tokens: soft tokens of all passes.
-        tokens: tokens of all passes, soft ones included, padding left out.
+        tokens: tokens of all passes, soft ones included, padding left out, shared ones once per pass.
     """
 
     inputs: dict[str, Tensor]
     positions: Tensor
     supervision: Supervision
     pass_budgets: Tensor
+    starts: Tensor
     shares: Tensor
     names: list[str]
     counts: list[int]
     soft_tokens: int
     tokens: int
+    plan: SegmentPlan | None = None
 
 
 def num_targets(rows: Sequence[Row]) -> int:
@@ -96,8 +102,34 @@ def _passes(draws_by_row: Sequence[Sequence[Draw]]) -> list[Pass]:
     return passes
 
 
-def make_lesson(batch: Batch, passes: Sequence[Pass], processor: ElasticProcessor) -> Lesson:
+def by_draw(passes: Sequence[Pass]) -> list[list[Pass]]:
+    """The passes in as many groups as the row with most of them has: the first of every row, the second, ...
+
+    A teacher stands in the first group, and `teacher` counts in that group; a pass of the first is its own.
+    """
+    drawn: dict[int, list[Pass]] = {}
+    for own in passes:
+        drawn.setdefault(own.row, []).append(own)
+    groups = [
+        [own[number] for own in drawn.values() if number < len(own)] for number in range(max(map(len, drawn.values())))
+    ]
+    place = {own.row: index for index, own in enumerate(groups[0])}
+    return [[replace(own, teacher=place[own.row]) for own in group] for group in groups]
+
+
+def make_lesson(
+    batch: Batch,
+    passes: Sequence[Pass],
+    processor: ElasticProcessor,
+    *,
+    packed: bool = False,
+    taught_by: Lesson | None = None,
+) -> Lesson:
     """Expand a batch to its passes; every medium of it is still encoded once.
+
+    Args:
+        packed: lay all passes in one row that holds what they share once, instead of padding them.
+        taught_by: the lesson that `teacher` of each pass counts in; this one when left out.
 
     Raises:
         ValueError: a budget a row cannot meet; the sample is named.
@@ -108,32 +140,37 @@ def make_lesson(batch: Batch, passes: Sequence[Pass], processor: ElasticProcesso
     names = list(dict.fromkeys(own.name for own in passes))
     budget_of = torch.tensor([names.index(own.name) for own in passes])
     budgets = budget_of[targets.rows]
+    per_pass = torch.bincount(targets.rows, minlength=len(passes))
+    starts = per_pass.cumsum(0) - per_pass
+    number = torch.arange(len(targets.rows)) - starts[targets.rows]  # of each target in its pass
+    teacher = torch.tensor([own.teacher for own in passes])[targets.rows]
     supervision = Supervision(
         ids=targets.ids,
         weights=torch.tensor([own.weight for own in passes])[targets.rows],
         budgets=budgets,
-        teachers=_teachers(targets.rows, passes),
+        teachers=(starts if taught_by is None else taught_by.starts)[teacher] + number,
         num_budgets=len(names),
+        students=None if taught_by is None else torch.ones_like(number, dtype=torch.bool),
     )
+    inputs, plan, positions = expanded.inputs, None, targets.positions
+    if packed:
+        inputs, plan = pack(inputs, space=processor.space, placeholder_ids=processor.placeholder_ids)
+        positions = packed_targets(plan, positions)
+    elif taught_by is not None:  # rows may have been left out, so that run i need not show item i
+        inputs = with_items(inputs)
     return Lesson(
-        inputs=expanded.inputs,
-        positions=targets.positions,
+        inputs=inputs,
+        plan=plan,
+        positions=positions,
         supervision=supervision,
         pass_budgets=budget_of,
+        starts=starts,
         shares=torch.zeros(len(passes)).index_add(0, targets.rows, supervision.weights),
         names=names,
         counts=torch.bincount(budgets, minlength=len(names)).tolist(),
         soft_tokens=sum(cost.tokens for costs in expanded.costs for cost in costs),
         tokens=_num_tokens(expanded),
     )
-
-
-def _teachers(rows: Tensor, passes: Sequence[Pass]) -> Tensor:
-    """For every target the index of the same target in its teacher's pass; `rows` (P,) is the pass of each target."""
-    counts = torch.bincount(rows, minlength=len(passes))
-    starts = counts.cumsum(0) - counts
-    teacher = torch.tensor([own.teacher for own in passes])
-    return starts[teacher[rows]] + torch.arange(len(rows)) - starts[rows]
 
 
 def _num_tokens(expanded: Expanded) -> int:

@@ -190,6 +190,14 @@ class TrainSettings:
     """Micro-batches per process and optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic (autocast); trained parameters and their moments stay in float32."""
+    packing: bool = True
+    """Lays all passes of a micro-batch in one row without padding and computes what they share once; the same losses
+    and gradients. Where the LLM's attention does not allow it, the log says so and passes are padded."""
+    packed_attention: Literal["sdpa", "flex"] = "sdpa"
+    """What computes the attention of packed rows: one call per stretch of a row, or flex attention, on a GPU only."""
+    memory: Literal["fast", "low"] = "fast"
+    """`low` runs one forward and backward per budget, on features that are encoded once, instead of one for all: the
+    same gradients, more time, and the activations of one budget at a time."""
     gradient_checkpointing: bool = False
     """Computes the LLM's layers again in the backward pass instead of keeping their activations."""
     seed: int = 0
@@ -229,6 +237,10 @@ class TrainSettings:
             raise ValueError("train.parts is empty, so nothing would learn; leave it out for the usual parts")
         for text in self.validation_budgets:
             Budget.parse(text)
+        if self.packed_attention == "flex" and (self.use_cpu or not self.packing):
+            raise ValueError("train.packed_attention flex needs train.packing and a GPU, where its backward pass is")
+        if self.memory == "low" and self.deepspeed is not None:
+            raise ValueError("train.memory low does not go with train.deepspeed, which counts backward passes")
 
     def count_warmup_steps(self, max_steps: int) -> int:
         """Steps of rising learning rate in a run of so many steps."""

@@ -2,8 +2,10 @@
 
 Knows the model, its processor, draws and batches. Does not know files of samples or metrics of answers.
 
-One micro-batch: rows -> passes (every row at the step's budgets) -> expanded on the host -> one transfer -> one forward
-through the wrapped model, encoders once -> logits at label positions only -> one loss -> one backward.
+One micro-batch: rows -> passes (every row at the step's budgets) -> expanded and packed on the host -> one transfer ->
+one forward through the wrapped model, encoders once -> logits at label positions only -> one loss -> one backward. With
+little memory the passes go in groups, one budget of every row each: one forward and one backward per group, all on the
+same features. Losses and gradients are the same.
 
 Every random number of a step is a function of (seed, step, micro-batch, process), and the batches are a function of
 (seed, epoch): there is no generator state to keep, and a resumed run equals the uninterrupted one bit for bit.
@@ -11,7 +13,8 @@ Every random number of a step is a function of (seed, step, micro-batch, process
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from mllm.budget import Budget
 from mllm.expansion import Batch
 from mllm.loading import load_trainables, trainable_state
-from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
+from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
 from mllm.trainables import trainable_names
@@ -34,9 +37,10 @@ from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
-from mllm.training.objective import Distillation, Loss, objective, sink, with_auxiliary
+from mllm.training.objective import Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
-from mllm.training.passes import Lesson, drawn_passes, fixed_passes, make_lesson, num_targets
+from mllm.training.passes import Lesson, by_draw, drawn_passes, fixed_passes, make_lesson, num_targets
+from mllm.training.step import frozen_features, prepare_packing, run_lesson
 from mllm.training.throughput import Pace, mean_of
 
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
@@ -91,6 +95,8 @@ class ElasticTrainer(Trainer):
         super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
             delattr(model.config, "use_cache")
+        if args.memory == "low" and self.is_deepspeed_enabled:
+            raise ValueError("train.memory low does not go with DeepSpeed, which counts backward passes; use fast")
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RunProgress)
@@ -103,6 +109,7 @@ class ElasticTrainer(Trainer):
         self.tally = Tally()
         self.experts = ExpertUsage()
         self.pace = Pace([model.model.tower(medium) for medium in model.model.compressors])
+        self.packs = args.packing and prepare_packing(model, processor)
         self._reported_step = 0
         self._micro_batch = (-1, 0)
 
@@ -160,8 +167,39 @@ class ElasticTrainer(Trainer):
         assert num_items_in_batch is not None
         batch: Batch = inputs["batch"]
         passes = drawn_passes(batch.rows, self.draws, self.state.global_step, self.args.task_weights)
-        lesson = make_lesson(batch, passes, self.processor)
-        loss = self._run(model, lesson, num_items_in_batch, self.args.distillation)
+        groups = by_draw(passes) if self.args.memory == "low" else [passes]
+        features = frozen_features(self.elastic, batch, self.args.device) if len(groups) > 1 else {}
+        first: Lesson | None = None
+        teachers: Tensor | None = None
+        earlier = torch.zeros((), device=self.args.device)
+        for number, group in enumerate(groups):
+            is_last = number + 1 == len(groups)
+            lesson = make_lesson(batch, group, self.processor, packed=self.packs, taught_by=first)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss, hidden = self._run(
+                    model,
+                    lesson,
+                    num_items_in_batch,
+                    distillation=self.args.distillation,
+                    teachers=teachers,
+                    features=features,
+                )
+                self._count(batch, lesson, loss)
+                total = loss.total * self.accelerator.num_processes
+                if not is_last:
+                    self.accelerator.backward(total)
+                    earlier = earlier + total.detach()
+            if number == 0:
+                first, teachers = lesson, hidden
+        total = total + earlier  # its own gradient has been taken
+        return (total, {}) if return_outputs else total
+
+    def _count(self, batch: Batch, lesson: Lesson, loss: Loss) -> None:
+        """Keep what the log will say.
+
+        Raises:
+            FloatingPointError: as `compute_loss`.
+        """
         if not torch.isfinite(loss.total.detach()):
             rows = ", ".join(dict.fromkeys(row.sample_id for row in batch.rows))
             raise FloatingPointError(
@@ -171,26 +209,18 @@ class ElasticTrainer(Trainer):
         self.tally.add(lesson, loss.sums, loss.auxiliary)
         if loss.usage is not None:
             self.experts.add(lesson.names, lesson.pass_budgets, loss.usage)
-        total = loss.total * self.accelerator.num_processes
-        return (total, {}) if return_outputs else total
 
-    def _run(
-        self, model: nn.Module, lesson: Lesson, targets: Tensor | int, distillation: Distillation | None = None
-    ) -> Loss:
-        """Send a lesson to the device and run it."""
-        device = self.args.device
-        inputs = {key: value.to(device, non_blocking=True) for key, value in lesson.inputs.items()}
-        positions = lesson.positions.to(device, non_blocking=True)
-        with_sink = model.training and self.args.sink_weight > 0
-        outputs = model(**inputs, logit_positions=positions, use_cache=False, output_hidden_states=with_sink)
-        loss = objective(outputs.logits, lesson.supervision.to(device), targets, distillation)
-        auxiliary: dict[str, Tensor] = outputs.auxiliary or {}
-        if with_sink:
-            auxiliary = {**auxiliary, "sink": sink(outputs.hidden_states[1:], inputs["attention_mask"])}
-        weights = {**auxiliary_weights(self.elastic.config), "sink": self.args.sink_weight}
-        budgets, shares = lesson.pass_budgets.to(device), lesson.shares.to(device)
-        loss = with_auxiliary(loss, auxiliary, weights, budgets=budgets, shares=shares, num_targets=targets)
-        return replace(loss, usage=outputs.expert_usage)
+    def _run(self, model: nn.Module, lesson: Lesson, targets: Tensor | int, **given: Any) -> tuple[Loss, Tensor]:
+        return run_lesson(
+            model,
+            lesson,
+            targets,
+            config=self.elastic.config,
+            device=self.args.device,
+            packed_attention=self.args.packed_attention,
+            sink_weight=self.args.sink_weight if model.training else 0.0,
+            **given,
+        )
 
     # ---- the optimizer ----
 
@@ -226,9 +256,10 @@ class ElasticTrainer(Trainer):
         tally = Tally()
         for index, inputs in enumerate(self.validation.batches):
             batch: Batch = inputs["batch"]
-            lesson = make_lesson(batch, fixed_passes(batch.rows, self.validation.budgets), self.processor)
+            passes = fixed_passes(batch.rows, self.validation.budgets)
+            lesson = make_lesson(batch, passes, self.processor, packed=self.packs)
             with torch.no_grad(), self.accelerator.autocast():  # not around the loader, which computes features too
-                loss = self._run(wrapped, lesson, num_targets(batch.rows))
+                loss, _ = self._run(wrapped, lesson, num_targets(batch.rows))
             if index < self.validation.own:
                 tally.add(lesson, loss.sums)
         losses = tally.losses(self.accelerator)

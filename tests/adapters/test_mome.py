@@ -265,3 +265,16 @@ def test_a_run_is_loaded_bit_for_bit_and_cannot_be_exported(tmp_path: Path) -> N
 def test_settings_that_make_no_experts_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_adapter(decoder(), {**OWN, "placement": "layer", **change})
+
+
+def test_weights_in_bfloat16_give_what_those_in_float32_give() -> None:
+    torch.manual_seed(0)
+    mome = Mome(32, num_experts=5, num_shared=1, top_k=2, bottleneck=3)
+    for own in mome.parameters():
+        own.data.normal_(std=0.3)
+    mome.to(torch.bfloat16)
+    hidden = torch.randn(2, 7, 32, dtype=torch.bfloat16)
+    out = mome(hidden)
+    assert out.dtype == torch.bfloat16
+    mome.float()
+    torch.testing.assert_close(out.float(), mome(hidden.float()), rtol=1e-2, atol=1e-2)

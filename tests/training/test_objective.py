@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllm.training.objective import Distillation, Supervision, objective, sink
+from mllm.training.objective import Distillation, Supervision, objective, read_hidden, sink
 
 VOCABULARY = 7
 
@@ -131,3 +131,46 @@ def test_the_sink_loss_is_the_mean_squared_cosine_to_the_first_token() -> None:
         ]
         expected.append(sum(cosines) / len(cosines))
     torch.testing.assert_close(sink(hidden, mask), torch.stack(expected))
+
+
+@pytest.mark.parametrize("distillation", [None, Distillation(0.5, temperature=2.0)])
+def test_the_loss_of_hidden_states_read_in_pieces_is_that_of_all_logits(distillation: Distillation | None) -> None:
+    logits, supervision, _ = passes([[1, 2, 3], [4, 5]], [[0.25, 0.75], [0.5, 0.5]], [[0, 0], [0, 0]])
+    weight = torch.randn(VOCABULARY, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    hidden = torch.randn(len(logits), 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    whole = objective(hidden @ weight.T, supervision, 5, distillation)
+    expected = torch.autograd.grad(whole.total, (weight, hidden))
+    sizes: list[int] = []
+
+    def head(states: Tensor) -> Tensor:
+        sizes.append(len(states))
+        return states @ weight.T
+
+    for chunk_bytes, largest in ((1 << 30, 10), (3 * 4 * VOCABULARY, 3), (1, 1)):
+        sizes.clear()
+        given = {"supervision": supervision, "num_targets": 5, "vocabulary": VOCABULARY, "chunk_bytes": chunk_bytes}
+        read = read_hidden(head, hidden, distillation=distillation, **given)  # type: ignore[arg-type]
+        assert read["loss"].item() == pytest.approx(whole.total.item(), rel=1e-5)
+        torch.testing.assert_close(read["sums"], whole.sums)
+        for own, wanted in zip(torch.autograd.grad(read["loss"], (weight, hidden)), expected, strict=True):
+            torch.testing.assert_close(own, wanted)
+        assert max(sizes) == largest
+    apart = read_hidden(head, hidden, distillation=distillation, teachers=hidden, **given)  # type: ignore[arg-type]
+    assert apart["loss"].item() == pytest.approx(whole.total.item(), rel=1e-5)
+
+
+def test_nothing_to_learn_is_a_loss_of_nothing() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    supervision = Supervision(nothing, torch.zeros(0), nothing, nothing, 1)
+    hidden = torch.zeros(0, 3, requires_grad=True)
+    for chunk_bytes in (1 << 30, 1):
+        read = read_hidden(
+            lambda states: states @ torch.ones(3, VOCABULARY),
+            hidden,
+            supervision=supervision,
+            num_targets=0,
+            vocabulary=VOCABULARY,
+            chunk_bytes=chunk_bytes,
+        )
+        read["loss"].backward()
+        assert read["loss"].item() == 0

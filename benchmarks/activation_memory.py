@@ -1,0 +1,49 @@
+"""What autograd keeps for the backward pass at all scales: the released M3 loop, one packed pass, little memory.
+
+    python benchmarks/activation_memory.py
+
+Steps and model are those of `pooled_step.py`, with the layers of the LLM kept or computed again in the backward pass
+(as the released scripts train, scripts/v1_5/finetune.sh), and with two vocabularies: one at which the head is 21 % of
+the LLM's FLOPs, and LLaVA's 32000. Counted is the largest sum, at one time, of the storages that hold what is saved for
+a backward pass, each once, those of weights left out; what a layer holds while it is computed again is not in it. The
+figures are the same on every machine.
+"""
+
+from functools import partial
+
+from pooled_step import BUDGETS, example, m3_step
+from rich.console import Console
+from rich.table import Table
+from side_by_side import HEAD_SHARE_VOCABULARY, check_equal, low_memory_step, options, packed_step, saved_megabytes
+
+GOALS = {"packed": 2.0, "memory low": 3.0}
+
+
+def main() -> None:
+    """Check, count, print."""
+    options(__doc__, 1)
+    table = Table(title="saved for the backward pass, losses and gradients equal to 1e-5", title_justify="left")
+    for name in ("vocabulary", "layers", "step", "MB", "less", "goal"):
+        table.add_column(name, justify="left" if name in ("layers", "step") else "right")
+    for vocabulary in (HEAD_SHARE_VOCABULARY, 32_000):
+        model, processor, batch = example(vocab_size=vocabulary)
+        runs = {
+            "M3 loop": partial(m3_step, model, processor, batch),
+            "packed": partial(packed_step, model, processor, batch, BUDGETS),
+            "memory low": partial(low_memory_step, model, processor, batch, BUDGETS),
+        }
+        weights = {own.untyped_storage().data_ptr() for own in model.parameters()}
+        for layers in ("kept", "computed again"):
+            if layers == "computed again":
+                model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            check_equal(model, runs)
+            kept = {name: saved_megabytes(run, weights) for name, run in runs.items()}
+            for name, own in kept.items():
+                goal = f">= {GOALS[name]:.2f}x" if name in GOALS else ""
+                less = f"{kept['M3 loop'] / own:.2f}x"
+                table.add_row(str(vocabulary), layers, name, f"{own:.1f}", less, goal)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A training step at eight nested budgets of a picture: eight passes as MQT-LLaVA runs them beside one packed pass.
+
+    python benchmarks/nested_step.py [--repeats 5] [--threads 1]
+
+MQT-LLaVA (gordonhu608/MQT-LLaVA @92c35d0) trains one drawn budget per step (llava/model/multimodal_projector/
+builder.py:58-60). `8 passes` runs that step once per budget, each with CLIP, the first m queries over keys that are
+positions (builder.py:200-204), an LLM pass of its own, logits of every position in float32, and a backward pass.
+`8 passes, encoded once` is the same without running CLIP again, which the released code does not do.
+
+The model: the CLIP and LLM of `pooled_step.py`, and a query transformer of 256 queries. One sample: 40 tokens of system
+prompt, a picture, 32 of question, 32 of answer. Losses and all gradients must agree to 1e-5 before anything is timed.
+"""
+
+from functools import partial
+
+import torch
+from side_by_side import (
+    Budget,
+    alternate,
+    build,
+    check_equal,
+    options,
+    packed_llm_flops,
+    packed_step,
+    report,
+    rows_of,
+    words,
+)
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPVisionConfig
+
+from mllm.compressors import Query
+from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
+from mllm.expansion import Batch
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
+from mllm.training.passes import fixed_passes, make_lesson
+
+COUNTS = (256, 144, 64, 36, 16, 8, 4, 2)
+BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]
+SYSTEM, QUESTION, ANSWER = 40, 32, 32
+
+
+def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
+    """The model of the head of this file and its one sample."""
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    medium = MediumSettings(encoder="random", compressor="query", num_queries=256, budgets=list(COUNTS))
+    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
+    model, processor = build(
+        ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
+    )
+    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
+    return model, processor, rows_of(processor, [([words(SYSTEM), picture, words(QUESTION)], words(ANSWER))])
+
+
+def mqt_passes(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, *, encode_once: bool
+) -> float:
+    """A forward and a backward pass per budget."""
+    total = 0.0
+    known = encode(model, batch) if encode_once else None
+    for budget, count in zip(BUDGETS, COUNTS, strict=True):
+        expanded = processor.expand(batch, [[budget]], left_padding=False)
+        ids = expanded.inputs["input_ids"]
+        is_picture = ids == processor.placeholder_ids["image"]
+        embeds = model.get_input_embeddings()(ids.masked_fill(is_picture, 0))
+        soft = resampled(model, encode(model, batch) if known is None else known, count)
+        embeds = embeds.masked_scatter(is_picture[..., None], soft)
+        mask = expanded.inputs["attention_mask"]
+        hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
+        logits = model.lm_head(hidden).float()
+        shifted = logits[..., :-1, :].contiguous().flatten(0, 1)
+        loss = functional.cross_entropy(shifted, expanded.labels[..., 1:].flatten()) / len(BUDGETS)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def encode(model: ElasticForConditionalGeneration, batch: Batch) -> Tensor:
+    """CLIP."""
+    return model.model.vision_tower(batch.values["pixel_values"])
+
+
+def resampled(model: ElasticForConditionalGeneration, features: Tensor, count: int) -> Tensor:
+    """The first queries, and no others, over all features."""
+    own = model.model.compressors["image"]
+    assert isinstance(own, Query)
+    states, positions = own.kv_proj(features), own._key_positions()
+    query = own.ln_q((own.query + own.pos_embed)[:count])
+    return own.attn(query[None], own.ln_k(positions)[None], own.ln_v(states)) @ own.proj
+
+
+def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
+    """FLOPs by the model of costs: what is frozen goes forward, or forward and back; the compressor learns."""
+    config = model.config
+    own = config.media["image"]
+    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 256), own)
+    compressor = compressor_flops(own, Item("image", 576, 256), in_size=256, out_size=512)
+    lengths = [len(batch.rows[0].ids) - 1 + count for count in COUNTS]
+    passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
+    lesson = make_lesson(batch, fixed_passes(batch.rows, BUDGETS), processor, packed=True)
+    assert lesson.plan is not None
+    packed = packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions))
+    alone = 8 * 3 * compressor + 2 * sum(passes)
+    return {
+        "8 passes": 8 * encoder + alone,
+        "8 passes, encoded once": encoder + alone,
+        "packed": encoder + 3 * compressor + 2 * packed,
+    }
+
+
+def main() -> None:
+    """Check, measure, print."""
+    given = options(__doc__, 5)
+    model, processor, batch = example()
+    runs = {
+        "8 passes": partial(mqt_passes, model, processor, batch, encode_once=False),
+        "8 passes, encoded once": partial(mqt_passes, model, processor, batch, encode_once=True),
+        "packed": partial(packed_step, model, processor, batch, BUDGETS),
+    }
+    worst = check_equal(model, runs)
+    seconds = alternate(model, runs, given.repeats)
+    title = f"budgets {COUNTS}, {given.threads} threads; losses equal, gradients within {worst:.1e}"
+    report(title, seconds, predicted(model, processor, batch), {"packed": 1.9})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A training step at all five scales of a pooled picture: the released M3 loop beside one packed pass.
+
+    python benchmarks/pooled_step.py [--repeats 5] [--threads 1]
+
+The baseline does what mu-cai/matryoshka-mm @ec30cd3 does, on the weights of the same model: for every scale a complete
+forward pass (llava/model/language_model/llava_llama.py:155-190), which runs CLIP without gradient and the projector
+with it (llava/model/multimodal_encoder/clip_encoder.py:46, llava/model/llava_arch.py:142-145), pools the projected grid
+by avg_pool2d (llava_arch.py:147-157), and makes logits of every position in float32, which are kept and joined
+(llava_llama.py:119-120, 176-178); the loss is the mean over scales, and one backward pass follows.
+
+The model: CLIP with 24 x 24 patches that costs beside this LLM what CLIP-L/336 costs beside Llama-3.2-1B, and an LLM
+with LoRA whose head is 21 % of its FLOPs. One sample: 40 tokens of system prompt, a picture, 32 of question, 32 of
+answer. Losses and all gradients must agree to 1e-5 before anything is timed.
+"""
+
+from functools import partial
+
+import torch
+from side_by_side import (
+    Budget,
+    alternate,
+    build,
+    check_equal,
+    low_memory_step,
+    options,
+    packed_llm_flops,
+    packed_step,
+    report,
+    rows_of,
+    words,
+)
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPVisionConfig
+
+from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
+from mllm.expansion import Batch
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
+from mllm.training.passes import fixed_passes, make_lesson
+
+SCALES = (576, 144, 36, 9, 1)
+BUDGETS = [Budget.parse(f"image={scale}") for scale in SCALES]
+SYSTEM, QUESTION, ANSWER = 40, 32, 32
+
+
+def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
+    """The model of the head of this file, `text` changed in its LLM's config, and its one sample."""
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    medium = MediumSettings(encoder="random", budgets=list(SCALES), project_first=True)
+    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
+    model, processor = build(
+        ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}, **text
+    )
+    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
+    return model, processor, rows_of(processor, [([words(SYSTEM), picture, words(QUESTION)], words(ANSWER))])
+
+
+def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> float:
+    """Forward passes of all scales, then one backward."""
+    losses, all_logits = [], []
+    for budget, scale in zip(BUDGETS, SCALES, strict=True):
+        expanded = processor.expand(batch, [[budget]], left_padding=False)
+        features = pooled_features(model, batch.values["pixel_values"], scale)
+        ids = expanded.inputs["input_ids"]
+        is_picture = ids == processor.placeholder_ids["image"]
+        embeds = model.get_input_embeddings()(ids.masked_fill(is_picture, 0))
+        embeds = embeds.masked_scatter(is_picture[..., None], features)
+        mask = expanded.inputs["attention_mask"]
+        hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
+        logits = model.lm_head(hidden).float()
+        shifted = logits[..., :-1, :].contiguous().flatten(0, 1)
+        losses.append(functional.cross_entropy(shifted, expanded.labels[..., 1:].flatten()))
+        all_logits.append(logits)
+    torch.cat(all_logits, dim=1)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item()
+
+
+def pooled_features(model: ElasticForConditionalGeneration, pixels: Tensor, scale: int) -> Tensor:
+    """CLIP, the projector, and the mean over equal squares of the grid."""
+    with torch.no_grad():
+        features = model.model.vision_tower(pixels)
+    projected = model.model.compressors["image"].projectors[0](features)  # pyright: ignore
+    grid = projected.transpose(1, 2).unflatten(2, (24, 24))
+    size = int((576 / scale) ** 0.5)
+    return functional.avg_pool2d(grid, kernel_size=size, stride=size).flatten(2).transpose(1, 2)
+
+
+def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
+    """FLOPs by the model of costs: what is frozen goes forward, or forward and back; the projector learns."""
+    config = model.config
+    own = config.media["image"]
+    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), own)
+    projector = compressor_flops(own, Item("image", 576, 1), in_size=256, out_size=512)
+    lengths = [len(batch.rows[0].ids) - 1 + scale for scale in SCALES]
+    passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
+    lesson = make_lesson(batch, fixed_passes(batch.rows, BUDGETS), processor, packed=True)
+    assert lesson.plan is not None
+    packed = 2 * packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions))
+    alone = sum(
+        llm_flops(config.text_config, num_tokens=n, num_logits=sum(lesson.counts) // 5, adapter=config.adapter)
+        for n in lengths
+    )
+    return {
+        "M3 loop": 5 * (encoder + 3 * projector) + 2 * sum(passes),
+        "packed": encoder + 3 * projector + packed,
+        "memory low": encoder + 3 * 5 * projector + 2 * alone,
+    }
+
+
+def main() -> None:
+    """Check, measure, print."""
+    given = options(__doc__, 5)
+    model, processor, batch = example()
+    runs = {
+        "M3 loop": partial(m3_step, model, processor, batch),
+        "packed": partial(packed_step, model, processor, batch, BUDGETS),
+        "memory low": partial(low_memory_step, model, processor, batch, BUDGETS),
+    }
+    worst = check_equal(model, runs)
+    seconds = alternate(model, runs, given.repeats)
+    title = f"step at scales {SCALES}, {given.threads} threads; losses equal, gradients within {worst:.1e}"
+    report(title, seconds, predicted(model, processor, batch), {"packed": 1.6})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""What the training benchmarks share: a small model, equal gradients, interleaved times and one table.
+
+Not run by itself. Baselines are written on the weights of the same model, so that losses and gradients can be compared.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mllm.budget import Budget
+from mllm.building import config_of_parts, member_names, put_adapters, space_settings
+from mllm.cost import llm_flops
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.expansion import Batch
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.segment_attention import enable_packing
+from mllm.segments import SegmentPlan
+from mllm.settings import ModelSettings
+from mllm.trainables import set_trainables
+from mllm.training.objective import Loss
+from mllm.training.passes import Pass, by_draw, fixed_passes, make_lesson, num_targets
+from mllm.training.step import frozen_features, run_lesson
+from mllm.world.tokenizer import build_tokenizer
+
+HEAD_SHARE_VOCABULARY = 6568
+"""At which the head of the LLM below is 21 % of the FLOPs of a token, as in Llama-3.2-1B."""
+TOKENIZER = build_tokenizer()
+CPU = torch.device("cpu")
+WORD = "the"
+
+
+def llm_config(**changes: Any) -> LlamaConfig:
+    """A Llama of 4 layers, 512 wide."""
+    own = {
+        "vocab_size": HEAD_SHARE_VOCABULARY,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "pad_token_id": TOKENIZER.pad_token_id,
+        "eos_token_id": TOKENIZER.eos_token_id,
+    }
+    return LlamaConfig(**{**own, **changes})
+
+
+def build(
+    settings: ModelSettings, encoders: Mapping[str, PreTrainedConfig], **text: Any
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """A model with random weights, its adapter in place, and its processor."""
+    ids = TOKENIZER.convert_tokens_to_ids
+    torch.manual_seed(0)
+    model = ElasticForConditionalGeneration(
+        config_of_parts(
+            settings,
+            text_config=llm_config(**text),
+            encoder_configs=encoders,
+            placeholder_ids={medium: ids(PLACEHOLDER_TOKENS[medium]) for medium in encoders},
+        )
+    )
+    put_adapters(model)
+    for name, own in model.named_parameters():
+        if ".lora_B" in name:  # zero at first, so that the gradient of lora_A would be too
+            own.data.normal_(std=0.02)
+    set_trainables(model)
+    enable_packing(model.model.language_model)
+    media = {
+        medium: {
+            "encoder": config.to_dict(),
+            "preprocessor": {"crop_pixels": 32} if medium == "video" else {},
+            "space": space_settings(settings.media[medium]),
+            "span": [],
+        }
+        for medium, config in encoders.items()
+    }
+    elastic = {"chat_format": "plain", "media": media, "members": member_names(settings)}
+    return model.train(), ElasticProcessor(TOKENIZER, elastic=elastic)
+
+
+def words(count: int) -> str:
+    """A text of so many tokens."""
+    return " ".join([WORD] * count)
+
+
+def rows_of(processor: ElasticProcessor, rows: Sequence[tuple[Sequence[str | LoadedMedia], str]]) -> Batch:
+    """A training batch of (user parts, answer)."""
+    samples, media = [], []
+    for number, (parts, answer) in enumerate(rows):
+        asked = tuple(Text(own) if isinstance(own, str) else Media(own.medium, "none") for own in parts)  # type: ignore
+        messages = (Message("user", asked), Message("assistant", (Text(answer),)))
+        samples.append(Sample(f"row{number}", messages, task="benchmark"))
+        media.append([own for own in parts if isinstance(own, LoadedMedia)])
+    return processor.batch(samples, media, for_training=True)
+
+
+def packed_step(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
+) -> float:
+    """One forward and backward over all budgets, from the rows of a batch on; returns the loss."""
+    return _learn(model, processor, batch, [fixed_passes(batch.rows, budgets)])
+
+
+def low_memory_step(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
+) -> float:
+    """One forward and backward per budget on the same features; returns the loss."""
+    return _learn(model, processor, batch, by_draw(fixed_passes(batch.rows, budgets)))
+
+
+def _learn(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, groups: Sequence[list[Pass]]
+) -> float:
+    features = frozen_features(model, batch, CPU)
+    total = 0.0
+    for group in groups:
+        lesson = make_lesson(batch, group, processor, packed=True)
+        loss: Loss = run_lesson(
+            model, lesson, num_targets(batch.rows), config=model.config, device=CPU, features=features
+        )[0]
+        loss.total.backward()
+        total += loss.total.item()
+    return total
+
+
+def packed_llm_flops(config: Any, plan: SegmentPlan, *, num_logits: int) -> int:
+    """What the FLOP model says about the LLM's forward pass over a packed row."""
+    text, adapter = config.text_config, config.adapter
+    body = sum(
+        llm_flops(text, num_tokens=own.length, past_tokens=own.num_visible, adapter=adapter) for own in plan.segments
+    )
+    return body + llm_flops(text, num_tokens=0, num_logits=num_logits)
+
+
+def check_equal(
+    model: nn.Module, runs: Mapping[str, Callable[[], float]], *, loss_rel: float = 1e-5, gradient_rel: float = 1e-5
+) -> float:
+    """The largest relative difference of any gradient to that of the first run.
+
+    Raises:
+        SystemExit: a loss or a gradient that differs by more.
+    """
+    losses, gradients = {}, {}
+    for name, run in runs.items():
+        model.zero_grad(set_to_none=True)
+        losses[name] = run()
+        found = {key: own.grad.clone() for key, own in model.named_parameters() if own.grad is not None}
+        gradients[name] = {key: own for key, own in found.items() if own.any()}
+    model.zero_grad(set_to_none=True)
+    first, *others = runs
+    largest = max(own.norm() for own in gradients[first].values())
+    worst = 0.0
+    for name in others:
+        if abs(losses[name] - losses[first]) > loss_rel * abs(losses[first]):
+            raise SystemExit(f"FAILED: the loss of {name} is {losses[name]}, that of {first} {losses[first]}")
+        for key in gradients[first].keys() | gradients[name].keys():
+            missing = torch.zeros(())
+            own, wanted = gradients[name].get(key, missing), gradients[first].get(key, missing)
+            if wanted.norm() < 1e-6 * largest and own.norm() < 1e-6 * largest:
+                continue  # rounding in both
+            difference = float((own - wanted).norm() / wanted.norm())
+            if difference > gradient_rel:
+                raise SystemExit(f"FAILED: the gradient of {key} by {name} differs by {difference:.1e}")
+            worst = max(worst, difference)
+    return worst
+
+
+def alternate(model: nn.Module, runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of every run, in turn, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            model.zero_grad(set_to_none=True)
+            started = time.process_time()
+            run()
+            if repeat:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def saved_megabytes(run: Callable[[], object], left_out: set[int]) -> float:
+    """Most megabytes that autograd keeps for backward passes at one time, every storage counted once.
+
+    Args:
+        left_out: addresses of storages that are not counted.
+    """
+    alive: dict[int, int] = {}
+    counts: dict[int, int] = {}
+    most = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal most
+            self.tensor = tensor
+            self.address = tensor.untyped_storage().data_ptr()
+            counts[self.address] = counts.get(self.address, 0) + 1
+            alive[self.address] = 0 if self.address in left_out else tensor.untyped_storage().nbytes()
+            most = max(most, sum(alive.values()))
+
+        def __del__(self) -> None:
+            counts[self.address] -= 1
+            if not counts[self.address]:
+                del counts[self.address], alive[self.address]
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return most / 1e6
+
+
+def report(title: str, seconds: Mapping[str, list[float]], predicted: Mapping[str, float], goals: Mapping[str, float]):
+    """Print times, the ratio of the first run to each, and what the FLOP model says it should be."""
+    table = Table(title=title, title_justify="left")
+    for name in ("step", "CPU s, median (middle half)", "ratio", "spread of the ratio", "FLOP model", "goal"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    first = next(iter(seconds))
+    for name, own in seconds.items():
+        ratios = [before / after for before, after in zip(seconds[first], own, strict=True)]
+        ratio = statistics.median(seconds[first]) / statistics.median(own)
+        goal = f">= {goals[name]:.2f}x" if name in goals else ""
+        flops = predicted[first] / predicted[name]
+        table.add_row(name, spread(own), f"{ratio:.2f}x", spread(ratios), f"{flops:.2f}x", goal)
+    Console(width=140).print(table)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and middle half."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def options(doc: str | None, repeats: int) -> argparse.Namespace:
+    """What every benchmark takes; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given

@@ -1,0 +1,167 @@
+"""A training step on one clip with three tasks, by sound, by lips and by both: Omni-AVSR's beside one packed pass.
+
+    python benchmarks/speech_step.py [--repeats 5] [--threads 1]
+
+The baseline does what umbertocappellazzo/Omni-AVSR @7de6be2 does, on the weights of the same model: both encoders once,
+Whisper on its full window of 30 seconds (modeling_OmniAVSR.py:528-537), one rate per medium (:474, :549), then one LLM
+pass per task (:268-303) with logits of every position in float32 (Llama_LoRA.py:372-386), and one backward pass of the
+mean of the weighted losses (lightning_OmniAVSR.py:161-162). Turning sound into log-mel features on the main thread,
+which it does too, is left out of both. `packed, cached` has the encoders' features already, as `data.features` keeps
+them; Omni-AVSR has no such thing.
+
+The model: Whisper and AV-HuBERT that cost beside this LLM what Whisper-medium and AV-HuBERT Large cost beside
+Llama-3.2-1B, a projector per rate, an LLM with LoRA shared by the tasks whose head is 21 % of its FLOPs. One sample: 6
+seconds at rates 4 and 2, 8 tokens of instruction, 28 of answer. Losses and all gradients must agree to 1e-5.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from side_by_side import (
+    CPU,
+    Budget,
+    alternate,
+    build,
+    check_equal,
+    options,
+    packed_llm_flops,
+    report,
+    rows_of,
+    words,
+)
+from torch import Tensor
+from torch.nn import functional
+from transformers import WhisperConfig
+
+from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
+from mllm.encoders import AVHubertConfig
+from mllm.expansion import Batch
+from mllm.modeling import ElasticForConditionalGeneration
+from mllm.modeling_body import Features
+from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
+from mllm.training.passes import Lesson, fixed_passes, make_lesson, num_targets
+from mllm.training.step import frozen_features, run_lesson
+
+SECONDS = 6
+RATES = {"audio": 4, "video": 2}
+BUDGET = Budget.parse("audio=/4,video=/2")
+WEIGHTS = {"asr": 1.0, "vsr": 1.5, "avsr": 1.0}
+
+
+def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
+    """The model of the head of this file, and three rows that show the same clip."""
+    whisper = WhisperConfig(
+        d_model=256, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=1024, decoder_layers=1
+    )
+    lips = AVHubertConfig(
+        hidden_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        resnet_channels=[8, 16, 32, 64],
+    )
+    audio = MediumSettings(encoder="random", budgets=["/4", "/16"], per_budget_projector=True)
+    video = MediumSettings(encoder="random", budgets=["/2", "/5"], per_budget_projector=True)
+    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
+    settings = ModelSettings(llm="random", chat_format="plain", audio=audio, video=video, adapter=lora)
+    model, processor = build(settings, {"audio": whisper, "video": lips})
+    generator = torch.Generator().manual_seed(1)
+    sound = LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)
+    frames = LoadedMedia("video", torch.randn(SECONDS * 25, 1, 88, 88, generator=generator), SECONDS * 25)
+    asked, answer = words(8), words(28)
+    batch = rows_of(processor, [([sound, asked], answer), ([frames, asked], answer), ([sound, frames, asked], answer)])
+    runs = [replace(run, item=0) for run in batch.rows[2].runs]
+    shown = {"asr": (runs[0],), "vsr": (runs[1],), "avsr": tuple(runs)}
+    rows = [replace(row, runs=shown[task], task=task) for row, task in zip(batch.rows, WEIGHTS, strict=True)]
+    return model, processor, Batch(rows, {key: own[:1] for key, own in batch.values.items()})
+
+
+def omni_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> float:
+    """One pass per task, then one backward."""
+    soft = {medium: projected(model, batch, medium) for medium in RATES}
+    losses = []
+    for row in batch.rows:
+        expanded = processor.expand(Batch([row], batch.values), [[BUDGET]], left_padding=False)
+        ids = expanded.inputs["input_ids"]
+        masks = {medium: ids == own for medium, own in processor.placeholder_ids.items()}
+        embeds = model.get_input_embeddings()(ids.masked_fill(masks["audio"] | masks["video"], 0))
+        for medium, mask in masks.items():
+            if mask.any():
+                embeds = embeds.masked_scatter(mask[..., None], soft[medium])
+        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False)[0]
+        logits = model.lm_head(hidden).float()
+        shifted = logits[..., :-1, :].contiguous().flatten(0, 1)
+        losses.append(WEIGHTS[row.task] * functional.cross_entropy(shifted, expanded.labels[..., 1:].flatten()))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item()
+
+
+def projected(model: ElasticForConditionalGeneration, batch: Batch, medium: str) -> Tensor:
+    """The encoder, the mean over windows, and the projector of the rate."""
+    with torch.no_grad():
+        features = model.model.encode(medium, batch.values[f"{medium}_values"], batch.values[f"{medium}_lengths"])
+    kept = features.values[:, : int(features.lengths[0])]
+    pooled = functional.avg_pool1d(kept.transpose(1, 2), RATES[medium], RATES[medium]).transpose(1, 2)
+    bank = model.model.compressors[medium].projectors
+    return bank[bank.budgets.index(RATES[medium])](pooled)  # pyright: ignore
+
+
+def lesson_of(processor: ElasticProcessor, batch: Batch) -> Lesson:
+    """All three tasks in one row."""
+    passes = fixed_passes(batch.rows, [BUDGET])
+    weighted = [replace(own, weight=WEIGHTS[batch.rows[own.row].task]) for own in passes]
+    return make_lesson(batch, weighted, processor, packed=True)
+
+
+def packed(
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    batch: Batch,
+    features: Mapping[str, Features] | None,
+) -> float:
+    """One forward and one backward pass."""
+    given = {"config": model.config, "device": CPU, "features": features}
+    loss = run_lesson(model, lesson_of(processor, batch), num_targets(batch.rows), **given)[0].total
+    loss.backward()
+    return loss.item()
+
+
+def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
+    """FLOPs by the model of costs: what is frozen goes forward, or forward and back; projectors learn."""
+    config, lesson = model.config, lesson_of(processor, batch)
+    assert lesson.plan is not None
+    items = {"audio": Item("audio", 300, 75), "video": Item("video", 150, 75, 88, 88)}
+    encoders = sum(encoder_flops(config.encoder_configs[m], own, config.media[m]) for m, own in items.items())
+    projectors = sum(compressor_flops(config.media[m], own, in_size=256, out_size=512) for m, own in items.items())
+    lengths = [len(row.ids) + 74 * len(row.runs) for row in batch.rows]
+    passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
+    ours = 2 * packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions)) + 3 * projectors
+    return {
+        "Omni-AVSR's": encoders + 3 * projectors / 2 + 2 * sum(passes),
+        "packed": encoders + ours,
+        "packed, cached": ours,
+    }
+
+
+def main() -> None:
+    """Check, measure, print."""
+    given = options(__doc__, 5)
+    model, processor, batch = example()
+    features = frozen_features(model, batch, CPU)
+    runs = {
+        "Omni-AVSR's": partial(omni_step, model, processor, batch),
+        "packed": partial(packed, model, processor, batch, None),
+        "packed, cached": partial(packed, model, processor, batch, features),
+    }
+    worst = check_equal(model, runs)
+    seconds = alternate(model, runs, given.repeats)
+    title = f"three tasks of a clip of {SECONDS} s, {given.threads} threads; gradients within {worst:.1e}"
+    report(title, seconds, predicted(model, processor, batch), {"packed": 1.15, "packed, cached": 2.2})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""One packed pass against one plain pass per row and budget: the same loss, gradients and reports."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from mllm.budget import Budget
+from mllm.expansion import Batch
+from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
+from mllm.processing import LoadedMedia
+from mllm.sampler import Draw
+from mllm.segment_attention import enable_packing, obstacle
+from mllm.settings import AdapterSettings, ModelSettings, TilingSettings
+from mllm.trainables import set_trainables
+from mllm.training.objective import Loss
+from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
+from mllm.training.step import frozen_features, run_lesson
+
+SYSTEM = "you are told what to do and you do just that"
+SPEECH = {"audio": {"per_budget_projector": True}, "video": {"compressor": "pool", "per_budget_projector": True}}
+NESTED = {"compressor": "query", "num_queries": 64, "budgets": [2, 4, 8, 16, 24, 36, 48, 64], "query_heads": 2}
+SCALES = [f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5)]
+QUERIES = {"compressor": "query", "num_queries": 4, "window_frames": 8, "budgets": ["/2", "/4", "/8"], "query_heads": 2}
+
+
+def picture(seed: int) -> LoadedMedia:
+    return tiny.random_media("image", seed=seed)
+
+
+def sound(seed: int) -> LoadedMedia:
+    return tiny.random_media("audio", 20 + 3 * seed, seed=seed)
+
+
+def lips(seed: int) -> LoadedMedia:
+    return tiny.random_media("video", 21 + 2 * seed, seed=seed)
+
+
+def m3() -> tuple[ModelSettings, list, list[str]]:
+    """Pictures behind a system prompt, at all scales; pooled behind the projector."""
+    own = tiny.settings(("image",), image={"project_first": True, "budgets": [64, 16, 4, 1]})
+    rows = [([SYSTEM, picture(i), f"question {i}"], answer) for i, answer in enumerate(["red", "two circles", "no"])]
+    return own, rows, [f"image={n}" for n in (64, 16, 4, 1)]
+
+
+def mqt() -> tuple[ModelSettings, list, list[str]]:
+    """Eight nested budgets; the second row shows two pictures."""
+    own = tiny.settings(("image",), image=NESTED)
+    rows = [([SYSTEM, picture(0), "what is it"], "a cat"), ([picture(1), "and", picture(2), "which"], "the first one")]
+    return own, rows, [f"image={n}" for n in NESTED["budgets"]]
+
+
+def haar() -> tuple[ModelSettings, list, list[str]]:
+    """A pooled pyramid in the order that nests."""
+    own = tiny.settings(("image",), image={"order": "haar", "budgets": [64, 16, 4]})
+    return own, m3()[1], ["image=64", "image=16", "image=4"]
+
+
+def mtsk() -> tuple[ModelSettings, list, list[str]]:
+    """Sound and lips at every pair of rates; what follows the sound differs."""
+    own = tiny.settings(("audio", "video"), **SPEECH)
+    rows = [([SYSTEM, sound(i), lips(i), "say it"], answer) for i, answer in enumerate(["hello there", "yes"])]
+    return own, rows, SCALES
+
+
+def streams() -> tuple[ModelSettings, list, list[str]]:
+    """Queries in windows, of which budgets share the first ones of the first window."""
+    own = tiny.settings(("audio",), audio=QUERIES)
+    return own, [([SYSTEM, sound(4), "say it"], "hello"), ([sound(2), "say it"], "no")], ["audio=/2", "audio=/4"]
+
+
+def stacked() -> tuple[ModelSettings, list, list[str]]:
+    """Stacked frames, pictures and text alone in one batch."""
+    rows = [([lips(0), "say"], "yes"), ([SYSTEM, picture(0), "what"], "red"), ([SYSTEM, "hello"], "hello")]
+    return tiny.settings(("image", "video")), rows, ["image=16,video=/2", "image=4,video=/5"]
+
+
+CASES = {"m3": m3, "mqt": mqt, "haar": haar, "mtsk": mtsk, "streams": streams, "stacked": stacked}
+
+
+def build(own: ModelSettings, **text: Any) -> ElasticForConditionalGeneration:
+    model = tiny.model(own, **text)
+    set_trainables(model)
+    enable_packing(model.model.language_model)
+    return model.train()
+
+
+def plain(model: ElasticForConditionalGeneration, batch: Batch, passes: Sequence[Pass], processor: Any) -> Tensor:
+    """The loss by one ordinary forward pass per row and budget; gradients are left in the model."""
+    total = torch.zeros(())
+    weights = auxiliary_weights(model.config)
+    for own in passes:
+        row = batch.rows[own.row]
+        expanded = processor.expand(Batch([row], batch.values), [[own.budget]], left_padding=False)
+        inputs = dict(expanded.inputs)
+        for medium in batch.media:  # the items of other rows are encoded too, and not shown
+            shown = [run.item for run in row.runs if run.extent.medium == medium]
+            if shown and f"{medium}_index" not in inputs:
+                first, count = shown[0], len(inputs[f"num_{medium}_tokens"])
+                items = shown if len(shown) == count else [*range(first, first + count)]
+                inputs[f"{medium}_index"] = torch.tensor(items)
+        out = model(**inputs)
+        labels = expanded.labels[:, 1:]
+        losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].mT, labels, reduction="sum", ignore_index=-100)
+        count = int((labels != -100).sum())
+        extra = sum(weights[name] * value.sum() for name, value in (out.auxiliary or {}).items())
+        loss = own.weight * (losses + count * extra) / num_targets(batch.rows)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, rel: float = 1e-5) -> None:
+    largest = max(own.norm() for own in expected.values())
+    for name, own in found.items():
+        # A projector of a budget that was not drawn has no gradient in a plain pass, and a zero one here.
+        wanted = expected.get(name, torch.zeros_like(own))
+        # What is 0 in exact arithmetic, such as a bias of all keys of a softmax, is rounding in both.
+        is_nothing = wanted.norm() < 1e-6 * largest
+        assert (own.norm() < 1e-6 * largest) if is_nothing else (own - wanted).norm() <= rel * wanted.norm(), name
+    assert not set(expected) - set(found)
+
+
+def packed(model: ElasticForConditionalGeneration, batch: Batch, passes: Sequence[Pass], processor: Any) -> Loss:
+    lesson = make_lesson(batch, passes, processor, packed=True)
+    assert lesson.plan is not None
+    assert lesson.inputs["input_ids"].shape == (1, lesson.plan.num_tokens)
+    device = torch.device("cpu")
+    loss, _ = run_lesson(model, lesson, num_targets(batch.rows), config=model.config, device=device)
+    loss.total.backward()
+    return loss
+
+
+def compare(own: ModelSettings, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[Pass]]:
+    model, processor = build(own, **text), tiny.processor(own)
+    batch = tiny.batch(processor, rows, for_training=True)
+    passes = fixed_passes(batch.rows, [Budget.parse(budget) for budget in budgets])
+    expected = plain(model, batch, passes, processor)
+    wanted = gradients(model)
+    loss = packed(model, batch, passes, processor)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model), wanted)
+    return model, (processor, batch, wanted), passes
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: str) -> None:
+    own, rows, budgets = CASES[name]()
+    model, (processor, batch, wanted), passes = compare(own, rows, budgets)
+    if name in ("mqt", "haar"):  # everything is taken from one run per picture
+        lesson = make_lesson(batch, passes, processor, packed=True)
+        assert lesson.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
+    # The same, one group of passes after the other, on features that are encoded once.
+    features = frozen_features(model, batch, torch.device("cpu"))
+    assert set(features) == batch.media
+    total = 0.0
+    first = None
+    for group in by_draw(passes):
+        lesson = make_lesson(batch, group, processor, packed=True, taught_by=first)
+        first = first or lesson
+        given: dict[str, Any] = {"config": model.config, "device": torch.device("cpu"), "features": features}
+        loss, _ = run_lesson(model, lesson, num_targets(batch.rows), **given)
+        loss.total.backward()
+        total += loss.total.item()
+    assert_same(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterSettings(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
+        AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
+        AdapterSettings(
+            kind="mome", num_experts=4, top_k=1, bottleneck=4, disjoint_routers=True, scales=SCALES, placement="layer"
+        ),
+    ],
+    ids=["bank", "mome", "disjoint"],
+)
+def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterSettings, checkpointing: bool) -> None:
+    own, rows, budgets = mtsk()
+    own = dataclasses.replace(own, adapter=adapter)
+    model, processor = build(own), tiny.processor(own)
+    if checkpointing:
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = tiny.batch(processor, rows, for_training=True)
+    passes = fixed_passes(batch.rows, [Budget.parse(budget) for budget in budgets])
+    expected = plain(model, batch, passes, processor)
+    wanted = gradients(model)
+    loss = packed(model, batch, passes, processor)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model), wanted)
+    lesson = make_lesson(batch, passes, processor, packed=True)
+    shares = lesson.plan.num_tokens < sum(int((row >= 0).sum()) for row in lesson.plan.rows)
+    assert shares
+    if loss.usage is not None:
+        padded, _ = run_lesson(
+            model, make_lesson(batch, passes, processor), 9, config=model.config, device=torch.device("cpu")
+        )
+        assert padded.usage is not None
+        assert torch.equal(loss.usage, padded.usage)
+
+
+def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -> None:
+    """As Omni-AVSR trains: three tasks of one clip at one pair of rates, with a member for each task."""
+    clip, seen = sound(3), lips(3)
+    for adapter in (AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"]),):
+        own = dataclasses.replace(tiny.settings(("audio", "video"), **SPEECH), adapter=adapter)
+        rows = [([clip, "say it"], "yes it is"), ([seen, "say it"], "yes it is"), ([clip, seen, "say it"], "yes it is")]
+        model, processor = build(own), tiny.processor(own)
+        batch = tiny.batch(processor, rows, for_training=True)
+        both = [dataclasses.replace(run, item=0) for run in batch.rows[2].runs]
+        of_task = [(both[0],), (both[1],), tuple(both)]
+        shared = [dataclasses.replace(row, runs=runs) for row, runs in zip(batch.rows, of_task, strict=True)]
+        batch = Batch(shared, {key: value[:1] for key, value in batch.values.items()})
+        passes = fixed_passes(batch.rows, [Budget.parse("audio=/4,video=/2")])
+        expected = plain(model, batch, passes, processor)
+        wanted = gradients(model)
+        assert packed(model, batch, passes, processor).total.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert_same(gradients(model), wanted)
+        lesson = make_lesson(batch, passes, processor, packed=True)
+        assert lesson.inputs["num_audio_tokens"].tolist() == [lesson.inputs["num_audio_tokens"][0]]
+
+
+def test_mixtures_of_projectors_report_by_row() -> None:
+    own = tiny.settings(("audio", "video"), audio={"projector_experts": 3, "projector_z_weight": 0.5})
+    compare(own, mtsk()[1], SCALES)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"tiling": TilingSettings(), "budgets": [16, 4, 1]},
+        {**NESTED, "budgets": [16, 4], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")},
+    ],
+    ids=["one map", "flat"],
+)
+def test_pictures_in_tiles_are_packed_with_their_newlines(image: dict[str, Any]) -> None:
+    own = tiny.settings(("image",), image=image)
+    processor = tiny.processor(own)
+    cuts = [Image.fromarray(np.full(size, 9, dtype=np.uint8)) for size in ((90, 130, 3), (60, 200, 3))]
+    for number, cut in enumerate(cuts):
+        cut.putpixel((number, 3), (200, 100, 0))
+    rows = [([SYSTEM, processor.transform("image", cut), "what"], "red") for cut in cuts]
+    model, (_, batch, _), passes = compare(own, rows, ["image=16", "image=4"])
+    if model.model.newline is not None:
+        plan = make_lesson(batch, passes, processor, packed=True).plan
+        assert plan is not None
+        assert (plan.layouts["image"][:, 0] < 0).any()
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, MistralConfig])
+def test_other_decoders_read_packed_rows(config: type[LlamaConfig]) -> None:
+    text = config(
+        **{**tiny.llm_config().to_dict(), "model_type": config.model_type, "sliding_window": None, "head_dim": 8}
+    )
+    llm = AutoModelForCausalLM.from_config(text).eval()
+    enable_packing(llm.model)
+    from mllm.segment_attention import packed_mask
+    from mllm.segments import plan_rows
+
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7, 1], [5, 2, 3]]
+    plan = plan_rows(rows, least_shared=1)
+    ids = torch.tensor([[rows[row][column] for row, column in zip(plan.maker, plan.position_ids[0], strict=True)]])
+    mask = packed_mask(plan, ids.device, "sdpa")
+    out = llm.model(ids, attention_mask=mask, position_ids=plan.position_ids, segment_plan=plan, use_cache=False)
+    for row, places in zip(rows, plan.rows, strict=True):
+        alone = llm.model(torch.tensor([row]), use_cache=False).last_hidden_state
+        torch.testing.assert_close(out.last_hidden_state[:, places[: len(row)]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_refused_with_the_reason() -> None:
+    small = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    gemma = AutoModelForCausalLM.from_config(Gemma2Config(**small)).model
+    with pytest.raises(ValueError, match="layers of full_attention, sliding_attention"):
+        enable_packing(gemma)
+    mistral = AutoModelForCausalLM.from_config(MistralConfig(**small, sliding_window=8)).model
+    assert "within a window of 8" in str(obstacle(mistral))
+    own, rows, budgets = m3()
+    model, processor = tiny.model(own), tiny.processor(own)
+    batch = tiny.batch(processor, rows, for_training=True)
+    lesson = make_lesson(batch, fixed_passes(batch.rows, [Budget.parse(budgets[0])]), processor, packed=True)
+    with pytest.raises(ValueError, match="enable_packing"):
+        model(**lesson.inputs, plan=lesson.plan)
+
+
+def test_rows_that_are_not_packed_are_read_as_before() -> None:
+    own, rows, budgets = m3()
+    model, processor = tiny.model(own), tiny.processor(own)
+    batch = tiny.batch(processor, rows, for_training=True)
+    lesson = make_lesson(batch, fixed_passes(batch.rows, [Budget.parse(budgets[1])]), processor)
+    with torch.no_grad():
+        before = model(**lesson.inputs).logits
+        enable_packing(model.model.language_model)
+        assert torch.equal(model(**lesson.inputs).logits, before)
+
+
+def test_groups_hold_one_budget_of_every_row_and_learn_from_the_first() -> None:
+    largest, smallest = Budget.parse("image=64"), Budget.parse("image=1")
+    passes = _passes([[Draw(largest, is_teacher=True), Draw(smallest)], [Draw(Budget())]])
+    groups = by_draw(passes)
+    assert [[(own.row, own.name, own.teacher) for own in group] for group in groups] == [
+        [(0, "image=64", 0), (1, "text", 1)],
+        [(0, "image=1", 0)],
+    ]
