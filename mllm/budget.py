@@ -18,8 +18,8 @@ from fractions import Fraction
 from typing import Any, Literal
 
 MEDIA = ("image", "audio", "video")
-Compression = Literal["query", "pool", "stack"]
-COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack")
+Compression = Literal["query", "pool", "stack", "hybrid"]
+COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack", "hybrid")
 FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
 
 
@@ -149,13 +149,37 @@ SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "win
 """The keys of a `media.<medium>` block that shape its space."""
 
 
+def hybrid_sizes(settings: Mapping[str, Any], key: str = "media.image") -> tuple[tuple[int, ...], int]:
+    """The sizes of the pooled map of a hybrid compressor, smallest first, and the number of its queries.
+
+    Args:
+        settings: the `media.image` block: `anchors`, by default 16 and 64 where the largest budget reaches them;
+            `num_queries`, by default what the largest budget needs. One anchor is always among the sizes.
+        key: for messages.
+
+    Raises:
+        ValueError: sizes that no budget reaches, or too few queries for the counts between two sizes.
+    """
+    asked = settings["budgets"]
+    most = asked["stop"] if isinstance(asked, Mapping) else max(int(count) for count in asked)
+    given = settings.get("anchors")
+    sizes = sorted({1, *(given if given is not None else [size for size in (16, 64) if size <= most])})
+    if sizes[0] < 1 or sizes[-1] > most:
+        raise ValueError(f"{key}.anchors is {given}; allowed are counts 1..{most}, the largest budget")
+    needed = max(end - size for end, size in zip([*(size - 1 for size in sizes[1:]), most], sizes, strict=True))
+    num_queries = settings.get("num_queries") or needed
+    if num_queries < needed:
+        raise ValueError(f"{key}.num_queries is {num_queries}; anchors {sizes} and {most} tokens need {needed}")
+    return tuple(sizes), int(num_queries)
+
+
 @dataclass(frozen=True)
 class MediumSpace:
     """The budgets one medium was trained on, largest first, and how its compressor counts.
 
-    `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
-    window on a stream), `window_frames` the window of a query compressor on a stream. With `order` haar a grid has only
-    the counts of whole maps, see `haar_grids`.
+    `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per window
+    on a stream; with the anchors of the largest map for a hybrid compressor), `window_frames` the window of a query
+    compressor on a stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`.
     """
 
     medium: str
@@ -186,12 +210,18 @@ class MediumSpace:
         kinds = {amount.kind for amount in amounts}
         if len(kinds) != 1 or not kinds <= {"tokens", "rate"}:
             raise ValueError(f"{key}.budgets must be counts only or rates only, and not empty; got {list(asked)}")
+        max_tokens = int(settings.get("num_queries", 0))
+        if compressor == "hybrid":
+            if medium != "image" or kinds != {"tokens"}:
+                raise ValueError(f"{key}.compressor 'hybrid' is for pictures at counts; allowed: pool, query, stack")
+            sizes, num_queries = hybrid_sizes(settings, key)
+            max_tokens = sizes[-1] + num_queries
         fixed = compressor == "stack" or bool(settings.get("per_budget_projector", False))
         return cls(
             medium=medium,
             compressor=compressor,
             trained=tuple(sorted(amounts, key=lambda a: a.value, reverse=kinds == {"tokens"})),
-            max_tokens=int(settings.get("num_queries", 0)),
+            max_tokens=max_tokens,
             window_frames=int(settings.get("window_frames", 0)),
             between=not fixed,
             order=settings.get("order", "raster"),
@@ -235,7 +265,7 @@ class MediumSpace:
         return Amount("rate", rate)
 
     def _grid_cost(self, amount: Amount, extent: Extent) -> Cost:
-        most = self.max_tokens if self.compressor == "query" else extent.length
+        most = self.max_tokens if self.compressor in ("query", "hybrid") else extent.length
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
         if self.order == "haar":

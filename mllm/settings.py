@@ -25,8 +25,9 @@ class MediumSettings:
 
     encoder: str
     """Folder, hub name or world part of the encoder."""
-    compressor: Literal["pool", "query", "stack"] = "pool"
-    """Average pooling, Matryoshka queries, or frames stacked on the feature axis."""
+    compressor: Literal["pool", "query", "stack", "hybrid"] = "pool"
+    """Average pooling, Matryoshka queries, frames stacked on the feature axis, or for pictures a pooled map and nested
+    queries (after PARCEL)."""
     budgets: list[str | int] = field(default_factory=list)
     """The trained space, e.g. [1, 4, 16, 64] tokens or ["/4", "/16"] frames per token."""
     budget_range: list[int] | None = None
@@ -36,7 +37,10 @@ class MediumSettings:
     final_norm: bool | None = None
     """Send that layer through the tower's own final norm; off by default."""
     num_queries: int | None = None
-    """Queries of the compressor `query` (per window on a stream); the largest count by default."""
+    """Queries of the compressor `query` (per window on a stream), the largest count by default; or of `hybrid`, by
+    default what its largest count needs beside its anchors."""
+    anchors: list[int] | None = None
+    """Sizes of the pooled map of the compressor `hybrid`, beside 1; 16 and 64 by default, as far as budgets go."""
     window_frames: int | None = None
     """Window of the compressor `query` on a stream, in encoder frames."""
     keys: Literal["position", "content"] | None = None
