@@ -18,8 +18,8 @@ from fractions import Fraction
 from typing import Any, Literal
 
 MEDIA = ("image", "audio", "video")
-Compression = Literal["query", "pool", "stack"]
-COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack")
+Compression = Literal["query", "pool", "stack", "hybrid"]
+COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack", "hybrid")
 FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
 
 
@@ -149,13 +149,49 @@ SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "win
 """The keys of a `media.<medium>` block that shape its space."""
 
 
+def hybrid_sizes(settings: Mapping[str, Any], key: str = "media.image") -> tuple[tuple[int, ...], int]:
+    """The sizes of the pooled map of a hybrid compressor, smallest first, and the largest count.
+
+    Args:
+        settings: the `media.image` block. `anchors`, by default 16 and 64 as far as they are below the largest budget;
+            one anchor is always among the sizes.
+        key: for messages.
+
+    Raises:
+        ValueError: sizes that no budget reaches, or counts up to the largest that need queries no budget trains.
+    """
+    asked = settings["budgets"]
+    if isinstance(asked, Mapping):
+        asked = range(asked["start"], asked["stop"] + 1, asked["step"])
+    counts, given = [int(count) for count in asked], settings.get("anchors")
+    most = max(counts)
+    sizes = tuple(sorted({1, *(given if given is not None else [size for size in (16, 64) if size < most])}))
+    if sizes[0] < 1 or sizes[-1] > most:
+        raise ValueError(f"{key}.anchors is {given}; allowed are counts 1..{most}, the largest budget")
+    if settings.get("num_queries"):
+        raise ValueError(f"{key}.num_queries follows from budgets and anchors under compressor 'hybrid'; leave it out")
+    trained, needed = (max(num_queries(count, sizes) for count in one) for one in (counts, range(1, most + 1)))
+    if not trained or trained < needed:
+        missing = next((count for count in range(1, most + 1) if num_queries(count, sizes) > trained), most + 1)
+        raise ValueError(
+            f"{key}.budgets train {trained} queries behind anchors {list(sizes)}, and {missing} tokens need more; "
+            f"add {missing} to the budgets, or set other anchors"
+        )
+    return sizes, most
+
+
+def num_queries(count: int, sizes: Sequence[int]) -> int:
+    """How many of so many soft tokens are queries: those behind the largest map that is not above the count."""
+    return count - max(size for size in sizes if size <= count)
+
+
 @dataclass(frozen=True)
 class MediumSpace:
     """The budgets one medium was trained on, largest first, and how its compressor counts.
 
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
-    window on a stream), `window_frames` the window of a query compressor on a stream. With `order` haar a grid has only
-    the counts of whole maps, see `haar_grids`.
+    window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
+    stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`.
     """
 
     medium: str
@@ -186,12 +222,17 @@ class MediumSpace:
         kinds = {amount.kind for amount in amounts}
         if len(kinds) != 1 or not kinds <= {"tokens", "rate"}:
             raise ValueError(f"{key}.budgets must be counts only or rates only, and not empty; got {list(asked)}")
+        max_tokens = int(settings.get("num_queries", 0))
+        if compressor == "hybrid":
+            if medium != "image" or kinds != {"tokens"}:
+                raise ValueError(f"{key}.compressor 'hybrid' is for pictures at counts; allowed: pool, query, stack")
+            _, max_tokens = hybrid_sizes(settings, key)
         fixed = compressor == "stack" or bool(settings.get("per_budget_projector", False))
         return cls(
             medium=medium,
             compressor=compressor,
             trained=tuple(sorted(amounts, key=lambda a: a.value, reverse=kinds == {"tokens"})),
-            max_tokens=int(settings.get("num_queries", 0)),
+            max_tokens=max_tokens,
             window_frames=int(settings.get("window_frames", 0)),
             between=not fixed,
             order=settings.get("order", "raster"),
@@ -235,7 +276,7 @@ class MediumSpace:
         return Amount("rate", rate)
 
     def _grid_cost(self, amount: Amount, extent: Extent) -> Cost:
-        most = self.max_tokens if self.compressor == "query" else extent.length
+        most = self.max_tokens if self.compressor in ("query", "hybrid") else extent.length
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
         if self.order == "haar":
