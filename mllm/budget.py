@@ -170,12 +170,13 @@ def hybrid_sizes(settings: Mapping[str, Any], key: str = "media.image") -> tuple
         raise ValueError(f"{key}.anchors is {given}; allowed are counts 1..{most}, the largest budget")
     if settings.get("num_queries"):
         raise ValueError(f"{key}.num_queries follows from budgets and anchors under compressor 'hybrid'; leave it out")
-    trained, needed = (max(num_queries(count, sizes) for count in one) for one in (counts, range(1, most + 1)))
+    widest = max(range(1, most + 1), key=lambda count: num_queries(count, sizes))
+    needed, trained = num_queries(widest, sizes), max(num_queries(count, sizes) for count in counts)
     if not trained or trained < needed:
-        missing = next((count for count in range(1, most + 1) if num_queries(count, sizes) > trained), most + 1)
+        add, takes = (widest, needed) if needed else (most + 1, 1)
         raise ValueError(
-            f"{key}.budgets train {trained} queries behind anchors {list(sizes)}, and {missing} tokens need more; "
-            f"add {missing} to the budgets, or set other anchors"
+            f"{key}.budgets train {trained} queries behind anchors {list(sizes)}, and {add} tokens take {takes}; "
+            f"add {add} to the budgets, or set other anchors"
         )
     return sizes, most
 

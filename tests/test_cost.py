@@ -181,7 +181,7 @@ def test_lip_flops_follow_the_size_of_the_crop(height: int, width: int) -> None:
 )
 def test_compressor_flops_are_those_that_run(medium: str, settings: dict[str, Any], budget: tuple[int, int]) -> None:
     num_features, grid = (16, (4, 4)) if medium == "image" else (17, None)
-    compressor = build_compressor(medium, settings, in_size=12, out_size=24, grid=grid).eval()
+    compressor = build_compressor(medium, settings, in_size=12, out_size=24, grid=grid).eval().requires_grad_(False)
     tokens, rate = budget
 
     @torch.no_grad()
