@@ -134,3 +134,29 @@ def test_a_config_with_sizes_that_do_not_fit_is_refused_by_name(tmp_path) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 3}))
     with pytest.raises(ValueError, match=r"(?s)video is refused: .*num_attention_heads=3 must divide hidden_size="):
         build(tiny.settings_on(parts, ("video",)))
+
+
+def test_a_merged_adapter_gives_the_same_logits_and_is_gone(run: Path) -> None:
+    model, processor = load(run)
+    merged, _ = load(run, merge_adapter=True)
+    inputs = processor(text="how many objects?")
+    with torch.no_grad():
+        expected, found = model(**inputs).logits, merged(**inputs).logits
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert merged.config.adapter is None
+    assert not [name for name, _ in merged.model.language_model.named_parameters() if "lora" in name]
+
+
+def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> None:
+    for variant, tasks in (("s", []), ("t", ["vqa"])):
+        adapter = AdapterSettings(kind="lora_bank", variant=variant, rank=4, alpha=8, tasks=tasks)
+        own = replace(tiny.settings(("audio",), adapter=False), adapter=adapter)
+        model, inputs = tiny.model(own), tiny.processor(own)(text="how many objects?")
+        expected = model(**inputs).logits
+        if tasks:
+            with pytest.raises(ValueError, match="merge_adapter is true, but .* members per scale or task depends"):
+                merge_llm_adapter(model)
+        else:
+            merge_llm_adapter(model)
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
