@@ -73,6 +73,10 @@ class Growing:
         """Tokens that are kept: the text before the picture, and its soft tokens."""
         return self._cache.get_seq_length()
 
+    def num_question_tokens(self, text: str | None = None) -> int:
+        """Tokens of the text behind the picture, which every question reads for itself."""
+        return self._prompt(text)[0].shape[1] - self.num_read_tokens
+
     @torch.no_grad()
     def extend(self, budget: Budget | str) -> None:
         """Grow to a budget; only the new soft tokens are read.

@@ -1,6 +1,7 @@
 """What is saved is what is loaded, bit for bit, and nothing that does not fit is loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm
 from mllm.budget import Budget
 from mllm.building import build
-from mllm.loading import TRAINABLES, export, load, save_run
+from mllm.loading import TRAINABLES, export, load, merge_llm_adapter, save_run
+from mllm.settings import AdapterSettings
 from mllm.trainables import set_trainables, trainable_names
 
 ROWS = [
@@ -155,7 +157,7 @@ def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> 
         model, inputs = tiny.model(own), tiny.processor(own)(text="how many objects?")
         expected = model(**inputs).logits
         if tasks:
-            with pytest.raises(ValueError, match="merge_adapter is true, but .* members per scale or task depends"):
+            with pytest.raises(ValueError, match=r"merge_adapter is true, but .* members per scale or task depends"):
                 merge_llm_adapter(model)
         else:
             merge_llm_adapter(model)
