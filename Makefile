@@ -72,7 +72,8 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      time per budget beside the FLOP model, log-mel, input pipeline, beams, folded queries, grouped questions
+## make bench      time per budget beside the FLOP model, log-mel, input pipeline, beams, packed steps, folded queries,
+##                 grouped questions, growing budgets, budget sweeps, merged adapters
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/budget_cost.py
 	$(BIN)/python benchmarks/log_mel.py
@@ -85,6 +86,9 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/mixture_adapter.py
 	$(BIN)/python benchmarks/folded_queries.py
 	$(BIN)/python benchmarks/grouped_questions.py
+	$(BIN)/python benchmarks/growing_budget.py
+	$(BIN)/python benchmarks/budget_sweep.py
+	$(BIN)/python benchmarks/merged_adapter.py
 
 ## make clean      remove the environment and what the tools left
 clean:

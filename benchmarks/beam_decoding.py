@@ -14,7 +14,7 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,9 @@ def _resident(key: str) -> int:
     return int(line.split()[1])
 
 
-def build_model(device: torch.device, dtype: torch.dtype) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+def build_model(
+    device: torch.device, dtype: torch.dtype, rates: Sequence[int] = RATES
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """The model of the head of this file, and its processor."""
     tokenizer = build_tokenizer()
     audio = WhisperConfig(
@@ -103,7 +105,7 @@ def build_model(device: torch.device, dtype: torch.dtype) -> tuple[ElasticForCon
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    medium = MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in RATES])
+    medium = MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in rates])
     settings = ModelSettings(llm="random", chat_format="plain", audio=medium)
     placeholder_ids = {"audio": tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["audio"])}
     torch.manual_seed(0)

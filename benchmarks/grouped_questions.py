@@ -26,11 +26,11 @@ from transformers import CLIPVisionConfig, LlamaConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.building import config_of_parts, space_settings
+from mllm.building import config_of_parts, put_adapters, space_settings
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.settings import MediumSettings, ModelSettings
+from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.world.tokenizer import build_tokenizer
 
 COUNTS = (576, 144, 36, 9, 1)
@@ -46,8 +46,13 @@ QUESTIONS = (
 )
 
 
-def build_model(device: torch.device, dtype: torch.dtype) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """The model of the head of this file, and its processor."""
+def build_model(
+    device: torch.device,
+    dtype: torch.dtype,
+    medium: MediumSettings | None = None,
+    adapter: AdapterSettings | None = None,
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """The model of the head of this file, or with another compressor or an adapter, and its processor."""
     tokenizer = build_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=384,
@@ -67,20 +72,27 @@ def build_model(device: torch.device, dtype: torch.dtype) -> tuple[ElasticForCon
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    medium = MediumSettings(encoder="random", budgets=list(COUNTS))
-    settings = ModelSettings(llm="random", chat_format="plain", image=medium)
+    medium = medium or MediumSettings(encoder="random", budgets=list(COUNTS))
+    settings = ModelSettings(llm="random", chat_format="plain", image=medium, adapter=adapter)
     placeholder_ids = {"image": tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"])}
     torch.manual_seed(0)
     model = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"image": vision}, placeholder_ids=placeholder_ids)
     )
+    put_adapters(model)
     with torch.no_grad():
         for parameter in model.parameters():  # initial values are so small that every question would have one answer
             if parameter.dim() > 1:
                 parameter.mul_(3)
+            if not parameter.any():
+                parameter.normal_(std=0.02)
     own = {
         "encoder": vision.to_dict(),
-        "preprocessor": {"image_processor_type": "CLIPImageProcessor", "size": {"height": 336, "width": 336}},
+        "preprocessor": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"height": 336, "width": 336},
+            "do_center_crop": False,
+        },
         "space": space_settings(medium),
         "span": [],
     }

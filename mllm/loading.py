@@ -95,15 +95,47 @@ def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
 
 
 def load(
-    folder: str | Path, *, dtype: str = "float32", attention: str = "sdpa"
+    folder: str | Path, *, dtype: str = "float32", attention: str = "sdpa", merge_adapter: bool = False
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """A model and its processor from a run folder or an exported one, in eval mode.
 
+    Args:
+        merge_adapter: fold the LLM's adapter into its weights, see `merge_llm_adapter`.
+
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on.
+        ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
+            adapter that cannot be merged.
     """
-    folder = Path(folder)
+    model, processor = _load(Path(folder), dtype=dtype, attention=attention)
+    if merge_adapter:
+        merge_llm_adapter(model)
+    return model, processor
+
+
+@torch.no_grad()
+def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
+    """Fold a LoRA, or a bank that has the shared one alone, into the LLM's weights in place; nothing where none is.
+
+    Answers then cost what they cost the LLM alone. Weights in bfloat16 are rounded to it once more. The model can no
+    longer be trained on or saved as a run.
+
+    Raises:
+        ValueError: an adapter that depends on the rows.
+    """
+    settings = model.config.adapter or {}
+    depends_on_rows = settings.get("scales") or settings.get("tasks")
+    if depends_on_rows or settings.get("kind", "lora") not in ("lora", "lora_bank"):
+        members = " with members per scale or task" if depends_on_rows else ""
+        raise ValueError(
+            f"merge_adapter is true, but an adapter of kind {settings.get('kind', 'lora')}{members} depends on the rows"
+        )
+    select_members(model.model.language_model, scale_id=None, task_id=None)
+    merge_adapters(model.model.language_model)
+    model.config.adapter = None
+
+
+def _load(folder: Path, *, dtype: str, attention: str) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
     processor = ElasticProcessor.from_pretrained(folder)

@@ -252,12 +252,18 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         equal ids, which are read once (see `mllm.prefixes`); the media arguments are then those of the first row of
         each group alone.
 
+        With `constant_prompt`, every row begins with that text, which has been read before (see
+        `mllm.constant_prompt`).
+
         Raises:
-            ValueError: groups of rows together with options that forbid sharing.
+            ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
         """
         media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
         input_ids = kwargs.pop("input_ids", inputs)
+        constant = kwargs.pop("constant_prompt", None)
         prefixes = _prefixes_of(kwargs, self.generation_config)
+        if constant is not None:
+            _check_sharing("constant_prompt", kwargs, self.generation_config)
         is_soft = None
         if prefixes is not None or any(media[key] is not None for key in VALUE_KEYS.values()):
             placeholders = list((self.config.placeholder_ids or {}).values())
@@ -268,9 +274,11 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         row_inputs = {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
         past = None
         if prefixes is not None:
-            past = prefixes.read(self, kwargs["inputs_embeds"], **row_inputs)
+            past = prefixes.read(self, kwargs["inputs_embeds"], constant=constant, **row_inputs)
             text_embeds = self.get_input_embeddings()(input_ids)
             kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
+        elif constant is not None:
+            past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)
         if shares_prefill(input_ids, kwargs, self.generation_config):
             past = prefill(
                 self,
@@ -298,9 +306,15 @@ def _prefixes_of(options: dict[str, Any], generation_config: Any) -> Prefixes | 
     index, lengths = options.pop("prefix_index", None), options.pop("prefix_lengths", None)
     if index is None:
         return None
-    if lengths is None or options.get("attention_mask") is None or not allows_sharing(options, generation_config):
-        raise ValueError(
-            "prefix_index goes with prefix_lengths and attention_mask, and with use_cache and the library's own "
-            "dynamic cache; leave it out to read every prompt by itself"
-        )
+    if lengths is None:
+        raise ValueError("prefix_index goes with prefix_lengths")
+    _check_sharing("prefix_index", options, generation_config)
     return Prefixes(index, lengths, options["attention_mask"])
+
+
+def _check_sharing(key: str, options: dict[str, Any], generation_config: Any) -> None:
+    if options.get("attention_mask") is None or not allows_sharing(options, generation_config):
+        raise ValueError(
+            f"{key} goes with attention_mask, and with use_cache and the library's own dynamic cache; leave it out to "
+            "read every prompt by itself"
+        )

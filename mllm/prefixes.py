@@ -36,13 +36,14 @@ def group_rows(rows: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> tuple
     groups: list[list[Sequence[int]]] = [[] for _ in places]
     for place, row in zip(index, rows, strict=True):
         groups[place].append(row)
-    return index, [_num_common(group) for group in groups]
+    return index, [num_common(group) for group in groups]
 
 
-def _num_common(rows: Sequence[Sequence[int]]) -> int:
+def num_common(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all rows begin with."""
     limit = min(map(len, rows))
-    ordered = sorted(list(row) for row in rows)
-    first, last = ordered[0], ordered[-1]  # whatever differs anywhere differs between these two
+    own = [tuple(row[:limit]) for row in rows]
+    first, last = min(own), max(own)  # whatever differs anywhere differs between these two
     return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
@@ -88,36 +89,50 @@ class Prefixes:
         source = (places + starts[self.first_rows][self.index][:, None]).clamp(0, size - 1)
         return torch.where(is_shared[..., None], embeds[self.index[:, None], source], text_embeds)
 
-    def read(self, model: Any, embeds: Tensor, **row_inputs: Tensor | None) -> DynamicCache:
+    def read(self, model: Any, embeds: Tensor, *, constant: Any = None, **row_inputs: Tensor | None) -> DynamicCache:
         """Read every beginning once.
 
         Args:
             model: takes embeddings, a mask, positions and a cache.
             embeds: (G, S, H) of the first rows.
+            constant: text all beginnings begin with, which is not read again; see `mllm.constant_prompt`.
             row_inputs: (B,) what else the model takes per row, the same within a group.
 
         Returns:
             A cache of S - W positions for B rows. Its layers keep everything, also those of a sliding window.
         """
         size, first = embeds.shape[1], self.first_rows
-        num_cached = size - self.num_own
         kept = self.row_lengths - self.num_own
         counts = torch.zeros_like(self.lengths).scatter_reduce(0, self.index, kept, "amax").clamp(min=1)
         width = int(counts.max())
         # Beginnings padded on the left: (G, P) places in the prompts, and in the rows they are taken from.
         places = torch.arange(width, device=embeds.device) - (width - counts)[:, None]
         source = (places + (size - self.row_lengths[first])[:, None]).clamp(min=0)
-        cache = DynamicCache()
+        mask = (places >= 0).to(self.attention_mask.dtype)
+        own_inputs = {key: value if value is None else value[first] for key, value in row_inputs.items()}
+        cache = DynamicCache() if constant is None else constant.on_rows(model, mask, **own_inputs)
+        left = slice(cache.get_seq_length(), None)
         model(
-            inputs_embeds=embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[2])),
-            attention_mask=(places >= 0).to(self.attention_mask.dtype),
-            position_ids=places.clamp(min=0),
+            inputs_embeds=embeds.gather(1, source[:, left, None].expand(-1, -1, embeds.shape[2])),
+            attention_mask=mask,
+            position_ids=places.clamp(min=0)[:, left],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **{key: value if value is None else value[first] for key, value in row_inputs.items()},
+            **own_inputs,
         )
-        shift = torch.arange(num_cached, device=embeds.device) - (num_cached - kept)[:, None]
+        return self.hand_out(cache, counts)
+
+    def hand_out(self, cache: DynamicCache, counts: Tensor) -> DynamicCache:
+        """The cache of G beginnings, padded on the left, as one of S - W positions for B rows, in place.
+
+        Args:
+            counts: (G,) tokens of each beginning.
+        """
+        width = cache.get_seq_length()
+        num_cached = self.attention_mask.shape[1] - self.num_own
+        kept = self.row_lengths - self.num_own
+        shift = torch.arange(num_cached, device=counts.device) - (num_cached - kept)[:, None]
         places = (shift + (width - counts)[self.index][:, None]).clamp(0, width - 1)
         for layer in cache.layers:
             _hand_out(layer, self.index, places)

@@ -17,11 +17,11 @@ LEVELS = [
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
         *("splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
-        *("beams", "prefixes", "packing", "segment_attention"),
+        *("beams", "prefixes", "packing", "segment_attention", "constant_prompt"),
     },
     {"modeling", "modeling_body", "routing", "processing", "loaded", "data", "chat"},
     {"building", "loading", "cost", "convert"},
-    {"generation", "timing", "training"},
+    {"generation", "growing", "asking", "decoding", "timing", "training"},
     {"evaluation"},
     {"world", "doctor", "preparation", "lmms"},
     {"commands", "cli", "__main__"},

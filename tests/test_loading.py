@@ -1,6 +1,7 @@
 """What is saved is what is loaded, bit for bit, and nothing that does not fit is loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm
 from mllm.budget import Budget
 from mllm.building import build
-from mllm.loading import TRAINABLES, export, load, save_run
+from mllm.loading import TRAINABLES, export, load, merge_llm_adapter, save_run
+from mllm.settings import AdapterSettings
 from mllm.trainables import set_trainables, trainable_names
 
 ROWS = [
@@ -134,3 +136,29 @@ def test_a_config_with_sizes_that_do_not_fit_is_refused_by_name(tmp_path) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 3}))
     with pytest.raises(ValueError, match=r"(?s)video is refused: .*num_attention_heads=3 must divide hidden_size="):
         build(tiny.settings_on(parts, ("video",)))
+
+
+def test_a_merged_adapter_gives_the_same_logits_and_is_gone(run: Path) -> None:
+    model, processor = load(run)
+    merged, _ = load(run, merge_adapter=True)
+    inputs = processor(text="how many objects?")
+    with torch.no_grad():
+        expected, found = model(**inputs).logits, merged(**inputs).logits
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert merged.config.adapter is None
+    assert not [name for name, _ in merged.model.language_model.named_parameters() if "lora" in name]
+
+
+def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> None:
+    for variant, tasks in (("s", []), ("t", ["vqa"])):
+        adapter = AdapterSettings(kind="lora_bank", variant=variant, rank=4, alpha=8, tasks=tasks)
+        own = replace(tiny.settings(("audio",), adapter=False), adapter=adapter)
+        model, inputs = tiny.model(own), tiny.processor(own)(text="how many objects?")
+        expected = model(**inputs).logits
+        if tasks:
+            with pytest.raises(ValueError, match=r"merge_adapter is true, but .* members per scale or task depends"):
+                merge_llm_adapter(model)
+        else:
+            merge_llm_adapter(model)
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)

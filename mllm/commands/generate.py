@@ -49,6 +49,11 @@ class Settings:
     """A sound and a video of one name may differ in length by so much; null never compares."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen parts."""
+    merge_adapter: bool = False
+    """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
+    rows."""
+    static_cache: bool = False
+    """Decode with a cache of a fixed size, which CUDA replays as a graph."""
     use_cpu: bool = False
     """Run on the CPU although there is a GPU."""
 
@@ -74,10 +79,15 @@ def run(settings: Settings) -> int:
     from mllm.media import MediaLoader
 
     decoding = Decoding(
-        settings.num_beams, settings.max_new_tokens, settings.temperature, settings.seed, settings.length_penalty
+        settings.num_beams,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.seed,
+        settings.length_penalty,
+        settings.static_cache,
     )
     quiet_loading()
-    model, processor = load(settings.model, dtype=settings.dtype)
+    model, processor = load(settings.model, dtype=settings.dtype, merge_adapter=settings.merge_adapter)
     if torch.cuda.is_available() and not settings.use_cpu:
         model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds)

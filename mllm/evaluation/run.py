@@ -59,10 +59,15 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
-    model, processor = load(settings.model, dtype=settings.dtype)
-    decoding = Decoding(settings.num_beams, settings.max_new_tokens, length_penalty=settings.length_penalty)
+    model, processor = load(settings.model, dtype=settings.dtype, merge_adapter=settings.merge_adapter)
+    decoding = Decoding(
+        settings.num_beams,
+        settings.max_new_tokens,
+        length_penalty=settings.length_penalty,
+        static_cache=settings.static_cache,
+    )
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
-    answerer = Answerer(model, processor, decoding, settings.batch_size)
+    answerer = Answerer(model, processor, decoding, settings.batch_size, constant_prompt=settings.constant_prompt)
     allowed = settings.allow_untrained
     work = plan(
         samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
@@ -80,6 +85,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
             gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
         ),
         allow_untrained=allowed,
+        max_rows=settings.max_rows,
     )
     run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
     state.wait_for_everyone()
@@ -237,6 +243,8 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
         "root": settings.root,
         "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
         **{key: getattr(settings, key) for key in ("num_beams", "length_penalty", "max_new_tokens", "dtype")},
+        # Only where they are asked for, so that answers from before there were such keys can be gone on with.
+        **{key: True for key in ("merge_adapter", "static_cache") if getattr(settings, key)},
     }
 
 

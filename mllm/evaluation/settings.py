@@ -49,6 +49,16 @@ class EvaluateSettings:
     """Answers end there at the latest."""
     batch_size: int = 8
     """Samples of one batch; each is answered at all its budgets at once."""
+    max_rows: int | None = None
+    """Most rows of one pass, a row being a sample at one budget, where memory is short: there are fewer samples in a
+    batch then, and one with more budgets than this is encoded several times."""
+    merge_adapter: bool = False
+    """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
+    rows."""
+    constant_prompt: bool = False
+    """Keep what the LLM reads of the text that all prompts begin with, from one batch to the next."""
+    static_cache: bool = False
+    """Decode with a cache of a fixed size, which CUDA replays as a graph. Every row then reads its own prompt."""
     seed: int = 0
     """Of the noise and of the bootstrap intervals."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -64,10 +74,12 @@ class EvaluateSettings:
         names = [Path(path).stem for path in self.manifest]
         if len(set(names)) < len(names) and len(set(self.set_names)) < len(names):
             raise ValueError(f"manifest names one file twice: {', '.join(self.manifest)}")
-        for key in ("num_beams", "max_new_tokens", "batch_size", "limit"):
+        for key in ("num_beams", "max_new_tokens", "batch_size", "limit", "max_rows"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}; it must be at least 1")
+        if self.static_cache and (self.num_beams > 1 or self.constant_prompt):
+            raise ValueError("static_cache goes neither with num_beams above 1 nor with constant_prompt")
         if self.length_penalty != 1.0 and self.num_beams == 1:
             raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
         if not self.asked_budgets:

@@ -47,6 +47,7 @@ class Sweep:
         loader: decodes files; the default one when None.
         allow_untrained: answer at amounts that training did not draw; refused otherwise, sample by sample where only
             the sample tells what an amount is.
+        max_rows: most rows of one `generate`, a row being a sample at one budget.
     """
 
     answerer: Answerer
@@ -55,6 +56,7 @@ class Sweep:
     seed: int = 0
     loader: MediaLoader | None = None
     allow_untrained: bool = False
+    max_rows: int | None = None
     on_progress: Callable[[int], None] = field(default=lambda _: None)
     """Called with the number of answers that have been added."""
 
@@ -68,7 +70,7 @@ class Sweep:
             self.on_progress(len(item.budgets) - len(pending))
             if pending:
                 own.append(Work(item.set_name, item.sample, item.snr_db, pending))
-        for batch in _batches(own, self.answerer.batch_size):
+        for batch in _batches(own, self.answerer.batch_size, self.max_rows):
             lines = list(self._answer(batch))
             self.store.append(lines)
             self.on_progress(len(lines))
@@ -111,10 +113,12 @@ class Sweep:
     def _answer_together(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
         samples, media = [item.work.sample for item in items], [item.media for item in items]
         batch = self.answerer.processor.batch(samples, media, for_training=False)
-        draws = self.answerer.answer_batch(batch, [[budget] * len(items) for budget in budgets])
-        for answers in draws:
-            for item, row, answer in zip(items, batch.rows, answers, strict=True):
-                yield self._line(item, row, answer)
+        draws = [[budget] * len(items) for budget in budgets]
+        size = len(draws) if self.max_rows is None else max(self.max_rows // len(items), 1)
+        for start in range(0, len(draws), size):
+            for answers in self.answerer.answer_batch(batch, draws[start : start + size]):
+                for item, row, answer in zip(items, batch.rows, answers, strict=True):
+                    yield self._line(item, row, answer)
 
     def _load(self, work: Work) -> list[LoadedMedia]:
         noise = self._noise_of(work)
@@ -203,8 +207,11 @@ def _share(work: Sequence[Work], rank: int, num_ranks: int) -> Iterator[Work]:
     return (item for item in work if places.setdefault(item.media_key, len(places)) % num_ranks == rank)
 
 
-def _batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
-    """Work of the same media and budgets together, questions about the same files side by side, else in its order."""
+def _batches(work: Sequence[Work], size: int, max_rows: int | None = None) -> Iterator[list[Work]]:
+    """Work of the same media and budgets together, questions about the same files side by side, else in its order.
+
+    At most `size` samples, and no more rows than `max_rows` unless a single sample has more budgets than that.
+    """
     places: dict[Hashable, int] = {}
     for item in work:
         places.setdefault(item.media_key, len(places))
@@ -217,7 +224,8 @@ def _batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
 
     for _, group in groupby(sorted(work, key=place), key=alike):
         items = list(group)
-        yield from (items[start : start + size] for start in range(0, len(items), size))
+        own = size if max_rows is None else max(min(size, max_rows // len(items[0].budgets)), 1)
+        yield from (items[start : start + own] for start in range(0, len(items), own))
 
 
 def _facts(work: Work, budget: Budget) -> Line:

@@ -135,6 +135,20 @@ def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path
     assert encoded == [3, 1]  # four pictures, batches of three, each encoded once for three budgets
 
 
+@pytest.mark.parametrize(("max_rows", "passes"), [(None, [9, 3]), (6, [6, 6]), (2, [2, 1] * 4)])
+def test_no_pass_has_more_rows_than_allowed(answerer, samples, tmp_path, max_rows: int | None, passes: list) -> None:
+    work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
+    rows = []
+    first = answerer.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, given: rows.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    store = _claimed(tmp_path)
+    run_share(Sweep(answerer, store, max_rows=max_rows), work)
+    first.remove()
+    assert [number for number, positions in rows if positions > 1] == passes
+    assert len(store.read()) == 12
+
+
 def test_questions_about_one_picture_meet_and_share_its_encoding(answerer, samples, tmp_path) -> None:
     """Wherever they stand in the manifest; the answers are those of each alone, on one rank or two."""
     asked = [

@@ -1,0 +1,105 @@
+"""Eight rates of one utterance answered in one batch, beside one run of encoder and `generate` per rate.
+
+    python benchmarks/budget_sweep.py [--repeats 3] [--threads 1] [--beams 1] [--new-tokens 25] [--device cpu]
+
+The model is that of `beam_decoding.py`. The baseline does what the evaluation of Llama-MTSK and Omni-AVSR does: for
+each configuration one whole pass, with batches of one, in which the sound is encoded again. The sweep encodes once and
+decodes all rates as rows of one batch, as `mllm evaluate` does. Both run in this process in turns; their ids are
+compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
+the ratio the one that FLOPs (`mllm/cost.py`) predict, without and with the padding of the shorter prompts. Decoding is
+bound by reading the weights, which FLOPs do not see. Times are CPU time of the process, or wall time on a GPU.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from beam_decoding import SECONDS, build_batch, build_model, library
+from rich.console import Console
+from rich.table import Table
+from turns import in_turns, ratio, spread
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mllm.budget import Budget
+from mllm.cost import Item, request_cost
+
+RATES = (4, 5, 6, 8, 10, 12, 16, 20)
+FRAMES_PER_SECOND = 50
+
+
+def predicted(config: Any, given: argparse.Namespace, lengths: list[int]) -> tuple[float, float]:
+    """Ratios of FLOPs, of the prompts as they are and of prompts padded to the longest."""
+
+    def cost(rate: int, length: int) -> Any:
+        frames = SECONDS * FRAMES_PER_SECOND
+        return request_cost(
+            config,
+            [Item("audio", frames, frames // rate)],
+            num_prompt_tokens=length,
+            num_new_tokens=given.new_tokens,
+            num_beams=given.beams,
+        )
+
+    own = [cost(rate, length) for rate, length in zip(RATES, lengths, strict=True)]
+    padded = [cost(rate, max(lengths)) for rate in RATES]
+    separate = sum(one.total for one in own)
+    ratios = [separate / (own[0].encoder + sum(one.total - one.encoder for one in costs)) for costs in (own, padded)]
+    return ratios[0], ratios[1]
+
+
+def compare(given: argparse.Namespace) -> Table:
+    """Equality first, then times in turns."""
+    device = torch.device(given.device)
+    model, processor = build_model(device, getattr(torch, given.dtype), RATES)
+    batch = build_batch(processor, 1)
+    budgets = [Budget.parse(f"audio=/{rate}") for rate in RATES]
+    options: dict[str, Any] = {"max_new_tokens": given.new_tokens, "min_new_tokens": given.new_tokens}
+    options |= {"do_sample": False, "num_beams": given.beams}
+
+    def inputs_at(own: list[Budget]) -> dict[str, torch.Tensor]:
+        inputs = processor.expand(batch, [[budget] for budget in own], left_padding=True).inputs
+        return {key: value.to(device) for key, value in inputs.items()}
+
+    def separate(_: None) -> list[list[int]]:
+        found = []
+        for budget in budgets:
+            inputs = inputs_at([budget])
+            found += library(model, inputs, options)[:, inputs["input_ids"].shape[1] :].tolist()
+        return found
+
+    def sweep(_: None) -> list[list[int]]:
+        inputs = inputs_at(budgets)
+        return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+
+    if given.dtype == "float32" and separate(None) != sweep(None):
+        raise SystemExit("FAILED: the ids of the sweep differ from those of separate runs")
+    lengths = inputs_at(budgets)["attention_mask"].sum(dim=1).tolist()
+    times = in_turns({"separate": separate, "sweep": sweep}, given.repeats, device)
+    ways = predicted(model.config, given, lengths)
+    size = f"{given.beams} beams, {given.new_tokens} new tokens"
+    table = Table(title=f"{len(RATES)} rates of one {SECONDS}-second utterance, {size}")
+    for column in ("separate runs s", "one batch s", "ids", "times faster", "FLOPs", "FLOPs with padding"):
+        table.add_column(column, justify="right")
+    cells = (*map(spread, times.values()), "equal", ratio(times["separate"], times["sweep"]))
+    table.add_row(*cells, *(f"{way:.2f}" for way in ways))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=25)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    Console(width=160).print(compare(given))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A picture's budget grown to 256 soft tokens from a kept cache, beside reading the prompt of 256 anew.
+
+    python benchmarks/growing_budget.py [--repeats 9] [--threads 1] [--device cpu]
+
+The model is that of `grouped_questions.py` with a query compressor of 256 queries; the question behind the picture has
+about 20 tokens. Grown is `session.extend("image=256")` and the first logits of the question, where a session at the
+smaller budget exists. From scratch encodes the picture and reads the whole prompt, as every released system would; its
+LLM alone starts at finished soft tokens. All run in this process in turns; logits are compared first, and a difference
+above 1e-5 of the largest stops the benchmark. Shown are medians and the range of the middle half, and beside each ratio
+the one that FLOPs (`mllm/cost.py`) predict. Times are CPU time of the process, or wall time on a GPU.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from grouped_questions import build_model
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from turns import in_turns, ratio, spread
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mllm.cost import Item, llm_flops, request_cost
+from mllm.generation import Answerer
+from mllm.growing import Growing
+from mllm.modeling_body import MEDIA_KEYS
+from mllm.settings import MediumSettings
+
+STARTS = (16, 64, 128)
+MOST = 256
+QUESTION = "how many objects are there, and what is the colour of the one that is left of the largest square?"
+
+
+def runs_of(answerer: Answerer, picture: Path) -> dict[str, Callable[[Growing], Tensor]]:
+    """First logits of an answer at the largest budget, given a session at a smaller one."""
+    samples, media, asked = answerer.read_request({"image": picture}, [QUESTION], f"image={MOST}")
+    batch = answerer.processor.batch(samples, [media], for_training=False)
+    expanded = answerer.processor.expand(batch, [[asked]], left_padding=True).inputs
+    inputs = {key: value.to(answerer.model.device) for key, value in expanded.items()}
+    model: Any = answerer.model
+    with torch.no_grad():
+        embeds = model.model.embed(inputs["input_ids"], {key: inputs.get(key) for key in MEDIA_KEYS})
+    mask = inputs["attention_mask"]
+
+    def grown(session: Growing) -> Tensor:
+        session.extend(asked)
+        return session.logits(QUESTION)
+
+    @torch.no_grad()
+    def scratch(_: Growing) -> Tensor:
+        return model(**inputs, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    @torch.no_grad()
+    def llm_alone(_: Growing) -> Tensor:
+        return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    return {"from scratch": scratch, "its LLM alone": llm_alone, "grown": grown}
+
+
+def predicted(config: Any, start: int, session: Growing, num_prompt_tokens: int) -> tuple[float, float]:
+    """Ratios of FLOPs: from scratch, and its LLM alone, to grown."""
+    patches = 576
+    whole = request_cost(config, [Item("image", patches, MOST)], num_prompt_tokens=num_prompt_tokens, num_new_tokens=1)
+    read = session.num_read_tokens
+    new = llm_flops(config.text_config, num_tokens=MOST - start, past_tokens=read, num_logits=1)
+    behind = num_prompt_tokens - read - (MOST - start)
+    new += llm_flops(config.text_config, num_tokens=behind, past_tokens=num_prompt_tokens - behind, num_logits=1)
+    return whole.total / (new + whole.compressor), whole.prefill / (new + whole.compressor)
+
+
+def compare(given: argparse.Namespace, picture: Path) -> Table:
+    """Equality first, then times in turns."""
+    device = torch.device(given.device)
+    medium = MediumSettings(encoder="random", compressor="query", budgets=[*STARTS, MOST])
+    model, processor = build_model(device, getattr(torch, given.dtype), medium)
+    answerer = Answerer(model, processor)
+    runs = runs_of(answerer, picture)
+    table = Table(title=f"from a kept cache to {MOST} soft tokens: seconds to the first logits")
+    columns = ("kept soft tokens", *runs, "times faster", "FLOPs", "than LLM alone", "FLOPs", "largest difference")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for start in STARTS:
+
+        def begin(start: int = start) -> Growing:
+            return answerer.begin(image=picture, budget=f"image={start}")
+
+        found = {name: run(begin()) for name, run in runs.items()}
+        off = float((found["grown"] - found["from scratch"]).abs().max() / found["from scratch"].abs().max())
+        if off > (1e-5 if given.dtype == "float32" else 2e-2):
+            raise SystemExit(f"{start} tokens: logits of a grown budget differ by {off:.1e} of the largest")
+        session = begin()
+        length = session.num_read_tokens + session.num_question_tokens(QUESTION) + MOST - start
+        whole, alone = predicted(model.config, start, session, length)
+        times = in_turns(runs, given.repeats, device, begin)
+        scratch, llm, grown = times.values()
+        ratios = (ratio(scratch, grown), f"{whole:.2f}", ratio(llm, grown), f"{alone:.2f}")
+        table.add_row(str(start), *map(spread, times.values()), *ratios, f"{off:.1e}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "picture.png"
+        noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(picture)
+        Console(width=180).print(compare(given, picture))
+
+
+if __name__ == "__main__":
+    main()

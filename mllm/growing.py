@@ -1,0 +1,200 @@
+"""A session about one picture whose budget grows: the picture is encoded once, and what the LLM has read is kept.
+
+Knows an answerer and key-value caches. Does not know how tokens are chosen or where a picture comes from.
+
+The prompt is [text before | m soft tokens | text behind]. Where the soft tokens of a smaller budget are the first of a
+larger one, keys and values of [text before | m soft tokens] are those of a prompt with M > m soft tokens as well, since
+the LLM is causal. So growing reads the M - m new soft tokens alone, and a question the text behind them, which stands
+at other positions now. Nothing of the session is changed by a question.
+
+Shapes: m, M soft tokens before and after growing, H the LLM's hidden size, V its vocabulary.
+"""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mllm.asking import Answer, Files, is_trained, tokens_by_medium
+from mllm.beams import prefill
+from mllm.budget import Budget, Cost
+from mllm.expansion import Row
+from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
+
+if TYPE_CHECKING:
+    from mllm.generation import Answerer
+
+MEDIUM = "image"
+
+
+class Growing:
+    """Questions about one picture at a budget that can grow. See `Answerer.begin`.
+
+    Args:
+        answerer: its model must not be changed while the session lasts.
+        image: the file.
+        budget: to begin with.
+
+    Raises:
+        MediaError: a file that is missing or cannot be read.
+        ValueError: not exactly one picture, one in tiles, a budget that cannot be met, or a static cache.
+    """
+
+    @torch.no_grad()
+    def __init__(self, answerer: "Answerer", image: Files, budget: Budget | str) -> None:
+        if answerer.decoding.static_cache:
+            raise ValueError("static_cache is true; a session keeps a cache that grows")
+        own = answerer.processor.space.media.get(MEDIUM)
+        if own is not None and own.tiling is not None:
+            raise ValueError("media.image.tiling cuts pictures into tiles, whose runs do not grow at their end")
+        self.answerer, self._model = answerer, answerer.model
+        self._files = {MEDIUM: image}
+        samples, self._loaded, asked = answerer.read_request(self._files, [""], budget)
+        if len(self._loaded) != 1:
+            raise ValueError(f"a session is about one picture, got {len(self._loaded)}")
+        batch = answerer.processor.batch(samples, [self._loaded], for_training=False)
+        self._row, values = batch.rows[0], batch.values
+        self._cost = self._cost_of(asked)
+        self.budget = asked
+        """What the session has grown to."""
+        device = self._model.device
+        sizes = values.get(SIZE_KEYS[MEDIUM])
+        self._features = self._model.model.encode(
+            MEDIUM, values[VALUE_KEYS[MEDIUM]].to(device), None if sizes is None else sizes.to(device)
+        )
+        self._members = self._members_at(self._cost)
+        place = list(self._row.ids).index(answerer.processor.placeholder_ids[MEDIUM])
+        self._before = list(self._row.ids[:place])
+        self._cache = DynamicCache()
+        text = self._model.get_input_embeddings()(torch.tensor([self._before], dtype=torch.int64, device=device))
+        self._read(torch.cat([text, self._soft_tokens(0, self._cost)], dim=1))
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens that are kept: the text before the picture, and its soft tokens."""
+        return self._cache.get_seq_length()
+
+    def num_question_tokens(self, text: str | None = None) -> int:
+        """Tokens of the text behind the picture, which every question reads for itself."""
+        return self._prompt(text)[0].shape[1] - self.num_read_tokens
+
+    @torch.no_grad()
+    def extend(self, budget: Budget | str) -> None:
+        """Grow to a budget; only the new soft tokens are read.
+
+        Raises:
+            ValueError: a compressor whose smaller budgets are not the beginnings of its larger ones, an adapter with a
+                member per scale, or a budget that cannot be met or is not larger.
+        """
+        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+        cost = self._cost_of(asked)
+        nested = self._model.model.compressors[MEDIUM].nested
+        if nested != "prefix":
+            raise ValueError(
+                f"media.{MEDIUM}.compressor gives {nested} tokens: those at {self.budget} do not begin {asked}; "
+                "growing needs query, or pool with order haar"
+            )
+        if cost.tokens <= self._cost.tokens:
+            raise ValueError(f"budget {asked} gives {cost.tokens} soft tokens; the session has {self._cost.tokens}")
+        if self._members_at(cost) != self._members:
+            raise ValueError(
+                f"the adapter has a member per scale, so nothing that was read at {self.budget} holds at {asked}; "
+                "begin another session"
+            )
+        self._read(self._soft_tokens(self._cost.tokens, cost))
+        self.budget, self._cost = asked, cost
+
+    @torch.no_grad()
+    def answer(self, text: str | None = None) -> Answer:
+        """Answer a question about the picture at the present budget, as `Answerer.answer` does."""
+        processor, decoding = self.answerer.processor, self.answerer.decoding
+        ids, mask, row = self._prompt(text)
+        members = {name: torch.tensor([own], device=ids.device) for name, own in self._members.items()}
+        cache = self._copy()
+        if decoding.num_beams > 1:
+            cache = prefill(self._model, ids, mask, copies=decoding.num_beams, past=cache, **members)
+        options = self.answerer.options()
+        with decoding.chance():
+            found = self._model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, **members, **options
+            )
+        new = self.answerer.ended(found[0, ids.shape[1] :].tolist())
+        extents = [run.extent for run in row.runs]
+        return Answer(
+            text=processor.batch_decode([new], skip_special_tokens=True)[0].strip(),
+            budget=self.budget,
+            tokens=tokens_by_medium(extents, [self._cost]),
+            is_trained=is_trained(extents, [self._cost], processor.space),
+            num_prompt_tokens=ids.shape[1],
+            num_new_tokens=len(new),
+            num_shared_tokens=self.num_read_tokens,
+        )
+
+    @torch.no_grad()
+    def logits(self, text: str | None = None) -> Tensor:
+        """Logits (V,) of the first token of an answer: how sure the model is tells whether growing is worth it."""
+        ids, mask, _ = self._prompt(text)
+        start = self.num_read_tokens
+        positions = torch.arange(start, ids.shape[1], device=ids.device)[None]
+        output = self._model(
+            input_ids=ids[:, start:],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._copy(),
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: torch.tensor([own], device=ids.device) for name, own in self._members.items()},
+        )
+        return output.logits[0, -1]
+
+    def _cost_of(self, budget: Budget) -> Cost:
+        return self._row.costs(budget, self.answerer.processor.space)[0]
+
+    def _members_at(self, cost: Cost) -> dict[str, int]:
+        """Which members of the adapter serve the picture at a cost, as the model takes them."""
+        members, own = self.answerer.processor.members, {}
+        if members.scales:
+            own["scale_ids"] = members.scale_id([(MEDIUM, cost)])
+        if members.tasks:
+            own["task_ids"] = members.task_id(self._row.task, [MEDIUM])
+        return own
+
+    def _soft_tokens(self, start: int, cost: Cost) -> Tensor:
+        """(1, M - start, H), those behind the first ones."""
+        counts = self._features.lengths.new_full((1,), cost.tokens)
+        soft = self._model.model.compress(MEDIUM, self._features, num_tokens=counts, max_tokens=cost.tokens)
+        return soft[:, start:].to(self._model.get_input_embeddings().weight.dtype)
+
+    def _read(self, embeds: Tensor) -> None:
+        """Let the LLM read (1, n, H) behind what it has read."""
+        start = self.num_read_tokens
+        end = start + embeds.shape[1]
+        self._model(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(1, end, dtype=torch.int64, device=embeds.device),
+            position_ids=torch.arange(start, end, device=embeds.device)[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: torch.tensor([own], device=embeds.device) for name, own in self._members.items()},
+        )
+
+    def _copy(self) -> DynamicCache:
+        """The cache for one question; what it appends makes new tensors, so these are not copied."""
+        cache = DynamicCache()
+        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        return cache
+
+    def _prompt(self, text: str | None) -> tuple[Tensor, Tensor, Row]:
+        """Ids and mask (1, S) of a question, the pad id in place of each soft token, and its row."""
+        processor = self.answerer.processor
+        samples, _ = self.answerer.samples_about(self._files, [text])
+        row = processor.batch(samples, [self._loaded], for_training=False).rows[0]
+        place = len(self._before)
+        assert list(row.ids[:place]) == self._before
+        assert row.ids[place] == processor.placeholder_ids[MEDIUM]
+        ids = [*self._before, *[processor.pad_id] * self._cost.tokens, *row.ids[place + 1 :]]
+        prompt = torch.tensor([ids], device=self._model.device)
+        return prompt, torch.ones_like(prompt), row

@@ -1,0 +1,118 @@
+"""What a growing budget promises: the logits and answers of a prompt read anew, and a reason where it cannot grow."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_beams import LLMS, build
+
+from mllm.budget import Budget
+from mllm.generation import Answerer, Decoding
+from mllm.settings import AdapterSettings
+
+COMPRESSORS: dict[str, dict[str, Any]] = {
+    "query": {"compressor": "query", "budgets": [2, 5, 16]},
+    "query with content keys": {"compressor": "query", "budgets": [2, 5, 16], "keys": "content"},
+    "haar": {"order": "haar", "budgets": [4, 16, 64]},
+}
+QUESTIONS = ("how many objects?", "what is the letter here?")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("growing")
+    return folder / tiny.write_media(folder)["image"]
+
+
+def make(image: dict[str, Any], *, llm: str = "llama", adapter: Any = None, decoding: Any = None) -> Answerer:
+    own = replace(tiny.settings(("image",), adapter=False, image=image), adapter=adapter)
+    return Answerer(build(own, LLMS[llm]), tiny.processor(own), decoding or Decoding(max_new_tokens=6))
+
+
+def from_scratch(answerer: Answerer, picture: Path, text: str, budget: str) -> torch.Tensor:
+    """The first logits of a prompt that is read in one pass."""
+    samples, media, asked = answerer.read_request({"image": picture}, [text], budget)
+    batch = answerer.processor.batch(samples, [media], for_training=False)
+    inputs = answerer.processor.expand(batch, [[asked]], left_padding=True).inputs
+    with torch.no_grad():
+        return answerer.model(**inputs).logits[0, -1]
+
+
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_grown_budget_is_that_budget(name: str, llm: str, picture: Path) -> None:
+    answerer = make(COMPRESSORS[name], llm=llm)
+    budgets = [f"image={count}" for count in COMPRESSORS[name]["budgets"]]
+    session = answerer.begin(image=picture, budget=budgets[0])
+    for step, budget in enumerate(budgets):
+        if step:
+            session.extend(budget)
+        for text in QUESTIONS:
+            expected = from_scratch(answerer, picture, text, budget)
+            assert (session.logits(text) - expected).abs().max() <= 1e-5 * expected.abs().max()
+            found, alone = session.answer(text), answerer.answer(text, image=picture, budget=budget)
+            assert found == replace(alone, num_shared_tokens=session.num_read_tokens)
+    assert str(session.budget) == budgets[-1]
+
+
+@pytest.mark.parametrize("decoding", [Decoding(3, 6), Decoding(max_new_tokens=6, temperature=0.8, seed=4)])
+def test_beams_and_samples_are_those_of_the_answerer(decoding: Decoding, picture: Path) -> None:
+    tasks = AdapterSettings(kind="lora_bank", variant="t", rank=4, alpha=8, tasks=["vqa", "image"])
+    answerer = make(COMPRESSORS["query"], adapter=tasks, decoding=decoding)
+    session = answerer.begin(image=picture, budget="image=2")
+    session.extend("image=16")
+    alone = answerer.answer(image=picture, budget="image=16")
+    assert session.answer().text == alone.text
+
+
+def test_the_picture_is_encoded_once_and_only_new_tokens_are_read(picture: Path) -> None:
+    answerer = make(COMPRESSORS["query"])
+    seen: dict[str, list[int]] = {"pictures": [], "positions": []}
+    answerer.model.model.tower("image").register_forward_pre_hook(lambda _, args: seen["pictures"].append(len(args[0])))
+    answerer.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, given: seen["positions"].append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    session = answerer.begin(image=picture, budget="image=5")
+    before = session.num_read_tokens - 5
+    session.extend("image=16")
+    assert seen == {"pictures": [1], "positions": [before + 5, 11]}
+    session.logits(QUESTIONS[0])
+    assert seen["pictures"] == [1]
+    assert seen["positions"][2:] == [session.answer(QUESTIONS[0]).num_prompt_tokens - session.num_read_tokens]
+
+
+def test_what_cannot_grow_is_refused_with_a_reason(picture: Path) -> None:
+    session = make(COMPRESSORS["query"]).begin(image=picture, budget="image=5")
+    for budget in ("image=5", "image=2"):
+        with pytest.raises(ValueError, match=r"gives \d soft tokens; the session has 5"):
+            session.extend(budget)
+    with pytest.raises(ValueError, match="allowed"):
+        session.extend(Budget.parse("image=9999"))
+    pooled = make({"budgets": [4, 16]}).begin(image=picture, budget="image=4")
+    with pytest.raises(ValueError, match=r"compressor gives pooled tokens.*order haar"):
+        pooled.extend("image=16")
+    scales = AdapterSettings(kind="lora_bank", variant="ss", rank=4, alpha=8)
+    by_scale = make(COMPRESSORS["query"], adapter=scales).begin(image=picture, budget="image=2")
+    with pytest.raises(ValueError, match="a member per scale"):
+        by_scale.extend("image=16")
+
+
+def test_a_session_is_about_one_picture_and_keeps_a_growing_cache(picture: Path) -> None:
+    answerer = make(COMPRESSORS["query"])
+    with pytest.raises(ValueError, match="about one picture, got 2"):
+        answerer.begin(image=[picture, picture], budget="image=2")
+    with pytest.raises(ValueError, match="static_cache is true"):
+        replace(answerer, decoding=Decoding(static_cache=True)).begin(image=picture, budget="image=2")
+
+
+def test_a_static_cache_gives_the_same_answers(picture: Path) -> None:
+    answerer = make(COMPRESSORS["haar"])
+    static = replace(answerer, decoding=replace(answerer.decoding, static_cache=True))
+    expected = answerer.answer_questions(QUESTIONS, image=picture, budget="image=16")
+    found = static.answer_questions(QUESTIONS, image=picture, budget="image=16")
+    assert [answer.text for answer in found] == [answer.text for answer in expected]
+    with pytest.raises(ValueError, match="static_cache is true with num_beams 3"):
+        Decoding(3, static_cache=True)
