@@ -97,7 +97,7 @@ class Compressor(nn.Module):
             parts.append(functional.pad(soft, (0, 0, 0, longest - most)))
             if bank is not None and (routing := bank.take_routing()) is not None:
                 routings.append(functional.pad(routing, (0, 0, 0, longest - routing.shape[1])))
-        if routings:
+        if bank is not None and routings:
             bank.routing = torch.cat(routings)
         return torch.cat(parts)
 

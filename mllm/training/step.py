@@ -103,6 +103,7 @@ def run_lesson(
         hidden, mask = outputs.hidden_states[1:], inputs.get("attention_mask")
         if plan is not None:
             hidden, mask = [plan.unpack(own) for own in hidden], plan.rows >= 0
+        assert mask is not None
         auxiliary = {**auxiliary, "sink": sink(hidden, mask)}
     loss = with_auxiliary(
         Loss(outputs.loss, outputs.read["sums"]),

@@ -171,7 +171,7 @@ class ElasticTrainer(Trainer):
         features = frozen_features(self.elastic, batch, self.args.device) if len(groups) > 1 else {}
         first: Lesson | None = None
         teachers: Tensor | None = None
-        earlier = torch.zeros((), device=self.args.device)
+        total = earlier = torch.zeros((), device=self.args.device)
         for number, group in enumerate(groups):
             is_last = number + 1 == len(groups)
             lesson = make_lesson(batch, group, self.processor, packed=self.packs, taught_by=first)
