@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from mllm.grammar import MEDIA, Amount, Budget
+from mllm.maps import haar_grids, hybrid_sizes
 from mllm.tiling import Size, Tiles, Tiling
 
 __all__ = [
@@ -29,8 +30,8 @@ __all__ = [
     "count_tokens",
 ]
 
-Compression = Literal["query", "pool", "stack"]
-COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack")
+Compression = Literal["query", "pool", "stack", "hybrid"]
+COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,6 @@ class Cost:
         return self.tiles.num_pictures if self.tiles else self.frames or 1
 
 
-def haar_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """The maps of a grid in Haar order, coarse first: halved in turn along rows and columns while both are even.
-
-    24 x 24 gives 3 x 3, 3 x 6, 6 x 6, 6 x 12, 12 x 12, 12 x 24, 24 x 24. A grid with an odd side gives itself alone.
-    """
-    grids = [grid]
-    rows, columns = grid
-    while rows % 2 == 0 and columns % 2 == 0:
-        rows, columns = rows // 2, columns // 2
-        grids += [(rows, 2 * columns), (rows, columns)]
-    return grids[::-1]
-
-
 SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames", "tiling", "frame_counts")
 """The keys of a `media.<medium>` block that shape its space."""
 
@@ -104,9 +92,9 @@ class MediumSpace:
     """The budgets one medium was trained on, largest first, and how its compressor counts.
 
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
-    window on a stream), `window_frames` the window of a query compressor on a stream. With `order` haar a grid has only
-    the counts of whole maps, see `haar_grids`. `tiling` says how pictures are cut; `frame_counts` are the trained
-    numbers of frames of a video whose frames are pictures, largest first.
+    window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
+    stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`. `tiling` says how pictures are
+    cut; `frame_counts` are the trained numbers of frames of a video whose frames are pictures, largest first.
     """
 
     medium: str
@@ -139,12 +127,17 @@ class MediumSpace:
         kinds = {amount.kind for amount in amounts}
         if len(kinds) != 1 or not kinds <= {"tokens", "rate"}:
             raise ValueError(f"{key}.budgets must be counts only or rates only, and not empty; got {list(asked)}")
+        max_tokens = int(settings.get("num_queries", 0))
+        if compressor == "hybrid":
+            if medium != "image" or kinds != {"tokens"}:
+                raise ValueError(f"{key}.compressor 'hybrid' is for pictures at counts; allowed: pool, query, stack")
+            _, max_tokens = hybrid_sizes(settings, key)
         fixed = compressor == "stack" or bool(settings.get("per_budget_projector", False))
         return cls(
             medium=medium,
             compressor=compressor,
             trained=tuple(sorted(amounts, key=lambda a: a.value, reverse=kinds == {"tokens"})),
-            max_tokens=int(settings.get("num_queries", 0)),
+            max_tokens=max_tokens,
             window_frames=int(settings.get("window_frames", 0)),
             between=not fixed,
             order=settings.get("order", "raster"),
@@ -227,7 +220,7 @@ class MediumSpace:
         return Amount("rate", rate)
 
     def _grid_cost(self, amount: Amount, extent: Extent) -> Cost:
-        most = self.max_tokens if self.compressor == "query" else extent.length
+        most = self.max_tokens if self.compressor in ("query", "hybrid") else extent.length
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
         if self.order == "haar":

@@ -14,6 +14,7 @@ from typing import Any
 
 from mllm.adapters.members import num_members
 from mllm.budget import Cost, Extent
+from mllm.maps import hybrid_sizes, num_queries
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -200,6 +201,8 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
     compressor = settings.get("compressor", "pool")
     if compressor == "query":
         return _query(settings, item, in_size, out_size)
+    if compressor == "hybrid":
+        return _hybrid(settings, item, in_size, out_size)
     budgets = [int(str(budget).removeprefix("/")) for budget in settings["budgets"]]
     if compressor == "stack":
         sizes = [item.num_features // n if item.medium == "image" else n for n in budgets]
@@ -237,6 +240,21 @@ def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int)
     keys = read if content else window
     weights = (queries + keys + read + windows * queries) * size * size  # queries, keys, values, output
     return 2 * (weights + given + 2 * queries * read * size + item.num_tokens * size * out_size)
+
+
+def _hybrid(settings: Mapping[str, Any], item: Item, size: int, out_size: int) -> int:
+    """The map, the queries that any count up to this one has, which read anchors and features, and the projector."""
+    sizes, _ = hybrid_sizes(settings)
+    queries = max(num_queries(count, sizes) for count in range(1, item.num_tokens + 1))
+    anchors, read = max(one for one in sizes if one <= item.num_tokens), item.num_features
+    projected = item.num_tokens * _projector(settings, size, out_size)
+    pooled = anchors * read * size
+    if not queries:
+        return 2 * pooled + projected
+    pooled *= 2  # of features and of their positions
+    # Queries, keys, values and output of both attentions; and what is read.
+    weights = (4 * queries + 2 * anchors + 2 * read) * size * size
+    return 2 * (pooled + weights + 2 * queries * (anchors + read) * size) + projected
 
 
 def _folded(settings: Mapping[str, Any], length: int, num_tokens: int, size: int) -> int:

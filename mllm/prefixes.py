@@ -41,7 +41,8 @@ def group_rows(rows: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> tuple
 
 def _num_common(rows: Sequence[Sequence[int]]) -> int:
     limit = min(map(len, rows))
-    first, last = min(rows), max(rows)  # whatever differs anywhere differs between these two
+    ordered = sorted(list(row) for row in rows)
+    first, last = ordered[0], ordered[-1]  # whatever differs anywhere differs between these two
     return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 

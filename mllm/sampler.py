@@ -85,7 +85,7 @@ class Sampler:
         frames = (self.space.frame_counts if "video" in present else ()) or (None,)
         return [
             Draw(Budget(dict(zip(present, point, strict=True)), num_frames=count))
-            for *point, count in itertools.product(*trained, frames)
+            for point, count in itertools.product(itertools.product(*trained), frames)
         ]
 
     def _draws(self, step: int, present: Sequence[str]) -> list[Draw]:

@@ -48,8 +48,9 @@ class MediumSettings:
 
     encoder: str
     """Folder, hub name or world part of the encoder; of videos also `image`: sampled frames, each like a picture."""
-    compressor: Literal["pool", "query", "stack"] = "pool"
-    """Average pooling, Matryoshka queries, or frames stacked on the feature axis."""
+    compressor: Literal["pool", "query", "stack", "hybrid"] = "pool"
+    """Average pooling, Matryoshka queries, frames stacked on the feature axis, or for pictures a pooled map and nested
+    queries (after PARCEL)."""
     budgets: list[str | int] = field(default_factory=list)
     """The trained space, e.g. [1, 4, 16, 64] tokens or ["/4", "/16"] frames per token."""
     budget_range: list[int] | None = None
@@ -64,6 +65,9 @@ class MediumSettings:
     """SigLIP 2 with native aspect ratio: most patches of a picture; what the tower was trained on by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
+    anchors: list[int] | None = None
+    """Sizes of the pooled map of the compressor `hybrid`, beside 1; by default 16 and 64 where the largest budget is
+    above them."""
     window_frames: int | None = None
     """Window of the compressor `query` on a stream, in encoder frames."""
     keys: Literal["position", "content"] | None = None
@@ -71,7 +75,7 @@ class MediumSettings:
     query_size: int | None = None
     """Size of the queries; the encoder's hidden size by default."""
     query_heads: int | None = None
-    """Attention heads of the compressor `query`; one per 64 of its size by default."""
+    """Attention heads of the compressors `query` and `hybrid`; one per 64 of their size by default."""
     query_start: Literal["released", "pyramid"] | None = None
     """Where fresh queries on pictures begin: everywhere alike (MQT as released, the default), or each at its own cell,
     coarse to fine; needs keys: position."""

@@ -11,8 +11,8 @@ PACKAGE = Path(mllm.__file__).parent
 # A module may import from its own level or from a lower one. A package stands for its modules.
 LEVELS = [
     {
-        *("budget", "grammar", "tiling", "sampler", "metrics", "benchmarks", "settings", "sources", "registration"),
-        *("filterbank", "segments"),
+        *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
+        *("settings", "sources", "registration", "filterbank", "segments"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {

@@ -143,7 +143,7 @@ def test_ties_favour_image_then_audio() -> None:
 
 
 def test_space_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"media\.image\.compressor is 'squeeze'; allowed: query, pool, stack"):
+    with pytest.raises(ValueError, match=r"media\.image\.compressor is 'squeeze'; allowed: query, pool, stack, hybrid"):
         Space.from_settings({"image": {"compressor": "squeeze", "budgets": [1]}})
     with pytest.raises(ValueError, match=r"media\.audio\.budgets must be counts only or rates only"):
         Space.from_settings({"audio": {"budgets": ["/4", 5]}})

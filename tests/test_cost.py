@@ -171,6 +171,9 @@ def test_lip_flops_follow_the_size_of_the_crop(height: int, width: int) -> None:
             {"compressor": "query", "budgets": [4], "num_queries": 4, "keys": "content", "query_size": 8},
             (4, 0),
         ),
+        ("image", {"compressor": "hybrid", "budgets": [14], "anchors": [4, 9], "query_heads": 3}, (12, 0)),
+        ("image", {"compressor": "hybrid", "budgets": [14], "anchors": [4, 9]}, (9, 0)),
+        ("image", {"compressor": "hybrid", "budgets": [12], "anchors": [4]}, (1, 0)),
         ("audio", {"compressor": "pool", "budgets": ["/2", "/4"], "projector_size": 20}, (4, 4)),
         ("audio", {"compressor": "stack", "budgets": ["/2", "/5"]}, (8, 2)),
         ("audio", {"compressor": "query", "budgets": ["/4"], "num_queries": 2, "window_frames": 8}, (6, 4)),
@@ -178,7 +181,7 @@ def test_lip_flops_follow_the_size_of_the_crop(height: int, width: int) -> None:
 )
 def test_compressor_flops_are_those_that_run(medium: str, settings: dict[str, Any], budget: tuple[int, int]) -> None:
     num_features, grid = (16, (4, 4)) if medium == "image" else (17, None)
-    compressor = build_compressor(medium, settings, in_size=12, out_size=24, grid=grid).eval()
+    compressor = build_compressor(medium, settings, in_size=12, out_size=24, grid=grid).eval().requires_grad_(False)
     tokens, rate = budget
 
     @torch.no_grad()

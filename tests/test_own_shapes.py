@@ -32,8 +32,9 @@ from mllm.generation import Answerer, Decoding
 from mllm.loading import TRAINABLES, load, save_run
 from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.trainables import set_trainables
+from mllm.training.feature_building import make_features
 from mllm.training.projector_fit import fit_projectors
-from mllm.training.run import make_features, train
+from mllm.training.run import train
 from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.transforms import ImageTransform
 

@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 
-from mllm.budget import Amount, MediumSpace, haar_grids
+from mllm.budget import Amount, MediumSpace
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
+from mllm.compressors.hybrid import Hybrid
 from mllm.compressors.mixture import MixtureProjector
 from mllm.compressors.newline import Newline
 from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
+from mllm.maps import haar_grids, hybrid_sizes
 
 __all__ = [
     "SETTINGS",
     "Compressor",
+    "Hybrid",
     "MixtureProjector",
     "Newline",
     "Pool",
@@ -39,6 +42,7 @@ _OWN_SETTINGS = {
     "query": ("keys", "query_size", "query_heads"),
     "pool": ("project_first", "order", *_PROJECTOR),
     "stack": _PROJECTOR,
+    "hybrid": ("anchors", "query_heads", "projector_size", "projector_norm", "projector_activation"),
 }
 SETTINGS = tuple(dict.fromkeys(key for keys in _OWN_SETTINGS.values() for key in keys))
 """The keys of a `media.<medium>` block that shape a compressor, beside those that shape its space (`MediumSpace`)."""
@@ -60,6 +64,7 @@ def build_compressor(
         settings: the `media.<medium>` block. Read here, beside what `MediumSpace.from_settings` reads:
             keys: `position` (as MQT, the default) or `content`, for `query`.
             query_size, query_heads: size and heads of the queries; the encoder's size and one head per 64 of it.
+            anchors: sizes of the pooled map of `hybrid`, see `hybrid_sizes`.
             project_first: pool behind the projector, as M3; for `pool`.
             order: of a grid's soft tokens: `raster` or, for `pool`, `haar`, in which small budgets are prefixes.
             projector_size: hidden size of the projector; the LLM's unless given, and null for a single Linear.
@@ -81,8 +86,8 @@ def build_compressor(
         raise ValueError(f"{key}.{misplaced[0]} does not apply to compressor {space.compressor!r}; allowed: {allowed}")
     if max_patches is not None:
         _check_own_grids(key, space, settings)
-    build = {"query": _build_query, "pool": _build_pool, "stack": _build_stack}[space.compressor]
-    return build(key, space, settings, (in_size, out_size), grid)
+    builders = {"query": _build_query, "pool": _build_pool, "stack": _build_stack, "hybrid": _build_hybrid}
+    return builders[space.compressor](key, space, settings, (in_size, out_size), grid)
 
 
 def _build_pool(
@@ -162,6 +167,28 @@ def _build_query(
     )
 
 
+def _build_hybrid(
+    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
+) -> Hybrid:
+    assert grid is not None  # a stream has no counts, and its space is refused
+    if settings.get("per_budget_projector", False):
+        raise ValueError(f"{key}.per_budget_projector does not go with compressor 'hybrid'; allowed: false")
+    _check_kinds(key, space, grid, allowed=("tokens",))
+    anchors, max_tokens = hybrid_sizes(settings, key)
+    if anchors[-1] > grid[0] * grid[1]:
+        raise ValueError(f"{key}.anchors: {anchors[-1]} cannot be pooled of a grid of {grid[0]}x{grid[1]}")
+    projector = _projector(settings, *sizes)
+    num_heads = settings.get("query_heads") or max(sizes[0] // 64, 1)
+    return Hybrid(
+        in_size=sizes[0],
+        projector=projector,
+        grid=grid,
+        anchors=anchors,
+        max_tokens=max_tokens,
+        num_heads=num_heads,
+    )
+
+
 def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Projector | MixtureProjector:
     def one() -> Projector:
         return Projector(
@@ -209,7 +236,7 @@ def _check_kinds(key: str, space: MediumSpace, grid: tuple[int, int] | None, all
             f"{' or '.join(names[name] for name in allowed)}"
         )
     if grid is not None:
-        most = space.max_tokens if space.compressor == "query" else grid[0] * grid[1]
+        most = space.max_tokens if space.compressor in ("query", "hybrid") else grid[0] * grid[1]
         if (largest := max(_values(space.trained))) > most:
             raise ValueError(f"{key}.budgets: {largest} tokens cannot be met; allowed are counts 1..{most}")
 

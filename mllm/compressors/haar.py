@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mllm.budget import haar_grids
+from mllm.maps import haar_grids
 
 
 def haar(features: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
         """Attend.
 
         Args:
-            query: (1, M, C).
+            query: (N or 1, M, C).
             key: (N or 1, T, C).
             value: (N, T, C).
             mask: (N, T) bool, true where a feature may be read; nothing where all may.

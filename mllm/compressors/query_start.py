@@ -101,14 +101,15 @@ def _search(compressor: Query, starts: list[Tensor], wanted: Tensor) -> Tensor:
     """Adam with a falling rate; the values' part of the weights gets no gradient."""
     optimizer = torch.optim.Adam(starts, lr=2e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=NUM_STEPS)
+    query, weight = starts
     with torch.enable_grad():
         for _ in range(NUM_STEPS):
-            divergence = _divergence(compressor, *starts, wanted)
+            divergence = _divergence(compressor, query, weight, wanted)
             optimizer.zero_grad()
             divergence.mean().backward()
             optimizer.step()
             schedule.step()
-        return _divergence(compressor, *starts, wanted).mean(0).detach()
+        return _divergence(compressor, query, weight, wanted).mean(0).detach()
 
 
 def _divergence(compressor: Query, query: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:

@@ -157,7 +157,8 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
     def _plan(self, epoch: int) -> tuple[list[np.ndarray] | list[list[list[int]]], int]:
         """The rounds of an epoch, and how many batches of the last one are repeated ones."""
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = (epoch, *(self._shuffled(epoch) if self.shuffle else self._in_order()))
+            rounds, num_repeated = self._shuffled(epoch) if self.shuffle else self._in_order()
+            self._planned = (epoch, rounds, num_repeated)
         return self._planned[1], self._planned[2]
 
     def _shuffled(self, epoch: int) -> tuple[list[np.ndarray], int]:

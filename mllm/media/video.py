@@ -87,7 +87,8 @@ class FrameSampling:
         if len(times) < count:
             raise ValueError(f"{name}: the video has {len(times)} frames, and {count} are to be taken from it")
         step = span / count / time_base
-        indices = tuple(nearest_frame(times, (k + Fraction(1, 2)) * step) for k in range(count))
+        asked = [(k + Fraction(1, 2)) * step for k in range(count)]
+        indices = tuple(nearest_frame(times, own.numerator, own.denominator) for own in asked)
         return FramePlan(len(times), indices, float(count / span))
 
 

@@ -80,7 +80,7 @@ def fit_projectors(
     for medium, which in sorted(set(gather_object(list(sums)))):
         readout = _readouts(model, processor, medium)[which]
         # This process may have seen none of this medium.
-        own_sums = sums.get((medium, which)) or _Sums.zeros(readout, model.get_input_embeddings().weight.device)
+        own_sums = sums.get((medium, which)) or _Sums.zeros(readout, model.device)
         fits.append(_solve(own_sums.over_processes(), readout))
         logger.info("%s: captions explain %.0f %%", fits[-1].name, 100 * fits[-1].explained)
     return fits

@@ -10,7 +10,7 @@ which prepare batches spent on a step of one training process: `decode`, `transf
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class TimedLoad:
             loaded = self.processor.load_media(
                 sample,
                 generator=generator,
-                loader=self.reader,
+                loader=cast(Any, self.reader),
                 augmentation=self.augmentation,
                 budgets=self.budgets,
             )

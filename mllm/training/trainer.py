@@ -171,7 +171,7 @@ class ElasticTrainer(Trainer):
         features = frozen_features(self.elastic, batch, self.args.device) if len(groups) > 1 else {}
         first: Lesson | None = None
         teachers: Tensor | None = None
-        total = earlier = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), device=self.args.device)
         for number, group in enumerate(groups):
             is_last = number + 1 == len(groups)
             lesson = make_lesson(batch, group, self.processor, packed=self.packs, taught_by=first)
@@ -185,13 +185,13 @@ class ElasticTrainer(Trainer):
                     features=features,
                 )
                 self._count(batch, lesson, loss)
-                total = loss.total * self.accelerator.num_processes
+                own = loss.total * self.accelerator.num_processes
                 if not is_last:
-                    self.accelerator.backward(total)
-                    earlier = earlier + total.detach()
+                    self.accelerator.backward(own)
+                    own = own.detach()
+                total = total + own
             if number == 0:
                 first, teachers = lesson, hidden
-        total = total + earlier  # its own gradient has been taken
         return (total, {}) if return_outputs else total
 
     def _count(self, batch: Batch, lesson: Lesson, loss: Loss) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mllm.budget import Budget, Extent, Space, count_tokens
-from mllm.compressors import SETTINGS, Compressor, Pool, Query, Stack, build_compressor
+from mllm.compressors import SETTINGS, Compressor, Hybrid, Pool, Query, Stack, build_compressor
 
 SIZES = {"in_size": 16, "out_size": 8}
+HYBRID = {"compressor": "hybrid", "budgets": [256, 64, 16, 1]}
 M3 = {"compressor": "pool", "budgets": [576, 144, 36, 9, 1], "project_first": True}
 MQT = {"compressor": "query", "budgets": {"start": 2, "stop": 256, "step": 2}, "num_queries": 256}
 OMNI = {
@@ -37,6 +38,7 @@ def build(settings: dict, grid: tuple[int, int] | None = None) -> Compressor:
         (LLAMA_AVSR, None, Stack, "none"),
         ({"compressor": "stack", "budgets": [144, 36]}, (24, 24), Stack, "none"),
         (WINDOWS, None, Query, "prefix"),
+        (HYBRID, (24, 24), Hybrid, "none"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -68,7 +70,10 @@ def test_what_is_counted_is_what_comes_out(settings: dict, grid, kind: type, nes
 
 @pytest.mark.parametrize(
     ("settings", "grid"),
-    [(M3, (24, 24)), (HAAR, (24, 24)), (MQT, (24, 24)), (OMNI, None), (LLAMA_AVSR, None), (WINDOWS, None)],
+    [
+        *((M3, (24, 24)), (HAAR, (24, 24)), (MQT, (24, 24)), (HYBRID, (24, 24))),
+        *((OMNI, None), (LLAMA_AVSR, None), (WINDOWS, None)),
+    ],
 )
 def test_nothing_waits_for_the_device(settings: dict, grid) -> None:
     """On the meta device there are no numbers to look at: whatever would make the host wait raises there."""
@@ -131,7 +136,7 @@ def test_heads_are_one_per_64_as_in_the_released_model() -> None:
         ({**WINDOWS, "budgets": ["/1"]}, None, "/1 must divide window_frames=16 into at most num_queries=8 tokens"),
         ({**WINDOWS, "budgets": [4]}, None, r"compressor 'query' on a stream takes rates"),
         ({**OMNI, "projector_activation": "tanh"}, None, "is not one of: gelu, relu"),
-        ({**OMNI, "compressor": "mean"}, None, "allowed: query, pool, stack"),
+        ({**OMNI, "compressor": "mean"}, None, "allowed: query, pool, stack, hybrid"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_key(settings: dict, grid, message: str) -> None:
@@ -141,7 +146,7 @@ def test_what_cannot_be_built_is_refused_by_key(settings: dict, grid, message: s
 
 def test_the_keys_that_are_read_are_listed() -> None:
     assert set(SETTINGS) == {
-        *("keys", "query_size", "query_heads", "project_first", "order"),
+        *("keys", "query_size", "query_heads", "project_first", "order", "anchors"),
         *("projector_size", "projector_norm", "projector_activation"),
         *("projector_experts", "projector_top_k", "projector_balance_weight", "projector_z_weight"),
     }

@@ -178,6 +178,8 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     windows = {"compressor": "query", "budgets": ["/4", "/8"], "num_queries": 4, "window_frames": 16}
     with pytest.raises(ValueError, match=r"cannot fit a query here; allowed: pool, stack, and query on pictures"):
         fit(tiny.settings(("audio",), audio=windows), ["audio"])
+    with pytest.raises(ValueError, match=r"cannot fit a hybrid here; allowed: pool, stack, and query on pictures"):
+        fit(tiny.settings(("image",), image={"compressor": "hybrid"}), ["image"])
     settings = tiny.settings(("image",))
     two = tiny.batch(
         tiny.processor(settings),
