@@ -88,14 +88,14 @@ def mqt_passes(
 @torch.no_grad()
 def encode(model: ElasticForConditionalGeneration, batch: Batch) -> Tensor:
     """CLIP."""
-    return model.model.vision_tower(batch.values["pixel_values"])
+    return model.model.tower("image")(batch.values["pixel_values"])
 
 
 def resampled(model: ElasticForConditionalGeneration, features: Tensor, count: int) -> Tensor:
     """The first queries, and no others, over all features."""
     own = model.model.compressors["image"]
     assert isinstance(own, Query)
-    states, positions = own.kv_proj(features), own._key_positions()
+    states, positions = own.kv_proj(features), own._key_positions()  # pyright: ignore
     query = own.ln_q((own.query + own.pos_embed)[:count])
     return own.attn(query[None], own.ln_k(positions)[None], own.ln_v(states)) @ own.proj
 

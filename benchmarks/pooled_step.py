@@ -89,7 +89,7 @@ def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor,
 def pooled_features(model: ElasticForConditionalGeneration, pixels: Tensor, scale: int) -> Tensor:
     """CLIP, the projector, and the mean over equal squares of the grid."""
     with torch.no_grad():
-        features = model.model.vision_tower(pixels)
+        features = model.model.tower("image")(pixels)
     projected = model.model.compressors["image"].projectors[0](features)  # pyright: ignore
     grid = projected.transpose(1, 2).unflatten(2, (24, 24))
     size = int((576 / scale) ** 0.5)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -70,7 +70,7 @@ def build(
             settings,
             text_config=llm_config(**text),
             encoder_configs=encoders,
-            placeholder_ids={medium: ids(PLACEHOLDER_TOKENS[medium]) for medium in encoders},
+            placeholder_ids={medium: cast(int, ids(PLACEHOLDER_TOKENS[medium])) for medium in encoders},
         )
     )
     put_adapters(model)

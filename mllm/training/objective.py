@@ -133,13 +133,13 @@ def read_hidden(
     if size >= len(hidden) and (teachers is None or distillation is None):
         loss = objective(head(hidden), supervision, num_targets, distillation)
         return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
-    teachers = hidden.detach() if teachers is None else teachers
+    known = hidden.detach() if teachers is None else teachers
 
     def read(piece: Tensor, own: Supervision) -> tuple[Tensor, Tensor]:
         taught = None
         if distillation is not None:
             with torch.no_grad():
-                taught = head(teachers[own.teachers]).float()
+                taught = head(known[own.teachers]).float()
         return _token_losses(head(piece).float(), taught, own, distillation)
 
     parts = []

@@ -89,6 +89,14 @@ def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_one_budget_at_a_time_is_the_same_run_also_where_processes_run_different_numbers(
+    tmp_path: Path, one_process: Path
+) -> None:
+    launch(tmp_path, *worker.LOW_SCENARIOS)
+    assert_same_run(one_process / "skewed", tmp_path / "low")
+
+
+@pytest.mark.slow
 def test_projectors_are_fitted_alike_also_where_a_process_lacks_a_medium(tmp_path: Path) -> None:
     worker.fit_captions(tmp_path, 0, 1)
     launch(tmp_path, "captions")
