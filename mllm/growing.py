@@ -11,7 +11,7 @@ Shapes: m, M soft tokens before and after growing, H the LLM's hidden size, V it
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -165,7 +165,8 @@ class Growing:
         """(1, M - start, H), those behind the first ones."""
         counts = self._features.lengths.new_full((1,), cost.tokens)
         soft = self._model.model.compress(MEDIUM, self._features, num_tokens=counts, max_tokens=cost.tokens)
-        return soft[:, start:].to(self._model.get_input_embeddings().weight.dtype)
+        embedding: Any = self._model.get_input_embeddings()
+        return soft[:, start:].to(embedding.weight.dtype)
 
     def _read(self, embeds: Tensor) -> None:
         """Let the LLM read (1, n, H) behind what it has read."""

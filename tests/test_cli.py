@@ -235,6 +235,31 @@ def test_generate_answers_about_files_and_tells_what_it_used(folder: Path, capsy
     assert "image 5 (this budget was not trained)" in capsys.readouterr().err
 
 
+def test_ways_of_answering_faster_change_no_answer(folder: Path, tmp_path: Path, capsys) -> None:
+    words = ["generate", "--model", str(folder / "run"), "--image", str(folder / "media" / "0.png")]
+    words += ["--max-new-tokens", "6", "--budget", "image=16"]
+    shown = []
+    for faster in ([], ["--static-cache"], ["--merge-adapter"]):
+        assert main([*words, *faster]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].strip()
+    assert shown == [shown[0]] * 3
+    assert main([*words, "--static-cache", "--num-beams", "2"]) == 2
+    assert "static_cache is true with num_beams 2" in capsys.readouterr().err
+    asked = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3"]
+    asked += ["--manifest", str(folder / "media" / "good.jsonl"), "--budgets", "image=1;image=16"]
+    answers = []
+    for number, faster in enumerate(([], ["--max-rows", "1"], ["--constant-prompt", "--merge-adapter"])):
+        assert main([*asked, "--output", str(tmp_path / str(number)), *faster]) == 0
+        lines = [json.loads(line) for line in (tmp_path / str(number) / "hypotheses.jsonl").read_text().splitlines()]
+        answers.append({(line["id"], line["budget"]): line["hypothesis"] for line in lines})
+    assert answers == [answers[0]] * 3
+    assert main([*asked, "--output", str(tmp_path / "both"), "--constant-prompt", "--static-cache"]) == 2
+    assert "static_cache goes neither with num_beams above 1 nor with constant_prompt" in capsys.readouterr().err
+    assert main([*asked, "--output", str(tmp_path / "none"), "--max-rows", "0"]) == 2
+    assert "max_rows is 0; it must be at least 1" in capsys.readouterr().err
+
+
 def test_generate_answers_several_questions_about_one_picture(folder: Path, capsys) -> None:
     words = ["generate", "--model", str(folder / "run"), "--image", str(folder / "media" / "0.png")]
     words += ["--max-new-tokens", "6", "--budget", "image=16"]
