@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
+    CLIPVisionConfig,
     HubertConfig,
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
@@ -216,7 +217,7 @@ def test_image_processors_that_make_tiles_are_refused() -> None:
 def test_building_from_plain_settings() -> None:
     image = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    built = build_transform("image", None, image.to_dict())
+    built = build_transform("image", CLIPVisionConfig(), image.to_dict())
     torch.testing.assert_close(built(picture)[0], ImageTransform(image)(picture)[0])
 
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
