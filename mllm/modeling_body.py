@@ -161,6 +161,9 @@ class ElasticModel(ElasticPreTrainedModel):
         """
         values, lengths = features.values, features.lengths
         own = {} if features.grids is None else {"grids": features.grids}
+        if groups and _is_sharded(self.compressors[medium]):
+            # Weights are gathered at every call, and all processes must call equally often: those without groups, once.
+            max_tokens, groups = max(most for _, most in groups), ()
         if groups:
             assert index is not None
             rates = torch.zeros_like(num_tokens) if rates is None else rates
@@ -383,6 +386,11 @@ def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
 
 def _tiling(config: ElasticConfig) -> Tiling | None:
     return Tiling.from_settings("image", (config.media or {}).get("image", {}))
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps a part of each weight on each process."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def _is_distributed() -> bool:
