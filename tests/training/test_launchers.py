@@ -80,9 +80,12 @@ def test_a_launcher_trains_what_one_process_trains(
     assert done.returncode == 0, done.stderr[-4000:]
     found = load_file(tmp_path / "run" / TRAINABLES)
     assert found.keys() == one_process.keys()
+    # ZeRO-3 serves runs of several budgets in one call, which adds in another order, and Adam divides a gradient near 0
+    # by its own size: one weight of a thousand then differs by half a percent of one step, which is 0.01.
+    atol = 1e-4 if launcher == "zero3" else 1e-5
     for name, value in one_process.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            found[name], value, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert read_checkpoint(tmp_path / "run" / "checkpoint-00000003").facts["processes"] == 2
     load(tmp_path / "run")
