@@ -14,7 +14,14 @@ from functools import partial
 from pooled_step import BUDGETS, example, m3_step
 from rich.console import Console
 from rich.table import Table
-from side_by_side import HEAD_SHARE_VOCABULARY, check_equal, low_memory_step, options, packed_step, saved_megabytes
+from side_by_side import (
+    HEAD_SHARE_VOCABULARY,
+    check_equal,
+    low_memory_step,
+    packed_step,
+    saved_megabytes,
+)
+from turns import options
 
 GOALS = {"packed": 2.0, "memory low": 3.0}
 

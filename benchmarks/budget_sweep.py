@@ -19,7 +19,7 @@ import torch
 from beam_decoding import SECONDS, build_batch, build_model, library
 from rich.console import Console
 from rich.table import Table
-from turns import in_turns, ratio, spread
+from turns import in_turns, options, ratio, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -89,15 +89,7 @@ def compare(given: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--beams", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=25)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options(__doc__, 3, beams=1, new_tokens=25, with_device=True)
     Console(width=160).print(compare(given))
 
 

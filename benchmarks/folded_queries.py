@@ -13,7 +13,6 @@ once, is timed apart.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from turns import in_turns, options, seconds_of, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -56,25 +56,9 @@ def runs_of(query: Query, pictures: Tensor, count: int) -> dict[str, Callable[[]
     return {"unfolded": unfolded, "folded": torch.no_grad()(run)}
 
 
-def now(device: torch.device) -> float:
-    """CPU seconds of this process, or wall seconds once the GPU is done."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """One timed run."""
-    start = now(device)
-    run()
-    return now(device) - start
-
-
-def spread(values: list[float]) -> str:
-    """Median and middle half, in milliseconds."""
-    low, _, high = (1000 * value for value in statistics.quantiles(values, n=4, method="inclusive"))
-    return f"{1000 * statistics.median(values):.2f} ({low:.2f}-{high:.2f})"
+def milliseconds(seconds: list[float]) -> str:
+    """Median and middle half."""
+    return spread([1000 * value for value in seconds], digits=2)
 
 
 def compare(given: argparse.Namespace) -> Table:
@@ -86,7 +70,7 @@ def compare(given: argparse.Namespace) -> Table:
     with torch.no_grad():
         query._folds.get(tuple(query.parameters()), query._fold)  # the libraries' own first call
         folding = [seconds_of(query._fold, device) for _ in range(5)]
-    table = Table(title=f"{given.pictures} pictures, ms per forward; folding itself takes {spread(folding)}")
+    table = Table(title=f"{given.pictures} pictures, ms per forward; folding itself takes {milliseconds(folding)}")
     for column in ("soft tokens", "unfolded", "folded", "times faster", "largest difference"):
         table.add_column(column, justify="right")
     for count in COUNTS:
@@ -96,25 +80,14 @@ def compare(given: argparse.Namespace) -> Table:
         off = float((outputs["folded"] - outputs["unfolded"]).abs().max() / outputs["unfolded"].abs().max())
         if off > (1e-5 if given.dtype == "float32" else 2e-2):
             raise SystemExit(f"{count} tokens: folded and unfolded differ by {off:.1e} of the largest output")
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(given.repeats):
-            for name in list(runs)[:: 1 if turn % 2 else -1]:
-                times[name].append(seconds_of(runs[name], device))
+        times = in_turns({name: lambda _, run=run: run() for name, run in runs.items()}, given.repeats, device)
         ratio = statistics.median(times["unfolded"]) / statistics.median(times["folded"])
-        table.add_row(str(count), *(spread(times[name]) for name in runs), f"{ratio:.2f}", f"{off:.1e}")
+        table.add_row(str(count), *(milliseconds(times[name]) for name in runs), f"{ratio:.2f}", f"{off:.1e}")
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out-size", type=int, default=4096)
-    parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options(__doc__, 15, out_size=4096, pictures=1, with_device=True)
     Console(width=140).print(compare(given))
 
 

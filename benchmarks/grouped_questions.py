@@ -13,7 +13,6 @@ half. Times are CPU time of the process, or wall time on a GPU.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
+from turns import in_turns, options, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -125,25 +125,6 @@ def runs_of(
     }
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """One timed run: CPU seconds of this process, or wall seconds until the GPU is done."""
-    if device.type == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    run()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> str:
-    """Median and middle half, in seconds."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{statistics.median(values):.3f} ({low:.3f}-{high:.3f})"
-
-
 def compare(given: argparse.Namespace) -> Table:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
@@ -156,10 +137,7 @@ def compare(given: argparse.Namespace) -> Table:
         answers = {name: run() for name, run in runs.items()}
         if given.dtype == "float32" and any(found != answers["grouped"] for found in answers.values()):
             raise SystemExit(f"{count} tokens: the answers differ: {answers}")
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(given.repeats):
-            for name in list(runs)[:: 1 if turn % 2 else -1]:
-                times[name].append(seconds_of(runs[name], device))
+        times = in_turns({name: lambda _, run=run: run() for name, run in runs.items()}, given.repeats, device)
         medians = {name: statistics.median(own) for name, own in times.items()}
         ratios = [medians[name] / medians["grouped"] for name in ("one at a time", "one batch")]
         table.add_row(str(count), *(spread(times[name]) for name in runs), *(f"{ratio:.2f}" for ratio in ratios))
@@ -167,15 +145,7 @@ def compare(given: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options(__doc__, 5, questions=8, new_tokens=4, with_device=True)
     Console(width=140).print(compare(given))
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from turns import in_turns, ratio, spread
+from turns import in_turns, options, ratio, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -106,13 +106,7 @@ def compare(given: argparse.Namespace, picture: Path) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options(__doc__, 9, with_device=True)
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.png"
         noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

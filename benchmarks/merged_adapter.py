@@ -21,7 +21,7 @@ import torch
 from grouped_questions import QUESTIONS, build_model
 from rich.console import Console
 from rich.table import Table
-from turns import in_turns, ratio, spread
+from turns import in_turns, options, ratio, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -73,14 +73,7 @@ def compare(given: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options(__doc__, 9, new_tokens=24, with_device=True)
     Console(width=140).print(compare(given))
 
 

@@ -10,13 +10,13 @@ width 16, of which a token chooses 4, beside a layer 1024 wide. Outputs and grad
 1e-2 in bfloat16 before anything is timed. On a CPU the dense product is computed in float32 whatever the dtype.
 """
 
-import argparse
 from functools import partial
 
 import torch
 from side_by_side import alternate, report
 from torch import Tensor
 from torch.nn import functional
+from turns import options
 
 from mllm.adapters.mome import Mome
 
@@ -82,12 +82,7 @@ def check(dtype: torch.dtype, num_tokens: int, rel: float) -> float:
 
 def main() -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=512)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options(__doc__, 7, tokens=512)
     flops = {"expert loop": float(TOP_K), "dense": float(NUM_EXPERTS)}
     for dtype, rel, goals in ((torch.float32, 1e-5, {}), (torch.bfloat16, 1e-2, {"dense": 2.5})):
         worst = check(dtype, given.tokens, rel)

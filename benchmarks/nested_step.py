@@ -19,7 +19,6 @@ from side_by_side import (
     alternate,
     build,
     check_equal,
-    options,
     packed_llm_flops,
     packed_step,
     report,
@@ -29,6 +28,7 @@ from side_by_side import (
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionConfig
+from turns import options
 
 from mllm.compressors import Query
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops

@@ -22,7 +22,6 @@ from side_by_side import (
     build,
     check_equal,
     low_memory_step,
-    options,
     packed_llm_flops,
     packed_step,
     report,
@@ -32,6 +31,7 @@ from side_by_side import (
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionConfig
+from turns import options
 
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.expansion import Batch

@@ -3,7 +3,6 @@
 Not run by itself. Baselines are written on the weights of the same model, so that losses and gradients can be compared.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
+from turns import spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -232,21 +232,5 @@ def report(title: str, seconds: Mapping[str, list[float]], predicted: Mapping[st
         ratio = statistics.median(seconds[first]) / statistics.median(own)
         goal = f">= {goals[name]:.2f}x" if name in goals else ""
         flops = predicted[first] / predicted[name]
-        table.add_row(name, spread(own), f"{ratio:.2f}x", spread(ratios), f"{flops:.2f}x", goal)
+        table.add_row(name, spread(own, digits=2), f"{ratio:.2f}x", spread(ratios, digits=2), f"{flops:.2f}x", goal)
     Console(width=140).print(table)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median and middle half."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
-def options(doc: str | None, repeats: int) -> argparse.Namespace:
-    """What every benchmark takes; sets the number of threads."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    return given

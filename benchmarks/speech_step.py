@@ -25,7 +25,6 @@ from side_by_side import (
     alternate,
     build,
     check_equal,
-    options,
     packed_llm_flops,
     report,
     rows_of,
@@ -34,6 +33,7 @@ from side_by_side import (
 from torch import Tensor
 from torch.nn import functional
 from transformers import WhisperConfig
+from turns import options
 
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.encoders import AVHubertConfig

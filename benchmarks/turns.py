@@ -1,5 +1,6 @@
 """Runs timed in turns in one process, for the benchmarks beside it."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -41,13 +42,31 @@ def in_turns(
     return times
 
 
-def spread(values: list[float]) -> str:
-    """Median and middle half, in seconds."""
+def spread(values: list[float], *, digits: int = 3) -> str:
+    """Median and middle half."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{statistics.median(values):.3f} ({low:.3f}-{high:.3f})"
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def ratio(slow: list[float], fast: list[float]) -> str:
     """Ratio of the medians, and the middle half of the ratios of each turn."""
     low, _, high = statistics.quantiles([a / b for a, b in zip(slow, fast, strict=True)], n=4, method="inclusive")
     return f"{statistics.median(slow) / statistics.median(fast):.2f} ({low:.2f}-{high:.2f})"
+
+
+def options(doc: str | None, repeats: int, *, with_device: bool = False, **counts: int) -> argparse.Namespace:
+    """What benchmarks take on the command line; sets the number of threads.
+
+    Args:
+        repeats: times that count, by default. counts: further whole numbers by name, with their defaults.
+        with_device: also take a device and a dtype.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"repeats": repeats, "threads": 1, **counts}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    if with_device:
+        parser.add_argument("--device", default="cpu")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given

@@ -32,6 +32,7 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
+from mllm.trainables import is_sharded
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (
@@ -63,7 +64,7 @@ def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, Ela
 def _read_places(compressor: nn.Module, *, seed: int) -> None:
     if not isinstance(compressor, Query):
         raise ValueError("query_start=pyramid needs compressor: query; leave it out")
-    if any(hasattr(parameter, "ds_id") for parameter in compressor.parameters()):
+    if is_sharded(compressor):
         raise ValueError("query_start=pyramid cannot be found under ZeRO-3, which keeps no query whole; use ZeRO-2")
     read_places(compressor, torch.Generator().manual_seed(seed))
 

@@ -27,6 +27,7 @@ from mllm.routing import losses_of_routing
 from mllm.segments import SegmentPlan
 from mllm.splice import check_runs, merge, place
 from mllm.tiling import Tiling
+from mllm.trainables import is_sharded
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
 SIZE_KEYS = {"image": "image_grids", "audio": "audio_lengths", "video": "video_lengths"}
@@ -161,7 +162,7 @@ class ElasticModel(ElasticPreTrainedModel):
         """
         values, lengths = features.values, features.lengths
         own = {} if features.grids is None else {"grids": features.grids}
-        if groups and _is_sharded(self.compressors[medium]):
+        if groups and is_sharded(self.compressors[medium]):
             # Weights are gathered at every call, and all processes must call equally often: those without groups, once.
             max_tokens, groups = max(most for _, most in groups), ()
         if groups:
@@ -386,11 +387,6 @@ def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
 
 def _tiling(config: ElasticConfig) -> Tiling | None:
     return Tiling.from_settings("image", (config.media or {}).get("image", {}))
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether ZeRO-3 keeps a part of each weight on each process."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def _is_distributed() -> bool:

@@ -17,6 +17,11 @@ PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
 logger = logging.getLogger(__name__)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps a part of each weight on each process."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
     """Let exactly the named parts learn, freeze everything else, and log the list with counts.
 

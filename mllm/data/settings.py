@@ -1,16 +1,10 @@
 """What a user writes about the form data come in: the `reader` block of a run config. Plain dataclasses, no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-Format = Literal[
-    "manifest",
-    "llava",
-    "auto_avsr",
-    "omni_csv",
-    "fairseq",
-    "lrs",
-    "clips",
+SpeechFormat = Literal["auto_avsr", "omni_csv", "fairseq", "lrs", "clips"]
+BenchmarkFormat = Literal[
     "vqav2",
     "gqa",
     "textvqa",
@@ -25,24 +19,11 @@ Format = Literal[
     "mmmu",
     "ai2d",
 ]
+Format = Literal["manifest", "llava", SpeechFormat, BenchmarkFormat]
 SpeechTask = Literal["asr", "vsr", "avsr"]
 TextForm = Literal["as_is", "lower", "words"]
-SPEECH_FORMATS = ("auto_avsr", "omni_csv", "fairseq", "lrs", "clips")
-BENCHMARK_FORMATS = (
-    "vqav2",
-    "gqa",
-    "textvqa",
-    "pope",
-    "scienceqa",
-    "mme",
-    "mmbench",
-    "vizwiz",
-    "seedbench",
-    "chartqa",
-    "docvqa",
-    "mmmu",
-    "ai2d",
-)
+SPEECH_FORMATS = get_args(SpeechFormat)
+BENCHMARK_FORMATS = get_args(BenchmarkFormat)
 TABLE_FORMATS = ("mmmu", "ai2d", "chartqa", "docvqa", "scienceqa")
 """Vision benchmarks that hubs hand out as tables."""
 

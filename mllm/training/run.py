@@ -27,7 +27,7 @@ from mllm.data.manifest import Sample
 from mllm.loading import load_trainables, save_run
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
-from mllm.trainables import set_trainables
+from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
@@ -158,7 +158,7 @@ def _features(
     settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
 ) -> FeatureStore:
     """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
     ranks = {"rank": arguments.process_index, "num_ranks": arguments.world_size}
     with tqdm(desc="encoding", disable=not settings.train.progress or arguments.process_index > 0) as bar:
@@ -239,7 +239,7 @@ def _fit_projectors(
     """Start the projectors at what captions say; see `projector_fit.py`."""
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
     samples = read_samples(settings.data.captions, settings.data)
     surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
