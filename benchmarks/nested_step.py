@@ -95,7 +95,7 @@ def resampled(model: ElasticForConditionalGeneration, features: Tensor, count: i
     """The first queries, and no others, over all features."""
     own = model.model.compressors["image"]
     assert isinstance(own, Query)
-    states, positions = own.kv_proj(features), own._key_positions()  # pyright: ignore
+    states, positions = own.kv_proj(features), own.key_positions()
     query = own.ln_q((own.query + own.pos_embed)[:count])
     return own.attn(query[None], own.ln_k(positions)[None], own.ln_v(states)) @ own.proj
 

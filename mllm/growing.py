@@ -4,13 +4,15 @@ Knows an answerer and key-value caches. Does not know how tokens are chosen or w
 
 The prompt is [text before | m soft tokens | text behind]. Where the soft tokens of a smaller budget are the first of a
 larger one, keys and values of [text before | m soft tokens] are those of a prompt with M > m soft tokens as well, since
-the LLM is causal. So growing reads the M - m new soft tokens alone, and a question the text behind them, which stands
-at other positions now. Nothing of the session is changed by a question.
+the LLM is causal. So after growing only the M - m new soft tokens are left to read, and the text behind them, which
+stands at other positions now. Both are read in one pass, with the next question; what it read of the picture is kept,
+and what it read of the question is not.
 
 Shapes: m, M soft tokens before and after growing, H the LLM's hidden size, V its vocabulary.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mllm.asking import Answer, Files, is_trained, tokens_by_medium
-from mllm.beams import prefill
+from mllm.beams import spread
 from mllm.budget import Budget, Cost
 from mllm.expansion import Row
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
@@ -68,21 +70,25 @@ class Growing:
         place = list(self._row.ids).index(answerer.processor.placeholder_ids[MEDIUM])
         self._before = list(self._row.ids[:place])
         self._cache = DynamicCache()
-        text = self._model.get_input_embeddings()(torch.tensor([self._before], dtype=torch.int64, device=device))
-        self._read(torch.cat([text, self._soft_tokens(0, self._cost)], dim=1))
+        self._unread = torch.cat([self._words(self._before), self._soft_tokens(0, self._cost)], dim=1)
 
     @property
     def num_read_tokens(self) -> int:
-        """Tokens that are kept: the text before the picture, and its soft tokens."""
+        """Tokens the LLM has read and kept, of the text before the picture and its soft tokens."""
         return self._cache.get_seq_length()
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens that every question at the present budget shares: those that are read, and those it will read."""
+        return self.num_read_tokens + self._unread.shape[1]
 
     def num_question_tokens(self, text: str | None = None) -> int:
         """Tokens of the text behind the picture, which every question reads for itself."""
-        return self._prompt(text)[0].shape[1] - self.num_read_tokens
+        return self._prompt(text)[0].shape[1] - self.num_kept_tokens
 
     @torch.no_grad()
     def extend(self, budget: Budget | str) -> None:
-        """Grow to a budget; only the new soft tokens are read.
+        """Grow to a budget; the next question reads the new soft tokens, and only those.
 
         Raises:
             ValueError: a compressor whose smaller budgets are not the beginnings of its larger ones, an adapter with a
@@ -103,7 +109,7 @@ class Growing:
                 f"the adapter has a member per scale, so nothing that was read at {self.budget} holds at {asked}; "
                 "begin another session"
             )
-        self._read(self._soft_tokens(self._cost.tokens, cost))
+        self._unread = torch.cat([self._unread, self._soft_tokens(self._cost.tokens, cost)], dim=1)
         self.budget, self._cost = asked, cost
 
     @torch.no_grad()
@@ -111,14 +117,16 @@ class Growing:
         """Answer a question about the picture at the present budget, as `Answerer.answer` does."""
         processor, decoding = self.answerer.processor, self.answerer.decoding
         ids, mask, row = self._prompt(text)
-        members = {name: torch.tensor([own], device=ids.device) for name, own in self._members.items()}
-        cache = self._copy()
+        behind = ids[0, self.num_kept_tokens : -1].tolist()  # `generate` reads the last one itself
+        # A question of which nothing is read here is read by `generate`, in its first pass, with every beam.
+        reads = self._unread.shape[1] > 0 or (decoding.num_beams > 1 and behind)
+        cache = self._read(behind)[1] if reads else _copy(self._cache)
         if decoding.num_beams > 1:
-            cache = prefill(self._model, ids, mask, copies=decoding.num_beams, past=cache, **members)
+            cache = spread(cache, decoding.num_beams)
         options = self.answerer.options()
         with decoding.chance():
             found = self._model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, **members, **options
+                input_ids=ids, attention_mask=mask, past_key_values=cache, **self._member_inputs(), **options
             )
         new = self.answerer.ended(found[0, ids.shape[1] :].tolist())
         extents = [run.extent for run in row.runs]
@@ -135,19 +143,8 @@ class Growing:
     @torch.no_grad()
     def logits(self, text: str | None = None) -> Tensor:
         """Logits (V,) of the first token of an answer: how sure the model is tells whether growing is worth it."""
-        ids, mask, _ = self._prompt(text)
-        start = self.num_read_tokens
-        positions = torch.arange(start, ids.shape[1], device=ids.device)[None]
-        output = self._model(
-            input_ids=ids[:, start:],
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._copy(),
-            use_cache=True,
-            logits_to_keep=1,
-            **{name: torch.tensor([own], device=ids.device) for name, own in self._members.items()},
-        )
-        return output.logits[0, -1]
+        ids, _, _ = self._prompt(text)
+        return self._read(ids[0, self.num_kept_tokens :].tolist())[0]
 
     def _cost_of(self, budget: Budget) -> Cost:
         return self._row.costs(budget, self.answerer.processor.space)[0]
@@ -168,25 +165,38 @@ class Growing:
         embedding: Any = self._model.get_input_embeddings()
         return soft[:, start:].to(embedding.weight.dtype)
 
-    def _read(self, embeds: Tensor) -> None:
-        """Let the LLM read (1, n, H) behind what it has read."""
+    def _words(self, ids: Sequence[int]) -> Tensor:
+        """(1, n, H) of n ids."""
+        device = self._model.device
+        return self._model.get_input_embeddings()(torch.tensor([ids], dtype=torch.int64, device=device))
+
+    def _member_inputs(self) -> dict[str, Tensor]:
+        return {name: torch.tensor([own], device=self._model.device) for name, own in self._members.items()}
+
+    def _read(self, behind: Sequence[int]) -> tuple[Tensor, DynamicCache]:
+        """Let the LLM read in one pass what is unread of the picture, which is kept, and ids behind it, which are not.
+
+        Returns:
+            Logits (V,) behind the last token, and a cache of everything up to there, for the caller to go on with.
+        """
         start = self.num_read_tokens
+        embeds = torch.cat([self._unread, self._words(behind)], dim=1)
         end = start + embeds.shape[1]
-        self._model(
+        cache = _copy(self._cache)
+        output = self._model(
             inputs_embeds=embeds,
             attention_mask=torch.ones(1, end, dtype=torch.int64, device=embeds.device),
             position_ids=torch.arange(start, end, device=embeds.device)[None],
-            past_key_values=self._cache,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **{name: torch.tensor([own], device=embeds.device) for name, own in self._members.items()},
+            **self._member_inputs(),
         )
-
-    def _copy(self) -> DynamicCache:
-        """The cache for one question; what it appends makes new tensors, so these are not copied."""
-        cache = DynamicCache()
-        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
-        return cache
+        if self._unread.shape[1]:
+            self._cache = _copy(cache)
+            self._cache.crop(-len(behind))
+            self._unread = self._unread[:, :0]
+        return output.logits[0, -1], cache
 
     def _prompt(self, text: str | None) -> tuple[Tensor, Tensor, Row]:
         """Ids and mask (1, S) of a question, the pad id in place of each soft token, and its row."""
@@ -199,3 +209,10 @@ class Growing:
         ids = [*self._before, *[processor.pad_id] * self._cost.tokens, *row.ids[place + 1 :]]
         prompt = torch.tensor([ids], device=self._model.device)
         return prompt, torch.ones_like(prompt), row
+
+
+def _copy(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows by itself. What is appended makes new tensors, so those that are there are not copied."""
+    own = DynamicCache()
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    return own

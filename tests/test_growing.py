@@ -66,6 +66,7 @@ def test_beams_and_samples_are_those_of_the_answerer(decoding: Decoding, picture
     session.extend("image=16")
     alone = answerer.answer(image=picture, budget="image=16")
     assert session.answer().text == alone.text
+    assert session.answer().text == alone.text, "the second finds the picture read"
 
 
 def test_the_picture_is_encoded_once_and_only_new_tokens_are_read(picture: Path) -> None:
@@ -76,12 +77,16 @@ def test_the_picture_is_encoded_once_and_only_new_tokens_are_read(picture: Path)
         lambda _, args, given: seen["positions"].append(given["inputs_embeds"].shape[1]), with_kwargs=True
     )
     session = answerer.begin(image=picture, budget="image=5")
-    before = session.num_read_tokens - 5
-    session.extend("image=16")
-    assert seen == {"pictures": [1], "positions": [before + 5, 11]}
+    before, question = session.num_kept_tokens - 5, session.num_question_tokens(QUESTIONS[0])
     session.logits(QUESTIONS[0])
+    session.extend("image=9")
+    session.extend("image=16")
+    assert (session.num_read_tokens, session.num_kept_tokens) == (before + 5, before + 16)
+    session.logits(QUESTIONS[0])
+    session.logits(QUESTIONS[0])
+    assert session.answer(QUESTIONS[0]).num_shared_tokens == session.num_read_tokens == before + 16
     assert seen["pictures"] == [1]
-    assert seen["positions"][2:] == [session.answer(QUESTIONS[0]).num_prompt_tokens - session.num_read_tokens]
+    assert seen["positions"][:4] == [before + 5 + question, 11 + question, question, question]
 
 
 def test_what_cannot_grow_is_refused_with_a_reason(picture: Path) -> None:
