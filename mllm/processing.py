@@ -251,8 +251,8 @@ class ElasticProcessor(ProcessorMixin):
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
-            media: the loaded media of each sample, in order of appearance. Without `for_training`, samples that are
-                given the same object are shown the same encoded item.
+            media: the loaded media of each sample, in order of appearance. Samples that are given the same object are
+                shown the same encoded item.
 
         Raises:
             ValueError: media that do not match the conversation, or a clip its encoder cannot take; the sample is
@@ -260,7 +260,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        numbers = _Numbers(shares=not for_training)
+        numbers = _Numbers()
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -369,15 +369,14 @@ def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
 class _Numbers:
     """Which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
 
-    def __init__(self, *, shares: bool) -> None:
+    def __init__(self) -> None:
         self.items: list[LoadedMedia] = []
-        self._shares = shares
         self._counts: dict[str, int] = {}
         self._known: dict[tuple[str, int, int], int] = {}
 
     def __call__(self, item: LoadedMedia) -> int:
         key = (item.medium, id(item.values), item.raw_length)
-        if self._shares and key in self._known:
+        if key in self._known:
             return self._known[key]
         self.items.append(item)
         number = self._known[key] = self._counts.get(item.encoder, 0)

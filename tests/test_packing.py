@@ -82,7 +82,17 @@ def stacked() -> tuple[ModelSettings, list, list[str]]:
     return tiny.settings(("image", "video")), rows, ["image=16,video=/2", "image=4,video=/5"]
 
 
-CASES = {"m3": m3, "mqt": mqt, "haar": haar, "mtsk": mtsk, "streams": streams, "stacked": stacked}
+def omni() -> tuple[ModelSettings, list, list[str]]:
+    """Two clips in three tasks each, behind their media the same question."""
+    own = tiny.settings(("audio", "video"), **SPEECH)
+    rows = []
+    for i, answer in enumerate(["hello there", "yes"]):
+        clip = sound(i), lips(i)
+        rows += [([*media, "say it"], answer) for media in (clip[:1], clip[1:], clip)]
+    return own, rows, SCALES
+
+
+CASES = {"m3": m3, "mqt": mqt, "haar": haar, "mtsk": mtsk, "omni": omni, "streams": streams, "stacked": stacked}
 
 
 def build(own: ModelSettings, **text: Any) -> ElasticForConditionalGeneration:
@@ -163,6 +173,12 @@ def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: 
     if name in ("mqt", "haar"):  # everything is taken from one run per picture
         lesson = make_lesson(batch, passes, processor, packed=True)
         assert lesson.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
+    if name == "omni":  # every clip is encoded once, and sound is read once per rate for two tasks
+        assert [len(batch.values[f"{medium}_values"]) for medium in ("audio", "video")] == [2, 2]
+        plan = make_lesson(batch, passes, processor, packed=True).plan
+        assert plan is not None
+        shared = int((plan.rows >= 0).sum()) - plan.num_tokens
+        assert shared >= 2 * 5, "soft tokens of the shorter sound at /4"
     # The same, one group of passes after the other, on features that are encoded once.
     features = frozen_features(model, batch, torch.device("cpu"))
     assert set(features) == batch.media

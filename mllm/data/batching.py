@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from mllm.data.rounds import deal, fill_rounds
+from mllm.data.units import Units
 from mllm.transforms import random_generator
 
 
@@ -31,11 +32,14 @@ class Lengths(NamedTuple):
         largest: what fills batches.
         smallest: at the smallest budget; processes then agree there too.
         kinds: a number per sample; samples of different numbers do not share a step.
+        groups: samples that stay together in one batch, each group within its limits; only groups of as many samples
+            share a step. Fewer groups than processes may be left over at the end and are then parted.
     """
 
     largest: Sequence[int]
     smallest: Sequence[int]
     kinds: Sequence[int] | None = None
+    groups: Sequence[Sequence[int]] = ()
 
 
 class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
@@ -43,9 +47,9 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
 
     The batches of an epoch are a function of seed and epoch. Every process gets the same number of them, of about the
     same cost within a step (see `rounds.py`), and every sample is in exactly one batch of one process. Where the count
-    does not come out even, batches of some steps hold one row more or fewer. Only when all of them hold one row is that
-    impossible; then the last step repeats earlier batches on some processes, and `num_repeated` says how many of this
-    process's last batches are such.
+    does not come out even, batches of some steps hold one row more or fewer. Only when all of them hold one row (or one
+    group) is that impossible; then the last step repeats earlier batches on some processes, and `num_repeated` says how
+    many of this process's last batches are such.
 
     Iterating changes nothing: a sampler starts where `set_epoch` or `seek` put it. The number of batches may differ a
     little from epoch to epoch.
@@ -78,8 +82,9 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
     ) -> None:
         own = lengths if isinstance(lengths, Lengths) else Lengths(lengths, lengths)
         self.lengths = np.asarray(own.largest, dtype=np.int64)
-        self.costs = np.stack([self.lengths, np.asarray(own.smallest, np.int64)])
-        self.kinds = np.zeros(len(self.lengths), np.int64) if own.kinds is None else np.asarray(own.kinds, np.int64)
+        costs = np.stack([self.lengths, np.asarray(own.smallest, np.int64)])
+        kinds = np.zeros(len(self.lengths), np.int64) if own.kinds is None else np.asarray(own.kinds, np.int64)
+        self.units = Units.of(costs, kinds, own.groups)
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.seed = seed
@@ -103,6 +108,9 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
                 raise ValueError(
                     f"sample {index} costs {self.lengths[index]} tokens, allowed are 1 to {self.max_tokens}"
                 )
+        assert self.units.padded.max() <= self.max_tokens, "groups fit a batch"
+        assert self.units.rows.max() <= (self.max_rows or self.units.rows.max())
+        assert self.shuffle or not len(self.units.dealt) < len(self.lengths), "groups are dealt out in shuffled order"
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
         """Start the next iteration in this epoch, leaving out its first `position` batches of this process."""
@@ -162,11 +170,11 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         return self._planned[1], self._planned[2]
 
     def _shuffled(self, epoch: int) -> tuple[list[np.ndarray], int]:
-        """Samples by round; what a round deals to whom is found when its turn comes."""
+        """Units by round; what a round deals to whom is found when its turn comes."""
         chance = random_generator(self.seed, epoch, "", "batches")
         limits = {"max_tokens": self.max_tokens, "max_rows": self.max_rows}
-        order = chance.permutation(len(self.lengths))
-        rounds, rest = fill_rounds(self.lengths, self.kinds, order, num_lanes=self.num_processes, **limits)
+        order = self.units.dealt[chance.permutation(len(self.units.dealt))]
+        rounds, rest = fill_rounds(self.units, order, num_lanes=self.num_processes, **limits)
         rounds = [rounds[number] for number in chance.permutation(len(rounds))]
         if not len(rest):
             return rounds, 0
@@ -177,8 +185,10 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         if isinstance(planned, list):
             return planned
         if num_repeated:
-            return [[index] for index in planned.tolist()]  # in order: the repeated ones last
-        return deal(planned, self.costs, self.num_processes)
+            lanes = [[unit] for unit in planned.tolist()]  # in order: the repeated ones last
+        else:
+            lanes = deal(planned, self.units.costs, self.num_processes)
+        return [self.units.samples(lane) for lane in lanes]
 
     def _in_order(self) -> tuple[list[list[list[int]]], int]:
         batches = _split_to_multiple(self._fill(), self.num_processes)

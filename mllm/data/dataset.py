@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine, Quarantined
+from mllm.data.together import parted, whole
 from mllm.transforms import random_generator
 
 MAX_SUBSTITUTES = 8
@@ -48,34 +49,75 @@ class ManifestDataset(Dataset[Item | Quarantined]):
         samples: what `read_manifest` gives.
         load: see `Load`; picklable when workers are spawned.
         seed: of augmentation, which is a function of seed, epoch and sample id; None never augments.
+        groups: every sample in one, with those that hold the same files (see `mllm.data.together`). The samples of a
+            group that come in one batch are given the very same media, each loaded once; chance is that of the group's
+            first sample. Where something of it cannot be loaded, each is loaded by itself.
     """
 
-    def __init__(self, samples: Sequence[Sample], *, load: Load, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        load: Load,
+        seed: int | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         if not samples:
             raise ValueError("a data set needs at least one sample")
         self.samples = samples
         self.load = load
         self.seed = seed
+        self._first = None if groups is None else {index: group[0] for group in groups for index in group}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: SampleKey | int) -> Item | Quarantined:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        sample = self.samples[index]
-        try:
-            return Item(sample, self.load_in(sample, epoch), epoch)
-        except ValueError as error:
-            return Quarantined.of(sample.id, epoch, error)
+        return self._group([key])[0]
 
-    def load_in(self, sample: Sample, epoch: int) -> Any:
-        """The media of a sample as they are in an epoch."""
-        generator = None if self.seed is None else random_generator(self.seed, epoch, sample.id, "augmentation")
-        return self.load(sample, generator=generator)
+    def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[Any]:
+        """The media of each of some samples as they are in an epoch; what two of them hold is loaded once.
+
+        Args:
+            name: whose chance it is, a sample id.
+        """
+        generator = None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
+        if len(samples) == 1:
+            return [self.load(samples[0], generator=generator)]
+        own = whole(samples, name)
+        return parted(self.load(own, generator=generator), own, samples)
+
+    def _group(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
+        """Items of one group and epoch."""
+        places = [key if isinstance(key, tuple) else SampleKey(0, key) for key in keys]
+        epoch = places[0].epoch
+        samples = [self.samples[place.index] for place in places]
+        name = samples[0].id if self._first is None else self.samples[self._first[places[0].index]].id
+        try:
+            loaded = self.load_in(samples, epoch, name)
+        except ValueError as error:
+            if len(keys) > 1:  # one of them may be good without what the others hold
+                return [item for key in keys for item in self._group([key])]
+            return [Quarantined.of(samples[0].id, epoch, error)]
+        return [Item(sample, media, epoch) for sample, media in zip(samples, loaded, strict=True)]
+
+    def _parts(self, keys: Sequence[SampleKey | int]) -> list[list[SampleKey | int]]:
+        """Neighbours of one group and epoch together."""
+        parts: list[list[SampleKey | int]] = []
+        last = None
+        for key in keys:
+            epoch, index = key if isinstance(key, tuple) else (0, key)
+            own = None if self._first is None else (epoch, self._first[index])
+            if own is not None and own == last:
+                parts[-1].append(key)
+            else:
+                parts.append([key])
+            last = own
+        return parts
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
         """A batch, at once: what a data loader calls when this is defined."""
-        items = [self[key] for key in keys]
+        items = [item for part in self._parts(keys) for item in self._group(part)]
         last = keys[-1]
         epoch, index = last if isinstance(last, tuple) else (0, last)
         for step in range(1, MAX_SUBSTITUTES + 1):

@@ -116,8 +116,11 @@ class FeatureStore:
                     self.renewed.append((sample.id, version))
         return wanted
 
-    def load(self, sample: Sample, epoch: int) -> list[LoadedMedia]:
+    def load(self, sample: Sample, epoch: int, known: dict[str, LoadedMedia] | None = None) -> list[LoadedMedia]:
         """The features of a sample in place of its media, instead of `ElasticProcessor.load_media`.
+
+        Args:
+            known: by key what other samples were given, and are to be given again; what is new is added.
 
         Raises:
             ValueError: the sample could not be loaded when its features were made; the reason is that of then.
@@ -125,12 +128,12 @@ class FeatureStore:
         found = self.entries[sample.id, epoch % self.versions]
         if isinstance(found, str):
             raise ValueError(found)
-        return [
-            LoadedMedia(
-                own.medium, self.rows(own).float(), own.raw_length, (own.grid[0], own.grid[1]) if own.grid else None
-            )
-            for own in found
-        ]
+        known = {} if known is None else known
+        for own in found:
+            if own.key not in known:
+                grid = (own.grid[0], own.grid[1]) if own.grid else None
+                known[own.key] = LoadedMedia(own.medium, self.rows(own).float(), own.raw_length, grid)
+        return [known[own.key] for own in found]
 
     def rows(self, own: Kept) -> Tensor:
         """(T, D) as they are kept; mapped from the file, not read until used."""

@@ -47,15 +47,23 @@ Load = Callable[..., list[LoadedMedia]]
 class FeatureDataset(ManifestDataset):
     """The samples of a manifest, their media taken from a store."""
 
-    def __init__(self, samples: Sequence[Sample], store: FeatureStore, watch: Stopwatch | None = None) -> None:
-        super().__init__(samples, load=_never)
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        store: FeatureStore,
+        watch: Stopwatch | None = None,
+        *,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(samples, load=_never, groups=groups)
         self.store = store
         self.watch = watch or Stopwatch()
 
-    def load_in(self, sample: Sample, epoch: int) -> list[LoadedMedia]:
-        """The version of the epoch."""
+    def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[list[LoadedMedia]]:
+        """The version of the epoch. What is kept once, since it was fed alike, comes once."""
+        known: dict[str, LoadedMedia] = {}
         with self.watch.measure("decode"):
-            return self.store.load(sample, epoch)
+            return [self.store.load(sample, epoch, known) for sample in samples]
 
 
 def _never(sample: Sample, *, generator: np.random.Generator | None) -> Any:

@@ -18,6 +18,7 @@ from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
+from mllm.data.together import fitting, sharers
 from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
@@ -79,13 +80,9 @@ def round_batches(
 ) -> RoundBatches:
     """Which samples are in which micro-batch of this process; see `train_loader`."""
     kinds = media_groups(samples) if settings.group_by_media else None
-    return RoundBatches(
-        Lengths(surveyed.tokens, surveyed.smallest, kinds),
-        max_tokens=settings.tokens_per_batch,
-        max_rows=settings.max_rows,
-        seed=seed,
-        **lanes,
-    )
+    limits = {"max_tokens": settings.tokens_per_batch, "max_rows": settings.max_rows}
+    groups = fitting(sharers(samples), surveyed.tokens, **limits) if settings.share_media else ()
+    return RoundBatches(Lengths(surveyed.tokens, surveyed.smallest, kinds, groups), seed=seed, **limits, **lanes)
 
 
 def validation_loader(

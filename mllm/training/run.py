@@ -24,6 +24,7 @@ from mllm.budget import Budget, Space
 from mllm.building import build
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
+from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
@@ -112,11 +113,13 @@ def build_trainer(
     check_members(samples, draws, processor.members)
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
+    groups = sharers(samples) if data.share_media else None
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
-        rows = ManifestDataset(samples, load=load, seed=settings.train.seed)
+        rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        rows = FeatureDataset(samples, _features(settings, arguments, model, processor, samples), watch)
+        store = _features(settings, arguments, model, processor, samples)
+        rows = FeatureDataset(samples, store, watch, groups=groups)
     batches = train_loader(
         rows,
         surveyed,

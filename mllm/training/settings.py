@@ -84,6 +84,10 @@ class DataSettings:
     """Every step takes samples with the same media only, as many pictures included (but for the last ones of an epoch),
     as LLaVA parts samples with a picture from those without. Then processes cost the same at small budgets too; see
     `mllm data balance`."""
+    share_media: bool = False
+    """Samples that hold the same files, such as a clip in three tasks, go into one batch, where each file is read,
+    augmented and encoded once, and what their prompts begin with alike is computed once. Off, every sample has
+    augmentation of its own, and batches are more mixed."""
     max_unsupervised_fraction: float = 0.01
     """A run does not start when more than this share of its samples has no target token."""
     num_workers: int = 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,16 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
     bad = [json.loads(line) for line in (tmp_path / "features" / "quarantine-0.jsonl").read_text().splitlines()]
     assert {row["id"] if "id" in row else row["sample_id"] for row in bad} == {"broken"}
     load(tmp_path / "features")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_shares_media_between_tasks_of_a_clip(world: Path, tmp_path: Path, kept: bool) -> None:
+    own = FeatureSettings(folder=str(tmp_path / "kept")) if kept else None
+    train(settings_of(world, tmp_path / "run", features=own, share_media=True, max_rows=8))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine-0.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in bad} == {"broken"}
 
 
 def filled(world: Path, folder: Path, *, versions: int = 2, ranks: int = 1) -> tuple[FeatureStore, list[Sample]]:

@@ -15,6 +15,8 @@ from mllm.budget import Budget
 from mllm.cli import parse
 from mllm.data.dataset import ManifestDataset
 from mllm.data.settings import ReaderSettings
+from mllm.data.together import sharers
+from mllm.expansion import Batch
 from mllm.media import write_video
 from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader
 from mllm.training.settings import DataSettings, read_run_settings, settings_yaml
@@ -126,3 +128,47 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
         assert torch.equal(one["video_values"], other["video_values"])
     again = next(batch for batch in here[3:] if batch["id"] == here[0]["id"])
     assert not torch.equal(here[0]["video_values"], again["video_values"])
+
+
+def test_tasks_of_a_clip_share_its_media_where_asked(tmp_path: Path) -> None:
+    """Every clip is decoded, augmented and encoded once for its three tasks; the rows say the same as without."""
+    chance = np.random.default_rng(0)
+    (tmp_path / "c").mkdir()
+    for number in range(4):
+        write_video(tmp_path / f"c/{number}.mp4", chance.integers(0, 255, (25, 40, 40), dtype=np.uint8))
+        soundfile.write(tmp_path / f"c/{number}.wav", chance.normal(0, 0.1, 16_000), 16_000)
+    (tmp_path / "l.csv").write_text("".join(f"c,{n}.mp4,25,0,place blue, now\n" for n in range(4)))
+    processor = tiny.processor(tiny.settings(("audio", "video")))
+
+    def epoch(share_media: bool) -> list[Batch]:
+        settings = DataSettings(
+            train=[str(tmp_path / "l.csv")],
+            reader=ReaderSettings(format="omni_csv", tasks=["asr", "vsr", "avsr"]),
+            flip_probability=0.5,
+            share_media=share_media,
+            num_workers=0,
+            max_rows=6,
+        )
+        samples = read_samples(settings.train, settings)
+        groups = sharers(samples) if share_media else None
+        loader = train_loader(
+            ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0, groups=groups),
+            survey(samples, processor),
+            settings=settings,
+            encode=partial(encode, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")]),
+            run=tmp_path / f"run{share_media}",
+            seed=0,
+            lanes={"process_index": 0, "num_processes": 1, "accumulation": 1},
+        )
+        return [batch["batch"] for batch in islice(loader, 2)]
+
+    shared, apart = epoch(True), epoch(False)
+    for batches, count in ((shared, 4), (apart, 8)):
+        assert sum(len(batch.values["audio_values"]) for batch in batches) == count
+        assert sum(len(batch.values["video_values"]) for batch in batches) == count
+    for batch in shared:
+        assert [row.task for row in batch.rows] == ["asr", "vsr", "avsr"] * 2
+        items = [[run.item for run in row.runs] for row in batch.rows]
+        assert items == [[0], [0], [0, 0], [1], [1], [1, 1]]
+    ids = [{row.sample_id: list(row.ids) for batch in batches for row in batch.rows} for batches in (shared, apart)]
+    assert ids[0] == ids[1]

@@ -1,0 +1,121 @@
+"""Samples that hold the same files are found, kept together where they fit, and given the very same media."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mllm.data.batching import Lengths, SampleKey, TokenBucketBatchSampler
+from mllm.data.dataset import Item, ManifestDataset
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.data.pairs import clip_pairs
+from mllm.data.quarantine import Quarantined
+from mllm.data.together import fitting, sharers, whole
+
+
+def sample(name: str, *files: str, root: str = "") -> Sample:
+    """A question about files; what ends in .wav is sound, the rest is video."""
+    media = tuple(Media("audio" if file.endswith("wav") else "video", file) for file in files)
+    messages = (Message("user", (*media, Text("what?"))), Message("assistant", (Text("x"),)))
+    return Sample(name, messages, task="t", root=Path(root))
+
+
+CLIPS = [
+    sample("asr0", "0.wav"),
+    sample("text"),
+    sample("vsr1", "1.mp4"),
+    sample("avsr0", "0.wav", "0.mp4"),
+    sample("vsr0", "0.mp4"),
+    sample("other root", "0.wav", root="elsewhere"),
+    sample("asr1", "1.wav"),
+]
+
+
+def test_groups_are_chains_of_shared_files() -> None:
+    assert sharers(CLIPS) == [[0, 3, 4], [1], [2], [5], [6]]
+    assert sharers([sample("a", "1.wav"), sample("b", "2.wav"), sample("c", "2.wav", "1.wav")]) == [[0, 1, 2]]
+
+
+def test_groups_are_cut_to_what_a_batch_holds() -> None:
+    assert fitting([[0, 1, 2], [3]], [5, 5, 9, 20], max_tokens=20, max_rows=None) == [[0, 1], [2], [3]]
+    assert fitting([[0, 1, 2]], [1, 1, 1], max_tokens=20, max_rows=2) == [[0, 1], [2]]
+    assert fitting([[0, 1, 2]], [4, 5, 6], max_tokens=18, max_rows=3) == [[0, 1, 2]]
+
+
+def test_a_whole_group_holds_every_file_once_and_its_clips_stay_clips() -> None:
+    own = whole([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
+    assert (own.id, own.media) == ("asr0", (Media("audio", "0.wav"), Media("video", "0.mp4")))
+    assert clip_pairs(own) == [(0, 1)]
+    apart = whole([sample("a", "x/1.wav"), sample("b", "y/1.mp4")], "a")
+    assert clip_pairs(apart) == []
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_groups_stay_together_and_every_sample_comes_once(case: int) -> None:
+    chance = np.random.default_rng(case)
+    count, num_processes = int(chance.integers(1, 150)), int(chance.integers(1, 7))
+    lengths = np.clip(chance.lognormal(3, 1, count), 1, 300).astype(int)
+    limits: dict[str, Any] = {
+        "max_tokens": int(lengths.max() * chance.uniform(1, 6)),
+        "max_rows": [None, 1, 3, 7][case % 4],
+    }
+    numbers = chance.integers(0, max(count // 3, 1), count)
+    groups = fitting(
+        [np.flatnonzero(numbers == number).tolist() for number in set(numbers.tolist())], lengths.tolist(), **limits
+    )
+    samples = Lengths(lengths, np.minimum(lengths, 20), chance.integers(0, 1 + case % 2, count), groups)
+    own: list[list[int]] = []
+    flat: list[list[int]] = []
+    for index in range(num_processes):
+        sampler = TokenBucketBatchSampler(samples, seed=1, process_index=index, num_processes=num_processes, **limits)
+        batches = [[key.index for key in batch] for batch in sampler]
+        flat += batches
+        own += batches[: len(batches) - sampler.num_repeated]
+    assert sorted(itertools.chain(*own)) == list(range(count))
+    assert all(len(batch) <= (limits["max_rows"] or count) for batch in flat)
+    assert all(len(batch) * lengths[batch].max() <= limits["max_tokens"] for batch in flat)
+    place = {index: number for number, batch in enumerate(own) for index in batch}
+    parted = [group for group in groups if len({place[index] for index in group}) > 1]
+    num_kinds = len({(len(group), tuple(sorted(np.asarray(samples.kinds)[group]))) for group in groups})
+    assert len(parted) <= num_kinds * (num_processes - 1)
+    if own != flat:
+        assert all(batch in ([index] for index in range(count)) or batch in groups for batch in flat)
+
+
+class Loader:
+    """Loads a number per file and counts how often; refuses names that begin with "bad"."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, own: Sample, *, generator: np.random.Generator | None) -> list[Any]:
+        loaded = []
+        for part in own.media:
+            self.seen.append(part.path)
+            if part.path.startswith("bad"):
+                raise ValueError(f"{part.path} cannot be read")
+            loaded.append([part.path, None if generator is None else generator.random()])
+        return loaded
+
+
+def test_a_batch_reads_a_shared_file_once_and_with_one_chance() -> None:
+    load = Loader()
+    data = ManifestDataset(CLIPS, load=load, seed=5, groups=sharers(CLIPS))
+    items = data.__getitems__([SampleKey(2, index) for index in (0, 3, 4, 2)])
+    found = {item.sample.id: item.media for item in items if isinstance(item, Item)}
+    assert load.seen == ["0.wav", "0.mp4", "1.mp4"]
+    assert found["asr0"][0] is found["avsr0"][0]
+    assert found["vsr0"][0] is found["avsr0"][1]
+    again = ManifestDataset(CLIPS, load=Loader(), seed=5, groups=sharers(CLIPS)).__getitems__([SampleKey(2, 0)])
+    assert [item.media for item in again if isinstance(item, Item)] == [found["asr0"]]
+    alone = ManifestDataset(CLIPS, load=Loader(), seed=5)[SampleKey(2, 3)]
+    assert isinstance(alone, Item)
+    assert alone.media != found["avsr0"], "without groups chance is the sample's own"
+
+
+def test_a_bad_file_takes_only_the_samples_that_hold_it() -> None:
+    samples = [sample("asr", "ok.wav"), sample("avsr", "ok.wav", "bad.mp4"), sample("vsr", "bad.mp4")]
+    items = ManifestDataset(samples, load=Loader(), groups=sharers(samples)).__getitems__([0, 1, 2])
+    assert [isinstance(item, Quarantined) for item in items] == [False, True, True]
