@@ -40,7 +40,8 @@ class Units:
         flat = np.array([index for group in together for index in group], np.int64)
         in_none = np.setdiff1d(alone, flat)
         flat = np.concatenate([flat, alone])
-        bounds = np.cumsum([0, *map(len, together), *np.ones_like(alone)])
+        sizes = np.array([len(group) for group in together] + [1] * len(alone), np.int64)
+        bounds = np.concatenate([[0], sizes.cumsum()])
         if not together:  # a large data set: nothing of it is looked at one by one
             return cls(flat, bounds, costs[0], costs, kinds, alone)
         names: dict[tuple[int, ...], int] = {}
