@@ -293,7 +293,7 @@ class ElasticModel(ElasticPreTrainedModel):
 
     def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None, layout: Tensor | None) -> None:
         # On a device the host has checked the batch before the transfer; asking again would make the host wait.
-        if input_ids.device.type == "cpu":
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             counts = torch.zeros(0, dtype=torch.int64) if num_tokens is None else num_tokens
             counts = counts if layout is None else len(layout)
             check_runs(input_ids, (self.config.placeholder_ids or {})[medium], counts, medium)

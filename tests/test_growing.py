@@ -111,13 +111,3 @@ def test_a_session_is_about_one_picture_and_keeps_a_growing_cache(picture: Path)
         answerer.begin(image=[picture, picture], budget="image=2")
     with pytest.raises(ValueError, match="static_cache is true"):
         replace(answerer, decoding=Decoding(static_cache=True)).begin(image=picture, budget="image=2")
-
-
-def test_a_static_cache_gives_the_same_answers(picture: Path) -> None:
-    answerer = make(COMPRESSORS["haar"])
-    static = replace(answerer, decoding=replace(answerer.decoding, static_cache=True))
-    expected = answerer.answer_questions(QUESTIONS, image=picture, budget="image=16")
-    found = static.answer_questions(QUESTIONS, image=picture, budget="image=16")
-    assert [answer.text for answer in found] == [answer.text for answer in expected]
-    with pytest.raises(ValueError, match="static_cache is true with num_beams 3"):
-        Decoding(3, static_cache=True)

@@ -1,0 +1,66 @@
+"""Decoding with a static cache: the same answers, and a step that a GPU can replay as one graph."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_beams import LLMS, build
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from mllm.budget import Budget
+from mllm.generation import Answerer, Decoding
+from mllm.settings import AdapterSettings
+
+ADAPTERS = {
+    "none": None,
+    "lora": AdapterSettings(rank=4, targets=["q_proj", "v_proj"]),
+    "lora_bank": AdapterSettings(kind="lora_bank", variant="st", rank=4, alpha=8, tasks=["vqa", "speech"]),
+    "mome": AdapterSettings(kind="mome", num_experts=4, top_k=2, bottleneck=4),
+}
+NEW_TOKENS = 6
+
+
+def whole_graph() -> CompileConfig:
+    """As transformers compiles the step on CUDA, but on a CPU, by a backend that only captures it, and whole or not at
+    all: what breaks the capture is an error."""
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize(("adapter", "llm"), [*((name, "llama") for name in ADAPTERS), ("lora", "qwen2")])
+def test_a_step_is_one_graph_and_finds_the_same_ids(adapter: str, llm: str) -> None:
+    own = replace(tiny.settings(("image", "audio"), adapter=False), adapter=ADAPTERS[adapter])
+    model, processor = build(own, LLMS[llm]), tiny.processor(own)
+    rows = [([tiny.random_media("image"), "what is it"], ""), ([tiny.random_media("audio", 20), "say it"], "")]
+    batch = tiny.batch(processor, rows)
+    batch = replace(
+        batch, rows=[replace(row, task=task) for row, task in zip(batch.rows, ("vqa", "speech"), strict=True)]
+    )
+    budgets = [[Budget.parse("image=4"), Budget.parse("audio=/4")]]
+    inputs: dict[str, Any] = processor.expand(batch, budgets, left_padding=True).inputs
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    options["suppress_tokens"] = sorted(processor.placeholder_ids.values())
+    expected = model.generate(**inputs, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    found = model.generate(**inputs, **options, cache_implementation="static", compile_config=whole_graph())
+    assert torch.equal(found, expected)
+    assert not counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2, "it is captured anew for every token"
+
+
+def test_a_static_cache_gives_the_same_answers(tmp_path: Path) -> None:
+    own = tiny.settings(("image",), adapter=False, image={"order": "haar", "budgets": [4, 16, 64]})
+    answerer = Answerer(build(own, LLMS["llama"]), tiny.processor(own), Decoding(max_new_tokens=NEW_TOKENS))
+    static = replace(answerer, decoding=replace(answerer.decoding, static_cache=True))
+    asked: dict[str, Any] = {"image": tmp_path / tiny.write_media(tmp_path)["image"], "budget": "image=16"}
+    questions = ("how many objects?", "what is the letter here?")
+    expected = answerer.answer_questions(questions, **asked)
+    assert [found.text for found in static.answer_questions(questions, **asked)] == [own.text for own in expected]
+    with pytest.raises(ValueError, match="static_cache is true with num_beams 3"):
+        Decoding(3, static_cache=True)
