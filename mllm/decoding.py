@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from mllm.settings import check_at_least
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -39,9 +41,7 @@ class Decoding:
     static_cache: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("num_beams", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        check_at_least(self, ("num_beams", "max_new_tokens"))
         if self.temperature is not None and (self.temperature <= 0 or self.num_beams > 1):
             raise ValueError(
                 f"temperature is {self.temperature} with num_beams {self.num_beams}; sampling needs a temperature "

@@ -8,6 +8,21 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 
+def check_at_least(settings: object, keys: Iterable[str], least: float = 1, *, prefix: str = "") -> None:
+    """Refuse numbers of a dataclass that are too small; None is none.
+
+    Args:
+        prefix: where the dataclass stands in its config, such as "data.".
+
+    Raises:
+        ValueError: the first of the keys whose value is.
+    """
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and value < least:
+            raise ValueError(f"{prefix}{key} is {value}; it must be at least {least}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderAdapterSettings:
     """LoRA inside an encoder whose own weights stay frozen."""

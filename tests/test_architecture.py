@@ -12,7 +12,7 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
-        *("settings", "sources", "registration", "filterbank", "segments"),
+        *("settings", "sources", "registration", "filterbank", "segments", "progress"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.budget import MEDIA, Budget
+from mllm.settings import check_at_least
 
 if TYPE_CHECKING:
     from mllm.evaluation.bench import Measured
@@ -51,15 +52,10 @@ class Settings:
     """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "new_tokens", "num_beams", "repeats"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
+        check_at_least(self, ("batch_size", "new_tokens", "num_beams", "repeats", "threads"))
+        check_at_least(self, ["warmup"], 0)
         if self.seconds <= 0:
             raise ValueError(f"seconds is {self.seconds}; it must be above 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
         if self.media and (self.image or self.audio or self.video):
             raise ValueError("media makes up media, and files are given; leave one of them out")
         assert self.asked_budgets is not None

@@ -29,14 +29,10 @@ def run(settings: Settings) -> int:
 
 def convert_system(settings: Settings, system: str) -> int:
     """Convert a checkpoint of a system, and tell what was found."""
-    from mllm.commands.terminal import console, quiet_loading
+    from mllm.commands.terminal import quiet_loading, show_conversion
     from mllm.convert.llava import convert
 
     quiet_loading()
     facts = convert(settings.checkpoint, settings.out, system=system, options=settings)
-    out = console()
-    out.print(SYSTEMS[system].title, soft_wrap=True)
-    for fact in facts:
-        out.print(fact, soft_wrap=True)
-    out.print(f"written to {settings.out}", soft_wrap=True)
+    show_conversion(SYSTEMS[system].title, facts, settings.out)
     return 0

@@ -1,9 +1,11 @@
 """`mllm data balance`: how evenly the batches of a run load its processes, before there are any."""
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from mllm.budget import Budget
+from mllm.commands.options import without_extras
+from mllm.settings import check_at_least
 from mllm.training.settings import RunSettings
 
 SUMMARY = "tell how evenly a run's batches load several ranks, at every budget"
@@ -30,9 +32,7 @@ class Settings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("ranks", "simulated_epochs"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        check_at_least(self, ("ranks", "simulated_epochs"))
         for budget in self.budgets:
             Budget.parse(budget)
 
@@ -47,7 +47,7 @@ def run(settings: Settings) -> int:
     from mllm.training.loaders import read_samples
     from mllm.training.run import build_sampler, extremes
 
-    own = RunSettings(**{one.name: getattr(settings, one.name) for one in fields(RunSettings)})
+    own = without_extras(RunSettings, settings)
     data = own.data
     if settings.manifest:
         data = replace(data, train=settings.manifest)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mllm.world.demo import DemoSettings
-from mllm.world.full_demo import FullDemoSettings
-from mllm.world.full_pictures import FullPicturesSettings
+from mllm.world.full_demo import FullDemoSettings, full_demo
+from mllm.world.full_pictures import FullPicturesSettings, full_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,11 +75,7 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
 
     chosen = settings.chosen()
-    if isinstance(chosen, FullDemoSettings):
-        return _run_full(chosen, console())
-    if isinstance(chosen, FullPicturesSettings):
-        return _run_pictures(chosen, console())
-    return _run(chosen, console())
+    return _run(chosen, console()) if isinstance(chosen, DemoSettings) else _run_full(chosen, console())
 
 
 def _run(settings: DemoSettings, out: "Console") -> int:
@@ -97,30 +93,20 @@ def _run(settings: DemoSettings, out: "Console") -> int:
     return status
 
 
-def _run_full(settings: FullDemoSettings, out: "Console") -> int:
+def _run_full(settings: FullDemoSettings | FullPicturesSettings, out: "Console") -> int:
     from mllm.commands.terminal import progress_bar
-    from mllm.world.full_demo import full_demo
-    from mllm.world.full_report import write_comparison
+    from mllm.world import full_report, pictures_report
 
+    folder = Path(settings.out)
     with progress_bar() as show:
-        seconds = full_demo(settings, progress=show)
-    return _compare(write_comparison(settings), settings.out, seconds, out)
-
-
-def _run_pictures(settings: FullPicturesSettings, out: "Console") -> int:
-    from mllm.commands.terminal import progress_bar
-    from mllm.world.full_pictures import full_pictures
-    from mllm.world.pictures_report import write_comparison
-
-    with progress_bar() as show:
-        seconds = full_pictures(settings, progress=show)
-    return _compare(write_comparison(settings), settings.out, seconds, out)
-
-
-def _compare(shown: "Sequence[Finding]", folder: str, seconds: float, out: "Console") -> int:
-    out.print((Path(folder) / "comparison.md").read_text(encoding="utf-8"), soft_wrap=True)
-    status = _show(shown, out)
-    out.print(f"seconds: {seconds:.0f}; plot: {Path(folder) / 'comparison.png'}", soft_wrap=True)
+        if isinstance(settings, FullPicturesSettings):
+            seconds, found = full_pictures(settings, progress=show), pictures_report.compare(settings)
+        else:
+            seconds, found = full_demo(settings, progress=show), full_report.compare(settings)
+    found.write(folder)
+    out.print(found.markdown, soft_wrap=True)
+    status = _show(found.findings, out)
+    out.print(f"seconds: {seconds:.0f}; plot: {folder / 'comparison.png'}", soft_wrap=True)
     return status
 
 

@@ -1,7 +1,9 @@
 """`mllm features build`: what frozen encoders make of a run's samples, written to disk before the run."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from mllm.commands.options import without_extras
+from mllm.settings import check_at_least
 from mllm.training.settings import RunSettings
 
 SUMMARY = "encode a run's samples once, so that training reads features"
@@ -19,8 +21,7 @@ class Settings(RunSettings):
         super().__post_init__()
         if self.data.features is None:
             raise ValueError("data.features is not set; give at least --data.features.folder")
-        if self.processes < 1:
-            raise ValueError(f"processes is {self.processes}; it must be at least 1")
+        check_at_least(self, ["processes"])
 
 
 def run(settings: Settings) -> int:
@@ -29,7 +30,7 @@ def run(settings: Settings) -> int:
     from mllm.training.feature_building import build_features
 
     quiet_loading()
-    own = RunSettings(**{field.name: getattr(settings, field.name) for field in fields(RunSettings)})
+    own = without_extras(RunSettings, settings)
     assert own.data.features is not None
     with progress_bar() as show:
         made = build_features(own, processes=settings.processes, show=show)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm.budget import Budget
+from mllm.settings import check_at_least
 
 SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
 
@@ -43,10 +44,7 @@ class Settings:
             raise ValueError("budgets is empty; name at least one, such as image=64")
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one")
-        for key in ("batch_size", "limit"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key} is {value}; it must be at least 1")
+        check_at_least(self, ("batch_size", "limit"))
 
     @property
     def asked_budgets(self) -> list[str]:

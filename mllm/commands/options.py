@@ -57,6 +57,11 @@ def parse_settings(
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
+def without_extras(kind: type[Settings], settings: Settings) -> Settings:
+    """The part of a verb's settings that is the `kind` they extend."""
+    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
 def keys_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key of a dataclass with its type, blocks before what is in them."""
     hints = typing.get_type_hints(kind)

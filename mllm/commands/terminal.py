@@ -3,12 +3,14 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mllm.progress import Progress
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -20,13 +22,14 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Inside, call the yielded function with what is being done, how much of it is done, and how much there is."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def progress_bar() -> Iterator["Progress"]:
+    """Inside, call the yielded function; each kind of work gets a bar of its own."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     is_first = os.environ.get("RANK", "0") == "0"
-    bar = Progress(*columns, console=console(stderr=True), disable=not is_first)
+    bar = Bar(*columns, console=console(stderr=True), disable=not is_first)
     tasks = {}
 
     def show(what: str, done: int, total: int) -> None:
@@ -48,3 +51,10 @@ def quiet_loading() -> None:
 
     disable_progress_bar()
     logging.getLogger("mllm.trainables").setLevel(logging.WARNING)
+
+
+def show_conversion(title: str, facts: Iterable[str], folder: str) -> None:
+    """What a checkpoint was found to be, and where it is now."""
+    out = console()
+    for line in (title, *facts, f"written to {folder}"):
+        out.print(line, soft_wrap=True)

@@ -1,7 +1,8 @@
 """`mllm train`: a run config to a run folder."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from mllm.commands.options import without_extras
 from mllm.training.settings import RunSettings
 
 SUMMARY = "train a model over many budgets, as a run config says"
@@ -22,7 +23,7 @@ def run(settings: Settings) -> int:
     from mllm.training.launch import finish_launch
     from mllm.training.run import train
 
-    own = RunSettings(**{field.name: getattr(settings, field.name) for field in fields(RunSettings)})
+    own = without_extras(RunSettings, settings)
     try:
         folder = train(own, resume=settings.resume)
     except TooManyBadSamples as error:

@@ -11,6 +11,7 @@ unchanged, and heads look at the same places. It is a start only; everything tra
 Shapes: M queries, T features of the grid, C size of queries.
 """
 
+import copy
 import math
 
 import torch
@@ -56,37 +57,38 @@ def read_places(compressor: Query, generator: torch.Generator) -> Tensor:
     """Give a query compressor with position keys this start, in place.
 
     The weights of queries and keys are searched for by gradient descent on the divergence of the attention from the
-    cells; with 64 queries on 64 features that takes half a second.
+    cells; with 64 queries on 64 features that takes half a second. The search is in float32 whatever the weights are,
+    for its steps are too small for bfloat16; what was found is rounded to their dtype.
 
     Args:
         generator: of the directions in which heads look.
 
     Returns:
-        (M,) what is left of the divergence, in nats.
+        (M,) what is left of the divergence with the weights as they are now, in nats.
 
     Raises:
         ValueError: content keys or a stream, whose attention is not one of places.
     """
     if compressor.windowed or compressor.keys != "position":
         raise ValueError("query_start=pyramid goes with pictures and keys=position; leave it out")
-    attention = compressor.attn
+    precise = copy.deepcopy(compressor).float().requires_grad_()
+    attention = precise.attn
     size = attention.out_proj.in_features
-    grid = compressor.feature_grid
-    wanted = _attention_on(pyramid_cells(compressor.num_queries, grid), grid).to(compressor.query)
+    grid = precise.feature_grid
+    wanted = _attention_on(pyramid_cells(precise.num_queries, grid), grid).to(precise.query)
     with torch.no_grad():
         looks = torch.linalg.qr(torch.randn(size, size, generator=generator))[0] * math.sqrt(SHARPNESS)
         attention.in_proj_weight.copy_(torch.cat([looks, looks, torch.eye(size)]))
         attention.in_proj_bias.zero_()
         attention.out_proj.weight.copy_(torch.eye(size))
         attention.out_proj.bias.zero_()
-        compressor.query.copy_(wanted @ compressor.key_positions() - compressor.pos_embed)
-    searched = [compressor.query, attention.in_proj_weight]
-    starts = [parameter.detach().clone().requires_grad_() for parameter in searched]
-    left = _search(compressor, starts, wanted)
+        precise.query.copy_(wanted @ precise.key_positions() - precise.pos_embed)
+    _search(precise, wanted)
     with torch.no_grad():
-        for parameter, found in zip(searched, starts, strict=True):
-            parameter.copy_(found)
-    return left
+        for own, found in zip(compressor.parameters(), precise.parameters(), strict=True):
+            own.copy_(found)
+            found.copy_(own)
+        return _divergence(precise, wanted).mean(0)
 
 
 def _attention_on(cells: list[Cell], grid: tuple[int, int]) -> Tensor:
@@ -97,28 +99,26 @@ def _attention_on(cells: list[Cell], grid: tuple[int, int]) -> Tensor:
     return wanted.flatten(1)
 
 
-def _search(compressor: Query, starts: list[Tensor], wanted: Tensor) -> Tensor:
+def _search(compressor: Query, wanted: Tensor) -> None:
     """Adam with a falling rate; the values' part of the weights gets no gradient."""
-    optimizer = torch.optim.Adam(starts, lr=2e-2)
+    searched = [compressor.query, compressor.attn.in_proj_weight]
+    optimizer = torch.optim.Adam(searched, lr=2e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=NUM_STEPS)
-    query, weight = starts
-    with torch.enable_grad():
-        for _ in range(NUM_STEPS):
-            divergence = _divergence(compressor, query, weight, wanted)
-            optimizer.zero_grad()
-            divergence.mean().backward()
-            optimizer.step()
-            schedule.step()
-        return _divergence(compressor, query, weight, wanted).mean(0).detach()
+    for _ in range(NUM_STEPS):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            _divergence(compressor, wanted).mean().backward()
+        optimizer.step()
+        schedule.step()
 
 
-def _divergence(compressor: Query, query: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+def _divergence(compressor: Query, wanted: Tensor) -> Tensor:
     """(h, M): how far each head of each query is from where it should look."""
     num_heads = compressor.attn.num_heads
-    states = (compressor.ln_q(query + compressor.pos_embed.detach()), compressor.ln_k(compressor.key_positions()))
+    states = (compressor.ln_q(compressor.query + compressor.pos_embed), compressor.ln_k(compressor.key_positions()))
     queries, keys = (
         functional.linear(own, part).unflatten(1, (num_heads, -1)).transpose(0, 1)
-        for own, part in zip(states, weight.chunk(3), strict=False)
+        for own, part in zip(states, compressor.attn.in_proj_weight.chunk(3), strict=False)
     )
     logs = (queries @ keys.mT * queries.shape[-1] ** -0.5).log_softmax(-1)
     return (torch.special.xlogy(wanted, wanted) - wanted * logs).sum(-1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
+from mllm.settings import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,7 @@ class EvaluateSettings:
         names = [Path(path).stem for path in self.manifest]
         if len(set(names)) < len(names) and len(set(self.set_names)) < len(names):
             raise ValueError(f"manifest names one file twice: {', '.join(self.manifest)}")
-        for key in ("num_beams", "max_new_tokens", "batch_size", "limit", "max_rows"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key} is {value}; it must be at least 1")
+        check_at_least(self, ("num_beams", "max_new_tokens", "batch_size", "limit", "max_rows"))
         if self.static_cache and (self.num_beams > 1 or self.constant_prompt):
             raise ValueError("static_cache goes neither with num_beams above 1 nor with constant_prompt")
         if self.length_penalty != 1.0 and self.num_beams == 1:

@@ -11,7 +11,7 @@ Knows folders and processes. Does not know faces or pixels.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from mllm.preparation.clip import ClipJob, prepare_clip, strip_path
 from mllm.preparation.faces import check_installed
 from mllm.preparation.settings import PrepareSettings
 from mllm.preparation.sheet import draw_sheet
+from mllm.progress import Progress
 
 RECORDING_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet.png", "prepare.log"
@@ -50,7 +51,7 @@ class Prepared:
         return [row for row in self.rows if row["status"] == status]
 
 
-def prepare(settings: PrepareSettings, *, progress: Callable[[str, int, int], None] | None = None) -> Prepared:
+def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> Prepared:
     """Prepare a recording or a folder of them.
 
     Args:

@@ -17,6 +17,7 @@ from mllm.budget import Extent
 from mllm.building import build
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
+from mllm.progress import Progress
 from mllm.trainables import set_trainables
 from mllm.training.feature_store import (
     FeatureStore,
@@ -32,8 +33,6 @@ from mllm.training.settings import RunSettings
 from mllm.training.survey import extents_of
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
-Progress = Callable[[str, int, int], None]
-"""What is being done, how much of it is done, and how much there is."""
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import yaml
 from mllm.budget import MEDIA, Budget
 from mllm.data.settings import ReaderSettings
 from mllm.sampler import Mode
-from mllm.settings import ModelSettings
+from mllm.settings import ModelSettings, check_at_least
 
 Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
@@ -38,7 +38,7 @@ class FeatureSettings:
     quarter of the space for /4 and /16, and the same soft tokens."""
 
     def __post_init__(self) -> None:
-        _at_least("data.features.versions", self.versions, 1)
+        check_at_least(self, ["versions"], prefix="data.features.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +108,8 @@ class DataSettings:
                 raise ValueError(f"data.{key} is [window, stride], both above 0; got {mask}")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"data.flip_probability is {self.flip_probability}; it must be in 0..1")
-        if self.max_mismatch_seconds is not None:
-            _at_least("data.max_mismatch_seconds", self.max_mismatch_seconds, 0)
-        _at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
-        _at_least("data.max_rows", self.max_rows, 1)
-        _at_least("data.num_workers", self.num_workers, 0)
-        if self.max_sample_tokens is not None:
-            _at_least("data.max_sample_tokens", self.max_sample_tokens, 1)
+        check_at_least(self, ("max_mismatch_seconds", "num_workers"), 0, prefix="data.")
+        check_at_least(self, ("tokens_per_batch", "max_rows", "max_sample_tokens"), prefix="data.")
         for key in ("max_bad_fraction", "max_unsupervised_fraction"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"data.{key} is {getattr(self, key)}; it must be in 0..1, 1 left out")
@@ -251,13 +246,9 @@ class TrainSettings:
         return self.warmup_steps if self.warmup_fraction is None else math.ceil(self.warmup_fraction * max_steps)
 
     def _check_ranges(self) -> None:
-        for key in ("max_steps", "epochs", "save_every", "validate_every"):
-            if getattr(self, key) is not None:
-                _at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("log_every", "keep_checkpoints", "accumulation"):
-            _at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"):
-            _at_least(f"train.{key}", getattr(self, key), 0)
+        check_at_least(self, ("max_steps", "epochs", "save_every", "validate_every"), prefix="train.")
+        check_at_least(self, ("log_every", "keep_checkpoints", "accumulation"), prefix="train.")
+        check_at_least(self, ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"), 0, prefix="train.")
         for task, weight in self.task_weights.items():
             if weight <= 0:
                 raise ValueError(f"train.task_weights.{task} is {weight}; it must be above 0")
@@ -366,11 +357,6 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return found
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{key} is {value}; it must be at least {least}")
 
 
 def _named_rates(rates: dict[Part, float]) -> list[tuple[str, float]]:

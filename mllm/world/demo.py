@@ -7,22 +7,22 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mllm.evaluation.settings import EvaluateSettings
+from mllm.progress import Progress
+from mllm.settings import check_at_least
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 BUDGETS = (
     *("audio=/4,video=/2", "audio=/4,video=/5", "audio=/8,video=/2", "audio=/16,video=/2", "audio=/16,video=/5"),
     *("image=64", "image=16", "image=4", "image=1"),
 )
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,7 @@ class DemoSettings:
     """Pictures to test on, with a question of every kind."""
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if key not in ("out", "seed", "steps") and value < 1:
-                raise ValueError(f"{key} is {value}; it must be at least 1")
+        check_at_least(self, [field.name for field in fields(self) if field.name not in ("out", "seed", "steps")])
 
 
 def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -87,24 +85,32 @@ def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[st
 
 def write_corpora(out: Path, settings: DemoSettings, *, progress: Progress) -> None:
     """Make the speech and the picture corpus, each unless it is there whole; its manifest of test is written last."""
-    from mllm.world.picture_corpus import write_picture_corpus
+    seed = settings.seed
+    if not (out / "speech" / "test.jsonl").exists():
+        write_speech(out / "speech", settings.num_utterances, settings.num_test_utterances, seed, progress)
+    if not (out / "pictures" / "test.jsonl").exists():
+        write_pictures(out / "pictures", settings.num_scenes, settings.num_test_scenes, seed, progress)
+
+
+def write_speech(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
+    """Make a speech corpus on all cores."""
     from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
 
-    if not (out / "speech" / "test.jsonl").exists():
-        write_speech_corpus(
-            out / "speech",
-            SpeechCorpusSettings(
-                num_train=settings.num_utterances, num_test=settings.num_test_utterances, seed=settings.seed
-            ),
-            num_workers=os.cpu_count() or 1,
-            on_progress=lambda done, total: progress("speaking", done, total),
-        )
-    if not (out / "pictures" / "test.jsonl").exists():
-        progress("drawing", 0, 1)
-        write_picture_corpus(
-            out / "pictures", num_train=settings.num_scenes, num_test=settings.num_test_scenes, seed=settings.seed
-        )
-        progress("drawing", 1, 1)
+    write_speech_corpus(
+        folder,
+        SpeechCorpusSettings(num_train=num_train, num_test=num_test, seed=seed),
+        num_workers=os.cpu_count() or 1,
+        on_progress=lambda done, total: progress("speaking", done, total),
+    )
+
+
+def write_pictures(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
+    """Make a picture corpus."""
+    from mllm.world.picture_corpus import write_picture_corpus
+
+    progress("drawing", 0, 1)
+    write_picture_corpus(folder, num_train=num_train, num_test=num_test, seed=seed)
+    progress("drawing", 1, 1)
 
 
 def run_settings(settings: DemoSettings) -> Any:

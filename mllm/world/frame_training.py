@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,36 @@ def train_frames(
         if step % recipe.validate_every_steps == 0 and step != recipe.steps:
             log.write(event="validation", step=step, **validate())
             model.train()
+
+
+def train_and_measure(
+    model: PhoneClassifier,
+    draw_batch: Callable[[np.random.Generator], FrameBatch],
+    held_out: Callable[[str], Mapping[str, Sequence[FrameBatch]]],
+    folder: Path,
+    *,
+    recipe: Recipe,
+    log: RunLog,
+) -> dict[str, float]:
+    """Train, measure on the validation split and, once, on the test split, and write the encoder.
+
+    Args:
+        held_out: the batches of a split that is not trained on, by the name of what they measure.
+
+    Returns:
+        frame accuracy in percent on the test split, by name.
+    """
+    validation = held_out("validation")
+    train_frames(model, draw_batch, lambda: frame_accuracies(model, validation), recipe=recipe, log=log)
+    log.write(event="validation", step=recipe.steps, **frame_accuracies(model, validation))
+    result = frame_accuracies(model, held_out("test"))
+    log.write(event="test", weights_bytes=save_encoder(model, folder), **result)
+    return result
+
+
+def frame_accuracies(model: PhoneClassifier, batches: Mapping[str, Sequence[FrameBatch]]) -> dict[str, float]:
+    """`frame_accuracy` by name."""
+    return {name: frame_accuracy(model, own) for name, own in batches.items()}
 
 
 @torch.no_grad()

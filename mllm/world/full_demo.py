@@ -10,20 +10,17 @@ Knows the world's speech corpus, training and evaluation, and which models are c
 How they are trained side by side is in `full_jobs.py`.
 """
 
-import os
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.utterances import TASKS
 from mllm.evaluation.settings import EvaluateSettings
-from mllm.world.demo import RECIPE, claim
-from mllm.world.full_jobs import Progress, Work, encode_all, num_processes, run_all
-from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
+from mllm.progress import Progress
+from mllm.world.demo import write_speech
+from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo
 
 AUDIO_RATES = (4, 16)
 VIDEO_RATES = (2, 5)
@@ -41,29 +38,16 @@ VERSIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullDemoSettings:
+class FullDemoSettings(LongDemoSettings):
     """How much the long demo does; the defaults take less than an hour on 2 CPU cores."""
 
     out: str = "runs/demo_full"
-    """Folder of the corpus, the runs, and the comparison."""
-    seed: int = 0
-    """Of the corpus, and the first of the seeds of training."""
-    num_seeds: int = 3
-    """How often everything is trained."""
     steps: int = 270
     """Optimizer steps of a separately trained model; an elastic one, for three tasks, takes three times as many."""
     num_utterances: int = 2000
     """Spoken sentences to train on."""
     num_test_utterances: int = 200
     """Spoken sentences to test on, by voices that were not trained on."""
-    num_workers: int | None = None
-    """Models trained at a time, one thread each; as many as there are cores when left out."""
-
-    def __post_init__(self) -> None:
-        for key in ("num_seeds", "steps", "num_utterances", "num_test_utterances", "num_workers"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -105,33 +89,19 @@ class Job:
 
 
 def full_demo(settings: FullDemoSettings, *, progress: Progress | None = None) -> float:
-    """Make the corpus, train and evaluate every model; what is there already is not made again.
-
-    Returns:
-        The seconds it took.
+    """Run the demo, see `run_demo`, or what of it is not there yet.
 
     Raises:
         ImportError: the speech synthesiser is not installed; the message has the pip line.
-        ValueError: the folder holds a demo of other settings.
     """
-    report = progress or (lambda *_: None)
-    started = time.monotonic()
-    claim(Path(settings.out), settings, ignored=("out", "num_workers", "num_seeds"))
-    write_corpus(settings, report)
     works = [Work(run_settings(job, settings), evaluation_settings(job, settings)) for job in jobs_of(settings)]
-    lines = (Path(settings.out) / "speech" / "train.jsonl").read_text(encoding="utf-8").count("\n")
-    num_workers = num_processes(settings.num_workers)
-    encode_all(works[0].run, lines, num_workers=num_workers, progress=report)
-    run_all(works, num_workers=num_workers, progress=report)
-    return time.monotonic() - started
+    return run_demo(settings, partial(write_corpus, settings), works, progress=progress)
 
 
 def jobs_of(settings: FullDemoSettings) -> list[Job]:
     """Every model at every seed, the longest first."""
-    seeds = range(settings.seed, settings.seed + settings.num_seeds)
-    return [Job(model, seed) for seed in seeds for model in ELASTIC] + [
-        job for seed in seeds for job in separate_jobs(seed)
-    ]
+    elastic = [Job(model, seed) for seed in settings.seeds for model in ELASTIC]
+    return elastic + [job for seed in settings.seeds for job in separate_jobs(seed)]
 
 
 def separate_jobs(seed: int) -> list[Job]:
@@ -147,14 +117,7 @@ def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
     last = folder / "test-avsr.jsonl"
     if last.exists():
         return
-    write_speech_corpus(
-        folder,
-        SpeechCorpusSettings(
-            num_train=settings.num_utterances, num_test=settings.num_test_utterances, seed=settings.seed
-        ),
-        num_workers=os.cpu_count() or 1,
-        on_progress=lambda done, total: progress("speaking", done, total),
-    )
+    write_speech(folder, settings.num_utterances, settings.num_test_utterances, settings.seed, progress)
     for split in ("train", "test"):
         samples = read_manifest(folder / f"{split}.jsonl", folder)
         for task in TASKS:
@@ -165,8 +128,9 @@ def run_settings(job: Job, settings: FullDemoSettings) -> Any:
     """The demo's recipe without pictures, at the job's tasks, rates and adapter."""
     from mllm.training.settings import read_run_settings
 
-    values = yaml.safe_load(RECIPE.read_text())
-    model, data, train = values["model"], values["data"], values["train"]
+    steps = steps_of(job, settings)
+    values = recipe(settings, job.name, seed=job.seed, steps=steps, num_reports=30, versions=VERSIONS)
+    model, data = values["model"], values["data"]
     speech = Path(settings.out) / "speech"
     for medium in ("image", "audio", "video"):
         if medium not in job.rates:
@@ -178,17 +142,11 @@ def run_settings(job: Job, settings: FullDemoSettings) -> Any:
         model["adapter"] = dict(ELASTIC[job.model])
         if model["adapter"]["kind"] == "lora_bank":
             model["adapter"]["targets"] = targets
-    model["seed"] = train["seed"] = job.seed
     del data["captions"]
     data["train"] = [str(speech / f"train-{task}.jsonl") for task in job.tasks]
-    data["num_workers"] = 0
-    data["features"] = {"folder": str(Path(settings.out) / "features"), "versions": VERSIONS, "seed": settings.seed}
     data["noise"] = str(speech / "noise" / "train.wav")
     if "audio" not in job.rates:
         del data["noise"], data["snr_db"]
-    steps = steps_of(job, settings)
-    train |= {"max_steps": steps, "warmup_steps": steps // 9, "log_every": max(steps // 30, 1)}
-    train |= {"output": str(Path(settings.out) / job.name), "progress": False, "tensorboard": False}
     return read_run_settings(values)
 
 

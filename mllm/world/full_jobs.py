@@ -1,7 +1,8 @@
 """Trains and evaluates many models, each in a worker process with one thread; what the long demos share.
 
-Knows runs, evaluations and processes. Does not know which models there are or why.
+Knows the demo's recipe, runs, evaluations and processes. Does not know which models there are or why.
 
+    <out>/demo.json        the settings that the folder was made with
     <run>/                 a run and its evaluation; one that is there is not made again
     <features>/whole       written when the features of the training set are complete
 """
@@ -11,16 +12,42 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mllm.evaluation.report import RESULTS
 from mllm.evaluation.settings import EvaluateSettings
+from mllm.progress import Progress
+from mllm.settings import check_at_least
+from mllm.world.demo import RECIPE, claim
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+
+@dataclass(frozen=True, kw_only=True)
+class LongDemoSettings:
+    """What the settings of all long demos hold; the rest are sizes of a corpus."""
+
+    out: str
+    """Folder of the corpus, the runs, and the comparison."""
+    seed: int = 0
+    """Of the corpus, and the first of the seeds of training."""
+    num_seeds: int = 3
+    """How often everything is trained."""
+    steps: int
+    """Optimizer steps of a separately trained model."""
+    num_workers: int | None = None
+    """Models trained at a time, one thread each; as many as there are cores when left out."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, [field.name for field in fields(self) if field.name not in ("out", "seed")])
+
+    @property
+    def seeds(self) -> range:
+        """Those that everything is trained with."""
+        return range(self.seed, self.seed + self.num_seeds)
 
 
 @dataclass(frozen=True)
@@ -41,17 +68,62 @@ class Work:
         return self.run.train.max_steps
 
 
-def num_processes(asked: int | None) -> int:
-    """How many models are trained at a time: as asked, or one per core."""
-    return asked or os.cpu_count() or 1
+def run_demo(
+    settings: LongDemoSettings,
+    write_corpus: Callable[[Progress], None],
+    works: Sequence[Work],
+    *,
+    progress: Progress | None,
+) -> float:
+    """Make the corpus, train and evaluate every model; what is there already is not made again.
+
+    Args:
+        write_corpus: what makes the corpus, unless it is there.
+        works: all models; the first is trained on all there is.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        ValueError: the folder holds a demo of other settings.
+    """
+    report = progress or (lambda *_: None)
+    started = time.monotonic()
+    claim(Path(settings.out), settings, ignored=("out", "num_workers", "num_seeds"))
+    write_corpus(report)
+    num_workers = settings.num_workers or os.cpu_count() or 1
+    encode_all(works[0].run, num_workers=num_workers, progress=report)
+    run_all(works, num_workers=num_workers, progress=report)
+    return time.monotonic() - started
 
 
-def encode_all(run: Any, num_rows: int, *, num_workers: int, progress: Progress) -> None:
-    """What the frozen encoders make of a training set, once for all models that name the same features."""
+def recipe(
+    settings: LongDemoSettings, name: str, *, seed: int, steps: int, num_reports: int, versions: int
+) -> dict[str, Any]:
+    """The demo's recipe as a run of a long demo: seeds, steps, features and folder; the rest is the caller's.
+
+    Args:
+        name: folder of the run below that of the demo.
+        num_reports: how often the run tells its loss.
+        versions: of each training sample, see `FeatureSettings`.
+    """
+    values = yaml.safe_load(RECIPE.read_text())
+    model, data, train = values["model"], values["data"], values["train"]
+    model["seed"] = train["seed"] = seed
+    data["num_workers"] = 0
+    data["features"] = {"folder": str(Path(settings.out) / "features"), "versions": versions, "seed": settings.seed}
+    train |= {"max_steps": steps, "warmup_steps": steps // 9, "log_every": max(steps // num_reports, 1)}
+    train |= {"output": str(Path(settings.out) / name), "progress": False, "tensorboard": False}
+    return values
+
+
+def encode_all(run: Any, *, num_workers: int, progress: Progress) -> None:
+    """What the frozen encoders make of a run's training set, once for all models that name the same features."""
     folder = Path(run.data.features.folder)
     done = folder / "whole"
     if done.exists():
         return
+    num_rows = sum(Path(manifest).read_bytes().count(b"\n") for manifest in run.data.train)
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(_encode_share, run, rank, num_workers) for rank in range(num_workers)}
         for _ in _finished(pool, waiting):

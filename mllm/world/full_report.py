@@ -2,24 +2,18 @@
 
 Knows answers on disk and word errors. Does not know how models were made.
 
-    out/comparison.json     every cell, every difference and every finding
-    out/comparison.md       the table
-    out/comparison.png      error rates against soft tokens per second of speech
-
-A cell is one task at one budget and one noise. Its error rate is that of all seeds together, errors over words; its
-interval draws utterances again (each with its answers of all seeds). A difference draws the same utterances for both.
+The plot shows error rates against soft tokens per second of speech. A cell is one task at one budget and one noise;
+what the bootstrap draws are utterances. Which files there are, and what a cell is, see `full_cells.py`.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm.budget import Budget
-from mllm.evaluation.hypotheses import HYPOTHESES, write_whole
-from mllm.metrics import bootstrap_interval, word_errors
+from mllm.metrics import word_errors
 from mllm.world.demo_report import Finding
+from mllm.world.full_cells import Cell, Comparison, answers, draw_line, empty_figure, gap_text, pooled_cell, table
 from mllm.world.full_demo import (
     AUDIO_RATES,
     ELASTIC,
@@ -29,6 +23,9 @@ from mllm.world.full_demo import (
     FullDemoSettings,
     jobs_of,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODELS = (SEPARATE, *ELASTIC)
 NAMES = {SEPARATE: "separate", "omni_st": "Omni ST", "mome": "MoME"}
@@ -58,35 +55,6 @@ class Place:
         return sum(FRAMES_PER_SECOND[medium] / float(amount.value) for medium, amount in amounts.items())
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Errors and words of each test utterance, all seeds together, and the error rate of each seed."""
-
-    errors: tuple[int, ...]
-    words: tuple[int, ...]
-    by_seed: tuple[float, ...]
-
-    @property
-    def value(self) -> float:
-        """The word error rate."""
-        return sum(self.errors) / sum(self.words)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %, by the bootstrap over utterances."""
-        found = bootstrap_interval(self.errors, self.words, seed=0)
-        assert found is not None
-        return found
-
-    def minus(self, other: "Cell") -> tuple[float, float, float]:
-        """How much higher this error rate is, and the 95 % interval of that, of the same utterances drawn for both."""
-        assert self.words == other.words
-        gaps = [own - its for own, its in zip(self.errors, other.errors, strict=True)]
-        found = bootstrap_interval(gaps, self.words, seed=0)
-        assert found is not None
-        return self.value - other.value, *found
-
-
 Cells = Mapping[tuple[str, Place], Cell]
 
 
@@ -110,18 +78,21 @@ def read_cells(settings: FullDemoSettings) -> dict[tuple[str, Place], Cell]:
     """
     counts: dict[tuple[str, Place], dict[tuple[int, str], tuple[int, int]]] = {}
     for job in jobs_of(settings):
-        file = Path(settings.out) / job.name / "evaluation" / HYPOTHESES
-        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if "error" in line:
-                raise ValueError(f"{file} has no answer for {line['id']}: {line['error']}")
+        for line in answers(settings.out, job.name):
             own = word_errors(line["references"][0], line["hypothesis"])
             key = job.model, _place(line)
             counts.setdefault(key, {})[job.seed, line["id"]] = own.errors, own.reference_units
     return {key: pooled_cell(own) for key, own in counts.items()}
 
 
-def comparison(cells: Cells) -> dict[str, Any]:
-    """Everything as plain values: cells, differences of the elastic models from the separate ones, findings."""
+def compare(settings: FullDemoSettings) -> Comparison:
+    """What all answers show."""
+    cells = read_cells(settings)
+    return Comparison(comparison_rows(cells), findings(cells), markdown(cells), draw(cells))
+
+
+def comparison_rows(cells: Cells) -> list[dict[str, Any]]:
+    """Cells as plain values, with the differences of the elastic models from the separate ones."""
     rows = []
     for place in places():
         for model in MODELS:
@@ -132,7 +103,7 @@ def comparison(cells: Cells) -> dict[str, Any]:
             if model != SEPARATE:
                 row["minus_separate"] = own.minus(cells[SEPARATE, place])
             rows.append(row)
-    return {"rows": rows, "findings": [asdict(finding) for finding in findings(cells)]}
+    return rows
 
 
 def findings(cells: Cells) -> list[Finding]:
@@ -173,36 +144,18 @@ def markdown(cells: Cells) -> str:
     parts = []
     for ratio in SNRS_DB:
         own = [place for place in places() if place.snr_db == ratio]
-        parts.append(f"### {'Quiet' if ratio is None else f'{ratio:g} dB'}\n")
-        parts.append("| WER % | " + " | ".join(place.words for place in own) + " |")
-        parts.append("|---|" + "---|" * len(own))
-        for model in MODELS:
-            parts.append(f"| {NAMES[model]} | " + " | ".join(_words(cells[model, place]) for place in own) + " |")
+        lines = {NAMES[model]: [_words(cells[model, place]) for place in own] for model in MODELS}
         for model in ELASTIC:
             gaps = [cells[model, place].minus(cells[SEPARATE, place]) for place in own]
-            words = [f"{100 * gap:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" for gap, low, high in gaps]
-            parts.append(f"| {NAMES[model]} - separate | " + " | ".join(words) + " |")
-        parts.append("")
+            lines[f"{NAMES[model]} - separate"] = [gap_text(gap) for gap in gaps]
+        title = "Quiet" if ratio is None else f"{ratio:g} dB"
+        parts.append(table(title, ["WER %", *(place.words for place in own)], lines))
     return "\n".join(parts)
 
 
-def write_comparison(settings: FullDemoSettings) -> list[Finding]:
-    """Read all answers, write the comparison into the folder of the demo, and return what it shows."""
-    out = Path(settings.out)
-    cells = read_cells(settings)
-    write_whole(out / "comparison.json", json.dumps(comparison(cells), indent=1) + "\n")
-    write_whole(out / "comparison.md", markdown(cells))
-    draw(cells, out / "comparison.png")
-    return findings(cells)
-
-
-def draw(cells: Cells, path: Path) -> None:
+def draw(cells: Cells) -> "Figure":
     """A panel per task: error rate against soft tokens per second, a line per model and noise, with intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # needs no display
+    figure = empty_figure(13, 4.5, dpi=110)
     colors = dict(zip(MODELS, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
     styles = dict(zip(SNRS_DB, ("-", "--", ":"), strict=True))
     for task, axis in zip(("asr", "vsr", "avsr"), figure.subplots(1, 3), strict=True):
@@ -213,10 +166,10 @@ def draw(cells: Cells, path: Path) -> None:
                     key=lambda place: place.tokens_per_second,
                 )
                 if own:
-                    _line(axis, own, [cells[model, place] for place in own], colors[model], styles[ratio])
-        axis.set_title(task.upper())
-        axis.set_xlabel("soft tokens per second")
-        axis.set_ylabel("word error rate, %")
+                    values = [(cell.value, *cell.interval) for cell in (cells[model, place] for place in own)]
+                    seconds = [place.tokens_per_second for place in own]
+                    draw_line(axis, seconds, values, color=colors[model], linestyle=styles[ratio], marker="o")
+        axis.set(title=task.upper(), xlabel="soft tokens per second", ylabel="word error rate, %")
         axis.grid(alpha=0.3)
     handles = [figure.axes[0].plot([], [], color=colors[model], label=NAMES[model])[0] for model in MODELS]
     handles += [
@@ -224,34 +177,11 @@ def draw(cells: Cells, path: Path) -> None:
         for ratio, style in styles.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.savefig(path, dpi=110)
-
-
-def _line(axis: Any, own: Sequence[Place], found: Sequence[Cell], color: str, style: str) -> None:
-    values = [100 * cell.value for cell in found]
-    below = [100 * (cell.value - cell.interval[0]) for cell in found]
-    above = [100 * (cell.interval[1] - cell.value) for cell in found]
-    seconds = [place.tokens_per_second for place in own]
-    axis.errorbar(seconds, values, yerr=[below, above], color=color, linestyle=style, marker="o", capsize=2)
+    return figure
 
 
 def _place(line: Mapping[str, Any]) -> Place:
     return Place(line["task"], line["budget"], None if line["task"] == "vsr" else line["snr_db"])
-
-
-def pooled_cell(counts: Mapping[tuple[int, str], tuple[int, int]]) -> Cell:
-    """A cell of errors and units by seed and utterance (or whatever the bootstrap draws)."""
-    seeds = sorted({seed for seed, _ in counts})
-    utterances = sorted({sample for _, sample in counts})
-    by_utterance = [[counts[seed, sample] for seed in seeds] for sample in utterances]
-    by_seed = [_rate(counts[seed, sample] for sample in utterances) for seed in seeds]
-    errors = tuple(sum(one for one, _ in own) for own in by_utterance)
-    return Cell(errors, tuple(sum(words for _, words in own) for own in by_utterance), tuple(by_seed))
-
-
-def _rate(counts: Iterable[tuple[int, int]]) -> float:
-    pairs = list(counts)
-    return sum(errors for errors, _ in pairs) / sum(words for _, words in pairs)
 
 
 def _words(cell: Cell) -> str:

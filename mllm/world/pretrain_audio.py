@@ -30,10 +30,8 @@ from mllm.world.frame_training import (
     PhoneClassifier,
     Recipe,
     RunLog,
-    frame_accuracy,
     frame_phones,
-    save_encoder,
-    train_frames,
+    train_and_measure,
 )
 from mllm.world.sentences import sample_sentences
 from mllm.world.speech import SAMPLE_RATE_HZ, Utterance, say
@@ -77,23 +75,17 @@ def pretrain_audio(
     train = speak("train", num_utterances, seed=recipe.seed)
     babble = make_babble("train", seconds=babble_seconds, seed=recipe.seed)
     mix = MixNoise(Audio(babble, SAMPLE_RATE_HZ), TRAIN_SNRS_DB)
-    held_out: dict[str, Any] = {"seed": recipe.seed, "babble_seconds": babble_seconds / 5}
-    validation = measured_audio("validation", num_test_utterances // 2, **held_out)
 
     def draw(generator: np.random.Generator) -> FrameBatch:
         windows = [_training_window(train, mix, generator) for _ in range(recipe.batch_clips)]
         return _to_batch(windows, extractor)
 
-    def validate() -> dict[str, float]:
-        return {level: frame_accuracy(model, batches) for level, batches in validation.items()}
+    def held_out(split: str) -> dict[str, list[FrameBatch]]:
+        count = num_test_utterances if split == "test" else num_test_utterances // 2
+        return measured_audio(split, count, seed=recipe.seed, babble_seconds=babble_seconds / 5)
 
-    train_frames(model, draw, validate, recipe=recipe, log=log)
-    log.write(event="validation", step=recipe.steps, **validate())
-    test = measured_audio("test", num_test_utterances, **held_out)
-    result = {level: frame_accuracy(model, batches) for level, batches in test.items()}
-    num_bytes = save_encoder(model, out / "audio")
+    result = train_and_measure(model, draw, held_out, out / "audio", recipe=recipe, log=log)
     extractor.save_pretrained(out / "audio")
-    log.write(event="test", weights_bytes=num_bytes, **result)
     return result
 
 

@@ -27,10 +27,8 @@ from mllm.world.frame_training import (
     PhoneClassifier,
     Recipe,
     RunLog,
-    frame_accuracy,
     frame_phones,
-    save_encoder,
-    train_frames,
+    train_and_measure,
 )
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.world.sentences import sample_sentences
@@ -67,21 +65,15 @@ def pretrain_lips(
     log = RunLog(out / "log_lips.jsonl")
     model = PhoneClassifier(build_lip_encoder())
     train = film("train", num_utterances, seed=recipe.seed)
-    validation = measured_lips("validation", num_test_utterances // 2, seed=recipe.seed)
 
     def draw(generator: np.random.Generator) -> FrameBatch:
         return to_batch([_augment(clip, generator) for clip in _clips_of_like_length(train, recipe, generator)])
 
-    def validate() -> dict[str, float]:
-        return {name: frame_accuracy(model, batches) for name, batches in validation.items()}
+    def held_out(split: str) -> dict[str, list[FrameBatch]]:
+        count = num_test_utterances if split == "test" else num_test_utterances // 2
+        return measured_lips(split, count, seed=recipe.seed)
 
-    train_frames(model, draw, validate, recipe=recipe, log=log)
-    log.write(event="validation", step=recipe.steps, **validate())
-    test = measured_lips("test", num_test_utterances, seed=recipe.seed)
-    result = {name: frame_accuracy(model, batches) for name, batches in test.items()}
-    num_bytes = save_encoder(model.eval(), out / "lips")
-    log.write(event="test", weights_bytes=num_bytes, **result)
-    return result
+    return train_and_measure(model, draw, held_out, out / "lips", recipe=recipe, log=log)
 
 
 def build_lip_encoder() -> AVHubertEncoder:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -25,6 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from mllm.world.blurred_text import BAG_WORDS
 from mllm.world.examine_llm import examine
 from mllm.world.initialise_llm import initialise
+from mllm.world.pretrain_files import header, save_half, write_line
 from mllm.world.pretraining_text import KINDS, Example, PretrainingText, speak_sentences
 from mllm.world.tokenizer import build_tokenizer, word_id
 
@@ -108,7 +108,9 @@ def pretrain_llm(
     bag_ids = torch.tensor([word_id(tokenizer, word) for word in BAG_WORDS])
     optimizer = _optimizer(model)
     log = (out / LOG).open("a" if resume else "w")
-    _write(log, _header(model, seed, done, steps, tokens_per_step, num_utterances))
+    facts = {"seed": seed, "begins_at_step": done, "steps": steps, "tokens_per_step": tokens_per_step}
+    facts |= {"learning_rate": PEAK_LEARNING_RATE, "num_utterances": num_utterances}
+    write_line(log, header(model, **facts))
     logger.info("pre-training an LLM of %d parameters", sum(p.numel() for p in model.parameters()))
 
     results: dict[str, float] = {}
@@ -126,7 +128,7 @@ def pretrain_llm(
             results = examine(model.eval(), tokenizer, held_out, seed=seed)
             model.train()
             row = {"step": step, "seconds": round(time.monotonic() - started), "loss": float(np.mean(losses))}
-            _write(log, row | results)
+            write_line(log, row | results)
             logger.info("step %d loss %.4f %s", step, row["loss"], json.dumps(results))
             losses = []
             _save(model, tokenizer, out)
@@ -266,10 +268,7 @@ class _Progress:
 
 
 def _save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
-    state = {name: value.half() for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    model.save_pretrained(out, state_dict=state)
-    config = model.config.to_dict() | {"dtype": "float32"}  # stored in half, loaded in full precision for CPUs
-    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    save_half(model, out, without=["lm_head.weight"])
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -278,23 +277,3 @@ def _save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
         max_new_tokens=24,
     ).save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _header(model: LlamaForCausalLM, seed: int, done: int, steps: int, tokens: int, utterances: int) -> dict:
-    return {
-        "seed": seed,
-        "begins_at_step": done,
-        "steps": steps,
-        "tokens_per_step": tokens,
-        "learning_rate": PEAK_LEARNING_RATE,
-        "num_utterances": utterances,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _write(log, row: dict) -> None:
-    log.write(json.dumps(row) + "\n")
-    log.flush()

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mllm.world.blurred_text import SCENE_WORDS, scene_bags
 from mllm.world.phones import PHONES
+from mllm.world.pretrain_files import header, save_half, write_line
 from mllm.world.questions import COLUMN_WORDS, ROW_WORDS
 from mllm.world.scenes import (
     CELL_PIXELS,
@@ -112,7 +112,8 @@ def pretrain_vision(
     batches = picture_batches("train", seed, batch_size)
     results: dict[str, float] = {}
     with (out / "log_vision.jsonl").open("w") as log:
-        _write(log, _header(tower, seed, steps, batch_size, learning_rate))
+        facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+        write_line(log, header(tower, **facts))
         for step in range(1, steps + 1):
             share = step / steps
             for group in optimizer.param_groups:
@@ -126,7 +127,7 @@ def pretrain_vision(
                 results = examine_tower(tower.eval(), reader, seed=seed)
                 tower.train()
                 row = {"step": step, "seconds": round(time.monotonic() - started), "loss": round(float(loss), 4)}
-                _write(log, row | results)
+                write_line(log, row | results)
                 logger.info("step %d loss %.4f %s", step, row["loss"], json.dumps(results))
                 save_tower(tower, out)
     return results
@@ -191,9 +192,7 @@ def examine_tower(
 
 def save_tower(tower: CLIPVisionModel, out: Path) -> None:
     """Write weights in float16, the config, and the config of an image processor that keeps 128 x 128 pixels."""
-    tower.save_pretrained(out, state_dict={name: value.half() for name, value in tower.state_dict().items()})
-    config = tower.config.to_dict() | {"dtype": "float32"}  # stored in half, loaded in full precision for CPUs
-    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    save_half(tower, out)
     CLIPImageProcessor(
         size={"height": PICTURE_PIXELS, "width": PICTURE_PIXELS},
         do_center_crop=False,
@@ -214,21 +213,3 @@ def _pooled(bags: Tensor, side: int) -> Tensor:
         .flatten(2)
         .transpose(1, 2)
     )
-
-
-def _header(tower: CLIPVisionModel, seed: int, steps: int, batch_size: int, learning_rate: float) -> dict:
-    return {
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "num_parameters": sum(p.numel() for p in tower.parameters()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _write(log, row: dict) -> None:
-    log.write(json.dumps(row) + "\n")
-    log.flush()

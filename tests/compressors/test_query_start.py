@@ -1,5 +1,7 @@
 """Where queries begin: cells of a pyramid, and attention that is the mean over each."""
 
+import copy
+
 import pytest
 import torch
 
@@ -61,6 +63,28 @@ def test_it_is_the_same_for_the_same_seed_and_leaves_positions_alone() -> None:
         assert compressor.pos_embed.equal(before)
     assert one.query.equal(two.query)
     assert one.attn.in_proj_weight.equal(two.attn.in_proj_weight)
+
+
+def test_the_search_is_in_float32_and_only_its_result_is_rounded() -> None:
+    """Exactly what float32 weights with the same (rounded) positions get, rounded; the divergence is that behind it."""
+    rough = query_of((8, 8), (4, 4)).to(torch.bfloat16)
+    precise = copy.deepcopy(rough).float()
+    left = read_places(rough, torch.Generator().manual_seed(0))
+    left_precise = read_places(precise, torch.Generator().manual_seed(0))
+    for name, own in precise.named_parameters():
+        assert rough.get_parameter(name).equal(own.bfloat16()), name
+    assert left.dtype == torch.float32
+    assert not left.equal(left_precise)
+    torch.testing.assert_close(left, left_precise, rtol=0, atol=0.05)
+
+
+def test_weights_that_are_frozen_can_be_given_it() -> None:
+    frozen, trained = query_of((4, 4), (2, 2)).requires_grad_(False), query_of((4, 4), (2, 2))
+    for compressor in (frozen, trained):
+        read_places(compressor, torch.Generator().manual_seed(3))
+        assert all(parameter.grad is None for parameter in compressor.parameters())
+    assert frozen.query.equal(trained.query)
+    assert not frozen.query.requires_grad
 
 
 def test_streams_and_content_keys_are_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 from mllm.cli import main
 from mllm.commands.demo import Settings
 from mllm.world.demo import DemoSettings
+from mllm.world.full_cells import Cell
 from mllm.world.full_demo import (
     ELASTIC,
     SEPARATE,
@@ -19,7 +20,7 @@ from mllm.world.full_demo import (
     run_settings,
     steps_of,
 )
-from mllm.world.full_report import Cell, Place, comparison, findings, markdown, places, read_cells
+from mllm.world.full_report import Place, comparison_rows, findings, markdown, places, read_cells
 
 SETTINGS = FullDemoSettings(num_seeds=2, steps=20)
 NUM_UTTERANCES, NUM_WORDS = 100, 10
@@ -104,7 +105,7 @@ def test_the_table_has_the_columns_of_the_papers_and_the_file_every_number() -> 
     )
     assert any(line.startswith("| Omni ST | 10.5 (") for line in lines)
     assert any(line.startswith("| Omni ST - separate | +0.5 (") for line in lines)
-    rows = comparison(made)["rows"]
+    rows = comparison_rows(made)
     assert len(rows) == 3 * len(places())
     (own,) = [row for row in rows if (row["model"], row["budget"], row["snr_db"]) == ("omni_st", "audio=/4", None)]
     assert own["tokens_per_second"] == 12.5

@@ -7,6 +7,7 @@ import pytest
 
 from mllm.cli import main
 from mllm.commands.demo import Settings
+from mllm.world.full_cells import Cell
 from mllm.world.full_pictures import (
     COUNTS,
     STYLES,
@@ -16,7 +17,6 @@ from mllm.world.full_pictures import (
     picture_jobs,
     run_settings,
 )
-from mllm.world.full_report import Cell
 from mllm.world.pictures_report import ALL, Key, findings, markdown, read_cells
 from mllm.world.questions import COARSE_KINDS, KINDS
 
@@ -107,7 +107,7 @@ def test_the_long_demo_of_pictures_at_its_smallest(tmp_path: Path) -> None:
     found = read_cells(settings)
     assert len(found) == len(STYLES) * 2 * (len(KINDS) + 1) * len(COUNTS)
     assert all(len(cell.errors) == 3 for cell in found.values())
-    assert {cell.words for key, cell in found.items() if key[2] == ALL} == {(len(KINDS),) * 3}
+    assert {cell.units for key, cell in found.items() if key[2] == ALL} == {(len(KINDS),) * 3}
     assert status == int(not all(finding.holds for finding in findings(found)))
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert {row["style"] for row in rows} == set(STYLES)
