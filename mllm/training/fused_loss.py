@@ -5,7 +5,7 @@ Knows Liger, the head and what targets are worth. Does not know lessons, setting
 Liger multiplies by the head's matrix a few targets at a time, and overwrites their logits with the gradients. Targets
 weigh differently, so a loss per target is asked for; its gradients are computed in the backward pass, from logits that
 are made again, since what has been summed over targets cannot be weighed any more. Before 0.8.2 Liger weighed the sums:
-the loss was right and the gradients were not, so older versions are refused.
+the loss was right and the gradients were not, so older versions are refused. In bfloat16 the weights are rounded too.
 Liger waits for the device once in each direction, for a count of targets that a loss per target does not use.
 
 Shapes: P target tokens, H hidden size, V vocabulary, K budgets; see `objective.py`.
