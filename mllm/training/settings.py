@@ -201,8 +201,8 @@ class TrainSettings:
     packed_attention: Literal["sdpa", "flex"] = "sdpa"
     """What computes the attention of packed rows: one call per stretch of a row, or flex attention, on a GPU only."""
     loss_kernel: Literal["torch", "liger"] = "torch"
-    """What computes the cross-entropy of targets: torch from their logits, or Liger's fused kernel, which holds those of a
-    few targets at a time, on a GPU only."""
+    """What computes the cross-entropy of targets: torch from their logits, or Liger's fused kernel from those of a few
+    targets at a time, on a GPU only."""
     memory: Literal["fast", "low"] = "fast"
     """`low` runs one forward and backward per budget, on features that are encoded once, instead of one for all: the
     same gradients, more time, and the activations of one budget at a time."""
