@@ -64,6 +64,7 @@ OPTIONAL = (
     Package("torchaudio", "==2.11.*", purpose="audio augmentation; nothing of the main path"),
     Package("decord", "==0.6.0", purpose="the decord video backend"),
     Package("deepspeed", ">=0.19.8,<0.20", purpose="ZeRO training"),
+    Package("liger-kernel", ">=0.8.2,<0.9", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU"),
     Package("espeakng-loader", ">=0.2.4", module="espeakng_loader", purpose="making the built-in world's speech"),
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
     Package("mediapipe", "==0.10.14", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips"),

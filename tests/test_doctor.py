@@ -76,7 +76,7 @@ def test_something_optional_that_is_missing_is_no_illness() -> None:
 def test_the_doctor_knows_the_versions_of_the_package_itself() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = [line for name in ("audio", "decord", "deepspeed", "demo", "lips") for line in extras[name]]
+    optional = [line for name in ("audio", "decord", "deepspeed", "liger", "demo", "lips") for line in extras[name]]
     declared = [*project["dependencies"], *optional]
     known = {package.name + package.specifier for package in (*REQUIRED, *OPTIONAL)}
     assert {line.replace("[signatures]", "") for line in declared} - {"ninja"} == known

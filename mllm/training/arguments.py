@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from mllm.training.fused_loss import check_liger
 from mllm.training.objective import Distillation
 from mllm.training.settings import RunSettings, SamplerSettings
 
@@ -29,6 +30,7 @@ class ElasticArguments(TrainingArguments):
     packing: bool = True
     packed_attention: Literal["sdpa", "flex"] = "sdpa"
     memory: Literal["fast", "low"] = "fast"
+    loss_kernel: Literal["torch", "liger"] = "torch"
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -40,8 +42,14 @@ class ElasticArguments(TrainingArguments):
 
 def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
     """The arguments of a run. Where it is given in epochs, `max_steps` and the warm-up are put in once
-    the data is known."""
+    the data is known.
+
+    Raises:
+        ValueError: a loss kernel that cannot run here.
+    """
     train = settings.train
+    if train.loss_kernel == "liger":
+        check_liger(on_cpu=on_cpu)
     return ElasticArguments(
         output_dir=train.output,
         max_steps=train.max_steps or 1,
@@ -77,12 +85,13 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
         packing=train.packing,
         packed_attention=train.packed_attention,
         memory=train.memory,
+        loss_kernel=train.loss_kernel,
     )
 
 
 def distillation_of(sampler: SamplerSettings) -> Distillation | None:
     """What smaller budgets learn from the largest, in the mode that has a teacher."""
-    if sampler.mode != "sandwich" or sampler.distill_weight == 0:
+    if not sampler.distills:
         return None
     return Distillation(
         weight=0.5 if sampler.distill_weight is None else sampler.distill_weight,

@@ -45,6 +45,7 @@ _FREE = {
     "train": {
         *("output", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
         *("validation_budgets", "tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
+        "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },
     "data": {"validation", "num_workers", "max_bad_fraction", "max_unsupervised_fraction", "video_backend"},

@@ -101,7 +101,7 @@ def objective(
     logits = logits.float()
     taught = logits.detach()[supervision.teachers] if distillation is not None else None
     cross_entropy, per_token = _token_losses(logits, taught, supervision, distillation)
-    return _weighted(cross_entropy, per_token, supervision, num_targets)
+    return weighted(cross_entropy, per_token, supervision, num_targets)
 
 
 def read_hidden(
@@ -147,7 +147,7 @@ def read_hidden(
         piece, own = hidden[start : start + size], supervision.part(slice(start, start + size))
         parts.append(read(piece, own) if size >= len(hidden) else checkpoint(read, piece, own, use_reentrant=False))
     cross_entropy, per_token = (torch.cat(own) for own in zip(*parts, strict=True))
-    loss = _weighted(cross_entropy, per_token, supervision, num_targets)
+    loss = weighted(cross_entropy, per_token, supervision, num_targets)
     return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
 
 
@@ -163,7 +163,8 @@ def _token_losses(
     return cross_entropy, per_token
 
 
-def _weighted(cross_entropy: Tensor, per_token: Tensor, supervision: Supervision, num_targets: int | Tensor) -> Loss:
+def weighted(cross_entropy: Tensor, per_token: Tensor, supervision: Supervision, num_targets: int | Tensor) -> Loss:
+    """The loss of targets: their cross-entropy, detached, and what is learned from, both (P,)."""
     sums = cross_entropy.new_zeros(supervision.num_budgets).index_add(0, supervision.budgets, cross_entropy)
     # Where nothing is to be learned in the whole step the loss is 0, not 0 / 0.
     divisor = torch.as_tensor(num_targets, device=per_token.device).clamp(min=1)

@@ -146,6 +146,11 @@ class SamplerSettings:
             raise ValueError("sampler.distill_temperature has no effect with sampler.distill_weight 0")
 
     @property
+    def distills(self) -> bool:
+        """Whether smaller budgets learn from the largest."""
+        return self.mode == "sandwich" and self.distill_weight != 0
+
+    @property
     def budgets(self) -> list[Budget]:
         """The points, read."""
         return [Budget.parse(point) for point in self.points]
@@ -194,6 +199,9 @@ class TrainSettings:
     and gradients. Where the LLM's attention does not allow it, the log says so and passes are padded."""
     packed_attention: Literal["sdpa", "flex"] = "sdpa"
     """What computes the attention of packed rows: one call per stretch of a row, or flex attention, on a GPU only."""
+    loss_kernel: Literal["torch", "liger"] = "torch"
+    """What computes the cross-entropy of targets: torch from their logits, or Liger's fused kernel from those of a few
+    targets at a time, on a GPU only."""
     memory: Literal["fast", "low"] = "fast"
     """`low` runs one forward and backward per budget, on features that are encoded once, instead of one for all: the
     same gradients, more time, and the activations of one budget at a time."""
@@ -238,6 +246,10 @@ class TrainSettings:
             Budget.parse(text)
         if self.packed_attention == "flex" and (self.use_cpu or not self.packing):
             raise ValueError("train.packed_attention flex needs train.packing and a GPU, where its backward pass is")
+        if self.loss_kernel == "liger" and self.use_cpu:
+            raise ValueError(
+                "train.loss_kernel is liger, which needs a CUDA device, but train.use_cpu is true; use torch"
+            )
         if self.memory == "low" and self.deepspeed is not None:
             raise ValueError("train.memory low does not go with train.deepspeed, which counts backward passes")
 
@@ -273,6 +285,11 @@ class RunSettings:
     def __post_init__(self) -> None:
         self._check_parts()
         self._check_features()
+        if self.train.loss_kernel == "liger" and self.sampler.distills:
+            raise ValueError(
+                "train.loss_kernel is liger, which gives no logits for sampler.distill_weight to compare; use torch or "
+                "sampler.distill_weight 0"
+            )
         if self.train.start_from is not None and self.data.captions:
             raise ValueError("train.start_from and data.captions both say where projectors start; give one of them")
         if self.model.dtype != "float32" and self.train.precision != self.model.dtype:

@@ -18,6 +18,7 @@ from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
 from mllm.segment_attention import PackedAttention, enable_packing, obstacle
+from mllm.training.fused_loss import read_fused
 from mllm.training.objective import Distillation, Loss, read_hidden, sink, with_auxiliary
 from mllm.training.passes import Lesson
 
@@ -62,6 +63,7 @@ def run_lesson(
     device: torch.device,
     packed_attention: PackedAttention = "sdpa",
     sink_weight: float = 0.0,
+    fused_head: nn.Linear | None = None,
     **given: Any,
 ) -> tuple[Loss, Tensor]:
     """Send a lesson to the device and run it.
@@ -70,10 +72,14 @@ def run_lesson(
         model: wrapped or not. config: its own.
         num_targets: see `objective`.
         sink_weight: of the sink loss; it is not computed at 0.
+        fused_head: reads hidden states by Liger's kernel instead of logits; see `plain_head`.
         given: distillation, teachers: see `read_hidden`. features: see `frozen_features`.
 
     Returns:
         The loss, and the hidden states (P, H) at the targets, detached.
+
+    Raises:
+        ValueError: distillation, which compares logits, with a fused head.
     """
     inputs: dict[str, Any] = {key: value.to(device, non_blocking=True) for key, value in lesson.inputs.items()}
     plan = None
@@ -82,14 +88,19 @@ def run_lesson(
         inputs |= {"plan": plan, "packed_attention": packed_attention}
     features: Mapping[str, Features] | None = given.get("features")
     distillation: Distillation | None = given.get("distillation")
-    reader = partial(
-        read_hidden,
-        supervision=lesson.supervision.to(device),
-        num_targets=num_targets,
-        distillation=distillation,
-        teachers=given.get("teachers"),
-        vocabulary=config.get_text_config().vocab_size,
-    )
+    targets: dict[str, Any] = {"supervision": lesson.supervision.to(device), "num_targets": num_targets}
+    if fused_head is not None:
+        if distillation is not None:
+            raise ValueError("train.loss_kernel liger makes no logits for distillation to compare; use torch")
+        reader = partial(read_fused, linear=fused_head, **targets)
+    else:
+        reader = partial(
+            read_hidden,
+            distillation=distillation,
+            teachers=given.get("teachers"),
+            vocabulary=config.get_text_config().vocab_size,
+            **targets,
+        )
     outputs = model(
         **inputs,
         logit_positions=lesson.positions.to(device, non_blocking=True),

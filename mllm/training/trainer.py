@@ -36,6 +36,7 @@ from mllm.trainables import trainable_names
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
+from mllm.training.fused_loss import plain_head
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
 from mllm.training.objective import Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
@@ -110,6 +111,7 @@ class ElasticTrainer(Trainer):
         self.experts = ExpertUsage()
         self.pace = Pace([model.model.tower(medium) for medium in model.model.compressors])
         self.packs = args.packing and prepare_packing(model, processor)
+        self.fused_head = plain_head(model) if args.loss_kernel == "liger" else None
         self._reported_step = 0
         self._micro_batch = (-1, 0)
 
@@ -219,6 +221,7 @@ class ElasticTrainer(Trainer):
             device=self.args.device,
             packed_attention=self.args.packed_attention,
             sink_weight=self.args.sink_weight if model.training else 0.0,
+            fused_head=self.fused_head,
             **given,
         )
 

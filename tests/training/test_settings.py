@@ -75,6 +75,11 @@ def run(model: ModelSettings = MODEL, **blocks: dict[str, Any]) -> RunSettings:
         ({"train": {"parts": []}}, "train.parts is empty"),
         ({"train": {"parts": ["compressors"]}}, "model.adapter is set, but train.parts leaves it out"),
         ({"train": {"parts": ["adapter", "image"]}}, "train.parts holds image, but model.image is not set"),
+        ({"train": {"loss_kernel": "liger", "use_cpu": True}}, "train.loss_kernel is liger, .* train.use_cpu is true"),
+        (
+            {"train": {"loss_kernel": "liger"}, "sampler": {"mode": "sandwich"}},
+            "train.loss_kernel is liger, .* sampler.distill_weight",
+        ),
         ({"train": {"validate_every": 5}}, "train.validate_every is set, but data.validation names no manifest"),
         ({"train": {"validation_budgets": ["audio=four"]}}, "budget amount 'four'"),
     ],
