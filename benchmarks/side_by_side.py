@@ -3,9 +3,7 @@
 Not run by itself. Baselines are written on the weights of the same model, so that losses and gradients can be compared.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
-from turns import spread
+from outcomes import goal_text
+from turns import in_turns, ratio_of, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -180,16 +179,8 @@ def check_equal(
 
 
 def alternate(model: nn.Module, runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of every run, in turn, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            model.zero_grad(set_to_none=True)
-            started = time.process_time()
-            run()
-            if repeat:
-                seconds[name].append(time.process_time() - started)
-    return seconds
+    """CPU seconds of every run, in turns, each on a model without gradients."""
+    return in_turns(unprepared(runs), repeats, CPU, prepare=lambda: model.zero_grad(set_to_none=True))
 
 
 def saved_megabytes(run: Callable[[], object], left_out: set[int]) -> float:
@@ -229,8 +220,7 @@ def report(title: str, seconds: Mapping[str, list[float]], predicted: Mapping[st
     first = next(iter(seconds))
     for name, own in seconds.items():
         ratios = [before / after for before, after in zip(seconds[first], own, strict=True)]
-        ratio = statistics.median(seconds[first]) / statistics.median(own)
-        goal = f">= {goals[name]:.2f}x" if name in goals else ""
-        flops = predicted[first] / predicted[name]
+        ratio, flops = ratio_of(seconds[first], own), predicted[first] / predicted[name]
+        goal = goal_text(goals.get(name))
         table.add_row(name, spread(own, digits=2), f"{ratio:.2f}x", spread(ratios, digits=2), f"{flops:.2f}x", goal)
     Console(width=140).print(table)
