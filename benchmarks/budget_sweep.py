@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beam_decoding import SECONDS, build_batch, build_model, library
+from beam_decoding import FRAMES_PER_SECOND, SECONDS, build_batch, build_model, library
 from outcomes import Outcome, append, in_float32, timed
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +29,6 @@ from mllm.budget import Budget
 from mllm.cost import Item, request_cost
 
 RATES = (4, 5, 6, 8, 10, 12, 16, 20)
-FRAMES_PER_SECOND = 50
 GOAL = 3.0
 
 

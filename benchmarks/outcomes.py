@@ -43,16 +43,8 @@ class Outcome:
         # Loads are compared to a limit that is a few hundredths from an even one.
         ratio = f"{self.ratio:.3f}" if self.at_most else f"{self.ratio:.2f}x"
         flops = "-" if self.predicted is None else f"{self.predicted:.2f}x"
-        return [
-            self.what,
-            self.against,
-            ratio,
-            half,
-            flops,
-            self.check,
-            goal_text(self.goal, self.at_most),
-            self.verdict,
-        ]
+        goal = goal_text(self.goal, self.at_most)
+        return [self.what, self.against, ratio, half, flops, self.check, goal, self.verdict]
 
 
 def goal_text(goal: float | None, at_most: bool = False) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from outcomes import goal_text
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
-from outcomes import goal_text
 from turns import in_turns, ratio_of, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
