@@ -78,6 +78,11 @@ def build(
             own.data.normal_(std=0.02)
     set_trainables(model)
     enable_packing(model.model.language_model)
+    return model.train(), build_processor(settings, encoders)
+
+
+def build_processor(settings: ModelSettings, encoders: Mapping[str, PreTrainedConfig]) -> ElasticProcessor:
+    """The processor of such a model, which needs no weights."""
     media = {
         medium: {
             "encoder": config.to_dict(),
@@ -88,7 +93,7 @@ def build(
         for medium, config in encoders.items()
     }
     elastic = {"chat_format": "plain", "media": media, "members": member_names(settings)}
-    return model.train(), ElasticProcessor(TOKENIZER, elastic=elastic)
+    return ElasticProcessor(TOKENIZER, elastic=elastic)
 
 
 def words(count: int) -> str:
