@@ -1,6 +1,6 @@
 """How far the fullest of eight ranks is above the mean: batches dealt at random beside steps that are dealt out evenly.
 
-    python benchmarks/rank_balance.py [--ranks 8] [--samples 16000]
+    python benchmarks/rank_balance.py [--ranks 8] [--samples 8000]
 
 Counted, not timed: all soft and text tokens of every rank in every step of an epoch, which is what the ranks wait for;
 the figures are the same on every machine. Ours are those of `mllm data balance` (`mllm/training/balance.py`).
@@ -32,7 +32,7 @@ from turns import options
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
 from mllm.sampler import Sampler
 from mllm.settings import MediumSettings, ModelSettings
@@ -47,7 +47,7 @@ COUNTS = (576, 144, 36, 9, 1)
 PICTURE_BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]
 AUDIO_RATES, VIDEO_RATES = (4, 16), (2, 5)
 SPEECH_BUDGETS = [Budget.parse(f"audio=/{a},video=/{v}") for a, v in itertools.product(AUDIO_RATES, VIDEO_RATES)]
-TASK_MEDIA = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
+TASK_MEDIA: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
 OWN_DRAWS, SAME_DRAWS = "a budget per rank", "as drawn"
 TOKENS_PER_SECOND = 4.0
 """Of speech that is written down."""
@@ -63,17 +63,17 @@ class Case:
     goal: float | None
 
 
-def run_settings(**media: MediumSettings) -> RunSettings:
+def run_settings(model: ModelSettings) -> RunSettings:
     """A run that draws one budget per step."""
     return RunSettings(
-        model=ModelSettings(llm="random", chat_format="plain", **media),
+        model=model,
         data=DataSettings(train=["simulated"], tokens_per_batch=TOKENS_PER_BATCH),
         sampler=SamplerSettings(mode="random"),
         train=TrainSettings(output="none", epochs=1),
     )
 
 
-def sample_of(number: int, media: Sequence[str], num_tokens: int, **rest: object) -> Sample:
+def sample_of(number: int, media: Sequence[Medium], num_tokens: int, **rest: object) -> Sample:
     """A short question about media, or none, and an answer of so many tokens."""
     asked = (*(Media(medium, "none") for medium in media), Text(words(8)))
     messages = (Message("user", asked), Message("assistant", (Text(words(num_tokens)),)))
@@ -188,29 +188,31 @@ def compare(name: str, samples: Sequence[Sample], case: Case, num_ranks: int, ta
     )
 
 
+def speech_case() -> Case:
+    """Sound at rates 4 and 16, lips at 2 and 5."""
+    audio, video = (
+        MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in rates]) for rates in (AUDIO_RATES, VIDEO_RATES)
+    )
+    model = ModelSettings(llm="random", chat_format="plain", audio=audio, video=video)
+    return Case(run_settings(model), {"audio": WhisperConfig(), "video": AVHubertConfig()}, SPEECH_BUDGETS, GOAL)
+
+
+def picture_case() -> Case:
+    """Pictures of 24 x 24 patches, pooled."""
+    image = MediumSettings(encoder="random", budgets=list(COUNTS))
+    model = ModelSettings(llm="random", chat_format="plain", image=image)
+    return Case(run_settings(model), {"image": CLIPVisionConfig(image_size=336, patch_size=14)}, PICTURE_BUDGETS, GOAL)
+
+
 def main() -> None:
     """Count, compare, print."""
-    given = options(__doc__, None, ranks=8, samples=16000)
+    given = options(__doc__, None, ranks=8, samples=8000)
     table = Table(
         title=f"fullest over mean rank, {given.ranks} ranks of {TOKENS_PER_BATCH} tokens", title_justify="left"
     )
     for column in ("samples", "batches", "steps", OWN_DRAWS, "at the worst budget", "the same, padded"):
         table.add_column(column, justify="left" if column in ("samples", "batches") else "right")
-    clips = Case(
-        run_settings(
-            audio=MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in AUDIO_RATES]),
-            video=MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in VIDEO_RATES]),
-        ),
-        {"audio": WhisperConfig(), "video": AVHubertConfig()},
-        SPEECH_BUDGETS,
-        GOAL,
-    )
-    shown = Case(
-        run_settings(image=MediumSettings(encoder="random", budgets=list(COUNTS))),
-        {"image": CLIPVisionConfig(image_size=336, patch_size=14)},
-        PICTURE_BUDGETS,
-        GOAL,
-    )
+    clips, shown = speech_case(), picture_case()
     data = replace(shown.settings.data, group_by_media=True)
     grouped = replace(shown, settings=replace(shown.settings, data=data))
     mixed = pictures(given.samples, 0.06)
