@@ -13,6 +13,7 @@ from outcomes import Outcome
 from rich.console import Console
 
 LEAST: dict[str, list[str]] = {
+    "grouped_questions": ["--questions", "2", "--new-tokens", "2"],
     "beam_decoding": ["--beams", "3", "--new-tokens", "4"],
     "budget_sweep": ["--new-tokens", "4"],
     "merged_adapter": ["--new-tokens", "4"],
