@@ -9,9 +9,10 @@ The baseline fills batches in the order of length, shuffles the batches and deal
 code does (umbertocappellazzo/Omni-AVSR @7de6be2, datamodule/data_module.py, `CustomBucketDataset` and its shuffled
 loader); with `a budget per rank` every rank draws its own, as MQT-LLaVA's do by `random.choice` (gordonhu608/MQT-LLaVA
 @92c35d0, llava/model/multimodal_projector/builder.py:58-60), else all ranks draw the same. Both ways have the same
-samples, limits and counter, and must deal out every token once. FLOPs predict nothing here.
+samples, limits and counter. At every budget ours must deal out every token exactly once; the baseline repeats some
+batches in its last step, as torch's sampler does. FLOPs predict nothing here.
 
-The samples are simulated: clips of 0.5 to 6 seconds as long as those of LRS3, in equal parts for three tasks, at rates
+The samples are simulated: clips of 0.5 to 6 seconds, about as long as those of LRS3, in equal parts for three tasks, at rates
 (4, 2) to (16, 5); and pictures with conversations as in LLaVA's mix of 665k, 576 to 1 tokens each, also with 6 % of
 long conversations without a picture among them, as there. `grouped` is `data.group_by_media`.
 """
@@ -73,11 +74,13 @@ def run_settings(model: ModelSettings) -> RunSettings:
     )
 
 
-def sample_of(number: int, media: Sequence[Medium], num_tokens: int, **rest: object) -> Sample:
+def sample_of(
+    number: int, media: Sequence[Medium], num_tokens: int, *, task: str = "vqa", seconds: float = 0.0
+) -> Sample:
     """A short question about media, or none, and an answer of so many tokens."""
     asked = (*(Media(medium, "none") for medium in media), Text(words(8)))
     messages = (Message("user", asked), Message("assistant", (Text(words(num_tokens)),)))
-    return Sample(f"s{number}", messages, task=str(rest.get("task", "vqa")), meta={"seconds": rest.get("seconds", 0.0)})
+    return Sample(f"s{number}", messages, task=task, meta={"seconds": seconds})
 
 
 def speech(num_samples: int) -> list[Sample]:
@@ -125,7 +128,7 @@ def at_random(
     largest = [one.tokens(space.largest(), space) for one in looked]
     batches = filled(largest, max_tokens=data.tokens_per_batch, max_rows=data.max_rows)
     np.random.default_rng(0).shuffle(batches)
-    batches += batches[: -len(batches) % num_ranks]  # as torch's DistributedSampler fills its last step
+    batches += batches[: -len(batches) % num_ranks]  # what torch's DistributedSampler does
     fixed = costs_at(looked, budgets, draws)
     loads = {name: Load() for name in (OWN_DRAWS, SAME_DRAWS, *fixed)}
     for step, start in enumerate(range(0, len(batches), num_ranks)):
