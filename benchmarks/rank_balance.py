@@ -12,9 +12,9 @@ loader); with `a budget per rank` every rank draws its own, as MQT-LLaVA's do by
 samples, limits and counter. At every budget ours must deal out every token exactly once; the baseline repeats some
 batches in its last step, as torch's sampler does. FLOPs predict nothing here.
 
-The samples are simulated: clips of 0.5 to 6 seconds, about as long as those of LRS3, in equal parts for three tasks, at rates
-(4, 2) to (16, 5); and pictures with conversations as in LLaVA's mix of 665k, 576 to 1 tokens each, also with 6 % of
-long conversations without a picture among them, as there. `grouped` is `data.group_by_media`.
+The samples are simulated: clips of 0.5 to 6 seconds, about as long as those of LRS3, in equal parts for three tasks, at
+rates (4, 2) to (16, 5); and pictures with conversations as in LLaVA's mix of 665k, 576 to 1 tokens each, also with 6 %
+of long conversations without a picture among them, as there. `grouped` is `data.group_by_media`.
 """
 
 import itertools
