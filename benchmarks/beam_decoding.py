@@ -9,7 +9,8 @@ transformers' own on the same embeddings of 160-token prompts, which is what the
 time (umbertocappellazzo/Omni-AVSR @7de6be2, modeling_OmniAVSR.py:315-319); both are run in turns, and what is shown are
 medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/cost.py`) predict. The second
 tells, for every audio rate, seconds of compute per second of sound, encoder included, and the most memory above the
-weights. Times are CPU time of the process, or wall time on a GPU.
+weights. Decoding is bound by reading the weights and the cache, which FLOPs do not see. Times are CPU time of the
+process, or wall time on a GPU.
 """
 
 import argparse
