@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.budget import Budget
 from mllm.building import config_of_parts, member_names, put_adapters, space_settings
 from mllm.cost import llm_flops
-from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
@@ -105,7 +105,7 @@ def rows_of(processor: ElasticProcessor, rows: Sequence[tuple[Sequence[str | Loa
     """A training batch of (user parts, answer)."""
     samples, media = [], []
     for number, (parts, answer) in enumerate(rows):
-        asked = tuple(Text(own) if isinstance(own, str) else Media(own.medium, "none") for own in parts)  # type: ignore
+        asked = tuple(Text(own) if isinstance(own, str) else Media(cast(Medium, own.medium), "none") for own in parts)
         messages = (Message("user", asked), Message("assistant", (Text(answer),)))
         samples.append(Sample(f"row{number}", messages, task="benchmark"))
         media.append([own for own in parts if isinstance(own, LoadedMedia)])
