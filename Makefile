@@ -72,23 +72,9 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      time per budget beside the FLOP model, log-mel, input pipeline, beams, packed steps, folded queries,
-##                 grouped questions, growing budgets, budget sweeps, merged adapters
+## make bench      every benchmark, and one table of what they found beside their goals in runs/bench: an hour of CPU
 bench: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/budget_cost.py
-	$(BIN)/python benchmarks/log_mel.py
-	$(BIN)/python benchmarks/input_pipeline.py
-	$(BIN)/python benchmarks/beam_decoding.py
-	$(BIN)/python benchmarks/pooled_step.py
-	$(BIN)/python benchmarks/activation_memory.py
-	$(BIN)/python benchmarks/nested_step.py
-	$(BIN)/python benchmarks/speech_step.py
-	$(BIN)/python benchmarks/mixture_adapter.py
-	$(BIN)/python benchmarks/folded_queries.py
-	$(BIN)/python benchmarks/grouped_questions.py
-	$(BIN)/python benchmarks/growing_budget.py
-	$(BIN)/python benchmarks/budget_sweep.py
-	$(BIN)/python benchmarks/merged_adapter.py
+	$(BIN)/python benchmarks/all_goals.py
 
 ## make clean      remove the environment and what the tools left
 clean:

@@ -1,35 +1,40 @@
 """Beam search whose prompt is read once beside the library's own; and real-time factor and memory of speech budgets.
 
-    python benchmarks/beam_decoding.py [--repeats 5] [--threads 1] [--beams 15] [--new-tokens 25] [--device cpu]
+    python benchmarks/beam_decoding.py [--repeats 5] [--threads 1] [--rows 1] [--beams 15] [--new-tokens 25]
+        [--device cpu]
 
 The model has random weights: a 12-layer Llama, 768 wide with 12 heads and 4 for keys, 16384 words, and a Whisper of 6
 layers, 512 wide, on 30-second windows. The first table compares ids and times of `generate(num_beams=...)` and of
-transformers' own on the same embeddings of 160-token prompts; both alternate, and what is shown are medians and the
-range of the middle half. The second tells, for every audio rate, seconds of compute per second of sound, encoder
-included, and the most memory above the weights. Times are CPU time of the process, or wall time on a GPU.
+transformers' own on the same embeddings of 160-token prompts, which is what the released AVSR code calls, one row at a
+time (umbertocappellazzo/Omni-AVSR @7de6be2, modeling_OmniAVSR.py:315-319); both are run in turns, and what is shown are
+medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/cost.py`) predict. The second
+tells, for every audio rate, seconds of compute per second of sound, encoder included, and the most memory above the
+weights. Decoding is bound by reading the weights and the cache, which FLOPs do not see. Times are CPU time of the
+process, or wall time on a GPU.
 """
 
 import argparse
 import ctypes
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from outcomes import Outcome, append, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import GenerationMixin, LlamaConfig, WhisperConfig
+from turns import in_turns, options, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.building import config_of_parts, space_settings
+from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
@@ -40,46 +45,25 @@ from mllm.world.tokenizer import build_tokenizer
 
 SECONDS = 6
 RATES = (1, 2, 4, 8, 16)
+FRAMES_PER_SECOND = 50
 PREFIX_TOKENS = 160
+PREFIX_RATE = 2
+GOAL = 2.2
 VOCABULARY = 16384
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Times runs on one device."""
-
-    device: torch.device
-
-    def now(self) -> float:
-        """CPU seconds of this process, or wall seconds once the GPU is done."""
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
-
-    def alternate(self, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-        """Seconds of every run, in turn, after one round that does not count."""
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for repeat in range(repeats + 1):
-            for name, run in runs.items():
-                started = self.now()
-                run()
-                if repeat:
-                    seconds[name].append(self.now() - started)
-        return seconds
-
-    def peak_megabytes(self, run: Callable[[], object]) -> float:
-        """The most memory a run holds above what is held before it."""
-        if self.device.type != "cpu":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            run()
-            return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        before = _resident("VmRSS")
+def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
+    """The most memory a run holds above what is held before it."""
+    if device.type != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return (_resident("VmHWM") - before) / 1e3
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1e3
 
 
 def _resident(key: str) -> int:
@@ -102,14 +86,14 @@ def build_model(
         num_hidden_layers=12,
         num_attention_heads=12,
         num_key_value_heads=4,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     medium = MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in rates])
     settings = ModelSettings(llm="random", chat_format="plain", audio=medium)
-    placeholder_ids = {"audio": tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["audio"])}
+    placeholder_ids = {"audio": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["audio"]))}
     torch.manual_seed(0)
-    model = ElasticForConditionalGeneration(
+    model: Any = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"audio": audio}, placeholder_ids=placeholder_ids)
     )
     own = {
@@ -119,8 +103,7 @@ def build_model(
         "span": [],
     }
     processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"audio": own}})
-    model.to(device=device, dtype=dtype)  # pyright: ignore (PreTrainedModel.to is wrapped without its types)
-    return model.eval(), processor
+    return model.to(device=device, dtype=dtype).eval(), processor
 
 
 def build_batch(processor: ElasticProcessor, num_rows: int, words: int = 1) -> Batch:
@@ -142,7 +125,7 @@ def prompts(processor: ElasticProcessor, batch: Batch, rate: int, device: torch.
 def prefix_prompts(processor: ElasticProcessor, num_rows: int, device: torch.device) -> dict[str, Tensor]:
     """Prompts of 160 tokens: 150 soft ones (rate 2), the rest words."""
     for words in range(1, PREFIX_TOKENS):
-        inputs = prompts(processor, build_batch(processor, num_rows, words), 2, device)
+        inputs = prompts(processor, build_batch(processor, num_rows, words), PREFIX_RATE, device)
         if inputs["input_ids"].shape[1] >= PREFIX_TOKENS:
             return inputs
     raise AssertionError("words are tokens")
@@ -160,14 +143,27 @@ def library(model: ElasticForConditionalGeneration, inputs: dict[str, Tensor], o
     embeds = embed(model, inputs)
     rest = {key: value for key, value in inputs.items() if key not in (*MEDIA_KEYS, "input_ids")}
     ids = inputs["input_ids"].clamp(max=VOCABULARY - 1)
-    found: Any = GenerationMixin.generate(model, ids, inputs_embeds=embeds, **rest, **options)  # pyright: ignore
-    return found
+    mixin: Any = GenerationMixin  # its types do not tell that it generates
+    return mixin.generate(model, ids, inputs_embeds=embeds, **rest, **options)
+
+
+def predicted(config: Any, given: argparse.Namespace, length: int) -> tuple[float, float]:
+    """Ratios of FLOPs of one row, with what both do alike (encoder and compressor), and without."""
+    frames = SECONDS * FRAMES_PER_SECOND
+    item = Item("audio", frames, frames // PREFIX_RATE)
+    ours = request_cost(
+        config, [item], num_prompt_tokens=length, num_new_tokens=given.new_tokens, num_beams=given.beams
+    )
+    alike = ours.encoder + ours.compressor
+    prompt = llm_flops(config.text_config, num_tokens=length, num_logits=1, adapter=config.adapter)
+    theirs = alike + given.beams * prompt + ours.decode  # every beam reads the whole prompt
+    return theirs / ours.total, (theirs - alike) / (ours.total - alike)
 
 
 def compare(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, given: argparse.Namespace, clock: Clock
-) -> Table:
-    """The first table.
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, given: argparse.Namespace, device: torch.device
+) -> tuple[Table, list[Outcome]]:
+    """The first table, and what is found for one row, as which the released code decodes.
 
     Raises:
         SystemExit: ids differ.
@@ -175,11 +171,12 @@ def compare(
     options = {"num_beams": given.beams, "max_new_tokens": given.new_tokens, "min_new_tokens": given.new_tokens}
     options["do_sample"] = False
     table = Table(title=f"{given.beams} beams, {given.new_tokens} new tokens, {PREFIX_TOKENS}-token prompts")
-    columns = ["rows", "ids", "transformers s", "prompt read once s", "encoder of both s", "ratio", "without encoder"]
-    for name in (*columns, "peak MB", "peak MB read once"):
+    columns = ["rows", "ids", "transformers s", "prompt read once s", "encoder of both s", "ratio", "FLOPs"]
+    for name in (*columns, "without encoder", "FLOPs", "peak MB", "peak MB read once"):
         table.add_column(name, justify="right")
+    outcomes = []
     for rows in given.rows:
-        inputs = prefix_prompts(processor, rows, clock.device)
+        inputs = prefix_prompts(processor, rows, device)
         runs = {
             "library": partial(library, model, inputs, options),
             "shared": partial(model.generate, **inputs, **options),
@@ -188,16 +185,28 @@ def compare(
         expected, found = (run()[:, length:].tolist() for run in runs.values())
         if expected != found:
             raise SystemExit("FAILED: the ids differ from those of the library")
-        seconds = clock.alternate({**runs, "encoder": partial(embed, model, inputs)}, given.repeats)
-        plain, shared, encoder = (statistics.median(own) for own in seconds.values())
-        ratios = [f"{plain / shared:.2f}x", f"{(plain - encoder) / (shared - encoder):.2f}x"]
-        peaks = [f"{clock.peak_megabytes(run):.0f}" for run in runs.values()]
-        table.add_row(str(rows), "equal", *map(_spread, seconds.values()), *ratios, *peaks)
-    return table
+        seconds = in_turns(unprepared({**runs, "encoder": partial(embed, model, inputs)}), given.repeats, device)
+        own = outcomes_of(seconds, predicted(model.config, given, length), f"{given.beams} beams, {rows} row")
+        ratios = [cell for one in own for cell in (f"{one.ratio:.2f}x", f"{one.predicted:.2f}x")]
+        peaks = [f"{peak_megabytes(run, device):.0f}" for run in runs.values()]
+        table.add_row(str(rows), "equal", *map(spread, seconds.values()), *ratios, *peaks)
+        outcomes += own if rows == 1 else []
+    return table, outcomes
+
+
+def outcomes_of(seconds: dict[str, list[float]], flops: tuple[float, float], what: str) -> list[Outcome]:
+    """With the encoder, and without, which both run alike."""
+    encoder = statistics.median(seconds["encoder"])
+    plain, shared = ([own - encoder for own in seconds[name]] for name in ("library", "shared"))
+    against = "generate(num_beams) of transformers, as Omni-AVSR's"
+    return [
+        timed(what, against, seconds["library"], seconds["shared"], check="ids equal", predicted=flops[0], goal=GOAL),
+        timed(f"{what}, without encoder", against, plain, shared, check="ids equal", predicted=flops[1]),
+    ]
 
 
 def budgets(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, given: argparse.Namespace, clock: Clock
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, given: argparse.Namespace, device: torch.device
 ) -> Table:
     """The second table."""
     table = Table(title=f"one {SECONDS}-second utterance, {given.new_tokens} new tokens, encoder included")
@@ -207,45 +216,34 @@ def budgets(
         table.add_column(f"real-time factor, {beams} beams", justify="right")
         table.add_column("peak MB", justify="right")
     batch = build_batch(processor, 1)
-    runs: dict[tuple[int, int], Callable[[], object]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     lengths = {}
     for rate in RATES:
-        inputs = prompts(processor, batch, rate, clock.device)
+        inputs = prompts(processor, batch, rate, device)
         lengths[rate] = inputs["input_ids"].shape[1]
         for beams in (1, given.beams):
             options = {"num_beams": beams, "max_new_tokens": given.new_tokens, "min_new_tokens": given.new_tokens}
-            runs[rate, beams] = partial(model.generate, **inputs, **options, do_sample=False)
-    seconds = clock.alternate({str(key): run for key, run in runs.items()}, given.repeats)
+            runs[f"/{rate}, {beams}"] = partial(model.generate, **inputs, **options, do_sample=False)
+    seconds = in_turns(unprepared(runs), given.repeats, device)
     for rate in RATES:
         cells = []
         for beams in (1, given.beams):
-            times = [one / SECONDS for one in seconds[str((rate, beams))]]
-            cells += [_spread(times), f"{clock.peak_megabytes(runs[rate, beams]):.0f}"]
+            name = f"/{rate}, {beams}"
+            factors = [one / SECONDS for one in seconds[name]]
+            cells += [spread(factors), f"{peak_megabytes(runs[name], device):.0f}"]
         table.add_row(f"/{rate}", str(lengths[rate]), *cells)
     return table
 
 
-def _spread(values: list[float]) -> str:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{statistics.median(values):.3f} ({low:.3f}-{high:.3f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--beams", type=int, default=15)
-    parser.add_argument("--new-tokens", type=int, default=25)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    clock = Clock(torch.device(given.device))
-    model, processor = build_model(clock.device, getattr(torch, given.dtype))
-    console = Console(width=140)
-    console.print(compare(model, processor, given, clock))
-    console.print(budgets(model, processor, given, clock))
+    given = options(__doc__, 5, rows=[1], beams=15, new_tokens=25, with_device=True)
+    device = torch.device(given.device)
+    model, processor = build_model(device, getattr(torch, given.dtype))
+    console = Console(width=160)
+    table, outcomes = compare(model, processor, given, device)
+    console.print(table)
+    console.print(budgets(model, processor, given, device))
+    append(outcomes, given.results)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,22 @@
 The model has random weights: a CLIP tower with 12 x 12 patches, pooling, and a 6-layer Llama with LoRA. Budgets are
 timed in turn, repeat by repeat, so that a slow moment of the machine hits all of them; shown are medians and the range
 of the middle half. Before anything is timed, answers and losses of all budgets together must equal those of each alone.
+The baseline is the same model at its largest budget; there is no released code to follow.
 """
 
-import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
+from outcomes import Outcome, append, timed
 from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig
+from turns import in_turns, milliseconds, options, ratio_of, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -42,22 +43,8 @@ BUDGETS = [Budget.parse(f"image={count}") for count in (144, 36, 9, 1)]
 NUM_ROWS = 4
 NUM_NEW_TOKENS = 8
 ANSWER = "place blue at f two now and then again"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Milliseconds of CPU time of the repeats of one budget: what else runs on the machine hardly changes those."""
-
-    times_ms: list[float]
-
-    @property
-    def median(self) -> float:
-        """The middle repeat."""
-        return statistics.median(self.times_ms)
-
-    def __str__(self) -> str:
-        low, _, high = statistics.quantiles(self.times_ms, n=4, method="inclusive")
-        return f"{self.median:.0f} ({low:.0f}-{high:.0f})"
+Columns = Mapping[str, tuple[Callable[[Budget], object], Callable[[Answer], int]]]
+"""By name: what is run at a budget, and the FLOPs of one row of it."""
 
 
 def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
@@ -73,13 +60,13 @@ def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
         num_hidden_layers=6,
         num_attention_heads=6,
         num_key_value_heads=6,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     medium = MediumSettings(encoder="random", budgets=[144, 36, 9, 1], feature_layer=-1)
     lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
     settings = ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora)
-    placeholder_ids = {"image": tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"])}
+    placeholder_ids = {"image": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"]))}
     torch.manual_seed(0)
     model = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"image": vision}, placeholder_ids=placeholder_ids)
@@ -131,18 +118,6 @@ def check_equality(answerer: Answerer, prompts: Batch, lessons: Batch) -> None:
         )
 
 
-def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Measured]:
-    """Time every run in turn, `repeats` times, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            started = time.process_time()
-            run()
-            if repeat:
-                times[name].append(1000 * (time.process_time() - started))
-    return {name: Measured(own) for name, own in times.items()}
-
-
 def request_flops(model: ElasticForConditionalGeneration, answer: Answer, num_new_tokens: int) -> RequestCost:
     """What the FLOP model says about one row."""
     item = Item("image", 144, answer.tokens["image"])
@@ -165,19 +140,15 @@ def answer_exactly(answerer: Answerer, prompts: Batch, budget: Budget, num_new_t
     return answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    given = options(__doc__, 7)
     model, processor = build_model()
     answerer = Answerer(model, processor, Decoding(max_new_tokens=NUM_NEW_TOKENS))
     prompts, lessons = (build_batch(processor, for_training=training) for training in (False, True))
     check_equality(answerer, prompts, lessons)
     answers = {budget: answer_exactly(answerer, prompts, budget, 1)[0] for budget in BUDGETS}
-    columns: dict[str, tuple[Callable[[Budget], object], Callable[[Answer], int]]] = {
+    columns: Columns = {
         "first token": (
             lambda budget: answer_exactly(answerer, prompts, budget, 1),
             lambda answer: request_flops(model, answer, 1).total,
@@ -191,37 +162,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda answer: step_flops(model, lessons, answer),
         ),
     }
-    print_table(
-        answers, columns, title=f"CPU time, {NUM_ROWS} rows, {options.threads} threads", repeats=options.repeats
-    )
+    title = f"CPU time, {NUM_ROWS} rows, {given.threads} threads"
+    append(compare(answers, columns, title=title, repeats=given.repeats), given.results)
 
 
-def print_table(
-    answers: dict[Budget, Answer],
-    columns: dict[str, tuple[Callable[[Budget], object], Callable[[Answer], int]]],
-    *,
-    title: str,
-    repeats: int,
-) -> None:
-    """Measure and print; `columns` hold what is run at a budget, and the FLOPs of one row of it."""
+def compare(answers: Mapping[Budget, Answer], columns: Columns, *, title: str, repeats: int) -> list[Outcome]:
+    """Measure and print, and tell what the smallest budget saves."""
+    device = torch.device("cpu")
     measured = {
-        name: measure({str(b): partial(run, b) for b in answers}, repeats) for name, (run, _) in columns.items()
+        name: in_turns(unprepared({str(budget): partial(run, budget) for budget in answers}), repeats, device)
+        for name, (run, _) in columns.items()
     }
     table = Table(title=f"{title}, median (middle half) of {repeats}; equality checks passed", title_justify="left")
     table.add_column("budget")
     for name in columns:
         for column in (f"{name} ms", "faster", "FLOP model", "GFLOP/s"):
             table.add_column(column, justify="right")
-    first = next(iter(answers))
+    first, *_, last = answers
+    outcomes = []
     for budget, answer in answers.items():
         cells = []
         for name, (_, flops) in columns.items():
             own, most = measured[name][str(budget)], measured[name][str(first)]
             predicted = flops(answers[first]) / flops(answer)
-            speed = NUM_ROWS * flops(answer) / own.median / 1e6
-            cells += [str(own), f"{most.median / own.median:.2f}x", f"{predicted:.2f}x", f"{speed:.0f}"]
+            speed = NUM_ROWS * flops(answer) / statistics.median(own) / 1e9
+            cells += [
+                milliseconds(own, digits=0),
+                f"{ratio_of(most, own):.2f}x",
+                f"{predicted:.2f}x",
+                f"{speed:.0f}",
+            ]
+            if budget == last:
+                what, check = f"{name} at {last}", "answers and loss as each alone"
+                outcomes.append(timed(what, f"at {first}", most, own, check=check, predicted=predicted))
         table.add_row(str(budget), *cells)
     Console(width=140).print(table)
+    return outcomes
 
 
 if __name__ == "__main__":

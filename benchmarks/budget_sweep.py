@@ -2,9 +2,10 @@
 
     python benchmarks/budget_sweep.py [--repeats 3] [--threads 1] [--beams 1] [--new-tokens 25] [--device cpu]
 
-The model is that of `beam_decoding.py`. The baseline does what the evaluation of Llama-MTSK and Omni-AVSR does: for
-each configuration one whole pass, with batches of one, in which the sound is encoded again. The sweep encodes once and
-decodes all rates as rows of one batch, as `mllm evaluate` does. Both run in this process in turns; their ids are
+The model is that of `beam_decoding.py`. The baseline does what the evaluation of Llama-MTSK and Omni-AVSR does
+(umbertocappellazzo/Omni-AVSR @7de6be2, eval_OmniAVSR.py:310-337): for each configuration one whole pass, with batches
+of one, in which the sound is encoded again. The sweep encodes once and decodes all rates as rows of one batch, as
+`mllm evaluate` does. Both run in this process in turns; their ids are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
 the ratio the one that FLOPs (`mllm/cost.py`) predict, without and with the padding of the shorter prompts. Decoding is
 bound by reading the weights, which FLOPs do not see. Times are CPU time of the process, or wall time on a GPU.
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beam_decoding import SECONDS, build_batch, build_model, library
+from beam_decoding import FRAMES_PER_SECOND, SECONDS, build_batch, build_model, library
+from outcomes import Outcome, append, in_float32, timed
 from rich.console import Console
 from rich.table import Table
-from turns import in_turns, options, ratio, spread
+from turns import in_turns, options, ratio, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,7 +29,7 @@ from mllm.budget import Budget
 from mllm.cost import Item, request_cost
 
 RATES = (4, 5, 6, 8, 10, 12, 16, 20)
-FRAMES_PER_SECOND = 50
+GOAL = 3.0
 
 
 def predicted(config: Any, given: argparse.Namespace, lengths: list[int]) -> tuple[float, float]:
@@ -50,7 +52,7 @@ def predicted(config: Any, given: argparse.Namespace, lengths: list[int]) -> tup
     return ratios[0], ratios[1]
 
 
-def compare(given: argparse.Namespace) -> Table:
+def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
     model, processor = build_model(device, getattr(torch, given.dtype), RATES)
@@ -63,21 +65,21 @@ def compare(given: argparse.Namespace) -> Table:
         inputs = processor.expand(batch, [[budget] for budget in own], left_padding=True).inputs
         return {key: value.to(device) for key, value in inputs.items()}
 
-    def separate(_: None) -> list[list[int]]:
+    def separate() -> list[list[int]]:
         found = []
         for budget in budgets:
             inputs = inputs_at([budget])
             found += library(model, inputs, options)[:, inputs["input_ids"].shape[1] :].tolist()
         return found
 
-    def sweep(_: None) -> list[list[int]]:
+    def sweep() -> list[list[int]]:
         inputs = inputs_at(budgets)
         return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
-    if given.dtype == "float32" and separate(None) != sweep(None):
+    if given.dtype == "float32" and separate() != sweep():
         raise SystemExit("FAILED: the ids of the sweep differ from those of separate runs")
     lengths = inputs_at(budgets)["attention_mask"].sum(dim=1).tolist()
-    times = in_turns({"separate": separate, "sweep": sweep}, given.repeats, device)
+    times = in_turns(unprepared({"separate": separate, "sweep": sweep}), given.repeats, device)
     ways = predicted(model.config, given, lengths)
     size = f"{given.beams} beams, {given.new_tokens} new tokens"
     table = Table(title=f"{len(RATES)} rates of one {SECONDS}-second utterance, {size}")
@@ -85,12 +87,22 @@ def compare(given: argparse.Namespace) -> Table:
         table.add_column(column, justify="right")
     cells = (*map(spread, times.values()), "equal", ratio(times["separate"], times["sweep"]))
     table.add_row(*cells, *(f"{way:.2f}" for way in ways))
-    return table
+    outcome = timed(
+        f"sweep over {len(RATES)} configurations",
+        "a pass each, as Omni-AVSR's",
+        *times.values(),
+        check=in_float32("ids equal", given.dtype),
+        predicted=ways[1],
+        goal=GOAL,
+    )
+    return table, [outcome]
 
 
 def main() -> None:
     given = options(__doc__, 3, beams=1, new_tokens=25, with_device=True)
-    Console(width=160).print(compare(given))
+    table, outcomes = compare(given)
+    Console(width=160).print(table)
+    append(outcomes, given.results)
 
 
 if __name__ == "__main__":

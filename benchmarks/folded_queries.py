@@ -4,36 +4,39 @@
 
 The compressor has the sizes of MQT-LLaVA (256 queries, 24 x 24 patches of 1024, 16 heads) and random weights; the
 out-size is the LLM's, 4096 for its 7B. The unfolded forward projects queries, keys and values, attends, and projects
-twice, on the first n queries, as the released code does. Both run in this process on the same picture, in turns; their
+twice, on the first n queries, as the released code does (gordonhu608/MQT-LLaVA @92c35d0,
+llava/model/multimodal_projector/builder.py:200-204). Both run in this process on the same picture, in turns; their
 outputs are compared first, and a difference above 1e-5 of the largest output stops the benchmark. Shown are medians and
-the range of the middle half. Times are CPU time of the process, or wall time on a GPU. Folding itself, which happens
-once, is timed apart.
+the range of the middle half, and beside the ratio the one that FLOPs (`mllm/cost.py`) predict. Times are CPU time of
+the process, or wall time on a GPU. Folding itself, which happens once, is timed apart.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from outcomes import Outcome, append, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from turns import in_turns, options, seconds_of, spread
+from turns import in_turns, milliseconds, options, ratio_of, seconds_of, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.compressors import Query
+from mllm.cost import Item, compressor_flops
 
 COUNTS = (256, 144, 64, 16, 2)
-PATCHES = 576
+GOALS = {256: 1.9, 16: 4.5}
+PATCHES, IN_SIZE, NUM_HEADS = 576, 1024, 16
 
 
 def build(out_size: int, device: torch.device, dtype: torch.dtype) -> Query:
     """The released sizes; every weight is random, the initial zeros too."""
     torch.manual_seed(0)
-    query = Query(in_size=1024, out_size=out_size, query_grid=(16, 16), feature_grid=(24, 24), num_heads=16)
+    query = Query(in_size=IN_SIZE, out_size=out_size, query_grid=(16, 16), feature_grid=(24, 24), num_heads=NUM_HEADS)
     with torch.no_grad():
         for parameter in query.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -56,23 +59,31 @@ def runs_of(query: Query, pictures: Tensor, count: int) -> dict[str, Callable[[]
     return {"unfolded": unfolded, "folded": torch.no_grad()(run)}
 
 
-def milliseconds(seconds: list[float]) -> str:
-    """Median and middle half."""
-    return spread([1000 * value for value in seconds], digits=2)
+def predicted(count: int, out_size: int) -> float:
+    """Ratio of FLOPs."""
+    settings = {"compressor": "query", "num_queries": 256, "query_heads": NUM_HEADS, "budgets": list(COUNTS)}
+    item = Item("image", PATCHES, count)
+    folded, unfolded = (
+        # Keys that are never folded cost what position keys cost unfolded: one product per patch.
+        compressor_flops({**settings, "keys": keys}, item, in_size=IN_SIZE, out_size=out_size)
+        for keys in ("position", "content")
+    )
+    return unfolded / folded
 
 
-def compare(given: argparse.Namespace) -> Table:
+def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
     query = build(given.out_size, device, getattr(torch, given.dtype))
     query.requires_grad_(False)  # so that the unfolded forward keeps nothing for a backward pass
-    pictures = torch.randn(given.pictures, PATCHES, 1024, device=device, dtype=query.proj.dtype)
+    pictures = torch.randn(given.pictures, PATCHES, IN_SIZE, device=device, dtype=query.proj.dtype)
     with torch.no_grad():
         query._folds.get(tuple(query.parameters()), query._fold)  # the libraries' own first call
         folding = [seconds_of(query._fold, device) for _ in range(5)]
     table = Table(title=f"{given.pictures} pictures, ms per forward; folding itself takes {milliseconds(folding)}")
-    for column in ("soft tokens", "unfolded", "folded", "times faster", "largest difference"):
+    for column in ("soft tokens", "unfolded", "folded", "times faster", "FLOPs", "largest difference"):
         table.add_column(column, justify="right")
+    outcomes = []
     for count in COUNTS:
         runs = runs_of(query, pictures, count)
         outputs = {name: run() for name, run in runs.items()}
@@ -80,15 +91,24 @@ def compare(given: argparse.Namespace) -> Table:
         off = float((outputs["folded"] - outputs["unfolded"]).abs().max() / outputs["unfolded"].abs().max())
         if off > (1e-5 if given.dtype == "float32" else 2e-2):
             raise SystemExit(f"{count} tokens: folded and unfolded differ by {off:.1e} of the largest output")
-        times = in_turns({name: lambda _, run=run: run() for name, run in runs.items()}, given.repeats, device)
-        ratio = statistics.median(times["unfolded"]) / statistics.median(times["folded"])
-        table.add_row(str(count), *(milliseconds(times[name]) for name in runs), f"{ratio:.2f}", f"{off:.1e}")
-    return table
+        times = in_turns(unprepared(runs), given.repeats, device)
+        slow, fast = times["unfolded"], times["folded"]
+        flops = predicted(count, given.out_size)
+        cells = (milliseconds(slow), milliseconds(fast), f"{ratio_of(slow, fast):.2f}", f"{flops:.2f}", f"{off:.1e}")
+        table.add_row(str(count), *cells)
+        if count in GOALS:
+            what, check = f"position-key queries folded, {count} tokens", f"outputs within {off:.0e} of the largest"
+            outcomes.append(
+                timed(what, "MQT-LLaVA's attention", slow, fast, check=check, predicted=flops, goal=GOALS[count])
+            )
+    return table, outcomes
 
 
 def main() -> None:
     given = options(__doc__, 15, out_size=4096, pictures=1, with_device=True)
-    Console(width=140).print(compare(given))
+    table, outcomes = compare(given)
+    Console(width=140).print(table)
+    append(outcomes, given.results)
 
 
 if __name__ == "__main__":

@@ -4,36 +4,44 @@
 
 The model has random weights: a 6-layer Llama, 512 wide with 8 heads, and a CLIP of 6 layers, 384 wide, on 24 x 24
 patches, pooled to 576, 144, 36, 9 and 1 tokens as M3 does. The baseline asks one question at a time in batches of one,
-as the evaluation of M3 and MQT-LLaVA does, and encodes and reads the picture anew for each. A third run answers the
-questions in one batch that shares the encoding but not what the LLM reads. All three run in this process in turns;
-their answers are compared first, and any difference stops the benchmark. Shown are medians and the range of the middle
-half. Times are CPU time of the process, or wall time on a GPU.
+as the evaluation of M3 does (mu-cai/matryoshka-mm @ec30cd3, llava/eval/model_vqa_loader.py:73, which refuses larger
+ones; MQT-LLaVA's is the same), and encodes and reads the picture anew for each. A third run answers the questions in
+one batch that shares the encoding but not what the LLM reads. All three run in this process in turns; their answers are
+compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
+the ratio the one that FLOPs (`mllm/cost.py`) predict, which do not count the padding of shorter questions. Times are
+CPU time of the process, or wall time on a GPU.
 """
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from outcomes import Outcome, append, in_float32, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
-from turns import in_turns, options, spread
+from turns import in_turns, options, ratio_of, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.building import config_of_parts, put_adapters, space_settings
+from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.prefixes import num_common
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.world.tokenizer import build_tokenizer
 
 COUNTS = (576, 144, 36, 9, 1)
+GOALS = {576: 4.0, 1: 3.0}
+PATCHES = 576
 QUESTIONS = (
     "what colour is the circle?",
     "how many objects are there?",
@@ -69,14 +77,14 @@ def build_model(
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=8,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     medium = medium or MediumSettings(encoder="random", budgets=list(COUNTS))
     settings = ModelSettings(llm="random", chat_format="plain", image=medium, adapter=adapter)
-    placeholder_ids = {"image": tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"])}
+    placeholder_ids = {"image": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"]))}
     torch.manual_seed(0)
-    model = ElasticForConditionalGeneration(
+    model: Any = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"image": vision}, placeholder_ids=placeholder_ids)
     )
     put_adapters(model)
@@ -97,22 +105,44 @@ def build_model(
         "span": [],
     }
     processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": own}})
-    model.to(device=device, dtype=dtype)  # pyright: ignore (PreTrainedModel.to is wrapped without its types)
-    return model.eval(), processor
+    return model.to(device=device, dtype=dtype).eval(), processor
+
+
+def questions_of(number: int) -> list[str]:
+    """So many questions."""
+    return [QUESTIONS[place % len(QUESTIONS)] for place in range(number)]
+
+
+def inputs_of(processor: ElasticProcessor, texts: list[str], count: int, *, share: bool) -> Mapping[str, Tensor]:
+    """What the model is given for questions about one picture, at so many soft tokens."""
+    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(count)))
+    samples = [Sample("q", (Message("user", (Media("image", "x"), Text(text))),), task="vqa") for text in texts]
+    batch: Batch = processor.batch(samples, [[picture]] * len(texts), for_training=False)
+    budgets = [[Budget.parse(f"image={count}")] * len(texts)]
+    return processor.expand(batch, budgets, left_padding=True, share_prefixes=share).inputs
+
+
+def predicted(config: Any, prompts: Sequence[Sequence[int]], count: int, num_new_tokens: int) -> float:
+    """Ratio of FLOPs, of prompts as long as they are."""
+    text, adapter, common = config.text_config, config.adapter, num_common(prompts)
+    item = Item("image", PATCHES, count)
+    alone = [request_cost(config, [item], num_prompt_tokens=len(own), num_new_tokens=num_new_tokens) for own in prompts]
+    grouped = alone[0].encoder + alone[0].compressor
+    grouped += llm_flops(text, num_tokens=common, num_logits=1, adapter=adapter)
+    for own, cost in zip(prompts, alone, strict=True):
+        left = len(own) - common
+        grouped += llm_flops(text, num_tokens=left, past_tokens=common, num_logits=1, adapter=adapter) + cost.decode
+    return sum(cost.total for cost in alone) / grouped
 
 
 def runs_of(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, count: int, given: argparse.Namespace
 ) -> dict[str, Callable[[], list[list[int]]]]:
     """Ids of the answers to all questions, by the way they are found."""
-    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(count)))
-    texts = [QUESTIONS[number % len(QUESTIONS)] for number in range(given.questions)]
-    budget = Budget.parse(f"image={count}")
+    texts = questions_of(given.questions)
 
     def ids_of(own: list[str], *, share: bool) -> list[list[int]]:
-        samples = [Sample("q", (Message("user", (Media("image", "x"), Text(text))),), task="vqa") for text in own]
-        batch = processor.batch(samples, [[picture]] * len(own), for_training=False)
-        inputs = processor.expand(batch, [[budget] * len(own)], left_padding=True, share_prefixes=share).inputs
+        inputs = inputs_of(processor, own, count, share=share)
         moved: dict[str, Tensor] = {key: value.to(model.device) for key, value in inputs.items()}
         length = given.new_tokens
         ids = model.generate(**moved, do_sample=False, max_new_tokens=length, min_new_tokens=length)
@@ -125,28 +155,46 @@ def runs_of(
     }
 
 
-def compare(given: argparse.Namespace) -> Table:
+def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
     model, processor = build_model(device, getattr(torch, given.dtype))
     table = Table(title=f"{given.questions} questions about one picture, {given.new_tokens} new tokens each: seconds")
-    for column in ("soft tokens", "one at a time", "one batch", "grouped", "times faster", "than one batch"):
+    for column in ("soft tokens", "one at a time", "one batch", "grouped", "times faster", "FLOPs", "than one batch"):
         table.add_column(column, justify="right")
+    outcomes = []
     for count in COUNTS:
         runs = runs_of(model, processor, count, given)
         answers = {name: run() for name, run in runs.items()}
         if given.dtype == "float32" and any(found != answers["grouped"] for found in answers.values()):
             raise SystemExit(f"{count} tokens: the answers differ: {answers}")
-        times = in_turns({name: lambda _, run=run: run() for name, run in runs.items()}, given.repeats, device)
-        medians = {name: statistics.median(own) for name, own in times.items()}
-        ratios = [medians[name] / medians["grouped"] for name in ("one at a time", "one batch")]
-        table.add_row(str(count), *(spread(times[name]) for name in runs), *(f"{ratio:.2f}" for ratio in ratios))
-    return table
+        inputs = inputs_of(processor, questions_of(given.questions), count, share=False)
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        flops = predicted(model.config, [ids[mask].tolist() for ids, mask in rows], count, given.new_tokens)
+        times = in_turns(unprepared(runs), given.repeats, device)
+        alone, batched = (ratio_of(times[name], times["grouped"]) for name in ("one at a time", "one batch"))
+        cells = (*map(spread, times.values()), f"{alone:.2f}", f"{flops:.2f}", f"{batched:.2f}")
+        table.add_row(str(count), *cells)
+        if count in GOALS:
+            outcomes.append(
+                timed(
+                    f"{given.questions} questions about a picture, {count} tokens",
+                    "one at a time, as M3's",
+                    times["one at a time"],
+                    times["grouped"],
+                    check=in_float32("ids equal", given.dtype),
+                    predicted=flops,
+                    goal=GOALS[count],
+                )
+            )
+    return table, outcomes
 
 
 def main() -> None:
     given = options(__doc__, 5, questions=8, new_tokens=4, with_device=True)
-    Console(width=140).print(compare(given))
+    table, outcomes = compare(given)
+    Console(width=140).print(table)
+    append(outcomes, given.results)
 
 
 if __name__ == "__main__":

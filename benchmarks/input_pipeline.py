@@ -10,16 +10,14 @@ brightness plane of the file, cropped before anything is made float, and the mel
 
 Both are timed in turn, repeat by repeat, in CPU seconds; shown are medians and the range of the middle half, of the
 times and of the ratio within a repeat. Before anything is timed the mels must be equal to the last bit, and the lips
-within rounding of a grey clip, else the program ends with code 1; what they differ by in colour is stated.
+within rounding of a grey clip, else the program ends with code 1; what they differ by in colour is stated. Nothing is
+predicted: FLOPs are counted for models, not for decoding.
 """
 
-import argparse
-import json
-import statistics
+import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,13 @@ import av
 import numpy as np
 import soundfile
 import torch
+from outcomes import append, timed
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
+from turns import in_turns, milliseconds, options, ratio, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -115,60 +115,39 @@ def check(gray: Path, colour: Path, extractor: WhisperFeatureExtractor) -> str:
     return f"mel equal bit for bit; lips of 255, {'; '.join(words)}"
 
 
-def timed(
-    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]], repeats: int
+def measure(
+    colour: Path, extractor: WhisperFeatureExtractor, repeats: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Milliseconds of CPU time of every part, released and ours in turn, after one round that does not count."""
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
-    for repeat in range(repeats + 1):
-        for name, both in ways.items():
-            for own, way in zip(times[name], both, strict=True):
-                started = time.process_time()
-                way()
-                if repeat:
-                    own.append(1_000 * (time.process_time() - started))
-    return times
+    """Seconds of every part, and of both together, released and ours."""
+    sound = colour.with_suffix(".wav")
+    runs = {
+        "released lips": partial(released_lips, colour),
+        "our lips": partial(our_lips, colour),
+        "released mel": partial(released_mel, sound, extractor),
+        "our mel": partial(our_mel, sound, extractor),
+    }
+    times = in_turns(unprepared(runs), repeats, torch.device("cpu"))
+    parts = {part: (times[f"released {part}"], times[f"our {part}"]) for part in ("lips", "mel")}
+    before, after = ([math.fsum(own) for own in zip(*ways, strict=True)] for ways in zip(*parts.values(), strict=True))
+    return {**parts, "both": (before, after)}
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median and middle half."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f}..{high:.2f})"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, print; code 1 where the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="also write the figures into this file")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main() -> None:
+    """Check, time, print."""
+    given = options(__doc__, 9, seconds=6)
     extractor = WhisperFeatureExtractor()
     with tempfile.TemporaryDirectory() as name:
-        gray, colour = (write_clip(Path(name), options.seconds, colour=own) for own in (False, True))
+        gray, colour = (write_clip(Path(name), given.seconds, colour=own) for own in (False, True))
         differences = check(gray, colour, extractor)
-        sound = colour.with_suffix(".wav")
-        times = timed(
-            {
-                "lips": (lambda: released_lips(colour), lambda: our_lips(colour)),
-                "mel": (lambda: released_mel(sound, extractor), lambda: our_mel(sound, extractor)),
-            },
-            options.repeats,
-        )
-    sums = [[sum(own) for own in zip(*(both[way] for both in times.values()), strict=True)] for way in (0, 1)]
-    times["both"] = (sums[0], sums[1])
-    table = Table("clip of " + f"{options.seconds:g} s", "released ms", "ours ms", "times quicker", title=differences)
-    ratios = {name: [old / new for old, new in zip(*both, strict=True)] for name, both in times.items()}
+        times = measure(colour, extractor, given.repeats)
+    table = Table(f"clip of {given.seconds} s", "released ms", "ours ms", "times quicker", title=differences)
     for name, (before, after) in times.items():
-        table.add_row(name, spread(before), spread(after), spread(ratios[name]))
+        table.add_row(name, milliseconds(before), milliseconds(after), ratio(before, after))
     Console(width=130).print(table)
-    if options.json:
-        facts = {name: {"released_ms": both[0], "ours_ms": both[1]} for name, both in times.items()}
-        Path(options.json).write_text(json.dumps({"differences": differences, **facts}, indent=1), encoding="utf-8")
-    return 0 if statistics.median(ratios["both"]) >= GOAL else 1
+    equal = f"mel equal bit for bit, lips within {MAX_GRAY_DIFFERENCE} of 255"
+    outcome = timed(f"input of a clip of {given.seconds} s", "Omni-AVSR's", *times["both"], check=equal, goal=GOAL)
+    append([outcome], given.results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

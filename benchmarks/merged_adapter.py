@@ -12,16 +12,16 @@ not see. Times are CPU time of the process, or wall time on a GPU.
 import argparse
 import copy
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from grouped_questions import QUESTIONS, build_model
+from outcomes import Outcome, append, in_float32, timed
 from rich.console import Console
 from rich.table import Table
-from turns import in_turns, options, ratio, spread
+from turns import in_turns, options, ratio, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,17 +35,13 @@ TARGETS = {
 }
 
 
-def run_of(generate: Callable[[], object]) -> Callable[[Any], object]:
-    """A run that needs nothing prepared."""
-    return lambda _: generate()
-
-
-def compare(given: argparse.Namespace) -> Table:
+def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
     table = Table(title=f"LoRA of rank 16, prompt and {given.new_tokens} new tokens: seconds")
     for column in ("on", "beside", "merged", "ids", "times faster", "FLOPs", "largest difference of logits"):
         table.add_column(column, justify="right")
+    outcomes = []
     for name, targets in TARGETS.items():
         adapter = AdapterSettings(rank=16, alpha=16, targets=targets)
         model, processor = build_model(device, getattr(torch, given.dtype), adapter=adapter)
@@ -60,21 +56,26 @@ def compare(given: argparse.Namespace) -> Table:
         off = float((own - beside).abs().max() / beside.abs().max())
         if given.dtype == "float32" and (ids[0] != ids[1] or off > 1e-4):
             raise SystemExit(f"{name}: a merged adapter gives other ids, or logits that differ by {off:.1e}")
-        runs = {way: run_of(partial(one.generate, **inputs, **options)) for way, one in models.items()}
-        times = in_turns(runs, given.repeats, device)
+        runs = {way: partial(one.generate, **inputs, **options) for way, one in models.items()}
+        times = in_turns(unprepared(runs), given.repeats, device)
         length = inputs["input_ids"].shape[1]
         costs = [
             request_cost(one.config, [], num_prompt_tokens=length, num_new_tokens=given.new_tokens).total
             for one in models.values()
         ]
-        speed = ratio(times["beside"], times["merged"])
-        table.add_row(name, *map(spread, times.values()), "equal", speed, f"{costs[0] / costs[1]:.2f}", f"{off:.1e}")
-    return table
+        speed, flops = ratio(times["beside"], times["merged"]), costs[0] / costs[1]
+        table.add_row(name, *map(spread, times.values()), "equal", speed, f"{flops:.2f}", f"{off:.1e}")
+        what = f"LoRA on {name}, merged"
+        check = in_float32(f"ids equal, logits within {off:.0e}", given.dtype)
+        outcomes.append(timed(what, "beside the weights", *times.values(), check=check, predicted=flops))
+    return table, outcomes
 
 
 def main() -> None:
     given = options(__doc__, 9, new_tokens=24, with_device=True)
-    Console(width=140).print(compare(given))
+    table, outcomes = compare(given)
+    Console(width=140).print(table)
+    append(outcomes, given.results)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ answer. Losses and all gradients must agree to 1e-5 before anything is timed.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
+from outcomes import append, timed
 from side_by_side import (
     Budget,
     alternate,
@@ -43,6 +45,7 @@ from mllm.training.passes import fixed_passes, make_lesson
 SCALES = (576, 144, 36, 9, 1)
 BUDGETS = [Budget.parse(f"image={scale}") for scale in SCALES]
 SYSTEM, QUESTION, ANSWER = 40, 32, 32
+GOALS = {"packed": 1.6}
 
 
 def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
@@ -90,7 +93,8 @@ def pooled_features(model: ElasticForConditionalGeneration, pixels: Tensor, scal
     """CLIP, the projector, and the mean over equal squares of the grid."""
     with torch.no_grad():
         features = model.model.tower("image")(pixels)
-    projected = model.model.compressors["image"].projectors[0](features)  # pyright: ignore
+    compressor: Any = model.model.compressors["image"]
+    projected = compressor.projectors[0](features)
     grid = projected.transpose(1, 2).unflatten(2, (24, 24))
     size = int((576 / scale) ** 0.5)
     return functional.avg_pool2d(grid, kernel_size=size, stride=size).flatten(2).transpose(1, 2)
@@ -130,7 +134,21 @@ def main() -> None:
     worst = check_equal(model, runs)
     seconds = alternate(model, runs, given.repeats)
     title = f"step at scales {SCALES}, {given.threads} threads; losses equal, gradients within {worst:.1e}"
-    report(title, seconds, predicted(model, processor, batch), {"packed": 1.6})
+    flops = predicted(model, processor, batch)
+    report(title, seconds, flops, GOALS)
+    outcomes = [
+        timed(
+            f"step at 5 scales, {way}",
+            "loop of M3",
+            seconds["M3 loop"],
+            seconds[way],
+            check=f"losses equal, gradients within {worst:.0e}",
+            predicted=flops["M3 loop"] / flops[way],
+            goal=GOALS.get(way),
+        )
+        for way in ("packed", "memory low")
+    ]
+    append(outcomes, given.results)
 
 
 if __name__ == "__main__":

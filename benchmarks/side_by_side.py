@@ -3,26 +3,25 @@
 Not run by itself. Baselines are written on the weights of the same model, so that losses and gradients can be compared.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from outcomes import goal_text
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
-from turns import spread
+from turns import in_turns, ratio_of, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.building import config_of_parts, member_names, put_adapters, space_settings
 from mllm.cost import llm_flops
-from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
@@ -79,6 +78,11 @@ def build(
             own.data.normal_(std=0.02)
     set_trainables(model)
     enable_packing(model.model.language_model)
+    return model.train(), build_processor(settings, encoders)
+
+
+def build_processor(settings: ModelSettings, encoders: Mapping[str, PreTrainedConfig]) -> ElasticProcessor:
+    """The processor of such a model, which needs no weights."""
     media = {
         medium: {
             "encoder": config.to_dict(),
@@ -89,7 +93,7 @@ def build(
         for medium, config in encoders.items()
     }
     elastic = {"chat_format": "plain", "media": media, "members": member_names(settings)}
-    return model.train(), ElasticProcessor(TOKENIZER, elastic=elastic)
+    return ElasticProcessor(TOKENIZER, elastic=elastic)
 
 
 def words(count: int) -> str:
@@ -101,7 +105,7 @@ def rows_of(processor: ElasticProcessor, rows: Sequence[tuple[Sequence[str | Loa
     """A training batch of (user parts, answer)."""
     samples, media = [], []
     for number, (parts, answer) in enumerate(rows):
-        asked = tuple(Text(own) if isinstance(own, str) else Media(own.medium, "none") for own in parts)  # type: ignore
+        asked = tuple(Text(own) if isinstance(own, str) else Media(cast(Medium, own.medium), "none") for own in parts)
         messages = (Message("user", asked), Message("assistant", (Text(answer),)))
         samples.append(Sample(f"row{number}", messages, task="benchmark"))
         media.append([own for own in parts if isinstance(own, LoadedMedia)])
@@ -180,16 +184,8 @@ def check_equal(
 
 
 def alternate(model: nn.Module, runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of every run, in turn, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            model.zero_grad(set_to_none=True)
-            started = time.process_time()
-            run()
-            if repeat:
-                seconds[name].append(time.process_time() - started)
-    return seconds
+    """CPU seconds of every run, in turns, each on a model without gradients."""
+    return in_turns(unprepared(runs), repeats, CPU, prepare=lambda: model.zero_grad(set_to_none=True))
 
 
 def saved_megabytes(run: Callable[[], object], left_out: set[int]) -> float:
@@ -229,8 +225,7 @@ def report(title: str, seconds: Mapping[str, list[float]], predicted: Mapping[st
     first = next(iter(seconds))
     for name, own in seconds.items():
         ratios = [before / after for before, after in zip(seconds[first], own, strict=True)]
-        ratio = statistics.median(seconds[first]) / statistics.median(own)
-        goal = f">= {goals[name]:.2f}x" if name in goals else ""
-        flops = predicted[first] / predicted[name]
+        ratio, flops = ratio_of(seconds[first], own), predicted[first] / predicted[name]
+        goal = goal_text(goals.get(name))
         table.add_row(name, spread(own, digits=2), f"{ratio:.2f}x", spread(ratios, digits=2), f"{flops:.2f}x", goal)
     Console(width=140).print(table)

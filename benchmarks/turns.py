@@ -1,9 +1,10 @@
-"""Runs timed in turns in one process, for the benchmarks beside it."""
+"""Runs timed in turns in one process, and the options that all benchmarks take, for the benchmarks beside it."""
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,31 +43,60 @@ def in_turns(
     return times
 
 
-def spread(values: list[float], *, digits: int = 3) -> str:
+def unprepared(runs: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[Any], object]]:
+    """Runs that take nothing from a `prepare`, for `in_turns`."""
+    return {name: lambda _, run=run: run() for name, run in runs.items()}
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float, float]:
+    """Where a quarter, half and three quarters of the values are below."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def spread(values: Sequence[float], *, digits: int = 3) -> str:
     """Median and middle half."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    low, middle, high = middle_half(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def ratio(slow: list[float], fast: list[float]) -> str:
+def milliseconds(seconds: Sequence[float], *, digits: int = 2) -> str:
+    """Median and middle half of seconds, in milliseconds."""
+    return spread([1000 * value for value in seconds], digits=digits)
+
+
+def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Ratio of the medians."""
+    return statistics.median(slow) / statistics.median(fast)
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
     """Ratio of the medians, and the middle half of the ratios of each turn."""
-    low, _, high = statistics.quantiles([a / b for a, b in zip(slow, fast, strict=True)], n=4, method="inclusive")
-    return f"{statistics.median(slow) / statistics.median(fast):.2f} ({low:.2f}-{high:.2f})"
+    low, _, high = middle_half([a / b for a, b in zip(slow, fast, strict=True)])
+    return f"{ratio_of(slow, fast):.2f} ({low:.2f}-{high:.2f})"
 
 
-def options(doc: str | None, repeats: int, *, with_device: bool = False, **counts: int) -> argparse.Namespace:
+def options(
+    doc: str | None, repeats: int | None, *, with_device: bool = False, **counts: int | Sequence[int]
+) -> argparse.Namespace:
     """What benchmarks take on the command line; sets the number of threads.
 
     Args:
-        repeats: times that count, by default. counts: further whole numbers by name, with their defaults.
+        repeats: times that count, by default, at least 2; None where nothing is timed, and what is given is ignored.
+        counts: further whole numbers, or lists of them, by name, with their defaults.
         with_device: also take a device and a dtype.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"repeats": repeats, "threads": 1, **counts}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--results", type=Path, help="append the outcomes to this file, as lines of JSON")
+    parser.add_argument("--repeats", type=int, default=repeats, help="ignored" if repeats is None else None)
+    for name, default in {"threads": 1, **counts}.items():
+        shape: dict[str, Any] = {} if isinstance(default, int) else {"nargs": "+"}
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, **shape)
     if with_device:
         parser.add_argument("--device", default="cpu")
         parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
+    if given.repeats is not None and given.repeats < 2:
+        parser.error(f"--repeats is {given.repeats}; a middle half needs at least 2")
     torch.set_num_threads(given.threads)
     return given

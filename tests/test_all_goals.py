@@ -1,0 +1,87 @@
+"""The benchmarks run, find that their ways are equal, and hand on outcomes that one table can show.
+
+The slow test is there because a benchmark that nobody runs breaks with the next renaming.
+"""
+
+import subprocess
+from pathlib import Path
+
+import all_goals
+import outcomes
+import pytest
+from outcomes import Outcome
+from rich.console import Console
+
+LEAST: dict[str, list[str]] = {
+    "grouped_questions": ["--questions", "2", "--new-tokens", "2"],
+    "beam_decoding": ["--beams", "3", "--new-tokens", "4"],
+    "budget_sweep": ["--new-tokens", "4"],
+    "merged_adapter": ["--new-tokens", "4"],
+    "rank_balance": ["--samples", "2000"],
+}
+"""Smaller sizes of what would take minutes."""
+
+MET = Outcome("a step", "the loop", 1.64, "equal", low=1.6, high=1.7, predicted=1.7, goal=1.6)
+MISSED = Outcome("eight ranks", "random dealing: 1.550", 1.218, "every token once", goal=1.05, at_most=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_goals.benchmarks())
+def test_a_benchmark_runs_and_hands_on_outcomes(name: str, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    command = [*all_goals.command_of(name, results, 2), *LEAST.get(name, [])]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    found = outcomes.read(results)
+    assert found
+    for own in found:
+        assert own.what
+        assert own.against
+        assert own.check
+        assert own.ratio > 0
+        assert own.low is None or own.high is None or 0 < own.low <= own.high
+        assert own.predicted is None or own.predicted > 0
+        assert own.verdict in (("met", "missed") if own.goal else ("",))
+
+
+def test_every_file_of_the_folder_is_a_benchmark_or_known_as_a_part() -> None:
+    parts = {"all_goals", "outcomes", "side_by_side", "turns"}
+    assert {path.stem for path in all_goals.FOLDER.glob("*.py")} == parts | set(all_goals.benchmarks())
+
+
+def test_one_table_holds_goals_from_below_and_from_above(tmp_path: Path) -> None:
+    path = tmp_path / "goals.jsonl"
+    assert outcomes.read(path) == []
+    outcomes.append([MET], path)
+    outcomes.append([MISSED], path)
+    outcomes.append([MISSED], None)
+    assert outcomes.read(path) == [MET, MISSED]
+    assert outcomes.markdown_of([MET, MISSED]).splitlines()[2:] == [
+        "| a step | the loop | 1.64x | 1.60-1.70 | 1.70x | equal | >= 1.60x | met |",
+        "| eight ranks | random dealing: 1.550 | 1.218 | counted | - | every token once | <= 1.05 | missed |",
+    ]
+    console = Console(width=200, record=True, quiet=True)
+    console.print(outcomes.table_of([MET, MISSED]))
+
+
+def test_a_goal_is_met_on_its_side_and_exactly() -> None:
+    def verdict(ratio: float, goal: float | None, *, at_most: bool = False) -> str:
+        return Outcome("a", "b", ratio, "equal", goal=goal, at_most=at_most).verdict
+
+    assert [verdict(own, 2.0) for own in (1.99, 2.0, 2.01)] == ["missed", "met", "met"]
+    assert [verdict(own, 1.05, at_most=True) for own in (1.04, 1.05, 1.06)] == ["met", "met", "missed"]
+    assert verdict(5.0, None) == ""
+
+
+def test_the_ratio_of_times_is_that_of_medians() -> None:
+    own = outcomes.timed("a", "b", [2.0, 4.0, 9.0], [1.0, 2.0, 3.0], check="equal", goal=2.0)
+    assert (own.ratio, own.low, own.high, own.verdict) == (2.0, 2.0, 2.5, "met")
+
+
+def test_a_failing_benchmark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("raise SystemExit('FAILED: they differ')\n")
+    (tmp_path / "sound.py").write_text("pass\n")
+    monkeypatch.setattr(all_goals, "FOLDER", tmp_path)
+    console = Console(quiet=True)
+    assert all_goals.run_all(["broken", "sound"], tmp_path, None, console) == ["broken"]
+    assert "they differ" in (tmp_path / "broken.txt").read_text()
