@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine, Quarantined
-from mllm.data.together import parted, whole
+from mllm.data.together import merged, parted
 from mllm.transforms import random_generator
 
 MAX_SUBSTITUTES = 8
@@ -81,11 +81,13 @@ class ManifestDataset(Dataset[Item | Quarantined]):
         Args:
             name: whose chance it is, a sample id.
         """
-        generator = None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
         if len(samples) == 1:
-            return [self.load(samples[0], generator=generator)]
-        own = whole(samples, name)
-        return parted(self.load(own, generator=generator), own, samples)
+            return [self.load(samples[0], generator=self._generator(epoch, name))]
+        loaded = {own.media: self.load(own, generator=self._generator(epoch, name)) for own in merged(samples, name)}
+        return parted(loaded, samples)
+
+    def _generator(self, epoch: int, name: str) -> np.random.Generator | None:
+        return None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
 
     def _group(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
         """Items of one group and epoch."""

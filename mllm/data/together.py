@@ -3,7 +3,7 @@
 Knows samples, and how many tokens each costs. Does not know batches, chance or how media are loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,13 +58,31 @@ def fitting(
     return parts
 
 
-def whole(samples: Sequence[Sample], name: str) -> Sample:
-    """All media of samples as those of one sample, each once: first those of the sample that has most.
+def merged(samples: Sequence[Sample], name: str) -> list[Sample]:
+    """What to load so that every file of samples that share some is loaded once: one sample that holds all media.
 
-    What belongs to one message stays in one, since sounds and videos of a message may be one clip.
+    Where pictures are among them, one for every list of media instead: how many tiles a picture is cut into may depend
+    on what stands beside it, so only samples with the very same media share them.
 
     Args:
-        name: the id of the new sample.
+        name: the id of the new samples.
+    """
+    if any(part.medium == "image" for sample in samples for part in sample.media):
+        return [replace(own, id=name) for own in {sample.media: sample for sample in samples}.values()]
+    return [_whole(samples, name)]
+
+
+def parted(loaded: Mapping[tuple[Media, ...], Sequence[Any]], samples: Sequence[Sample]) -> list[list[Any]]:
+    """What was loaded of `merged` samples, by their media, as the media of each sample; the same objects."""
+    known = {media: dict(zip(media, values, strict=True)) for media, values in loaded.items()}
+    (whole, *_) = known.values()
+    return [[known.get(sample.media, whole)[part] for part in sample.media] for sample in samples]
+
+
+def _whole(samples: Sequence[Sample], name: str) -> Sample:
+    """All media of samples, each once: first those of the sample that has most.
+
+    What belongs to one message stays in one, since sounds and videos of a message may be one clip.
     """
     most = max(samples, key=lambda sample: len(sample.media))
     seen: set[Media] = set()
@@ -75,9 +93,3 @@ def whole(samples: Sequence[Sample], name: str) -> Sample:
             seen |= new.keys()
             messages += [Message("user", tuple(new))] if new else []
     return replace(most, id=name, messages=tuple(messages))
-
-
-def parted(loaded: Sequence[Any], own: Sample, samples: Sequence[Sample]) -> list[list[Any]]:
-    """What was loaded of the media of `whole` samples, as the media of each sample; the same objects."""
-    known = dict(zip(own.media, loaded, strict=True))
-    return [[known[part] for part in sample.media] for sample in samples]

@@ -12,7 +12,7 @@ from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.pairs import clip_pairs
 from mllm.data.quarantine import Quarantined
-from mllm.data.together import fitting, sharers, whole
+from mllm.data.together import fitting, merged, sharers
 
 
 def sample(name: str, *files: str, root: str = "") -> Sample:
@@ -45,11 +45,27 @@ def test_groups_are_cut_to_what_a_batch_holds() -> None:
 
 
 def test_a_whole_group_holds_every_file_once_and_its_clips_stay_clips() -> None:
-    own = whole([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
+    (own,) = merged([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
     assert (own.id, own.media) == ("asr0", (Media("audio", "0.wav"), Media("video", "0.mp4")))
     assert clip_pairs(own) == [(0, 1)]
-    apart = whole([sample("a", "x/1.wav"), sample("b", "y/1.mp4")], "a")
+    (apart,) = merged([sample("a", "x/1.wav"), sample("b", "y/1.mp4")], "a")
     assert clip_pairs(apart) == []
+
+
+def test_pictures_are_shared_by_samples_with_the_very_same_media() -> None:
+    """A cap on all media of a request may cut a picture into fewer tiles beside another one."""
+    one, two = Media("image", "1.png"), Media("image", "2.png")
+    samples = [
+        Sample(name, (Message("user", (*media, Text("what?"))),), task="t")
+        for name, media in (("a", [one]), ("b", [one, two]), ("c", [one]))
+    ]
+    assert sharers(samples) == [[0, 1, 2]]
+    load = Loader()
+    items = ManifestDataset(samples, load=load, groups=sharers(samples)).__getitems__([0, 1, 2])
+    found = [item.media for item in items if isinstance(item, Item)]
+    assert load.seen == ["1.png", "1.png", "2.png"]
+    assert found[0][0] is found[2][0]
+    assert found[0][0] is not found[1][0]
 
 
 @pytest.mark.parametrize("case", range(60))
