@@ -72,7 +72,7 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      every benchmark, and one table of what they found beside their goals in runs/bench: an hour of CPU
+## make bench      every benchmark, and one table of what they found beside their goals in runs/bench: 20 idle minutes
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/all_goals.py
 
