@@ -84,7 +84,7 @@ class Growing:
 
     def num_question_tokens(self, text: str | None = None) -> int:
         """Tokens of the text behind the picture, which every question reads for itself."""
-        return self._prompt(text)[0].shape[1] - self.num_kept_tokens
+        return len(self._prompt(text)[0]) - self.num_kept_tokens
 
     @torch.no_grad()
     def extend(self, budget: Budget | str) -> None:
@@ -116,26 +116,27 @@ class Growing:
     def answer(self, text: str | None = None) -> Answer:
         """Answer a question about the picture at the present budget, as `Answerer.answer` does."""
         processor, decoding = self.answerer.processor, self.answerer.decoding
-        ids, mask, row = self._prompt(text)
-        behind = ids[0, self.num_kept_tokens : -1].tolist()  # `generate` reads the last one itself
+        ids, row = self._prompt(text)
+        behind = ids[self.num_kept_tokens : -1]  # `generate` reads the last one itself
         # A question of which nothing is read here is read by `generate`, in its first pass, with every beam.
         reads = self._unread.shape[1] > 0 or (decoding.num_beams > 1 and behind)
         cache = self._read(behind)[1] if reads else _copy(self._cache)
         if decoding.num_beams > 1:
             cache = spread(cache, decoding.num_beams)
-        options = self.answerer.options()
+        prompt = torch.tensor([ids], device=self._model.device)
+        options = {**self._member_inputs(), **self.answerer.options()}
         with decoding.chance():
             found = self._model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, **self._member_inputs(), **options
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options
             )
-        new = self.answerer.ended(found[0, ids.shape[1] :].tolist())
+        new = self.answerer.ended(found[0, len(ids) :].tolist())
         extents = [run.extent for run in row.runs]
         return Answer(
             text=processor.batch_decode([new], skip_special_tokens=True)[0].strip(),
             budget=self.budget,
             tokens=tokens_by_medium(extents, [self._cost]),
             is_trained=is_trained(extents, [self._cost], processor.space),
-            num_prompt_tokens=ids.shape[1],
+            num_prompt_tokens=len(ids),
             num_new_tokens=len(new),
             num_shared_tokens=self.num_read_tokens,
         )
@@ -143,8 +144,7 @@ class Growing:
     @torch.no_grad()
     def logits(self, text: str | None = None) -> Tensor:
         """Logits (V,) of the first token of an answer: how sure the model is tells whether growing is worth it."""
-        ids, _, _ = self._prompt(text)
-        return self._read(ids[0, self.num_kept_tokens :].tolist())[0]
+        return self._read(self._prompt(text)[0][self.num_kept_tokens :])[0]
 
     def _cost_of(self, budget: Budget) -> Cost:
         return self._row.costs(budget, self.answerer.processor.space)[0]
@@ -198,17 +198,15 @@ class Growing:
             self._unread = self._unread[:, :0]
         return output.logits[0, -1], cache
 
-    def _prompt(self, text: str | None) -> tuple[Tensor, Tensor, Row]:
-        """Ids and mask (1, S) of a question, the pad id in place of each soft token, and its row."""
+    def _prompt(self, text: str | None) -> tuple[list[int], Row]:
+        """The ids of a question, the pad id in place of each soft token, and its row."""
         processor = self.answerer.processor
         samples, _ = self.answerer.samples_about(self._files, [text])
         row = processor.batch(samples, [self._loaded], for_training=False).rows[0]
         place = len(self._before)
         assert list(row.ids[:place]) == self._before
         assert row.ids[place] == processor.placeholder_ids[MEDIUM]
-        ids = [*self._before, *[processor.pad_id] * self._cost.tokens, *row.ids[place + 1 :]]
-        prompt = torch.tensor([ids], device=self._model.device)
-        return prompt, torch.ones_like(prompt), row
+        return [*self._before, *[processor.pad_id] * self._cost.tokens, *row.ids[place + 1 :]], row
 
 
 def _copy(cache: DynamicCache) -> DynamicCache:
