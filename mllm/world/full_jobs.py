@@ -111,6 +111,7 @@ def recipe(
     model, data, train = values["model"], values["data"], values["train"]
     model["seed"] = train["seed"] = seed
     data["num_workers"] = 0
+    data["share_media"] = False  # models of one task have nothing to share, and all are to see batches made alike
     data["features"] = {"folder": str(Path(settings.out) / "features"), "versions": versions, "seed": settings.seed}
     train |= {"max_steps": steps, "warmup_steps": steps // 9, "log_every": max(steps // num_reports, 1)}
     train |= {"output": str(Path(settings.out) / name), "progress": False, "tensorboard": False}
