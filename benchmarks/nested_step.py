@@ -14,15 +14,13 @@ prompt, a picture, 32 of question, 32 of answer. Losses and all gradients must a
 from functools import partial
 
 import torch
-from outcomes import append, timed
 from side_by_side import (
     Budget,
-    alternate,
+    Compared,
     build,
-    check_equal,
+    compare_steps,
     packed_llm_flops,
     packed_step,
-    report,
     rows_of,
     words,
 )
@@ -132,27 +130,14 @@ def main() -> None:
         "8 passes, encoded once": partial(mqt_passes, model, processor, batch, encode_once=True),
         "packed": partial(packed_step, model, processor, batch, BUDGETS),
     }
-    worst = check_equal(model, runs)
-    seconds = alternate(model, runs, given.repeats)
-    title = f"budgets {COUNTS}, {given.threads} threads; losses equal, gradients within {worst:.1e}"
-    flops = predicted(model, processor, batch)
-    report(title, seconds, flops, {"packed": GOAL})
-    outcomes = [
-        timed(
-            "step at 8 nested budgets, packed",
-            against,
-            seconds[baseline],
-            seconds["packed"],
-            check=f"losses equal, gradients within {worst:.0e}",
-            predicted=flops[baseline] / flops["packed"],
-            goal=goal,
-        )
+    pairs = [
+        Compared("step at 8 nested budgets, packed", "packed", against, baseline, goal)
         for baseline, against, goal in (
             ("8 passes", "8 passes, as MQT-LLaVA's", GOAL),
             ("8 passes, encoded once", "8 passes, encoded once", None),
         )
     ]
-    append(outcomes, given.results)
+    compare_steps(model, runs, given, title=f"budgets {COUNTS}", flops=predicted(model, processor, batch), pairs=pairs)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from outcomes import append, timed
 from side_by_side import (
     Budget,
-    alternate,
+    Compared,
     build,
-    check_equal,
+    compare_steps,
     low_memory_step,
     packed_llm_flops,
     packed_step,
-    report,
     rows_of,
     words,
 )
@@ -131,24 +129,13 @@ def main() -> None:
         "packed": partial(packed_step, model, processor, batch, BUDGETS),
         "memory low": partial(low_memory_step, model, processor, batch, BUDGETS),
     }
-    worst = check_equal(model, runs)
-    seconds = alternate(model, runs, given.repeats)
-    title = f"step at scales {SCALES}, {given.threads} threads; losses equal, gradients within {worst:.1e}"
-    flops = predicted(model, processor, batch)
-    report(title, seconds, flops, GOALS)
-    outcomes = [
-        timed(
-            f"step at 5 scales, {way}",
-            "loop of M3",
-            seconds["M3 loop"],
-            seconds[way],
-            check=f"losses equal, gradients within {worst:.0e}",
-            predicted=flops["M3 loop"] / flops[way],
-            goal=GOALS.get(way),
-        )
+    pairs = [
+        Compared(f"step at 5 scales, {way}", way, "loop of M3", "M3 loop", GOALS.get(way))
         for way in ("packed", "memory low")
     ]
-    append(outcomes, given.results)
+    compare_steps(
+        model, runs, given, title=f"step at scales {SCALES}", flops=predicted(model, processor, batch), pairs=pairs
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
 from mllm.sampler import Sampler
 from mllm.settings import MediumSettings, ModelSettings
-from mllm.training.balance import Load, simulate
+from mllm.training.balance import Load, drawn_tokens, simulate
 from mllm.training.run import build_sampler
 from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.training.survey import Looked, look_all
@@ -147,12 +147,6 @@ def at_random(
 def costs_at(looked: Sequence[Looked], budgets: Sequence[Budget], draws: Sampler) -> dict[str, np.ndarray]:
     """Tokens of every sample at each budget."""
     return {str(budget): np.array([one.tokens(budget, draws.space) for one in looked]) for budget in budgets}
-
-
-def drawn_tokens(one: Looked, draws: Sampler, number: int) -> int:
-    """Tokens of a sample in all passes of a draw."""
-    media = {extent.medium for extent in one.extents}
-    return sum(one.tokens(draw.budget, draws.space) for draw in draws(number, media))
 
 
 def worst(loads: Mapping[str, Load], *, padded: bool = False) -> float:

@@ -3,13 +3,15 @@
 Not run by itself. Baselines are written on the weights of the same model, so that losses and gradients can be compared.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from outcomes import goal_text
+from outcomes import append, goal_text, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -229,3 +231,50 @@ def report(title: str, seconds: Mapping[str, list[float]], predicted: Mapping[st
         goal = goal_text(goals.get(name))
         table.add_row(name, spread(own, digits=2), f"{ratio:.2f}x", spread(ratios, digits=2), f"{flops:.2f}x", goal)
     Console(width=140).print(table)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A way of a step beside another, by their names in the runs: a row of the table of goals."""
+
+    what: str
+    way: str
+    against: str
+    baseline: str
+    goal: float | None = None
+
+
+def compare_steps(
+    model: nn.Module,
+    runs: Mapping[str, Callable[[], float]],
+    given: argparse.Namespace,
+    *,
+    title: str,
+    flops: Mapping[str, float],
+    pairs: Sequence[Compared],
+) -> None:
+    """Check that steps are equal, time them in turns, show both, and hand outcomes on.
+
+    Args:
+        given: the options of a benchmark. flops: what the FLOP model says, by run.
+
+    Raises:
+        SystemExit: a loss or a gradient differs.
+    """
+    worst = check_equal(model, runs)
+    seconds = alternate(model, runs, given.repeats)
+    goals = {own.way: own.goal for own in pairs if own.goal is not None}
+    report(f"{title}, {given.threads} threads; losses equal, gradients within {worst:.1e}", seconds, flops, goals)
+    outcomes = [
+        timed(
+            own.what,
+            own.against,
+            seconds[own.baseline],
+            seconds[own.way],
+            check=f"losses equal, gradients within {worst:.0e}",
+            predicted=flops[own.baseline] / flops[own.way],
+            goal=own.goal,
+        )
+        for own in pairs
+    ]
+    append(outcomes, given.results)

@@ -20,15 +20,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from outcomes import append, timed
 from side_by_side import (
     CPU,
     Budget,
-    alternate,
+    Compared,
     build,
-    check_equal,
+    compare_steps,
     packed_llm_flops,
-    report,
     rows_of,
     words,
 )
@@ -159,24 +157,18 @@ def main() -> None:
         "packed": partial(packed, model, processor, batch, None),
         "packed, cached": partial(packed, model, processor, batch, features),
     }
-    worst = check_equal(model, runs)
-    seconds = alternate(model, runs, given.repeats)
-    title = f"three tasks of a clip of {SECONDS} s, {given.threads} threads; gradients within {worst:.1e}"
-    flops = predicted(model, processor, batch)
-    report(title, seconds, flops, GOALS)
-    outcomes = [
-        timed(
-            f"step on 3 tasks of a clip, {way}",
-            "step of Omni-AVSR",
-            seconds["Omni-AVSR's"],
-            seconds[way],
-            check=f"losses equal, gradients within {worst:.0e}",
-            predicted=flops["Omni-AVSR's"] / flops[way],
-            goal=goal,
-        )
+    pairs = [
+        Compared(f"step on 3 tasks of a clip, {way}", way, "step of Omni-AVSR", "Omni-AVSR's", goal)
         for way, goal in GOALS.items()
     ]
-    append(outcomes, given.results)
+    compare_steps(
+        model,
+        runs,
+        given,
+        title=f"three tasks of a clip of {SECONDS} s",
+        flops=predicted(model, processor, batch),
+        pairs=pairs,
+    )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class Growing:
         ids, row = self._prompt(text)
         behind = ids[self.num_kept_tokens : -1]  # `generate` reads the last one itself
         # A question of which nothing is read here is read by `generate`, in its first pass, with every beam.
-        reads = self._unread.shape[1] > 0 or (decoding.num_beams > 1 and behind)
+        reads = self._unread.shape[1] > 0 or (decoding.num_beams > 1 and len(behind) > 0)
         cache = self._read(behind)[1] if reads else _copy(self._cache)
         if decoding.num_beams > 1:
             cache = spread(cache, decoding.num_beams)

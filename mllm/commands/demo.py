@@ -22,7 +22,7 @@ SUMMARY = "make a small world, train one elastic model on it, evaluate it at eve
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The demo takes about 8 minutes on 2 CPU cores; what is left out has the defaults of what is run."""
+    """The demo takes about 6 minutes on 2 idle CPU cores; what is left out has the defaults of what is run."""
 
     full: bool = False
     """Instead compare elastic models with separately trained ones, three times over; takes less than an hour on 2 CPU

@@ -6,6 +6,7 @@ and how a batch is encoded are callables it is given.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -73,7 +74,7 @@ class ManifestDataset(Dataset[Item | Quarantined]):
         return len(self.samples)
 
     def __getitem__(self, key: SampleKey | int) -> Item | Quarantined:
-        return self._group([key])[0]
+        return self._group([_place(key)])[0]
 
     def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[Any]:
         """The media of each of some samples as they are in an epoch; what two of them hold is loaded once.
@@ -89,44 +90,40 @@ class ManifestDataset(Dataset[Item | Quarantined]):
     def _generator(self, epoch: int, name: str) -> np.random.Generator | None:
         return None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
 
-    def _group(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
+    def _group(self, places: Sequence[SampleKey]) -> list[Item | Quarantined]:
         """Items of one group and epoch."""
-        places = [key if isinstance(key, tuple) else SampleKey(0, key) for key in keys]
-        epoch = places[0].epoch
+        epoch, first = places[0]
         samples = [self.samples[place.index] for place in places]
-        name = samples[0].id if self._first is None else self.samples[self._first[places[0].index]].id
+        name = self.samples[first if self._first is None else self._first[first]].id
         try:
             loaded = self.load_in(samples, epoch, name)
         except ValueError as error:
-            if len(keys) > 1:  # one of them may be good without what the others hold
-                return [item for key in keys for item in self._group([key])]
+            if len(places) > 1:  # one of them may be good without what the others hold
+                return [item for place in places for item in self._group([place])]
             return [Quarantined.of(samples[0].id, epoch, error)]
         return [Item(sample, media, epoch) for sample, media in zip(samples, loaded, strict=True)]
 
-    def _parts(self, keys: Sequence[SampleKey | int]) -> list[list[SampleKey | int]]:
+    def _parts(self, places: Sequence[SampleKey]) -> list[list[SampleKey]]:
         """Neighbours of one group and epoch together."""
-        parts: list[list[SampleKey | int]] = []
-        last = None
-        for key in keys:
-            epoch, index = key if isinstance(key, tuple) else (0, key)
-            own = None if self._first is None else (epoch, self._first[index])
-            if own is not None and own == last:
-                parts[-1].append(key)
-            else:
-                parts.append([key])
-            last = own
-        return parts
+        if (first := self._first) is None:
+            return [[place] for place in places]
+        return [list(part) for _, part in groupby(places, key=lambda place: (place.epoch, first[place.index]))]
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
         """A batch, at once: what a data loader calls when this is defined."""
-        items = [item for part in self._parts(keys) for item in self._group(part)]
-        last = keys[-1]
-        epoch, index = last if isinstance(last, tuple) else (0, last)
+        places = [_place(key) for key in keys]
+        items = [item for part in self._parts(places) for item in self._group(part)]
+        epoch, index = places[-1]
         for step in range(1, MAX_SUBSTITUTES + 1):
             if not all(isinstance(item, Quarantined) for item in items):
                 break
             items.append(self[SampleKey(epoch, (index + step) % len(self.samples))])
         return items
+
+
+def _place(key: SampleKey | int) -> SampleKey:
+    """A key; a bare index is one of the first epoch."""
+    return SampleKey(*key) if isinstance(key, tuple) else SampleKey(0, key)
 
 
 class Collator(Generic[Encoded]):

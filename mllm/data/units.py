@@ -5,6 +5,7 @@ Knows costs of samples. Does not know batches, processes or what a cost is made 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Units:
         flat = np.array([index for group in together for index in group], np.int64)
         in_none = np.setdiff1d(alone, flat)
         flat = np.concatenate([flat, alone])
-        sizes = np.array([len(group) for group in together] + [1] * len(alone), np.int64)
+        sizes = np.concatenate([np.array([len(group) for group in together], np.int64), np.ones_like(alone)])
         bounds = np.concatenate([[0], sizes.cumsum()])
         if not together:  # a large data set: nothing of it is looked at one by one
             return cls(flat, bounds, costs[0], costs, kinds, alone)
@@ -55,12 +56,12 @@ class Units:
             dealt=np.concatenate([np.arange(len(together)), len(together) + in_none]),
         )
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """(U,) samples of each."""
         return np.diff(self.bounds)
 
-    @property
+    @cached_property
     def padded(self) -> np.ndarray:
         """(U,) tokens of each, all its samples padded to the longest."""
         return self.rows * self.longest

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mllm.budget import Budget, Space
+from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
@@ -77,14 +77,14 @@ def simulate(
             break
         drawn = np.zeros(len(samples), np.int64)
         for index in (index for batch in dealt for index in batch):
-            drawn[index] = _drawn(looked[index], draws, step, space)
+            drawn[index] = drawn_tokens(looked[index], draws, step)
         loads["as drawn"].add(drawn, dealt, num_ranks)
         for name, costs in fixed.items():
             loads[name].add(costs, dealt, num_ranks)
     return loads
 
 
-def _drawn(one: Looked, draws: Sampler, step: int, space: Space) -> int:
-    """Tokens of all passes of a sample in a step."""
+def drawn_tokens(one: Looked, draws: Sampler, step: int) -> int:
+    """Tokens, soft and text, of all passes of a sample in a step."""
     media = {extent.medium for extent in one.extents}
-    return sum(one.tokens(draw.budget, space) for draw in draws(step, media))
+    return sum(one.tokens(draw.budget, draws.space) for draw in draws(step, media))

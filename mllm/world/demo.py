@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """How much the demo does; the defaults take about 8 minutes on 2 CPU cores."""
+    """How much the demo does; the defaults take about 6 minutes on 2 idle CPU cores."""
 
     out: str = "runs/demo"
     """Folder of the corpora, the run, the evaluation and the plot."""
