@@ -29,10 +29,12 @@ from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.new_tokens import mean_of_pieces
+from mllm.precision import keep_in_float32
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
-from mllm.trainables import is_sharded
+from mllm.trainables import is_sharded, part_of, whole
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (
@@ -58,6 +60,7 @@ def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, Ela
     for medium, own in settings.media.items():
         if own.query_start == "pyramid":
             _read_places(model.model.compressors[medium], seed=settings.seed)
+    _start_new_tokens(model, processor)
     return model, processor
 
 
@@ -74,6 +77,7 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
     tokenizer = AutoTokenizer.from_pretrained(resolve_source(settings.llm))
     wanted = [PLACEHOLDER_TOKENS[medium] for medium in settings.encoded_media]
     wanted += [token for medium in settings.media.values() for token in medium.span]
+    _check_ends(tokenizer, settings.llm)
     known = tokenizer.get_vocab()
     if missing := [token for token in dict.fromkeys(wanted) if token not in known]:
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
@@ -102,6 +106,48 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
     return ElasticProcessor(tokenizer, elastic=elastic)
 
 
+def _check_ends(tokenizer: Any, llm: str) -> None:
+    """See that the LLM has rows for what begins and ends texts; a pad beyond its rows is forgotten, for none is read.
+
+    Raises:
+        ValueError: a beginning or an end that the LLM can neither read nor say.
+    """
+    num_rows = _read_config(llm).get_text_config().vocab_size
+    for kind in ("bos", "eos"):
+        if (place := getattr(tokenizer, f"{kind}_token_id")) is not None and place >= num_rows:
+            raise ValueError(
+                f"the tokenizer of {llm} has {kind}_token {getattr(tokenizer, f'{kind}_token')!r} as id {place}, but the "
+                f"LLM embeds {num_rows} tokens; they do not belong together"
+            )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_rows:
+        tokenizer.pad_token = None
+
+
+def _new_tokens(settings: ModelSettings, processor: ElasticProcessor, num_rows: int) -> dict[str, int]:
+    """Marks around media that the LLM was never trained on, by their text: those its own tokenizer does not know, for
+    which its embedding has no row or a spare one, and those it knows but has no row for."""
+    known = AutoTokenizer.from_pretrained(resolve_source(settings.llm)).get_vocab()
+    marks = dict.fromkeys(token for medium in settings.media.values() for token in medium.span)
+    ids = {token: int(processor.tokenizer.convert_tokens_to_ids(token)) for token in marks}
+    return {token: place for token, place in ids.items() if token not in known or place >= num_rows}
+
+
+def _start_new_tokens(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> None:
+    """Let each new token begin as the LLM reads its text where somebody types it: the mean of its pieces."""
+    new_tokens, embed = model.model.new_tokens, model.get_input_embeddings()
+    if new_tokens is None:
+        return
+    num_rows = model.config.get_text_config().vocab_size
+    backend = processor.tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    for row, (text, token_id) in enumerate((model.config.new_tokens or {}).items()):
+        pieces = backend.encode(text, add_special_tokens=False).ids
+        pieces = [piece for piece in pieces if piece != token_id and piece < num_rows]
+        with torch.no_grad(), whole(embed):
+            if pieces:
+                new_tokens.rows[row] = mean_of_pieces(embed(torch.tensor(pieces)).float())
+
+
 def _check_one_size(settings: ModelSettings) -> None:
     """Raises: ValueError for tiles or frames with an encoder whose pictures keep their shape."""
     image = settings.image
@@ -123,6 +169,7 @@ def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> Elas
         encoder_configs=encoders,
         placeholder_ids={m: processor.placeholder_ids[m] for m in encoders},
         span_ids=processor.span_ids,
+        new_tokens=_new_tokens(settings, processor, text_config.vocab_size),
         sources={
             part: {"reference": reference, "sha256": digest_of(resolve_source(reference))}
             for part, reference in references.items()
@@ -137,6 +184,7 @@ def config_of_parts(
     encoder_configs: Mapping[str, PreTrainedConfig],
     placeholder_ids: dict[str, int],
     span_ids: dict[str, list[list[int]]] | None = None,
+    new_tokens: dict[str, int] | None = None,
     sources: dict[str, dict[str, str]] | None = None,
 ) -> ElasticConfig:
     """The elastic config of parts whose configs are at hand, whatever they were read from."""
@@ -147,6 +195,7 @@ def config_of_parts(
         media={medium: space_settings(own) for medium, own in settings.encoded_media.items()},
         placeholder_ids=placeholder_ids,
         span_ids=span_ids or {},
+        new_tokens=new_tokens or {},
         adapter=adapter_settings(settings),
         sources=sources or {},
     )
@@ -253,7 +302,7 @@ def assemble(
     """A model with the frozen parts its config names; compressors and adapter have their initial values.
 
     Args:
-        dtype: of the frozen parts. What trains is float32.
+        dtype: of the frozen parts; see `mllm.precision`.
         seed: of the initial values; the same on every process.
 
     Raises:
@@ -274,19 +323,21 @@ def assemble(
             backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
         setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, (config.media or {})[medium]))
     materialize(model, model.model.compressors, seed=seed)
-    if model.model.newline is not None:
-        materialize(model, model.model.newline, seed=seed)
+    for part in (model.model.newline, model.model.new_tokens):
+        if part is not None:
+            materialize(model, part, seed=seed)
     put_adapters(model, seed=seed)
     return model.eval()
 
 
 def put_adapters(model: ElasticForConditionalGeneration, *, seed: int = 0) -> None:
-    """Put the adapters that a model's config names into its encoders and its LLM, in place."""
+    """Put the adapters that a model's config names into its encoders and its LLM, in place; they are in float32."""
     for medium, own in (model.config.media or {}).items():
         if own.get("encoder_adapter"):
             build_adapter(model.model.tower(medium).backbone, {**own["encoder_adapter"], "seed": seed})
     if model.config.adapter is not None:
         build_adapter(model.model.language_model, {**model.config.adapter, "seed": seed})
+    keep_in_float32(parameter for name, parameter in model.named_parameters() if part_of(name) == "adapter")
 
 
 @contextmanager

@@ -256,6 +256,11 @@ class Answerer:
         return [answers[start : start + len(batch.rows)] for start in range(0, len(answers), len(batch.rows))]
 
     @property
+    def _new_ids(self) -> list[int]:
+        """Ids of tokens that the LLM was given rows for, and has never said."""
+        return list((self.model.config.new_tokens or {}).values())
+
+    @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and those of the LLM's generation config."""
         own = self.model.generation_config.eos_token_id
@@ -272,8 +277,8 @@ class Answerer:
         return self.decoding.options(
             end_ids=self.end_ids,
             pad_id=self.processor.pad_id,
-            # A soft token's place is no word, and there would be no soft token to put there.
-            suppressed_ids=sorted(self.processor.placeholder_ids.values()),
+            # A soft token's place is no word, and there would be no soft token to put there; nor are marks around it.
+            suppressed_ids=sorted({*self.processor.placeholder_ids.values(), *self._new_ids}),
             streamer=None if on_text is None else Pieces(self.processor.tokenizer, on_text),
         )
 

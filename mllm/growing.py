@@ -24,6 +24,7 @@ from mllm.beams import spread
 from mllm.budget import Budget, Cost
 from mllm.expansion import Row
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
+from mllm.precision import as_weights_of
 
 if TYPE_CHECKING:
     from mllm.generation import Answerer
@@ -162,13 +163,12 @@ class Growing:
         """(1, M - start, H), those behind the first ones."""
         counts = self._features.lengths.new_full((1,), cost.tokens)
         soft = self._model.model.compress(MEDIUM, self._features, num_tokens=counts, max_tokens=cost.tokens)
-        embedding: Any = self._model.get_input_embeddings()
-        return soft[:, start:].to(embedding.weight.dtype)
+        return as_weights_of(self._model.get_input_embeddings(), soft[:, start:])
 
     def _words(self, ids: Sequence[int]) -> Tensor:
         """(1, n, H) of n ids."""
         device = self._model.device
-        return self._model.get_input_embeddings()(torch.tensor([ids], dtype=torch.int64, device=device))
+        return self._model.model.words(torch.tensor([ids], dtype=torch.int64, device=device))
 
     def _member_inputs(self) -> dict[str, Tensor]:
         return {name: torch.tensor([own], device=self._model.device) for name, own in self._members.items()}

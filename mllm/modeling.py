@@ -235,7 +235,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         parent: Any = super()
         if inputs_embeds is not None and is_first_iteration:
             guessed = input_ids[:, inputs_embeds.shape[1] :]
-            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(guessed)], dim=1)
+            inputs_embeds = torch.cat([inputs_embeds, self.model.words(guessed)], dim=1)
         return parent.prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -245,8 +245,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         """transformers' `generate`; media are encoded once per item and prompts read once per row, whatever the beams.
 
         Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
-        the prompt included. In the returned ids a placeholder reads as the pad id, or 0 where there is none. Options
-        that ask for another cache, or to see the pass over the prompt, make every beam read it (see `mllm.beams`).
+        the prompt included. In the returned ids a placeholder, and a new token behind the LLM's vocabulary, reads as
+        the pad id, or 0 where there is none. Options that ask for another cache, or to see the pass over the prompt, make every beam read it (see `mllm.beams`).
 
         With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
         equal ids, which are read once (see `mllm.prefixes`); the media arguments are then those of the first row of
@@ -270,12 +270,16 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             is_soft = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
             shown = input_ids if prefixes is None else input_ids[prefixes.first_rows]
             kwargs["inputs_embeds"] = self.model.embed(shown, media)
+            text_ids = input_ids.masked_fill(is_soft, 0)
+            # The logits have no place for a new token behind the LLM's vocabulary, and what looks ids up in them (a
+            # penalty for repetition) must not look for one; like a soft token it is there as an embedding alone.
+            is_soft = is_soft | (input_ids >= self.config.get_text_config().vocab_size)
             input_ids = input_ids.masked_fill(is_soft, self.generation_config.pad_token_id or 0)
         row_inputs = {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
         past = None
         if prefixes is not None:
             past = prefixes.read(self, kwargs["inputs_embeds"], constant=constant, **row_inputs)
-            text_embeds = self.get_input_embeddings()(input_ids)
+            text_embeds = self.model.words(text_ids)
             kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
         elif constant is not None:
             past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)

@@ -23,6 +23,8 @@ from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
+from mllm.new_tokens import NewTokens
+from mllm.precision import as_weights_of
 from mllm.routing import losses_of_routing
 from mllm.segments import SegmentPlan
 from mllm.splice import check_runs, merge, place
@@ -57,6 +59,8 @@ class ElasticPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
+    # Of an export that is loaded in half precision; see `mllm.precision`.
+    _keep_in_fp32_modules_strict = ["compressors", "newline", "new_tokens"]  # noqa: RUF012 (read by transformers)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -65,7 +69,8 @@ class ElasticPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if type(module).__module__.startswith("mllm.compressors") and hasattr(module, "reset_parameters"):
+        is_ours = type(module).__module__.startswith(("mllm.compressors", "mllm.new_tokens"))
+        if is_ours and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
 
 
@@ -75,7 +80,7 @@ class ElasticModel(ElasticPreTrainedModel):
         pixel_values ─ vision_tower ─┐
         audio_values ─ audio_tower ──┼─ features (N, T, D) ─ compressors[medium] ─ soft tokens (R, K, H) ─┐
         video_values ─ video_tower ──┘   once per item            by each run's own count                 │
-        input_ids ──── embed_tokens ─────────────────────────────────────────────────── merge ── language_model
+        input_ids ─ words ────────────────────────────────────────────────────────────── merge ── language_model
 
     A run is one stretch of placeholders in `input_ids`. `*_index` says which encoded item a run shows, so several
     rows, or several budgets of one row, share one encoding; without it run i shows item i. The tiles of a picture are
@@ -107,6 +112,7 @@ class ElasticModel(ElasticPreTrainedModel):
         )
         own_tiling = _tiling(config)
         self.newline = Newline(text.hidden_size) if own_tiling is not None and own_tiling.newline else None
+        self.new_tokens = _new_tokens(config)
         self.post_init()
 
     def tower(self, medium: str) -> Any:
@@ -119,23 +125,32 @@ class ElasticModel(ElasticPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def words(self, input_ids: Tensor) -> Tensor:
+        """Embed token ids (B, S) as (B, S, H): by the LLM's own embedding, and new tokens by their own rows."""
+        embed = self.get_input_embeddings()
+        return embed(input_ids) if self.new_tokens is None else self.new_tokens(input_ids, embed)
+
     def encode(self, medium: str, values: Tensor, lengths: Tensor | None = None) -> Features:
         """Run a medium's encoder once; without gradient unless something in it trains.
 
         Args:
-            values: raw input of the encoder, items first.
+            values: raw input of the encoder, items first; of any floating dtype.
             lengths: (N,) true raw lengths of a stream; (N, 2) grids of pictures that keep their shape.
+
+        Returns:
+            Features in the dtype of the medium's compressor.
         """
         tower = self.tower(medium)
         trains = any(parameter.requires_grad for parameter in tower.parameters())
-        values = values.to(next(tower.parameters()).dtype)
+        values = as_weights_of(tower, values)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            if medium == "image" and lengths is not None:
-                return Features(*tower(values, lengths), grids=lengths)
-            if medium == "image":
+            if medium == "image" and lengths is None:
                 features = tower(values)
-                return Features(features, features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64))
-            return Features(*tower(values, lengths))
+                counts = features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64)
+            else:
+                features, counts = tower(values, lengths)
+            features = as_weights_of(self.compressors[medium], features)
+        return Features(features, counts, grids=lengths if medium == "image" else None)
 
     def compress(
         self,
@@ -255,7 +270,7 @@ class ElasticModel(ElasticPreTrainedModel):
         text_ids = input_ids
         for mask in masks.values():  # a placeholder id may lie beyond the LLM's vocabulary
             text_ids = text_ids.masked_fill(mask, 0)
-        embeds = self.get_input_embeddings()(text_ids)
+        embeds = self.words(text_ids)
         for medium, mask in masks.items():
             values = media.get(VALUE_KEYS[medium])
             num_tokens = media.get(f"num_{medium}_tokens")
@@ -383,6 +398,13 @@ def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
     allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS, "encoder_adapter")
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
+
+
+def _new_tokens(config: ElasticConfig) -> NewTokens | None:
+    text: Any = config.text_config
+    ids = tuple((config.new_tokens or {}).values())
+    std = getattr(text, "initializer_range", 0.02)
+    return NewTokens(ids, size=text.hidden_size, std=std) if ids else None
 
 
 def _tiling(config: ElasticConfig) -> Tiling | None:

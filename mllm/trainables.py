@@ -4,6 +4,8 @@ Knows parameter names. Does not know why they should learn.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,10 @@ from mllm.configuration import TOWER_NAMES
 from mllm.encoders import freeze
 
 PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
-"""What `train.parts` may name: compressors (with projectors and newline), the adapter, or a whole part of the model."""
+"""What `train.parts` may name: compressors (with projectors, newline and the rows of new tokens), the adapter, or a whole
+part of the model."""
+NEW_TOKENS = "model.new_tokens.rows"
+"""The rows of tokens that the LLM was never trained on; see `mllm.new_tokens`."""
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +27,22 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of a module can be read, also where ZeRO-3 shards them; every process calls this."""
+    if not is_sharded(module):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(module.parameters())):
+        yield
+
+
 def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
     """Let exactly the named parts learn, freeze everything else, and log the list with counts.
+
+    The rows of new tokens learn whatever is named: nobody has trained them, and a frozen one would say nothing for ever.
 
     Args:
         model: an `ElasticForConditionalGeneration`, its adapter already in place.
@@ -41,7 +60,7 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
         if medium not in parts and hasattr(model.model, tower):
             freeze(getattr(model.model, tower))
     for name, parameter in model.named_parameters():  # an adapter inside a frozen tower learns all the same
-        parameter.requires_grad_(part_of(name) in parts)
+        parameter.requires_grad_(part_of(name) in parts or name == NEW_TOKENS)
     names = trainable_names(model)
     if not names:
         raise ValueError(f"train.parts {list(parts)} leaves nothing to train in this model")
@@ -59,7 +78,7 @@ def part_of(name: str) -> str:
     """The part (see `PARTS`) that a parameter belongs to, by its name."""
     if ".lora_" in name or ".mome." in name:
         return "adapter"
-    if name.startswith(("model.compressors.", "model.newline.")):
+    if name == NEW_TOKENS or name.startswith(("model.compressors.", "model.newline.")):
         return "compressors"
     for medium, tower in TOWER_NAMES.items():
         if name.startswith(f"model.{tower}."):

@@ -16,7 +16,7 @@ LEVELS = [
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
-        *("splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
+        *("new_tokens", "precision", "splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
         *("beams", "prefixes", "packing", "segment_attention", "constant_prompt"),
     },
     {"modeling", "modeling_body", "routing", "processing", "loaded", "data", "chat"},

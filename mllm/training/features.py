@@ -91,8 +91,8 @@ class KeptFeatures(Encoder):
         self._smallest_length = lengths
         num_rows = encoder.grid[0] * encoder.grid[1] if lengths is None else int(encoder.lengths(lengths).max())
         self._smallest_rows = max(num_rows // pooled_frames, 1)
-        dtype = next(encoder.parameters()).dtype
-        self.marker = nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False)  # says dtype and device
+        # Says dtype and device: float32 whatever the encoder computed in, so that means of its frames are not rounded.
+        self.marker = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
         """(N, T / pooled, D) -> (N, T, D), with the true frames (N,) of streams, or patches of pictures that keep their
@@ -320,5 +320,5 @@ class _Filler:
         values = next(value for name, value in inputs.items() if name.endswith("values")).to(device)
         lengths = inputs.get(SIZE_KEYS[medium])
         found = self.model.model.encode(medium, values, None if lengths is None else lengths.to(device))
-        for (own, _), features, count in zip(items, found.values.float(), found.lengths.tolist(), strict=True):
+        for (own, _), features, count in zip(items, found.values, found.lengths.tolist(), strict=True):
             self.writer.add_features(own, self.form.of(features[:count], medium))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.trainables import part_of
+from mllm.trainables import NEW_TOKENS, part_of
 
 # One entry per parameter and moment: `<moment>|<parameter name>`.
 _SEPARATOR = "|"
@@ -21,7 +21,7 @@ def named_groups(
     """Optimizer groups of what trains, by learning rate and weight decay.
 
     Returns:
-        Groups `{names, params, lr, weight_decay}`. Matrices decay; vectors (biases, norms) do not.
+        Groups `{names, params, lr, weight_decay}`. Matrices decay; vectors (biases, norms, rows of new tokens) do not.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -29,7 +29,7 @@ def named_groups(
             continue
         rate = part_learning_rates.get(part_of(name), learning_rate)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of what it has sharded
-        decay = weight_decay if len(shape) > 1 else 0.0
+        decay = weight_decay if len(shape) > 1 and name != NEW_TOKENS else 0.0
         group = groups.setdefault((rate, decay), {"names": [], "params": [], "lr": rate, "weight_decay": decay})
         group["names"].append(name)
         group["params"].append(parameter)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import nn
 from tqdm.auto import tqdm
 
 from mllm.adapters.members import Members
@@ -26,6 +25,7 @@ from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
+from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
 from mllm.trainables import is_sharded, set_trainables
@@ -70,7 +70,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
         start = _start(arguments.run, resume)
         model, processor = build(settings.model)
         names = set_trainables(model, settings.parts)
-        keep_in_float32(model)
+        keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
         arguments.facts = {"settings": dataclasses.asdict(settings), "sources": dict(model.config.sources or {})}
         if start is not None:
             check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
@@ -200,13 +200,6 @@ def build_sampler(settings: RunSettings, space: Space) -> Sampler:
     """The draws of a run."""
     own = settings.sampler
     return Sampler(space, own.mode, num_draws=own.num_draws, seed=settings.train.seed, points=tuple(own.budgets))
-
-
-def keep_in_float32(model: nn.Module) -> None:
-    """What trains is kept in float32, whatever the frozen parts are in; what ZeRO-3 has sharded DeepSpeed sees to."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
 
 
 def extremes(draws: Sampler) -> list[Budget]:

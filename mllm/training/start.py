@@ -14,7 +14,7 @@ from torch import nn
 from mllm.configuration import ElasticConfig
 from mllm.loading import TRAINABLES
 from mllm.sources import within_run
-from mllm.trainables import part_of, trainable_names
+from mllm.trainables import NEW_TOKENS, part_of, trainable_names
 from mllm.training.settings import differences
 
 # What may differ: the counts that are trained, how a picture is cut up, and what the shapes of the values tell anyway.
@@ -46,13 +46,24 @@ def start_from(model: Any, folder: str | Path) -> list[str]:
     with safe_open(folder / TRAINABLES, framework="pt") as file:
         names = sorted(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        if NEW_TOKENS in shapes and NEW_TOKENS in own:  # rows go by their tokens, and here may be more of them
+            shapes[NEW_TOKENS] = (len(own[NEW_TOKENS]), *shapes[NEW_TOKENS][1:])
         _check_names(shapes, own, learning, folder)
         with torch.no_grad():
             for name in names:
-                own[name].copy_(file.get_tensor(name))
+                if name == NEW_TOKENS:
+                    own[name][_rows_of(before, model.config)] = file.get_tensor(name).to(own[name])
+                else:
+                    own[name].copy_(file.get_tensor(name))
     parts = ", ".join(sorted({part_of(name) for name in names}))
     logger.info("started from %s: %s (%d of %d values that train)", folder, parts, len(names), len(learning))
     return names
+
+
+def _rows_of(before: ElasticConfig, now: ElasticConfig) -> list[int]:
+    """Find where the new tokens of a run have their rows in a model, which may have others beside them."""
+    own = list(now.new_tokens or {})
+    return [own.index(token) for token in before.new_tokens or {}]
 
 
 def _check_names(
@@ -84,6 +95,8 @@ def _check_parts(now: ElasticConfig, before: ElasticConfig, folder: Path) -> Non
             for every in (old_media[medium], media[medium])
         )
         problems += [f"model.{medium}.{line}" for line in differences(old, new)]
+    if gone := sorted(set(before.new_tokens or {}) - set(now.new_tokens or {})):
+        problems.append(f"it has a row for the new token {gone[0]}, which is none here; set the span of its medium")
     for part in sorted(sources.keys() & old_sources.keys()):
         digests = [every[part]["sha256"] for every in (old_sources, sources)]
         if all(digests) and digests[0] != digests[1]:
