@@ -16,7 +16,6 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -29,12 +28,12 @@ from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.new_tokens import mean_of_pieces
 from mllm.precision import keep_in_float32
-from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor
+from mllm.processing import ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
-from mllm.trainables import is_sharded, part_of, whole
+from mllm.trainables import is_sharded, part_of
+from mllm.vocabulary import find_new_tokens, read_tokenizer, start_new_tokens
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (
@@ -60,7 +59,7 @@ def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, Ela
     for medium, own in settings.media.items():
         if own.query_start == "pyramid":
             _read_places(model.model.compressors[medium], seed=settings.seed)
-    _start_new_tokens(model, processor)
+    start_new_tokens(model, processor.tokenizer)
     return model, processor
 
 
@@ -74,13 +73,8 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
 
 def build_processor(settings: ModelSettings) -> ElasticProcessor:
     """The processor of a model that is described by settings."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(settings.llm))
-    wanted = [PLACEHOLDER_TOKENS[medium] for medium in settings.encoded_media]
-    wanted += [token for medium in settings.media.values() for token in medium.span]
-    _check_ends(tokenizer, settings.llm)
-    known = tokenizer.get_vocab()
-    if missing := [token for token in dict.fromkeys(wanted) if token not in known]:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    text_config = _read_config(settings.llm).get_text_config()
+    tokenizer = read_tokenizer(settings, num_rows=text_config.vocab_size)
     media = {
         medium: {
             "encoder": encoder_config(own, medium).to_dict(),
@@ -100,52 +94,10 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
         elastic["names_pictures"] = True
     if settings.shows_frames:
         elastic["prompts"] = {"video": "describe the video."}  # the default question about videos is for lips
-    limit = getattr(_read_config(settings.llm).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text_config, "max_position_embeddings", None)
     if isinstance(limit, int):
         elastic["context_tokens"] = limit
     return ElasticProcessor(tokenizer, elastic=elastic)
-
-
-def _check_ends(tokenizer: Any, llm: str) -> None:
-    """See that the LLM has rows for what begins and ends texts; a pad beyond its rows is forgotten, for none is read.
-
-    Raises:
-        ValueError: a beginning or an end that the LLM can neither read nor say.
-    """
-    num_rows = _read_config(llm).get_text_config().vocab_size
-    for kind in ("bos", "eos"):
-        if (place := getattr(tokenizer, f"{kind}_token_id")) is not None and place >= num_rows:
-            raise ValueError(
-                f"the tokenizer of {llm} has {kind}_token {getattr(tokenizer, f'{kind}_token')!r} as id {place}, but the "
-                f"LLM embeds {num_rows} tokens; they do not belong together"
-            )
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_rows:
-        tokenizer.pad_token = None
-
-
-def _new_tokens(settings: ModelSettings, processor: ElasticProcessor, num_rows: int) -> dict[str, int]:
-    """Marks around media that the LLM was never trained on, by their text: those its own tokenizer does not know, for
-    which its embedding has no row or a spare one, and those it knows but has no row for."""
-    known = AutoTokenizer.from_pretrained(resolve_source(settings.llm)).get_vocab()
-    marks = dict.fromkeys(token for medium in settings.media.values() for token in medium.span)
-    ids = {token: int(processor.tokenizer.convert_tokens_to_ids(token)) for token in marks}
-    return {token: place for token, place in ids.items() if token not in known or place >= num_rows}
-
-
-def _start_new_tokens(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> None:
-    """Let each new token begin as the LLM reads its text where somebody types it: the mean of its pieces."""
-    new_tokens, embed = model.model.new_tokens, model.get_input_embeddings()
-    if new_tokens is None:
-        return
-    num_rows = model.config.get_text_config().vocab_size
-    backend = processor.tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    for row, (text, token_id) in enumerate((model.config.new_tokens or {}).items()):
-        pieces = backend.encode(text, add_special_tokens=False).ids
-        pieces = [piece for piece in pieces if piece != token_id and piece < num_rows]
-        with torch.no_grad(), whole(embed):
-            if pieces:
-                new_tokens.rows[row] = mean_of_pieces(embed(torch.tensor(pieces)).float())
 
 
 def _check_one_size(settings: ModelSettings) -> None:
@@ -169,7 +121,7 @@ def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> Elas
         encoder_configs=encoders,
         placeholder_ids={m: processor.placeholder_ids[m] for m in encoders},
         span_ids=processor.span_ids,
-        new_tokens=_new_tokens(settings, processor, text_config.vocab_size),
+        new_tokens=find_new_tokens(settings, processor.tokenizer, num_rows=text_config.vocab_size),
         sources={
             part: {"reference": reference, "sha256": digest_of(resolve_source(reference))}
             for part, reference in references.items()

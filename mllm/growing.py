@@ -13,7 +13,7 @@ Shapes: m, M soft tokens before and after growing, H the LLM's hidden size, V it
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mllm.adapters.hand_over import KEYWORD
 from mllm.beams import allows_sharing, num_copies, prefill, shares_prefill
 from mllm.configuration import ElasticConfig
-from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, ElasticPreTrainedModel, Features
+from mllm.modeling_base import ElasticPreTrainedModel
+from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
 from mllm.prefixes import Prefixes
 from mllm.segment_attention import KEYWORD as PLAN_KEYWORD
 from mllm.segment_attention import PackedAttention, is_enabled, packed_mask

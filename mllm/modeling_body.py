@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
@@ -23,6 +23,7 @@ from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
+from mllm.modeling_base import ElasticPreTrainedModel
 from mllm.new_tokens import NewTokens
 from mllm.precision import as_weights_of
 from mllm.routing import losses_of_routing
@@ -49,29 +50,6 @@ class Features:
     values: Tensor
     lengths: Tensor
     grids: Tensor | None = None
-
-
-class ElasticPreTrainedModel(PreTrainedModel):
-    """What the two model classes share: the config class, and the initialisation of compressors."""
-
-    config_class = ElasticConfig
-    config: ElasticConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
-    supports_gradient_checkpointing = True
-    # Of an export that is loaded in half precision; see `mllm.precision`.
-    _keep_in_fp32_modules_strict = ["compressors", "newline", "new_tokens"]  # noqa: RUF012 (read by transformers)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (read by transformers)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        is_ours = type(module).__module__.startswith(("mllm.compressors", "mllm.new_tokens"))
-        if is_ours and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # pyright: ignore[reportCallIssue]
 
 
 class ElasticModel(ElasticPreTrainedModel):

@@ -2,10 +2,11 @@
 
 Knows token ids and an embedding. Does not know text, media, or what the tokens are for.
 
-The LLM's own table stays as it is, bit for bit: a new token never reads it, whether the table is too short for its id or
-has a spare row there that nobody ever trained. Only the rows here learn, and only they are saved. They stand on the
+The LLM's own table stays as it is, bit for bit: a new token never reads it, whether the table is too short for its id
+or has a spare row there that nobody ever trained. Only the rows here learn, and only they are saved. They stand on the
 input side alone. A head, tied or not, keeps its old weight and its old number of logits, because a new token marks what
-people hand in and is never an answer; so nothing about the LLM's answers changes but what it reads.
+people hand in and is never an answer; so nothing about the LLM's answers changes but what it reads. An exported model
+keeps its rows here too: in the LLM's table they would give a tied head logits that it must never choose.
 
 Shapes: N new tokens, B rows, S positions, H the LLM's hidden size.
 """

@@ -14,8 +14,8 @@ from mllm.configuration import TOWER_NAMES
 from mllm.encoders import freeze
 
 PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
-"""What `train.parts` may name: compressors (with projectors, newline and the rows of new tokens), the adapter, or a whole
-part of the model."""
+"""What `train.parts` may name: compressors (with projectors, newline and rows of new tokens), the adapter, or a whole part
+of the model."""
 NEW_TOKENS = "model.new_tokens.rows"
 """The rows of tokens that the LLM was never trained on; see `mllm.new_tokens`."""
 
@@ -42,7 +42,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
     """Let exactly the named parts learn, freeze everything else, and log the list with counts.
 
-    The rows of new tokens learn whatever is named: nobody has trained them, and a frozen one would say nothing for ever.
+    The rows of new tokens learn whatever is named: nobody has trained them, and frozen ones would never say a thing.
 
     Args:
         model: an `ElasticForConditionalGeneration`, its adapter already in place.
