@@ -247,7 +247,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
 
         Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
         the prompt included. In the returned ids a placeholder, and a new token behind the LLM's vocabulary, reads as
-        the pad id, or 0 where there is none. Options that ask for another cache, or to see the pass over the prompt, make every beam read it (see `mllm.beams`).
+        the pad id, or 0 where there is none. Options that ask for another cache, or to see the pass over the prompt,
+        make every beam read it (see `mllm.beams`).
 
         With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
         equal ids, which are read once (see `mllm.prefixes`); the media arguments are then those of the first row of
