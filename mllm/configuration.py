@@ -24,8 +24,8 @@ class ElasticConfig(PreTrainedConfig):
             counts and `mllm.compressors.build_compressor` for what shapes the compressor.
         placeholder_ids: per medium the token id that stands once per soft token in the prompt.
         span_ids: per medium the ids put before and after its run, or nothing.
-        new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; the rows stand
-            in the order of the ids. See `mllm.new_tokens`. Runs from before there were such rows have none.
+        new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; rows are in
+            the order of the ids. See `mllm.new_tokens`. Runs from before there were such rows have none.
         adapter: the adapter inside the LLM, e.g. `{kind: lora, rank: 16, alpha: 32, targets: [q_proj, v_proj]}`.
         trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_an_llm_whose_table_were_longer_would_read_the_same(world: World) -> Non
 
 
 def test_the_llms_own_table_is_never_read_for_a_new_token(world: World) -> None:
-    model, processor = load(world.run)
+    model, _ = load(world.run)
     ids = torch.tensor([[*model.config.new_tokens.values(), 5]])
     expected = model(input_ids=ids).logits
     spare = [place for place in model.config.new_tokens.values() if place < len(world.table)]
@@ -207,7 +208,7 @@ def test_options_of_generate_that_look_at_the_prompts_ids_find_no_id_behind_the_
             **expanded.inputs, **options, repetition_penalty=1.3, no_repeat_ngram_size=2, eos_token_id=None
         )
         new = penalised[0, expanded.inputs["input_ids"].shape[1] :].tolist()
-        assert len(set(zip(new, new[1:], strict=False))) == len(new) - 1
+        assert len(set(pairwise(new))) == len(new) - 1
         assert penalised[0].equal(penalised[1])
 
 
