@@ -33,7 +33,7 @@ from mllm.processing import ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 from mllm.trainables import is_sharded, part_of
-from mllm.vocabulary import find_new_tokens, read_tokenizer, start_new_tokens
+from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (
@@ -74,7 +74,7 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
 def build_processor(settings: ModelSettings) -> ElasticProcessor:
     """The processor of a model that is described by settings."""
     text_config = _read_config(settings.llm).get_text_config()
-    tokenizer = read_tokenizer(settings, num_rows=text_config.vocab_size)
+    tokenizer = extended_tokenizer(settings, num_rows=text_config.vocab_size)
     media = {
         medium: {
             "encoder": encoder_config(own, medium).to_dict(),
