@@ -12,12 +12,12 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
-        *("settings", "sources", "registration", "filterbank", "segments", "progress"),
+        *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
         *("splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms", "expansion", "trainables"),
-        *("beams", "prefixes", "packing", "segment_attention", "constant_prompt"),
+        *("beams", "prefixes", "packing", "segment_attention", "constant_prompt", "pretrained"),
     },
     {"modeling", "modeling_body", "routing", "processing", "loaded", "data", "chat"},
     {"building", "loading", "cost", "convert"},
