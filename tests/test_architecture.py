@@ -13,6 +13,7 @@ LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
         *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
+        "cache_names",
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
