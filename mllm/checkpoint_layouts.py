@@ -3,7 +3,6 @@
 Knows names alone. Does not know files, shapes or models.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -30,13 +29,6 @@ class Layout:
                 return own + name.removeprefix(start)
         return name
 
-    def file_name(self, name: str, used: Iterable[str]) -> str:
-        """Return what a tensor of the part is called in a file whose names begin as in `used`."""
-        for start, own in self.renamed:
-            if start and start in used and name.startswith(own):
-                return start + name.removeprefix(own)
-        return name
-
 
 # Heads of transformers' speech classes: CTC, classification, speaker vectors, and what only pre-training has.
 _WAVE_HEADS = (
@@ -54,8 +46,8 @@ _TWO_TOWERS = Layout(
     beside=("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "classifier."),
 )
 _MASK_TOKEN = ("embeddings.mask_token",)
-# What a VLM is saved as today (as in the oldest files) and in between, when its names were those of its modules.
-_CONNECTORS = (*("multi_modal_projector.", "model.multi_modal_projector.", "image_newline", "model.image_newline"),)
+# VLMs are saved under these names without `model.` today, as in the oldest files, and were saved with it in between.
+_CONNECTORS = ("multi_modal_projector.", "model.multi_modal_projector.", "image_newline", "model.image_newline")
 _VLM_TOWER = Layout(
     tuple((f"{start}{own}", "") for own in ("vision_model.", "") for start in ("model.vision_tower.", "vision_tower.")),
     beside=("language_model.", "model.language_model.", "lm_head.", *_CONNECTORS),

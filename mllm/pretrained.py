@@ -261,21 +261,26 @@ class _Part:
         Raises:
             ValueError: tensors that are missing, unexpected or of another shape, by their names in the file.
         """
-        starts = [start for start, _ in self.layout.renamed]
-        used = {start for _, name in self._places.values() for start in starts if name.startswith(start)}
         problems = []
         for what in ("missing", "unexpected"):
             names = sorted(set(report[f"{what}_keys"]) - set(self.layout.unread))
-            problems += _some([self.layout.file_name(name, used) for name in names], what)
+            problems += _some([self._file_name(name) for name in names], what)
         shapes = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
         problems += _some(
-            [
-                f"{self.layout.file_name(name, used)} has shape {found}, the model has {wanted}"
-                for name, found, wanted in shapes
-            ]
+            [f"{self._file_name(name)} has shape {found}, the model has {wanted}" for name, found, wanted in shapes]
         )
         if problems:
             raise ValueError(f"the weights in {self.reference} are not those of its config: {'; '.join(problems)}")
+
+    def _file_name(self, own: str) -> str:
+        """Return the name of a tensor in the files, or what it would be there; converted ones go by the model's."""
+        if own in self._places:
+            return self._places[own][1]
+        names = [name for _, name in self._places.values()]
+        for start, replaced in self.layout.renamed:
+            if start and own.startswith(replaced) and any(name.startswith(start) for name in names):
+                return start + own.removeprefix(replaced)
+        return own
 
     def check_ties(self, model: PreTrainedModel) -> None:
         """Refuse values of their own for tensors that the config says are one, such as head and embeddings."""
