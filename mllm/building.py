@@ -3,32 +3,25 @@
 Knows settings, configs and where weights come from. Does not know training, budgets of a step, or files of samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
-from transformers.integrations import deepspeed as hf_deepspeed
+from transformers import PreTrainedConfig
 
+from mllm import pretrained
 from mllm.adapters import build_adapter
 from mllm.adapters.members import kinds_of, scales_of, tasks_of
 from mllm.budget import MediumSpace, Space
 from mllm.compressors import Query
 from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
-from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
-from mllm.image_processors import read_image_processor
+from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import keep_in_float32
+from mllm.pretrained import load_encoder, load_llm, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
@@ -73,7 +66,7 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
 
 def build_processor(settings: ModelSettings) -> ElasticProcessor:
     """The processor of a model that is described by settings."""
-    text_config = _read_config(settings.llm).get_text_config()
+    text_config = pretrained.llm_config(settings.llm)
     tokenizer = extended_tokenizer(settings, num_rows=text_config.vocab_size)
     media = {
         medium: {
@@ -112,7 +105,7 @@ def _check_one_size(settings: ModelSettings) -> None:
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
     """The config of a model that is described by settings, with the digests of its sources."""
-    text_config = _read_config(settings.llm).get_text_config()
+    text_config = pretrained.llm_config(settings.llm)
     encoders = {medium: encoder_config(own, medium) for medium, own in settings.encoded_media.items()}
     references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.encoded_media.items()}}
     return config_of_parts(
@@ -189,15 +182,7 @@ def member_names(settings: ModelSettings) -> dict[str, list[str]]:
 
 def encoder_config(settings: MediumSettings, medium: str) -> PreTrainedConfig:
     """The config of a medium's encoder, read from its source."""
-    return tower_config(_read_config(settings.encoder), medium)
-
-
-def _read_config(reference: str) -> PreTrainedConfig:
-    """The config of a source; what transformers refuses in it is an error of the user like any other."""
-    try:
-        return AutoConfig.from_pretrained(resolve_source(reference))
-    except StrictDataclassError as error:
-        raise ValueError(f"the config of {reference} is refused: {error}") from error
+    return pretrained.encoder_config(settings.encoder, medium)
 
 
 def space_settings(settings: MediumSettings) -> dict[str, Any]:
@@ -258,21 +243,18 @@ def assemble(
         seed: of the initial values; the same on every process.
 
     Raises:
-        ValueError: a source whose weights are not those the model was trained on.
+        ValueError: a source whose weights are not those the model was trained on, or are not whole.
     """
     sources = config.sources or {}
     text_dtype = getattr(torch, dtype)
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
-    llm = AutoModelForCausalLM.from_pretrained(
-        _verified("llm", sources), config=config.text_config, dtype=text_dtype, attn_implementation=attention
-    )
+    llm: Any = load_llm(_verified("llm", sources), config.text_config, dtype=text_dtype, attention=attention)
     model.model.language_model = getattr(llm, llm.base_model_prefix)
     model.set_output_embeddings(cast(nn.Module, llm.get_output_embeddings()))
     model.generation_config = llm.generation_config
     for medium, own in config.encoder_configs.items():
-        with unsharded():
-            backbone = backbone_class(own).from_pretrained(_verified(medium, sources), config=own, dtype=text_dtype)
+        backbone = load_encoder(_verified(medium, sources), own, dtype=text_dtype)
         setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, (config.media or {})[medium]))
     materialize(model, model.model.compressors, seed=seed)
     for part in (model.model.newline, model.model.new_tokens):
@@ -290,21 +272,6 @@ def put_adapters(model: ElasticForConditionalGeneration, *, seed: int = 0) -> No
     if model.config.adapter is not None:
         build_adapter(model.model.language_model, {**model.config.adapter, "seed": seed})
     keep_in_float32(parameter for name, parameter in model.named_parameters() if part_of(name) == "adapter")
-
-
-@contextmanager
-def unsharded() -> Iterator[None]:
-    """Inside, models are made whole on every process, also where ZeRO-3 shards the LLM while it loads.
-
-    Encoders are small beside the LLM, and transformers' Whisper cannot be made in shards. What is whole now is sharded
-    when training starts.
-    """
-    sharding = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def materialize(model: ElasticForConditionalGeneration, part: nn.Module, *, seed: int) -> None:
@@ -337,7 +304,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
     readers: dict[str, Callable[[], dict[str, Any]]] = {
         "image": lambda: _picture_preprocessor(settings),
         "audio": lambda: {
-            **AutoFeatureExtractor.from_pretrained(resolve_source(settings.encoder)).to_dict(),
+            **pretrained.read_feature_extractor(settings.encoder).to_dict(),
             "normalize_audio": settings.normalize_audio,
         },
         "video": lambda: {"size_pixels": settings.size_pixels, "crop_pixels": settings.crop_pixels},
@@ -347,7 +314,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
 
 def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
     """The image processor of a tower, told the size of its pictures and what to do about their shape."""
-    values = read_image_processor(resolve_source(settings.encoder)).to_dict()
+    values = pretrained.read_image_processor(settings.encoder).to_dict()
     config = encoder_config(settings, "image")
     if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
         if settings.pad_to_square:

@@ -48,4 +48,4 @@ def read_image_processor(source: str) -> Any:
     named = get_image_processor_config(source).get("image_processor_type")
     if named is not None:
         image_processor_class(named)
-    return AutoImageProcessor.from_pretrained(source, backend=_BACKEND)
+    return AutoImageProcessor.from_pretrained(source, backend=_BACKEND, trust_remote_code=False)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
 from mllm.configuration import ElasticConfig
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.pretrained import load_checked
 from mllm.processing import ElasticProcessor
 from mllm.sources import within_run
 from mllm.trainables import set_trainables, trainable_names
@@ -138,13 +140,18 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
 def _load(folder: Path, *, dtype: str, attention: str) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
-    processor = ElasticProcessor.from_pretrained(folder)
-    if not (folder / TRAINABLES).is_file():
-        model = ElasticForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation={"text_config": attention}
-        )
-        return model.eval(), processor
+    processor = ElasticProcessor.from_pretrained(folder, trust_remote_code=False)
     config = ElasticConfig.from_pretrained(folder)
+    if not (folder / TRAINABLES).is_file():
+        implementation = {"text_config": attention}
+        exported = load_checked(
+            ElasticForConditionalGeneration,
+            str(folder),
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=implementation,
+        )
+        return cast(ElasticForConditionalGeneration, exported), processor
     config.sources = within_run(config.sources or {}, folder)
     model = assemble(config, dtype=dtype, attention=attention)
     load_trainables(model, folder / TRAINABLES, set_trainables(model, tuple(config.trained_parts)))

@@ -72,7 +72,7 @@ class ElasticModel(ElasticPreTrainedModel):
         text = config.text_config
         assert text is not None
         assert config.media is not None
-        self.language_model = AutoModel.from_config(text)
+        self.language_model = AutoModel.from_config(text, trust_remote_code=False)
         for medium, encoder_config in config.encoder_configs.items():
             _check_settings(medium, config.media[medium])
             setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, config.media[medium]))

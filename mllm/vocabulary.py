@@ -9,13 +9,12 @@ where the LLM was never trained on it; see `mllm.new_tokens`.
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.new_tokens import mean_of_pieces
+from mllm.pretrained import read_tokenizer
 from mllm.processing import PLACEHOLDER_TOKENS
 from mllm.settings import ModelSettings
-from mllm.sources import resolve_source
 from mllm.trainables import whole
 
 
@@ -30,7 +29,7 @@ def extended_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:
     Raises:
         ValueError: a beginning or an end of text that the LLM can neither read nor say.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(settings.llm))
+    tokenizer = read_tokenizer(settings.llm)
     for kind in ("bos", "eos"):
         if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None and token_id >= num_rows:
             raise ValueError(
@@ -57,7 +56,7 @@ def find_new_tokens(settings: ModelSettings, tokenizer: Any, *, num_rows: int) -
     Args:
         tokenizer: of `extended_tokenizer`. num_rows: of the LLM's embedding.
     """
-    known = AutoTokenizer.from_pretrained(resolve_source(settings.llm)).get_vocab()
+    known = read_tokenizer(settings.llm).get_vocab()
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(_marks(settings))}
     return {token: token_id for token, token_id in ids.items() if token not in known or token_id >= num_rows}
 

@@ -12,13 +12,13 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
-        *("settings", "sources", "registration", "filterbank", "segments", "progress"),
+        *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
         *("cache_names", "extras", "image_processors", "probes"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
         *("new_tokens", "precision", "splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms"),
-        *("expansion", "trainables"),
+        *("expansion", "trainables", "pretrained"),
         *("beams", "prefixes", "packing", "segment_attention", "constant_prompt"),
     },
     {"modeling", "modeling_base", "modeling_body", "routing", "processing", "loaded", "data", "chat"},

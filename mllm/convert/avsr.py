@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from mllm.building import build_processor, elastic_config, put_adapters, unsharded
+from mllm import pretrained
+from mllm.building import build_processor, elastic_config, put_adapters
 from mllm.convert import av_hubert
 from mllm.convert.avsr_layout import (
     TASKS,
@@ -34,9 +35,10 @@ from mllm.convert.state_files import check_layout, read_state
 from mllm.encoders import backbone_class
 from mllm.loading import save_run
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
-from mllm.sources import RUN_PREFIX, resolve_source
+from mllm.sources import RUN_PREFIX
 from mllm.trainables import set_trainables
 
 PAD_TOKEN = "<pad>"
@@ -97,13 +99,13 @@ def read_parts(split: Split, system: System, options: Options) -> Parts:
         ValueError: entries that are missing, unknown or misshapen, or options that contradict them.
     """
     tokenizer = read_tokenizer(options.llm, rows=split.llm[_EMBEDDINGS].shape[0])
-    text = AutoConfig.from_pretrained(resolve_source(options.llm)).get_text_config()
+    text = llm_config(options.llm)
     text.vocab_size = split.llm[_EMBEDDINGS].shape[0]
     weights = {"llm": _llm_weights(split.llm, text)}
     configs, helpers, lips = {"llm": text}, {"llm": tokenizer}, None
     if "audio" in split.encoders:
         weights["audio"], configs["audio"] = _whisper(split.encoders["audio"], options.whisper)
-        helpers["audio"] = AutoFeatureExtractor.from_pretrained(resolve_source(options.whisper))
+        helpers["audio"] = read_feature_extractor(options.whisper)
     if "video" in split.encoders:
         lips = _lips(split.encoders["video"], options)
     sizes = {
@@ -136,7 +138,7 @@ def read_tokenizer(source: str, *, rows: int) -> Any:
     Raises:
         ValueError: a number of rows that this tokenizer does not give.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(source))
+    tokenizer = pretrained.read_tokenizer(source)
     known = tokenizer.get_vocab()
     spans = [token for pair in SPANS.values() for token in pair if token not in known]
     pads = [] if PAD_TOKEN in known else [PAD_TOKEN]
@@ -155,7 +157,7 @@ def read_tokenizer(source: str, *, rows: int) -> Any:
 
 def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {f"llm.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
     kept = {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and _HEAD not in kept:
@@ -167,7 +169,7 @@ def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[
 
 
 def _whisper(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], PreTrainedConfig]:
-    config = AutoConfig.from_pretrained(resolve_source(source))
+    config = encoder_config(source, "audio")
     if config.model_type != "whisper":
         raise ValueError(f"{source} is a {config.model_type}; only checkpoints with Whisper can be converted")
     with torch.device("meta"):

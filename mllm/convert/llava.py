@@ -16,25 +16,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from mllm.building import PADDED, build_processor, elastic_config, unsharded
+from mllm.building import PADDED, build_processor, elastic_config
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
-from mllm.encoders import backbone_class, encoder_facts, tower_config
-from mllm.image_processors import read_image_processor
+from mllm.encoders import backbone_class, encoder_facts
 from mllm.loading import save_run
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.pretrained import encoder_config, llm_config, read_image_processor, read_tokenizer, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
-from mllm.sources import RUN_PREFIX, resolve_source
+from mllm.sources import RUN_PREFIX
 from mllm.trainables import set_trainables
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
@@ -102,7 +96,7 @@ def read_parts(split: Split, folder: Path | None, system: System, options: Optio
     _check_system(split, told, system, options)
     sources = {"llm": options.llm or LLM, "image": options.vision or told.vision}
     text, tokenizer = _llm(split, folder, told, options)
-    vision = tower_config(AutoConfig.from_pretrained(resolve_source(sources["image"])))
+    vision = encoder_config(sources["image"], "image")
     if vision.model_type != "clip_vision_model":
         raise ValueError(f"{sources['image']} is a {vision.model_type}; only checkpoints with CLIP can be converted")
     told.check_size(vision.hidden_size)
@@ -148,13 +142,13 @@ def _check_system(split: Split, told: Told, system: System, options: Options) ->
 
 def _llm(split: Split, folder: Path | None, told: Told, options: Options) -> tuple[Any, Any]:
     """Config and tokenizer of the LLM: from the option, from the folder where there is none, or the published ones."""
-    source = resolve_source(options.llm or LLM)
+    source = options.llm or LLM
     own = folder if options.llm is None and split.llm else None
     is_told = own is not None and bool(told.values)
-    text = _text_config(told) if is_told else AutoConfig.from_pretrained(source).get_text_config()
+    text = _text_config(told) if is_told else llm_config(source)
     if own is not None and any((own / name).is_file() for name in _TOKENIZERS):
         source = str(own)
-    tokenizer = AutoTokenizer.from_pretrained(source, config=text)
+    tokenizer = read_tokenizer(source, config=text)
     rows = len(split.llm[EMBEDDINGS]) if EMBEDDINGS in split.llm else text.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
@@ -173,7 +167,7 @@ def _text_config(told: Told) -> LlamaConfig:
 
 def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     check_layout(state, {name: tuple(value.shape) for name, value in expected.items()})
     return {name: value.contiguous() for name, value in state.items()}
 
@@ -235,7 +229,7 @@ def _heads(split: Split, vision: Any, options: Options) -> int | None:
 
 
 def _image_processor(source: str, told: Told, options: Options) -> dict[str, Any]:
-    values = read_image_processor(resolve_source(source)).to_dict()
+    values = read_image_processor(source).to_dict()
     padded = (options.image_aspect_ratio or told.image_aspect_ratio) == "pad"
     return values | PADDED if padded else values
 
@@ -250,8 +244,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:
-        source = resolve_source(parts.sources["image"])
-        read_image_processor(source).save_pretrained(folder / "image")
+        read_image_processor(parts.sources["image"]).save_pretrained(folder / "image")
 
 
 def write_run(parts: Parts, folder: Path) -> None:

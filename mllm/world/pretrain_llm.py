@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from mllm.pretrained import load_checked
 from mllm.world.blurred_text import BAG_WORDS
 from mllm.world.examine_llm import examine
 from mllm.world.initialise_llm import initialise
@@ -231,7 +232,8 @@ def _start(out: Path, tokenizer: Any, seed: int, resume: bool) -> tuple[LlamaFor
     """The model to train, and how many steps and seconds it has behind it."""
     if resume:
         last = json.loads((out / LOG).read_text().splitlines()[-1])
-        return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).train(), last["step"], last["seconds"]
+        begun: Any = load_checked(LlamaForCausalLM, str(out), llm_config(tokenizer), dtype=torch.float32)
+        return begun.train(), last["step"], last["seconds"]
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llm_config(tokenizer))
     initialise(model, tokenizer)

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget
-from mllm.building import unsharded
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.pretrained import unsharded
 from mllm.processing import LoadedMedia
 from mllm.sampler import Sampler
 from mllm.settings import ModelSettings

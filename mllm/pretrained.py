@@ -1,0 +1,324 @@
+"""Load pretrained LLMs and encoders out of checkpoints as hubs hold them: by name and shape, whole, or not at all.
+
+    folder or hub name ── config.json ──── llm_config, encoder_config    which part is wanted, and whether it can be had
+                       └─ *.safetensors ── Layout ── load_llm, load_encoder    its tensors under the part's own names
+
+transformers gives a tensor that a file lacks random values, leaves out one that it does not know, and says so in its
+log alone. Here a first pass without values (on the meta device, and never in ZeRO-3's shards, where transformers knows
+of no shapes) finds out what would be, and what does not fit is an error that names it.
+
+Knows which names the checkpoints of a family give to a part. Does not know what a part computes or how it is trained.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils.hub import cached_file
+
+from mllm import image_processors
+from mllm.checkpoint_layouts import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
+from mllm.encoders import ENCODERS, backbone_class, tower_config
+from mllm.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
+
+NAMED_TENSORS = 4
+"""How many tensors of each kind a message names before it counts the others."""
+
+
+def read_config(reference: str) -> PreTrainedConfig:
+    """Read the config of a folder, a hub name or a world part.
+
+    Raises:
+        ValueError: what transformers refuses in it, or a model that only code in the folder knows.
+        OSError: a source that is neither a folder nor to be had from the hub.
+    """
+    source = resolve_source(reference)
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    model_type = values.get("model_type")
+    if "auto_map" in values and model_type not in CONFIG_MAPPING and model_type not in ENCODERS:
+        raise ValueError(
+            f"{reference} is a {model_type}, which transformers knows by code in the folder alone (auto_map); foreign "
+            "code is never run"
+        )
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"the config of {reference} is refused: {error}") from error
+
+
+def read_tokenizer(reference: str, **options: Any) -> Any:
+    """Read the tokenizer of an LLM; `options` are those of `AutoTokenizer.from_pretrained`."""
+    return AutoTokenizer.from_pretrained(resolve_source(reference), trust_remote_code=False, **options)
+
+
+def read_image_processor(reference: str) -> Any:
+    """Read what transformers brings a picture into the form of an encoder with."""
+    return image_processors.read_image_processor(resolve_source(reference))
+
+
+def read_feature_extractor(reference: str) -> Any:
+    """Read what transformers brings sound into the form of an encoder with."""
+    return AutoFeatureExtractor.from_pretrained(resolve_source(reference), trust_remote_code=False)
+
+
+def llm_config(reference: str) -> PreTrainedConfig:
+    """Read the config of an LLM, taken out of a whole model where the source is one of `WHOLE_VLMS`.
+
+    Raises:
+        ValueError: a source that is no LLM and none is taken out of, by what it is.
+    """
+    whole = read_config(reference)
+    text = whole.get_text_config()
+    is_whole = whole.model_type in WHOLE_VLMS
+    is_part = text is not whole
+    if whole.is_encoder_decoder or is_part is not is_whole or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{reference} is a {whole.model_type}, and no LLM is taken out of it; allowed: the decoders of "
+            f"transformers' AutoModelForCausalLM, and out of a whole {', '.join(WHOLE_VLMS)} its own"
+        )
+    if is_whole:  # whether the head is the embeddings is said of the whole model
+        text.tie_word_embeddings = whole.tie_word_embeddings
+    return text
+
+
+def encoder_config(reference: str, medium: str) -> PreTrainedConfig:
+    """Read the config of the encoder of a medium, taken out of a whole model where the source is one.
+
+    Raises:
+        ValueError: a source that no encoder is taken out of, by what it is.
+    """
+    whole = read_config(reference)
+    _encoder_layout(reference, whole)
+    return tower_config(whole, medium)
+
+
+def _encoder_layout(reference: str, whole: PreTrainedConfig) -> Layout:
+    if whole.model_type not in ENCODER_LAYOUTS:
+        raise ValueError(
+            f"{reference} is a {whole.model_type}, and no encoder is taken out of it; allowed: "
+            f"{', '.join(ENCODER_LAYOUTS)}"
+        )
+    return ENCODER_LAYOUTS[whole.model_type]
+
+
+def load_llm(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load an LLM with its head; in shards where ZeRO-3 is on.
+
+    Args:
+        config: of the LLM, as `llm_config` reads it.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
+    """
+    whole = read_config(reference)
+    layout = WHOLE_VLMS.get(whole.model_type, Layout())
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return load_checked(model_class, reference, config, layout, dtype=dtype, attn_implementation=attention)
+
+
+def load_encoder(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the backbone of an encoder, whole on every process.
+
+    Args:
+        config: of the encoder, as `encoder_config` reads it.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
+    """
+    layout = _encoder_layout(reference, read_config(reference))
+    with unsharded():
+        return load_checked(backbone_class(config), reference, config, layout, dtype=dtype)
+
+
+def load_checked(
+    model_class: type[PreTrainedModel],
+    reference: str,
+    config: PreTrainedConfig,
+    layout: Layout | None = None,
+    *,
+    dtype: torch.dtype,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a model every tensor of which is in its file, by name and shape, in eval mode.
+
+    Args:
+        layout: where the file holds it; as a whole by default.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
+        OSError: a source that is neither a folder nor to be had from the hub.
+    """
+    layout = layout or Layout()
+    folder = _local_folder(reference)
+    _check_folder(reference, folder, config)
+    part = _Part(reference, weight_files(folder), layout)
+    options = {**options, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    with unsharded():
+        # Sizes that differ are let through here alone, so that all of them can be named: nothing of this pass is kept.
+        draft, report = _load_state(
+            model_class, config, part.shapes(), device_map="meta", ignore_mismatched_sizes=True, **options
+        )
+    part.check(report)
+    part.check_ties(draft)
+    model, report = _load_state(model_class, config, part.tensors(), **options)
+    part.check(report)
+    model.name_or_path = model.config.name_or_path = reference
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _load_state(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: Mapping[str, Tensor], **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Let transformers rename, convert and place tensors that were read here; it also says what does not fit."""
+    loaded: Any = model_class.from_pretrained(None, config=config, state_dict=dict(state), **options)
+    return loaded
+
+
+def _local_folder(reference: str) -> Path:
+    """Return the folder of a source; of a hub name the one in the cache, with its weights in it.
+
+    Raises:
+        ValueError: there are no weights that are read without unpickling.
+    """
+    source = resolve_source(reference)
+    folder = Path(source)
+    if not folder.is_dir():
+        names = (WEIGHTS, WEIGHTS_INDEX, "generation_config.json", "adapter_config.json")
+        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names]
+        weights = found[0] or found[1]
+        if weights is None:
+            raise ValueError(f"{reference} holds no {WEIGHTS} and no {WEIGHTS_INDEX}; nothing else is read")
+        folder = Path(weights).parent
+        for name in [] if found[0] else shard_names(Path(weights)):
+            cached_file(source, name)
+    if not weight_files(folder):
+        pickled = [name for name in PICKLED_WEIGHTS if (folder / name).is_file()]
+        why = f"; {pickled[0]} would have to be unpickled, which can run code" if pickled else ""
+        raise ValueError(f"{reference} holds no {WEIGHTS} and no {WEIGHTS_INDEX}{why}")
+    return folder
+
+
+def _check_folder(reference: str, folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse what transformers would read otherwise than as one model's plain tensors."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{reference} holds an adapter of PEFT (adapter_config.json); merge it into its model first")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{reference} is quantised (quantization_config); give the weights it was made of")
+
+
+class _Part:
+    """The tensors of a part in the files of a checkpoint, read from the disk when they are used.
+
+    Raises:
+        ValueError: a file that is no safetensors file, or two tensors of one name.
+    """
+
+    def __init__(self, reference: str, files: list[Path], layout: Layout) -> None:
+        self.reference, self.layout = reference, layout
+        self._places: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            opened = _open(file)
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                own = layout.own_name(name)
+                if own in self._places:
+                    raise ValueError(f"{reference} holds {own} twice: as {self._places[own][1]} and as {name}")
+                if own is not None:
+                    self._places[own] = opened, name
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Return tensors without values, by name."""
+        return {
+            own: torch.empty(opened.get_slice(name).get_shape(), device="meta")
+            for own, (opened, name) in self._places.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name; their values stay in the files until they are used, shared by all processes."""
+        return {own: opened.get_tensor(name) for own, (opened, name) in self._places.items()}
+
+    def check(self, report: Mapping[str, Any]) -> None:
+        """Refuse what transformers reports of a load.
+
+        Raises:
+            ValueError: tensors that are missing, unexpected or of another shape, by their names in the file.
+        """
+        problems = []
+        for what in ("missing", "unexpected"):
+            names = sorted(set(report[f"{what}_keys"]) - set(self.layout.unread))
+            problems += _some([self._file_name(name) for name in names], what)
+        shapes = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
+        problems += _some(
+            [f"{self._file_name(name)} has shape {found}, the model has {wanted}" for name, found, wanted in shapes]
+        )
+        if problems:
+            raise ValueError(f"the weights in {self.reference} are not those of its config: {'; '.join(problems)}")
+
+    def _file_name(self, own: str) -> str:
+        """Return the name of a tensor in the files, or what it would be there; converted ones go by the model's."""
+        if own in self._places:
+            return self._places[own][1]
+        names = [name for _, name in self._places.values()]
+        for start, replaced in self.layout.renamed:
+            if start and own.startswith(replaced) and any(name.startswith(start) for name in names):
+                return start + own.removeprefix(replaced)
+        return own
+
+    def check_ties(self, model: PreTrainedModel) -> None:
+        """Refuse values of their own for tensors that the config says are one, such as head and embeddings."""
+        for name, source in model.all_tied_weights_keys.items():
+            if not {name, source} <= self._places.keys():
+                continue
+            one, other = (opened.get_tensor(held) for opened, held in (self._places[name], self._places[source]))
+            if not torch.equal(one, other):
+                raise ValueError(
+                    f"{self.reference} holds {name} and {source} with different values, but its config says they are "
+                    "one (tie_word_embeddings)"
+                )
+
+
+def _some(names: list[str], what: str = "") -> list[str]:
+    """Name the first few of what is wrong, and count the rest."""
+    more = [f"and {len(names) - NAMED_TENSORS} more"] if len(names) > NAMED_TENSORS else []
+    shown = ", ".join(names[:NAMED_TENSORS] + more)
+    return [f"{what} {shown}".strip()] if names else []
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or is cut: {error}") from error
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Inside, models are made whole on every process, also where ZeRO-3 shards the LLM while it loads.
+
+    Encoders are small beside the LLM, and transformers' Whisper cannot be made in shards. What is whole now is sharded
+    when training starts.
+    """
+    sharding = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = sharding
