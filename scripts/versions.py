@@ -27,7 +27,7 @@ DEV_EXTRAS = ("demo", "dev", "decord", "deepspeed")
 OLDEST_EXTRAS = ("demo", "test", "decord", "deepspeed")
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "audio", "torchvision")
 """torchaudio and torchvision are built for torch with CUDA only, so they stand in no lock that goes with the CPU's."""
-_PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?==([^\s;\\]+)", re.M)
+_PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?={2,3}([^\s;\\]+)", re.M)
 
 
 def declared(extras: Iterable[str] = (), pyproject: Path = ROOT / "pyproject.toml") -> list[Requirement]:
@@ -90,7 +90,9 @@ def compile_lock() -> None:
         _compile([torch], closure := Path(scratch) / "closure.txt")
         of_torch = set(pinned(closure))
         of_cuda = {name for name in of_torch if name.startswith(("torch", "triton", "nvidia-", "cuda-"))}
-        _compile([torch], FOLDER / "torch.txt", hashes=True, left_out=of_torch - of_cuda)
+        _compile([torch], file := FOLDER / "torch.txt", hashes=True, left_out=of_torch - of_cuda)
+        # To pip `==2.13.0` is met by 2.13.0+cpu as well, where an index has that, and then its hash is another.
+        file.write_text(file.read_text().replace(f"\n{torch} ", f"\n{torch.replace('==', '===')} "))
     dev, build = FOLDER / "dev.txt", tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     _compile([*_lines(DEV_EXTRAS), torch], dev, hashes=True, left_out=of_cuda)
     _compile([*_lines(DEMO_EXTRAS), torch], FOLDER / "demo.txt", hashes=True, left_out=of_cuda, within=dev)
