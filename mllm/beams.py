@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mllm.cache_names import CACHE_NAMES, cache_argument
+
 GROWTH_TOKENS = 64
 """Room for new tokens is made this many at a time, so that the prompt's part is hardly ever copied."""
 _FORBIDS_SHARING = (
-    "past_key_values",
+    *CACHE_NAMES,
     "position_ids",
     "cache_implementation",
     "cache_config",
@@ -159,9 +161,9 @@ def prefill(
         **{key: value[:, left] for key, value in given.items()},
         attention_mask=attention_mask[:, :-1],
         position_ids=positions[:, left],
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cache_argument(cache),
         **row_inputs,
     )
     return spread(cache, copies)

@@ -24,8 +24,8 @@ class ElasticConfig(PreTrainedConfig):
             counts and `mllm.compressors.build_compressor` for what shapes the compressor.
         placeholder_ids: per medium the token id that stands once per soft token in the prompt.
         span_ids: per medium the ids put before and after its run, or nothing.
-        new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's, in the order
-            of the rows; see `mllm.new_tokens`. Runs from before there were such rows have none.
+        new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; rows are in
+            the order of the ids. See `mllm.new_tokens`. Runs from before there were such rows have none.
         adapter: the adapter inside the LLM, e.g. `{kind: lora, rank: 16, alpha: 32, targets: [q_proj, v_proj]}`.
         trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
@@ -63,7 +63,8 @@ class ElasticConfig(PreTrainedConfig):
         self.media = self.media or {}
         self.placeholder_ids = self.placeholder_ids or {}
         self.span_ids = self.span_ids or {}
-        self.new_tokens = self.new_tokens or {}
+        # A JSON file has its keys in the order of the alphabet.
+        self.new_tokens = dict(sorted((self.new_tokens or {}).items(), key=lambda item: item[1]))
         self.sources = self.sources or {}
         if self.text_config is not None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mllm.cache_names import cache_argument
 from mllm.prefixes import Prefixes, num_common
 
 FEWEST_TOKENS = 8
@@ -53,9 +54,9 @@ class ConstantText:
             model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **cache_argument(self.cache),
                 **{key: None if value is None else value[:1] for key, value in row_inputs.items()},
             )
         length = torch.tensor([len(self.ids)], device=device)

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from mllm.asking import Answer, Files, is_trained, tokens_by_medium
 from mllm.beams import spread
 from mllm.budget import Budget, Cost
+from mllm.cache_names import cache_argument
 from mllm.expansion import Row
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
 from mllm.precision import as_weights_of
@@ -128,7 +129,7 @@ class Growing:
         options = {**self._member_inputs(), **self.answerer.options()}
         with decoding.chance():
             found = self._model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), **cache_argument(cache), **options
             )
         new = self.answerer.ended(found[0, len(ids) :].tolist())
         extents = [run.extent for run in row.runs]
@@ -187,9 +188,9 @@ class Growing:
             inputs_embeds=embeds,
             attention_mask=torch.ones(1, end, dtype=torch.int64, device=embeds.device),
             position_ids=torch.arange(start, end, device=embeds.device)[None],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(cache),
             **self._member_inputs(),
         )
         if self._unread.shape[1]:

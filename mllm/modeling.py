@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.hand_over import KEYWORD
 from mllm.beams import allows_sharing, num_copies, prefill, shares_prefill
+from mllm.cache_names import cache_argument, cache_of, one_cache
 from mllm.configuration import ElasticConfig
 from mllm.modeling_base import ElasticPreTrainedModel
 from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
@@ -128,6 +129,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         packed_attention: PackedAttention = "sdpa",
         features: Mapping[str, Features] | None = None,
         reader: Reader | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> ElasticOutput:
         """One pass over rows that may differ in media and in budgets.
@@ -152,9 +154,11 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             packed_attention: what computes the attention of packed rows.
             features: by medium what `ElasticModel.encode` gave; those media are not encoded.
             reader: makes the loss of the hidden states at `logit_positions`; there are no logits then.
+            cache, past_key_values: keys and values of what was read before: two names of one argument, since `generate`
+                calls it `cache` from transformers 5.24 on.
 
         Raises:
-            ValueError: packed rows for an LLM that was not prepared for them.
+            ValueError: packed rows for an LLM that was not prepared for them, or a cache under both names.
         """
         media = {
             "pixel_values": pixel_values,
@@ -190,10 +194,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             features=features,
             plan=plan,
+            **cache_argument(one_cache(cache, past_key_values)),
             **media,
             **kwargs,
         )
@@ -217,12 +221,12 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         return ElasticOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             auxiliary=auxiliary or None,
             expert_usage=torch.stack(usage) if usage else None,
             read=read or None,
+            **cache_argument(cache_of(outputs)),
         )
 
     def prepare_inputs_for_generation(
@@ -296,7 +300,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 **row_inputs,
             )
         if past is not None:
-            kwargs["past_key_values"] = past
+            kwargs |= cache_argument(past)
             if is_soft is not None and not is_soft[:, past.get_seq_length() :].any():
                 del kwargs["inputs_embeds"]  # what is left of the prompts is text; B * C embeddings need not be made
         parent: Any = super()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mllm.cache_names import CACHE_NAMES
 from mllm.configuration import ElasticConfig
 
 
@@ -23,7 +24,7 @@ class ElasticPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (read by transformers)
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012 (read by transformers)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

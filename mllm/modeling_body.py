@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
+from mllm.cache_names import cache_argument, one_cache
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
 from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
@@ -354,6 +355,7 @@ class ElasticModel(ElasticPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         features: Mapping[str, Features] | None = None,
         plan: SegmentPlan | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed, splice and run the decoder. The media arguments are those of `ElasticForConditionalGeneration`."""
@@ -366,7 +368,7 @@ class ElasticModel(ElasticPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(one_cache(cache, past_key_values)),
             **kwargs,
         )
 

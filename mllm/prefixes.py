@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mllm.cache_names import cache_argument
+
 
 def group_rows(rows: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     """Which rows begin alike.
@@ -116,9 +118,9 @@ class Prefixes:
             inputs_embeds=embeds.gather(1, source[:, left, None].expand(-1, -1, embeds.shape[2])),
             attention_mask=mask,
             position_ids=places.clamp(min=0)[:, left],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(cache),
             **own_inputs,
         )
         return self.hand_out(cache, counts)

@@ -12,7 +12,7 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
-        *("settings", "sources", "registration", "filterbank", "segments", "progress"),
+        *("settings", "sources", "registration", "filterbank", "segments", "progress", "cache_names"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {

@@ -13,7 +13,7 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.sampler import Sampler
 from mllm.settings import ModelSettings
 from mllm.sources import resolve_source
-from mllm.trainables import set_trainables
+from mllm.trainables import NEW_TOKENS, set_trainables
 from mllm.training.settings import RunSettings, read_run_settings
 
 ROOT = Path(__file__).parent.parent
@@ -64,11 +64,15 @@ def part_config(reference: str) -> PreTrainedConfig:
 def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
     text = part_config(settings.llm)
     media = settings.media
+    marks = [token for own in media.values() for token in own.span]
+    if settings.llm.startswith("world:"):
+        marks = []  # its tokenizer knows them
     config = config_of_parts(
         settings,
         text_config=text,
         encoder_configs={medium: part_config(own.encoder) for medium, own in media.items()},
         placeholder_ids={medium: text.vocab_size + place for place, medium in enumerate(media)},
+        new_tokens={token: text.vocab_size + len(media) + place for place, token in enumerate(marks)},
     )
     with torch.device("meta"):
         model = ElasticForConditionalGeneration(config)
@@ -90,6 +94,10 @@ def test_the_model_of_a_config_builds_at_real_size(path: Path) -> None:
     settings = read(path)
     model = build_on_meta(settings.model)
     names = set_trainables(model, settings.parts)
+    has_marks = path.stem.startswith(("llama_avsr", "mome", "mtsk", "omni"))
+    assert (NEW_TOKENS in names) == has_marks
+    if has_marks:
+        assert model.get_parameter(NEW_TOKENS).shape == (4, model.config.text_config.hidden_size)
     assert all(parameter.is_meta for parameter in model.parameters())
     millions = sum(p.numel() for n, p in model.named_parameters() if n in set(names)) / 1e6
     if (expected := TRAINABLE_MILLIONS[path.stem]) is not None:

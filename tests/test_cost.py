@@ -26,6 +26,7 @@ from transformers import (
 from mllm.adapters import build_adapter
 from mllm.adapters.hand_over import AdapterInputs
 from mllm.budget import Budget
+from mllm.cache_names import cache_argument, cache_of
 from mllm.compressors import build_compressor
 from mllm.cost import (
     Item,
@@ -72,9 +73,9 @@ def test_llm_flops_are_those_that_run(config: Any) -> None:
     ids = torch.arange(13)[None]
     prefill = llm_flops(config, num_tokens=13, num_logits=1)
     assert prefill + masked_pairs_flops(config, 13) == counted(lambda: model(ids, logits_to_keep=1))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     one_more = llm_flops(config, num_tokens=1, past_tokens=13, num_logits=1)
-    assert one_more == counted(lambda: model(ids[:, :1], past_key_values=cache))
+    assert one_more == counted(lambda: model(ids[:, :1], **cache_argument(cache)))
 
 
 def test_tokens_in_one_pass_cost_what_they_cost_one_by_one() -> None:

@@ -185,12 +185,15 @@ def batch(
     return made.batch(samples, media, for_training=for_training)
 
 
-def write_parts(folder: Path) -> dict[str, str]:
-    """Save the tiny frozen parts as a hub repository would hold them; returns their folders by name."""
+def write_parts(folder: Path, **text: Any) -> dict[str, str]:
+    """Save the tiny frozen parts as a hub repository would hold them; returns their folders by name.
+
+    `text` changes the config of the LLM.
+    """
     configs = encoder_configs()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(llm_config()).save_pretrained(folder / "llm")
+        LlamaForCausalLM(llm_config(**text)).save_pretrained(folder / "llm")
         for medium, config in configs.items():
             backbone_class(config)._from_config(config).save_pretrained(folder / medium)
     TOKENIZER.save_pretrained(folder / "llm")
@@ -199,9 +202,13 @@ def write_parts(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("llm", *configs)}
 
 
-def settings_on(parts: dict[str, str], media: Sequence[str] = ("image", "audio", "video")) -> ModelSettings:
-    """Settings of a tiny model whose frozen parts are the folders of `write_parts`."""
-    own = {m: MediumSettings(**{"encoder": parts[m], **MEDIA[m], "crop_pixels": 32}) for m in media}
+def settings_on(
+    parts: dict[str, str], media: Sequence[str] = ("image", "audio", "video"), **changes: dict[str, Any]
+) -> ModelSettings:
+    """Settings of a tiny model whose frozen parts are the folders of `write_parts`; `changes` are by medium."""
+    own = {
+        m: MediumSettings(**{"encoder": parts[m], **MEDIA[m], "crop_pixels": 32, **changes.get(m, {})}) for m in media
+    }
     lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
     return ModelSettings(llm=parts["llm"], chat_format="plain", adapter=lora, **own)  # pyright: ignore
 

@@ -10,6 +10,7 @@ from transformers import AutoModel, Gemma2Config, Gemma3TextConfig, GemmaConfig,
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
 from mllm.adapters.hand_over import AdapterInputs
 from mllm.adapters.lora_bank import LoraBank, to_lora
+from mllm.cache_names import cache_argument, cache_of
 
 SCALES, TASKS = ["audio=/4", "audio=/8", "audio=/16"], ["asr", "vsr"]
 LLMS = [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig]
@@ -142,7 +143,7 @@ def test_decoding_with_a_cache_and_left_padding_equals_one_pass() -> None:
     for place in (5, 6):
         out = llm(
             inputs_embeds=embeds[:, place : place + 1], attention_mask=mask[:, : place + 1],
-            position_ids=positions[:, place : place + 1], past_key_values=first.past_key_values, adapter_inputs=inputs,
+            position_ids=positions[:, place : place + 1], adapter_inputs=inputs, **cache_argument(cache_of(first)),
         )  # fmt: skip
         outs.append(out.last_hidden_state)
     torch.testing.assert_close(torch.cat(outs, 1), whole[:, 5:], rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, load
+from mllm.trainables import NEW_TOKENS
 from mllm.training.folders import read_checkpoint
 from mllm.training.run import train
 from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
@@ -34,7 +35,10 @@ OVERRIDES = {"deepspeed": "--train.deepspeed configs/zero2.json"}
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
-    """A run over three media; some steps hold a medium on one process only."""
+    """A run over three media; some steps hold a medium on one process only.
+
+    The LLM has no rows for the marks around sound.
+    """
     folder = tmp_path_factory.mktemp("launchers")
     parts = tiny.write_parts(folder / "parts")
     samples = []
@@ -46,7 +50,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
         samples.append(Sample(f"sample{seed}", messages, task="test"))
     write_manifest(folder / "train.jsonl", samples)
     return RunSettings(
-        model=tiny.settings_on(parts),
+        model=tiny.settings_on(parts, audio={"span": ["<sound>", "</sound>"]}),
         data=DataSettings(train=[str(folder / "train.jsonl")], tokens_per_batch=256, max_rows=1, num_workers=0),
         sampler=SamplerSettings(mode="random", num_draws=2),
         train=TrainSettings(output=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
@@ -80,6 +84,7 @@ def test_a_launcher_trains_what_one_process_trains(
     assert done.returncode == 0, done.stderr[-4000:]
     found = load_file(tmp_path / "run" / TRAINABLES)
     assert found.keys() == one_process.keys()
+    assert NEW_TOKENS in found
     # ZeRO-3 serves runs of several budgets in one call, which adds in another order, and Adam divides a gradient near 0
     # by its own size: one weight of a thousand then differs by half a percent of one step, which is 0.01.
     atol = 1e-4 if launcher == "zero3" else 1e-5
