@@ -43,10 +43,12 @@ class CorpusSettings:
     num_heldout: int = 60
     num_captions: int = 700
     """Clips of the training set that the projector is fitted to before the first step."""
+    num_recordings: int | None = None
+    """Recordings to test on, taken evenly from all there are; all when left out."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(self, ["num_train", "num_heldout", "num_captions"])
+        check_at_least(self, ["num_train", "num_heldout", "num_captions", "num_recordings"])
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,19 @@ def write_corpus(
         for split, own in jobs.items()
     }
     rows["captions"] = rows["train"][: settings.num_captions]
-    rows["test"] = [_write_recording(out, found) for found in recordings]
+    rows["test"] = [_write_recording(out, found) for found in _evenly(recordings, settings.num_recordings)]
     for split, own in rows.items():
         write_manifest(out / f"{split}.jsonl", own)
     return {split: out / f"{split}.jsonl" for split in rows}
+
+
+def _evenly(recordings: Sequence[Recording], count: int | None) -> list[Recording]:
+    """As many recordings as are wanted, as far apart as can be."""
+    if count is None:
+        return list(recordings)
+    if count > len(recordings):
+        raise ValueError(f"num_recordings is {count}; there are {len(recordings)}")
+    return [recordings[place * len(recordings) // count] for place in range(count)]
 
 
 def _sentences(packages: Path, settings: CorpusSettings, *, tested: set[str]) -> dict[str, list[str]]:
@@ -125,9 +136,7 @@ def _sentences(packages: Path, settings: CorpusSettings, *, tested: set[str]) ->
     return found
 
 
-def _jobs(
-    out: Path, split: str, sentences: Sequence[str], settings: CorpusSettings, packages: Path
-) -> Iterator[_Job]:
+def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusSettings, packages: Path) -> Iterator[_Job]:
     for number, sentence in enumerate(sentences):
         seed = (settings.seed, 1 + SPLITS.index(split), number)
         names, shares = zip(*SYNTHESISER_SHARES.items(), strict=True)

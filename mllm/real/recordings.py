@@ -2,7 +2,7 @@
 
 Knows the packages' files. Does not know models.
 
-    asterisk-core-sounds-en-g722   one speaker, telephone prompts at 16 kHz in G.722; its text in asterisk-core-sounds-en
+    asterisk-core-sounds-en-g722   one speaker, telephone prompts at 16 kHz in G.722; text in asterisk-core-sounds-en
     pocketsphinx-testdata          sentences of an audio book and names of playing cards, two speakers
     alsa-utils                     names of loudspeakers, one speaker
 

@@ -56,16 +56,21 @@ def spoken_number(rng: np.random.Generator) -> str:
     """Make up a number as one says it: some digits one by one, or one below a million."""
     if rng.random() < 0.5:
         return " ".join(DIGITS[digit] for digit in rng.integers(10, size=rng.integers(2, 8)))
-    return _in_words(int(10 ** rng.uniform(0.5, 6)))
+    return in_words(int(10 ** rng.uniform(0.5, 6)))
 
 
-def _in_words(number: int) -> str:
+def in_words(number: int) -> str:
+    """Write a number below a million as it is said.
+
+    >>> in_words(21_305)
+    'twenty one thousand three hundred five'
+    """
     if number >= 1000:
         rest = number % 1000
-        return f"{_in_words(number // 1000)} thousand" + (f" {_in_words(rest)}" if rest else "")
+        return f"{in_words(number // 1000)} thousand" + (f" {in_words(rest)}" if rest else "")
     if number >= 100:
         rest = number % 100
-        return f"{DIGITS[number // 100]} hundred" + (f" {_in_words(rest)}" if rest else "")
+        return f"{DIGITS[number // 100]} hundred" + (f" {in_words(rest)}" if rest else "")
     if number >= 20:
         rest = number % 10
         return TENS[number // 10 - 2] + (f" {DIGITS[rest]}" if rest else "")

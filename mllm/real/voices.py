@@ -71,7 +71,7 @@ def _say_piper(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
 
 
 @cache
-def _piper():  # noqa: ANN202 (a class of an optional library)
+def _piper():
     import onnxruntime
     from piper import PiperVoice
     from piper.config import PiperConfig

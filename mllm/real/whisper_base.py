@@ -7,10 +7,11 @@ is q and `linear_1` k, v. Whisper has no bias on k, so that part of a joined bia
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from torch import nn
 from transformers import (
@@ -45,6 +46,7 @@ CONFIG = {
 }
 NO_TIMESTAMPS = 50363
 FRAMES_PER_SECOND = 50
+CLIPS_PER_BATCH = 16
 # What CTranslate2 writes about the computation itself; this Whisper has the values that transformers assumes.
 ASSUMED: Mapping[str, float | None] = {
     "decoder/activation": None,  # GELU, by a number of CTranslate2's own
@@ -200,3 +202,31 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
     extractor = WhisperFeatureExtractor.from_pretrained(whisper)
     WhisperFeatureExtractor(**{**extractor.to_dict(), "chunk_length": seconds}).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    """What the whole Whisper writes down of every wav of a folder, greedily and in bfloat16.
+
+    Args:
+        folder: of the whole Whisper.
+        clips: folder of wav files at 16 kHz.
+        progress: called with (clips done, clips in all).
+
+    Returns:
+        texts by the files' names without suffix, as Whisper writes them.
+    """
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    processor = WhisperProcessor.from_pretrained(folder)
+    files = sorted(clips.glob("*.wav"))
+    texts: dict[str, str] = {}
+    for start in range(0, len(files), CLIPS_PER_BATCH):
+        own = files[start : start + CLIPS_PER_BATCH]
+        samples = [soundfile.read(file, dtype="float32")[0] for file in own]
+        inputs = processor(samples, sampling_rate=16_000, return_tensors="pt").input_features.to(model.dtype)
+        ids = model.generate(inputs, language="en", task="transcribe", max_new_tokens=64)
+        for file, text in zip(own, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+            texts[file.stem] = text.strip()
+        if progress is not None:
+            progress(len(texts), len(files))
+    return texts
