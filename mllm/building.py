@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     PreTrainedConfig,
 )
@@ -27,13 +26,14 @@ from mllm.compressors import Query
 from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, backbone_class, encoder_facts, tower_config, wrap_encoder
+from mllm.image_processors import read_image_processor
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, resolve_source
 from mllm.trainables import is_sharded, part_of
-from mllm.vocabulary import find_new_tokens, read_tokenizer, start_new_tokens
+from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (
@@ -74,7 +74,7 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
 def build_processor(settings: ModelSettings) -> ElasticProcessor:
     """The processor of a model that is described by settings."""
     text_config = _read_config(settings.llm).get_text_config()
-    tokenizer = read_tokenizer(settings, num_rows=text_config.vocab_size)
+    tokenizer = extended_tokenizer(settings, num_rows=text_config.vocab_size)
     media = {
         medium: {
             "encoder": encoder_config(own, medium).to_dict(),
@@ -347,7 +347,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
 
 def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
     """The image processor of a tower, told the size of its pictures and what to do about their shape."""
-    values = AutoImageProcessor.from_pretrained(resolve_source(settings.encoder)).to_dict()
+    values = read_image_processor(resolve_source(settings.encoder)).to_dict()
     config = encoder_config(settings, "image")
     if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
         if settings.pad_to_square:

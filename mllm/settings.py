@@ -118,7 +118,8 @@ class MediumSettings:
     encoder_adapter: EncoderAdapterSettings | None = None
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)
-    """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default."""
+    """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default. Those that the LLM's
+    tokenizer does not know get embedding rows of their own, which learn with the compressors."""
     released_cut: bool | None = None
     """Whisper: as many frames as the released AVSR code cuts out, `max(int(samples / 16000 * 50), 25)`; set by
     `released_behaviour`. By default the whole frames of the clip."""

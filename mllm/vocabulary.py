@@ -19,7 +19,7 @@ from mllm.sources import resolve_source
 from mllm.trainables import whole
 
 
-def read_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:
+def extended_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:
     """Read the LLM's tokenizer and add the placeholders and marks that it does not know.
 
     A padding token for which the LLM has no row is forgotten: nothing reads it.
@@ -55,7 +55,7 @@ def find_new_tokens(settings: ModelSettings, tokenizer: Any, *, num_rows: int) -
     knows but has no row for.
 
     Args:
-        tokenizer: of `read_tokenizer`. num_rows: of the LLM's embedding.
+        tokenizer: of `extended_tokenizer`. num_rows: of the LLM's embedding.
     """
     known = AutoTokenizer.from_pretrained(resolve_source(settings.llm)).get_vocab()
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(_marks(settings))}

@@ -12,7 +12,8 @@ PACKAGE = Path(mllm.__file__).parent
 LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
-        *("settings", "sources", "registration", "filterbank", "segments", "progress", "cache_names"),
+        *("settings", "sources", "registration", "filterbank", "segments", "progress"),
+        *("cache_names", "extras", "image_processors", "probes"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {

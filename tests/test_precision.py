@@ -4,18 +4,19 @@ What is asserted is that bfloat16 says nearly what float32 says, not only that n
 wide that another input, or another budget, says something else.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
+import soundfile
 import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoModelForImageTextToText,
     BitImageProcessor,
     Dinov2Config,
     HubertConfig,
@@ -27,15 +28,16 @@ from transformers import (
 )
 
 from mllm.budget import Budget
-from mllm.building import build
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
-from mllm.encoders import backbone_class
+from mllm.encoders import AVHubertConfig, backbone_class
+from mllm.generation import Answerer
 from mllm.loading import TRAINABLES, export, load
 from mllm.precision import dtype_of
 from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings, TilingSettings
-from mllm.trainables import NEW_TOKENS, set_trainables, trainable_names
-from mllm.training.feature_building import make_features
+from mllm.splice import merge, place
+from mllm.trainables import NEW_TOKENS
+from mllm.training.features import pass_features_through
 from mllm.training.run import train
 from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 
@@ -43,18 +45,27 @@ TRUNK: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attenti
 WAVE: dict[str, Any] = {
     **TRUNK,
     **{"conv_dim": (16, 16, 16), "conv_kernel": (10, 8, 4), "conv_stride": (5, 8, 8)},
-    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
+    # One group: oneDNN (torch 2.13, CPUs with AMX) computes wrong convolutions in bfloat16 where groups have fewer than
+    # 16 channels. Real encoders have 48 or 64.
+    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 1},
 }
 STABLE: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 OTHERS = {
     "naflex": Siglip2VisionConfig(**TRUNK, patch_size=8, num_patches=16),
-    "dinov2": Dinov2Config(**{key: TRUNK[key] for key in TRUNK if key != "intermediate_size"}, patch_size=8),
+    "dinov2": Dinov2Config(
+        **{key: TRUNK[key] for key in TRUNK if key != "intermediate_size"}, image_size=64, patch_size=8
+    ),
     "hubert": HubertConfig(**WAVE),
     "hubert_large": HubertConfig(**WAVE, **STABLE),
     "wav2vec2": Wav2Vec2Config(**WAVE),
     "wavlm": WavLMConfig(**WAVE),
+    "lips": AVHubertConfig(
+        **TRUNK,
+        **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 1, "resnet_channels": [4, 4, 8, 8]},
+    ),
 }
 QUERY = {"compressor": "query", "budgets": [1, 4, 16], "query_heads": 2}
+LIPS = {"encoder": "lips"}
 RATES = {"compressor": "pool", "budgets": ["/2", "/4"]}
 # By name the medium, and what differs from `tiny.MEDIA`; `encoder` is a folder.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,7 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip query": ("image", QUERY),
     "clip query content": ("image", {**QUERY, "keys": "content", "query_size": 8}),
     "clip stack": ("image", {"compressor": "stack"}),
-    "clip hybrid": ("image", {"compressor": "hybrid", "budgets": [4, 20], "query_heads": 2}),
+    "clip hybrid": ("image", {"compressor": "hybrid", "budgets": [4, 15, 20], "query_heads": 2}),
     "naflex pool": ("image", {"encoder": "naflex", "budgets": [1, 4]}),
     "naflex query content": ("image", {**QUERY, "encoder": "naflex", "keys": "content"}),
     "dinov2 pool": ("image", {"encoder": "dinov2"}),
@@ -79,11 +90,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hubert large stack": ("audio", {**RATES, "encoder": "hubert_large", "compressor": "stack"}),
     "wav2vec2 pool": ("audio", {**RATES, "encoder": "wav2vec2"}),
     "wavlm pool": ("audio", {**RATES, "encoder": "wavlm"}),
-    "listening pool": ("audio", {**RATES, "encoder": "video"}),
-    "lips stack": ("video", {}),
-    "lips pool": ("video", {"compressor": "pool"}),
-    "lips adapted": ("video", {"encoder_adapter": EncoderAdapterSettings(rank=2, alpha=4)}),
+    "listening pool": ("audio", {**RATES, "encoder": "lips"}),
+    "lips stack": ("video", LIPS),
+    "lips pool": ("video", {**LIPS, "compressor": "pool"}),
+    "lips adapted": ("video", {**LIPS, "encoder_adapter": EncoderAdapterSettings(rank=2, alpha=4)}),
+    "frames pool": ("video", {"encoder": "image", "budgets": [1, 4], "frames": 2, "compressor": "pool"}),
+    "whisper pool marks": ("audio", {"span": ["<sound>", "</sound>"]}),
+    "whisper pool bank": ("audio", {}),
+    "whisper pool mome": ("audio", {}),
 }
+ADAPTERS = {
+    "whisper pool bank": AdapterSettings(kind="lora_bank", variant="mss", rank=4, alpha=8),
+    "whisper pool mome": AdapterSettings(kind="mome", num_experts=4, top_k=2, bottleneck=4),
+}
+QUICK = ("clip pool", "clip query", "whisper pool marks", "hubert pool", "lips stack")
 FITTED = {
     *("clip pool", "clip pool haar", "clip pool per budget", "clip query", "naflex pool", "dinov2 pool"),
     *("whisper pool", "whisper pool per budget", "whisper stack", "hubert pool", "hubert large stack"),
@@ -108,8 +128,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BitImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False).save_pretrained(folder / "dinov2")
     for name in ("image", "audio", "video", *OTHERS):
         _widen(folder / name / "model.safetensors")
-    files = [tiny.write_media(folder / "media", seed=seed, seconds=0.6 + 0.05 * seed) for seed in range(6)]
-    for medium in ("image", "audio", "video"):
+    files = [_write_media(folder / "media", seed) for seed in range(6)]
+    for medium, task in (("image", "vqa"), ("audio", "asr"), ("video", "vsr")):
         rows = [
             Sample(
                 f"{medium}{seed}",
@@ -117,12 +137,29 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     Message("user", (Media(medium, f"media/{own[medium]}"), Text("what is it?"))),
                     Message("assistant", (Text(WORDS[seed]),)),
                 ),
-                task="test",
+                task=task,
             )
             for seed, own in enumerate(files)
         ]
         write_manifest(folder / f"{medium}.jsonl", rows)
     return folder
+
+
+def _write_media(folder: Path, seed: int) -> dict[str, str]:
+    """A picture of noise, a chord and a moving stripe: noise is all alike to what listens or watches."""
+    names = tiny.write_media(folder, seed=seed, seconds=0.6 + 0.05 * seed)
+    time = np.arange(int((0.6 + 0.05 * seed) * 16_000)) / 16_000
+    chord = sum(np.sin(2 * np.pi * 150 * (seed + 1) * part * time) / part for part in (1, 2, 3))
+    soundfile.write(folder / names["audio"], 0.3 * np.asarray(chord, dtype=np.float32), 16_000)
+    with av.open(folder / names["video"], "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        for number in range(15 + seed):
+            picture = np.full((48, 48, 3), 30 * seed, np.uint8)
+            picture[:, (4 * seed + number) % 40 :][:, :8] = 255 - 20 * seed
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return names
 
 
 def _widen(path: Path) -> None:
@@ -139,25 +176,26 @@ def model_settings(world: Path, name: str, **changes: Any) -> ModelSettings:
     given["encoder"] = str(world / given.get("encoder", medium))
     if given["encoder"].endswith("naflex"):
         given.pop("feature_layer", None)
-    adapter = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    settings: dict[str, Any] = {"adapter": adapter, "dtype": "bfloat16", **changes}
-    return ModelSettings(
-        llm=str(world / "llm"),
-        chat_format="plain",
-        **{medium: MediumSettings(**given)},  # pyright: ignore[reportArgumentType]
-        **settings,
-    )
+    adapter = ADAPTERS.get(name, AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"]))
+    media = {medium: MediumSettings(**given)}
+    if name == "frames pool":
+        del given["crop_pixels"]
+        media = {
+            "image": MediumSettings(**{**tiny.MEDIA["image"], "encoder": str(world / "image")}),
+            "video": MediumSettings(**{**given, "encoder": "image"}),
+        }
+    settings: dict[str, Any] = {"adapter": adapter, "dtype": "bfloat16", **media, **changes}
+    return ModelSettings(llm=str(world / "llm"), chat_format="plain", **settings)
 
 
 def run_settings(world: Path, output: Path, name: str, model: ModelSettings, **data: Any) -> RunSettings:
     rows = [str(world / f"{CASES[name][0]}.jsonl")]
-    if name in FITTED and "features" not in data:
+    if name in FITTED:
         data["captions"] = rows
+    data.setdefault("validation", rows)
     return RunSettings(
         model=model,
-        data=DataSettings(
-            train=rows, validation=rows, tokens_per_batch=1024, max_rows=3, num_workers=0, **data
-        ),
+        data=DataSettings(train=rows, tokens_per_batch=1024, max_rows=3, num_workers=0, **data),
         sampler=SamplerSettings(mode="sandwich"),
         train=TrainSettings(
             output=str(output),
@@ -167,7 +205,7 @@ def run_settings(world: Path, output: Path, name: str, model: ModelSettings, **d
             progress=False,
             tensorboard=False,
             log_every=1,
-            validate_every=2,
+            validate_every=2 if data["validation"] else None,
             use_cpu=True,
         ),
     )
@@ -198,31 +236,104 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt() / spread)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_run_in_bfloat16_is_nearly_that_in_float32(world: Path, tmp_path: Path, name: str, capsys: Any) -> None:
     medium = CASES[name][0]
+    if "tiles" in name:
+        pytest.importorskip("torchvision")
     for dtype in ("bfloat16", "float32"):
         own = model_settings(world, name, dtype=dtype)
         train(run_settings(world, tmp_path / dtype, name, own))
     halves, wholes = (losses(tmp_path / dtype) for dtype in ("bfloat16", "float32"))
-    assert halves == pytest.approx(wholes, rel=0.03)
-    assert losses(tmp_path / "bfloat16", "eval_loss") == pytest.approx(
-        losses(tmp_path / "float32", "eval_loss"), rel=0.03
-    )
+    assert halves == pytest.approx(wholes, rel=0.02)
+    halves, wholes = (losses(tmp_path / dtype, "eval_loss") for dtype in ("bfloat16", "float32"))
+    assert halves == pytest.approx(wholes, rel=0.02)
     saved = load_file(tmp_path / "bfloat16" / TRAINABLES)
     assert {value.dtype for value in saved.values()} == {torch.float32}
     half, processor = load(tmp_path / "bfloat16", dtype="bfloat16")
-    assert dtype_of(half.model.tower(medium)) == dtype_of(half.model.language_model) == torch.bfloat16
+    assert dtype_of(half.model.tower("image" if name == "frames pool" else medium)) == torch.bfloat16
+    assert half.get_input_embeddings().weight.dtype == half.lm_head.weight.dtype == torch.bfloat16
     own = dict(half.named_parameters())
     assert all(own[name].equal(value) for name, value in saved.items()), "what was trained is not rounded"
     whole, _ = load(tmp_path / "bfloat16")
     expected = logits(whole, processor, world, medium)
     assert expected.std(dim=1).mean() > 1e-3, "these media all say the same"
-    assert distance(logits(half, processor, world, medium), expected) < 0.25
-    file = str(world / "media" / f"0.{ {'image': 'png', 'audio': 'wav', 'video': 'mp4'}[medium]}")
+    assert distance(logits(half, processor, world, medium), expected) < 0.2
+    file = str(world / "media" / f"0.{ {'image': 'png', 'audio': 'wav', 'video': 'mp4'}[medium] }")
     words = ["--model", str(tmp_path / "bfloat16"), "--dtype", "bfloat16", "--use-cpu", "--max-new-tokens", "3"]
     assert main(["generate", *words, f"--{medium}", file, "--text", "what is it?"]) == 0
-    asked = ["--manifest", str(world / f"{medium}.jsonl"), "--output", str(tmp_path / "evaluation")]
+    asked = ["--manifest", str(world / f"{medium}.jsonl"), "--output", str(tmp_path / "out")]
+    asked += ["--budgets", ";".join(f"{medium}={amount}" for amount in processor.space.media[medium].trained)]
     assert main(["evaluate", *words, *asked]) == 0, capsys.readouterr().err
-    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["num_failed"] for row in results["rows"]} == {0}
+
+
+def test_kept_features_of_an_encoder_in_bfloat16_are_those_of_the_encoder(world: Path, tmp_path: Path) -> None:
+    name, own = "whisper query", model_settings(world, "whisper pool")  # the name of a case without captions
+    train(run_settings(world, tmp_path / "plain", name, own, validation=[]))
+    plain = load_file(tmp_path / "plain" / TRAINABLES)
+    for pooled in ([], ["audio"]):
+        kept = FeatureSettings(folder=str(tmp_path / f"features{len(pooled)}"), versions=1, pooled=pooled)
+        run = tmp_path / f"run{len(pooled)}"
+        train(run_settings(world, run, name, own, features=kept, validation=[]))
+        assert losses(run) == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+        if not pooled:  # a mean of means is not rounded the same
+            assert all(value.equal(plain[key]) for key, value in load_file(run / TRAINABLES).items())
+
+
+def test_kept_features_are_handed_on_as_they_were_kept() -> None:
+    """A mean of frames has more digits than the encoder in bfloat16 that made them."""
+    model = tiny.model(tiny.settings(("audio",)))
+    model.model.audio_tower.to(torch.bfloat16)
+    pass_features_through(model, {"audio": 2})
+    kept = torch.rand(1, 4, 16)
+    found = model.model.encode("audio", kept, torch.tensor([8 * 320]))
+    assert found.values.equal(kept.repeat_interleave(2, dim=1))
+
+
+def test_an_export_loaded_in_bfloat16_keeps_what_was_trained_in_float32(world: Path, tmp_path: Path) -> None:
+    name = "whisper pool marks"
+    run = train(run_settings(world, tmp_path / "run", name, model_settings(world, name)))
+    export(run, tmp_path / "out")
+    half, processor = load(tmp_path / "out", dtype="bfloat16")
+    saved = load_file(run / TRAINABLES)
+    own = {key: value for key, value in half.named_parameters() if key in saved}
+    assert NEW_TOKENS in own
+    for key, value in own.items():
+        assert value.equal(saved[key]), key
+    others = {value.dtype for key, value in half.named_parameters() if key not in saved}
+    assert others == {torch.bfloat16}
+    whole, _ = load(run)
+    expected = logits(whole, processor, world, "audio")
+    assert distance(logits(half, processor, world, "audio"), expected) < 0.2
+    half.to(torch.bfloat16)  # all of it, as a user may do
+    assert distance(logits(half, processor, world, "audio"), expected) < 0.3
+
+
+def test_a_growing_session_and_a_bench_run_in_bfloat16(world: Path, tmp_path: Path, capsys: Any) -> None:
+    name = "clip query"
+    run = train(run_settings(world, tmp_path / "run", name, model_settings(world, name)))
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        model, processor = load(run, dtype=dtype)
+        session = Answerer(model, processor).begin(image=str(world / "media" / "0.png"), budget="image=4")
+        session.answer("what is it?")
+        session.extend("image=16")
+        found.append(session.logits("what is it?").float().log_softmax(-1))
+    assert (found[0] - found[1]).norm() < 0.05 * (found[1] - found[1].mean()).norm()
+    words = ["bench", "--model", str(run), "--dtype", "bfloat16", "--use-cpu", "--repeats", "1", "--new-tokens", "2"]
+    assert main([*words, "--budgets", "image=4"]) == 0, capsys.readouterr().err
+
+
+def test_soft_tokens_take_on_the_dtype_of_the_words_they_stand_among() -> None:
+    words, soft, newline = torch.zeros(1, 4, 2, dtype=torch.bfloat16), torch.full((1, 2, 2), 1 / 3), torch.ones(2)
+    is_soft = torch.tensor([[False, True, True, True]])
+    layout = torch.tensor([[0, 0], [0, 1], [-1, 0]])
+    placed = place(words, is_soft, soft, layout, newline)
+    assert placed.dtype == torch.bfloat16
+    assert placed[0, 1:, 0].tolist() == [torch.tensor(1 / 3).bfloat16().item()] * 2 + [1.0]
+    merged = merge(words, is_soft & (torch.arange(4) < 3), soft, torch.tensor([2]))
+    assert merged.equal(torch.where((torch.arange(4) == 3)[None, :, None], words, placed))

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -30,6 +29,7 @@ from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_qu
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
 from mllm.encoders import backbone_class, encoder_facts, tower_config
+from mllm.image_processors import read_image_processor
 from mllm.loading import save_run
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor
@@ -235,7 +235,7 @@ def _heads(split: Split, vision: Any, options: Options) -> int | None:
 
 
 def _image_processor(source: str, told: Told, options: Options) -> dict[str, Any]:
-    values = AutoImageProcessor.from_pretrained(resolve_source(source)).to_dict()
+    values = read_image_processor(resolve_source(source)).to_dict()
     padded = (options.image_aspect_ratio or told.image_aspect_ratio) == "pad"
     return values | PADDED if padded else values
 
@@ -251,7 +251,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:
         source = resolve_source(parts.sources["image"])
-        AutoImageProcessor.from_pretrained(source).save_pretrained(folder / "image")
+        read_image_processor(source).save_pretrained(folder / "image")
 
 
 def write_run(parts: Parts, folder: Path) -> None:
