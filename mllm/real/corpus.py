@@ -9,6 +9,7 @@ Sentences are parted by split, and so are clips; voices are not: there are too f
 too, word for word, is left out of training.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.media import write_sound
@@ -154,9 +156,14 @@ def _run(jobs: Sequence[_Job], num_workers: int) -> Iterator[float]:
 
 
 def _write_clip(job: _Job) -> float:
+    """Write one clip, unless it is there from a run that was interrupted; returns its seconds."""
+    if job.path.exists():
+        return float(soundfile.info(job.path).duration)
     clean, _ = say(job.sentence, job.synthesiser, np.random.default_rng([*job.seed, 1]), packages=job.packages)
     samples = change(clean, np.random.default_rng([*job.seed, 2]))
-    write_sound(job.path, samples, SAMPLE_RATE_HZ)
+    aside = job.path.with_suffix(".writing")
+    write_sound(aside, samples, SAMPLE_RATE_HZ)
+    os.replace(aside, job.path)
     return len(samples) / SAMPLE_RATE_HZ
 
 

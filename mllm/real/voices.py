@@ -113,9 +113,9 @@ def _flite(packages: Path) -> tuple[str, dict[str, str]]:
 
 def _say_espeak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     from mllm.world.speech import SAMPLE_RATE_HZ as ESPEAK_RATE_HZ
-    from mllm.world.speech import say as say_espeak
+    from mllm.world.speech import sound_of
     from mllm.world.voices import draw_speaker
 
     speaker = draw_speaker("train", rng)
     assert ESPEAK_RATE_HZ == SAMPLE_RATE_HZ
-    return say_espeak(text, speaker).samples, f"espeak-{speaker.voice}"
+    return sound_of(text, speaker), f"espeak-{speaker.voice}"

@@ -156,7 +156,8 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
 
 
 def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
-    settings = RealDemoSettings(out=str(tmp_path / "demo"), steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
+    out = str(tmp_path / "demo")
+    settings = RealDemoSettings(out=out, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
     found, seconds = real_demo(settings)
     found.write(tmp_path / "demo")
     assert list(found.soft_tokens) == ["audio=/4", "audio=/8", "audio=/16", "audio=/25"]
