@@ -26,6 +26,7 @@ LEVELS = [
     {"generation", "growing", "asking", "decoding", "timing", "training"},
     {"evaluation"},
     {"world", "doctor", "preparation", "lmms"},
+    {"real"},
     {"commands", "cli", "__main__"},
 ]
 # Registering needs the classes at the moment transformers loads; it imports them inside functions.

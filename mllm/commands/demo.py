@@ -1,9 +1,10 @@
-"""`mllm demo`: the main job on the built-in world, from nothing to a table and a plot."""
+"""`mllm demo`: the main job on the built-in world or on real weights, from nothing to a table and a plot."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mllm.real.demo import RealDemoSettings
 from mllm.world.demo import DemoSettings
 from mllm.world.full_demo import FullDemoSettings, full_demo
 from mllm.world.full_pictures import FullPicturesSettings, full_pictures
@@ -27,11 +28,14 @@ class Settings:
     full: bool = False
     """Instead compare elastic models with separately trained ones, three times over; takes less than an hour on 2 CPU
     cores."""
+    real: bool = False
+    """Instead let a frozen Whisper base and a frozen SmolLM2 learn to listen, and test them on real recordings; takes
+    less than 45 minutes on 2 CPU cores, and needs the extra `real`."""
     about: Literal["speech", "pictures"] | None = None
     """Only with full: two elastic speech models, Omni-AVSR-ST and MoME, against eight of one task and rate each (the
     default), or elastic pictures in the style of M3, MQT and Haar against models of one count of tokens each."""
     out: str | None = None
-    """Folder of everything; runs/demo, runs/demo_full or runs/demo_full_pictures when left out."""
+    """Folder of everything; runs/demo, runs/demo_full, runs/demo_full_pictures or runs/demo_real when left out."""
     seed: int | None = None
     """Of the corpora, the initial values, the draws and the order of samples; 0 when left out."""
     steps: int | None = None
@@ -45,28 +49,36 @@ class Settings:
     """Pictures to train on, with eight questions each; not with speech alone."""
     num_test_scenes: int | None = None
     """Pictures to test on, with a question of every kind; not with speech alone."""
+    num_clips: int | None = None
+    """Only with real: synthesised clips to train on."""
+    num_heldout_clips: int | None = None
+    """Only with real: synthesised clips to test on, beside the recordings."""
+    num_recordings: int | None = None
+    """Only with real: recordings to test on; all when left out."""
     num_seeds: int | None = None
     """How often everything is trained; only with full, 3 when left out."""
     num_workers: int | None = None
     """Models trained at a time; only with full, as many as there are cores when left out."""
 
-    def chosen(self) -> DemoSettings | FullDemoSettings | FullPicturesSettings:
-        """The settings of the demo that is asked for.
+    def chosen(self) -> DemoSettings | FullDemoSettings | FullPicturesSettings | RealDemoSettings:
+        """Give the settings of the demo that is asked for.
 
         Raises:
-            ValueError: a key of the other one.
+            ValueError: a key of another one.
         """
         if self.about is not None and not self.full:
             raise ValueError(f"about={self.about} goes with full=true only")
+        if self.real and self.full:
+            raise ValueError("real=true does not go with full=true; they are two demos")
         long = FullPicturesSettings if self.about == "pictures" else FullDemoSettings
-        kind = long if self.full else DemoSettings
-        given = {key: value for key, value in vars(self).items() if key not in ("full", "about") and value is not None}
+        kind = RealDemoSettings if self.real else long if self.full else DemoSettings
+        which = ("full", "real", "about")
+        given = {key: value for key, value in vars(self).items() if key not in which and value is not None}
         allowed = [field.name for field in fields(kind)]
         if wrong := [key for key in given if key not in allowed]:
             about = f" about {self.about or 'speech'}" if self.full else ""
-            raise ValueError(
-                f"{wrong[0]} does not go with full={str(self.full).lower()}{about}; allowed: {', '.join(allowed)}"
-            )
+            mode = "real=true" if self.real else f"full={str(self.full).lower()}{about}"
+            raise ValueError(f"{wrong[0]} does not go with {mode}; allowed: {', '.join(allowed)}")
         return kind(**given)
 
 
@@ -75,6 +87,8 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
 
     chosen = settings.chosen()
+    if isinstance(chosen, RealDemoSettings):
+        return _run_real(chosen, console())
     return _run(chosen, console()) if isinstance(chosen, DemoSettings) else _run_full(chosen, console())
 
 
@@ -90,6 +104,23 @@ def _run(settings: DemoSettings, out: "Console") -> int:
     status = _show(findings(found["rows"]), out)
     out.print("seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in found["seconds"].items()))
     out.print(f"plot: {Path(settings.out) / 'evaluation' / 'pareto.png'}; model: {settings.out}", soft_wrap=True)
+    return status
+
+
+def _run_real(settings: RealDemoSettings, out: "Console") -> int:
+    from mllm.commands.terminal import progress_bar
+    from mllm.real.demo import real_demo
+    from mllm.real.report import PLOT, REPORT
+
+    with progress_bar() as show:
+        found, seconds = real_demo(settings, progress=show)
+    found.write(Path(settings.out))
+    for text in (found.table, found.transcripts):
+        out.print(text, soft_wrap=True)
+    status = _show(found.findings, out)
+    out.print("seconds: " + ", ".join(f"{part} {taken:.0f}" for part, taken in seconds.items()))
+    folder = Path(settings.out)
+    out.print(f"report: {folder / REPORT}; plot: {folder / PLOT}; model: {settings.out}", soft_wrap=True)
     return status
 
 

@@ -92,15 +92,7 @@ def synthesise(text: str, voice: Voice, *, speaking_rate_wpm: int = 170, pitch: 
         ImportError: the synthesiser is not installed; the message has the pip line.
         ValueError: empty text, a voice the synthesiser does not have, a rate or pitch out of range.
     """
-    if not text.strip():
-        raise ValueError("text to speak is empty")
-    _check_range("speaking_rate_wpm", speaking_rate_wpm, LOWEST_RATE_WPM, HIGHEST_RATE_WPM)
-    _check_range("pitch", pitch, LOWEST_PITCH, HIGHEST_PITCH)
-    with _lock:
-        raw, events = _run_library(text, voice, speaking_rate_wpm, pitch)
-    samples = _level(_resample(raw))
-    lead = np.zeros(round(LEAD_SECONDS * SAMPLE_RATE_HZ), np.float32)
-    samples = np.concatenate([lead, samples, lead])
+    samples, events = _speak(text, voice, speaking_rate_wpm, pitch)
     return Utterance(text=text, samples=samples, phones=_intervals(events, len(samples) / SAMPLE_RATE_HZ))
 
 
@@ -109,9 +101,30 @@ def say(text: str, speaker: Speaker) -> Utterance:
     return synthesise(text, speaker.voice, speaking_rate_wpm=speaker.speaking_rate_wpm, pitch=speaker.pitch)
 
 
+def sound_of(text: str, speaker: Speaker) -> np.ndarray:
+    """Speak any text: samples (L,) as `say` gives them, without phones, which foreign words have others of.
+
+    Raises:
+        ImportError, ValueError: as `synthesise`.
+    """
+    return _speak(text, speaker.voice, speaker.speaking_rate_wpm, speaker.pitch)[0]
+
+
 def phone_string(phones: Sequence[Phone]) -> tuple[str, ...]:
     """The phones in order, without silences and timings."""
     return tuple(symbol for symbol, _, _ in phones if symbol != SILENCE)
+
+
+def _speak(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Samples (L,) with silence before and after, and the library's (sample position, symbol) of every phone."""
+    if not text.strip():
+        raise ValueError("text to speak is empty")
+    _check_range("speaking_rate_wpm", rate_wpm, LOWEST_RATE_WPM, HIGHEST_RATE_WPM)
+    _check_range("pitch", pitch, LOWEST_PITCH, HIGHEST_PITCH)
+    with _lock:
+        raw, events = _run_library(text, voice, rate_wpm, pitch)
+    lead = np.zeros(round(LEAD_SECONDS * SAMPLE_RATE_HZ), np.float32)
+    return np.concatenate([lead, _level(_resample(raw)), lead]), events
 
 
 def _check_range(name: str, value: int, lowest: int, highest: int) -> None:

