@@ -27,6 +27,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
 
+TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}
 CONFIG = {
     "d_model": 512,
     "encoder_layers": 6,
@@ -39,10 +40,7 @@ CONFIG = {
     "vocab_size": 51865,
     "max_source_positions": 1500,
     "max_target_positions": 448,
-    "bos_token_id": 50257,
-    "eos_token_id": 50257,
-    "pad_token_id": 50257,
-    "decoder_start_token_id": 50258,
+    **TOKENS,
 }
 NO_TIMESTAMPS = 50363
 FRAMES_PER_SECOND = 50
@@ -179,6 +177,7 @@ def _generation_config(facts: Mapping[str, list[int]]) -> GenerationConfig:
         suppress_tokens=facts["suppress_ids"],
         begin_suppress_tokens=facts["suppress_ids_begin"],
         max_initial_timestamp_index=50,
+        **TOKENS,
         return_timestamps=False,
     )
 

