@@ -148,7 +148,8 @@ class Report:
 
 def examine(required: Sequence[Package] = REQUIRED, optional: Sequence[Package] = OPTIONAL) -> Report:
     """Look at this machine and this Python; takes some seconds, since every package is really imported."""
-    # What is required is tried as mllm uses it, with a broken torchaudio kept from transformers; the rest by itself.
+    # What is required is tried as mllm uses it, with broken torchaudio and torchvision kept from transformers; the rest
+    # by itself.
     failures = try_imports([package.imported for package in required], beside_mllm=True)
     failures |= try_imports([package.imported for package in optional])
     tested = ranges_of()
