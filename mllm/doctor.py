@@ -1,4 +1,4 @@
-"""What is installed, what is missing or broken, and the line that repairs it.
+"""What is installed, whether it was tested, what is missing or broken, and the line that repairs it.
 
 Knows packages, tools and the processor. Imports nothing heavy itself: packages are tried in a process apart, so that
 one which crashes on import is a line of the report and not the end of it.
