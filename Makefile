@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 2
 # Which build of torch: cpu, cuda, or auto, which looks for a GPU.
 TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
-SHORT_DEMO := demo --steps 4 --num_utterances 60 --num_test_utterances 12 --num_scenes 60 --num_test_scenes 12
+SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
 .PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-lips test-lmms test-all lint types check bench clean
 

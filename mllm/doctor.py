@@ -1,4 +1,4 @@
-"""What is installed, what is missing or broken, and the line that repairs it.
+"""What is installed, whether it was tested, what is missing or broken, and the line that repairs it.
 
 Knows packages, tools and the processor. Imports nothing heavy itself: packages are tried in a process apart, so that
 one which crashes on import is a line of the report and not the end of it.
@@ -148,7 +148,8 @@ class Report:
 
 def examine(required: Sequence[Package] = REQUIRED, optional: Sequence[Package] = OPTIONAL) -> Report:
     """Look at this machine and this Python; takes some seconds, since every package is really imported."""
-    # What is required is tried as mllm uses it, with a broken torchaudio kept from transformers; the rest by itself.
+    # What is required is tried as mllm uses it, with broken torchaudio and torchvision kept from transformers; the rest
+    # by itself.
     failures = try_imports([package.imported for package in required], beside_mllm=True)
     failures |= try_imports([package.imported for package in optional])
     tested = ranges_of()

@@ -407,7 +407,7 @@ def test_the_doctor_shows_states_and_repairs(capsys) -> None:
 
 
 def test_broken_optional_packages_break_nothing(folder: Path, tmp_path: Path) -> None:
-    for name in ("torchaudio", "decord", "deepspeed", "espeakng_loader", "tensorboard"):
+    for name in ("torchaudio", "torchvision", "decord", "deepspeed", "espeakng_loader", "tensorboard"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
     words = ["generate", "--model", str(folder / "run"), "--audio", str(folder / "media" / "0.wav")]

@@ -89,7 +89,7 @@ def test_what_moved_is_shown_beside_lock_and_range(
     def newest_of(requirements: list[str]) -> dict[str, Version]:
         names = [canonicalize_name(Requirement(line).name) for line in requirements]
         newest = {name: max(locked.get(name, {Version("0.29.1")})) for name in names}
-        return newest | {"transformers": Version("5.25.0"), "rich": Version("15.0.1"), "torchaudio": Version("2.11.0")}
+        return newest | {"transformers": Version("5.25.0"), "rich": Version("15.0.1"), "torchaudio": Version("2.11.1")}
 
     monkeypatch.setattr(versions, "newest_of", newest_of)
     versions.show_moved()
