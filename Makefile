@@ -1,5 +1,6 @@
 # Two commands do everything, set-up included:  make demo   make test
-# `make check` is what must be green before a change lands; `.ci/run` runs it, the slow tests and the demo.
+# `make check` is what must be green before a change lands; `.ci/run` runs it, the slow tests, the demo and both ends of
+# the tested versions. What is installed is locked with hashes in requirements/; `scripts/install.py` puts it in place.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -10,22 +11,30 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
+# Which build of torch: cpu, cuda, or auto, which looks for a GPU.
+TORCH ?= auto
+INSTALL := scripts/install.py --torch $(TORCH)
+SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo test test-slow test-lips test-lmms test-all lint types check bench clean
+.PHONY: help demo test test-slow test-oldest test-newest newest lock test-lips test-lmms test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-$(BIN)/python:
+# The bare environments: .venv, and for other versions of the libraries those named after what they are for.
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest lock lips lmms)
+$(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
-$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+LOCK := pyproject.toml scripts/install.py $(wildcard requirements/*.txt)
+
+$(VENV)/demo.stamp: $(LOCK) | $(BIN)/python
+	$(BIN)/python $(INSTALL) requirements/demo.txt
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[demo,dev,decord,audio,deepspeed]"
+$(VENV)/dev.stamp: $(LOCK) | $(BIN)/python
+	$(BIN)/python $(INSTALL) requirements/dev.txt
 	@touch $@ $(VENV)/demo.stamp
 
 ## make demo       train and evaluate an elastic model on the built-in world: table, plot and checkpoint in runs/demo
@@ -40,20 +49,51 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-$(VENV)-lips/stamp: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found"; exit 1; }
-	$(PYTHON) -m venv $(VENV)-lips
-	$(VENV)-lips/bin/python -m pip install --quiet --editable ".[lips,demo,dev]"
+$(VENV)-oldest/stamp: $(LOCK) | $(VENV)-oldest/bin/python
+	$(VENV)-oldest/bin/python $(INSTALL) requirements/oldest.txt
+	@touch $@
+
+## make test-oldest  the fast tests and a short demo with the oldest releases that pyproject.toml allows
+test-oldest: export PATH := $(CURDIR)/$(VENV)-oldest/bin:$(PATH)
+test-oldest: $(VENV)-oldest/stamp
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow" -n 2
+	$(VENV)-oldest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-oldest
+
+## make test-newest  the same with the newest releases there are, whether pyproject.toml allows them or not
+test-newest: export PATH := $(CURDIR)/$(VENV)-newest/bin:$(PATH)
+test-newest: | $(VENV)-newest/bin/python
+	@echo "installing the newest releases in $(VENV)-newest: some gigabytes where torch must be downloaded"
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip setuptools packaging
+	$(VENV)-newest/bin/python scripts/versions.py newest > $(VENV)-newest/wanted.txt
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --requirement $(VENV)-newest/wanted.txt
+	$(VENV)-newest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -m "not slow" -n 2
+	$(VENV)-newest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-newest
+
+## make newest     what is locked beside the newest releases there are, and what of it is beyond the tested range
+newest: $(VENV)/dev.stamp
+	$(BIN)/python scripts/versions.py moved
+
+$(VENV)-lock/stamp: | $(VENV)-lock/bin/python
+	$(VENV)-lock/bin/python -m pip install --quiet uv==0.13.9 packaging
+	@touch $@
+
+## make lock       write requirements/ anew from pyproject.toml, with the newest releases it allows
+lock: $(VENV)-lock/stamp
+	PATH="$(CURDIR)/$(VENV)-lock/bin:$$PATH" $(VENV)-lock/bin/python scripts/versions.py lock
+
+$(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
+	$(VENV)-lips/bin/python $(INSTALL) --no-project
+	$(VENV)-lips/bin/python -m pip install --quiet --editable ".[lips,demo,test]"
 	@touch $@
 
 ## make test-lips  the tests that need MediaPipe, in an environment of their own: it holds other libraries back
 test-lips: $(VENV)-lips/stamp
 	OMP_NUM_THREADS=1 $(VENV)-lips/bin/python -m pytest tests/preparation
 
-$(VENV)-lmms/stamp: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
-	$(PYTHON) -m venv $(VENV)-lmms
-	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[lmms,dev]"
+$(VENV)-lmms/stamp: $(LOCK) | $(VENV)-lmms/bin/python
+	@echo "installing lmms-eval in $(VENV)-lmms: a hundred packages, and torch with CUDA, which it wants torchvision for"
+	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[lmms,test]"
 	@touch $@
 
 ## make test-lmms  the tests that need lmms-eval, in an environment of their own: it brings a hundred packages
@@ -76,6 +116,6 @@ check: lint types test
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/all_goals.py
 
-## make clean      remove the environment and what the tools left
+## make clean      remove the environments and what the tools left
 clean:
-	rm -rf $(VENV) $(VENV)-lips $(VENV)-lmms build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(ENVIRONMENTS) build *.egg-info .pytest_cache .ruff_cache

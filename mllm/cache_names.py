@@ -30,7 +30,8 @@ def _name_in(function: Any) -> str:
     )
 
 
-CACHE_NAME = _name_in(GenerationMixin.prepare_inputs_for_generation)
+_library: Any = GenerationMixin  # its methods are typed for whole models, which it is not by itself
+CACHE_NAME = _name_in(_library.prepare_inputs_for_generation)
 """The name in the version that is installed."""
 
 

@@ -7,72 +7,99 @@ one which crashes on import is a line of the report and not the end of it.
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-Status = Literal["ok", "missing", "broken", "outdated"]
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from mllm import probes
+from mllm.extras import DISTRIBUTION, install_line
+
+Status = Literal["ok", "missing", "broken", "newer", "older"]
+OUTSIDE: tuple[Status, ...] = ("newer", "older")
+"""What imports, but in a release that was not tested; a warning, since most such releases work."""
 PROBE_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package this project uses: its distribution, the versions it works with, what it is for."""
+    """A package this project uses: its distribution, and what it is for."""
 
     name: str
-    specifier: str = ""
     module: str = ""
     purpose: str = ""
     """What does not work without it; empty for what nothing works without."""
     extra: str = ""
-    """Extra of this project to install it by, where other packages must change with it."""
+    """Extra of this project that brings it."""
+    apart: bool = False
+    """Other packages must change with it, so that it is installed by its extra and never by itself."""
 
     @property
-    def pip_line(self) -> str:
-        """The command that installs a fitting version."""
-        wanted = f"mllm[{self.extra}]" if self.extra else f"{self.name}{self.specifier}"
-        return f'pip install "{wanted}"'
+    def imported(self) -> str:
+        """The name it is imported by."""
+        return self.module or self.name
+
+    def repair(self, tested: SpecifierSet | None) -> str:
+        """The command that installs a tested release, or, where none is known, whatever the project's own line brings.
+
+        Args:
+            tested: the releases this project was tested with.
+        """
+        if self.extra and (self.apart or tested is None):
+            return install_line(self.extra)
+        return f"pip install {shlex.quote(f'{self.name}{tested or str()}')}"
 
 
 REQUIRED = (
-    # 2.15 breaks torchaudio 2.11, and with it the import of peft and of every transformers model.
-    Package("torch", ">=2.11,<2.15"),
-    Package("torchvision"),
-    Package("transformers", ">=5.19,<6"),
-    Package("peft", ">=0.21,<0.22"),
-    Package("accelerate", ">=1.15,<2"),
-    Package("safetensors", ">=0.4"),
+    Package("torch"),
+    Package("transformers"),
+    Package("peft"),
+    Package("accelerate"),
+    Package("huggingface_hub"),
+    Package("safetensors"),
     Package("tokenizers"),
     Package("numpy"),
     Package("scipy"),
     Package("pillow", module="PIL"),
-    Package("av", ">=15"),
-    Package("soundfile", ">=0.12"),
-    Package("jiwer", ">=4"),
-    Package("jsonargparse", ">=4.40"),
+    Package("av"),
+    Package("soundfile"),
+    Package("jiwer"),
+    Package("jsonargparse"),
     Package("pyyaml", module="yaml"),
+    Package("packaging"),
     Package("rich"),
+    Package("tqdm"),
     Package("matplotlib"),
     Package("tensorboard"),
 )
 OPTIONAL = (
-    Package("torchaudio", "==2.11.*", purpose="audio augmentation; nothing of the main path"),
-    Package("decord", "==0.6.0", purpose="the decord video backend"),
-    Package("deepspeed", ">=0.19.8,<0.20", purpose="ZeRO training"),
-    Package("liger-kernel", ">=0.8.2,<0.9", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU"),
-    Package("espeakng-loader", ">=0.2.4", module="espeakng_loader", purpose="making the built-in world's speech"),
+    Package("torchaudio", purpose="audio augmentation; nothing of the main path", extra="audio"),
+    Package("torchvision", purpose="encoders whose image processor needs it (DINOv3)", extra="torchvision"),
+    Package("decord", purpose="the decord video backend", extra="decord"),
+    Package("deepspeed", purpose="ZeRO training", extra="deepspeed"),
+    Package("liger-kernel", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU", extra="liger"),
+    Package("pyarrow", purpose="benchmarks kept as parquet or arrow files", extra="tables"),
+    Package("espeakng-loader", "espeakng_loader", "making the built-in world's speech", extra="demo"),
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
-    Package("mediapipe", "==0.10.14", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips"),
+    Package("mediapipe", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips", apart=True),
 )
 TOOLS = {
     "ninja": ('pip install "ninja"', "compiling deepspeed's kernels"),
     "g++": ("apt-get install g++", "compiling deepspeed's kernels"),
 }
+UNKNOWN_RANGES = (
+    "which releases were tested is not known, since this folder is run without having been installed: pip install -e ."
+)
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
@@ -93,22 +120,60 @@ class Report:
 
     machine: dict[str, str]
     findings: list[Finding]
+    is_compared: bool = True
+    """Whether it is known which releases were tested; not in a clone that is run without having been installed."""
 
     @property
     def is_healthy(self) -> bool:
-        """Whether everything that is required is there and works."""
-        return all(finding.status == "ok" for finding in self.findings if finding.is_required)
+        """Whether everything that is required is there and can be imported, in whatever release."""
+        return all(finding.status in ("ok", *OUTSIDE) for finding in self.findings if finding.is_required)
+
+    @property
+    def untested(self) -> list[Finding]:
+        """What can be imported, but in a release that was not tested; what is optional included."""
+        return [finding for finding in self.findings if finding.status in OUTSIDE]
+
+    @property
+    def summary(self) -> str:
+        """The last line: what works, and how much of that is known."""
+        if not self.is_healthy:
+            return "something required does not work; see above"
+        if not self.is_compared:
+            return f"everything required can be imported; {UNKNOWN_RANGES}"
+        if self.untested:
+            names = ", ".join(f"{finding.name} is {finding.status} than tested" for finding in self.untested)
+            return f"everything required can be imported, but not all of it was tested: {names}"
+        return "everything required works, in tested releases"
 
 
 def examine(required: Sequence[Package] = REQUIRED, optional: Sequence[Package] = OPTIONAL) -> Report:
     """Look at this machine and this Python; takes some seconds, since every package is really imported."""
-    # What is required is tried as mllm uses it, with a broken torchaudio kept from transformers; the rest by itself.
-    failures = try_imports([package.module or package.name for package in required], beside_mllm=True)
-    failures |= try_imports([package.module or package.name for package in optional])
-    findings = [_package_finding(package, failures, is_required=True) for package in required]
-    findings += [_package_finding(package, failures, is_required=False) for package in optional]
+    # What is required is tried as mllm uses it, with broken torchaudio and torchvision kept from transformers; the rest
+    # by itself.
+    failures = try_imports([package.imported for package in required], beside_mllm=True)
+    failures |= try_imports([package.imported for package in optional])
+    tested = ranges_of()
+    findings = [_package_finding(own, failures, tested or {}, is_required=True) for own in required]
+    findings += [_package_finding(own, failures, tested or {}, is_required=False) for own in optional]
     findings += [_tool_finding(tool, repair, purpose) for tool, (repair, purpose) in TOOLS.items()]
-    return Report({**_machine(), **_devices()}, findings)
+    return Report({**_machine(), **_devices()}, findings, is_compared=tested is not None)
+
+
+def ranges_of(distribution: str = DISTRIBUTION) -> dict[str, SpecifierSet] | None:
+    """Read which releases of each package this project was tested with, from its own metadata.
+
+    Returns:
+        By canonical name, extras included; None where the project is not installed, and so has no metadata.
+    """
+    try:
+        lines = requires(distribution) or []
+    except PackageNotFoundError:
+        return None
+    found: dict[str, SpecifierSet] = {}
+    for requirement in map(Requirement, lines):
+        name = canonicalize_name(requirement.name)
+        found[name] = found.get(name, SpecifierSet()) & requirement.specifier
+    return found
 
 
 def try_imports(modules: Iterable[str], *, beside_mllm: bool = False) -> dict[str, str]:
@@ -133,9 +198,9 @@ def try_imports(modules: Iterable[str], *, beside_mllm: bool = False) -> dict[st
 
 
 def _probe(what: str, arguments: Sequence[str], *, beside_mllm: bool = False) -> tuple[dict[str, str], str]:
-    """Answers of `_PROBES[what]` in a new process, and how that process ended."""
-    # -P keeps this file's own folder, whose modules have common names, from being searched.
-    start = ["-m", "mllm.doctor"] if beside_mllm else ["-P", __file__]
+    """Answers of `mllm.probes` in a new process, and how that process ended."""
+    # -P keeps the file's own folder, whose modules have common names, from being searched.
+    start = ["-m", "mllm.probes"] if beside_mllm else ["-P", probes.__file__]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent.parent)]))
     try:
         done = subprocess.run(
@@ -148,69 +213,42 @@ def _probe(what: str, arguments: Sequence[str], *, beside_mllm: bool = False) ->
         output, ending = done.stdout, f"exit status {done.returncode}"
     except subprocess.TimeoutExpired as error:
         output, ending = (error.stdout or b"").decode(), f"no answer in {PROBE_SECONDS} s"
-    lines = [line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK)]
+    lines = [line.removeprefix(probes.MARK) for line in output.splitlines() if line.startswith(probes.MARK)]
     return dict(json.loads(line) for line in lines), ending
 
 
-_MARK = "mllm-doctor:"  # packages may print whatever they like on import
-
-
-def _answer(what: str, *arguments: str) -> None:
-    """What the process apart does: one line per answer, at once, since the next import may end it."""
-    for name, answer in _PROBES[what](arguments):
-        sys.stdout.write(f"{_MARK}{json.dumps([name, answer])}\n")
-        sys.stdout.flush()
-
-
-def _import_each(modules: Sequence[str]) -> Iterable[tuple[str, str]]:
-    import importlib
-
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except BaseException as error:  # a package may raise anything, even SystemExit
-            yield module, f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            yield module, ""
-
-
-def _describe_devices(_: Sequence[str]) -> Iterable[tuple[str, str]]:
-    import torch
-
-    yield "threads", str(torch.get_num_threads())
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            yield f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    elif torch.backends.mps.is_available():
-        yield "mps", "Apple GPU"
-    else:
-        yield "accelerator", "none; everything runs on the CPU"
-
-
-_PROBES = {"imports": _import_each, "devices": _describe_devices}
-
-
-def _package_finding(package: Package, failures: dict[str, str], *, is_required: bool) -> Finding:
-    from packaging.specifiers import SpecifierSet
+def _package_finding(
+    package: Package, failures: Mapping[str, str], tested: Mapping[str, SpecifierSet], *, is_required: bool
+) -> Finding:
+    releases = tested.get(canonicalize_name(package.name))
 
     def finding(status: Status, detail: str) -> Finding:
-        repair = "" if status == "ok" else package.pip_line
-        suffix = f"; needed for {package.purpose}" if package.purpose and status != "ok" else ""
+        is_needed = package.purpose and status in ("missing", "broken")
+        suffix = f"; needed for {package.purpose}" if is_needed else ""
+        repair = "" if status == "ok" else package.repair(releases)
         return Finding(package.name, status, detail + suffix, is_required, repair)
 
-    module = package.module or package.name
     try:
         installed = version(package.name)
     except PackageNotFoundError:
         installed = ""
-    if failures.get(module, "").startswith("ModuleNotFoundError") and f"'{module}'" in failures[module]:
+    failure = failures.get(package.imported, "")
+    if failure.startswith("ModuleNotFoundError") and f"'{package.imported}'" in failure:
         return finding("missing", "not installed")
-    if module in failures:
-        return finding("broken", f"{installed or 'unknown version'}, but {failures[module]}")
-    if installed and not SpecifierSet(package.specifier).contains(installed, prereleases=True):
-        return finding("outdated", f"{installed} is not {package.specifier}")
-    return finding("ok", installed or "unknown version")
+    if failure:
+        return finding("broken", f"{installed or 'unknown version'}, but {failure}")
+    if releases is None or not installed:
+        return finding("ok", installed or "unknown version")
+    if releases.contains(installed, prereleases=True):
+        return finding("ok", f"{installed}, tested")
+    status = "older" if is_older(installed, releases) else "newer"
+    return finding(status, f"{installed} is {status} than tested ({releases})")
+
+
+def is_older(release: str, tested: SpecifierSet) -> bool:
+    """Whether a release that is not among the tested ones came before them."""
+    lowest = [Version(own.version.removesuffix(".*")) for own in tested if own.operator in (">=", "==", ">", "~=")]
+    return bool(lowest) and Version(release) < max(lowest)
 
 
 def _tool_finding(tool: str, repair: str, purpose: str) -> Finding:
@@ -244,7 +282,3 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
 def _devices() -> dict[str, str]:
     answers, ending = _probe("devices", [])
     return answers or {"accelerator": f"unknown: torch does not start ({ending})"}
-
-
-if __name__ == "__main__":
-    _answer(*sys.argv[1:])

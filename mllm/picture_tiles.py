@@ -9,6 +9,7 @@ Source: LLaVA-NeXT's image processor. The picture is scaled into rows x columns 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,12 +30,12 @@ def cut(picture: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail
     Returns:
         (P, 3, h, w) uint8.
     """
-    pixels = _pixels(picture)
+    pixels = picture.convert("RGB")
     pieces = [_resized(pixels, tile, resample)[None]] if thumbnail else []
     for tiles in tilings:
         if tiles.count:
             size = (tiles.rows * tile[0], tiles.columns * tile[1])
-            page = _centred(_resized(pixels, scaled_size(pixels.shape[-2:], size), resample), size)
+            page = _centred(_resized(pixels, scaled_size((pixels.height, pixels.width), size), resample), size)
             grid = page.unflatten(2, (tiles.columns, tile[1])).unflatten(1, (tiles.rows, tile[0]))
             pieces.append(grid.permute(1, 3, 0, 2, 4).flatten(0, 1))
     return torch.cat(pieces)
@@ -48,18 +49,10 @@ def scaled_size(picture: Sequence[int], room: Size) -> Size:
     return room[0], min(math.ceil(picture[1] * by_height), room[1])
 
 
-def _pixels(picture: Image.Image) -> Tensor:
-    import torchvision.transforms.v2.functional as vision
-
-    return vision.pil_to_tensor(picture.convert("RGB"))
-
-
-def _resized(pixels: Tensor, size: Size, resample: int) -> Tensor:
-    """As transformers' image processors resize, so that a tile is what they would have made of it."""
-    import torchvision.transforms.v2.functional as vision
-    from transformers.image_utils import pil_torch_interpolation_mapping
-
-    return vision.resize(pixels, list(size), interpolation=pil_torch_interpolation_mapping[resample], antialias=True)
+def _resized(picture: Image.Image, size: Size, resample: int) -> Tensor:
+    """(3, h, w) uint8, resized by Pillow as transformers' image processors do, so that a tile is what they make."""
+    made = picture.resize((size[1], size[0]), resample=Image.Resampling(resample))
+    return torch.from_numpy(np.array(made)).permute(2, 0, 1)
 
 
 def _centred(pixels: Tensor, size: Size) -> Tensor:

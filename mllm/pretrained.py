@@ -24,7 +24,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -70,11 +69,6 @@ def read_config(reference: str) -> PreTrainedConfig:
 def read_tokenizer(reference: str, **options: Any) -> Any:
     """Read the tokenizer of an LLM; `options` are those of `AutoTokenizer.from_pretrained`."""
     return AutoTokenizer.from_pretrained(resolve_source(reference), trust_remote_code=False, **options)
-
-
-def read_image_processor(reference: str) -> Any:
-    """Read what transformers brings a picture into the form of an encoder with."""
-    return AutoImageProcessor.from_pretrained(resolve_source(reference), trust_remote_code=False)
 
 
 def read_feature_extractor(reference: str) -> Any:

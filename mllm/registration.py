@@ -40,28 +40,28 @@ def register() -> None:
     AutoProcessor.register(ElasticConfig, ElasticProcessor, exist_ok=True)
 
 
-def hide_broken_torchaudio() -> None:
-    """Let transformers do without a torchaudio that is installed but cannot be imported.
+def hide_broken(library: str) -> None:
+    """Let transformers do without a torchaudio or torchvision that is installed but cannot be imported.
 
-    transformers imports torchaudio whenever it finds it, and every model class fails with it when its binary does not
-    match torch's. Nothing here needs it.
+    transformers imports either whenever it finds it, and every model class fails with it when its binary does not match
+    torch's: the registry builds both for torch with CUDA only. Nothing here needs them but what says so.
     """
     try:
-        found = importlib.util.find_spec("torchaudio") is not None
+        found = importlib.util.find_spec(library) is not None
     except ValueError:
         found = False
     if not found:
         return
     try:
-        importlib.import_module("torchaudio")
+        importlib.import_module(library)
     except Exception as error:
-        logger.warning("torchaudio is installed but broken and is left out: %s", error)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        logger.warning("%s is installed but broken and is left out: %s", library, error)
+        for name in [name for name in sys.modules if name.partition(".")[0] == library]:
             del sys.modules[name]
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]  (how Python says: not importable)
+        sys.modules[library] = None  # type: ignore[assignment]  (how Python says: not importable)
         from transformers.utils import import_utils
 
-        import_utils.is_torchaudio_available.cache_clear()
+        getattr(import_utils, f"is_{library}_available").cache_clear()
 
 
 # Methods that load by model type, by the module and class they are defined in.
@@ -70,7 +70,10 @@ _LOADERS = {
     f"{AUTO}auto_factory": ("_BaseAutoModelClass", ("from_pretrained", "from_config")),
     f"{AUTO}processing_auto": ("AutoProcessor", ("from_pretrained",)),
 }
-_BEFORE: dict[str, Callable[[], None]] = {"transformers.audio_utils": hide_broken_torchaudio}
+_BEFORE: dict[str, Callable[[], None]] = {
+    "transformers.audio_utils": functools.partial(hide_broken, "torchaudio"),
+    "transformers.image_utils": functools.partial(hide_broken, "torchvision"),
+}
 
 
 def _register_at_first_call(module: ModuleType) -> None:

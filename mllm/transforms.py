@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mllm import filterbank
+from mllm.image_processors import image_processor_class
 from mllm.log_mel import whisper_log_mel
 from mllm.media import Audio, Video, to_gray
 
@@ -285,13 +286,7 @@ def build_transform(medium: str, encoder: Any, preprocessor: Mapping[str, Any]) 
 
 
 def _build_image(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
-    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
-
-    name = preprocessor.get("image_processor_type", "")
-    processor_class = get_image_processor_class_from_name(name)
-    if processor_class is None:
-        raise ValueError(f"transformers has no image processor {name!r} (key image_processor_type)")
-    processor = processor_class.from_dict(preprocessor)
+    processor = image_processor_class(preprocessor.get("image_processor_type", "")).from_dict(preprocessor)
     return PatchTransform(processor) if encoder.model_type == "siglip2_vision_model" else ImageTransform(processor)
 
 

@@ -3,11 +3,27 @@
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
-from mllm.doctor import OPTIONAL, REQUIRED, Finding, Package, Report, cpu_features, examine, try_imports
+from mllm import doctor
+from mllm.doctor import (
+    OPTIONAL,
+    REQUIRED,
+    Finding,
+    Package,
+    Report,
+    cpu_features,
+    examine,
+    is_older,
+    ranges_of,
+    try_imports,
+)  # fmt: skip
 
 Folder = Callable[[dict[str, str]], Path]
 
@@ -42,29 +58,83 @@ def test_a_package_that_ends_the_process_is_named_and_the_others_are_still_tried
     assert set(failures) == {"crash", "leaves", "also_absent"}
 
 
-def test_the_report_names_state_and_pip_line_of_every_package(stubs: Folder) -> None:
+@pytest.fixture
+def tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Metadata of this project as pip writes it, that says which releases were tested."""
+
+    def write(*requirements: str) -> None:
+        folder = tmp_path / "metadata" / "elastic_mllm-9.dist-info"
+        folder.mkdir(parents=True)
+        lines = ["Metadata-Version: 2.4", "Name: elastic-mllm", "Version: 9"]
+        lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+        (folder / "METADATA").write_text("\n".join(lines) + "\n")
+        monkeypatch.syspath_prepend(str(folder.parent))
+
+    return write
+
+
+def test_the_report_names_state_and_pip_line_of_every_package(stubs: Folder, tested: Callable[..., None]) -> None:
     stubs({"torchaudio": "raise OSError('libc10_cuda.so: not found')"})
+    tested("numpy<99,>=1", "absent-thing<3,>=2", 'torchaudio==2.11.0; extra == "audio"')
     torchaudio = next(package for package in OPTIONAL if package.name == "torchaudio")
-    absent, outdated = Package("absent-thing", ">=2", module="absent_thing"), Package("pyyaml", ">=99", module="yaml")
-    report = examine([Package("numpy"), absent, outdated], [torchaudio])
+    report = examine([Package("numpy"), Package("absent-thing", module="absent_thing")], [torchaudio])
     by_name = {finding.name: finding for finding in report.findings}
     assert (by_name["numpy"].status, by_name["numpy"].repair) == ("ok", "")
-    assert (by_name["absent-thing"].status, by_name["absent-thing"].repair) == (
-        "missing",
-        'pip install "absent-thing>=2"',
-    )
-    assert by_name["pyyaml"].status == "outdated"
+    assert by_name["numpy"].detail == f"{version('numpy')}, tested"
+    assert by_name["absent-thing"].status == "missing"
+    assert by_name["absent-thing"].repair == "pip install 'absent-thing<3,>=2'"
     assert by_name["torchaudio"].status == "broken"
     assert "libc10_cuda.so" in by_name["torchaudio"].detail
-    assert by_name["torchaudio"].repair == 'pip install "torchaudio==2.11.*"'
+    assert by_name["torchaudio"].repair == "pip install torchaudio==2.11.0"
     assert not report.is_healthy
+    assert report.summary == "something required does not work; see above"
     assert sys.executable in report.machine["python"]
     assert int(report.machine["threads"]) >= 1
 
 
+def test_releases_outside_the_tested_ones_are_named_and_are_no_failure(tested: Callable[..., None]) -> None:
+    tested("numpy<1,>=0.5", "pyyaml<100,>=99", "rich", 'tqdm<99,>=1; extra == "bars"')
+    report = examine([Package("numpy"), Package("pyyaml", module="yaml"), Package("rich")], [Package("tqdm")])
+    states = {finding.name: finding.status for finding in report.findings}
+    assert [states[name] for name in ("numpy", "pyyaml", "rich", "tqdm")] == ["newer", "older", "ok", "ok"]
+    assert report.is_healthy
+    assert [finding.name for finding in report.untested] == ["numpy", "pyyaml"]
+    assert report.findings[0].detail == f"{version('numpy')} is newer than tested (<1,>=0.5)"
+    assert report.findings[0].repair == "pip install 'numpy<1,>=0.5'"
+    assert report.summary == (
+        "everything required can be imported, but not all of it was tested: numpy is newer than tested, "
+        "pyyaml is older than tested"
+    )
+
+
+def test_without_metadata_nothing_is_called_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranges_of("a-distribution-that-is-not-installed") is None
+    monkeypatch.setattr(doctor, "ranges_of", lambda: None)
+    report = examine([Package("numpy")], [])
+    assert report.findings[0].detail == version("numpy")
+    assert report.is_healthy
+    assert "which releases were tested is not known" in report.summary
+    assert report.summary.endswith("pip install -e .")
+
+
+@pytest.mark.parametrize(
+    ("release", "tested", "expected"),
+    [
+        ("5.18.9", ">=5.19,<5.25", True),
+        ("5.25.0", ">=5.19,<5.25", False),
+        ("2.12.1", "==2.11.*", False),
+        ("2.10.0", "==2.11.*", True),
+        ("2.13.0+cpu", ">=2.14,<2.15", True),
+        ("7", "<6", False),
+    ],
+)
+def test_older_is_told_from_newer(release: str, tested: str, expected: bool) -> None:
+    assert is_older(release, SpecifierSet(tested)) == expected
+
+
 def test_what_changes_other_packages_is_installed_by_its_extra() -> None:
     mediapipe = next(package for package in OPTIONAL if package.name == "mediapipe")
-    assert mediapipe.pip_line == 'pip install "mllm[lips]"'
+    assert mediapipe.repair(SpecifierSet("==0.10.14")).startswith("pip install -e '.[lips]'")
 
 
 def test_something_optional_that_is_missing_is_no_illness() -> None:
@@ -73,13 +143,16 @@ def test_something_optional_that_is_missing_is_no_illness() -> None:
     assert not Report({}, [fine, Finding("c", "broken", "1.0", True)]).is_healthy
 
 
-def test_the_doctor_knows_the_versions_of_the_package_itself() -> None:
+def test_the_doctor_knows_every_dependency_of_the_package_itself() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = [line for name in ("audio", "decord", "deepspeed", "liger", "demo", "lips") for line in extras[name]]
-    declared = [*project["dependencies"], *optional]
-    known = {package.name + package.specifier for package in (*REQUIRED, *OPTIONAL)}
-    assert {line.replace("[signatures]", "") for line in declared} - {"ninja"} == known
+    assert [name_in(line) for line in project["dependencies"]] == [canonicalize_name(own.name) for own in REQUIRED]
+    assert {own.extra for own in OPTIONAL} == set(extras) - {"lmms", "test", "dev"}
+    assert all(canonicalize_name(own.name) in map(name_in, extras[own.extra]) for own in OPTIONAL)
+
+
+def name_in(line: str) -> str:
+    return canonicalize_name(Requirement(line).name)
 
 
 def test_cpu_features_are_read_as_linux_writes_them(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "unknown image processor": (
         "image/preprocessor_config.json",
         {**KNOWN, "image_processor_type": "ImageProcessor"},
-        "",
+        "transformers has no image processor 'ImageProcessor'",
     ),
     "unknown sound": ("audio/preprocessor_config.json", {**KNOWN, "feature_extractor_type": "FeatureExtractor"}, ""),
 }

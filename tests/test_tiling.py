@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, LlavaNextImageProcessor
+from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
@@ -224,9 +224,9 @@ def test_pixels_of_the_tiles_are_those_of_llava_next() -> None:
         tiles = Tiling().choose(size, (32, 32))
         made = cut(picture, [tiles], tile=(32, 32), thumbnail=True)
         square = {"height": 32, "width": 32}
-        own = CLIPImageProcessor(size=square, crop_size=square)(images=list(made), return_tensors="pt")
+        own = CLIPImageProcessorPil(size=square, crop_size=square)(images=list(made), return_tensors="pt")
         pinpoints = [[side // 336 * 32 for side in point] for point in PINPOINTS]
-        next_processor = LlavaNextImageProcessor(size=square, crop_size=square, image_grid_pinpoints=pinpoints)
+        next_processor = LlavaNextImageProcessorPil(size=square, crop_size=square, image_grid_pinpoints=pinpoints)
         theirs = next_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
         assert torch.equal(own["pixel_values"], theirs[: tiles.num_pictures])
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
+OWN = ("full", "about", "judge")
+"""Keys of the command itself, not of a demo."""
 SUMMARY = "make a small world, train one elastic model on it, evaluate it at every budget"
 
 
@@ -49,6 +51,8 @@ class Settings:
     """How often everything is trained; only with full, 3 when left out."""
     num_workers: int | None = None
     """Models trained at a time; only with full, as many as there are cores when left out."""
+    judge: bool = True
+    """End with 1 where the demo does not show what it is there to show. A run of a few steps cannot: false for that."""
 
     def chosen(self) -> DemoSettings | FullDemoSettings | FullPicturesSettings:
         """The settings of the demo that is asked for.
@@ -60,7 +64,7 @@ class Settings:
             raise ValueError(f"about={self.about} goes with full=true only")
         long = FullPicturesSettings if self.about == "pictures" else FullDemoSettings
         kind = long if self.full else DemoSettings
-        given = {key: value for key, value in vars(self).items() if key not in ("full", "about") and value is not None}
+        given = {key: value for key, value in vars(self).items() if key not in OWN and value is not None}
         allowed = [field.name for field in fields(kind)]
         if wrong := [key for key in given if key not in allowed]:
             about = f" about {self.about or 'speech'}" if self.full else ""
@@ -71,14 +75,15 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Run the demo and show what it found; 1 where it did not show what it is there to show."""
+    """Run the demo and show what it found; 1 where it is judged and did not show what it is there to show."""
     from mllm.commands.terminal import console
 
     chosen = settings.chosen()
-    return _run(chosen, console()) if isinstance(chosen, DemoSettings) else _run_full(chosen, console())
+    shown = _run(chosen, console()) if isinstance(chosen, DemoSettings) else _run_full(chosen, console())
+    return 0 if shown or not settings.judge else 1
 
 
-def _run(settings: DemoSettings, out: "Console") -> int:
+def _run(settings: DemoSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.world.demo import demo
     from mllm.world.demo_report import findings, picture_table, speech_table
@@ -87,13 +92,13 @@ def _run(settings: DemoSettings, out: "Console") -> int:
         found = demo(settings, progress=show)
     out.print(speech_table(found["rows"]))
     out.print(picture_table(found["rows"]))
-    status = _show(findings(found["rows"]), out)
+    all_shown = _show(findings(found["rows"]), out)
     out.print("seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in found["seconds"].items()))
     out.print(f"plot: {Path(settings.out) / 'evaluation' / 'pareto.png'}; model: {settings.out}", soft_wrap=True)
-    return status
+    return all_shown
 
 
-def _run_full(settings: FullDemoSettings | FullPicturesSettings, out: "Console") -> int:
+def _run_full(settings: FullDemoSettings | FullPicturesSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.world import full_report, pictures_report
 
@@ -105,12 +110,13 @@ def _run_full(settings: FullDemoSettings | FullPicturesSettings, out: "Console")
             seconds, found = full_demo(settings, progress=show), full_report.compare(settings)
     found.write(folder)
     out.print(found.markdown, soft_wrap=True)
-    status = _show(found.findings, out)
+    all_shown = _show(found.findings, out)
     out.print(f"seconds: {seconds:.0f}; plot: {folder / 'comparison.png'}", soft_wrap=True)
-    return status
+    return all_shown
 
 
-def _show(shown: "Sequence[Finding]", out: "Console") -> int:
+def _show(shown: "Sequence[Finding]", out: "Console") -> bool:
+    """Write what was shown and what was not; whether everything was."""
     for finding in shown:
         out.print(f"{'shown' if finding.holds else 'NOT SHOWN'}: {finding.claim}: {finding.numbers}", soft_wrap=True)
-    return 0 if all(finding.holds for finding in shown) else 1
+    return all(finding.holds for finding in shown)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mllm.doctor import Report
 
-SUMMARY = "versions, devices, what is missing or broken, and how to repair it"
-_STYLES = {"ok": "green", "missing": "yellow", "outdated": "yellow", "broken": "red"}
+SUMMARY = "versions, whether they were tested, devices, what is missing or broken, and how to repair it"
+_STYLES = {"ok": "green", "missing": "yellow", "newer": "yellow", "older": "yellow", "broken": "red"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Examine and report; 1 when something that is required does not work."""
+    """Examine and report; 1 when something that is required does not work. An untested release is a warning."""
     from mllm.doctor import examine
 
     report = examine()
@@ -44,4 +44,4 @@ def show(report: "Report") -> None:
     for finding in report.findings:
         if finding.repair:
             out.print(f"to repair {finding.name}: {finding.repair}", soft_wrap=True)
-    out.print("everything required works" if report.is_healthy else "something required does not work; see above")
+    out.print(report.summary, soft_wrap=True)

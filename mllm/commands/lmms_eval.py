@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm.budget import Budget
+from mllm.extras import install_line
 from mllm.settings import check_at_least
 
 SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
@@ -12,7 +13,7 @@ SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Run tasks of lmms-eval at several budgets. Needs mllm[lmms]; see docs/lmms_eval.md."""
+    """Run tasks of lmms-eval at several budgets. Needs the extra lmms; see docs/lmms_eval.md."""
 
     model: str
     """Run folder or exported model."""
@@ -60,7 +61,7 @@ def run(settings: Settings) -> int:
     try:
         import lmms_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("mllm lmms-eval needs lmms-eval: pip install 'mllm[lmms]'") from error
+        raise ImportError(f"mllm lmms-eval needs lmms-eval: {install_line('lmms')}") from error
     from mllm.lmms.model import ElasticChat
     from mllm.lmms.sweep import sweep, table_rows, write
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from mllm.extras import install_line
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
 from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
@@ -285,7 +286,7 @@ def _import_decord() -> Any:
     try:
         import decord
     except (ImportError, OSError) as error:
-        raise ImportError("the video backend decord cannot be imported: pip install 'mllm[decord]'") from error
+        raise ImportError(f"the video backend decord cannot be imported: {install_line('decord')}") from error
     return decord
 
 

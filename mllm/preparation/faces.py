@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mllm.extras import install_line
 from mllm.preparation.geometry import MEAN_FACE_MILLIMETRES
 
-PIP_LINE = "pip install 'mllm[lips]'"
 MAX_FACES = 4
 STABLE_POINTS = {
     "right eye, outer corner": 33,
@@ -60,7 +60,7 @@ class FaceFinder:
             )
         except (AttributeError, TypeError) as error:  # how newer protobufs show that they do not fit
             installed = f"mediapipe {_version('mediapipe')} does not work with protobuf {_version('protobuf')}"
-            raise ImportError(f"{installed}: {PIP_LINE}") from error
+            raise ImportError(f"{installed}: {install_line('lips')}") from error
 
     def __enter__(self) -> "FaceFinder":
         return self
@@ -107,7 +107,7 @@ def check_installed() -> None:
         ImportError: it is not installed.
     """
     if find_spec("mediapipe") is None:
-        raise ImportError(f"faces are found by mediapipe, which is not installed: {PIP_LINE}")
+        raise ImportError(f"faces are found by mediapipe, which is not installed: {install_line('lips')}")
 
 
 def import_mediapipe() -> tuple[Any, Any]:
@@ -120,7 +120,7 @@ def import_mediapipe() -> tuple[Any, Any]:
     try:
         from mediapipe.python.solutions import face_detection, face_mesh  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:
-        raise ImportError(f"faces are found by mediapipe, which cannot be imported: {PIP_LINE}") from error
+        raise ImportError(f"faces are found by mediapipe, which cannot be imported: {install_line('lips')}") from error
     return face_mesh, face_detection
 
 

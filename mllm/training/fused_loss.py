@@ -19,6 +19,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
+from mllm.extras import install_line
 from mllm.training.objective import Head, Supervision, weighted
 
 VERSIONS = ">=0.8.2,<0.9"
@@ -37,11 +38,11 @@ def check_liger(*, on_cpu: bool) -> None:
         installed = version("liger-kernel")
     except PackageNotFoundError:
         raise ValueError(
-            "train.loss_kernel is liger, but liger-kernel is not installed: pip install 'mllm[liger]'"
+            f"train.loss_kernel is liger, but liger-kernel is not installed: {install_line('liger')}"
         ) from None
     if not SpecifierSet(VERSIONS).contains(installed, prereleases=True):
         raise ValueError(
-            f"train.loss_kernel is liger, but liger-kernel {installed} is not {VERSIONS}: pip install 'mllm[liger]'"
+            f"train.loss_kernel is liger, but liger-kernel {installed} is not {VERSIONS}: {install_line('liger')}"
         )
     try:
         _import_liger()

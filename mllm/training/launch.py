@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from mllm.extras import install_line
+
 COMPILERS = ("g++", "c++", "clang++")
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ def check_deepspeed(*, on_cpu: bool) -> None:
         ValueError: DeepSpeed, ninja or a C++ compiler is missing; says how to get it.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("DeepSpeed is asked for but not installed: pip install 'mllm[deepspeed]'")
+        raise ValueError(f"DeepSpeed is asked for but not installed: {install_line('deepspeed')}")
     if not on_cpu:
         return
     if shutil.which("ninja") is None:

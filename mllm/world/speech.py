@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
+from mllm.extras import install_line
 from mllm.world.phones import SILENCE, phones_of_ipa
 from mllm.world.voices import HIGHEST_PITCH, HIGHEST_RATE_WPM, LOWEST_PITCH, LOWEST_RATE_WPM, Speaker, Voice
 
@@ -124,7 +125,7 @@ def _loader():
     except ImportError as error:
         raise ImportError(
             "the built-in world speaks with eSpeak NG, and the package 'espeakng_loader' is not installed; "
-            'install it with: pip install "mllm[demo]"'
+            f"install it with: {install_line('demo')}"
         ) from error
     return espeakng_loader
 

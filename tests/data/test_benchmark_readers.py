@@ -387,4 +387,4 @@ def test_tables_without_pyarrow_name_the_extra(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "test-0.parquet").write_bytes(b"PAR1 not a table")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     assert main(["data", "import", "ai2d", str(tmp_path), "--out", str(tmp_path / "x.jsonl")]) != 0
-    assert "install mllm[tables]" in capsys.readouterr().err
+    assert "pip install -e '.[tables]'" in capsys.readouterr().err

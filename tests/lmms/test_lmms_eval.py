@@ -27,7 +27,7 @@ def has_lmms_eval() -> bool:
     return True
 
 
-pytestmark = pytest.mark.skipif(not has_lmms_eval(), reason="needs mllm[lmms]; run by make test-lmms")
+pytestmark = pytest.mark.skipif(not has_lmms_eval(), reason="needs the extra lmms; run by make test-lmms")
 
 NAME, NUM_DOCS, QUESTION = "mllm_local_pictures", 4, "what colour is the circle?"
 BUDGETS = ("image=64", "image=16", "image=2")

@@ -40,7 +40,7 @@ def has_mediapipe() -> bool:
     return True
 
 
-needs_mediapipe = pytest.mark.skipif(not has_mediapipe(), reason="needs mllm[lips]")
+needs_mediapipe = pytest.mark.skipif(not has_mediapipe(), reason="needs the extra lips")
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +227,7 @@ def test_one_folder_holds_clips_of_several_runs_but_not_two_of_one_name(raw: Pat
 def test_without_mediapipe_the_pip_line_is_told(raw: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "mediapipe", None)
     assert main(["prepare", "lips", str(raw), "--out", str(tmp_path)]) == 2
-    assert "pip install 'mllm[lips]'" in capsys.readouterr().err
+    assert "pip install -e '.[lips]'" in capsys.readouterr().err
 
 
 def test_a_worker_that_dies_is_told_and_what_it_said_is_kept(tmp_path: Path, monkeypatch) -> None:

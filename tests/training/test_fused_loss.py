@@ -137,7 +137,7 @@ def test_liger_that_is_missing_old_or_broken_is_refused(monkeypatch: pytest.Monk
         raise ImportError("libcuda.so.1: not found")
 
     monkeypatch.setattr(fused_loss, "version", missing)
-    with pytest.raises(ValueError, match=r"train\.loss_kernel is liger, .* pip install 'mllm\[liger\]'"):
+    with pytest.raises(ValueError, match=r"train\.loss_kernel is liger, .* pip install -e '\.\[liger\]'"):
         check_liger(on_cpu=False)
     monkeypatch.setattr(fused_loss, "version", lambda _: "0.8.0")
     with pytest.raises(ValueError, match=r"train\.loss_kernel is liger, but liger-kernel 0\.8\.0 is not >=0\.8\.2"):

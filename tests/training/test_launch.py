@@ -22,7 +22,7 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.M
 
 def test_deepspeed_needs_ninja_and_a_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'mllm\[deepspeed\]'"):
+    with pytest.raises(ValueError, match=r"not installed: pip install -e '\.\[deepspeed\]'"):
         launch.check_deepspeed(on_cpu=False)
     monkeypatch.undo()
 

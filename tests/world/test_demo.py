@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mllm.cli import main
 from mllm.evaluation.run import evaluate
 from mllm.loading import load
 from mllm.world.demo import BUDGETS, DemoSettings, demo, evaluation_settings, run_settings
@@ -109,3 +110,6 @@ def test_a_small_demo_leaves_a_plot_and_a_model_and_is_not_made_twice(tmp_path: 
     assert set(again["seconds"]) == {"corpora", "evaluation"}
     assert again["rows"] == found["rows"]
     assert evaluate(evaluation_settings(settings)).rows == found["rows"]  # pyright: ignore[reportOptionalMemberAccess]
+    words = [word for key, value in (sizes | {"steps": 3}).items() for word in (f"--{key}", str(value))]
+    assert main(["demo", "--out", settings.out, *words]) == 1  # three steps show nothing
+    assert main(["demo", "--out", settings.out, *words, "--judge", "false"]) == 0

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm.extras import install_line
+
 SUFFIXES = (".parquet", ".arrow")
 NUM_ROWS_AT_ONCE = 64
 """Rows hold pictures."""
@@ -53,7 +55,7 @@ def table_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
     except ImportError as error:
-        raise ValueError(f"{file}: tables are read with pyarrow; install mllm[tables]") from error
+        raise ValueError(f"{file}: tables are read with pyarrow: {install_line('tables')}") from error
     try:
         for batch in _batches(file):
             for start in range(0, batch.num_rows, NUM_ROWS_AT_ONCE):
