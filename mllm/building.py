@@ -19,6 +19,7 @@ from mllm.compressors import Query
 from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
+from mllm.image_processors import read_image_processor
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import keep_in_float32
 from mllm.pretrained import load_encoder, load_llm, unsharded
@@ -314,7 +315,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
 
 def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
     """The image processor of a tower, told the size of its pictures and what to do about their shape."""
-    values = pretrained.read_image_processor(settings.encoder).to_dict()
+    values = read_image_processor(resolve_source(settings.encoder)).to_dict()
     config = encoder_config(settings, "image")
     if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
         if settings.pad_to_square:

@@ -32,7 +32,6 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
-from mllm import image_processors
 from mllm.checkpoint_layouts import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
 from mllm.encoders import ENCODERS, backbone_class, tower_config
 from mllm.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
@@ -45,7 +44,7 @@ def read_config(reference: str) -> PreTrainedConfig:
     """Read the config of a folder, a hub name or a world part.
 
     Raises:
-        ValueError: what transformers refuses in it, or a model that only code in the folder knows.
+        ValueError: what transformers refuses in it, a model that only code in the folder knows, or quantised weights.
         OSError: a source that is neither a folder nor to be had from the hub.
     """
     source = resolve_source(reference)
@@ -56,6 +55,11 @@ def read_config(reference: str) -> PreTrainedConfig:
             f"{reference} is a {model_type}, which transformers knows by code in the folder alone (auto_map); foreign "
             "code is never run"
         )
+    if refused := [key for key in ("quantization_config", "transformers_weights") if values.get(key)]:
+        raise ValueError(
+            f"the config of {reference} says {refused[0]}={values[refused[0]]!r}; only plain weights in {WEIGHTS}, or "
+            f"in the files that {WEIGHTS_INDEX} names, are read"
+        )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except StrictDataclassError as error:
@@ -65,11 +69,6 @@ def read_config(reference: str) -> PreTrainedConfig:
 def read_tokenizer(reference: str, **options: Any) -> Any:
     """Read the tokenizer of an LLM; `options` are those of `AutoTokenizer.from_pretrained`."""
     return AutoTokenizer.from_pretrained(resolve_source(reference), trust_remote_code=False, **options)
-
-
-def read_image_processor(reference: str) -> Any:
-    """Read what transformers brings a picture into the form of an encoder with."""
-    return image_processors.read_image_processor(resolve_source(reference))
 
 
 def read_feature_extractor(reference: str) -> Any:
@@ -167,14 +166,9 @@ def load_checked(
     """
     layout = layout or Layout()
     folder = _local_folder(reference)
-    _check_folder(reference, folder, config)
     part = _Part(reference, weight_files(folder), layout)
     options = {**options, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-    with unsharded():
-        # Sizes that differ are let through here alone, so that all of them can be named: nothing of this pass is kept.
-        draft, report = _load_state(
-            model_class, config, part.shapes(), device_map="meta", ignore_mismatched_sizes=True, **options
-        )
+    draft, report = _draft(model_class, config, part, **options)
     part.check(report)
     part.check_ties(draft)
     model, report = _load_state(model_class, config, part.tensors(), **options)
@@ -193,11 +187,32 @@ def _load_state(
     return loaded
 
 
+def _draft(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, part: "_Part", **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load shapes without values, of which only what transformers says is of use.
+
+    Raises:
+        ValueError: tensors of several of which one is made, such as experts, that do not go together.
+    """
+    try:
+        with unsharded():
+            # Sizes that differ are let through here alone, so that all of them can be named.
+            return _load_state(
+                model_class, config, part.shapes(), device_map="meta", ignore_mismatched_sizes=True, **options
+            )
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {part.reference} are not those of its config: some that are put together, such as "
+            f"experts, do not fit each other; transformers' report, logged above, names them ({error})"
+        ) from error
+
+
 def _local_folder(reference: str) -> Path:
     """Return the folder of a source; of a hub name the one in the cache, with its weights in it.
 
     Raises:
-        ValueError: there are no weights that are read without unpickling.
+        ValueError: there are no weights that are read without unpickling, or an adapter that belongs on top of them.
     """
     source = resolve_source(reference)
     folder = Path(source)
@@ -214,15 +229,9 @@ def _local_folder(reference: str) -> Path:
         pickled = [name for name in PICKLED_WEIGHTS if (folder / name).is_file()]
         why = f"; {pickled[0]} would have to be unpickled, which can run code" if pickled else ""
         raise ValueError(f"{reference} holds no {WEIGHTS} and no {WEIGHTS_INDEX}{why}")
-    return folder
-
-
-def _check_folder(reference: str, folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse what transformers would read otherwise than as one model's plain tensors."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{reference} holds an adapter of PEFT (adapter_config.json); merge it into its model first")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{reference} is quantised (quantization_config); give the weights it was made of")
+    return folder
 
 
 class _Part:

@@ -86,6 +86,44 @@ def test_an_export_stands_alone_and_gives_the_same_answers(run: Path, tmp_path: 
     assert torch.equal(logits(again, processor), logits(model, processor))
 
 
+MISFITS = {
+    r"missing model\.compressors\.audio\.projectors\.0\.0\.weight$": lambda state, name: state.pop(name),
+    r"missing .*\.0\.weight; unexpected .*\.0\.weight_x$": lambda state, name: state.update(
+        {f"{name}_x": state.pop(name)}
+    ),
+    r"config: .*\.0\.weight has shape \(3,\), the model has \(\d+, \d+\)$": lambda state, name: state.update(
+        {name: torch.zeros(3)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_an_export_that_is_not_whole_is_refused_by_name(run: Path, tmp_path: Path, message: str) -> None:
+    export(run, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    MISFITS[message](state, "model.compressors.audio.projectors.0.0.weight")
+    (tmp_path / "model.safetensors").unlink()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_an_export_in_several_files_is_read_whole(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "one")
+    model, processor = load(tmp_path / "one")
+    model.save_pretrained(tmp_path / "several", max_shard_size="50KB")
+    processor.save_pretrained(tmp_path / "several")
+    again, _ = load(tmp_path / "several")
+    own = model.state_dict()
+    assert own.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, own[name]) for name, value in again.state_dict().items())
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    shard = sorted((tmp_path / "several").glob("model-*"))[0]
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"names {shard.name}, which is not there"):
+        load(tmp_path / "several")
+
+
 BROKEN = {
     "missing model.compressors.audio": lambda state: state.pop(next(n for n in state if "audio" in n)),
     "unexpected model.nonsense": lambda state: state.update({"model.nonsense": torch.zeros(1)}),

@@ -47,6 +47,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -170,6 +172,7 @@ ENCODERS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], str, str, st
     "siglip2": (Siglip2Model, lambda: two_towers(Siglip2Config, NAFLEX), "image", "vision_model", "vision_model."),
     "siglip2-vision": (Siglip2VisionModel, lambda: Siglip2VisionConfig(**NAFLEX), "image", "", ""),
     "dinov2": (Dinov2Model, lambda: Dinov2Config(**DINO), "image", "", ""),
+    "dinov2-giant": (Dinov2Model, lambda: Dinov2Config(**DINO, use_swiglu_ffn=True), "image", "", ""),
     "dinov2-classes": (Dinov2ForImageClassification, lambda: Dinov2Config(**DINO), "image", "dinov2", "dinov2."),
     "registers": (Dinov2WithRegistersModel, lambda: Dinov2WithRegistersConfig(**DINO), "image", "", ""),
     "registers-classes": (
@@ -191,6 +194,7 @@ LLMS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], str, str]] = {
     "llama-tied": (LlamaForCausalLM, lambda: LlamaConfig(**LLM, tie_word_embeddings=True), "model", "model."),
     "llama-bare-tied": (LlamaModel, lambda: LlamaConfig(**LLM, tie_word_embeddings=True), "", ""),
     "qwen2": (Qwen2ForCausalLM, lambda: Qwen2Config(**LLM), "model", "model."),
+    "mixtral": (MixtralForCausalLM, lambda: MixtralConfig(**LLM, num_local_experts=3), "model", "model."),
     "gemma3-text": (Gemma3ForCausalLM, lambda: Gemma3TextConfig(**GEMMA), "model", "model."),
     "gpt2": (
         *(GPT2LMHeadModel, lambda: GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)),
@@ -304,7 +308,12 @@ def loads(name: str) -> tuple[tuple[Any, Callable[[], Any]], str, Callable[[str]
     )
 
 
-BOTH = [*(f"encoder {name}" for name in ENCODERS), *(f"llm {name}" for name in LLMS)]
+# Layers whose tensors are made of several of the file, or the reverse.
+PUT_TOGETHER = ("dinov2-giant", "mixtral")
+BOTH = [
+    *(f"encoder {name}" for name in ENCODERS if name not in PUT_TOGETHER),
+    *(f"llm {name}" for name in LLMS if name not in PUT_TOGETHER),
+]
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -325,6 +334,27 @@ def test_a_tensor_that_does_not_fit_is_named(name: str, saved: Any, tmp_path: Pa
     path = copy_with(folder, tmp_path / "shape", lambda state: state.update({victim: torch.zeros(3, 5)}))
     with pytest.raises(ValueError, match=rf"config: [\w.]*{victim} has shape \(3, 5\), the model has \(\d+, \d+\)$"):
         load(path)
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+LOST: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "missing": lambda state: state.pop(EXPERT),
+    "misshapen": lambda state: state.update({EXPERT: torch.zeros(3, 5)}),
+    "all missing": lambda state: [state.pop(name) for name in list(state) if "layers.1.block_sparse_moe.exp" in name],
+}
+
+
+@pytest.mark.parametrize("change", LOST)
+def test_experts_are_all_there_or_refused(
+    change: str, saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    what, _, load = loads("llm mixtral")
+    _, folder = saved("mixtral", *what)
+    path = copy_with(folder, tmp_path / "x", LOST[change])
+    told = r"missing .*layers\.1\.mlp\.experts\.down_proj" if change == "all missing" else "do not fit each other"
+    with pytest.raises(ValueError, match=told):
+        load(path)
+    assert change == "all missing" or "model.layers.0.mlp.experts.gate_up_proj" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["whisper", "llava", "wavlm-ctc", "clip"])
@@ -542,14 +572,15 @@ def test_adapters_and_quantised_weights_are_refused(saved: Any, tmp_path: Path) 
     path = str(tmp_path / "peft")
     with pytest.raises(ValueError, match="holds an adapter of PEFT"):
         load_llm(path, llm_config(path), dtype=torch.float32, attention="sdpa")
-    shutil.copytree(folder, tmp_path / "quantised")
-    config = tmp_path / "quantised" / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-    path = str(tmp_path / "quantised")
-    with pytest.raises(ValueError, match="is quantised"):
-        load_llm(path, llm_config(path), dtype=torch.float32, attention="sdpa")
+    for key, value in (
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("transformers_weights", "a.safetensors"),
+    ):
+        shutil.copytree(folder, tmp_path / key)
+        config = tmp_path / key / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+        with pytest.raises(ValueError, match=rf"{key}.* says {key}=.*; only plain weights in model.safetensors"):
+            llm_config(str(tmp_path / key))
 
 
 def test_digests_are_of_what_is_read_and_of_every_shard(saved: Any, tmp_path: Path) -> None:

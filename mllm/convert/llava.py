@@ -23,12 +23,13 @@ from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_qu
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
 from mllm.encoders import backbone_class, encoder_facts
+from mllm.image_processors import read_image_processor
 from mllm.loading import save_run
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.pretrained import encoder_config, llm_config, read_image_processor, read_tokenizer, unsharded
+from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
-from mllm.sources import RUN_PREFIX
+from mllm.sources import RUN_PREFIX, resolve_source
 from mllm.trainables import set_trainables
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
@@ -229,7 +230,7 @@ def _heads(split: Split, vision: Any, options: Options) -> int | None:
 
 
 def _image_processor(source: str, told: Told, options: Options) -> dict[str, Any]:
-    values = read_image_processor(source).to_dict()
+    values = read_image_processor(resolve_source(source)).to_dict()
     padded = (options.image_aspect_ratio or told.image_aspect_ratio) == "pad"
     return values | PADDED if padded else values
 
@@ -244,7 +245,8 @@ def write_parts(parts: Parts, folder: Path) -> None:
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:
-        read_image_processor(parts.sources["image"]).save_pretrained(folder / "image")
+        source = resolve_source(parts.sources["image"])
+        read_image_processor(source).save_pretrained(folder / "image")
 
 
 def write_run(parts: Parts, folder: Path) -> None:

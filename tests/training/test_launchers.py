@@ -5,6 +5,7 @@ Real files, real parts on disk, the real command line; two CPU processes each.
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, load
@@ -64,16 +65,13 @@ def one_process(settings: RunSettings) -> dict[str, torch.Tensor]:
     return load_file(train(own) / TRAINABLES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_trains_what_one_process_trains(
-    settings: RunSettings, one_process: dict[str, torch.Tensor], tmp_path: Path, launcher: str
-) -> None:
-    (tmp_path / "run.yaml").write_text(settings_yaml(settings))
-    command = f"{LAUNCHERS[launcher]} train --config {tmp_path / 'run.yaml'} --train.output {tmp_path / 'run'}"
+def launch(settings: RunSettings, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
+    """Train in two processes by a command line; the run is written to `folder / "run"`."""
+    (folder / "run.yaml").write_text(settings_yaml(settings))
+    command = f"{LAUNCHERS[launcher]} train --config {folder / 'run.yaml'} --train.output {folder / 'run'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
+    return subprocess.run(
         f"{command} {OVERRIDES.get(launcher, '')}".split(),
         cwd=ROOT,
         env=environment,
@@ -81,6 +79,30 @@ def test_a_launcher_trains_what_one_process_trains(
         text=True,
         timeout=600,
     )
+
+
+@pytest.mark.slow
+def test_zero3_refuses_an_llm_that_is_not_whole(settings: RunSettings, tmp_path: Path) -> None:
+    """There transformers reads names and shapes in another way, which knows of no shapes."""
+    shutil.copytree(settings.model.llm, tmp_path / "llm")
+    weights = tmp_path / "llm" / "model.safetensors"
+    state = load_file(weights)
+    state["model.norm.weight"] = torch.zeros(7)
+    state["model.norm.scale"] = torch.zeros(7)
+    save_file(state, weights, metadata={"format": "pt"})
+    broken = dataclasses.replace(settings, model=dataclasses.replace(settings.model, llm=str(tmp_path / "llm")))
+    done = launch(broken, tmp_path, "zero3")
+    assert done.returncode != 0
+    told = "unexpected model.norm.scale; model.norm.weight has shape (7,), the model has (32,)"
+    assert told in " ".join(done.stderr.split()), done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_trains_what_one_process_trains(
+    settings: RunSettings, one_process: dict[str, torch.Tensor], tmp_path: Path, launcher: str
+) -> None:
+    done = launch(settings, tmp_path, launcher)
     assert done.returncode == 0, done.stderr[-4000:]
     found = load_file(tmp_path / "run" / TRAINABLES)
     assert found.keys() == one_process.keys()

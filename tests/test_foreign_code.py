@@ -1,0 +1,158 @@
+"""Code that lies in a checkpoint never runs, whoever answers yes to transformers' question."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from mllm.building import build
+from mllm.loading import save_run
+from mllm.trainables import set_trainables
+
+ROOT = Path(__file__).parent.parent
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
+class Config(LlamaConfig):
+    model_type = "foreign"
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast): ...
+class ImageProcessor(CLIPImageProcessor): ...
+class FeatureExtractor(WhisperFeatureExtractor): ...
+def generate(*args, **kwargs):
+    raise RuntimeError("foreign")
+"""
+MAP = {
+    "AutoConfig": "foreign.Config",
+    "AutoModel": "foreign.Model",
+    "AutoModelForCausalLM": "foreign.Model",
+    "AutoTokenizer": ["foreign.Tokenizer", None],
+    "AutoImageProcessor": "foreign.ImageProcessor",
+    "AutoFeatureExtractor": "foreign.FeatureExtractor",
+    "AutoProcessor": "foreign.Tokenizer",
+}
+KNOWN = {"auto_map": MAP}
+"""Beside a type that transformers has: its own class is taken."""
+UNKNOWN_CONFIG = {**KNOWN, "model_type": "foreign"}
+# Where the code is named, the values that name it, and what is said: None where transformers' own class does as well,
+# and nothing in particular where the refusal is transformers'.
+PLACES: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "known llm": ("llm/config.json", KNOWN, None),
+    "unknown llm": ("llm/config.json", UNKNOWN_CONFIG, r"llm is a foreign, .* \(auto_map\); foreign code is never run"),
+    "unknown encoder": ("audio/config.json", UNKNOWN_CONFIG, "audio is a foreign, .* foreign code is never run"),
+    "known tokenizer": ("llm/tokenizer_config.json", KNOWN, None),
+    "unknown tokenizer": ("llm/tokenizer_config.json", {**KNOWN, "tokenizer_class": "Tokenizer"}, ""),
+    "known image processor": ("image/preprocessor_config.json", KNOWN, None),
+    "unknown image processor": (
+        "image/preprocessor_config.json",
+        {**KNOWN, "image_processor_type": "ImageProcessor"},
+        "transformers has no image processor 'ImageProcessor'",
+    ),
+    "unknown sound": ("audio/preprocessor_config.json", {**KNOWN, "feature_extractor_type": "FeatureExtractor"}, ""),
+}
+
+
+def write_code(folder: Path, marker: Path) -> None:
+    (folder / "foreign.py").write_text(CODE.format(marker=str(marker)))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(CODE.format(marker=str(marker)))
+
+
+def change(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    tiny.write_parts(folder / "parts")
+    return folder / "parts"
+
+
+def run_with_yes(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with a standard input that says yes to everything."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HOME": str(folder / "hf")}
+    return subprocess.run(
+        [sys.executable, *code.split("\0")],
+        input="yes\n" * 100,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+class Yes:
+    """A standard input that says yes to everything, and remembers whether it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, prompt: str = "") -> str:
+        self.asked += 1
+        return "yes"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_model_is_built_without_the_code_in_its_parts(
+    place: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, values, message = PLACES[place]
+    shutil.copytree(parts, tmp_path / "parts")
+    own = tmp_path / "parts" / Path(file).parent
+    write_code(own, tmp_path / "marker")
+    change(tmp_path / "parts" / file, values)
+    answers = Yes()
+    monkeypatch.setattr("builtins.input", answers)
+    settings = tiny.settings_on(
+        {name: str(tmp_path / "parts" / name) for name in ("llm", "image", "audio")}, ("image", "audio")
+    )
+    if message is None:
+        build(settings)
+    else:
+        with pytest.raises(ValueError, match=message or "contains custom code"):
+            build(settings)
+    assert not (tmp_path / "marker").exists()
+    assert not answers.asked
+
+
+RUN_FILES: dict[str, Callable[[Path], None]] = {
+    "config of the llm": lambda folder: change(folder / "parts" / "llm" / "config.json", UNKNOWN_CONFIG),
+    "config of an encoder": lambda folder: change(folder / "parts" / "audio" / "config.json", UNKNOWN_CONFIG),
+    "config of the run": lambda folder: change(folder / "run" / "config.json", KNOWN),
+    "tokenizer of the run": lambda folder: change(
+        folder / "run" / "tokenizer_config.json", {**KNOWN, "tokenizer_class": "Tokenizer"}
+    ),
+}
+
+
+@pytest.mark.parametrize("place", RUN_FILES)
+def test_yes_to_mllm_generate_runs_no_code(place: str, parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts, tmp_path / "parts")
+    own = {name: str(tmp_path / "parts" / name) for name in ("llm", "image", "audio")}
+    model, processor = build(tiny.settings_on(own, ("audio",)))
+    set_trainables(model)
+    save_run(model, processor, tmp_path / "run")
+    for folder in (tmp_path / "run", tmp_path / "parts" / "llm", tmp_path / "parts" / "audio"):
+        write_code(folder, tmp_path / "marker")
+    RUN_FILES[place](tmp_path)
+    words = f"-m mllm generate --model {tmp_path / 'run'} --text hello --max_new_tokens 1 --use_cpu true"
+    done = run_with_yes(words.replace(" ", "\0"), tmp_path)
+    assert not (tmp_path / "marker").exists(), done.stdout + done.stderr
+    assert "Do you wish to run" not in done.stdout + done.stderr
+    if place == "config of the run":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 2, done.stderr
+        told = "contains custom code" if "tokenizer" in place else "foreign code is never run"
+        assert told in " ".join(done.stderr.split())
