@@ -28,7 +28,7 @@ def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Returns:
         (L',) float32 at 16 kHz, no sample beyond 1.
     """
-    samples = resample(samples, round(len(samples) / rng.uniform(*SPEEDS)))
+    samples = np.asarray(resample(samples, round(len(samples) / rng.uniform(*SPEEDS))))
     margins = [np.zeros(int(SAMPLE_RATE_HZ * rng.uniform(*MARGIN_SECONDS))) for _ in range(2)]
     samples = np.concatenate([margins[0], samples, margins[1]])
     if rng.random() < 0.5:
@@ -37,7 +37,7 @@ def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         samples = _with_noise(samples, rng)
     if rng.random() < 0.5:
         low, high = BANDS_HZ[rng.integers(len(BANDS_HZ))]
-        samples = sosfilt(butter(4, (low, high), "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples)
+        samples = np.asarray(sosfilt(butter(4, (low, high), "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples))
     level = 10 ** (rng.uniform(*LEVEL_RMS_DB) / 20)
     samples = samples * (level / max(float(np.sqrt(np.mean(np.square(samples)))), 1e-8))
     return (samples / max(1.0, float(np.abs(samples).max()))).astype(np.float32)

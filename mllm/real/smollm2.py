@@ -4,6 +4,7 @@ Knows which file it is and how transformers reads it. The weights are those of t
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +28,14 @@ def write_smollm2(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     source = package_file(PACKAGE, FILE)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
+    model, report = loaded
     # The head is the embedding, so nothing else may be missing.
     missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})
     if missing or report["unexpected_keys"] or not model.config.tie_word_embeddings:

