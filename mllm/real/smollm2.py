@@ -34,13 +34,15 @@ def write_smollm2(folder: Path) -> Path:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
+        trust_remote_code=False,
     )
     model, report = loaded
     # The head is the embedding, so nothing else may be missing.
     missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})
     if missing or report["unexpected_keys"] or not model.config.tie_word_embeddings:
         raise ValueError(f"{source} does not hold this LLM: missing {missing}, unexpected {report['unexpected_keys']}")
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     return folder

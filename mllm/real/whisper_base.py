@@ -25,6 +25,14 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from mllm.pretrained import (
+    encoder_config,
+    load_checked,
+    load_encoder,
+    read_config,
+    read_feature_extractor,
+    read_tokenizer,
+)
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
 
@@ -192,12 +200,13 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
     """
     if (folder / "model.safetensors").is_file():
         return folder
-    encoder = WhisperForConditionalGeneration.from_pretrained(whisper).model.encoder
+    encoder: Any = load_encoder(str(whisper), encoder_config(str(whisper), "audio"), dtype=torch.float16)
     positions = seconds * FRAMES_PER_SECOND
-    encoder.embed_positions = nn.Embedding.from_pretrained(encoder.embed_positions.weight[:positions].clone())
+    kept = encoder.embed_positions.weight[:positions].detach().clone()
+    encoder.embed_positions = nn.Embedding(*kept.shape, _weight=kept)
     encoder.config.max_source_positions = encoder.max_source_positions = positions
     encoder.save_pretrained(folder)
-    extractor = WhisperFeatureExtractor.from_pretrained(whisper)
+    extractor = read_feature_extractor(str(whisper))
     WhisperFeatureExtractor(**{**extractor.to_dict(), "chunk_length": seconds}).save_pretrained(folder)
     return folder
 
@@ -214,16 +223,17 @@ def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None
     Returns:
         texts by the files' names without suffix, as Whisper writes them.
     """
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    processor = WhisperProcessor.from_pretrained(folder)
+    config = read_config(str(folder))
+    model: Any = load_checked(WhisperForConditionalGeneration, str(folder), config, dtype=torch.bfloat16)
+    extractor, tokenizer = read_feature_extractor(str(folder)), read_tokenizer(str(folder))
     files = sorted(clips.glob("*.wav"))
     texts: dict[str, str] = {}
     for start in range(0, len(files), CLIPS_PER_BATCH):
         own = files[start : start + CLIPS_PER_BATCH]
         samples = [soundfile.read(file, dtype="float32")[0] for file in own]
-        inputs = processor(samples, sampling_rate=16_000, return_tensors="pt").input_features.to(model.dtype)
+        inputs = extractor(samples, sampling_rate=16_000, return_tensors="pt").input_features.to(model.dtype)
         ids = model.generate(inputs, language="en", task="transcribe", max_new_tokens=64)
-        for file, text in zip(own, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+        for file, text in zip(own, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[file.stem] = text.strip()
         if progress is not None:
             progress(len(texts), len(files))
