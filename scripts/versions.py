@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "requirements"
 DEMO_EXTRAS = ("demo",)
 DEV_EXTRAS = ("demo", "dev", "decord", "deepspeed")
-OLDEST_EXTRAS = ("demo", "test", "decord", "deepspeed")
+OLDEST_EXTRAS = ("demo", "test", "deepspeed")
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "audio", "torchvision")
 """torchaudio and torchvision are built for torch with CUDA only, so they stand in no lock that goes with the CPU's."""
 _PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?={2,3}([^\s;\\]+)", re.M)
