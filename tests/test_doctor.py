@@ -93,7 +93,7 @@ def test_the_report_names_state_and_pip_line_of_every_package(stubs: Folder, tes
 
 
 def test_releases_outside_the_tested_ones_are_named_and_are_no_failure(tested: Callable[..., None]) -> None:
-    tested("numpy<1,>=0.5", "pyyaml<100,>=99", "rich", 'tqdm<99,>=1; extra == "bars"')
+    tested('pyyaml<2,>=1; extra == "old"', "numpy<1,>=0.5", "pyyaml<100,>=99", "rich", 'tqdm<99,>=1; extra == "bars"')
     report = examine([Package("numpy"), Package("pyyaml", module="yaml"), Package("rich")], [Package("tqdm")])
     states = {finding.name: finding.status for finding in report.findings}
     assert [states[name] for name in ("numpy", "pyyaml", "rich", "tqdm")] == ["newer", "older", "ok", "ok"]

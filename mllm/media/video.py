@@ -18,6 +18,7 @@ from itertools import repeat
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from packaging.version import Version
 
 from mllm.extras import install_line
 from mllm.media.containers import open_stream, stated_seconds
@@ -244,6 +245,7 @@ def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits
     """
     from av.video.reformatter import VideoReformatter
 
+    options = {"threads": 1} if _pyav() >= Version("17") else {}  # before, it was one and could not be said
     reformatter = VideoReformatter()  # one for all frames: setting up the conversion costs far more than a small frame
     with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
         for frame in container.decode(stream):
@@ -252,9 +254,16 @@ def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits
                 raise MediaError("unsupported", name, "the rotation in the header is not a multiple of 90 degrees")
             shown = _luma_plane(frame) if gray else None
             if shown is None:
-                shown = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                shown = reformatter.reformat(frame, format="rgb24", **options).to_ndarray()
                 shown = to_gray(shown) if gray else shown
             yield np.rot90(shown, frame.rotation // 90) if frame.rotation else shown
+
+
+def _pyav() -> Version:
+    """The release of PyAV, whose compiled functions have no signature to ask."""
+    from av import __version__ as installed
+
+    return Version(installed)
 
 
 def _luma_plane(frame: Any) -> np.ndarray | None:
@@ -283,6 +292,8 @@ def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimi
 
 
 def _import_decord() -> Any:
+    if _pyav() < Version("18.1"):
+        raise ImportError(f"decord beside PyAV {_pyav()} ends the process without a word: {install_line('decord')}")
     try:
         import decord
     except (ImportError, OSError) as error:

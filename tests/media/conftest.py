@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import pytest
 from numbered_frames import numbered_frame
+from videos import turn
 
 TICKS_PER_SECOND = 90_000
 
@@ -33,7 +34,7 @@ def write_video(tmp_path: Path) -> Callable[..., Path]:
             if seconds is not None:
                 stream.codec_context.time_base = stream.time_base = Fraction(1, TICKS_PER_SECOND)
             if rotation_degrees:
-                stream.set_display_rotation(rotation_degrees)
+                turn(stream, rotation_degrees)
             for number in range(num_frames):
                 frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size), format="rgb24")
                 frame.pts, frame.time_base = number, Fraction(1, rate)

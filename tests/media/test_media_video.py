@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numbered_frames import frame_numbers
 from PIL import Image
+from videos import needs_decord, turn
 
 from mllm.media import MediaError, MediaLimits, MediaLoader, load_video, to_gray
 
@@ -51,6 +52,7 @@ def test_without_a_rate_the_files_frames_and_their_mean_rate_are_given(write_vid
     assert video.frames_per_second == pytest.approx(30)
 
 
+@needs_decord
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
     [
@@ -71,7 +73,7 @@ def test_both_decoders_give_the_same_frames(write_video: Writer, name: str, code
         np.testing.assert_array_equal(ours.frames, other.frames)
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", ["pyav", pytest.param("decord", marks=needs_decord)])
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 def test_a_rotation_in_the_header_is_applied(write_video: Writer, backend, degrees: int) -> None:
     flat = load_video(write_video("flat.mp4", 3, size=(96, 64))).frames
@@ -79,6 +81,7 @@ def test_a_rotation_in_the_header_is_applied(write_video: Writer, backend, degre
     np.testing.assert_array_equal(turned, np.rot90(flat, degrees // 90, axes=(1, 2)))
 
 
+@needs_decord
 def test_gray_is_pillows_luma_of_the_colour_frame(write_video: Writer) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_gray(colours), np.asarray(Image.fromarray(colours).convert("L")))
@@ -97,7 +100,7 @@ def test_gray_of_a_clip_without_colours_is_its_luma_within_rounding(
         stream = container.add_stream("libx264", rate=25, options={"crf": "10"})
         stream.width, stream.height, stream.pix_fmt = 70, 48, pixels  # rows that the decoder pads
         if degrees:
-            stream.set_display_rotation(degrees)
+            turn(stream, degrees)
         for _ in range(4):
             coarse = np.kron(chance.integers(0, 256, (6, 7), dtype=np.uint8), np.ones((8, 10), np.uint8))
             frame = av.VideoFrame.from_ndarray(np.repeat(coarse[..., None], 3, -1), format="rgb24")
@@ -147,7 +150,7 @@ def test_a_playlist_with_the_name_of_a_video_opens_nothing(write_video: Writer, 
         assert caught.value.kind == "unsupported"
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", ["pyav", pytest.param("decord", marks=needs_decord)])
 @pytest.mark.parametrize("damage", ["half", "cut after the index", "zeros"])
 def test_damaged_files(write_video: Writer, backend, damage: str) -> None:
     path = write_video("a.mp4", 60, options={"movflags": "faststart", "bf": "2"})
@@ -194,6 +197,7 @@ def test_a_forged_frame_size_is_refused_before_a_frame_is_allocated(write_video:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; the frame would take 400 MB
 
 
+@needs_decord
 def test_decord_refuses_widths_that_it_would_garble(write_video: Writer) -> None:
     path = write_video("a.mp4", 3, size=(48, 64))
     assert frame_numbers(load_video(path).frames) == [0, 1, 2]
@@ -235,6 +239,7 @@ def test_settings_that_make_no_sense(tmp_path: Path) -> None:
         MediaLoader()("smell", tmp_path / "a.mp4")
 
 
+@needs_decord
 def test_the_loader_passes_its_settings_on(write_video: Writer) -> None:
     path = write_video("a.mp4", 20)
     loader = MediaLoader(frames_per_second=10.0, gray=True, backend="decord")

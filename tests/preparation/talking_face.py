@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from videos import turn
 
 FACE = Path(__file__).parents[1] / "fixtures" / "astronaut_face.jpg"
 MOUTH = 112.5 + 144.0j
@@ -95,7 +96,7 @@ def write_film(path: Path, film: Film) -> Path:
         video.pix_fmt = "yuv420p"
         video.codec_context.time_base = video.time_base = Fraction(1, TICKS_PER_SECOND)
         if film.rotation_degrees:
-            video.set_display_rotation(film.rotation_degrees)
+            turn(video, film.rotation_degrees)
         audio = container.add_stream("aac", rate=RATE_HZ, layout="stereo") if film.has_sound else None
         for seconds in frame_times(film):
             stored = np.rot90(draw_frame(film, seconds), -film.rotation_degrees // 90)
