@@ -41,7 +41,7 @@ SPLITS = ("train", "heldout")
 class CorpusSettings:
     """How much is written."""
 
-    num_train: int = 9000
+    num_train: int = 6000
     num_heldout: int = 60
     num_captions: int = 700
     """Clips of the training set that the projector is fitted to before the first step."""

@@ -34,7 +34,7 @@ class RealDemoSettings:
     """Random seed of the corpus, the initial values, the sampled budgets and the order of samples."""
     steps: int | None = None
     """Optimizer steps, a tenth of them warm-up at most; those of the recipe when left out."""
-    num_clips: int = 9000
+    num_clips: int = 6000
     """Synthesised clips to train on."""
     num_heldout_clips: int = 60
     """Synthesised clips of other sentences to test on, beside the recordings."""
