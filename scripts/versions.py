@@ -148,7 +148,9 @@ def newest_of(requirements: Sequence[str]) -> dict[str, Version]:
 
 def moved() -> list[tuple[str, str, str, str, str]]:
     """What is locked beside what there is: name, locked, newest, the tested range, and a remark."""
-    requirements = {canonicalize_name(own.name): own for own in declared({*DEV_EXTRAS, *NEWEST_EXTRAS})}
+    requirements: dict[str, Requirement] = {}
+    for own in declared({*DEV_EXTRAS, *NEWEST_EXTRAS}):  # what is always needed comes first, and its range is shown
+        requirements.setdefault(canonicalize_name(own.name), own)
     newest = newest_of([without_upper_bound(own) for own in requirements.values()])
     locked = pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
     rows = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     HubertConfig,
     Wav2Vec2FeatureExtractor,
@@ -198,7 +198,7 @@ def test_lip_settings_that_make_no_sense() -> None:
 
 
 def test_image_transform_equals_the_processor() -> None:
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     values, length = ImageTransform(processor)(image)
     assert length == 1
@@ -206,7 +206,7 @@ def test_image_transform_equals_the_processor() -> None:
 
 
 def test_image_processors_that_make_tiles_are_refused() -> None:
-    class Tiling(CLIPImageProcessor):
+    class Tiling(CLIPImageProcessorPil):
         def __call__(self, images, **kwargs):
             return super().__call__(images * 2, **kwargs)
 
@@ -215,7 +215,7 @@ def test_image_processors_that_make_tiles_are_refused() -> None:
 
 
 def test_building_from_plain_settings() -> None:
-    image = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    image = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     built = build_transform("image", CLIPVisionConfig(), image.to_dict())
     torch.testing.assert_close(built(picture)[0], ImageTransform(image)(picture)[0])
@@ -242,7 +242,7 @@ def test_transforms_travel_to_workers() -> None:
         (WhisperMel(extractor), sound()),
         (Waveform(standardized=True), sound()),
         (LipTransform(size=None, crop_size=88), clip()),
-        (ImageTransform(CLIPImageProcessor()), Image.new("RGB", (9, 9), "red")),
+        (ImageTransform(CLIPImageProcessorPil()), Image.new("RGB", (9, 9), "red")),
     ]:
         copy = pickle.loads(pickle.dumps(transform))
         torch.testing.assert_close(copy(raw)[0], transform(raw)[0])
