@@ -96,7 +96,7 @@ def install(files: list[Path], *, torch: str, project: bool, check: bool) -> Non
     if project:
         say("mllm: from this folder, editable")
         pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    if check:
+    if check and files:  # torch alone lacks what it needs, which whoever asked for it alone installs
         pip("check")
     say(f"installed in {time.monotonic() - start:.0f} s")
 
