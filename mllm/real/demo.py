@@ -26,7 +26,7 @@ BUDGETS = ("audio=/4", "audio=/8", "audio=/16", "audio=/25")
 
 @dataclass(frozen=True, kw_only=True)
 class RealDemoSettings:
-    """How much the demo on real weights does; the defaults take less than 45 minutes on 2 idle CPU cores."""
+    """How much the demo on real weights does; the defaults are meant to take 45 minutes on 2 idle CPU cores."""
 
     out: str = "runs/demo_real"
     """Folder of the parts, the corpus, the run, the evaluation and the report."""
