@@ -54,9 +54,10 @@ def segment_attention(
     if query.device.type != "cpu":
         return by_segment(query, key, value, segment_plan, dropout=dropout, scaling=scaling), None
     # On a CPU the backward pass takes more than twice as long in bfloat16 as in float32, whatever the casts cost.
+    wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast("cpu", enabled=False):
-        out = by_segment(query.float(), key.float(), value.float(), segment_plan, dropout=dropout, scaling=scaling)
-    return out.to(value.dtype), None
+        out = by_segment(query.to(wide), key.to(wide), value.to(wide), segment_plan, dropout=dropout, scaling=scaling)
+    return out.to(query.dtype), None
 
 
 def by_segment(
