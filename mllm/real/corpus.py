@@ -11,9 +11,7 @@ too, word for word, is left out of training.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from mllm.real.rooms import change
 from mllm.real.sentences import normalise, spoken_number, wordnet_examples
 from mllm.real.voices import FLITE_PACKAGES, SAMPLE_RATE_HZ, say
 from mllm.settings import check_at_least
+from mllm.world.speech_corpus import write_all
 
 PROMPT = "Write down what is said."
 LONGEST_SECONDS = 6.0
@@ -94,7 +93,7 @@ def write_corpus(
     for split in (*SPLITS, "test"):
         (out / split).mkdir(parents=True, exist_ok=True)
     seconds = {}
-    for done, (job, length) in enumerate(zip(every, _run(every, num_workers), strict=True), start=1):
+    for done, (job, length) in enumerate(zip(every, write_all(_write_clip, every, num_workers), strict=True), start=1):
         seconds[job.path] = length
         if on_progress is not None:
             on_progress(done, len(every))
@@ -144,15 +143,6 @@ def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusSetti
         names, shares = zip(*SYNTHESISER_SHARES.items(), strict=True)
         synthesiser = str(np.random.default_rng([*seed, 0]).choice(names, p=shares))
         yield _Job(out / split / f"{number:05d}.wav", sentence, synthesiser, seed, packages)
-
-
-def _run(jobs: Sequence[_Job], num_workers: int) -> Iterator[float]:
-    """Seconds of every clip, in order."""
-    if num_workers == 1:
-        yield from map(_write_clip, jobs)
-        return
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_write_clip, jobs, chunksize=25)
 
 
 def _write_clip(job: _Job) -> float:

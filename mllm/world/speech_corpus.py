@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from mllm.world.prompts import SPEECH_PROMPTS
 from mllm.world.sentences import SPLITS, sample_sentences
 from mllm.world.speech import SAMPLE_RATE_HZ, say
 from mllm.world.voices import Speaker, draw_speaker
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def write_speech_corpus(
         (out / "speech" / split).mkdir(parents=True, exist_ok=True)
         _write_babble(out, split, settings)
     seconds = []
-    for done, written in enumerate(_run(jobs, num_workers), start=1):
+    for done, written in enumerate(write_all(_write_utterance, jobs, num_workers), start=1):
         seconds.append(written)
         if on_progress is not None:
             on_progress(done, len(jobs))
@@ -112,14 +115,14 @@ def _jobs(out: Path, split: str, settings: SpeechCorpusSettings) -> Iterator[_Jo
         yield _Job(out, split, f"speech/{split}/{number:05d}", sentence, speaker, settings)
 
 
-def _run(jobs: Sequence[_Job], num_workers: int) -> Iterator[float]:
-    """Seconds of every utterance, in order."""
+def write_all(write: Callable[[T], float], jobs: Sequence[T], num_workers: int) -> Iterator[float]:
+    """Write every clip, in `num_workers` processes or in this one; yields their seconds in order."""
     if num_workers == 1:
-        yield from map(_write_utterance, jobs)
+        yield from map(write, jobs)
         return
     # Not forked: a parent that has started the threads of torch or ffmpeg may leave their locks taken in a child.
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_write_utterance, jobs, chunksize=25)
+        yield from pool.map(write, jobs, chunksize=25)
 
 
 def _write_utterance(job: _Job) -> float:
