@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
-from mllm.segment_attention import by_segment, mask_function, packed_mask
+from mllm.segment_attention import by_segment, mask_function, packed_mask, segment_attention
 from mllm.segments import SegmentPlan, plan_rows
 
 ROWS = [[1, 2, 3, 4, 5, 6], [1, 2, 8, 9], [1, 2, 3, 7], [5, 5, 5], [1, 2, 3, 4, 5, 6]]
@@ -76,6 +76,22 @@ def test_attention_by_segment_is_that_of_the_dense_mask(seed: int) -> None:
         torch.autograd.grad(ours, states, upstream), torch.autograd.grad(dense, states, upstream), strict=True
     ):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed_in"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_a_cpu_widens_half_precision_and_narrows_nothing_autocast_or_not(
+    dtype: torch.dtype, computed_in: torch.dtype
+) -> None:
+    plan = plan_rows(random_rows(0), least_shared=2)
+    states = [torch.randn(1, 2, plan.num_tokens, 4, dtype=torch.float64).to(dtype) for _ in range(3)]
+    expected = by_segment(*(own.to(computed_in) for own in states), plan).to(dtype)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out, _ = segment_attention(torch.nn.Module(), *states, None, segment_plan=plan)
+        assert torch.equal(out, expected)
 
 
 def test_the_mask_of_flex_attention_is_the_dense_mask() -> None:
