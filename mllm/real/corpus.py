@@ -9,6 +9,7 @@ Sentences are parted by split, and so are clips; voices are not: there are too f
 too, word for word, is left out of training.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from mllm.real.packages import fetch_debian
 from mllm.real.recordings import Recording, read_recordings
 from mllm.real.rooms import change
 from mllm.real.sentences import normalise, spoken_number, wordnet_examples
-from mllm.real.voices import FLITE_PACKAGES, SAMPLE_RATE_HZ, say
+from mllm.real.voices import FLITE_PACKAGES, say
 from mllm.settings import check_at_least
+from mllm.world.speech import SAMPLE_RATE_HZ
 from mllm.world.speech_corpus import write_all
 
 PROMPT = "Write down what is said."
@@ -34,6 +36,8 @@ NUMBERS_SHARE = 0.05
 SYNTHESISER_SHARES = {"piper": 0.42, "flite": 0.42, "espeak": 0.16}
 """How much of the corpus each synthesiser says: the natural ones most."""
 SPLITS = ("train", "heldout")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ def write_corpus(
         ]
         for split, own in jobs.items()
     }
+    if (num_long := len(every) - sum(map(len, rows.values()))) > 0:
+        logger.warning(
+            "%d of %d clips last longer than %g seconds and are left out", num_long, len(every), LONGEST_SECONDS
+        )
     rows["captions"] = rows["train"][: settings.num_captions]
     rows["test"] = [_write_recording(out, found) for found in _evenly(recordings, settings.num_recordings)]
     for split, own in rows.items():

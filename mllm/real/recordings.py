@@ -18,13 +18,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-import soundfile
-from scipy.signal import resample_poly
 
+from mllm.media import load_audio
 from mllm.real.packages import check_digest, digest_of_files, fetch_debian
 from mllm.real.sentences import DIGITS, normalise
+from mllm.world.speech import SAMPLE_RATE_HZ
 
-SAMPLE_RATE_HZ = 16_000
 LEAST_WORDS = 2
 """Single words are told apart by spelling alone ("added", "add it") and are left out."""
 
@@ -99,7 +98,7 @@ def _prompts(folder: Path) -> Iterator[Recording]:
     for name, file in files.items():
         text = spoken(texts[name])
         if text is not None:
-            yield Recording(name.replace("/", "-"), "prompts", _decode(file, "g722"), text)
+            yield Recording(name.replace("/", "-"), "prompts", _read_g722(file), text)
 
 
 def _sphinx(folder: Path) -> Iterator[Recording]:
@@ -110,7 +109,7 @@ def _sphinx(folder: Path) -> Iterator[Recording]:
         _check(source, files)
         texts = {name: normalise(text) for text, name in lines}
         for name, file in files.items():
-            yield Recording(f"{source}-{name}", source, _decode(file), texts[name])
+            yield Recording(f"{source}-{name}", source, load_audio(file, SAMPLE_RATE_HZ).samples, texts[name])
 
 
 def _loudspeakers(folder: Path) -> Iterator[Recording]:
@@ -118,7 +117,12 @@ def _loudspeakers(folder: Path) -> Iterator[Recording]:
     files = {file.stem: file for file in sorted(root.glob("*.wav")) if file.stem != "Noise"}
     _check("loudspeakers", files)
     for name, file in files.items():
-        yield Recording(f"loudspeakers-{name}", "loudspeakers", _decode(file), normalise(name.replace("_", " ")))
+        yield Recording(
+            f"loudspeakers-{name}",
+            "loudspeakers",
+            load_audio(file, SAMPLE_RATE_HZ).samples,
+            normalise(name.replace("_", " ")),
+        )
 
 
 def _check(source: str, files: dict[str, Path]) -> None:
@@ -126,18 +130,8 @@ def _check(source: str, files: dict[str, Path]) -> None:
         raise ValueError(f"the recordings of {source} are not those that were tested: SHA-256 {found}")
 
 
-def _decode(file: Path, format_name: str | None = None) -> np.ndarray:
-    """Samples (L,) float32 at 16 kHz, mono; a raw stream is read as `format_name`."""
-    if format_name is None:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-        samples = samples.mean(axis=1)
-    else:
-        with av.open(str(file), format=format_name) as container:
-            stream = container.streams.audio[0]
-            rate = stream.rate
-            frames = [frame.to_ndarray().reshape(-1) for frame in container.decode(stream)]
-        samples = np.concatenate(frames).astype(np.float32) / 32768.0
-    divisor = int(np.gcd(rate, SAMPLE_RATE_HZ))
-    if rate == SAMPLE_RATE_HZ:
-        return samples
-    return resample_poly(samples, SAMPLE_RATE_HZ // divisor, rate // divisor).astype(np.float32)
+def _read_g722(file: Path) -> np.ndarray:
+    """Samples (L,) float32 of a raw stream of G.722, which has no header to know it by and is at 16 kHz always."""
+    with av.open(str(file), format="g722") as container:
+        frames = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
+    return np.concatenate(frames).astype(np.float32) / 32768.0

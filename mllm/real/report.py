@@ -44,7 +44,7 @@ class Found:
     @property
     def findings(self) -> list[Finding]:
         """Whether the model listens, and whether tokens buy words, from the point estimates."""
-        values = [100 * (self.scores["test", budget].value or 0.0) for budget in self.budgets]
+        values = [_value(self.scores["test", budget]) for budget in self.budgets]
         shown = ", ".join(f"{value:.1f}" for value in values)
         return [
             Finding(
@@ -124,10 +124,22 @@ def _transcripts(line: Line, recordings: Sequence[Line], budgets: Sequence[str],
     return markdown_table(["", line["id"].removeprefix("test/")], rows).replace("---:", "---")
 
 
+def _value(score: Score) -> float:
+    """A word error rate in percent; there is one, since every recording has words."""
+    assert score.value is not None
+    return 100 * score.value
+
+
+def _interval(score: Score) -> tuple[float, float]:
+    """Its 95 % interval, in percent."""
+    assert score.low is not None
+    assert score.high is not None
+    return 100 * score.low, 100 * score.high
+
+
 def _percent(score: Score) -> str:
-    if score.value is None or score.low is None or score.high is None:
-        return ""
-    return f"{100 * score.value:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
+    low, high = _interval(score)
+    return f"{_value(score):.1f} ({low:.1f} to {high:.1f})"
 
 
 def _plot(found: Found, path: Path) -> None:
@@ -140,11 +152,11 @@ def _plot(found: Found, path: Path) -> None:
     places = [found.soft_tokens[budget] for budget in found.budgets]
     for (own, name), mark in zip(SETS.items(), "os", strict=True):
         scores = [found.scores[own, budget] for budget in found.budgets]
-        values = [100 * (score.value or 0.0) for score in scores]
-        below = [value - 100 * (score.low or 0.0) for value, score in zip(values, scores, strict=True)]
-        above = [100 * (score.high or 0.0) - value for value, score in zip(values, scores, strict=True)]
+        values = [_value(score) for score in scores]
+        below = [value - _interval(score)[0] for value, score in zip(values, scores, strict=True)]
+        above = [_interval(score)[1] - value for value, score in zip(values, scores, strict=True)]
         axis.errorbar(places, values, yerr=[below, above], marker=mark, capsize=3, label=name)
-    axis.axhline(100 * (found.whisper.value or 0.0), color="gray", linestyle="--", label="Whisper base itself, real")
+    axis.axhline(_value(found.whisper), color="gray", linestyle="--", label="Whisper base itself, real")
     for place, budget in zip(places, found.budgets, strict=True):
         axis.annotate(budget.removeprefix("audio="), (place, 0), textcoords="offset points", xytext=(0, 4), ha="center")
     axis.set_xscale("log")

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
 
+from mllm.media.audio import resample
 from mllm.real.packages import fetch_debian, package_file
+from mllm.world.speech import SAMPLE_RATE_HZ, sound_of
+from mllm.world.voices import draw_speaker
 
-SAMPLE_RATE_HZ = 16_000
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 SYNTHESISERS = ("piper", "flite", "espeak")
 FLITE_PACKAGES = ("flite", "libflite1", "libasound2")
@@ -67,7 +68,7 @@ def _say_piper(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     )
     chunks = [chunk.audio_float_array for chunk in _piper().synthesize(text, syn_config=options)]
     samples = np.concatenate(chunks).astype(np.float32)
-    return resample_poly(samples, 320, _PIPER_RATE_HZ * 320 // SAMPLE_RATE_HZ).astype(np.float32), "piper-joe"
+    return resample(samples, _PIPER_RATE_HZ, SAMPLE_RATE_HZ), "piper-joe"
 
 
 @cache
@@ -112,10 +113,5 @@ def _flite(packages: Path) -> tuple[str, dict[str, str]]:
 
 
 def _say_espeak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    from mllm.world.speech import SAMPLE_RATE_HZ as ESPEAK_RATE_HZ
-    from mllm.world.speech import sound_of
-    from mllm.world.voices import draw_speaker
-
     speaker = draw_speaker("train", rng)
-    assert ESPEAK_RATE_HZ == SAMPLE_RATE_HZ
     return sound_of(text, speaker), f"espeak-{speaker.voice}"

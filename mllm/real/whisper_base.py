@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch import nn
 from transformers import (
@@ -25,6 +24,7 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from mllm.media import load_audio
 from mllm.pretrained import (
     encoder_config,
     load_checked,
@@ -35,6 +35,7 @@ from mllm.pretrained import (
 )
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
+from mllm.world.speech import SAMPLE_RATE_HZ
 
 TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}
 CONFIG: dict[str, Any] = {
@@ -205,9 +206,9 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
     kept = encoder.embed_positions.weight[:positions].detach().clone()
     encoder.embed_positions = nn.Embedding(*kept.shape, _weight=kept)
     encoder.config.max_source_positions = encoder.max_source_positions = positions
-    encoder.save_pretrained(folder)
     extractor = read_feature_extractor(str(whisper))
     WhisperFeatureExtractor(**{**extractor.to_dict(), "chunk_length": seconds}).save_pretrained(folder)
+    encoder.save_pretrained(folder)  # last: what is there already is known by it
     return folder
 
 
@@ -230,8 +231,8 @@ def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None
     texts: dict[str, str] = {}
     for start in range(0, len(files), CLIPS_PER_BATCH):
         own = files[start : start + CLIPS_PER_BATCH]
-        samples = [soundfile.read(file, dtype="float32")[0] for file in own]
-        inputs = extractor(samples, sampling_rate=16_000, return_tensors="pt").input_features.to(model.dtype)
+        samples = [load_audio(file, SAMPLE_RATE_HZ).samples for file in own]
+        inputs = extractor(samples, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features.to(model.dtype)
         ids = model.generate(inputs, language="en", task="transcribe", max_new_tokens=64)
         for file, text in zip(own, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[file.stem] = text.strip()

@@ -18,10 +18,11 @@ from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.metrics import corpus, word_errors
 from mllm.real.demo import RealDemoSettings, real_demo
 from mllm.real.packages import package_file
-from mllm.real.recordings import SAMPLE_RATE_HZ, Recording, read_recordings
+from mllm.real.recordings import Recording, read_recordings
 from mllm.real.report import spoken_by_whisper
 from mllm.real.smollm2 import write_smollm2
 from mllm.real.whisper_base import transcribe, whisper_of, write_cut_encoder, write_whisper_base
+from mllm.world.speech import SAMPLE_RATE_HZ
 
 pytestmark = [
     pytest.mark.slow,
