@@ -14,7 +14,6 @@ from typing import cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mllm.adapters import merge_adapters, select_members
@@ -24,6 +23,7 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.pretrained import load_checked
 from mllm.processing import ElasticProcessor
 from mllm.sources import within_run
+from mllm.tensor_files import write_model, write_tensors
 from mllm.trainables import set_trainables, trainable_names
 
 TRAINABLES = "trainables.safetensors"
@@ -68,7 +68,7 @@ def save_trainables(state: Mapping[str, Tensor], path: Path) -> None:
     """
     if empty := sorted(name for name, value in state.items() if value.numel() == 0):
         raise ValueError(f"refusing to save {empty[0]}, which has size 0: it was not gathered from its shards")
-    save_file(dict(state), path, metadata={"format": "pt"})
+    write_tensors(state, path, metadata={"format": "pt"})
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
@@ -182,7 +182,7 @@ def export(folder: str | Path, out: str | Path, *, scale: str | None = None, tas
     for own in (model.config.media or {}).values():
         own.pop("encoder_adapter", None)
     model.config.sources = {}
-    model.save_pretrained(out)
+    write_model(model, out)
     processor.save_pretrained(out)
 
 

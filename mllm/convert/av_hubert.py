@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mllm.convert.restricted import StoredTensor, plain, read_checkpoint
 from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
+from mllm.tensor_files import write_model
 
 FINE_TUNED_PREFIX = "encoder.w2v_model."
 # What pre-training and the decoders of fine-tuned models need and an encoder does not.
@@ -151,4 +152,4 @@ def _own_name(name: str) -> str:
 def save(converted: Converted, out: str | Path) -> None:
     """Write config.json and safetensors; `encoder: OUT` in a run config then reads lips with them."""
     encoder: Any = converted.encoder  # its type stubs do not know `to`
-    encoder.to(torch.float32).save_pretrained(out)
+    write_model(encoder.to(torch.float32), out)

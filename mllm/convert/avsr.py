@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -39,6 +38,7 @@ from mllm.pretrained import encoder_config, llm_config, read_feature_extractor, 
 from mllm.processing import ElasticProcessor
 from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
 from mllm.sources import RUN_PREFIX
+from mllm.tensor_files import write_tensors
 from mllm.trainables import set_trainables
 
 PAD_TOKEN = "<pad>"
@@ -327,7 +327,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
         own.mkdir(parents=True)
         parts.configs[part].save_pretrained(own)
         parts.helpers[part].save_pretrained(own)
-        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(weights, own / "model.safetensors", metadata={"format": "pt"})
     if parts.lips is not None:
         av_hubert.save(parts.lips, folder / "video")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
@@ -30,6 +29,7 @@ from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharde
 from mllm.processing import ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import RUN_PREFIX, resolve_source
+from mllm.tensor_files import write_tensors
 from mllm.trainables import set_trainables
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
@@ -241,7 +241,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
         own = folder / part
         own.mkdir(parents=True)
         parts.configs[part].save_pretrained(own)
-        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(weights, own / "model.safetensors", metadata={"format": "pt"})
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:

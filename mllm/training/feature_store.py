@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm.data.manifest import Sample
 from mllm.media import MediaError, resolve_media
 from mllm.processing import LoadedMedia
+from mllm.tensor_files import write_tensors
 
 FINGERPRINT = "fingerprint.json"
 SHARD_BYTES = 2**27
@@ -196,7 +196,7 @@ class ShardWriter:
         number = len(list(self.store.folder.glob(f"{medium}-{self.rank}-*.safetensors")))
         file = self.store.folder / f"{medium}-{self.rank}-{number:05d}.safetensors"
         aside = file.with_suffix(".part")
-        save_file(dict(tensors), aside)
+        write_tensors(tensors, aside)
         shard = Shard(file.name, len(tensors), aside.stat().st_size, digest_of_file(aside))
         aside.replace(file)
         for key in tensors:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mllm.tensor_files import write_model, write_tensors
 from mllm.world.phones import PHONE_IDS, PHONES
 from mllm.world.speech import Phone
 
@@ -174,9 +174,9 @@ def save_encoder(model: PhoneClassifier, folder: Path) -> int:
     The config says float32: that is what the weights are to be loaded as, also on machines that are slow at half.
     """
     encoder = model.encoder.half()
-    encoder.save_pretrained(folder)
+    write_model(encoder, folder)
     head = {name: value.detach().to(torch.float16).contiguous() for name, value in model.head.state_dict().items()}
-    save_file(head, folder / PHONE_HEAD_FILE)
+    write_tensors(head, folder / PHONE_HEAD_FILE)
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text()) | {"dtype": "float32"}
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -13,6 +13,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from mllm.tensor_files import write_model
+
 
 def header(model: nn.Module, **facts: Any) -> dict[str, Any]:
     """The first line of a log: facts of the run, and with what it was made."""
@@ -34,6 +36,6 @@ def write_line(log: TextIO, row: dict[str, Any]) -> None:
 def save_half(model: PreTrainedModel, out: Path, *, without: Collection[str] = ()) -> None:
     """Write weights in float16, but for some, and a config that says float32."""
     state = {name: value.half() for name, value in model.state_dict().items() if name not in without}
-    model.save_pretrained(out, state_dict=state)
+    write_model(model, out, state_dict=state)
     config = model.config.to_dict() | {"dtype": "float32"}  # stored in half, loaded in full precision for CPUs
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
