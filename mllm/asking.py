@@ -3,13 +3,12 @@
 Knows files, samples and budgets. Does not know models or how tokens are chosen.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space
-from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.conversations import Request, read_request
+from mllm.media import MediaInput, is_file, several
 from mllm.timing import Timing
 
 # What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
@@ -19,9 +18,8 @@ DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
     ("video",): "transcribe video to text.",
     ("audio", "video"): "transcribe speech and video to text.",
 }
-SEPARATORS = {"vicuna_v1": "\n"}
-"""By chat format, what published data put between pictures and a question; a manifest's texts hold it themselves."""
-Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Files = MediaInput | Sequence[MediaInput]
+"""One or several of what `mllm.media.given` reads: paths, bytes, PIL images, arrays."""
 
 
 @dataclass(frozen=True)
@@ -45,44 +43,34 @@ class Answer:
 
 
 def request(
-    files: Mapping[str, Files],
+    media: Mapping[str, Files],
     text: str | None = None,
     prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS,
     *,
     separator: str = "",
-) -> tuple[Sample, dict[str, str]]:
-    """One request about files anywhere on the disk, as a sample.
+) -> Request:
+    """Read one request about media: files anywhere on the disk, or what is at hand (`mllm.media.given`).
 
     Args:
-        separator: put between the files and the question where it does not begin with it already.
-
-    Returns:
-        The sample, and the name the caller gave each file by its path in the sample, for messages.
+        separator: put between the media and the question where it does not begin with it already.
 
     Raises:
-        ValueError: neither files nor text, or no default prompt for these media.
+        ValueError: neither media nor text, or no default prompt for these media.
     """
-    named = [(medium, os.fspath(file)) for medium in MEDIA for file in _several(files.get(medium, ()))]
-    media = tuple(dict.fromkeys(medium for medium, _ in named))
-    if text is None and not named:
+    present = tuple(medium for medium in MEDIA if several(medium, media.get(medium)))
+    if text is None and not present:
         raise ValueError("nothing to answer: give text, or an image, audio or video file")
-    if text is None and media not in prompts:
-        raise ValueError(f"there is no default question about {' and '.join(media)} together; give text")
-    # Links are followed here: whoever names a file may read it, while a manifest cannot leave its root.
-    real = [os.path.realpath(file) for _, file in named]
-    root = os.path.commonpath([os.path.dirname(path) for path in real]) if real else os.curdir
-    paths = [Path(path).relative_to(root).as_posix() for path in real]
-    parts = tuple(Media(medium, path) for (medium, _), path in zip(named, paths, strict=True))  # type: ignore[arg-type]
-    question = prompts[media] if text is None else text
-    if named and not question.startswith(separator):
-        question = f"{separator}{question}"
-    message = Message("user", (*parts, Text(question)))
-    names = {path: name for path, (_, name) in zip([*paths, *real], [*named, *named], strict=True)}
-    return Sample("request", (message,), task="generate", root=Path(root)), names
+    if text is None and present not in prompts:
+        raise ValueError(f"there is no default question about {' and '.join(present)} together; give text")
+    return read_request(media, prompts[present] if text is None else text, separator=separator)
 
 
-def _several(files: Files) -> list[str | os.PathLike[str]]:
-    return [files] if isinstance(files, str | os.PathLike) else list(files)
+def with_sound(media: Mapping[str, Files], budget: Budget) -> dict[str, Files]:
+    """Add the sound of the videos where a budget speaks of audio and none was given."""
+    if "audio" not in budget.amounts or several("audio", media.get("audio")):
+        return dict(media)
+    files = [file for file in several("video", media.get("video")) if is_file(file)]
+    return {**media, "audio": files}
 
 
 def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from mllm.grammar import MEDIA, Amount, Budget
+from mllm.grammar import MEDIA, Amount, Budget, BudgetInput
 from mllm.maps import haar_grids, hybrid_sizes
 from mllm.tiling import Size, Tiles, Tiling
 
@@ -22,6 +22,7 @@ __all__ = [
     "SETTINGS",
     "Amount",
     "Budget",
+    "BudgetInput",
     "Compression",
     "Cost",
     "Extent",

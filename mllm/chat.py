@@ -143,7 +143,23 @@ class ChatEncoder:
         Raises:
             ValueError: see `__call__`; it does not say which conversation.
         """
-        plans = [self._plan(messages, add_generation_prompt) for messages in conversations]
+        return self._prompts(conversations, [self._plan(messages, add_generation_prompt) for messages in conversations])
+
+    def unfinished(self, messages: Sequence[Message]) -> Prompt:
+        """Encode a conversation whose last message goes on: it ends with the last of its words.
+
+        Raises:
+            ValueError: see `__call__`; or the last message does not end with words.
+        """
+        if not messages or not messages[-1].parts or not isinstance(messages[-1].parts[-1], Text):
+            raise ValueError("the last message must end with a text that can be gone on with")
+        layout, written = self._plan(messages, False)
+        end = max(place for place, piece in enumerate(layout) if isinstance(piece, _Slot)) + 1
+        return self._prompts([messages], [(layout[:end], written)])[0]
+
+    def _prompts(
+        self, conversations: Sequence[Sequence[Message]], plans: Sequence[tuple[Layout, list[str]]]
+    ) -> list[Prompt]:
         read = self._tokenized(plans)
         prompts = []
         for messages, (layout, _) in zip(conversations, plans, strict=True):
@@ -255,7 +271,7 @@ class ChatEncoder:
                 yield _Slot(glue, continues, answering)
                 continues = True
             else:
-                yield _Fixed(self._media_ids(follower))
+                yield _Fixed(self.media_ids(follower.medium))
                 continues = False
 
     def _rendered(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str]:
@@ -289,12 +305,17 @@ class ChatEncoder:
             ids = tuple(self._encode([after], False, is_written=False)[0].ids)
             yield _Fixed(ids, int(learns))
 
-    def _media_ids(self, part: Media) -> tuple[int, ...]:
-        if part.medium not in self.placeholder_ids:
+    def media_ids(self, medium: str) -> tuple[int, ...]:
+        """The ids that stand for a medium: its placeholder, and the marks around it.
+
+        Raises:
+            ValueError: a medium without a placeholder.
+        """
+        if medium not in self.placeholder_ids:
             allowed = ", ".join(self.placeholder_ids) or "text only"
-            raise ValueError(f"this model does not take {part.medium}; it takes {allowed}")
-        before, after = self.span_ids.get(part.medium, ([], []))
-        return (*before, self.placeholder_ids[part.medium], *after)
+            raise ValueError(f"this model does not take {medium}; it takes {allowed}")
+        before, after = self.span_ids.get(medium, ([], []))
+        return (*before, self.placeholder_ids[medium], *after)
 
 
 def without_prefix(tokenizer: Any) -> Any:

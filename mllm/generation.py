@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.asking import DEFAULT_PROMPTS, SEPARATORS, Answer, Files, is_trained, request, tokens_by_medium
-from mllm.budget import Budget
+from mllm.asking import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
+from mllm.budget import Budget, BudgetInput
 from mllm.constant_prompt import ConstantPrompt
+from mllm.conversations import Request
 from mllm.data.manifest import Sample
 from mllm.decoding import Decoding, Pieces
 from mllm.expansion import Batch
@@ -29,12 +30,22 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.timing import stopwatch
 
-__all__ = ["DEFAULT_PROMPTS", "Answer", "Answerer", "Decoding", "is_trained", "request", "tokens_by_medium"]
+__all__ = [
+    "DEFAULT_PROMPTS",
+    "Answer",
+    "Answerer",
+    "Decoding",
+    "is_trained",
+    "request",
+    "tokens_by_medium",
+]
 
 
 @dataclass
 class Answerer:
     """Answers with one model.
+
+    Media are files or what is at hand, one or several: paths, bytes, PIL images, arrays (see `mllm.media.given`).
 
     Args:
         model: in eval mode, on the device it is to run on.
@@ -68,7 +79,7 @@ class Answerer:
         image: Files = (),
         audio: Files = (),
         video: Files = (),
-        budget: Budget | str = "",
+        budget: BudgetInput = "",
         on_text: Callable[[str], None] | None = None,
         timed: bool = False,
     ) -> Answer:
@@ -76,9 +87,9 @@ class Answerer:
 
         Args:
             text: the question; without one, what the model's own prompts or `DEFAULT_PROMPTS` ask of these media.
-            image, audio, video: a file or several; in the prompt pictures stand before sounds before videos, all
-                before the text.
-            budget: see `mllm.budget`.
+            image, audio, video: one or several; in the prompt pictures stand before sounds before videos, all before
+                the text. Where the budget speaks of audio and there is none, the sound of the video files is heard.
+            budget: see `mllm.budget`; a text, or amounts by medium.
             on_text: called with each piece of the answer as soon as it is there (all at once with beams).
             timed: measure; on a GPU this makes the host wait at each phase.
 
@@ -99,7 +110,7 @@ class Answerer:
         image: Files = (),
         audio: Files = (),
         video: Files = (),
-        budget: Budget | str = "",
+        budget: BudgetInput = "",
         timed: bool = False,
     ) -> list[Answer]:
         """Answer several questions about the same files, which are encoded and read by the LLM once for all of them.
@@ -120,7 +131,7 @@ class Answerer:
         self,
         files: Mapping[str, Files],
         texts: Sequence[str | None],
-        budget: Budget | str,
+        budget: BudgetInput,
         *,
         on_text: Callable[[str], None] | None = None,
         timed: bool = False,
@@ -129,7 +140,7 @@ class Answerer:
         batch = self.processor.batch(samples, [loaded] * len(samples), for_training=False)
         return self.answer_batch(batch, [[asked] * len(samples)], on_text=on_text, timed=timed)[0]
 
-    def begin(self, *, image: Files, budget: Budget | str = "") -> Growing:
+    def begin(self, *, image: Files, budget: BudgetInput = "") -> Growing:
         """A session about one picture that is encoded once, and whose budget can grow at the price of what is new.
 
             session = answerer.begin(image="x.png", budget="image=64")
@@ -143,33 +154,31 @@ class Answerer:
         return Growing(self, image, budget)
 
     def read_request(
-        self, files: Mapping[str, Files], texts: Sequence[str | None], budget: Budget | str
+        self, files: Mapping[str, Files], texts: Sequence[str | None], budget: BudgetInput
     ) -> tuple[list[Sample], list[LoadedMedia], Budget]:
         """Several questions about the same files as samples, their media, which are loaded once, and the budget.
 
         Raises:
             MediaError, ValueError: as `answer`.
         """
-        samples, names = self.samples_about(files, texts)
-        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+        asked = Budget.of(budget)
+        requests = self.requests_about(with_sound(files, asked), texts)
+        samples, (_, names, given) = [request.sample for request in requests], requests[0]
         if idle := asked.media - {part.medium for part in samples[0].media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
         try:
-            return samples, self.processor.load_media(samples[0], loader=self.loader, budgets=[asked]), asked
+            loaded = self.processor.load_media(samples[0], loader=self.loader, budgets=[asked], given=given)
+            return samples, loaded, asked
         except MediaError as error:
             name = names.get(error.path, error.path)
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
 
-    def samples_about(
-        self, files: Mapping[str, Files], texts: Sequence[str | None]
-    ) -> tuple[list[Sample], dict[str, str]]:
-        """Several questions about the same files as samples, and the caller's names of the files; see `request`."""
+    def requests_about(self, files: Mapping[str, Files], texts: Sequence[str | None]) -> list[Request]:
+        """Several questions about the same media; see `request`."""
         prompts = {**DEFAULT_PROMPTS, **self.processor.prompts}
-        separator = SEPARATORS.get(self.processor.elastic["chat_format"], "")
-        requests = [request(files, text, prompts, separator=separator) for text in texts]
-        return [sample for sample, _ in requests], requests[0][1]
+        return [request(files, text, prompts, separator=self.processor.separator) for text in texts]
 
-    def answer_samples(self, samples: Sequence[Sample], budgets: Sequence[Budget | str]) -> list[Answer]:
+    def answer_samples(self, samples: Sequence[Sample], budgets: Sequence[BudgetInput]) -> list[Answer]:
         """Answer conversations, each at its own budget; a last assistant message is left out and asked for.
 
         Samples of one batch that hold the same files share them: they are loaded and encoded once, and what the prompts
@@ -180,7 +189,7 @@ class Answerer:
         """
         if len(samples) != len(budgets):
             raise ValueError(f"{len(samples)} samples and {len(budgets)} budgets; give one budget per sample")
-        asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
+        asked = [Budget.of(budget) for budget in budgets]
         answers: list[Answer] = []
         for start in range(0, len(samples), self.batch_size):
             rows = samples[start : start + self.batch_size]

@@ -107,6 +107,24 @@ class Budget:
         ordered = {m: amounts[m] for m in MEDIA if m in amounts}
         return cls(ordered, numbers.get("total"), numbers.get("tiles"), numbers.get("frames"))
 
+    @classmethod
+    def of(cls, given: "BudgetInput") -> "Budget":
+        """Read a budget as people hand it over: a `Budget`, a text, or amounts by medium such as {"image": 16}.
+
+        Raises:
+            ValueError: anything else, with what to write instead; see `parse`.
+        """
+        if isinstance(given, Budget):
+            return given
+        if isinstance(given, Mapping):
+            signs = {name: sign for name, (sign, _) in _NUMBERS.items()}
+            return cls.parse(",".join(f"{key}{signs.get(key, '=')}{amount}" for key, amount in given.items()))
+        if isinstance(given, str):
+            if given.strip().isdigit():
+                raise ValueError(_say_the_medium(given.strip()))
+            return cls.parse(given)
+        raise ValueError(_say_the_medium(given))
+
     def __str__(self) -> str:
         items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
         values = {"tiles": self.max_tiles, "frames": self.num_frames, "total": self.total_tokens}
@@ -128,8 +146,18 @@ class Budget:
         )
 
 
+BudgetInput = Budget | str | Mapping[str, str | int]
+"""A budget, a text such as "image=16,audio=/4", or amounts by medium such as {"image": 16}; see `Budget.of`."""
 _NUMBERS = {"tiles": ("<=", 0), "frames": ("=", 1), "total": ("<=", 1)}
 """What a budget says beside amounts: the sign it is written with, and the least number."""
+
+
+def _say_the_medium(given: object) -> str:
+    number = given if isinstance(given, str | int) and not isinstance(given, bool) else 16
+    return (
+        f'budget is {given!r}, which does not say of what; write the medium: "image={number}" for soft tokens of a '
+        'picture, "audio=/4" or "video=/2" for frames per soft token, "total<=256" for all media together'
+    )
 
 
 def _number(item: str, word: str, known: Mapping[str, int]) -> int:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from mllm.asking import Answer, Files, is_trained, tokens_by_medium
 from mllm.beams import spread
-from mllm.budget import Budget, Cost
+from mllm.budget import Budget, BudgetInput, Cost
 from mllm.cache_names import cache_argument
 from mllm.expansion import Row
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
@@ -47,7 +47,7 @@ class Growing:
     """
 
     @torch.no_grad()
-    def __init__(self, answerer: "Answerer", image: Files, budget: Budget | str) -> None:
+    def __init__(self, answerer: "Answerer", image: Files, budget: BudgetInput) -> None:
         if answerer.decoding.static_cache:
             raise ValueError("static_cache is true; a session keeps a cache that grows")
         own = answerer.processor.space.media.get(MEDIUM)
@@ -89,14 +89,14 @@ class Growing:
         return len(self._prompt(text)[0]) - self.num_kept_tokens
 
     @torch.no_grad()
-    def extend(self, budget: Budget | str) -> None:
+    def extend(self, budget: BudgetInput) -> None:
         """Grow to a budget; the next question reads the new soft tokens, and only those.
 
         Raises:
             ValueError: a compressor whose smaller budgets are not the beginnings of its larger ones, an adapter with a
                 member per scale, or a budget that cannot be met or is not larger.
         """
-        asked = Budget.parse(budget) if isinstance(budget, str) else budget
+        asked = Budget.of(budget)
         cost = self._cost_of(asked)
         nested = self._model.model.compressors[MEDIUM].nested
         if nested != "prefix":
@@ -202,7 +202,7 @@ class Growing:
     def _prompt(self, text: str | None) -> tuple[list[int], Row]:
         """The ids of a question, the pad id in place of each soft token, and its row."""
         processor = self.answerer.processor
-        samples, _ = self.answerer.samples_about(self._files, [text])
+        samples = [request.sample for request in self.answerer.requests_about(self._files, [text])]
         row = processor.batch(samples, [self._loaded], for_training=False).rows[0]
         place = len(self._before)
         assert list(row.ids[:place]) == self._before

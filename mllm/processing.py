@@ -7,30 +7,42 @@ Does not know weights, training or metrics. Everything it makes is on the host.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.adapters.members import Members
 from mllm.augmentation import Augmentation, Chance, chances
 from mllm.budget import MEDIA, Budget, Extent, Space
-from mllm.chat import ChatEncoder
-from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.chat import ChatEncoder, Prompt
+from mllm.chat_template import with_media_parts
+from mllm.conversations import SEPARATORS
+from mllm.data.manifest import Message, Sample
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
 from mllm.loaded import LoadedMedia, as_long_as_longest, cut_picture, cuts_of, stack_media
-from mllm.media import Audio, FrameSampling, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
+from mllm.media import (
+    Audio,
+    FrameSampling,
+    Given,
+    MediaLoader,
+    RememberingLoader,
+    agreeing_sound,
+    decode_given,
+    resolve_media,
+)
+from mllm.processor_calls import ProcessorCalls
 from mllm.tiling import Size, Tiles, Tiling
 from mllm.transforms import ImageTransform, MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
 
 
-class ElasticProcessor(ProcessorMixin):
+class ElasticProcessor(ProcessorCalls):
     """Makes model inputs from conversations with media.
 
     Args:
@@ -66,6 +78,12 @@ class ElasticProcessor(ProcessorMixin):
             span_ids=self.span_ids,
             names_pictures=bool(self.elastic.get("names_pictures", False)),
         )
+        self.chat_template = with_media_parts(self.chat, separator=self.separator)
+
+    @property
+    def separator(self) -> str:
+        """What stands between media and a question in published data of the chat format."""
+        return SEPARATORS.get(self.elastic["chat_format"], "")
 
     def _tower(self, medium: str) -> str:
         """The medium whose encoder, compressor and placeholder a medium uses."""
@@ -114,6 +132,7 @@ class ElasticProcessor(ProcessorMixin):
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
         budgets: Sequence[Budget] = (),
+        given: Sequence[Given | None] = (),
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
@@ -128,6 +147,7 @@ class ElasticProcessor(ProcessorMixin):
             noise: what becomes of each sound between its file and its transform.
             augmentation: done before that, where there is a generator.
             budgets: what the sample is going to be asked at.
+            given: what was handed over in place of files, per medium of the sample; None where it is a file.
 
         Raises:
             MediaError: a file that is missing, broken, over a limit or outside the root, or sound and video of one
@@ -135,7 +155,7 @@ class ElasticProcessor(ProcessorMixin):
             ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
         chance = None if generator is None else chances(generator)
-        raws = self._read(sample, loader)
+        raws = self._read(sample, loader, given or [None] * len(sample.media))
         loaded: list[LoadedMedia | None] = []
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
             own = None if chance is None else _numbered(chance, number)
@@ -188,22 +208,30 @@ class ElasticProcessor(ProcessorMixin):
         """How pictures are cut into tiles, if they are."""
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
-    def _read(self, sample: Sample, loader: MediaLoader | RememberingLoader | None) -> list[Any]:
+    def _read(
+        self, sample: Sample, loader: MediaLoader | RememberingLoader | None, given: Sequence[Given | None]
+    ) -> list[Any]:
         """Decoded media in order of appearance, sounds as long as the videos they belong to."""
         read = loader or MediaLoader(gray=True)
         for part in sample.media:
             self._check_medium(part.medium)
-        paths = [resolve_media(sample.root, part.path) for part in sample.media]
-        raws = [
-            read.frames(path, self.sampling[part.medium]) if part.medium in self.sampling else read(part.medium, path)
-            for part, path in zip(sample.media, paths, strict=True)
-        ]
+        paths: list[Any] = []
+        raws: list[Any] = []
+        for part, own in zip(sample.media, given, strict=True):
+            sampling = self.sampling.get(part.medium)
+            if own is not None:
+                assert isinstance(read, MediaLoader)
+                paths.append(part.path)
+                raws.append(decode_given(own, read, sampling))
+            else:
+                paths.append(resolve_media(sample.root, part.path))
+                raws.append(read(part.medium, paths[-1]) if sampling is None else read.frames(paths[-1], sampling))
         limit = read.max_mismatch_seconds
         for sound, video in clip_pairs(sample) if limit is not None and "video" not in self.sampling else []:
             assert limit is not None
             raws[sound] = agreeing_sound(
-                raws[sound],  # type: ignore[arg-type]
-                raws[video],  # type: ignore[arg-type]
+                raws[sound],
+                raws[video],
                 path=paths[sound],
                 max_mismatch_seconds=limit,
             )
@@ -246,11 +274,19 @@ class ElasticProcessor(ProcessorMixin):
             raise ValueError("media.image.tiling needs an encoder that reads pictures of one size; leave it out")
         return Extent("image", grid=facts.grid, picture_pixels=picture_pixels, tile_pixels=facts.picture_pixels)
 
-    def batch(self, samples: Sequence[Sample], media: Sequence[Sequence[LoadedMedia]], *, for_training: bool) -> Batch:
+    def batch(
+        self,
+        samples: Sequence[Sample],
+        media: Sequence[Sequence[LoadedMedia]],
+        *,
+        for_training: bool,
+        prompts: Sequence[Prompt] | None = None,
+    ) -> Batch:
         """Encode conversations and stack the inputs of their encoders.
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
+            prompts: the conversations where they are encoded already, in some other way.
             media: the loaded media of each sample, in order of appearance. Samples that are given the same object are
                 shown the same encoded item.
 
@@ -262,9 +298,9 @@ class ElasticProcessor(ProcessorMixin):
             media = as_long_as_longest(media)
         numbers = _Numbers()
         rows = []
-        for sample, items in zip(samples, media, strict=True):
+        for number, (sample, items) in enumerate(zip(samples, media, strict=True)):
             messages = sample.messages if for_training else without_answer(sample.messages)
-            prompt = self.chat(messages, add_generation_prompt=not for_training)
+            prompt = prompts[number] if prompts else self.chat(messages, add_generation_prompt=not for_training)
             if prompt.media != tuple(item.medium for item in items):
                 got = ", ".join(item.medium for item in items) or "none"
                 raise ValueError(
@@ -300,52 +336,6 @@ class ElasticProcessor(ProcessorMixin):
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
         return expanded
-
-    def __call__(
-        self,
-        samples: Sample | Sequence[Sample] | None = None,
-        budget: Budget | str = "",
-        *,
-        text: str | None = None,
-        images: Sequence[Any] = (),
-        audio: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Inputs for `model.generate(**inputs)`.
-
-        Args:
-            samples: conversations whose media are files; or none, with `text` and decoded media instead.
-            budget: one for all rows, as `Budget` or text.
-            text: a user's message; its media come first, pictures before audio before video.
-            images, audio, videos: decoded media (`mllm.media`).
-
-        Raises:
-            ValueError: neither or both of `samples` and `text`, or a budget that cannot be met.
-        """
-        if (samples is None) == (text is None):
-            raise ValueError("give either samples or text, and not both")
-        asked = Budget.parse(budget) if isinstance(budget, str) else budget
-        if samples is None:
-            given = {"image": images, "audio": audio, "video": videos}
-            raws = [(medium, raw) for medium in MEDIA for raw in given[medium]]
-            parts = (*(Media(cast(Any, medium), "") for medium, _ in raws), Text(text or ""))
-            rows = [Sample("prompt", (Message("user", parts),), task="generate")]
-            loaded = [self._decoded(raws, [asked])]
-        else:
-            rows = [samples] if isinstance(samples, Sample) else list(samples)
-            loaded = [self.load_media(row, budgets=[asked]) for row in rows]
-        batch = self.batch(rows, loaded, for_training=False)
-        return BatchFeature(self.expand(batch, [[asked] * len(rows)], left_padding=True).inputs)
-
-    def _decoded(self, raws: Sequence[tuple[str, Any]], budgets: Sequence[Budget]) -> list[LoadedMedia]:
-        """Decoded media as their encoders want them."""
-        loaded = []
-        for medium, raw in raws:
-            self._check_medium(medium)
-            pictures = self._tower(medium) == "image"
-            loaded.append(self._pictures(medium, raw) if pictures else self.transform(medium, raw))
-        return self._with_tiles(loaded, [raw for _, raw in raws], budgets)
 
 
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -96,14 +96,14 @@ def test_the_pieces_of_a_stream_are_the_answer(answerer: Answerer, folder: Path,
 
 
 def test_files_are_asked_about_in_order_with_a_default_question(folder: Path) -> None:
-    sample, names = request({"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "a picture.png"}, "why?")
+    sample, names, _ = request({"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "a picture.png"}, "why?")
     assert [(part.medium, part.path) for part in sample.media] == [
         ("image", "a picture.png"),
         ("audio", "sounds/tone.wav"),
     ]
     assert sample.root == folder.resolve()
     assert names["a picture.png"] == str(folder / "a picture.png")
-    asked, _ = request({"video": "x.mp4", "audio": ["y.wav"]})
+    asked, *_ = request({"video": "x.mp4", "audio": ["y.wav"]})
     assert asked.messages[0].text == DEFAULT_PROMPTS["audio", "video"]
     with pytest.raises(ValueError, match="no default question about image and audio together"):
         request({"image": "x.png", "audio": "y.wav"})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm.budget import Budget, Extent
-from mllm.generation import SEPARATORS, Answer, Answerer
+from mllm.generation import Answer, Answerer
 from mllm.lmms.conversation import Generation, read_conversation, read_medium
 from mllm.media import MediaLoader
 from mllm.modeling import ElasticForConditionalGeneration
@@ -91,10 +91,9 @@ class BudgetedAnswers:
         return [answers[place] for place in range(len(requests))]
 
     def _pass(self, requests: Sequence[Request], generation: Generation) -> list[list[Answer]]:
-        separator = SEPARATORS.get(self.processor.elastic["chat_format"], "")
         samples, media = [], []
         for request in requests:
-            sample, sources = read_conversation(request.name, request.messages(), separator=separator)
+            sample, sources = read_conversation(request.name, request.messages(), separator=self.processor.separator)
             samples.append(sample)
             media.append([self._load(medium, source, request.name) for medium, source in sources])
         batch = self.processor.batch(samples, media, for_training=False)

@@ -3,6 +3,7 @@
     load_image(path)  a picture, upright RGB          load_audio(path)  one channel at the asked rate
     load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings
     MediaError        whatever is wrong with a file   resolve_media     which files may be opened at all
+    decode_given      what a caller hands over in memory
     stream_video      frames one at a time            write_video, write_sound    crops and their sound
 
 Knows files, formats and limits. Does not know what an encoder wants (`transforms.py` does).
@@ -11,6 +12,7 @@ Knows files, formats and limits. Does not know what an encoder wants (`transform
 from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
+from mllm.media.given import Given, MediaInput, decode_given, is_file, path_of, several
 from mllm.media.image import load_image, to_rgb
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.loader import MediaLoader, RememberingLoader
@@ -25,19 +27,25 @@ __all__ = [
     "Audio",
     "ErrorKind",
     "FrameSampling",
+    "Given",
     "MediaError",
+    "MediaInput",
     "MediaLimits",
     "MediaLoader",
     "RememberingLoader",
     "RootedPaths",
     "Video",
     "agreeing_sound",
+    "decode_given",
+    "is_file",
     "load_audio",
     "load_image",
     "load_video",
+    "path_of",
     "path_problem",
     "resample",
     "resolve_media",
+    "several",
     "stream_video",
     "to_gray",
     "to_rgb",

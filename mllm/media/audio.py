@@ -14,7 +14,17 @@ import numpy as np
 
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
-from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
+from mllm.media.limits import (
+    DEFAULT_LIMITS,
+    Deadline,
+    MediaFile,
+    MediaLimits,
+    decoding,
+    guarded,
+    media_name,
+    open_media,
+    sniff,
+)
 
 SOUND_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")
 AUDIO_CODECS = ("aac", "mp3", "opus", "vorbis", "flac", "alac", "ac3", "mp2")
@@ -35,9 +45,7 @@ class Audio:
         return len(self.samples) / self.sample_rate_hz
 
 
-def load_audio(
-    path: str | os.PathLike[str], sample_rate_hz: int = 16_000, *, limits: MediaLimits = DEFAULT_LIMITS
-) -> Audio:
+def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
     """Read a sound as one channel at `sample_rate_hz`.
 
     The rate is read from the file; another one is resampled by a polyphase filter, always the same one, so that a
@@ -51,7 +59,7 @@ def load_audio(
     """
     if sample_rate_hz <= 0:
         raise ValueError(f"sample_rate_hz must be above 0, got {sample_rate_hz}")
-    name = os.fspath(path)
+    name = media_name(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.audio_bytes) as file:
         container = sniff(file)
@@ -103,9 +111,10 @@ def _check_riff_length(name: str, file: BinaryIO) -> None:
     Sizes near 2^31 and 2^32 are what programs write that stream to a pipe and never learn the length.
     """
     head = file.read(8)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     stated = int.from_bytes(head[4:8], "little")
-    if head[:4] == b"RIFF" and stated < 0x7FFF_F000 and os.fstat(file.fileno()).st_size < stated + 8:
+    if head[:4] == b"RIFF" and stated < 0x7FFF_F000 and size < stated + 8:
         raise MediaError("corrupt", name, "the file is shorter than its header states")
 
 

@@ -4,7 +4,6 @@ Reads JPEG, PNG, WebP, BMP and GIF with Pillow; says what is done with rotation 
 Does not know sizes or normalisations an encoder wants (`transforms.py` does).
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -13,14 +12,14 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mllm.media.errors import MediaError
-from mllm.media.limits import DEFAULT_LIMITS, MediaLimits, decoding, open_media, sniff
+from mllm.media.limits import DEFAULT_LIMITS, MediaFile, MediaLimits, decoding, media_name, open_media, sniff
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 """Pixel layouts that are read. The 32-bit ones have no agreed white, so they are refused."""
 
 
-def load_image(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
+def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """Read a picture as RGB.
 
     EXIF rotation is applied. Transparency is composited on white. 16-bit grey is divided by 257 and rounded, so that
@@ -34,7 +33,7 @@ def load_image(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LI
         MediaError: missing, refused, unsupported (another format, animation, pixel layout), corrupt, empty, or limit
             (bytes, or pixels as the header gives them before anything is unpacked).
     """
-    name = os.fspath(path)
+    name = media_name(path)
     with open_media(path, limits.image_bytes) as file:
         container = sniff(file)
         if container is None or container[0] != "image":
@@ -42,13 +41,13 @@ def load_image(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LI
         return _read(name, file, limits)
 
 
-def header_pixels(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
     """Upright height and width of a picture as its header states them, without unpacking it.
 
     Raises:
         MediaError: as `load_image`, as far as the header shows it.
     """
-    name = os.fspath(path)
+    name = media_name(path)
     with open_media(path, limits.image_bytes) as file:
         container = sniff(file)
         if container is None or container[0] != "image":

@@ -4,6 +4,7 @@ Every limit is enforced twice: from what the header claims, and again by countin
 Knows bytes, signatures and numbers. Does not decode.
 """
 
+import io
 import os
 import stat
 import time
@@ -78,8 +79,17 @@ class Deadline:
             raise MediaError("deadline", self.path, f"decoding took longer than {self.seconds:g} seconds")
 
 
+MediaFile = str | os.PathLike[str] | bytes
+"""A media file: its path, or what it holds."""
+
+
+def media_name(file: MediaFile) -> str:
+    """Return what a media file is called in messages."""
+    return f"<{len(file):,} bytes>" if isinstance(file, bytes) else os.fspath(file)
+
+
 @contextmanager
-def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryIO]:
+def open_media(path: MediaFile, max_bytes: int) -> Iterator[BinaryIO]:
     """Open a regular file for a decoder, without following a link put in its place after the path was resolved.
 
     Decoders get this object and never the path, so that none of them can take a name for a URL or a device.
@@ -87,7 +97,11 @@ def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryI
     Raises:
         MediaError: missing, refused (no regular file, no permission), empty, or limit (more than `max_bytes`).
     """
-    name = os.fspath(path)
+    name = media_name(path)
+    if isinstance(path, bytes):
+        _check_size(name, len(path), max_bytes)
+        yield io.BytesIO(path)
+        return
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(os.path.realpath(name), flags)
@@ -106,9 +120,13 @@ def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryI
 def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise MediaError("refused", name, "not a regular file")
-    if status.st_size == 0:
+    _check_size(name, status.st_size, max_bytes)
+
+
+def _check_size(name: str, size: int, max_bytes: int) -> None:
+    if size == 0:
         raise MediaError("empty", name, "the file is empty")
-    if status.st_size > max_bytes:
+    if size > max_bytes:
         raise MediaError("limit", name, f"the file is larger than {max_bytes} bytes")
 
 

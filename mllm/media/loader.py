@@ -3,7 +3,6 @@
 Knows which function reads which medium. Does not know manifests or encoders.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,7 @@ from PIL import Image
 from mllm.media.agreement import MAX_MISMATCH_SECONDS
 from mllm.media.audio import Audio, load_audio
 from mllm.media.image import load_image
-from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
+from mllm.media.limits import DEFAULT_LIMITS, MediaFile, MediaLimits
 from mllm.media.video import Backend, FrameSampling, Video, load_video
 
 Raw = Image.Image | Audio | Video
@@ -36,7 +35,7 @@ class MediaLoader:
     limits: MediaLimits = DEFAULT_LIMITS
     """What is refused."""
 
-    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
+    def __call__(self, medium: str, path: MediaFile) -> Raw:
         """Read one file.
 
         Raises:
@@ -57,7 +56,7 @@ class MediaLoader:
             )
         raise ValueError(f"medium must be one of image, audio, video, got {medium!r}")
 
-    def frames(self, path: str | os.PathLike[str], sampling: FrameSampling) -> Video:
+    def frames(self, path: MediaFile, sampling: FrameSampling) -> Video:
         """A few frames of a video, in colour.
 
         Raises:
@@ -77,9 +76,9 @@ class RememberingLoader:
 
     def __init__(self, loader: MediaLoader, size: int) -> None:
         self.max_mismatch_seconds = loader.max_mismatch_seconds
-        self._read: Callable[[str, str | os.PathLike[str]], Raw] = lru_cache(size)(loader)
+        self._read: Callable[[str, MediaFile], Raw] = lru_cache(size)(loader)
         self.frames = lru_cache(size)(loader.frames)
 
-    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
+    def __call__(self, medium: str, path: MediaFile) -> Raw:
         """As `MediaLoader`; what comes is shared and must not be changed in place."""
         return self._read(medium, path)

@@ -8,7 +8,6 @@ Does not know lips, crops or what an encoder wants (`transforms.py` does).
 Shapes: T frames, H rows and W columns of a frame.
 """
 
-import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,17 @@ from packaging.version import Version
 from mllm.extras import install_line
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
-from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
+from mllm.media.limits import (
+    DEFAULT_LIMITS,
+    Deadline,
+    MediaFile,
+    MediaLimits,
+    decoding,
+    guarded,
+    media_name,
+    open_media,
+    sniff,
+)
 
 Backend = Literal["pyav", "decord"]
 VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
@@ -95,7 +104,7 @@ class FrameSampling:
 
 
 def load_video(
-    path: str | os.PathLike[str],
+    path: MediaFile,
     *,
     backend: Backend = "pyav",
     frames_per_second: float | FrameSampling | None = 25.0,
@@ -125,7 +134,7 @@ def load_video(
         raise ValueError(f"frames_per_second must be above 0 or None, got {frames_per_second}")
     if backend == "decord":
         _import_decord()
-    name = os.fspath(path)
+    name = media_name(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes) as file:
         _check_clip(name, file)
@@ -136,7 +145,7 @@ def load_video(
 
 
 def stream_video(
-    path: str | os.PathLike[str], *, frames_per_second: float = 25.0, limits: MediaLimits = DEFAULT_LIMITS
+    path: MediaFile, *, frames_per_second: float = 25.0, limits: MediaLimits = DEFAULT_LIMITS
 ) -> Iterator[np.ndarray]:
     """The frames of `load_video`, (H, W, 3) uint8 RGB, one after the other and never all in memory.
 
@@ -146,7 +155,7 @@ def stream_video(
     Raises:
         MediaError: as `load_video`, when the first frame is asked for or later.
     """
-    name = os.fspath(path)
+    name = media_name(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes) as file:
         _check_clip(name, file)

@@ -1,0 +1,264 @@
+"""Media as callers hand them over (files, bytes, pictures, arrays) to what the loaders give for files.
+
+    picture    path, bytes, open file, data: URL, PIL image, or uint8 array (H, W), (H, W, 1 | 3 | 4), (1 | 3 | 4, H, W)
+    sound      path, bytes, open file, data: URL, `Audio`, or array (L,), of float -1..1 or of whole numbers
+    video      path, bytes, open file, data: URL, `Video`, PIL images, or uint8 array (T, H, W) or (T, H, W, 3)
+
+A sound may come with its rate, as (array, 44100) or {"array": array, "sampling_rate": 44100}, and a video as
+(array, 30.0) with its frames per second. An array alone is at 16 kHz, or at 25 frames per second.
+
+Knows forms. Does not know decoders, samples or encoders.
+"""
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mllm.media.audio import Audio, resample
+from mllm.media.image import MODES, to_rgb
+from mllm.media.loader import MediaLoader, Raw
+from mllm.media.video import FrameSampling, Video, nearest_frame, to_gray
+
+USUAL_RATES = {"audio": 16_000, "video": 25.0}
+"""Samples and frames per second of an array that comes without its rate."""
+CHANNELS = (1, 3, 4)
+MediaInput = Any
+"""One of the forms above; see `several` and `decode_given`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """One medium that is not named by a path: where it stands among its kind, and what was handed over."""
+
+    medium: str
+    value: MediaInput
+
+    @property
+    def kind(self) -> str:
+        """What it is called in messages."""
+        return "bytes" if isinstance(self.value, bytes) else type(self.value).__name__
+
+
+def several(medium: str, given: Any) -> list[MediaInput]:
+    """List the items of what was given for a medium: nothing, one item, or several.
+
+    Raises:
+        ValueError: none of the forms that are read.
+    """
+    if given is None:
+        return []
+    if _is_one(medium, given):
+        return [given]
+    if isinstance(given, Sequence) or _is_array(given):
+        items = list(given)
+        if medium == "video" and items and all(isinstance(item, Image.Image) for item in items):
+            return [items]
+        return items
+    raise ValueError(f"{medium} is {_named(given)}; {_allowed(medium)}")
+
+
+def path_of(medium: str, given: MediaInput) -> str | None:
+    """Return the path that one item is, or None where it is not named by one.
+
+    Raises:
+        ValueError: an address on the network, which is not fetched.
+    """
+    if isinstance(given, str):
+        if given.startswith("data:"):
+            return None
+        scheme, colon, rest = given.partition("://")
+        if colon and scheme.isalnum():
+            if scheme == "file":
+                return rest
+            raise ValueError(f"{medium} is {given!r}; nothing is fetched from the network, give a file or its bytes")
+        return given
+    return os.fspath(given) if isinstance(given, os.PathLike) else None
+
+
+def is_file(given: MediaInput) -> bool:
+    """Tell whether one item is a file, by name or as bytes, which may hold sound beside frames."""
+    return isinstance(given, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(given, "read")
+
+
+def decode_given(given: Given, loader: MediaLoader, sampling: FrameSampling | None = None) -> Raw:
+    """Decode one item that is not named by a path, as the loader decodes a file of the same contents.
+
+    Args:
+        sampling: of a video whose frames are pictures; those frames are taken, in colour.
+
+    Returns:
+        An RGB picture, sound at the loader's rate, or frames at the loader's rate or of the sampling.
+
+    Raises:
+        ValueError: none of the forms that are read, or a shape or type that has no one meaning.
+        MediaError: bytes that cannot be used.
+    """
+    value = _encoded(given.value)
+    if isinstance(value, bytes):
+        return loader(given.medium, value) if sampling is None else loader.frames(value, sampling)
+    if given.medium == "image":
+        return _picture(value)
+    if given.medium == "audio":
+        sound = _sound(value)
+        samples = resample(sound.samples, sound.sample_rate_hz, loader.sample_rate_hz)
+        return Audio(samples, loader.sample_rate_hz)
+    return _at_rate(_video(value), loader, sampling)
+
+
+def _encoded(value: MediaInput) -> MediaInput:
+    """The bytes of a file, where that is what was given."""
+    if isinstance(value, str):
+        head, _, body = value.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError(f"a data: URL must be base64, got {head[:60]!r}")
+        try:
+            return base64.b64decode(body, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"the base64 of a data: URL cannot be read: {error}") from error
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    if hasattr(value, "read") and not isinstance(value, Image.Image):
+        if value.seekable():  # the sound and the frames of one file are read one after the other
+            value.seek(0)
+        read = value.read()
+        if not isinstance(read, bytes):
+            raise ValueError("an open file must be opened for reading bytes (mode 'rb')")
+        return read
+    return value
+
+
+def _is_one(medium: str, given: Any) -> bool:
+    """Whether something is one item and not several."""
+    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Audio, Video, Mapping, Given)
+    if isinstance(given, single) or hasattr(given, "read"):
+        return True
+    if _is_array(given):
+        return given.ndim <= {"image": 3, "audio": 2, "video": 4}[medium]
+    return _is_timed(given)
+
+
+def _is_array(given: Any) -> bool:
+    return hasattr(given, "__array__") and hasattr(given, "ndim") and not isinstance(given, Image.Image)
+
+
+def _is_timed(given: Any) -> bool:
+    """Whether something is an array and its rate."""
+    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _picture(value: MediaInput) -> Image.Image:
+    if isinstance(value, Image.Image):
+        if value.mode not in MODES:
+            raise ValueError(f"a picture has pixels of the kind {value.mode}; allowed are {', '.join(MODES)}")
+        return to_rgb(ImageOps.exif_transpose(value))
+    if not _is_array(value):
+        raise ValueError(f"image is {_named(value)}; {_allowed('image')}")
+    pixels = _array(value)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"a picture given as an array must be uint8 (0 to 255), got {pixels.dtype}")
+    if pixels.ndim == 3 and pixels.shape[-1] not in CHANNELS and pixels.shape[0] in CHANNELS:
+        pixels = pixels.transpose(1, 2, 0)
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in CHANNELS)) or not pixels.size:
+        raise ValueError(f"a picture given as an array has shape {pixels.shape}; {_allowed('image')}")
+    return to_rgb(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1:] == (1,) else pixels))
+
+
+def _sound(value: MediaInput) -> Audio:
+    if isinstance(value, Audio):
+        return value
+    rate: Any = USUAL_RATES["audio"]
+    if isinstance(value, Mapping):
+        if not {"array", "sampling_rate"} <= value.keys():
+            raise ValueError(f"a sound given as a dict must hold array and sampling_rate, got {', '.join(value)}")
+        value, rate = value["array"], value["sampling_rate"]
+    elif _is_timed(value):
+        value, rate = value
+    if not _is_array(value):
+        raise ValueError(f"audio is {_named(value)}; {_allowed('audio')}")
+    samples = _array(value)
+    if samples.ndim == 2 and 1 in samples.shape:
+        samples = samples.reshape(-1)
+    if samples.ndim != 1 or not samples.size:
+        raise ValueError(f"a sound given as an array has shape {samples.shape}; it must be one channel, (L,)")
+    if rate <= 0 or rate != int(rate):
+        raise ValueError(f"the rate of a sound must be a whole number above 0, got {rate}")
+    return Audio(_as_float(samples), int(rate))
+
+
+def _as_float(samples: np.ndarray) -> np.ndarray:
+    """Samples as float32 within -1..1, whole numbers divided by what their type holds, as a WAV file's are."""
+    if samples.dtype in (np.int16, np.int32):
+        return (samples / float(-np.iinfo(samples.dtype).min)).astype(np.float32)
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"a sound given as an array must be float, int16 or int32, got {samples.dtype}")
+    if not np.isfinite(samples).all():
+        raise ValueError("the samples of a sound given as an array are not all finite numbers")
+    return samples.astype(np.float32)
+
+
+def _video(value: MediaInput) -> Video:
+    if isinstance(value, Video):
+        return value
+    rate: Any = USUAL_RATES["video"]
+    if _is_timed(value):
+        value, rate = value
+    if isinstance(value, Sequence) and value and all(isinstance(frame, Image.Image) for frame in value):
+        if len(sizes := {frame.size for frame in value}) > 1:
+            raise ValueError(f"the frames of a video must be of one size, got {sorted(sizes)}")
+        value = np.stack([np.asarray(to_rgb(frame)) for frame in value])
+    if not _is_array(value):
+        raise ValueError(f"video is {_named(value)}; {_allowed('video')}")
+    frames = _array(value)
+    if frames.ndim == 4 and frames.shape[1] == 3 and frames.shape[-1] != 3:
+        frames = frames.transpose(0, 2, 3, 1)
+    # Three axes that end in colours are a picture, which would pass for grey frames of a few columns.
+    is_video = frames.shape[-1] not in CHANNELS if frames.ndim == 3 else frames.ndim == 4 and frames.shape[-1] == 3
+    if frames.dtype != np.uint8 or not is_video or not frames.size:
+        raise ValueError(f"a video given as an array has shape {frames.shape} of {frames.dtype}; {_allowed('video')}")
+    if rate <= 0:
+        raise ValueError(f"the rate of a video must be above 0 frames per second, got {rate}")
+    return Video(frames, float(rate))
+
+
+def _at_rate(video: Video, loader: MediaLoader, sampling: FrameSampling | None) -> Video:
+    """A video in the colours and at the times the loader takes of a file."""
+    frames, rate = video.frames, Fraction(video.frames_per_second)
+    wanted = loader.frames_per_second
+    if sampling is not None:
+        plan = sampling.plan("the video", range(len(frames)), len(frames) / rate, 1 / rate)
+        frames, rate = frames[list(plan.indices)], plan.frames_per_second
+    elif wanted is not None and rate != Fraction(wanted):
+        step = rate / Fraction(wanted)
+        count = max(1, round(len(frames) / step))
+        times = range(len(frames))
+        frames = frames[[nearest_frame(times, (k * step).numerator, (k * step).denominator) for k in range(count)]]
+        rate = wanted
+    if sampling is None and loader.gray and frames.ndim == 4:
+        frames = to_gray(frames)
+    if frames.ndim == 3 and (sampling is not None or not loader.gray):
+        frames = np.repeat(frames[..., None], 3, axis=-1)
+    return Video(frames, float(rate))
+
+
+def _named(value: object) -> str:
+    return f"{value!r}" if isinstance(value, int | float | bool) else f"a {type(value).__name__}"
+
+
+def _allowed(medium: str) -> str:
+    return {
+        "image": "allowed are a path, bytes, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)",
+        "audio": "allowed are a path, bytes, an array (L,) at 16 kHz, or (array, samples per second)",
+        "video": "allowed are a path, bytes, PIL images, a uint8 array (T, H, W, 3) or (T, H, W) at 25 frames per "
+        "second, or (array, frames per second)",
+    }[medium]
