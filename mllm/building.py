@@ -21,11 +21,11 @@ from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.image_processors import read_image_processor
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.precision import keep_in_float32
+from mllm.precision import keep_in_float32, read_dtype
 from mllm.pretrained import load_encoder, load_llm, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
-from mllm.sources import digest_of, resolve_source
+from mllm.sources import digest_of, place_of, resolve_source
 from mllm.trainables import is_sharded, part_of
 from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 
@@ -108,7 +108,6 @@ def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> Elas
     """The config of a model that is described by settings, with the digests of its sources."""
     text_config = pretrained.llm_config(settings.llm)
     encoders = {medium: encoder_config(own, medium) for medium, own in settings.encoded_media.items()}
-    references = {"llm": settings.llm, **{medium: own.encoder for medium, own in settings.encoded_media.items()}}
     return config_of_parts(
         settings,
         text_config=text_config,
@@ -117,8 +116,8 @@ def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> Elas
         span_ids=processor.span_ids,
         new_tokens=find_new_tokens(settings, processor.tokenizer, num_rows=text_config.vocab_size),
         sources={
-            part: {"reference": reference, "sha256": digest_of(resolve_source(reference))}
-            for part, reference in references.items()
+            part: {"reference": reference, "sha256": digest_of(resolve_source(reference)), **place_of(reference)}
+            for part, reference in settings.sources.items()
         },
     )
 
@@ -235,7 +234,7 @@ def frames_entry(settings: ModelSettings, image: Mapping[str, Any]) -> dict[str,
 
 
 def assemble(
-    config: ElasticConfig, *, dtype: str = "float32", attention: str = "sdpa", seed: int = 0
+    config: ElasticConfig, *, dtype: str | torch.dtype = "float32", attention: str = "sdpa", seed: int = 0
 ) -> ElasticForConditionalGeneration:
     """A model with the frozen parts its config names; compressors and adapter have their initial values.
 
@@ -247,7 +246,7 @@ def assemble(
         ValueError: a source whose weights are not those the model was trained on, or are not whole.
     """
     sources = config.sources or {}
-    text_dtype = getattr(torch, dtype)
+    text_dtype = read_dtype(dtype)
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
     llm: Any = load_llm(_verified("llm", sources), config.text_config, dtype=text_dtype, attention=attention)

@@ -20,9 +20,11 @@ from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
 from mllm.configuration import ElasticConfig
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.precision import read_dtype
 from mllm.pretrained import load_checked
 from mllm.processing import ElasticProcessor
-from mllm.sources import within_run
+from mllm.run_folders import NEWEST, PROCESSOR, model_folder, run_of
+from mllm.sources import find_parts, seen_from
 from mllm.tensor_files import write_model, write_tensors
 from mllm.trainables import set_trainables, trainable_names
 
@@ -45,6 +47,7 @@ def save_run(
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    model.config.sources = seen_from(model.config.sources or {}, folder)
     model.config.save_pretrained(aside)
     processor.save_pretrained(aside)
     save_trainables(state if state is not None else trainable_state(model), aside / TRAINABLES)
@@ -97,21 +100,36 @@ def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
 
 
 def load(
-    folder: str | Path, *, dtype: str = "float32", attention: str = "sdpa", merge_adapter: bool = False
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    attention: str = "sdpa",
+    merge_adapter: bool = False,
+    checkpoint: str | int | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """A model and its processor from a run folder or an exported one, in eval mode.
+    """Load a model and its processor from a run folder, a checkpoint in one or an export, in eval mode.
 
     Args:
+        dtype: of the frozen parts: "float32", "bfloat16" ("bf16"), "float16" ("fp16"), or torch's own.
+        device: where to put the model; the GPU when left out, where there is one.
+        checkpoint: of a run: the step, the folder's name, or "auto" for the newest; the finished model when left out.
+        sources: where frozen parts are now, by part (llm, image, audio, video), if they were moved.
         merge_adapter: fold the LLM's adapter into its weights, see `merge_llm_adapter`.
 
     Raises:
-        FileNotFoundError: the folder holds no model.
+        FileNotFoundError: the folder holds no model or no such checkpoint, or a frozen part is not where it was.
         ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
             adapter that cannot be merged.
     """
-    model, processor = _load(Path(folder), dtype=dtype, attention=attention)
+    own = model_folder(folder, checkpoint)
+    model, processor = _load(own, dtype=read_dtype(dtype), attention=attention, sources=sources)
     if merge_adapter:
         merge_llm_adapter(model)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     return model, processor
 
 
@@ -137,28 +155,45 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     model.config.adapter = None
 
 
-def _load(folder: Path, *, dtype: str, attention: str) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
-    processor = ElasticProcessor.from_pretrained(folder, trust_remote_code=False)
+def _load(
+    folder: Path, *, dtype: torch.dtype, attention: str, sources: Mapping[str, str] | None
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    run = run_of(folder)
+    home = folder if (folder / PROCESSOR).is_file() else run
+    if not (home / PROCESSOR).is_file():
+        raise FileNotFoundError(
+            f"{home} holds no {PROCESSOR}, which a run writes when it begins; go on with it once (mllm train --resume "
+            f"{NEWEST})"
+        )
+    processor = ElasticProcessor.from_pretrained(home, trust_remote_code=False)
     config = ElasticConfig.from_pretrained(folder)
     if not (folder / TRAINABLES).is_file():
+        if sources:
+            raise ValueError(f"sources is given, but {folder} is no run: an export holds all of its parts")
         implementation = {"text_config": attention}
         exported = load_checked(
             ElasticForConditionalGeneration,
             str(folder),
             config,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             attn_implementation=implementation,
         )
         return cast(ElasticForConditionalGeneration, exported), processor
-    config.sources = within_run(config.sources or {}, folder)
+    config.sources = find_parts(config.sources or {}, run, sources)
     model = assemble(config, dtype=dtype, attention=attention)
     load_trainables(model, folder / TRAINABLES, set_trainables(model, tuple(config.trained_parts)))
     return model.eval(), processor
 
 
-def export(folder: str | Path, out: str | Path, *, scale: str | None = None, task: str | None = None) -> None:
+def export(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    scale: str | None = None,
+    task: str | None = None,
+    checkpoint: str | int | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
     `AutoModelForImageTextToText` and `AutoProcessor` load it after `import mllm`.
@@ -166,11 +201,17 @@ def export(folder: str | Path, out: str | Path, *, scale: str | None = None, tas
     Args:
         scale, task: of an adapter with members per scale or task, the ones whose answers the checkpoint gives; every
             row is then served by them, whatever it costs.
+        out: a folder that is not there yet, or is empty.
+        checkpoint, sources: as in `load`.
 
     Raises:
-        ValueError: an adapter that cannot be merged, or a scale or task that is missing or that it has not.
+        ValueError: a folder that holds something, an adapter that cannot be merged, or a scale or task that is missing
+            or that it has not.
     """
-    model, processor = load(folder)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; export writes to a new folder, so that no file of another model stays")
+    model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
     select_members(
         model.model.language_model,
         scale_id=_place("scale", scale, processor.members.scales),
@@ -182,6 +223,8 @@ def export(folder: str | Path, out: str | Path, *, scale: str | None = None, tas
     for own in (model.config.media or {}).values():
         own.pop("encoder_adapter", None)
     model.config.sources = {}
+    never_said = [*processor.placeholder_ids.values(), *(model.config.new_tokens or {}).values()]
+    model.generation_config.suppress_tokens = sorted(set(never_said)) or None
     write_model(model, out)
     processor.save_pretrained(out)
 

@@ -23,6 +23,26 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+DTYPES = {
+    **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float16", "fp16", "half"), torch.float16),
+}
+"""The dtypes that frozen parts can have, by every name they go by."""
+
+
+def read_dtype(given: str | torch.dtype) -> torch.dtype:
+    """Read a dtype, from torch or by its name.
+
+    Raises:
+        ValueError: another one.
+    """
+    found = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) else given
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype is {given!r}; allowed: {', '.join(DTYPES)}")
+    assert found is not None
+    return found
+
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """Return the dtype of a part's weights; float32 where it has none."""

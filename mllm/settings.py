@@ -3,7 +3,7 @@
 Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -293,6 +293,23 @@ class ModelSettings:
             audio = replace(audio, released_cut=True)
         every = {"image": self.image, "audio": audio, "video": self.video}
         return {medium: settings for medium, settings in every.items() if settings is not None}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where the frozen parts come from: `llm` and the media that have an encoder of their own."""
+        return {"llm": self.llm, **{medium: own.encoder for medium, own in self.encoded_media.items()}}
+
+    def with_sources(self, sources: Mapping[str, str]) -> "ModelSettings":
+        """Return the same model with some frozen parts, `llm` or media, read from elsewhere.
+
+        Raises:
+            ValueError: a part that it has not.
+        """
+        parts = self.sources
+        if unknown := sorted(set(sources) - set(parts)):
+            raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(parts)}")
+        media = {m: replace(getattr(self, m), encoder=place) for m, place in sources.items() if m != "llm"}
+        return replace(self, llm=sources.get("llm", self.llm), **media)
 
     @property
     def has_adapter(self) -> bool:

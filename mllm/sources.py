@@ -5,6 +5,7 @@ Knows names and files. Does not know what a part computes.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,13 +29,88 @@ def resolve_source(reference: str) -> str:
     return str(Path(__file__).parent / "world" / "assets" / part)
 
 
-def within_run(sources: Mapping[str, Mapping[str, str]], folder: str | Path) -> dict[str, dict[str, str]]:
-    """Sources of a run with the parts that lie in its own folder found there."""
+def inside_run(part: str, source: Mapping[str, str]) -> dict[str, str]:
+    """Say of a part that it lies in the run's own folder, under its name."""
+    return {"reference": f"{RUN_PREFIX}{part}", "sha256": source["sha256"]}
+
+
+def place_of(reference: str) -> dict[str, str]:
+    """Note where a local folder is, so that a run finds it from another folder; nothing of a hub name or world part."""
+    is_local = not reference.startswith((WORLD_PREFIX, RUN_PREFIX)) and Path(reference).is_dir()
+    return {"folder": os.path.abspath(reference)} if is_local else {}
+
+
+def seen_from(sources: Mapping[str, Mapping[str, str]], run: str | Path) -> dict[str, dict[str, str]]:
+    """Note where local folders are as seen from the run, so that both can be moved together."""
+    start = os.path.abspath(run)
+    return {
+        part: {**own, "from_run": os.path.relpath(own["folder"], start)} if "folder" in own else dict(own)
+        for part, own in sources.items()
+    }
+
+
+def identities(sources: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """What tells the parts of one run from those of another, wherever they are."""
+    return {part: {key: own[key] for key in ("reference", "sha256")} for part, own in sources.items()}
+
+
+def find_parts(
+    sources: Mapping[str, Mapping[str, str]], run: str | Path, moved: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str]]:
+    """Find the frozen parts of a run: where they were, or where they are as seen from the run or from here.
+
+    Args:
+        sources: `reference` and `sha256` by part, and where there is one the `folder` it was in and its path
+            `from_run`.
+        run: the folder of the run, wherever that is now.
+        moved: by part, another folder or hub name to take it from.
+
+    Returns:
+        The sources with references that can be read from here.
+
+    Raises:
+        ValueError: a part in `moved` that the model has not.
+        FileNotFoundError: a part that was in a folder and is in none now, with the option that names another.
+    """
+    if unknown := sorted(set(moved or {}) - set(sources)):
+        raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(sources)}")
     found = {part: dict(own) for part, own in sources.items()}
-    for own in found.values():
-        if own["reference"].startswith(RUN_PREFIX):
-            own["reference"] = str(Path(folder) / own["reference"].removeprefix(RUN_PREFIX))
+    for part, own in found.items():
+        own["reference"] = (moved or {}).get(part) or _find(part, own, Path(run))
+        if part in (moved or {}) and own["sha256"] and not Path(resolve_source(own["reference"])).is_dir():
+            raise _gone(part, own["reference"])
+        own |= place_of(own["reference"])
     return found
+
+
+def _find(part: str, source: Mapping[str, str], run: Path) -> str:
+    reference = source["reference"]
+    if reference.startswith(RUN_PREFIX):
+        reference = str(run / reference.removeprefix(RUN_PREFIX))
+        if not Path(reference).is_dir():
+            raise _gone(part, reference)
+    # Only of a folder could a digest be taken: what has none is a name on the hub.
+    if reference.startswith(WORLD_PREFIX) or not source["sha256"]:
+        return reference
+    places = [reference] if Path(reference).is_absolute() else []
+    places += [source["folder"]] if "folder" in source else []
+    places += [str(run / source["from_run"])] if "from_run" in source else []
+    if not Path(reference).is_absolute():
+        # Runs of before places were noted: a project that was moved as a whole has the part beside a parent.
+        places += [reference, *(str(parent / reference) for parent in run.resolve().parents)]
+    here = list(dict.fromkeys(os.path.abspath(place) for place in places if Path(place).is_dir()))
+    if not here:
+        raise _gone(part, source.get("folder", reference))
+    if len(here) == 1:
+        return here[0]
+    return next((place for place in here if digest_of(place) == source["sha256"]), here[0])
+
+
+def _gone(part: str, folder: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the folder {folder} is not there, from which {part} was taken; pass --sources.{part} with where it is now "
+        f'(in Python sources={{"{part}": ...}})'
+    )
 
 
 WEIGHTS = "model.safetensors"

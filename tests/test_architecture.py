@@ -13,7 +13,7 @@ LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
         *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
-        *("cache_names", "extras", "image_processors", "probes"),
+        *("cache_names", "extras", "image_processors", "probes", "run_folders", "tensor_files"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
@@ -21,7 +21,8 @@ LEVELS = [
         *("expansion", "trainables", "pretrained"),
         *("beams", "prefixes", "packing", "segment_attention", "constant_prompt"),
     },
-    {"modeling", "modeling_base", "modeling_body", "routing", "processing", "loaded", "data", "chat"},
+    {"modeling", "modeling_base", "modeling_body", "routing", "processing", "loaded", "data", "chat"}
+    | {"chat_template", "conversations", "processor_calls"},
     {"vocabulary", "building", "loading", "cost", "convert"},
     {"generation", "growing", "asking", "decoding", "timing", "training"},
     {"evaluation"},

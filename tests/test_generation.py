@@ -96,7 +96,9 @@ def test_the_pieces_of_a_stream_are_the_answer(answerer: Answerer, folder: Path,
 
 
 def test_files_are_asked_about_in_order_with_a_default_question(folder: Path) -> None:
-    sample, names, _ = request({"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "a picture.png"}, "why?")
+    sample, names, _ = request(
+        {"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "a picture.png"}, "why?"
+    )
     assert [(part.medium, part.path) for part in sample.media] == [
         ("image", "a picture.png"),
         ("audio", "sounds/tone.wav"),

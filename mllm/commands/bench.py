@@ -17,7 +17,11 @@ class Settings:
     """Answer the same requests at several budgets, in turn, and tell what each of them costs."""
 
     model: str
-    """Run folder or exported model."""
+    """Run folder, a checkpoint in one, or an exported model."""
+    checkpoint: str | None = None
+    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     budgets: list[str] | str = field(default_factory=list)
     """List, or one text with `;` between budgets; those that were trained, at most 8, when left out."""
     image: list[str] = field(default_factory=list)
@@ -81,9 +85,13 @@ def run(settings: Settings) -> int:
     quiet_loading()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model, processor = load(settings.model, dtype=settings.dtype)
-    if torch.cuda.is_available() and not settings.use_cpu:
-        model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
+    model, processor = load(
+        settings.model,
+        dtype=settings.dtype,
+        device="cpu" if settings.use_cpu else None,
+        checkpoint=settings.checkpoint,
+        sources=settings.sources,
+    )
     loaded = _media(settings, processor)
     batch = requests(processor, loaded, settings.text, settings.batch_size)
     budgets = settings.asked_budgets or default_budgets(processor, [item.medium for item in loaded])

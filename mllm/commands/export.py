@@ -1,6 +1,6 @@
 """`mllm export`: a run folder to a standalone checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SUMMARY = "write a trained model as one standalone transformers checkpoint"
 
@@ -10,11 +10,15 @@ class Settings:
     """Write a model with its adapters merged and its frozen parts included."""
 
     model: str
-    """Run folder."""
+    """Run folder, or a checkpoint in one."""
     out: str
-    """Folder to write."""
+    """Folder to write, new or empty."""
     scale: str | None = None
     """Of an adapter with members per scale, the one to merge, e.g. audio=/4,video=/2."""
+    checkpoint: str | None = None
+    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     task: str | None = None
     """Of an adapter with members per task, the one to merge, e.g. avsr."""
 
@@ -25,6 +29,13 @@ def run(settings: Settings) -> int:
     from mllm.loading import export
 
     quiet_loading()
-    export(settings.model, settings.out, scale=settings.scale, task=settings.task)
+    export(
+        settings.model,
+        settings.out,
+        scale=settings.scale,
+        task=settings.task,
+        checkpoint=settings.checkpoint,
+        sources=settings.sources,
+    )
     console().print(f"written to {settings.out}")
     return 0

@@ -19,7 +19,11 @@ class Settings:
     """Answer questions about files; without a text, speech is transcribed and a picture described."""
 
     model: str
-    """Run folder or exported model."""
+    """Run folder, a checkpoint in one, or an exported model."""
+    checkpoint: str | None = None
+    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     text: list[str] = field(default_factory=list)
     """The question. Given several times, all are answered, a line each; the files are encoded and read once for all."""
     image: list[str] = field(default_factory=list)
@@ -62,17 +66,9 @@ class Settings:
             raise ValueError("nothing to answer: give --text, --image, --audio or --video")
         Budget.parse(self.budget)
 
-    @property
-    def sounds(self) -> list[str]:
-        """Files whose sound is heard."""
-        wants_sound = "audio" in Budget.parse(self.budget).amounts
-        return self.audio or (self.video if wants_sound else [])
-
 
 def run(settings: Settings) -> int:
     """Answer, and tell what was used."""
-    import torch
-
     from mllm.commands.terminal import console, quiet_loading
     from mllm.generation import Answerer, Decoding
     from mllm.loading import load
@@ -87,12 +83,17 @@ def run(settings: Settings) -> int:
         settings.static_cache,
     )
     quiet_loading()
-    model, processor = load(settings.model, dtype=settings.dtype, merge_adapter=settings.merge_adapter)
-    if torch.cuda.is_available() and not settings.use_cpu:
-        model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
+    model, processor = load(
+        settings.model,
+        dtype=settings.dtype,
+        device="cpu" if settings.use_cpu else None,
+        merge_adapter=settings.merge_adapter,
+        checkpoint=settings.checkpoint,
+        sources=settings.sources,
+    )
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds)
     answerer = Answerer(model, processor, decoding, loader=loader)
-    files = {"image": settings.image, "audio": settings.sounds, "video": settings.video}
+    files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if len(settings.text) > 1:
         ask_all = partial(answerer.answer_questions, settings.text, **files, budget=settings.budget)
         if settings.timing:

@@ -16,7 +16,7 @@ class Settings:
     """Run tasks of lmms-eval at several budgets. Needs the extra lmms; see docs/lmms_eval.md."""
 
     model: str
-    """Run folder or exported model."""
+    """Run folder, a checkpoint in one, or an exported model."""
     tasks: list[str]
     """Names of lmms-eval's tasks, groups or tags; `lmms-eval tasks list` shows them."""
     budgets: str | list[str]

@@ -1,6 +1,6 @@
 """`mllm train`: a run config to a run folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mllm.commands.options import without_extras
 from mllm.training.settings import RunSettings
@@ -14,6 +14,8 @@ class Settings(RunSettings):
 
     resume: str | None = None
     """auto for the newest complete checkpoint of the run, or the folder of one; a fresh start when left out."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """With resume: where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
 
 
 def run(settings: Settings) -> int:
@@ -25,7 +27,7 @@ def run(settings: Settings) -> int:
 
     own = without_extras(RunSettings, settings)
     try:
-        folder = train(own, resume=settings.resume)
+        folder = train(own, resume=settings.resume, sources=settings.sources)
     except TooManyBadSamples as error:
         raise ValueError(str(error)) from error
     finish_launch()

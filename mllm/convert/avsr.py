@@ -37,7 +37,7 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
-from mllm.sources import RUN_PREFIX
+from mllm.sources import inside_run
 from mllm.tensor_files import write_tensors
 from mllm.trainables import set_trainables
 
@@ -344,8 +344,7 @@ def write_run(parts: Parts, folder: Path, options: Options) -> None:
     )
     processor = build_processor(settings)
     config = elastic_config(settings, processor)
-    for part, source in (config.sources or {}).items():
-        source["reference"] = f"{RUN_PREFIX}{part}"
+    config.sources = {part: inside_run(part, source) for part, source in (config.sources or {}).items()}
     prompts = {"+".join(own): options.prompts[name] for name, own in PROMPT_MEDIA.items() if {*own} <= {*media}}
     processor = ElasticProcessor(processor.tokenizer, elastic={**processor.elastic, "prompts": prompts})
     with torch.device("meta"), unsharded():

@@ -28,7 +28,7 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.settings import MediumSettings, ModelSettings
-from mllm.sources import RUN_PREFIX, resolve_source
+from mllm.sources import inside_run, resolve_source
 from mllm.tensor_files import write_tensors
 from mllm.trainables import set_trainables
 
@@ -261,7 +261,7 @@ def write_run(parts: Parts, folder: Path) -> None:
     processor = ElasticProcessor(processor.tokenizer, elastic={**elastic, "media": {"image": image}})
     config = elastic_config(settings, processor)
     for part in parts.weights:
-        (config.sources or {})[part]["reference"] = f"{RUN_PREFIX}{part}"
+        config.sources = {**(config.sources or {}), part: inside_run(part, (config.sources or {})[part])}
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
     names = set_trainables(model)

@@ -27,6 +27,7 @@ from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep, cost_problem
 from mllm.generation import Answerer
+from mllm.run_folders import run_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -59,14 +60,19 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
-    model, processor = load(settings.model, dtype=settings.dtype, merge_adapter=settings.merge_adapter)
+    model, processor = load(
+        settings.model_folder,
+        dtype=settings.dtype,
+        device=state.device,
+        merge_adapter=settings.merge_adapter,
+        sources=settings.sources,
+    )
     decoding = Decoding(
         settings.num_beams,
         settings.max_new_tokens,
         length_penalty=settings.length_penalty,
         static_cache=settings.static_cache,
     )
-    model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     answerer = Answerer(model, processor, decoding, settings.batch_size, constant_prompt=settings.constant_prompt)
     allowed = settings.allow_untrained
     work = plan(
@@ -155,7 +161,7 @@ def check_noise(settings: EvaluateSettings) -> None:
     """
     from mllm.training.run import SETTINGS
 
-    own = Path(settings.model) / SETTINGS
+    own = run_of(settings.model) / SETTINGS
     if settings.noise is None or settings.allow_training_noise or not own.is_file():
         return
     trained = yaml.safe_load(own.read_text(encoding="utf-8")).get("data", {}).get("noise")
@@ -234,7 +240,7 @@ def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
 
 def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
     """Everything an answer depends on."""
-    folder = Path(settings.model)
+    folder = settings.model_folder
     weights = sorted(file for file in folder.glob("*.safetensors"))
     sets = zip(settings.set_names, settings.manifest, strict=True)
     return {

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
+from mllm.run_folders import model_folder, run_of
 from mllm.settings import check_at_least
 
 
@@ -14,7 +15,11 @@ class EvaluateSettings:
     """Which model is evaluated on what, at which budgets."""
 
     model: str
-    """Run folder or exported model."""
+    """Run folder, a checkpoint in one, or an exported model."""
+    checkpoint: str | None = None
+    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     manifest: list[str]
     """Manifests (JSONL); name several by giving this more than once."""
     budgets: str | list[str]
@@ -100,6 +105,16 @@ class EvaluateSettings:
         return stems if len(set(stems)) == len(stems) else list(self.manifest)
 
     @property
+    def model_folder(self) -> Path:
+        """The folder that holds the model: that of the run, of a checkpoint of it, or of an export."""
+        return model_folder(self.model, self.checkpoint)
+
+    @property
     def output_folder(self) -> Path:
         """Where results go."""
-        return Path(self.output) if self.output is not None else Path(self.model) / "evaluation"
+        if self.output is not None:
+            return Path(self.output)
+        folder = Path(self.model) if self.checkpoint is None else self.model_folder
+        run = run_of(folder)
+        # Not inside the checkpoint, which goes when newer ones are kept.
+        return run / ("evaluation" if run == folder else f"evaluation-{folder.name}")

@@ -58,14 +58,13 @@ class ElasticChat(lmms):
     ) -> None:
         super().__init__()
         _check_arguments(pretrained, batch_size, dtype, unknown)
-        model, processor = load(pretrained, dtype=dtype, attention=attention)
+        self.device = torch.device(device if device not in (None, "cuda") else _own_device())
+        model, processor = load(pretrained, dtype=dtype, device=self.device, attention=attention)
         texts = list(budget) if isinstance(budget, list | tuple) else [budget]
         budgets = [read_budget(text, processor) for text in texts]
         for one in budgets:
             if not processor.space.is_trained(one):
                 logger.warning("the budget %s was not trained", one)
-        self.device = torch.device(device if device not in (None, "cuda") else _own_device())
-        model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.answers = BudgetedAnswers(model, processor, budgets, batch_size=int(batch_size))
         self.reported = 0
         self._known: dict[Key, list[Answer]] = {}

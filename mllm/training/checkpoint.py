@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mllm.loading import TRAINABLES, save_trainables
+from mllm.run_folders import CONFIG, NEWEST, list_checkpoints
 from mllm.tensor_files import write_tensors
 from mllm.training.folders import (
     Checkpoint,
     delete_old,
-    list_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -38,8 +38,6 @@ from mllm.training.settings import differences
 OPTIMIZER = "optimizer.safetensors"
 TRAINING = "training.json"
 TRAINER_STATE = "trainer_state.json"  # the name transformers looks for
-CONFIG = "config.json"
-NEWEST = "auto"
 
 # What may change between a run and its continuation: nothing that decides what a step learns from, or how.
 _FREE = {
@@ -143,6 +141,10 @@ def set_aside_refused(run: Path, chosen: Checkpoint | None) -> None:
             folder.rename(target)
 
 
+def _is_same(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    return bool(now.get("sha256")) and before.get("sha256") == now["sha256"]
+
+
 def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run as another one.
 
@@ -152,17 +154,22 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting that decides what a step learns has changed, or a frozen part has; every key is named.
     """
+    # The same weights at another place are the same parts.
+    same = [part for part, own in now["sources"].items() if _is_same(before["sources"].get(part, {}), own)]
+    moved = {"model.llm" if part == "llm" else f"model.{part}.encoder" for part in same}
     changed = [
         line
         for line in differences(dict(before["settings"]), dict(now["settings"]))
         if line.split(" ", 1)[0].split(".")[1] not in _FREE.get(line.split(".", 1)[0], ())
+        and line.split(" ", 1)[0] not in moved
     ]
     micro_batches = [facts["processes"] * facts["settings"]["train"]["accumulation"] for facts in (before, now)]
     if micro_batches[0] != micro_batches[1]:
         changed.append(
             f"processes x train.accumulation was {micro_batches[0]} and is {micro_batches[1]} micro-batches per step"
         )
-    changed += [f"frozen part {line}" for line in differences(dict(before["sources"]), dict(now["sources"]))]
+    old, new = ({part: own for part, own in facts["sources"].items() if part not in same} for facts in (before, now))
+    changed += [f"frozen part {line}" for line in differences(old, new)]
     if changed:
         raise ValueError(f"this is not the run the checkpoint belongs to: {'; '.join(changed)}")
     for key in ("max_steps", "epochs"):

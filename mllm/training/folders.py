@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mllm.run_folders import CHECKPOINT_NAME, checkpoint_path, list_checkpoints
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -28,7 +30,6 @@ except ImportError:  # not a POSIX system
 
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
-_NAME = re.compile(r"checkpoint-(\d{8,})")
 _ASIDE = re.compile(r"\.(checkpoint-\d{8,})\.(writing|deleting)")
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,6 @@ class Checkpoint:
     folder: Path
     step: int
     facts: dict[str, Any]
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies in its run."""
-    return run / f"checkpoint-{step:08d}"
 
 
 def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
@@ -88,7 +84,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ValueError: not a checkpoint, or one that is incomplete or damaged; the file is named.
     """
-    match = _NAME.fullmatch(folder.name)
+    match = CHECKPOINT_NAME.fullmatch(folder.name)
     if match is None or not folder.is_dir():
         raise ValueError(f"{folder} is no checkpoint folder; those are called checkpoint-00000000")
     try:
@@ -117,12 +113,6 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
         except ValueError as error:
             logger.warning("not resuming from it: %s", error)
     return None
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Every folder of a run that is called a checkpoint, oldest first, complete or not."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def delete_old(run: Path, keep: int) -> None:

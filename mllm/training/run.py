@@ -9,8 +9,9 @@ Knows the order of things and the files of a run. Does not know how any of it is
 
 import contextlib
 import dataclasses
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor
+from mllm.run_folders import CONFIG, run_of
 from mllm.sampler import Sampler
+from mllm.settings import ModelSettings
+from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
@@ -49,11 +53,18 @@ SETTINGS = "settings.yaml"
 logger = logging.getLogger(__name__)
 
 
-def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | None = None) -> Path:
+def train(
+    settings: RunSettings,
+    *,
+    resume: str | None = None,
+    sources: Mapping[str, str] | None = None,
+    metric: Metric | None = None,
+) -> Path:
     """Train a run; every process of a launcher calls this.
 
     Args:
         resume: nothing for a fresh start, `auto` for the newest complete checkpoint, or the folder of one.
+        sources: with resume, where frozen parts are now, by part, if they were moved.
         metric: measures answers at each validation, by name.
 
     Returns:
@@ -68,14 +79,16 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     check_world(arguments.world_size)
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
-        model, processor = build(settings.model)
+        model, processor = build(_with_parts_found(settings.model, start, sources or {}))
+        model.config.sources = _sources_of(settings.model, model.config.sources or {}, arguments.run)
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
-        arguments.facts = {"settings": dataclasses.asdict(settings), "sources": dict(model.config.sources or {})}
+        arguments.facts = {"settings": dataclasses.asdict(settings), "sources": identities(model.config.sources or {})}
         if start is not None:
             check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
         if arguments.should_save:
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
+            processor.save_pretrained(arguments.run)  # now: the checkpoints of a run that dies can be used with it
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
         if settings.data.captions and start is None:
@@ -274,6 +287,30 @@ def _own_run(run: Path) -> Iterator[None]:
     with run_lock(run):
         remove_leftovers(run)
         yield
+
+
+def _with_parts_found(own: ModelSettings, start: Checkpoint | None, sources: Mapping[str, str]) -> ModelSettings:
+    """The model of a run that goes on, with its frozen parts where they are now.
+
+    Raises:
+        ValueError: sources without a run to go on with, or a part that the model has not.
+        FileNotFoundError: a part that is neither where the settings say nor where it was.
+    """
+    if start is None:
+        if sources:
+            raise ValueError("sources goes with resume; a fresh run takes its parts from model.llm and the encoders")
+        return own
+    lost = {p: named for p, named in own.sources.items() if not Path(resolve_source(named)).is_dir()} | dict(sources)
+    known = json.loads((start.folder / CONFIG).read_text(encoding="utf-8")).get("sources") or {}
+    waiting = {p: known[p] for p in lost if p in known and (p in sources or known[p]["reference"] == lost[p])}
+    found = find_parts(waiting, run_of(start.folder), sources)
+    return own.with_sources({part: one["reference"] for part, one in found.items()})
+
+
+def _sources_of(own: ModelSettings, sources: Mapping[str, Mapping[str, str]], run: Path) -> dict[str, dict[str, str]]:
+    """Where the parts of a model are, under the names that the settings give them and as seen from the run."""
+    named = own.sources
+    return seen_from({part: {**one, "reference": named[part]} for part, one in sources.items()}, run)
 
 
 def _start(run: Path, resume: str | None) -> Checkpoint | None:

@@ -13,7 +13,6 @@ from torch import nn
 
 from mllm.configuration import ElasticConfig
 from mllm.loading import TRAINABLES
-from mllm.sources import within_run
 from mllm.trainables import NEW_TOKENS, part_of, trainable_names
 from mllm.training.settings import differences
 
@@ -86,7 +85,7 @@ def _check_names(
 
 def _check_parts(now: ElasticConfig, before: ElasticConfig, folder: Path) -> None:
     """Refuse media that were trained otherwise; another LLM is allowed and logged."""
-    sources, old_sources = now.sources or {}, within_run(before.sources or {}, folder)
+    sources, old_sources = now.sources or {}, before.sources or {}
     media, old_media = now.media or {}, before.media or {}
     problems = []
     for medium in sorted(media.keys() & old_media.keys()):

@@ -1,0 +1,72 @@
+"""Where things lie in the folder of a run, finished or not: its model, its checkpoints, what belongs to both.
+
+Knows names of files and folders. Does not know what is in them.
+
+A finished run holds a model itself, and its newest checkpoints as `checkpoint-00000500`; one that was interrupted holds
+checkpoints alone. The processor of all of them is the run's own.
+"""
+
+import re
+from pathlib import Path
+
+CONFIG = "config.json"
+PROCESSOR = "processor_config.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{8,})")
+NEWEST = "auto"
+"""What is written for the newest checkpoint, wherever one is asked for."""
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies in its run."""
+    return run / f"checkpoint-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """List every folder of a run that is called a checkpoint, oldest first, complete or not."""
+    found = [path for path in run.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=_step)
+
+
+def run_of(folder: str | Path) -> Path:
+    """Return the run that a folder belongs to: the one around a checkpoint, or the folder itself."""
+    folder = Path(folder)
+    is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.resolve().name) is not None
+    return folder.resolve().parent if is_checkpoint else folder
+
+
+def model_folder(folder: str | Path, checkpoint: str | int | None = None) -> Path:
+    """Find the folder that holds the model a user means.
+
+    Args:
+        folder: a run, a checkpoint of one, or an exported model.
+        checkpoint: of a run: the step, the name of the folder, or `auto` for the newest.
+
+    Raises:
+        FileNotFoundError: there is none; what there is, is named.
+    """
+    folder = Path(folder)
+    present = list_checkpoints(folder)
+    if checkpoint is None:
+        if (folder / CONFIG).is_file():
+            return folder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} holds no model: there is no such folder")
+        more = f"; it holds {_names(present)}: give one as checkpoint" if present else ""
+        raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG} in it{more}")
+    wanted = str(checkpoint)
+    if wanted == NEWEST:
+        chosen = [path for path in reversed(present) if (path / CONFIG).is_file()]
+    else:
+        chosen = [path for path in present if wanted == path.name or (wanted.isdigit() and int(wanted) == _step(path))]
+    if not chosen or not (chosen[0] / CONFIG).is_file():
+        has = f"it holds {_names(present)}" if present else "it holds none"
+        raise FileNotFoundError(f"checkpoint {wanted} is not in {folder}; {has} (a step, a name, or {NEWEST})")
+    return chosen[0]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)
