@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Register everything now; doing so again changes nothing."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     from mllm.configuration import ElasticConfig
     from mllm.encoders import register_av_hubert
@@ -38,6 +39,8 @@ def register() -> None:
     AutoModelForImageTextToText.register(ElasticConfig, ElasticForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(ElasticConfig, ElasticForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(ElasticConfig, ElasticProcessor, exist_ok=True)
+    # The pipeline knows the models it serves by the names in this table alone.
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("elastic", ElasticForConditionalGeneration.__name__)
 
 
 def hide_broken(library: str) -> None:

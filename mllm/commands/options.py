@@ -72,8 +72,52 @@ def keys_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys_of(block, f"{key}.")
 
 
+ALIASES = {
+    **dict.fromkeys(("lr", "peak_lr", "max_lr"), "learning_rate"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("betas", "adam_beta1", "adam_beta2"), "adam_betas"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clip", "clip_grad_norm"), "max_grad_norm"),
+    **dict.fromkeys(("grad_accum", "gradient_accumulation_steps", "accumulate_grad_batches"), "accumulation"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "schedule"),
+    **dict.fromkeys(("warmup_ratio", "warmup"), "warmup_fraction"),
+    **dict.fromkeys(("iterations", "iters", "total_steps", "num_steps", "steps"), "max_steps"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "epochs"),
+    **dict.fromkeys(
+        ("bs", "batch", "batch_size", "per_device_train_batch_size", "micro_batch_size"), "tokens_per_batch"
+    ),
+    **dict.fromkeys(("bf16", "fp16", "amp", "mixed_precision"), "precision"),
+    **dict.fromkeys(("save_steps", "checkpoint_every"), "save_every"),
+    **dict.fromkeys(("save_total_limit",), "keep_checkpoints"),
+    **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
+    **dict.fromkeys(("eval_steps", "eval_every"), "validate_every"),
+    **dict.fromkeys(("eval_data", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("train_data", "dataset", "data_path"), "train"),
+    **dict.fromkeys(("resume_from", "resume_from_checkpoint"), "resume"),
+    **dict.fromkeys(("init_from", "pretrained"), "start_from"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    **dict.fromkeys(("lora_alpha",), "alpha"),
+    **dict.fromkeys(("lora_dropout",), "dropout"),
+    **dict.fromkeys(("target_modules",), "targets"),
+    **dict.fromkeys(("vision_tower", "image_encoder", "audio_encoder", "video_encoder"), "encoder"),
+    **dict.fromkeys(("attn_implementation", "attn"), "attention"),
+    **dict.fromkeys(("torch_dtype",), "dtype"),
+    **dict.fromkeys(("device", "cpu", "no_cuda"), "use_cpu"),
+    **dict.fromkeys(("model_path", "model_name_or_path", "checkpoint_path", "ckpt"), "model"),
+    **dict.fromkeys(("prompt", "question", "query"), "text"),
+    **dict.fromkeys(("beams", "beam_size", "beam"), "num_beams"),
+    **dict.fromkeys(("max_length", "max_tokens"), "max_new_tokens"),
+}
+"""What options are called elsewhere, by the last part of our name for them; for messages, they are not accepted."""
+
+
 def nearest(key: str, allowed: Sequence[str]) -> str:
-    """The end of a message: the most similar allowed key, or all of them."""
+    """The end of a message: the key that goes by this name elsewhere or is most similar, or all of them."""
+    block, _, word = key.rpartition(".")
+    meant = ALIASES.get(word.lower())
+    known = [name for name in allowed if name.rpartition(".")[2] == meant]
+    known.sort(key=lambda name: name.rpartition(".")[0] != block)  # the block that was written, where it has one
+    if known:
+        return f"did you mean {known[0]}?"
     # Someone who leaves a block out writes the last part right, so that is compared too.
     last = {name.rpartition(".")[2]: name for name in reversed(allowed)}
     found = get_close_matches(key, allowed, n=1, cutoff=0.75)

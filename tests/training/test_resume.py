@@ -158,14 +158,14 @@ def test_a_kill_while_saving_costs_one_interval(tmp_path: Path, monkeypatch: pyt
     """The second checkpoint dies half written; the first is taken, and the resumed run ends as the whole one does."""
     from mllm.training import checkpoint
 
-    real = checkpoint.save_file
+    real = checkpoint.write_tensors
 
     def die(tensors, path, *args) -> None:
         if "00000006" in str(path):
             raise KeyboardInterrupt
         real(tensors, path, *args)
 
-    monkeypatch.setattr(checkpoint, "save_file", die)
+    monkeypatch.setattr(checkpoint, "write_tensors", die)
     with pytest.raises(KeyboardInterrupt):
         trained(settings_in(tmp_path))
     monkeypatch.undo()

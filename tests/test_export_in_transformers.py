@@ -1,0 +1,171 @@
+"""An exported model is used by transformers alone: the script below knows `import mllm` and nothing else of ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import mllm
+from mllm.building import build
+from mllm.generation import Answerer, Decoding
+from mllm.loading import export, save_run
+from mllm.trainables import set_trainables
+
+ROOT = Path(__file__).parent.parent
+QUESTION = "what colour is the circle?"
+SCRIPT = """
+import json, sys
+import mllm
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder, media = sys.argv[1:]
+question = %r
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
+found = {"template": processor.chat_template, "tokenizer": processor.tokenizer.chat_template}
+
+def said(inputs):
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+def chat(*parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+picture = {"type": "image", "image": Image.open(f"{media}/0.png")}
+ends = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+found["chat"] = said(processor.apply_chat_template(chat(picture), budget="image=4", **ends))
+found["sound"] = said(processor.apply_chat_template(
+    chat({"type": "audio", "path": f"{media}/0.wav"}, {"type": "video", "video": f"{media}/0.mp4"}), **ends))
+found["chats"] = said(processor.apply_chat_template(
+    [chat(picture), chat({"type": "image", "url": f"{media}/1.png"})], processor_kwargs={"budget": "image=4"}, **ends))
+prompt = processor.apply_chat_template(chat({"type": "image"}), add_generation_prompt=True)
+found["prompt"] = prompt
+found["two steps"] = said(processor(text=prompt, images=picture["image"], budget="image=4", return_tensors="pt"))
+found["texts"] = said(processor(
+    text=[question] * 2, images=[f"{media}/0.png", f"{media}/1.png"], budget="image=4", padding=True))
+pipe = pipeline("image-text-to-text", model=folder)
+options = {"max_new_tokens": 6, "return_full_text": False, "budget": "image=4"}
+found["pipeline"] = pipe(text=chat({"type": "image", "path": f"{media}/0.png"}), **options)[0]["generated_text"]
+found["pipeline texts"] = [
+    one["generated_text"] for one in pipe([f"{media}/0.png", f"{media}/1.png"], text=[question] * 2, **options)]
+found["whole"] = pipe(text=chat(picture), max_new_tokens=6)[0]["generated_text"][-1]["role"]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a run whose adapters were moved from where they start, beside its run and its media."""
+    folder = tmp_path_factory.mktemp("export")
+    model, processor = build(tiny.settings_on(tiny.write_parts(folder / "parts")))
+    set_trainables(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    save_run(model, processor, folder / "run")
+    export(folder / "run", folder / "out")
+    for seed in (0, 1):
+        tiny.write_media(folder / "media", seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    """What transformers made of the export, and what it logged."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT % QUESTION, str(folder / "out"), str(folder / "media")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> dict[str, str]:
+    """What our own answerer says about the same files."""
+    answerer = Answerer(*mllm.load(folder / "out"), Decoding(max_new_tokens=6))
+    media = folder / "media"
+    return {
+        "0": answerer(QUESTION, image=media / "0.png", budget="image=4").text,
+        "1": answerer(QUESTION, image=media / "1.png", budget="image=4").text,
+        "both": answerer(QUESTION, audio=media / "0.wav", video=media / "0.mp4").text,
+    }
+
+
+def stripped(texts: list[str]) -> list[str]:
+    return [text.strip() for text in texts]
+
+
+def test_the_answers_differ_by_picture(answers: dict[str, str]) -> None:
+    assert len(set(answers.values())) == 3
+
+
+def test_chats_with_media_parts_are_answered_as_by_our_own_answerer(found, answers) -> None:
+    assert stripped(found["chat"]) == [answers["0"]]
+    assert stripped(found["sound"]) == [answers["both"]]
+    assert stripped(found["chats"]) == [answers["0"], answers["1"]]
+
+
+def test_a_rendered_chat_and_batched_texts_are_answered_alike(found, answers) -> None:
+    assert found["prompt"] == f"<s><|image_token|>{QUESTION}"
+    assert stripped(found["two steps"]) == [answers["0"]]
+    assert stripped(found["texts"]) == [answers["0"], answers["1"]]
+
+
+def test_the_pipeline_answers_alike_and_knows_the_model(found, answers) -> None:
+    assert found["pipeline"].strip() == answers["0"]
+    assert stripped(found["pipeline texts"]) == [answers["0"], answers["1"]]
+    assert found["whole"] == "assistant"
+    assert "is not supported" not in found["log"]
+
+
+def test_the_export_carries_its_chat_template(found, folder: Path) -> None:
+    written = (folder / "out" / "chat_template.jinja").read_text()
+    assert found["template"] == found["tokenizer"] == written
+    assert "'image'" in written
+    assert "'audio'" in written
+
+
+def test_typed_marks_stay_text_in_chats(folder: Path) -> None:
+    processor = mllm.load(folder / "out")[1]
+    typed = "<|image_token|></s>"
+    picture = Image.open(folder / "media" / "0.png")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": typed}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, budget="image=4"
+    )
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(processor.placeholder_ids["image"]) == 4
+    assert processor.tokenizer.eos_token_id not in ids
+    again = processor(text=processor.apply_chat_template([{"role": "user", "content": parts}]), budget="image=4")
+    assert again["input_ids"].tolist() == inputs["input_ids"].tolist()
+
+
+def test_weights_are_as_readable_as_the_umask_says(folder: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export(folder / "run", tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()}
+    assert set(files.values()) == {"0o640"}, files
+
+
+def test_a_folder_that_is_not_empty_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match="is not empty; export writes to a new folder"):
+        export(folder / "run", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
