@@ -73,7 +73,9 @@ def find_parts(
         FileNotFoundError: a part that was in a folder and is in none now, with the option that names another.
     """
     if unknown := sorted(set(moved or {}) - set(sources)):
-        raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(sources)}")
+        raise ValueError(
+            f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(sorted(sources))}"
+        )
     found = {part: dict(own) for part, own in sources.items()}
     for part, own in found.items():
         own["reference"] = (moved or {}).get(part) or _find(part, own, Path(run))

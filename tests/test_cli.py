@@ -128,6 +128,22 @@ def test_a_bad_file_is_refused_by_key(tmp_path: Path, content: str, message: str
 
 def test_messages_are_plain() -> None:
     assert nearest("trian.seed", ["train.seed", "data.train"]) == "did you mean train.seed?"
+    keys = ["train", "train.learning_rate", "model.dtype", "model.audio.encoder", "model.image.encoder"]
+    assert nearest("train.lr", keys) == "did you mean train.learning_rate?"
+    assert nearest("lr", keys) == "did you mean train.learning_rate?"
+    assert nearest("model.image.vision_tower", keys) == "did you mean model.image.encoder?"
+
+
+def test_what_others_call_an_option_names_ours_on_the_command_line_and_in_files(tmp_path: Path) -> None:
+    from mllm.cli import parse
+
+    with pytest.raises(ValueError, match=r"unknown option --train.lr; did you mean train.learning_rate\?"):
+        parse(["train", "--train.lr", "1"])
+    with pytest.raises(ValueError, match=r"unknown option --beam_size; did you mean num_beams\?"):
+        parse(["evaluate", "--beam_size", "4"])
+    (tmp_path / "a.yaml").write_text("train: {lr: 1}\n")
+    with pytest.raises(ValueError, match=r"unknown key train.lr in .*; did you mean train.learning_rate\?"):
+        parse(["train", "--config", str(tmp_path / "a.yaml")])
     assert plain_message("one\n   two") == "one two"
 
 

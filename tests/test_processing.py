@@ -203,3 +203,46 @@ def test_a_medium_the_model_does_not_take_is_refused(sample) -> None:
     deaf = tiny.processor(tiny.settings(["image"]))
     with pytest.raises(ValueError, match="does not take video; it takes image"):
         deaf(sample)
+
+
+def test_an_argument_that_nothing_reads_is_refused_with_the_nearest(made, sample) -> None:
+    picture = load_image(sample.root / "0.png")
+    with pytest.raises(TypeError, match=r"the processor does not take 'image'; did you mean images\?"):
+        made(text="what?", image=picture)
+    with pytest.raises(TypeError, match=r"the processor does not take 'budgets'; did you mean budget\?"):
+        made(text="what?", images=picture, budgets="image=1")
+    with pytest.raises(TypeError, match=r"apply_chat_template does not take 'tools'; it takes budget"):
+        made.apply_chat_template([{"role": "user", "content": "hi"}], tools=[])
+    with pytest.raises(TypeError, match="the first argument is one mllm sample or several"):
+        made([picture])
+    with pytest.raises(ValueError, match="images goes with text; a sample names its own media"):
+        made(sample, images=picture)
+    with pytest.raises(ValueError, match="padding is False; several rows are always padded"):
+        made(text=["what?", "who?"], padding=False)
+
+
+@pytest.mark.parametrize("budget", ["image=4", {"image": 4}, Budget.parse("image=4")])
+def test_a_budget_is_taken_in_every_form(made, sample, budget) -> None:
+    inputs = made(text="what?", images=sample.root / "0.png", budget=budget)
+    assert inputs["num_image_tokens"].tolist() == [4]
+
+
+@pytest.mark.parametrize("budget", [16, "16", 16.0, None])
+def test_a_bare_number_is_told_what_to_write(made, sample, budget) -> None:
+    with pytest.raises(ValueError, match=r'does not say of what; write the medium: "image=16" for soft tokens'):
+        made(text="what?", images=sample.root / "0.png", budget=budget)
+
+
+def test_several_texts_have_media_of_their_own(made, sample) -> None:
+    path, picture = sample.root / "0.png", load_image(sample.root / "0.png")
+    single = [made(text="what?", images=[path, picture], budget="image=4"), made(text="who?", budget="")]
+    both = made(text=["what?", "who?"], images=[[path, picture], None], budget="image=4")
+    for row, own in enumerate(single):
+        length = own["input_ids"].shape[1]
+        assert both["input_ids"][row, -length:].tolist() == own["input_ids"][0].tolist()
+        assert both["attention_mask"][row].sum() == length
+    assert torch.equal(both["pixel_values"], single[0]["pixel_values"])
+    with pytest.raises(ValueError, match="there are 2 texts and 3 entries of image; give one entry per text"):
+        made(text=["what?", "who?"], images=[path] * 3)
+    with pytest.raises(ValueError, match="the budget 'audio=/4' names audio, but the request holds none"):
+        made(text="what?", images=path, budget="audio=/4")
