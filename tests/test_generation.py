@@ -2,10 +2,14 @@
 
 import math
 import wave
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
+import soundfile
 import tiny
 import torch
 from PIL import Image
@@ -13,7 +17,7 @@ from test_modeling import BUDGETS, ROWS
 
 from mllm.budget import Budget
 from mllm.generation import DEFAULT_PROMPTS, Answerer, Decoding, request
-from mllm.media import MediaError
+from mllm.media import MediaError, load_video
 
 OWN = tiny.settings()
 
@@ -209,3 +213,62 @@ def test_an_answer_ends_where_the_llm_says(answerer: Answerer) -> None:
 def test_decoding_refuses_what_makes_no_sense(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Decoding(**values)
+
+
+def test_media_at_hand_are_answered_about_as_their_files(answerer: Answerer, folder: Path) -> None:
+    picture, tone = folder / "a picture.png", folder / "sounds" / "tone.wav"
+    samples, rate = soundfile.read(tone, dtype="int16")
+    asked: dict[str, Any] = {"text": "what is it?", "budget": "image=5,audio=/8"}
+    expected = answerer.answer(image=picture, audio=tone, **asked)
+    for image, audio in (
+        (Image.open(picture), (samples, rate)),
+        (np.asarray(Image.open(picture)), {"array": samples, "sampling_rate": rate}),
+        (picture.read_bytes(), tone.read_bytes()),
+        ([picture], [samples]),
+    ):
+        answer = answerer.answer(image=image, audio=audio, **asked)
+        assert (answer.text, answer.tokens) == (expected.text, expected.tokens)
+    several = answerer.answer_questions(["what is it?", "why?"], image=[Image.open(picture), picture])
+    assert [answer.tokens for answer in several] == [{"image": 128}] * 2
+    session = answerer.begin(image=Image.open(picture), budget={"image": 4})
+    assert session.answer("why?").text == answerer.answer("why?", image=picture, budget="image=4").text
+
+
+def test_a_budget_for_sound_hears_the_video(answerer: Answerer, tmp_path: Path) -> None:
+    """As on the command line: there is one file, and its frames and its sound are of one clip."""
+    names = tiny.write_media(tmp_path)
+    write_clip(tmp_path / "0.mp4", tmp_path / "0.wav", tmp_path / "clip.mkv")
+    clip = tmp_path / "clip.mkv"
+    both = answerer.answer(video=clip, budget="audio=/4,video=/2")
+    assert both.tokens == {"audio": 10, "video": 10}
+    assert both.text == answerer.answer(video=clip, audio=clip, budget="audio=/4,video=/2").text
+    for form in (str(clip), [clip], clip.read_bytes(), clip.open("rb")):
+        assert answerer.answer(video=form, budget={"audio": "/4", "video": "/2"}).text == both.text
+    assert answerer.answer(video=clip, budget="video=/2").tokens == {"video": 10}
+    frames = load_video(clip)
+    with pytest.raises(ValueError, match="the budget 'audio=/4' names audio, but the request holds none"):
+        answerer.answer(video=frames, budget="audio=/4")
+    with pytest.raises(MediaError, match=r"0\.mp4: the file has no audio stream"):
+        answerer.answer(video=tmp_path / names["video"], budget="audio=/4")
+
+
+def write_clip(video: Path, sound: Path, clip: Path) -> None:
+    """Put the frames of one file and the samples of another into one."""
+    samples, rate = soundfile.read(sound, dtype="int16")
+    with av.open(video) as frames, av.open(clip, "w") as out:
+        picture, voice = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate, layout="mono")
+        picture.width, picture.height, picture.pix_fmt = 48, 48, "yuv420p"
+        for number, frame in enumerate(frames.decode(video=0)):
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            out.mux(picture.encode(frame))
+        out.mux(picture.encode())
+        block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        block.sample_rate, block.pts, block.time_base = rate, 0, Fraction(1, rate)
+        out.mux(voice.encode(block))
+        out.mux(voice.encode())
+
+
+@pytest.mark.parametrize("budget", [16, "16"])
+def test_a_bare_number_is_no_budget(answerer: Answerer, folder: Path, budget: Any) -> None:
+    with pytest.raises(ValueError, match=r'budget is \S+, which does not say of what; write the medium: "image=16"'):
+        answerer.answer("what is it?", image=folder / "a picture.png", budget=budget)

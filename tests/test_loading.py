@@ -200,3 +200,32 @@ def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> 
         else:
             merge_llm_adapter(model)
             torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("bf16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        ("torch.float16", torch.float16),
+        ("half", torch.float16),
+        ("fp32", torch.float32),
+    ],
+)
+def test_frozen_parts_are_in_the_dtype_by_whatever_name(run: Path, given: str | torch.dtype, expected) -> None:
+    model, _ = load(run, dtype=given, device="cpu")
+    assert model.get_input_embeddings().weight.dtype == expected
+    assert next(model.model.compressors.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("given", ["int8", "bf", torch.int8, "auto"])
+def test_another_dtype_is_refused(run: Path, given: str | torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"dtype is .*; allowed: float32, fp32, float, bfloat16, bf16, float16"):
+        load(run, dtype=given)
+
+
+def test_a_model_is_put_where_it_is_asked_for_and_on_the_gpu_by_itself(run: Path) -> None:
+    assert load(run, device="meta")[0].device.type == "meta"
+    assert load(run, device=torch.device("cpu"))[0].device.type == "cpu"
+    assert load(run)[0].device.type == ("cuda" if torch.cuda.is_available() else "cpu")
