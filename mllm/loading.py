@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
@@ -223,10 +224,23 @@ def export(
     for own in (model.config.media or {}).values():
         own.pop("encoder_adapter", None)
     model.config.sources = {}
-    never_said = [*processor.placeholder_ids.values(), *(model.config.new_tokens or {}).values()]
-    model.generation_config.suppress_tokens = sorted(set(never_said)) or None
+    model.generation_config = _greedy(model, processor)
     write_model(model, out)
     processor.save_pretrained(out)
+
+
+def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> GenerationConfig:
+    """How an export generates by itself: as `Answerer` does, not as its LLM did before, which may have sampled."""
+    own = model.generation_config
+    ends = {processor.tokenizer.eos_token_id}
+    ends |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
+    never_said = {*processor.placeholder_ids.values(), *(model.config.new_tokens or {}).values()}
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=sorted(ends - {None}) or None,
+        pad_token_id=processor.pad_id,
+        suppress_tokens=sorted(never_said) or None,
+    )
 
 
 def _place(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:

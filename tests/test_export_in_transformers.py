@@ -34,7 +34,7 @@ model = AutoModelForImageTextToText.from_pretrained(folder)
 found = {"template": processor.chat_template, "tokenizer": processor.tokenizer.chat_template}
 
 def said(inputs):
-    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=6)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 def chat(*parts):
@@ -66,7 +66,10 @@ print(json.dumps(found))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a run whose adapters were moved from where they start, beside its run and its media."""
     folder = tmp_path_factory.mktemp("export")
-    model, processor = build(tiny.settings_on(tiny.write_parts(folder / "parts")))
+    parts = tiny.write_parts(folder / "parts")
+    samples = {"do_sample": True, "temperature": 9.0, "eos_token_id": tiny.TOKENIZER.eos_token_id}
+    (folder / "parts" / "llm" / "generation_config.json").write_text(json.dumps(samples))
+    model, processor = build(tiny.settings_on(parts))
     set_trainables(model)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():

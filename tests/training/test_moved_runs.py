@@ -1,5 +1,6 @@
 """A run is usable wherever it lies: its checkpoints before it ends, and its frozen parts after a move."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_relative_paths_are_found_from_any_folder_and_after_a_move(project: Path
     model, _ = mllm.load(tmp_path / "elsewhere" / "runs" / "whole")
     assert holds(model, file)
     assert model.config.sources["llm"]["reference"] == str(tmp_path / "elsewhere" / "parts" / "llm")
+
+
+def test_a_run_of_before_places_were_noted_is_found_beside_its_parents(project: Path, tmp_path: Path) -> None:
+    config = project / "runs" / "whole" / "config.json"
+    values = json.loads(config.read_text())
+    values["sources"] = {
+        part: {key: own[key] for key in ("reference", "sha256")} for part, own in values["sources"].items()
+    }
+    assert {own["reference"] for own in values["sources"].values()} == {"parts/llm", "parts/audio"}
+    config.write_text(json.dumps(values))
+    assert holds(mllm.load(project / "runs" / "whole")[0], tmp_path / "kept" / "runs" / "whole" / TRAINABLES)
 
 
 def test_parts_that_are_gone_are_named_with_the_option_that_works(
