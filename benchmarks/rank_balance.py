@@ -70,7 +70,7 @@ def run_settings(model: ModelSettings) -> RunSettings:
         model=model,
         data=DataSettings(train=["simulated"], tokens_per_batch=TOKENS_PER_BATCH),
         sampler=SamplerSettings(mode="random"),
-        train=TrainSettings(output="none", epochs=1),
+        train=TrainSettings(out="none", epochs=1),
     )
 
 

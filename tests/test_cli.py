@@ -266,13 +266,13 @@ def test_ways_of_answering_faster_change_no_answer(folder: Path, tmp_path: Path,
     asked += ["--manifest", str(folder / "media" / "good.jsonl"), "--budgets", "image=1;image=16"]
     answers = []
     for number, faster in enumerate(([], ["--max-rows", "1"], ["--constant-prompt", "--merge-adapter"])):
-        assert main([*asked, "--output", str(tmp_path / str(number)), *faster]) == 0
+        assert main([*asked, "--out", str(tmp_path / str(number)), *faster]) == 0
         lines = [json.loads(line) for line in (tmp_path / str(number) / "hypotheses.jsonl").read_text().splitlines()]
         answers.append({(line["id"], line["budget"]): line["hypothesis"] for line in lines})
     assert answers == [answers[0]] * 3
-    assert main([*asked, "--output", str(tmp_path / "both"), "--constant-prompt", "--static-cache"]) == 2
+    assert main([*asked, "--out", str(tmp_path / "both"), "--constant-prompt", "--static-cache"]) == 2
     assert "static_cache goes neither with num_beams above 1 nor with constant_prompt" in capsys.readouterr().err
-    assert main([*asked, "--output", str(tmp_path / "none"), "--max-rows", "0"]) == 2
+    assert main([*asked, "--out", str(tmp_path / "none"), "--max-rows", "0"]) == 2
     assert "max_rows is 0; it must be at least 1" in capsys.readouterr().err
 
 
@@ -338,14 +338,14 @@ def test_generate_refuses_in_one_line(folder: Path, words: list[str], message: s
 
 def test_evaluate_writes_everything_and_its_code_tells_of_failures(folder: Path, tmp_path: Path, capsys) -> None:
     words = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3"]
-    good = [*words, "--manifest", str(folder / "media" / "good.jsonl"), "--output", str(tmp_path / "good")]
+    good = [*words, "--manifest", str(folder / "media" / "good.jsonl"), "--out", str(tmp_path / "good")]
     assert main([*good, "--budgets", "image=1;image=16"]) == 0
     assert "image=16" in capsys.readouterr().out
     files = {file.name for file in (tmp_path / "good").iterdir()}
     assert files == {"answers", "fingerprint.json", "hypotheses.jsonl", "results.json", "results.csv", "pareto.png"}
     results = json.loads((tmp_path / "good" / "results.json").read_text())
     assert [(row["budget"], row["num_samples"]) for row in results["rows"]] == [("image=16", 3), ("image=1", 3)]
-    bad = [*words, "--manifest", str(folder / "media" / "bad.jsonl"), "--output", str(tmp_path / "bad")]
+    bad = [*words, "--manifest", str(folder / "media" / "bad.jsonl"), "--out", str(tmp_path / "bad")]
     assert main([*bad, "--budgets", "image=1"]) == 1
     shown = capsys.readouterr()
     assert "3 (1 failed)" in shown.out

@@ -53,7 +53,7 @@ class World:
                 train=[str(self.folder / "train.jsonl")], tokens_per_batch=256, max_rows=2, num_workers=0
             ),
             sampler=SamplerSettings(mode="sandwich"),
-            train=TrainSettings(output=str(output), **given),
+            train=TrainSettings(out=str(output), **given),
         )
 
 

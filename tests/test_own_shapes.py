@@ -153,7 +153,7 @@ def test_it_trains_on_mixed_shapes_and_on_kept_features_alike(world: Path, tmp_p
         data = DataSettings(
             train=[str(world / "train.jsonl")], tokens_per_batch=512, max_rows=4, num_workers=0, features=features
         )
-        own = TrainSettings(output=str(tmp_path / output), epochs=2, learning_rate=1e-2, progress=False, use_cpu=True)
+        own = TrainSettings(out=str(tmp_path / output), epochs=2, learning_rate=1e-2, progress=False, use_cpu=True)
         return RunSettings(
             model=settings(world, **COMPRESSORS[name]), data=data, sampler=SamplerSettings(mode="all"), train=own
         )

@@ -198,7 +198,7 @@ def run_settings(world: Path, output: Path, name: str, model: ModelSettings, **d
         data=DataSettings(train=rows, tokens_per_batch=1024, max_rows=3, num_workers=0, **data),
         sampler=SamplerSettings(mode="sandwich"),
         train=TrainSettings(
-            output=str(output),
+            out=str(output),
             max_steps=2,
             learning_rate=1e-3,
             precision=model.dtype,  # pyright: ignore[reportArgumentType]
@@ -264,7 +264,7 @@ def test_a_run_in_bfloat16_is_nearly_that_in_float32(world: Path, tmp_path: Path
     file = str(world / "media" / f"0.{ {'image': 'png', 'audio': 'wav', 'video': 'mp4'}[medium] }")
     words = ["--model", str(tmp_path / "bfloat16"), "--dtype", "bfloat16", "--use-cpu", "--max-new-tokens", "3"]
     assert main(["generate", *words, f"--{medium}", file, "--text", "what is it?"]) == 0
-    asked = ["--manifest", str(world / f"{medium}.jsonl"), "--output", str(tmp_path / "out")]
+    asked = ["--manifest", str(world / f"{medium}.jsonl"), "--out", str(tmp_path / "out")]
     asked += ["--budgets", ";".join(f"{medium}={amount}" for amount in processor.space.media[medium].trained)]
     assert main(["evaluate", *words, *asked]) == 0, capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text())

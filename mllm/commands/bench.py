@@ -46,7 +46,7 @@ class Settings:
     """Of every budget."""
     warmup: int = 1
     """Rounds before those, which do not count."""
-    output: str | None = None
+    out: str | None = None
     """Folder that gets bench.json and bench.png; only shown when left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen parts."""
@@ -108,9 +108,9 @@ def run(settings: Settings) -> int:
         )
     facts = _facts(settings, model)
     console().print(_table(results, facts))
-    if settings.output is not None:
-        write(results, facts, Path(settings.output))
-        console().print(f"written to {settings.output}")
+    if settings.out is not None:
+        write(results, facts, Path(settings.out))
+        console().print(f"written to {settings.out}")
     return 0
 
 

@@ -14,7 +14,7 @@ class Settings:
     folders: list[str]
     """Run folders or their `evaluation`, DIR or NAME=DIR; those of one name make one line, as where a model was
     trained for each rate."""
-    output: str | None = None
+    out: str | None = None
     """Folder that gets the table (Markdown, JSON) and the plot; only shown when left out."""
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ def run(settings: Settings) -> int:
         console().print(shown)
     for note in (*notes_of(blocks), *made.differences):
         console().print(note)
-    if settings.output is not None:
-        made.write(Path(settings.output))
-        console().print(f"written to {settings.output}")
+    if settings.out is not None:
+        made.write(Path(settings.out))
+        console().print(f"written to {settings.out}")
     return 0

@@ -23,7 +23,7 @@ class Settings:
     """Budgets, as a list or parted by ";", e.g. "image=64;image=16;image=4"."""
     include_path: str | None = None
     """Folder of tasks of your own."""
-    output: str | None = None
+    out: str | None = None
     """Folder of the results; `lmms_eval` inside the model's folder when left out."""
     limit: int | None = None
     """Only the first so many questions of each task."""
@@ -84,7 +84,7 @@ def run(settings: Settings) -> int:
     evaluated = list(sweep(chat, tasks=settings.tasks, include_path=settings.include_path, **options))
     if not evaluated:  # another process tells
         return 0
-    folder = Path(settings.output) if settings.output is not None else Path(settings.model) / "lmms_eval"
+    folder = Path(settings.out) if settings.out is not None else Path(settings.model) / "lmms_eval"
     write(evaluated, folder)
     console().print(_table(table_rows(evaluated)))
     console().print(f"written to {folder}")

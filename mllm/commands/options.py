@@ -86,6 +86,7 @@ ALIASES = {
         ("bs", "batch", "batch_size", "per_device_train_batch_size", "micro_batch_size"), "tokens_per_batch"
     ),
     **dict.fromkeys(("bf16", "fp16", "amp", "mixed_precision"), "precision"),
+    **dict.fromkeys(("output", "output_dir", "output_path", "out_dir", "save_dir"), "out"),
     **dict.fromkeys(("save_steps", "checkpoint_every"), "save_every"),
     **dict.fromkeys(("save_total_limit",), "keep_checkpoints"),
     **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),

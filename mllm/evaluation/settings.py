@@ -28,7 +28,7 @@ class EvaluateSettings:
     allow_untrained: bool = False
     """Also answer at rates and counts that training did not draw, where the model can; reports mark those rows. They
     are refused otherwise."""
-    output: str | None = None
+    out: str | None = None
     """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
     reader: ReaderSettings = field(default_factory=ReaderSettings)
     """The form that all of these files are in."""
@@ -112,8 +112,8 @@ class EvaluateSettings:
     @property
     def output_folder(self) -> Path:
         """Where results go."""
-        if self.output is not None:
-            return Path(self.output)
+        if self.out is not None:
+            return Path(self.out)
         folder = Path(self.model) if self.checkpoint is None else self.model_folder
         run = run_of(folder)
         # Not inside the checkpoint, which goes when newer ones are kept.

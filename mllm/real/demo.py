@@ -146,7 +146,7 @@ def run_settings(settings: RealDemoSettings) -> Any:
     for key in ("train", "captions"):
         data[key] = [str(out / path) for path in data[key]]
     data["features"]["folder"] = str(out / data["features"]["folder"])
-    train["output"] = settings.out
+    train["out"] = settings.out
     train["seed"] = model["seed"] = settings.seed
     if settings.steps is not None:
         train["max_steps"] = settings.steps

@@ -51,7 +51,7 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
     if train.loss_kernel == "liger":
         check_liger(on_cpu=on_cpu)
     return ElasticArguments(
-        output_dir=train.output,
+        output_dir=train.out,
         max_steps=train.max_steps or 1,
         per_device_train_batch_size=1,  # batches are filled by tokens; DeepSpeed wants a number
         gradient_accumulation_steps=train.accumulation,

@@ -42,8 +42,9 @@ TRAINER_STATE = "trainer_state.json"  # the name transformers looks for
 # What may change between a run and its continuation: nothing that decides what a step learns from, or how.
 _FREE = {
     "train": {
-        *("output", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
+        *("out", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
         *("validation_budgets", "tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
+        "output",  # what `out` is called in checkpoints of before
         "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },
@@ -114,8 +115,7 @@ def choose_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
     if resume is None:
         if present:
             raise ValueError(
-                f"{run} already holds {present[-1].name}; go on from it with resume={NEWEST}, or give another "
-                "train.output"
+                f"{run} already holds {present[-1].name}; go on from it with resume={NEWEST}, or give another train.out"
             )
         return None
     if resume == NEWEST:
@@ -125,7 +125,7 @@ def choose_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
         return newest
     chosen = read_checkpoint(Path(resume))
     if chosen.folder.resolve().parent != run.resolve():
-        raise ValueError(f"resume is {resume}, which is not in train.output {run}")
+        raise ValueError(f"resume is {resume}, which is not in train.out {run}")
     newest = newest_checkpoint(run)
     if newest is not None and newest.step > chosen.step:
         raise ValueError(f"{newest.folder} is newer than {chosen.folder}; delete it to go back, or resume from it")

@@ -160,7 +160,7 @@ class SamplerSettings:
 class TrainSettings:
     """How long, how fast and how exactly a run trains, and where it is kept."""
 
-    output: str
+    out: str
     """Folder of the run: checkpoints, logs and, at the end, the trained model."""
     max_steps: int | None = None
     """Optimizer steps of the run; or give epochs."""

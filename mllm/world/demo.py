@@ -123,7 +123,7 @@ def run_settings(settings: DemoSettings) -> Any:
     for key in ("train", "captions"):
         data[key] = [str(out / path) for path in data[key]]
     data["noise"] = str(out / data["noise"])
-    train["output"] = settings.out
+    train["out"] = settings.out
     train["seed"] = settings.seed
     values["model"]["seed"] = settings.seed
     if settings.steps is not None:

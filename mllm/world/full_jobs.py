@@ -60,7 +60,7 @@ class Work:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run.train.output)
+        return Path(self.run.train.out)
 
     @property
     def steps(self) -> int:
@@ -114,7 +114,7 @@ def recipe(
     data["share_media"] = False  # models of one task have nothing to share, and all are to see batches made alike
     data["features"] = {"folder": str(Path(settings.out) / "features"), "versions": versions, "seed": settings.seed}
     train |= {"max_steps": steps, "warmup_steps": steps // 9, "log_every": max(steps // num_reports, 1)}
-    train |= {"output": str(Path(settings.out) / name), "progress": False, "tensorboard": False}
+    train |= {"out": str(Path(settings.out) / name), "progress": False, "tensorboard": False}
     return values
 
 

@@ -136,7 +136,7 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     words = ["--model.llm", str(moved / "llm"), "--model.image.encoder", str(moved / "image")]
     words += ["--model.image.budgets", "[1, 4, 16, 64]", "--model.image.project_first", "true", "--sampler.mode", "all"]
     words += ["--data.train", str(write_manifest(tmp_path / "media", media["image"])), "--data.num_workers", "0"]
-    words += ["--train.output", str(tmp_path / "trained"), "--train.max_steps", "1", "--model.chat_format", "vicuna_v1"]
+    words += ["--train.out", str(tmp_path / "trained"), "--train.max_steps", "1", "--model.chat_format", "vicuna_v1"]
     words += ["--train.parts", "[compressors, llm]", "--train.use_cpu", "true"]
     assert main(["train", *words]) == 0
     assert set(load(tmp_path / "trained")[1].space.media["image"].trained) == set(
@@ -191,7 +191,7 @@ def test_llava_is_elastic_without_training_and_says_so(
     media = tiny.write_media(tmp_path / "media")
     manifest = write_manifest(tmp_path / "media", media["image"])
     words = ["evaluate", "--model", str(tmp_path / "run"), "--manifest", str(manifest), "--use-cpu"]
-    words += ["--max-new-tokens", "2", "--output", str(tmp_path / "report"), "--budgets", "image=64"]
+    words += ["--max-new-tokens", "2", "--out", str(tmp_path / "report"), "--budgets", "image=64"]
     assert main([*words, "--budgets", "image=9"]) == 2
     assert "budget 'image=9' was not trained (image: 64); allow_untrained" in capsys.readouterr().err
     assert main(words) == 0

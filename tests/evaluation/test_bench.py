@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_shows_and_writes(run: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # the times of a busy machine are long, and would break the names in two
     words = ["bench", "--model", str(run / "run"), "--use-cpu", "--repeats", "2", "--new-tokens", "3"]
-    assert main([*words, "--budgets", "image=16;image=2", "--output", str(tmp_path / "out"), "--batch-size", "2"]) == 0
+    assert main([*words, "--budgets", "image=16;image=2", "--out", str(tmp_path / "out"), "--batch-size", "2"]) == 0
     shown = capsys.readouterr().out
     assert "image=16" in shown
     assert "image=2 (untrained)" in shown

@@ -202,7 +202,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_for(folder: Path, output: Path, *names: str) -> list[str]:
-    given = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3", "--output", str(output)]
+    given = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3", "--out", str(output)]
     for name in names:
         given += ["--manifest", str(folder / "vizwiz" / f"{name}.jsonl")]
     return given
@@ -275,7 +275,7 @@ def test_official_files_are_evaluated_without_importing_them(folder: Path, tmp_p
         "--use-cpu",
         "--max-new-tokens",
         "2",
-        "--output",
+        "--out",
         str(tmp_path),
     ]
     given += ["--manifest", str(source), "--reader.format", "vizwiz", "--limit", "2", "--budgets", "image=1"]

@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path, output: Path, *more: str) -> list[str]:
     given = ["evaluate", "--model", str(folder / "run"), "--manifest", str(folder / "media" / "test.jsonl")]
     given += ["--budgets", BUDGETS, "--noise", str(folder / "noise.wav"), "--snr_db", "null", "--snr_db", "0"]
-    return [*given, "--num_beams", "3", "--max_new_tokens", "5", "--output", str(output), "--use_cpu", *more]
+    return [*given, "--num_beams", "3", "--max_new_tokens", "5", "--out", str(output), "--use_cpu", *more]
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_models_of_several_runs_make_one_table(tmp_path: Path, capsys: pytest.Ca
         f"Llama-AVSR={write(tmp_path / f'separate{place}', [row(*own, value)], num_beams=1)}"
         for place, (own, value) in enumerate(zip(BUDGETS.values(), PUBLISHED["Llama-AVSR"][0], strict=True))
     ]
-    assert main(["compare", elastic, *separate, "--output", str(tmp_path / "out")]) == 0
+    assert main(["compare", elastic, *separate, "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "num_beams is 15 for omni; 1 for Llama-AVSR" in shown
     text = (tmp_path / "out" / MARKDOWN).read_text()

@@ -150,9 +150,7 @@ def test_several_budgets_in_one_run_give_the_answers_of_each(
     run: Path, tasks: Path, expected: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model", str(run), "--tasks", NAME, "--include_path", str(tasks), "--budgets", ";".join(BUDGETS)]
-    assert (
-        main(["lmms-eval", *words, "--output", str(tmp_path), "--batch_size", "3", "--log_samples", "--use_cpu"]) == 0
-    )
+    assert main(["lmms-eval", *words, "--out", str(tmp_path), "--batch_size", "3", "--log_samples", "--use_cpu"]) == 0
     shown = capsys.readouterr().out
     results = {one["budget"]: one for one in json.loads((tmp_path / "results.json").read_text())}
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

@@ -146,7 +146,7 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
             "adapter": {"rank": 4},
         },
         "data": {"train": [str(manifest)], "captions": [str(manifest)], "num_workers": 0},
-        "train": {"output": str(tmp_path / "run"), "max_steps": 2, "precision": dtype, "use_cpu": True},
+        "train": {"out": str(tmp_path / "run"), "max_steps": 2, "precision": dtype, "use_cpu": True},
     }
     train(read_run_settings(settings))
     model, processor = mllm.load(tmp_path / "run", dtype=dtype)

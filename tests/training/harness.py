@@ -78,7 +78,7 @@ def run_settings(
         model=model,
         data=DataSettings(train=["none.jsonl"], validation=["none.jsonl"] if validation else []),
         sampler=sampler or SamplerSettings(mode="random", num_draws=2),
-        train=TrainSettings(output=str(output), **given),
+        train=TrainSettings(out=str(output), **given),
     )
 
 

@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "data": {"train": [str(folder / "train.jsonl")], "tokens_per_batch": 400, "max_rows": 16},
         "sampler": {"mode": "random", "num_draws": 2},
-        "train": {"output": str(folder / "run"), "epochs": 1, "accumulation": 2},
+        "train": {"out": str(folder / "run"), "epochs": 1, "accumulation": 2},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"

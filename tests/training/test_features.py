@@ -66,7 +66,7 @@ def settings_of(world: Path, output: Path, *, features: FeatureSettings | None =
         model=model,
         data=DataSettings(train=[str(world / "train.jsonl")], features=features, **noisy, **own),
         sampler=SamplerSettings(mode="all"),
-        train=TrainSettings(output=str(output), epochs=2, learning_rate=1e-3, progress=False, use_cpu=True, seed=3),
+        train=TrainSettings(out=str(output), epochs=2, learning_rate=1e-3, progress=False, use_cpu=True, seed=3),
     )
 
 
@@ -320,7 +320,7 @@ def test_a_run_on_pooled_features_learns_what_one_on_whole_ones_does(world: Path
     assert sizes["small"] < 0.7 * sizes["whole"]
     other = pooled_settings(world, tmp_path / "pooled", ["/2", "/4"], pooled=["audio", "video"])
     with pytest.raises(ValueError, match=r"audio.pooled_frames was 4 and is 2"):
-        train(dataclasses.replace(other, train=dataclasses.replace(other.train, output=str(tmp_path / "again"))))
+        train(dataclasses.replace(other, train=dataclasses.replace(other.train, out=str(tmp_path / "again"))))
 
 
 @pytest.mark.parametrize(

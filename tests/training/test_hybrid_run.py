@@ -18,7 +18,7 @@ def test_a_run_learns_and_answers_at_any_count(tmp_path: Path, capsys: pytest.Ca
     words = ["--model.llm", parts["llm"], "--model.chat_format", "plain", "--model.image.encoder", parts["image"]]
     words += ["--model.image.compressor", "hybrid", "--model.image.budgets", "[64, 20, 16, 4]"]
     words += ["--sampler.mode", "all", "--data.train", str(tmp_path / "media/train.jsonl"), "--data.num_workers", "0"]
-    words += ["--train.use_cpu", "true", "--train.output"]
+    words += ["--train.use_cpu", "true", "--train.out"]
     started, learned = tmp_path / "started", tmp_path / "learned"
     assert main(["train", *words, str(started), "--train.max_steps", "1", "--train.learning_rate", "1e-30"]) == 0
     assert main(["train", *words, str(learned), "--train.max_steps", "3"]) == 0

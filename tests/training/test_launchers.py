@@ -54,7 +54,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
         model=tiny.settings_on(parts, audio={"span": ["<sound>", "</sound>"]}),
         data=DataSettings(train=[str(folder / "train.jsonl")], tokens_per_batch=256, max_rows=1, num_workers=0),
         sampler=SamplerSettings(mode="random", num_draws=2),
-        train=TrainSettings(output=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
+        train=TrainSettings(out=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
     )
 
 
@@ -68,7 +68,7 @@ def one_process(settings: RunSettings) -> dict[str, torch.Tensor]:
 def launch(settings: RunSettings, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
     """Train in two processes by a command line; the run is written to `folder / "run"`."""
     (folder / "run.yaml").write_text(settings_yaml(settings))
-    command = f"{LAUNCHERS[launcher]} train --config {folder / 'run.yaml'} --train.output {folder / 'run'}"
+    command = f"{LAUNCHERS[launcher]} train --config {folder / 'run.yaml'} --train.out {folder / 'run'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(

@@ -35,7 +35,7 @@ def test_a_run_config_may_name_lists_of_other_systems(tmp_path: Path) -> None:
             "train": [str(tmp_path / "train.csv")],
             "reader": {"format": "omni_csv", "tasks": ["vsr"], "text": "lower", "prompts": {"vsr": "read."}},
         },
-        "train": {"output": "o", "max_steps": 1},
+        "train": {"out": "o", "max_steps": 1},
     }
     settings = read_run_settings(values)
     (sample,) = read_samples(settings.data.train, settings.data)
@@ -56,7 +56,7 @@ def test_questions_that_a_server_judges_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_the_command_line_reaches_the_reader_and_the_masks() -> None:
-    words = ["train", "--model.llm", "l", "--data.train", "a.csv", "--train.output", "o", "--train.max_steps", "1"]
+    words = ["train", "--model.llm", "l", "--data.train", "a.csv", "--train.out", "o", "--train.max_steps", "1"]
     own = [
         "--data.reader.format",
         "omni_csv",

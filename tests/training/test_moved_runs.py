@@ -32,7 +32,7 @@ def settings_of(project: Path, run: str, **own) -> RunSettings:
             num_workers=0,
         ),
         sampler=SamplerSettings(mode="random", num_draws=1),
-        train=TrainSettings(**{"output": run, **steps}),
+        train=TrainSettings(**{"out": run, **steps}),
     )
 
 

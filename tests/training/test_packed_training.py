@@ -85,4 +85,4 @@ def test_where_rows_cannot_be_packed_the_log_says_why(tmp_path: Path, caplog: py
 )
 def test_contradictions_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainSettings(output="x", max_steps=1, **given)
+        TrainSettings(out="x", max_steps=1, **given)

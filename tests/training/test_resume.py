@@ -1,5 +1,6 @@
 """A run that is stopped and resumed is the run that was never stopped, bit for bit; and what is refused."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -146,6 +147,12 @@ def test_a_run_is_continued_only_as_itself(tmp_path: Path) -> None:
     before = facts(settings_in(tmp_path))
     check_continues(before, facts(settings_in(tmp_path, save_every=1, validate_every=None)))
     check_continues(before, facts(settings_in(tmp_path, accumulation=1), processes=2))
+    older = copy.deepcopy(before)
+    older["settings"]["train"]["output"] = older["settings"]["train"].pop("out")
+    check_continues(older, before)
+    moved = facts(settings_in(tmp_path), sources={"llm": {"sha256": "a", "reference": "elsewhere"}})
+    moved["settings"]["model"]["llm"] = "elsewhere"
+    check_continues(before, moved)
     with pytest.raises(ValueError, match=r"train.learning_rate was 0.01 and is 0.5; train.seed was 0 and is 1"):
         check_continues(before, facts(settings_in(tmp_path, learning_rate=0.5, seed=1)))
     with pytest.raises(ValueError, match=r"processes x train.accumulation was 2 and is 4 micro-batches per step"):

@@ -51,7 +51,7 @@ def settings_of(world: Path, output: Path, *, data: dict | None = None, **train)
         model=model,
         data=DataSettings(train=[str(world / "train.jsonl")], validation=[str(world / "validation.jsonl")], **own),
         sampler=SamplerSettings(mode="sandwich"),
-        train=TrainSettings(output=str(output), **given),
+        train=TrainSettings(out=str(output), **given),
     )
 
 

@@ -31,7 +31,7 @@ def run(model: ModelSettings = MODEL, **blocks: dict[str, Any]) -> RunSettings:
         model=model,
         data=DataSettings(**{"train": ["a.jsonl"], **blocks.get("data", {})}),
         sampler=SamplerSettings(**blocks.get("sampler", {})),
-        train=TrainSettings(**{"output": "o", "max_steps": 10, **blocks.get("train", {})}),
+        train=TrainSettings(**{"out": "o", "max_steps": 10, **blocks.get("train", {})}),
     )
 
 

@@ -67,7 +67,7 @@ def run_settings(world: Path, output: Path, manifest: str, model: dict[str, Any]
         "data": {"train": [str(world / manifest)], "tokens_per_batch": 1500, "num_workers": 0, "max_bad_fraction": 0.5},
         "sampler": {"mode": "random", "num_draws": 2, **changes.pop("sampler", {})},
         "train": {
-            "output": str(output),
+            "out": str(output),
             "max_steps": 3,
             "learning_rate": 0.01,
             "progress": False,

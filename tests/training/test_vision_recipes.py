@@ -64,7 +64,7 @@ def recipe(world: Path, name: str, output: Path, **train: Any) -> RunSettings:
     data |= {"max_sample_tokens": 400, "tokens_per_batch": 800}
     short = {"epochs": None, "max_steps": 2, "save_every": 1, "precision": "float32", "use_cpu": True, "log_every": 1}
     short |= {"accumulation": 1}
-    own = {"output": str(output), "tensorboard": False, "progress": False, **short, **train}
+    own = {"out": str(output), "tensorboard": False, "progress": False, **short, **train}
     if "start_from" in values["train"] and "start_from" not in train:
         own["start_from"] = str(world / "converted")
     values["train"] |= own

@@ -88,7 +88,7 @@ def run_scenario(name: str, settings: RunSettings) -> Any:
     trainer = make_trainer(
         settings, kinds=own["kinds"], batches=own["batches"], rows=9 if own["batches"] is None else 8
     )
-    newest = newest_checkpoint(Path(settings.train.output))
+    newest = newest_checkpoint(Path(settings.train.out))
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest.folder))
     return trainer
 
