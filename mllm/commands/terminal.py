@@ -23,7 +23,10 @@ def console(*, stderr: bool = False) -> "Console":
 
 @contextmanager
 def progress_bar() -> Iterator["Progress"]:
-    """Inside, call the yielded function; each kind of work gets a bar of its own."""
+    """Inside, call the yielded function; each kind of work gets a bar of its own.
+
+    While no work is under way nothing is drawn, so that other processes may draw bars of their own.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -33,16 +36,20 @@ def progress_bar() -> Iterator["Progress"]:
     tasks = {}
 
     def show(what: str, done: int, total: int) -> None:
+        if bar.finished and (what not in tasks or done < total):
+            for name in list(tasks):  # they stand above for good
+                bar.remove_task(tasks.pop(name))
+            bar.start()
         if what not in tasks:
-            bar.start()  # not before there is something to show
             tasks[what] = bar.add_task(what, total=total)
         bar.update(tasks[what], completed=done, total=total)
+        if bar.finished:
+            bar.stop()
 
     try:
         yield show
     finally:
-        if tasks:
-            bar.stop()
+        bar.stop()
 
 
 def quiet_loading() -> None:
