@@ -32,8 +32,7 @@ from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import filled_store
-from mllm.training.feature_store import FeatureStore
+from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
@@ -63,6 +62,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
     """
+    if metric is not None and settings.data.features is not None:
+        raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
     on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
     arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
     check_world(arguments.world_size)
@@ -114,12 +115,14 @@ def build_trainer(
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
+    checked = read_samples(data.validation, data)
+    stores = None
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        store = _features(settings, arguments, model, processor, samples)
-        rows = FeatureDataset(samples, store, watch, groups=groups)
+        stores = _features(settings, arguments, model, processor, FeatureSamples(samples, checked))
+        rows = FeatureDataset(samples, stores.train, watch, groups=groups)
     batches = train_loader(
         rows,
         surveyed,
@@ -148,7 +151,7 @@ def build_trainer(
         processor=processor,
         sampler=draws,
         batches=batches,
-        validation=_validation(settings, arguments, processor, metric) if data.validation else None,
+        validation=_validation(settings, arguments, processor, checked, stores, metric) if checked else None,
         tensorboard=settings.train.tensorboard,
     )
     check_world(trainer.accelerator.num_processes)
@@ -158,8 +161,12 @@ def build_trainer(
 
 
 def _features(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
-) -> FeatureStore:
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: FeatureSamples,
+) -> Stores:
     """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
     if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
@@ -171,11 +178,11 @@ def _features(
             bar.update(done - bar.n)
 
         model.to(arguments.device)
-        store, form = filled_store(settings, model, processor, samples, **ranks, progress=note)
+        stores = filled_stores(settings, model, processor, samples, **ranks, progress=note)
     PartialState().wait_for_everyone()
-    store.read_index()
-    pass_features_through(model, form.pooled)
-    return store
+    stores.read_indices()
+    pass_features_through(model, stores.form.pooled)
+    return stores
 
 
 def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
@@ -210,15 +217,24 @@ def extremes(draws: Sampler) -> list[Budget]:
 
 
 def _validation(
-    settings: RunSettings, arguments: ElasticArguments, processor: ElasticProcessor, metric: Metric | None
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    stores: Stores | None,
+    metric: Metric | None,
 ) -> Validation:
     data = settings.data
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
-    samples = read_samples(data.validation, data)
     surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(data, processor, augmented=False, budgets=budgets))
+    else:
+        assert stores.validation is not None
+        rows = FeatureDataset(samples, stores.validation)
     batches, own = validation_loader(
-        samples,
+        rows,
         surveyed,
         settings=data,
         processor=processor,
@@ -240,7 +256,7 @@ def _fit_projectors(
     samples = read_samples(settings.data.captions, settings.data)
     surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
     batches, own = validation_loader(
-        samples,
+        ManifestDataset(samples, load=loading(settings.data, processor, augmented=False)),
         surveyed,
         settings=settings.data,
         processor=processor,
