@@ -111,10 +111,27 @@ class Stores:
 
 @dataclass
 class FeatureSamples:
-    """The samples whose features a run reads: `train` augmented, `validation` as they are."""
+    """The samples whose features a run reads: `train`, captions included, augmented, and `validation` as they are."""
 
     train: list[Sample]
     validation: list[Sample] = field(default_factory=list)
+
+
+def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sample]:
+    """The samples that a run trains on, and of its captions those that are not among them.
+
+    Raises:
+        ValueError: two that show different files have one id, by which features are kept.
+    """
+    known = {sample.id: sample for sample in samples}
+    for caption in captions:
+        own = known.get(caption.id)
+        if own is not None and (own.root, own.media) != (caption.root, caption.media):
+            raise ValueError(
+                f"the id {caption.id!r} is one sample in data.train and another in data.captions, and data.features "
+                "keeps features by id"
+            )
+    return [*samples, *(caption for caption in captions if caption.id not in known)]
 
 
 def filled_stores(
@@ -208,9 +225,9 @@ def make_features(
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
-    samples = FeatureSamples(
-        *(read_samples(own, settings.data) for own in (settings.data.train, settings.data.validation))
-    )
+    data = settings.data
+    train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
+    samples = FeatureSamples(with_captions(train, captions), validation)
     ranks = {"rank": rank, "num_ranks": num_ranks}
     return filled_stores(settings, model, processor, samples, **ranks, progress=progress).train
 
@@ -347,7 +364,11 @@ def _check_for_run(
     differences = fingerprint_differences(fingerprint, form.fingerprint)
     found.problems += [f"not of this config: {words}" for words in differences]
     found.problems += [f"not of this config: no {medium}" for medium in form.fingerprint if medium not in fingerprint]
-    samples = read_samples(settings.data.train if augmented else settings.data.validation, settings.data)
+    data = settings.data
+    if augmented:
+        samples = with_captions(read_samples(data.train, data), read_samples(data.captions, data))
+    else:
+        samples = read_samples(data.validation, data)
     assert settings.data.features is not None
     store.versions = settings.data.features.versions if augmented else 1
     for sample, version in store.missing(samples):

@@ -32,7 +32,7 @@ from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
+from mllm.training.feature_building import FeatureSamples, Stores, filled_stores, with_captions
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
@@ -79,9 +79,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
-        if settings.data.captions and start is None:
-            _fit_projectors(settings, arguments, model, processor)
-        trainer = build_trainer(settings, arguments, model, processor, metric=metric)
+        trainer = build_trainer(settings, arguments, model, processor, metric=metric, is_resumed=start is not None)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
@@ -103,8 +101,10 @@ def build_trainer(
     processor: ElasticProcessor,
     *,
     metric: Metric | None = None,
+    is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its batches, its draws, its validation."""
+    """The trainer of a run: its data looked over, its projectors fitted to captions unless a checkpoint brings them, its
+    batches, its draws, its validation."""
     run, data = arguments.run, settings.data
     draws = build_sampler(settings, processor.space)
     samples = read_samples(data.train, data)
@@ -116,13 +116,17 @@ def build_trainer(
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
     checked = read_samples(data.validation, data)
+    captions = [] if is_resumed else _captions(settings, model)
     stores = None
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        stores = _features(settings, arguments, model, processor, FeatureSamples(samples, checked))
+        wanted = FeatureSamples(with_captions(samples, captions), checked)
+        stores = _features(settings, arguments, model, processor, wanted)
         rows = FeatureDataset(samples, stores.train, watch, groups=groups)
+    if captions:
+        _fit_projectors(settings, arguments, model, processor, captions, stores)
     batches = train_loader(
         rows,
         surveyed,
@@ -245,18 +249,33 @@ def _validation(
     return Validation(batches, own, budgets, metric)
 
 
-def _fit_projectors(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor
-) -> None:
-    """Start the projectors at what captions say; see `projector_fit.py`."""
+def _captions(settings: RunSettings, model: Any) -> list[Sample]:
+    """What the projectors are fitted to before the first step; nothing where they are not."""
+    if not settings.data.captions:
+        return []
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
-    samples = read_samples(settings.data.captions, settings.data)
+    return read_samples(settings.data.captions, settings.data)
+
+
+def _fit_projectors(
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    stores: Stores | None,
+) -> None:
+    """Start the projectors at what captions say; see `projector_fit.py`."""
     surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(settings.data, processor, augmented=False))
+    else:
+        rows = FeatureDataset(samples, stores.train)
     batches, own = validation_loader(
-        ManifestDataset(samples, load=loading(settings.data, processor, augmented=False)),
+        rows,
         surveyed,
         settings=settings.data,
         processor=processor,

@@ -61,10 +61,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings_of(world: Path, output: Path, *, features: FeatureSettings | None = None, **data) -> RunSettings:
     model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
     own = {"tokens_per_batch": 512, "max_rows": 4, "num_workers": 0, "max_bad_fraction": 0.2, **data}
-    noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0]}
+    noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0], **own}
     return RunSettings(
         model=model,
-        data=DataSettings(train=[str(world / "train.jsonl")], features=features, **noisy, **own),
+        data=DataSettings(train=[str(world / "train.jsonl")], features=features, **noisy),
         sampler=SamplerSettings(mode="all"),
         train=TrainSettings(output=str(output), epochs=2, learning_rate=1e-3, progress=False, use_cpu=True, seed=3),
     )
@@ -87,6 +87,35 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
     bad = [json.loads(line) for line in (tmp_path / "features" / "quarantine-0.jsonl").read_text().splitlines()]
     assert {row["id"] if "id" in row else row["sample_id"] for row in bad} == {"broken"}
     load(tmp_path / "features")
+
+
+def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, tmp_path: Path) -> None:
+    """The same start as from files, whether a caption is also a training sample or not, and both are encoded once."""
+    seen = [sample for sample in read_manifest(world / "train.jsonl", world) if sample.id in ("asr0", "asr1")]
+    told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
+    write_manifest(world / "captions.jsonl", [*seen, Sample("caption", told, task="caption")])
+    clean = {"captions": [str(world / "captions.jsonl")], "noise": None, "snr_db": []}
+    found = {}
+    for name, own in (("files", None), ("features", FeatureSettings(folder=str(tmp_path / "kept")))):
+        run = settings_of(world, tmp_path / name, features=own, **clean)
+        train(dataclasses.replace(run, train=dataclasses.replace(run.train, learning_rate=1e-9)))
+        found[name] = load_file(tmp_path / name / TRAINABLES)
+    for name, value in found["files"].items():
+        torch.testing.assert_close(
+            found["features"][name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    store = FeatureStore(tmp_path / "kept")
+    store.read_index()
+    assert ("caption", 0) in store.entries
+    assert len(store.entries) == len(read_manifest(world / "train.jsonl", world)) + 1
+
+
+def test_captions_and_samples_of_one_id_must_be_the_same(world: Path, tmp_path: Path) -> None:
+    told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
+    write_manifest(world / "other.jsonl", [Sample("asr0", told, task="caption")])
+    own = FeatureSettings(folder=str(tmp_path / "kept"))
+    with pytest.raises(ValueError, match=r"the id 'asr0' is one sample in data.train and another in data.captions"):
+        train(settings_of(world, tmp_path / "run", features=own, captions=[str(world / "other.jsonl")]))
 
 
 @pytest.mark.parametrize("kept", [False, True])
