@@ -103,8 +103,8 @@ def build_trainer(
     metric: Metric | None = None,
     is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its projectors fitted to captions unless a checkpoint brings them, its
-    batches, its draws, its validation."""
+    """The trainer of a run: its data looked over, its projectors fitted to captions where it is not resumed, its batches,
+    its draws, its validation."""
     run, data = arguments.run, settings.data
     draws = build_sampler(settings, processor.space)
     samples = read_samples(data.train, data)
