@@ -86,7 +86,7 @@ def round_batches(
 
 
 def validation_loader(
-    samples: Sequence[Sample],
+    data: ManifestDataset,
     surveyed: Survey,
     *,
     settings: DataSettings,
@@ -95,7 +95,11 @@ def validation_loader(
     process_index: int,
     num_processes: int,
 ) -> tuple[DataLoader[Any], int]:
-    """Validation batches of this process, clean and in order, and how many of them count; a bad sample is an error."""
+    """Validation batches of this process, clean and in order, and how many of them count; a bad sample is an error.
+
+    Args:
+        data: the samples and how their media are loaded, without augmentation.
+    """
     batches = TokenBucketBatchSampler(
         surveyed.tokens,
         max_tokens=settings.tokens_per_batch,
@@ -106,7 +110,6 @@ def validation_loader(
     )
     own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
     collator = Collator(own)
-    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False, budgets=budgets))
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
     return loader, len(batches) - batches.num_repeated
 

@@ -32,8 +32,7 @@ from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import filled_store
-from mllm.training.feature_store import FeatureStore
+from mllm.training.feature_building import FeatureSamples, Stores, filled_stores, with_captions
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
@@ -63,6 +62,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
     """
+    if metric is not None and settings.data.features is not None:
+        raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
     on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
     arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
     check_world(arguments.world_size)
@@ -78,9 +79,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
-        if settings.data.captions and start is None:
-            _fit_projectors(settings, arguments, model, processor)
-        trainer = build_trainer(settings, arguments, model, processor, metric=metric)
+        trainer = build_trainer(settings, arguments, model, processor, metric=metric, is_resumed=start is not None)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
@@ -102,8 +101,10 @@ def build_trainer(
     processor: ElasticProcessor,
     *,
     metric: Metric | None = None,
+    is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its batches, its draws, its validation."""
+    """The trainer of a run: its data looked over, its projectors fitted to captions where it is not resumed, its batches,
+    its draws, its validation."""
     run, data = arguments.run, settings.data
     draws = build_sampler(settings, processor.space)
     samples = read_samples(data.train, data)
@@ -114,12 +115,18 @@ def build_trainer(
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
+    checked = read_samples(data.validation, data)
+    captions = [] if is_resumed else _captions(settings, model)
+    stores = None
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        store = _features(settings, arguments, model, processor, samples)
-        rows = FeatureDataset(samples, store, watch, groups=groups)
+        wanted = FeatureSamples(with_captions(samples, captions), checked)
+        stores = _features(settings, arguments, model, processor, wanted)
+        rows = FeatureDataset(samples, stores.train, watch, groups=groups)
+    if captions:
+        _fit_projectors(settings, arguments, model, processor, captions, stores)
     batches = train_loader(
         rows,
         surveyed,
@@ -148,7 +155,7 @@ def build_trainer(
         processor=processor,
         sampler=draws,
         batches=batches,
-        validation=_validation(settings, arguments, processor, metric) if data.validation else None,
+        validation=_validation(settings, arguments, processor, checked, stores, metric) if checked else None,
         tensorboard=settings.train.tensorboard,
     )
     check_world(trainer.accelerator.num_processes)
@@ -158,8 +165,12 @@ def build_trainer(
 
 
 def _features(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
-) -> FeatureStore:
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: FeatureSamples,
+) -> Stores:
     """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
     if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
@@ -171,11 +182,11 @@ def _features(
             bar.update(done - bar.n)
 
         model.to(arguments.device)
-        store, form = filled_store(settings, model, processor, samples, **ranks, progress=note)
+        stores = filled_stores(settings, model, processor, samples, **ranks, progress=note)
     PartialState().wait_for_everyone()
-    store.read_index()
-    pass_features_through(model, form.pooled)
-    return store
+    stores.read_indices()
+    pass_features_through(model, stores.form.pooled)
+    return stores
 
 
 def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
@@ -210,15 +221,24 @@ def extremes(draws: Sampler) -> list[Budget]:
 
 
 def _validation(
-    settings: RunSettings, arguments: ElasticArguments, processor: ElasticProcessor, metric: Metric | None
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    stores: Stores | None,
+    metric: Metric | None,
 ) -> Validation:
     data = settings.data
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
-    samples = read_samples(data.validation, data)
     surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(data, processor, augmented=False, budgets=budgets))
+    else:
+        assert stores.validation is not None
+        rows = FeatureDataset(samples, stores.validation)
     batches, own = validation_loader(
-        samples,
+        rows,
         surveyed,
         settings=data,
         processor=processor,
@@ -229,18 +249,33 @@ def _validation(
     return Validation(batches, own, budgets, metric)
 
 
-def _fit_projectors(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor
-) -> None:
-    """Start the projectors at what captions say; see `projector_fit.py`."""
+def _captions(settings: RunSettings, model: Any) -> list[Sample]:
+    """What the projectors are fitted to before the first step; nothing where they are not."""
+    if not settings.data.captions:
+        return []
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
-    samples = read_samples(settings.data.captions, settings.data)
+    return read_samples(settings.data.captions, settings.data)
+
+
+def _fit_projectors(
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    stores: Stores | None,
+) -> None:
+    """Start the projectors at what captions say; see `projector_fit.py`."""
     surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(settings.data, processor, augmented=False))
+    else:
+        rows = FeatureDataset(samples, stores.train)
     batches, own = validation_loader(
-        samples,
+        rows,
         surveyed,
         settings=settings.data,
         processor=processor,
