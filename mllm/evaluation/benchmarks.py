@@ -81,10 +81,18 @@ class BenchmarkReport:
     @property
     def unread(self) -> list[str]:
         """Answers in which no option was found; many of them mean that a score tells little about seeing."""
+        return self._counted("num_unread", "name no option")
+
+    @property
+    def unjudged(self) -> list[str]:
+        """Answers that nobody gave a reference for; the number beside them is of the others alone."""
+        return self._counted("num_unjudged", "have no reference and are not judged")
+
+    def _counted(self, key: str, words: str) -> list[str]:
         return [
-            f"{row['num_unread']} answers of {row['set']} ({row['task']}) at {row['budget'] or 'max'} name no option"
+            f"{row[key]} answers of {row['set']} ({row['task']}) at {row['budget'] or 'max'} {words}"
             for row in benchmark_table.overall_rows(self.results.rows)
-            if row.get("num_unread")
+            if row.get(key)
         ]
 
     def write(self, folder: Path, *, with_plot: bool = True) -> None:
@@ -101,7 +109,7 @@ class BenchmarkReport:
     def to_markdown(self) -> str:
         """Table, notes, oracle and failures."""
         parts = [f"# {self.results.facts.get('model', 'results')}", markdown_table(self.table.titles, self.table.cells)]
-        parts += [*self.table.notes, *self.unread]
+        parts += [*self.table.notes, *self.unread, *self.unjudged]
         if self.oracles:
             parts += ["## Oracle", markdown_table(self.oracle_head, self.oracle_cells)]
             parts.append(
