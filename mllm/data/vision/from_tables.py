@@ -96,8 +96,10 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
     answer = str(row["answer"])
     if answer == _UNKNOWN:
         answers = []
+    elif options:
+        answers = [letter_among(answer, options)]
     else:
-        answers = [letter_among(answer, options)] if options else _listed(answer, bare=True)
+        answers = _listed(answer, bare=True)
     subject = "_".join(row["id"].split("_")[1:-1])
     return Question(row["id"], images, text, answers, subject or None, {"options": options})
 
