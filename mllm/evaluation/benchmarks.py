@@ -23,7 +23,7 @@ from mllm.evaluation import benchmark_table, oracle
 from mllm.evaluation.benchmark_table import BenchmarkTable, markdown_table
 from mllm.evaluation.hypotheses import Line, write_whole
 from mllm.evaluation.plot import plot_pareto
-from mllm.evaluation.report import Results
+from mllm.evaluation.report import Results, cut_notes
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
 AXES = {"soft_tokens": "soft tokens per question (mean)", "tflops": "TFLOP per question (mean)"}
@@ -109,7 +109,9 @@ class BenchmarkReport:
     def to_markdown(self) -> str:
         """Table, notes, oracle and failures."""
         parts = [f"# {self.results.facts.get('model', 'results')}", markdown_table(self.table.titles, self.table.cells)]
-        parts += [*self.table.notes, *self.unread, *self.unjudged]
+        judged = [row for row in self.results.rows if row["task"] in BENCHMARKS]
+        cut = cut_notes(judged, self.results.facts.get("max_new_tokens"))
+        parts += [*self.table.notes, *self.unread, *self.unjudged, *cut]
         if self.oracles:
             parts += ["## Oracle", markdown_table(self.oracle_head, self.oracle_cells)]
             parts.append(

@@ -202,7 +202,8 @@ def conclude(
     write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     results = summarise(lines, seed=seed, facts=facts)
     results.write(store.folder)
-    speech = comparison_of(results.rows, short_name(str(results.facts.get("model", "model"))))
+    model, limit = short_name(str(results.facts.get("model", "model"))), results.facts.get("max_new_tokens")
+    speech = comparison_of(results.rows, model, max_new_tokens=limit)
     if speech is not None:
         speech.write(store.folder, with_plot=with_plot)
     report = report_of(results, lines)

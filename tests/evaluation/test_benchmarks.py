@@ -217,6 +217,8 @@ def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder
     assert "VizWiz (val)" in shown.out
     assert "POPE (F1)" in shown.out
     text = (tmp_path / MARKDOWN).read_text()
+    for told in (shown.out, text):
+        assert "answers to val (vizwiz) were cut at max_new_tokens 3: 3 at image=16, 3 at image=5, 3 at image=1" in told
     assert "| budget | soft tokens | VizWiz (val) | POPE (F1) | VizWiz (test) | MMBench | avg |" in text
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| image=")]
     assert [(row[0].strip("| "), row[1]) for row in rows] == [("image=16", "16"), ("image=5*", "5"), ("image=1", "1")]
