@@ -47,11 +47,6 @@ class Reserved:
         ids = frozenset(token_id for token_id, text in special.items() if len(text) > 1)
         return cls(ids - spelled.keys(), spelled)
 
-    @property
-    def all(self) -> frozenset[int]:
-        """Ids that are looked at more closely where they come of a text."""
-        return self.ids | self.spelled.keys()
-
     def cuts(self, text: str, encoding: Any) -> list[int]:
         """Find the places inside the tokens that were typed, in order; at least one character lies before each."""
         places = set()
@@ -75,6 +70,7 @@ class PlainText:
     def __init__(self, tokenizer: Any, going_on: Any) -> None:
         self._tokenizers = {False: tokenizer, True: going_on}
         self.reserved = Reserved.of(tokenizer)
+        self._suspects = self.reserved.ids | self.reserved.spelled.keys()
 
     def __call__(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
         """Encode texts that begin, or that go on; ids by text."""
@@ -87,8 +83,7 @@ class PlainText:
         backend.encode_special_tokens = True
         try:
             read = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-            suspects = self.reserved.all
-            places = {number: [] for number, ids in enumerate(read) if not suspects.isdisjoint(ids)}
+            places = {number: [] for number, ids in enumerate(read) if not self._suspects.isdisjoint(ids)}
             for number in places:  # the quick way of encoding keeps no offsets
                 encoding = backend.encode(texts[number], add_special_tokens=False)
                 places[number] = self.reserved.cuts(texts[number], encoding)

@@ -51,14 +51,14 @@ def _show_speech(results: "Results") -> None:
 def _show_benchmarks(settings: Settings, results: "Results") -> None:
     from mllm.commands.terminal import console, plain_table
     from mllm.evaluation.benchmark_table import benchmark_table
-    from mllm.evaluation.benchmarks import MARKDOWN, SUBMITTED
+    from mllm.evaluation.benchmarks import MARKDOWN, SUBMITTED, unjudged_notes
 
     found = benchmark_table(results.rows)
     if found is None:
         return
     out = console()
     out.print(plain_table(found.titles, found.cells, title=f"{results.facts['model']}"))
-    for note in found.notes:
+    for note in (*found.notes, *unjudged_notes(results.rows)):
         out.print(note, soft_wrap=True)
     out.print(f"oracle and failures: {settings.output_folder / MARKDOWN}", soft_wrap=True)
     for file in sorted((settings.output_folder / SUBMITTED).rglob("*.*")):
