@@ -97,8 +97,8 @@ def compare(folders: Sequence[str]) -> Comparison:
     """Lay results of several models side by side.
 
     Args:
-        folders: `DIR` or `NAME=DIR`: a folder of results, or a run, whose evaluation without a name is meant or else its
-            only one. Folders of one name make one line, as where a model was trained for each column.
+        folders: `DIR` or `NAME=DIR`: a folder of results, or a run, of which the evaluation without a name is taken,
+            or else the only one. Folders of one name make one line, as where a model was trained for each column.
 
     Raises:
         FileNotFoundError: a folder without results.
