@@ -248,6 +248,7 @@ class Answerer:
                 num_new_tokens=len(new),
                 timing=watch.timing(),
                 num_shared_tokens=num_shared,
+                is_cut=self.is_cut(new),
             )
             for text, budget, row, costs, length, new, num_shared in zip(
                 texts, asked, rows, expanded.costs, prompt_lengths, new_ids, shared, strict=True
@@ -271,6 +272,10 @@ class Answerer:
         """An answer up to its end token; what follows waited for the batch mates."""
         ends = set(self.end_ids)
         return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
+
+    def is_cut(self, ids: list[int]) -> bool:
+        """Whether an answer of `ended` has no end, because it is as long as answers may be."""
+        return not ids or ids[-1] not in self.end_ids
 
     def options(self, on_text: Callable[[str], None] | None = None) -> dict[str, Any]:
         """Arguments of `generate`; `on_text` is called with the pieces of a greedy or sampled answer."""

@@ -13,7 +13,7 @@ LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
         *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
-        *("cache_names", "extras", "image_processors", "probes"),
+        *("cache_names", "extras", "image_processors", "plain_text", "probes"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {

@@ -3,12 +3,13 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from mllm.progress import Progress
 
@@ -19,6 +20,20 @@ def console(*, stderr: bool = False) -> "Console":
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 160)
+
+
+def plain_table(
+    titles: Sequence[str], lines: Iterable[Sequence[str]], *, title: str | None = None, num_names: int = 1
+) -> "Table":
+    """Make a table whose first `num_names` columns are names, to the left, and the others numbers, to the right."""
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", pad_edge=False)
+    for number, name in enumerate(titles):
+        shown.add_column(name, justify="right" if number >= num_names else "left")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
 
 
 @contextmanager

@@ -145,6 +145,7 @@ class Sweep:
             "tokens": dict(answer.tokens),
             "prompt_tokens": answer.num_prompt_tokens,
             "new_tokens": answer.num_new_tokens,
+            "is_cut": answer.is_cut,
             "seconds": _seconds(row),
             "cost": self._cost(item, row, answer),
         }

@@ -176,6 +176,7 @@ def evaluation_settings(settings: RealDemoSettings) -> EvaluateSettings:
     corpus = Path(settings.out) / "corpus"
     return EvaluateSettings(
         model=settings.out,
+        name="demo",  # so that a first evaluation of one's own has a place
         manifest=[str(corpus / "test.jsonl"), str(corpus / "heldout.jsonl")],
         budgets=list(BUDGETS),
         max_new_tokens=40,
