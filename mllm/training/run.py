@@ -103,8 +103,7 @@ def build_trainer(
     metric: Metric | None = None,
     is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its projectors fitted to captions where it is not resumed, its batches,
-    its draws, its validation."""
+    """The trainer of a run: data looked over, projectors fitted to captions if it is fresh, batches, draws, validation."""
     run, data = arguments.run, settings.data
     draws = build_sampler(settings, processor.space)
     samples = read_samples(data.train, data)
