@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mllm.budget import Budget
+from mllm.media import MediaLimits
 
 if TYPE_CHECKING:
     from mllm.generation import Answer
@@ -45,6 +46,8 @@ class Settings:
     timing: bool = False
     """Also tell the milliseconds of encoder, prefill and decoding. The request is run once before, unseen: the first
     time also pays for what a process does only once."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
     max_mismatch_seconds: float | None = 0.08
     """A sound and a video of one name may differ in length by so much; null never compares."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -90,7 +93,7 @@ def run(settings: Settings) -> int:
     model, processor = load(settings.model, dtype=settings.dtype, merge_adapter=settings.merge_adapter)
     if torch.cuda.is_available() and not settings.use_cpu:
         model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
-    loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds)
+    loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
     answerer = Answerer(model, processor, decoding, loader=loader)
     files = {"image": settings.image, "audio": settings.sounds, "video": settings.video}
     if len(settings.text) > 1:

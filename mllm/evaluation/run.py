@@ -79,10 +79,13 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     sweep = Sweep(
         answerer,
         store,
-        noise=None if settings.noise is None else load_audio(settings.noise),
+        noise=None if settings.noise is None else load_audio(settings.noise, limits=settings.limits),
         seed=settings.seed,
         loader=MediaLoader(
-            gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
+            gray=True,
+            backend=settings.video_backend,
+            max_mismatch_seconds=settings.max_mismatch_seconds,
+            limits=settings.limits,
         ),
         allow_untrained=allowed,
         max_rows=settings.max_rows,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
+from mllm.media import MediaLimits
 from mllm.settings import check_at_least
 
 
@@ -40,6 +41,8 @@ class EvaluateSettings:
     """Take the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1

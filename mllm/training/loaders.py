@@ -133,7 +133,12 @@ def loading(
     Raises:
         ValueError: noise that is silent.
     """
-    reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
+    reader = MediaLoader(
+        gray=True,
+        backend=settings.video_backend,
+        max_mismatch_seconds=settings.max_mismatch_seconds,
+        limits=settings.limits,
+    )
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
     return TimedLoad(processor, reader, watch or Stopwatch(), augmentation=augmentation, budgets=tuple(budgets))
@@ -147,7 +152,11 @@ def build_augmentation(settings: DataSettings) -> Augmentation:
         MediaError: noise that cannot be read.
     """
     try:
-        mix = None if settings.noise is None else MixNoise(load_audio(settings.noise), settings.snr_db)
+        mix = (
+            None
+            if settings.noise is None
+            else MixNoise(load_audio(settings.noise, limits=settings.limits), settings.snr_db)
+        )
     except MediaError:
         raise
     except ValueError as error:

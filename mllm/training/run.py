@@ -70,6 +70,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
         model, processor = build(settings.model)
+        processor.limits = settings.data.limits
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
         arguments.facts = {"settings": dataclasses.asdict(settings), "sources": dict(model.config.sources or {})}
