@@ -122,3 +122,22 @@ def refusal(error: ValueError, path: Path) -> MediaError:
     if isinstance(error, NotMouthCrops):
         hint = f"; cut such crops first: mllm prepare lips {shlex.quote(str(path))} --out crops"
     return MediaError("unsupported", path, f"{error}{hint}")
+
+
+class ItemNumbers:
+    """Say which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
+
+    def __init__(self) -> None:
+        self.items: list[LoadedMedia] = []
+        self._counts: dict[str, int] = {}
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, item: LoadedMedia) -> int:
+        """The number of an item among those of its encoder."""
+        key = (item.medium, id(item.values), item.raw_length)
+        if key in self._known:
+            return self._known[key]
+        self.items.append(item)
+        number = self._known[key] = self._counts.get(item.encoder, 0)
+        self._counts[item.encoder] = number + item.num_items
+        return number

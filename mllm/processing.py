@@ -22,14 +22,14 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
-from mllm.loaded import LoadedMedia, as_long_as_longest, cut_picture, cuts_of, refusal, stack_media
+from mllm.loaded import ItemNumbers, LoadedMedia, as_long_as_longest, cut_picture, cuts_of, refusal, stack_media
 from mllm.media import (
     DEFAULT_LIMITS,
     Audio,
     FrameSampling,
     MediaLimits,
     MediaLoader,
-    RememberingLoader,
+    Reader,
     agreeing_sound,
     resolve_media,
 )
@@ -112,6 +112,11 @@ class ElasticProcessor(ProcessorMixin):
         configs = {m: _config_of(s["encoder"]) for m, s in media.items()}
         return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
 
+    @property
+    def window_seconds(self) -> float | None:
+        """Longest sound that its encoder takes; None where any length will do."""
+        return getattr(self.transforms["audio"], "window_seconds", None) if "audio" in self.transforms else None
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved beside the tokenizer."""
         return {"processor_class": type(self).__name__, "elastic": self.elastic}
@@ -121,7 +126,7 @@ class ElasticProcessor(ProcessorMixin):
         sample: Sample,
         *,
         generator: np.random.Generator | None = None,
-        loader: MediaLoader | RememberingLoader | None = None,
+        loader: Reader | None = None,
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
         budgets: Sequence[Budget] = (),
@@ -202,7 +207,7 @@ class ElasticProcessor(ProcessorMixin):
         """How pictures are cut into tiles, if they are."""
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
-    def read_media(self, sample: Sample, loader: MediaLoader | RememberingLoader | None = None) -> list[Any]:
+    def read_media(self, sample: Sample, loader: Reader | None = None) -> list[Any]:
         """Decoded media of a sample in order of appearance, sounds as long as the videos they belong to.
 
         Raises:
@@ -278,7 +283,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        numbers = _Numbers()
+        numbers = ItemNumbers()
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -382,21 +387,3 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
     return FrameSampling(frames["count"], frames["per_second"])
-
-
-class _Numbers:
-    """Which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
-
-    def __init__(self) -> None:
-        self.items: list[LoadedMedia] = []
-        self._counts: dict[str, int] = {}
-        self._known: dict[tuple[str, int, int], int] = {}
-
-    def __call__(self, item: LoadedMedia) -> int:
-        key = (item.medium, id(item.values), item.raw_length)
-        if key in self._known:
-            return self._known[key]
-        self.items.append(item)
-        number = self._known[key] = self._counts.get(item.encoder, 0)
-        self._counts[item.encoder] = number + item.num_items
-        return number

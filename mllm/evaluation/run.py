@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,14 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         static_cache=settings.static_cache,
     )
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
-    answerer = Answerer(model, processor, decoding, settings.batch_size, constant_prompt=settings.constant_prompt)
+    answerer = Answerer(
+        model,
+        processor,
+        decoding,
+        settings.batch_size,
+        long_audio=settings.long_audio_settings,
+        constant_prompt=settings.constant_prompt,
+    )
     allowed = settings.allow_untrained
     work = plan(
         samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
@@ -248,6 +255,7 @@ def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
         **{key: getattr(settings, key) for key in ("num_beams", "length_penalty", "max_new_tokens", "dtype")},
         # Only where they are asked for, so that answers from before there were such keys can be gone on with.
         **{key: True for key in ("merge_adapter", "static_cache") if getattr(settings, key)},
+        **({"long_audio": asdict(settings.long_audio_settings)} if settings.long_audio == "chunk" else {}),
     }
 
 

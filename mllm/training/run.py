@@ -106,8 +106,7 @@ def build_trainer(
     metric: Metric | None = None,
 ) -> ElasticTrainer:
     """The trainer of a run: its data looked over, its batches, its draws, its validation."""
-    run, data = arguments.run, settings.data
-    draws = build_sampler(settings, processor.space)
+    run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
     samples = read_samples(data.train, data)
     tasks = sorted({sample.task for sample in samples})
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
@@ -116,8 +115,7 @@ def build_trainer(
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
-    checked = read_samples(data.validation, data)
-    stores = None
+    checked, stores = read_samples(data.validation, data), None
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
