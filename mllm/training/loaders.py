@@ -23,6 +23,7 @@ from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
+from mllm.training.interruption import ignore_interrupts
 from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
@@ -72,7 +73,13 @@ def train_loader(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
     collator = Collator(encode, quarantine=quarantine)
-    return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=settings.num_workers,
+        worker_init_fn=ignore_interrupts,
+    )
 
 
 def round_batches(
@@ -110,7 +117,13 @@ def validation_loader(
     )
     own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
     collator = Collator(own)
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=settings.num_workers,
+        worker_init_fn=ignore_interrupts,
+    )
     return loader, len(batches) - batches.num_repeated
 
 

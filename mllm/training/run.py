@@ -35,6 +35,7 @@ from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
 from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
+from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
@@ -61,6 +62,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     Raises:
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
+        KeyboardInterrupt: the user interrupted it; see `interruption.py`.
     """
     if metric is not None and settings.data.features is not None:
         raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
@@ -87,7 +89,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
         else:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+            _fit(trainer, start)
         trainables = trainer.trainables()
         if arguments.should_save:
             save_run(model, processor, arguments.run, state=trainables)
@@ -95,6 +97,20 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
                 draw_experts(read_counts(counts), arguments.run / PLOT)
         PartialState().wait_for_everyone()
     return arguments.run
+
+
+def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
+    """Train to the last step.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted before that; with one process, there is a checkpoint of the step.
+    """
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    with stopping_on_interrupt(stop, num_processes=trainer.args.world_size):
+        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+        raise KeyboardInterrupt
 
 
 def build_trainer(
