@@ -52,11 +52,26 @@ def test_the_readme_names_commands() -> None:
     assert len(commands()) >= 10
 
 
+@pytest.fixture(scope="module")
+def beside_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configs of the clone and those that the README's own lines write."""
+    from mllm.cli import main
+
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert [main(shlex.split(line)[1:]) for line in commands() if line.startswith("mllm init")] == [0, 0]
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_readme_parses(
+    command: str, beside_configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mllm.cli import parse
 
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(beside_configs)
     words = shlex.split(command)
     assert words[0] == "mllm"
     parse(words[1:])
