@@ -68,7 +68,14 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         static_cache=settings.static_cache,
     )
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
-    answerer = Answerer(model, processor, decoding, settings.batch_size, constant_prompt=settings.constant_prompt)
+    answerer = Answerer(
+        model,
+        processor,
+        decoding,
+        settings.batch_size,
+        long_audio=settings.long_audio_settings,
+        constant_prompt=settings.constant_prompt,
+    )
     allowed = settings.allow_untrained
     work = plan(
         samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
@@ -80,10 +87,13 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     sweep = Sweep(
         answerer,
         store,
-        noise=None if settings.noise is None else load_audio(settings.noise),
+        noise=None if settings.noise is None else load_audio(settings.noise, limits=settings.limits),
         seed=settings.seed,
         loader=MediaLoader(
-            gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
+            gray=True,
+            backend=settings.video_backend,
+            max_mismatch_seconds=settings.max_mismatch_seconds,
+            limits=settings.limits,
         ),
         allow_untrained=allowed,
         max_rows=settings.max_rows,

@@ -35,7 +35,7 @@ def load_image(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LI
             (bytes, or pixels as the header gives them before anything is unpacked).
     """
     name = os.fspath(path)
-    with open_media(path, limits.image_bytes) as file:
+    with open_media(path, limits.image_bytes, "image_bytes") as file:
         container = sniff(file)
         if container is None or container[0] != "image":
             raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
@@ -49,7 +49,7 @@ def header_pixels(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT
         MediaError: as `load_image`, as far as the header shows it.
     """
     name = os.fspath(path)
-    with open_media(path, limits.image_bytes) as file:
+    with open_media(path, limits.image_bytes, "image_bytes") as file:
         container = sniff(file)
         if container is None or container[0] != "image":
             raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
@@ -85,7 +85,7 @@ def _opened(name: str, file: BinaryIO, limits: MediaLimits) -> Iterator[Image.Im
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
-    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels")
+    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels (limits.image_pixels)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

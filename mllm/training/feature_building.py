@@ -222,6 +222,7 @@ def make_features(
     import torch
 
     model, processor = build(settings.model)
+    processor.limits = settings.data.limits
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
@@ -360,6 +361,7 @@ def _check_for_run(
     from mllm.building import build_processor, elastic_config
 
     processor = build_processor(settings.model)
+    processor.limits = settings.data.limits
     form = form_of(elastic_config(settings.model, processor), processor, settings, augmented=augmented)
     differences = fingerprint_differences(fingerprint, form.fingerprint)
     found.problems += [f"not of this config: {words}" for words in differences]

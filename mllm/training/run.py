@@ -35,6 +35,7 @@ from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
 from mllm.training.feature_building import FeatureSamples, Stores, filled_stores, with_captions
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
+from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
@@ -61,6 +62,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     Raises:
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
+        KeyboardInterrupt: the user interrupted it; see `interruption.py`.
     """
     if metric is not None and settings.data.features is not None:
         raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
@@ -70,6 +72,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
         model, processor = build(settings.model)
+        processor.limits = settings.data.limits
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
         arguments.facts = {"settings": dataclasses.asdict(settings), "sources": dict(model.config.sources or {})}
@@ -84,7 +87,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
         else:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+            _fit(trainer, start)
         trainables = trainer.trainables()
         if arguments.should_save:
             save_run(model, processor, arguments.run, state=trainables)
@@ -92,6 +95,20 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
                 draw_experts(read_counts(counts), arguments.run / PLOT)
         PartialState().wait_for_everyone()
     return arguments.run
+
+
+def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
+    """Train to the last step.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted before that; with one process, there is a checkpoint of the step.
+    """
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    with stopping_on_interrupt(stop, num_processes=trainer.args.world_size):
+        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+        raise KeyboardInterrupt
 
 
 def build_trainer(
@@ -103,20 +120,14 @@ def build_trainer(
     metric: Metric | None = None,
     is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: data looked over, projectors fitted to captions if it is fresh, batches, draws, validation."""
-    run, data = arguments.run, settings.data
-    draws = build_sampler(settings, processor.space)
-    samples = read_samples(data.train, data)
-    tasks = sorted({sample.task for sample in samples})
-    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
-        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
-    check_members(samples, draws, processor.members)
+    """The trainer of a run: its data looked over, its projectors fitted to captions, its batches, draws, validation."""
+    run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
+    samples = _training_samples(settings, processor, draws)
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
-    checked = read_samples(data.validation, data)
+    checked, stores = read_samples(data.validation, data), None
     captions = [] if is_resumed else _captions(settings, model)
-    stores = None
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
@@ -161,6 +172,16 @@ def build_trainer(
     if settings.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer
+
+
+def _training_samples(settings: RunSettings, processor: ElasticProcessor, draws: Sampler) -> list[Sample]:
+    """The samples, once it is sure that their tasks and scales are those of the settings."""
+    samples = read_samples(settings.data.train, settings.data)
+    tasks = sorted({sample.task for sample in samples})
+    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
+        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
+    check_members(samples, draws, processor.members)
+    return samples
 
 
 def _features(

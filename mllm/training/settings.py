@@ -14,6 +14,7 @@ import yaml
 
 from mllm.budget import MEDIA, Budget
 from mllm.data.settings import ReaderSettings
+from mllm.media import MediaLimits
 from mllm.sampler import Mode
 from mllm.settings import ModelSettings, check_at_least
 
@@ -71,6 +72,8 @@ class DataSettings:
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; by less, the sound is cut or followed by silence.
     null never compares."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused, e.g. {video_seconds: 600}."""
     features: FeatureSettings | None = None
     """Encode every training sample once, before the first step, instead of in every epoch, and every sample of
     data.validation; off when left out."""

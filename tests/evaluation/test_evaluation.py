@@ -256,7 +256,10 @@ def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_pat
     noise = load_audio(tmp_path / "noise.wav")
     work = plan({"test": sounds}, BUDGETS[:1], space=answerer.processor.space, snrs_db=[None, 0.0, -5.0])
     assert [(item.sample.id, item.snr_db) for item in work[:3]] == [("a0", None), ("a0", 0.0), ("a0", -5.0)]
-    media = [Sweep(answerer, _claimed(tmp_path), noise=noise, seed=seed)._load(work[1])[0].values for seed in (0, 0, 1)]
+    media = [
+        Sweep(answerer, _claimed(tmp_path), noise=noise, seed=seed)._load(work[1])[0].media[0].values
+        for seed in (0, 0, 1)
+    ]
     assert media[0].equal(media[1])
     assert not media[0].equal(media[2])
     run_share(Sweep(answerer, _claimed(tmp_path), noise=noise), work)

@@ -30,6 +30,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "constant_prompt": {"constant_prompt": True},
     "static_cache": {"static_cache": True},
     "dtype": {"dtype": "bfloat16"},
+    "long_audio": {"long_audio": "chunk"},
+    "window_seconds": {"long_audio": "chunk", "window_seconds": 20.0},
+    "overlap_seconds": {"long_audio": "chunk", "overlap_seconds": 2.0},
+    "limits": {"limits": MediaLimits(audio_seconds=7.0)},
     "video_backend": {"video_backend": "decord"},
     "budgets": {"budgets": "image=4"},
     "allow_untrained": {"allow_untrained": True},
@@ -98,6 +102,8 @@ def test_each_setting_counts_unless_it_is_known_not_to(folder: Path, key: str) -
     common = {"noise": str(folder / "noise.wav"), "snr_db": [0.0]} if key == "snr_db" else {}
     if key == "length_penalty":
         common = {"num_beams": 3}
+    if key in ("window_seconds", "overlap_seconds"):
+        common = {"long_audio": "chunk"}
     before, after = found(folder, **common), found(folder, **{**common, **CHANGES[key]})
     assert (before == after) == (key in NEVER_IN_ANSWERS)
     assert after.get(key, CHANGES[key][key]) == CHANGES[key][key]
