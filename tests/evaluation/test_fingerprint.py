@@ -17,6 +17,7 @@ from mllm.evaluation.hypotheses import AnswerStore
 from mllm.evaluation.run import read_sets
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.loading import save_run
+from mllm.media import MediaLimits
 from mllm.trainables import set_trainables
 
 OWN = tiny.settings(("image", "audio"))
