@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
 from mllm.configuration import ElasticConfig
+from mllm.media import MediaLimits
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import read_dtype
 from mllm.pretrained import load_checked
@@ -109,6 +110,7 @@ def load(
     merge_adapter: bool = False,
     checkpoint: str | int | None = None,
     sources: Mapping[str, str] | None = None,
+    limits: MediaLimits | Mapping[str, float] | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """Load a model and its processor from a run folder, a checkpoint in one or an export, in eval mode.
 
@@ -118,14 +120,18 @@ def load(
         checkpoint: of a run: the step, the folder's name, or "auto" for the newest; the finished model when left out.
         sources: where frozen parts are now, by part (llm, image, audio, video), if they were moved.
         merge_adapter: fold the LLM's adapter into its weights, see `merge_llm_adapter`.
+        limits: pixels, seconds and bytes beyond which files are refused, e.g. `{"video_seconds": 600}`; those that are
+            not named have the defaults of `mllm.media.MediaLimits`.
 
     Raises:
         FileNotFoundError: the folder holds no model or no such checkpoint, or a frozen part is not where it was.
         ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
             adapter that cannot be merged.
     """
+    allowed = MediaLimits.of(limits)
     own = model_folder(folder, checkpoint)
     model, processor = _load(own, dtype=read_dtype(dtype), attention=attention, sources=sources)
+    processor.limits = allowed
     if merge_adapter:
         merge_llm_adapter(model)
     if device is None:

@@ -24,13 +24,15 @@ from mllm.data.manifest import Message, Sample
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
-from mllm.loaded import LoadedMedia, as_long_as_longest, cut_picture, cuts_of, stack_media
+from mllm.loaded import ItemNumbers, LoadedMedia, as_long_as_longest, cut_picture, cuts_of, refusal, stack_media
 from mllm.media import (
+    DEFAULT_LIMITS,
     Audio,
     FrameSampling,
     Given,
+    MediaLimits,
     MediaLoader,
-    RememberingLoader,
+    Reader,
     agreeing_sound,
     decode_given,
     resolve_media,
@@ -62,6 +64,8 @@ class ElasticProcessor(ProcessorCalls):
     def __init__(self, tokenizer: Any, elastic: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
         self.elastic = elastic or {"chat_format": "chat", "media": {}}
+        # What files may be, where no loader says it; a matter of the machine that reads, and saved nowhere.
+        self.limits: MediaLimits = DEFAULT_LIMITS
         media: Mapping[str, dict[str, Any]] = self.elastic["media"]
         self.sampling = {m: _sampling_of(s["frames"]) for m, s in media.items() if "frames" in s}
         self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in media}
@@ -119,6 +123,11 @@ class ElasticProcessor(ProcessorCalls):
         configs = {m: _config_of(s["encoder"]) for m, s in media.items()}
         return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
 
+    @property
+    def window_seconds(self) -> float | None:
+        """Longest sound that its encoder takes; None where any length will do."""
+        return getattr(self.transforms["audio"], "window_seconds", None) if "audio" in self.transforms else None
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved beside the tokenizer."""
         return {"processor_class": type(self).__name__, "elastic": self.elastic}
@@ -128,7 +137,7 @@ class ElasticProcessor(ProcessorCalls):
         sample: Sample,
         *,
         generator: np.random.Generator | None = None,
-        loader: MediaLoader | RememberingLoader | None = None,
+        loader: Reader | None = None,
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
         budgets: Sequence[Budget] = (),
@@ -150,12 +159,35 @@ class ElasticProcessor(ProcessorCalls):
             given: what was handed over in place of files, per medium of the sample; None where it is a file.
 
         Raises:
-            MediaError: a file that is missing, broken, over a limit or outside the root, or sound and video of one
-                clip that are not equally long.
+            MediaError: a file that is missing, broken, over a limit or outside the root, sound and video of one
+                clip that are not equally long, or what its encoder cannot take.
             ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
+        raws = self.read_media(sample, loader, given=given)
+        return self.prepare_media(
+            sample, raws, generator=generator, noise=noise, augmentation=augmentation, budgets=budgets, given=given
+        )
+
+    def prepare_media(
+        self,
+        sample: Sample,
+        raws: Sequence[Any],
+        *,
+        generator: np.random.Generator | None = None,
+        noise: Callable[[Audio], Audio] | None = None,
+        augmentation: Augmentation | None = None,
+        budgets: Sequence[Budget] = (),
+        given: Sequence[Given | None] = (),
+    ) -> list[LoadedMedia]:
+        """Transform the decoded media of a sample, as `load_media` does once it has read them.
+
+        Args:
+            raws: of `read_media`, or stretches of those; the rest is as in `load_media`.
+
+        Raises:
+            MediaError, ValueError: as `load_media`.
+        """
         chance = None if generator is None else chances(generator)
-        raws = self._read(sample, loader, given or [None] * len(sample.media))
         loaded: list[LoadedMedia | None] = []
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
             own = None if chance is None else _numbered(chance, number)
@@ -169,7 +201,11 @@ class ElasticProcessor(ProcessorCalls):
                     raw = noise(raw)
             except ValueError as error:
                 raise ValueError(f"{part.medium} {part.path}: {error}") from error
-            loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
+            try:
+                loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
+            except ValueError as error:
+                is_given = bool(given) and given[number] is not None
+                raise refusal(error, part.path if is_given else resolve_media(sample.root, part.path)) from error
         return self._with_tiles(loaded, raws, budgets)
 
     def _pictures(self, medium: str, raw: Any) -> LoadedMedia | None:
@@ -208,16 +244,23 @@ class ElasticProcessor(ProcessorCalls):
         """How pictures are cut into tiles, if they are."""
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
-    def _read(
-        self, sample: Sample, loader: MediaLoader | RememberingLoader | None, given: Sequence[Given | None]
+    def read_media(
+        self, sample: Sample, loader: Reader | None = None, *, given: Sequence[Given | None] = ()
     ) -> list[Any]:
-        """Decoded media in order of appearance, sounds as long as the videos they belong to."""
-        read = loader or MediaLoader(gray=True)
+        """Decoded media of a sample in order of appearance, sounds as long as the videos they belong to.
+
+        Args:
+            loader, given: as in `load_media`; what is given needs a `MediaLoader`, which says at what rates.
+
+        Raises:
+            MediaError, ValueError: as `load_media`.
+        """
+        read = loader or MediaLoader(gray=True, limits=self.limits)
         for part in sample.media:
             self._check_medium(part.medium)
         paths: list[Any] = []
         raws: list[Any] = []
-        for part, own in zip(sample.media, given, strict=True):
+        for part, own in zip(sample.media, given or [None] * len(sample.media), strict=True):
             sampling = self.sampling.get(part.medium)
             if own is not None:
                 assert isinstance(read, MediaLoader)
@@ -296,7 +339,7 @@ class ElasticProcessor(ProcessorCalls):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        numbers = _Numbers()
+        numbers = ItemNumbers()
         rows = []
         for number, (sample, items) in enumerate(zip(samples, media, strict=True)):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -354,21 +397,3 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
     return FrameSampling(frames["count"], frames["per_second"])
-
-
-class _Numbers:
-    """Which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
-
-    def __init__(self) -> None:
-        self.items: list[LoadedMedia] = []
-        self._counts: dict[str, int] = {}
-        self._known: dict[tuple[str, int, int], int] = {}
-
-    def __call__(self, item: LoadedMedia) -> int:
-        key = (item.medium, id(item.values), item.raw_length)
-        if key in self._known:
-            return self._known[key]
-        self.items.append(item)
-        number = self._known[key] = self._counts.get(item.encoder, 0)
-        self._counts[item.encoder] = number + item.num_items
-        return number

@@ -13,7 +13,8 @@ LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
         *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
-        *("cache_names", "extras", "image_processors", "probes", "run_folders", "tensor_files"),
+        *("cache_names", "extras", "image_processors", "plain_text", "probes", "run_folders", "tensor_files"),
+        "windows",
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
@@ -24,7 +25,7 @@ LEVELS = [
     {"modeling", "modeling_base", "modeling_body", "routing", "processing", "loaded", "data", "chat"}
     | {"chat_template", "conversations", "processor_calls"},
     {"vocabulary", "building", "loading", "cost", "convert"},
-    {"generation", "growing", "asking", "decoding", "timing", "training"},
+    {"generation", "growing", "asking", "decoding", "timing", "long_audio", "training"},
     {"evaluation"},
     {"world", "doctor", "preparation", "lmms"},
     {"real"},

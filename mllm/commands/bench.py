@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.budget import MEDIA, Budget
+from mllm.media import MediaLimits
 from mllm.settings import check_at_least
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Settings:
     """Of every budget."""
     warmup: int = 1
     """Rounds before those, which do not count."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
     out: str | None = None
     """Folder that gets bench.json and bench.png; only shown when left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -91,6 +94,7 @@ def run(settings: Settings) -> int:
         device="cpu" if settings.use_cpu else None,
         checkpoint=settings.checkpoint,
         sources=settings.sources,
+        limits=settings.limits,
     )
     loaded = _media(settings, processor)
     batch = requests(processor, loaded, settings.text, settings.batch_size)

@@ -3,7 +3,6 @@
 Knows settings, ranks and the order of steps. The steps are in `planning`, `sweep`, `report` and `plot`.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from mllm.data.readers import read_data
 from mllm.data.vision.short_answers import question_ids
 from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
+from mllm.evaluation.fingerprint import fingerprint_of
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
@@ -50,45 +50,33 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     """
     from accelerate import PartialState
 
-    from mllm.generation import Decoding
-    from mllm.loading import load
     from mllm.media import MediaLoader, load_audio
     from mllm.training.launch import prepare_launch
 
+    settings = settings.pinned()
     check_noise(settings)
-    samples = read_sets(settings)
+    whole = read_sets(settings)
+    samples = {name: own[: settings.limit] for name, own in whole.items()}
     all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
-    model, processor = load(
-        settings.model_folder,
-        dtype=settings.dtype,
-        device=state.device,
-        merge_adapter=settings.merge_adapter,
-        sources=settings.sources,
-    )
-    decoding = Decoding(
-        settings.num_beams,
-        settings.max_new_tokens,
-        length_penalty=settings.length_penalty,
-        static_cache=settings.static_cache,
-    )
-    answerer = Answerer(model, processor, decoding, settings.batch_size, constant_prompt=settings.constant_prompt)
-    allowed = settings.allow_untrained
-    work = plan(
-        samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
-    )
+    answerer = _answerer(settings, state.device)
+    allowed, space = settings.allow_untrained, answerer.processor.space
+    work = plan(samples, settings.asked_budgets, space=space, snrs_db=settings.snr_db, allow_untrained=allowed)
     store = AnswerStore(settings.output_folder, rank=state.process_index)
     if state.is_main_process:
-        store.claim(fingerprint_of(settings))
+        store.claim(fingerprint_of(settings, whole))
     state.wait_for_everyone()
     sweep = Sweep(
         answerer,
         store,
-        noise=None if settings.noise is None else load_audio(settings.noise),
+        noise=None if settings.noise is None else load_audio(settings.noise, limits=settings.limits),
         seed=settings.seed,
         loader=MediaLoader(
-            gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
+            gray=True,
+            backend=settings.video_backend,
+            max_mismatch_seconds=settings.max_mismatch_seconds,
+            limits=settings.limits,
         ),
         allow_untrained=allowed,
         max_rows=settings.max_rows,
@@ -97,7 +85,35 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    return conclude(work, store, seed=settings.seed, facts=_facts(settings, model.config), all_ids=all_ids)
+    return conclude(work, store, seed=settings.seed, facts=_facts(settings, answerer.model.config), all_ids=all_ids)
+
+
+def _answerer(settings: EvaluateSettings, device: Any) -> Answerer:
+    """The model that is evaluated, on its device."""
+    from mllm.generation import Decoding
+    from mllm.loading import load
+
+    model, processor = load(
+        settings.model_folder,
+        dtype=settings.dtype,
+        device=device,
+        merge_adapter=settings.merge_adapter,
+        sources=settings.sources,
+        limits=settings.limits,
+    )
+    return Answerer(
+        model,
+        processor,
+        Decoding(
+            settings.num_beams,
+            settings.max_new_tokens,
+            length_penalty=settings.length_penalty,
+            static_cache=settings.static_cache,
+        ),
+        settings.batch_size,
+        long_audio=settings.long_audio_settings,
+        constant_prompt=settings.constant_prompt,
+    )
 
 
 def evaluate_model(
@@ -127,11 +143,9 @@ def evaluate_model(
 
 
 def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
-    """The samples of every manifest, by its short name."""
-    sets = {}
-    for name, path in zip(settings.set_names, settings.manifest, strict=True):
-        sets[name] = read_data(path, settings.root, settings.reader)[: settings.limit]
-    return sets
+    """Read all samples of every manifest, by its short name."""
+    named = zip(settings.set_names, settings.manifest, strict=True)
+    return {name: read_data(path, settings.root, settings.reader) for name, path in named}
 
 
 def all_vqav2_ids(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample]]) -> list[int]:
@@ -209,7 +223,8 @@ def conclude(
     write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     results = summarise(lines, seed=seed, facts=facts)
     results.write(store.folder)
-    speech = comparison_of(results.rows, short_name(str(results.facts.get("model", "model"))))
+    model, limit = short_name(str(results.facts.get("model", "model"))), results.facts.get("max_new_tokens")
+    speech = comparison_of(results.rows, model, max_new_tokens=limit)
     if speech is not None:
         speech.write(store.folder, with_plot=with_plot)
     report = report_of(results, lines)
@@ -238,34 +253,10 @@ def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
     return [kept[key] for key in keys]
 
 
-def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
-    """Everything an answer depends on."""
-    folder = settings.model_folder
-    weights = sorted(file for file in folder.glob("*.safetensors"))
-    sets = zip(settings.set_names, settings.manifest, strict=True)
-    return {
-        "model": {file.name: digest_of_file(file) for file in [folder / "config.json", *weights]},
-        "manifests": {name: _digest_of_set(settings, path) for name, path in sets},
-        "root": settings.root,
-        "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
-        **{key: getattr(settings, key) for key in ("num_beams", "length_penalty", "max_new_tokens", "dtype")},
-        # Only where they are asked for, so that answers from before there were such keys can be gone on with.
-        **{key: True for key in ("merge_adapter", "static_cache") if getattr(settings, key)},
-    }
-
-
-def _digest_of_set(settings: EvaluateSettings, path: str) -> str:
-    """Of the file, or of what is read where texts stand in other files."""
-    if settings.reader.format in ("manifest", "llava"):
-        return digest_of_file(path)
-    samples = read_data(path, settings.root, settings.reader)
-    own = [(sample.id, sample.messages, *([sample.meta] if sample.task in BENCHMARKS else [])) for sample in samples]
-    return hashlib.sha256(repr(own).encode()).hexdigest()
-
-
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:
-    keys = ("model", "manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise")
-    return {**{key: getattr(settings, key) for key in keys}, **_cost_facts(config)}
+    keys = ("manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise")
+    own = {key: getattr(settings, key) for key in keys}
+    return {"model": str(settings.model_folder), **own, **_cost_facts(config)}
 
 
 def _cost_facts(config: Any) -> dict[str, Any]:

@@ -1,13 +1,20 @@
 """What a user writes to describe an evaluation. Plain dataclasses; knows no torch, so that `--help` is quick."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
+from mllm.media import MediaLimits
 from mllm.run_folders import model_folder, run_of
 from mllm.settings import check_at_least
+from mllm.windows import LongAudio
+
+EVALUATION = "evaluation"
+"""The folder of results inside a model's folder; those with a name lie in folders inside it."""
+TAKEN_NAMES = ("answers", "submissions")
+"""Folders of results themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +35,12 @@ class EvaluateSettings:
     allow_untrained: bool = False
     """Also answer at rates and counts that training did not draw, where the model can; reports mark those rows. They
     are refused otherwise."""
+    name: str | None = None
+    """Name of this evaluation, for several of one model: answers, table and plot then lie in a folder of that name
+    inside `evaluation`."""
     out: str | None = None
-    """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
+    """Folder of the answers, table and plot; when left out `evaluation` inside the model's folder, or of a checkpoint
+    `evaluation-checkpoint-...` inside its run."""
     reader: ReaderSettings = field(default_factory=ReaderSettings)
     """The form that all of these files are in."""
     root: str | None = None
@@ -45,6 +56,15 @@ class EvaluateSettings:
     """Take the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
+    long_audio: Literal["refuse", "chunk"] = "refuse"
+    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
+    where their words meet. For speech that is transcribed."""
+    window_seconds: float | None = None
+    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
+    overlap_seconds: float | None = None
+    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1
@@ -85,12 +105,27 @@ class EvaluateSettings:
             raise ValueError("static_cache goes neither with num_beams above 1 nor with constant_prompt")
         if self.length_penalty != 1.0 and self.num_beams == 1:
             raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
+        self._check_name()
         if not self.asked_budgets:
             raise ValueError("budgets is empty; name at least one, such as audio=/4")
+        assert self.long_audio_settings
         if not self.snr_db:
             raise ValueError("snr_db is empty; null stands for no noise")
         if any(ratio is not None for ratio in self.snr_db) != (self.noise is not None):
             raise ValueError(f"noise and snr_db go together; noise is {self.noise!r}, snr_db is {self.snr_db}")
+
+    def _check_name(self) -> None:
+        if self.name is None:
+            return
+        if self.out is not None:
+            raise ValueError(f"name is {self.name!r} with out {self.out}; one of the two says where results go")
+        if Path(self.name).name != self.name or self.name.startswith(".") or self.name in ("", *TAKEN_NAMES):
+            raise ValueError(f"name must be that of a folder, and none of {', '.join(TAKEN_NAMES)}; got {self.name!r}")
+
+    @property
+    def long_audio_settings(self) -> LongAudio:
+        """What becomes of long sounds, read."""
+        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
 
     @property
     def asked_budgets(self) -> list[Budget]:
@@ -109,12 +144,23 @@ class EvaluateSettings:
         """The folder that holds the model: that of the run, of a checkpoint of it, or of an export."""
         return model_folder(self.model, self.checkpoint)
 
+    def pinned(self) -> "EvaluateSettings":
+        """Name the checkpoint that `auto` means now, so that one that is written meanwhile is not taken for it."""
+        return self if self.checkpoint is None else replace(self, checkpoint=self.model_folder.name)
+
     @property
     def output_folder(self) -> Path:
         """Where results go."""
         if self.out is not None:
             return Path(self.out)
-        folder = Path(self.model) if self.checkpoint is None else self.model_folder
-        run = run_of(folder)
-        # Not inside the checkpoint, which goes when newer ones are kept.
-        return run / ("evaluation" if run == folder else f"evaluation-{folder.name}")
+        model = Path(self.model) if self.checkpoint is None else self.model_folder
+        return evaluation_folder(model) / (self.name or "")
+
+
+def evaluation_folder(model: Path) -> Path:
+    """Return where results of a model go: inside its folder, or beside it where that is a checkpoint of a run.
+
+    A checkpoint goes when newer ones are kept, and what it answered is to stay.
+    """
+    run = run_of(model)
+    return run / (EVALUATION if run == model else f"{EVALUATION}-{model.resolve().name}")

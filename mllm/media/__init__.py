@@ -15,7 +15,7 @@ from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
 from mllm.media.given import Given, MediaInput, decode_given, is_file, path_of, several
 from mllm.media.image import load_image, to_rgb
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
-from mllm.media.loader import MediaLoader, RememberingLoader
+from mllm.media.loader import MediaLoader, Reader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
 from mllm.media.video import FrameSampling, Video, load_video, stream_video, to_gray
 from mllm.media.writing import write_sound, write_video
@@ -32,6 +32,7 @@ __all__ = [
     "MediaInput",
     "MediaLimits",
     "MediaLoader",
+    "Reader",
     "RememberingLoader",
     "RootedPaths",
     "Video",

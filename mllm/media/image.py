@@ -34,7 +34,7 @@ def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Imag
             (bytes, or pixels as the header gives them before anything is unpacked).
     """
     name = media_name(path)
-    with open_media(path, limits.image_bytes) as file:
+    with open_media(path, limits.image_bytes, "image_bytes") as file:
         container = sniff(file)
         if container is None or container[0] != "image":
             raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
@@ -48,7 +48,7 @@ def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> t
         MediaError: as `load_image`, as far as the header shows it.
     """
     name = media_name(path)
-    with open_media(path, limits.image_bytes) as file:
+    with open_media(path, limits.image_bytes, "image_bytes") as file:
         container = sniff(file)
         if container is None or container[0] != "image":
             raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
@@ -84,7 +84,7 @@ def _opened(name: str, file: BinaryIO, limits: MediaLimits) -> Iterator[Image.Im
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
-    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels")
+    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels (limits.image_pixels)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

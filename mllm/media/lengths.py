@@ -8,18 +8,21 @@ from pathlib import Path
 from mllm.media.audio import AUDIO_CODECS
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
-from mllm.media.limits import DEFAULT_LIMITS, decoding, open_media, sniff
+from mllm.media.limits import DEFAULT_LIMITS, MediaLimits, decoding, open_media, sniff
 from mllm.media.video import VIDEO_CODECS
 
 
-def header_seconds(medium: str, path: Path) -> float:
+def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIMITS) -> float:
     """Length of the sound (medium `audio`) or the pictures of a file as its header states it; 0 when it does not.
+
+    Args:
+        limits: of which the bytes count here.
 
     Raises:
         MediaError: the header cannot be read.
     """
     name = str(path)
-    limit = DEFAULT_LIMITS.audio_bytes if medium == "audio" else DEFAULT_LIMITS.video_bytes
+    limit = limits.audio_bytes if medium == "audio" else limits.video_bytes
     with open_media(path, limit) as file:
         found = sniff(file)
         if found is not None and found[0] == "sound":

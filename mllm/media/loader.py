@@ -6,6 +6,7 @@ Knows which function reads which medium. Does not know manifests or encoders.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from PIL import Image
 
@@ -16,6 +17,23 @@ from mllm.media.limits import DEFAULT_LIMITS, MediaFile, MediaLimits
 from mllm.media.video import Backend, FrameSampling, Video, load_video
 
 Raw = Image.Image | Audio | Video
+
+
+class Reader(Protocol):
+    """Reads any medium of a sample; `MediaLoader` from its file."""
+
+    @property
+    def max_mismatch_seconds(self) -> float | None:
+        """How far apart the lengths of a clip's sound and video may be; None never compares."""
+        ...
+
+    def __call__(self, medium: str, path: MediaFile) -> Raw:
+        """The whole of a medium."""
+        ...
+
+    def frames(self, path: MediaFile, sampling: FrameSampling) -> Video:
+        """A few frames of a video, in colour."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

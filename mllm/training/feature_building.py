@@ -33,6 +33,8 @@ from mllm.training.settings import RunSettings
 from mllm.training.survey import extents_of
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+VALIDATION = "validation"
+"""Folder inside data.features.folder for the samples of data.validation, whose ids may be those of others."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,25 +94,92 @@ def estimate(
     return Estimate(len(missing), rows, num_bytes, shutil.disk_usage(store.folder).free)
 
 
-def filled_store(
+@dataclass(frozen=True)
+class Stores:
+    """The features of a run: of the samples it trains on, of those it validates on if it does, and their form."""
+
+    train: FeatureStore
+    validation: FeatureStore | None
+    form: Form
+
+    def read_indices(self) -> None:
+        """Take in what all processes have written."""
+        for store in (self.train, self.validation):
+            if store is not None:
+                store.read_index()
+
+
+@dataclass
+class FeatureSamples:
+    """The samples whose features a run reads: `train`, captions included, augmented, and `validation` as they are."""
+
+    train: list[Sample]
+    validation: list[Sample] = field(default_factory=list)
+
+
+def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sample]:
+    """The samples that a run trains on, and of its captions those that are not among them.
+
+    Raises:
+        ValueError: two that show different files have one id, by which features are kept.
+    """
+    known = {sample.id: sample for sample in samples}
+    for caption in captions:
+        own = known.get(caption.id)
+        if own is not None and (own.root, own.media) != (caption.root, caption.media):
+            raise ValueError(
+                f"the id {caption.id!r} is one sample in data.train and another in data.captions, and data.features "
+                "keeps features by id"
+            )
+    return [*samples, *(caption for caption in captions if caption.id not in known)]
+
+
+def filled_stores(
+    settings: RunSettings,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: FeatureSamples,
+    *,
+    rank: int,
+    num_ranks: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Stores:
+    """Fill the stores of a run with this process's share.
+
+    Args:
+        progress: is told how many of how many samples and versions of this share are done, of both stores together.
+
+    Raises:
+        ValueError: a folder holds features of something else, or the disk is too small for what is missing.
+    """
+    before = 0
+
+    def note(done: int, total: int) -> None:
+        if progress is not None:
+            progress(before + done, before + total)
+
+    share = {"rank": rank, "num_ranks": num_ranks, "progress": note}
+    train, form, before = _filled(settings, model, processor, samples.train, augmented=True, **share)
+    if not samples.validation:
+        return Stores(train, None, form)
+    validation = _filled(settings, model, processor, samples.validation, augmented=False, **share)[0]
+    return Stores(train, validation, form)
+
+
+def _filled(
     settings: RunSettings,
     model: Any,
     processor: ElasticProcessor,
     samples: list[Sample],
     *,
+    augmented: bool,
     rank: int,
     num_ranks: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[FeatureStore, Form]:
-    """The store of a run with this process's share in it.
-
-    Raises:
-        ValueError: the folder holds features of something else, or the disk is too small for what is missing.
-    """
-    own = settings.data.features
-    assert own is not None
-    store = FeatureStore(Path(own.folder), own.versions, own.seed)
-    form = form_of(model.config, processor, settings)
+    progress: Callable[[int, int], None],
+) -> tuple[FeatureStore, Form, int]:
+    """One store, its form, and how many samples and versions this process has encoded."""
+    store = _store_of(settings, augmented=augmented)
+    form = form_of(model.config, processor, settings, augmented=augmented)
     if rank == 0:
         claim(store.folder, form.fingerprint)
         store.read_index()
@@ -118,9 +187,16 @@ def filled_store(
         if found.num_samples:
             logger.info("%s", found)
             found.check(store.folder)
-    load = loading(settings.data, processor, augmented=True, remembered_files=REMEMBERED_FILES)
-    fill_store(store, model, samples, load, form=form, rank=rank, num_ranks=num_ranks, progress=progress)
-    return store, form
+    load = loading(settings.data, processor, augmented=augmented, remembered_files=REMEMBERED_FILES)
+    encoded = fill_store(store, model, samples, load, form=form, rank=rank, num_ranks=num_ranks, progress=progress)
+    return store, form, encoded
+
+
+def _store_of(settings: RunSettings, *, augmented: bool) -> FeatureStore:
+    own = settings.data.features
+    assert own is not None
+    folder = Path(own.folder)
+    return FeatureStore(folder, own.versions, own.seed) if augmented else FeatureStore(folder / VALIDATION, 1, None)
 
 
 def sizes_of(model: Any) -> dict[str, int]:
@@ -137,18 +213,24 @@ def make_features(
 ) -> FeatureStore:
     """Make a share of the features a run reads, without training; any number of processes may each make theirs.
 
+    Returns:
+        The store of the samples that are trained on.
+
     Raises:
-        ValueError: see `filled_store`.
+        ValueError: see `filled_stores`.
     """
     import torch
 
     model, processor = build(settings.model)
+    processor.limits = settings.data.limits
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
-    samples = read_samples(settings.data.train, settings.data)
+    data = settings.data
+    train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
+    samples = FeatureSamples(with_captions(train, captions), validation)
     ranks = {"rank": rank, "num_ranks": num_ranks}
-    return filled_store(settings, model, processor, samples, **ranks, progress=progress)[0]
+    return filled_stores(settings, model, processor, samples, **ranks, progress=progress).train
 
 
 @dataclass(frozen=True)
@@ -163,7 +245,7 @@ def build_features(settings: RunSettings, *, processes: int, show: Progress) -> 
     """Make all features of a run, by several processes on this machine.
 
     Raises:
-        ValueError: see `filled_store`; or a process failed.
+        ValueError: see `filled_stores`; or a process failed.
     """
     assert settings.data.features is not None
     started = time.monotonic()
@@ -235,12 +317,21 @@ def check_features(folder: Path, settings: RunSettings | None = None) -> Checked
     Raises:
         ValueError: it holds no features.
     """
-    fingerprint = read_fingerprint(folder)
-    if not fingerprint:
+    if not read_fingerprint(folder):
         raise ValueError(f"{folder} holds no features (there is no fingerprint.json)")
+    found = Checked()
+    _check_store(found, folder, settings, augmented=True)
+    if (folder / VALIDATION).is_dir() or (settings is not None and settings.data.validation):
+        found.facts.append(f"in {VALIDATION}, for data.validation:")
+        _check_store(found, folder / VALIDATION, settings, augmented=False)
+    return found
+
+
+def _check_store(found: Checked, folder: Path, settings: RunSettings | None, *, augmented: bool) -> None:
+    """Look over one folder, and compare it with a run if there is one."""
+    fingerprint = read_fingerprint(folder)
     store = FeatureStore(folder)
     store.read_index()
-    found = Checked()
     items = {own.key: own for kept in store.entries.values() if not isinstance(kept, str) for own in kept}
     for medium, own in fingerprint.items():
         mine = [item for item in items.values() if item.medium == medium]
@@ -260,22 +351,28 @@ def check_features(folder: Path, settings: RunSettings | None = None) -> Checked
             found.problems.append(f"{shard.name} is not what was written (its digest differs)")
     found.problems += [f"{place[0]} version {place[1]}: {why}" for place, _, why in missing_keys(store)]
     if settings is not None:
-        _check_for_run(found, store, fingerprint, settings)
-    return found
+        _check_for_run(found, store, fingerprint, settings, augmented=augmented)
 
 
-def _check_for_run(found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunSettings) -> None:
+def _check_for_run(
+    found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunSettings, *, augmented: bool
+) -> None:
     """Whether a run could read what is there, and what it would have to make."""
     from mllm.building import build_processor, elastic_config
 
     processor = build_processor(settings.model)
-    form = form_of(elastic_config(settings.model, processor), processor, settings)
+    processor.limits = settings.data.limits
+    form = form_of(elastic_config(settings.model, processor), processor, settings, augmented=augmented)
     differences = fingerprint_differences(fingerprint, form.fingerprint)
     found.problems += [f"not of this config: {words}" for words in differences]
     found.problems += [f"not of this config: no {medium}" for medium in form.fingerprint if medium not in fingerprint]
-    samples = read_samples(settings.data.train, settings.data)
+    data = settings.data
+    if augmented:
+        samples = with_captions(read_samples(data.train, data), read_samples(data.captions, data))
+    else:
+        samples = read_samples(data.validation, data)
     assert settings.data.features is not None
-    store.versions = settings.data.features.versions
+    store.versions = settings.data.features.versions if augmented else 1
     for sample, version in store.missing(samples):
         entry = store.entries.get((sample.id, version))
         why = "missing" if entry is None else entry if isinstance(entry, str) else "its files have changed"

@@ -36,10 +36,10 @@ from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import filled_store
-from mllm.training.feature_store import FeatureStore
+from mllm.training.feature_building import FeatureSamples, Stores, filled_stores, with_captions
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
+from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
@@ -73,7 +73,10 @@ def train(
     Raises:
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
+        KeyboardInterrupt: the user interrupted it; see `interruption.py`.
     """
+    if metric is not None and settings.data.features is not None:
+        raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
     on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
     arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
     check_world(arguments.world_size)
@@ -81,6 +84,7 @@ def train(
         start = _start(arguments.run, resume)
         model, processor = build(_with_parts_found(settings.model, start, sources or {}))
         model.config.sources = _sources_of(settings.model, model.config.sources or {}, arguments.run)
+        processor.limits = settings.data.limits
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
         arguments.facts = {"settings": dataclasses.asdict(settings), "sources": identities(model.config.sources or {})}
@@ -91,14 +95,12 @@ def train(
             processor.save_pretrained(arguments.run)  # now: the checkpoints of a run that dies can be used with it
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
-        if settings.data.captions and start is None:
-            _fit_projectors(settings, arguments, model, processor)
-        trainer = build_trainer(settings, arguments, model, processor, metric=metric)
+        trainer = build_trainer(settings, arguments, model, processor, metric=metric, is_resumed=start is not None)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
         else:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+            _fit(trainer, start)
         trainables = trainer.trainables()
         if arguments.should_save:
             save_run(model, processor, arguments.run, state=trainables)
@@ -108,6 +110,20 @@ def train(
     return arguments.run
 
 
+def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
+    """Train to the last step.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted before that; with one process, there is a checkpoint of the step.
+    """
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    with stopping_on_interrupt(stop, num_processes=trainer.args.world_size):
+        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+        raise KeyboardInterrupt
+
+
 def build_trainer(
     settings: RunSettings,
     arguments: ElasticArguments,
@@ -115,35 +131,31 @@ def build_trainer(
     processor: ElasticProcessor,
     *,
     metric: Metric | None = None,
+    is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its batches, its draws, its validation."""
-    run, data = arguments.run, settings.data
-    draws = build_sampler(settings, processor.space)
-    samples = read_samples(data.train, data)
-    tasks = sorted({sample.task for sample in samples})
-    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
-        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
-    check_members(samples, draws, processor.members)
+    """The trainer of a run: its data looked over, its projectors fitted to captions, its batches, draws, validation."""
+    run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
+    samples = _training_samples(settings, processor, draws)
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
+    checked, stores = read_samples(data.validation, data), None
+    captions = [] if is_resumed else _captions(settings, model)
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        store = _features(settings, arguments, model, processor, samples)
-        rows = FeatureDataset(samples, store, watch, groups=groups)
+        wanted = FeatureSamples(with_captions(samples, captions), checked)
+        stores = _features(settings, arguments, model, processor, wanted)
+        rows = FeatureDataset(samples, stores.train, watch, groups=groups)
+    if captions:
+        _fit_projectors(settings, arguments, model, processor, captions, stores)
+    longest = {"budgets": extremes(draws), "max_sample_tokens": data.max_sample_tokens}
     batches = train_loader(
         rows,
         surveyed,
         settings=data,
-        encode=partial(
-            encode,
-            processor=processor,
-            budgets=extremes(draws),
-            max_sample_tokens=data.max_sample_tokens,
-            watch=watch,
-        ),
+        encode=partial(encode, processor=processor, watch=watch, **longest),
         run=run,
         seed=settings.train.seed,
         lanes={
@@ -161,7 +173,7 @@ def build_trainer(
         processor=processor,
         sampler=draws,
         batches=batches,
-        validation=_validation(settings, arguments, processor, metric) if data.validation else None,
+        validation=_validation(settings, arguments, processor, checked, stores, metric) if checked else None,
         tensorboard=settings.train.tensorboard,
     )
     check_world(trainer.accelerator.num_processes)
@@ -170,9 +182,23 @@ def build_trainer(
     return trainer
 
 
+def _training_samples(settings: RunSettings, processor: ElasticProcessor, draws: Sampler) -> list[Sample]:
+    """The samples, once it is sure that their tasks and scales are those of the settings."""
+    samples = read_samples(settings.data.train, settings.data)
+    tasks = sorted({sample.task for sample in samples})
+    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
+        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
+    check_members(samples, draws, processor.members)
+    return samples
+
+
 def _features(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
-) -> FeatureStore:
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: FeatureSamples,
+) -> Stores:
     """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
     if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
@@ -184,11 +210,11 @@ def _features(
             bar.update(done - bar.n)
 
         model.to(arguments.device)
-        store, form = filled_store(settings, model, processor, samples, **ranks, progress=note)
+        stores = filled_stores(settings, model, processor, samples, **ranks, progress=note)
     PartialState().wait_for_everyone()
-    store.read_index()
-    pass_features_through(model, form.pooled)
-    return store
+    stores.read_indices()
+    pass_features_through(model, stores.form.pooled)
+    return stores
 
 
 def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
@@ -223,15 +249,24 @@ def extremes(draws: Sampler) -> list[Budget]:
 
 
 def _validation(
-    settings: RunSettings, arguments: ElasticArguments, processor: ElasticProcessor, metric: Metric | None
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    stores: Stores | None,
+    metric: Metric | None,
 ) -> Validation:
     data = settings.data
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
-    samples = read_samples(data.validation, data)
     surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(data, processor, augmented=False, budgets=budgets))
+    else:
+        assert stores.validation is not None
+        rows = FeatureDataset(samples, stores.validation)
     batches, own = validation_loader(
-        samples,
+        rows,
         surveyed,
         settings=data,
         processor=processor,
@@ -242,18 +277,33 @@ def _validation(
     return Validation(batches, own, budgets, metric)
 
 
-def _fit_projectors(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor
-) -> None:
-    """Start the projectors at what captions say; see `projector_fit.py`."""
+def _captions(settings: RunSettings, model: Any) -> list[Sample]:
+    """What the projectors are fitted to before the first step; nothing where they are not."""
+    if not settings.data.captions:
+        return []
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
-    samples = read_samples(settings.data.captions, settings.data)
+    return read_samples(settings.data.captions, settings.data)
+
+
+def _fit_projectors(
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    stores: Stores | None,
+) -> None:
+    """Start the projectors at what captions say; see `projector_fit.py`."""
     surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(settings.data, processor, augmented=False))
+    else:
+        rows = FeatureDataset(samples, stores.train)
     batches, own = validation_loader(
-        samples,
+        rows,
         surveyed,
         settings=settings.data,
         processor=processor,

@@ -22,7 +22,7 @@ from mllm.budget import Amount, Budget, Extent, Space
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Sample
 from mllm.expansion import Row, Run
-from mllm.media import MediaError, resolve_media
+from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.image import header_pixels
 from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
@@ -228,12 +228,14 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
     if part.medium == "image" and space.tiling is not None:
-        return processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
+        return processor.picture_extent(
+            _picture_pixels(part, sample, processor.limits) or facts.picture_pixels or (1, 1)
+        )
     if facts.grid is not None:
         frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
         return Extent(part.medium, grid=facts.grid, num_pictures=frames)
     assert facts.frames_per_second is not None
-    frames = round(_seconds(part, sample) * facts.frames_per_second)
+    frames = round(_seconds(part, sample, processor.limits) * facts.frames_per_second)
     return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
 
@@ -245,21 +247,21 @@ def _soft(extent: Extent, amount: Amount, space: Space) -> int:
         return 1
 
 
-def _picture_pixels(part: Media, sample: Sample) -> tuple[int, int] | None:
+def _picture_pixels(part: Media, sample: Sample, limits: MediaLimits) -> tuple[int, int] | None:
     """Height and width as the header states them."""
     try:
-        return header_pixels(resolve_media(sample.root, part.path))
+        return header_pixels(resolve_media(sample.root, part.path), limits=limits)
     except MediaError as error:
         logger.debug("no size of sample %r: %s", sample.id, error)
         return None
 
 
-def _seconds(part: Media, sample: Sample) -> float:
+def _seconds(part: Media, sample: Sample, limits: MediaLimits) -> float:
     stated = sample.meta.get("seconds")
     if isinstance(stated, int | float) and stated > 0:
         return float(stated)
     try:
-        return header_seconds(part.medium, resolve_media(sample.root, part.path))
+        return header_seconds(part.medium, resolve_media(sample.root, part.path), limits=limits)
     except MediaError as error:
         logger.debug("no length of sample %r: %s", sample.id, error)
         return 0.0

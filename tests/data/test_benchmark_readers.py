@@ -149,6 +149,9 @@ def test_pope_finds_labels_by_picture_and_words_whatever_the_order(tmp_path: Pat
     for sample in found.values():
         words = asked(sample).removesuffix(SHORT).strip()
         assert sample.messages[-1].text == labels[picture(sample).removeprefix("val2014/"), words]
+    for file in (root / "coco").iterdir():  # as some hand them out
+        file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"NO"'))
+    assert imported("pope", root) == found
 
 
 def test_mme_finds_answers_beside_pictures(tmp_path: Path) -> None:
@@ -177,6 +180,28 @@ def test_mme_finds_answers_beside_pictures(tmp_path: Path) -> None:
     put_lines(root / "llava_mme.jsonl", *rows[:3])
     with pytest.raises(ValueError, match="has 1 questions; MME has two per picture"):
         read_data(root, None, ReaderSettings(format="mme"))
+
+
+def test_mme_is_asked_the_same_with_and_without_its_phrase(tmp_path: Path) -> None:
+    root = tmp_path / "MME"
+    base = root / "MME_Benchmark_release_version" / "OCR"
+    put(base, "0001.jpg")
+    phrase = " Please answer yes or no."
+    (base / "0001.txt").write_text(f"Is it A?{phrase}\tYes\nIs it B?{phrase}\tNo\n")
+    found = []
+    for between in ("", phrase):
+        rows = [
+            {"question_id": "OCR/0001.jpg", "image": "OCR/0001.jpg", "text": text + between + SHORT, "category": "OCR"}
+            for text in ("Is it A?", "Is it B?")
+        ]
+        put_lines(root / "llava_mme.jsonl", *rows)
+        found.append(imported("mme", root))
+    assert found[0] == found[1]
+    assert {name: sample.messages[-1].text for name, sample in found[0].items()} == {
+        "OCR/0001.jpg": "yes",
+        "OCR/0001.jpg#2": "no",
+    }
+    assert asked(found[1]["OCR/0001.jpg"]) == f"\nIs it A?{SHORT}"
 
 
 def test_scienceqa_asks_what_has_a_picture(tmp_path: Path) -> None:
@@ -241,6 +266,29 @@ def test_seedbench(tmp_path: Path) -> None:
         ("Scene Understanding", "image", "B"),
         ("Scene Understanding", "video", "B"),
     ]
+
+
+def test_an_answer_beyond_the_options_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "scienceqa"
+    put(root, "images/test/5/image.png")
+    said = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
+    wrong = {"6": 2, "7": -1, "8": "B", "9": True, "10": None}
+    rows = [{"id": name, "image": "5/image.png", "conversations": said} for name in ("5", *wrong)]
+    put_json(root / "llava_test_CQM-A.json", rows)
+    put_json(
+        root / "problems.json", {name: {"choices": ["x", "y"], "answer": at} for name, at in {"5": 1, **wrong}.items()}
+    )
+    found = imported("scienceqa", root, code=1)
+    assert {name: sample.messages[-1].text for name, sample in found.items()} == {"5": "B"}
+    told = capsys.readouterr().out
+    for answer in wrong.values():
+        assert f"answer must be the place of one of 2 options, from 0; got {answer!r}" in told
+    root = tmp_path / "mmbench"
+    write_mmbench(root / "mmbench_dev_20230712.tsv")
+    table = root / "mmbench_dev_20230712.tsv"
+    table.write_text(table.read_text().replace("\tA\tc\t", "\tC\tc\t", 1))
+    assert list(imported("mmbench", root, code=1)) == ["1000007", "8", "1000008"]
+    assert "answer must be one of A, B, got 'C'" in capsys.readouterr().out
 
 
 def test_chartqa_and_docvqa_from_official_files(tmp_path: Path) -> None:
@@ -346,6 +394,24 @@ def test_ai2d_from_parquet_and_from_what_datasets_saved(tmp_path: Path, place: s
     found = imported("ai2d", root if "/" in place else root / place)
     assert [sample.messages[-1].text for sample in found.values()] == ["C", "A"]
     assert asked(found["0"]) == f"\nWhich?\nA. p\nB. q\nC. r{CHOOSE}"
+
+
+def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, capsys) -> None:
+    rows = [{"question": "Which?", "options": ["p", "q"], "answer": at, "image": cell(1)} for at in ("1", "2", "-1")]
+    write_table(tmp_path / "ai2d" / "test-0.parquet", rows)
+    assert {name: one.messages[-1].text for name, one in imported("ai2d", tmp_path / "ai2d", code=1).items()} == {
+        "0": "B"
+    }
+    told = capsys.readouterr().out
+    assert "got 2" in told
+    assert "got -1" in told
+    rows = [{"question": "Which?", "choices": ["x", "y"], "answer": at, "image": cell(1)} for at in (0, 25)]
+    write_table(tmp_path / "s" / "test-0.parquet", rows)
+    assert [one.messages[-1].text for one in imported("scienceqa", tmp_path / "s", code=1).values()] == ["A"]
+    common = {"question": "<image 1> Which?", "options": "['x', 'y']", "question_type": "multiple-choice"}
+    rows = [{**common, "id": f"validation_Art_{at}", "answer": at, "image_1": cell(1)} for at in ("B", "Z")]
+    write_table(tmp_path / "MMMU" / "validation-0.parquet", rows)
+    assert list(imported("mmmu", tmp_path / "MMMU", code=1)) == ["validation_Art_B"]
 
 
 def test_one_saved_split_says_which_it_is(tmp_path: Path) -> None:

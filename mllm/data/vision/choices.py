@@ -29,6 +29,8 @@ from mllm.data.vision.questions import (
     folder_of,
     json_lines,
     json_of,
+    letter_among,
+    letter_at,
     with_options,
 )
 from mllm.data.vision.tables import is_table
@@ -49,7 +51,8 @@ def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         notes = folder / f"coco_pope_{category}.json"
         for number, note in json_lines(notes):
             key = (category, note["image"], note["text"].strip())
-            if labels.setdefault(key, note["label"]) != note["label"]:
+            label = str(note["label"]).strip().lower()
+            if labels.setdefault(key, label) != label:
                 raise ValueError(f"{notes}:{number}: {note['text']!r} about {note['image']} has two labels")
     images = folder_of(root, ("val2014",), named=settings.images)
     gathered = Questions("pope", root)
@@ -78,13 +81,16 @@ def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
     def make(row: dict[str, Any]) -> Question:
         subtask, name = row["question_id"].split("/")[0], Path(row["question_id"])
-        asked = " ".join(row["text"].removesuffix(SHORT).removesuffix(MME_ASK).split())
+        text = row["text"].removesuffix(SHORT).rstrip()
+        asked = " ".join(text.removesuffix(MME_ASK).split())
         official, answer = _mme_answer(root / images / subtask, f"{name.stem}.txt", asked)
         image = row["image"]
         if not (root / images / image).is_file() and (root / images / subtask / "images" / name.name).is_file():
             image = f"{subtask}/images/{name.name}"
         meta = {"picture": f"{subtask}/{name.name}", "question": official}
-        return Question(row["question_id"], [images + image], row["text"], [answer], subtask, meta)
+        # LLaVA asks without the official phrase; a file that holds it asks the same.
+        text = f"{text.removesuffix(MME_ASK).rstrip()}\n{SHORT}" if text.endswith(MME_ASK) else row["text"]
+        return Question(row["question_id"], [images + image], text, [answer], subtask, meta)
 
     for number, row in json_lines(file):
         gathered.add((file, number), lambda row=row: make(row))
@@ -124,7 +130,7 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listin
             return None
         problem = problems[str(row["id"])]
         text = row["conversations"][0]["value"].replace("<image>", "").strip()
-        answer = LETTERS[problem["answer"]]
+        answer = letter_at(problem["answer"], problem["choices"])
         kind = problem.get("subject")
         meta = {"options": problem["choices"]}
         return Question(str(row["id"]), [images + row["image"]], f"{text}\n{CHOOSE}", [answer], kind, meta)
@@ -167,7 +173,7 @@ def mmbench_question(row: dict[str, Any], image: str) -> Question:
             break
         options.append(row[letter])
     hint = None if _is_none(row.get("hint")) else row["hint"]
-    answers = [] if _is_none(row.get("answer")) else [row["answer"]]
+    answers = [] if _is_none(row.get("answer")) else [letter_among(row["answer"], options)]
     kept = ("question", *LETTERS[:4], "answer", "l2-category", "L2-category")
     shown = {key: row[key] for key in kept if not _is_none(row.get(key))}
     meta = {"options": options, "index": int(row["index"]), "row": shown}
@@ -194,7 +200,8 @@ def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listin
         options = [note[f"choice_{letter}"] for letter in "abcd" if note.get(f"choice_{letter}") is not None]
         meta = {"options": options, "data_type": note["data_type"], "question_id": note["question_id"]}
         kind = names[note["question_type_id"]]
-        return Question(str(row["question_id"]), [images + row["image"]], row["text"], [note["answer"]], kind, meta)
+        answer = letter_among(note["answer"], options)
+        return Question(str(row["question_id"]), [images + row["image"]], row["text"], [answer], kind, meta)
 
     for number, row in json_lines(file):
         gathered.add((file, number), lambda row=row: make(row))

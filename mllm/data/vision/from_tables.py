@@ -18,7 +18,16 @@ from typing import Any
 from mllm.data.settings import ReaderSettings
 from mllm.data.utterances import Listing
 from mllm.data.vision.pictures import PictureFolder
-from mllm.data.vision.questions import CHOOSE, LETTERS, SHORT, Question, Questions, with_options
+from mllm.data.vision.questions import (
+    CHOOSE,
+    LETTERS,
+    SHORT,
+    Question,
+    Questions,
+    letter_among,
+    letter_at,
+    with_options,
+)
 from mllm.data.vision.tables import table_files, table_rows
 
 Make = Callable[[dict[str, Any], int, "Write"], Question | None]
@@ -85,14 +94,19 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     text = "\n".join([row["question"], *lines]) + f"\n\n{CHOOSE if options else SHORT}"
     answer = str(row["answer"])
-    answers = [] if answer == _UNKNOWN else [answer] if options else _listed(answer, bare=True)
+    if answer == _UNKNOWN:
+        answers = []
+    elif options:
+        answers = [letter_among(answer, options)]
+    else:
+        answers = _listed(answer, bare=True)
     subject = "_".join(row["id"].split("_")[1:-1])
     return Question(row["id"], images, text, answers, subject or None, {"options": options})
 
 
 def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
     options = list(row["options"])
-    answer = LETTERS[: len(options)][int(row["answer"])]
+    answer = letter_at(int(row["answer"]), options)
     text = with_options(row["question"], options)
     return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
 
@@ -121,7 +135,8 @@ def _scienceqa(row: dict[str, Any], number: int, write: Write) -> Question | Non
     hint = f"Context: {row['hint']}" if row.get("hint") else None
     text = with_options(row["question"], options, hint=hint)
     kind = row.get("subject") or None
-    return Question(str(number), [write(row["image"])], text, [LETTERS[row["answer"]]], kind, {"options": options})
+    answer = letter_at(row["answer"], options)
+    return Question(str(number), [write(row["image"])], text, [answer], kind, {"options": options})
 
 
 def _listed(text: Any, *, bare: bool = False) -> list[str]:

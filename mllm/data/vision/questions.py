@@ -167,3 +167,25 @@ def with_options(question: str, options: Sequence[str], *, hint: str | None = No
     lines = [*([hint] if hint else []), question]
     lines += [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     return "\n".join([*lines, CHOOSE])
+
+
+def letter_at(index: Any, options: Sequence[str]) -> str:
+    """Return the letter of the option that an annotation names by its place, counted from 0.
+
+    Raises:
+        ValueError: no whole number, or a place beyond the options.
+    """
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
+        raise ValueError(f"answer must be the place of one of {len(options)} options, from 0; got {index!r}")
+    return LETTERS[index]
+
+
+def letter_among(letter: Any, options: Sequence[str]) -> str:
+    """Return the letter of the option that an annotation names by it.
+
+    Raises:
+        ValueError: it is that of no option.
+    """
+    if not isinstance(letter, str) or letter not in tuple(LETTERS[: len(options)]):
+        raise ValueError(f"answer must be one of {', '.join(LETTERS[: len(options)]) or 'no options'}, got {letter!r}")
+    return letter
