@@ -1,6 +1,7 @@
 """A sound longer than its encoder's window: what is said of it is what is said of its windows, each word once."""
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 import soundfile
 import tiny
 from safetensors.torch import load_file, save_file
+from test_generation import write_clip
 
+from mllm.budget import Budget
 from mllm.building import build
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
-from mllm.long_audio import load_windows
+from mllm.long_audio import joined, load_windows
 from mllm.media import Audio, MediaError
 from mllm.trainables import set_trainables
 from mllm.transforms import MixNoise, random_generator
@@ -130,6 +133,47 @@ def test_long_and_short_sounds_answered_together_are_those_answered_alone(answer
     alone = [answerer.answer_samples([one], [at])[0] for one, at in zip(samples, budgets, strict=True)]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert together[1].tokens["audio"] > 3 * together[2].tokens["audio"]
+
+
+def test_a_long_sound_at_hand_is_cut_as_its_file_is(answerer: Answerer, folder: Path) -> None:
+    samples, rate = soundfile.read(folder / "long.wav", dtype="float32")
+    data = (folder / "long.wav").read_bytes()
+    of_file = answerer.answer(audio=folder / "long.wav", budget="audio=/4")
+    asked = {"array": samples, "sampling_rate": rate}
+    for form in (samples, (samples, rate), asked, Audio(samples, rate), data, io.BytesIO(data)):
+        found = answerer.answer(audio=form, budget="audio=/4")
+        assert dataclasses.replace(found, budget=of_file.budget) == of_file, type(form)
+    questions = ["what is said?", "who speaks?"]
+    both = [answerer.answer_questions(questions, audio=form) for form in (folder / "long.wav", samples)]
+    assert both[0] == both[1]
+    refusing = Answerer(answerer.model, answerer.processor)
+    message = r"^given 1 \(ndarray\): the sound lasts 2\.60 seconds, .* window is 1 seconds; with long_audio chunk"
+    with pytest.raises(MediaError, match=message):
+        refusing.answer(audio=samples)
+    with pytest.raises(MediaError, match=message):
+        answerer.processor(text="what is said?", audio=samples)
+
+
+def test_the_sound_and_the_lips_of_one_clip_at_hand_are_cut_alike(
+    answerer: Answerer, folder: Path, tmp_path: Path
+) -> None:
+    samples, rate = soundfile.read(folder / "long.wav", dtype="float32")
+    soundfile.write(tmp_path / "clip.wav", samples, rate, subtype="PCM_16")
+    clip = tmp_path / "clip.mkv"
+    write_clip(folder / "long.mp4", tmp_path / "clip.wav", clip)
+    of_file = answerer.answer(video=clip, budget="audio=/4,video=/2")
+    assert of_file.tokens["video"] == 3 * 12  # of three windows of 25 frames, not of 65
+    assert answerer.answer(video=clip.read_bytes(), budget="audio=/4,video=/2") == of_file
+
+
+def test_an_answer_in_windows_is_cut_where_one_of_them_is(answerer: Answerer, folder: Path) -> None:
+    parts = (Media("audio", "long.wav"), Text("what?"))
+    sample = Sample("a", (Message("user", parts),), "asr", root=folder)
+    windows = load_windows(sample, answerer.processor, CHUNK)
+    (answers,) = answerer.answer_windows(sample, windows, [Budget.parse("audio=/4")])
+    ended = [dataclasses.replace(answer, is_cut=False) for answer in answers]
+    assert not joined(windows, ended).is_cut
+    assert joined(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
 
 
 def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folder: Path, capsys) -> None:

@@ -49,7 +49,7 @@ def typed(folder: Path, line: str) -> str:
 
 @pytest.mark.slow
 def test_what_is_typed_about_the_demo_works_as_printed(folder: Path) -> None:
-    (_, lines), (language, python), *_ = blocks_after("the files that the demo leaves")
+    (_, lines), (language, python), (_, exported), *_ = blocks_after("the files that the demo leaves")
     assert len(lines_of(lines)) >= 5
     said = [typed(folder, line) for line in lines_of(lines)]
     assert "soft tokens: audio " in said[0]
@@ -58,6 +58,8 @@ def test_what_is_typed_about_the_demo_works_as_printed(folder: Path) -> None:
     assert language == "python"
     (folder / "quick_start.py").write_text(python)
     assert re.search(r"\{'image': 16\}\n", typed(folder, f"'{sys.executable}' quick_start.py"))
+    (folder / "exported.py").write_text(exported)
+    assert "generated_text" in typed(folder, f"'{sys.executable}' exported.py")
 
 
 @pytest.mark.slow

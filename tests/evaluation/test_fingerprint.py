@@ -1,6 +1,7 @@
 """Answers are kept while nothing they depend on has changed: each file and each setting is changed in turn."""
 
 import json
+import shutil
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,54 @@ def test_each_file_of_the_model_counts_but_for_what_is_never_read(folder: Path) 
         (folder / "run" / name).write_text("x")
     (folder / "run" / "evaluation").mkdir()
     assert found(folder) == before
+
+
+def test_a_checkpoint_counts_with_the_processor_of_its_run(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    checkpoint = run / "checkpoint-00000002"
+    checkpoint.mkdir()
+    for name in ("config.json", "trainables.safetensors"):
+        shutil.copy(run / name, checkpoint / name)
+    (checkpoint / "optimizer.safetensors").write_bytes(b"moments")
+    before = found(folder, model=str(run), checkpoint="2")
+    assert found(folder, model=str(checkpoint)) == found(folder, model=str(run), checkpoint="auto") == before
+    read = ("run/processor_config.json", "run/tokenizer.json", "run/chat_template.jinja")
+    read += (f"run/{checkpoint.name}/config.json", f"run/{checkpoint.name}/trainables.safetensors")
+    for name in read:
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(kept + b" ")
+        assert found(folder, model=str(run), checkpoint="2") != before, name
+        (tmp_path / name).write_bytes(kept)
+    for name in ("run/config.json", "run/trainables.safetensors", f"run/{checkpoint.name}/optimizer.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+        assert found(folder, model=str(run), checkpoint="2") == before, name
+
+
+def test_a_checkpoint_has_results_of_its_own_beside_it(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (2, 10):
+        (run / f"checkpoint-{step:08d}").mkdir(parents=True)
+        (run / f"checkpoint-{step:08d}" / "config.json").write_text("{}")
+    named = settings_of(folder, model=str(run), checkpoint="2", name="beams")
+    assert named.output_folder == run / "evaluation-checkpoint-00000002" / "beams"
+    inside = settings_of(folder, model=str(run / "checkpoint-00000002"))
+    assert inside.output_folder == run / "evaluation-checkpoint-00000002"
+    assert settings_of(folder, model=str(run), checkpoint="2", out="x").output_folder == Path("x")
+    newest = settings_of(folder, model=str(run), checkpoint="auto").pinned()
+    (run / "checkpoint-00000020").mkdir()
+    (run / "checkpoint-00000020" / "config.json").write_text("{}")
+    assert newest.model_folder == run / "checkpoint-00000010"
+    assert settings_of(folder, model=str(run), checkpoint="auto").model_folder == run / "checkpoint-00000020"
+
+
+def test_a_part_from_elsewhere_counts_where_no_digest_tells_it(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["sources"] = {"llm": {"reference": "a", "sha256": "a" * 64}, "audio": {"reference": "b/c", "sha256": ""}}
+    (run / "config.json").write_text(json.dumps(config))
+    before = found(folder, model=str(run))
+    assert found(folder, model=str(run), sources={"llm": "/elsewhere"}) == before  # loading compares its weights
+    assert found(folder, model=str(run), sources={"audio": "b/d"}) != before
 
 
 def test_manifests_and_noise_count_by_their_content(folder: Path, tmp_path: Path) -> None:

@@ -95,3 +95,18 @@ def test_evaluations_with_names_are_found_and_told_apart(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"holds several evaluations; name one of .*beams, .*greedy"):
         compare([str(run)])
     assert compare([first, second]).rows.keys() == {"run/greedy", "run/beams"}
+
+
+def test_checkpoints_of_a_run_are_told_apart(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoints = [run / f"checkpoint-{step:08d}" for step in (2, 4)]
+    for checkpoint in checkpoints:
+        checkpoint.mkdir(parents=True)
+    (run / "processor_config.json").write_text("{}")  # all that an interrupted run has of a model
+    first = write(run / "evaluation-checkpoint-00000002", ELASTIC)
+    write(run / "evaluation-checkpoint-00000004", FIXED)
+    named = write(run / "evaluation-checkpoint-00000004" / "beams", ELASTIC)
+    assert compare([*map(str, checkpoints), named]).rows.keys() == {
+        *("run/checkpoint-00000002", "run/checkpoint-00000004", "run/checkpoint-00000004/beams")
+    }
+    assert compare([first]).rows.keys() == {"run/checkpoint-00000002"}
