@@ -115,7 +115,7 @@ sampler:
   mode: random  # every step trains at budgets drawn from those above
   num_draws: 2
 train:
-  output: {_scalar(run_folder)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
+  out: {_scalar(run_folder)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
   epochs: 3
   learning_rate: 1.0e-3  # of the compressors
   part_learning_rates: {{adapter: 2.0e-4}}

@@ -64,7 +64,8 @@ def progress_bar() -> Iterator["Progress"]:
     try:
         yield show
     finally:
-        bar.stop()
+        if bar.live.is_started:  # where nothing was drawn, rich would still end its line
+            bar.stop()
 
 
 def quiet_loading() -> None:
