@@ -150,12 +150,12 @@ def build_trainer(
         rows = FeatureDataset(samples, stores.train, watch, groups=groups)
     if captions:
         _fit_projectors(settings, arguments, model, processor, captions, stores)
-    longest = {"budgets": extremes(draws), "max_sample_tokens": data.max_sample_tokens}
+    encoded = partial(encode, processor=processor, budgets=extremes(draws), watch=watch)
     batches = train_loader(
         rows,
         surveyed,
         settings=data,
-        encode=partial(encode, processor=processor, watch=watch, **longest),
+        encode=partial(encoded, max_sample_tokens=data.max_sample_tokens),
         run=run,
         seed=settings.train.seed,
         lanes={
