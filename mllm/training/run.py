@@ -137,8 +137,7 @@ def build_trainer(
     run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
     samples = _training_samples(settings, processor, draws)
     surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
-    watch = Stopwatch()
-    groups = sharers(samples) if data.share_media else None
+    watch, groups = Stopwatch(), sharers(samples) if data.share_media else None
     checked, stores = read_samples(data.validation, data), None
     captions = [] if is_resumed else _captions(settings, model)
     if data.features is None:
