@@ -10,9 +10,10 @@ Knows tasks, prompts, forms of text and which files are there. Does not know for
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mllm.data.findings import Finding, Listing
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.data.settings import ReaderSettings
 from mllm.media import MediaError, RootedPaths, path_problem
@@ -28,40 +29,6 @@ FRAMES_PER_SECOND = 25
 """Of the videos that the lists of the published systems count frames of."""
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something about one place of the data; without a line number it is about the whole file."""
-
-    path: str
-    line_number: int | None
-    message: str
-
-    def __str__(self) -> str:
-        place = self.path if self.line_number is None else f"{self.path}:{self.line_number}"
-        return f"{place}: {self.message}"
-
-
-@dataclass
-class Listing:
-    """Everything a reader found, in one pass.
-
-    samples: all that can be used, those with files that are missing included.
-    problems: what cannot be used at all; missing: files that are named and not there; incomplete: ids of the samples
-    that need one of them; untranscribed: clips nobody wrote a transcript for, fit for inference only.
-    """
-
-    samples: list[Sample] = field(default_factory=list)
-    problems: list[Finding] = field(default_factory=list)
-    missing: list[Finding] = field(default_factory=list)
-    incomplete: set[str] = field(default_factory=set)
-    untranscribed: list[str] = field(default_factory=list)
-
-    @property
-    def whole(self) -> list[Sample]:
-        """The samples all of whose files are there."""
-        return [sample for sample in self.samples if sample.id not in self.incomplete]
 
 
 @dataclass(frozen=True, slots=True)

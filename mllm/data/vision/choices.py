@@ -15,8 +15,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import Listing, shown_type, text_at
 from mllm.data.settings import ReaderSettings
-from mllm.data.utterances import Listing
 from mllm.data.vision.from_tables import read_scienceqa_table
 from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
@@ -28,10 +28,15 @@ from mllm.data.vision.questions import (
     find,
     folder_of,
     json_lines,
+    json_list,
     json_of,
+    known_letter,
+    option_letter,
+    texts_of,
     with_options,
 )
 from mllm.data.vision.tables import is_table
+from mllm.media import path_problem
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 MME_ASK = "Please answer yes or no."
@@ -44,58 +49,78 @@ def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """Questions by category; labels are found by category, picture and words, not by the order of lines."""
     file = find(source, ("llava_pope_test.jsonl",))
     folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
-    labels: dict[tuple[str, str, str], str] = {}
-    for category in POPE_CATEGORIES:
-        notes = folder / f"coco_pope_{category}.json"
-        for number, note in json_lines(notes):
-            key = (category, note["image"], note["text"].strip())
-            if labels.setdefault(key, note["label"]) != note["label"]:
-                raise ValueError(f"{notes}:{number}: {note['text']!r} about {note['image']} has two labels")
-    images = folder_of(root, ("val2014",), named=settings.images)
     gathered = Questions("pope", root)
+    labels = _pope_labels(folder, gathered.listing)
+    images = folder_of(root, ("val2014",), named=settings.images)
+    hint = "" if labels else "; the label files hold no labels"
 
     def make(row: dict[str, Any]) -> Question:
-        asked = row["text"].removesuffix(SHORT).strip()
-        label = labels.get((row["category"], row["image"], asked))
+        category, image = text_at(row, "category"), text_at(row, "image")
+        asked = text_at(row, "text").removesuffix(SHORT).strip()
+        label = labels.get((category, image, asked))
         if label is None:
-            raise ValueError(f"no label of category {row['category']} for {asked!r} about {row['image']}")
-        return Question(str(row["question_id"]), [images + row["image"]], row["text"], [label], row["category"])
+            raise ValueError(f"no label of category {category} for {asked!r} about {image}{hint}")
+        return Question(str(row["question_id"]), [images + image], row["text"], [label], category)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     return gathered.listing
 
 
-def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions with the answers beside the pictures; two questions per picture.
+def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], str]:
+    """Labels by category, picture and words; of two that contradict each other neither counts."""
+    labels: dict[tuple[str, str, str], str] = {}
+    contradicted = set()
+    for category in POPE_CATEGORIES:
+        notes = folder / f"coco_pope_{category}.json"
+        for number, note in json_lines(notes, listing):
+            with listing.noting(notes, number):
+                key, label = (category, text_at(note, "image"), text_at(note, "text").strip()), text_at(note, "label")
+                if labels.setdefault(key, label) != label:
+                    contradicted.add(key)
+                    raise ValueError(f"{note['text']!r} about {note['image']} has two labels")
+    return {key: label for key, label in labels.items() if key not in contradicted}
 
-    Raises:
-        ValueError: a picture with other than two questions, which accuracy+ is not defined on.
+
+def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Questions with the answers beside the pictures; a picture with other than two questions, which accuracy+ is not
+    defined on, is noted and left out.
     """
     file = find(source, ("llava_mme.jsonl",))
     images = folder_of(root, ("MME_Benchmark_release_version",), named=settings.images)
     gathered = Questions("mme", root)
 
     def make(row: dict[str, Any]) -> Question:
-        subtask, name = row["question_id"].split("/")[0], Path(row["question_id"])
-        asked = " ".join(row["text"].removesuffix(SHORT).removesuffix(MME_ASK).split())
+        question_id, image = text_at(row, "question_id"), text_at(row, "image")
+        subtask, name = question_id.split("/")[0], Path(question_id)
+        for key in ("question_id", "image"):  # both name files
+            if problem := path_problem(row[key]):
+                raise ValueError(f"{key}: {problem}, got {row[key]!r}")
+        asked, how = _mme_question(text_at(row, "text"))
         official, answer = _mme_answer(root / images / subtask, f"{name.stem}.txt", asked)
-        image = row["image"]
         if not (root / images / image).is_file() and (root / images / subtask / "images" / name.name).is_file():
             image = f"{subtask}/images/{name.name}"
         meta = {"picture": f"{subtask}/{name.name}", "question": official}
-        return Question(row["question_id"], [images + image], row["text"], [answer], subtask, meta)
+        return Question(question_id, [images + image], how, [answer], subtask, meta)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     counts: dict[str, int] = {}
     for sample in gathered.listing.samples:
         counts[sample.meta["picture"]] = counts.get(sample.meta["picture"], 0) + 1
-    if odd := [picture for picture, count in counts.items() if count != 2]:
-        if not gathered.listing.problems:
-            raise ValueError(f"{file}: {odd[0]} has {counts[odd[0]]} questions; MME has two per picture")
-        gathered.listing.samples = [one for one in gathered.listing.samples if one.meta["picture"] not in odd]
+    odd = {picture: count for picture, count in counts.items() if count != 2}
+    for picture, count in odd.items():
+        gathered.listing.note(file, None, f"{picture} has {count} questions; MME has two per picture")
+    gathered.listing.samples = [one for one in gathered.listing.samples if one.meta["picture"] not in odd]
     return gathered.listing
+
+
+def _mme_question(text: str) -> tuple[str, str]:
+    """What is asked, on one line, and the whole prompt; both without "Please answer yes or no.", as LLaVA asks."""
+    ending = SHORT if text.rstrip().endswith(SHORT) else ""
+    asked = text.rstrip().removesuffix(SHORT).rstrip().removesuffix(MME_ASK)
+    is_plain = asked == text.rstrip().removesuffix(SHORT).rstrip()
+    return " ".join(asked.split()), text if is_plain else f"{asked.rstrip()}\n{ending}".rstrip("\n")
 
 
 def _mme_answer(folder: Path, name: str, asked: str) -> tuple[str, str]:
@@ -115,22 +140,25 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listin
     if is_table(source):
         return read_scienceqa_table(source, root, settings)
     file = find(source, ("llava_test_CQM-A.json",))
-    problems = json_of(find(source, ("problems.json",), named=settings.annotations, what="annotations"))
+    notes = find(source, ("problems.json",), named=settings.annotations, what="annotations")
+    problems = json_of(notes)
+    if not isinstance(problems, dict):
+        raise ValueError(f"{notes}: must be an object of problems by id, got {shown_type(problems)}")
     images = folder_of(root, ("images/test",), named=settings.images)
     gathered = Questions("scienceqa", root)
 
     def make(row: dict[str, Any]) -> Question | None:
-        if "image" not in row:
+        if row.get("image") is None:
             return None
         problem = problems[str(row["id"])]
-        text = row["conversations"][0]["value"].replace("<image>", "").strip()
-        answer = LETTERS[problem["answer"]]
+        text = text_at(row["conversations"][0], "value").replace("<image>", "").strip()
+        options = texts_of(problem["choices"])
+        answer = option_letter(problem["answer"], options)
         kind = problem.get("subject")
-        meta = {"options": problem["choices"]}
-        return Question(str(row["id"]), [images + row["image"]], f"{text}\n{CHOOSE}", [answer], kind, meta)
+        image = images + text_at(row, "image")
+        return Question(str(row["id"]), [image], f"{text}\n{CHOOSE}", [answer], kind, {"options": options})
 
-    for row in json_of(file):
-        gathered.add((file, None), lambda row=row: make(row))
+    gathered.add_all(file, json_list(file), make)
     return gathered.listing
 
 
@@ -138,16 +166,16 @@ def read_mmbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """All rows of the table, rotations included; pictures are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
     file = find(source, names)
+    pictures = PictureFolder(root, settings.images)
+    gathered = Questions("mmbench", root)
     csv.field_size_limit(MAX_FIELD_BYTES)
     with open(file, encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    pictures = PictureFolder(root, settings.images)
-    gathered = Questions("mmbench", root)
     by_index = {row.get("index"): row for row in rows}
 
     def make(row: dict[str, Any]) -> Question:
-        held = row["image"]
-        held = by_index[held]["image"] if len(held) <= MAX_INDEX_DIGITS else held
+        held = text_at(row, "image")
+        held = text_at(by_index[held], "image") if len(held) <= MAX_INDEX_DIGITS else held
         try:
             image = pictures.write(base64.b64decode(held, validate=True))
         except binascii.Error as error:
@@ -167,7 +195,7 @@ def mmbench_question(row: dict[str, Any], image: str) -> Question:
             break
         options.append(row[letter])
     hint = None if _is_none(row.get("hint")) else row["hint"]
-    answers = [] if _is_none(row.get("answer")) else [row["answer"]]
+    answers = [] if _is_none(row.get("answer")) else [known_letter(row["answer"], options)]
     kept = ("question", *LETTERS[:4], "answer", "l2-category", "L2-category")
     shown = {key: row[key] for key in kept if not _is_none(row.get(key))}
     meta = {"options": options, "index": int(row["index"]), "row": shown}
@@ -183,19 +211,24 @@ def _is_none(value: Any) -> bool:
 def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """All questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
     file = find(source, ("llava-seed-bench.jsonl",))
-    notes = json_of(find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations"))
-    by_id = {str(note["question_id"]): note for note in notes["questions"]}
-    names = {number: name for name, number in notes["question_type"].items()}
-    images = folder_of(root, ("",), named=settings.images)
+    notes = find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
     gathered = Questions("seedbench", root)
+    by_id = gathered.index(notes, json_list(notes, "questions"), lambda note: str(note["question_id"]))
+    kinds = json_of(notes).get("question_type")
+    if not isinstance(kinds, dict):
+        raise ValueError(f"{notes}: question_type must be an object, got {shown_type(kinds)}")
+    names = {number: name for name, number in kinds.items() if isinstance(number, int)}
+    images = folder_of(root, ("",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
         note = by_id[str(row["question_id"])]
         options = [note[f"choice_{letter}"] for letter in "abcd" if note.get(f"choice_{letter}") is not None]
         meta = {"options": options, "data_type": note["data_type"], "question_id": note["question_id"]}
         kind = names[note["question_type_id"]]
-        return Question(str(row["question_id"]), [images + row["image"]], row["text"], [note["answer"]], kind, meta)
+        answer = known_letter(note["answer"], options)
+        image = images + text_at(row, "image")
+        return Question(str(row["question_id"]), [image], text_at(row, "text"), [answer], kind, meta)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     return gathered.listing

@@ -12,13 +12,24 @@ Knows these columns. Does not decode pictures.
 
 import ast
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import Listing, text_at
 from mllm.data.settings import ReaderSettings
-from mllm.data.utterances import Listing
 from mllm.data.vision.pictures import PictureFolder
-from mllm.data.vision.questions import CHOOSE, LETTERS, SHORT, Question, Questions, with_options
+from mllm.data.vision.questions import (
+    CHOOSE,
+    LETTERS,
+    SHORT,
+    Question,
+    Questions,
+    known_letter,
+    option_letter,
+    texts_of,
+    with_options,
+)
 from mllm.data.vision.tables import table_files, table_rows
 
 Make = Callable[[dict[str, Any], int, "Write"], Question | None]
@@ -73,7 +84,7 @@ def _read(
 
     for file in table_files(source, settings.split or split, inside=inside):
         for row in table_rows(file):
-            gathered.add((file, None), lambda row=row, number=number: make(row, number, write))
+            gathered.add((file, None), partial(make, row, number, write), what=f"row {number}")
             number += 1
     return gathered.listing
 
@@ -85,14 +96,14 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     text = "\n".join([row["question"], *lines]) + f"\n\n{CHOOSE if options else SHORT}"
     answer = str(row["answer"])
-    answers = [] if answer == _UNKNOWN else [answer] if options else _listed(answer, bare=True)
-    subject = "_".join(row["id"].split("_")[1:-1])
+    answers = [] if answer == _UNKNOWN else [known_letter(answer, options)] if options else _listed(answer, bare=True)
+    subject = "_".join(text_at(row, "id").split("_")[1:-1])
     return Question(row["id"], images, text, answers, subject or None, {"options": options})
 
 
 def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
-    options = list(row["options"])
-    answer = LETTERS[: len(options)][int(row["answer"])]
+    options = texts_of(row["options"])
+    answer = option_letter(int(row["answer"]), options)
     text = with_options(row["question"], options)
     return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
 
@@ -117,11 +128,13 @@ def _docvqa(row: dict[str, Any], number: int, write: Write) -> Question:
 def _scienceqa(row: dict[str, Any], number: int, write: Write) -> Question | None:
     if row["image"] is None:
         return None
-    options = list(row["choices"])
+    options = texts_of(row["choices"])
     hint = f"Context: {row['hint']}" if row.get("hint") else None
     text = with_options(row["question"], options, hint=hint)
     kind = row.get("subject") or None
-    return Question(str(number), [write(row["image"])], text, [LETTERS[row["answer"]]], kind, {"options": options})
+    return Question(
+        str(number), [write(row["image"])], text, [option_letter(row["answer"], options)], kind, {"options": options}
+    )
 
 
 def _listed(text: Any, *, bare: bool = False) -> list[str]:

@@ -8,13 +8,14 @@ A question that a server judges has no answer: its sample ends with the question
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm.data.manifest import parse_row
-from mllm.data.utterances import Finding, Listing
+from mllm.data.findings import Listing, shown_type
+from mllm.data.json_lines import numbered_lines, read_object
+from mllm.data.manifest import Sample, parse_row
 
 SHORT = "Answer the question using a single word or phrase."
 CHOOSE = "Answer with the option's letter from the given choices directly."
@@ -52,21 +53,31 @@ class Questions:
         self.listing = Listing()
         self._times_seen: Counter[str] = Counter()
 
-    def add(self, place: Place, make: Maker) -> None:
-        """Add what `make` gives; None is left out. A `ValueError` or a key that is not there is noted."""
-        try:
+    def add(self, place: Place, make: Maker, what: str = "") -> None:
+        """Add what `make` gives; None is left out. What an odd row raises is noted, see `Listing.noting`.
+
+        Args:
+            what: which row it is, where the place has no line.
+        """
+        with self.listing.noting(*place, what):
             question = make()
             if question is not None:
                 self.listing.samples.append(self._sample(question))
-        except KeyError as error:
-            self._note(place, f"{error} is missing")
-        except (ValueError, TypeError) as error:
-            self._note(place, str(error))
 
-    def _note(self, place: Place, message: str) -> None:
-        self.listing.problems.append(Finding(str(place[0]), place[1], message))
+    def add_all(self, file: Path, rows: Sequence[Any], make: Callable[[Any], Question | None]) -> None:
+        """Add every row of a file that is one list."""
+        for number, row in enumerate(rows):
+            self.add((file, None), lambda row=row: make(row), what=f"entry {number}")
 
-    def _sample(self, question: Question) -> Any:
+    def index(self, file: Path, notes: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, Any]:
+        """Entries of a file by a key; an odd one is noted."""
+        found = {}
+        for number, note in enumerate(notes):
+            with self.listing.noting(file, None, f"entry {number}"):
+                found[key(note)] = note
+        return found
+
+    def _sample(self, question: Question) -> Sample:
         self._times_seen[question.id] += 1
         times = self._times_seen[question.id]
         messages: list[dict[str, Any]] = [{"role": "user", "content": _parts_of(question)}]
@@ -139,27 +150,69 @@ def json_of(path: Path) -> Any:
     """Raises: ValueError where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from error
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows.
+def json_list(path: Path, key: str | None = None) -> list[Any]:
+    """The rows of a JSON file that is a list, or holds one under a key.
 
     Raises:
-        ValueError: a row that is no JSON object.
+        ValueError: it is something else.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+    content = json_of(path)
+    if key is not None and not isinstance(content, dict):
+        raise ValueError(f"{path}: must be an object with {key}, got {shown_type(content)}")
+    rows = content if key is None else content.get(key)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: {key or 'the file'} must be a list, got {shown_type(rows)}")
+    return rows
+
+
+def json_lines(path: Path, listing: Listing) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows; a line that is no JSON object is noted."""
+    for number, content in numbered_lines(path):
+        row = None
+        with listing.noting(path, number):
+            row = read_object(content)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: must be an object, got {type(row).__name__}")
+                raise ValueError(f"must be an object, got {shown_type(row)}")
+        if isinstance(row, dict):
             yield number, row
+
+
+def texts_of(values: Any) -> list[str]:
+    """A list of texts.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"must be a list of strings, got {values!r}")
+    return values
+
+
+def option_letter(place: Any, options: Sequence[Any]) -> str:
+    """The letter of an option by its place, counted from 0.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < min(len(options), len(LETTERS)):
+        raise ValueError(f"the answer is {place!r}, and there are {len(options)} options, counted from 0")
+    return LETTERS[place]
+
+
+def known_letter(letter: Any, options: Sequence[Any]) -> str:
+    """A letter that names one of the options.
+
+    Raises:
+        ValueError: it names none.
+    """
+    allowed = LETTERS[: len(options)]
+    if not isinstance(letter, str) or len(letter) != 1 or letter not in allowed:
+        raise ValueError(f"the answer is {letter!r}, and the options are {', '.join(allowed) or 'none'}")
+    return letter
 
 
 def with_options(question: str, options: Sequence[str], *, hint: str | None = None) -> str:
