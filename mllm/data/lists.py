@@ -39,16 +39,11 @@ def read_auto_avsr(source: Path, root: Path, settings: ReaderSettings) -> Listin
             hint = "; with a text after that it is format omni_csv" if _FIVE.fullmatch(line) else ""
             gathering.problem(f"a row must be {columns}{hint}", line_number)
             continue
-        fields = [unquoted(text) for text in row.groups()]
-        if problem := path_problem(f"{fields[0]}/{fields[1]}"):
-            gathering.problem(f"rel_path: {problem}, got {fields[0]}/{fields[1]}", line_number)
-            continue
-        try:
-            text = _text_of(gathering, fields[0], fields[1])
-        except (ValueError, OSError) as error:
-            gathering.problem(str(error), line_number)
-            continue
-        _add_clip(gathering, fields, text, line_number)
+        with gathering.row(line_number):
+            fields = [unquoted(text) for text in row.groups()]
+            if problem := path_problem(f"{fields[0]}/{fields[1]}"):
+                raise ValueError(f"rel_path: {problem}, got {fields[0]}/{fields[1]}")
+            _add_clip(gathering, fields, _text_of(gathering, fields[0], fields[1]), line_number)
     return gathering.listing
 
 
@@ -66,11 +61,11 @@ def read_omni_csv(source: Path, root: Path, settings: ReaderSettings) -> Listing
         if row is None:
             gathering.problem("a row must be dataset,rel_path,n_frames,token_ids,text", line_number)
             continue
-        fields = [unquoted(text) for text in row.groups()]
-        if fields[4].startswith('"') and fields[4].count('"') % 2:
-            gathering.problem("the quote before the text is not closed on this line", line_number)
-            continue
-        _add_clip(gathering, fields, fields[4], line_number)
+        with gathering.row(line_number):
+            fields = [unquoted(text) for text in row.groups()]
+            if fields[4].startswith('"') and fields[4].count('"') % 2:
+                raise ValueError("the quote before the text is not closed on this line")
+            _add_clip(gathering, fields, fields[4], line_number)
     return gathering.listing
 
 
@@ -98,17 +93,14 @@ def read_fairseq(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         if len(fields) < 5 or not fields[4].isdecimal():
             gathering.problem("a row must be id, video, audio, frames, samples, or path and samples", line_number)
             continue
-        try:
+        with gathering.row(line_number):
             files = {
                 medium: _inside(path, base, root)
                 for medium, path in (("audio", fields[2]), ("video", fields[1]))
                 if path
             }
-        except ValueError as error:
-            gathering.problem(str(error), line_number)
-            continue
-        utterance = Utterance(fields[0], files, text, int(fields[4]) / AUDIO_RATE_HZ)  # type: ignore[arg-type]
-        gathering.add(utterance, line_number)
+            utterance = Utterance(fields[0], files, text, int(fields[4]) / AUDIO_RATE_HZ)  # type: ignore[arg-type]
+            gathering.add(utterance, line_number)
     return gathering.listing
 
 

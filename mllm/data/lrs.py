@@ -82,17 +82,15 @@ def read_lrs(source: Path, root: Path, settings: ReaderSettings, *, cut: Cut | N
     gathering = Gathering(source, root, settings)
     for stem, line_number in _stems(source, gathering):
         text_file = Path(f"{stem}.txt")
-        try:
+        place = None if line_number else text_file
+        with gathering.row(line_number, place):
             video = relative_to(root, Path(f"{stem}{SUFFIX}"))
+            if not text_file.is_file():
+                gathering.problem(f"there is no transcript {text_file}", line_number)
+                continue
             text, words = parse_text(read_text(text_file))
-        except FileNotFoundError:
-            gathering.problem(f"there is no transcript {text_file}", line_number)
-            continue
-        except ValueError as error:
-            gathering.problem(str(error), line_number, None if line_number else text_file)
-            continue
-        for utterance in _utterances(gathering, video, text, words, cut, line_number):
-            gathering.add(utterance, line_number, None if line_number else text_file)
+            for utterance in _utterances(gathering, video, text, words, cut, line_number):
+                gathering.add(utterance, line_number, place)
     return gathering.listing
 
 

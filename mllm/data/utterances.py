@@ -10,6 +10,7 @@ Knows tasks, prompts, forms of text and which files are there. Does not know for
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +61,11 @@ class Gathering:
 
     def problem(self, message: str, line_number: int | None = None, path: Path | None = None) -> None:
         """Note something that cannot be used."""
-        self.listing.problems.append(Finding(os.fspath(path or self.source), line_number, message))
+        self.listing.note(path or self.source, line_number, message)
+
+    def row(self, line_number: int | None = None, path: Path | None = None) -> AbstractContextManager[None]:
+        """Inside, whatever an odd row raises becomes a finding; see `Listing.noting`."""
+        return self.listing.noting(path or self.source, line_number)
 
     def holds(self, relative: str) -> bool:
         """Whether there is such a file under the root."""
@@ -84,7 +89,8 @@ class Gathering:
         if utterance.name in self._places:
             problems.append(f"the clip {utterance.name!r} was already named at {self._places[utterance.name]}")
         missing = {} if problems else self._missing(utterance, problems)
-        self.listing.problems += [replace(place, message=message) for message in problems]
+        for message in problems:
+            self.listing.note(place.path, line_number, message)
         if problems:
             return
         self._places[utterance.name] = str(place).removesuffix(": ")
