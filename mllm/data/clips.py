@@ -108,9 +108,7 @@ def _rows(gathering: Gathering, path: Path | None) -> Iterator[tuple[int, str, s
     if path is None:
         return
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    for line_number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for line_number, line in gathering.lines(path):
         key, found, text = line.partition(separator)
         if not found:
             gathering.problem("a row must be clip and transcript, in two columns", line_number, path)

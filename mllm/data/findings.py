@@ -64,18 +64,21 @@ class Listing:
         self.problems.append(Finding(os.fspath(path), line_number, shown))
 
     @contextmanager
-    def noting(self, path: str | os.PathLike[str], line_number: int | None = None, what: str = "") -> Iterator[None]:
+    def noting(
+        self, path: str | os.PathLike[str], line_number: int | None = None, what: str = "", *, is_whole: bool = False
+    ) -> Iterator[None]:
         """Turn whatever an odd row raises into one finding: the only place where readers forgive anything.
 
         Wraps the reading of one row, or of a file that is one whole, and nothing else.
 
         Args:
             what: which row it is, where no line number says so.
+            is_whole: a whole file or folder is read, so one that is not there is an error and no finding.
         """
         try:
             yield
         except ODD as error:
-            if isinstance(error, OSError) and error.errno not in _NAMES:  # a full disk is no row's fault
+            if isinstance(error, OSError) and (is_whole or error.errno not in _NAMES):  # a full disk is no row's fault
                 raise
             self.note(path, line_number, f"{what}: {_said(error)}" if what else _said(error))
 

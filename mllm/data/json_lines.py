@@ -53,8 +53,8 @@ def read_object(line: bytes) -> Any:
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     # Escapes are the only way to write a lone surrogate in a line that is UTF-8; it could never be written out again.
-    if "\\" in text and not _is_encodable(row):
-        raise ValueError("not Unicode text: the line holds half of a surrogate pair")
+    if "\\" in text and (problem := unwritable(row)):
+        raise ValueError(problem)
     return row
 
 
@@ -73,9 +73,14 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse_constant)
 
 
-def _is_encodable(row: object) -> bool:
+def unwritable(row: object) -> str | None:
+    """Why a row could not be written as a line of JSON in UTF-8, or None."""
     try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        return "not Unicode text: it holds half of a surrogate pair"
+    except RecursionError:
+        return "nested too deeply"
+    except (TypeError, ValueError) as error:
+        return f"cannot be written as JSON: {error}"
+    return None

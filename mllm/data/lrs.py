@@ -142,9 +142,7 @@ def _stems(source: Path, gathering: Gathering) -> Iterator[tuple[Path, int | Non
             yield from ((Path(folder) / Path(name).stem, None) for name in sorted(files) if name.endswith(SUFFIX))
         return
     subset = source.parent / ("pretrain" if source.stem.startswith("pretrain") else "main")
-    for line_number, line in enumerate(read_text(source).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for line_number, line in gathering.lines(source):
         name = line.split()[0]  # the list of the test clips has a second column
         if problem := path_problem(name):
             gathering.problem(f"{problem}, got {name!r}", line_number)

@@ -15,12 +15,12 @@ import json
 import os
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from mllm.budget import MEDIA
-from mllm.data.json_lines import numbered_lines, read_object
+from mllm.data.json_lines import numbered_lines, read_object, unwritable
 from mllm.media.paths import path_problem
 
 ROLES = ("system", "user", "assistant")
@@ -157,6 +157,24 @@ def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> N
         aside.unlink(missing_ok=True)
 
 
+def rerooted(sample: Sample, folder: Path) -> Sample:
+    """The sample with its paths relative to a folder above its root, which is its root then.
+
+    Raises:
+        ValueError: the folder is not above the root, or is called what no path may be.
+    """
+    between = Path(os.path.abspath(sample.root)).relative_to(os.path.abspath(folder)).as_posix()
+    prefix = "" if between == "." else f"{between}/"
+    if prefix and (problem := path_problem(between)):
+        raise ValueError(f"the folder {between!r}: {problem}; name another folder with --root")
+
+    def moved(part: Part) -> Part:
+        return Media(part.medium, prefix + part.path) if isinstance(part, Media) else part
+
+    messages = tuple(Message(own.role, tuple(map(moved, own.parts))) for own in sample.messages)
+    return replace(sample, messages=messages, root=folder)
+
+
 def parse_row(row: dict[str, Any], root: str | os.PathLike[str], *, where: str = "row") -> Sample:
     """Turn one decoded JSON object into a `Sample`.
 
@@ -164,6 +182,8 @@ def parse_row(row: dict[str, Any], root: str | os.PathLike[str], *, where: str =
         ValueError: every problem of the row, each line beginning with `where`.
     """
     problems = _Inspector().row_problems(row)
+    if not problems and (problem := unwritable(row)):
+        problems = [problem]
     if problems:
         raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
     return _build_sample(row, Path(root))

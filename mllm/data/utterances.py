@@ -67,6 +67,23 @@ class Gathering:
         """Inside, whatever an odd row raises becomes a finding; see `Listing.noting`."""
         return self.listing.noting(path or self.source, line_number)
 
+    def lines(self, path: Path) -> Iterator[tuple[int, str]]:
+        """Lines of a file that are not blank, without their ends, numbered from 1; what is not UTF-8 is noted.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with open(path, "rb") as file:
+            for line_number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    byte = f"byte {error.start + 1} of the line is {line[error.start]:#04x}"
+                    self.problem(f"not UTF-8: {byte}", line_number, path)
+                    continue
+                if text.strip():
+                    yield line_number, text
+
     def holds(self, relative: str) -> bool:
         """Whether there is such a file under the root."""
         try:

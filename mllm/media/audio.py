@@ -102,10 +102,10 @@ def _check_riff_length(name: str, file: BinaryIO) -> None:
 
     Sizes near 2^31 and 2^32 are what programs write that stream to a pipe and never learn the length.
     """
-    head = file.read(8)
+    head, size = file.read(8), file.seek(0, os.SEEK_END)
     file.seek(0)
     stated = int.from_bytes(head[4:8], "little")
-    if head[:4] == b"RIFF" and stated < 0x7FFF_F000 and os.fstat(file.fileno()).st_size < stated + 8:
+    if head[:4] == b"RIFF" and stated < 0x7FFF_F000 and size < stated + 8:
         raise MediaError("corrupt", name, "the file is shorter than its header states")
 
 

@@ -4,6 +4,7 @@ Every limit is enforced twice: from what the header claims, and again by countin
 Knows bytes, signatures and numbers. Does not decode.
 """
 
+import io
 import os
 import stat
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import BinaryIO, Literal, TypeVar
 
 from mllm.media.errors import MediaError
+from mllm.media.packed import packed_bytes, packed_place
 
 Container = Literal["image", "sound", "clip"]
 Item = TypeVar("Item")
@@ -82,12 +84,16 @@ class Deadline:
 def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryIO]:
     """Open a regular file for a decoder, without following a link put in its place after the path was resolved.
 
-    Decoders get this object and never the path, so that none of them can take a name for a URL or a device.
+    Decoders get this object and never the path, so that none of them can take a name for a URL or a device. Media
+    inside a tar or a table (see `packed.py`) are read into memory, and are as large as files may be.
 
     Raises:
         MediaError: missing, refused (no regular file, no permission), empty, or limit (more than `max_bytes`).
     """
     name = os.fspath(path)
+    if (place := packed_place(name)) is not None and not os.path.lexists(name):
+        yield io.BytesIO(packed_bytes(name, place, max_bytes))
+        return
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(os.path.realpath(name), flags)

@@ -15,7 +15,7 @@ from mllm.cli import main
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.settings import BENCHMARK_FORMATS, Format, ReaderSettings
-from mllm.data.vision.tables import table_files
+from mllm.data.table_files import table_files
 
 SHORT = "\nAnswer the question using a single word or phrase."
 CHOOSE = "\nAnswer with the option's letter from the given choices directly."

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.findings import Listing, shown_type, text_at
+from mllm.data.json_files import json_lines, json_list, json_of
 from mllm.data.settings import ReaderSettings
+from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_scienceqa_table
 from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
@@ -27,15 +29,11 @@ from mllm.data.vision.questions import (
     Questions,
     find,
     folder_of,
-    json_lines,
-    json_list,
-    json_of,
     known_letter,
     option_letter,
     texts_of,
     with_options,
 )
-from mllm.data.vision.tables import is_table
 from mllm.media import path_problem
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")

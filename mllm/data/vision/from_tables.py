@@ -18,6 +18,7 @@ from typing import Any
 
 from mllm.data.findings import Listing, text_at
 from mllm.data.settings import ReaderSettings
+from mllm.data.table_files import table_files, table_rows
 from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
     CHOOSE,
@@ -30,7 +31,6 @@ from mllm.data.vision.questions import (
     texts_of,
     with_options,
 )
-from mllm.data.vision.tables import table_files, table_rows
 
 Make = Callable[[dict[str, Any], int, "Write"], Question | None]
 Write = Callable[[Any], str]

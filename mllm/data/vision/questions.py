@@ -5,16 +5,14 @@ Knows JSON, JSON lines and our samples. Does not know any benchmark.
 A question that a server judges has no answer: its sample ends with the question, and `meta.unanswered` says so.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm.data.findings import Listing, shown_type
-from mllm.data.json_lines import numbered_lines, read_object
+from mllm.data.findings import Listing
 from mllm.data.manifest import Sample, parse_row
 
 SHORT = "Answer the question using a single word or phrase."
@@ -144,41 +142,6 @@ def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
         return f"{named.rstrip('/')}/" if named not in ("", ".") else ""
     found = next((name for name in names if (root / name).is_dir()), names[0])
     return f"{found}/" if found else ""
-
-
-def json_of(path: Path) -> Any:
-    """Raises: ValueError where it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from error
-
-
-def json_list(path: Path, key: str | None = None) -> list[Any]:
-    """The rows of a JSON file that is a list, or holds one under a key.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    content = json_of(path)
-    if key is not None and not isinstance(content, dict):
-        raise ValueError(f"{path}: must be an object with {key}, got {shown_type(content)}")
-    rows = content if key is None else content.get(key)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: {key or 'the file'} must be a list, got {shown_type(rows)}")
-    return rows
-
-
-def json_lines(path: Path, listing: Listing) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows; a line that is no JSON object is noted."""
-    for number, content in numbered_lines(path):
-        row = None
-        with listing.noting(path, number):
-            row = read_object(content)
-            if not isinstance(row, dict):
-                raise ValueError(f"must be an object, got {shown_type(row)}")
-        if isinstance(row, dict):
-            yield number, row
 
 
 def texts_of(values: Any) -> list[str]:

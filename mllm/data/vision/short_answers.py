@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.findings import BadRows, Listing, shown_type, text_at
+from mllm.data.json_files import json_lines, json_list, json_of
 from mllm.data.settings import ReaderSettings
 from mllm.data.vision.questions import (
     SHORT,
@@ -21,9 +22,6 @@ from mllm.data.vision.questions import (
     Questions,
     find,
     folder_of,
-    json_lines,
-    json_list,
-    json_of,
     texts_of,
 )
 
