@@ -19,9 +19,10 @@ class Settings:
     """Make a manifest; everything that cannot be taken over is told with its line, and the rest is written."""
 
     format: Format
-    """What the source is: conversations (docs/data_formats.md) of LLaVA, ShareGPT or OpenAI and ms-swift (messages),
-    parquet files, Hugging Face datasets or WebDataset tars, a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv), fairseq's tsv, a list
-    of LRS2 or a folder of LRS3, a folder of one's own clips, or a vision benchmark (docs/vision_evaluation.md)."""
+    """What the source is: conversations of LLaVA, ShareGPT, or OpenAI and ms-swift (messages), parquet files, Hugging
+    Face datasets or WebDataset tars (docs/data_formats.md); a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv),
+    fairseq's tsv, a list of LRS2 or a folder of LRS3, a folder of one's own clips; or a vision benchmark
+    (docs/vision_evaluation.md)."""
     source: str
     """The list or folder."""
     out: str
@@ -138,9 +139,7 @@ def _move_root(listing: "Listing", folder: Path) -> str | None:
     roots = {sample.root for sample in listing.samples}
     outside = [root for root in roots if not Path(os.path.abspath(root)).is_relative_to(os.path.abspath(folder))]
     if outside:
-        return (
-            f"media paths are relative to {outside[0]}: say so with --root, or data.root, where this manifest is read"
-        )
+        return f"media paths are relative to {outside[0]}: give --root or data.root where this manifest is read"
     listing.samples = [rerooted(sample, folder) for sample in listing.samples]
     return None
 

@@ -28,8 +28,8 @@ PROMPTS = {
 """Those of Llama-AVSR and Omni-AVSR."""
 FRAMES_PER_SECOND = 25
 """Of the videos that the lists of the published systems count frames of."""
-SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov")
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov", ".m4v")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Knows files and headers. Does not vouch for them: only decoding shows whether a 
 
 from pathlib import Path
 
+from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames
 from mllm.media.audio import AUDIO_CODECS
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
@@ -14,6 +15,7 @@ from mllm.media.video import VIDEO_CODECS
 
 def header_seconds(medium: str, path: Path) -> float:
     """Length of the sound (medium `audio`) or the pictures of a file as its header states it; 0 when it does not.
+    AAC alone is counted by its packets, animations by their frames.
 
     Raises:
         MediaError: the header cannot be read.
@@ -22,11 +24,17 @@ def header_seconds(medium: str, path: Path) -> float:
     limit = DEFAULT_LIMITS.audio_bytes if medium == "audio" else DEFAULT_LIMITS.video_bytes
     with open_media(path, limit) as file:
         found = sniff(file)
+        if found == ("sound", "aac"):  # it states no length, and its bit rate tells little
+            with open_stream(name, file, "audio", AUDIO_CODECS) as (container, stream), decoding(name):
+                return float(sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base)
         if found is not None and found[0] == "sound":
             import soundfile
 
             with decoding(name), soundfile.SoundFile(file) as sound:
                 return sound.frames / sound.samplerate
+        if found is not None and found[0] == "image" and found[1] in KINDS:
+            ticks = sum(ticks for _, ticks in animation_frames(name, file, found[1], DEFAULT_LIMITS))
+            return float(ticks * TICK_SECONDS)
         kind, codecs = ("audio", AUDIO_CODECS) if medium == "audio" else ("video", VIDEO_CODECS)
         with open_stream(name, file, kind, codecs) as (container, stream):
             return float(stated_seconds(container, stream))

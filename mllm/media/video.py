@@ -21,12 +21,13 @@ import numpy as np
 from packaging.version import Version
 
 from mllm.extras import install_line
+from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames, is_animated
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
 from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
 
 Backend = Literal["pyav", "decord"]
-VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
+VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg", "prores")
 DECORD_CHUNK_FRAMES = 32
 """Frames decord decodes between two looks at the clock."""
 _LUMA_FIRST = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "gray", "nv12")
@@ -128,10 +129,13 @@ def load_video(
     name = os.fspath(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes) as file:
-        _check_clip(name, file)
-        plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
-        file.seek(0)
-        frames = _READERS[backend](name, file, plan, limits, gray)
+        if (kind := _animation_kind(name, file, limits)) is not None:
+            plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
+            frames = _animation_frames(name, file, kind, limits, gray)
+        else:
+            plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
+            file.seek(0)
+            frames = _READERS[backend](name, file, plan, limits, gray)
         return Video(_gather(name, frames, plan, limits, deadline), plan.frames_per_second)
 
 
@@ -149,12 +153,16 @@ def stream_video(
     name = os.fspath(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes) as file:
-        _check_clip(name, file)
-        plan = _plan(name, file, VIDEO_CODECS, frames_per_second, limits, deadline)
-        file.seek(0)
+        if (kind := _animation_kind(name, file, limits)) is not None:
+            plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
+            frames = _animation_frames(name, file, kind, limits, gray=False)
+        else:
+            plan = _plan(name, file, VIDEO_CODECS, frames_per_second, limits, deadline)
+            file.seek(0)
+            frames = _pyav_frames(name, file, plan, limits, gray=False)
         uses = Counter(plan.indices)
         number = -1
-        for number, frame in enumerate(guarded(name, _pyav_frames(name, file, plan, limits, gray=False))):
+        for number, frame in enumerate(guarded(name, frames)):
             deadline.check()
             yield from repeat(frame, uses[number])
         if number + 1 != plan.num_frames:
@@ -170,10 +178,45 @@ def nearest_frame(times: Sequence[int], above: int, below: int) -> int:
     return right - 1 if above - times[right - 1] * below <= times[right] * below - above else right
 
 
-def _check_clip(name: str, file: BinaryIO) -> None:
+def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | None:
+    """Which animated picture a file is; None for a video.
+
+    Raises:
+        MediaError: it is neither.
+    """
     container = sniff(file)
-    if container is None or container[0] != "clip":
-        raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video")
+    if container is not None and container[0] == "clip":
+        return None
+    if container is not None and container[1] in KINDS and is_animated(name, file, container[1], limits):
+        return container[1]
+    raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video, nor an animated picture")
+
+
+def _animation_plan(
+    name: str,
+    file: BinaryIO,
+    kind: str,
+    frames_per_second: float | FrameSampling | None,
+    limits: MediaLimits,
+    deadline: Deadline,
+) -> FramePlan:
+    """As `_plan`; an animation has no timestamps that could be read without its frames."""
+    stamps, now = [], 0
+    for frame, ticks in animation_frames(name, file, kind, limits):
+        deadline.check()
+        _check_size(name, frame.shape[1], frame.shape[0], limits)
+        stamps.append((now, ticks))
+        now += ticks
+        _check_length(name, now * TICK_SECONDS, len(stamps), limits)
+    file.seek(0)
+    if not stamps:
+        raise MediaError("empty", name, "the file holds no video frames")
+    return _plan_of(name, stamps, TICK_SECONDS, Fraction(0), frames_per_second, limits)
+
+
+def _animation_frames(name: str, file: BinaryIO, kind: str, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
+    for frame, _ in animation_frames(name, file, kind, limits):
+        yield to_gray(frame) if gray else frame
 
 
 def _plan(
@@ -203,7 +246,8 @@ def _plan(
             raise MediaError("empty", name, "the file holds no video frames")
         if len(stamps) < stream.frames and "mp4" in container.format.name:
             raise MediaError("corrupt", name, "the file holds fewer frames than its header states")
-        return _plan_of(name, sorted(stamps), stream, frames_per_second, limits)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        return _plan_of(name, sorted(stamps), stream.time_base, rate, frames_per_second, limits)
 
 
 def _is_shown(packet: Any, codec: str) -> bool:
@@ -216,22 +260,23 @@ def _is_shown(packet: Any, codec: str) -> bool:
 def _plan_of(
     name: str,
     stamps: list[tuple[int, int]],
-    stream: Any,
+    time_base: Fraction,
+    mean_rate: Fraction,
     frames_per_second: float | FrameSampling | None,
     limits: MediaLimits,
 ) -> FramePlan:
+    """The plan of timestamps and durations in units of `time_base`; the rate counts where the last has no duration."""
     times = [time - stamps[0][0] for time, _ in stamps]
-    mean_rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * stream.time_base))) * stream.time_base
+    span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * time_base))) * time_base
     _check_length(name, span, len(times), limits)
     if frames_per_second is None:
         return FramePlan(len(times), tuple(range(len(times))), float(len(times) / span))
     if isinstance(frames_per_second, FrameSampling):
-        return frames_per_second.plan(name, times, span, stream.time_base)
+        return frames_per_second.plan(name, times, span, time_base)
     rate = Fraction(frames_per_second)
     count = max(1, round(span * rate))
     _check_length(name, Fraction(0), count, limits)
-    step = 1 / (rate * stream.time_base)
+    step = 1 / (rate * time_base)
     nearest = (nearest_frame(times, k * step.numerator, step.denominator) for k in range(count))
     return FramePlan(len(times), tuple(nearest), frames_per_second)
 
@@ -302,7 +347,7 @@ def _import_decord() -> Any:
 
 
 _READERS = {"pyav": _pyav_frames, "decord": _decord_frames}
-_CODECS = {"pyav": VIDEO_CODECS, "decord": tuple(codec for codec in VIDEO_CODECS if codec != "av1")}
+_CODECS = {"pyav": VIDEO_CODECS, "decord": tuple(codec for codec in VIDEO_CODECS if codec not in ("av1", "prores"))}
 
 
 def _gather(
