@@ -264,7 +264,10 @@ class ElasticProcessor(ProcessorMixin):
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
-            prompt = self.chat(messages, add_generation_prompt=not for_training)
+            try:
+                prompt = self.chat(messages, add_generation_prompt=not for_training)
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id!r}: {error}") from error
             if prompt.media != tuple(item.medium for item in items):
                 got = ", ".join(item.medium for item in items) or "none"
                 raise ValueError(

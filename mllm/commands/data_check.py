@@ -78,8 +78,12 @@ def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderSettings) -> s
 
     every = read_listing(manifest, root, reader).samples  # what is wrong with the others has been told
     samples = [every[number] for number in drawn(len(every), FIRST_LOOK)]
-    targets = count_targets(samples, build_processor(recipe.model).chat)
-    ids = [sample.id for sample in samples]
+    found = count_targets(samples, build_processor(recipe.model).chat)
+    ids, targets = [sample_id for sample_id, _ in found], [count for _, count in found]
+    if not ids:
+        raise ValueError("the chat format of the recipe (model.chat_format) has no place for any of the samples")
     check_targets(ids, targets, recipe.data.max_unsupervised_fraction)
+    refused = len(samples) - len(ids)
+    left_out = f"; the chat format has no place for {refused} more" if refused else ""
     of = "" if len(samples) == len(every) else f" (of {len(every)}, evenly drawn)"
-    return f"{target_report(ids, targets)}{of}"
+    return f"{target_report(ids, targets)}{left_out}{of}"

@@ -83,7 +83,11 @@ class Listing:
             self.note(path, line_number, f"{what}: {_said(error)}" if what else _said(error))
 
 
-class BadRows(ValueError):
+class ManyLines(ValueError):
+    """Something wrong in many places, told line by line; a terminal shows the lines as they are."""
+
+
+class BadRows(ManyLines):
     """Rows that cannot be used; the message has a line for each, and is cut after `MAX_SHOWN`."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:

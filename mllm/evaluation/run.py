@@ -27,6 +27,8 @@ from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep, cost_problem
 from mllm.generation import Answerer
+from mllm.media import Audio, load_audio
+from mllm.transforms import MixNoise
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -51,10 +53,11 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
 
     from mllm.generation import Decoding
     from mllm.loading import load
-    from mllm.media import MediaLoader, load_audio
+    from mllm.media import MediaLoader
     from mllm.training.launch import prepare_launch
 
     check_noise(settings)
+    noise = read_noise(settings)
     samples = read_sets(settings)
     all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
@@ -79,7 +82,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     sweep = Sweep(
         answerer,
         store,
-        noise=None if settings.noise is None else load_audio(settings.noise),
+        noise=noise,
         seed=settings.seed,
         loader=MediaLoader(
             gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
@@ -167,6 +170,22 @@ def check_noise(settings: EvaluateSettings) -> None:
             f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
             "few; name another recording, or set allow_training_noise"
         )
+
+
+def read_noise(settings: EvaluateSettings) -> Audio | None:
+    """The noise to measure under.
+
+    Raises:
+        ValueError: it is silent throughout, or cannot be read.
+    """
+    if settings.noise is None:
+        return None
+    noise = load_audio(settings.noise)
+    try:
+        MixNoise(noise, 0.0)
+    except ValueError as error:
+        raise ValueError(f"noise {settings.noise}: {error}") from error
+    return noise
 
 
 def run_share(

@@ -119,7 +119,8 @@ def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
     ]
     encoded = [processor.chat(sample.messages) for sample in samples]
     assert count_targets(samples, processor.chat) == [
-        sum(label != -100 for label in prompt.labels) for prompt in encoded
+        (sample.id, sum(label != -100 for label in prompt.labels))
+        for sample, prompt in zip(samples, encoded, strict=True)
     ]
     found = survey(samples, processor)
     assert found.tokens == [len(prompt.ids) for prompt in encoded]
