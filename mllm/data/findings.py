@@ -96,8 +96,12 @@ class BadRows(ManyLines):
 
 def first(findings: Iterable[Finding]) -> list[str]:
     """The first findings as lines, and how many there are beside them."""
-    lines = [str(finding) for finding in findings]
-    return lines if len(lines) <= MAX_SHOWN else [*lines[:MAX_SHOWN], f"and {len(lines) - MAX_SHOWN} more"]
+    return first_lines([str(finding) for finding in findings])
+
+
+def first_lines(lines: Sequence[str]) -> list[str]:
+    """The first lines, and how many there are beside them."""
+    return list(lines) if len(lines) <= MAX_SHOWN else [*lines[:MAX_SHOWN], f"and {len(lines) - MAX_SHOWN} more"]
 
 
 def renumbered(sample: Sample, times_seen: dict[str, int]) -> Sample:

@@ -1,4 +1,4 @@
-"""A training run from its settings to its folder: launch, build, look at the data, train, save.
+"""A training run from its settings to its folder: launch, look at the data, build, train, save.
 
 Knows the order of things and the files of a run. Does not know how any of it is done.
 
@@ -10,7 +10,7 @@ Knows the order of things and the files of a run. Does not know how any of it is
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from mllm.adapters.members import Members
-from mllm.budget import Budget, Space
+from mllm.budget import Budget
 from mllm.building import build
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
@@ -31,17 +30,17 @@ from mllm.sampler import Sampler
 from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
+from mllm.training.data_look import LookedOver, build_sampler, look_over
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
 from mllm.training.feature_building import filled_store
 from mllm.training.feature_store import FeatureStore
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.launch import check_world, prepare_launch
-from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
+from mllm.training.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
-from mllm.training.settings import DataSettings, RunSettings, settings_yaml
+from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.start import start_from
-from mllm.training.survey import Survey, survey
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 
@@ -68,6 +67,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     check_world(arguments.world_size)
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
+        looked = look_over(settings, arguments.run, with_captions=start is None)
         model, processor = build(settings.model)
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -79,8 +79,8 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
         if settings.data.captions and start is None:
-            _fit_projectors(settings, arguments, model, processor)
-        trainer = build_trainer(settings, arguments, model, processor, metric=metric)
+            _fit_projectors(settings, arguments, model, processor, looked)
+        trainer = build_trainer(settings, arguments, model, processor, looked, metric=metric)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
@@ -100,18 +100,14 @@ def build_trainer(
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
+    looked: LookedOver,
     *,
     metric: Metric | None = None,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its batches, its draws, its validation."""
+    """The trainer of a run whose data have been looked over: its batches, its draws, its validation."""
     run, data = arguments.run, settings.data
     draws = build_sampler(settings, processor.space)
-    samples = read_samples(data.train, data)
-    tasks = sorted({sample.task for sample in samples})
-    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
-        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
-    check_members(samples, draws, processor.members)
-    surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
+    samples, surveyed = looked.samples["train"], looked.surveys["train"]
     watch = Stopwatch()
     groups = sharers(samples) if data.share_media else None
     if data.features is None:
@@ -148,7 +144,7 @@ def build_trainer(
         processor=processor,
         sampler=draws,
         batches=batches,
-        validation=_validation(settings, arguments, processor, metric) if data.validation else None,
+        validation=_validation(settings, arguments, processor, looked, metric) if data.validation else None,
         tensorboard=settings.train.tensorboard,
     )
     check_world(trainer.accelerator.num_processes)
@@ -178,30 +174,6 @@ def _features(
     return store
 
 
-def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
-    """See that every scale some step may draw for some sample has a member of the adapter, before the first step.
-
-    Raises:
-        ValueError: one that has none; it is named, with a sample.
-    """
-    if not members.scales:
-        return
-    by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
-    for media, sample_id in by_media.items():
-        for budget in draws.possible(media) if media else []:
-            if budget.total_tokens is None and str(Budget(budget.amounts)) not in members.scales:
-                raise ValueError(
-                    f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
-                    f" has no such member; it has {' | '.join(members.scales)}"
-                )
-
-
-def build_sampler(settings: RunSettings, space: Space) -> Sampler:
-    """The draws of a run."""
-    own = settings.sampler
-    return Sampler(space, own.mode, num_draws=own.num_draws, seed=settings.train.seed, points=tuple(own.budgets))
-
-
 def extremes(draws: Sampler) -> list[Budget]:
     """Budgets that a sample must meet so that it meets whatever is drawn."""
     largest, smallest = draws.space.largest(), draws.space.smallest()
@@ -210,16 +182,18 @@ def extremes(draws: Sampler) -> list[Budget]:
 
 
 def _validation(
-    settings: RunSettings, arguments: ElasticArguments, processor: ElasticProcessor, metric: Metric | None
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    processor: ElasticProcessor,
+    looked: LookedOver,
+    metric: Metric | None,
 ) -> Validation:
     data = settings.data
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
-    samples = read_samples(data.validation, data)
-    surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
     batches, own = validation_loader(
-        samples,
-        surveyed,
+        looked.samples["validation"],
+        looked.surveys["validation"],
         settings=data,
         processor=processor,
         budgets=budgets,
@@ -230,18 +204,16 @@ def _validation(
 
 
 def _fit_projectors(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor
+    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, looked: LookedOver
 ) -> None:
     """Start the projectors at what captions say; see `projector_fit.py`."""
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
-    samples = read_samples(settings.data.captions, settings.data)
-    surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
     batches, own = validation_loader(
-        samples,
-        surveyed,
+        looked.samples["captions"],
+        looked.surveys["captions"],
         settings=settings.data,
         processor=processor,
         budgets=[],
@@ -249,20 +221,6 @@ def _fit_projectors(
         num_processes=arguments.world_size,
     )
     fit_projectors(model.to(arguments.device), processor, batches, own=own)
-
-
-def _surveyed(samples: list[Sample], processor: ElasticProcessor, data: DataSettings, kept: Path) -> Survey:
-    """Looked over by the main process; the others read what it found. What was found is logged and checked."""
-    with PartialState().main_process_first():
-        found = survey(
-            samples,
-            processor,
-            kept=kept,
-            max_sample_tokens=data.max_sample_tokens,
-            max_unsupervised_fraction=data.max_unsupervised_fraction,
-        )
-    found.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
-    return found
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 
 from mllm.budget import Amount, Budget, Extent, Space
 from mllm.chat import ChatEncoder, RefusedConversation
-from mllm.data.findings import ManyLines
+from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Media, Sample
 from mllm.data.quarantine import too_many_bad
 from mllm.expansion import Row, Run
@@ -35,7 +35,6 @@ CHUNK = 1024
 FIRST_LOOK = 10_000
 """Of a larger data set so many samples, evenly drawn, are looked at first: a mistake shows within seconds."""
 MAX_SHOWN = 5
-MAX_REFUSED_SHOWN = 20
 logger = logging.getLogger(__name__)
 
 
@@ -85,8 +84,7 @@ class Survey:
 
     def _check_refused(self, num_samples: int, max_bad_fraction: float) -> None:
         lines = [f"sample {sample_id!r}: {reason}" for sample_id, reason in self.refused.items()]
-        more = [f"and {len(lines) - MAX_REFUSED_SHOWN} more"] if len(lines) > MAX_REFUSED_SHOWN else []
-        report = "\n".join([*lines[:MAX_REFUSED_SHOWN], *more])
+        report = "\n".join(first_lines(lines))
         if too_many_bad(len(lines), num_samples, max_bad_fraction):
             raise ManyLines(
                 f"{report}\n{len(lines)} of {num_samples} samples are refused; data.max_bad_fraction allows "
