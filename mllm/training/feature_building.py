@@ -6,9 +6,13 @@ Knows a run's settings, its store, disks and processes. Does not know shards or 
 import logging
 import multiprocessing
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,8 @@ from mllm.training.loaders import loading, read_samples
 from mllm.training.settings import RunSettings
 from mllm.training.survey import extents_of
 
+SECONDS_TO_END = 10.0
+"""That a process is given to end by itself."""
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
 logger = logging.getLogger(__name__)
@@ -142,11 +148,11 @@ def make_features(
     """
     import torch
 
+    samples = read_samples(settings.data.train, settings.data)  # before the model: a mistake shows at once
     model, processor = build(settings.model)
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
-    samples = read_samples(settings.data.train, settings.data)
     ranks = {"rank": rank, "num_ranks": num_ranks}
     return filled_store(settings, model, processor, samples, **ranks, progress=progress)[0]
 
@@ -181,16 +187,44 @@ def build_features(settings: RunSettings, *, processes: int, show: Progress) -> 
     running = [
         context.Process(target=_share, args=(settings, rank, processes, *shared[rank])) for rank in range(processes)
     ]
-    running[0].start()
-    _wait_for_claim(running[0], shared[0][1])
-    for process in running[1:]:
-        process.start()
-    while any(process.is_alive() for process in running):
-        show("encoding", sum(done.value for done, _ in shared), sum(max(total.value, 0) for _, total in shared))
-        time.sleep(0.2)
+    with _ended_together(running):
+        running[0].start()
+        _wait_for_claim(running[0], shared[0][1])
+        for process in running[1:]:
+            process.start()
+        while any(process.is_alive() for process in running):
+            show("encoding", sum(done.value for done, _ in shared), sum(max(total.value, 0) for _, total in shared))
+            time.sleep(0.2)
     if failed := [rank for rank, process in enumerate(running) if process.exitcode]:
         raise ValueError(f"process {failed[0]} of {processes} that made features failed; its message stands above")
     return Made(sum(done.value for done, _ in shared), time.monotonic() - started)
+
+
+@contextmanager
+def _ended_together(running: Sequence[BaseProcess]) -> Iterator[None]:
+    """End what still runs when the block is left, however that comes.
+
+    A scheduler's SIGTERM would end this process alone, and leave its workers behind to encode for nobody.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()  # only there may a signal be handled
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
+    try:
+        yield
+    finally:
+        started = [process for process in running if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(SECONDS_TO_END)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _wait_for_claim(first: Any, total: Any) -> None:
