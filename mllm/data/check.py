@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.findings import Finding
-from mllm.data.guessing import wrong_format
+from mllm.data.guessing import naming_format, wrong_format
 from mllm.data.manifest import MEDIA, Sample, scan_manifest
 from mllm.data.pairs import clip_pairs
 from mllm.data.readers import read_listing
@@ -85,6 +85,8 @@ def check_manifest(
     report = Report(os.fspath(path))
     paths = RootedPaths(root)
     opener = (loader or MediaLoader()) if open_media else None
+    with naming_format(path, "manifest"), open(path, "rb"):
+        pass
     for row in scan_manifest(path, root):
         report.num_rows += 1
         problems = list(row.problems)

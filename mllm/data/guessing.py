@@ -6,6 +6,8 @@ Knows how the first row of each format looks. Does not read data.
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,21 @@ def wrong_format(source: Path, named: Format) -> str | None:
     if seen is None or seen == named or (seen in ("parquet", "datasets") and named in (seen, *_OF_TABLES)):
         return None
     return f"it holds nothing of format {named}, and looks like format {seen} (data.reader.format, or --format)"
+
+
+@contextmanager
+def naming_format(source: str | os.PathLike[str], named: Format) -> Iterator[None]:
+    """Say which format data seem to have where a folder is read as a file, or a file as a folder.
+
+    Raises:
+        ValueError: that, inside the block, of data that look like another format.
+    """
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as error:
+        if hint := wrong_format(Path(source), named):
+            raise ValueError(f"{os.fspath(source)}: {hint}") from error
+        raise
 
 
 def _of_folder(source: Path) -> Format | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from mllm.data.clips import read_clips
 from mllm.data.conversations import read_messages, read_sharegpt
 from mllm.data.findings import BadRows, Finding, Listing, first
-from mllm.data.guessing import wrong_format
+from mllm.data.guessing import naming_format, wrong_format
 from mllm.data.lists import read_auto_avsr, read_fairseq, read_omni_csv
 from mllm.data.llava import list_llava
 from mllm.data.lrs import read_lrs
@@ -78,9 +78,10 @@ def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], s
 
     Raises:
         OSError: the file or folder cannot be read.
+        ValueError: a folder is no format of files, or a file none of folders; what it seems to be is named.
     """
     listing = Listing()
-    with listing.noting(source, is_whole=True):
+    with naming_format(source, settings.format), listing.noting(source, is_whole=True):
         listing = READERS[settings.format](Path(source), Path(root), settings)
     if not listing.samples and (hint := wrong_format(Path(source), settings.format)):
         listing.problems.insert(0, Finding(os.fspath(source), None, hint))

@@ -83,9 +83,10 @@ def _read(
         return pictures.write(cell["bytes"])
 
     for file in table_files(source, settings.split or split, inside=inside):
-        for row in table_rows(file):
-            gathered.add((file, None), partial(make, row, number, write), what=f"row {number}")
-            number += 1
+        with gathered.listing.noting(file):
+            for row in table_rows(file):
+                gathered.add((file, None), partial(make, row, number, write), what=f"row {number}")
+                number += 1
     return gathered.listing
 
 
