@@ -17,11 +17,11 @@ from mllm.budget import Budget, Space
 from mllm.building import build_processor
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
-from mllm.data.quarantine import too_many_bad
+from mllm.data.quarantine import Quarantine, Quarantined, too_many_bad
 from mllm.data.readers import missing_media
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
-from mllm.training.loaders import build_augmentation, read_samples
+from mllm.training.loaders import QUARANTINE, build_augmentation, read_samples
 from mllm.training.settings import DataSettings, RunSettings
 from mllm.training.survey import Survey, survey
 
@@ -61,8 +61,22 @@ def look_over(settings: RunSettings, run: Path, *, with_captions: bool) -> Looke
     check_members(samples, build_sampler(settings, processor.space), processor.members)
     for name, own in found.samples.items():
         kept = run / "survey" / f"{name}.json"
-        found.surveys[name] = _surveyed(own, processor, data, kept, data.max_bad_fraction if name == "train" else 0.0)
+        surveyed = _surveyed(own, processor, data, kept, data.max_bad_fraction if name == "train" else 0.0)
+        if PartialState().is_main_process:
+            _list_refused(surveyed, run, len(own))
+        # They would be found in a batch too, but there they could be alone, and a batch must not be empty.
+        found.samples[name], found.surveys[name] = surveyed.without_refused(own)
     return found
+
+
+def _list_refused(surveyed: Survey, run: Path, num_samples: int) -> None:
+    """List samples that the chat format has no place for where a run lists what it leaves out."""
+    bad = [
+        Quarantined(sample_id, 0, "unusable", "", f"sample {sample_id!r}: {reason}")
+        for sample_id, reason in surveyed.refused.items()
+    ]
+    if bad:
+        Quarantine(run / QUARANTINE.format(rank=0), max_bad_fraction=1.0, min_seen=num_samples).note(len(bad), bad)
 
 
 def build_sampler(settings: RunSettings, space: Space) -> Sampler:

@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 class Survey:
     """Per sample its tokens at the largest budgets and at the smallest, and how many of them are targets.
 
-    `refused` says by id why the chat format has no place for a sample; it counts one token and is left out when its
-    turn comes.
+    `refused` says by id why the chat format has no place for a sample, which counts one token.
     """
 
     tokens: list[int]
@@ -68,12 +67,11 @@ class Survey:
             ValueError: too many refused samples, or samples without a target token, or a sample of too many tokens.
         """
         self._check_refused(len(samples), max_bad_fraction)
-        good = [number for number, sample in enumerate(samples) if sample.id not in self.refused]
-        ids, targets = [samples[number].id for number in good], [self.targets[number] for number in good]
-        tokens = [self.tokens[number] for number in good]
-        logger.info("%s", target_report(ids, targets))
-        logger.info("tokens at the largest budget: median %d, most %d", statistics.median(tokens), max(tokens))
-        check_targets(ids, targets, max_unsupervised_fraction)
+        good, own = self.without_refused(samples)
+        ids = [sample.id for sample in good]
+        logger.info("%s", target_report(ids, own.targets))
+        logger.info("tokens at the largest budget: median %d, most %d", statistics.median(own.tokens), max(own.tokens))
+        check_targets(ids, own.targets, max_unsupervised_fraction)
         long = [(tokens, sample.id) for sample, tokens in zip(samples, self.tokens, strict=True) if tokens > max_tokens]
         if long:
             raise ValueError(
@@ -82,16 +80,22 @@ class Survey:
                 "data.max_sample_tokens"
             )
 
+    def without_refused(self, samples: Sequence[Sample]) -> tuple[list[Sample], "Survey"]:
+        """The samples that the chat format has a place for, and what is known of them."""
+        good = [number for number, sample in enumerate(samples) if sample.id not in self.refused]
+        tokens, targets, smallest = (
+            [own[number] for number in good] for own in (self.tokens, self.targets, self.smallest)
+        )
+        return [samples[number] for number in good], Survey(tokens, targets, smallest)
+
     def _check_refused(self, num_samples: int, max_bad_fraction: float) -> None:
-        lines = [f"sample {sample_id!r}: {reason}" for sample_id, reason in self.refused.items()]
-        report = "\n".join(first_lines(lines))
-        if too_many_bad(len(lines), num_samples, max_bad_fraction):
-            raise ManyLines(
-                f"{report}\n{len(lines)} of {num_samples} samples are refused; data.max_bad_fraction allows "
+        if too_many_bad(len(self.refused), num_samples, max_bad_fraction):
+            lines = first_lines([f"sample {sample_id!r}: {reason}" for sample_id, reason in self.refused.items()])
+            told = (
+                f"{len(self.refused)} of {num_samples} samples are refused; data.max_bad_fraction allows "
                 f"{max_bad_fraction:g} of them. Does model.chat_format fit the data?"
             )
-        if lines:
-            logger.warning("%d samples are left out:\n%s", len(lines), report)
+            raise ManyLines("\n".join([*lines, told]))
 
 
 @dataclass(frozen=True)
