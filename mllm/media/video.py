@@ -23,13 +23,12 @@ from packaging.version import Version
 from mllm.extras import install_line
 from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames, is_animated
 from mllm.media.containers import open_stream, stated_seconds
+from mllm.media.decord_process import decord_frames
 from mllm.media.errors import MediaError
 from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
 
 Backend = Literal["pyav", "decord"]
 VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg", "prores")
-DECORD_CHUNK_FRAMES = 32
-"""Frames decord decodes between two looks at the clock."""
 _LUMA_FIRST = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "gray", "nv12")
 """Pixel layouts of 8 bits whose first plane is the brightness."""
 _ITU_601 = (2, 5, 6)
@@ -324,16 +323,9 @@ def _luma_plane(frame: Any) -> np.ndarray | None:
 
 
 def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
-    """The same frames by decord, which turns them upright itself and reads the whole file into memory first."""
-    reader = _import_decord().VideoReader(file, num_threads=1)
-    if len(reader) != plan.num_frames:
-        raise MediaError("unsupported", name, "decord counts the frames of this file differently: use pyav")
-    if reader[0].shape[2] != 3:
-        # decord 0.6 hands out the padding of narrow rows as pixels (16, 24, 48 and 72 wide).
-        raise MediaError("unsupported", name, "decord cannot read frames of this width: use pyav")
-    for start in range(0, plan.num_frames, DECORD_CHUNK_FRAMES):
-        frames = reader.get_batch(range(start, min(start + DECORD_CHUNK_FRAMES, plan.num_frames))).asnumpy()
-        yield from to_gray(frames) if gray else frames
+    """The same frames by decord, in a process of its own, which turns them upright and has the whole file in memory."""
+    for frame in decord_frames(name, file, plan.num_frames, limits.deadline_seconds):
+        yield to_gray(frame) if gray else frame
 
 
 def _import_decord() -> Any:
