@@ -186,3 +186,12 @@ def test_what_import_writes_without_a_root_is_found_by_check(tmp_path: Path, mon
     assert main(["data", "import", "clips", "media", "--out", "elsewhere/x.jsonl"]) == 0
     assert "media paths are relative to media: give --root" in capsys.readouterr().out
     assert main(["data", "check", "elsewhere/x.jsonl", "--root", "media"]) == 0
+
+
+def test_ids_of_questions_never_collide(tmp_path: Path, capsys) -> None:
+    picture(tmp_path / "test2015" / "a.jpg")
+    rows = [{"question_id": name, "image": "a.jpg", "text": f"Is it?{SHORT}"} for name in ("7", "7#2", "7", "8")]
+    source = lines(tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl", *rows)
+    samples, shown = imported("vqav2", source, tmp_path, capsys, 1)
+    assert [sample.id for sample in samples] == ["7", "7#2", "8"]
+    assert ":3: the id '7#2' is needed for a second sample '7', but it is taken" in shown

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm.data.findings import Listing
+from mllm.data.findings import Listing, renumbered
 from mllm.data.manifest import Sample, parse_row
 
 SHORT = "Answer the question using a single word or phrase."
@@ -49,7 +49,7 @@ class Questions:
         self.task = task
         self.root = root
         self.listing = Listing()
-        self._times_seen: Counter[str] = Counter()
+        self._times_seen: dict[str, int] = {}
 
     def add(self, place: Place, make: Maker, what: str = "") -> None:
         """Add what `make` gives; None is left out. What an odd row raises is noted, see `Listing.noting`.
@@ -76,8 +76,6 @@ class Questions:
         return found
 
     def _sample(self, question: Question) -> Sample:
-        self._times_seen[question.id] += 1
-        times = self._times_seen[question.id]
         messages: list[dict[str, Any]] = [{"role": "user", "content": _parts_of(question)}]
         meta = dict(question.meta)
         if question.answers:
@@ -89,10 +87,10 @@ class Questions:
             meta["unanswered"] = True
         if len(question.answers) > 1:
             meta["answers"] = list(question.answers)
-        name = question.id if times == 1 else f"{question.id}#{times}"
-        row = {"id": name, "task": self.task, "meta": meta, "messages": messages}
+        row = {"id": question.id, "task": self.task, "meta": meta, "messages": messages}
         kind = {} if question.kind is None else {"kind": question.kind}
-        return parse_row(row | kind, self.root, where=f"question {question.id!r}")
+        sample = parse_row(row | kind, self.root, where=f"question {question.id!r}")
+        return renumbered(sample, self._times_seen)
 
 
 def _parts_of(question: Question) -> list[dict[str, str]]:
