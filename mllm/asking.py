@@ -31,7 +31,7 @@ class Answer:
     `tokens` are the soft tokens used, by medium; `is_trained` is false where a medium's budget was not in the trained
     space. `num_prompt_tokens` is the whole prompt, of which the first `num_shared_tokens` were read once together with
     other questions about the same media, and `num_new_tokens` counts the end token. `timing` is that of the whole
-    batch, where it was asked for.
+    batch, where it was asked for. `is_cut` is true where the model had not ended when `max_new_tokens` were there.
     """
 
     text: str
@@ -42,6 +42,7 @@ class Answer:
     num_new_tokens: int
     timing: Timing | None = None
     num_shared_tokens: int = 0
+    is_cut: bool = False
 
 
 def request(

@@ -3,9 +3,9 @@
 Knows a tokenizer, a chat template and the ids around a medium. Does not know files, encoders or budgets.
 
 Only the template may make special ids. What people wrote is tokenised apart from it, with special tokens read as plain
-text, so that a user who types `<image>` or an end-of-turn marker has typed just that. Text is cut where the template
-stops and people begin to write, never elsewhere, and a piece that goes on after text is read as going on: SentencePiece
-vocabularies put a space before every text that they take for a new one.
+text (see `mllm.plain_text`), so that a user who types `<image>` or an end-of-turn marker has typed just that. Text is
+cut where the template stops and people begin to write, never elsewhere, and a piece that goes on after text is read as
+going on: SentencePiece vocabularies put a space before every text that they take for a new one.
 """
 
 import copy
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.naming import named_pictures
+from mllm.plain_text import PlainText
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
@@ -122,6 +123,7 @@ class ChatEncoder:
         self.names_pictures = names_pictures
         self.tokenizer = tokenizer
         self.going_on = without_prefix(tokenizer)
+        self._plain = PlainText(tokenizer, self.going_on)
         self.chat_format = chat_format
         self.template = TEMPLATES.get(chat_format)
         self.placeholder_ids = dict(placeholder_ids)
@@ -157,7 +159,7 @@ class ChatEncoder:
                 if isinstance(piece, _Fixed):
                     new, num = piece.ids, piece.num_targets
                 else:
-                    new = next(read).ids
+                    new = next(read)
                     num = len(new) if piece.is_target else 0
                 ids += new
                 labels += [*new[:num], *[IGNORED_LABEL] * (len(new) - num)]
@@ -211,7 +213,7 @@ class ChatEncoder:
             )
         return [Message("user", tuple(media)), *messages[1:]]
 
-    def _tokenized(self, plans: Sequence[tuple[Layout, list[str]]]) -> Iterator[Any]:
+    def _tokenized(self, plans: Sequence[tuple[Layout, list[str]]]) -> Iterator[list[int]]:
         """What people wrote, read slot by slot; with one call of the tokenizer for each way of reading."""
         slots = [[piece for piece in layout if isinstance(piece, _Slot)] for layout, _ in plans]
         texts = [
@@ -220,17 +222,18 @@ class ChatEncoder:
             for slot, text in zip(own, written, strict=True)
         ]
         read = {
-            continues: iter(self._encode([text for text, own in texts if own == continues], continues, is_written=True))
+            continues: iter(self._plain([text for text, own in texts if own == continues], continues=continues))
             for continues in (False, True)
         }
         return (next(read[continues]) for _, continues in texts)
 
-    def _encode(self, texts: Sequence[str], continues: bool, *, is_written: bool) -> Sequence[Any]:
+    def _encode_template(self, text: str, *, continues: bool) -> tuple[int, ...]:
+        """What the template wrote, whose special tokens are meant."""
         backend = (self.going_on if continues else self.tokenizer).backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = is_written
-        return backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        backend.encode_special_tokens = False
+        return tuple(backend.encode(text, add_special_tokens=False).ids)
 
     def _layout(self, messages: Sequence[Message], prompt: bool) -> Iterator[_Fixed | _Slot]:
         """Template text and what people write by turns.
@@ -301,10 +304,10 @@ class ChatEncoder:
         cut = len(text) if first is None else first.start()
         learns = ends_answer and (first is not None or self.chat_format == "llava_plain")
         if before := text[:cut]:
-            ids = tuple(self._encode([before], continues, is_written=False)[0].ids)
+            ids = self._encode_template(before, continues=continues)
             yield _Fixed(ids, len(ids) if learns else 0)
         if after := text[cut:]:
-            ids = tuple(self._encode([after], False, is_written=False)[0].ids)
+            ids = self._encode_template(after, continues=False)
             yield _Fixed(ids, int(learns))
 
     def _media_ids(self, part: Media) -> tuple[int, ...]:

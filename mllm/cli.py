@@ -37,6 +37,7 @@ VERBS = {
     "convert mqt-llava": "mllm.commands.convert_mqt_llava",
     "convert omni-avsr": "mllm.commands.convert_omni_avsr",
     "prepare lips": "mllm.commands.prepare_lips",
+    "init": "mllm.commands.init",
     "doctor": "mllm.commands.doctor",
     "world pretrain": "mllm.commands.world_pretrain",
 }

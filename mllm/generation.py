@@ -24,10 +24,12 @@ from mllm.data.manifest import Sample
 from mllm.decoding import Decoding, Pieces
 from mllm.expansion import Batch
 from mllm.growing import Growing
-from mllm.media import MediaError, MediaLoader
+from mllm.long_audio import Window, joined, load_windows
+from mllm.media import MediaError, Reader
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.timing import stopwatch
+from mllm.windows import LongAudio
 
 __all__ = ["DEFAULT_PROMPTS", "Answer", "Answerer", "Decoding", "is_trained", "request", "tokens_by_medium"]
 
@@ -42,6 +44,7 @@ class Answerer:
         decoding: how tokens are chosen.
         batch_size: most requests of one `generate` in `answer_samples`.
         loader: limits and decoders other than the default ones.
+        long_audio: what becomes of a sound longer than its encoder's window; refused by default.
         constant_prompt: keep what the LLM reads of the text that all prompts begin with, from one batch to the next
             (see `mllm.constant_prompt`).
 
@@ -53,7 +56,8 @@ class Answerer:
     processor: ElasticProcessor = field(repr=False)
     decoding: Decoding = field(default_factory=Decoding)
     batch_size: int = 8
-    loader: MediaLoader | None = None
+    loader: Reader | None = None
+    long_audio: LongAudio = field(default_factory=LongAudio)
     constant_prompt: bool = False
     _constant: ConstantPrompt = field(default_factory=ConstantPrompt, init=False, repr=False, compare=False)
 
@@ -125,9 +129,33 @@ class Answerer:
         on_text: Callable[[str], None] | None = None,
         timed: bool = False,
     ) -> list[Answer]:
-        samples, loaded, asked = self.read_request(files, texts, budget)
-        batch = self.processor.batch(samples, [loaded] * len(samples), for_training=False)
+        samples, windows, asked = self._windows_of(files, texts, budget)
+        if len(windows) > 1:
+            parts = [self.answer_windows(sample, windows, [asked], timed=timed)[0] for sample in samples]
+            answers = [joined(windows, own) for own in parts]
+            if on_text is not None:
+                on_text(answers[0].text)
+            return answers
+        batch = self.processor.batch(samples, [windows[0].media] * len(samples), for_training=False)
         return self.answer_batch(batch, [[asked] * len(samples)], on_text=on_text, timed=timed)[0]
+
+    def answer_windows(
+        self, sample: Sample, windows: Sequence[Window], budgets: Sequence[Budget], *, timed: bool = False
+    ) -> list[list[Answer]]:
+        """Answer a sample about each of its windows.
+
+        Returns:
+            Per budget, one answer per window.
+        """
+        found: list[list[Answer]] = [[] for _ in budgets]
+        size = 1 if timed else self.batch_size  # the time of a batch is that of all its rows
+        for start in range(0, len(windows), size):
+            media = [window.media for window in windows[start : start + size]]
+            batch = self.processor.batch([sample] * len(media), media, for_training=False)
+            draws = self.answer_batch(batch, [[budget] * len(media) for budget in budgets], timed=timed)
+            for answers, own in zip(found, draws, strict=True):
+                answers += own
+        return found
 
     def begin(self, *, image: Files, budget: Budget | str = "") -> Growing:
         """A session about one picture that is encoded once, and whose budget can grow at the price of what is new.
@@ -150,15 +178,24 @@ class Answerer:
         Raises:
             MediaError, ValueError: as `answer`.
         """
+        samples, windows, asked = self._windows_of(files, texts, budget)
+        return samples, windows[0].media, asked
+
+    def _windows_of(
+        self, files: Mapping[str, Files], texts: Sequence[str | None], budget: Budget | str
+    ) -> tuple[list[Sample], list[Window], Budget]:
         samples, names = self.samples_about(files, texts)
         asked = Budget.parse(budget) if isinstance(budget, str) else budget
         if idle := asked.media - {part.medium for part in samples[0].media}:
             raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
         try:
-            return samples, self.processor.load_media(samples[0], loader=self.loader, budgets=[asked]), asked
+            return samples, self._load(samples[0], [asked]), asked
         except MediaError as error:
             name = names.get(error.path, error.path)
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
+
+    def _load(self, sample: Sample, budgets: Sequence[Budget]) -> list[Window]:
+        return load_windows(sample, self.processor, self.long_audio, loader=self.loader, budgets=budgets)
 
     def samples_about(
         self, files: Mapping[str, Files], texts: Sequence[str | None]
@@ -187,13 +224,24 @@ class Answerer:
             wanted: dict[Hashable, list[Budget]] = {}
             for sample, budget in zip(rows, asked[start : start + self.batch_size], strict=True):
                 wanted.setdefault(sample.media_key, []).append(budget)
-            known: dict[Hashable, list[LoadedMedia]] = {}
-            for sample in rows:
-                if (key := sample.media_key) not in known:
-                    known[key] = self.processor.load_media(sample, loader=self.loader, budgets=wanted[key])
-            batch = self.processor.batch(rows, [known[sample.media_key] for sample in rows], for_training=False)
-            answers += self.answer_batch(batch, [asked[start : start + self.batch_size]])[0]
+            known = {sample.media_key: self._load(sample, wanted[sample.media_key]) for sample in _first_of_each(rows)}
+            answers += self._answer_rows(
+                [(sample, known[sample.media_key]) for sample in rows], asked[start : start + self.batch_size]
+            )
         return answers
+
+    def _answer_rows(self, rows: Sequence[tuple[Sample, list[Window]]], budgets: Sequence[Budget]) -> list[Answer]:
+        """Answer the rows of a batch together, but for those that come in windows."""
+        whole = [place for place, (_, windows) in enumerate(rows) if len(windows) == 1]
+        found: dict[int, Answer] = {}
+        if whole:
+            samples, media = [rows[place][0] for place in whole], [rows[place][1][0].media for place in whole]
+            batch = self.processor.batch(samples, media, for_training=False)
+            found |= zip(whole, self.answer_batch(batch, [[budgets[place] for place in whole]])[0], strict=True)
+        for place in set(range(len(rows))) - set(whole):
+            sample, windows = rows[place]
+            found[place] = joined(windows, self.answer_windows(sample, windows, [budgets[place]])[0])
+        return [found[place] for place in range(len(rows))]
 
     @torch.no_grad()
     def answer_batch(
@@ -248,6 +296,7 @@ class Answerer:
                 num_new_tokens=len(new),
                 timing=watch.timing(),
                 num_shared_tokens=num_shared,
+                is_cut=self.is_cut(new),
             )
             for text, budget, row, costs, length, new, num_shared in zip(
                 texts, asked, rows, expanded.costs, prompt_lengths, new_ids, shared, strict=True
@@ -272,6 +321,10 @@ class Answerer:
         ends = set(self.end_ids)
         return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
 
+    def is_cut(self, ids: list[int]) -> bool:
+        """Whether an answer of `ended` has no end, because it is as long as answers may be."""
+        return not ids or ids[-1] not in self.end_ids
+
     def options(self, on_text: Callable[[str], None] | None = None) -> dict[str, Any]:
         """Arguments of `generate`; `on_text` is called with the pieces of a greedy or sampled answer."""
         return self.decoding.options(
@@ -281,6 +334,11 @@ class Answerer:
             suppressed_ids=sorted({*self.processor.placeholder_ids.values(), *self._new_ids}),
             streamer=None if on_text is None else Pieces(self.processor.tokenizer, on_text),
         )
+
+
+def _first_of_each(samples: Sequence[Sample]) -> list[Sample]:
+    """Of samples with the same media the first."""
+    return list({sample.media_key: sample for sample in reversed(samples)}.values())
 
 
 def _shared_tokens(inputs: Mapping[str, Tensor]) -> list[int]:

@@ -141,6 +141,7 @@ class Growing:
             num_prompt_tokens=len(ids),
             num_new_tokens=len(new),
             num_shared_tokens=self.num_read_tokens,
+            is_cut=self.answerer.is_cut(new),
         )
 
     @torch.no_grad()

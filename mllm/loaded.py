@@ -3,17 +3,20 @@
 Knows tensors, tiles and budgets. Does not know files, tokenizers or encoders.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm.budget import Budget, Extent, Space, count_tokens
+from mllm.media import MediaError
 from mllm.picture_tiles import cut
 from mllm.tiling import Size, Tiles
-from mllm.transforms import ImageTransform
+from mllm.transforms import ImageTransform, NotMouthCrops
 
 LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 
@@ -111,3 +114,30 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
         if own and medium in LENGTH_KEYS:
             out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
     return out
+
+
+def refusal(error: ValueError, path: Path) -> MediaError:
+    """Name the file that a transform has refused, and what to type where that mends it."""
+    hint = ""
+    if isinstance(error, NotMouthCrops):
+        hint = f"; cut such crops first: mllm prepare lips {shlex.quote(str(path))} --out crops"
+    return MediaError("unsupported", path, f"{error}{hint}")
+
+
+class ItemNumbers:
+    """Say which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
+
+    def __init__(self) -> None:
+        self.items: list[LoadedMedia] = []
+        self._counts: dict[str, int] = {}
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, item: LoadedMedia) -> int:
+        """The number of an item among those of its encoder."""
+        key = (item.medium, id(item.values), item.raw_length)
+        if key in self._known:
+            return self._known[key]
+        self.items.append(item)
+        number = self._known[key] = self._counts.get(item.encoder, 0)
+        self._counts[item.encoder] = number + item.num_items
+        return number

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
 from mllm.configuration import ElasticConfig
+from mllm.media import MediaLimits
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.pretrained import load_checked
 from mllm.processing import ElasticProcessor
@@ -97,19 +98,28 @@ def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
 
 
 def load(
-    folder: str | Path, *, dtype: str = "float32", attention: str = "sdpa", merge_adapter: bool = False
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    merge_adapter: bool = False,
+    limits: MediaLimits | Mapping[str, float] | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """A model and its processor from a run folder or an exported one, in eval mode.
 
     Args:
         merge_adapter: fold the LLM's adapter into its weights, see `merge_llm_adapter`.
+        limits: pixels, seconds and bytes beyond which files are refused, e.g. `{"video_seconds": 600}`; those that are
+            not named have the defaults of `mllm.media.MediaLimits`.
 
     Raises:
         FileNotFoundError: the folder holds no model.
         ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
             adapter that cannot be merged.
     """
+    allowed = MediaLimits.of(limits)
     model, processor = _load(Path(folder), dtype=dtype, attention=attention)
+    processor.limits = allowed
     if merge_adapter:
         merge_llm_adapter(model)
     return model, processor

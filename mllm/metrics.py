@@ -3,10 +3,12 @@
 Knows strings and counts. Does not know torch, files, models or budgets.
 
 Error rates follow the audio-visual speech papers: both texts are lower-cased and split at white space, errors are
-summed over the whole corpus and divided by its reference words. There is no other normaliser; a mean of rates per
-utterance is something else and is not computed here.
+summed over the whole corpus and divided by its reference words. Both are in NFC, so that one text in two spellings of
+Unicode is one text. There is no other normaliser; a mean of rates per utterance is something else and is not computed
+here.
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +145,7 @@ def vqa_accuracy(references: Sequence[str], answer: str) -> float:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+    return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
 def _short_answer(text: str) -> str:

@@ -22,8 +22,17 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
-from mllm.loaded import LoadedMedia, as_long_as_longest, cut_picture, cuts_of, stack_media
-from mllm.media import Audio, FrameSampling, MediaLoader, RememberingLoader, agreeing_sound, resolve_media
+from mllm.loaded import ItemNumbers, LoadedMedia, as_long_as_longest, cut_picture, cuts_of, refusal, stack_media
+from mllm.media import (
+    DEFAULT_LIMITS,
+    Audio,
+    FrameSampling,
+    MediaLimits,
+    MediaLoader,
+    Reader,
+    agreeing_sound,
+    resolve_media,
+)
 from mllm.tiling import Size, Tiles, Tiling
 from mllm.transforms import ImageTransform, MediaTransform, build_transform
 
@@ -50,6 +59,8 @@ class ElasticProcessor(ProcessorMixin):
     def __init__(self, tokenizer: Any, elastic: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
         self.elastic = elastic or {"chat_format": "chat", "media": {}}
+        # What files may be, where no loader says it; a matter of the machine that reads, and saved nowhere.
+        self.limits: MediaLimits = DEFAULT_LIMITS
         media: Mapping[str, dict[str, Any]] = self.elastic["media"]
         self.sampling = {m: _sampling_of(s["frames"]) for m, s in media.items() if "frames" in s}
         self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in media}
@@ -101,6 +112,11 @@ class ElasticProcessor(ProcessorMixin):
         configs = {m: _config_of(s["encoder"]) for m, s in media.items()}
         return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
 
+    @property
+    def window_seconds(self) -> float | None:
+        """Longest sound that its encoder takes; None where any length will do."""
+        return getattr(self.transforms["audio"], "window_seconds", None) if "audio" in self.transforms else None
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved beside the tokenizer."""
         return {"processor_class": type(self).__name__, "elastic": self.elastic}
@@ -110,7 +126,7 @@ class ElasticProcessor(ProcessorMixin):
         sample: Sample,
         *,
         generator: np.random.Generator | None = None,
-        loader: MediaLoader | RememberingLoader | None = None,
+        loader: Reader | None = None,
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
         budgets: Sequence[Budget] = (),
@@ -130,12 +146,12 @@ class ElasticProcessor(ProcessorMixin):
             budgets: what the sample is going to be asked at.
 
         Raises:
-            MediaError: a file that is missing, broken, over a limit or outside the root, or sound and video of one
-                clip that are not equally long.
+            MediaError: a file that is missing, broken, over a limit or outside the root, sound and video of one
+                clip that are not equally long, or what its encoder cannot take.
             ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
         chance = None if generator is None else chances(generator)
-        raws = self._read(sample, loader)
+        raws = self.read_media(sample, loader)
         loaded: list[LoadedMedia | None] = []
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
             own = None if chance is None else _numbered(chance, number)
@@ -149,7 +165,10 @@ class ElasticProcessor(ProcessorMixin):
                     raw = noise(raw)
             except ValueError as error:
                 raise ValueError(f"{part.medium} {part.path}: {error}") from error
-            loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
+            try:
+                loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
+            except ValueError as error:
+                raise refusal(error, resolve_media(sample.root, part.path)) from error
         return self._with_tiles(loaded, raws, budgets)
 
     def _pictures(self, medium: str, raw: Any) -> LoadedMedia | None:
@@ -188,9 +207,13 @@ class ElasticProcessor(ProcessorMixin):
         """How pictures are cut into tiles, if they are."""
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
-    def _read(self, sample: Sample, loader: MediaLoader | RememberingLoader | None) -> list[Any]:
-        """Decoded media in order of appearance, sounds as long as the videos they belong to."""
-        read = loader or MediaLoader(gray=True)
+    def read_media(self, sample: Sample, loader: Reader | None = None) -> list[Any]:
+        """Decoded media of a sample in order of appearance, sounds as long as the videos they belong to.
+
+        Raises:
+            MediaError, ValueError: as `load_media`.
+        """
+        read = loader or MediaLoader(gray=True, limits=self.limits)
         for part in sample.media:
             self._check_medium(part.medium)
         paths = [resolve_media(sample.root, part.path) for part in sample.media]
@@ -260,7 +283,7 @@ class ElasticProcessor(ProcessorMixin):
         """
         if self.shares_lengths:
             media = as_long_as_longest(media)
-        numbers = _Numbers()
+        numbers = ItemNumbers()
         rows = []
         for sample, items in zip(samples, media, strict=True):
             messages = sample.messages if for_training else without_answer(sample.messages)
@@ -367,21 +390,3 @@ def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
     return FrameSampling(frames["count"], frames["per_second"])
-
-
-class _Numbers:
-    """Which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
-
-    def __init__(self) -> None:
-        self.items: list[LoadedMedia] = []
-        self._counts: dict[str, int] = {}
-        self._known: dict[tuple[str, int, int], int] = {}
-
-    def __call__(self, item: LoadedMedia) -> int:
-        key = (item.medium, id(item.values), item.raw_length)
-        if key in self._known:
-            return self._known[key]
-        self.items.append(item)
-        number = self._known[key] = self._counts.get(item.encoder, 0)
-        self._counts[item.encoder] = number + item.num_items
-        return number

@@ -27,8 +27,19 @@ from mllm.media import Audio, Video, to_gray
 LIP_MEAN, LIP_STD = 0.421, 0.165
 """Mean and deviation of grey mouth crops in 0..1, as in AV-HuBERT and every published system after it."""
 
+MOUTH_SHARE = 0.25
+"""Least share of a frame's area that a crop of lips shows; of less, the frame is a face or more."""
+MOUTH_PIXELS = 128
+"""Longest side of frames that are taken for crops whatever an encoder cuts from them; usual ones have 96 pixels."""
+MOUTH_ASPECT = 1.3
+"""Frames of crops are square or nearly so; cameras begin at 4:3."""
+
 MAX_SNR_ERROR_DB = 0.05
 """How far the ratio of mixed sound may lie from the one that was asked."""
+
+
+class NotMouthCrops(ValueError):
+    """Frames that show far more than the mouth that a lip encoder is to read."""
 
 
 class MediaTransform(Protocol):
@@ -204,13 +215,21 @@ class WhisperMel:
     extractor: Any
     standardized: bool = False
 
+    @property
+    def window_seconds(self) -> float:
+        """Longest sound that is taken."""
+        return self.extractor.n_samples / self.extractor.sampling_rate
+
     def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
         """Raises: ValueError for sound at another rate or longer than the window."""
         rate_hz, window = self.extractor.sampling_rate, self.extractor.n_samples
         _check_rate(raw, rate_hz)
         if len(raw.samples) > window:
             limit = f"{window / rate_hz:g} seconds"
-            raise ValueError(f"the sound lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}")
+            raise ValueError(
+                f"the sound lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}; with long_audio chunk, "
+                "generate and evaluate answer about one window after the other"
+            )
         samples = standardize(raw.samples, epsilon=1e-8) if self.standardized else raw.samples
         return whisper_log_mel(samples, self.extractor), len(samples)
 
@@ -255,13 +274,27 @@ class LipTransform:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def __call__(self, raw: Video, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError when a frame is smaller than the crop."""
+        """Raises: ValueError when a frame is smaller than the crop; NotMouthCrops when it shows far more than it."""
+        self._check_mouth(*raw.frames.shape[1:3])
         frames = torch.from_numpy(to_gray(raw.frames) if raw.frames.ndim == 4 else raw.frames)[:, None]
         if self.size is not None and min(frames.shape[-2:]) != self.size:
             gray = self._crop(self._resize(frames.float() / 255), generator).clone()
         else:
             gray = self._crop(frames, generator).float().div_(255)  # what is cut off is never converted
         return gray.sub_(self.mean).div_(self.std), len(gray)
+
+    def _check_mouth(self, height: int, width: int) -> None:
+        """Refuse what cannot be crops of mouths by their size alone; the middle of a face would be read as lips."""
+        shorter, longer = min(height, width), max(height, width)
+        if self.size is None:
+            is_mouth = longer <= MOUTH_PIXELS or self.crop_size**2 >= MOUTH_SHARE * height * width
+        else:  # who brings frames to a size may well have large crops, but not those of a camera's shape
+            is_mouth = shorter <= 2 * self.size or longer < MOUTH_ASPECT * shorter
+        if not is_mouth:
+            raise NotMouthCrops(
+                f"the frames have {width} x {height} pixels, and lips are read from the middle "
+                f"{self.crop_size} x {self.crop_size} (crop_pixels) of crops around the mouth"
+            )
 
     def _resize(self, frames: Tensor) -> Tensor:
         assert self.size is not None

@@ -13,7 +13,7 @@ LEVELS = [
     {
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
         *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
-        *("cache_names", "extras", "image_processors", "probes"),
+        *("cache_names", "extras", "image_processors", "plain_text", "probes", "windows"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
@@ -23,7 +23,7 @@ LEVELS = [
     },
     {"modeling", "modeling_base", "modeling_body", "routing", "processing", "loaded", "data", "chat"},
     {"vocabulary", "building", "loading", "cost", "convert"},
-    {"generation", "growing", "asking", "decoding", "timing", "training"},
+    {"generation", "growing", "asking", "decoding", "timing", "long_audio", "training"},
     {"evaluation"},
     {"world", "doctor", "preparation", "lmms"},
     {"real"},

@@ -63,7 +63,7 @@ def part_config(reference: str) -> PreTrainedConfig:
 
 def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
     text = part_config(settings.llm)
-    media = settings.media
+    media = settings.encoded_media
     marks = [token for own in media.values() for token in own.span]
     if settings.llm.startswith("world:"):
         marks = []  # its tokenizer knows them

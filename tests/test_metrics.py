@@ -33,6 +33,14 @@ def test_word_errors_are_those_counted_by_hand(reference: str, hypothesis: str, 
     assert word_errors(reference, hypothesis) == expected
 
 
+def test_two_spellings_of_one_text_in_unicode_are_no_error() -> None:
+    composed, apart = "caf\u00e9 \u0915\u093c", "cafe\u0301 \u0958"  # each of the two spellings in one of them
+    for errors in (word_errors, character_errors):
+        assert errors(composed, apart).errors == 0
+        assert errors(apart, composed).errors == 0
+    assert character_errors(apart, composed).reference_units == len("caf\u00e9 \u0915\u093c")
+
+
 def test_character_errors_count_the_space_between_words() -> None:
     assert character_errors("AB  cd", "ab cd") == ErrorCounts(0, 0, 0, 5)
     assert character_errors("ab cd", "abcd") == ErrorCounts(0, 1, 0, 5)

@@ -52,14 +52,52 @@ def test_the_readme_names_commands() -> None:
     assert len(commands()) >= 10
 
 
+@pytest.fixture(scope="module")
+def beside_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configs of the clone and those that the README's own lines write."""
+    from mllm.cli import main
+
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert [main(shlex.split(line)[1:]) for line in commands() if line.startswith("mllm init")] == [0, 0]
+        assert main(["init", "run.yaml", "--built_in"]) == 0  # as docs call the reader's own
+    run = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(run.replace("\ndata:\n", "\ndata:\n  features: {folder: features}\n"))
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_readme_parses(
+    command: str, beside_configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mllm.cli import parse
 
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(beside_configs)
     words = shlex.split(command)
     assert words[0] == "mllm"
     parse(words[1:])
+
+
+def commands_of_docs() -> list[str]:
+    """Every `mllm ...` command of the docs that is written out."""
+    found = []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for block in page.read_text().split("```")[1::2]:
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.search(r"^(?:.*(?:-m|--module) )?(mllm .*)$", line.split(" #")[0].strip())
+                if command is not None and "..." not in line:
+                    found.append(command[1])
+    return found
+
+
+@pytest.mark.parametrize("command", commands_of_docs())
+def test_every_command_of_the_docs_parses(command: str, beside_configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllm.cli import parse
+
+    monkeypatch.chdir(beside_configs)
+    parse(shlex.split(command)[1:])
 
 
 def test_make_targets_and_configs_named_in_the_readme_exist() -> None:

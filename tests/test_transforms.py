@@ -21,6 +21,7 @@ from mllm.transforms import (
     ImageTransform,
     LipTransform,
     MixNoise,
+    NotMouthCrops,
     Waveform,
     WhisperMel,
     build_transform,
@@ -279,3 +280,26 @@ def test_transforms_travel_to_workers() -> None:
     ]:
         copy = pickle.loads(pickle.dumps(transform))
         torch.testing.assert_close(copy(raw)[0], transform(raw)[0])
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "frames", "is_mouth"),
+    [
+        *((88, None, frames, True) for frames in ((96, 96), (88, 88), (128, 128), (160, 160), (120, 90), (176, 176))),
+        *((88, None, frames, False) for frames in ((178, 178), (224, 224), (256, 256), (640, 480), (1080, 1920))),
+        *((88, 96, frames, True) for frames in ((96, 96), (512, 512), (256, 192), (640, 512), (240, 180))),
+        *((88, 96, frames, False) for frames in ((640, 480), (480, 640), (1920, 1080), (1080, 1920))),
+        *((44, None, frames, True) for frames in ((48, 48), (96, 96))),
+        (44, None, (160, 160), False),
+    ],
+)
+def test_frames_of_a_whole_face_are_told_from_crops_of_a_mouth(
+    crop: int, size: int | None, frames: tuple[int, int], is_mouth: bool
+) -> None:
+    transform = LipTransform(size=size, crop_size=crop)
+    video = Video(np.zeros((1, frames[1], frames[0]), np.uint8), 25.0)
+    if is_mouth:
+        assert transform(video)[0].shape == (1, 1, crop, crop)
+        return
+    with pytest.raises(NotMouthCrops, match=rf"{frames[0]} x {frames[1]} pixels, .* middle {crop} x {crop}"):
+        transform(video)

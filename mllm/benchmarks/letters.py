@@ -9,19 +9,21 @@ from collections.abc import Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SAID = re.compile(r"The answer is ([A-Z]).")
+_NUM_LLAVA_LETTERS = 5
+"""LLaVA's script takes A to E for a letter, however many options a question has."""
 _EDGES = (",", ".", "!", "?", ";", ":", "'")
 _MIN_WORDS_TO_QUOTE = 6
 """MMMU looks for the words of an option only in longer answers."""
 
 
 def llava_letter(answer: str, num_options: int) -> str | None:
-    """The option by the rules of LLaVA for ScienceQA: "B", "B. a cat" or one "The answer is B."; None otherwise.
+    """Read the option by the rules of LLaVA for ScienceQA: "B", "B. a cat" or one "The answer is B."; None otherwise.
 
-    Any sign may follow the letter in the third form, but one must. A letter beyond the options is returned where it is
-    in one of the longer forms and names no option then, which is as wrong as None.
+    Any sign may follow the letter in the third form, but one must. A letter beyond the options is what was answered
+    all the same: it is returned, names no option and is as wrong as None. What stands behind it is not looked at.
     """
     answer = answer.strip()
-    known = LETTERS[:num_options]
+    known = LETTERS[: max(num_options, _NUM_LLAVA_LETTERS)]
     if len(answer) == 1 and answer in known:
         return answer
     if len(answer) >= 3 and answer[0] in known and answer[1:3] == ". ":

@@ -17,29 +17,30 @@ _NUMBERS = (
 
 
 def gqa_match(reference: str, answer: str) -> float:
-    """1 where the answer in lower case without its last full stops is the reference, as LLaVA hands it in."""
-    return float(answer.strip().rstrip(".").lower() == reference)
+    """Return 1 where the answer in lower case without its last full stops is the reference, as LLaVA hands it in."""
+    return float(answer.strip().rstrip(".").lower() == reference.lower())
 
 
 def anls(references: Sequence[str], answer: str) -> float:
-    """DocVQA's 1 - edit distance / length to the nearest reference, in lower case; 0 below one half.
+    """Return DocVQA's 1 - edit distance / length to the nearest reference, in lower case; 0 below one half.
 
-    The official code keeps exactly one half.
+    As in the official code, exactly one half is kept, and the length is that of the longer text as it was written:
+    blanks that do not count as edits count there.
     """
     best = max(1.0 - _distance_share(reference, answer) for reference in references)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
 def relaxed_match(reference: str, answer: str) -> float:
-    """ChartQA: numbers within 5 % of the reference, everything else equal in lower case.
+    """Return 1 for a number within 5 % of ChartQA's reference or a text that equals it in lower case, else 0.
 
-    "12%" is 0.12, and so is not within reach of "12". A reference of 0 is compared as text, as the official code does.
+    "12%" is 0.12, and so is not within reach of "12". As in the official code, a reference of 0 is compared as text,
+    and blanks around a text count.
     """
-    answer = answer.strip()
     wanted, given = _float(reference), _float(answer)
     if given is not None and wanted:
         return float(abs(given - wanted) / abs(wanted) <= TOLERANCE)
-    return float(answer.lower() == reference.strip().lower())
+    return float(answer.lower() == reference.lower())
 
 
 def mmmu_open_match(references: Sequence[str], answer: str) -> float:
@@ -104,9 +105,10 @@ def _float(text: str) -> float | None:
 
 
 def _distance_share(reference: str, answer: str) -> float:
-    """Edit distance over the longer length; white space collapsed. Two empty texts agree."""
+    """Return the edit distance with white space collapsed over the longer raw length. Two empty texts agree."""
     one, two = (" ".join(text.lower().split()) for text in (reference, answer))
-    length = max(len(one), len(two))
+    # Upper case may be longer ("ß" is "SS"), and it is upper case whose length the official code takes.
+    length = max(len(reference.upper()), len(answer.upper()))
     return edit_distance(one, two) / length if length else 0.0
 
 

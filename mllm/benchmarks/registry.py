@@ -2,7 +2,8 @@
 
 Knows lines of answers (`id`, `kind`, `references`, `meta`, and `hypothesis` or `error`). Does not know files or models.
 
-What failed is wrong: it stays in the denominator. A line without references is judged by a server and not here.
+What failed is wrong: it stays in the denominator. A line without references is judged by a server and not here; among
+others that have some it is left out and counted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,12 +78,15 @@ class Benchmark:
         return 0.0 if "error" in line else self.worth(line)
 
     def score(self, lines: Sequence[Line]) -> Total:
-        """The number of these lines; None where a server judges or there are none."""
-        if not lines or not all(line["references"] for line in lines):
+        """Compute the number of the lines that have references; None where none has, as where a server judges."""
+        judged = [line for line in lines if line["references"]]
+        if not judged:
             return Total(None)
-        total = self.total(self, lines)
+        total = self.total(self, judged)
         if self.reads is not None:
-            total.details["num_unread"] = sum("error" not in line and not self.reads(line) for line in lines)
+            total.details["num_unread"] = sum("error" not in line and not self.reads(line) for line in judged)
+        if len(judged) < len(lines):
+            total.details["num_unjudged"] = len(lines) - len(judged)
         return total
 
     def check(self, references: Sequence[str], meta: Mapping[str, Any]) -> None:
@@ -118,18 +122,23 @@ def _pope_total(own: Benchmark, lines: Sequence[Line]) -> Total:
     return Total(means["f1"], parts, means)
 
 
+def _label(line: Line) -> str:
+    """The label "yes" or "no"; people write them in any case."""
+    return line["references"][0].strip().lower()
+
+
 def _pope_said(line: Line) -> str:
     if "error" in line:
-        return "no" if line["references"][0] == "yes" else "yes"
+        return "no" if _label(line) == "yes" else "yes"
     return pope_answer(line["hypothesis"])
 
 
 def _detection(lines: Sequence[Line]) -> Detection:
-    return Detection.of([line["references"][0] for line in lines], [_pope_said(line) for line in lines])
+    return Detection.of([_label(line) for line in lines], [_pope_said(line) for line in lines])
 
 
 def _f1_part(line: Line) -> tuple[float, float]:
-    label, said = line["references"][0], _pope_said(line)
+    label, said = _label(line), _pope_said(line)
     return 2.0 * (label == said == "yes"), float(label == "yes") + float(said == "yes")
 
 
@@ -198,7 +207,7 @@ def _mmbench_unit(line: Line) -> str:
 
 
 def _mme_worth(line: Line) -> float:
-    return float(mme_answer(line["hypothesis"]) == line["references"][0])
+    return float(mme_answer(line["hypothesis"]) == _label(line))
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -218,7 +227,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pope": Benchmark(
         "f1",
         (Column("POPE (F1)"),),
-        lambda line: float(pope_answer(line["hypothesis"]) == line["references"][0]),
+        lambda line: float(pope_answer(line["hypothesis"]) == _label(line)),
         total=_pope_total,
     ),
     "scienceqa": Benchmark(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.budget import MEDIA, Budget
+from mllm.media import MediaLimits
 from mllm.settings import check_at_least
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Settings:
     """Of every budget."""
     warmup: int = 1
     """Rounds before those, which do not count."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
     output: str | None = None
     """Folder that gets bench.json and bench.png; only shown when left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -81,7 +84,7 @@ def run(settings: Settings) -> int:
     quiet_loading()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model, processor = load(settings.model, dtype=settings.dtype)
+    model, processor = load(settings.model, dtype=settings.dtype, limits=settings.limits)
     if torch.cuda.is_available() and not settings.use_cpu:
         model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
     loaded = _media(settings, processor)

@@ -1,9 +1,9 @@
-"""`mllm compare`: results of several models in one table, as speech papers print it."""
+"""`mllm compare`: results of several models in one table, as the papers of speech and of vision print it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-SUMMARY = "the results of several models in one table of error rates by task and rates"
+SUMMARY = "show the results of several models in one table: error rates by task and rates, or scores by budget"
 POSITIONAL = "folders"
 
 
@@ -12,10 +12,10 @@ class Settings:
     """Lay evaluations of several models side by side."""
 
     folders: list[str]
-    """Run folders or their `evaluation`, DIR or NAME=DIR; those of one name make one line, as where a model was
+    """Run folders or evaluations inside them, DIR or NAME=DIR; those of one name make one line, as where a model was
     trained for each rate."""
     output: str | None = None
-    """Folder that gets the table (Markdown, JSON) and the plot; only shown when left out."""
+    """Folder that gets the tables (Markdown, JSON) and plots; only shown when left out."""
 
     def __post_init__(self) -> None:
         if not self.folders:
@@ -24,7 +24,7 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Read, show, and write where asked."""
-    from mllm.commands.terminal import console
+    from mllm.commands.terminal import console, plain_table
     from mllm.evaluation.comparison import compare
     from mllm.evaluation.speech_table import notes_of, tables
 
@@ -32,8 +32,11 @@ def run(settings: Settings) -> int:
     blocks = made.blocks
     for shown in tables(blocks):
         console().print(shown)
-    for note in (*notes_of(blocks), *made.differences):
-        console().print(note)
+    vision = made.vision
+    if vision is not None:
+        console().print(plain_table(vision.titles, vision.cells, num_names=2))
+    for note in (*notes_of(blocks), *(vision.notes if vision is not None else []), *made.notes):
+        console().print(note, soft_wrap=True)
     if settings.output is not None:
         made.write(Path(settings.output))
         console().print(f"written to {settings.output}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm.data.settings import Format, ReaderSettings
+from mllm.media import MediaLimits, MediaLoader
 
 SUMMARY = "report every bad row of a manifest, or of data in another format, with its line"
 POSITIONAL = "manifest"
@@ -21,6 +22,8 @@ class Settings:
     """Folder that media paths are relative to; the recipe's, or the manifest's own, when left out."""
     open: bool = False
     """Also decode every file, which takes as long as an epoch of reading does."""
+    limits: MediaLimits | None = None
+    """Pixels, seconds and bytes beyond which a file is refused; the recipe's, or the usual ones, when left out."""
     recipe: str | None = None
     """Run config (YAML): also count the tokens per sample that it would learn, of 10,000 samples evenly drawn where
     there are more; needs its LLM's tokenizer and the configs of its encoders."""
@@ -35,10 +38,11 @@ def run(settings: Settings) -> int:
     recipe = None if settings.recipe is None else _read(settings.recipe)
     root = settings.root or (recipe.data.root if recipe else None) or default_root(settings.manifest)
     reader = _reader(settings.format, recipe)
+    loader = MediaLoader(limits=settings.limits or (recipe.data.limits if recipe else MediaLimits()))
     if reader.format == "manifest":
-        report = check_manifest(settings.manifest, root, open_media=settings.open)
+        report = check_manifest(settings.manifest, root, open_media=settings.open, loader=loader)
     else:
-        report = check_listing(settings.manifest, root, reader, open_media=settings.open)
+        report = check_listing(settings.manifest, root, reader, open_media=settings.open, loader=loader)
     out = console()
     for problem in report.problems:
         place = settings.manifest if problem.line_number is None else f"{settings.manifest}:{problem.line_number}"

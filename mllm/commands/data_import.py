@@ -34,7 +34,8 @@ class Settings:
     """Tasks parted by commas, of asr (sound), vsr (lips) and avsr (both); all that a clip's media allow when left
     out."""
     text: TextForm = "as_is"
-    """Transcripts as they are, in lower case, or as words: in lower case without punctuation but apostrophes."""
+    """Transcripts as they are, in lower case, or as words: in lower case, letters, marks and digits of every script
+    and apostrophes inside words alone."""
     prompts: dict[SpeechTask, str] = field(default_factory=dict)
     """What is asked, by task, instead of the prompts of Llama-AVSR and Omni-AVSR."""
     transcripts: str | None = None

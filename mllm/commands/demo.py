@@ -99,7 +99,8 @@ def run(settings: Settings) -> int:
 
 def _run(settings: DemoSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
-    from mllm.world.demo import demo
+    from mllm.evaluation.plot import PLOT
+    from mllm.world.demo import demo, evaluation_settings
     from mllm.world.demo_report import findings, picture_table, speech_table
 
     with progress_bar() as show:
@@ -108,7 +109,7 @@ def _run(settings: DemoSettings, out: "Console") -> bool:
     out.print(picture_table(found["rows"]))
     all_shown = _show(findings(found["rows"]), out)
     out.print("seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in found["seconds"].items()))
-    out.print(f"plot: {Path(settings.out) / 'evaluation' / 'pareto.png'}; model: {settings.out}", soft_wrap=True)
+    out.print(f"plot: {evaluation_settings(settings).output_folder / PLOT}; model: {settings.out}", soft_wrap=True)
     return all_shown
 
 

@@ -18,7 +18,7 @@ def run(settings: Settings) -> int:
     """Evaluate, show the table, and name what failed."""
     from mllm.benchmarks.registry import BENCHMARKS
     from mllm.commands.terminal import console, progress_bar, quiet_loading
-    from mllm.evaluation.report import table
+    from mllm.evaluation.report import cut_notes, table
     from mllm.evaluation.run import evaluate
 
     quiet_loading()
@@ -31,6 +31,8 @@ def run(settings: Settings) -> int:
         console().print(table(replace(results, rows=others)))
     _show_speech(results)
     _show_benchmarks(settings, results)
+    for note in cut_notes(results.rows, settings.max_new_tokens):
+        console().print(note, soft_wrap=True)
     console().print(f"written to {settings.output_folder}")
     return _tell_failures(results)
 
@@ -47,23 +49,16 @@ def _show_speech(results: "Results") -> None:
 
 
 def _show_benchmarks(settings: Settings, results: "Results") -> None:
-    from mllm.commands.terminal import console
+    from mllm.commands.terminal import console, plain_table
     from mllm.evaluation.benchmark_table import benchmark_table
-    from mllm.evaluation.benchmarks import MARKDOWN, SUBMITTED
+    from mllm.evaluation.benchmarks import MARKDOWN, SUBMITTED, unjudged_notes
 
     found = benchmark_table(results.rows)
     if found is None:
         return
-    from rich.table import Table
-
-    shown = Table(title=f"{results.facts['model']}", title_justify="left", pad_edge=False)
-    for number, title in enumerate(found.titles):
-        shown.add_column(title, justify="right" if number else "left")
-    for line in found.cells:
-        shown.add_row(*line)
     out = console()
-    out.print(shown)
-    for note in found.notes:
+    out.print(plain_table(found.titles, found.cells, title=f"{results.facts['model']}"))
+    for note in (*found.notes, *unjudged_notes(results.rows)):
         out.print(note, soft_wrap=True)
     out.print(f"oracle and failures: {settings.output_folder / MARKDOWN}", soft_wrap=True)
     for file in sorted((settings.output_folder / SUBMITTED).rglob("*.*")):

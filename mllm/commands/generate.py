@@ -7,6 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mllm.budget import Budget
+from mllm.media import MediaLimits
+from mllm.windows import LongAudio
 
 if TYPE_CHECKING:
     from mllm.generation import Answer
@@ -45,6 +47,15 @@ class Settings:
     timing: bool = False
     """Also tell the milliseconds of encoder, prefill and decoding. The request is run once before, unseen: the first
     time also pays for what a process does only once."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
+    long_audio: Literal["refuse", "chunk"] = "refuse"
+    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
+    where their words meet. For speech that is transcribed."""
+    window_seconds: float | None = None
+    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
+    overlap_seconds: float | None = None
+    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
     max_mismatch_seconds: float | None = 0.08
     """A sound and a video of one name may differ in length by so much; null never compares."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -61,6 +72,12 @@ class Settings:
         if not (self.text or self.image or self.audio or self.video):
             raise ValueError("nothing to answer: give --text, --image, --audio or --video")
         Budget.parse(self.budget)
+        assert self.long_audio_settings
+
+    @property
+    def long_audio_settings(self) -> LongAudio:
+        """What becomes of long sounds, read."""
+        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
 
     @property
     def sounds(self) -> list[str]:
@@ -90,8 +107,8 @@ def run(settings: Settings) -> int:
     model, processor = load(settings.model, dtype=settings.dtype, merge_adapter=settings.merge_adapter)
     if torch.cuda.is_available() and not settings.use_cpu:
         model.to("cuda")  # pyright: ignore[reportArgumentType] (wrapped without its types)
-    loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds)
-    answerer = Answerer(model, processor, decoding, loader=loader)
+    loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
+    answerer = Answerer(model, processor, decoding, loader=loader, long_audio=settings.long_audio_settings)
     files = {"image": settings.image, "audio": settings.sounds, "video": settings.video}
     if len(settings.text) > 1:
         ask_all = partial(answerer.answer_questions, settings.text, **files, budget=settings.budget)

@@ -3,12 +3,13 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from mllm.progress import Progress
 
@@ -21,9 +22,26 @@ def console(*, stderr: bool = False) -> "Console":
     return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 160)
 
 
+def plain_table(
+    titles: Sequence[str], lines: Iterable[Sequence[str]], *, title: str | None = None, num_names: int = 1
+) -> "Table":
+    """Make a table whose first `num_names` columns are names, to the left, and the others numbers, to the right."""
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", pad_edge=False)
+    for number, name in enumerate(titles):
+        shown.add_column(name, justify="right" if number >= num_names else "left")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
 @contextmanager
 def progress_bar() -> Iterator["Progress"]:
-    """Inside, call the yielded function; each kind of work gets a bar of its own."""
+    """Inside, call the yielded function; each kind of work gets a bar of its own.
+
+    While no work is under way nothing is drawn, so that other processes may draw bars of their own.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -33,16 +51,20 @@ def progress_bar() -> Iterator["Progress"]:
     tasks = {}
 
     def show(what: str, done: int, total: int) -> None:
+        if bar.finished and (what not in tasks or done < total):
+            for name in list(tasks):  # they stand above for good
+                bar.remove_task(tasks.pop(name))
+            bar.start()
         if what not in tasks:
-            bar.start()  # not before there is something to show
             tasks[what] = bar.add_task(what, total=total)
         bar.update(tasks[what], completed=done, total=total)
+        if bar.finished:
+            bar.stop()
 
     try:
         yield show
     finally:
-        if tasks:
-            bar.stop()
+        bar.stop()
 
 
 def quiet_loading() -> None:

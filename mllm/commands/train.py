@@ -13,21 +13,31 @@ class Settings(RunSettings):
     """Train a model over many budgets; start it with accelerate, torchrun or deepspeed to use several processes."""
 
     resume: str | None = None
-    """auto for the newest complete checkpoint of the run, or the folder of one; a fresh start when left out."""
+    """auto for the newest complete checkpoint of the run, or a fresh start where there is none; or the folder of one.
+    A fresh start when left out, which is refused where the folder of the run holds checkpoints."""
 
 
 def run(settings: Settings) -> int:
-    """Train."""
+    """Train, and after an interrupt say what is saved and how to go on; then 130."""
+    import os
+    from pathlib import Path
+
     from mllm.commands.terminal import console
     from mllm.data.quarantine import TooManyBadSamples
+    from mllm.training.interruption import how_to_go_on
     from mllm.training.launch import finish_launch
-    from mllm.training.run import train
+    from mllm.training.run import SETTINGS, train
 
     own = without_extras(RunSettings, settings)
     try:
         folder = train(own, resume=settings.resume)
     except TooManyBadSamples as error:
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            folder = Path(own.train.output)
+            console(stderr=True).print(how_to_go_on(folder, folder / SETTINGS), soft_wrap=True, highlight=False)
+        return 130
     finish_launch()
     console(stderr=True).print(f"trained: {folder}")
     return 0

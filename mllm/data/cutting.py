@@ -31,21 +31,21 @@ class Cutter:
         self.root = root
         self.folder = folder
 
-    def __call__(self, video: str, audio: str, segments: Sequence[Segment]) -> list[Piece]:
-        """Cut one clip.
+    def __call__(self, video: str, audio: str | None, segments: Sequence[Segment]) -> list[Piece]:
+        """Cut one clip; without a sound its pieces have none either.
 
         Raises:
             MediaError: it cannot be read.
             ValueError: a segment without a frame, or pictures with odd sides.
         """
         frames = load_video(resolve_media(self.root, video), frames_per_second=FRAMES_PER_SECOND).frames
-        samples = load_audio(resolve_media(self.root, audio), SAMPLE_RATE_HZ).samples
+        samples = None if audio is None else load_audio(resolve_media(self.root, audio), SAMPLE_RATE_HZ).samples
         stem = f"{self.folder}/{os.path.splitext(video)[0]}"
         return [
             self._write(f"{stem}_{number:03d}", segment, frames, samples) for number, segment in enumerate(segments)
         ]
 
-    def _write(self, stem: str, segment: Segment, frames: np.ndarray, samples: np.ndarray) -> Piece:
+    def _write(self, stem: str, segment: Segment, frames: np.ndarray, samples: np.ndarray | None) -> Piece:
         first, last = (round(time * FRAMES_PER_SECOND) for time in (segment.start, segment.end))
         last = min(last, len(frames))
         if first >= last:
@@ -54,5 +54,7 @@ class Cutter:
         target.parent.mkdir(parents=True, exist_ok=True)
         per_frame = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
         write_video(target.with_name(f"{target.name}.mp4"), frames[first:last])
-        write_sound(target.with_name(f"{target.name}.wav"), samples[first * per_frame : last * per_frame])
-        return Piece(f"{stem}.mp4", f"{stem}.wav", (last - first) / FRAMES_PER_SECOND)
+        if samples is not None:
+            write_sound(target.with_name(f"{target.name}.wav"), samples[first * per_frame : last * per_frame])
+        sound = None if samples is None else f"{stem}.wav"
+        return Piece(f"{stem}.mp4", sound, (last - first) / FRAMES_PER_SECOND)

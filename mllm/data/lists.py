@@ -108,15 +108,15 @@ def read_fairseq(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
 
 def _add_clip(gathering: Gathering, fields: list[str], text: str, line_number: int) -> None:
-    """A row of dataset, path and frames; the sound is the file beside the video, or the video's own."""
+    """Take up a row of dataset, path and frames, with the sound beside the video or its own, where there is one."""
     dataset, path, frames = (field.strip() for field in fields[:3])
     if not frames.isdecimal() or int(frames) < 1:
         gathering.problem(f"n_frames must be a whole number above 0, got {frames!r}", line_number)
         return
     video = f"{dataset}/{path}" if dataset else path
     name = os.path.splitext(video)[0]
-    files = {"audio": gathering.sound_of(video), "video": video}
-    gathering.add(Utterance(name, files, text, int(frames) / FRAMES_PER_SECOND), line_number)  # type: ignore[arg-type]
+    files = gathering.files_of(video)
+    gathering.add(Utterance(name, files, text, int(frames) / FRAMES_PER_SECOND), line_number)
 
 
 def _text_of(gathering: Gathering, dataset: str, path: str) -> str:

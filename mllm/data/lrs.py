@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mllm.data.manifest import Medium
 from mllm.data.settings import ReaderSettings
 from mllm.data.utterances import Gathering, Listing, Utterance, read_text, relative_to
 from mllm.media import path_problem
@@ -56,22 +57,22 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a cut made of a segment: files relative to the root, and their length."""
+    """What a cut made of a segment: files relative to the root, and their length; no sound where the clip has none."""
 
     video: str
-    audio: str
+    audio: str | None
     seconds: float
 
 
-Cut = Callable[[str, str, Sequence[Segment]], list[Piece]]
-"""Cuts a clip, the paths of its video and its sound relative to the root, into segments."""
+Cut = Callable[[str, str | None, Sequence[Segment]], list[Piece]]
+"""Cuts a clip, the paths of its video and its sound (if any) relative to the root, into segments."""
 
 
 def read_lrs(source: Path, root: Path, settings: ReaderSettings, *, cut: Cut | None = None) -> Listing:
     """Read a list of LRS2 or a folder of LRS3 (or any folder of such clips).
 
-    The sound is a sound file beside the video where there is one, else the video's own. Braces around words, as in
-    `{LG}`, are taken away, as auto_avsr does.
+    The sound is a sound file beside the video where there is one, else the video's own if it has one. Braces around
+    words, as in `{LG}`, are taken away, as auto_avsr does.
 
     Args:
         cut: cuts clips longer than `settings.max_seconds` and says what came of them; None refuses those.
@@ -155,7 +156,7 @@ def _utterances(
 ) -> Iterator[Utterance]:
     """The clip as it is, or its pieces when it is too long."""
     name, limit = os.path.splitext(video)[0], gathering.settings.max_seconds
-    whole = Utterance(name, {"audio": gathering.sound_of(video), "video": video}, text)
+    whole = Utterance(name, gathering.files_of(video), text)
     if limit is None or not gathering.holds(video):  # that it is not there is noted where it is taken up
         yield whole
         return
@@ -168,9 +169,10 @@ def _utterances(
             hint = "`mllm data import lrs --segments` cuts it" if words else "it has no times of words to cut it by"
             raise ValueError(f"it lasts {seconds:.1f} seconds, above max_seconds {limit:g}; {hint}")
         segments = plan_segments(words, limit)
-        for segment, piece in zip(segments, cut(video, whole.files["audio"], segments), strict=True):
+        for segment, piece in zip(segments, cut(video, whole.files.get("audio"), segments), strict=True):
             stem = os.path.splitext(piece.video)[0]
-            yield Utterance(stem, {"audio": piece.audio, "video": piece.video}, segment.text, piece.seconds)
+            files: dict[Medium, str] = {} if piece.audio is None else {"audio": piece.audio}
+            yield Utterance(stem, {**files, "video": piece.video}, segment.text, piece.seconds)
     except ValueError as error:
         gathering.problem(f"{name}: {error}", line_number)
 

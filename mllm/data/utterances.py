@@ -17,7 +17,9 @@ from pathlib import Path
 from mllm.data.findings import Finding, Listing
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.data.settings import ReaderSettings
+from mllm.data.text_forms import TEXT_FORMS
 from mllm.media import MediaError, RootedPaths, path_problem
+from mllm.media.lengths import has_sound
 
 TASKS: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
 PROMPTS = {
@@ -92,10 +94,20 @@ class Gathering:
             return False
         return True
 
-    def sound_of(self, video: str) -> str:
-        """The sound file beside a video, or the video itself, whose own sound is then meant."""
+    def files_of(self, video: str) -> dict[Medium, str]:
+        """Name the files of a clip by medium: its sound is the file beside the video, or the video's own if it has one.
+
+        The header of a video that has no sound file beside it is looked at, unless only lips are asked for. One that is
+        not there is taken to have sound, so that both media are told to be missing.
+        """
         stem = os.path.splitext(video)[0]
-        return next((stem + suffix for suffix in SOUND_SUFFIXES if self.holds(stem + suffix)), video)
+        beside = next((stem + suffix for suffix in SOUND_SUFFIXES if self.holds(stem + suffix)), None)
+        if beside is not None:
+            return {"audio": beside, "video": video}
+        hears = not self.settings.tasks or any("audio" in TASKS[task] for task in self.settings.tasks)
+        if hears and self.holds(video) and not has_sound(Path(self._paths.resolve(video))):
+            return {"video": video}
+        return {"audio": video, "video": video}
 
     def add(self, utterance: Utterance, line_number: int | None = None, path: Path | None = None) -> None:
         """Take up an utterance, or note what is wrong with it; the place is where it was read."""
@@ -187,16 +199,3 @@ def unquoted(text: str) -> str:
     """A field without the quotes around it, where it stands in quotes as a whole."""
     bare = text.strip()
     return bare[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', bare) else text
-
-
-def _words(text: str) -> str:
-    plain = text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    return " ".join(word for part in re.sub(r"[^\w']|_", " ", plain).split() if (word := part.strip("'")))
-
-
-TEXT_FORMS = {
-    "as_is": lambda text: " ".join(text.split()),
-    "lower": lambda text: " ".join(text.lower().split()),
-    "words": _words,
-}
-"""Blanks and line breaks become single blanks in each."""

@@ -8,10 +8,11 @@ MME is told in points (2000 and 800 at most), everything else in percent; the av
 points, as MQT-LLaVA does, and is told only where every column has a number.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllm.benchmarks import registry
 from mllm.benchmarks.registry import BENCHMARKS
 
 Row = Mapping[str, Any]
@@ -98,11 +99,11 @@ class BenchmarkTable:
         return [name, tokens, *cells, "-" if average is None else f"{average:.1f}"]
 
 
-def overall_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows of benchmarks over all their kinds."""
+def overall_rows(rows: Sequence[Row], tasks: Container[str] = BENCHMARKS) -> list[Row]:
+    """Rows of these tasks over all their kinds."""
     found: dict[tuple, Row] = {}
     for row in rows:
-        if row["task"] in BENCHMARKS:
+        if row["task"] in tasks:
             key = (row["set"], row["task"], row["snr_db"], row["budget"])
             if key not in found or row["kind"] is None:
                 found[key] = row
@@ -114,21 +115,27 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     own = overall_rows(rows)
     if not own:
         return None
-    columns = _columns_of(own)
+    return table_of(own, columns_of(own, {name: benchmark.columns for name, benchmark in BENCHMARKS.items()}))
+
+
+def table_of(rows: Sequence[Row], columns: Sequence[Column]) -> BenchmarkTable:
+    """Lay rows over all kinds out by budget, under these columns."""
     by_budget: dict[str, BudgetRow] = {}
-    for row in own:
+    for row in rows:
         made = by_budget.setdefault(row["budget"], BudgetRow(row["budget"]))
         made.found |= {column: row for column in columns if (column.set_name, column.task) == (row["set"], row["task"])}
-    return BenchmarkTable(columns, sorted(by_budget.values(), key=lambda row: row.tokens[-1:] or [0.0], reverse=True))
+    in_order = sorted(by_budget.values(), key=lambda row: row.tokens[-1:] or [0.0], reverse=True)
+    return BenchmarkTable(list(columns), in_order)
 
 
-def _columns_of(rows: Sequence[Row]) -> list[Column]:
+def columns_of(rows: Sequence[Row], by_task: Mapping[str, Sequence[registry.Column]]) -> list[Column]:
+    """The columns of rows, in the order of their sets; sets are named where a task has several."""
     places = list(dict.fromkeys((row["set"], row["task"]) for row in rows))
     tasks = [task for _, task in places]
     found = []
     for set_name, task in places:
         tail = f" ({set_name})" if tasks.count(task) > 1 else ""
-        for one in BENCHMARKS[task].columns:
+        for one in by_task[task]:
             found.append(Column(one.title + tail, set_name, task, one.key, one.full, one.in_average))
     return found
 

@@ -22,8 +22,9 @@ from mllm.data.manifest import Sample
 from mllm.evaluation import benchmark_table, oracle
 from mllm.evaluation.benchmark_table import BenchmarkTable, markdown_table
 from mllm.evaluation.hypotheses import Line, write_whole
+from mllm.evaluation.planning import is_for_server
 from mllm.evaluation.plot import plot_pareto
-from mllm.evaluation.report import Results
+from mllm.evaluation.report import Results, cut_notes
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
 AXES = {"soft_tokens": "soft tokens per question (mean)", "tflops": "TFLOP per question (mean)"}
@@ -81,11 +82,7 @@ class BenchmarkReport:
     @property
     def unread(self) -> list[str]:
         """Answers in which no option was found; many of them mean that a score tells little about seeing."""
-        return [
-            f"{row['num_unread']} answers of {row['set']} ({row['task']}) at {row['budget'] or 'max'} name no option"
-            for row in benchmark_table.overall_rows(self.results.rows)
-            if row.get("num_unread")
-        ]
+        return _counted(self.results.rows, "num_unread", "name no option")
 
     def write(self, folder: Path, *, with_plot: bool = True) -> None:
         """`benchmarks.md`, `benchmarks.json` and `benchmarks.png`."""
@@ -101,7 +98,9 @@ class BenchmarkReport:
     def to_markdown(self) -> str:
         """Table, notes, oracle and failures."""
         parts = [f"# {self.results.facts.get('model', 'results')}", markdown_table(self.table.titles, self.table.cells)]
-        parts += [*self.table.notes, *self.unread]
+        judged = [row for row in self.results.rows if row["task"] in BENCHMARKS]
+        cut = cut_notes(judged, self.results.facts.get("max_new_tokens"))
+        parts += [*self.table.notes, *self.unread, *unjudged_notes(judged), *cut]
         if self.oracles:
             parts += ["## Oracle", markdown_table(self.oracle_head, self.oracle_cells)]
             parts.append(
@@ -130,6 +129,19 @@ class BenchmarkReport:
                 made.append(_point("average", {**first, **_means(list(row.found.values()))}, average / 100))
         order = {title: place for place, title in enumerate([*self.table.titles, "average"])}
         return sorted(made, key=lambda one: order[one["label"]])
+
+
+def unjudged_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how many answers have no reference; the number in the table is of the others alone."""
+    return _counted(rows, "num_unjudged", "have no reference and are not judged")
+
+
+def _counted(rows: Sequence[Mapping[str, Any]], key: str, words: str) -> list[str]:
+    return [
+        f"{row[key]} answers of {row['set']} ({row['task']}) at {row['budget'] or 'max'} {words}"
+        for row in benchmark_table.overall_rows(rows)
+        if row.get(key)
+    ]
 
 
 def report_of(results: Results, lines: Sequence[Line]) -> BenchmarkReport | None:
@@ -169,7 +181,7 @@ def _is_submitted(line: Line, sample: Sample) -> bool:
     submission = SUBMISSIONS.get(line["task"])
     if submission is None:
         return False
-    return not line["references"] or (submission.is_always and all(key in sample.meta for key in submission.meta))
+    return is_for_server(sample) or (submission.is_always and all(key in sample.meta for key in submission.meta))
 
 
 def _point(label: str, row: Mapping[str, Any], share: float | None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Results of one model or of several to the speech table: read, checked to be of the same samples, written.
+"""Lays results of one model or of several side by side: read, checked to be of the same samples, written.
 
 Knows result folders. Does not know models or how they answered.
 
-    out/speech.md      the tables of `speech_table.py`
-    out/speech.json    the same with everything the results hold
-    out/speech.png     WER against soft tokens per second and against TFLOPs of the prompt
+    out/speech.md        the tables of `speech_table.py`
+    out/speech.json      the same with everything the results hold
+    out/speech.png       WER against soft tokens per second and against TFLOPs of the prompt
+    out/benchmarks.md    the table of `vision_comparison.py`, with .json and .png likewise
 """
 
 import json
@@ -15,10 +16,14 @@ from typing import Any
 
 from mllm.evaluation.hypotheses import FINGERPRINT, write_whole
 from mllm.evaluation.plot import plot_pareto
-from mllm.evaluation.report import RESULTS
+from mllm.evaluation.report import RESULTS, cut_notes
+from mllm.evaluation.settings import EVALUATION
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
+from mllm.evaluation.vision_comparison import COLUMNS as VISION_TASKS
+from mllm.evaluation.vision_comparison import VisionComparison, vision_comparison
 
 MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
+VISION_MARKDOWN, VISION_DATA, VISION_PLOT = "benchmarks.md", "benchmarks.json", "benchmarks.png"
 AXES = {"tokens_per_second": "soft tokens per second", "published_tflops": "TFLOPs of the prompt (mean)"}
 SAME = ("num_beams", "length_penalty", "max_new_tokens", "dtype")
 """What should be the same for all, and is told where it is not."""
@@ -28,11 +33,13 @@ SAME = ("num_beams", "length_penalty", "max_new_tokens", "dtype")
 class Comparison:
     """Rows of results by model, and how they came about.
 
-    `differences` say how models were answered differently, which the table cannot show.
+    `differences` say how models were answered differently, which the table cannot show, and `cut` how many answers had
+    not ended.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
 
     @property
     def blocks(self) -> list[Block]:
@@ -43,16 +50,38 @@ class Comparison:
         """
         return blocks_of(self.rows)
 
+    @property
+    def vision(self) -> VisionComparison | None:
+        """What is no speech laid out, or None where there is nothing.
+
+        Raises:
+            ValueError: see `vision_comparison`.
+        """
+        return vision_comparison(self.rows)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said below the tables."""
+        return [*self.differences, *self.cut]
+
     def write(self, folder: Path, *, with_plot: bool = True) -> None:
-        """`speech.md`, `speech.json` and `speech.png`."""
-        blocks = self.blocks
+        """Write `speech.md`, `speech.json` and `speech.png`, and `benchmarks` likewise, each where it has a table."""
         folder.mkdir(parents=True, exist_ok=True)
-        notes = "".join(f"\n{difference}\n" for difference in self.differences)
-        write_whole(folder / MARKDOWN, to_markdown(blocks) + notes)
-        content = {"blocks": to_data(blocks), "differences": self.differences}
-        write_whole(folder / DATA, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        if with_plot:
-            plot_pareto(self._plotted(), folder / PLOT, axes=AXES)
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        if blocks := self.blocks:
+            write_whole(folder / MARKDOWN, to_markdown(blocks) + notes)
+            self._write_data(folder / DATA, blocks=to_data(blocks))
+            if with_plot:
+                plot_pareto(self._plotted(), folder / PLOT, axes=AXES)
+        if (vision := self.vision) is not None:
+            write_whole(folder / VISION_MARKDOWN, vision.to_markdown() + notes)
+            self._write_data(folder / VISION_DATA, models=vision.to_data())
+            if with_plot:
+                plot_pareto(vision.plotted, folder / VISION_PLOT)
+
+    def _write_data(self, file: Path, **content: Any) -> None:
+        content |= {"differences": self.differences, "cut": self.cut}
+        write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _plotted(self) -> list[Row]:
         names = len(self.rows) > 1
@@ -68,12 +97,13 @@ def compare(folders: Sequence[str]) -> Comparison:
     """Lay results of several models side by side.
 
     Args:
-        folders: `DIR`, a folder of results or a run that holds `evaluation`, or `NAME=DIR`. Folders of one name make
-            one line, as where a model was trained for each column.
+        folders: `DIR` or `NAME=DIR`: a folder of results, or a run, of which the evaluation without a name is taken,
+            or else the only one. Folders of one name make one line, as where a model was trained for each column.
 
     Raises:
         FileNotFoundError: a folder without results.
-        ValueError: nothing to compare, no speech, results on different samples, or two results for one cell.
+        ValueError: nothing to compare, a run with several evaluations, results on different samples, or two results
+            for one cell.
     """
     if not folders:
         raise ValueError("folders is empty; name at least one folder of results")
@@ -84,35 +114,48 @@ def compare(folders: Sequence[str]) -> Comparison:
         content = json.loads((path / RESULTS).read_text(encoding="utf-8"))
         _check_samples(path, content["facts"], known)
         made.rows.setdefault(name, []).extend(content["rows"])
+        made.cut += cut_notes(content["rows"], content["facts"].get("max_new_tokens"), model=name)
         for key in SAME:
             if key in content["facts"]:
                 used[key].setdefault(str(content["facts"][key]), set()).add(name)
     made.differences = [_difference(key, own) for key, own in used.items() if len(own) > 1]
-    if not made.blocks:
-        raise ValueError("the results hold no speech: no row of asr, vsr or avsr at a rate")
+    if not made.blocks and made.vision is None:
+        tasks = ", ".join(VISION_TASKS)
+        raise ValueError(f"the results hold nothing to compare: no asr, vsr or avsr at a rate, and none of {tasks}")
     return made
 
 
-def comparison_of(rows: Sequence[Row], model: str) -> Comparison | None:
+def comparison_of(rows: Sequence[Row], model: str, *, max_new_tokens: int | None = None) -> Comparison | None:
     """One model's own table, or None where its results hold no speech."""
     speech = [row for row in rows if column_of(row) is not None]
-    return Comparison({model: speech}) if speech else None
+    return Comparison({model: speech}, cut=cut_notes(speech, max_new_tokens)) if speech else None
 
 
 def short_name(path: str | Path) -> str:
     """What a model is called in a table: the last folder of its path that says something."""
-    parts = [part for part in Path(path).parts if part not in ("evaluation", "/", ".", "..")]
+    parts = [part for part in Path(path).parts if part not in (EVALUATION, "/", ".", "..")]
     return parts[-1] if parts else str(path)
 
 
 def _named(folder: str) -> tuple[str, Path]:
     name, equals, rest = folder.partition("=")
     path = Path(rest if equals else folder)
-    inner = path / "evaluation"
-    found = next((own for own in (path, inner) if (own / RESULTS).is_file()), None)
-    if found is None:
+    inner = path / EVALUATION
+    found = [own for own in (path, inner) if (own / RESULTS).is_file()]
+    found = found[:1] or sorted(file.parent for file in inner.glob(f"*/{RESULTS}"))
+    if not found:
         raise FileNotFoundError(f"{path} holds no {RESULTS}; evaluate the model first")
-    return (name if equals else short_name(path)), found
+    if len(found) > 1:
+        raise ValueError(f"{path} holds several evaluations; name one of {', '.join(map(str, found))}")
+    return (name if equals else _name_of(path)), found[0]
+
+
+def _name_of(path: Path) -> str:
+    """The model's name, and that of the evaluation where one of several of a model is named."""
+    model = path.parent.parent
+    if path.parent.name == EVALUATION and (model / "config.json").is_file():
+        return f"{short_name(model)}/{path.name}"
+    return short_name(path)
 
 
 def _check_samples(folder: Path, facts: Mapping[str, Any], known: dict[str, tuple]) -> None:

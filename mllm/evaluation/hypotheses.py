@@ -10,13 +10,15 @@ Knows lines, ranks and a fingerprint. Does not know models, metrics or media.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 FINGERPRINT = "fingerprint.json"
 HYPOTHESES = "hypotheses.jsonl"
 ANSWERS = "answers"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Key(NamedTuple):
@@ -68,12 +70,11 @@ class AnswerStore:
         if not file.exists():
             write_whole(file, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
             return
-        before = json.loads(file.read_text())
-        changed = sorted(key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key))
-        if changed:
-            words = "; ".join(f"{key} was {before.get(key)!r} and is {fingerprint.get(key)!r}" for key in changed)
+        now = json.loads(json.dumps(dict(fingerprint)))
+        if changed := list(_differences(json.loads(file.read_text()), now)):
             raise ValueError(
-                f"{self.folder} holds answers of another evaluation ({words}); delete it or choose another output"
+                f"{self.folder} holds answers of another evaluation ({'; '.join(changed)}); give this one a name to "
+                "keep it beside them (--name NAME), or choose another --output"
             )
 
     def append(self, lines: Iterable[Line]) -> None:
@@ -112,6 +113,18 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """What differs between two values of JSON, by dotted keys; of digests only that they do."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}".removeprefix("."))
+    elif before != now:
+        if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (before, now)):
+            yield f"{key} {'is new' if before is None else 'is gone' if now is None else 'has changed'}"
+        else:
+            yield f"{key} was {before!r} and is {now!r}"
 
 
 def _whole_lines(file: Path) -> Iterable[Line]:

@@ -67,6 +67,7 @@ def summarise(lines: Sequence[Line], *, seed: int, facts: Mapping[str, Any] | No
                 "is_trained": all(line["is_trained"] for line in answered),
                 "num_samples": len(answered),
                 "num_failed": len(group.lines) - len(answered),
+                "num_cut": sum(line.get("is_cut", False) for line in answered),
                 "metric": score.metric,
                 "value": score.value,
                 "low": score.low,
@@ -164,6 +165,36 @@ def table(results: Results) -> Table:
         names += ["clean" if row["snr_db"] is None else f"{row['snr_db']:g}"] * with_noise
         shown.add_row(*names, _budget_words(row), *_numbers(row))
     return shown
+
+
+def cut_notes(rows: Sequence[Mapping[str, Any]], max_new_tokens: int | None, *, model: str = "") -> list[str]:
+    """Say how many answers had not ended at `max_new_tokens`; a line per set, task and noise that has any.
+
+    Args:
+        rows: of results; those of kinds are left out where there is one over all kinds.
+        model: named where the lines stand beside those of others.
+    """
+    places: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        own = places.setdefault(tuple(row[key] for key in ("set", "task", "snr_db")), {})
+        own.setdefault(row["budget"], []).append(row)
+    notes = []
+    for (set_name, task, snr_db), budgets in places.items():
+        cut = {budget: _num_cut(own) for budget, own in budgets.items()}
+        if num_cut := sum(cut.values()):
+            noise = "" if snr_db is None else f" at {snr_db:g} dB"
+            counts = ", ".join(f"{count} at {budget or 'max'}" for budget, count in cut.items() if count)
+            limit = "" if max_new_tokens is None else f" {max_new_tokens}"
+            whose = f" of {model}" if model else ""
+            notes.append(
+                f"{num_cut} answers{whose} to {set_name} ({task}){noise} were cut at max_new_tokens{limit}: {counts}"
+            )
+    return notes
+
+
+def _num_cut(rows: Sequence[Mapping[str, Any]]) -> int:
+    overall = [row for row in rows if row["kind"] is None]
+    return sum(row.get("num_cut", 0) for row in overall or rows)
 
 
 def _budget_words(row: Mapping[str, Any]) -> str:

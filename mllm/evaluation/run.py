@@ -3,7 +3,6 @@
 Knows settings, ranks and the order of steps. The steps are in `planning`, `sweep`, `report` and `plot`.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from mllm.data.readers import read_data
 from mllm.data.vision.short_answers import question_ids
 from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
+from mllm.evaluation.fingerprint import fingerprint_of
 from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
@@ -58,7 +58,8 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
 
     check_noise(settings)
     noise = read_noise(settings)
-    samples = read_sets(settings)
+    whole = read_sets(settings)
+    samples = {name: own[: settings.limit] for name, own in whole.items()}
     all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
@@ -70,14 +71,21 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         static_cache=settings.static_cache,
     )
     model.to(state.device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
-    answerer = Answerer(model, processor, decoding, settings.batch_size, constant_prompt=settings.constant_prompt)
+    answerer = Answerer(
+        model,
+        processor,
+        decoding,
+        settings.batch_size,
+        long_audio=settings.long_audio_settings,
+        constant_prompt=settings.constant_prompt,
+    )
     allowed = settings.allow_untrained
     work = plan(
         samples, settings.asked_budgets, space=processor.space, snrs_db=settings.snr_db, allow_untrained=allowed
     )
     store = AnswerStore(settings.output_folder, rank=state.process_index)
     if state.is_main_process:
-        store.claim(fingerprint_of(settings))
+        store.claim(fingerprint_of(settings, whole))
     state.wait_for_everyone()
     sweep = Sweep(
         answerer,
@@ -85,7 +93,10 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
         noise=noise,
         seed=settings.seed,
         loader=MediaLoader(
-            gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds
+            gray=True,
+            backend=settings.video_backend,
+            max_mismatch_seconds=settings.max_mismatch_seconds,
+            limits=settings.limits,
         ),
         allow_untrained=allowed,
         max_rows=settings.max_rows,
@@ -124,11 +135,9 @@ def evaluate_model(
 
 
 def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
-    """The samples of every manifest, by its short name."""
-    sets = {}
-    for name, path in zip(settings.set_names, settings.manifest, strict=True):
-        sets[name] = read_data(path, settings.root, settings.reader)[: settings.limit]
-    return sets
+    """Read all samples of every manifest, by its short name."""
+    named = zip(settings.set_names, settings.manifest, strict=True)
+    return {name: read_data(path, settings.root, settings.reader) for name, path in named}
 
 
 def all_vqav2_ids(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample]]) -> list[int]:
@@ -180,7 +189,7 @@ def read_noise(settings: EvaluateSettings) -> Audio | None:
     """
     if settings.noise is None:
         return None
-    noise = load_audio(settings.noise)
+    noise = load_audio(settings.noise, limits=settings.limits)
     try:
         MixNoise(noise, 0.0)
     except ValueError as error:
@@ -222,7 +231,8 @@ def conclude(
     write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     results = summarise(lines, seed=seed, facts=facts)
     results.write(store.folder)
-    speech = comparison_of(results.rows, short_name(str(results.facts.get("model", "model"))))
+    model, limit = short_name(str(results.facts.get("model", "model"))), results.facts.get("max_new_tokens")
+    speech = comparison_of(results.rows, model, max_new_tokens=limit)
     if speech is not None:
         speech.write(store.folder, with_plot=with_plot)
     report = report_of(results, lines)
@@ -249,31 +259,6 @@ def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
             f"{len(missing)} of {len(keys)} answers are missing, the first is {missing[0]}; run it again"
         )
     return [kept[key] for key in keys]
-
-
-def fingerprint_of(settings: EvaluateSettings) -> dict[str, Any]:
-    """Everything an answer depends on."""
-    folder = Path(settings.model)
-    weights = sorted(file for file in folder.glob("*.safetensors"))
-    sets = zip(settings.set_names, settings.manifest, strict=True)
-    return {
-        "model": {file.name: digest_of_file(file) for file in [folder / "config.json", *weights]},
-        "manifests": {name: _digest_of_set(settings, path) for name, path in sets},
-        "root": settings.root,
-        "noise": None if settings.noise is None else [digest_of_file(settings.noise), settings.seed],
-        **{key: getattr(settings, key) for key in ("num_beams", "length_penalty", "max_new_tokens", "dtype")},
-        # Only where they are asked for, so that answers from before there were such keys can be gone on with.
-        **{key: True for key in ("merge_adapter", "static_cache") if getattr(settings, key)},
-    }
-
-
-def _digest_of_set(settings: EvaluateSettings, path: str) -> str:
-    """Of the file, or of what is read where texts stand in other files."""
-    if settings.reader.format in ("manifest", "llava"):
-        return digest_of_file(path)
-    samples = read_data(path, settings.root, settings.reader)
-    own = [(sample.id, sample.messages, *([sample.meta] if sample.task in BENCHMARKS else [])) for sample in samples]
-    return hashlib.sha256(repr(own).encode()).hexdigest()
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:

@@ -6,7 +6,14 @@ from typing import Literal
 
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
+from mllm.media import MediaLimits
 from mllm.settings import check_at_least
+from mllm.windows import LongAudio
+
+EVALUATION = "evaluation"
+"""The folder of results inside a model's folder; those with a name lie in folders inside it."""
+TAKEN_NAMES = ("answers", "submissions")
+"""Folders of results themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,9 @@ class EvaluateSettings:
     allow_untrained: bool = False
     """Also answer at rates and counts that training did not draw, where the model can; reports mark those rows. They
     are refused otherwise."""
+    name: str | None = None
+    """Name of this evaluation, for several of one model: answers, table and plot then lie in a folder of that name
+    inside `evaluation`."""
     output: str | None = None
     """Folder of the answers, table and plot; `evaluation` inside the model's folder when left out."""
     reader: ReaderSettings = field(default_factory=ReaderSettings)
@@ -40,6 +50,15 @@ class EvaluateSettings:
     """Take the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
+    long_audio: Literal["refuse", "chunk"] = "refuse"
+    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
+    where their words meet. For speech that is transcribed."""
+    window_seconds: float | None = None
+    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
+    overlap_seconds: float | None = None
+    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1
@@ -80,12 +99,27 @@ class EvaluateSettings:
             raise ValueError("static_cache goes neither with num_beams above 1 nor with constant_prompt")
         if self.length_penalty != 1.0 and self.num_beams == 1:
             raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
+        self._check_name()
         if not self.asked_budgets:
             raise ValueError("budgets is empty; name at least one, such as audio=/4")
+        assert self.long_audio_settings
         if not self.snr_db:
             raise ValueError("snr_db is empty; null stands for no noise")
         if any(ratio is not None for ratio in self.snr_db) != (self.noise is not None):
             raise ValueError(f"noise and snr_db go together; noise is {self.noise!r}, snr_db is {self.snr_db}")
+
+    def _check_name(self) -> None:
+        if self.name is None:
+            return
+        if self.output is not None:
+            raise ValueError(f"name is {self.name!r} with output {self.output}; one of the two says where results go")
+        if Path(self.name).name != self.name or self.name.startswith(".") or self.name in ("", *TAKEN_NAMES):
+            raise ValueError(f"name must be that of a folder, and none of {', '.join(TAKEN_NAMES)}; got {self.name!r}")
+
+    @property
+    def long_audio_settings(self) -> LongAudio:
+        """What becomes of long sounds, read."""
+        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
 
     @property
     def asked_budgets(self) -> list[Budget]:
@@ -102,4 +136,6 @@ class EvaluateSettings:
     @property
     def output_folder(self) -> Path:
         """Where results go."""
-        return Path(self.output) if self.output is not None else Path(self.model) / "evaluation"
+        if self.output is not None:
+            return Path(self.output)
+        return Path(self.model) / EVALUATION / (self.name or "")

@@ -22,6 +22,7 @@ from mllm.evaluation.hypotheses import AnswerStore, Line
 from mllm.evaluation.planning import Work, references_of, untrained_message
 from mllm.expansion import Row, check_length
 from mllm.generation import Answer, Answerer, is_trained
+from mllm.long_audio import Window, joined, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing import LoadedMedia
 from mllm.transforms import MixNoise, random_generator
@@ -33,6 +34,8 @@ class Loaded:
 
     work: Work
     media: list[LoadedMedia]
+    windows: list[Window] = field(default_factory=list)
+    """Of a sound that comes in several; `media` are those of the first."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,13 @@ class Sweep:
 
     def _answer(self, batch: Sequence[Work]) -> Iterator[Line]:
         loaded, wanted = [], []
-        known: dict[Hashable, list[LoadedMedia]] = {}
+        known: dict[Hashable, list[Window]] = {}
         for work in batch:
             try:
                 if work.media_key not in known:
                     known[work.media_key] = self._load(work)
-                item = Loaded(work, known[work.media_key])
+                windows = known[work.media_key]
+                item = Loaded(work, windows[0].media, windows)
                 row = self._rows([item])[0]
             except ValueError as error:
                 yield from (_failure(work, budget, error) for budget in work.budgets)
@@ -94,6 +98,9 @@ class Sweep:
                     met.append(budget)
                 except ValueError as error:
                     yield _failure(work, budget, error)
+            if len(item.windows) > 1:
+                yield from self._answer_windows(item, met)
+                continue
             loaded.append(item)
             wanted.append(tuple(met))
         for budgets in dict.fromkeys(wanted):
@@ -120,9 +127,24 @@ class Sweep:
                 for item, row, answer in zip(items, batch.rows, answers, strict=True):
                     yield self._line(item, row, answer)
 
-    def _load(self, work: Work) -> list[LoadedMedia]:
-        noise = self._noise_of(work)
-        return self.answerer.processor.load_media(work.sample, loader=self.loader, noise=noise, budgets=work.budgets)
+    def _answer_windows(self, item: Loaded, budgets: Sequence[Budget]) -> Iterator[Line]:
+        """One line per budget about a sound that comes in windows; its tokens and cost are those of all windows."""
+        rows = self._rows([Loaded(item.work, window.media) for window in item.windows])
+        found = self.answerer.answer_windows(item.work.sample, item.windows, budgets) if budgets else []
+        for answers in found:
+            lines = [
+                self._line(Loaded(item.work, window.media), row, answer)
+                for window, row, answer in zip(item.windows, rows, answers, strict=True)
+            ]
+            costs = [line["cost"] for line in lines]
+            whole = self._line(item, rows[0], joined(item.windows, answers))
+            cost = None if None in costs else {key: sum(own[key] for own in costs) for key in costs[0]}
+            yield whole | {"seconds": round(item.windows[-1].stop, 3), "cost": cost}
+
+    def _load(self, work: Work) -> list[Window]:
+        noise, how = self._noise_of(work), self.answerer.long_audio
+        processor = self.answerer.processor
+        return load_windows(work.sample, processor, how, loader=self.loader, noise=noise, budgets=work.budgets)
 
     def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
         ratio = work.snr_db
@@ -145,6 +167,7 @@ class Sweep:
             "tokens": dict(answer.tokens),
             "prompt_tokens": answer.num_prompt_tokens,
             "new_tokens": answer.num_new_tokens,
+            "is_cut": answer.is_cut,
             "seconds": _seconds(row),
             "cost": self._cost(item, row, answer),
         }

@@ -13,7 +13,7 @@ from mllm.media.audio import Audio, load_audio, resample
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
 from mllm.media.image import load_image, to_rgb
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
-from mllm.media.loader import MediaLoader, RememberingLoader
+from mllm.media.loader import MediaLoader, Reader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
 from mllm.media.video import FrameSampling, Video, load_video, stream_video, to_gray
 from mllm.media.writing import write_sound, write_video
@@ -28,6 +28,7 @@ __all__ = [
     "MediaError",
     "MediaLimits",
     "MediaLoader",
+    "Reader",
     "RememberingLoader",
     "RootedPaths",
     "Video",

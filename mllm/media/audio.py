@@ -53,7 +53,7 @@ def load_audio(
         raise ValueError(f"sample_rate_hz must be above 0, got {sample_rate_hz}")
     name = os.fspath(path)
     deadline = Deadline(name, limits.deadline_seconds)
-    with open_media(path, limits.audio_bytes) as file:
+    with open_media(path, limits.audio_bytes, "audio_bytes") as file:
         container = sniff(file)
         if container is None or container[0] == "image":
             raise MediaError("unsupported", name, "neither a sound nor a video file of a known format")
@@ -130,18 +130,21 @@ def _clip_blocks(name: str, container: Any, stream: Any, rate_hz: int) -> Iterat
 
 def _check_header(name: str, rate_hz: int, channels: int, stated: int, limits: MediaLimits) -> None:
     if not limits.audio_min_hz <= rate_hz <= limits.audio_max_hz:
-        reason = f"the sample rate must be {limits.audio_min_hz} to {limits.audio_max_hz} Hz, the file has {rate_hz}"
-        raise MediaError("limit", name, reason)
+        allowed = f"{limits.audio_min_hz} to {limits.audio_max_hz} Hz (limits.audio_min_hz, limits.audio_max_hz)"
+        raise MediaError("limit", name, f"the sample rate must be {allowed}, the file has {rate_hz}")
     if not 1 <= channels <= limits.audio_channels:
-        raise MediaError("limit", name, f"there must be 1 to {limits.audio_channels} channels, the file has {channels}")
+        allowed = f"1 to {limits.audio_channels} channels (limits.audio_channels)"
+        raise MediaError("limit", name, f"there must be {allowed}, the file has {channels}")
     _check_count(name, stated, rate_hz, limits)
 
 
 def _check_count(name: str, samples: int, rate_hz: int, limits: MediaLimits) -> None:
     if samples > limits.audio_seconds * rate_hz:
-        raise MediaError("limit", name, f"the sound is longer than {limits.audio_seconds:g} seconds")
+        reason = f"the sound is longer than {limits.audio_seconds:g} seconds (limits.audio_seconds)"
+        raise MediaError("limit", name, reason)
     if samples > limits.audio_samples:
-        raise MediaError("limit", name, f"the sound has more than {limits.audio_samples} samples per channel")
+        reason = f"the sound has more than {limits.audio_samples} samples per channel (limits.audio_samples)"
+        raise MediaError("limit", name, reason)
 
 
 def _collect(

@@ -104,7 +104,7 @@ def _read(name: str, child: subprocess.Popen[bytes], count: int, end: float) -> 
     parts, left = [], count
     while left:
         if not select.select([child.stdout], [], [], max(end - time.monotonic(), 0))[0]:
-            raise MediaError("deadline", name, "decord did not answer in time")
+            raise MediaError("deadline", name, "decord did not answer in time (limits.deadline_seconds)")
         part = os.read(child.stdout.fileno(), left)
         if not part:
             raise _ended(name)

@@ -39,7 +39,7 @@ def load_image(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT_LI
             (bytes, or pixels as the header gives them before anything is unpacked).
     """
     name = os.fspath(path)
-    with open_media(path, limits.image_bytes) as file:
+    with open_media(path, limits.image_bytes, "image_bytes") as file:
         kind = _kind_of(name, file)
         if kind == "heif":
             picture = open_heif(name, file)
@@ -58,7 +58,7 @@ def header_pixels(path: str | os.PathLike[str], *, limits: MediaLimits = DEFAULT
         MediaError: as `load_image`, as far as the header shows it.
     """
     name = os.fspath(path)
-    with open_media(path, limits.image_bytes) as file:
+    with open_media(path, limits.image_bytes, "image_bytes") as file:
         kind = _kind_of(name, file)
         if kind == "heif":
             picture = open_heif(name, file)
@@ -110,7 +110,7 @@ def _check_pixels(name: str, size: tuple[int, int], limits: MediaLimits) -> None
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
-    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels")
+    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels (limits.image_pixels)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

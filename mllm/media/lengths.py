@@ -9,20 +9,23 @@ from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames
 from mllm.media.audio import AUDIO_CODECS
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.errors import MediaError
-from mllm.media.limits import DEFAULT_LIMITS, decoding, open_media, sniff
+from mllm.media.limits import DEFAULT_LIMITS, MediaLimits, decoding, open_media, sniff
 from mllm.media.video import VIDEO_CODECS
 
 
-def header_seconds(medium: str, path: Path) -> float:
+def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIMITS) -> float:
     """Length of the sound (medium `audio`) or the pictures of a file as its header states it; 0 when it does not.
     AAC alone is counted by its packets, animations by their frames.
+
+    Args:
+        limits: of which the bytes count here, and of an animation its pixels.
 
     Raises:
         MediaError: the header cannot be read.
     """
     name = str(path)
-    limit = DEFAULT_LIMITS.audio_bytes if medium == "audio" else DEFAULT_LIMITS.video_bytes
-    with open_media(path, limit) as file:
+    limit, key = (limits.audio_bytes, "audio_bytes") if medium == "audio" else (limits.video_bytes, "video_bytes")
+    with open_media(path, limit, key) as file:
         found = sniff(file)
         if found == ("sound", "aac"):  # it states no length, and its bit rate tells little
             with open_stream(name, file, "audio", AUDIO_CODECS) as (container, stream), decoding(name):
@@ -33,7 +36,7 @@ def header_seconds(medium: str, path: Path) -> float:
             with decoding(name), soundfile.SoundFile(file) as sound:
                 return sound.frames / sound.samplerate
         if found is not None and found[0] == "image" and found[1] in KINDS:
-            ticks = sum(ticks for _, ticks in animation_frames(name, file, found[1], DEFAULT_LIMITS))
+            ticks = sum(ticks for _, ticks in animation_frames(name, file, found[1], limits))
             return float(ticks * TICK_SECONDS)
         kind, codecs = ("audio", AUDIO_CODECS) if medium == "audio" else ("video", VIDEO_CODECS)
         with open_stream(name, file, kind, codecs) as (container, stream):

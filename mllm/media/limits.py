@@ -8,19 +8,19 @@ import io
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import BinaryIO, Literal, TypeVar
 
-from mllm.media.errors import MediaError
+from mllm.media.errors import MediaError, too_many_bytes
 from mllm.media.packed import packed_bytes, packed_place
 
 Container = Literal["image", "sound", "clip"]
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class MediaLimits:
     """What is refused, whoever asks. Raise a limit for your own files, lower it for strangers'.
 
@@ -47,11 +47,11 @@ class MediaLimits:
     video_bytes: int = 256 * 2**20
     """Largest video file."""
     video_seconds: float = 120.0
-    """Longest video."""
+    """Longest video; one of which only a few frames are taken may be longer."""
     video_pixels: int = 3840 * 2160
     """Largest width x height of a video frame."""
     video_frames: int = 3_000
-    """Most frames, in the file and after resampling."""
+    """Most frames, in the file and after resampling; in the file there may be more where only a few are taken."""
     video_decoded_bytes: int = 256 * 2**20
     """Largest array of decoded frames."""
     deadline_seconds: float = 20.0
@@ -60,7 +60,21 @@ class MediaLimits:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             if not getattr(self, name) > 0:
-                raise ValueError(f"media limit {name} must be above 0, got {getattr(self, name)!r}")
+                raise ValueError(f"limits.{name} must be above 0, got {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, values: "MediaLimits | Mapping[str, float] | None") -> "MediaLimits":
+        """Limits as they are, or the defaults with some of them changed, by name.
+
+        Raises:
+            ValueError: a name that is none, or a value that is not above 0.
+        """
+        if isinstance(values, MediaLimits):
+            return values
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in values or {} if name not in names]:
+            raise ValueError(f"limits.{unknown[0]} is no limit; allowed: {', '.join(names)}")
+        return cls(**(values or {}))  # type: ignore[arg-type]
 
 
 DEFAULT_LIMITS = MediaLimits()
@@ -77,22 +91,27 @@ class Deadline:
     def check(self) -> None:
         """Raises: MediaError("deadline") when the time is up."""
         if time.monotonic() > self.end:
-            raise MediaError("deadline", self.path, f"decoding took longer than {self.seconds:g} seconds")
+            reason = f"decoding took longer than {self.seconds:g} seconds (limits.deadline_seconds)"
+            raise MediaError("deadline", self.path, reason)
 
 
 @contextmanager
-def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryIO]:
+def open_media(path: str | os.PathLike[str], max_bytes: int, key: str | None = None) -> Iterator[BinaryIO]:
     """Open a regular file for a decoder, without following a link put in its place after the path was resolved.
 
     Decoders get this object and never the path, so that none of them can take a name for a URL or a device. Media
     inside a tar or a table (see `packed.py`) are read into memory, and are as large as files may be.
+
+    Args:
+        max_bytes: size of the largest file that is opened.
+        key: the limit's name, for the message.
 
     Raises:
         MediaError: missing, refused (no regular file, no permission), empty, or limit (more than `max_bytes`).
     """
     name = os.fspath(path)
     if (place := packed_place(name)) is not None and not os.path.lexists(name):
-        yield io.BytesIO(packed_bytes(name, place, max_bytes))
+        yield io.BytesIO(packed_bytes(name, place, max_bytes, key))
         return
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -102,20 +121,20 @@ def open_media(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BinaryI
     except (OSError, ValueError) as error:
         raise MediaError("refused", name, "the file cannot be opened") from error
     try:
-        _check_file(name, os.fstat(descriptor), max_bytes)
+        _check_file(name, os.fstat(descriptor), max_bytes, key)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(descriptor)
 
 
-def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:
+def _check_file(name: str, status: os.stat_result, max_bytes: int, key: str | None) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise MediaError("refused", name, "not a regular file")
     if status.st_size == 0:
         raise MediaError("empty", name, "the file is empty")
     if status.st_size > max_bytes:
-        raise MediaError("limit", name, f"the file is larger than {max_bytes} bytes")
+        raise too_many_bytes(name, max_bytes, key)
 
 
 @contextmanager

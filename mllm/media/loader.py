@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from PIL import Image
 
@@ -17,6 +18,23 @@ from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.video import Backend, FrameSampling, Video, load_video
 
 Raw = Image.Image | Audio | Video
+
+
+class Reader(Protocol):
+    """Reads any medium of a sample; `MediaLoader` from its file."""
+
+    @property
+    def max_mismatch_seconds(self) -> float | None:
+        """How far apart the lengths of a clip's sound and video may be; None never compares."""
+        ...
+
+    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Raw:
+        """The whole of a medium."""
+        ...
+
+    def frames(self, path: str | os.PathLike[str], sampling: FrameSampling) -> Video:
+        """A few frames of a video, in colour."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

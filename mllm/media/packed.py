@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mllm.extras import install_line
-from mllm.media.errors import MediaError
+from mllm.media.errors import MediaError, too_many_bytes
 
 _PACKED = re.compile(r"(?P<file>.+\.(?P<kind>tar|parquet|arrow))@(?P<numbers>\d{1,18}\.\d{1,18}(?:\.\d{1,18})?)")
 MAX_CHUNK_BYTES = 2**30
@@ -45,30 +45,31 @@ def packed_path(file: str, *numbers: int) -> str:
     return f"{file}@{'.'.join(map(str, numbers))}"
 
 
-def packed_bytes(name: str, place: Packed, max_bytes: int) -> bytes:
+def packed_bytes(name: str, place: Packed, max_bytes: int, key: str | None = None) -> bytes:
     """The bytes of a place.
 
     Args:
         name: the path, for messages.
         max_bytes: more are refused, of a tar before they are read.
+        key: the limit's name, for the message.
 
     Raises:
         MediaError: missing, refused, unsupported (pyarrow is not installed), corrupt, empty, or limit.
     """
-    content = _from_tar(name, place, max_bytes) if place.kind == "tar" else _from_table(name, place)
+    content = _from_tar(name, place, max_bytes, key) if place.kind == "tar" else _from_table(name, place)
     if not content:
         raise MediaError("empty", name, "the file is empty")
     if len(content) > max_bytes:
-        raise MediaError("limit", name, f"the file is larger than {max_bytes} bytes")
+        raise too_many_bytes(name, max_bytes, key)
     return content
 
 
-def _from_tar(name: str, place: Packed, max_bytes: int) -> bytes:
+def _from_tar(name: str, place: Packed, max_bytes: int, key: str | None) -> bytes:
     if len(place.numbers) != 2:
         raise MediaError("missing", name, "a place in a tar is its first byte and its length")
     start, size = place.numbers
     if size > max_bytes:
-        raise MediaError("limit", name, f"the file is larger than {max_bytes} bytes")
+        raise too_many_bytes(name, max_bytes, key)
     descriptor = _opened(name, place.file)
     try:
         if start + size > os.fstat(descriptor).st_size:

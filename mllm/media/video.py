@@ -12,7 +12,7 @@ import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import repeat
 from typing import Any, BinaryIO, Literal
@@ -25,16 +25,13 @@ from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames, is_anima
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.decord_process import decord_frames
 from mllm.media.errors import MediaError
+from mllm.media.frames import Upright, check_frame_size, check_length, over_limit, pyav_version, to_gray
 from mllm.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits, decoding, guarded, open_media, sniff
 
 Backend = Literal["pyav", "decord"]
 VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg", "prores")
-_LUMA_FIRST = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "gray", "nv12")
-"""Pixel layouts of 8 bits whose first plane is the brightness."""
-_ITU_601 = (2, 5, 6)
-"""FFmpeg's numbers of its colour matrices: none stated, which is decoded as 601, and its two names for 601."""
-_FULL_RANGE = 2
-_TO_FULL_RANGE = bytes(min(max(round((value - 16) * 255 / 219), 0), 255) for value in range(256))
+_SEEK_BACK = (0, 1, 10, 100)
+"""Seconds before a frame at which a key frame is looked for, one after the other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,12 +51,20 @@ class Video:
 class FramePlan:
     """Which frames of a file are used: for every output the number of a frame, never decreasing.
 
-    Frames are numbered in the order in which they are shown; `num_frames` is how many the file holds.
+    Frames are numbered in the order in which they are shown; `num_frames` is how many the file holds. `stamps` are the
+    timestamps of the frames that are used, each once, where only those are to be decoded.
     """
 
     num_frames: int
     indices: tuple[int, ...]
     frames_per_second: float
+    stamps: tuple[int, ...] | None = None
+
+    def of_used(self) -> "FramePlan":
+        """The same frames, numbered among those that are used."""
+        used = sorted(set(self.indices))
+        places = {number: place for place, number in enumerate(used)}
+        return FramePlan(len(used), tuple(places[number] for number in self.indices), self.frames_per_second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,8 @@ def load_video(
     (the earlier of two equally near ones), and there are round(seconds * rate) outputs, at least one. Timestamps
     decide, not counts, so a variable frame rate is resampled right. `frames_per_second=None` keeps the file's frames
     and reports their mean rate; a `FrameSampling` takes a few frames of the whole, and only those are kept in memory.
+    Then the video may be longer than the limits, and where its container keeps timestamps with the frames (MP4,
+    Matroska, WebM) only what leads to the frames that are taken is decoded.
 
     A rotation in the file's header is applied when it is a multiple of 90 degrees; pixels are taken as square.
     Grey is the ITU-R 601 luma. PyAV takes it from the file, which holds it as a plane of its own unless its colours are
@@ -127,14 +134,8 @@ def load_video(
         _import_decord()
     name = os.fspath(path)
     deadline = Deadline(name, limits.deadline_seconds)
-    with open_media(path, limits.video_bytes) as file:
-        if (kind := _animation_kind(name, file, limits)) is not None:
-            plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
-            frames = _animation_frames(name, file, kind, limits, gray)
-        else:
-            plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
-            file.seek(0)
-            frames = _READERS[backend](name, file, plan, limits, gray)
+    with open_media(path, limits.video_bytes, "video_bytes") as file:
+        plan, frames = _planned(name, file, backend, frames_per_second, limits, gray, deadline)
         return Video(_gather(name, frames, plan, limits, deadline), plan.frames_per_second)
 
 
@@ -151,14 +152,8 @@ def stream_video(
     """
     name = os.fspath(path)
     deadline = Deadline(name, limits.deadline_seconds)
-    with open_media(path, limits.video_bytes) as file:
-        if (kind := _animation_kind(name, file, limits)) is not None:
-            plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
-            frames = _animation_frames(name, file, kind, limits, gray=False)
-        else:
-            plan = _plan(name, file, VIDEO_CODECS, frames_per_second, limits, deadline)
-            file.seek(0)
-            frames = _pyav_frames(name, file, plan, limits, gray=False)
+    with open_media(path, limits.video_bytes, "video_bytes") as file:
+        plan, frames = _planned(name, file, "pyav", frames_per_second, limits, False, deadline)
         uses = Counter(plan.indices)
         number = -1
         for number, frame in enumerate(guarded(name, frames)):
@@ -175,6 +170,26 @@ def nearest_frame(times: Sequence[int], above: int, below: int) -> int:
     if right == 0 or right == len(times):
         return max(right - 1, 0)
     return right - 1 if above - times[right - 1] * below <= times[right] * below - above else right
+
+
+def _planned(
+    name: str,
+    file: BinaryIO,
+    backend: Backend,
+    frames_per_second: float | FrameSampling | None,
+    limits: MediaLimits,
+    gray: bool,
+    deadline: Deadline,
+) -> tuple[FramePlan, Iterator[np.ndarray]]:
+    """Which frames are used, and those that the plan numbers: of an animated picture, of a video, or those sought."""
+    if (kind := _animation_kind(name, file, limits)) is not None:
+        plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
+        return plan, _animation_frames(name, file, kind, limits, gray)
+    plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
+    file.seek(0)
+    if plan.stamps is not None:
+        return plan.of_used(), _sought_frames(name, file, plan.stamps, limits, gray, deadline)
+    return plan, _READERS[backend](name, file, plan, limits, gray)
 
 
 def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | None:
@@ -200,13 +215,15 @@ def _animation_plan(
     deadline: Deadline,
 ) -> FramePlan:
     """As `_plan`; an animation has no timestamps that could be read without its frames."""
+    is_whole = not isinstance(frames_per_second, FrameSampling)
     stamps, now = [], 0
     for frame, ticks in animation_frames(name, file, kind, limits):
         deadline.check()
-        _check_size(name, frame.shape[1], frame.shape[0], limits)
+        check_frame_size(name, frame.shape[1], frame.shape[0], limits)
         stamps.append((now, ticks))
         now += ticks
-        _check_length(name, now * TICK_SECONDS, len(stamps), limits)
+        if is_whole:
+            check_length(name, now * TICK_SECONDS, len(stamps), limits)
     file.seek(0)
     if not stamps:
         raise MediaError("empty", name, "the file holds no video frames")
@@ -228,8 +245,10 @@ def _plan(
 ) -> FramePlan:
     """Read every packet's timestamp without decoding a frame: the frame count cannot be forged in a header."""
     with open_stream(name, file, "video", codecs) as (container, stream):
-        _check_size(name, stream.codec_context.width, stream.codec_context.height, limits)
-        _check_length(name, stated_seconds(container, stream), stream.frames, limits)
+        check_frame_size(name, stream.codec_context.width, stream.codec_context.height, limits)
+        is_whole = not isinstance(frames_per_second, FrameSampling)
+        if is_whole:
+            check_length(name, stated_seconds(container, stream), stream.frames, limits)
         stamps: list[tuple[int, int]] = []
         with decoding(name):
             for packet in container.demux(stream):
@@ -239,14 +258,21 @@ def _plan(
                 if packet.is_corrupt or packet.pts is None:
                     raise MediaError("corrupt", name, "the file is cut off, or a frame has no timestamp")
                 stamps.append((packet.pts, packet.duration or 0))
-                if len(stamps) > limits.video_frames:
-                    _check_length(name, Fraction(0), len(stamps), limits)
+                if is_whole and len(stamps) > limits.video_frames:
+                    check_length(name, Fraction(0), len(stamps), limits)
         if not stamps:
             raise MediaError("empty", name, "the file holds no video frames")
         if len(stamps) < stream.frames and "mp4" in container.format.name:
             raise MediaError("corrupt", name, "the file holds fewer frames than its header states")
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        return _plan_of(name, sorted(stamps), stream.time_base, rate, frames_per_second, limits)
+        plan = _plan_of(name, sorted(stamps), stream.time_base, rate, frames_per_second, limits)
+        span = max(stamps)[0] - min(stamps)[0]
+        is_long = len(stamps) > limits.video_frames or span * stream.time_base > limits.video_seconds
+        # AVI and MPEG streams keep no timestamp with a frame that could be sought and trusted.
+        if is_long and {"mp4", "matroska"} & set(container.format.name.split(",")):
+            used = sorted(set(plan.indices))
+            return replace(plan, stamps=tuple(sorted(stamps)[number][0] for number in used))
+        return plan
 
 
 def _is_shown(packet: Any, codec: str) -> bool:
@@ -267,14 +293,14 @@ def _plan_of(
     """The plan of timestamps and durations in units of `time_base`; the rate counts where the last has no duration."""
     times = [time - stamps[0][0] for time, _ in stamps]
     span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * time_base))) * time_base
-    _check_length(name, span, len(times), limits)
-    if frames_per_second is None:
-        return FramePlan(len(times), tuple(range(len(times))), float(len(times) / span))
     if isinstance(frames_per_second, FrameSampling):
         return frames_per_second.plan(name, times, span, time_base)
+    check_length(name, span, len(times), limits)
+    if frames_per_second is None:
+        return FramePlan(len(times), tuple(range(len(times))), float(len(times) / span))
     rate = Fraction(frames_per_second)
     count = max(1, round(span * rate))
-    _check_length(name, Fraction(0), count, limits)
+    check_length(name, Fraction(0), count, limits)
     step = 1 / (rate * time_base)
     nearest = (nearest_frame(times, k * step.numerator, step.denominator) for k in range(count))
     return FramePlan(len(times), tuple(nearest), frames_per_second)
@@ -287,39 +313,38 @@ def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits
     The n-th frame shown belongs to the n-th smallest timestamp. A frame's own timestamp is not used: in AVI files it
     is guessed from the order of storage and wrong for reordered frames.
     """
-    from av.video.reformatter import VideoReformatter
-
-    options = {"threads": 1} if _pyav() >= Version("17") else {}  # before, it was one and could not be said
-    reformatter = VideoReformatter()  # one for all frames: setting up the conversion costs far more than a small frame
+    upright = Upright(name, limits, gray)
     with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
         for frame in container.decode(stream):
-            _check_size(name, frame.width, frame.height, limits)
-            if frame.rotation % 90:
-                raise MediaError("unsupported", name, "the rotation in the header is not a multiple of 90 degrees")
-            shown = _luma_plane(frame) if gray else None
-            if shown is None:
-                shown = reformatter.reformat(frame, format="rgb24", **options).to_ndarray()
-                shown = to_gray(shown) if gray else shown
-            yield np.rot90(shown, frame.rotation // 90) if frame.rotation else shown
+            yield upright(frame)
 
 
-def _pyav() -> Version:
-    """The release of PyAV, whose compiled functions have no signature to ask."""
-    from av import __version__ as installed
+def _sought_frames(
+    name: str, file: BinaryIO, stamps: Sequence[int], limits: MediaLimits, gray: bool, deadline: Deadline
+) -> Iterator[np.ndarray]:
+    """The frames of these timestamps, each decoded from a key frame before it."""
+    upright = Upright(name, limits, gray)
+    with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
+        for stamp in stamps:
+            found = None
+            for seconds in _SEEK_BACK:
+                # A seek goes by the time of decoding, so the key frame it finds may be shown too late.
+                container.seek(stamp - int(seconds / stream.time_base), stream=stream)
+                found = _first_from(container.decode(stream), stamp, deadline)
+                if found is not None and found.pts == stamp and not found.is_corrupt:
+                    break
+            if found is None or found.pts != stamp:
+                raise MediaError("corrupt", name, "a frame cannot be found at the time the file states")
+            yield upright(found)
 
-    return Version(installed)
 
-
-def _luma_plane(frame: Any) -> np.ndarray | None:
-    """The brightness (H, W) that a frame holds beside its colours; None where it is not ITU-R 601's."""
-    if frame.format.name not in _LUMA_FIRST or frame.colorspace not in _ITU_601:
-        return None
-    plane = frame.planes[0]
-    values = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
-    is_full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
-    if is_full:
-        return values
-    return np.frombuffer(values.tobytes().translate(_TO_FULL_RANGE), np.uint8).reshape(values.shape)
+def _first_from(frames: Iterator[Any], stamp: int, deadline: Deadline) -> Any:
+    """The first decoded frame that is not shown before a time, or None."""
+    for frame in frames:
+        deadline.check()
+        if frame.pts is not None and frame.pts >= stamp:
+            return frame
+    return None
 
 
 def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
@@ -329,8 +354,10 @@ def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimi
 
 
 def _import_decord() -> Any:
-    if _pyav() < Version("18.1"):
-        raise ImportError(f"decord beside PyAV {_pyav()} ends the process without a word: {install_line('decord')}")
+    if pyav_version() < Version("18.1"):
+        raise ImportError(
+            f"decord beside PyAV {pyav_version()} ends the process without a word: {install_line('decord')}"
+        )
     try:
         import decord
     except (ImportError, OSError) as error:
@@ -352,7 +379,11 @@ def _gather(
         deadline.check()
         if gathered is None:
             if frame.nbytes * len(plan.indices) > limits.video_decoded_bytes:
-                raise MediaError("limit", name, f"the frames take more than {limits.video_decoded_bytes} bytes")
+                raise MediaError(
+                    "limit",
+                    name,
+                    over_limit(f"the frames take more than {limits.video_decoded_bytes} bytes", "video_decoded_bytes"),
+                )
             gathered = np.empty((len(plan.indices), *frame.shape), dtype=np.uint8)
         if frame.shape != gathered.shape[1:]:
             raise MediaError("corrupt", name, "the frame size changes inside the file")
@@ -362,21 +393,3 @@ def _gather(
     if gathered is None or number + 1 != plan.num_frames:
         raise MediaError("corrupt", name, "the decoder found another number of frames than the file states")
     return gathered
-
-
-def to_gray(frame: np.ndarray) -> np.ndarray:
-    """ITU-R 601 luma of RGB frames, (..., 3) to (...) uint8, by the integer weights of Pillow's mode "L"."""
-    red, green, blue = (frame[..., channel].astype(np.uint32) for channel in range(3))
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
-
-
-def _check_size(name: str, width: int, height: int, limits: MediaLimits) -> None:
-    if not 0 < width * height <= limits.video_pixels:
-        raise MediaError("limit", name, f"a frame must have 1 to {limits.video_pixels} pixels")
-
-
-def _check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits) -> None:
-    if seconds > limits.video_seconds:
-        raise MediaError("limit", name, f"the video is longer than {limits.video_seconds:g} seconds")
-    if frames > limits.video_frames:
-        raise MediaError("limit", name, f"the video has more than {limits.video_frames} frames")

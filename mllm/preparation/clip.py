@@ -76,13 +76,14 @@ def prepare_clip(job: ClipJob) -> dict[str, Any]:
     try:
         status, facts = _prepare(job)
     except MediaError as error:
-        status, facts = "failed", {"reason": error.reason}
+        # The length is what can be said here; the other limits are those of no camera.
+        status, facts = "failed", {"reason": error.reason.replace("limits.video_seconds", "max_seconds")}
     return {"id": job.id, "source": os.path.abspath(job.path), "status": status, **facts}
 
 
 def _prepare(job: ClipJob) -> tuple[Status, dict[str, Any]]:
     with FaceFinder() as find:
-        faces, first = _find_faces(job.path, find)
+        faces, first = _find_faces(job, find)
     tracks = follow(faces)
     track, reason = choose(tracks, job.settings.face, min_coverage=job.settings.min_face_coverage)
     if len(faces) < job.settings.min_frames:
@@ -100,17 +101,17 @@ def _prepare(job: ClipJob) -> tuple[Status, dict[str, Any]]:
         reason = f"{outside:.0%} of the crops lie beyond the border; {job.settings.max_outside:.0%} are allowed"
         _show(job, middle, path, crops, reason)
         return "skipped", {"reason": reason, **facts}
-    sound = sound_of(job.path, len(crops))
+    sound = sound_of(job.path, len(crops), max_seconds=job.settings.max_seconds)
     _write(job, crops, sound)
     _show(job, middle, path, crops, f"face in {track.coverage:.0%} of {len(crops)} frames", is_used=True)
     return "done", {**facts, **_sound_facts(sound)}
 
 
-def _find_faces(path: Path, find: Finder) -> tuple[list[list[np.ndarray]], np.ndarray]:
+def _find_faces(job: ClipJob, find: Finder) -> tuple[list[list[np.ndarray]], np.ndarray]:
     """The faces of every frame, and the first frame."""
     faces: list[list[np.ndarray]] = []
     first = np.empty(0)
-    for frame in frames_of(path):
+    for frame in frames_of(job.path, max_seconds=job.settings.max_seconds):
         first = first if faces else frame
         faces.append(list(find(frame)))
     return faces, first
@@ -119,7 +120,7 @@ def _find_faces(path: Path, find: Finder) -> tuple[list[list[np.ndarray]], np.nd
 def _cut(job: ClipJob, path: CropPath) -> tuple[np.ndarray, np.ndarray]:
     """Crops (T, S, S) gray or (T, S, S, 3) RGB, and the frame in the middle of the clip."""
     crops, middle = [], np.empty(0)
-    for number, frame in enumerate(frames_of(job.path)):
+    for number, frame in enumerate(frames_of(job.path, max_seconds=job.settings.max_seconds)):
         cut = crop(frame, path.factors[number], path.centres[number])
         crops.append(cut if job.settings.color else to_gray(cut))
         if number == len(path.factors) // 2:

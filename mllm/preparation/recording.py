@@ -5,6 +5,7 @@ Knows files, limits and the clock that picture and sound share. Does not know fa
 Shapes: L samples of sound, H rows and W columns of a frame.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,14 +24,21 @@ FRAMES_PER_SECOND = 25
 SAMPLE_RATE_HZ = 16_000
 SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
 
-# A camera's files are larger than crops, and its slow motion has more frames; nothing longer than what is read later.
-LIMITS = MediaLimits(
-    audio_bytes=8 * 2**30,
-    audio_seconds=DEFAULT_LIMITS.video_seconds + 10,
-    video_bytes=8 * 2**30,
-    video_frames=int(DEFAULT_LIMITS.video_seconds) * 240,
-    deadline_seconds=3600,
-)
+MAX_BYTES = 8 * 2**30
+
+
+def limits_of(max_seconds: float) -> MediaLimits:
+    """Limits of recordings of such lengths: a camera's files are larger than crops, its slow motion has more frames."""
+    seconds = max(max_seconds + 10, DEFAULT_LIMITS.audio_seconds)
+    return MediaLimits(
+        audio_bytes=MAX_BYTES,
+        audio_seconds=max_seconds + 10,
+        audio_samples=math.ceil(seconds * DEFAULT_LIMITS.audio_max_hz),
+        video_bytes=MAX_BYTES,
+        video_seconds=max_seconds,
+        video_frames=math.ceil(max_seconds * 240),
+        deadline_seconds=max(3600, 30 * max_seconds),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,16 +56,20 @@ class AlignedSound:
     silent_seconds: float
 
 
-def frames_of(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
+def frames_of(
+    path: str | os.PathLike[str], *, max_seconds: float = DEFAULT_LIMITS.video_seconds
+) -> Iterator[np.ndarray]:
     """Upright RGB frames (H, W, 3) at 25 a second, by the file's own timestamps.
 
     Raises:
         MediaError: the file cannot be used.
     """
-    return stream_video(path, frames_per_second=FRAMES_PER_SECOND, limits=LIMITS)
+    return stream_video(path, frames_per_second=FRAMES_PER_SECOND, limits=limits_of(max_seconds))
 
 
-def sound_of(path: str | os.PathLike[str], num_frames: int) -> AlignedSound | None:
+def sound_of(
+    path: str | os.PathLike[str], num_frames: int, *, max_seconds: float = DEFAULT_LIMITS.video_seconds
+) -> AlignedSound | None:
     """The sound of a recording, cut or filled so that it keeps time with `num_frames` frames; None without sound.
 
     Raises:
@@ -66,7 +78,7 @@ def sound_of(path: str | os.PathLike[str], num_frames: int) -> AlignedSound | No
     if not _has_sound(path):
         return None
     offset = _first_second(path, "audio") - _first_second(path, "video")
-    samples = load_audio(path, SAMPLE_RATE_HZ, limits=LIMITS).samples
+    samples = load_audio(path, SAMPLE_RATE_HZ, limits=limits_of(max_seconds)).samples
     return align(samples, float(offset), num_frames)
 
 
@@ -86,7 +98,7 @@ def _has_sound(path: str | os.PathLike[str]) -> bool:
 
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     with (
-        open_media(path, LIMITS.video_bytes) as file,
+        open_media(path, MAX_BYTES) as file,
         decoding(os.fspath(path)),
         av.open(file, options=options) as container,
     ):
@@ -97,7 +109,7 @@ def _first_second(path: str | os.PathLike[str], medium: Literal["audio", "video"
     """When the first decoded frame of a stream is due, on the clock of the file."""
     name = os.fspath(path)
     codecs = AUDIO_CODECS if medium == "audio" else VIDEO_CODECS
-    with open_media(path, LIMITS.video_bytes) as file, open_stream(name, file, medium, codecs) as (container, stream):
+    with open_media(path, MAX_BYTES) as file, open_stream(name, file, medium, codecs) as (container, stream):
         with decoding(name):
             frame = next(container.decode(stream), None)
         if frame is None:

@@ -25,6 +25,8 @@ class PrepareSettings:
     """Which person, where there are several: largest, left, right, or a number counted from the left, from 0."""
     color: bool = False
     """RGB crops instead of gray ones; the lip encoder reads gray either way."""
+    max_seconds: float = 120.0
+    """A longer recording fails: what reads crops takes no longer ones, unless its limits.video_seconds is raised."""
     min_frames: int = 12
     """A clip with fewer frames at 25 a second is skipped."""
     min_face_coverage: float = 0.75
@@ -43,6 +45,8 @@ class PrepareSettings:
             raise ValueError(f"min_face_coverage must be above 0 and at most 1, got {self.min_face_coverage}")
         if not 0 <= self.max_outside <= 1:
             raise ValueError(f"max_outside must be 0 to 1, got {self.max_outside}")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
         for name, least in (("min_frames", 1), ("workers", 1), ("sheet_clips", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

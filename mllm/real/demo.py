@@ -4,8 +4,10 @@ Knows parts, corpus, training and evaluation, and in which order they come. Does
 """
 
 import os
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from mllm.world.demo import claim
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 BUDGETS = ("audio=/4", "audio=/8", "audio=/16", "audio=/25")
+NUM_PROCESSES = 2
+"""That train and evaluate side by side; the recipe's batches are meant for so many, whatever the machine has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class RealDemoSettings:
     """Random seed of the corpus, the initial values, the sampled budgets and the order of samples."""
     steps: int | None = None
     """Optimizer steps, a tenth of them warm-up at most; those of the recipe when left out."""
-    num_clips: int = 6000
+    num_clips: int = 5000
     """Synthesised clips to train on."""
     num_heldout_clips: int = 60
     """Synthesised clips of other sentences to test on, beside the recordings."""
@@ -56,11 +60,9 @@ def real_demo(settings: RealDemoSettings, *, progress: Progress | None = None) -
         ValueError: the folder holds a demo of other settings, or a package holds other files than were tested.
     """
     from mllm.evaluation.hypotheses import AnswerStore
-    from mllm.evaluation.run import evaluate
     from mllm.real.corpus import write_corpus
     from mllm.real.report import compare
     from mllm.real.whisper_base import transcribe
-    from mllm.training.run import train
 
     report = progress or (lambda *_: None)
     out = Path(settings.out)
@@ -79,10 +81,10 @@ def real_demo(settings: RealDemoSettings, *, progress: Progress | None = None) -
         )
     clock.lap("corpus")
     if not (out / "trainables.safetensors").exists():
-        train(run_settings(settings), resume="auto")
+        _launch("train", {**asdict(run_settings(settings)), "resume": "auto"}, out / "train.yaml")
     clock.lap("training")
     evaluation = evaluation_settings(settings)
-    evaluate(evaluation, progress=lambda done, total: report("answering", done, total))
+    _launch("evaluate", asdict(evaluation), out / "evaluate.yaml")
     clock.lap("evaluation")
     whisper = transcribe(
         out / "parts" / "whisper", corpus / "test", progress=lambda done, total: report("Whisper", done, total)
@@ -90,6 +92,23 @@ def real_demo(settings: RealDemoSettings, *, progress: Progress | None = None) -
     clock.lap("whisper")
     lines = list(AnswerStore(evaluation.output_folder).read().values())
     return compare(lines, whisper, seed=settings.seed), clock.seconds
+
+
+def _launch(command: str, values: dict[str, Any], config: Path) -> None:
+    """Run a command of `mllm` in several processes that share the cores evenly.
+
+    In one process the many small products of so small an LLM gain nothing from a second thread.
+
+    Raises:
+        RuntimeError: it failed; what it said is above, and how to run it again is in the message.
+    """
+    config.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_PROCESSES)]
+    line = [sys.executable, *launcher, "-m", "mllm", command, "--config", str(config)]
+    num_threads = max(1, (os.cpu_count() or 1) // NUM_PROCESSES)
+    done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": str(num_threads)})
+    if done.returncode != 0:
+        raise RuntimeError(f"it ended with status {done.returncode}, for the reason above: {' '.join(line)}")
 
 
 class _Clock:
@@ -124,11 +143,9 @@ def corpus_settings(settings: RealDemoSettings) -> "CorpusSettings":
     """Say how much the corpus of this demo holds."""
     from mllm.real.corpus import CorpusSettings
 
-    num_captions = min(CorpusSettings.num_captions, settings.num_clips)
     return CorpusSettings(
         num_train=settings.num_clips,
         num_heldout=settings.num_heldout_clips,
-        num_captions=num_captions,
         num_recordings=settings.num_recordings,
         seed=settings.seed,
     )
@@ -159,6 +176,7 @@ def evaluation_settings(settings: RealDemoSettings) -> EvaluateSettings:
     corpus = Path(settings.out) / "corpus"
     return EvaluateSettings(
         model=settings.out,
+        name="demo",  # so that a first evaluation of one's own has a place
         manifest=[str(corpus / "test.jsonl"), str(corpus / "heldout.jsonl")],
         budgets=list(BUDGETS),
         max_new_tokens=40,

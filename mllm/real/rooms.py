@@ -16,12 +16,14 @@ SNR_DB = (5.0, 30.0)
 BANDS_HZ = ((100.0, 7000.0), (200.0, 3400.0), (300.0, 3400.0))
 """A good microphone, and two telephones."""
 LEVEL_RMS_DB = (-35.0, -15.0)
+CHANGED_SHARE = 1 / 3
+"""How often there is an echo, and noise, and a narrow band."""
 MARGIN_SECONDS = (0.02, 0.3)
 """Silence before and after, which the noise fills."""
 
 
 def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change a clean recording by speed, and half the time each by echo, noise and a narrow band; then its loudness.
+    """Change a clean recording by speed, now and then by echo, noise and a narrow band, and last its loudness.
 
     Args:
         samples: (L,) float32 at 16 kHz.
@@ -32,11 +34,11 @@ def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     samples = np.asarray(resample(samples, round(len(samples) / rng.uniform(*SPEEDS))))
     margins = [np.zeros(int(SAMPLE_RATE_HZ * rng.uniform(*MARGIN_SECONDS))) for _ in range(2)]
     samples = np.concatenate([margins[0], samples, margins[1]])
-    if rng.random() < 0.5:
+    if rng.random() < CHANGED_SHARE:
         samples = _with_echo(samples, rng)
-    if rng.random() < 0.5:
+    if rng.random() < CHANGED_SHARE:
         samples = _with_noise(samples, rng)
-    if rng.random() < 0.5:
+    if rng.random() < CHANGED_SHARE:
         low, high = BANDS_HZ[rng.integers(len(BANDS_HZ))]
         samples = np.asarray(sosfilt(butter(4, (low, high), "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples))
     level = 10 ** (rng.uniform(*LEVEL_RMS_DB) / 20)

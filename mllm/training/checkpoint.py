@@ -48,7 +48,7 @@ _FREE = {
         "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },
-    "data": {"validation", "num_workers", "max_bad_fraction", "max_unsupervised_fraction", "video_backend"},
+    "data": {"validation", "num_workers", "max_bad_fraction", "max_unsupervised_fraction", "video_backend", "limits"},
 }
 logger = logging.getLogger(__name__)
 

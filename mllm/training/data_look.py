@@ -21,6 +21,7 @@ from mllm.data.quarantine import Quarantine, Quarantined, too_many_bad
 from mllm.data.readers import missing_media
 from mllm.processing import ElasticProcessor
 from mllm.sampler import Sampler
+from mllm.training.feature_building import FeatureSamples, with_captions
 from mllm.training.loaders import QUARANTINE, build_augmentation, read_samples
 from mllm.training.settings import DataSettings, RunSettings
 from mllm.training.survey import Survey, survey
@@ -35,9 +36,18 @@ class LookedOver:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     surveys: dict[str, Survey] = field(default_factory=dict)
 
+    def for_features(self) -> FeatureSamples:
+        """The samples whose features a run reads.
+
+        Raises:
+            ValueError: see `with_captions`.
+        """
+        train = with_captions(self.samples["train"], self.samples.get("captions", []))
+        return FeatureSamples(train, self.samples.get("validation", []))
+
 
 def look_over(settings: RunSettings, run: Path, *, with_captions: bool) -> LookedOver:
-    """Read and check everything that a run is told to train and validate on; every process does.
+    """Read and check everything that a run is told to train, validate and fit its projectors on; every process does.
 
     Args:
         run: the run folder, which keeps the surveys.
@@ -58,6 +68,7 @@ def look_over(settings: RunSettings, run: Path, *, with_captions: bool) -> Looke
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     processor = build_processor(settings.model)
+    processor.limits = data.limits
     check_members(samples, build_sampler(settings, processor.space), processor.members)
     for name, own in found.samples.items():
         kept = run / "survey" / f"{name}.json"
@@ -66,6 +77,8 @@ def look_over(settings: RunSettings, run: Path, *, with_captions: bool) -> Looke
             _list_refused(surveyed, run, len(own))
         # They would be found in a batch too, but there they could be alone, and a batch must not be empty.
         found.samples[name], found.surveys[name] = surveyed.without_refused(own)
+    if data.features is not None:
+        found.for_features()  # two samples of one id are refused here
     return found
 
 

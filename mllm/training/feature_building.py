@@ -1,4 +1,4 @@
-"""Features of a run made and looked over: how much they will take, by how many processes, and whether they are whole.
+"""Features of a run made: how much they will take, and by how many processes.
 
 Knows a run's settings, its store, disks and processes. Does not know shards or encoders.
 """
@@ -23,14 +23,7 @@ from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
 from mllm.progress import Progress
 from mllm.trainables import set_trainables
-from mllm.training.feature_store import (
-    FeatureStore,
-    claim,
-    digest_of_file,
-    fingerprint_differences,
-    missing_keys,
-    read_fingerprint,
-)
+from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import REMEMBERED_FILES, Form, fill_store, form_of
 from mllm.training.loaders import loading, read_samples
 from mllm.training.settings import RunSettings
@@ -39,6 +32,8 @@ from mllm.training.survey import extents_of
 SECONDS_TO_END = 10.0
 """That a process is given to end by itself."""
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+VALIDATION = "validation"
+"""Folder inside data.features.folder for the samples of data.validation, whose ids may be those of others."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,25 +93,92 @@ def estimate(
     return Estimate(len(missing), rows, num_bytes, shutil.disk_usage(store.folder).free)
 
 
-def filled_store(
+@dataclass(frozen=True)
+class Stores:
+    """The features of a run: of the samples it trains on, of those it validates on if it does, and their form."""
+
+    train: FeatureStore
+    validation: FeatureStore | None
+    form: Form
+
+    def read_indices(self) -> None:
+        """Take in what all processes have written."""
+        for store in (self.train, self.validation):
+            if store is not None:
+                store.read_index()
+
+
+@dataclass
+class FeatureSamples:
+    """The samples whose features a run reads: `train`, captions included, augmented, and `validation` as they are."""
+
+    train: list[Sample]
+    validation: list[Sample] = field(default_factory=list)
+
+
+def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sample]:
+    """The samples that a run trains on, and of its captions those that are not among them.
+
+    Raises:
+        ValueError: two that show different files have one id, by which features are kept.
+    """
+    known = {sample.id: sample for sample in samples}
+    for caption in captions:
+        own = known.get(caption.id)
+        if own is not None and (own.root, own.media) != (caption.root, caption.media):
+            raise ValueError(
+                f"the id {caption.id!r} is one sample in data.train and another in data.captions, and data.features "
+                "keeps features by id"
+            )
+    return [*samples, *(caption for caption in captions if caption.id not in known)]
+
+
+def filled_stores(
+    settings: RunSettings,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: FeatureSamples,
+    *,
+    rank: int,
+    num_ranks: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Stores:
+    """Fill the stores of a run with this process's share.
+
+    Args:
+        progress: is told how many of how many samples and versions of this share are done, of both stores together.
+
+    Raises:
+        ValueError: a folder holds features of something else, or the disk is too small for what is missing.
+    """
+    before = 0
+
+    def note(done: int, total: int) -> None:
+        if progress is not None:
+            progress(before + done, before + total)
+
+    share = {"rank": rank, "num_ranks": num_ranks, "progress": note}
+    train, form, before = _filled(settings, model, processor, samples.train, augmented=True, **share)
+    if not samples.validation:
+        return Stores(train, None, form)
+    validation = _filled(settings, model, processor, samples.validation, augmented=False, **share)[0]
+    return Stores(train, validation, form)
+
+
+def _filled(
     settings: RunSettings,
     model: Any,
     processor: ElasticProcessor,
     samples: list[Sample],
     *,
+    augmented: bool,
     rank: int,
     num_ranks: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[FeatureStore, Form]:
-    """The store of a run with this process's share in it.
-
-    Raises:
-        ValueError: the folder holds features of something else, or the disk is too small for what is missing.
-    """
-    own = settings.data.features
-    assert own is not None
-    store = FeatureStore(Path(own.folder), own.versions, own.seed)
-    form = form_of(model.config, processor, settings)
+    progress: Callable[[int, int], None],
+) -> tuple[FeatureStore, Form, int]:
+    """One store, its form, and how many samples and versions this process has encoded."""
+    store = _store_of(settings, augmented=augmented)
+    form = form_of(model.config, processor, settings, augmented=augmented)
     if rank == 0:
         claim(store.folder, form.fingerprint)
         store.read_index()
@@ -124,9 +186,16 @@ def filled_store(
         if found.num_samples:
             logger.info("%s", found)
             found.check(store.folder)
-    load = loading(settings.data, processor, augmented=True, remembered_files=REMEMBERED_FILES)
-    fill_store(store, model, samples, load, form=form, rank=rank, num_ranks=num_ranks, progress=progress)
-    return store, form
+    load = loading(settings.data, processor, augmented=augmented, remembered_files=REMEMBERED_FILES)
+    encoded = fill_store(store, model, samples, load, form=form, rank=rank, num_ranks=num_ranks, progress=progress)
+    return store, form, encoded
+
+
+def _store_of(settings: RunSettings, *, augmented: bool) -> FeatureStore:
+    own = settings.data.features
+    assert own is not None
+    folder = Path(own.folder)
+    return FeatureStore(folder, own.versions, own.seed) if augmented else FeatureStore(folder / VALIDATION, 1, None)
 
 
 def sizes_of(model: Any) -> dict[str, int]:
@@ -143,18 +212,24 @@ def make_features(
 ) -> FeatureStore:
     """Make a share of the features a run reads, without training; any number of processes may each make theirs.
 
+    Returns:
+        The store of the samples that are trained on.
+
     Raises:
-        ValueError: see `filled_store`.
+        ValueError: see `filled_stores`.
     """
     import torch
 
-    samples = read_samples(settings.data.train, settings.data)  # before the model: a mistake shows at once
+    data = settings.data  # read before the model is built: a mistake shows at once
+    train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
+    samples = FeatureSamples(with_captions(train, captions), validation)
     model, processor = build(settings.model)
+    processor.limits = data.limits
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
     ranks = {"rank": rank, "num_ranks": num_ranks}
-    return filled_store(settings, model, processor, samples, **ranks, progress=progress)[0]
+    return filled_stores(settings, model, processor, samples, **ranks, progress=progress).train
 
 
 @dataclass(frozen=True)
@@ -169,7 +244,7 @@ def build_features(settings: RunSettings, *, processes: int, show: Progress) -> 
     """Make all features of a run, by several processes on this machine.
 
     Raises:
-        ValueError: see `filled_store`; or a process failed.
+        ValueError: see `filled_stores`; or a process failed.
     """
     assert settings.data.features is not None
     started = time.monotonic()
@@ -253,66 +328,3 @@ def _share(
     except (ValueError, OSError) as error:
         sys.stderr.write(f"process {rank}: {error}\n")
         sys.exit(1)
-
-
-@dataclass
-class Checked:
-    """What was found in a folder of features: lines about it, and lines about what is wrong."""
-
-    facts: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def check_features(folder: Path, settings: RunSettings | None = None) -> Checked:
-    """Look over a folder: what it holds, every byte of it, and, with settings, what a run would miss.
-
-    Raises:
-        ValueError: it holds no features.
-    """
-    fingerprint = read_fingerprint(folder)
-    if not fingerprint:
-        raise ValueError(f"{folder} holds no features (there is no fingerprint.json)")
-    store = FeatureStore(folder)
-    store.read_index()
-    found = Checked()
-    items = {own.key: own for kept in store.entries.values() if not isinstance(kept, str) for own in kept}
-    for medium, own in fingerprint.items():
-        mine = [item for item in items.values() if item.medium == medium]
-        shards = [shard for shard in store.shards.values() if shard.name.startswith(f"{medium}-")]
-        rate = own.get("pooled_frames", 1)
-        found.facts.append(
-            f"{medium}: {len(mine):,} items, {sum(item.num_rows for item in mine):,} rows "
-            f"({'every frame' if rate == 1 else f'means of {rate} frames'}, {own.get('dtype')}), {len(shards)} shards, "
-            f"{sum(shard.num_bytes for shard in shards):,} bytes; encoder {str(own.get('encoder'))[:12]}"
-        )
-    found.facts.append(f"{len({place[0] for place in store.entries}):,} samples, {len(store.entries):,} with versions")
-    for shard in store.shards.values():
-        file = folder / shard.name
-        if not file.exists():
-            found.problems.append(f"{shard.name} is gone")
-        elif file.stat().st_size != shard.num_bytes or digest_of_file(file) != shard.digest:
-            found.problems.append(f"{shard.name} is not what was written (its digest differs)")
-    found.problems += [f"{place[0]} version {place[1]}: {why}" for place, _, why in missing_keys(store)]
-    if settings is not None:
-        _check_for_run(found, store, fingerprint, settings)
-    return found
-
-
-def _check_for_run(found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunSettings) -> None:
-    """Whether a run could read what is there, and what it would have to make."""
-    from mllm.building import build_processor, elastic_config
-
-    processor = build_processor(settings.model)
-    form = form_of(elastic_config(settings.model, processor), processor, settings)
-    differences = fingerprint_differences(fingerprint, form.fingerprint)
-    found.problems += [f"not of this config: {words}" for words in differences]
-    found.problems += [f"not of this config: no {medium}" for medium in form.fingerprint if medium not in fingerprint]
-    samples = read_samples(settings.data.train, settings.data)
-    assert settings.data.features is not None
-    store.versions = settings.data.features.versions
-    for sample, version in store.missing(samples):
-        entry = store.entries.get((sample.id, version))
-        why = "missing" if entry is None else entry if isinstance(entry, str) else "its files have changed"
-        found.problems.append(f"{sample.id} version {version}: {why}")
-    wanted = len(samples) * store.versions
-    found.facts.append(f"{wanted:,} samples and versions in the manifests")

@@ -70,7 +70,7 @@ class FeatureStore:
     Args:
         folder: of all runs that share them.
         versions: of each sample.
-        seed: of the chance of each version.
+        seed: of the chance of each version; None never augments.
         entries: by (sample id, version) the items of the sample in order, or why it cannot be used.
         shards: by name.
         renewed: entries whose files were found to be the same under another time.
@@ -78,7 +78,7 @@ class FeatureStore:
 
     folder: Path
     versions: int = 1
-    seed: int = 0
+    seed: int | None = 0
     entries: dict[tuple[str, int], list[Kept] | str] = field(default_factory=dict)
     shards: dict[str, Shard] = field(default_factory=dict)
     renewed: list[tuple[str, int]] = field(default_factory=list)

@@ -130,6 +130,8 @@ class Form:
     def changes(self, medium: str) -> bool:
         """Whether the chance of a sample's version changes what the encoder is fed with; videos are cropped by it."""
         own = self.fingerprint[medium]
+        if own.get("seed") is None:
+            return False
         return medium == "video" or any(own.get(key) for key in ("noise", "audio_mask_samples"))
 
     def of(self, features: Tensor, medium: str) -> Tensor:
@@ -151,13 +153,16 @@ def fill_store(
     rank: int = 0,
     num_ranks: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> int:
     """Make what is missing in a store; every process makes its share, and reads those of the others afterwards.
 
     Args:
         model: with its encoders, on the device they run on.
         load: loads the media of a sample by a generator, see `mllm.data.dataset.Load`.
         progress: is told how many of how many samples and versions of this share are done.
+
+    Returns:
+        How many samples and versions were missing in this share.
 
     Raises:
         ValueError: another process writes into the folder.
@@ -169,6 +174,7 @@ def fill_store(
     if missing or store.renewed:
         with run_lock(store.folder / f"lock-{rank}"):
             _Filler(model, load, form, ShardWriter(store, rank)).write(store, missing, progress)
+    return len(missing)
 
 
 def share_of(samples: Sequence[Sample], rank: int, num_ranks: int) -> list[Sample]:
@@ -181,15 +187,20 @@ def _lane(sample: Sample, num_ranks: int) -> int:
     return crc32(name.encode()) % num_ranks
 
 
-def form_of(config: Any, processor: ElasticProcessor, settings: RunSettings) -> Form:
+def form_of(config: Any, processor: ElasticProcessor, settings: RunSettings, *, augmented: bool = True) -> Form:
     """How a run keeps its features, and what they depend on beside the samples.
+
+    Args:
+        augmented: of the samples it trains on; those it validates on stay as they are.
 
     Raises:
         ValueError: a medium of `data.features.pooled` whose features must stay whole; the reason is told.
     """
     own, data = settings.data.features, settings.data
     assert own is not None
-    pooled = {medium: pooled_frames(medium, config, settings.sampler.budgets) for medium in own.pooled}
+    # Validation reads the same rows, so that what it asks for must be made of them too.
+    points = [*settings.sampler.budgets, *(Budget.parse(text) for text in settings.train.validation_budgets)]
+    pooled = {medium: pooled_frames(medium, config, points) for medium in own.pooled}
     noise = None if data.noise is None else hashlib.sha256(Path(data.noise).read_bytes()).hexdigest()
     augmentation = {
         "image": {},
@@ -202,12 +213,12 @@ def form_of(config: Any, processor: ElasticProcessor, settings: RunSettings) -> 
             "settings": {key: values[key] for key in ENCODER_SETTINGS if key in values},
             "computed_in": settings.model.dtype,
             "preprocessor": processor.elastic["media"][medium]["preprocessor"],
-            "seed": own.seed,
+            "seed": own.seed if augmented else None,
             "video_backend": data.video_backend,
             "max_mismatch_seconds": data.max_mismatch_seconds,
             "dtype": own.dtype,
             "pooled_frames": pooled.get(medium, 1),
-            **augmentation[medium],
+            **(augmentation[medium] if augmented else {}),
         }
         for medium, values in (config.media or {}).items()
     }
@@ -255,14 +266,15 @@ class _Wanted(Dataset[Loaded]):
 
     places: Sequence[tuple[Sample, int]]
     load: Load
-    seed: int
+    seed: int | None
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Loaded:
         sample, version = self.places[index]
-        generator = random_generator(self.seed, version, sample.id, "augmentation")
+        seed = self.seed
+        generator = None if seed is None else random_generator(seed, version, sample.id, "augmentation")
         try:
             return sample, version, self.load(sample, generator=generator)
         except ValueError as error:

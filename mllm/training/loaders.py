@@ -23,6 +23,7 @@ from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
+from mllm.training.interruption import ignore_interrupts
 from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
@@ -72,7 +73,13 @@ def train_loader(
         run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
     collator = Collator(encode, quarantine=quarantine)
-    return DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=settings.num_workers,
+        worker_init_fn=ignore_interrupts,
+    )
 
 
 def round_batches(
@@ -86,7 +93,7 @@ def round_batches(
 
 
 def validation_loader(
-    samples: Sequence[Sample],
+    data: ManifestDataset,
     surveyed: Survey,
     *,
     settings: DataSettings,
@@ -95,7 +102,11 @@ def validation_loader(
     process_index: int,
     num_processes: int,
 ) -> tuple[DataLoader[Any], int]:
-    """Validation batches of this process, clean and in order, and how many of them count; a bad sample is an error."""
+    """Validation batches of this process, clean and in order, and how many of them count; a bad sample is an error.
+
+    Args:
+        data: the samples and how their media are loaded, without augmentation.
+    """
     batches = TokenBucketBatchSampler(
         surveyed.tokens,
         max_tokens=settings.tokens_per_batch,
@@ -106,8 +117,13 @@ def validation_loader(
     )
     own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
     collator = Collator(own)
-    data = ManifestDataset(samples, load=loading(settings, processor, augmented=False, budgets=budgets))
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=collator, num_workers=settings.num_workers)
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=settings.num_workers,
+        worker_init_fn=ignore_interrupts,
+    )
     return loader, len(batches) - batches.num_repeated
 
 
@@ -130,7 +146,12 @@ def loading(
     Raises:
         ValueError: noise that is silent.
     """
-    reader = MediaLoader(gray=True, backend=settings.video_backend, max_mismatch_seconds=settings.max_mismatch_seconds)
+    reader = MediaLoader(
+        gray=True,
+        backend=settings.video_backend,
+        max_mismatch_seconds=settings.max_mismatch_seconds,
+        limits=settings.limits,
+    )
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
     augmentation = build_augmentation(settings) if augmented else None
     return TimedLoad(processor, reader, watch or Stopwatch(), augmentation=augmentation, budgets=tuple(budgets))
@@ -144,7 +165,11 @@ def build_augmentation(settings: DataSettings) -> Augmentation:
         MediaError: noise that cannot be read.
     """
     try:
-        mix = None if settings.noise is None else MixNoise(load_audio(settings.noise), settings.snr_db)
+        mix = (
+            None
+            if settings.noise is None
+            else MixNoise(load_audio(settings.noise, limits=settings.limits), settings.snr_db)
+        )
     except MediaError:
         raise
     except ValueError as error:

@@ -10,6 +10,9 @@ words of its caption; sums, because the tokens of a picture add up as the words 
 features is thus pointed at the words it occurs with, without anyone saying which patch shows what. Training goes on
 from there. (LLaVA, arXiv 2304.08485, spends a first stage of gradient steps on captions for the same purpose.)
 
+The penalty is the one that does best on captions that were not fitted to, as generalised cross-validation estimates it
+(Golub, Heath and Wahba 1979): where captions are not many more than inputs, one that is too small learns them by heart.
+
 Shapes: N items, D' input size of a map, H the LLM's hidden size; all sums are float64.
 """
 
@@ -29,8 +32,8 @@ from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
 from mllm.training.readouts import Readout, opened, readouts, with_one
 
-RIDGE = 1e-3
-"""Of the mean variance of the layer's inputs."""
+RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 9))
+"""Penalties that are tried, 0.001 to 10,000, as shares of the mean variance of the layer's inputs."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,15 @@ class Fit:
     Args:
         name: medium and budget of the projector.
         num_items: captions it was fitted to.
-        explained: share of the captions' variance that the sums of its soft tokens explain, before they are scaled.
+        explained: share of the variance of *other* captions that the sums of its soft tokens explain, before they are
+            scaled, as cross-validation estimates it; below 0 where a constant would do better.
+        ridge: the penalty that was chosen, see `RIDGES`.
     """
 
     name: str
     num_items: int
     explained: float
+    ridge: float
 
 
 def fit_projectors(
@@ -82,7 +88,7 @@ def fit_projectors(
         # This process may have seen none of this medium.
         own_sums = sums.get((medium, which)) or _Sums.zeros(readout, model.device)
         fits.append(_solve(own_sums.over_processes(), readout))
-        logger.info("%s: captions explain %.0f %%", fits[-1].name, 100 * fits[-1].explained)
+        _tell(fits[-1])
     return fits
 
 
@@ -182,17 +188,53 @@ def _solve(sums: _Sums, readout: Readout) -> Fit:
     spread = (sums.items[:size, :size].diagonal() / number - means.square()).mean()
     if not spread > 0:  # looked at once per run, long before the first step
         raise ValueError(f"data.captions holds {int(number)} captions for {name}; at least two that differ are needed")
-    penalty = torch.zeros_like(gram)
-    penalty.diagonal()[:size] = RIDGE * number * spread
-    solution = torch.linalg.solve(gram + penalty, cross)
     squared = sums.items[size + 2 :, size + 2 :].trace()
-    missed = squared - 2 * (solution * cross).sum() + (solution * (gram @ solution)).sum()
+    solution, ridge, missed = _chosen_ridge(gram, cross, squared, number, spread)
     explained = 1.0 - missed / (squared - total.square().sum() / number)
+    solution[size] = readout.carried(solution[:size], solution[size])
     spoken = (solution * (sums.tokens @ solution)).sum() / sums.tokens[-1, -1]
     solution = solution * (sums.words[1] / sums.words[0] / spoken).sqrt()
     with torch.no_grad():
         readout.put(solution[:size], solution[size])
-    return Fit(name, int(number), float(explained))
+    return Fit(name, int(number), float(explained), ridge)
+
+
+def _chosen_ridge(
+    gram: Tensor, cross: Tensor, squared: Tensor, number: Tensor, spread: Tensor
+) -> tuple[Tensor, float, Tensor]:
+    """Choose the penalty whose error on other captions is estimated to be least.
+
+    Args:
+        gram: (D'+1, D'+1), products of the inputs and of how many an item has, which stands for the bias and is free.
+        cross: (D'+1, H), products of those with the targets. squared: (), of the targets with themselves.
+        number: (), items. spread: (), mean variance of the inputs.
+
+    Returns:
+        the solution (D'+1, H), its ridge, and the squared error over as many captions that it was not fitted to.
+    """
+    best = None
+    for ridge in RIDGES:
+        penalty = torch.zeros_like(gram)
+        penalty.diagonal()[:-1] = ridge * number * spread
+        inverse = torch.linalg.inv(gram + penalty)
+        solution = inverse @ cross
+        missed = squared - 2 * (solution * cross).sum() + (solution * (gram @ solution)).sum()
+        freedom = (inverse * gram).sum() / number  # the trace of their product, both being symmetric
+        estimated = missed / (1 - freedom).square() if freedom < 1 else torch.full_like(missed, torch.inf)
+        if best is None or estimated < best[2]:
+            best = solution, ridge, estimated
+    assert best is not None
+    return best
+
+
+def _tell(fit: Fit) -> None:
+    logger.info(
+        "%s: fitted to %d captions, explains %.0f %% of others (estimated; ridge %.2g)",
+        fit.name,
+        fit.num_items,
+        100 * fit.explained,
+        fit.ridge,
+    )
 
 
 def _readouts(model: Any, processor: ElasticProcessor, medium: str) -> list[Readout]:

@@ -54,6 +54,10 @@ class Readout:
         """
         return read.sum(1), counts
 
+    def carried(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """(H,) of the bias, as much as `put` can give the map."""
+        return bias
+
     def put(self, weight: Tensor, bias: Tensor) -> None:
         """Let the map be x -> x @ weight + bias, (D', H) and (H,)."""
         raise NotImplementedError
@@ -94,12 +98,23 @@ class QueryReadout(Readout):
         values = cast(Query, self.compressor).values(features)
         return without_padding(values, lengths).sum(1), lengths
 
+    def carried(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """See `Readout`: what lies in the span of the projection."""
+        return weight.T @ _before(weight, bias)
+
     def put(self, weight: Tensor, bias: Tensor) -> None:
         """Set the projection; the bias, which it has not, goes into that of the layer before as far as it can."""
         query = cast(Query, self.compressor)
         query.proj.copy_(weight)
-        # Normed values span one direction less than they have numbers, so the projection nearly loses directions.
-        query.attn.out_proj.bias.add_(torch.linalg.pinv(weight.T, rtol=PINV_RTOL) @ bias)
+        query.attn.out_proj.bias.add_(_before(weight, bias))
+
+
+def _before(weight: Tensor, bias: Tensor) -> Tensor:
+    """(D',) that a projection (D', H) makes the bias (H,) of, as nearly as it can.
+
+    Normed values span one direction less than they have numbers, so the projection nearly loses directions.
+    """
+    return torch.linalg.pinv(weight.T, rtol=PINV_RTOL) @ bias
 
 
 def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]:

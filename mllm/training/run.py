@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from mllm.budget import Budget
 from mllm.building import build
 from mllm.data.dataset import ManifestDataset
-from mllm.data.manifest import Sample
 from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
@@ -32,10 +31,10 @@ from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.data_look import LookedOver, build_sampler, look_over
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import filled_store
-from mllm.training.feature_store import FeatureStore
+from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
+from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
 from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
@@ -61,7 +60,10 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
     Raises:
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
+        KeyboardInterrupt: the user interrupted it; see `interruption.py`.
     """
+    if metric is not None and settings.data.features is not None:
+        raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
     on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
     arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
     check_world(arguments.world_size)
@@ -69,6 +71,7 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
         start = _start(arguments.run, resume)
         looked = look_over(settings, arguments.run, with_captions=start is None)
         model, processor = build(settings.model)
+        processor.limits = settings.data.limits
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
         arguments.facts = {"settings": dataclasses.asdict(settings), "sources": dict(model.config.sources or {})}
@@ -78,14 +81,12 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
             (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
-        if settings.data.captions and start is None:
-            _fit_projectors(settings, arguments, model, processor, looked)
         trainer = build_trainer(settings, arguments, model, processor, looked, metric=metric)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
         else:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+            _fit(trainer, start)
         trainables = trainer.trainables()
         if arguments.should_save:
             save_run(model, processor, arguments.run, state=trainables)
@@ -93,6 +94,20 @@ def train(settings: RunSettings, *, resume: str | None = None, metric: Metric | 
                 draw_experts(read_counts(counts), arguments.run / PLOT)
         PartialState().wait_for_everyone()
     return arguments.run
+
+
+def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
+    """Train to the last step.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted before that; with one process, there is a checkpoint of the step.
+    """
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    with stopping_on_interrupt(stop, num_processes=trainer.args.world_size):
+        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+        raise KeyboardInterrupt
 
 
 def build_trainer(
@@ -104,18 +119,24 @@ def build_trainer(
     *,
     metric: Metric | None = None,
 ) -> ElasticTrainer:
-    """The trainer of a run whose data have been looked over: its batches, its draws, its validation."""
-    run, data = arguments.run, settings.data
-    draws = build_sampler(settings, processor.space)
+    """The trainer of a run whose data have been looked over: its projectors fitted to captions, its batches, its draws,
+    its validation.
+    """
+    run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
     samples, surveyed = looked.samples["train"], looked.surveys["train"]
-    watch = Stopwatch()
+    watch, stores = Stopwatch(), None
     groups = sharers(samples) if data.share_media else None
+    fits = "captions" in looked.samples  # not in a resumed run
+    if fits:
+        _check_fits(settings, model)
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        store = _features(settings, arguments, model, processor, samples)
-        rows = FeatureDataset(samples, store, watch, groups=groups)
+        stores = _features(settings, arguments, model, processor, looked.for_features())
+        rows = FeatureDataset(samples, stores.train, watch, groups=groups)
+    if fits:
+        _fit_projectors(settings, arguments, model, processor, looked, stores)
     batches = train_loader(
         rows,
         surveyed,
@@ -144,7 +165,7 @@ def build_trainer(
         processor=processor,
         sampler=draws,
         batches=batches,
-        validation=_validation(settings, arguments, processor, looked, metric) if data.validation else None,
+        validation=_validation(settings, arguments, processor, looked, stores, metric) if data.validation else None,
         tensorboard=settings.train.tensorboard,
     )
     check_world(trainer.accelerator.num_processes)
@@ -154,8 +175,12 @@ def build_trainer(
 
 
 def _features(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, samples: list[Sample]
-) -> FeatureStore:
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    samples: FeatureSamples,
+) -> Stores:
     """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
     if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
@@ -167,11 +192,11 @@ def _features(
             bar.update(done - bar.n)
 
         model.to(arguments.device)
-        store, form = filled_store(settings, model, processor, samples, **ranks, progress=note)
+        stores = filled_stores(settings, model, processor, samples, **ranks, progress=note)
     PartialState().wait_for_everyone()
-    store.read_index()
-    pass_features_through(model, form.pooled)
-    return store
+    stores.read_indices()
+    pass_features_through(model, stores.form.pooled)
+    return stores
 
 
 def extremes(draws: Sampler) -> list[Budget]:
@@ -186,13 +211,20 @@ def _validation(
     arguments: ElasticArguments,
     processor: ElasticProcessor,
     looked: LookedOver,
+    stores: Stores | None,
     metric: Metric | None,
 ) -> Validation:
     data = settings.data
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
+    samples = looked.samples["validation"]
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(data, processor, augmented=False, budgets=budgets))
+    else:
+        assert stores.validation is not None
+        rows = FeatureDataset(samples, stores.validation)
     batches, own = validation_loader(
-        looked.samples["validation"],
+        rows,
         looked.surveys["validation"],
         settings=data,
         processor=processor,
@@ -203,16 +235,30 @@ def _validation(
     return Validation(batches, own, budgets, metric)
 
 
-def _fit_projectors(
-    settings: RunSettings, arguments: ElasticArguments, model: Any, processor: ElasticProcessor, looked: LookedOver
-) -> None:
-    """Start the projectors at what captions say; see `projector_fit.py`."""
+def _check_fits(settings: RunSettings, model: Any) -> None:
+    """Raises: ValueError where projectors cannot be fitted to captions."""
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
+
+
+def _fit_projectors(
+    settings: RunSettings,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    looked: LookedOver,
+    stores: Stores | None,
+) -> None:
+    """Start the projectors at what captions say; see `projector_fit.py`."""
+    samples = looked.samples["captions"]
+    if stores is None:
+        rows = ManifestDataset(samples, load=loading(settings.data, processor, augmented=False))
+    else:
+        rows = FeatureDataset(samples, stores.train)
     batches, own = validation_loader(
-        looked.samples["captions"],
+        rows,
         looked.surveys["captions"],
         settings=settings.data,
         processor=processor,

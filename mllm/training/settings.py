@@ -14,6 +14,7 @@ import yaml
 
 from mllm.budget import MEDIA, Budget
 from mllm.data.settings import ReaderSettings
+from mllm.media import MediaLimits
 from mllm.sampler import Mode
 from mllm.settings import ModelSettings, check_at_least
 
@@ -71,8 +72,11 @@ class DataSettings:
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; by less, the sound is cut or followed by silence.
     null never compares."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused, e.g. {video_seconds: 600}."""
     features: FeatureSettings | None = None
-    """Encode every training sample once, before the first step, instead of in every epoch; off when left out."""
+    """Encode every training sample once, before the first step, instead of in every epoch, and every sample of
+    data.validation; off when left out."""
     tokens_per_batch: int = 4096
     """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
@@ -320,8 +324,6 @@ class RunSettings:
                 )
         if self.model.shows_frames or any(own.tiling is not None for own in self.model.media.values()):
             raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
-        if self.data.validation:
-            raise ValueError("data.features leaves the run without encoders, so data.validation cannot be answered")
 
     def _check_parts(self) -> None:
         for part in self.parts:

@@ -24,7 +24,7 @@ from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Media, Sample
 from mllm.data.quarantine import too_many_bad
 from mllm.expansion import Row, Run
-from mllm.media import MediaError, resolve_media
+from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.image import header_pixels
 from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
@@ -279,12 +279,14 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
     if part.medium == "image" and space.tiling is not None:
-        return processor.picture_extent(_picture_pixels(part, sample) or facts.picture_pixels or (1, 1))
+        return processor.picture_extent(
+            _picture_pixels(part, sample, processor.limits) or facts.picture_pixels or (1, 1)
+        )
     if facts.grid is not None:
         frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
         return Extent(part.medium, grid=facts.grid, num_pictures=frames)
     assert facts.frames_per_second is not None
-    frames = round(_seconds(part, sample) * facts.frames_per_second)
+    frames = round(_seconds(part, sample, processor.limits) * facts.frames_per_second)
     return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
 
@@ -296,21 +298,21 @@ def _soft(extent: Extent, amount: Amount, space: Space) -> int:
         return 1
 
 
-def _picture_pixels(part: Media, sample: Sample) -> tuple[int, int] | None:
+def _picture_pixels(part: Media, sample: Sample, limits: MediaLimits) -> tuple[int, int] | None:
     """Height and width as the header states them."""
     try:
-        return header_pixels(resolve_media(sample.root, part.path))
+        return header_pixels(resolve_media(sample.root, part.path), limits=limits)
     except MediaError as error:
         logger.debug("no size of sample %r: %s", sample.id, error)
         return None
 
 
-def _seconds(part: Media, sample: Sample) -> float:
+def _seconds(part: Media, sample: Sample, limits: MediaLimits) -> float:
     stated = sample.meta.get("seconds")
     if isinstance(stated, int | float) and stated > 0:
         return float(stated)
     try:
-        return header_seconds(part.medium, resolve_media(sample.root, part.path))
+        return header_seconds(part.medium, resolve_media(sample.root, part.path), limits=limits)
     except MediaError as error:
         logger.debug("no length of sample %r: %s", sample.id, error)
         return 0.0
@@ -319,7 +321,7 @@ def _seconds(part: Media, sample: Sample) -> float:
 def _key(samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None) -> str:
     """What the result depends on: the conversations and what shapes their tokens."""
     digest = hashlib.sha256(json.dumps(_plain(processor.elastic), sort_keys=True, default=str).encode())
-    digest.update(f"{len(processor.tokenizer)} {max_sample_tokens}".encode())
+    digest.update(f"{len(processor.tokenizer)} {max_sample_tokens} {processor.limits}".encode())
     for sample in samples:
         digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str))).encode())
     return digest.hexdigest()

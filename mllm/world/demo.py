@@ -137,6 +137,7 @@ def evaluation_settings(settings: DemoSettings) -> EvaluateSettings:
     corpus = Path(settings.out) / "corpus"
     return EvaluateSettings(
         model=settings.out,
+        name="demo",  # so that a first evaluation of one's own has a place
         manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "pictures" / "test.jsonl")],
         budgets=list(BUDGETS),
         noise=str(corpus / "speech" / "noise" / "test.wav"),

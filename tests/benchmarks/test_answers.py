@@ -76,7 +76,9 @@ def test_vqav2_leaves_references_alone_that_all_agree() -> None:
         ("The answer is A. The answer is B.", None),
         ("B.", None),  # three characters are wanted
         ("b", None),
-        ("D", None),  # of three options
+        ("D", "D"),  # an answer, if to none of the three options
+        ("E. four. The answer is B.", "E"),  # what stands behind a letter is not read, as in LLaVA's script
+        ("F. four. The answer is B.", "B"),  # which knows the letters to E
         ("(B)", None),
         ("", None),
     ],
@@ -124,6 +126,11 @@ def test_open_answers_of_mmmu(references: list[str], answer: str, right: int) ->
 
 def test_anls_counts_what_is_at_least_half_right() -> None:
     assert anls(["Hello World"], " hello  world ") == 1
+    # The official code collapses blanks to count edits, and divides by the lengths of the texts as they were written.
+    assert anls(["ab  cd"], "ab xx") == pytest.approx(1 - 2 / 6)
+    assert anls(["ab cd"], "ab    cx  ") == pytest.approx(1 - 1 / 10)
+    assert anls(["stra\u00dfe"], "strasse") == pytest.approx(1 - 2 / 7)
+    assert anls(["stra\u00dfe"], "stra\u00dfa") == pytest.approx(1 - 1 / 7)  # "ß" is two letters in upper case
     assert anls(["abcd"], "abxx") == 0.5  # one half is kept by the official code
     assert anls(["abcd"], "axxx") == 0
     assert anls(["no", "abcde"], "abcdx") == 0.8
@@ -144,6 +151,12 @@ def test_anls_counts_what_is_at_least_half_right() -> None:
         ("0", "0.0", 0),  # compared as text
         ("Yes", "yes", 1),
         ("2019", "two thousand", 0),
+        ("0.0", "0%", 0),
+        ("12 ", " 12.5", 1),
+        ("Yes ", "yes", 0),  # the official code compares texts as they are
+        ("12%\n", "0.12", 0),
+        ("nan", "nan", 0),
+        ("1e2", "96", 1),
     ],
 )
 def test_charts_are_read_with_tolerance(reference: str, answer: str, right: int) -> None:
@@ -152,6 +165,7 @@ def test_charts_are_read_with_tolerance(reference: str, answer: str, right: int)
 
 def test_gqa_takes_off_full_stops_and_capitals_only() -> None:
     assert [gqa_match("on the left", answer) for answer in ("On the left..", "the left", "on  the left")] == [1, 0, 0]
+    assert gqa_match("Yes", "yes.") == 1  # a label of one's own data
 
 
 def test_yes_and_no() -> None:

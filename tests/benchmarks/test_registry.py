@@ -69,6 +69,25 @@ def test_what_a_server_judges_has_no_number_and_what_failed_is_wrong() -> None:
     assert BENCHMARKS["vqav2"].score([]).value is None
 
 
+def test_one_line_without_a_reference_is_left_out_and_counted() -> None:
+    lines = [line(number, "red", said) for number, said in enumerate(("red", "blue", "red"))]
+    unknown = {**line(9, "", "red"), "references": []}
+    total = BENCHMARKS["gqa"].score([*lines, unknown])
+    assert (total.value, total.details) == (2 / 3, {"num_unjudged": 1})
+    assert len(total.parts) == 3
+    assert "num_unjudged" not in BENCHMARKS["gqa"].score(lines).details
+
+
+@pytest.mark.parametrize("written", [str.lower, str.upper, str.title])
+def test_labels_are_the_same_in_any_case(written) -> None:
+    rows = [(1, "yes", "Yes", "a"), (2, "no", "No", "a"), (3, "yes", "no", "b"), (4, "no", None, "b")]
+    for name, facts in (("pope", {}), ("mme", {"picture": "x"})):
+        own = [line(number, written(label), said, kind=kind, **facts) for number, label, said, kind in rows]
+        plain = [line(number, label, said, kind=kind, **facts) for number, label, said, kind in rows]
+        assert BENCHMARKS[name].score(own) == BENCHMARKS[name].score(plain)
+        assert worths_of_units(BENCHMARKS[name], own) == {"1": 1, "2": 1, "3": 0, "4": 0}
+
+
 def test_mmmu_and_letters_count_what_could_not_be_read() -> None:
     open_one = line(1, "24", "it is 24", options=[])
     guessed = [line(number, "A", "hm", options=["x", "y"]) for number in range(20)]

@@ -149,6 +149,9 @@ def test_pope_finds_labels_by_picture_and_words_whatever_the_order(tmp_path: Pat
     for sample in found.values():
         words = asked(sample).removesuffix(SHORT).strip()
         assert sample.messages[-1].text == labels[picture(sample).removeprefix("val2014/"), words]
+    for file in (root / "coco").iterdir():  # as some hand them out
+        file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"NO"'))
+    assert imported("pope", root) == found
 
 
 def test_mme_finds_answers_beside_pictures(tmp_path: Path) -> None:
@@ -241,6 +244,15 @@ def test_seedbench(tmp_path: Path) -> None:
         ("Scene Understanding", "image", "B"),
         ("Scene Understanding", "video", "B"),
     ]
+
+
+def test_a_letter_beyond_the_options_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "mmbench"
+    write_mmbench(root / "mmbench_dev_20230712.tsv")
+    table = root / "mmbench_dev_20230712.tsv"
+    table.write_text(table.read_text().replace("\tA\tc\t", "\tC\tc\t", 1))
+    assert list(imported("mmbench", root, code=1)) == ["1000007", "8", "1000008"]
+    assert "answer must be one of A, B, got 'C'" in capsys.readouterr().out
 
 
 def test_chartqa_and_docvqa_from_official_files(tmp_path: Path) -> None:
@@ -346,6 +358,24 @@ def test_ai2d_from_parquet_and_from_what_datasets_saved(tmp_path: Path, place: s
     found = imported("ai2d", root if "/" in place else root / place)
     assert [sample.messages[-1].text for sample in found.values()] == ["C", "A"]
     assert asked(found["0"]) == f"\nWhich?\nA. p\nB. q\nC. r{CHOOSE}"
+
+
+def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, capsys) -> None:
+    rows = [{"question": "Which?", "options": ["p", "q"], "answer": at, "image": cell(1)} for at in ("1", "2", "-1")]
+    write_table(tmp_path / "ai2d" / "test-0.parquet", rows)
+    assert {name: one.messages[-1].text for name, one in imported("ai2d", tmp_path / "ai2d", code=1).items()} == {
+        "0": "B"
+    }
+    told = capsys.readouterr().out
+    assert "got 2" in told
+    assert "got -1" in told
+    rows = [{"question": "Which?", "choices": ["x", "y"], "answer": at, "image": cell(1)} for at in (0, 25)]
+    write_table(tmp_path / "s" / "test-0.parquet", rows)
+    assert [one.messages[-1].text for one in imported("scienceqa", tmp_path / "s", code=1).values()] == ["A"]
+    common = {"question": "<image 1> Which?", "options": "['x', 'y']", "question_type": "multiple-choice"}
+    rows = [{**common, "id": f"validation_Art_{at}", "answer": at, "image_1": cell(1)} for at in ("B", "Z")]
+    write_table(tmp_path / "MMMU" / "validation-0.parquet", rows)
+    assert list(imported("mmmu", tmp_path / "MMMU", code=1)) == ["validation_Art_B"]
 
 
 def test_one_saved_split_says_which_it_is(tmp_path: Path) -> None:

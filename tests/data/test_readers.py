@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import get_args
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -15,7 +16,8 @@ from mllm.data.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.manifest import Media, read_manifest, write_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.settings import BENCHMARK_FORMATS, CONVERSATION_FORMATS, SPEECH_FORMATS, Format, ReaderSettings
-from mllm.data.utterances import TEXT_FORMS, Listing
+from mllm.data.utterances import Listing
+from mllm.evaluation.planning import references_of
 from mllm.media import load_audio, load_video, write_sound, write_video
 
 PRETRAIN = """Text:  ONE TWO {NS} THREE
@@ -52,6 +54,23 @@ def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, sound: bool = Tr
         write_sound(path.with_suffix(".wav"), np.linspace(0, 0.9, num_frames * rate_hz // 25), sample_rate_hz=rate_hz)
 
 
+def talking_clip(path: Path) -> None:
+    """A video with a sound stream of its own, 0.2 seconds long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(path, "w") as container:
+        pictures, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
+        pictures.width = pictures.height = 16
+        pictures.pix_fmt = "yuv420p"
+        for _ in range(5):
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode())
+        heard = av.AudioFrame.from_ndarray(np.zeros((1, 3200), np.float32), format="fltp", layout="mono")
+        heard.sample_rate = 16_000
+        container.mux(sound.encode(heard))
+        container.mux(sound.encode())
+
+
 def test_every_format_of_the_settings_has_a_reader() -> None:
     assert tuple(READERS) == get_args(Format)
     assert set(SPEECH_FORMATS) == set(READERS) - {"manifest", *CONVERSATION_FORMATS, *BENCHMARK_FORMATS}
@@ -82,7 +101,8 @@ def test_commas_and_quotes_in_the_text_are_text(tmp_path: Path) -> None:
 
 
 def test_a_clip_is_three_samples_in_the_words_of_the_published_systems(tmp_path: Path) -> None:
-    touch(tmp_path, "lrs3/a/1.mp4", "lrs3/a/1.wav", "lrs3/a/2.mp4")
+    touch(tmp_path, "lrs3/a/1.mp4", "lrs3/a/1.wav")
+    talking_clip(tmp_path / "lrs3/a/2.mp4")
     (tmp_path / "l.csv").write_text("lrs3,a/1.mp4,25,0,HELLO There\nlrs3,a/2.mp4,25,0,x\n")
     listing = listing_of("omni_csv", tmp_path / "l.csv", tmp_path, text="lower")
     asr, vsr, avsr, own_sound = listing.samples[:4]
@@ -182,7 +202,7 @@ def test_fairseq_rows_wherever_the_list_was_made(tmp_path: Path) -> None:
 
 
 def test_lrs_lists_and_folders(tmp_path: Path) -> None:
-    touch(tmp_path, "main/s/1.mp4", "main/s/2.mp4", "lrs3/test/t/1.mp4", "lrs3/test/t/2.mp4")
+    touch(tmp_path, "main/s/1.mp4", "main/s/1.wav", "main/s/2.mp4", "lrs3/test/t/1.mp4", "lrs3/test/t/2.mp4")
     for name, text in (
         ("main/s/1", "Text:  HELLO {LG} YOU\nConf: 5\n"),
         ("main/s/2", "no head"),
@@ -198,6 +218,45 @@ def test_lrs_lists_and_folders(tmp_path: Path) -> None:
     lrs3 = listing_of("lrs", tmp_path / "lrs3" / "test", tmp_path, tasks=["vsr"])
     assert said(lrs3) == {"lrs3/test/t/1-vsr": "ONE TWO NS THREE"}
     assert "t/2.txt" in str(lrs3.problems[0])
+
+
+@pytest.mark.parametrize("form", ["auto_avsr", "omni_csv", "lrs"])
+def test_no_sound_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: Format) -> None:
+    clip(tmp_path / "d/silent.mp4", num_frames=5, sound=False)
+    clip(tmp_path / "d/beside.mp4", num_frames=5)
+    talking_clip(tmp_path / "d/own.mp4")
+    names = ("silent", "beside", "own")
+    for name in names:
+        (tmp_path / f"d/{name}.txt").write_text("Text: HELLO\n" if form == "lrs" else "hello")
+    text = ",hello" if form == "omni_csv" else ""
+    (tmp_path / "l.csv").write_text("".join(f"d,{name}.mp4,5,0{text}\n" for name in (*names, "gone")))
+    (tmp_path / "d/gone.txt").write_text("hello")  # for the lists, whose missing clips are told with both media
+    source = tmp_path / ("d" if form == "lrs" else "l.csv")
+    found = listing_of(form, source, tmp_path)
+    made = {(sample.id, *(part.path for part in sample.media)) for sample in found.whole}
+    assert made == {
+        ("d/silent-vsr", "d/silent.mp4"),
+        ("d/beside-asr", "d/beside.wav"),
+        ("d/beside-vsr", "d/beside.mp4"),
+        ("d/beside-avsr", "d/beside.wav", "d/beside.mp4"),
+        ("d/own-asr", "d/own.mp4"),
+        ("d/own-vsr", "d/own.mp4"),
+        ("d/own-avsr", "d/own.mp4", "d/own.mp4"),
+    }
+    assert not found.problems
+    assert len(found.missing) == (0 if form == "lrs" else 2)
+    asked = listing_of(form, source, tmp_path, tasks=["asr"])
+    assert [finding.message for finding in asked.problems] == ["d/silent: there is no audio for the task asr"]
+
+
+def test_a_long_clip_without_sound_is_cut_into_pieces_without_sound(tmp_path: Path) -> None:
+    clip(tmp_path / "pretrain/s/1.mp4", num_frames=50, sound=False)
+    (tmp_path / "pretrain/s/1.txt").write_text(PRETRAIN)
+    settings = ReaderSettings(format="lrs", max_seconds=1.0)
+    cut = read_lrs(tmp_path / "pretrain", tmp_path, settings, cut=Cutter(tmp_path, "cut"))
+    assert said(cut) == {"cut/pretrain/s/1_000-vsr": "ONE TWO", "cut/pretrain/s/1_001-vsr": "NS THREE"}
+    assert not cut.problems
+    assert not list((tmp_path / "cut").rglob("*.wav"))
 
 
 def test_long_clips_are_cut_where_words_end(tmp_path: Path) -> None:
@@ -275,11 +334,13 @@ def test_own_clips_with_texts_beside_or_in_a_table(tmp_path: Path) -> None:
         listing_of("clips", tmp_path / "c", tmp_path / "empty")
 
 
-def test_forms_of_text() -> None:
-    text = " It\u2019s  A well-known,\n'quoted' FACT! "
-    assert TEXT_FORMS["as_is"](text) == "It\u2019s A well-known, 'quoted' FACT!"
-    assert TEXT_FORMS["lower"](text) == "it\u2019s a well-known, 'quoted' fact!"
-    assert TEXT_FORMS["words"](text) == "it's a well known quoted fact"
+def test_words_of_another_script_are_what_a_model_learns_and_is_measured_on(tmp_path: Path) -> None:
+    touch(tmp_path, "c/1.wav")
+    (tmp_path / "c/1.txt").write_text("हिन्दी में बोलो।", encoding="utf-8")
+    given = ["data", "import", "clips", str(tmp_path / "c"), "--out", str(tmp_path / "m.jsonl"), "--text", "words"]
+    assert main([*given, "--root", str(tmp_path)]) == 0
+    (sample,) = read_manifest(tmp_path / "m.jsonl", tmp_path)
+    assert references_of(sample) == ["हिन्दी में बोलो"]
 
 
 def test_settings_that_contradict_each_other() -> None:

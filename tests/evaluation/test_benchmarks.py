@@ -1,6 +1,8 @@
 """Vision benchmarks from the files people download to the papers' table, an oracle and files for servers."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,8 @@ def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder
     assert "VizWiz (val)" in shown.out
     assert "POPE (F1)" in shown.out
     text = (tmp_path / MARKDOWN).read_text()
+    for told in (shown.out, text):
+        assert "answers to val (vizwiz) were cut at max_new_tokens 3: 3 at image=16, 3 at image=5, 3 at image=1" in told
     assert "| budget | soft tokens | VizWiz (val) | POPE (F1) | VizWiz (test) | MMBench | avg |" in text
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| image=")]
     assert [(row[0].strip("| "), row[1]) for row in rows] == [("image=16", "16"), ("image=5*", "5"), ("image=1", "1")]
@@ -281,6 +285,46 @@ def test_official_files_are_evaluated_without_importing_them(folder: Path, tmp_p
     given += ["--manifest", str(source), "--reader.format", "vizwiz", "--limit", "2", "--budgets", "image=1"]
     assert main(given) == 0
     assert "VizWiz" in capsys.readouterr().out
+
+
+def test_one_question_without_an_answer_is_left_out_and_told(folder: Path, tmp_path: Path, capsys) -> None:
+    root = folder / "vizwiz"
+    shown = Message("user", (Media("image", "val/0.png"), Text(f"What?{SHORT}")))
+    rows = [Sample(str(n), (shown, Message("assistant", (Text("red"),))), "gqa") for n in range(3)]
+    rows[1] = replace(rows[1], meta={"answers": []})
+    write_manifest(root / "gqa.jsonl", rows)
+    assert main([*words_for(folder, tmp_path, "gqa"), "--budgets", "image=1"]) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (row["value"], row["num_samples"], row["num_unjudged"]) == (0.0, 3, 1)
+    told = "1 answers of gqa (gqa) at image=1 have no reference and are not judged"
+    assert told in (tmp_path / MARKDOWN).read_text()
+    assert told in capsys.readouterr().out
+    assert not (tmp_path / SUBMITTED).exists()
+
+
+def test_answers_are_not_kept_when_the_processor_changed_and_a_name_keeps_both(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    given = ["evaluate", "--model", str(run), "--manifest", str(folder / "vizwiz" / "pope.jsonl"), "--use-cpu"]
+    given += ["--limit", "2", "--budgets", "image=1", "--max-new-tokens", "2"]
+    assert main(given) == 0
+    first = (run / "evaluation" / "hypotheses.jsonl").read_bytes()
+    file = run / "processor_config.json"
+    changed = json.loads(file.read_text())
+    changed["elastic"]["chat_format"] = "vicuna_v1"
+    file.write_text(json.dumps(changed))
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert "model.processor_config.json has changed" in error
+    assert "--name NAME" in error
+    assert main([*given, "--name", "vicuna"]) == 0
+    assert (run / "evaluation" / "vicuna" / "hypotheses.jsonl").read_bytes() != first
+    assert (run / "evaluation" / "hypotheses.jsonl").read_bytes() == first
+    results = [str(run / "evaluation"), str(run / "evaluation" / "vicuna")]
+    assert main(["compare", *results]) == 0
+    assert "run/vicuna" in capsys.readouterr().out
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_runs(folder: Path, tmp_path: Path, capsys) -> None:

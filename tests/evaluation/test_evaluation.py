@@ -15,7 +15,7 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.hypotheses import ANSWERS, HYPOTHESES, AnswerStore
 from mllm.evaluation.planning import plan
 from mllm.evaluation.plot import PLOT
-from mllm.evaluation.report import CSV, RESULTS
+from mllm.evaluation.report import CSV, RESULTS, cut_notes
 from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep
@@ -218,6 +218,42 @@ def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ra
     assert done[-1] == (27, 27)
 
 
+def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, monkeypatch) -> None:
+    """An answer has not ended where there is no end in the tokens that are allowed."""
+    model, asked, said = answerer.model, samples[:3], []
+    generate = model.generate
+
+    def listening(**given):
+        found = generate(**given)
+        said.extend(found[:, given["input_ids"].shape[1] :].tolist())
+        return found
+
+    monkeypatch.setattr(model, "generate", listening)
+
+    def lines_of(name: str):
+        facts = {"model": "tiny", "max_new_tokens": 6}
+        sets = {"test": asked}
+        results = evaluate_model(
+            answerer, sets, BUDGETS[:2], output=tmp_path / name, fingerprint=facts, with_plot=False
+        )
+        return results, AnswerStore(tmp_path / name).read().values()
+
+    results, lines = lines_of("cut")
+    assert [line["new_tokens"] for line in lines] == [len(ids) for ids in said] == [6] * 6
+    assert all(line["is_cut"] for line in lines)
+    note = "6 answers to test (vqa) were cut at max_new_tokens 6: 3 at image=16, 3 at image=1"
+    assert cut_notes(results.rows, 6) == [note]
+    end = min((ids[-1] for ids in said), key=lambda token: sum(token in ids for ids in said))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end])
+    before = list(said)
+    results, lines = lines_of("ended")
+    assert [line["is_cut"] for line in lines] == [end not in ids for ids in before]
+    num_cut = sum(end not in ids for ids in before)
+    assert num_cut < 6
+    assert sum(row["num_cut"] for row in results.rows if row["kind"] is None) == num_cut
+    assert (answerer.is_cut([1, end]), answerer.is_cut([end, 1])) == (False, True)
+
+
 def test_a_rank_that_ended_early_is_noticed(answerer, samples, tmp_path) -> None:
     work = plan({"test": samples}, BUDGETS, space=answerer.processor.space, allow_untrained=True)
     store = _claimed(tmp_path)
@@ -239,7 +275,10 @@ def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_pat
     noise = load_audio(tmp_path / "noise.wav")
     work = plan({"test": sounds}, BUDGETS[:1], space=answerer.processor.space, snrs_db=[None, 0.0, -5.0])
     assert [(item.sample.id, item.snr_db) for item in work[:3]] == [("a0", None), ("a0", 0.0), ("a0", -5.0)]
-    media = [Sweep(answerer, _claimed(tmp_path), noise=noise, seed=seed)._load(work[1])[0].values for seed in (0, 0, 1)]
+    media = [
+        Sweep(answerer, _claimed(tmp_path), noise=noise, seed=seed)._load(work[1])[0].media[0].values
+        for seed in (0, 0, 1)
+    ]
     assert media[0].equal(media[1])
     assert not media[0].equal(media[2])
     run_share(Sweep(answerer, _claimed(tmp_path), noise=noise), work)

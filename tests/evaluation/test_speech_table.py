@@ -115,6 +115,14 @@ def test_rates_are_in_order_and_other_amounts_behind_them() -> None:
     assert comparison_of([row("vqa", "image=4", 1.0), row("asr", "audio=max,total<=90", 1.0)], "m") is None
 
 
+def test_answers_that_had_not_ended_are_told_below_the_table(tmp_path: Path) -> None:
+    made = comparison_of([row("asr", "audio=/4", 9.0, num_cut=2), row("asr", "audio=/16", 9.0)], "m", max_new_tokens=64)
+    assert made is not None
+    made.write(tmp_path, with_plot=False)
+    note = "2 answers to lrs2 (asr) were cut at max_new_tokens 64: 2 at audio=/4"
+    assert (tmp_path / MARKDOWN).read_text().endswith(f"\n{note}\n")
+
+
 def test_models_of_several_runs_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elastic = write(tmp_path / "omni" / "evaluation", rows_of(PUBLISHED["Omni-ST"][0]))
     separate = [
@@ -142,12 +150,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     rows = rows_of(PUBLISHED["Omni-ST"][0])
     one = write(tmp_path / "one", rows)
     same, other = write(tmp_path / "same", rows), write(tmp_path / "other", rows, manifest="two")
-    few, pictures = write(tmp_path / "few", rows, limit=3), write(tmp_path / "vqa", [row("vqa", "image=4", 1.0)])
+    few, captions = write(tmp_path / "few", rows, limit=3), write(tmp_path / "c", [row("asr", "total<=90", 1.0)])
     cases = [
         ([f"m={one}", f"m={same}"], r"m has two results for AVSR \(16,5\) of lrs2, clean"),
         ([one, other], "different manifests behind the set 'lrs2'"),
         ([one, few], "different limits behind the set 'lrs2'"),
-        ([pictures], "the results hold no speech"),
+        ([captions], "the results hold nothing to compare: no asr, vsr or avsr at a rate, and none of vqav2, .*, vqa"),
         ([], "folders is empty"),
     ]
     for folders, message in cases:

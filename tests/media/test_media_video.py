@@ -13,7 +13,8 @@ from numbered_frames import frame_numbers
 from PIL import Image
 from videos import needs_decord, turn
 
-from mllm.media import MediaError, MediaLimits, MediaLoader, load_video, to_gray
+from mllm.media import FrameSampling, MediaError, MediaLimits, MediaLoader, load_video, to_gray
+from mllm.media import video as video_module
 
 Writer = Callable[..., Path]
 
@@ -262,3 +263,42 @@ def test_a_file_that_ends_decord_is_one_error_and_the_next_file_is_read(write_vi
         load_video(good, backend="decord", limits=MediaLimits(deadline_seconds=1e-6))
     assert caught.value.kind == "deadline"
     assert frame_numbers(load_video(good, backend="decord").frames) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"bf": "3", "g": "40"}),
+        ("a.mp4", "libx264", {"bf": "0", "g": "400"}),
+        ("a.mkv", "libx264", {"bf": "2", "g": "30"}),
+        ("a.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "50"}),
+        ("a.avi", "mpeg4", {}),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_of_a_video_beyond_the_limits_a_few_frames_are_taken_all_the_same(
+    write_video: Writer, name: str, codec: str, options: dict[str, str], count: int
+) -> None:
+    path = write_video(name, 200, codec=codec, options=options)
+    sampling = FrameSampling(count)
+    whole = load_video(path, frames_per_second=sampling)
+    for limits in (MediaLimits(video_seconds=1), MediaLimits(video_frames=20)):
+        with pytest.raises(MediaError, match=r"\(limits\.video_(seconds|frames)\)"):
+            load_video(path, limits=limits)
+        few = load_video(path, frames_per_second=sampling, limits=limits)
+        assert few.frames_per_second == whole.frames_per_second
+        np.testing.assert_array_equal(few.frames, whole.frames)
+    assert frame_numbers(whole.frames) == [round((k + 0.5) * 200 / count) for k in range(count)]
+
+
+def test_only_what_leads_to_the_frames_taken_is_decoded(write_video: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video("a.mp4", 600, options={"g": "10"})
+    decoded = []
+    first_from = video_module._first_from
+    monkeypatch.setattr(
+        video_module,
+        "_first_from",
+        lambda frames, stamp, deadline: first_from((decoded.append(f.pts) or f for f in frames), stamp, deadline),
+    )
+    load_video(path, frames_per_second=FrameSampling(4), limits=MediaLimits(video_seconds=5))
+    assert 4 <= len(decoded) <= 4 * 20

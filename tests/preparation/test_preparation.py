@@ -14,7 +14,7 @@ from talking_face import MOUTH, Film, draw_face, openness, write_film
 from mllm.cli import main
 from mllm.data.check import check_manifest
 from mllm.data.manifest import read_manifest
-from mllm.media import load_audio, load_video
+from mllm.media import MediaError, load_audio, load_video
 from mllm.preparation.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
 from mllm.preparation.run import _work, find_recordings, transcript_of
 from mllm.preparation.settings import PrepareSettings
@@ -329,3 +329,11 @@ def test_transcripts_are_read_as_lrs_writes_them_or_whole(tmp_path: Path, conten
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrepareSettings(source="a", out="b", **changes)
+
+
+def test_a_recording_may_be_as_long_as_is_asked_for(raw: Path) -> None:
+    with pytest.raises(MediaError, match=r"longer than 0\.5 seconds"):
+        list(frames_of(raw / "phone.mp4", max_seconds=0.5))
+    assert len(list(frames_of(raw / "phone.mp4", max_seconds=5000))) == len(list(frames_of(raw / "phone.mp4")))
+    with pytest.raises(ValueError, match="max_seconds must be above 0, got 0"):
+        PrepareSettings(source="a", out="b", max_seconds=0)

@@ -25,6 +25,7 @@ from mllm.loading import TRAINABLES, load
 from mllm.settings import EncoderAdapterSettings
 from mllm.training import feature_building, feature_store, features
 from mllm.training.feature_building import make_features
+from mllm.training.feature_check import check_features
 from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import Form, KeptFeatures, fill_store, form_of, pass_features_through, share_of
 from mllm.training.loaders import loading
@@ -65,10 +66,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings_of(world: Path, output: Path, *, features: FeatureSettings | None = None, **data) -> RunSettings:
     model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
     own = {"tokens_per_batch": 512, "max_rows": 4, "num_workers": 0, "max_bad_fraction": 0.2, **data}
-    noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0]}
+    noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0], **own}
     return RunSettings(
         model=model,
-        data=DataSettings(train=[str(world / "train.jsonl")], features=features, **noisy, **own),
+        data=DataSettings(train=[str(world / "train.jsonl")], features=features, **noisy),
         sampler=SamplerSettings(mode="all"),
         train=TrainSettings(output=str(output), epochs=2, learning_rate=1e-3, progress=False, use_cpu=True, seed=3),
     )
@@ -91,6 +92,35 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
     bad = [json.loads(line) for line in (tmp_path / "features" / "quarantine-0.jsonl").read_text().splitlines()]
     assert {row["id"] if "id" in row else row["sample_id"] for row in bad} == {"broken"}
     load(tmp_path / "features")
+
+
+def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, tmp_path: Path) -> None:
+    """The same start as from files, whether a caption is also a training sample or not, and both are encoded once."""
+    seen = [sample for sample in read_manifest(world / "train.jsonl", world) if sample.id in ("asr0", "asr1")]
+    told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
+    write_manifest(world / "captions.jsonl", [*seen, Sample("caption", told, task="caption")])
+    clean = {"captions": [str(world / "captions.jsonl")], "noise": None, "snr_db": []}
+    found = {}
+    for name, own in (("files", None), ("features", FeatureSettings(folder=str(tmp_path / "kept")))):
+        run = settings_of(world, tmp_path / name, features=own, **clean)
+        train(dataclasses.replace(run, train=dataclasses.replace(run.train, learning_rate=1e-9)))
+        found[name] = load_file(tmp_path / name / TRAINABLES)
+    for name, value in found["files"].items():
+        torch.testing.assert_close(
+            found["features"][name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    store = FeatureStore(tmp_path / "kept")
+    store.read_index()
+    assert ("caption", 0) in store.entries
+    assert len(store.entries) == len(read_manifest(world / "train.jsonl", world)) + 1
+
+
+def test_captions_and_samples_of_one_id_must_be_the_same(world: Path, tmp_path: Path) -> None:
+    told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
+    write_manifest(world / "other.jsonl", [Sample("asr0", told, task="caption")])
+    own = FeatureSettings(folder=str(tmp_path / "kept"))
+    with pytest.raises(ValueError, match=r"the id 'asr0' is one sample in data.train and another in data.captions"):
+        train(settings_of(world, tmp_path / "run", features=own, captions=[str(world / "other.jsonl")]))
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -236,10 +266,72 @@ def test_what_learns_or_answers_needs_its_encoders(world: Path, tmp_path: Path) 
     video = dataclasses.replace(own.model.video, encoder_adapter=EncoderAdapterSettings(rank=2))
     with pytest.raises(ValueError, match=r"frozen encoders give; model.video has an encoder_adapter"):
         dataclasses.replace(own, model=dataclasses.replace(own.model, video=video))
-    with pytest.raises(ValueError, match=r"data.validation cannot be answered"):
-        settings_of(world, tmp_path / "run", features=kept, validation=[str(world / "train.jsonl")])
+    with pytest.raises(
+        ValueError, match=r"metric measures answers, for which data.features leaves the run no encoders"
+    ):
+        train(own, metric=lambda model, processor: {})
     with pytest.raises(ValueError, match=r"data.features.versions is 0"):
         FeatureSettings(folder="x", versions=0)
+
+
+def held_out(world: Path) -> Path:
+    """A manifest of clips that can be read, each under the id of another sample that is trained on."""
+    good = [sample for sample in read_manifest(world / "train.jsonl", world) if sample.id != "broken"]
+    named = [dataclasses.replace(one, id=other.id) for one, other in zip(good, reversed(good), strict=True)]
+    write_manifest(world / "held_out.jsonl", named[::2])
+    return world / "held_out.jsonl"
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path: Path, num_processes: int) -> None:
+    manifest = held_out(world)
+    every = {"validation": [str(manifest)], "video_mask_frames": [4, 5], "flip_probability": 0.5}
+    kept = FeatureSettings(folder=str(tmp_path / "kept"), versions=2, seed=3)
+    train(settings_of(world, tmp_path / "files", **every))
+    own = settings_of(world, tmp_path / "features", features=kept, **every)
+    for rank in range(num_processes):
+        make_features(own, rank=rank, num_ranks=num_processes)
+    train(own)
+    said = []
+    for name in ("files", "features"):
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        said.append({key: value for row in rows for key, value in row.items() if key.startswith("eval_loss")})
+    assert len(said[0]) == 3  # the largest budget, the smallest, and their mean
+    assert said[1] == pytest.approx(said[0], rel=1e-4)
+    found = check_features(tmp_path / "kept", own)
+    assert [problem.partition(" ")[0] for problem in found.problems] == ["broken", "broken"]
+    # A tiny model's losses hardly move with its input, so what the encoders were fed is compared as well.
+    store = FeatureStore(tmp_path / "kept" / feature_building.VALIDATION, 1, None)
+    store.read_index()
+    model, processor = build(own.model)
+    fingerprint = form_of(model.config, processor, own, augmented=False).fingerprint
+    for sample in read_manifest(manifest, world):
+        fed = [feature_store.key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
+        assert [kept.key for kept in store.entries[sample.id, 0]] == fed
+
+
+def test_features_for_validation_are_looked_over_too(world: Path, tmp_path: Path) -> None:
+    kept = FeatureSettings(folder=str(tmp_path / "kept"))
+    own = settings_of(world, tmp_path / "run", features=kept)
+    make_features(own)
+    own = dataclasses.replace(own, data=dataclasses.replace(own.data, validation=[str(held_out(world))]))
+    problems = check_features(tmp_path / "kept", own).problems
+    assert {f"{one.id} version 0: missing" for one in read_manifest(held_out(world), world)} <= set(problems)
+    counts = []
+    make_features(own, progress=lambda done, total: counts.append((done, total)))
+    assert counts[-1][0] == counts[-1][1] == 1 + len(read_manifest(held_out(world), world))  # and the broken one again
+
+
+def test_pooled_features_serve_the_budgets_of_validation(world: Path, tmp_path: Path) -> None:
+    own = pooled_settings(world, tmp_path, ["/4", "/8"], pooled=["audio"])
+    own = dataclasses.replace(
+        own,
+        data=dataclasses.replace(own.data, validation=[str(held_out(world))]),
+        train=dataclasses.replace(own.train, validation_budgets=["audio=/6"]),
+    )
+    config = build(own.model)[0].config
+    form = form_of(config, tiny.processor(own.model), own)
+    assert form.pooled == {"audio": 2}
 
 
 @torch.no_grad()

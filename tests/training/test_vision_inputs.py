@@ -173,7 +173,7 @@ def count_of(run: Path) -> int:
         (["--image", "0.png", "--budget", "image=65"], r"image=65 cannot be met: allowed are counts 1..64"),
         (["--image", "0.png", "--budget", "tiles=4"], r"budget item 'tiles=4' must be written once, as tiles<=N"),
         (["--image", "0.png", "--budget", "image=4,frames=2"], r"names video, but the request holds none"),
-        (["--image", "bomb.png"], r"bomb.png: the picture has more than 40000000 pixels \(limit\)"),
+        (["--image", "bomb.png"], r"bomb.png: the picture has more than 40000000 pixels \(limits.image_pixels\)"),
         (["--image", "cut.png"], r"cut.png: .*\(corrupt\)"),
         (
             ["--image", "pages.tif"],

@@ -104,7 +104,7 @@ def test_a_small_demo_leaves_a_plot_and_a_model_and_is_not_made_twice(tmp_path: 
     assert {"speaking", "drawing", "answering the test questions"} <= seen
     assert {row["budget"] for row in found["rows"] if row["task"] == "avsr"} == set(BUDGETS[:5])
     assert all(row["num_samples"] == 4 for row in found["rows"] if row["task"] != "vqa")
-    assert (tmp_path / "demo" / "evaluation" / "pareto.png").stat().st_size > 1000
+    assert (tmp_path / "demo" / "evaluation" / "demo" / "pareto.png").stat().st_size > 1000
     load(tmp_path / "demo")
     again = demo(settings)
     assert set(again["seconds"]) == {"corpora", "evaluation"}

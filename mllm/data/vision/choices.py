@@ -29,8 +29,8 @@ from mllm.data.vision.questions import (
     Questions,
     find,
     folder_of,
-    known_letter,
-    option_letter,
+    letter_among,
+    letter_at,
     texts_of,
     with_options,
 )
@@ -73,7 +73,8 @@ def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], s
         notes = folder / f"coco_pope_{category}.json"
         for number, note in json_lines(notes, listing):
             with listing.noting(notes, number):
-                key, label = (category, text_at(note, "image"), text_at(note, "text").strip()), text_at(note, "label")
+                key = (category, text_at(note, "image"), text_at(note, "text").strip())
+                label = text_at(note, "label").strip().lower()
                 if labels.setdefault(key, label) != label:
                     contradicted.add(key)
                     raise ValueError(f"{note['text']!r} about {note['image']} has two labels")
@@ -114,11 +115,10 @@ def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
 
 def _mme_question(text: str) -> tuple[str, str]:
-    """What is asked, on one line, and the whole prompt; both without "Please answer yes or no.", as LLaVA asks."""
-    ending = SHORT if text.rstrip().endswith(SHORT) else ""
-    asked = text.rstrip().removesuffix(SHORT).rstrip().removesuffix(MME_ASK)
-    is_plain = asked == text.rstrip().removesuffix(SHORT).rstrip()
-    return " ".join(asked.split()), text if is_plain else f"{asked.rstrip()}\n{ending}".rstrip("\n")
+    """What is asked, on one line, and the whole prompt; one with "Please answer yes or no." is asked as LLaVA asks."""
+    said = text.rstrip().removesuffix(SHORT).rstrip()
+    asked = said.removesuffix(MME_ASK).rstrip()
+    return " ".join(asked.split()), text if asked == said else f"{asked}\n{SHORT}"
 
 
 def _mme_answer(folder: Path, name: str, asked: str) -> tuple[str, str]:
@@ -151,7 +151,7 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listin
         problem = problems[str(row["id"])]
         text = text_at(row["conversations"][0], "value").replace("<image>", "").strip()
         options = texts_of(problem["choices"])
-        answer = option_letter(problem["answer"], options)
+        answer = letter_at(problem["answer"], options)
         kind = problem.get("subject")
         image = images + text_at(row, "image")
         return Question(str(row["id"]), [image], f"{text}\n{CHOOSE}", [answer], kind, {"options": options})
@@ -193,7 +193,7 @@ def mmbench_question(row: dict[str, Any], image: str) -> Question:
             break
         options.append(row[letter])
     hint = None if _is_none(row.get("hint")) else row["hint"]
-    answers = [] if _is_none(row.get("answer")) else [known_letter(row["answer"], options)]
+    answers = [] if _is_none(row.get("answer")) else [letter_among(row["answer"], options)]
     kept = ("question", *LETTERS[:4], "answer", "l2-category", "L2-category")
     shown = {key: row[key] for key in kept if not _is_none(row.get(key))}
     meta = {"options": options, "index": int(row["index"]), "row": shown}
@@ -223,7 +223,7 @@ def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listin
         options = [note[f"choice_{letter}"] for letter in "abcd" if note.get(f"choice_{letter}") is not None]
         meta = {"options": options, "data_type": note["data_type"], "question_id": note["question_id"]}
         kind = names[note["question_type_id"]]
-        answer = known_letter(note["answer"], options)
+        answer = letter_among(note["answer"], options)
         image = images + text_at(row, "image")
         return Question(str(row["question_id"]), [image], text_at(row, "text"), [answer], kind, meta)
 

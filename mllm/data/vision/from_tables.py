@@ -26,8 +26,8 @@ from mllm.data.vision.questions import (
     SHORT,
     Question,
     Questions,
-    known_letter,
-    option_letter,
+    letter_among,
+    letter_at,
     texts_of,
     with_options,
 )
@@ -97,14 +97,19 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     text = "\n".join([row["question"], *lines]) + f"\n\n{CHOOSE if options else SHORT}"
     answer = str(row["answer"])
-    answers = [] if answer == _UNKNOWN else [known_letter(answer, options)] if options else _listed(answer, bare=True)
+    if answer == _UNKNOWN:
+        answers = []
+    elif options:
+        answers = [letter_among(answer, options)]
+    else:
+        answers = _listed(answer, bare=True)
     subject = "_".join(text_at(row, "id").split("_")[1:-1])
     return Question(row["id"], images, text, answers, subject or None, {"options": options})
 
 
 def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
     options = texts_of(row["options"])
-    answer = option_letter(int(row["answer"]), options)
+    answer = letter_at(int(row["answer"]), options)
     text = with_options(row["question"], options)
     return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
 
@@ -133,9 +138,8 @@ def _scienceqa(row: dict[str, Any], number: int, write: Write) -> Question | Non
     hint = f"Context: {row['hint']}" if row.get("hint") else None
     text = with_options(row["question"], options, hint=hint)
     kind = row.get("subject") or None
-    return Question(
-        str(number), [write(row["image"])], text, [option_letter(row["answer"], options)], kind, {"options": options}
-    )
+    answer = letter_at(row["answer"], options)
+    return Question(str(number), [write(row["image"])], text, [answer], kind, {"options": options})
 
 
 def _listed(text: Any, *, bare: bool = False) -> list[str]:

@@ -153,31 +153,31 @@ def texts_of(values: Any) -> list[str]:
     return values
 
 
-def option_letter(place: Any, options: Sequence[Any]) -> str:
-    """The letter of an option by its place, counted from 0.
-
-    Raises:
-        ValueError: there is no such option.
-    """
-    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < min(len(options), len(LETTERS)):
-        raise ValueError(f"the answer is {place!r}, and there are {len(options)} options, counted from 0")
-    return LETTERS[place]
-
-
-def known_letter(letter: Any, options: Sequence[Any]) -> str:
-    """A letter that names one of the options.
-
-    Raises:
-        ValueError: it names none.
-    """
-    allowed = LETTERS[: len(options)]
-    if not isinstance(letter, str) or len(letter) != 1 or letter not in allowed:
-        raise ValueError(f"the answer is {letter!r}, and the options are {', '.join(allowed) or 'none'}")
-    return letter
-
-
 def with_options(question: str, options: Sequence[str], *, hint: str | None = None) -> str:
     """Hint, question and lettered options on lines of their own, and how to answer."""
     lines = [*([hint] if hint else []), question]
     lines += [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     return "\n".join([*lines, CHOOSE])
+
+
+def letter_at(index: Any, options: Sequence[Any]) -> str:
+    """Return the letter of the option that an annotation names by its place, counted from 0.
+
+    Raises:
+        ValueError: no whole number, or a place beyond the options.
+    """
+    is_place = isinstance(index, int) and not isinstance(index, bool)
+    if not is_place or not 0 <= index < min(len(options), len(LETTERS)):
+        raise ValueError(f"answer must be the place of one of {len(options)} options, from 0; got {index!r}")
+    return LETTERS[index]
+
+
+def letter_among(letter: Any, options: Sequence[Any]) -> str:
+    """Return the letter of the option that an annotation names by it.
+
+    Raises:
+        ValueError: it is that of no option.
+    """
+    if not isinstance(letter, str) or letter not in tuple(LETTERS[: len(options)]):
+        raise ValueError(f"answer must be one of {', '.join(LETTERS[: len(options)]) or 'no options'}, got {letter!r}")
+    return letter

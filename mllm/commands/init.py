@@ -1,0 +1,176 @@
+"""`mllm init`: a run config for one's own media, to begin with and to change."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+SUMMARY = "write a run config for your own media, on small models of the hub or on the built-in parts"
+POSITIONAL = "out"
+
+_HUB = {
+    "llm": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "image": "openai/clip-vit-large-patch14-336",
+    "audio": "openai/whisper-small",
+}
+_YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off")
+_BUILT_IN = {"llm": "world:llm", "image": "world:vision", "audio": "world:audio", "video": "world:lips"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Write a config that `mllm train --config` reads. What is left out is chosen: small models of the hub for one
+    GPU, or with --built_in the parts that come with this package, for a first try on a CPU."""
+
+    out: str = "run.yaml"
+    """File to write; one that is there is left alone."""
+    media: list[Literal["image", "audio", "video"]] = field(default_factory=lambda: ["image"])
+    """What the model reads; may be given several times. Videos beside images are frames that are encoded like them;
+    without images they are lips."""
+    llm: str | None = None
+    """Folder or hub name of the LLM with its tokenizer."""
+    image_encoder: str | None = None
+    """Folder or hub name of a vision encoder (CLIP, SigLIP, DINO)."""
+    audio_encoder: str | None = None
+    """Folder or hub name of a sound encoder (Whisper, WavLM, HuBERT)."""
+    video_encoder: str | None = None
+    """Folder of a lip encoder that `mllm convert av-hubert` wrote."""
+    built_in: bool = False
+    """Take the small LLM and encoders of the built-in world where none is named."""
+    manifest: str = "train.jsonl"
+    """Manifest to train on."""
+    root: str | None = None
+    """Folder that its media paths are relative to; the manifest's own when left out."""
+    output: str | None = None
+    """Folder of the run; `runs` and the name of the config when left out."""
+
+    def __post_init__(self) -> None:
+        if not self.media:
+            raise ValueError("media is empty; name at least one of image, audio, video")
+        for medium in ("image", "audio", "video"):
+            if getattr(self, f"{medium}_encoder") is not None and medium not in self.media:
+                raise ValueError(f"{medium}_encoder is set, but media leaves {medium} out; add --media {medium}")
+        if "video" in self.media and "image" not in self.media and not (self.video_encoder or self.built_in):
+            raise ValueError(
+                "media video without image reads lips, and hubs have no lip encoder that can be read at once: give "
+                "--video_encoder, a folder that `mllm convert av-hubert` wrote, or add --media image for videos of "
+                "anything"
+            )
+
+
+def run(settings: Settings) -> int:
+    """Write the config, and say what to type next."""
+    import yaml
+
+    from mllm.commands.terminal import console
+    from mllm.training.settings import read_run_settings
+
+    text = config_text(settings)
+    read_run_settings(yaml.safe_load(text))  # names that make no valid config are refused before a file is there
+    path = Path(settings.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ValueError(f"{path} is there already and is left as it is; give another name") from error
+    out = console()
+    root = "" if settings.root is None else f" --root {settings.root}"
+    for line in (
+        f"written: {path}; then",
+        f"  mllm data check {settings.manifest}{root}",
+        f"  mllm train --config {path}",
+    ):
+        out.print(line, soft_wrap=True, highlight=False)
+    return 0
+
+
+def config_text(settings: Settings) -> str:
+    """The config as YAML, with comments."""
+    blocks = [_block(settings, medium) for medium in ("image", "audio", "video") if medium in settings.media]
+    precision = "float32" if _is_built_in(settings, "llm") else "bfloat16"
+    output = settings.output or f"runs/{Path(settings.out).stem}"
+    root = "" if settings.root is None else f"\n  root: {_scalar(settings.root)}"
+    # A template of the LLM's own is what chat models know; the built-in LLM has none.
+    chat = "plain" if _is_built_in(settings, "llm") else "chat"
+    return f"""# Written by `mllm init`. `mllm train --help` tells of every key; the command line overrules this file:
+#   mllm train --config {settings.out} --train.learning_rate 5e-4
+model:
+  llm: {_scalar(settings.llm or _default(settings, "llm"))}  # frozen; a folder or a hub name
+  chat_format: {chat}
+  dtype: {precision}  # of the frozen parts
+{"".join(blocks)}  adapter:  # what learns inside the LLM; left out, only the compressors learn
+    kind: lora
+    rank: 16
+    alpha: 32
+    targets: [q_proj, k_proj, v_proj, o_proj]
+data:
+  train: [{_scalar(settings.manifest)}]  # one JSON object per line; `mllm data check` looks it over
+  # validation: [validation.jsonl]  # its loss is logged at the end, or every train.validate_every steps{root}
+  # limits: {{video_seconds: 600, video_frames: 15000}}  # files beyond a limit are refused; raise it for your own
+  tokens_per_batch: 4096  # most tokens of a micro-batch; less where memory is short
+  max_rows: 8
+sampler:
+  mode: random  # every step trains at budgets drawn from those above
+  num_draws: 2
+train:
+  output: {_scalar(output)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
+  epochs: 3
+  learning_rate: 1.0e-3  # of the compressors
+  part_learning_rates: {{adapter: 2.0e-4}}
+  warmup_fraction: 0.03
+  precision: {precision}
+  save_every: 500  # steps; after a stop, the same line with `--resume auto` goes on from the newest
+"""
+
+
+def _is_built_in(settings: Settings, part: str) -> bool:
+    return settings.built_in and getattr(settings, "llm" if part == "llm" else f"{part}_encoder") is None
+
+
+def _default(settings: Settings, part: str) -> str:
+    return (_BUILT_IN if settings.built_in else _HUB)[part]
+
+
+def _block(settings: Settings, medium: str) -> str:
+    """The block of one medium, indented as it stands in the model's."""
+    given = getattr(settings, f"{medium}_encoder")
+    if medium == "video" and given is None and "image" in settings.media:
+        budgets = "[4, 16]" if settings.built_in else "[9, 36]"
+        return (
+            "  video:\n    encoder: image  # frames, each encoded like a picture; lips need --video_encoder\n"
+            f"    budgets: {budgets}  # soft tokens per frame\n    frames: 8  # taken from each video\n"
+        )
+    encoder = _scalar(given or _default(settings, medium))
+    lines = [f"encoder: {encoder}  # frozen", *_LINES[medium](settings, given)]
+    return f"  {medium}:\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def _image_lines(settings: Settings, given: str | None) -> list[str]:
+    if given is not None:
+        return ["compressor: pool", "budgets: [1, 4, 16, 64]  # soft tokens per picture, all trained in one model"]
+    if settings.built_in:
+        own = ["feature_layer: -1", "compressor: pool", "projector_size: 0"]
+        return [*own, "budgets: [1, 4, 16, 64]  # soft tokens per picture, all trained in one model"]
+    own = ["feature_layer: -2", "compressor: pool", "project_first: true"]
+    return [*own, "budgets: [1, 9, 36, 144, 576]  # soft tokens per picture, all trained in one model"]
+
+
+def _audio_lines(settings: Settings, given: str | None) -> list[str]:
+    own = ["normalize_audio: true"] if _is_built_in(settings, "audio") else []
+    return [*own, "compressor: pool", 'budgets: ["/4", "/8", "/16"]  # encoder frames per soft token']
+
+
+def _video_lines(settings: Settings, given: str | None) -> list[str]:
+    own = ["crop_pixels: 44"] if given is None else []
+    return [*own, "compressor: pool", 'budgets: ["/2", "/5"]  # frames per soft token']
+
+
+_LINES = {"image": _image_lines, "audio": _audio_lines, "video": _video_lines}
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML reads it back."""
+    is_plain = re.fullmatch(r"[A-Za-z_./][\w./:-]*[\w/]", text) and text.lower() not in _YAML_WORDS
+    return text if is_plain else json.dumps(text, ensure_ascii=False)

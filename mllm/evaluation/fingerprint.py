@@ -1,0 +1,80 @@
+"""Tells whether answers that are kept are still those that would be given: everything an answer depends on, in brief.
+
+Everything counts unless it stands in one of the lists here, which say why it does not: each file of the model's folder,
+each setting, each sample. So a setting that is added counts until somebody has thought about it (a test asks them to).
+The media files themselves are not read again; whoever changes one deletes its answers.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from mllm.data.manifest import Sample
+from mllm.evaluation.hypotheses import digest_of_file
+from mllm.evaluation.settings import EvaluateSettings
+
+BY_CONTENT = ("model", "manifest", "noise", "seed")
+"""Settings that name something whose content counts in their place; the seed is that of the noise."""
+NEVER_IN_ANSWERS = {
+    "budgets": "every answer is kept with its budget",
+    "snr_db": "every answer is kept with its ratio",
+    "limit": "says how many samples are asked, not what",
+    "allow_untrained": "says which budgets are refused; an answer says itself whether its budget was trained",
+    "allow_training_noise": "says whether the noise is refused",
+    "name": "says where answers are kept",
+    "output": "says where answers are kept",
+    "vqav2_questions": "is of what is handed in",
+    "batch_size": "says how many are answered together; each as it would be alone, but for rounding",
+    "max_rows": "says how many are answered together; each as it would be alone, but for rounding",
+    "use_cpu": "says where the same sums are done",
+}
+"""Settings that no answer depends on, and why."""
+UNREAD_SUFFIXES = (".csv", ".jsonl", ".lock", ".log", ".md", ".png", ".yaml")
+UNREAD_FILES = (
+    "bench.json",
+    "demo.json",
+    "manifest.json",
+    "optimizer.safetensors",
+    "trainer_state.json",
+    "training.json",
+)
+"""Files beside a model that are not read to answer: of its training, of demos, of measurements."""
+
+
+def fingerprint_of(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """Gather what the answers depend on, as plain values.
+
+    Args:
+        sets: all samples of each manifest by its short name, whatever `settings.limit` is.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+    others = {field.name for field in fields(settings)} - {*BY_CONTENT, *NEVER_IN_ANSWERS}
+    noise = None if settings.noise is None else {"file": digest_of_file(settings.noise), "seed": settings.seed}
+    paths = dict(zip(settings.set_names, settings.manifest, strict=True))
+    return {
+        "model": {file.name: digest_of_file(file) for file in files_of_model(Path(settings.model))},
+        "manifests": {name: _digest_of_set(settings, paths[name], samples) for name, samples in sets.items()},
+        "noise": noise,
+        **{key: value for key, value in asdict(settings).items() if key in others},
+    }
+
+
+def files_of_model(folder: Path) -> list[Path]:
+    """List the files of a run or an exported model that loading it may read, by name.
+
+    Frozen parts in other folders are named in config.json with their digests, which loading compares.
+    """
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix not in UNREAD_SUFFIXES and file.name not in UNREAD_FILES)
+
+
+def _digest_of_set(settings: EvaluateSettings, path: str, samples: Sequence[Sample]) -> str:
+    """Of the file, where it is a manifest; else of what was read, as texts and answers may stand in other files."""
+    if settings.reader.format == "manifest":
+        return digest_of_file(path)
+    own = [(sample.id, sample.task, sample.kind, sample.messages, sample.meta) for sample in samples]
+    return hashlib.sha256(repr(own).encode()).hexdigest()

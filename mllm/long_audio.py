@@ -1,0 +1,112 @@
+"""Load a sample whose sound is longer than its encoder's window as windows, and join the answers about them.
+
+Knows samples, loaded media and answers. Does not know models; where windows lie and how words meet is `windows.py`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from mllm.asking import Answer
+from mllm.budget import MEDIA, Budget
+from mllm.data.manifest import Sample
+from mllm.data.pairs import clip_pairs
+from mllm.loaded import LoadedMedia
+from mllm.media import Audio, FrameSampling, Reader, Video, resolve_media
+from mllm.processing import ElasticProcessor
+from mllm.timing import Timing
+from mllm.windows import LongAudio, join_transcripts, window_times
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a sample, from `start` to `stop` seconds, with its media as their encoders want them."""
+
+    start: float
+    stop: float
+    media: list[LoadedMedia]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Reads one stretch of media that have been decoded already, in place of files."""
+
+    raws: dict[tuple[str, str], Any]
+    start: float
+    stop: float
+    max_mismatch_seconds: float | None = None
+
+    def __call__(self, medium: str, path: str | os.PathLike[str]) -> Any:
+        raw = self.raws[medium, os.fspath(path)]
+        if isinstance(raw, Audio):
+            first, last = (round(at * raw.sample_rate_hz) for at in (self.start, self.stop))
+            return Audio(raw.samples[first:last], raw.sample_rate_hz)
+        first, last = (round(at * raw.frames_per_second) for at in (self.start, self.stop))
+        return Video(raw.frames[first:last], raw.frames_per_second)
+
+    def frames(self, path: str | os.PathLike[str], sampling: FrameSampling) -> Video:
+        raise AssertionError("only lips are cut with a sound")
+
+
+def load_windows(
+    sample: Sample,
+    processor: ElasticProcessor,
+    how: LongAudio,
+    *,
+    loader: Reader | None = None,
+    noise: Callable[[Audio], Audio] | None = None,
+    budgets: Sequence[Budget] = (),
+) -> list[Window]:
+    """Load a sample; in windows where its one sound, alone or with the lips of the same clip, is too long.
+
+    Noise is mixed into the whole sound before it is cut, so that its ratio is that of the whole.
+
+    Args:
+        how: what becomes of a long sound.
+        loader, noise, budgets: as in `ElasticProcessor.load_media`.
+
+    Raises:
+        MediaError, ValueError: as `ElasticProcessor.load_media`, and lengths that do not go with the encoder.
+    """
+    if how.mode == "refuse" or not _can_be_cut(sample, processor):
+        return [Window(0.0, 0.0, processor.load_media(sample, loader=loader, noise=noise, budgets=budgets))]
+    window, overlap = how.lengths(processor.window_seconds)
+    raws = processor.read_media(sample, loader)
+    paths = [os.fspath(resolve_media(sample.root, part.path)) for part in sample.media]
+    try:
+        raws = [noise(raw) if noise is not None and isinstance(raw, Audio) else raw for raw in raws]
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
+    known = {(part.medium, path): raw for part, path, raw in zip(sample.media, paths, raws, strict=True)}
+    seconds = next(raw.seconds for raw in raws if isinstance(raw, Audio))
+    times = window_times(seconds, window, overlap)
+    return [Window(*at, processor.load_media(sample, loader=_Cut(known, *at), budgets=budgets)) for at in times]
+
+
+def _can_be_cut(sample: Sample, processor: ElasticProcessor) -> bool:
+    """Whether there is one sound, and nothing beside it but the lips of the same clip."""
+    media = [part.medium for part in sample.media]
+    is_clip = sorted(media) == ["audio", "video"] and bool(clip_pairs(sample)) and "video" not in processor.sampling
+    return media == ["audio"] or is_clip
+
+
+def joined(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer:
+    """One answer of those about each window; tokens and milliseconds are those of all together."""
+    overlaps = [before.stop - after.start for before, after in pairwise(windows)]
+    tokens = {medium: sum(answer.tokens.get(medium, 0) for answer in answers) for medium in MEDIA}
+    timings = [answer.timing for answer in answers if answer.timing is not None]
+    return replace(
+        answers[0],
+        text=join_transcripts([answer.text for answer in answers], max(overlaps, default=0.0)),
+        tokens={medium: count for medium, count in tokens.items() if medium in answers[0].tokens},
+        is_trained=all(answer.is_trained for answer in answers),
+        num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
+        num_new_tokens=sum(answer.num_new_tokens for answer in answers),
+        num_shared_tokens=sum(answer.num_shared_tokens for answer in answers),
+        timing=Timing(*(sum(getattr(one, name) for one in timings) for name in _PHASES)) if timings else None,
+    )
+
+
+_PHASES = ("encoder_ms", "prefill_ms", "decode_ms")

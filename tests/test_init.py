@@ -1,0 +1,73 @@
+"""`mllm init` writes a config that training reads, and leaves alone what is there."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from test_configs import build_on_meta
+
+from mllm.budget import Budget
+from mllm.cli import main
+from mllm.trainables import set_trainables
+from mllm.training.settings import RunSettings, read_run_settings
+
+
+def written(tmp_path: Path, *words: str) -> RunSettings:
+    path = tmp_path / "own.yaml"
+    assert main(["init", str(path), *words]) == 0
+    text = path.read_text()
+    assert text.count("#") > 10
+    return read_run_settings(yaml.safe_load(text))
+
+
+MEDIA = ["image", "audio", "video"]
+
+
+@pytest.mark.parametrize("built_in", [False, True])
+@pytest.mark.parametrize("media", [["image"], ["audio"], ["video"], ["image", "video"], ["audio", "video"], MEDIA])
+def test_the_file_is_a_config_whose_model_builds_and_serves_its_budgets(
+    tmp_path: Path, media: list[str], built_in: bool
+) -> None:
+    words = [word for medium in media for word in ("--media", medium)]
+    if media[-1] == "video" and "image" not in media and not built_in:
+        words += ["--video_encoder", "checkpoints/av-hubert-large"]
+    own = written(tmp_path, *words, *(["--built_in"] if built_in else []))
+    assert list(own.model.media) == [medium for medium in MEDIA if medium in media]
+    if built_in:
+        assert own.model.llm == "world:llm"
+        assert all(one.encoder.startswith(("world:", "image")) for one in own.model.media.values())
+    assert own.train.output == "runs/own"
+    model = build_on_meta(own.model)
+    names = set_trainables(model, own.parts)
+    assert any(".lora_" in name for name in names)
+    assert model.config.space.is_trained(Budget.parse(",".join(f"{medium}=max" for medium in own.model.encoded_media)))
+
+
+def test_what_is_named_stands_in_the_file(tmp_path: Path) -> None:
+    words = ["--media", "image", "--media", "audio", "--media", "video", "--llm", "my: model", "--root", "a folder"]
+    words += ["--image_encoder", "google/siglip2-base-patch16-256", "--audio_encoder", "microsoft/wavlm-large"]
+    words += ["--video_encoder", "lips", "--manifest", "data/my train.jsonl", "--output", "o: x"]
+    own = written(tmp_path, *words)
+    assert (own.model.llm, own.data.root, own.train.output) == ("my: model", "a folder", "o: x")
+    assert own.data.train == ["data/my train.jsonl"]
+    encoders = [one.encoder for one in own.model.media.values()]
+    assert encoders == ["google/siglip2-base-patch16-256", "microsoft/wavlm-large", "lips"]
+
+
+def test_nothing_is_overwritten_and_what_cannot_be_is_refused(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("mine")
+    assert main(["init", str(path)]) == 2
+    assert f"{path} is there already and is left as it is; give another name" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    assert main(["init", str(tmp_path / "b.yaml"), "--media", "video"]) == 2
+    assert "add --media image for videos of anything" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "b.yaml"), "--audio_encoder", "x"]) == 2
+    assert "audio_encoder is set, but media leaves audio out; add --media audio" in capsys.readouterr().err
+    assert not (tmp_path / "b.yaml").exists()
+
+
+def test_what_to_type_next_is_told(tmp_path: Path, capsys) -> None:
+    written(tmp_path, "--built_in")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1:] == ["  mllm data check train.jsonl", f"  mllm train --config {tmp_path / 'own.yaml'}"]

@@ -1,0 +1,172 @@
+"""A sound longer than its encoder's window: what is said of it is what is said of its windows, each word once."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import tiny
+from safetensors.torch import load_file, save_file
+
+from mllm.building import build
+from mllm.cli import main
+from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.generation import Answerer, Decoding
+from mllm.loading import load, save_run
+from mllm.long_audio import load_windows
+from mllm.media import Audio, MediaError
+from mllm.trainables import set_trainables
+from mllm.transforms import MixNoise, random_generator
+from mllm.windows import LongAudio, join_transcripts, window_times
+
+CHUNK = LongAudio(mode="chunk", overlap_seconds=0.2)
+SECONDS = 2.6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose sounds are at most a second long, and a longer sound and a clip of it."""
+    made = tmp_path_factory.mktemp("long")
+    parts = tiny.write_parts(made / "parts", initializer_range=0.3)
+    weights = load_file(made / "parts" / "audio" / "model.safetensors")
+    # Else a random Whisper hears little but the time, and a random model says one thing about every window.
+    louder = {name: value * 40 if "conv" in name and value.dim() > 1 else value for name, value in weights.items()}
+    save_file(louder, made / "parts" / "audio" / "model.safetensors", metadata={"format": "pt"})
+    model, processor = build(tiny.settings_on(parts))
+    set_trainables(model, ("compressors", "adapter"))
+    save_run(model, processor, made / "run")
+    chance = np.random.default_rng(0)
+    clock = np.arange(1600) / 16_000
+    pitches, levels = chance.uniform(100, 4000, 26), chance.uniform(0.001, 0.5, 26)
+    tones = [level * np.sin(6.28 * pitch * clock) for pitch, level in zip(pitches, levels, strict=True)]
+    sound = np.concatenate(tones) + chance.normal(0, 0.001, 26 * 1600)
+    soundfile.write(made / "long.wav", sound.astype(np.float32), 16_000, subtype="FLOAT")
+    tiny.write_media(made, seconds=SECONDS, seed=1)
+    (made / "long.mp4").write_bytes((made / "1.mp4").read_bytes())
+    soundfile.write(made / "short.wav", sound[:8000].astype(np.float32), 16_000, subtype="FLOAT")
+    return made
+
+
+@pytest.fixture(scope="module")
+def answerer(folder: Path) -> Answerer:
+    return Answerer(*load(folder / "run"), Decoding(max_new_tokens=8), long_audio=CHUNK)
+
+
+def cut_files(folder: Path, out: Path) -> list[tuple[Path, Path]]:
+    """The sound and the video of each window as files of their own, cut by hand."""
+    samples, _ = soundfile.read(folder / "long.wav", dtype="float32")
+    with av.open(str(folder / "long.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    made = []
+    for number, (start, stop) in enumerate(window_times(SECONDS, 1.0, 0.2)):
+        soundfile.write(
+            out / f"{number}.wav", samples[round(start * 16_000) : round(stop * 16_000)], 16_000, subtype="FLOAT"
+        )
+        with av.open(str(out / f"{number}.mkv"), "w") as container:
+            stream = container.add_stream("libx264rgb", rate=25, options={"qp": "0"})
+            stream.width, stream.height, stream.pix_fmt = 48, 48, "rgb24"  # type: ignore[union-attr]
+            for frame in frames[round(start * 25) : round(stop * 25)]:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))  # type: ignore
+            container.mux(stream.encode())  # type: ignore[union-attr]
+        made.append((out / f"{number}.wav", out / f"{number}.mkv"))
+    return made
+
+
+def test_the_transcript_of_a_long_sound_is_that_of_its_windows_joined(
+    answerer: Answerer, folder: Path, tmp_path: Path
+) -> None:
+    alone = [answerer.answer(audio=sound, budget="audio=/4") for sound, _ in cut_files(folder, tmp_path)]
+    assert len({answer.text for answer in alone}) > 1
+    pieces: list[str] = []
+    long = answerer.answer(audio=folder / "long.wav", budget="audio=/4", on_text=pieces.append, timed=True)
+    assert long.text == join_transcripts([answer.text for answer in alone], 0.24)
+    assert "".join(pieces) == long.text
+    assert long.tokens == {"audio": sum(answer.tokens["audio"] for answer in alone)}
+    assert long.num_new_tokens == sum(answer.num_new_tokens for answer in alone)
+    assert long.timing is not None
+    assert long.timing.decode_ms > 0
+
+
+def test_lips_are_cut_where_their_sound_is(answerer: Answerer, folder: Path) -> None:
+    parts = (Media("audio", "long.wav"), Media("video", "long.mp4"), Text("what?"))
+    sample = Sample("clip", (Message("user", parts),), "avsr", root=folder)
+    windows = load_windows(sample, answerer.processor, CHUNK)
+    _, videos = answerer.processor.read_media(sample)
+    assert [(window.start, window.stop) for window in windows] == window_times(SECONDS, 1.0, 0.2)
+    for window in windows:
+        heard, seen = window.media
+        assert heard.raw_length == 640 * seen.raw_length
+        first = round(window.start * 25)
+        expected = answerer.processor.transform(
+            "video", dataclasses.replace(videos, frames=videos.frames[first : first + seen.raw_length])
+        )
+        np.testing.assert_array_equal(seen.values, expected.values)
+    assert sum(window.media[1].raw_length for window in windows) > len(videos.frames)
+    assert answerer.answer_samples([sample], ["audio=/4,video=/2"])[0].tokens.keys() == {"audio", "video"}
+
+
+def test_noise_is_mixed_into_the_whole_before_it_is_cut(answerer: Answerer, folder: Path) -> None:
+    sample = Sample("a", (Message("user", (Media("audio", "long.wav"),)),), "asr", root=folder)
+    noise = Audio(np.random.default_rng(5).normal(0, 0.1, 50_000).astype(np.float32), 16_000)
+    (whole,) = answerer.processor.read_media(sample)
+    mixed = MixNoise(noise, 0.0)(whole, random_generator(0, 0, "a", "x"))
+    chance = random_generator(0, 0, "a", "x")
+    windows = load_windows(sample, answerer.processor, CHUNK, noise=lambda sound: MixNoise(noise, 0.0)(sound, chance))
+    for window in windows:
+        piece = Audio(mixed.samples[round(window.start * 16_000) : round(window.stop * 16_000)], 16_000)
+        np.testing.assert_array_equal(window.media[0].values, answerer.processor.transform("audio", piece).values)
+
+
+def test_long_and_short_sounds_answered_together_are_those_answered_alone(answerer: Answerer, folder: Path) -> None:
+    names = ["short.wav", "long.wav", "short.wav"]
+    parts = [(Media("audio", name), Text(f"what {number}?")) for number, name in enumerate(names)]
+    samples = [Sample(str(n), (Message("user", own),), "asr", root=folder) for n, own in enumerate(parts)]
+    budgets = ["audio=/4", "audio=/8", "audio=/8"]
+    together = answerer.answer_samples(samples, budgets)
+    alone = [answerer.answer_samples([one], [at])[0] for one, at in zip(samples, budgets, strict=True)]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert together[1].tokens["audio"] > 3 * together[2].tokens["audio"]
+
+
+def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folder: Path, capsys) -> None:
+    path = folder / "long.wav"
+    with pytest.raises(MediaError, match=rf"^{re.escape(str(path))}: .* window is 1 seconds; with long_audio chunk"):
+        Answerer(*load(folder / "run")).answer(audio=path)
+    words = ["generate", "--model", str(folder / "run"), "--audio", str(path), "--max_new_tokens", "8", "--use_cpu"]
+    assert main(words) == 2
+    assert f"{path}: the sound lasts 2.60 seconds" in capsys.readouterr().err
+    assert main([*words, "--long_audio", "chunk", "--overlap_seconds", "0.2", "--budget", "audio=/4"]) == 0
+    said = capsys.readouterr().out.strip()
+    assert (
+        said
+        == Answerer(*load(folder / "run"), Decoding(max_new_tokens=8), long_audio=CHUNK)
+        .answer(audio=path, budget="audio=/4")
+        .text
+    )
+    assert main([*words, "--overlap_seconds", "0.2"]) == 2
+    assert "overlap_seconds is 0.2; it goes with long_audio chunk" in capsys.readouterr().err
+
+
+def test_evaluate_transcribes_long_sounds_in_windows(answerer: Answerer, folder: Path, tmp_path: Path) -> None:
+    names = {"long": "long.wav", "short": "short.wav"}
+    messages = {key: (Media("audio", name), Text("transcribe speech to text.")) for key, name in names.items()}
+    answer = Message("assistant", (Text("place blue"),))
+    samples = [Sample(key, (Message("user", own), answer), "asr") for key, own in messages.items()]
+    write_manifest(folder / "speech.jsonl", samples)
+    words = ["evaluate", "--model", str(folder / "run"), "--manifest", str(folder / "speech.jsonl"), "--use_cpu"]
+    words += ["--budgets", "audio=/4;audio=/8", "--max_new_tokens", "8", "--output", str(tmp_path)]
+    assert main(words) == 1
+    assert main([*words, "--long_audio", "chunk", "--overlap_seconds", "0.2", "--output", f"{tmp_path}/chunk"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "chunk" / "hypotheses.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        expected = answerer.answer(audio=folder / names[line["id"]], budget=line["budget"])
+        assert line["hypothesis"] == expected.text
+        assert line["tokens"] == expected.tokens
+        assert line["seconds"] == (SECONDS if line["id"] == "long" else 0.5)
+    costs = {(line["id"], line["budget"]): line["cost"]["encoder"] for line in lines}
+    assert costs["long", "audio=/4"] == 3 * costs["short", "audio=/4"]  # Whisper reads a whole window each time

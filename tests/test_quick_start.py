@@ -1,0 +1,74 @@
+"""The quick start of the README works as printed: every line, in order, after a demo, in a folder that is no clone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_readme import README, ROOT
+
+QUICK_START = README.split("## Quick start")[1].split("\n## ")[0]
+SHORT_DEMO = (
+    "demo --steps 4 --num_utterances 24 --num_test_utterances 4 --num_scenes 24 --num_test_scenes 4 --judge false"
+)
+
+
+def blocks_after(words: str) -> list[tuple[str, str]]:
+    """The fenced blocks behind a phrase of the quick start, each with the name of its language."""
+    return re.findall(r"```(\w*)\n(.*?)```", QUICK_START.split(words)[1], re.S)
+
+
+def lines_of(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with `mllm` on its PATH, where a short demo was run."""
+    made = tmp_path_factory.mktemp("quick start")
+    (made / "bin").mkdir()
+    (made / "bin" / "mllm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mllm "$@"\n')
+    (made / "bin" / "mllm").chmod(0o755)
+    typed(made, f"mllm {SHORT_DEMO}")
+    return made
+
+
+def typed(folder: Path, line: str) -> str:
+    """Run a line as a user types it there; what it writes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_typed_about_the_demo_works_as_printed(folder: Path) -> None:
+    (_, lines), (language, python), *_ = blocks_after("the files that the demo leaves")
+    assert len(lines_of(lines)) >= 5
+    said = [typed(folder, line) for line in lines_of(lines)]
+    assert "soft tokens: audio " in said[0]
+    assert "soft tokens: image 16;" in said[1]
+    assert (folder / "exported" / "model.safetensors").is_file()
+    assert language == "python"
+    (folder / "quick_start.py").write_text(python)
+    assert re.search(r"\{'image': 16\}\n", typed(folder, f"'{sys.executable}' quick_start.py"))
+
+
+@pytest.mark.slow
+def test_ones_own_media_come_from_a_manifest_to_an_answer_as_printed(folder: Path) -> None:
+    (_, manifest), (_, lines), *_ = blocks_after("With your own media")
+    own = folder / "own"
+    own.mkdir()
+    shutil.copytree(folder / "bin", own / "bin")
+    (own / "train.jsonl").write_text(" ".join(manifest.split("\n")) + "\n")
+    Image.open(ROOT / "tests" / "fixtures" / "astronaut_face.jpg").save(own / "a1.png")
+    said = [typed(own, line) for line in lines_of(lines)]
+    assert "1 good samples" in said[0]
+    assert "soft tokens: image 16;" in said[-1]
+    assert (own / "runs" / "small" / "trainables.safetensors").is_file()
