@@ -78,7 +78,16 @@ def _running() -> subprocess.Popen[bytes]:
         ]  # this very package, wherever it lies
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         pipe = subprocess.PIPE
-        own = subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+        # In a session of its own: Ctrl-C lets a training finish its step, and that step may need the child.
+        own = subprocess.Popen(
+            words,
+            env=environment,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        )
         _child = (os.getpid(), own)
     return _child[1]
 

@@ -3,6 +3,7 @@
 Knows files and headers. Does not vouch for them: only decoding shows whether a header is right.
 """
 
+import sys
 from pathlib import Path
 
 from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames
@@ -44,9 +45,12 @@ def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIM
 
 
 def has_sound(path: Path) -> bool:
-    """Whether a video file has a sound stream that can be read; False also for a file that is none."""
+    """Whether a video file has a sound stream that can be read; False also for a file that is none.
+
+    Only the header is looked at, so the file may be of any size; whoever reads it knows how large it may be.
+    """
     try:
-        with open_media(path, DEFAULT_LIMITS.video_bytes) as file, open_stream(str(path), file, "audio", AUDIO_CODECS):
+        with open_media(path, sys.maxsize) as file, open_stream(str(path), file, "audio", AUDIO_CODECS):
             return True
     except MediaError:
         return False

@@ -1,5 +1,6 @@
 """What phones and studios make: files that other tools wrote in AIFF, AAC, ProRes and animated pictures are read."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_an_animation_is_a_video_by_its_durations(tmp_path: Path, suffix: str) -
     assert header_seconds("video", path) == pytest.approx(0.28)
 
 
+def test_a_few_frames_are_taken_of_an_animation_beyond_the_limits(tmp_path: Path) -> None:
+    path = animation(tmp_path / "a.gif", [1000, 1000, 1000, 1000])
+    for limits in (MediaLimits(video_seconds=3.5), MediaLimits(video_frames=3)):
+        with pytest.raises(MediaError, match=r"\(limits\.video_(seconds|frames)\)"):
+            load_video(path, limits=limits)
+        assert colours(load_video(path, frames_per_second=FrameSampling(2), limits=limits).frames) == [1, 3]
+
+
 def test_an_animations_frames_are_what_is_seen_on_white(tmp_path: Path) -> None:
     red, spot = Image.new("RGBA", (16, 8), (255, 0, 0, 0)), Image.new("RGBA", (16, 8), (0, 0, 0, 0))
     spot.paste((0, 0, 255, 255), (0, 0, 4, 8))
@@ -127,6 +136,23 @@ def test_an_animations_frames_are_what_is_seen_on_white(tmp_path: Path) -> None:
     frames = load_video(tmp_path / "a.png", frames_per_second=None).frames
     assert frames[0, 4, 8].tolist() == [255, 255, 255]
     assert frames[1, 4, 1].tolist() == [0, 0, 255]
+
+
+def test_a_large_video_has_the_sound_that_its_header_states(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("aac", rate=44_100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone()[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44_100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    unused = MediaLimits().video_bytes
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.write(unused.to_bytes(4, "big") + b"free")
+        file.truncate(end + unused)
+    assert path.stat().st_size > MediaLimits().video_bytes
+    assert has_sound(path)
 
 
 def test_animations_obey_limits_and_still_pictures_are_no_videos(tmp_path: Path) -> None:

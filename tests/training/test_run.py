@@ -25,6 +25,7 @@ from mllm.training.optimization import split_moments
 from mllm.training.run import train
 from mllm.training.settings import (
     DataSettings,
+    FeatureSettings,
     RunSettings,
     SamplerSettings,
     TrainSettings,
@@ -272,11 +273,18 @@ def test_data_are_looked_at_before_the_llm_is_built(world: Path, tmp_path: Path)
     soundfile.write(world / "silent.wav", np.zeros(16_000), 16_000)
     (world / "bad.jsonl").write_text("\n".join([good[0], "{", good[1], '{"id": "x"}', "[]"]))
     (world / "gone.jsonl").write_text("\n".join([*good, *(gone_row(number) for number in range(60))]))
+    asked = (Message("user", (Media("image", "media/3.png"),)), Message("assistant", (Text("red"),)))
+    write_manifest(world / "other.jsonl", [Sample("sample0", asked, task="caption")])
     bad, gone = ([str(world / f"{name}.jsonl")] for name in ("bad", "gone"))
     for changes, message in (
         ({"train": bad}, r"\.jsonl:2: not JSON(?s:.*)\n.*:4: messages: is missing(?s:.*)\n.*:5: a row must be"),
         ({"train": gone}, r"image media/gone0\.png: there is no such file(?s:.*)and 40 more\n.*60 of 67"),
         ({"validation": gone}, r"data\.validation: 60 of 67 samples lack a file; every one is needed"),
+        ({"captions": gone}, r"data\.captions: 60 of 67 samples lack a file; every one is needed"),
+        (
+            {"captions": [str(world / "other.jsonl")], "features": FeatureSettings(folder=str(tmp_path / "kept"))},
+            r"the id 'sample0' is one sample in data.train and another in data.captions",
+        ),
         ({"noise": str(world / "silent.wav"), "snr_db": [0.0]}, r"data\.noise .*silent\.wav: the noise is silent"),
     ):
         with pytest.raises(ValueError, match=message):
