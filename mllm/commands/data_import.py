@@ -55,7 +55,7 @@ class Settings:
     ocr_tokens: bool = True
     """Format textvqa: leave the words that an OCR found in the question, as LLaVA does."""
     split: str | None = None
-    """Vision benchmarks in tables (parquet, arrow): the split, where it is not the one that papers print."""
+    """Tables (parquet, arrow): the split, where it is not train, or of a benchmark the one that papers print."""
 
     def __post_init__(self) -> None:
         if self.format == "manifest":

@@ -369,6 +369,9 @@ def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, ca
     told = capsys.readouterr().out
     assert "got 2" in told
     assert "got -1" in told
+    write_table(tmp_path / "halves" / "test-0.parquet", [{**rows[0], "answer": 1.5}])
+    with pytest.raises(ValueError, match=r"answer must be the place of one of 2 options, from 0; got 1\.5"):
+        read_data(tmp_path / "halves", None, ReaderSettings(format="ai2d"))
     rows = [{"question": "Which?", "choices": ["x", "y"], "answer": at, "image": cell(1)} for at in (0, 25)]
     write_table(tmp_path / "s" / "test-0.parquet", rows)
     assert [one.messages[-1].text for one in imported("scienceqa", tmp_path / "s", code=1).values()] == ["A"]

@@ -109,7 +109,8 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
 
 def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
     options = texts_of(row["options"])
-    answer = letter_at(int(row["answer"]), options)
+    place = row["answer"]  # a text in the official table
+    answer = letter_at(int(place) if isinstance(place, str) else place, options)
     text = with_options(row["question"], options)
     return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
 
