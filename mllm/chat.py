@@ -58,6 +58,10 @@ MAX_LAYOUTS = 4096
 """Layouts that are kept; conversations of the same speakers and media have the same."""
 
 
+class RefusedConversation(ValueError):
+    """A conversation that the chat format has no place for: the fault of one sample, unless it is that of all."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Ids of a conversation with one placeholder per medium, labels, and the media in order of appearance."""
@@ -219,7 +223,7 @@ class ChatEncoder:
         roles = [message.role for message in messages]
         media = [part for part in messages[0].parts if isinstance(part, Media)] if messages else []
         if roles not in (["user"], ["user", "assistant"]) or not media:
-            raise ValueError(
+            raise RefusedConversation(
                 f"chat_format llava_plain is for one question with a picture and its answer, got {', '.join(roles)} "
                 f"with {len(media)} media; use vicuna_v1"
             )
@@ -284,13 +288,27 @@ class ChatEncoder:
             {"role": message.role, "content": "".join(f"\ue000{next(marks)}\ue001" for _ in message.parts)}
             for message in messages
         ]
-        rendered = self.tokenizer.apply_chat_template(
-            marked, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-        )
+        rendered = self._applied(marked, prompt)
         split = _MARK.split(rendered)
         if [int(number) for number in split[1::2]] != list(range(num_parts)):
-            raise ValueError("the tokenizer's chat template drops, repeats or reorders what people wrote")
+            raise RefusedConversation("the tokenizer's chat template drops, repeats or reorders what people wrote")
         return split[::2]
+
+    def _applied(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        """What the template makes of messages.
+
+        A template is a program of other people's: it refuses by an error of jinja, and where it has not thought of a
+        conversation it fails as any program does.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise RefusedConversation(f"the chat template refuses the turns {roles}: {error}") from error
 
     def _template_pieces(self, text: str, *, continues: bool, ends_answer: bool) -> Iterator[_Fixed]:
         """Template text, cut before its first special token, which tokenizers part from what stands before it.

@@ -1,4 +1,5 @@
-"""The command line: finds the verb, reads its settings, runs it, and says in one line what a user did wrong.
+"""The command line: finds the verb, reads its settings, runs it, and says in one line what a user did wrong, or in a
+line for each place of the data.
 
 Knows the verbs by name. Loads only the file of the verb that is asked for, so that `--help` is quick.
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        sys.stderr.write(f"mllm: {_one_line(error)}\n")
+        sys.stderr.write(f"mllm: {_shown(error)}\n")
         return 2
 
 
@@ -129,7 +130,10 @@ def _set_up_logging(*, debug: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _one_line(error: BaseException) -> str:
+def _shown(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    from mllm.data.findings import ManyLines
+
+    lines = str(error).splitlines() if isinstance(error, ManyLines) else [str(error)]
+    return "\n".join(" ".join(line.split()) for line in lines) or type(error).__name__

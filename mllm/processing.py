@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from mllm.adapters.members import Members
 from mllm.augmentation import Augmentation, Chance, chances
@@ -114,13 +114,13 @@ class ElasticProcessor(ProcessorCalls):
     def facts(self) -> dict[str, EncoderFacts]:
         """What the encoders publish, by medium."""
         media = self.elastic["media"]
-        return {m: encoder_facts(_config_of(s["encoder"]), s["space"]) for m, s in media.items()}
+        return {m: encoder_facts(AutoConfig.for_model(**s["encoder"]), s["space"]) for m, s in media.items()}
 
     @cached_property
     def transforms(self) -> dict[str, MediaTransform]:
         """What makes an encoder's input of a decoded file, by medium."""
         media = self.elastic["media"]
-        configs = {m: _config_of(s["encoder"]) for m, s in media.items()}
+        configs = {m: AutoConfig.for_model(**s["encoder"]) for m, s in media.items()}
         return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
 
     @property
@@ -343,7 +343,10 @@ class ElasticProcessor(ProcessorCalls):
         rows = []
         for number, (sample, items) in enumerate(zip(samples, media, strict=True)):
             messages = sample.messages if for_training else without_answer(sample.messages)
-            prompt = prompts[number] if prompts else self.chat(messages, add_generation_prompt=not for_training)
+            try:
+                prompt = prompts[number] if prompts else self.chat(messages, add_generation_prompt=not for_training)
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id!r}: {error}") from error
             if prompt.media != tuple(item.medium for item in items):
                 got = ", ".join(item.medium for item in items) or "none"
                 raise ValueError(
@@ -389,10 +392,6 @@ def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def _numbered(chance: Chance, number: int) -> Chance:
     """Generators of one medium of a sample."""
     return lambda purpose: chance(f"{purpose} {number}")
-
-
-def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
-    return AutoConfig.for_model(**values)
 
 
 def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:

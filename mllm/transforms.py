@@ -68,6 +68,7 @@ def standardize(samples: np.ndarray, epsilon: float) -> np.ndarray:
 class MixNoise:
     """Adds a random piece of a noise recording to sound, at an exact signal-to-noise ratio.
 
+    A piece that is silent is not taken: another is drawn, each that is not with the same probability.
     Power is the mean square over the whole utterance, of the signal and of the very piece that is added, so the ratio
     of what comes out is the one that was asked: 0 dB is 0 dB. Nothing is clipped. It stands between reading a file
     and its transform, so that evaluation can add noise without augmenting anything else.
@@ -98,8 +99,8 @@ class MixNoise:
         """Mix noise into a sound.
 
         Raises:
-            ValueError: the rates differ; the sound or the drawn piece of noise is silent, so there is no ratio; or the
-                ratio is so extreme that it is lost in rounding.
+            ValueError: the rates differ; the sound is silent, so there is no ratio; or the ratio is so extreme that it
+                is lost in rounding.
         """
         if audio.sample_rate_hz != self.noise.sample_rate_hz:
             rates = f"{audio.sample_rate_hz} and {self.noise.sample_rate_hz} Hz"
@@ -107,17 +108,29 @@ class MixNoise:
         snr_db = self.choices[generator.integers(len(self.choices))]
         if snr_db is None:
             return audio
-        start = int(generator.integers(len(self.noise.samples)))
-        places = np.arange(start, start + len(audio.samples))
-        piece = np.take(self.noise.samples, places, mode="wrap").astype(np.float64)
+        piece = self._piece(len(audio.samples), generator)
         powers = [float(np.mean(np.square(samples, dtype=np.float64))) for samples in (audio.samples, piece)]
-        if 0 in powers:
-            silent = "sound" if powers[0] == 0 else "piece of noise"
-            raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: the {silent} is silent")
+        if powers[0] == 0:
+            raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: the sound is silent")
         scale = math.sqrt(powers[0] / powers[1] * 10 ** (-snr_db / 10))
         mixed = (audio.samples + scale * piece).astype(np.float32)
         _check_ratio(powers[0], mixed.astype(np.float64) - audio.samples, snr_db)
         return Audio(mixed, audio.sample_rate_hz)
+
+    def _piece(self, length: int, generator: np.random.Generator) -> np.ndarray:
+        """As many samples of the noise, float64, from a random place on, that are not all zero."""
+        noise = self.noise.samples
+        start = int(generator.integers(len(noise)))
+        piece = np.take(noise, np.arange(start, start + length), mode="wrap").astype(np.float64)
+        if piece.any() or not length:
+            return piece
+        heard = np.flatnonzero(noise)
+        starts = np.arange(len(noise))
+        ahead = np.searchsorted(heard, starts)  # the next sample of each start that is not zero, or the first again
+        reach = np.where(ahead < len(heard), heard[ahead % len(heard)], heard[0] + len(noise)) - starts
+        starts = starts[reach < length]
+        start = int(starts[generator.integers(len(starts))])
+        return np.take(noise, np.arange(start, start + length), mode="wrap").astype(np.float64)
 
 
 def _check_ratio(power: float, added: np.ndarray, snr_db: float) -> None:

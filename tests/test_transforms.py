@@ -94,14 +94,47 @@ def test_one_of_several_ratios_is_drawn_and_none_is_clean() -> None:
     assert seen == {None, 0, 10}
 
 
+@pytest.mark.parametrize(
+    ("num_noise", "gap"), [(20_000, (3_000, 11_000)), (20_000, (0, 19_990)), (20_000, (15, 20_000))]
+)
+def test_where_noise_is_silent_another_stretch_is_drawn(num_noise: int, gap: tuple[int, int]) -> None:
+    """As of a recording with pauses of digital silence: every sound gets its ratio, from all over what is heard."""
+    samples = sound(num_noise, seed=1).samples.copy()
+    samples[slice(*gap)] = 0
+    mix, speech = MixNoise(Audio(samples, 16_000), 0.0), sound(300)
+    firsts = set()
+    for number in range(200):
+        mixed = mix(speech, random_generator(0, 0, str(number), "noise"))
+        added = mixed.samples.astype(np.float64) - speech.samples
+        assert 10 * math.log10(np.mean(speech.samples.astype(np.float64) ** 2) / np.mean(added**2)) == pytest.approx(
+            0, abs=0.05
+        )
+        firsts.add(added.tobytes())
+    assert len(firsts) > 120
+
+
+def test_a_stretch_that_is_heard_is_drawn_as_ever() -> None:
+    """Only silent draws are drawn again: noise without gaps gives what it gave before, to the sample."""
+    noise, speech = sound(5_000, seed=1), sound(300)
+    start = int(_advanced(random_generator(0, 0, "a", "noise")).integers(5_000))
+    piece = np.take(noise.samples, np.arange(start, start + 300), mode="wrap").astype(np.float64)
+    scale = math.sqrt(np.mean(speech.samples.astype(np.float64) ** 2) / np.mean(piece**2))
+    mixed = MixNoise(noise, 0.0)(speech, random_generator(0, 0, "a", "noise")).samples
+    np.testing.assert_array_equal(mixed, (speech.samples + scale * piece).astype(np.float32))
+
+
+def _advanced(generator: np.random.Generator) -> np.random.Generator:
+    """After the draw of a ratio, of which there is one."""
+    generator.integers(1)
+    return generator
+
+
 def test_noise_that_cannot_be_mixed() -> None:
     chance, silence = random_generator(0, 0, "a", "noise"), Audio(np.zeros(100, np.float32), 16_000)
     with pytest.raises(ValueError, match="the sound is silent"):
         MixNoise(sound(), 0.0)(silence, chance)
     with pytest.raises(ValueError, match="the noise is silent throughout"):
         MixNoise(silence, 0.0)
-    with pytest.raises(ValueError, match="the piece of noise is silent"):
-        MixNoise(Audio(np.r_[np.zeros(10**6), 1].astype(np.float32), 16_000), 0.0)(sound(9), chance)
     with pytest.raises(ValueError, match="cannot be mixed at 200 dB: rounding would make it"):
         MixNoise(sound(), 200.0)(sound(seed=1), chance)
     with pytest.raises(ValueError, match="one sample rate, got 16000 and 8000 Hz"):

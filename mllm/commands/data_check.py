@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from mllm.data.settings import Format, ReaderSettings
 from mllm.media import MediaLimits, MediaLoader
 
-SUMMARY = "report every bad row of a manifest, with its line"
+SUMMARY = "report every bad row of a manifest, or of data in another format, with its line"
 POSITIONAL = "manifest"
 
 
@@ -14,7 +15,9 @@ class Settings:
     """Check every row of a manifest, and that the files it names are there."""
 
     manifest: str
-    """Manifest (JSONL), or what data.reader of the recipe reads."""
+    """Manifest (JSONL), or a file or folder of another format."""
+    format: Format | None = None
+    """The format of the data; what the recipe says, or else a manifest, when left out."""
     root: str | None = None
     """Folder that media paths are relative to; the recipe's, or the manifest's own, when left out."""
     open: bool = False
@@ -34,18 +37,27 @@ def run(settings: Settings) -> int:
 
     recipe = None if settings.recipe is None else _read(settings.recipe)
     root = settings.root or (recipe.data.root if recipe else None) or default_root(settings.manifest)
+    reader = _reader(settings.format, recipe)
     loader = MediaLoader(limits=settings.limits or (recipe.data.limits if recipe else MediaLimits()))
-    if recipe is None or recipe.data.reader.format == "manifest":
+    if reader.format == "manifest":
         report = check_manifest(settings.manifest, root, open_media=settings.open, loader=loader)
     else:
-        report = check_listing(settings.manifest, root, recipe.data.reader, open_media=settings.open, loader=loader)
+        report = check_listing(settings.manifest, root, reader, open_media=settings.open, loader=loader)
     out = console()
     for problem in report.problems:
-        out.print(f"{settings.manifest}:{problem.line_number}: {problem.message}", soft_wrap=True)
+        place = settings.manifest if problem.line_number is None else f"{settings.manifest}:{problem.line_number}"
+        out.print(f"{place}: {problem.message}", soft_wrap=True)
     out.print(report.summary(), soft_wrap=True)
     if recipe is not None and report.num_samples:
-        out.print(_targets(settings.manifest, root, recipe), soft_wrap=True)
+        out.print(_targets(settings.manifest, root, recipe, reader), soft_wrap=True)
     return 0 if report.is_good else 1
+
+
+def _reader(named: Format | None, recipe: Any) -> ReaderSettings:
+    """What the recipe says, unless another format is named."""
+    if recipe is not None and named in (None, recipe.data.reader.format):
+        return recipe.data.reader
+    return ReaderSettings(format=named or "manifest")
 
 
 def _read(path: str) -> Any:
@@ -58,20 +70,24 @@ def _read(path: str) -> Any:
     return read_run_settings(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 
 
-def _targets(manifest: str, root: Any, recipe: Any) -> str:
+def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderSettings) -> str:
     """What a run of the recipe would learn from these samples, in a line.
 
     Raises:
         ValueError: too many have no target token.
     """
     from mllm.building import build_processor
-    from mllm.data.readers import read_data
+    from mllm.data.readers import read_listing
     from mllm.training.survey import FIRST_LOOK, check_targets, count_targets, drawn, target_report
 
-    every = read_data(manifest, root, recipe.data.reader)
+    every = read_listing(manifest, root, reader).samples  # what is wrong with the others has been told
     samples = [every[number] for number in drawn(len(every), FIRST_LOOK)]
-    targets = count_targets(samples, build_processor(recipe.model).chat)
-    ids = [sample.id for sample in samples]
+    found = count_targets(samples, build_processor(recipe.model).chat)
+    ids, targets = [sample_id for sample_id, _ in found], [count for _, count in found]
+    if not ids:
+        raise ValueError("the chat format of the recipe (model.chat_format) has no place for any of the samples")
     check_targets(ids, targets, recipe.data.max_unsupervised_fraction)
+    refused = len(samples) - len(ids)
+    left_out = f"; the chat format has no place for {refused} more" if refused else ""
     of = "" if len(samples) == len(every) else f" (of {len(every)}, evenly drawn)"
-    return f"{target_report(ids, targets)}{of}"
+    return f"{target_report(ids, targets)}{left_out}{of}"

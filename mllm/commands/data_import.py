@@ -1,15 +1,16 @@
 """`mllm data import`: clips and vision benchmarks, in the forms others write them, to our manifest."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.data.settings import BENCHMARK_FORMATS, Format, ReaderSettings, SpeechTask, TextForm
+from mllm.data.settings import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, ReaderSettings, SpeechTask, TextForm
 
 if TYPE_CHECKING:
-    from mllm.data.utterances import Listing
+    from mllm.data.findings import Listing
 
-SUMMARY = "make a manifest of clips or of a vision benchmark in another form"
+SUMMARY = "make a manifest of conversations, clips or a vision benchmark in another form"
 POSITIONAL = ("format", "source")
 
 
@@ -18,14 +19,17 @@ class Settings:
     """Make a manifest; everything that cannot be taken over is told with its line, and the rest is written."""
 
     format: Format
-    """What the source is: LLaVA's JSON, a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv), fairseq's tsv, a list
-    of LRS2 or a folder of LRS3, a folder of one's own clips, or a vision benchmark (docs/vision_evaluation.md)."""
+    """What the source is: conversations of LLaVA, ShareGPT, or OpenAI and ms-swift (messages), parquet files, Hugging
+    Face datasets or WebDataset tars (docs/data_formats.md); a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv),
+    fairseq's tsv, a list of LRS2 or a folder of LRS3, a folder of one's own clips; or a vision benchmark
+    (docs/vision_evaluation.md)."""
     source: str
     """The list or folder."""
     out: str
     """The manifest (JSONL) to write."""
     root: str | None = None
-    """Folder that media paths are relative to and cannot leave; the source's own folder when left out."""
+    """Folder that media paths are relative to and cannot leave. When left out, the source's own folder, and paths are
+    written relative to the manifest's folder where that is above it, so that whatever reads the manifest finds them."""
     tasks: str = ""
     """Tasks parted by commas, of asr (sound), vsr (lips) and avsr (both); all that a clip's media allow when left
     out."""
@@ -51,7 +55,7 @@ class Settings:
     ocr_tokens: bool = True
     """Format textvqa: leave the words that an OCR found in the question, as LLaVA does."""
     split: str | None = None
-    """Vision benchmarks in tables (parquet, arrow): the split, where it is not the one that papers print."""
+    """Tables (parquet, arrow): the split, where it is not train, or of a benchmark the one that papers print."""
 
     def __post_init__(self) -> None:
         if self.format == "manifest":
@@ -90,6 +94,7 @@ def run(settings: Settings) -> int:
 
     root = default_root(settings.source) if settings.root is None else Path(settings.root)
     listing = _read(settings, root)
+    note = None if settings.root is not None else _move_root(listing, Path(settings.out).parent)
     out = console()
     for finding in (*listing.problems, *listing.missing):
         out.print(str(finding), soft_wrap=True)
@@ -102,24 +107,42 @@ def run(settings: Settings) -> int:
         raise ValueError(f"{settings.source}: there is no sample to write; {len(listing.problems)} problems")
     write_manifest(settings.out, whole)
     out.print(_summary(settings, listing), soft_wrap=True)
+    if note is not None:
+        out.print(note, soft_wrap=True)
     return 1 if listing.problems or listing.missing else 0
 
 
 def _read(settings: Settings, root: Path) -> "Listing":
     from mllm.data.cutting import Cutter
+    from mllm.data.findings import Listing
     from mllm.data.lrs import read_lrs
-    from mllm.data.readers import READERS, note_missing
+    from mllm.data.readers import note_missing, read_listing
     from mllm.media import path_problem
 
     source = Path(settings.source)
     if settings.segments is None:
-        listing = READERS[settings.format](source, root, settings.reader)
-        if settings.format in ("llava", *BENCHMARK_FORMATS):
-            note_missing(listing, source, root)
+        listing = read_listing(source, root, settings.reader)
+        if settings.format in (*CONVERSATION_FORMATS, *BENCHMARK_FORMATS):
+            note_missing(listing, source)
         return listing
     if problem := path_problem(settings.segments):
         raise ValueError(f"segments: {problem}, got {settings.segments!r}")
-    return read_lrs(source, root, settings.reader, cut=Cutter(root, settings.segments))
+    listing = Listing()
+    with listing.noting(source, is_whole=True):
+        listing = read_lrs(source, root, settings.reader, cut=Cutter(root, settings.segments))
+    return listing
+
+
+def _move_root(listing: "Listing", folder: Path) -> str | None:
+    """Make paths relative to the manifest's folder; what to say where that folder is not above them."""
+    from mllm.data.manifest import rerooted
+
+    roots = {sample.root for sample in listing.samples}
+    outside = [root for root in roots if not Path(os.path.abspath(root)).is_relative_to(os.path.abspath(folder))]
+    if outside:
+        return f"media paths are relative to {outside[0]}: give --root or data.root where this manifest is read"
+    listing.samples = [rerooted(sample, folder) for sample in listing.samples]
+    return None
 
 
 def _summary(settings: Settings, listing: "Listing") -> str:

@@ -6,20 +6,23 @@ Knows rows and files. Does not know models, so it cannot say whether a sample fi
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import Finding
+from mllm.data.guessing import naming_format, wrong_format
 from mllm.data.manifest import MEDIA, Sample, scan_manifest
 from mllm.data.pairs import clip_pairs
-from mllm.data.readers import read_data
+from mllm.data.readers import read_listing
 from mllm.data.settings import ReaderSettings
 from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, agreeing_sound
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong on one line; a line may have several."""
+    """What is wrong on one line; a line may have several, and what is about a whole file has none."""
 
-    line_number: int
+    line_number: int | None
     message: str
 
 
@@ -50,8 +53,9 @@ class Report:
             lines.append("tasks: " + ", ".join(f"{task} {count}" for task, count in sorted(self.tasks.items())))
         if self.media:
             lines.append("media: " + ", ".join(self._medium(medium) for medium in MEDIA if self.media[medium]))
-        bad_lines = len({problem.line_number for problem in self.problems})
-        lines.append(f"problems: {len(self.problems)} on {bad_lines} lines" if self.problems else "no problems")
+        bad_lines = {problem.line_number for problem in self.problems} - {None}
+        where = f" on {len(bad_lines)} lines" if bad_lines else ""
+        lines.append(f"problems: {len(self.problems)}{where}" if self.problems else "no problems")
         return "\n".join(lines)
 
     def _medium(self, medium: str) -> str:
@@ -81,6 +85,8 @@ def check_manifest(
     report = Report(os.fspath(path))
     paths = RootedPaths(root)
     opener = (loader or MediaLoader()) if open_media else None
+    with naming_format(path, "manifest"), open(path, "rb"):
+        pass
     for row in scan_manifest(path, root):
         report.num_rows += 1
         problems = list(row.problems)
@@ -91,6 +97,8 @@ def check_manifest(
         report.problems += [Problem(row.line_number, message) for message in problems]
     if not report.num_rows:
         report.problems.append(Problem(1, "the manifest holds no sample"))
+    if not report.num_samples and (hint := wrong_format(Path(path), "manifest")):
+        report.problems.insert(0, Problem(None, hint))
     return report
 
 
@@ -102,22 +110,32 @@ def check_listing(
     open_media: bool,
     loader: MediaLoader | None = None,
 ) -> Report:
-    """Check a file or folder of another format as `check_manifest` does; numbers of lines are those of samples.
+    """Check a file or folder of another format as `check_manifest` does; lines are those of the file, where it has any.
 
     Raises:
-        ValueError: what its reader refuses, with the places.
-        OSError: it cannot be read.
+        OSError: it cannot be read; everything else is in the report.
     """
     report = Report(os.fspath(path))
-    paths = RootedPaths(root)
     opener = (loader or MediaLoader()) if open_media else None
-    for number, sample in enumerate(read_data(path, root, reader), start=1):
-        report.num_rows += 1
+    listing = read_listing(path, root, reader)
+    for finding in listing.problems:
+        is_own = finding.path == report.path
+        report.problems.append(Problem(finding.line_number if is_own else None, _shown(finding, is_own)))
+    report.num_rows = len(listing.samples) + len(listing.problems)
+    roots: dict[str, RootedPaths] = {}
+    for sample in listing.samples:
+        paths = roots.setdefault(str(sample.root), RootedPaths(sample.root))
         problems = _media_problems(sample, paths, opener, report)
         if not problems:
             _count(sample, report)
-        report.problems += [Problem(number, f"sample {sample.id!r}: {problem}") for problem in problems]
+        report.problems += [Problem(None, f"sample {sample.id!r}: {problem}") for problem in problems]
+    if not report.num_rows:
+        report.problems.append(Problem(None, "there is no sample in it"))
     return report
+
+
+def _shown(finding: Finding, is_own: bool) -> str:
+    return finding.message if is_own else str(finding)
 
 
 def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | None, report: Report) -> list[str]:

@@ -41,17 +41,16 @@ def read_clips(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         raise ValueError(f"{source} holds no clip; those end in {', '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)}")
     table = _Table(gathering, clips, None if settings.transcripts is None else Path(settings.transcripts))
     for name, files in clips.items():
-        text, path, line_number = table.text_of(name, source / f"{name}.txt")
-        if text is None:
-            gathering.listing.untranscribed += [relative_to(root, source / file) for file in files]
-            continue
-        try:
+        text_file = source / f"{name}.txt"
+        path, line_number = table.place_of(name, text_file)
+        with gathering.listing.noting(path or source, line_number, name):
+            text = table.text_of(name, text_file)
+            if text is None:
+                gathering.listing.untranscribed += [relative_to(root, source / file) for file in files]
+                continue
             media = _media_of(files, source, root)
-        except ValueError as error:
-            gathering.problem(f"{name}: {error}", line_number, path)
-            continue
-        clip = Utterance(relative_to(root, source / name), media, text)  # type: ignore[arg-type]
-        gathering.add(clip, line_number, path)
+            clip = Utterance(relative_to(root, source / name), media, text)  # type: ignore[arg-type]
+            gathering.add(clip, line_number, path)
     return gathering.listing
 
 
@@ -94,20 +93,22 @@ class _Table:
             else:
                 self.rows[name] = (text, line_number)
 
-    def text_of(self, name: str, file: Path) -> tuple[str | None, Path | None, int | None]:
-        """The transcript of a clip with its place, from the table or else the file."""
+    def place_of(self, name: str, file: Path) -> tuple[Path | None, int | None]:
+        """Where the transcript of a clip stands: in the table or else the file."""
+        return (self.path, self.rows[name][1]) if name in self.rows else (file, None)
+
+    def text_of(self, name: str, file: Path) -> str | None:
+        """The transcript of a clip, where there is one."""
         if name in self.rows:
-            return self.rows[name][0], self.path, self.rows[name][1]
-        return (read_text(file), file, None) if file.is_file() else (None, None, None)
+            return self.rows[name][0]
+        return read_text(file) if file.is_file() else None
 
 
 def _rows(gathering: Gathering, path: Path | None) -> Iterator[tuple[int, str, str]]:
     if path is None:
         return
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    for line_number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for line_number, line in gathering.lines(path):
         key, found, text = line.partition(separator)
         if not found:
             gathering.problem("a row must be clip and transcript, in two columns", line_number, path)

@@ -9,7 +9,6 @@ Knows those columns. Does not decode media; frames are counted at 25 per second.
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from mllm.data.settings import ReaderSettings
@@ -32,23 +31,18 @@ def read_auto_avsr(source: Path, root: Path, settings: ReaderSettings) -> Listin
         OSError: the list cannot be read.
     """
     gathering = Gathering(source, root, settings)
-    for line_number, line in _lines(source, gathering):
+    for line_number, line in gathering.lines(source):
         row = _FOUR.fullmatch(line)
         if row is None:
             columns = "dataset,rel_path,n_frames,token_ids"
             hint = "; with a text after that it is format omni_csv" if _FIVE.fullmatch(line) else ""
             gathering.problem(f"a row must be {columns}{hint}", line_number)
             continue
-        fields = [unquoted(text) for text in row.groups()]
-        if problem := path_problem(f"{fields[0]}/{fields[1]}"):
-            gathering.problem(f"rel_path: {problem}, got {fields[0]}/{fields[1]}", line_number)
-            continue
-        try:
-            text = _text_of(gathering, fields[0], fields[1])
-        except (ValueError, OSError) as error:
-            gathering.problem(str(error), line_number)
-            continue
-        _add_clip(gathering, fields, text, line_number)
+        with gathering.row(line_number):
+            fields = [unquoted(text) for text in row.groups()]
+            if problem := path_problem(f"{fields[0]}/{fields[1]}"):
+                raise ValueError(f"rel_path: {problem}, got {fields[0]}/{fields[1]}")
+            _add_clip(gathering, fields, _text_of(gathering, fields[0], fields[1]), line_number)
     return gathering.listing
 
 
@@ -61,16 +55,16 @@ def read_omni_csv(source: Path, root: Path, settings: ReaderSettings) -> Listing
         OSError: the list cannot be read.
     """
     gathering = Gathering(source, root, settings)
-    for line_number, line in _lines(source, gathering):
+    for line_number, line in gathering.lines(source):
         row = _FIVE.fullmatch(line)
         if row is None:
             gathering.problem("a row must be dataset,rel_path,n_frames,token_ids,text", line_number)
             continue
-        fields = [unquoted(text) for text in row.groups()]
-        if fields[4].startswith('"') and fields[4].count('"') % 2:
-            gathering.problem("the quote before the text is not closed on this line", line_number)
-            continue
-        _add_clip(gathering, fields, fields[4], line_number)
+        with gathering.row(line_number):
+            fields = [unquoted(text) for text in row.groups()]
+            if fields[4].startswith('"') and fields[4].count('"') % 2:
+                raise ValueError("the quote before the text is not closed on this line")
+            _add_clip(gathering, fields, fields[4], line_number)
     return gathering.listing
 
 
@@ -85,30 +79,31 @@ def read_fairseq(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         OSError: one of the two cannot be read.
     """
     gathering = Gathering(source, root, settings)
-    rows = list(_lines(source, gathering))
+    with open(source, "rb") as file:
+        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
+    rows = dict(gathering.lines(source))
     words = source.with_suffix(".wrd")
     texts = read_text(words).removesuffix("\n").split("\n")
-    if not rows or len(texts) != len(rows) - 1:
-        raise ValueError(f"{words} has {len(texts)} lines for {max(len(rows) - 1, 0)} clips in {source}")
-    base = _base_of(rows[0][1], root)
-    for (line_number, line), text in zip(rows[1:], texts, strict=True):
+    if not numbers or len(texts) != len(numbers) - 1:
+        raise ValueError(f"{words} has {len(texts)} lines for {max(len(numbers) - 1, 0)} clips in {source}")
+    base = _base_of(rows.get(numbers[0], ""), root)
+    for line_number, text in zip(numbers[1:], texts, strict=True):
+        if (line := rows.get(line_number)) is None:
+            continue  # it is not UTF-8, which has been noted
         fields = line.split("\t")
         if len(fields) == 2:
             fields = [os.path.splitext(fields[0])[0], "", fields[0], "", fields[1]]
         if len(fields) < 5 or not fields[4].isdecimal():
             gathering.problem("a row must be id, video, audio, frames, samples, or path and samples", line_number)
             continue
-        try:
+        with gathering.row(line_number):
             files = {
                 medium: _inside(path, base, root)
                 for medium, path in (("audio", fields[2]), ("video", fields[1]))
                 if path
             }
-        except ValueError as error:
-            gathering.problem(str(error), line_number)
-            continue
-        utterance = Utterance(fields[0], files, text, int(fields[4]) / AUDIO_RATE_HZ)  # type: ignore[arg-type]
-        gathering.add(utterance, line_number)
+            utterance = Utterance(fields[0], files, text, int(fields[4]) / AUDIO_RATE_HZ)  # type: ignore[arg-type]
+            gathering.add(utterance, line_number)
     return gathering.listing
 
 
@@ -149,18 +144,3 @@ def _inside(path: str, base: Path, root: Path) -> str:
     if not os.path.isabs(path) and (problem := path_problem(path)):
         raise ValueError(f"{problem}, got {path!r}")
     return relative_to(root, base / path)
-
-
-def _lines(source: Path, gathering: Gathering) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, without their ends, numbered from 1; what is not UTF-8 becomes a problem."""
-    with open(source, "rb") as file:
-        for line_number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                gathering.problem(
-                    f"not UTF-8: byte {error.start + 1} of the line is {line[error.start]:#04x}", line_number
-                )
-                continue
-            if text.strip():
-                yield line_number, text

@@ -1,4 +1,4 @@
-"""Reads LLaVA's JSON of conversations about pictures: LLaVA-Pretrain, mix665k and files of their form.
+"""Reads LLaVA's JSON of conversations about pictures, as a list or by lines: LLaVA-Pretrain, mix665k and their like.
 
     [{"id": "7", "image": "coco/train2017/a.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}]
@@ -6,22 +6,23 @@
 Knows that format. Does not open pictures.
 """
 
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import BadRows, Listing, renumbered, shown_type
+from mllm.data.json_files import json_rows
 from mllm.data.manifest import Sample, parse_row
 
 logger = logging.getLogger(__name__)
 
 MARKER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-MAX_SHOWN = 20
+_KEYS = ("id", "image", "conversations", "model")
+_MEDIA_KEYS = ("images", "video", "videos", "audio", "audios")
 # What is left out, as the log says it; LLaVA's mixtures have a few of each.
 _UNASKED, _UNANSWERED = "answers without a question were left out", "questions without an answer were left out"
 _EMPTY = "samples without a question that has an answer were left out"
@@ -56,33 +57,43 @@ def read_llava(
 
     Raises:
         ValueError: naming the file and the samples, up to 20: pictures and markers that do not match, a marker in an
-            answer, an unknown speaker, or anything a manifest row may not be.
+            answer, an unknown speaker, or anything a manifest row may not be. Or there is no conversation.
     """
-    name = os.fspath(path)
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{name}: not a JSON file in UTF-8: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{name}: must be a list of at least one conversation")
+    listing = list_llava(path, root, task=task, kind=kind, pictures_first=pictures_first)
+    if listing.problems:
+        raise BadRows(listing.problems)
+    if not listing.samples:
+        raise ValueError(f"{os.fspath(path)}: must be a list of at least one conversation")
+    return listing.samples
+
+
+def list_llava(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    *,
+    task: str = "vqa",
+    kind: str | None = None,
+    pictures_first: bool = False,
+) -> Listing:
+    """Read a LLaVA file as `read_llava` does; what is wrong with a conversation is noted, and the others go on.
+
+    Raises:
+        ValueError: a file that begins like a JSON list and is none.
+        OSError: it cannot be read.
+    """
     reader = _Reader(root, {"task": task} | ({} if kind is None else {"kind": kind}), pictures_first)
-    samples, problems, times_seen = [], [], dict[str, int]()
-    for number, entry in enumerate(entries):
-        try:
-            sample = reader.sample_of(entry, where=f"{name}: entry {number}")
+    listing, times_seen = Listing(), dict[str, int]()
+    for entry in json_rows(Path(path), listing):
+        name = f"{entry.what} (id {entry.row.get('id')!r})".strip()
+        with listing.noting(path, entry.line_number, name):
+            sample = reader.sample_of(entry.row, entry.id_of(Path(path)))
             if sample is not None:
-                times_seen[sample.id] = times_seen.get(sample.id, 0) + 1
-                samples.append(_renumbered(sample, times_seen))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
-        raise ValueError("\n".join([*problems[:MAX_SHOWN], *more]))
-    reader.counts["ids occur again and were numbered"] = len(samples) - len(times_seen)
-    for what, count in reader.counts.items():
-        if count:
-            logger.warning("%s: %d %s", name, count, what)
-    return samples
+                listing.samples.append(renumbered(sample, times_seen))
+    reader.counts["ids occur again and were numbered"] = len(listing.samples) - len(times_seen)
+    for told, count in reader.counts.items():
+        if count > 0:
+            logger.warning("%s: %d %s", os.fspath(path), count, told)
+    return listing
 
 
 class _Reader:
@@ -99,21 +110,21 @@ class _Reader:
         self.pictures_first = pictures_first
         self.counts: Counter[str] = Counter()
 
-    def sample_of(self, entry: Any, *, where: str) -> Sample | None:
-        """The sample of an entry, or nothing where no question in it has an answer."""
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: must be an object, got {type(entry).__name__}")
-        where = f"{where} (id {entry.get('id')!r})"
-        if unknown := entry.keys() - {"id", "image", "conversations", "model"}:
-            raise ValueError(
-                f"{where}: unknown keys {', '.join(sorted(unknown))}; allowed are id, image, conversations"
-            )
-        pictures = entry.get("image", [])
-        pictures = [pictures] if isinstance(pictures, str) else list(pictures)
-        turns = _checked(entry.get("conversations"), where)
-        pictures_left = _matched(turns, pictures, where) if pictures else None
+    def sample_of(self, entry: dict[str, Any], sample_id: str) -> Sample | None:
+        """The sample of an entry, or nothing where no question in it has an answer.
+
+        Raises:
+            ValueError: see `read_llava`.
+        """
+        for key in entry.keys() - set(_KEYS):
+            if key in _MEDIA_KEYS and entry[key]:
+                raise ValueError(f"{key}: format llava reads pictures under image; format sharegpt reads {key}")
+            self.counts[f"samples hold the key {key!r}, which is not read"] += 1
+        pictures = _pictures_of(entry.get("image"))
+        turns = _checked(entry.get("conversations"))
+        pictures_left = _matched(turns, pictures) if pictures else None
         if pictures_left is None and any(MARKER in turn["value"] for turn in turns):
-            _check_text_only(turns, where)
+            _check_text_only(turns)
             self.counts[_TEXT] += 1
         answered = self._answered(turns)
         if answered is None:
@@ -122,7 +133,8 @@ class _Reader:
         messages = [
             {"role": ROLES[turn["from"]], "content": self._content(turn["value"], pictures_left)} for turn in answered
         ]
-        return parse_row({"id": str(entry.get("id", "")), "messages": messages, **self.labels}, self.root, where=where)
+        row = {"id": sample_id, "messages": messages, **self.labels}
+        return parse_row(row, self.root, where="as a row of a manifest")
 
     def _answered(self, turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
         """The turns with a question before and an answer behind; nothing where a picture would be lost with others."""
@@ -162,42 +174,40 @@ class _Reader:
         return parts
 
 
-def _checked(turns: Any, where: str) -> list[dict[str, str]]:
+def _pictures_of(value: Any) -> list[str]:
+    """The paths under `image`: one, a list of them, or null for a sample of text."""
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    if not isinstance(value, list):
+        raise ValueError(f"image: must be a path, a list of paths or null, got {shown_type(value)}")
+    return value
+
+
+def _checked(turns: Any) -> list[dict[str, str]]:
     """The turns of a conversation, of known speakers and with a text each."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{where}: conversations must be a list of objects")
+        raise ValueError("conversations must be a list of objects")
     for turn in turns:
-        if turn.get("from") not in ROLES:
-            raise ValueError(f"{where}: from must be one of {', '.join(ROLES)}, got {turn.get('from')!r}")
+        if not isinstance(turn.get("from"), str) or turn["from"] not in ROLES:
+            raise ValueError(f"from must be one of {', '.join(ROLES)}, got {turn.get('from')!r}")
         if not isinstance(turn.get("value"), str):
-            raise ValueError(f"{where}: value must be a string, got {turn.get('value')!r}")
+            raise ValueError(f"value must be a string, got {turn.get('value')!r}")
     return turns
 
 
-def _matched(turns: list[dict[str, str]], pictures: list[str], where: str) -> Iterator[str]:
+def _matched(turns: list[dict[str, str]], pictures: list[str]) -> Iterator[str]:
     """The pictures, to be handed out marker by marker."""
     if any(MARKER in turn["value"] for turn in turns if turn["from"] != "human"):
-        raise ValueError(f"{where}: {MARKER} may stand only in what a human says")
+        raise ValueError(f"{MARKER} may stand only in what a human says")
     num_markers = sum(turn["value"].count(MARKER) for turn in turns)
     if num_markers != len(pictures):
-        raise ValueError(f"{where}: {num_markers} {MARKER} markers for {len(pictures)} pictures")
+        raise ValueError(f"{num_markers} {MARKER} markers for {len(pictures)} pictures")
     return iter(pictures)
 
 
-def _check_text_only(turns: list[dict[str, str]], where: str) -> None:
+def _check_text_only(turns: list[dict[str, str]]) -> None:
     """Refuse a marker at the edge of a human turn, where LLaVA puts pictures: one is missing."""
     for turn in turns:
         text = turn["value"].strip()
         if turn["from"] == "human" and (text.startswith(MARKER) or text.endswith(MARKER)):
-            raise ValueError(f"{where}: {text.count(MARKER)} {MARKER} markers for 0 pictures")
-
-
-def _renumbered(sample: Sample, times_seen: dict[str, int]) -> Sample:
-    """The sample with a number after its id from the second time on that the id is seen."""
-    times = times_seen[sample.id]
-    if times == 1:
-        return sample
-    new_id = f"{sample.id}#{times}"
-    if new_id in times_seen:
-        raise ValueError(f"the id {new_id!r} is needed for a second sample {sample.id!r}, but it is taken")
-    return replace(sample, id=new_id)
+            raise ValueError(f"{text.count(MARKER)} {MARKER} markers for 0 pictures")

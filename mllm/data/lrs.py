@@ -83,17 +83,15 @@ def read_lrs(source: Path, root: Path, settings: ReaderSettings, *, cut: Cut | N
     gathering = Gathering(source, root, settings)
     for stem, line_number in _stems(source, gathering):
         text_file = Path(f"{stem}.txt")
-        try:
+        place = None if line_number else text_file
+        with gathering.row(line_number, place):
             video = relative_to(root, Path(f"{stem}{SUFFIX}"))
+            if not text_file.is_file():
+                gathering.problem(f"there is no transcript {text_file}", line_number)
+                continue
             text, words = parse_text(read_text(text_file))
-        except FileNotFoundError:
-            gathering.problem(f"there is no transcript {text_file}", line_number)
-            continue
-        except ValueError as error:
-            gathering.problem(str(error), line_number, None if line_number else text_file)
-            continue
-        for utterance in _utterances(gathering, video, text, words, cut, line_number):
-            gathering.add(utterance, line_number, None if line_number else text_file)
+            for utterance in _utterances(gathering, video, text, words, cut, line_number):
+                gathering.add(utterance, line_number, place)
     return gathering.listing
 
 
@@ -145,9 +143,7 @@ def _stems(source: Path, gathering: Gathering) -> Iterator[tuple[Path, int | Non
             yield from ((Path(folder) / Path(name).stem, None) for name in sorted(files) if name.endswith(SUFFIX))
         return
     subset = source.parent / ("pretrain" if source.stem.startswith("pretrain") else "main")
-    for line_number, line in enumerate(read_text(source).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for line_number, line in gathering.lines(source):
         name = line.split()[0]  # the list of the test clips has a second column
         if problem := path_problem(name):
             gathering.problem(f"{problem}, got {name!r}", line_number)

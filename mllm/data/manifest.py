@@ -15,16 +15,15 @@ import json
 import os
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from mllm.budget import MEDIA
+from mllm.data.json_lines import numbered_lines, read_object, unwritable
 from mllm.media.paths import path_problem
 
 ROLES = ("system", "user", "assistant")
-MAX_LINE_BYTES = 8 * 2**20
-"""A longer line is refused unread, so that a file without line breaks cannot fill the memory."""
 
 Role = Literal["system", "user", "assistant"]
 Medium = Literal["image", "audio", "video"]
@@ -122,14 +121,13 @@ def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
     """Yield every non-blank line as a `Row`, the bad ones with all their problems; never raises for content."""
     root_path = Path(root)
     first_line_of: dict[str, int] = {}
-    with open(path, "rb") as file:
-        for line_number, line in _lines(file):
-            sample, problems = _inspect_line(line, root_path)
-            if sample is not None and sample.id in first_line_of:
-                problems = [f"id: {sample.id!r} was already used on line {first_line_of[sample.id]}"]
-            elif sample is not None:
-                first_line_of[sample.id] = line_number
-            yield Row(line_number, None if problems else sample, tuple(problems))
+    for line_number, line in numbered_lines(path):
+        sample, problems = _inspect_line(line, root_path)
+        if sample is not None and sample.id in first_line_of:
+            problems = [f"id: {sample.id!r} was already used on line {first_line_of[sample.id]}"]
+        elif sample is not None:
+            first_line_of[sample.id] = line_number
+        yield Row(line_number, None if problems else sample, tuple(problems))
 
 
 def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> None:
@@ -159,6 +157,24 @@ def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> N
         aside.unlink(missing_ok=True)
 
 
+def rerooted(sample: Sample, folder: Path) -> Sample:
+    """The sample with its paths relative to a folder above its root, which is its root then.
+
+    Raises:
+        ValueError: the folder is not above the root, or is called what no path may be.
+    """
+    between = Path(os.path.abspath(sample.root)).relative_to(os.path.abspath(folder)).as_posix()
+    prefix = "" if between == "." else f"{between}/"
+    if prefix and (problem := path_problem(between)):
+        raise ValueError(f"the folder {between!r}: {problem}; name another folder with --root")
+
+    def moved(part: Part) -> Part:
+        return Media(part.medium, prefix + part.path) if isinstance(part, Media) else part
+
+    messages = tuple(Message(own.role, tuple(map(moved, own.parts))) for own in sample.messages)
+    return replace(sample, messages=messages, root=folder)
+
+
 def parse_row(row: dict[str, Any], root: str | os.PathLike[str], *, where: str = "row") -> Sample:
     """Turn one decoded JSON object into a `Sample`.
 
@@ -166,67 +182,20 @@ def parse_row(row: dict[str, Any], root: str | os.PathLike[str], *, where: str =
         ValueError: every problem of the row, each line beginning with `where`.
     """
     problems = _Inspector().row_problems(row)
+    if not problems and (problem := unwritable(row)):
+        problems = [problem]
     if problems:
         raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
     return _build_sample(row, Path(root))
 
 
-def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
-    """Number the lines from 1 and leave blank ones out; an over-long line comes cut, one byte above the limit."""
-    line_number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        line_number += 1
-        rest = line
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE_BYTES + 1)
-        if line_number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip() or len(line) > MAX_LINE_BYTES:
-            yield line_number, line
-
-
 def _inspect_line(line: bytes, root: Path) -> tuple[Sample | None, list[str]]:
-    if len(line) > MAX_LINE_BYTES:
-        return None, [f"the line is longer than {MAX_LINE_BYTES} bytes"]
     try:
-        text = line.decode("utf-8")
-        row = _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        return None, [f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"]
-    except json.JSONDecodeError as error:
-        return None, [f"not JSON: {error.msg} at column {error.colno}"]
-    except RecursionError:
-        return None, ["not JSON: nested too deeply"]
+        row = read_object(line)
     except ValueError as error:
-        return None, [f"not JSON: {error}"]
+        return None, [str(error)]
     problems = _Inspector().row_problems(row)
-    # Escapes are the only way to write a lone surrogate in a line that is UTF-8; it could never be written out again.
-    if not problems and "\\" in text and not _is_encodable(row):
-        problems = ["not Unicode text: the line holds half of a surrogate pair"]
     return (None, problems) if problems else (_build_sample(row, root), [])
-
-
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse_constant)
-
-
-def _is_encodable(row: object) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Inspector:

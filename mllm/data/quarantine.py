@@ -18,6 +18,8 @@ from mllm.media import MediaError
 logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 1_024
+MIN_SEEN = 500
+"""Of fewer samples as many may be bad as of so many: a handful is no reason to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,19 @@ class TooManyBadSamples(RuntimeError):
     """More samples are bad than the run was told to tolerate."""
 
 
+def too_many_bad(num_bad: int, num_seen: int, max_bad_fraction: float, *, min_seen: int | None = None) -> bool:
+    """Whether so many bad samples are a reason to stop: more than the share allows of those seen, or of `min_seen` as
+    long as fewer were seen.
+
+    Args:
+        min_seen: where all samples are known and not one is good, it is a reason whatever this is; `MIN_SEEN` and that
+            rule when left out.
+    """
+    if min_seen is None:
+        return num_bad > max_bad_fraction * max(num_seen, MIN_SEEN) or (0 < num_seen <= num_bad)
+    return num_bad > max_bad_fraction * max(num_seen, min_seen)
+
+
 class Quarantine:
     """Lists bad samples in a JSONL file and stops the run when there are too many.
 
@@ -61,7 +76,9 @@ class Quarantine:
         ValueError: a fraction outside 0..1, or min_seen below 0.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bad_fraction: float = 0.01, min_seen: int = 500) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_bad_fraction: float = 0.01, min_seen: int = MIN_SEEN
+    ) -> None:
         if not 0 <= max_bad_fraction <= 1 or min_seen < 0:
             got = f"{max_bad_fraction} and {min_seen}"
             raise ValueError(f"max_bad_fraction must be 0 to 1 and min_seen at least 0, got {got}")
@@ -108,7 +125,7 @@ class Quarantine:
 
     def _check(self, last: Quarantined) -> None:
         seen, bad = self.num_seen, self.num_bad
-        if bad > self.max_bad_fraction * max(seen, self.min_seen):
+        if too_many_bad(bad, seen, self.max_bad_fraction, min_seen=self.min_seen):
             raise TooManyBadSamples(
                 f"{bad} of {seen} samples are bad, more than max_bad_fraction {self.max_bad_fraction:g} allows; "
                 f"they are listed in {self.path}; the last: {last.sample_id!r}, {last.reason}"

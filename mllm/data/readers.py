@@ -5,41 +5,50 @@ Knows which reader reads which format. Does not know what formats look like.
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mllm.data.clips import read_clips
+from mllm.data.conversations import read_messages, read_sharegpt
+from mllm.data.findings import BadRows, Finding, Listing, first
+from mllm.data.guessing import naming_format, wrong_format
 from mllm.data.lists import read_auto_avsr, read_fairseq, read_omni_csv
-from mllm.data.llava import read_llava
+from mllm.data.llava import list_llava
 from mllm.data.lrs import read_lrs
 from mllm.data.manifest import Sample, scan_manifest
 from mllm.data.settings import Format, ReaderSettings
-from mllm.data.utterances import Finding, Listing
+from mllm.data.shards import read_webdataset
+from mllm.data.tables import read_datasets, read_parquet
 from mllm.data.vision.choices import read_mmbench, read_mme, read_pope, read_scienceqa, read_seedbench
 from mllm.data.vision.documents import read_chartqa, read_docvqa
 from mllm.data.vision.from_tables import read_ai2d, read_mmmu
 from mllm.data.vision.short_answers import read_gqa, read_textvqa, read_vizwiz, read_vqav2
 from mllm.media import MediaError, RootedPaths
 
-MAX_SHOWN = 20
 logger = logging.getLogger(__name__)
 
 
 def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     listing = Listing()
     for row in scan_manifest(source, root):
-        listing.problems += [Finding(os.fspath(source), row.line_number, problem) for problem in row.problems]
+        for problem in row.problems:
+            listing.note(source, row.line_number, problem)
         listing.samples += [] if row.sample is None else [row.sample]
     return listing
 
 
 def _read_conversations(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    return Listing(samples=read_llava(source, root, pictures_first=settings.pictures_first))
+    return list_llava(source, root, pictures_first=settings.pictures_first)
 
 
 READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
     "manifest": _read_rows,
     "llava": _read_conversations,
+    "sharegpt": lambda source, root, _: read_sharegpt(source, root),
+    "messages": lambda source, root, _: read_messages(source, root),
+    "parquet": read_parquet,
+    "datasets": read_datasets,
+    "webdataset": lambda source, root, _: read_webdataset(source, root),
     "auto_avsr": read_auto_avsr,
     "omni_csv": read_omni_csv,
     "fairseq": read_fairseq,
@@ -61,6 +70,24 @@ READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
 }
 
 
+def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], settings: ReaderSettings) -> Listing:
+    """Everything in a file or folder: samples, and a finding for each row that cannot be used.
+
+    Whatever stands in the data becomes a finding, also what spoils a whole file; where no sample is left, the first
+    finding names the format that the file seems to have.
+
+    Raises:
+        OSError: the file or folder cannot be read.
+        ValueError: a folder is no format of files, or a file none of folders; what it seems to be is named.
+    """
+    listing = Listing()
+    with naming_format(source, settings.format), listing.noting(source, is_whole=True):
+        listing = READERS[settings.format](Path(source), Path(root), settings)
+    if not listing.samples and (hint := wrong_format(Path(source), settings.format)):
+        listing.problems.insert(0, Finding(os.fspath(source), None, hint))
+    return listing
+
+
 def read_data(
     source: str | os.PathLike[str], root: str | os.PathLike[str] | None, settings: ReaderSettings
 ) -> list[Sample]:
@@ -73,41 +100,44 @@ def read_data(
         root: folder that media paths are relative to; None for `default_root`.
 
     Raises:
-        ValueError: rows that cannot be used, the first of them with their places; or there is no sample.
+        BadRows: rows that cannot be used, a line for each of the first of them with its place.
+        ValueError: there is no sample.
         OSError: the file or folder cannot be read.
     """
     root = default_root(source) if root is None else Path(root)
-    listing = READERS[settings.format](Path(source), root, settings)
+    listing = read_listing(source, root, settings)
     if listing.problems:
-        raise ValueError("\n".join(_first(listing.problems)))
+        raise BadRows(listing.problems)
     if not listing.samples:
         raise ValueError(f"{os.fspath(source)}: there is no sample in it")
     if listing.missing:
-        logger.warning("%d files are missing:\n%s", len(listing.missing), "\n".join(_first(listing.missing)))
+        logger.warning("%d files are missing:\n%s", len(listing.missing), "\n".join(first(listing.missing)))
     if listing.untranscribed:
         logger.warning("%d clips have no transcript and are left out", len(listing.untranscribed))
     return listing.samples
 
 
-def note_missing(listing: Listing, source: Path, root: Path) -> None:
+def note_missing(listing: Listing, source: Path) -> None:
     """Look up the media of samples whose reader does not, and note those that cannot be opened."""
-    paths = RootedPaths(root)
-    for sample in listing.samples:
+    for sample, message in missing_media(listing.samples):
+        listing.missing.append(Finding(os.fspath(source), None, message))
+        listing.incomplete.add(sample.id)
+
+
+def missing_media(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
+    """Samples with a medium that cannot be opened, and which and why; every file is looked up once, none is opened."""
+    roots: dict[str, RootedPaths] = {}
+    for sample in samples:
+        paths = roots.setdefault(str(sample.root), RootedPaths(sample.root))
         for part in sample.media:
             try:
                 paths.resolve(part.path)
             except MediaError as error:
-                message = f"sample {sample.id!r}: {part.medium} {part.path}: {error.reason}"
-                listing.missing.append(Finding(os.fspath(source), None, message))
-                listing.incomplete.add(sample.id)
+                yield sample, f"sample {sample.id!r}: {part.medium} {part.path}: {error.reason}"
 
 
 def default_root(source: str | os.PathLike[str]) -> Path:
-    """The folder that media paths are relative to when none is given: the folder itself, or the file's own."""
+    """The folder that media paths are relative to when none is given: the folder itself, or the file's own. Data of a
+    hub lie below a folder of their own, which their samples name."""
     path = Path(source)
     return path if path.is_dir() else path.parent
-
-
-def _first(findings: Iterable[Finding]) -> list[str]:
-    lines = [str(finding) for finding in findings]
-    return lines if len(lines) <= MAX_SHOWN else [*lines[:MAX_SHOWN], f"and {len(lines) - MAX_SHOWN} more"]

@@ -19,10 +19,12 @@ BenchmarkFormat = Literal[
     "mmmu",
     "ai2d",
 ]
-Format = Literal["manifest", "llava", SpeechFormat, BenchmarkFormat]
+ConversationFormat = Literal["llava", "sharegpt", "messages", "parquet", "datasets", "webdataset"]
+Format = Literal["manifest", ConversationFormat, SpeechFormat, BenchmarkFormat]
 SpeechTask = Literal["asr", "vsr", "avsr"]
 TextForm = Literal["as_is", "lower", "words"]
 SPEECH_FORMATS = get_args(SpeechFormat)
+CONVERSATION_FORMATS = get_args(ConversationFormat)
 BENCHMARK_FORMATS = get_args(BenchmarkFormat)
 TABLE_FORMATS = ("mmmu", "ai2d", "chartqa", "docvqa", "scienceqa")
 """Vision benchmarks that hubs hand out as tables."""
@@ -33,7 +35,9 @@ class ReaderSettings:
     """How files that list samples are read. What goes with which formats is said below and checked."""
 
     format: Format = "manifest"
-    """Our own JSONL manifest, LLaVA's JSON, a list or folder of speech clips, or a folder of a vision benchmark."""
+    """Our own JSONL manifest; conversations of LLaVA, ShareGPT or OpenAI and ms-swift (messages), as JSON or JSONL;
+    parquet files, a folder or hub name of Hugging Face datasets, or a folder of WebDataset tars, media inside; a list
+    or folder of speech clips; or a folder of a vision benchmark (docs/data_formats.md)."""
     tasks: list[SpeechTask] = field(default_factory=list)
     """Samples made of each clip: of its sound (asr), its lips (vsr), both (avsr); all its media allow when left out."""
     text: TextForm = "as_is"
@@ -54,7 +58,7 @@ class ReaderSettings:
     ocr_tokens: bool = True
     """Format textvqa: leave the words that an OCR found in the question, as LLaVA does."""
     split: str | None = None
-    """Vision benchmarks in tables (parquet, arrow): the split, where it is not the one that papers print."""
+    """Tables (parquet, arrow): the split, where it is not train, or of a benchmark the one that papers print."""
 
     pictures_first: bool = False
     """Format llava: pictures stand before the text of their turn, as LLaVA's training code puts them."""
@@ -75,8 +79,9 @@ class ReaderSettings:
     def _check_pictures(self) -> None:
         if self.pictures_first and self.format != "llava":
             raise ValueError(f"pictures_first goes with the format llava, not {self.format}")
-        if self.split is not None and self.format not in TABLE_FORMATS:
-            raise ValueError(f"split goes with the formats {', '.join(TABLE_FORMATS)}, not {self.format}")
+        if self.split is not None and self.format not in (*TABLE_FORMATS, "parquet", "datasets"):
+            allowed = ", ".join((*TABLE_FORMATS, "parquet", "datasets"))
+            raise ValueError(f"split goes with the formats {allowed}, not {self.format}")
         if self.format not in BENCHMARK_FORMATS and (self.images is not None or self.annotations is not None):
             raise ValueError(f"images and annotations go with vision benchmarks, not {self.format}")
         if self.format != "textvqa" and not self.ocr_tokens:

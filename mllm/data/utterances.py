@@ -10,9 +10,11 @@ Knows tasks, prompts, forms of text and which files are there. Does not know for
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mllm.data.findings import Finding, Listing
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.data.settings import ReaderSettings
 from mllm.data.text_forms import TEXT_FORMS
@@ -28,42 +30,8 @@ PROMPTS = {
 """Those of Llama-AVSR and Omni-AVSR."""
 FRAMES_PER_SECOND = 25
 """Of the videos that the lists of the published systems count frames of."""
-SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something about one place of the data; without a line number it is about the whole file."""
-
-    path: str
-    line_number: int | None
-    message: str
-
-    def __str__(self) -> str:
-        place = self.path if self.line_number is None else f"{self.path}:{self.line_number}"
-        return f"{place}: {self.message}"
-
-
-@dataclass
-class Listing:
-    """Everything a reader found, in one pass.
-
-    samples: all that can be used, those with files that are missing included.
-    problems: what cannot be used at all; missing: files that are named and not there; incomplete: ids of the samples
-    that need one of them; untranscribed: clips nobody wrote a transcript for, fit for inference only.
-    """
-
-    samples: list[Sample] = field(default_factory=list)
-    problems: list[Finding] = field(default_factory=list)
-    missing: list[Finding] = field(default_factory=list)
-    incomplete: set[str] = field(default_factory=set)
-    untranscribed: list[str] = field(default_factory=list)
-
-    @property
-    def whole(self) -> list[Sample]:
-        """The samples all of whose files are there."""
-        return [sample for sample in self.samples if sample.id not in self.incomplete]
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov", ".m4v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +63,28 @@ class Gathering:
 
     def problem(self, message: str, line_number: int | None = None, path: Path | None = None) -> None:
         """Note something that cannot be used."""
-        self.listing.problems.append(Finding(os.fspath(path or self.source), line_number, message))
+        self.listing.note(path or self.source, line_number, message)
+
+    def row(self, line_number: int | None = None, path: Path | None = None) -> AbstractContextManager[None]:
+        """Inside, whatever an odd row raises becomes a finding; see `Listing.noting`."""
+        return self.listing.noting(path or self.source, line_number)
+
+    def lines(self, path: Path) -> Iterator[tuple[int, str]]:
+        """Lines of a file that are not blank, without their ends, numbered from 1; what is not UTF-8 is noted.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with open(path, "rb") as file:
+            for line_number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    byte = f"byte {error.start + 1} of the line is {line[error.start]:#04x}"
+                    self.problem(f"not UTF-8: {byte}", line_number, path)
+                    continue
+                if text.strip():
+                    yield line_number, text
 
     def holds(self, relative: str) -> bool:
         """Whether there is such a file under the root."""
@@ -129,7 +118,8 @@ class Gathering:
         if utterance.name in self._places:
             problems.append(f"the clip {utterance.name!r} was already named at {self._places[utterance.name]}")
         missing = {} if problems else self._missing(utterance, problems)
-        self.listing.problems += [replace(place, message=message) for message in problems]
+        for message in problems:
+            self.listing.note(place.path, line_number, message)
         if problems:
             return
         self._places[utterance.name] = str(place).removesuffix(": ")

@@ -27,7 +27,9 @@ from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep, cost_problem
 from mllm.generation import Answerer
+from mllm.media import Audio, load_audio
 from mllm.run_folders import run_of
+from mllm.transforms import MixNoise
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -50,11 +52,12 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     """
     from accelerate import PartialState
 
-    from mllm.media import MediaLoader, load_audio
+    from mllm.media import MediaLoader
     from mllm.training.launch import prepare_launch
 
     settings = settings.pinned()
     check_noise(settings)
+    noise = read_noise(settings)
     whole = read_sets(settings)
     samples = {name: own[: settings.limit] for name, own in whole.items()}
     all_ids = all_vqav2_ids(settings, samples)
@@ -70,7 +73,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     sweep = Sweep(
         answerer,
         store,
-        noise=None if settings.noise is None else load_audio(settings.noise, limits=settings.limits),
+        noise=noise,
         seed=settings.seed,
         loader=MediaLoader(
             gray=True,
@@ -187,6 +190,22 @@ def check_noise(settings: EvaluateSettings) -> None:
             f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
             "few; name another recording, or set allow_training_noise"
         )
+
+
+def read_noise(settings: EvaluateSettings) -> Audio | None:
+    """The noise to measure under.
+
+    Raises:
+        ValueError: it is silent throughout, or cannot be read.
+    """
+    if settings.noise is None:
+        return None
+    noise = load_audio(settings.noise, limits=settings.limits)
+    try:
+        MixNoise(noise, 0.0)
+    except ValueError as error:
+        raise ValueError(f"noise {settings.noise}: {error}") from error
+    return noise
 
 
 def run_share(

@@ -1,7 +1,7 @@
 """A sound file, or the sound of a video file, to one channel of float samples at the asked rate.
 
-Reads WAV, FLAC, Ogg and MP3 with soundfile and the audio stream of MP4, Matroska/WebM and AVI with PyAV, block by
-block. Does not know what an encoder wants to hear (`transforms.py` does).
+Reads WAV, AIFF, FLAC, Ogg and MP3 with soundfile, and AAC and the audio stream of MP4, Matroska/WebM and AVI with PyAV,
+block by block. Does not know what an encoder wants to hear (`transforms.py` does).
 """
 
 import math
@@ -26,7 +26,7 @@ from mllm.media.limits import (
     sniff,
 )
 
-SOUND_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")
+SOUND_FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3", "MPEG")
 AUDIO_CODECS = ("aac", "mp3", "opus", "vorbis", "flac", "alac", "ac3", "mp2")
 """Codecs read inside video files, besides plain PCM."""
 BLOCK_FRAMES = 65_536
@@ -50,8 +50,8 @@ def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLi
 
     The rate is read from the file; another one is resampled by a polyphase filter, always the same one, so that a
     result does not depend on which audio packages are installed. Channels are averaged. Samples are not clipped.
-    A file that was cut off is refused where its format states a length; MP3 and Ogg state none, and there it reads as
-    a shorter sound.
+    A file that was cut off is refused where its format states a length; MP3, AAC and Ogg state none, and there it
+    reads as a shorter sound.
 
     Raises:
         MediaError: missing, refused, unsupported (format, codec, no audio stream), corrupt (also NaN or infinite
@@ -65,7 +65,7 @@ def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLi
         container = sniff(file)
         if container is None or container[0] == "image":
             raise MediaError("unsupported", name, "neither a sound nor a video file of a known format")
-        read = _read_sound if container[0] == "sound" else _read_clip
+        read = _read_sound if container[0] == "sound" and container[1] != "aac" else _read_clip
         samples, rate_hz = read(name, file, limits, deadline)
     if not np.isfinite(samples).all():
         raise MediaError("corrupt", name, "the samples are not all finite numbers")
@@ -85,7 +85,7 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 def _read_sound(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
     import soundfile
 
-    _check_riff_length(name, file)
+    _check_stated_length(name, file)
     with decoding(name):
         sound = soundfile.SoundFile(file)
     with sound:
@@ -105,16 +105,15 @@ def _sound_blocks(sound: Any) -> Iterator[np.ndarray]:
         yield block.mean(axis=1)
 
 
-def _check_riff_length(name: str, file: BinaryIO) -> None:
-    """soundfile reads a WAV that was cut off as if it ended there; its first chunk header still tells.
+def _check_stated_length(name: str, file: BinaryIO) -> None:
+    """soundfile reads a WAV or AIFF that was cut off as if it ended there; its first chunk header still tells.
 
     Sizes near 2^31 and 2^32 are what programs write that stream to a pipe and never learn the length.
     """
-    head = file.read(8)
-    size = file.seek(0, os.SEEK_END)
+    head, size = file.read(8), file.seek(0, os.SEEK_END)
     file.seek(0)
-    stated = int.from_bytes(head[4:8], "little")
-    if head[:4] == b"RIFF" and stated < 0x7FFF_F000 and size < stated + 8:
+    stated = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
+    if head[:4] in (b"RIFF", b"FORM") and stated < 0x7FFF_F000 and size < stated + 8:
         raise MediaError("corrupt", name, "the file is shorter than its header states")
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 from mllm.media.errors import MediaError
 from mllm.media.limits import decoding
 
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,aac"
 """Demuxers PyAV may use. Playlists (HLS, DASH, concat) are not among them: they open other files and URLs."""
 
 

@@ -38,3 +38,9 @@ class MediaError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason} ({self.kind})"
+
+
+def too_many_bytes(path: str, max_bytes: int, key: str | None) -> MediaError:
+    """Return the refusal of a file above `max_bytes`; `key` is the name of the limit that says so, if one does."""
+    setting = "" if key is None else f" (limits.{key})"
+    return MediaError("limit", path, f"the file is larger than {max_bytes} bytes{setting}")

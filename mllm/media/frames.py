@@ -5,6 +5,7 @@ Knows pixel layouts, colours and turned frames. Does not know files, or which fr
 Shapes: H rows and W columns of a frame.
 """
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,18 @@ def check_frame_size(name: str, width: int, height: int, limits: MediaLimits) ->
     if not 0 < width * height <= limits.video_pixels:
         raise MediaError(
             "limit", name, over_limit(f"a frame must have 1 to {limits.video_pixels} pixels", "video_pixels")
+        )
+
+
+def check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits) -> None:
+    """Raises: MediaError for a video that is too long, or has too many frames."""
+    if seconds > limits.video_seconds:
+        raise MediaError(
+            "limit", name, over_limit(f"the video is longer than {limits.video_seconds:g} seconds", "video_seconds")
+        )
+    if frames > limits.video_frames:
+        raise MediaError(
+            "limit", name, over_limit(f"the video has more than {limits.video_frames} frames", "video_frames")
         )
 
 

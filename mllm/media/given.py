@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mllm.media.audio import Audio, resample
+from mllm.media.frame_plan import FrameSampling, nearest_frame
 from mllm.media.image import MODES, to_rgb
 from mllm.media.loader import MediaLoader, Raw
-from mllm.media.video import FrameSampling, Video, nearest_frame, to_gray
+from mllm.media.video import Video, to_gray
 
 USUAL_RATES = {"audio": 16_000, "video": 25.0}
 """Samples and frames per second of an array that comes without its rate."""

@@ -1,7 +1,7 @@
 """A picture file to an upright 8-bit RGB picture.
 
-Reads JPEG, PNG, WebP, BMP and GIF with Pillow; says what is done with rotation tags, alpha, palettes and 16 bits.
-Does not know sizes or normalisations an encoder wants (`transforms.py` does).
+Reads JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF with Pillow, HEIC with pillow-heif; says what is done with rotation tags,
+alpha, palettes and 16 bits. Does not know sizes or normalisations an encoder wants (`transforms.py` does).
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from mllm.media.errors import MediaError
+from mllm.media.heif import open_heif, unpacked
 from mllm.media.limits import DEFAULT_LIMITS, MediaFile, MediaLimits, decoding, media_name, open_media, sniff
+from mllm.media.png import without_notes
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+_PILLOW = {name: name.upper() for name in ("jpeg", "png", "webp", "bmp", "gif", "tiff", "avif")}
+FORMATS = (*_PILLOW.values(), "HEIC")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 """Pixel layouts that are read. The 32-bit ones have no agreed white, so they are refused."""
 
@@ -24,21 +27,27 @@ def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Imag
 
     EXIF rotation is applied. Transparency is composited on white. 16-bit grey is divided by 257 and rounded, so that
     65535 becomes 255 (Pillow itself would clip it); 16-bit colour keeps its high byte. CMYK is converted without a
-    colour profile. Of a multi-picture JPEG, which phones write, the first picture counts; animations are refused.
+    colour profile. Of a multi-picture JPEG, which phones write, the first picture counts, of a HEIC the primary one,
+    and of an animation the first frame (`load_video` reads them all). A TIFF of several pages is refused.
 
     Returns:
         an RGB picture of the upright width and height.
 
     Raises:
-        MediaError: missing, refused, unsupported (another format, animation, pixel layout), corrupt, empty, or limit
+        MediaError: missing, refused, unsupported (another format, several pages, pixel layout), corrupt, empty, limit
             (bytes, or pixels as the header gives them before anything is unpacked).
     """
     name = media_name(path)
     with open_media(path, limits.image_bytes, "image_bytes") as file:
-        container = sniff(file)
-        if container is None or container[0] != "image":
-            raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
-        return _read(name, file, limits)
+        kind = _kind_of(name, file)
+        if kind == "heif":
+            picture = open_heif(name, file)
+            _check_pixels(name, picture.size, limits)
+            return to_rgb(unpacked(name, picture))
+        with opened(name, file, kind, limits) as image, decoding(name):
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
 
 
 def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -49,38 +58,54 @@ def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> t
     """
     name = media_name(path)
     with open_media(path, limits.image_bytes, "image_bytes") as file:
-        container = sniff(file)
-        if container is None or container[0] != "image":
-            raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
-        with _opened(name, file, limits) as image, decoding(name):
+        kind = _kind_of(name, file)
+        if kind == "heif":
+            picture = open_heif(name, file)
+            _check_pixels(name, picture.size, limits)
+            return picture.size[1], picture.size[0]
+        with opened(name, file, kind, limits) as image, decoding(name):
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _read(name: str, file: BinaryIO, limits: MediaLimits) -> Image.Image:
-    with _opened(name, file, limits) as image, decoding(name):
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+def _kind_of(name: str, file: BinaryIO) -> str:
+    container = sniff(file)
+    if container is None or container[0] != "image":
+        raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
+    if container[1] == "avif" and not features.check("avif"):
+        raise MediaError("unsupported", name, "this Pillow does not read AVIF; 11.3 and later do")
+    return container[1]
 
 
 @contextmanager
-def _opened(name: str, file: BinaryIO, limits: MediaLimits) -> Iterator[Image.Image]:
-    """A picture that has been looked at and not unpacked."""
+def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterator[Image.Image]:
+    """A picture that has been looked at and not unpacked.
+
+    Args:
+        kind: what `sniff` found it to be, and Pillow reads.
+
+    Raises:
+        MediaError: unsupported, corrupt, or limit.
+    """
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(without_notes(file) if kind == "png" else file, formats=(_PILLOW[kind],))
+        pages = getattr(image, "n_frames", 1) if kind == "tiff" else 1
     except Image.DecompressionBombError as error:
         raise _too_large(name, limits) from error
     except Exception as error:
         raise MediaError("corrupt", name, "the header of the picture cannot be read") from error
     with image:
-        if image.width * image.height > limits.image_pixels:
-            raise _too_large(name, limits)
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise MediaError("unsupported", name, "animated pictures are not read")
+        _check_pixels(name, image.size, limits)
+        if pages > 1:
+            raise MediaError("unsupported", name, f"the file has {pages} pages, and only single pictures are read")
         if image.mode not in MODES:
             raise MediaError("unsupported", name, f"pixels must be of one of the kinds {', '.join(MODES)}")
         yield image
+
+
+def _check_pixels(name: str, size: tuple[int, int], limits: MediaLimits) -> None:
+    if size[0] * size[1] > limits.image_pixels:
+        raise _too_large(name, limits)
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:

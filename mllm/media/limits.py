@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import BinaryIO, Literal, TypeVar
 
-from mllm.media.errors import MediaError
+from mllm.media.errors import MediaError, too_many_bytes
+from mllm.media.packed import packed_bytes, packed_place
 
 Container = Literal["image", "sound", "clip"]
 Item = TypeVar("Item")
@@ -107,7 +108,8 @@ def media_name(file: MediaFile) -> str:
 def open_media(path: MediaFile, max_bytes: int, key: str | None = None) -> Iterator[BinaryIO]:
     """Open a regular file for a decoder, without following a link put in its place after the path was resolved.
 
-    Decoders get this object and never the path, so that none of them can take a name for a URL or a device.
+    Decoders get this object and never the path, so that none of them can take a name for a URL or a device. Media
+    inside a tar or a table (see `packed.py`) are read into memory, and are as large as files may be.
 
     Args:
         max_bytes: size of the largest file that is opened.
@@ -120,6 +122,9 @@ def open_media(path: MediaFile, max_bytes: int, key: str | None = None) -> Itera
     if isinstance(path, bytes):
         _check_size(name, len(path), max_bytes, key)
         yield io.BytesIO(path)
+        return
+    if (place := packed_place(name)) is not None and not os.path.lexists(name):
+        yield io.BytesIO(packed_bytes(name, place, max_bytes, key))
         return
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -146,8 +151,7 @@ def _check_size(name: str, size: int, max_bytes: int, key: str | None) -> None:
     if size == 0:
         raise MediaError("empty", name, "the file is empty")
     if size > max_bytes:
-        setting = "" if key is None else f" (limits.{key})"
-        raise MediaError("limit", name, f"the file is larger than {max_bytes} bytes{setting}")
+        raise too_many_bytes(name, max_bytes, key)
 
 
 @contextmanager
@@ -187,7 +191,7 @@ def sniff(file: BinaryIO) -> tuple[Container, str] | None:
 
     The name of the file means nothing: a playlist called clip.mp4 would make a decoder open other files and URLs.
     """
-    head = file.read(16)
+    head = file.read(64)
     file.seek(0)
     if head[:4] in (b"RIFF", b"RF64"):
         riff: dict[bytes, tuple[Container, str]] = {
@@ -196,13 +200,45 @@ def sniff(file: BinaryIO) -> tuple[Container, str] | None:
             b"WEBP": ("image", "webp"),
         }
         return riff.get(head[8:12])
-    if head[4:8] == b"ftyp" or head[4:8] in (b"moov", b"mdat", b"free", b"wide", b"skip"):
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return "sound", "aiff"
+    if head[4:8] == b"ftyp":
+        return _of_brands(head)
+    if head[4:8] in (b"moov", b"mdat", b"free", b"wide", b"skip"):
         return "clip", "mp4"
-    # Eleven set bits begin an MPEG audio frame; the two layer bits are 0 only in AAC, which is not MP3.
+    if head[:3] == b"ID3":
+        return _of_frame(_behind_tag(file, head)) or ("sound", "mp3")
+    return _of_frame(head) or next((found for magic, found in _SIGNATURES if head.startswith(magic)), None)
+
+
+def _of_frame(head: bytes) -> tuple[Container, str] | None:
+    """Eleven set bits begin a frame of MPEG audio; its two layer bits are 0 only in AAC, which sets a twelfth."""
     sync = int.from_bytes(head[:2], "big")
     if sync & 0xFFE0 == 0xFFE0 and sync & 0x0006:
         return "sound", "mp3"
-    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), None)
+    return ("sound", "aac") if sync & 0xFFF6 == 0xFFF0 else None
+
+
+def _behind_tag(file: BinaryIO, head: bytes) -> bytes:
+    """What follows an ID3 tag, whose length stands in seven bits of each of four bytes."""
+    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    file.seek(10 + size)
+    behind = file.read(2)
+    file.seek(0)
+    return behind
+
+
+def _of_brands(head: bytes) -> tuple[Container, str]:
+    """MP4, AVIF and HEIC are one kind of container; the brands at its start tell them apart."""
+    size = int.from_bytes(head[:4], "big")
+    others = {head[start : start + 4] for start in range(16, min(size, len(head)), 4)}
+    if head[8:12] in _AVIF_BRANDS or (head[8:12] in _PICTURE_BRANDS and others & _AVIF_BRANDS):
+        return "image", "avif"
+    return ("image", "heif") if head[8:12] in _PICTURE_BRANDS else ("clip", "mp4")
+
+
+_AVIF_BRANDS = {b"avif", b"avis"}
+_PICTURE_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
 _SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (
@@ -212,7 +248,10 @@ _SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (
     (b"GIF8", ("image", "gif")),
     (b"fLaC", ("sound", "flac")),
     (b"OggS", ("sound", "ogg")),
-    (b"ID3", ("sound", "mp3")),
+    (b"II*\0", ("image", "tiff")),
+    (b"MM\0*", ("image", "tiff")),
+    (b"II+\0", ("image", "tiff")),
+    (b"MM\0+", ("image", "tiff")),
     (b"\x1a\x45\xdf\xa3", ("clip", "matroska")),
     (b"\x00\x00\x01\xba", ("clip", "mpeg")),
     (b"\x00\x00\x01\xb3", ("clip", "mpeg")),

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from mllm.media.errors import MediaError
+from mllm.media.packed import packed_path, packed_place
 
 # What most paths look like, to be done with them at once: words with dots and dashes inside, parted by slashes.
 _PLAIN = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*")
@@ -17,7 +18,8 @@ _PLAIN = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*")
 def resolve_media(root: str | os.PathLike[str], relative: str) -> Path:
     """The real path of a media file under `root`.
 
-    Symbolic links are followed as long as they end inside the root. A hard link cannot be told from its target.
+    Symbolic links are followed as long as they end inside the root. A hard link cannot be told from its target. Of a
+    medium inside a tar or a table (see `packed.py`), that file is looked up.
 
     Raises:
         MediaError: "refused" for a path that is absolute, climbs, or leads out of the root by a link, and for anything
@@ -43,6 +45,10 @@ class RootedPaths:
         try:
             candidate, mode = self._follow(relative)
         except (FileNotFoundError, NotADirectoryError) as error:
+            if (place := packed_place(relative)) is not None:
+                self.resolve(place.file)
+                # A cache may keep the file under a name that does not say what it is; this one does.
+                return packed_path(f"{self._real_folder('')}/{place.file}", *place.numbers)
             raise MediaError("missing", relative, "there is no such file under the root") from error
         except OSError as error:
             raise MediaError("refused", relative, "the path cannot be followed") from error

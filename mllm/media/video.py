@@ -8,7 +8,6 @@ Does not know lips, crops or what an encoder wants (`transforms.py` does).
 Shapes: T frames, H rows and W columns of a frame.
 """
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,12 @@ import numpy as np
 from packaging.version import Version
 
 from mllm.extras import install_line
+from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames, is_animated
 from mllm.media.containers import open_stream, stated_seconds
+from mllm.media.decord_process import decord_frames
 from mllm.media.errors import MediaError
-from mllm.media.frames import Upright, check_frame_size, over_limit, pyav_version, to_gray
+from mllm.media.frame_plan import FramePlan, FrameSampling, nearest_frame
+from mllm.media.frames import Upright, check_frame_size, check_length, over_limit, pyav_version, to_gray
 from mllm.media.limits import (
     DEFAULT_LIMITS,
     Deadline,
@@ -36,9 +38,7 @@ from mllm.media.limits import (
 )
 
 Backend = Literal["pyav", "decord"]
-VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
-DECORD_CHUNK_FRAMES = 32
-"""Frames decord decodes between two looks at the clock."""
+VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg", "prores")
 _SEEK_BACK = (0, 1, 10, 100)
 """Seconds before a frame at which a key frame is looked for, one after the other."""
 
@@ -54,58 +54,6 @@ class Video:
     def seconds(self) -> float:
         """Length in seconds."""
         return len(self.frames) / self.frames_per_second
-
-
-@dataclass(frozen=True, slots=True)
-class FramePlan:
-    """Which frames of a file are used: for every output the number of a frame, never decreasing.
-
-    Frames are numbered in the order in which they are shown; `num_frames` is how many the file holds. `stamps` are the
-    timestamps of the frames that are used, each once, where only those are to be decoded.
-    """
-
-    num_frames: int
-    indices: tuple[int, ...]
-    frames_per_second: float
-    stamps: tuple[int, ...] | None = None
-
-    def of_used(self) -> "FramePlan":
-        """The same frames, numbered among those that are used."""
-        used = sorted(set(self.indices))
-        places = {number: place for place, number in enumerate(used)}
-        return FramePlan(len(used), tuple(places[number] for number in self.indices), self.frames_per_second)
-
-
-@dataclass(frozen=True, slots=True)
-class FrameSampling:
-    """How few frames stand for a whole video.
-
-    Args:
-        count: frames, each from the middle of one of as many equal stretches of time.
-        per_second: fewer than `count` where that makes more frames a second than this; always `count` when left out.
-    """
-
-    count: int
-    per_second: float | None = None
-
-    def plan(self, name: str, times: Sequence[int], span: Fraction, time_base: Fraction) -> FramePlan:
-        """The frames of a video.
-
-        Args:
-            times: of all its frames, in units of `time_base` seconds. span: its length in seconds.
-
-        Raises:
-            ValueError: it has fewer frames than are to be taken.
-        """
-        count = self.count
-        if self.per_second is not None:
-            count = min(count, max(1, int(span * Fraction(self.per_second))))
-        if len(times) < count:
-            raise ValueError(f"{name}: the video has {len(times)} frames, and {count} are to be taken from it")
-        step = span / count / time_base
-        asked = [(k + Fraction(1, 2)) * step for k in range(count)]
-        indices = tuple(nearest_frame(times, own.numerator, own.denominator) for own in asked)
-        return FramePlan(len(times), indices, float(count / span))
 
 
 def load_video(
@@ -144,13 +92,7 @@ def load_video(
     name = media_name(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes, "video_bytes") as file:
-        _check_clip(name, file)
-        plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
-        file.seek(0)
-        if plan.stamps is not None:
-            sought = _sought_frames(name, file, plan.stamps, limits, gray, deadline)
-            return Video(_gather(name, sought, plan.of_used(), limits, deadline), plan.frames_per_second)
-        frames = _READERS[backend](name, file, plan, limits, gray)
+        plan, frames = _planned(name, file, backend, frames_per_second, limits, gray, deadline)
         return Video(_gather(name, frames, plan, limits, deadline), plan.frames_per_second)
 
 
@@ -168,31 +110,77 @@ def stream_video(
     name = media_name(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes, "video_bytes") as file:
-        _check_clip(name, file)
-        plan = _plan(name, file, VIDEO_CODECS, frames_per_second, limits, deadline)
-        file.seek(0)
+        plan, frames = _planned(name, file, "pyav", frames_per_second, limits, False, deadline)
         uses = Counter(plan.indices)
         number = -1
-        for number, frame in enumerate(guarded(name, _pyav_frames(name, file, plan, limits, gray=False))):
+        for number, frame in enumerate(guarded(name, frames)):
             deadline.check()
             yield from repeat(frame, uses[number])
         if number + 1 != plan.num_frames:
             raise MediaError("corrupt", name, "the decoder found another number of frames than the file states")
 
 
-def nearest_frame(times: Sequence[int], above: int, below: int) -> int:
-    """Index of the time nearest to above / below, the earlier one of two equally near; `times` never decrease."""
-    # Whole numbers, since comparing fractions takes longer than decoding a small frame.
-    right = bisect_left(times, -(-above // below))
-    if right == 0 or right == len(times):
-        return max(right - 1, 0)
-    return right - 1 if above - times[right - 1] * below <= times[right] * below - above else right
+def _planned(
+    name: str,
+    file: BinaryIO,
+    backend: Backend,
+    frames_per_second: float | FrameSampling | None,
+    limits: MediaLimits,
+    gray: bool,
+    deadline: Deadline,
+) -> tuple[FramePlan, Iterator[np.ndarray]]:
+    """Which frames are used, and those that the plan numbers: of an animated picture, of a video, or those sought."""
+    if (kind := _animation_kind(name, file, limits)) is not None:
+        plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
+        return plan, _animation_frames(name, file, kind, limits, gray)
+    plan = _plan(name, file, _CODECS[backend], frames_per_second, limits, deadline)
+    file.seek(0)
+    if plan.stamps is not None:
+        return plan.of_used(), _sought_frames(name, file, plan.stamps, limits, gray, deadline)
+    return plan, _READERS[backend](name, file, plan, limits, gray)
 
 
-def _check_clip(name: str, file: BinaryIO) -> None:
+def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | None:
+    """Which animated picture a file is; None for a video.
+
+    Raises:
+        MediaError: it is neither.
+    """
     container = sniff(file)
-    if container is None or container[0] != "clip":
-        raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video")
+    if container is not None and container[0] == "clip":
+        return None
+    if container is not None and container[1] in KINDS and is_animated(name, file, container[1], limits):
+        return container[1]
+    raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video, nor an animated picture")
+
+
+def _animation_plan(
+    name: str,
+    file: BinaryIO,
+    kind: str,
+    frames_per_second: float | FrameSampling | None,
+    limits: MediaLimits,
+    deadline: Deadline,
+) -> FramePlan:
+    """As `_plan`; an animation has no timestamps that could be read without its frames."""
+    is_whole = not isinstance(frames_per_second, FrameSampling)
+    stamps, now = [], 0
+    for frame, ticks in animation_frames(name, file, kind, limits):
+        deadline.check()
+        check_frame_size(name, frame.shape[1], frame.shape[0], limits)
+        stamps.append((now, ticks))
+        now += ticks
+        if is_whole:
+            check_length(name, now * TICK_SECONDS, len(stamps), limits)
+    file.seek(0)
+    if not stamps:
+        raise MediaError("empty", name, "the file holds no video frames")
+    return _plan_of(name, stamps, TICK_SECONDS, Fraction(0), frames_per_second, limits)
+
+
+def _animation_frames(name: str, file: BinaryIO, kind: str, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
+    for frame, _ in animation_frames(name, file, kind, limits):
+        yield to_gray(frame) if gray else frame
 
 
 def _plan(
@@ -208,7 +196,7 @@ def _plan(
         check_frame_size(name, stream.codec_context.width, stream.codec_context.height, limits)
         is_whole = not isinstance(frames_per_second, FrameSampling)
         if is_whole:
-            _check_length(name, stated_seconds(container, stream), stream.frames, limits)
+            check_length(name, stated_seconds(container, stream), stream.frames, limits)
         stamps: list[tuple[int, int]] = []
         with decoding(name):
             for packet in container.demux(stream):
@@ -219,13 +207,14 @@ def _plan(
                     raise MediaError("corrupt", name, "the file is cut off, or a frame has no timestamp")
                 stamps.append((packet.pts, packet.duration or 0))
                 if is_whole and len(stamps) > limits.video_frames:
-                    _check_length(name, Fraction(0), len(stamps), limits)
+                    check_length(name, Fraction(0), len(stamps), limits)
         if not stamps:
             raise MediaError("empty", name, "the file holds no video frames")
         if len(stamps) < stream.frames and "mp4" in container.format.name:
             raise MediaError("corrupt", name, "the file holds fewer frames than its header states")
-        plan = _plan_of(name, sorted(stamps), stream, frames_per_second, limits)
-        span = stamps and max(stamps)[0] - min(stamps)[0]
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        plan = _plan_of(name, sorted(stamps), stream.time_base, rate, frames_per_second, limits)
+        span = max(stamps)[0] - min(stamps)[0]
         is_long = len(stamps) > limits.video_frames or span * stream.time_base > limits.video_seconds
         # AVI and MPEG streams keep no timestamp with a frame that could be sought and trusted.
         if is_long and {"mp4", "matroska"} & set(container.format.name.split(",")):
@@ -244,22 +233,23 @@ def _is_shown(packet: Any, codec: str) -> bool:
 def _plan_of(
     name: str,
     stamps: list[tuple[int, int]],
-    stream: Any,
+    time_base: Fraction,
+    mean_rate: Fraction,
     frames_per_second: float | FrameSampling | None,
     limits: MediaLimits,
 ) -> FramePlan:
+    """The plan of timestamps and durations in units of `time_base`; the rate counts where the last has no duration."""
     times = [time - stamps[0][0] for time, _ in stamps]
-    mean_rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * stream.time_base))) * stream.time_base
+    span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * time_base))) * time_base
     if isinstance(frames_per_second, FrameSampling):
-        return frames_per_second.plan(name, times, span, stream.time_base)
-    _check_length(name, span, len(times), limits)
+        return frames_per_second.plan(name, times, span, time_base)
+    check_length(name, span, len(times), limits)
     if frames_per_second is None:
         return FramePlan(len(times), tuple(range(len(times))), float(len(times) / span))
     rate = Fraction(frames_per_second)
     count = max(1, round(span * rate))
-    _check_length(name, Fraction(0), count, limits)
-    step = 1 / (rate * stream.time_base)
+    check_length(name, Fraction(0), count, limits)
+    step = 1 / (rate * time_base)
     nearest = (nearest_frame(times, k * step.numerator, step.denominator) for k in range(count))
     return FramePlan(len(times), tuple(nearest), frames_per_second)
 
@@ -306,16 +296,9 @@ def _first_from(frames: Iterator[Any], stamp: int, deadline: Deadline) -> Any:
 
 
 def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
-    """The same frames by decord, which turns them upright itself and reads the whole file into memory first."""
-    reader = _import_decord().VideoReader(file, num_threads=1)
-    if len(reader) != plan.num_frames:
-        raise MediaError("unsupported", name, "decord counts the frames of this file differently: use pyav")
-    if reader[0].shape[2] != 3:
-        # decord 0.6 hands out the padding of narrow rows as pixels (16, 24, 48 and 72 wide).
-        raise MediaError("unsupported", name, "decord cannot read frames of this width: use pyav")
-    for start in range(0, plan.num_frames, DECORD_CHUNK_FRAMES):
-        frames = reader.get_batch(range(start, min(start + DECORD_CHUNK_FRAMES, plan.num_frames))).asnumpy()
-        yield from to_gray(frames) if gray else frames
+    """The same frames by decord, in a process of its own, which turns them upright and has the whole file in memory."""
+    for frame in decord_frames(name, file, plan.num_frames, limits.deadline_seconds):
+        yield to_gray(frame) if gray else frame
 
 
 def _import_decord() -> Any:
@@ -331,7 +314,7 @@ def _import_decord() -> Any:
 
 
 _READERS = {"pyav": _pyav_frames, "decord": _decord_frames}
-_CODECS = {"pyav": VIDEO_CODECS, "decord": tuple(codec for codec in VIDEO_CODECS if codec != "av1")}
+_CODECS = {"pyav": VIDEO_CODECS, "decord": tuple(codec for codec in VIDEO_CODECS if codec not in ("av1", "prores"))}
 
 
 def _gather(
@@ -358,14 +341,3 @@ def _gather(
     if gathered is None or number + 1 != plan.num_frames:
         raise MediaError("corrupt", name, "the decoder found another number of frames than the file states")
     return gathered
-
-
-def _check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits) -> None:
-    if seconds > limits.video_seconds:
-        raise MediaError(
-            "limit", name, over_limit(f"the video is longer than {limits.video_seconds:g} seconds", "video_seconds")
-        )
-    if frames > limits.video_frames:
-        raise MediaError(
-            "limit", name, over_limit(f"the video has more than {limits.video_frames} frames", "video_frames")
-        )

@@ -66,7 +66,7 @@ def simulate(
         ValueError: samples that a run would refuse, see `Survey.check`.
     """
     looked, space, data = look_all(samples, processor, settings.data.max_sample_tokens), processor.space, settings.data
-    surveyed = survey_of(looked, space)
+    surveyed = survey_of(samples, looked, space)
     surveyed.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
     lanes = {"num_processes": num_ranks, "accumulation": settings.train.accumulation}
     batches = round_batches(samples, surveyed, settings=settings.data, seed=settings.train.seed, lanes=lanes)

@@ -1,4 +1,4 @@
-"""Features of a run made and looked over: how much they will take, by how many processes, and whether they are whole.
+"""Features of a run made: how much they will take, and by how many processes.
 
 Knows a run's settings, its store, disks and processes. Does not know shards or encoders.
 """
@@ -6,9 +6,13 @@ Knows a run's settings, its store, disks and processes. Does not know shards or 
 import logging
 import multiprocessing
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -19,19 +23,14 @@ from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
 from mllm.progress import Progress
 from mllm.trainables import set_trainables
-from mllm.training.feature_store import (
-    FeatureStore,
-    claim,
-    digest_of_file,
-    fingerprint_differences,
-    missing_keys,
-    read_fingerprint,
-)
+from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import REMEMBERED_FILES, Form, fill_store, form_of
 from mllm.training.loaders import loading, read_samples
 from mllm.training.settings import RunSettings
 from mllm.training.survey import extents_of
 
+SECONDS_TO_END = 10.0
+"""That a process is given to end by itself."""
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 VALIDATION = "validation"
 """Folder inside data.features.folder for the samples of data.validation, whose ids may be those of others."""
@@ -221,14 +220,14 @@ def make_features(
     """
     import torch
 
+    data = settings.data  # read before the model is built: a mistake shows at once
+    train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
+    samples = FeatureSamples(with_captions(train, captions), validation)
     model, processor = build(settings.model)
-    processor.limits = settings.data.limits
+    processor.limits = data.limits
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
-    data = settings.data
-    train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
-    samples = FeatureSamples(with_captions(train, captions), validation)
     ranks = {"rank": rank, "num_ranks": num_ranks}
     return filled_stores(settings, model, processor, samples, **ranks, progress=progress).train
 
@@ -263,16 +262,44 @@ def build_features(settings: RunSettings, *, processes: int, show: Progress) -> 
     running = [
         context.Process(target=_share, args=(settings, rank, processes, *shared[rank])) for rank in range(processes)
     ]
-    running[0].start()
-    _wait_for_claim(running[0], shared[0][1])
-    for process in running[1:]:
-        process.start()
-    while any(process.is_alive() for process in running):
-        show("encoding", sum(done.value for done, _ in shared), sum(max(total.value, 0) for _, total in shared))
-        time.sleep(0.2)
+    with _ended_together(running):
+        running[0].start()
+        _wait_for_claim(running[0], shared[0][1])
+        for process in running[1:]:
+            process.start()
+        while any(process.is_alive() for process in running):
+            show("encoding", sum(done.value for done, _ in shared), sum(max(total.value, 0) for _, total in shared))
+            time.sleep(0.2)
     if failed := [rank for rank, process in enumerate(running) if process.exitcode]:
         raise ValueError(f"process {failed[0]} of {processes} that made features failed; its message stands above")
     return Made(sum(done.value for done, _ in shared), time.monotonic() - started)
+
+
+@contextmanager
+def _ended_together(running: Sequence[BaseProcess]) -> Iterator[None]:
+    """End what still runs when the block is left, however that comes.
+
+    A scheduler's SIGTERM would end this process alone, and leave its workers behind to encode for nobody.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()  # only there may a signal be handled
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
+    try:
+        yield
+    finally:
+        started = [process for process in running if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(SECONDS_TO_END)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _wait_for_claim(first: Any, total: Any) -> None:
@@ -301,81 +328,3 @@ def _share(
     except (ValueError, OSError) as error:
         sys.stderr.write(f"process {rank}: {error}\n")
         sys.exit(1)
-
-
-@dataclass
-class Checked:
-    """What was found in a folder of features: lines about it, and lines about what is wrong."""
-
-    facts: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def check_features(folder: Path, settings: RunSettings | None = None) -> Checked:
-    """Look over a folder: what it holds, every byte of it, and, with settings, what a run would miss.
-
-    Raises:
-        ValueError: it holds no features.
-    """
-    if not read_fingerprint(folder):
-        raise ValueError(f"{folder} holds no features (there is no fingerprint.json)")
-    found = Checked()
-    _check_store(found, folder, settings, augmented=True)
-    if (folder / VALIDATION).is_dir() or (settings is not None and settings.data.validation):
-        found.facts.append(f"in {VALIDATION}, for data.validation:")
-        _check_store(found, folder / VALIDATION, settings, augmented=False)
-    return found
-
-
-def _check_store(found: Checked, folder: Path, settings: RunSettings | None, *, augmented: bool) -> None:
-    """Look over one folder, and compare it with a run if there is one."""
-    fingerprint = read_fingerprint(folder)
-    store = FeatureStore(folder)
-    store.read_index()
-    items = {own.key: own for kept in store.entries.values() if not isinstance(kept, str) for own in kept}
-    for medium, own in fingerprint.items():
-        mine = [item for item in items.values() if item.medium == medium]
-        shards = [shard for shard in store.shards.values() if shard.name.startswith(f"{medium}-")]
-        rate = own.get("pooled_frames", 1)
-        found.facts.append(
-            f"{medium}: {len(mine):,} items, {sum(item.num_rows for item in mine):,} rows "
-            f"({'every frame' if rate == 1 else f'means of {rate} frames'}, {own.get('dtype')}), {len(shards)} shards, "
-            f"{sum(shard.num_bytes for shard in shards):,} bytes; encoder {str(own.get('encoder'))[:12]}"
-        )
-    found.facts.append(f"{len({place[0] for place in store.entries}):,} samples, {len(store.entries):,} with versions")
-    for shard in store.shards.values():
-        file = folder / shard.name
-        if not file.exists():
-            found.problems.append(f"{shard.name} is gone")
-        elif file.stat().st_size != shard.num_bytes or digest_of_file(file) != shard.digest:
-            found.problems.append(f"{shard.name} is not what was written (its digest differs)")
-    found.problems += [f"{place[0]} version {place[1]}: {why}" for place, _, why in missing_keys(store)]
-    if settings is not None:
-        _check_for_run(found, store, fingerprint, settings, augmented=augmented)
-
-
-def _check_for_run(
-    found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunSettings, *, augmented: bool
-) -> None:
-    """Whether a run could read what is there, and what it would have to make."""
-    from mllm.building import build_processor, elastic_config
-
-    processor = build_processor(settings.model)
-    processor.limits = settings.data.limits
-    form = form_of(elastic_config(settings.model, processor), processor, settings, augmented=augmented)
-    differences = fingerprint_differences(fingerprint, form.fingerprint)
-    found.problems += [f"not of this config: {words}" for words in differences]
-    found.problems += [f"not of this config: no {medium}" for medium in form.fingerprint if medium not in fingerprint]
-    data = settings.data
-    if augmented:
-        samples = with_captions(read_samples(data.train, data), read_samples(data.captions, data))
-    else:
-        samples = read_samples(data.validation, data)
-    assert settings.data.features is not None
-    store.versions = settings.data.features.versions if augmented else 1
-    for sample, version in store.missing(samples):
-        entry = store.entries.get((sample.id, version))
-        why = "missing" if entry is None else entry if isinstance(entry, str) else "its files have changed"
-        found.problems.append(f"{sample.id} version {version}: {why}")
-    wanted = len(samples) * store.versions
-    found.facts.append(f"{wanted:,} samples and versions in the manifests")

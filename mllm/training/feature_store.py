@@ -28,7 +28,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mllm.data.manifest import Sample
-from mllm.media import MediaError, resolve_media
+from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
+from mllm.media.packed import packed_bytes, packed_place
 from mllm.processing import LoadedMedia
 from mllm.tensor_files import write_tensors
 
@@ -276,6 +277,14 @@ def digest_of_file(file: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def digest_of_media(file: Path) -> str:
+    """A digest of a medium's bytes, which may stand inside another file."""
+    place = packed_place(str(file))
+    if place is None:
+        return digest_of_file(file)
+    return hashlib.blake2b(packed_bytes(str(file), place, DEFAULT_LIMITS.video_bytes), digest_size=16).hexdigest()
+
+
 @dataclass
 class _File:
     """A media file of a sample, as it is now."""
@@ -287,7 +296,9 @@ class _File:
 
     def __post_init__(self) -> None:
         try:
-            facts = resolve_media(self.sample.root, self.path).stat()
+            found = str(resolve_media(self.sample.root, self.path))
+            place = packed_place(found)
+            facts = os.stat(found if place is None else place.file)
         except (OSError, ValueError) as error:
             self.stamp = f"none: {type(error).__name__}"
         else:
@@ -297,7 +308,7 @@ class _File:
         """A digest of its bytes; nothing where it cannot be read."""
         if self._content is None:
             try:
-                self._content = digest_of_file(resolve_media(self.sample.root, self.path))
+                self._content = digest_of_media(resolve_media(self.sample.root, self.path))
             except (OSError, MediaError):
                 self._content = ""
         return self._content

@@ -1,4 +1,4 @@
-"""A training run from its settings to its folder: launch, build, look at the data, train, save.
+"""A training run from its settings to its folder: launch, look at the data, build, train, save.
 
 Knows the order of things and the files of a run. Does not know how any of it is done.
 
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,9 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from mllm.adapters.members import Members
-from mllm.budget import Budget, Space
+from mllm.budget import Budget
 from mllm.building import build
 from mllm.data.dataset import ManifestDataset
-from mllm.data.manifest import Sample
 from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
@@ -35,17 +33,17 @@ from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
+from mllm.training.data_look import LookedOver, build_sampler, look_over
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import FeatureSamples, Stores, filled_stores, with_captions
+from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
 from mllm.training.launch import check_world, prepare_launch
-from mllm.training.loaders import encode, loading, read_samples, train_loader, validation_loader
+from mllm.training.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
-from mllm.training.settings import DataSettings, RunSettings, settings_yaml
+from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.start import start_from
-from mllm.training.survey import Survey, survey
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 
@@ -82,7 +80,9 @@ def train(
     check_world(arguments.world_size)
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
-        model, processor = build(_with_parts_found(settings.model, start, sources or {}))
+        found = _with_parts_found(settings.model, start, sources or {})
+        looked = look_over(dataclasses.replace(settings, model=found), arguments.run, with_captions=start is None)
+        model, processor = build(found)
         model.config.sources = _sources_of(settings.model, model.config.sources or {}, arguments.run)
         processor.limits = settings.data.limits
         names = set_trainables(model, settings.parts)
@@ -95,7 +95,7 @@ def train(
             processor.save_pretrained(arguments.run)  # now: the checkpoints of a run that dies can be used with it
         if settings.train.start_from is not None and start is None:
             start_from(model, settings.train.start_from)
-        trainer = build_trainer(settings, arguments, model, processor, metric=metric, is_resumed=start is not None)
+        trainer = build_trainer(settings, arguments, model, processor, looked, metric=metric)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
             load_trainables(model, start.folder / TRAINABLES, names)
@@ -129,26 +129,28 @@ def build_trainer(
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
+    looked: LookedOver,
     *,
     metric: Metric | None = None,
-    is_resumed: bool = False,
 ) -> ElasticTrainer:
-    """The trainer of a run: its data looked over, its projectors fitted to captions, its batches, draws, validation."""
+    """The trainer of a run whose data have been looked over: its projectors fitted to captions, its batches, its draws,
+    its validation.
+    """
     run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
-    samples = _training_samples(settings, processor, draws)
-    surveyed = _surveyed(samples, processor, data, run / "survey" / "train.json")
-    watch, groups = Stopwatch(), sharers(samples) if data.share_media else None
-    checked, stores = read_samples(data.validation, data), None
-    captions = [] if is_resumed else _captions(settings, model)
+    samples, surveyed = looked.samples["train"], looked.surveys["train"]
+    watch, stores = Stopwatch(), None
+    groups = sharers(samples) if data.share_media else None
+    fits = "captions" in looked.samples  # not in a resumed run
+    if fits:
+        _check_fits(settings, model)
     if data.features is None:
         load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
         rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
     else:
-        wanted = FeatureSamples(with_captions(samples, captions), checked)
-        stores = _features(settings, arguments, model, processor, wanted)
+        stores = _features(settings, arguments, model, processor, looked.for_features())
         rows = FeatureDataset(samples, stores.train, watch, groups=groups)
-    if captions:
-        _fit_projectors(settings, arguments, model, processor, captions, stores)
+    if fits:
+        _fit_projectors(settings, arguments, model, processor, looked, stores)
     encoded = partial(encode, processor=processor, budgets=extremes(draws), watch=watch)
     batches = train_loader(
         rows,
@@ -172,23 +174,13 @@ def build_trainer(
         processor=processor,
         sampler=draws,
         batches=batches,
-        validation=_validation(settings, arguments, processor, checked, stores, metric) if checked else None,
+        validation=_validation(settings, arguments, processor, looked, stores, metric) if data.validation else None,
         tensorboard=settings.train.tensorboard,
     )
     check_world(trainer.accelerator.num_processes)
     if settings.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer
-
-
-def _training_samples(settings: RunSettings, processor: ElasticProcessor, draws: Sampler) -> list[Sample]:
-    """The samples, once it is sure that their tasks and scales are those of the settings."""
-    samples = read_samples(settings.data.train, settings.data)
-    tasks = sorted({sample.task for sample in samples})
-    if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
-        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
-    check_members(samples, draws, processor.members)
-    return samples
 
 
 def _features(
@@ -216,30 +208,6 @@ def _features(
     return stores
 
 
-def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
-    """See that every scale some step may draw for some sample has a member of the adapter, before the first step.
-
-    Raises:
-        ValueError: one that has none; it is named, with a sample.
-    """
-    if not members.scales:
-        return
-    by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
-    for media, sample_id in by_media.items():
-        for budget in draws.possible(media) if media else []:
-            if budget.total_tokens is None and str(Budget(budget.amounts)) not in members.scales:
-                raise ValueError(
-                    f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
-                    f" has no such member; it has {' | '.join(members.scales)}"
-                )
-
-
-def build_sampler(settings: RunSettings, space: Space) -> Sampler:
-    """The draws of a run."""
-    own = settings.sampler
-    return Sampler(space, own.mode, num_draws=own.num_draws, seed=settings.train.seed, points=tuple(own.budgets))
-
-
 def extremes(draws: Sampler) -> list[Budget]:
     """Budgets that a sample must meet so that it meets whatever is drawn."""
     largest, smallest = draws.space.largest(), draws.space.smallest()
@@ -251,14 +219,14 @@ def _validation(
     settings: RunSettings,
     arguments: ElasticArguments,
     processor: ElasticProcessor,
-    samples: list[Sample],
+    looked: LookedOver,
     stores: Stores | None,
     metric: Metric | None,
 ) -> Validation:
     data = settings.data
     asked = [Budget.parse(text) for text in settings.train.validation_budgets]
     budgets = asked or extremes(build_sampler(settings, processor.space))
-    surveyed = _surveyed(samples, processor, data, arguments.run / "survey" / "validation.json")
+    samples = looked.samples["validation"]
     if stores is None:
         rows = ManifestDataset(samples, load=loading(data, processor, augmented=False, budgets=budgets))
     else:
@@ -266,7 +234,7 @@ def _validation(
         rows = FeatureDataset(samples, stores.validation)
     batches, own = validation_loader(
         rows,
-        surveyed,
+        looked.surveys["validation"],
         settings=data,
         processor=processor,
         budgets=budgets,
@@ -276,15 +244,12 @@ def _validation(
     return Validation(batches, own, budgets, metric)
 
 
-def _captions(settings: RunSettings, model: Any) -> list[Sample]:
-    """What the projectors are fitted to before the first step; nothing where they are not."""
-    if not settings.data.captions:
-        return []
+def _check_fits(settings: RunSettings, model: Any) -> None:
+    """Raises: ValueError where projectors cannot be fitted to captions."""
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
-    return read_samples(settings.data.captions, settings.data)
 
 
 def _fit_projectors(
@@ -292,18 +257,18 @@ def _fit_projectors(
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
-    samples: list[Sample],
+    looked: LookedOver,
     stores: Stores | None,
 ) -> None:
     """Start the projectors at what captions say; see `projector_fit.py`."""
-    surveyed = _surveyed(samples, processor, settings.data, arguments.run / "survey" / "captions.json")
+    samples = looked.samples["captions"]
     if stores is None:
         rows = ManifestDataset(samples, load=loading(settings.data, processor, augmented=False))
     else:
         rows = FeatureDataset(samples, stores.train)
     batches, own = validation_loader(
         rows,
-        surveyed,
+        looked.surveys["captions"],
         settings=settings.data,
         processor=processor,
         budgets=[],
@@ -311,20 +276,6 @@ def _fit_projectors(
         num_processes=arguments.world_size,
     )
     fit_projectors(model.to(arguments.device), processor, batches, own=own)
-
-
-def _surveyed(samples: list[Sample], processor: ElasticProcessor, data: DataSettings, kept: Path) -> Survey:
-    """Looked over by the main process; the others read what it found. What was found is logged and checked."""
-    with PartialState().main_process_first():
-        found = survey(
-            samples,
-            processor,
-            kept=kept,
-            max_sample_tokens=data.max_sample_tokens,
-            max_unsupervised_fraction=data.max_unsupervised_fraction,
-        )
-    found.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
-    return found
 
 
 @contextlib.contextmanager

@@ -12,15 +12,17 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm.budget import Amount, Budget, Extent, Space
-from mllm.chat import ChatEncoder
+from mllm.chat import ChatEncoder, RefusedConversation
+from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Media, Sample
+from mllm.data.quarantine import too_many_bad
 from mllm.expansion import Row, Run
 from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.image import header_pixels
@@ -38,23 +40,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Survey:
-    """Per sample its tokens at the largest budgets and at the smallest, and how many of them are targets."""
+    """Per sample its tokens at the largest budgets and at the smallest, and how many of them are targets.
+
+    `refused` says by id why the chat format has no place for a sample, which counts one token.
+    """
 
     tokens: list[int]
     targets: list[int]
     smallest: list[int]
+    refused: dict[str, str] = field(default_factory=dict)
 
-    def check(self, samples: Sequence[Sample], *, max_tokens: int, max_unsupervised_fraction: float) -> None:
+    def check(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_tokens: int,
+        max_unsupervised_fraction: float,
+        max_bad_fraction: float = 0.0,
+    ) -> None:
         """Log what was found, and refuse data that would train nothing, or that no batch can hold.
 
+        Args:
+            max_bad_fraction: how many samples may be refused; of small data sets, of as many as `Quarantine` counts.
+
         Raises:
-            ValueError: too many samples without a target token, or a sample of too many tokens.
+            ValueError: too many refused samples, or samples without a target token, or a sample of too many tokens.
         """
-        logger.info("%s", target_report([sample.id for sample in samples], self.targets))
-        logger.info(
-            "tokens at the largest budget: median %d, most %d", statistics.median(self.tokens), max(self.tokens)
-        )
-        check_targets([sample.id for sample in samples], self.targets, max_unsupervised_fraction)
+        self._check_refused(len(samples), max_bad_fraction)
+        good, own = self.without_refused(samples)
+        ids = [sample.id for sample in good]
+        logger.info("%s", target_report(ids, own.targets))
+        logger.info("tokens at the largest budget: median %d, most %d", statistics.median(own.tokens), max(own.tokens))
+        check_targets(ids, own.targets, max_unsupervised_fraction)
         long = [(tokens, sample.id) for sample, tokens in zip(samples, self.tokens, strict=True) if tokens > max_tokens]
         if long:
             raise ValueError(
@@ -63,14 +80,33 @@ class Survey:
                 "data.max_sample_tokens"
             )
 
+    def without_refused(self, samples: Sequence[Sample]) -> tuple[list[Sample], "Survey"]:
+        """The samples that the chat format has a place for, and what is known of them."""
+        good = [number for number, sample in enumerate(samples) if sample.id not in self.refused]
+        tokens, targets, smallest = (
+            [own[number] for number in good] for own in (self.tokens, self.targets, self.smallest)
+        )
+        return [samples[number] for number in good], Survey(tokens, targets, smallest)
+
+    def _check_refused(self, num_samples: int, max_bad_fraction: float) -> None:
+        if too_many_bad(len(self.refused), num_samples, max_bad_fraction):
+            lines = first_lines([f"sample {sample_id!r}: {reason}" for sample_id, reason in self.refused.items()])
+            told = (
+                f"{len(self.refused)} of {num_samples} samples are refused; data.max_bad_fraction allows "
+                f"{max_bad_fraction:g} of them. Does model.chat_format fit the data?"
+            )
+            raise ManyLines("\n".join([*lines, told]))
+
 
 @dataclass(frozen=True)
 class Looked:
-    """One sample: tokens of its text, how many tokens are targets, and its media as far as headers tell."""
+    """One sample: tokens of its text, how many tokens are targets, and its media as far as headers tell; or why the
+    chat format has no place for it."""
 
     text_tokens: int
     targets: int
     extents: tuple[Extent, ...]
+    refused: str | None = None
 
     def tokens(self, budget: Budget, space: Space) -> int:
         """All tokens at a budget; a medium it does not name is at its largest, one too short for it counts one."""
@@ -93,15 +129,19 @@ def look_all(
     found: list[Looked] = []
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
-        for sample, (ids, targets) in zip(chunk, _counts(chunk, processor.chat), strict=True):
-            found.append(_look(sample, ids, targets, processor, max_sample_tokens))
+        for sample, counts in zip(chunk, _counts(chunk, processor.chat), strict=True):
+            if isinstance(counts, str):
+                found.append(Looked(1, 0, (), refused=counts))
+            else:
+                found.append(_look(sample, *counts, processor, max_sample_tokens))
     return found
 
 
-def survey_of(looked: Sequence[Looked], space: Space) -> Survey:
+def survey_of(samples: Sequence[Sample], looked: Sequence[Looked], space: Space) -> Survey:
     """The survey of samples that have been looked at."""
     largest, smallest = ([one.tokens(at, space) for one in looked] for at in (space.largest(), space.smallest()))
-    return Survey(largest, [one.targets for one in looked], smallest)
+    refused = {sample.id: one.refused for sample, one in zip(samples, looked, strict=True) if one.refused is not None}
+    return Survey(largest, [one.targets for one in looked], smallest, refused)
 
 
 def target_report(ids: Sequence[str], targets: Sequence[int]) -> str:
@@ -149,19 +189,21 @@ def survey(
         max_unsupervised_fraction: of a large data set, a part is checked against this first.
 
     Raises:
-        ValueError: a medium the model does not take, or a conversation its format has no place for; the sample is
-            named. Or too many samples of the first look without a target token.
+        ValueError: a medium the model does not take; the sample is named. Or too many samples of the first look
+            without a target token.
     """
     key = _key(samples, processor, max_sample_tokens)
     if kept is not None and (found := _read(kept, key)) is not None:
         return found
     if len(samples) > FIRST_LOOK:
         first = [samples[number] for number in drawn(len(samples), FIRST_LOOK)]
-        targets = count_targets(first, processor.chat)
-        logger.info("first look: %s", target_report([sample.id for sample in first], targets))
-        check_targets([sample.id for sample in first], targets, max_unsupervised_fraction)
+        seen = count_targets(first, processor.chat)
+        if seen:
+            ids, targets = [sample_id for sample_id, _ in seen], [count for _, count in seen]
+            logger.info("first look: %s", target_report(ids, targets))
+            check_targets(ids, targets, max_unsupervised_fraction)
     started = time.perf_counter()
-    result = survey_of(look_all(samples, processor, max_sample_tokens), processor.space)
+    result = survey_of(samples, look_all(samples, processor, max_sample_tokens), processor.space)
     logger.info("surveyed %.0f samples per second", len(samples) / max(time.perf_counter() - started, 1e-9))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -178,27 +220,36 @@ def drawn(num_samples: int, most: int) -> list[int]:
     return sorted(np.random.default_rng(0).choice(num_samples, most, replace=False).tolist())
 
 
-def count_targets(samples: Sequence[Sample], chat: ChatEncoder) -> list[int]:
-    """Target tokens of each sample, nothing cut.
+def count_targets(samples: Sequence[Sample], chat: ChatEncoder) -> list[tuple[str, int]]:
+    """Id and target tokens of each sample, nothing cut; those that the chat format has no place for are left out.
 
     Raises:
         ValueError: see `survey`.
     """
-    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-    return [targets for chunk in chunks for _, targets in _counts(chunk, chat)]
+    found = []
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        for sample, counts in zip(chunk, _counts(chunk, chat), strict=True):
+            if not isinstance(counts, str):
+                found.append((sample.id, counts[1]))
+    return found
 
 
-def _counts(samples: Sequence[Sample], chat: ChatEncoder) -> list[tuple[int, int]]:
-    """Ids and targets of each sample; where some sample is refused, all are tried one by one to name it."""
+def _counts(samples: Sequence[Sample], chat: ChatEncoder) -> list[tuple[int, int] | str]:
+    """Ids and targets of each sample, or why it is refused; where some are, all are tried one by one to name them."""
     try:
-        return chat.count_all([sample.messages for sample in samples])
+        return [*chat.count_all([sample.messages for sample in samples])]
     except ValueError:
-        for sample in samples:
-            try:
-                chat.count_all([sample.messages])
-            except ValueError as error:
-                raise ValueError(f"sample {sample.id!r}: {error}") from error
-        raise
+        return [_count(sample, chat) for sample in samples]
+
+
+def _count(sample: Sample, chat: ChatEncoder) -> tuple[int, int] | str:
+    try:
+        return chat.count_all([sample.messages])[0]
+    except RefusedConversation as error:
+        return str(error)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
 
 
 def _look(
@@ -270,7 +321,7 @@ def _seconds(part: Media, sample: Sample, limits: MediaLimits) -> float:
 def _key(samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None) -> str:
     """What the result depends on: the conversations and what shapes their tokens."""
     digest = hashlib.sha256(json.dumps(_plain(processor.elastic), sort_keys=True, default=str).encode())
-    digest.update(f"{len(processor.tokenizer)} {max_sample_tokens}".encode())
+    digest.update(f"{len(processor.tokenizer)} {max_sample_tokens} {processor.limits}".encode())
     for sample in samples:
         digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str))).encode())
     return digest.hexdigest()
@@ -283,6 +334,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _read(kept: Path, key: str) -> Survey | None:
     try:
         values = json.loads(kept.read_text(encoding="utf-8"))
-        return Survey(values["tokens"], values["targets"], values["smallest"]) if values["key"] == key else None
+        return Survey(**{own.name: values[own.name] for own in fields(Survey)}) if values["key"] == key else None
     except (OSError, ValueError, KeyError):
         return None

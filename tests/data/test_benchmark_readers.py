@@ -15,7 +15,7 @@ from mllm.cli import main
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.settings import BENCHMARK_FORMATS, Format, ReaderSettings
-from mllm.data.vision.tables import table_files
+from mllm.data.table_files import table_files
 
 SHORT = "\nAnswer the question using a single word or phrase."
 CHOOSE = "\nAnswer with the option's letter from the given choices directly."
@@ -182,28 +182,6 @@ def test_mme_finds_answers_beside_pictures(tmp_path: Path) -> None:
         read_data(root, None, ReaderSettings(format="mme"))
 
 
-def test_mme_is_asked_the_same_with_and_without_its_phrase(tmp_path: Path) -> None:
-    root = tmp_path / "MME"
-    base = root / "MME_Benchmark_release_version" / "OCR"
-    put(base, "0001.jpg")
-    phrase = " Please answer yes or no."
-    (base / "0001.txt").write_text(f"Is it A?{phrase}\tYes\nIs it B?{phrase}\tNo\n")
-    found = []
-    for between in ("", phrase):
-        rows = [
-            {"question_id": "OCR/0001.jpg", "image": "OCR/0001.jpg", "text": text + between + SHORT, "category": "OCR"}
-            for text in ("Is it A?", "Is it B?")
-        ]
-        put_lines(root / "llava_mme.jsonl", *rows)
-        found.append(imported("mme", root))
-    assert found[0] == found[1]
-    assert {name: sample.messages[-1].text for name, sample in found[0].items()} == {
-        "OCR/0001.jpg": "yes",
-        "OCR/0001.jpg#2": "no",
-    }
-    assert asked(found[1]["OCR/0001.jpg"]) == f"\nIs it A?{SHORT}"
-
-
 def test_scienceqa_asks_what_has_a_picture(tmp_path: Path) -> None:
     root = tmp_path / "scienceqa"
     put(root, "images/test/5/image.png")
@@ -268,21 +246,7 @@ def test_seedbench(tmp_path: Path) -> None:
     ]
 
 
-def test_an_answer_beyond_the_options_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tmp_path / "scienceqa"
-    put(root, "images/test/5/image.png")
-    said = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
-    wrong = {"6": 2, "7": -1, "8": "B", "9": True, "10": None}
-    rows = [{"id": name, "image": "5/image.png", "conversations": said} for name in ("5", *wrong)]
-    put_json(root / "llava_test_CQM-A.json", rows)
-    put_json(
-        root / "problems.json", {name: {"choices": ["x", "y"], "answer": at} for name, at in {"5": 1, **wrong}.items()}
-    )
-    found = imported("scienceqa", root, code=1)
-    assert {name: sample.messages[-1].text for name, sample in found.items()} == {"5": "B"}
-    told = capsys.readouterr().out
-    for answer in wrong.values():
-        assert f"answer must be the place of one of 2 options, from 0; got {answer!r}" in told
+def test_a_letter_beyond_the_options_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "mmbench"
     write_mmbench(root / "mmbench_dev_20230712.tsv")
     table = root / "mmbench_dev_20230712.tsv"
@@ -405,6 +369,9 @@ def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, ca
     told = capsys.readouterr().out
     assert "got 2" in told
     assert "got -1" in told
+    write_table(tmp_path / "halves" / "test-0.parquet", [{**rows[0], "answer": 1.5}])
+    with pytest.raises(ValueError, match=r"answer must be the place of one of 2 options, from 0; got 1\.5"):
+        read_data(tmp_path / "halves", None, ReaderSettings(format="ai2d"))
     rows = [{"question": "Which?", "choices": ["x", "y"], "answer": at, "image": cell(1)} for at in (0, 25)]
     write_table(tmp_path / "s" / "test-0.parquet", rows)
     assert [one.messages[-1].text for one in imported("scienceqa", tmp_path / "s", code=1).values()] == ["A"]

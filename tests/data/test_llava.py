@@ -64,12 +64,15 @@ def test_ids_that_occur_again_are_numbered(tmp_path: Path) -> None:
         (entry("<image>", "x", image="../a.jpg"), "path must not hold '..'"),
         (entry("<image>", "x", image=[3]), "must be a string, got a number"),
         (entry("What?\n<image>", "x", image=None), r"\(id '7'\): 1 <image> markers for 0 pictures"),
-        (entry("<image>", "x", video="a.mp4"), "unknown keys video; allowed are id, image, conversations"),
+        (
+            entry("<image>", "x", video="a.mp4"),
+            "video: format llava reads pictures under image; format sharegpt reads video",
+        ),
         ({"id": "7", "conversations": [{"from": "bot", "value": "x"}]}, "from must be one of human, gpt, system"),
         ({"id": "7", "conversations": [{"from": "gpt"}]}, "value must be a string, got None"),
         ({"id": "7", "conversations": "x"}, "conversations must be a list of objects"),
         ({"id": "7"}, "conversations must be a list of objects"),
-        ("x", "entry 1: must be an object, got str"),
+        ("x", "entry 1: must be an object, got a string"),
         ({**entry("<image>", "x"), "id": ""}, "id: must not be empty"),
     ],
 )
@@ -81,7 +84,12 @@ def test_what_does_not_match_is_refused_by_entry_and_id(tmp_path: Path, bad: obj
 
 
 def test_files_that_are_no_llava_json(tmp_path: Path) -> None:
-    for text, message in [("{", "not a JSON file"), ("{}", "must be a list"), ("[]", "at least one conversation")]:
+    for text, message in [
+        ("[{", "not a JSON file"),
+        ("{", "x.json:1: not JSON"),
+        ("{}", "conversations must be a list"),
+        ("[]", "at least one conversation"),
+    ]:
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_llava(tmp_path / "x.json", tmp_path)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mllm.data.json_lines import MAX_LINE_BYTES
 from mllm.data.manifest import (
-    MAX_LINE_BYTES,
     Media,
     Message,
     Sample,

@@ -15,7 +15,7 @@ from mllm.data.llava import read_llava
 from mllm.data.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.manifest import Media, read_manifest, write_manifest
 from mllm.data.readers import READERS, read_data
-from mllm.data.settings import BENCHMARK_FORMATS, SPEECH_FORMATS, Format, ReaderSettings
+from mllm.data.settings import BENCHMARK_FORMATS, CONVERSATION_FORMATS, SPEECH_FORMATS, Format, ReaderSettings
 from mllm.data.utterances import Listing
 from mllm.evaluation.planning import references_of
 from mllm.media import load_audio, load_video, write_sound, write_video
@@ -73,7 +73,7 @@ def talking_clip(path: Path) -> None:
 
 def test_every_format_of_the_settings_has_a_reader() -> None:
     assert tuple(READERS) == get_args(Format)
-    assert set(SPEECH_FORMATS) == set(READERS) - {"manifest", "llava", *BENCHMARK_FORMATS}
+    assert set(SPEECH_FORMATS) == set(READERS) - {"manifest", *CONVERSATION_FORMATS, *BENCHMARK_FORMATS}
 
 
 def test_commas_and_quotes_in_the_text_are_text(tmp_path: Path) -> None:

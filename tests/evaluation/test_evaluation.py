@@ -107,6 +107,25 @@ def test_failures_are_counted_and_named_and_spoil_nothing(answerer, samples, tmp
     assert rows["asr", None, "audio=/4"]["reference_words"] == 4 * 4
 
 
+def test_a_conversation_the_template_refuses_is_a_failure_of_its_own(samples, tmp_path) -> None:
+    own = Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=6), batch_size=3)
+    own.processor.chat.template = (
+        "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+        "{{ message.content }}{% endfor %}"
+    )
+    odd = replace(samples[1], messages=(Message("system", (Text("Be kind."),)), *samples[1].messages))
+    results = evaluated(own, [samples[0], odd, samples[2], samples[5]], tmp_path)
+    assert {failure["id"] for failure in results.failures} == {"p1"}
+    for failure in results.failures:
+        assert failure["error"]["reason"] == (
+            "sample 'p1': the chat template refuses the turns system, user: "
+            "Conversation roles must alternate user/assistant"
+        )
+    (row,) = [own for own in results.rows if (own["kind"], own["budget"]) == (None, "image=4")]
+    assert (row["num_samples"], row["num_failed"]) == (2, 1)
+
+
 def test_what_is_answered_is_not_answered_again_and_failures_are_tried_again(answerer, samples, tmp_path) -> None:
     first = evaluated(answerer, samples, tmp_path)
     calls = []

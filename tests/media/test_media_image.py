@@ -3,14 +3,17 @@
 import os
 import pickle
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
+from PIL.PngImagePlugin import PngInfo
 
 from mllm.media import MediaError, MediaLimits, load_image
+from mllm.media.image import header_pixels
 
 
 @pytest.fixture
@@ -109,15 +112,120 @@ def test_a_gif_of_one_picture_is_read_whatever_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_animations_are_refused(tmp_path: Path, suffix: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+def test_of_an_animation_the_first_frame_is_the_picture(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.raises(MediaError, match=r"animated|formats") as caught:
-        load_image(tmp_path / f"a.{suffix}")
+    red, green, blue = np.asarray(load_image(tmp_path / f"a.{suffix}"))[4, 4]
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_a_png_is_read_whatever_profile_and_texts_it_holds(tmp_path: Path, pixels: np.ndarray) -> None:
+    """Pillow alone refuses both: an ICC profile and a text that unpack to more than a megabyte."""
+    noise = np.random.default_rng(1).integers(0, 256, 3 * 2**20, dtype=np.uint8).tobytes()
+    notes = PngInfo()
+    notes.add_text("Software", "x" * (2 * 2**20), zip=True)
+    Image.fromarray(pixels).save(tmp_path / "text.png", pnginfo=notes)
+    Image.fromarray(pixels).save(tmp_path / "icc.png", icc_profile=noise)
+    for name in ("text.png", "icc.png"):
+        with pytest.raises(ValueError, match="too large"), Image.open(tmp_path / name) as image:
+            image.load()
+        np.testing.assert_array_equal(np.asarray(load_image(tmp_path / name)), pixels)
+        assert header_pixels(tmp_path / name) == pixels.shape[:2]
+
+
+@pytest.mark.parametrize("way", ["exif", "raw profile", "xmp"])
+def test_a_png_is_turned_as_it_says_also_beside_a_large_text(tmp_path: Path, pixels: np.ndarray, way: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    notes = PngInfo()
+    notes.add_text("Software", "x" * (2 * 2**20), zip=True)
+    if way == "raw profile":  # as ImageMagick writes it
+        content = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+        notes.add_text("Raw profile type exif", f"\nexif\n{len(content):8d}\n{content.hex()}\n", zip=True)
+    if way == "xmp":
+        words = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+        notes.add_itxt("XML:com.adobe.xmp", words, zip=True)
+    more = {"exif": exif} if way == "exif" else {}
+    Image.fromarray(pixels).save(tmp_path / "a.png", pnginfo=notes, **more)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png")), np.rot90(pixels, -1))
+
+
+def test_a_png_cut_off_inside_its_profile_is_corrupt(tmp_path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=bytes(4_000))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
+    with pytest.raises(MediaError, match=r"decoder|header") as caught:
+        load_image(tmp_path / "a.png")
+    assert caught.value.kind == "corrupt"
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate"])
+def test_tiff_comes_back_equal(tmp_path: Path, pixels: np.ndarray, compression: str) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.tiff", compression=compression)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.tiff")), pixels)
+
+
+def test_a_tiff_of_16_bits_and_one_of_several_pages(tmp_path: Path, pixels: np.ndarray) -> None:
+    deep = np.array([[0, 257, 300, 25_700, 65_535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "deep.tif"))[..., 0], np.rint(deep / 257))
+    page = Image.fromarray(pixels)
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page, page])
+    with pytest.raises(MediaError, match="the file has 3 pages") as caught:
+        load_image(tmp_path / "pages.tif")
     assert caught.value.kind == "unsupported"
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+def smooth(height: int = 64, width: int = 96) -> np.ndarray:
+    """(H, W, 3) slopes, which lossy formats keep well, the left upper corner dark."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 2, columns * 2, (rows + columns)], axis=2).astype(np.uint8)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not write AVIF; 11.3 and later do")
+def test_avif_is_read(tmp_path: Path) -> None:
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg", format="AVIF", quality=95)  # whatever its name
+    assert np.abs(np.asarray(load_image(tmp_path / "a.jpg")).astype(int) - smooth()).mean() < 3
+    assert header_pixels(tmp_path / "a.jpg") == (64, 96)
+    with pytest.raises(MediaError, match="more than 100 pixels") as caught:
+        load_image(tmp_path / "a.jpg", limits=MediaLimits(image_pixels=100))
+    assert caught.value.kind == "limit"
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
+    with pytest.raises(MediaError, match=r"decoder|header"):
+        load_image(tmp_path / "a.jpg")
+
+
+def test_heic_is_read_upright_under_the_same_limits(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (extra heif; make test installs it)")
+    heif.from_pillow(Image.fromarray(smooth())).save(tmp_path / "a.heic", quality=95)
+    assert np.abs(np.asarray(load_image(tmp_path / "a.heic")).astype(int) - smooth()).mean() < 4
+    assert header_pixels(tmp_path / "a.heic") == (64, 96)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = heif.from_pillow(Image.fromarray(smooth()))
+    turned.save(tmp_path / "b.heic", quality=95, exif=exif.tobytes())
+    expected = np.rot90(smooth(), -1)
+    assert np.abs(np.asarray(load_image(tmp_path / "b.heic")).astype(int) - expected).mean() < 4
+    assert header_pixels(tmp_path / "b.heic") == (96, 64)
+    for limits in (MediaLimits(image_pixels=100), MediaLimits(image_bytes=100)):
+        with pytest.raises(MediaError, match="than 100") as caught:
+            load_image(tmp_path / "a.heic", limits=limits)
+        assert caught.value.kind == "limit"
+    (tmp_path / "a.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:400])
+    with pytest.raises(MediaError, match="decoder") as caught:
+        load_image(tmp_path / "a.heic")
+    assert caught.value.kind == "corrupt"
+
+
+def test_heic_without_the_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(MediaError, match=r"pip install -e '\.\[heif\]'") as caught:
+        load_image(tmp_path / "a.heic")
+    assert caught.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
 def test_truncated_files_are_refused(tmp_path: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = tmp_path / f"a.{suffix}"

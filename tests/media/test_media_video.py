@@ -1,5 +1,6 @@
 """load_video: frames by presentation time, the same from both decoders, under limits; or a typed error."""
 
+import os
 import resource
 import struct
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from numbered_frames import frame_numbers
 from PIL import Image
 from videos import needs_decord, turn
 
-from mllm.media import FrameSampling, MediaError, MediaLimits, MediaLoader, load_video, to_gray
+from mllm.media import FrameSampling, MediaError, MediaLimits, MediaLoader, decord_process, load_video, to_gray
 from mllm.media import video as video_module
 
 Writer = Callable[..., Path]
@@ -246,6 +247,33 @@ def test_the_loader_passes_its_settings_on(write_video: Writer) -> None:
     loader = MediaLoader(frames_per_second=10.0, gray=True, backend="decord")
     video = loader("video", path)
     np.testing.assert_array_equal(video.frames, to_gray(load_video(path, frames_per_second=10.0).frames))
+
+
+@needs_decord
+def test_a_file_that_ends_decord_is_one_error_and_the_next_file_is_read(write_video: Writer) -> None:
+    """Decord does not raise over this file: it ends its process with a fault of memory."""
+    odd = Path(__file__).parent.parent / "fixtures" / "decord-segv-1.avi"
+    good = write_video("good.mp4", 10)
+    for _ in range(2):
+        with pytest.raises(MediaError, match="decord broke down over the file: use pyav") as caught:
+            load_video(odd, backend="decord")
+        assert caught.value.kind == "corrupt"
+        assert frame_numbers(load_video(good, backend="decord").frames) == list(range(10))
+    assert load_video(odd).frames.shape == (1, 48, 64, 3)
+    with pytest.raises(MediaError, match=r"did not answer in time|decoding took longer") as caught:
+        load_video(good, backend="decord", limits=MediaLimits(deadline_seconds=1e-6))
+    assert caught.value.kind == "deadline"
+    assert frame_numbers(load_video(good, backend="decord").frames) == list(range(10))
+
+
+def test_ctrl_c_does_not_reach_decord_which_a_step_may_still_need() -> None:
+    """A terminal interrupts every process of its foreground group; whoever finishes its step goes on reading."""
+    child = decord_process._running()
+    try:
+        assert os.getpgid(child.pid) != os.getpgrp()
+    finally:
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from mllm.budget import Budget
 from mllm.data.manifest import Media, Message, Sample
 from mllm.sampler import Sampler
 from mllm.settings import AdapterSettings, ModelSettings
+from mllm.training.data_look import check_members
 from mllm.training.passes import drawn_passes
-from mllm.training.run import check_members
 from mllm.training.settings import SamplerSettings
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]

@@ -4,6 +4,10 @@ import dataclasses
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +25,7 @@ from mllm.loading import TRAINABLES, load
 from mllm.settings import EncoderAdapterSettings
 from mllm.training import feature_building, feature_store, features
 from mllm.training.feature_building import make_features
+from mllm.training.feature_check import check_features
 from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import Form, KeptFeatures, fill_store, form_of, pass_features_through, share_of
 from mllm.training.loaders import loading
@@ -293,7 +298,7 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
         said.append({key: value for row in rows for key, value in row.items() if key.startswith("eval_loss")})
     assert len(said[0]) == 3  # the largest budget, the smallest, and their mean
     assert said[1] == pytest.approx(said[0], rel=1e-4)
-    found = feature_building.check_features(tmp_path / "kept", own)
+    found = check_features(tmp_path / "kept", own)
     assert [problem.partition(" ")[0] for problem in found.problems] == ["broken", "broken"]
     # A tiny model's losses hardly move with its input, so what the encoders were fed is compared as well.
     store = FeatureStore(tmp_path / "kept" / feature_building.VALIDATION, 1, None)
@@ -310,7 +315,7 @@ def test_features_for_validation_are_looked_over_too(world: Path, tmp_path: Path
     own = settings_of(world, tmp_path / "run", features=kept)
     make_features(own)
     own = dataclasses.replace(own, data=dataclasses.replace(own.data, validation=[str(held_out(world))]))
-    problems = feature_building.check_features(tmp_path / "kept", own).problems
+    problems = check_features(tmp_path / "kept", own).problems
     assert {f"{one.id} version 0: missing" for one in read_manifest(held_out(world), world)} <= set(problems)
     counts = []
     make_features(own, progress=lambda done, total: counts.append((done, total)))
@@ -495,3 +500,43 @@ def test_several_processes_build_what_one_builds(world: Path, tmp_path: Path) ->
         for epoch in range(2):
             for one, two in zip(stores[0].load(sample, epoch), stores[1].load(sample, epoch), strict=True):
                 torch.testing.assert_close(one.values, two.values)
+
+
+def state_of(pid: int | str) -> tuple[str, int]:
+    """The state of a process, X where it is gone, and which started it."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "X", 0
+    return state, int(parent)
+
+
+def is_running(pid: int) -> bool:
+    return state_of(pid)[0] not in "XZ"
+
+
+def children_of(pid: int) -> set[int]:
+    """Running processes that a process has started."""
+    every = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return {own for own in every if is_running(own) and state_of(own)[1] == pid}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_sigterm_to_a_build_ends_its_workers(world: Path, tmp_path: Path) -> None:
+    own = settings_of(world, tmp_path, features=FeatureSettings(folder=str(tmp_path / "kept"), versions=400))
+    (tmp_path / "run.yaml").write_text(settings_yaml(own))
+    words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", "2"]
+    build = subprocess.Popen([sys.executable, "-m", "mllm", *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "kept" / "fingerprint.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    workers = children_of(build.pid)
+    assert len(workers) >= 2
+    build.terminate()
+    assert build.wait(30) == 128 + signal.SIGTERM
+    ended = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < ended:
+        time.sleep(0.2)
+    assert not [pid for pid in workers if is_running(pid)]

@@ -3,23 +3,35 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import tiny
 import torch
 import yaml
 from harness import log_rows
 from safetensors.torch import load_file
 
-from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.cli import main
+from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.loading import TRAINABLES, load
 from mllm.training.batches import RoundBatches
 from mllm.training.checkpoint import OPTIMIZER
 from mllm.training.folders import newest_checkpoint, run_lock
 from mllm.training.optimization import split_moments
 from mllm.training.run import train
-from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, read_run_settings
+from mllm.training.settings import (
+    DataSettings,
+    FeatureSettings,
+    RunSettings,
+    SamplerSettings,
+    TrainSettings,
+    read_run_settings,
+    settings_yaml,
+)
 from mllm.training.survey import survey
 
 
@@ -204,3 +216,106 @@ def test_a_step_holds_the_same_batches_however_it_is_split() -> None:
     assert batches.steps(1) < 30 <= batches.steps(20)
     first = [key.index for step in steps(1, 4)[: batches.steps(1)] for batch in step for key in batch]
     assert set(first) == set(range(50))
+
+
+ALTERNATING = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant') }}{% endif %}"
+    "{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""As Gemma, Mistral and others insist."""
+
+
+def with_template(world: Path, folder: Path) -> Path:
+    """The tiny LLM with a chat template that takes no system turn."""
+    shutil.copytree(world / "parts" / "llm", folder)
+    (folder / "chat_template.jinja").write_text(ALTERNATING)
+    return folder
+
+
+def test_a_conversation_the_template_refuses_is_one_bad_sample(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = read_manifest(world / "train.jsonl", world)
+    odd = dataclasses.replace(
+        samples[0], id="odd", messages=(Message("system", (Text("Be kind."),)), *samples[0].messages)
+    )
+    write_manifest(world / "odd.jsonl", [*samples, odd])
+    settings = settings_of(world, tmp_path / "run")
+    model = dataclasses.replace(settings.model, llm=str(with_template(world, tmp_path / "llm")), chat_format="chat")
+    data = dataclasses.replace(settings.data, train=[str(world / "odd.jsonl")])
+    settings = dataclasses.replace(settings, model=model, data=data)
+    train(settings)
+    reason = "the chat template refuses the turns system, user, assistant: Conversation roles must alternate"
+    assert caplog.text.count(f"sample 'odd' is left out: sample 'odd': {reason}") == 1
+    listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine-0.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in listed} == {"broken", "sample5", "odd"}
+    assert all(reason in row["reason"] for row in listed if row["id"] == "odd")
+    write_manifest(world / "all_odd.jsonl", [odd, dataclasses.replace(odd, id="too")])
+    data = dataclasses.replace(settings.data, train=[str(world / "all_odd.jsonl")])
+    with pytest.raises(ValueError, match=rf"sample 'odd': {reason}(?s:.*)2 of 2 samples are refused"):
+        train(
+            dataclasses.replace(
+                settings, data=data, train=dataclasses.replace(settings.train, output=str(tmp_path / "b"))
+            )
+        )
+
+
+def test_data_are_looked_at_before_the_llm_is_built(world: Path, tmp_path: Path) -> None:
+    """The LLM has a config and a tokenizer but no weights: whatever is wrong with the data is found without them."""
+    shutil.copytree(world / "parts" / "llm", tmp_path / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = settings_of(world, tmp_path / "run")
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, llm=str(tmp_path / "llm")))
+    with pytest.raises((OSError, ValueError), match=r"safetensors|weights|no file"):
+        train(settings)  # good data: now the weights are missing
+    good = (world / "train.jsonl").read_text().splitlines()
+    soundfile.write(world / "silent.wav", np.zeros(16_000), 16_000)
+    (world / "bad.jsonl").write_text("\n".join([good[0], "{", good[1], '{"id": "x"}', "[]"]))
+    (world / "gone.jsonl").write_text("\n".join([*good, *(gone_row(number) for number in range(60))]))
+    asked = (Message("user", (Media("image", "media/3.png"),)), Message("assistant", (Text("red"),)))
+    write_manifest(world / "other.jsonl", [Sample("sample0", asked, task="caption")])
+    bad, gone = ([str(world / f"{name}.jsonl")] for name in ("bad", "gone"))
+    for changes, message in (
+        ({"train": bad}, r"\.jsonl:2: not JSON(?s:.*)\n.*:4: messages: is missing(?s:.*)\n.*:5: a row must be"),
+        ({"train": gone}, r"image media/gone0\.png: there is no such file(?s:.*)and 40 more\n.*60 of 67"),
+        ({"validation": gone}, r"data\.validation: 60 of 67 samples lack a file; every one is needed"),
+        ({"captions": gone}, r"data\.captions: 60 of 67 samples lack a file; every one is needed"),
+        (
+            {"captions": [str(world / "other.jsonl")], "features": FeatureSettings(folder=str(tmp_path / "kept"))},
+            r"the id 'sample0' is one sample in data.train and another in data.captions",
+        ),
+        ({"noise": str(world / "silent.wav"), "snr_db": [0.0]}, r"data\.noise .*silent\.wav: the noise is silent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **changes)))
+
+
+def gone_row(number: int) -> str:
+    parts = [{"type": "image", "path": f"media/gone{number}.png"}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
+    return json.dumps({"id": f"gone{number}", "task": "test", "messages": messages})
+
+
+def test_a_few_missing_files_are_told_at_the_start_and_left_out(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = (world / "train.jsonl").read_text().splitlines()
+    (world / "few.jsonl").write_text("\n".join([*good, gone_row(0)]))
+    settings = settings_of(world, tmp_path / "run")
+    train(dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=[str(world / "few.jsonl")])))
+    assert "data.train: 1 of 8 samples lack a file and are left out" in caplog.text
+
+
+def test_a_bad_manifest_is_told_line_by_line_on_the_terminal(world: Path, tmp_path: Path, capsys) -> None:
+    (world / "bad.jsonl").write_text("{\n" * 25)
+    settings = settings_of(world, tmp_path / "run")
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=[str(world / "bad.jsonl")]))
+    (tmp_path / "run.yaml").write_text(settings_yaml(settings))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    told = [line for line in shown if "not JSON" in line]
+    assert len(told) == 20
+    assert told[0].startswith("mllm: ")
+    assert "bad.jsonl:20: not JSON" in told[-1]
+    assert shown[-1] == "and 5 more"

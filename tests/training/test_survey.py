@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import tiny
@@ -119,8 +120,38 @@ def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
     ]
     encoded = [processor.chat(sample.messages) for sample in samples]
     assert count_targets(samples, processor.chat) == [
-        sum(label != -100 for label in prompt.labels) for prompt in encoded
+        (sample.id, sum(label != -100 for label in prompt.labels))
+        for sample, prompt in zip(samples, encoded, strict=True)
     ]
     found = survey(samples, processor)
     assert found.tokens == [len(prompt.ids) for prompt in encoded]
     check_targets([sample.id for sample in samples], found.targets, 0.0)
+
+
+def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_many(
+    processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tiny.processor(tiny.settings(("image",)))
+    own.chat.template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ 1 / 0 }}{% endif %}{{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    odd = dataclasses.replace(GOOD, messages=(Message("system", (Text("Be kind."),)), *GOOD.messages))
+    samples = [dataclasses.replace(GOOD, id=f"g{number}") for number in range(10)]
+    samples[3:3] = [dataclasses.replace(odd, id="odd")]
+    found = survey(samples, own, kept=tmp_path / "kept.json")
+    assert found.refused == {"odd": "the chat template refuses the turns system, user, assistant: division by zero"}
+    alone = survey(samples[:1], own)
+    assert [tokens for number, tokens in enumerate(found.tokens) if number != 3] == alone.tokens * 10
+    assert survey(samples, own, kept=tmp_path / "kept.json") == found  # as it was kept
+    limits = {"max_tokens": 100, "max_unsupervised_fraction": 0.0}
+    caplog.set_level(logging.INFO)
+    found.check(samples, **limits, max_bad_fraction=0.01)
+    assert "11 samples; target" not in caplog.text
+    assert "10 samples; target" in caplog.text
+    assert found.without_refused(samples) == ([*samples[:3], *samples[4:]], survey([*samples[:3], *samples[4:]], own))
+    with pytest.raises(ValueError, match=r"1 of 11 samples are refused; data.max_bad_fraction allows 0 of them"):
+        found.check(samples, **limits)
+    many = [dataclasses.replace(odd, id=f"o{number}") for number in range(6)]
+    with pytest.raises(ValueError, match=r"6 of 506 samples are refused"):
+        survey([*samples[:1] * 500, *many], own).check([*samples[:1] * 500, *many], **limits, max_bad_fraction=0.01)

@@ -44,11 +44,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips = [said(f"clip{number}", f"answer {number}", "clip.mp4") for number in range(3)]
     write_manifest(folder / "clips.jsonl", [*clips, samples[0]])
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:900])
-    first, second = Image.new("RGB", (80, 80)), Image.new("RGB", (80, 80), "red")
-    first.save(folder / "moving.webp", save_all=True, append_images=[second])
+    page = Image.new("RGB", (80, 80))
+    page.save(folder / "pages.tif", save_all=True, append_images=[page])
     Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
     bad = [
-        said(name, "none", file) for name, file in (("cut", "cut.png"), ("bomb", "bomb.png"), ("moving", "moving.webp"))
+        said(name, "none", file) for name, file in (("cut", "cut.png"), ("bomb", "bomb.png"), ("pages", "pages.tif"))
     ]
     write_manifest(folder / "bad.jsonl", [*samples, *bad])
     return folder
@@ -136,7 +136,7 @@ def test_points_may_name_tiles(world: Path, tmp_path: Path) -> None:
 def test_files_nobody_can_read_are_listed_and_the_run_goes_on(world: Path, tmp_path: Path) -> None:
     run = train(run_settings(world, tmp_path / "run", "bad.jsonl", {"image": {"tiling": {}}}, max_steps=6))
     listed = {row["id"]: row["kind"] for row in map(json.loads, (run / "quarantine-0.jsonl").read_text().splitlines())}
-    assert listed == {"cut": "corrupt", "bomb": "limit", "moving": "unsupported"}
+    assert listed == {"cut": "corrupt", "bomb": "limit", "pages": "unsupported"}
 
 
 def test_the_command_line_trains_and_answers_at_budgets(world: Path, tmp_path: Path, capsys) -> None:
@@ -175,7 +175,10 @@ def count_of(run: Path) -> int:
         (["--image", "0.png", "--budget", "image=4,frames=2"], r"names video, but the request holds none"),
         (["--image", "bomb.png"], r"bomb.png: the picture has more than 40000000 pixels \(limits.image_pixels\)"),
         (["--image", "cut.png"], r"cut.png: .*\(corrupt\)"),
-        (["--image", "moving.webp"], r"moving.webp: animated pictures are not read \(unsupported\)"),
+        (
+            ["--image", "pages.tif"],
+            r"pages.tif: the file has 2 pages, and only single pictures are read \(unsupported\)",
+        ),
         (["--video", "clip.mp4", "--budget", "frames=3"], r"frames=3 cannot be met: 4 frames .* allowed are 1, 2, 4"),
         (["--video", "short.mp4"], r"short.mp4: the video has 2 frames, and 4 are to be taken from it"),
     ],

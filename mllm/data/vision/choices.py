@@ -15,8 +15,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import Listing, shown_type, text_at
+from mllm.data.json_files import json_lines, json_list, json_of
 from mllm.data.settings import ReaderSettings
-from mllm.data.utterances import Listing
+from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_scienceqa_table
 from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
@@ -27,13 +29,12 @@ from mllm.data.vision.questions import (
     Questions,
     find,
     folder_of,
-    json_lines,
-    json_of,
     letter_among,
     letter_at,
+    texts_of,
     with_options,
 )
-from mllm.data.vision.tables import is_table
+from mllm.media import path_problem
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 MME_ASK = "Please answer yes or no."
@@ -46,62 +47,78 @@ def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """Questions by category; labels are found by category, picture and words, not by the order of lines."""
     file = find(source, ("llava_pope_test.jsonl",))
     folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
-    labels: dict[tuple[str, str, str], str] = {}
-    for category in POPE_CATEGORIES:
-        notes = folder / f"coco_pope_{category}.json"
-        for number, note in json_lines(notes):
-            key = (category, note["image"], note["text"].strip())
-            label = str(note["label"]).strip().lower()
-            if labels.setdefault(key, label) != label:
-                raise ValueError(f"{notes}:{number}: {note['text']!r} about {note['image']} has two labels")
-    images = folder_of(root, ("val2014",), named=settings.images)
     gathered = Questions("pope", root)
+    labels = _pope_labels(folder, gathered.listing)
+    images = folder_of(root, ("val2014",), named=settings.images)
+    hint = "" if labels else "; the label files hold no labels"
 
     def make(row: dict[str, Any]) -> Question:
-        asked = row["text"].removesuffix(SHORT).strip()
-        label = labels.get((row["category"], row["image"], asked))
+        category, image = text_at(row, "category"), text_at(row, "image")
+        asked = text_at(row, "text").removesuffix(SHORT).strip()
+        label = labels.get((category, image, asked))
         if label is None:
-            raise ValueError(f"no label of category {row['category']} for {asked!r} about {row['image']}")
-        return Question(str(row["question_id"]), [images + row["image"]], row["text"], [label], row["category"])
+            raise ValueError(f"no label of category {category} for {asked!r} about {image}{hint}")
+        return Question(str(row["question_id"]), [images + image], row["text"], [label], category)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     return gathered.listing
 
 
-def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions with the answers beside the pictures; two questions per picture.
+def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], str]:
+    """Labels by category, picture and words; of two that contradict each other neither counts."""
+    labels: dict[tuple[str, str, str], str] = {}
+    contradicted = set()
+    for category in POPE_CATEGORIES:
+        notes = folder / f"coco_pope_{category}.json"
+        for number, note in json_lines(notes, listing):
+            with listing.noting(notes, number):
+                key = (category, text_at(note, "image"), text_at(note, "text").strip())
+                label = text_at(note, "label").strip().lower()
+                if labels.setdefault(key, label) != label:
+                    contradicted.add(key)
+                    raise ValueError(f"{note['text']!r} about {note['image']} has two labels")
+    return {key: label for key, label in labels.items() if key not in contradicted}
 
-    Raises:
-        ValueError: a picture with other than two questions, which accuracy+ is not defined on.
+
+def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Questions with the answers beside the pictures; a picture with other than two questions, which accuracy+ is not
+    defined on, is noted and left out.
     """
     file = find(source, ("llava_mme.jsonl",))
     images = folder_of(root, ("MME_Benchmark_release_version",), named=settings.images)
     gathered = Questions("mme", root)
 
     def make(row: dict[str, Any]) -> Question:
-        subtask, name = row["question_id"].split("/")[0], Path(row["question_id"])
-        text = row["text"].removesuffix(SHORT).rstrip()
-        asked = " ".join(text.removesuffix(MME_ASK).split())
+        question_id, image = text_at(row, "question_id"), text_at(row, "image")
+        subtask, name = question_id.split("/")[0], Path(question_id)
+        for key in ("question_id", "image"):  # both name files
+            if problem := path_problem(row[key]):
+                raise ValueError(f"{key}: {problem}, got {row[key]!r}")
+        asked, how = _mme_question(text_at(row, "text"))
         official, answer = _mme_answer(root / images / subtask, f"{name.stem}.txt", asked)
-        image = row["image"]
         if not (root / images / image).is_file() and (root / images / subtask / "images" / name.name).is_file():
             image = f"{subtask}/images/{name.name}"
         meta = {"picture": f"{subtask}/{name.name}", "question": official}
-        # LLaVA asks without the official phrase; a file that holds it asks the same.
-        text = f"{text.removesuffix(MME_ASK).rstrip()}\n{SHORT}" if text.endswith(MME_ASK) else row["text"]
-        return Question(row["question_id"], [images + image], text, [answer], subtask, meta)
+        return Question(question_id, [images + image], how, [answer], subtask, meta)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     counts: dict[str, int] = {}
     for sample in gathered.listing.samples:
         counts[sample.meta["picture"]] = counts.get(sample.meta["picture"], 0) + 1
-    if odd := [picture for picture, count in counts.items() if count != 2]:
-        if not gathered.listing.problems:
-            raise ValueError(f"{file}: {odd[0]} has {counts[odd[0]]} questions; MME has two per picture")
-        gathered.listing.samples = [one for one in gathered.listing.samples if one.meta["picture"] not in odd]
+    odd = {picture: count for picture, count in counts.items() if count != 2}
+    for picture, count in odd.items():
+        gathered.listing.note(file, None, f"{picture} has {count} questions; MME has two per picture")
+    gathered.listing.samples = [one for one in gathered.listing.samples if one.meta["picture"] not in odd]
     return gathered.listing
+
+
+def _mme_question(text: str) -> tuple[str, str]:
+    """What is asked, on one line, and the whole prompt; one with "Please answer yes or no." is asked as LLaVA asks."""
+    said = text.rstrip().removesuffix(SHORT).rstrip()
+    asked = said.removesuffix(MME_ASK).rstrip()
+    return " ".join(asked.split()), text if asked == said else f"{asked}\n{SHORT}"
 
 
 def _mme_answer(folder: Path, name: str, asked: str) -> tuple[str, str]:
@@ -121,22 +138,25 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listin
     if is_table(source):
         return read_scienceqa_table(source, root, settings)
     file = find(source, ("llava_test_CQM-A.json",))
-    problems = json_of(find(source, ("problems.json",), named=settings.annotations, what="annotations"))
+    notes = find(source, ("problems.json",), named=settings.annotations, what="annotations")
+    problems = json_of(notes)
+    if not isinstance(problems, dict):
+        raise ValueError(f"{notes}: must be an object of problems by id, got {shown_type(problems)}")
     images = folder_of(root, ("images/test",), named=settings.images)
     gathered = Questions("scienceqa", root)
 
     def make(row: dict[str, Any]) -> Question | None:
-        if "image" not in row:
+        if row.get("image") is None:
             return None
         problem = problems[str(row["id"])]
-        text = row["conversations"][0]["value"].replace("<image>", "").strip()
-        answer = letter_at(problem["answer"], problem["choices"])
+        text = text_at(row["conversations"][0], "value").replace("<image>", "").strip()
+        options = texts_of(problem["choices"])
+        answer = letter_at(problem["answer"], options)
         kind = problem.get("subject")
-        meta = {"options": problem["choices"]}
-        return Question(str(row["id"]), [images + row["image"]], f"{text}\n{CHOOSE}", [answer], kind, meta)
+        image = images + text_at(row, "image")
+        return Question(str(row["id"]), [image], f"{text}\n{CHOOSE}", [answer], kind, {"options": options})
 
-    for row in json_of(file):
-        gathered.add((file, None), lambda row=row: make(row))
+    gathered.add_all(file, json_list(file), make)
     return gathered.listing
 
 
@@ -144,16 +164,16 @@ def read_mmbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """All rows of the table, rotations included; pictures are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
     file = find(source, names)
+    pictures = PictureFolder(root, settings.images)
+    gathered = Questions("mmbench", root)
     csv.field_size_limit(MAX_FIELD_BYTES)
     with open(file, encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    pictures = PictureFolder(root, settings.images)
-    gathered = Questions("mmbench", root)
     by_index = {row.get("index"): row for row in rows}
 
     def make(row: dict[str, Any]) -> Question:
-        held = row["image"]
-        held = by_index[held]["image"] if len(held) <= MAX_INDEX_DIGITS else held
+        held = text_at(row, "image")
+        held = text_at(by_index[held], "image") if len(held) <= MAX_INDEX_DIGITS else held
         try:
             image = pictures.write(base64.b64decode(held, validate=True))
         except binascii.Error as error:
@@ -189,11 +209,14 @@ def _is_none(value: Any) -> bool:
 def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """All questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
     file = find(source, ("llava-seed-bench.jsonl",))
-    notes = json_of(find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations"))
-    by_id = {str(note["question_id"]): note for note in notes["questions"]}
-    names = {number: name for name, number in notes["question_type"].items()}
-    images = folder_of(root, ("",), named=settings.images)
+    notes = find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
     gathered = Questions("seedbench", root)
+    by_id = gathered.index(notes, json_list(notes, "questions"), lambda note: str(note["question_id"]))
+    kinds = json_of(notes).get("question_type")
+    if not isinstance(kinds, dict):
+        raise ValueError(f"{notes}: question_type must be an object, got {shown_type(kinds)}")
+    names = {number: name for name, number in kinds.items() if isinstance(number, int)}
+    images = folder_of(root, ("",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
         note = by_id[str(row["question_id"])]
@@ -201,8 +224,9 @@ def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listin
         meta = {"options": options, "data_type": note["data_type"], "question_id": note["question_id"]}
         kind = names[note["question_type_id"]]
         answer = letter_among(note["answer"], options)
-        return Question(str(row["question_id"]), [images + row["image"]], row["text"], [answer], kind, meta)
+        image = images + text_at(row, "image")
+        return Question(str(row["question_id"]), [image], text_at(row, "text"), [answer], kind, meta)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     return gathered.listing

@@ -6,14 +6,16 @@
 Knows these files. Does not open pictures.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import Listing, text_at
+from mllm.data.json_files import json_list
 from mllm.data.settings import ReaderSettings
-from mllm.data.utterances import Listing
+from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_chartqa_table, read_docvqa_table
-from mllm.data.vision.questions import SHORT, Question, Questions, find, folder_of, json_of
-from mllm.data.vision.tables import is_table
+from mllm.data.vision.questions import SHORT, Question, Questions, find, folder_of, texts_of
 
 CHART_KINDS = {"test_human.json": "human", "test_augmented.json": "augmented"}
 
@@ -27,14 +29,17 @@ def read_chartqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("chartqa", root)
     for file in files:
         kind = CHART_KINDS.get(file.name, file.stem)
-        for number, row in enumerate(json_of(file)):
-            gathered.add((file, None), lambda row=row, kind=kind, number=number: _chart(row, images, kind, number))
+        for number, row in enumerate(json_list(file)):
+            make = partial(_chart, row, images, kind, number)
+            gathered.add((file, None), make, what=f"entry {number}")
     return gathered.listing
 
 
 def _chart(row: dict[str, Any], images: str, kind: str, number: int) -> Question:
-    label = row["label"]
-    return Question(f"{kind}-{number}", [images + row["imgname"]], f"{row['query']}\n{SHORT}", [str(label)], kind)
+    label, image = row["label"], images + text_at(row, "imgname")
+    if isinstance(label, list | dict | None):
+        raise ValueError(f"label: must be a text or a number, got {label!r}")
+    return Question(f"{kind}-{number}", [image], f"{text_at(row, 'query')}\n{SHORT}", [str(label)], kind)
 
 
 def read_docvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
@@ -47,10 +52,10 @@ def read_docvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("docvqa", root)
 
     def make(row: dict[str, Any]) -> Question:
-        name = row["image"].split("/")[-1] if images == "documents/" else row["image"]
-        text, meta = f"{row['question']}\n{SHORT}", {"question_id": row["questionId"]}
-        return Question(str(row["questionId"]), [images + name], text, row.get("answers") or [], None, meta)
+        image = text_at(row, "image")
+        name = image.split("/")[-1] if images == "documents/" else image
+        text, meta = f"{text_at(row, 'question')}\n{SHORT}", {"question_id": row["questionId"]}
+        return Question(str(row["questionId"]), [images + name], text, texts_of(row.get("answers") or []), None, meta)
 
-    for row in json_of(file)["data"]:
-        gathered.add((file, None), lambda row=row: make(row))
+    gathered.add_all(file, json_list(file, "data"), make)
     return gathered.listing

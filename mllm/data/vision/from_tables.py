@@ -12,11 +12,13 @@ Knows these columns. Does not decode pictures.
 
 import ast
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import Listing, text_at
 from mllm.data.settings import ReaderSettings
-from mllm.data.utterances import Listing
+from mllm.data.table_files import table_files, table_rows
 from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
     CHOOSE,
@@ -26,9 +28,9 @@ from mllm.data.vision.questions import (
     Questions,
     letter_among,
     letter_at,
+    texts_of,
     with_options,
 )
-from mllm.data.vision.tables import table_files, table_rows
 
 Make = Callable[[dict[str, Any], int, "Write"], Question | None]
 Write = Callable[[Any], str]
@@ -81,9 +83,10 @@ def _read(
         return pictures.write(cell["bytes"])
 
     for file in table_files(source, settings.split or split, inside=inside):
-        for row in table_rows(file):
-            gathered.add((file, None), lambda row=row, number=number: make(row, number, write))
-            number += 1
+        with gathered.listing.noting(file):
+            for row in table_rows(file):
+                gathered.add((file, None), partial(make, row, number, write), what=f"row {number}")
+                number += 1
     return gathered.listing
 
 
@@ -100,13 +103,14 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
         answers = [letter_among(answer, options)]
     else:
         answers = _listed(answer, bare=True)
-    subject = "_".join(row["id"].split("_")[1:-1])
+    subject = "_".join(text_at(row, "id").split("_")[1:-1])
     return Question(row["id"], images, text, answers, subject or None, {"options": options})
 
 
 def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
-    options = list(row["options"])
-    answer = letter_at(int(row["answer"]), options)
+    options = texts_of(row["options"])
+    place = row["answer"]  # a text in the official table
+    answer = letter_at(int(place) if isinstance(place, str) else place, options)
     text = with_options(row["question"], options)
     return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
 
@@ -131,7 +135,7 @@ def _docvqa(row: dict[str, Any], number: int, write: Write) -> Question:
 def _scienceqa(row: dict[str, Any], number: int, write: Write) -> Question | None:
     if row["image"] is None:
         return None
-    options = list(row["choices"])
+    options = texts_of(row["choices"])
     hint = f"Context: {row['hint']}" if row.get("hint") else None
     text = with_options(row["question"], options, hint=hint)
     kind = row.get("subject") or None

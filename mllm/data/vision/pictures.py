@@ -4,13 +4,14 @@ Knows bytes and names. Does not decode pictures.
 """
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
 from mllm.media import path_problem
+from mllm.media.limits import sniff
 
 FOLDER = "pictures"
-SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 
 
 class PictureFolder:
@@ -36,14 +37,18 @@ class PictureFolder:
         Raises:
             ValueError: bytes that begin like no picture.
         """
-        suffix = next((suffix for start, suffix in SUFFIXES.items() if content.startswith(start)), None)
-        if suffix is None:
+        found = sniff(io.BytesIO(content[:64]))
+        if found is None or found[0] != "image":
             raise ValueError(f"{len(content)} bytes that begin like no picture")
-        name = f"{self.folder}/{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
+        suffix = "jpg" if found[1] == "jpeg" else found[1]
+        name = f"{self.folder}/{hashlib.sha256(content).hexdigest()[:24]}.{suffix}"
         file = self.root / name
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f".{file.name}.{os.getpid()}")
-            aside.write_bytes(content)
-            os.replace(aside, file)
+            try:
+                aside.write_bytes(content)
+                os.replace(aside, file)
+            finally:
+                aside.unlink(missing_ok=True)
         return name

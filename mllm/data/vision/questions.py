@@ -5,16 +5,15 @@ Knows JSON, JSON lines and our samples. Does not know any benchmark.
 A question that a server judges has no answer: its sample ends with the question, and `meta.unanswered` says so.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm.data.manifest import parse_row
-from mllm.data.utterances import Finding, Listing
+from mllm.data.findings import Listing, renumbered
+from mllm.data.manifest import Sample, parse_row
 
 SHORT = "Answer the question using a single word or phrase."
 CHOOSE = "Answer with the option's letter from the given choices directly."
@@ -50,25 +49,33 @@ class Questions:
         self.task = task
         self.root = root
         self.listing = Listing()
-        self._times_seen: Counter[str] = Counter()
+        self._times_seen: dict[str, int] = {}
 
-    def add(self, place: Place, make: Maker) -> None:
-        """Add what `make` gives; None is left out. A `ValueError` or a key that is not there is noted."""
-        try:
+    def add(self, place: Place, make: Maker, what: str = "") -> None:
+        """Add what `make` gives; None is left out. What an odd row raises is noted, see `Listing.noting`.
+
+        Args:
+            what: which row it is, where the place has no line.
+        """
+        with self.listing.noting(*place, what):
             question = make()
             if question is not None:
                 self.listing.samples.append(self._sample(question))
-        except KeyError as error:
-            self._note(place, f"{error} is missing")
-        except (ValueError, TypeError) as error:
-            self._note(place, str(error))
 
-    def _note(self, place: Place, message: str) -> None:
-        self.listing.problems.append(Finding(str(place[0]), place[1], message))
+    def add_all(self, file: Path, rows: Sequence[Any], make: Callable[[Any], Question | None]) -> None:
+        """Add every row of a file that is one list."""
+        for number, row in enumerate(rows):
+            self.add((file, None), lambda row=row: make(row), what=f"entry {number}")
 
-    def _sample(self, question: Question) -> Any:
-        self._times_seen[question.id] += 1
-        times = self._times_seen[question.id]
+    def index(self, file: Path, notes: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, Any]:
+        """Entries of a file by a key; an odd one is noted."""
+        found = {}
+        for number, note in enumerate(notes):
+            with self.listing.noting(file, None, f"entry {number}"):
+                found[key(note)] = note
+        return found
+
+    def _sample(self, question: Question) -> Sample:
         messages: list[dict[str, Any]] = [{"role": "user", "content": _parts_of(question)}]
         meta = dict(question.meta)
         if question.answers:
@@ -80,10 +87,10 @@ class Questions:
             meta["unanswered"] = True
         if len(question.answers) > 1:
             meta["answers"] = list(question.answers)
-        name = question.id if times == 1 else f"{question.id}#{times}"
-        row = {"id": name, "task": self.task, "meta": meta, "messages": messages}
+        row = {"id": question.id, "task": self.task, "meta": meta, "messages": messages}
         kind = {} if question.kind is None else {"kind": question.kind}
-        return parse_row(row | kind, self.root, where=f"question {question.id!r}")
+        sample = parse_row(row | kind, self.root, where=f"question {question.id!r}")
+        return renumbered(sample, self._times_seen)
 
 
 def _parts_of(question: Question) -> list[dict[str, str]]:
@@ -135,31 +142,15 @@ def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
     return f"{found}/" if found else ""
 
 
-def json_of(path: Path) -> Any:
-    """Raises: ValueError where it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from error
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows.
+def texts_of(values: Any) -> list[str]:
+    """A list of texts.
 
     Raises:
-        ValueError: a row that is no JSON object.
+        ValueError: it is something else.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: must be an object, got {type(row).__name__}")
-            yield number, row
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"must be a list of strings, got {values!r}")
+    return values
 
 
 def with_options(question: str, options: Sequence[str], *, hint: str | None = None) -> str:
@@ -169,18 +160,19 @@ def with_options(question: str, options: Sequence[str], *, hint: str | None = No
     return "\n".join([*lines, CHOOSE])
 
 
-def letter_at(index: Any, options: Sequence[str]) -> str:
+def letter_at(index: Any, options: Sequence[Any]) -> str:
     """Return the letter of the option that an annotation names by its place, counted from 0.
 
     Raises:
         ValueError: no whole number, or a place beyond the options.
     """
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
+    is_place = isinstance(index, int) and not isinstance(index, bool)
+    if not is_place or not 0 <= index < min(len(options), len(LETTERS)):
         raise ValueError(f"answer must be the place of one of {len(options)} options, from 0; got {index!r}")
     return LETTERS[index]
 
 
-def letter_among(letter: Any, options: Sequence[str]) -> str:
+def letter_among(letter: Any, options: Sequence[Any]) -> str:
     """Return the letter of the option that an annotation names by it.
 
     Raises:

@@ -12,8 +12,9 @@ Knows these files. Does not open pictures.
 from pathlib import Path
 from typing import Any
 
+from mllm.data.findings import BadRows, Listing, shown_type, text_at
+from mllm.data.json_files import json_lines, json_list, json_of
 from mllm.data.settings import ReaderSettings
-from mllm.data.utterances import Listing
 from mllm.data.vision.questions import (
     SHORT,
     UNSURE,
@@ -21,8 +22,7 @@ from mllm.data.vision.questions import (
     Questions,
     find,
     folder_of,
-    json_lines,
-    json_of,
+    texts_of,
 )
 
 OCR_LINE = "Reference OCR token:"
@@ -35,23 +35,22 @@ def read_vqav2(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("vqav2", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test2015",), named=settings.images)
-        for number, row in json_lines(file):
+        for number, row in json_lines(file, gathered.listing):
             gathered.add((file, number), lambda row=row: _llava_question(row, images, []))
         return gathered.listing
     notes = find(source, ("v2_mscoco_val2014_annotations.json",), named=settings.annotations, what="annotations")
-    answers = {note["question_id"]: note for note in json_of(notes)["annotations"]}
+    answers = gathered.index(notes, json_list(notes, "annotations"), lambda note: note["question_id"])
     images = folder_of(root, ("val2014",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
         note = answers[row["question_id"]]
-        given = [answer["answer"] for answer in note["answers"]]
+        given = [text_at(answer, "answer") for answer in note["answers"]]
         image = f"{images}COCO_val2014_{row['image_id']:012d}.jpg"
         return Question(
-            str(row["question_id"]), [image], f"{row['question']}\n{SHORT}", given, note.get("answer_type"), {}
+            str(row["question_id"]), [image], f"{text_at(row, 'question')}\n{SHORT}", given, note.get("answer_type"), {}
         )
 
-    for row in json_of(file)["questions"]:
-        gathered.add((file, None), lambda row=row: make(row))
+    gathered.add_all(file, json_list(file, "questions"), make)
     return gathered.listing
 
 
@@ -60,15 +59,17 @@ def read_gqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     file = find(source, ("llava_gqa_testdev_balanced.jsonl",))
     names = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
     notes = json_of(find(source, names, named=settings.annotations, what="annotations"))
+    if not isinstance(notes, dict):
+        raise ValueError(f"the annotations must be an object of answers by id, got {shown_type(notes)}")
     images = folder_of(root, ("data/images", "images"), named=settings.images)
     gathered = Questions("gqa", root)
 
     def make(row: dict[str, Any]) -> Question:
         note = notes[str(row["question_id"])]
         kind = "open" if note["types"]["structural"] == "query" else "binary"
-        return _llava_question(row, images, [note["answer"]], kind)
+        return _llava_question(row, images, [text_at(note, "answer")], kind)
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     return gathered.listing
 
@@ -79,13 +80,14 @@ def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     A question is matched with its annotation by picture and words, as the official script does.
     """
     file = find(source, ("llava_textvqa_val_v051_ocr.jsonl",))
-    notes = json_of(find(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations"))["data"]
-    by_words = {(note["image_id"], note["question"].lower()): note for note in notes}
-    images = folder_of(root, ("train_images",), named=settings.images)
+    notes = find(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations")
     gathered = Questions("textvqa", root)
+    rows = json_list(notes, "data")
+    by_words = gathered.index(notes, rows, lambda note: (note["image_id"], text_at(note, "question").lower()))
+    images = folder_of(root, ("train_images",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
-        lines = row["text"].split("\n")
+        lines = text_at(row, "text").split("\n")
         asked = next((line for line in lines if not line.startswith((OCR_LINE, SHORT))), "")
         asked = asked.removeprefix("Question: ")
         note = by_words.get((row["question_id"], asked.lower()))
@@ -93,9 +95,9 @@ def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
             raise ValueError(f"no annotation of picture {row['question_id']!r} asks {asked!r}")
         if not settings.ocr_tokens:
             row = {**row, "text": "\n".join(line for line in lines if not line.startswith(OCR_LINE))}
-        return _llava_question({**row, "question_id": note["question_id"]}, images, note["answers"])
+        return _llava_question({**row, "question_id": note["question_id"]}, images, texts_of(note["answers"]))
 
-    for number, row in json_lines(file):
+    for number, row in json_lines(file, gathered.listing):
         gathered.add((file, number), lambda row=row: make(row))
     return gathered.listing
 
@@ -106,19 +108,18 @@ def read_vizwiz(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("vizwiz", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test",), named=settings.images)
-        for number, row in json_lines(file):
+        for number, row in json_lines(file, gathered.listing):
             gathered.add((file, number), lambda row=row: _llava_question(row, images, [], picture=row["image"]))
         return gathered.listing
     images = folder_of(root, ("val",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
-        answers = [answer["answer"] for answer in row.get("answers", [])]
-        text = f"{row['question']}\n{UNSURE}\n{SHORT}"
-        meta = {"picture": row["image"]}
-        return Question(row["image"], [images + row["image"]], text, answers, row.get("answer_type"), meta)
+        answers = [text_at(answer, "answer") for answer in row.get("answers", [])]
+        text, image = f"{text_at(row, 'question')}\n{UNSURE}\n{SHORT}", text_at(row, "image")
+        meta = {"picture": image}
+        return Question(image, [images + image], text, answers, row.get("answer_type"), meta)
 
-    for row in json_of(file):
-        gathered.add((file, None), lambda row=row: make(row))
+    gathered.add_all(file, json_list(file), make)
     return gathered.listing
 
 
@@ -129,8 +130,12 @@ def question_ids(path: str) -> list[int]:
         ValueError: neither form, or a row without an id.
     """
     file = Path(path)
-    rows = [row for _, row in json_lines(file)] if file.suffix == ".jsonl" else json_of(file).get("questions", [])
-    ids = [row["question_id"] for row in rows if isinstance(row.get("question_id"), int)]
+    listing = Listing()
+    lines = file.suffix == ".jsonl"
+    rows = [row for _, row in json_lines(file, listing)] if lines else json_list(file, "questions")
+    if listing.problems:
+        raise BadRows(listing.problems)
+    ids = [row["question_id"] for row in rows if isinstance(row, dict) and isinstance(row.get("question_id"), int)]
     if not ids or len(ids) < len(rows):
         raise ValueError(f"{path}: must hold questions with a question_id each, a whole number")
     return ids
@@ -140,4 +145,5 @@ def _llava_question(
     row: dict[str, Any], images: str, answers: list[str], kind: str | None = None, *, picture: str | None = None
 ) -> Question:
     meta = {} if picture is None else {"picture": picture}
-    return Question(str(row["question_id"]), [images + row["image"]], row["text"], answers, kind, meta)
+    image = images + text_at(row, "image")
+    return Question(str(row["question_id"]), [image], text_at(row, "text"), answers, kind, meta)

@@ -1,0 +1,95 @@
+"""Files of JSON, whole or by lines, to rows; what is no row becomes a finding.
+
+Knows JSON and places. Does not know what a row means.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mllm.data.findings import Listing, shown_type
+from mllm.data.json_lines import numbered_lines, read_object
+
+
+def json_of(path: Path) -> Any:
+    """Raises: ValueError where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from error
+
+
+def json_list(path: Path, key: str | None = None) -> list[Any]:
+    """The rows of a JSON file that is a list, or holds one under a key.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    content = json_of(path)
+    if key is not None and not isinstance(content, dict):
+        raise ValueError(f"{path}: must be an object with {key}, got {shown_type(content)}")
+    rows = content if key is None else content.get(key)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: {key or 'the file'} must be a list, got {shown_type(rows)}")
+    return rows
+
+
+def json_lines(path: Path, listing: Listing) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows; a line that is no JSON object is noted."""
+    for number, content in numbered_lines(path):
+        row = None
+        with listing.noting(path, number):
+            row = read_object(content)
+            if not isinstance(row, dict):
+                raise ValueError(f"must be an object, got {shown_type(row)}")
+        if isinstance(row, dict):
+            yield number, row
+
+
+class Entry(NamedTuple):
+    """An object of a file: its line, where the file has lines; its number, of the line or in the list; and itself."""
+
+    line_number: int | None
+    number: int
+    row: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """Which one it is, where no line says so."""
+        return "" if self.line_number is not None else f"entry {self.number}"
+
+    def id_of(self, path: Path) -> str:
+        """The id that the row states, or one made of the file's name and the number where it states none.
+
+        Raises:
+            ValueError: an id that is neither a text nor a whole number.
+        """
+        stated = self.row.get("id")
+        if stated is None:
+            return f"{path.stem}-{self.number}"
+        if isinstance(stated, bool) or not isinstance(stated, str | int):
+            raise ValueError(f"id: must be a string or a whole number, got {shown_type(stated)}")
+        return str(stated)
+
+
+def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
+    """The objects of a JSON list or of JSON lines, whichever the file is.
+
+    Raises:
+        ValueError: a file that begins like a list and is none.
+        OSError: the file cannot be read.
+    """
+    if not _begins_as_list(path):
+        yield from (Entry(number, number, row) for number, row in json_lines(path, listing))
+        return
+    for number, row in enumerate(json_list(path)):
+        if isinstance(row, dict):
+            yield Entry(None, number, row)
+        else:
+            listing.note(path, None, f"entry {number}: must be an object, got {shown_type(row)}")
+
+
+def _begins_as_list(path: Path) -> bool:
+    _, line = next(numbered_lines(path), (0, b""))
+    return line.lstrip().startswith(b"[")

@@ -1,0 +1,86 @@
+"""Lines of JSON files: numbered, bounded, and read strictly.
+
+Knows JSON and UTF-8. Does not know what a row means.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+MAX_LINE_BYTES = 8 * 2**20
+"""A longer line is refused unread, so that a file without line breaks cannot fill the memory."""
+
+
+def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """Number the lines from 1 and leave blank ones out; an over-long line comes cut, one byte above the limit.
+
+    A byte order mark is taken away.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        line_number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            line_number += 1
+            rest = line
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+            if line_number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip() or len(line) > MAX_LINE_BYTES:
+                yield line_number, line
+
+
+def read_object(line: bytes) -> Any:
+    """The JSON value of a line, read as strictly as the lines of a manifest.
+
+    Raises:
+        ValueError: too long, not UTF-8, not JSON, a key that stands twice, or half of a surrogate pair.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        text = line.decode("utf-8")
+        row = _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    # Escapes are the only way to write a lone surrogate in a line that is UTF-8; it could never be written out again.
+    if "\\" in text and (problem := unwritable(row)):
+        raise ValueError(problem)
+    return row
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse_constant)
+
+
+def unwritable(row: object) -> str | None:
+    """Why a row could not be written as a line of JSON in UTF-8, or None."""
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "not Unicode text: it holds half of a surrogate pair"
+    except RecursionError:
+        return "nested too deeply"
+    except (TypeError, ValueError) as error:
+        return f"cannot be written as JSON: {error}"
+    return None

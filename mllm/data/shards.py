@@ -1,0 +1,137 @@
+"""WebDataset's tars to samples: members of one name but for the suffix are one sample, and media stay where they are.
+
+    000017.jpg  000017.json     a conversation in a form of `conversations.py`, or a caption
+    000018.wav  000018.txt      what is said
+
+Knows members and their places. Does not decode media, unpack tars or unpickle anything.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mllm.data.conversations import FORMS, MEDIA_KEYS, ConversationReader, paths_of
+from mllm.data.findings import Listing, renumbered
+from mllm.data.json_lines import MAX_LINE_BYTES, read_object
+from mllm.data.utterances import relative_to
+from mllm.media.packed import packed_path
+
+SUFFIXES = {
+    "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif", "avif"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "aif", "aiff"),
+    "video": ("mp4", "mkv", "webm", "avi", "mov", "mpg", "mpeg"),
+}
+_MEDIUM = {suffix: medium for medium, suffixes in SUFFIXES.items() for suffix in suffixes}
+_PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
+_TEXTS = ("txt", "caption", "text", "transcript")
+
+
+def read_webdataset(source: Path, root: Path) -> Listing:
+    """Read a tar, or all tars of a folder in the order of their names; only headers and texts are read.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = [source] if not source.is_dir() else sorted(source.rglob("*.tar"))
+    if not files:
+        raise FileNotFoundError(f"{source} holds no .tar")
+    listing = Listing()
+    reader = ConversationReader(root, tuple(FORMS))
+    for file in files:
+        with listing.noting(file), open(file, "rb") as stream:
+            _read_tar(file, stream, relative_to(root, file), reader, listing)
+    reader.log(source)
+    return listing
+
+
+def _read_tar(file: Path, stream: Any, relative: str, reader: ConversationReader, listing: Listing) -> None:
+    for key, group in groupby(_members(stream), key=lambda member: _split(member.name)[0]):
+        members = list(group)
+        with listing.noting(file, None, key):
+            row, media = _taken(members, stream, relative, reader)
+            stated = row.get("id")
+            name = str(stated) if isinstance(stated, str | int) else key
+            listing.samples.append(renumbered(reader.sample_of(row, name, media), reader.times_seen))
+
+
+def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
+    """Files of a tar in its order; hidden ones, which systems leave, and folders are passed over.
+
+    Raises:
+        ValueError: it is no tar, or a compressed one.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it keeps all of them otherwise)
+                if not member.isdir() and not os.path.basename(member.name).startswith((".", "__")):
+                    yield member
+    except tarfile.TarError as error:
+        raise ValueError(f"not a tar that is not compressed: {error}") from error
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The name of a member's sample, and its suffix: all that follows the first dot of the last part."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+def _taken(
+    members: list[tarfile.TarInfo], stream: Any, relative: str, reader: ConversationReader
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The row of a sample, and the places of its media in the order that the row names them, or that of the tar."""
+    row: dict[str, Any] = {}
+    media: dict[str, list[tuple[str, str]]] = {}
+    seen: set[str] = set()
+    for member in members:
+        suffix = _split(member.name)[1]
+        last = suffix.rpartition(".")[2]
+        if suffix in seen:
+            raise ValueError(f"there are two members with the suffix {suffix}")
+        seen.add(suffix)
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{member.name} is a link or has holes, and is not read")
+        if last in _PICKLES:
+            raise ValueError(f"{member.name} is a pickle, which could run code; it is not read")
+        if last in _MEDIUM:
+            place = packed_path(relative, member.offset_data, member.size)
+            media.setdefault(_MEDIUM[last], []).append((os.path.basename(member.name), place))
+        elif last == "json":
+            row |= _object(_content(stream, member), member.name)
+        elif last in _TEXTS:
+            row.setdefault("caption", _content(stream, member).decode("utf-8-sig").strip())
+        else:
+            reader.unread[f".{suffix}"] += 1
+    found = {medium: _in_order(medium, own, row) for medium, own in media.items()}
+    for medium in found:
+        for key in MEDIA_KEYS[medium]:
+            row.pop(key, None)
+    return row, found
+
+
+def _in_order(medium: str, held: list[tuple[str, str]], row: dict[str, Any]) -> list[str]:
+    """Places of media; where the row names files, those it names."""
+    named = [os.path.basename(path) for path in paths_of(row, medium)]
+    by_name = dict(held)
+    if set(named) <= set(by_name):
+        return [by_name[name] for name in named] or [place for _, place in held]
+    if len(named) != len(held):
+        raise ValueError(f"it names {', '.join(named)}, and beside it stand {', '.join(by_name)}")
+    return [place for _, place in held]
+
+
+def _content(stream: Any, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_LINE_BYTES:
+        raise ValueError(f"{member.name} is longer than {MAX_LINE_BYTES} bytes")
+    return os.pread(stream.fileno(), member.size, member.offset_data)
+
+
+def _object(content: bytes, name: str) -> dict[str, Any]:
+    row = read_object(content.removeprefix(b"\xef\xbb\xbf"))
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} must hold an object")
+    return row

@@ -1,0 +1,205 @@
+"""Tables of conversations with their media inside: parquet files, and what Hugging Face `datasets` keeps or hubs hold.
+
+Rows are read without their media, which stay where they are and are read when a sample is loaded (media/packed.py).
+
+Knows columns, and which of them hold media. Does not decode media, and runs no code of a data set.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm.data.conversations import FORMS, ConversationReader
+from mllm.data.findings import Listing, renumbered, shown_type
+from mllm.data.json_lines import read_object
+from mllm.data.settings import ReaderSettings
+from mllm.data.table_files import Table, is_table, open_table, table_files
+from mllm.data.utterances import relative_to
+from mllm.media.packed import packed_path
+
+DEFAULT_SPLIT = "train"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CONVERTED = "refs/convert/parquet"
+"""Where the hub keeps a data set of another form as parquet."""
+_NAMES = {
+    "image": ("image", "picture", "img", "jpg", "jpeg", "png", "webp"),
+    "audio": ("audio", "sound", "speech", "wav", "flac", "mp3"),
+    "video": ("video", "clip", "mp4"),
+}
+_FEATURES = {"Image": "image", "Audio": "audio", "Video": "video"}
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class MediaColumn:
+    """A column with media: its name and number, which medium, and whether a cell is a list of them."""
+
+    name: str
+    number: int
+    medium: str
+    is_list: bool
+
+
+def read_parquet(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Read a table, or those of a split in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    listing = Listing()
+    reader = ConversationReader(root, tuple(FORMS))
+    for file in _files(source, settings.split):
+        with listing.noting(file):
+            _read_table(file, relative_to(root, file), reader, listing)
+    reader.log(source)
+    return listing
+
+
+def read_datasets(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+    """Read a folder that `save_to_disk` left, a downloaded data set, or one of a hub by its name OWNER/NAME[@REVISION].
+
+    Of a hub only tables are fetched, never a script; their paths are relative to the folder the cache keeps them in.
+
+    Raises:
+        FileNotFoundError: no such folder, and no name of a hub; or there is no table in it.
+        OSError: the hub cannot be reached, or has no such data set.
+    """
+    name = source.as_posix()
+    if source.exists() or not _HUB_NAME.fullmatch(name):
+        return read_parquet(source, root, settings)
+    folder = _fetched(name)
+    return read_parquet(folder, folder.parents[1], settings)
+
+
+def _fetched(name: str) -> Path:
+    """A hub's data set in the cache; where it holds no table, the hub's own conversion of it."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    folder = Path("")
+    for wanted in (revision or None, _CONVERTED):
+        folder = Path(snapshot_download(repository, repo_type="dataset", revision=wanted, allow_patterns=["*.parquet"]))
+        if is_table(folder):
+            break
+    return folder
+
+
+def _files(source: Path, split: str | None) -> list[Path]:
+    """The tables of a split; of a folder that has none called train, all."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: there is no such file or folder")
+    try:
+        return table_files(source, split or DEFAULT_SPLIT)
+    except FileNotFoundError:
+        if split is not None or not is_table(source):
+            raise
+        return sorted(file for suffix in (".parquet", ".arrow") for file in source.rglob(f"*{suffix}"))
+
+
+def _read_table(file: Path, relative: str, reader: ConversationReader, listing: Listing) -> None:
+    with open_table(file) as table:
+        columns = list(_media_columns(table.schema, reader))
+        plain = [name for name in table.schema.names if name not in {column.name for column in columns}]
+        for number, (row, shapes) in enumerate(_rows(table, plain, columns)):
+            with listing.noting(file, None, f"row {number}"):
+                media: dict[str, list[str]] = {}
+                for column, shape in zip(columns, shapes, strict=True):
+                    media.setdefault(column.medium, []).extend(_places(relative, number, column, shape))
+                row = {key: _unwritten(value, key) for key, value in row.items()}
+                sample = reader.sample_of(row, _id_of(row, file, number), media)
+                listing.samples.append(renumbered(sample, reader.times_seen))
+
+
+def _id_of(row: Mapping[str, Any], file: Path, number: int) -> str:
+    stated = row.get("id")
+    if stated is None:
+        return f"{file.stem}-{number}"
+    if isinstance(stated, bool) or not isinstance(stated, str | int):
+        raise ValueError(f"id: must be a string or a whole number, got {shown_type(stated)}")
+    return str(stated)
+
+
+def _unwritten(value: Any, key: str) -> Any:
+    """A conversation that some tables keep as a text of JSON."""
+    if key in ("messages", "conversations") and isinstance(value, str):
+        return read_object(value.encode("utf-8"))
+    return value
+
+
+def _places(relative: str, row: int, column: MediaColumn, shape: int | None) -> list[str]:
+    """The paths of a cell's media."""
+    if shape is None:
+        return []
+    if not column.is_list:
+        return [packed_path(relative, row, column.number)]
+    return [packed_path(relative, row, column.number, place) for place in range(shape)]
+
+
+def _rows(table: Table, plain: list[str], columns: list[MediaColumn]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """Rows without their media, and of each cell of media how many it holds, None for a cell that is empty."""
+    for batch in table.batches(plain, [column.name for column in columns], _ROWS_AT_ONCE):
+        texts = batch.select(plain).to_pylist() if plain else [{} for _ in range(batch.num_rows)]
+        shapes = [_shapes(batch.column(column.name), column.is_list) for column in columns]
+        yield from ((row, [own[number] for own in shapes]) for number, row in enumerate(texts))
+
+
+def _shapes(cells: Any, is_list: bool) -> list[int | None]:
+    if is_list:
+        return cells.value_lengths().to_pylist()
+    return [1 if valid else None for valid in cells.is_valid().to_pylist()]
+
+
+def _media_columns(schema: Any, reader: ConversationReader) -> Iterator[MediaColumn]:
+    """Columns of bytes, and of objects with bytes; the features that `datasets` notes, or else names, say of what."""
+    features = _features(schema)
+    for number, field in enumerate(schema):
+        kind, is_list = field.type, False
+        if _is_list(kind):
+            kind, is_list = kind.value_type, True
+        if not _holds_bytes(kind):
+            continue
+        medium = features.get(field.name) or _medium_of(field.name)
+        if medium is None:
+            reader.unread[field.name] += 1
+            continue
+        yield MediaColumn(field.name, number, medium, is_list)
+
+
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(own.name == "bytes" and _holds_bytes(own.type) for own in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _features(schema: Any) -> dict[str, str]:
+    """The medium of each column that the notes of `datasets` call an Image, Audio or Video, or a list of them."""
+    notes = (schema.metadata or {}).get(b"huggingface")
+    if notes is None:
+        return {}
+    features = json.loads(notes).get("info", {}).get("features", {})
+    return {name: medium for name, own in features.items() if (medium := _medium_in(own)) is not None}
+
+
+def _medium_in(feature: Any) -> str | None:
+    if isinstance(feature, list):
+        return _medium_in(feature[0]) if feature else None
+    if not isinstance(feature, dict):
+        return None
+    return _FEATURES.get(str(feature.get("_type"))) or _medium_in(feature.get("feature"))
+
+
+def _medium_of(name: str) -> str | None:
+    plain = re.sub(r"(_?\d+|_bytes|_data)$", "", name.lower())
+    called = {plain, plain.removesuffix("s")}
+    return next((medium for medium, names in _NAMES.items() if called & set(names)), None)

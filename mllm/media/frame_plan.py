@@ -1,0 +1,70 @@
+"""Say which frames of a video are used: all of them, those of another rate, or a few that stand for the whole.
+
+Knows times. Does not know files or pixels.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class FramePlan:
+    """Which frames of a file are used: for every output the number of a frame, never decreasing.
+
+    Frames are numbered in the order in which they are shown; `num_frames` is how many the file holds. `stamps` are the
+    timestamps of the frames that are used, each once, where only those are to be decoded.
+    """
+
+    num_frames: int
+    indices: tuple[int, ...]
+    frames_per_second: float
+    stamps: tuple[int, ...] | None = None
+
+    def of_used(self) -> "FramePlan":
+        """The same frames, numbered among those that are used."""
+        used = sorted(set(self.indices))
+        places = {number: place for place, number in enumerate(used)}
+        return FramePlan(len(used), tuple(places[number] for number in self.indices), self.frames_per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSampling:
+    """How few frames stand for a whole video.
+
+    Args:
+        count: frames, each from the middle of one of as many equal stretches of time.
+        per_second: fewer than `count` where that makes more frames a second than this; always `count` when left out.
+    """
+
+    count: int
+    per_second: float | None = None
+
+    def plan(self, name: str, times: Sequence[int], span: Fraction, time_base: Fraction) -> FramePlan:
+        """The frames of a video.
+
+        Args:
+            times: of all its frames, in units of `time_base` seconds. span: its length in seconds.
+
+        Raises:
+            ValueError: it has fewer frames than are to be taken.
+        """
+        count = self.count
+        if self.per_second is not None:
+            count = min(count, max(1, int(span * Fraction(self.per_second))))
+        if len(times) < count:
+            raise ValueError(f"{name}: the video has {len(times)} frames, and {count} are to be taken from it")
+        step = span / count / time_base
+        asked = [(k + Fraction(1, 2)) * step for k in range(count)]
+        indices = tuple(nearest_frame(times, own.numerator, own.denominator) for own in asked)
+        return FramePlan(len(times), indices, float(count / span))
+
+
+def nearest_frame(times: Sequence[int], above: int, below: int) -> int:
+    """Index of the time nearest to above / below, the earlier one of two equally near; `times` never decrease."""
+    # Whole numbers, since comparing fractions takes longer than decoding a small frame.
+    right = bisect_left(times, -(-above // below))
+    if right == 0 or right == len(times):
+        return max(right - 1, 0)
+    return right - 1 if above - times[right - 1] * below <= times[right] * below - above else right

@@ -1,0 +1,403 @@
+"""ShareGPT, OpenAI's and ms-swift's rows, tables and tars become samples; media inside are read where they lie."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from mllm.cli import main
+from mllm.data.check import check_listing
+from mllm.data.manifest import Media, Sample, Text, read_manifest
+from mllm.data.readers import read_data, read_listing
+from mllm.data.settings import Format, ReaderSettings
+from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
+from mllm.media.image import header_pixels
+from mllm.training.feature_store import digest_of_media
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def picture(colour: tuple[int, int, int] = RED) -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(held, "PNG")
+    return held.getvalue()
+
+
+def sound(level: float = 0.5) -> bytes:
+    held = io.BytesIO()
+    soundfile.write(held, np.full(8_000, level), 16_000, format="WAV")
+    return held.getvalue()
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(source: Path, form: Format, **settings: Any) -> list[Sample]:
+    root = source if source.is_dir() else source.parent
+    return read_data(source, root, ReaderSettings(format=form, **settings))
+
+
+def colour_of(sample: Sample, number: int = 0) -> tuple[int, ...]:
+    image = load_image(resolve_media(sample.root, sample.media[number].path))
+    return tuple(np.asarray(image)[3, 3].tolist())
+
+
+def asked(text: str, answer: str = "x") -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+def said(text: str, answer: str = "x") -> list[dict[str, str]]:
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_sharegpt_as_a_list_and_by_lines(tmp_path: Path, as_list: bool) -> None:
+    rows = [
+        {"conversations": said("<image>What?", "A cat."), "images": ["a.png"], "system": "Be kind."},
+        {
+            "id": 7,
+            "task": "own",
+            "conversations": said("Look: <image> and <video>."),
+            "image": "b.png",
+            "videos": "c.mp4",
+        },
+        {"conversation": [{"human": "Hi", "assistant": "Hello"}, {"human": "Sure?", "assistant": "Yes"}]},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows)) if as_list else lines(path, *rows)
+    first, second, third = read(path, "sharegpt")
+    assert [message.role for message in first.messages] == ["system", "user", "assistant"]
+    assert first.messages[1].parts == (Media("image", "a.png"), Text("What?"))
+    start = 0 if as_list else 1
+    assert [(own.id, own.task) for own in (first, second, third)] == [
+        (f"data-{start}", "vqa"),
+        ("7", "own"),
+        (f"data-{start + 2}", "chat"),
+    ]
+    expected = (Text("Look: "), Media("image", "b.png"), Text(" and "), Media("video", "c.mp4"), Text("."))
+    assert second.messages[0].parts == expected
+    assert [message.text for message in third.messages] == ["Hi", "Hello", "Sure?", "Yes"]
+
+
+def test_messages_of_openai_and_ms_swift(tmp_path: Path) -> None:
+    answer = asked("")[1]
+    url = {"type": "image_url", "image_url": {"url": "a.png"}}
+    path = lines(
+        tmp_path / "m.jsonl",
+        {"messages": [{"role": "user", "content": [url, {"type": "text", "text": "What?"}]}, asked("")[1]]},
+        {"messages": asked("<image>What?"), "images": [{"path": "a.png", "bytes": None}]},
+        {"messages": asked("What?"), "images": ["a.png"]},  # no marker: before the question
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, answer],
+         "images": ["a.png"]},
+        {"query": "<image>What?", "response": "x", "history": [], "images": ["a.png"]},
+        {"messages": [{"role": "developer", "content": "Be kind."}, *asked("<audio><audio>Which?")],
+         "audios": ["1.wav", "2.wav"]},
+        {"query": "And?", "response": "y", "history": [["One?", "1"], ["Two?", "2"]]},
+        {"messages": asked("How does <image> work in HTML?")},
+    )  # fmt: skip
+    *pictures, sounds, history, text = read(path, "messages")
+    for sample in pictures:
+        assert sample.messages[0].parts == (Media("image", "a.png"), Text("What?"))
+    assert [message.role for message in sounds.messages] == ["system", "user", "assistant"]
+    assert sounds.media == (Media("audio", "1.wav"), Media("audio", "2.wav"))
+    assert (sounds.id, sounds.task) == ("m-6", "audio_qa")
+    assert [message.text for message in history.messages] == ["One?", "1", "Two?", "2", "And?", "y"]
+    assert text.messages[0].parts == (Text("How does <image> work in HTML?"),)
+    assert read(path, "messages") == [*pictures, sounds, history, text]  # made-up ids are always the same
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": asked("<image><image>?"), "images": ["a.png"]}, r"2 places \(<image>\) for 1 media"),
+        ({"messages": asked("What?<image>")}, r"1 places \(<image>\) for 0 media"),
+        ({"messages": asked("?"), "images": ["../a.png"]}, "must not hold '..'"),
+        ({"messages": asked("<image>?"), "images": ["http://x/a.png"]}, "plain relative one"),
+        ({"messages": asked("<image>?"), "images": ["data:image/png;base64,xx"]}, "stands in the row itself"),
+        ({"messages": asked("<image>?"), "images": [{"bytes": "xx"}]}, "stands in the row itself"),
+        ({"messages": [*asked("?"), {"role": "tool", "content": "x"}]}, "role: must be one of"),
+        ({"messages": [asked("?")[0], {**asked("")[1], "tool_calls": [1]}]}, "tool_calls, which is not read"),
+        ({"messages": asked("?"), "tools": [{"name": "x"}]}, "tools: it changes what is learned"),
+        ({"messages": asked("?"), "rejected_response": "y"}, "rejected_response: it changes"),
+        ({"messages": [{"role": "user", "content": "?"}]}, "the last message must be the assistant's"),
+        ({"messages": asked("?"), "id": [1]}, "id: must be a string or a whole number"),
+        ({"messages": asked("?"), "task": 3}, "task: must be a string"),
+        ({"query": "?"}, "'response' is missing"),
+        ({"text": "x"}, "there is no messages and no query; it has text"),
+    ],
+)
+def test_one_odd_row_is_one_finding(tmp_path: Path, row: dict, message: str) -> None:
+    path = lines(tmp_path / "m.jsonl", {"messages": asked("?")}, row, {"messages": asked("?")})
+    listing = read_listing(path, tmp_path, ReaderSettings(format="messages"))
+    (finding,) = listing.problems
+    assert finding.line_number == 2
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(str(finding))
+    assert [sample.id for sample in listing.samples] == ["m-1", "m-3"]
+
+
+def test_keys_that_are_not_read_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"messages": asked("?"), "source": "web", "score": 3} for _ in range(5)]
+    assert len(read(lines(tmp_path / "m.jsonl", *rows), "messages")) == 5
+    assert caplog.text.count("5 rows hold the key 'source', which is not read") == 1
+
+
+CELL = {"bytes": picture(), "path": "a.png"}
+OTHER = {"bytes": picture(BLUE), "path": None}
+
+
+def table(path: Path, rows: list[dict], *, features: dict[str, Any] | None = None, **options: Any) -> Path:
+    """A parquet file, with the notes of `datasets` where features are given."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    own = pa.Table.from_pylist(rows)
+    if features is not None:
+        own = own.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(own, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("row_group_size", [1, 3, 1_000])
+def test_parquet_with_pictures_inside(tmp_path: Path, row_group_size: int) -> None:
+    rows = [{"messages": asked(f"<image>{n}?"), "images": [OTHER if n % 2 else CELL], "n": n} for n in range(7)]
+    rows.append({"messages": asked("<image><image>?"), "images": [CELL, OTHER], "n": 7})
+    rows.append({"messages": asked("Only text."), "images": [], "n": 8})
+    rows.append({"messages": asked("None."), "images": None, "n": 9})
+    samples = read(table(tmp_path / "t.parquet", rows, row_group_size=row_group_size), "parquet")
+    assert [sample.id for sample in samples] == [f"t-{n}" for n in range(10)]
+    assert [colour_of(sample) for sample in samples[:7]] == [RED, BLUE] * 3 + [RED]
+    assert [colour_of(samples[7], place) for place in (0, 1)] == [RED, BLUE]
+    assert [len(sample.media) for sample in samples[8:]] == [0, 0]
+    assert [sample.task for sample in samples[6:9]] == ["vqa", "vqa", "chat"]
+    assert header_pixels(resolve_media(tmp_path, samples[0].media[0].path)) == (6, 8)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["t.parquet"]  # nothing was unpacked anywhere
+
+
+def test_columns_are_media_by_their_features_or_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"what": CELL, "blob": b"123", "caption": "red"}]
+    (sample,) = read(table(tmp_path / "t.parquet", rows, features={"what": {"_type": "Image"}}), "parquet")
+    assert (colour_of(sample), sample.task, sample.messages[-1].text) == (RED, "caption", "red")
+    assert "the key 'blob', which is not read" in caplog.text
+    (sample,) = read(table(tmp_path / "u.parquet", [{"audio": sound(), "text": "hello"}]), "parquet")
+    assert sample.task == "asr"
+    assert sample.messages[0].parts[1] == Text("Transcribe speech to text.")
+    found = load_audio(resolve_media(tmp_path, sample.media[0].path)).samples
+    np.testing.assert_allclose(found, 0.5, atol=1e-4)
+    cauldron = [{"images": [CELL], "texts": [{"user": "What?", "assistant": "Red.", "source": "x"}]}]
+    (sample,) = read(table(tmp_path / "v.parquet", cauldron), "parquet")
+    assert sample.messages[0].parts == (Media("image", "v.parquet@0.0.0"), Text("What?"))
+    written = [{"conversations": json.dumps(said("<image>?")), "image": CELL}]
+    (sample,) = read(table(tmp_path / "w.parquet", written), "parquet")
+    assert colour_of(sample) == RED
+
+
+def saved_to_disk(folder: Path, rows: list[dict]) -> Path:
+    """What `Dataset.save_to_disk` of datasets leaves: arrow streams in batches, and a state that names the split."""
+    pa = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    own = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, own.schema) as out:
+        for batch in own.to_batches(max_chunksize=2):
+            out.write_batch(batch)
+    (folder / "state.json").write_text(json.dumps({"_split": "train", "_data_files": []}))
+    return folder
+
+
+def test_a_folder_of_datasets(tmp_path: Path) -> None:
+    rows = [{"messages": asked("<image>?"), "image": OTHER if n % 2 else CELL} for n in range(5)]
+    samples = read(saved_to_disk(tmp_path / "d", rows), "datasets")
+    assert [colour_of(sample) for sample in samples] == [RED, BLUE, RED, BLUE, RED]
+    report = check_listing(tmp_path / "d", tmp_path / "d", ReaderSettings(format="datasets"), open_media=True)
+    assert report.is_good
+    assert dict(report.media) == {"image": 5}
+
+
+def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
+    """From the cache of huggingface_hub as a download leaves it: snapshots are links to blobs."""
+    cache = tmp_path / "hub" / "datasets--owner--pictures"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    revision = "0" * 40
+    (cache / "refs" / "main").write_text(revision)
+    (cache / "snapshots" / revision / "data").mkdir(parents=True)
+    table(cache / "blobs" / "abc", [{"messages": asked("<image>?"), "image": CELL}])
+    link = cache / "snapshots" / revision / "data" / "train-00000-of-00001.parquet"
+    link.symlink_to(os.path.relpath(cache / "blobs" / "abc", link.parent))
+    code = (
+        "from mllm.data.readers import read_data, ReaderSettings\nfrom mllm.media import load_image, resolve_media\n"
+        "(one,) = read_data('owner/pictures', None, ReaderSettings(format='datasets'))\n"
+        "print(load_image(resolve_media(one.root, one.media[0].path)).getpixel((0, 0)), one.id)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "(255, 0, 0) train-00000-of-00001-0", done.stderr
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_webdataset_tars(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    talk = {"conversations": said("<image>Which, <image>?", "the second"), "images": ["b.png", "a.png"], "id": "talk"}
+    shard(
+        tmp_path / "s" / "000.tar",
+        {
+            "x/1.png": picture(BLUE),
+            "x/1.json": json.dumps({"messages": asked("<image>What?", "blue")}).encode(),
+            **{"2.png": picture(), "2.txt": b"a red square\n"},
+            **{"3.wav": sound(), "3.txt": "höre".encode()},
+            **{"4.a.png": picture(), "4.b.png": picture(BLUE), "4.json": json.dumps(talk).encode()},
+        },
+    )
+    shard(tmp_path / "s" / "001.tar", {"5.json": json.dumps({"messages": asked("Hi", "Hello")}).encode()})
+    one, two, three, four, five = read(tmp_path / "s", "webdataset")
+    assert [sample.id for sample in (one, two, three, four, five)] == ["x/1", "2", "3", "talk", "5"]
+    assert (colour_of(one), one.messages[0].parts[1]) == (BLUE, Text("What?"))
+    assert (colour_of(two), two.task, two.messages[-1].text) == (RED, "caption", "a red square")
+    assert (three.task, three.messages[-1].text) == ("asr", "höre")
+    assert load_audio(resolve_media(three.root, three.media[0].path)).seconds == 0.5
+    assert len(four.media) == 2
+    assert five.media == ()
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["000.tar", "001.tar", "s"]
+
+
+def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> None:
+    good = json.dumps({"messages": asked("Hi")}).encode()
+    path = shard(
+        tmp_path / "a.tar",
+        {
+            "1.json": good,
+            "2.json": b"{",
+            "3.pkl": pickle.dumps(Path("x")),
+            "4.json": json.dumps({"messages": asked("<image>?")}).encode(),
+            "5.png": picture(),
+            "6.json": good,
+        },
+    )
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("7.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    listing = read_listing(path, tmp_path, ReaderSettings(format="webdataset"))
+    assert [sample.id for sample in listing.samples] == ["1", "6"]
+    told = [finding.message.partition(":")[0] for finding in listing.problems]
+    assert told == ["2", "3", "4", "5", "7"]
+    assert "a pickle, which could run code" in listing.problems[1].message
+    assert "is a link" in listing.problems[4].message
+    with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
+        tar.add(path, "x")
+    (finding,) = read_listing(tmp_path / "b.tar", tmp_path, ReaderSettings(format="webdataset")).problems
+    assert "not a tar that is not compressed" in finding.message
+
+
+def test_media_inside_other_files_obey_the_same_limits_and_roots(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    content = picture()
+    shard(tmp_path / "root" / "a.tar", {"1.png": content, "1.txt": b"x"})
+    path = read(tmp_path / "root" / "a.tar", "webdataset")[0].media[0].path
+    found = resolve_media(tmp_path / "root", path)
+    for key in ("image_bytes", "image_pixels"):
+        with pytest.raises(MediaError, match=rf"than 10 .*\(limits\.{key}\)") as caught:
+            load_image(found, limits=MediaLimits.of({key: 10}))
+        assert caught.value.kind == "limit"
+    shard(tmp_path / "out.tar", {"1.png": content})
+    (tmp_path / "root" / "link.tar").symlink_to(tmp_path / "out.tar")
+    for name, kind in (
+        ("../out.tar@512.99", "refused"),
+        ("link.tar@512.99", "refused"),
+        ("gone.tar@512.99", "missing"),
+        ("a.tar@512", "missing"),
+    ):
+        with pytest.raises(MediaError, match=r"\.tar") as caught:
+            resolve_media(tmp_path / "root", name)
+        assert caught.value.kind == kind
+    for numbers, kind in (
+        ("512.99999", "missing"),
+        ("99999999.5", "missing"),
+        ("512.0", "empty"),
+        ("0.100", "unsupported"),
+    ):
+        with pytest.raises(MediaError, match=r"a\.tar@") as caught:
+            load_image(resolve_media(tmp_path / "root", f"a.tar@{numbers}"))
+        assert caught.value.kind == kind
+
+
+def test_cells_that_are_not_there(tmp_path: Path) -> None:
+    table(tmp_path / "t.parquet", [{"image": CELL, "n": 1}, {"image": {"bytes": None, "path": "a.png"}, "n": 2}])
+    for numbers in ("5.0", "0.9", "0.0.3", "1.0", "0.1"):
+        with pytest.raises(MediaError, match="the table") as caught:
+            load_image(resolve_media(tmp_path, f"t.parquet@{numbers}"))
+        assert caught.value.kind == "missing"
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(MediaError, match="not a table that pyarrow reads") as caught:
+        load_image(resolve_media(tmp_path, "bad.parquet@0.0"))
+    assert caught.value.kind == "corrupt"
+
+
+def test_a_changed_tar_is_seen_by_what_is_kept_of_it(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"1.png": picture(), "1.txt": b"x"})
+    place = resolve_media(tmp_path, read(tmp_path / "a.tar", "webdataset")[0].media[0].path)
+    before = digest_of_media(place)
+    shard(tmp_path / "a.tar", {"1.png": picture(BLUE), "1.txt": b"x"})
+    assert digest_of_media(place) != before
+
+
+@pytest.mark.parametrize(
+    ("form", "rows"),
+    [
+        ("sharegpt", [{"conversations": said("<image>?"), "images": ["a.png"]}]),
+        ("messages", [{"messages": asked("<image>?"), "images": ["a.png"]}]),
+        ("llava", [{"id": "1", "image": "a.png", "conversations": said("<image>?")}]),
+    ],
+)
+def test_the_command_checks_and_imports_any_format(tmp_path: Path, capsys, form: str, rows: list) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    path = lines(tmp_path / "d.jsonl", *rows)
+    assert main(["data", "check", str(path), "--format", form, "--open"]) == 0
+    assert "1 rows, 1 good samples" in capsys.readouterr().out
+    assert main(["data", "import", form, str(path), "--out", str(tmp_path / "m.jsonl")]) == 0
+    assert main(["data", "check", str(tmp_path / "m.jsonl"), "--open"]) == 0
+    assert colour_of(read_manifest(tmp_path / "m.jsonl", tmp_path)[0]) == RED
+    capsys.readouterr()
+    assert main(["data", "check", str(path)]) == 1
+    assert f"looks like format {form}" in capsys.readouterr().out
+    other = "sharegpt" if form == "messages" else "messages"
+    with pytest.raises(ValueError, match=f"nothing of format {other}, and looks like format {form}"):
+        read_data(path, tmp_path, ReaderSettings(format=other))
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "a.tar", "l.csv", "l.tsv", "clips/a.mp4"])
+def test_what_a_file_looks_like_is_named(tmp_path: Path, name: str, capsys) -> None:
+    forms = {"t.parquet": "parquet", "a.tar": "webdataset", "l.csv": "omni_csv", "l.tsv": "fairseq"}
+    if name == "t.parquet":
+        table(tmp_path / name, [{"messages": asked("?")}])
+    elif name == "a.tar":
+        shard(tmp_path / name, {"1.json": b"{}"})
+    elif name == "clips/a.mp4":
+        (tmp_path / "clips").mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    else:
+        (tmp_path / name).write_text("d,a.mp4,25,1 2,some text\n" if name == "l.csv" else "/\na\tb\tc\t1\t2\n")
+    source = tmp_path / "clips" if name.startswith("clips") else tmp_path / name
+    assert main(["data", "check", str(source), "--format", "sharegpt"]) in (1, 2)
+    shown = capsys.readouterr()
+    assert f"looks like format {forms.get(name, 'clips')}" in shown.out + shown.err
