@@ -32,8 +32,9 @@ from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.processing import ElasticProcessor
 from mllm.training.readouts import Readout, opened, readouts, with_one
 
-RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 9))
-"""Penalties that are tried, 0.001 to 10,000, as shares of the mean variance of the layer's inputs."""
+RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 3))
+"""Penalties that are tried, as shares of the mean variance of the layer's inputs; a larger one would show all media
+alike, which is no start either."""
 
 logger = logging.getLogger(__name__)
 

@@ -256,9 +256,7 @@ def test_a_conversation_the_template_refuses_is_one_bad_sample(
     data = dataclasses.replace(settings.data, train=[str(world / "all_odd.jsonl")])
     with pytest.raises(ValueError, match=rf"sample 'odd': {reason}(?s:.*)2 of 2 samples are refused"):
         train(
-            dataclasses.replace(
-                settings, data=data, train=dataclasses.replace(settings.train, output=str(tmp_path / "b"))
-            )
+            dataclasses.replace(settings, data=data, train=dataclasses.replace(settings.train, out=str(tmp_path / "b")))
         )
 
 

@@ -184,7 +184,8 @@ def test_data_check_tells_what_a_recipe_would_learn(world: Path, tmp_path: Path,
     assert "12 samples; target tokens per sample: least 5, median 5, mean " in told
     assert told.rstrip().endswith("0 without")
     (world / "mute.json").write_text((world / "mixture.json").read_text().replace("a red circle", " "))
-    assert main([*words[:2], str(world / "mute.json"), *words[3:]]) == 2
+    assert main([*words[:2], str(world / "mute.json"), *words[3:]]) == 1
+    assert "0 good samples" in capsys.readouterr().out
     absent = (world / "mixture.json").read_text().replace("coco/0.png", "coco/absent.png")
     (world / "absent.json").write_text(absent)
     assert main([*words[:2], str(world / "absent.json"), *words[3:]]) == 1
