@@ -55,15 +55,24 @@ class FrameSampling:
             count = min(count, max(1, int(span * Fraction(self.per_second))))
         if len(times) < count:
             raise ValueError(f"{name}: the video has {len(times)} frames, and {count} are to be taken from it")
-        step = span / count / time_base
-        asked = [(k + Fraction(1, 2)) * step for k in range(count)]
-        indices = tuple(nearest_frame(times, own.numerator, own.denominator) for own in asked)
+        indices = nearest_frames(times, count, span / count / time_base, from_middle=True)
         return FramePlan(len(times), indices, float(count / span))
 
 
-def nearest_frame(times: Sequence[int], above: int, below: int) -> int:
-    """Index of the time nearest to above / below, the earlier one of two equally near; `times` never decrease."""
+def nearest_frames(times: Sequence[int], count: int, step: Fraction, *, from_middle: bool = False) -> tuple[int, ...]:
+    """Number the frames nearest to as many times, the earlier one of two equally near.
+
+    Args:
+        times: of all frames; they never decrease. step: between two that are asked for, in the same units.
+        from_middle: begin half a step in, so that each stands for a stretch of one step; at 0 otherwise.
+    """
     # Whole numbers, since comparing fractions takes longer than decoding a small frame.
+    above, below = step.numerator, 2 * step.denominator
+    return tuple(_nearest_frame(times, (2 * number + from_middle) * above, below) for number in range(count))
+
+
+def _nearest_frame(times: Sequence[int], above: int, below: int) -> int:
+    """Index of the time nearest to above / below."""
     right = bisect_left(times, -(-above // below))
     if right == 0 or right == len(times):
         return max(right - 1, 0)

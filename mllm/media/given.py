@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mllm.media.audio import Audio, resample
-from mllm.media.frame_plan import FrameSampling, nearest_frame
+from mllm.media.frame_plan import FrameSampling, nearest_frames
 from mllm.media.image import MODES, to_rgb
 from mllm.media.loader import MediaLoader, Raw
 from mllm.media.video import Video, to_gray
@@ -242,8 +242,7 @@ def _at_rate(video: Video, loader: MediaLoader, sampling: FrameSampling | None) 
     elif wanted is not None and rate != Fraction(wanted):
         step = rate / Fraction(wanted)
         count = max(1, round(len(frames) / step))
-        times = range(len(frames))
-        frames = frames[[nearest_frame(times, (k * step).numerator, (k * step).denominator) for k in range(count)]]
+        frames = frames[list(nearest_frames(range(len(frames)), count, step))]
         rate = wanted
     if sampling is None and loader.gray and frames.ndim == 4:
         frames = to_gray(frames)

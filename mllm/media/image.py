@@ -6,7 +6,7 @@ alpha, palettes and 16 bits. Does not know sizes or normalisations an encoder wa
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
@@ -41,9 +41,7 @@ def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Imag
     with open_media(path, limits.image_bytes, "image_bytes") as file:
         kind = _kind_of(name, file)
         if kind == "heif":
-            picture = open_heif(name, file)
-            _check_pixels(name, picture.size, limits)
-            return to_rgb(unpacked(name, picture))
+            return to_rgb(unpacked(name, _opened_heif(name, file, limits)))
         with opened(name, file, kind, limits) as image, decoding(name):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -60,9 +58,8 @@ def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> t
     with open_media(path, limits.image_bytes, "image_bytes") as file:
         kind = _kind_of(name, file)
         if kind == "heif":
-            picture = open_heif(name, file)
-            _check_pixels(name, picture.size, limits)
-            return picture.size[1], picture.size[0]
+            width, height = _opened_heif(name, file, limits).size
+            return height, width
         with opened(name, file, kind, limits) as image, decoding(name):
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
@@ -101,6 +98,13 @@ def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterato
         if image.mode not in MODES:
             raise MediaError("unsupported", name, f"pixels must be of one of the kinds {', '.join(MODES)}")
         yield image
+
+
+def _opened_heif(name: str, file: BinaryIO, limits: MediaLimits) -> Any:
+    """The primary picture of a HEIC file, once its header is known to state no more pixels than allowed."""
+    picture = open_heif(name, file)
+    _check_pixels(name, picture.size, limits)
+    return picture
 
 
 def _check_pixels(name: str, size: tuple[int, int], limits: MediaLimits) -> None:

@@ -23,7 +23,7 @@ from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames, is_anima
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.decord_process import decord_frames
 from mllm.media.errors import MediaError
-from mllm.media.frame_plan import FramePlan, FrameSampling, nearest_frame
+from mllm.media.frame_plan import FramePlan, FrameSampling, nearest_frames
 from mllm.media.frames import Upright, check_frame_size, check_length, over_limit, pyav_version, to_gray
 from mllm.media.limits import (
     DEFAULT_LIMITS,
@@ -249,9 +249,7 @@ def _plan_of(
     rate = Fraction(frames_per_second)
     count = max(1, round(span * rate))
     check_length(name, Fraction(0), count, limits)
-    step = 1 / (rate * time_base)
-    nearest = (nearest_frame(times, k * step.numerator, step.denominator) for k in range(count))
-    return FramePlan(len(times), tuple(nearest), frames_per_second)
+    return FramePlan(len(times), nearest_frames(times, count, 1 / (rate * time_base)), frames_per_second)
 
 
 def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:

@@ -46,12 +46,12 @@ class LookedOver:
         return FeatureSamples(train, self.samples.get("validation", []))
 
 
-def look_over(settings: RunSettings, run: Path, *, with_captions: bool) -> LookedOver:
+def look_over(settings: RunSettings, run: Path, *, fits_captions: bool) -> LookedOver:
     """Read and check everything that a run is told to train, validate and fit its projectors on; every process does.
 
     Args:
         run: the run folder, which keeps the surveys.
-        with_captions: whether projectors are going to be fitted to `data.captions`.
+        fits_captions: whether projectors are going to be fitted to `data.captions`.
 
     Raises:
         ValueError: what is wrong, with the key, the rows or the files.
@@ -59,7 +59,7 @@ def look_over(settings: RunSettings, run: Path, *, with_captions: bool) -> Looke
     """
     data, found = settings.data, LookedOver()
     build_augmentation(data)  # noise that cannot be mixed is refused here
-    for name in ("train", "validation", *(["captions"] if with_captions else [])):
+    for name in ("train", "validation", *(["captions"] if fits_captions else [])):
         if manifests := getattr(data, name):
             found.samples[name] = read_samples(manifests, data)
             check_files(found.samples[name], name, data.max_bad_fraction if name == "train" else 0.0)

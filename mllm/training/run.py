@@ -81,7 +81,7 @@ def train(
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
         found = _with_parts_found(settings.model, start, sources or {})
-        looked = look_over(dataclasses.replace(settings, model=found), arguments.run, with_captions=start is None)
+        looked = look_over(dataclasses.replace(settings, model=found), arguments.run, fits_captions=start is None)
         model, processor = build(found)
         model.config.sources = _sources_of(settings.model, model.config.sources or {}, arguments.run)
         processor.limits = settings.data.limits
