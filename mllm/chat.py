@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.naming import named_pictures
-from mllm.plain_text import PlainText
+from mllm.plain_text import PlainText, special_tokens
 from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
@@ -128,7 +128,7 @@ class ChatEncoder:
         self.template = TEMPLATES.get(chat_format)
         self.placeholder_ids = dict(placeholder_ids)
         self.span_ids = {medium: (list(before), list(after)) for medium, (before, after) in (span_ids or {}).items()}
-        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        special = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
         self._layouts: dict[Any, Layout] = {}
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 

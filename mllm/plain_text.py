@@ -18,6 +18,15 @@ from typing import Any
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens of a tokenizer by id: those that have a role, and those that only say they are special.
+
+    The library's own list leaves the second out, such as the ends of turns of many chats.
+    """
+    added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
 @dataclass(frozen=True)
 class Reserved:
     """The ids that a typed text must not become.
@@ -36,11 +45,7 @@ class Reserved:
         A special token of one character, such as "!" that somebody took for padding, is a letter like others: there is
         no other way to read it.
         """
-        special = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
-        special = {
-            token_id: text for token_id, text in special.items() if tokenizer.added_tokens_decoder[token_id].special
-        }
-        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special = special_tokens(tokenizer)
         spelled = {token_id: text for text, token_id in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(text)}
         if tokenizer.unk_token_id is not None:
             spelled[tokenizer.unk_token_id] = tokenizer.unk_token

@@ -1,7 +1,7 @@
 """What people wrote stays text, answers are the targets, and each medium is one placeholder."""
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Text
@@ -65,6 +65,16 @@ def test_the_tokenizers_own_template_is_used(tokenizer: PreTrainedTokenizerFast)
     text = own.decode(prompt.ids, skip_special_tokens=False)
     assert text.replace(" ", "") == "[user]<image><|image_token|></image>whatcolouristhecircle?</s>[assistant]red</s>"
     assert [t for t in prompt.labels if t != -100] == own.convert_tokens_to_ids(["Ġred", "</s>"])
+
+
+def test_an_end_of_turn_without_a_role_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of many chats the end of a turn is an added token that only says it is special, beside another end of text."""
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    own.add_tokens(AddedToken("<|end|>", special=True))
+    own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|end|>{% endfor %}"
+    prompt = encoder(own, "chat")([QUESTION, ANSWER])
+    assert [t for t in prompt.labels if t != -100] == own.convert_tokens_to_ids(["Ġred", "<|end|>"])
 
 
 def test_a_template_that_drops_a_message_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
