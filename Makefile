@@ -57,7 +57,7 @@ $(VENV)-real/stamp: $(LOCK) | $(VENV)-real/bin/python
 test-real: $(VENV)-real/stamp
 	REQUIRE_REAL=1 $(VENV)-real/bin/python -m pytest tests/real
 
-## make demo-real  a frozen Whisper and a frozen SmolLM2 learn to listen: meant to take 45 idle minutes; report in runs/demo_real
+## make demo-real  a frozen Whisper and a frozen SmolLM2 learn to listen: 76 minutes on 2 busy cores; report in runs/demo_real
 demo-real: $(VENV)-real/stamp
 	$(VENV)-real/bin/python -m mllm demo --real true
 

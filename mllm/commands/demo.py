@@ -31,8 +31,8 @@ class Settings:
     """Instead compare elastic models with separately trained ones, three times over; takes less than an hour on 2 CPU
     cores."""
     real: bool = False
-    """Instead let a frozen Whisper base and a frozen SmolLM2 learn to listen, and test them on real recordings. It is
-    meant to take 45 minutes on 2 CPU cores, and needs the extra `real`."""
+    """Instead let a frozen Whisper base and a frozen SmolLM2 learn to listen, and test them on real recordings. It took
+    76 minutes on 2 busy CPU cores, and needs the extra `real`."""
     about: Literal["speech", "pictures"] | None = None
     """Only with full: two elastic speech models, Omni-AVSR-ST and MoME, against eight of one task and rate each (the
     default), or elastic pictures in the style of M3, MQT and Haar against models of one count of tokens each."""

@@ -30,7 +30,7 @@ NUM_PROCESSES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RealDemoSettings:
-    """How much the demo on real weights does; the defaults are meant to take 45 minutes on 2 idle CPU cores."""
+    """How much the demo on real weights does; the defaults took 76 minutes on 2 busy CPU cores."""
 
     out: str = "runs/demo_real"
     """Folder of the parts, the corpus, the run, the evaluation and the report."""
