@@ -15,6 +15,7 @@ from typing import Any
 
 from mllm.data.conversations import FORMS, MEDIA_KEYS, ConversationReader, paths_of
 from mllm.data.findings import Listing, renumbered
+from mllm.data.json_files import stated_id
 from mllm.data.json_lines import MAX_LINE_BYTES, read_object
 from mllm.data.utterances import relative_to
 from mllm.media.packed import packed_path
@@ -52,9 +53,8 @@ def _read_tar(file: Path, stream: Any, relative: str, reader: ConversationReader
         members = list(group)
         with listing.noting(file, None, key):
             row, media = _taken(members, stream, relative, reader)
-            stated = row.get("id")
-            name = str(stated) if isinstance(stated, str | int) else key
-            listing.samples.append(renumbered(reader.sample_of(row, name, media), reader.times_seen))
+            sample = reader.sample_of(row, stated_id(row, key), media)
+            listing.samples.append(renumbered(sample, reader.times_seen))
 
 
 def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
