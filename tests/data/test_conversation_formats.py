@@ -18,12 +18,15 @@ from PIL import Image
 
 from mllm.cli import main
 from mllm.data.check import check_listing
+from mllm.data.guessing import guess_format
 from mllm.data.json_files import _begins_as_list
 from mllm.data.manifest import Media, Sample, Text, read_manifest
 from mllm.data.readers import read_data, read_listing
 from mllm.data.settings import Format, ReaderSettings
 from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
+from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels
+from mllm.preparation.run import find_recordings
 from mllm.training.feature_store import digest_of_media
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -387,6 +390,25 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert len(four.media) == 2
     assert five.media == ()
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["000.tar", "001.tar", "s"]
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "medium"), [(IMAGE_SUFFIXES, "image"), (SOUND_SUFFIXES, "audio"), (VIDEO_SUFFIXES, "video")]
+)
+def test_every_reader_knows_the_same_suffixes(tmp_path: Path, suffixes: tuple[str, ...], medium: str) -> None:
+    for number, suffix in enumerate(suffixes):
+        path = shard(tmp_path / f"{number}.tar", {f"1{suffix.upper()}": b"x", "1.txt": b"hello"})
+        (sample,) = read(path, "webdataset")
+        assert [part.medium for part in sample.media] == [medium]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"a{suffix}").write_bytes(b"x")
+        if medium == "image":
+            continue
+        assert guess_format(folder) == "clips"
+        assert read_listing(folder, folder, ReaderSettings(format="clips")).untranscribed == [f"a{suffix}"]
+        if medium == "video":
+            assert find_recordings(folder, tmp_path / "out") == [("a", folder / f"a{suffix}")]
 
 
 def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> None:
