@@ -12,8 +12,6 @@ from pathlib import Path
 
 from mllm.data.settings import ReaderSettings
 from mllm.data.utterances import (
-    SOUND_SUFFIXES,
-    VIDEO_SUFFIXES,
     Gathering,
     Listing,
     Utterance,
@@ -21,6 +19,7 @@ from mllm.data.utterances import (
     relative_to,
     unquoted,
 )
+from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.lengths import has_sound
 
 

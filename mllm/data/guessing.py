@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.settings import TABLE_FORMATS, Format
+from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
 
 HEAD_BYTES = 1 << 20
 """Of a file that are looked at."""
 _ID = re.compile(r'\s*"?[^,"]*"?,"?[^,"]+\.\w+"?,"?\d+"?,"?[\d ]*"?')
 _SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".arrow": "datasets", ".tar": "webdataset"}
 _OF_TABLES = (*TABLE_FORMATS, "parquet", "datasets")
-_CLIPS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".wav", ".flac", ".mp3", ".ogg")
 
 
 def guess_format(source: Path) -> Format | None:
@@ -76,7 +76,7 @@ def _of_folder(source: Path) -> Format | None:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in _SUFFIXES:
                 return _SUFFIXES[suffix]
-            if suffix in _CLIPS:
+            if suffix in VIDEO_SUFFIXES + SOUND_SUFFIXES:
                 text = Path(folder, name).with_suffix(".txt")
                 is_lrs = suffix == ".mp4" and text.is_file() and text.read_bytes()[:5] == b"Text:"
                 return "lrs" if is_lrs else "clips"

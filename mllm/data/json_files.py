@@ -4,12 +4,14 @@ Knows JSON and places. Does not know what a row means.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm.data.findings import Listing, shown_type
 from mllm.data.json_lines import numbered_lines, read_object
+
+_HEAD_BYTES = 4096
 
 
 def json_of(path: Path) -> Any:
@@ -26,7 +28,15 @@ def json_list(path: Path, key: str | None = None) -> list[Any]:
     Raises:
         ValueError: it is something else.
     """
-    content = json_of(path)
+    return list_in(json_of(path), path, key)
+
+
+def list_in(content: Any, path: Path, key: str | None = None) -> list[Any]:
+    """The rows of what `json_of` read from a file: itself, or what stands under a key.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if key is not None and not isinstance(content, dict):
         raise ValueError(f"{path}: must be an object with {key}, got {shown_type(content)}")
     rows = content if key is None else content.get(key)
@@ -65,12 +75,21 @@ class Entry(NamedTuple):
         Raises:
             ValueError: an id that is neither a text nor a whole number.
         """
-        stated = self.row.get("id")
-        if stated is None:
-            return f"{path.stem}-{self.number}"
-        if isinstance(stated, bool) or not isinstance(stated, str | int):
-            raise ValueError(f"id: must be a string or a whole number, got {shown_type(stated)}")
-        return str(stated)
+        return stated_id(self.row, f"{path.stem}-{self.number}")
+
+
+def stated_id(row: Mapping[str, Any], default: str) -> str:
+    """The id that a row states, or the one that was made up where it states none.
+
+    Raises:
+        ValueError: an id that is neither a text nor a whole number.
+    """
+    stated = row.get("id")
+    if stated is None:
+        return default
+    if isinstance(stated, bool) or not isinstance(stated, str | int):
+        raise ValueError(f"id: must be a string or a whole number, got {shown_type(stated)}")
+    return str(stated)
 
 
 def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
@@ -91,5 +110,9 @@ def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
 
 
 def _begins_as_list(path: Path) -> bool:
-    _, line = next(numbered_lines(path), (0, b""))
-    return line.lstrip().startswith(b"[")
+    """Whether the first character behind a byte order mark and blanks opens a list; what follows it is not read."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
+        while head and not head.strip():
+            head = file.read(_HEAD_BYTES)
+    return head.lstrip().startswith(b"[")

@@ -33,19 +33,29 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
                 yield line_number, line
 
 
+def text_of(line: bytes) -> str:
+    """The text of a line that `numbered_lines` gave.
+
+    Raises:
+        ValueError: too long, or not UTF-8.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from error
+
+
 def read_object(line: bytes) -> Any:
     """The JSON value of a line, read as strictly as the lines of a manifest.
 
     Raises:
         ValueError: too long, not UTF-8, not JSON, a key that stands twice, or half of a surrogate pair.
     """
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
+    text = text_of(line)
     try:
-        text = line.decode("utf-8")
         row = _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:

@@ -79,17 +79,15 @@ def read_fairseq(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         OSError: one of the two cannot be read.
     """
     gathering = Gathering(source, root, settings)
-    with open(source, "rb") as file:
-        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
-    rows = dict(gathering.lines(source))
+    rows = list(gathering.lines_and_gaps(source))
     words = source.with_suffix(".wrd")
     texts = read_text(words).removesuffix("\n").split("\n")
-    if not numbers or len(texts) != len(numbers) - 1:
-        raise ValueError(f"{words} has {len(texts)} lines for {max(len(numbers) - 1, 0)} clips in {source}")
-    base = _base_of(rows.get(numbers[0], ""), root)
-    for line_number, text in zip(numbers[1:], texts, strict=True):
-        if (line := rows.get(line_number)) is None:
-            continue  # it is not UTF-8, which has been noted
+    if not rows or len(texts) != len(rows) - 1:
+        raise ValueError(f"{words} has {len(texts)} lines for {max(len(rows) - 1, 0)} clips in {source}")
+    base = _base_of(rows[0][1] or "", root)
+    for (line_number, line), text in zip(rows[1:], texts, strict=True):
+        if line is None:
+            continue  # what is wrong with it has been noted
         fields = line.split("\t")
         if len(fields) == 2:
             fields = [os.path.splitext(fields[0])[0], "", fields[0], "", fields[1]]

@@ -144,7 +144,7 @@ def _stems(source: Path, gathering: Gathering) -> Iterator[tuple[Path, int | Non
         return
     subset = source.parent / ("pretrain" if source.stem.startswith("pretrain") else "main")
     for line_number, line in gathering.lines(source):
-        name = line.split()[0]  # the list of the test clips has a second column
+        name = (line.split() or [line])[0]  # the list of the test clips has a second column
         if problem := path_problem(name):
             gathering.problem(f"{problem}, got {name!r}", line_number)
         else:

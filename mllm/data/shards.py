@@ -15,16 +15,17 @@ from typing import Any
 
 from mllm.data.conversations import FORMS, MEDIA_KEYS, ConversationReader, paths_of
 from mllm.data.findings import Listing, renumbered
+from mllm.data.json_files import stated_id
 from mllm.data.json_lines import MAX_LINE_BYTES, read_object
 from mllm.data.utterances import relative_to
+from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.packed import packed_path
 
-SUFFIXES = {
-    "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif", "avif"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "aif", "aiff"),
-    "video": ("mp4", "mkv", "webm", "avi", "mov", "mpg", "mpeg"),
+_MEDIUM = {
+    suffix.removeprefix("."): medium
+    for medium, suffixes in (("image", IMAGE_SUFFIXES), ("audio", SOUND_SUFFIXES), ("video", VIDEO_SUFFIXES))
+    for suffix in suffixes
 }
-_MEDIUM = {suffix: medium for medium, suffixes in SUFFIXES.items() for suffix in suffixes}
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 _TEXTS = ("txt", "caption", "text", "transcript")
 
@@ -52,9 +53,8 @@ def _read_tar(file: Path, stream: Any, relative: str, reader: ConversationReader
         members = list(group)
         with listing.noting(file, None, key):
             row, media = _taken(members, stream, relative, reader)
-            stated = row.get("id")
-            name = str(stated) if isinstance(stated, str | int) else key
-            listing.samples.append(renumbered(reader.sample_of(row, name, media), reader.times_seen))
+            sample = reader.sample_of(row, stated_id(row, key), media)
+            listing.samples.append(renumbered(sample, reader.times_seen))
 
 
 def _members(stream: Any) -> Iterator[tarfile.TarInfo]:

@@ -2,11 +2,13 @@
 
     data/validation-00000-of-00001.parquet   by name, in any folder; or validation/0000.parquet, by folder
     validation/data-00000-of-00001.arrow     of several splits; one alone lies with a state.json that names it
+    pictures-validation.arrow                as the cache of datasets keeps it, one file or numbered ones
 
 Knows files, splits and pyarrow, which is imported when a table is opened. Does not know what columns mean.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,12 @@ from mllm.extras import install_line
 SUFFIXES = (".parquet", ".arrow")
 NUM_ROWS_AT_ONCE = 64
 """Rows hold pictures."""
+_WORD = "(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)"
+_NUMBERED = r"-\d{5}-of-\d{5}"
+_OF_PARQUET = re.compile(rf"(.+?){_NUMBERED}.*|({_WORD}(?![a-z])[^-]*).*", re.IGNORECASE)
+_OF_CACHE = re.compile(rf".+-({_WORD})(?:{_NUMBERED})?", re.IGNORECASE)
+_OF_FOLDER = re.compile(rf"(?:partial-)?{_WORD}(?![a-z]).*", re.IGNORECASE)
+"""A hub names the beginning of a large split partial-train."""
 
 
 def is_table(source: Path) -> bool:
@@ -26,6 +34,17 @@ def is_table(source: Path) -> bool:
     return any(next(source.rglob(f"*{suffix}"), None) is not None for suffix in SUFFIXES)
 
 
+def all_tables(folder: Path) -> list[Path]:
+    """Every table in a folder and below it, in order."""
+    return sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}"))
+
+
+def named_splits(folder: Path) -> list[str]:
+    """The splits that the tables of a folder are of, by their names, the folders below this one and what lies beside
+    them; sorted, and none where nothing names one."""
+    return sorted({split for file in all_tables(folder) if (split := _split_of(file, folder)) is not None})
+
+
 def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list[Path]:
     """The files of a split, in order; the source itself where it is a file.
 
@@ -33,18 +52,20 @@ def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list
         inside: folders that are looked into alone where one of them is there, as a hub's data set may hold several.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none; the splits that are there are named.
     """
     if source.is_file():
         return [source]
     folder = next((source / name for name in inside if (source / name).is_dir()), source)
-    found = [file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if _is_of(file, split)]
+    found = [file for file in all_tables(folder) if _is_of(file, split)]
     if not found:
+        others = ", ".join(named_splits(folder))
+        hint = f"; there are tables of {others} (data.reader.split, or --split)" if others else ""
         raise FileNotFoundError(
             f"{folder} holds no table of the split {split}; looked for {split}-*.parquet, {split}/*.parquet and "
-            f"{split}/*.arrow"
+            f"{split}/*.arrow{hint}"
         )
-    return sorted(found)
+    return found
 
 
 def table_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -126,7 +147,26 @@ class _Arrow:
 def _is_of(file: Path, split: str) -> bool:
     if file.suffix == ".parquet" and (file.stem == split or file.name.startswith(f"{split}-")):
         return True
+    if (stated := _stated_split(file)) is not None:
+        return file.name.startswith(("data-", "dataset")) and stated == split
+    cached = _OF_CACHE.fullmatch(file.stem) if file.suffix == ".arrow" else None
+    return file.parent.name == split or (cached is not None and cached[1] == split)
+
+
+def _stated_split(file: Path) -> str | None:
+    """What the state beside an arrow file calls its split; "" where there is a state that names none."""
     state = file.parent / "state.json"
-    if file.suffix == ".arrow" and state.is_file():
-        return file.name.startswith(("data-", "dataset")) and json.loads(state.read_text()).get("_split") == split
-    return file.parent.name == split
+    if file.suffix != ".arrow" or not state.is_file():
+        return None
+    return json.loads(state.read_text(encoding="utf-8")).get("_split") or ""
+
+
+def _split_of(file: Path, folder: Path) -> str | None:
+    """A split under which `_is_of` finds a file of this folder; None where nothing names one."""
+    if (stated := _stated_split(file)) is not None:
+        return stated or None
+    named = (_OF_PARQUET if file.suffix == ".parquet" else _OF_CACHE).fullmatch(file.stem)
+    if named is not None:
+        return next(name for name in named.groups() if name is not None)
+    # The folder that is read was named by whoever reads it.
+    return file.parent.name if file.parent != folder and _OF_FOLDER.fullmatch(file.parent.name) else None

@@ -7,16 +7,17 @@ Knows columns, and which of them hold media. Does not decode media, and runs no 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm.data.conversations import FORMS, ConversationReader
-from mllm.data.findings import Listing, renumbered, shown_type
+from mllm.data.findings import Listing, renumbered
+from mllm.data.json_files import stated_id
 from mllm.data.json_lines import read_object
 from mllm.data.settings import ReaderSettings
-from mllm.data.table_files import Table, is_table, open_table, table_files
+from mllm.data.table_files import Table, all_tables, is_table, named_splits, open_table, table_files
 from mllm.data.utterances import relative_to
 from mllm.media.packed import packed_path
 
@@ -75,28 +76,31 @@ def read_datasets(source: Path, root: Path, settings: ReaderSettings) -> Listing
 
 
 def _fetched(name: str) -> Path:
-    """A hub's data set in the cache; where it holds no table, the hub's own conversion of it."""
+    """A hub's data set in the cache; where no revision is named and it holds no table, the hub's own conversion of it.
+
+    The conversion is of the newest revision, so it never stands for one that is named.
+    """
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    folder = Path("")
-    for wanted in (revision or None, _CONVERTED):
+    for wanted in (revision,) if revision else (None, _CONVERTED):
         folder = Path(snapshot_download(repository, repo_type="dataset", revision=wanted, allow_patterns=["*.parquet"]))
         if is_table(folder):
-            break
-    return folder
+            return folder
+    hint = f"; the hub's conversion of the newest one is {repository}@{_CONVERTED}" if revision else ""
+    raise FileNotFoundError(f"{name} holds no parquet{hint}")
 
 
 def _files(source: Path, split: str | None) -> list[Path]:
-    """The tables of a split; of a folder that has none called train, all."""
+    """The tables of a split; of a folder none of whose files or folders names one, all."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     try:
         return table_files(source, split or DEFAULT_SPLIT)
     except FileNotFoundError:
-        if split is not None or not is_table(source):
+        if split is not None or named_splits(source) or not is_table(source):
             raise
-        return sorted(file for suffix in (".parquet", ".arrow") for file in source.rglob(f"*{suffix}"))
+        return all_tables(source)
 
 
 def _read_table(file: Path, relative: str, reader: ConversationReader, listing: Listing) -> None:
@@ -109,17 +113,8 @@ def _read_table(file: Path, relative: str, reader: ConversationReader, listing: 
                 for column, shape in zip(columns, shapes, strict=True):
                     media.setdefault(column.medium, []).extend(_places(relative, number, column, shape))
                 row = {key: _unwritten(value, key) for key, value in row.items()}
-                sample = reader.sample_of(row, _id_of(row, file, number), media)
+                sample = reader.sample_of(row, stated_id(row, f"{file.stem}-{number}"), media)
                 listing.samples.append(renumbered(sample, reader.times_seen))
-
-
-def _id_of(row: Mapping[str, Any], file: Path, number: int) -> str:
-    stated = row.get("id")
-    if stated is None:
-        return f"{file.stem}-{number}"
-    if isinstance(stated, bool) or not isinstance(stated, str | int):
-        raise ValueError(f"id: must be a string or a whole number, got {shown_type(stated)}")
-    return str(stated)
 
 
 def _unwritten(value: Any, key: str) -> Any:

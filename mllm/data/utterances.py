@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mllm.data.findings import Finding, Listing
+from mllm.data.json_lines import numbered_lines, text_of
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.data.settings import ReaderSettings
 from mllm.data.text_forms import TEXT_FORMS
 from mllm.media import MediaError, RootedPaths, path_problem
+from mllm.media.containers import SOUND_SUFFIXES
 from mllm.media.lengths import has_sound
 
 TASKS: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
@@ -30,8 +32,6 @@ PROMPTS = {
 """Those of Llama-AVSR and Omni-AVSR."""
 FRAMES_PER_SECOND = 25
 """Of the videos that the lists of the published systems count frames of."""
-SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov", ".m4v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +70,21 @@ class Gathering:
         return self.listing.noting(path or self.source, line_number)
 
     def lines(self, path: Path) -> Iterator[tuple[int, str]]:
-        """Lines of a file that are not blank, without their ends, numbered from 1; what is not UTF-8 is noted.
+        """Lines of a file that are not blank, without their ends, numbered from 1; what is not UTF-8, or longer than
+        any row, is noted.
 
         Raises:
             OSError: the file cannot be read.
         """
-        with open(path, "rb") as file:
-            for line_number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    byte = f"byte {error.start + 1} of the line is {line[error.start]:#04x}"
-                    self.problem(f"not UTF-8: {byte}", line_number, path)
-                    continue
-                if text.strip():
-                    yield line_number, text
+        yield from ((number, text) for number, text in self.lines_and_gaps(path) if text is not None)
+
+    def lines_and_gaps(self, path: Path) -> Iterator[tuple[int, str | None]]:
+        """As `lines`, with None for a line that was noted, where lines are counted."""
+        for line_number, line in numbered_lines(path):
+            text = None
+            with self.row(line_number, path):
+                text = text_of(line).rstrip("\r\n")
+            yield line_number, text
 
     def holds(self, relative: str) -> bool:
         """Whether there is such a file under the root."""

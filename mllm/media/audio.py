@@ -149,7 +149,7 @@ def _check_header(name: str, rate_hz: int, channels: int, stated: int, limits: M
 def _check_count(name: str, samples: int, rate_hz: int, limits: MediaLimits) -> None:
     if samples > limits.audio_seconds * rate_hz:
         reason = f"the sound is longer than {limits.audio_seconds:g} seconds (limits.audio_seconds)"
-        raise MediaError("limit", name, reason)
+        raise MediaError("limit", name, reason, limit="audio_seconds")
     if samples > limits.audio_samples:
         reason = f"the sound has more than {limits.audio_samples} samples per channel (limits.audio_samples)"
         raise MediaError("limit", name, reason)

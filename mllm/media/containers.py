@@ -1,6 +1,6 @@
-"""One stream of a video file, opened by PyAV with nothing else within reach.
+"""One stream of a video file, opened by PyAV with nothing else within reach; and what media files are called.
 
-Knows containers and codecs. Does not know frames or samples.
+Knows containers, codecs and suffixes. Does not know frames or samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,11 @@ from mllm.media.limits import decoding
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,aac"
 """Demuxers PyAV may use. Playlists (HLS, DASH, concat) are not among them: they open other files and URLs."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mov", ".m4v", ".3gp")
+"""What folders and tars are searched for, in lower case. Whether a file is read is told by what it holds."""
 
 
 @contextmanager

@@ -27,14 +27,16 @@ class MediaError(ValueError):
         kind: one of `ERROR_KINDS`.
         path: the file, as the caller named it.
         reason: what is wrong, with the limit where one was passed.
+        limit: which length was passed, by the name of its limit; None for everything else.
     """
 
-    def __init__(self, kind: ErrorKind, path: object, reason: str) -> None:
+    def __init__(self, kind: ErrorKind, path: object, reason: str, *, limit: str | None = None) -> None:
         assert kind in ERROR_KINDS, kind
         super().__init__(kind, str(path), reason)
         self.kind = kind
         self.path = str(path)
         self.reason = reason
+        self.limit = limit
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason} ({self.kind})"

@@ -81,9 +81,8 @@ def check_frame_size(name: str, width: int, height: int, limits: MediaLimits) ->
 def check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits) -> None:
     """Raises: MediaError for a video that is too long, or has too many frames."""
     if seconds > limits.video_seconds:
-        raise MediaError(
-            "limit", name, over_limit(f"the video is longer than {limits.video_seconds:g} seconds", "video_seconds")
-        )
+        reason = over_limit(f"the video is longer than {limits.video_seconds:g} seconds", "video_seconds")
+        raise MediaError("limit", name, reason, limit="video_seconds")
     if frames > limits.video_frames:
         raise MediaError(
             "limit", name, over_limit(f"the video has more than {limits.video_frames} frames", "video_frames")

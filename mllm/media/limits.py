@@ -6,7 +6,6 @@ Knows bytes, signatures and numbers. Does not decode.
 
 import io
 import os
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import BinaryIO, Literal, TypeVar
 
 from mllm.media.errors import MediaError, too_many_bytes
 from mllm.media.packed import packed_bytes, packed_place
+from mllm.media.regular import open_regular
 
 Container = Literal["image", "sound", "clip"]
 Item = TypeVar("Item")
@@ -126,25 +126,13 @@ def open_media(path: MediaFile, max_bytes: int, key: str | None = None) -> Itera
     if (place := packed_place(name)) is not None and not os.path.lexists(name):
         yield io.BytesIO(packed_bytes(name, place, max_bytes, key))
         return
+    descriptor = open_regular(name, name)
     try:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(os.path.realpath(name), flags)
-    except FileNotFoundError as error:
-        raise MediaError("missing", name, "there is no such file") from error
-    except (OSError, ValueError) as error:
-        raise MediaError("refused", name, "the file cannot be opened") from error
-    try:
-        _check_file(name, os.fstat(descriptor), max_bytes, key)
+        _check_size(name, os.fstat(descriptor).st_size, max_bytes, key)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(descriptor)
-
-
-def _check_file(name: str, status: os.stat_result, max_bytes: int, key: str | None) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError("refused", name, "not a regular file")
-    _check_size(name, status.st_size, max_bytes, key)
 
 
 def _check_size(name: str, size: int, max_bytes: int, key: str | None) -> None:

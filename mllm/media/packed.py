@@ -12,12 +12,12 @@ Knows bytes, rows and columns. Does not decode media.
 
 import os
 import re
-import stat
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mllm.extras import install_line
 from mllm.media.errors import MediaError, too_many_bytes
+from mllm.media.regular import open_regular
 
 _PACKED = re.compile(r"(?P<file>.+\.(?P<kind>tar|parquet|arrow))@(?P<numbers>\d{1,18}\.\d{1,18}(?:\.\d{1,18})?)")
 MAX_CHUNK_BYTES = 2**30
@@ -70,7 +70,7 @@ def _from_tar(name: str, place: Packed, max_bytes: int, key: str | None) -> byte
     start, size = place.numbers
     if size > max_bytes:
         raise too_many_bytes(name, max_bytes, key)
-    descriptor = _opened(name, place.file)
+    descriptor = open_regular(name, place.file)
     try:
         if start + size > os.fstat(descriptor).st_size:
             raise MediaError("missing", name, "the tar ends before that place")
@@ -82,19 +82,6 @@ def _from_tar(name: str, place: Packed, max_bytes: int, key: str | None) -> byte
     return content
 
 
-def _opened(name: str, file: str) -> int:
-    try:
-        descriptor = os.open(os.path.realpath(file), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise MediaError("missing", name, "there is no such file") from error
-    except (OSError, ValueError) as error:
-        raise MediaError("refused", name, "the file cannot be opened") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise MediaError("refused", name, "not a regular file")
-    return descriptor
-
-
 def _from_table(name: str, place: Packed) -> bytes:
     """The bytes of a cell: binary, or an object with them as hubs keep pictures and sounds."""
     try:
@@ -103,7 +90,7 @@ def _from_table(name: str, place: Packed) -> bytes:
         reason = f"tables are read with pyarrow: {install_line('tables')}"
         raise MediaError("unsupported", name, reason) from error
     row, column, *item = place.numbers
-    os.close(_opened(name, place.file))
+    os.close(open_regular(name, place.file))
     try:
         facts = os.stat(place.file)
         cell = _cell(place.file, (facts.st_mtime_ns, facts.st_size, os.getpid()), row, column)

@@ -88,7 +88,7 @@ def load_video(
     if isinstance(frames_per_second, int | float) and not frames_per_second > 0:
         raise ValueError(f"frames_per_second must be above 0 or None, got {frames_per_second}")
     if backend == "decord":
-        _import_decord()
+        _check_decord()
     name = media_name(path)
     deadline = Deadline(name, limits.deadline_seconds)
     with open_media(path, limits.video_bytes, "video_bytes") as file:
@@ -299,16 +299,16 @@ def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimi
         yield to_gray(frame) if gray else frame
 
 
-def _import_decord() -> Any:
+def _check_decord() -> None:
+    """Raises: ImportError where decord is missing, broken, or beside a PyAV it cannot live with."""
     if pyav_version() < Version("18.1"):
         raise ImportError(
             f"decord beside PyAV {pyav_version()} ends the process without a word: {install_line('decord')}"
         )
     try:
-        import decord
+        import decord  # noqa: F401
     except (ImportError, OSError) as error:
         raise ImportError(f"the video backend decord cannot be imported: {install_line('decord')}") from error
-    return decord
 
 
 _READERS = {"pyav": _pyav_frames, "decord": _decord_frames}

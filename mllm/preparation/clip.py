@@ -76,8 +76,7 @@ def prepare_clip(job: ClipJob) -> dict[str, Any]:
     try:
         status, facts = _prepare(job)
     except MediaError as error:
-        # The length is what can be said here; the other limits are those of no camera.
-        status, facts = "failed", {"reason": error.reason.replace("limits.video_seconds", "max_seconds")}
+        status, facts = "failed", {"reason": error.reason}
     return {"id": job.id, "source": os.path.abspath(job.path), "status": status, **facts}
 
 

@@ -8,6 +8,7 @@ Shapes: L samples of sound, H rows and W columns of a frame.
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -25,14 +26,16 @@ SAMPLE_RATE_HZ = 16_000
 SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
 
 MAX_BYTES = 8 * 2**30
+SOUND_SURPLUS_SECONDS = 10
+"""How much longer than its picture the sound of a recording may be."""
 
 
 def limits_of(max_seconds: float) -> MediaLimits:
     """Limits of recordings of such lengths: a camera's files are larger than crops, its slow motion has more frames."""
-    seconds = max(max_seconds + 10, DEFAULT_LIMITS.audio_seconds)
+    seconds = max(max_seconds + SOUND_SURPLUS_SECONDS, DEFAULT_LIMITS.audio_seconds)
     return MediaLimits(
         audio_bytes=MAX_BYTES,
-        audio_seconds=max_seconds + 10,
+        audio_seconds=max_seconds + SOUND_SURPLUS_SECONDS,
         audio_samples=math.ceil(seconds * DEFAULT_LIMITS.audio_max_hz),
         video_bytes=MAX_BYTES,
         video_seconds=max_seconds,
@@ -62,9 +65,10 @@ def frames_of(
     """Upright RGB frames (H, W, 3) at 25 a second, by the file's own timestamps.
 
     Raises:
-        MediaError: the file cannot be used.
+        MediaError: the file cannot be used, when the first frame is asked for or later.
     """
-    return stream_video(path, frames_per_second=FRAMES_PER_SECOND, limits=limits_of(max_seconds))
+    with _saying_max_seconds(max_seconds):
+        yield from stream_video(path, frames_per_second=FRAMES_PER_SECOND, limits=limits_of(max_seconds))
 
 
 def sound_of(
@@ -78,8 +82,25 @@ def sound_of(
     if not _has_sound(path):
         return None
     offset = _first_second(path, "audio") - _first_second(path, "video")
-    samples = load_audio(path, SAMPLE_RATE_HZ, limits=limits_of(max_seconds)).samples
+    with _saying_max_seconds(max_seconds):
+        samples = load_audio(path, SAMPLE_RATE_HZ, limits=limits_of(max_seconds)).samples
     return align(samples, float(offset), num_frames)
+
+
+@contextmanager
+def _saying_max_seconds(max_seconds: float) -> Iterator[None]:
+    """Say of a length the setting it comes from; the other limits are those of no camera."""
+    try:
+        yield
+    except MediaError as error:
+        said = {
+            "video_seconds": f"the video is longer than {max_seconds:g} seconds (max_seconds)",
+            "audio_seconds": f"the sound is longer than {max_seconds:g} seconds (max_seconds) and "
+            f"{SOUND_SURPLUS_SECONDS} more",
+        }
+        if error.limit not in said:
+            raise
+        raise MediaError("limit", error.path, said[error.limit], limit=error.limit) from error
 
 
 def align(samples: np.ndarray, offset_seconds: float, num_frames: int) -> AlignedSound:

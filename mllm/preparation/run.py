@@ -22,13 +22,13 @@ from typing import Any
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.utterances import PROMPTS, TASKS
 from mllm.media import path_problem
+from mllm.media.containers import VIDEO_SUFFIXES
 from mllm.preparation.clip import ClipJob, prepare_clip, strip_path
 from mllm.preparation.faces import check_installed
 from mllm.preparation.settings import PrepareSettings
 from mllm.preparation.sheet import draw_sheet
 from mllm.progress import Progress
 
-RECORDING_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet.png", "prepare.log"
 
 
@@ -104,7 +104,7 @@ def find_recordings(source: Path, out: Path) -> list[tuple[str, Path]]:
         raise ValueError(f"--out is the folder of the recordings, {out}: crops would overwrite them")
     files = [source] if source.is_file() else sorted(_recordings_below(source, out))
     if not files:
-        raise ValueError(f"{source} holds no recording; looked for {', '.join(RECORDING_SUFFIXES)}")
+        raise ValueError(f"{source} holds no recording; looked for {', '.join(VIDEO_SUFFIXES)}")
     found: dict[str, Path] = {}
     for path in files:
         name = path.relative_to(root).with_suffix("").as_posix()
@@ -119,7 +119,7 @@ def find_recordings(source: Path, out: Path) -> list[tuple[str, Path]]:
 def _recordings_below(source: Path, out: Path) -> Iterator[Path]:
     kept_out = out.resolve()
     for path in source.rglob("*"):
-        if path.suffix.lower() in RECORDING_SUFFIXES and path.is_file() and kept_out not in path.resolve().parents:
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and kept_out not in path.resolve().parents:
             yield path
 
 
@@ -185,6 +185,8 @@ def _stamp(job: ClipJob) -> dict[str, Any]:
 
 def _is_made(job: ClipJob, row: dict[str, Any] | None) -> bool:
     if row is None or row["status"] == "failed" or any(row.get(key) != value for key, value in _stamp(job).items()):
+        return False
+    if row.get("seconds", 0.0) > job.settings.max_seconds:  # it was made when a longer one was allowed
         return False
     suffixes = [".mp4", ".wav"][: 1 + bool(row.get("sound"))] if row["status"] == "done" else []
     is_drawn = not job.is_shown or job.strip.is_file()

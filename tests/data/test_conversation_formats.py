@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from PIL import Image
 
 from mllm.cli import main
 from mllm.data.check import check_listing
+from mllm.data.guessing import guess_format
+from mllm.data.json_files import _begins_as_list
 from mllm.data.manifest import Media, Sample, Text, read_manifest
 from mllm.data.readers import read_data, read_listing
 from mllm.data.settings import Format, ReaderSettings
 from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
+from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels
+from mllm.preparation.run import find_recordings
 from mllm.training.feature_store import digest_of_media
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -246,6 +251,113 @@ def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
     assert done.stdout.strip() == "(255, 0, 0) train-00000-of-00001-0", done.stderr
 
 
+def hub_cache(folder: Path, tables: dict[str, bool]) -> dict[str, str]:
+    """The cache of a data set of which revisions hold a table or none; the environment in which it is all there is."""
+    cache = folder / "hub" / "datasets--owner--pictures"
+    for number, (revision, has_table) in enumerate(tables.items()):
+        reference, snapshot = cache / "refs" / revision, cache / "snapshots" / f"{number:040d}"
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(snapshot.name)
+        snapshot.mkdir(parents=True)
+        (snapshot / "README.md").write_text(revision)
+        if has_table:
+            table(snapshot / "train-00000-of-00001.parquet", [{"messages": asked(revision)}])
+    return {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
+def asked_of_hub(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys\nfrom mllm.data.readers import read_data, ReaderSettings\n"
+        "print(read_data(sys.argv[1], None, ReaderSettings(format='datasets'))[0].messages[0].text)"
+    )
+    return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=environment)
+
+
+def test_the_hubs_conversion_never_stands_for_a_named_revision(tmp_path: Path) -> None:
+    environment = hub_cache(tmp_path, {"main": False, "v1": False, "v2": True, "refs/convert/parquet": True})
+    assert asked_of_hub("owner/pictures", environment).stdout == "refs/convert/parquet\n"
+    assert asked_of_hub("owner/pictures@v2", environment).stdout == "v2\n"
+    assert asked_of_hub("owner/pictures@refs/convert/parquet", environment).stdout == "refs/convert/parquet\n"
+    done = asked_of_hub("owner/pictures@v1", environment)
+    assert done.stdout == ""
+    assert (
+        "owner/pictures@v1 holds no parquet; the hub's conversion of the newest one is owner/pictures@" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["data/validation-00000-of-00001", "data/test-00000-of-00001"], "test, validation"),
+        (["default/partial-train/0000", "default/validation/0000"], "partial-train, validation"),
+        (["train_sft-00000-of-00001", "test_sft-00000-of-00001"], "test_sft, train_sft"),
+        (["easy-00000-of-00001", "hard-00000-of-00001"], "easy, hard"),
+        (["dev"], "dev"),
+    ],
+)
+def test_splits_are_never_mixed_where_none_is_named(tmp_path: Path, names: list[str], splits: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        table(tmp_path / f"{name}.parquet", [{"messages": asked(name)}])
+    told = rf"no table of the split train; .*there are tables of {splits} \(data\.reader\.split, or --split\)"
+    with pytest.raises(FileNotFoundError, match=told):
+        read(tmp_path, "parquet")
+    found = [read(tmp_path, "parquet", split=split) for split in splits.split(", ")]
+    assert sorted(sample.messages[0].text for (sample,) in found) == sorted(names)
+
+
+def test_tables_that_name_no_split_are_all_read(tmp_path: Path) -> None:
+    folder = tmp_path / "validation"  # named by whoever reads it
+    folder.mkdir()
+    for name in ("a", "testimony", "0000"):
+        table(folder / f"{name}.parquet", [{"messages": asked(name)}])
+    assert [sample.messages[0].text for sample in read(folder, "parquet")] == ["0000", "a", "testimony"]
+
+
+def test_splits_in_the_cache_of_datasets(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    for split in ("train-00000-of-00002", "train-00001-of-00002", "test"):
+        own = pa.Table.from_pylist([{"messages": asked(split)}])
+        path = str(tmp_path / f"chats-{split}.arrow")
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, own.schema) as out:
+            out.write_table(own)
+    found = [sample.messages[0].text for sample in read(tmp_path, "datasets")]
+    assert found == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert [sample.messages[0].text for sample in read(tmp_path, "datasets", split="test")] == ["test"]
+    with pytest.raises(FileNotFoundError, match="there are tables of test, train "):
+        read(tmp_path, "datasets", split="validation")
+
+
+@pytest.mark.parametrize("stated", [[1], True, 1.5])
+def test_an_odd_id_is_a_finding_in_every_format(tmp_path: Path, stated: Any) -> None:
+    row = {"id": stated, "messages": asked("?")}
+    sources: dict[Format, Path] = {
+        "messages": lines(tmp_path / "m.jsonl", row),
+        "parquet": table(tmp_path / "t.parquet", [row]),
+        "webdataset": shard(tmp_path / "a.tar", {"1.json": json.dumps(row).encode()}),
+    }
+    for form, source in sources.items():
+        listing = read_listing(source, tmp_path, ReaderSettings(format=form))
+        (finding,) = listing.problems
+        assert "id: must be a string or a whole number, got a" in finding.message
+        assert not listing.samples
+
+
+@pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n\t\n", b" " * 10_000 + b"\r\n"])
+def test_only_the_head_of_a_file_tells_whether_it_is_a_list(tmp_path: Path, head: bytes) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(head + json.dumps([{"messages": asked("x" * 2**22)}]).encode())
+    tracemalloc.start()
+    assert _begins_as_list(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert [sample.id for sample in read(path, "messages")] == ["m-0"]
+    path.write_bytes(head + json.dumps({"messages": asked("[")}).encode())
+    assert not _begins_as_list(path)
+    path.write_bytes(head)
+    assert not _begins_as_list(path)
+
+
 def shard(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -278,6 +390,25 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert len(four.media) == 2
     assert five.media == ()
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["000.tar", "001.tar", "s"]
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "medium"), [(IMAGE_SUFFIXES, "image"), (SOUND_SUFFIXES, "audio"), (VIDEO_SUFFIXES, "video")]
+)
+def test_every_reader_knows_the_same_suffixes(tmp_path: Path, suffixes: tuple[str, ...], medium: str) -> None:
+    for number, suffix in enumerate(suffixes):
+        path = shard(tmp_path / f"{number}.tar", {f"1{suffix.upper()}": b"x", "1.txt": b"hello"})
+        (sample,) = read(path, "webdataset")
+        assert [part.medium for part in sample.media] == [medium]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"a{suffix}").write_bytes(b"x")
+        if medium == "image":
+            continue
+        assert guess_format(folder) == "clips"
+        assert read_listing(folder, folder, ReaderSettings(format="clips")).untranscribed == [f"a{suffix}"]
+        if medium == "video":
+            assert find_recordings(folder, tmp_path / "out") == [("a", folder / f"a{suffix}")]
 
 
 def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import soundfile
 
 from mllm.cli import main
 from mllm.data.cutting import Cutter
+from mllm.data.json_lines import MAX_LINE_BYTES
 from mllm.data.llava import read_llava
 from mllm.data.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.manifest import Media, read_manifest, write_manifest
@@ -199,6 +200,40 @@ def test_fairseq_rows_wherever_the_list_was_made(tmp_path: Path) -> None:
     (tmp_path / "h.tsv").write_text(f"{tmp_path}\naudio/a/1.wav\t16000\n")
     (tmp_path / "h.wrd").write_text("only sound\n")
     assert said(listing_of("fairseq", tmp_path / "h.tsv", tmp_path)) == {"audio/a/1-asr": "only sound"}
+
+
+BLANK = "\u00a0"
+"""A blank of Unicode, which is none of ASCII's."""
+
+
+def test_a_line_that_only_looks_blank_loses_no_text_in_silence(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    rows = [str(tmp_path), "a\ta.mp4\t\t5\t5", BLANK, "b\tb.mp4\t\t5\t5"]
+    (tmp_path / "l.tsv").write_text("\n\n".join(rows))
+    (tmp_path / "l.wrd").write_text("one\ntwo\nthree\n")
+    listing = listing_of("fairseq", tmp_path / "l.tsv", tmp_path)
+    assert said(listing) == {"a-vsr": "one", "b-vsr": "three"}
+    (finding,) = listing.problems
+    assert (finding.line_number, finding.message.partition(",")[0]) == (5, "a row must be id")
+    (tmp_path / "test.txt").write_text(f"{BLANK}\n")
+    (finding,) = listing_of("lrs", tmp_path / "test.txt", tmp_path).problems
+    assert (finding.line_number, finding.message) == (
+        1,
+        f"the path must not be empty or begin or end with a blank, got {BLANK!r}",
+    )
+
+
+@pytest.mark.parametrize("form", ["omni_csv", "fairseq"])
+def test_a_line_longer_than_any_row_is_one_finding(tmp_path: Path, form: Format) -> None:
+    touch(tmp_path, "d/1.mp4", "d/2.mp4")
+    rows = ["d,{0}.mp4,25,0,text {0}" if form == "omni_csv" else "d/{0}\td/{0}.mp4\t\t25\t16000"] * 2
+    lines = [rows[0].format(1), "x" * (MAX_LINE_BYTES + 1), rows[1].format(2)]
+    (tmp_path / "l.csv").write_text("\n".join([str(tmp_path)] * (form == "fairseq") + lines))
+    (tmp_path / "l.wrd").write_text("text 1\nlost\ntext 2\n")
+    listing = listing_of(form, tmp_path / "l.csv", tmp_path, tasks=["vsr"])
+    assert said(listing) == {"d/1-vsr": "text 1", "d/2-vsr": "text 2"}
+    (finding,) = listing.problems
+    assert finding.message == f"the line is longer than {MAX_LINE_BYTES} bytes"
 
 
 def test_lrs_lists_and_folders(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from talking_face import MOUTH, Film, draw_face, openness, write_film
@@ -15,8 +17,9 @@ from mllm.cli import main
 from mllm.data.check import check_manifest
 from mllm.data.manifest import read_manifest
 from mllm.media import MediaError, load_audio, load_video
+from mllm.preparation.clip import ClipJob
 from mllm.preparation.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
-from mllm.preparation.run import _work, find_recordings, transcript_of
+from mllm.preparation.run import _is_made, _stamp, _work, find_recordings, transcript_of
 from mllm.preparation.settings import PrepareSettings
 from mllm.transforms import LipTransform
 
@@ -337,3 +340,42 @@ def test_a_recording_may_be_as_long_as_is_asked_for(raw: Path) -> None:
     assert len(list(frames_of(raw / "phone.mp4", max_seconds=5000))) == len(list(frames_of(raw / "phone.mp4")))
     with pytest.raises(ValueError, match="max_seconds must be above 0, got 0"):
         PrepareSettings(source="a", out="b", max_seconds=0)
+
+
+def test_too_long_is_said_of_the_setting_that_the_command_has(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"the video is longer than 0\.5 seconds \(max_seconds\) \(limit\)"):
+        list(frames_of(raw / "phone.mp4", max_seconds=0.5))
+    path = tmp_path / "long_sound.mp4"
+    with av.open(path, "w") as container:
+        pictures, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
+        pictures.width = pictures.height = 16
+        pictures.pix_fmt = "yuv420p"
+        for _ in range(5):
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(pictures.encode())
+        heard = av.AudioFrame.from_ndarray(np.zeros((1, 11 * 16_000), np.float32), format="fltp", layout="mono")
+        heard.sample_rate = 16_000
+        container.mux(sound.encode(heard))
+        container.mux(sound.encode())
+    told = r"the sound is longer than 0\.5 seconds \(max_seconds\) and 10 more \(limit\)"
+    with pytest.raises(MediaError, match=told) as caught:
+        sound_of(path, 5, max_seconds=0.5)
+    assert pickle.loads(pickle.dumps(caught.value)).limit == caught.value.limit == "audio_seconds"
+    assert sound_of(path, 5, max_seconds=1.5) is not None
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(MediaError, match=r"the file is empty \(empty\)"):
+        list(frames_of(tmp_path / "empty.mp4"))
+
+
+@pytest.mark.parametrize("status", ["done", "skipped"])
+def test_what_is_longer_than_is_allowed_now_is_prepared_again(tmp_path: Path, status: str) -> None:
+    (tmp_path / "a.mov").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.mp4").write_bytes(b"x")
+    made = {}
+    for max_seconds in (120.0, 3.0, 2.0, 1.9):
+        settings = PrepareSettings(source=str(tmp_path), out=str(tmp_path / "out"), max_seconds=max_seconds)
+        job = ClipJob("a", tmp_path / "a.mov", tmp_path / "out", settings, is_shown=False)
+        row = {"id": "a", "status": status, "seconds": 2.0, "sound": False, **_stamp(job)}
+        made[max_seconds] = _is_made(job, row)
+    assert made == {120.0: True, 3.0: True, 2.0: True, 1.9: False}

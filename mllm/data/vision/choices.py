@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.findings import Listing, shown_type, text_at
-from mllm.data.json_files import json_lines, json_list, json_of
+from mllm.data.json_files import json_lines, json_list, json_of, list_in
 from mllm.data.settings import ReaderSettings
 from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_scienceqa_table
@@ -60,8 +60,7 @@ def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
             raise ValueError(f"no label of category {category} for {asked!r} about {image}{hint}")
         return Question(str(row["question_id"]), [images + image], row["text"], [label], category)
 
-    for number, row in json_lines(file, gathered.listing):
-        gathered.add((file, number), lambda row=row: make(row))
+    gathered.add_lines(file, make)
     return gathered.listing
 
 
@@ -102,8 +101,7 @@ def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         meta = {"picture": f"{subtask}/{name.name}", "question": official}
         return Question(question_id, [images + image], how, [answer], subtask, meta)
 
-    for number, row in json_lines(file, gathered.listing):
-        gathered.add((file, number), lambda row=row: make(row))
+    gathered.add_lines(file, make)
     counts: dict[str, int] = {}
     for sample in gathered.listing.samples:
         counts[sample.meta["picture"]] = counts.get(sample.meta["picture"], 0) + 1
@@ -211,8 +209,9 @@ def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listin
     file = find(source, ("llava-seed-bench.jsonl",))
     notes = find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
     gathered = Questions("seedbench", root)
-    by_id = gathered.index(notes, json_list(notes, "questions"), lambda note: str(note["question_id"]))
-    kinds = json_of(notes).get("question_type")
+    content = json_of(notes)
+    by_id = gathered.index(notes, list_in(content, notes, "questions"), lambda note: str(note["question_id"]))
+    kinds = content.get("question_type")
     if not isinstance(kinds, dict):
         raise ValueError(f"{notes}: question_type must be an object, got {shown_type(kinds)}")
     names = {number: name for name, number in kinds.items() if isinstance(number, int)}
@@ -227,6 +226,5 @@ def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listin
         image = images + text_at(row, "image")
         return Question(str(row["question_id"]), [image], text_at(row, "text"), [answer], kind, meta)
 
-    for number, row in json_lines(file, gathered.listing):
-        gathered.add((file, number), lambda row=row: make(row))
+    gathered.add_lines(file, make)
     return gathered.listing

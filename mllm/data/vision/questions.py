@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.findings import Listing, renumbered
+from mllm.data.json_files import json_lines
 from mllm.data.manifest import Sample, parse_row
 
 SHORT = "Answer the question using a single word or phrase."
@@ -66,6 +67,11 @@ class Questions:
         """Add every row of a file that is one list."""
         for number, row in enumerate(rows):
             self.add((file, None), lambda row=row: make(row), what=f"entry {number}")
+
+    def add_lines(self, file: Path, make: Callable[[Any], Question | None]) -> None:
+        """Add every row of a file of JSON lines."""
+        for number, row in json_lines(file, self.listing):
+            self.add((file, number), lambda row=row: make(row))
 
     def index(self, file: Path, notes: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, Any]:
         """Entries of a file by a key; an odd one is noted."""

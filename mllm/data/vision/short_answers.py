@@ -35,8 +35,7 @@ def read_vqav2(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("vqav2", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test2015",), named=settings.images)
-        for number, row in json_lines(file, gathered.listing):
-            gathered.add((file, number), lambda row=row: _llava_question(row, images, []))
+        gathered.add_lines(file, lambda row: _llava_question(row, images, []))
         return gathered.listing
     notes = find(source, ("v2_mscoco_val2014_annotations.json",), named=settings.annotations, what="annotations")
     answers = gathered.index(notes, json_list(notes, "annotations"), lambda note: note["question_id"])
@@ -69,8 +68,7 @@ def read_gqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         kind = "open" if note["types"]["structural"] == "query" else "binary"
         return _llava_question(row, images, [text_at(note, "answer")], kind)
 
-    for number, row in json_lines(file, gathered.listing):
-        gathered.add((file, number), lambda row=row: make(row))
+    gathered.add_lines(file, make)
     return gathered.listing
 
 
@@ -97,8 +95,7 @@ def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
             row = {**row, "text": "\n".join(line for line in lines if not line.startswith(OCR_LINE))}
         return _llava_question({**row, "question_id": note["question_id"]}, images, texts_of(note["answers"]))
 
-    for number, row in json_lines(file, gathered.listing):
-        gathered.add((file, number), lambda row=row: make(row))
+    gathered.add_lines(file, make)
     return gathered.listing
 
 
@@ -108,8 +105,7 @@ def read_vizwiz(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("vizwiz", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test",), named=settings.images)
-        for number, row in json_lines(file, gathered.listing):
-            gathered.add((file, number), lambda row=row: _llava_question(row, images, [], picture=row["image"]))
+        gathered.add_lines(file, lambda row: _llava_question(row, images, [], picture=row["image"]))
         return gathered.listing
     images = folder_of(root, ("val",), named=settings.images)
 
