@@ -212,7 +212,7 @@ def watched(answerer: Answerer) -> Iterator[tuple[list[int], list[int]]]:
             rows.append(len(given["inputs_embeds"]))
 
     hooks = [
-        answerer.model.model.audio_tower.register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
+        answerer.model.model.tower("audio").register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
         answerer.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True),
     ]
     try:
