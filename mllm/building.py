@@ -20,6 +20,7 @@ from mllm.compressors.query_start import read_places
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.image_processors import read_image_processor
+from mllm.media import DEFAULT_LIMITS, MediaLimits
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import keep_in_float32, read_dtype
 from mllm.pretrained import load_encoder, load_llm, unsharded
@@ -40,14 +41,19 @@ DEFAULT_FRAMES = 8
 """Frames taken from a video whose frames are encoded like pictures."""
 
 
-def build(settings: ModelSettings) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+def build(
+    settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LIMITS
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """A model ready to train, and its processor.
+
+    Args:
+        limits: what files the processor reads may be.
 
     Raises:
         ValueError: settings that contradict each other or the parts they name.
         OSError: a source that is neither a folder nor to be had from the hub.
     """
-    processor = build_processor(settings)
+    processor = build_processor(settings, limits=limits)
     config = elastic_config(settings, processor)
     model = assemble(config, dtype=settings.dtype, attention=settings.attention, seed=settings.seed)
     for medium, own in settings.media.items():
@@ -65,8 +71,12 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
     read_places(compressor, torch.Generator().manual_seed(seed))
 
 
-def build_processor(settings: ModelSettings) -> ElasticProcessor:
-    """The processor of a model that is described by settings."""
+def build_processor(settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LIMITS) -> ElasticProcessor:
+    """The processor of a model that is described by settings.
+
+    Args:
+        limits: what files it reads may be.
+    """
     text_config = pretrained.llm_config(settings.llm)
     tokenizer = extended_tokenizer(settings, num_rows=text_config.vocab_size)
     media = {
@@ -91,7 +101,9 @@ def build_processor(settings: ModelSettings) -> ElasticProcessor:
     limit = getattr(text_config, "max_position_embeddings", None)
     if isinstance(limit, int):
         elastic["context_tokens"] = limit
-    return ElasticProcessor(tokenizer, elastic=elastic)
+    processor = ElasticProcessor(tokenizer, elastic=elastic)
+    processor.limits = limits
+    return processor
 
 
 def _check_one_size(settings: ModelSettings) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mllm.budget import MEDIA
+from mllm.budget import MEDIA, Budget, BudgetInput
 from mllm.data.manifest import ROLES, Media, Message, Part, Sample, Text
 from mllm.media import Given, MediaInput, path_of, several
 
@@ -52,6 +52,18 @@ def read_request(media: Mapping[str, Any], text: str, *, separator: str = "") ->
     if parts and not text.startswith(separator):
         text = f"{separator}{text}"
     return collected.request([("user", [*parts, Text(text)])])
+
+
+def fitting(budget: BudgetInput, samples: Sequence[Sample]) -> Budget:
+    """Read a budget and refuse one that speaks of a medium that none of the samples holds.
+
+    Raises:
+        ValueError: it does, or as `Budget.of`.
+    """
+    asked = Budget.of(budget)
+    if idle := asked.media - {part.medium for sample in samples for part in sample.media}:
+        raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
+    return asked
 
 
 def read_rows(media: Mapping[str, Any], texts: Sequence[str], *, separator: str = "") -> list[Request]:

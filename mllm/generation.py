@@ -10,7 +10,7 @@ Greedy, or beams without sampling, unless a temperature is asked for: the same r
 in a batch, whatever the LLM's own generation config says.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 from mllm.asking import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.budget import Budget, BudgetInput
 from mllm.constant_prompt import ConstantPrompt
-from mllm.conversations import Request
+from mllm.conversations import Request, fitting
 from mllm.data.manifest import Sample
 from mllm.decoding import Decoding, Pieces
 from mllm.expansion import Batch
+from mllm.grouping import alike, number_in_pass
 from mllm.growing import Growing
-from mllm.long_audio import Window, joined, load_windows
+from mllm.long_audio import Window, joined, lengths_of, load_windows
 from mllm.media import Given, MediaError, MediaLoader
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
@@ -60,7 +61,7 @@ class Answerer:
             (see `mllm.constant_prompt`).
 
     Raises:
-        ValueError: a constant prompt with a static cache.
+        ValueError: a constant prompt with a static cache, or windows that do not go with the model's encoder of sounds.
     """
 
     model: ElasticForConditionalGeneration = field(repr=False)
@@ -75,6 +76,8 @@ class Answerer:
     def __post_init__(self) -> None:
         if self.constant_prompt and self.decoding.static_cache:
             raise ValueError("constant_prompt is true with static_cache; a static cache cannot take over another")
+        if self.long_audio.mode == "chunk":
+            lengths_of(self.long_audio, self.processor)  # before any sample fails for it
 
     def answer(
         self,
@@ -94,7 +97,8 @@ class Answerer:
             image, audio, video: one or several; in the prompt pictures stand before sounds before videos, all before
                 the text. Where the budget speaks of audio and there is none, the sound of the video files is heard.
             budget: see `mllm.budget`; a text, or amounts by medium.
-            on_text: called with each piece of the answer as soon as it is there (all at once with beams).
+            on_text: called with each piece of the answer as soon as it is there; all at once with beams, or about a
+                sound in windows, whose answers are joined first.
             timed: measure; on a GPU this makes the host wait at each phase.
 
         Raises:
@@ -119,7 +123,8 @@ class Answerer:
     ) -> list[Answer]:
         """Answer several questions about the same files, which are encoded and read by the LLM once for all of them.
 
-        Answers are those of one question at a time. All are answered in one batch, whatever `batch_size` is.
+        Answers are those of one question at a time. All are answered in one batch, whatever `batch_size` is; about a
+        sound in windows, in one batch per window at most.
 
         Args:
             texts: at least one; the rest is as in `answer`.
@@ -142,8 +147,8 @@ class Answerer:
     ) -> list[Answer]:
         samples, windows, asked = self._windows_of(files, texts, budget)
         if len(windows) > 1:
-            parts = [self.answer_windows(sample, windows, [asked], timed=timed)[0] for sample in samples]
-            answers = [joined(windows, own) for own in parts]
+            parts = self.answer_windows(samples, windows, [[asked] * len(samples)], timed=timed)
+            answers = [joined(windows, own) for own in parts[0]]
             if on_text is not None:
                 on_text(answers[0].text)
             return answers
@@ -151,22 +156,56 @@ class Answerer:
         return self.answer_batch(batch, [[asked] * len(samples)], on_text=on_text, timed=timed)[0]
 
     def answer_windows(
-        self, sample: Sample, windows: Sequence[Window], budgets: Sequence[Budget], *, timed: bool = False
-    ) -> list[list[Answer]]:
-        """Answer a sample about each of its windows.
+        self,
+        samples: Sequence[Sample],
+        windows: Sequence[Window],
+        draws: Sequence[Sequence[Budget]],
+        *,
+        max_rows: int | None = None,
+        timed: bool = False,
+    ) -> list[list[list[Answer]]]:
+        """Answer samples about the windows that the media they all show come in; each window is encoded once for all.
+
+        Args:
+            draws: per draw, one budget per sample.
+            max_rows: see `answer_draws`.
 
         Returns:
-            Per budget, one answer per window.
+            Per draw and sample, one answer per window.
         """
-        found: list[list[Answer]] = [[] for _ in budgets]
-        size = 1 if timed else self.batch_size  # the time of a batch is that of all its rows
+        found: list[list[list[Answer]]] = [[[] for _ in samples] for _ in draws]
+        size = number_in_pass(max(self.batch_size // len(samples), 1), len(samples) * len(draws), max_rows)
+        size = 1 if timed else size  # the time of a batch is that of all its rows
         for start in range(0, len(windows), size):
             media = [window.media for window in windows[start : start + size]]
-            batch = self.processor.batch([sample] * len(media), media, for_training=False)
-            draws = self.answer_batch(batch, [[budget] * len(media) for budget in budgets], timed=timed)
-            for answers, own in zip(found, draws, strict=True):
-                answers += own
+            shown = [own for own in media for _ in samples]
+            batch = self.processor.batch([*samples] * len(media), shown, for_training=False)
+            budgets = [[*draw] * len(media) for draw in draws]
+            passes = self.answer_draws(batch, budgets, max_rows=max_rows, timed=timed)
+            for by_sample, answers in zip(found, passes, strict=True):
+                for number, answer in enumerate(answers):
+                    by_sample[number % len(samples)].append(answer)
         return found
+
+    def answer_draws(
+        self,
+        batch: Batch,
+        draws: Sequence[Sequence[Budget]],
+        *,
+        max_rows: int | None = None,
+        timed: bool = False,
+    ) -> Iterator[list[Answer]]:
+        """Answer as `answer_batch` does, in as many passes as keep to a number of rows; each encodes the media.
+
+        Args:
+            max_rows: most rows of one `generate`; a draw is in one pass, though, however many rows the batch has.
+
+        Yields:
+            Per draw, one answer per row.
+        """
+        size = number_in_pass(len(draws), len(batch.rows), max_rows)
+        for start in range(0, len(draws), size):
+            yield from self.answer_batch(batch, draws[start : start + size], timed=timed)
 
     def begin(self, *, image: Files, budget: BudgetInput = "") -> Growing:
         """A session about one picture that is encoded once, and whose budget can grow at the price of what is new.
@@ -198,8 +237,7 @@ class Answerer:
         asked = Budget.of(budget)
         requests = self.requests_about(with_sound(files, asked), texts)
         samples, (_, names, given) = [request.sample for request in requests], requests[0]
-        if idle := asked.media - {part.medium for part in samples[0].media}:
-            raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
+        fitting(asked, samples)
         try:
             return samples, self._load(samples[0], [asked], given), asked
         except MediaError as error:
@@ -233,7 +271,8 @@ class Answerer:
             wanted: dict[Hashable, list[Budget]] = {}
             for sample, budget in zip(rows, asked[start : start + self.batch_size], strict=True):
                 wanted.setdefault(sample.media_key, []).append(budget)
-            known = {sample.media_key: self._load(sample, wanted[sample.media_key]) for sample in _first_of_each(rows)}
+            firsts = [own[0] for own in alike(rows, lambda sample: sample.media_key)]
+            known = {sample.media_key: self._load(sample, wanted[sample.media_key]) for sample in firsts}
             answers += self._answer_rows(
                 [(sample, known[sample.media_key]) for sample in rows], asked[start : start + self.batch_size]
             )
@@ -247,9 +286,11 @@ class Answerer:
             samples, media = [rows[place][0] for place in whole], [rows[place][1][0].media for place in whole]
             batch = self.processor.batch(samples, media, for_training=False)
             found |= zip(whole, self.answer_batch(batch, [[budgets[place] for place in whole]])[0], strict=True)
-        for place in set(range(len(rows))) - set(whole):
-            sample, windows = rows[place]
-            found[place] = joined(windows, self.answer_windows(sample, windows, [budgets[place]])[0])
+        split = [place for place, (_, windows) in enumerate(rows) if len(windows) > 1]
+        for places in alike(split, lambda place: rows[place][0].media_key):
+            samples, windows = [rows[place][0] for place in places], rows[places[0]][1]
+            parts = self.answer_windows(samples, windows, [[budgets[place] for place in places]])[0]
+            found |= {place: joined(windows, own) for place, own in zip(places, parts, strict=True)}
         return [found[place] for place in range(len(rows))]
 
     @torch.no_grad()
@@ -343,11 +384,6 @@ class Answerer:
             suppressed_ids=sorted({*self.processor.placeholder_ids.values(), *self._new_ids}),
             streamer=None if on_text is None else Pieces(self.processor.tokenizer, on_text),
         )
-
-
-def _first_of_each(samples: Sequence[Sample]) -> list[Sample]:
-    """Of samples with the same media the first."""
-    return list({sample.media_key: sample for sample in reversed(samples)}.values())
 
 
 def _shared_tokens(inputs: Mapping[str, Tensor]) -> list[int]:

@@ -14,7 +14,7 @@ from mllm.data.pairs import clip_pairs
 from mllm.loaded import LoadedMedia
 from mllm.media import Audio, Given, Reader, Video
 from mllm.processing import ElasticProcessor
-from mllm.timing import Timing
+from mllm.timing import PHASES, Timing
 from mllm.windows import LongAudio, join_transcripts, window_times
 
 
@@ -51,7 +51,7 @@ def load_windows(
     if how.mode == "refuse" or not _can_be_cut(sample, processor):
         whole = processor.load_media(sample, loader=loader, noise=noise, budgets=budgets, given=given)
         return [Window(0.0, 0.0, whole)]
-    window, overlap = how.lengths(processor.window_seconds)
+    window, overlap = lengths_of(how, processor)
     raws = processor.read_media(sample, loader, given=given)
     try:
         raws = [noise(raw) if noise is not None and isinstance(raw, Audio) else raw for raw in raws]
@@ -62,6 +62,18 @@ def load_windows(
         Window(*at, processor.prepare_media(sample, [_cut(raw, *at) for raw in raws], budgets=budgets, given=given))
         for at in window_times(seconds, window, overlap)
     ]
+
+
+def lengths_of(how: LongAudio, processor: ElasticProcessor) -> tuple[float, float]:
+    """Seconds of a window and of an overlap of a model's sounds.
+
+    Raises:
+        ValueError: a model that takes no sounds, or as `LongAudio.lengths`.
+    """
+    if "audio" not in processor.placeholder_ids:
+        allowed = ", ".join(processor.placeholder_ids) or "text only"
+        raise ValueError(f"long_audio is {how.mode}, but this model does not take audio; it takes {allowed}")
+    return how.lengths(processor.window_seconds)
 
 
 def _cut(raw: Audio | Video, start: float, stop: float) -> Audio | Video:
@@ -94,8 +106,5 @@ def joined(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer:
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
         num_new_tokens=sum(answer.num_new_tokens for answer in answers),
         num_shared_tokens=sum(answer.num_shared_tokens for answer in answers),
-        timing=Timing(*(sum(getattr(one, name) for one in timings) for name in _PHASES)) if timings else None,
+        timing=Timing(*(sum(getattr(one, phase) for one in timings) for phase in PHASES)) if timings else None,
     )
-
-
-_PHASES = ("encoder_ms", "prefill_ms", "decode_ms")

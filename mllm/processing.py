@@ -67,7 +67,8 @@ class ElasticProcessor(ProcessorCalls):
         # What files may be, where no loader says it; a matter of the machine that reads, and saved nowhere.
         self.limits: MediaLimits = DEFAULT_LIMITS
         media: Mapping[str, dict[str, Any]] = self.elastic["media"]
-        self.sampling = {m: _sampling_of(s["frames"]) for m, s in media.items() if "frames" in s}
+        frames = {m: s["frames"] for m, s in media.items() if "frames" in s}
+        self.sampling = {m: FrameSampling(own["count"], own["per_second"]) for m, own in frames.items()}
         self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in media}
         self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
         self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
@@ -324,12 +325,14 @@ class ElasticProcessor(ProcessorCalls):
         *,
         for_training: bool,
         prompts: Sequence[Prompt] | None = None,
+        with_values: bool = True,
     ) -> Batch:
         """Encode conversations and stack the inputs of their encoders.
 
         Args:
             samples: conversations; without `for_training` a last assistant message is left out and asked for instead.
             prompts: the conversations where they are encoded already, in some other way.
+            with_values: false where the rows are wanted alone, without the inputs of encoders.
             media: the loaded media of each sample, in order of appearance. Samples that are given the same object are
                 shown the same encoded item.
 
@@ -357,7 +360,7 @@ class ElasticProcessor(ProcessorCalls):
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
-        return Batch(rows, stack_media(numbers.items))
+        return Batch(rows, stack_media(numbers.items if with_values else ()))
 
     def expand(
         self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool, share_prefixes: bool = False
@@ -392,7 +395,3 @@ def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def _numbered(chance: Chance, number: int) -> Chance:
     """Generators of one medium of a sample."""
     return lambda purpose: chance(f"{purpose} {number}")
-
-
-def _sampling_of(frames: Mapping[str, Any]) -> FrameSampling:
-    return FrameSampling(frames["count"], frames["per_second"])

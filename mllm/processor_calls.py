@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from mllm.budget import Budget, BudgetInput
+from mllm.budget import BudgetInput
 from mllm.chat import ChatEncoder, Prompt
-from mllm.conversations import Request, read_chat, read_rows
+from mllm.conversations import Request, fitting, read_chat, read_rows
 from mllm.data.manifest import Sample
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ProcessorCalls(ProcessorMixin):
             if any(isinstance(one, RenderedChat) for one in texts):
                 return self._of_rendered(texts, media, budget)
             requests = read_rows(media, texts, separator=self._own.separator)
-            return self._of_requests(requests, _fitting(requests, budget))
+            return self._of_requests(requests, budget)
         if used := [MEDIA_KEYS[medium] for medium, given in media.items() if given is not None]:
             raise ValueError(f"{used[0]} goes with text; a sample names its own media")
         rows = [samples] if isinstance(samples, Sample) else list(samples)
@@ -111,13 +111,13 @@ class ProcessorCalls(ProcessorMixin):
             add_generation_prompt: end with what an answer begins behind.
             continue_final_message: leave the last message open, so that the answer goes on with it.
             processor_kwargs: of `__call__`: `budget`, and media for parts that hold none (`images`, `audio`, `videos`).
-            options: the same, without the mapping. Everything else is refused.
+            options: the same, without the mapping. Everything else is refused, and without `tokenize` these too.
 
         Returns:
             Text, `input_ids` (B, S), or inputs for `model.generate(**inputs)`.
 
         Raises:
-            TypeError: an argument that is not known; the nearest is named.
+            TypeError: an argument that is not known; the nearest is named; or one of inputs where a text is made.
             ValueError: messages of another form, or as `__call__`.
         """
         given = {**(processor_kwargs or {}), **options}
@@ -127,12 +127,13 @@ class ProcessorCalls(ProcessorMixin):
         chats = cast(list[Conversation], [conversation] if is_one else list(conversation))
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
+            _refuse_inputs(given)
             rendered = [_rendered(super(ProcessorCalls, self).apply_chat_template, chat, ends) for chat in chats]
             return rendered[0] if is_one else list(rendered)
         _check_form("pt" if return_tensors in (None, "auto") else return_tensors, given.get("padding", True))
         requests = self._read_chats(chats, {medium: given.get(key) for medium, key in MEDIA_KEYS.items()})
         prompts = [_prompt(self._own.chat, request.sample, **ends) for request in requests]
-        inputs = self._of_requests(requests, _fitting(requests, given.get("budget", "")), prompts)
+        inputs = self._of_requests(requests, given.get("budget", ""), prompts)
         return inputs if return_dict else inputs["input_ids"]
 
     @property
@@ -166,13 +167,13 @@ class ProcessorCalls(ProcessorMixin):
             )
             for chat, request in zip(chats, requests, strict=True)
         ]
-        return self._of_requests(requests, _fitting(requests, budget), prompts)
+        return self._of_requests(requests, budget, prompts)
 
     def _of_requests(
         self, requests: Sequence[Request], budget: BudgetInput, prompts: Sequence[Prompt] | None = None
     ) -> BatchFeature:
-        asked = Budget.of(budget)
         samples = [request.sample for request in requests]
+        asked = fitting(budget, samples)
         loaded = [self._own.load_media(own.sample, budgets=[asked], given=own.given) for own in requests]
         batch = self._own.batch(samples, loaded, for_training=False, prompts=prompts)
         return BatchFeature(self._own.expand(batch, [[asked] * len(samples)], left_padding=True).inputs)
@@ -190,12 +191,13 @@ def refuse_unknown(what: str, given: Mapping[str, object], known: Sequence[str])
         raise TypeError(f"{what} does not take {key!r}; {hint}")
 
 
-def _fitting(requests: Sequence[Request], budget: BudgetInput) -> Budget:
-    """Read a budget and refuse one that speaks of a medium that none of the requests holds."""
-    asked = Budget.of(budget)
-    if idle := asked.media - {part.medium for request in requests for part in request.sample.media}:
-        raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
-    return asked
+def _refuse_inputs(given: Mapping[str, Any]) -> None:
+    """Raises: TypeError for an argument of inputs where a text is made; None is none."""
+    if used := [key for key, value in given.items() if value is not None]:
+        raise TypeError(
+            f"apply_chat_template with tokenize false makes a text, which {used[0]} has no part in; give {used[0]} to "
+            "the processor together with that text, or set tokenize"
+        )
 
 
 def _check_form(return_tensors: object, padding: object) -> None:

@@ -34,6 +34,20 @@ def run_of(folder: str | Path) -> Path:
     return folder.resolve().parent if is_checkpoint else folder
 
 
+def results_folder(model: str | Path, kind: str) -> Path:
+    """Return where results of a model go: inside its folder, or beside it where that is a checkpoint of a run.
+
+    A checkpoint goes when newer ones are kept, and what it answered is to stay.
+
+    Args:
+        model: a run, a checkpoint of one, or an exported model.
+        kind: what the folder is called; of a checkpoint its name follows.
+    """
+    model = Path(model)
+    run = run_of(model)
+    return run / (kind if run == model else f"{kind}-{model.resolve().name}")
+
+
 def model_folder(folder: str | Path, checkpoint: str | int | None = None) -> Path:
     """Find the folder that holds the model a user means.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from mllm.sources import check_parts
+
 
 def check_at_least(settings: object, keys: Iterable[str], least: float = 1, *, prefix: str = "") -> None:
     """Refuse numbers of a dataclass that are too small; None is none.
@@ -305,9 +307,7 @@ class ModelSettings:
         Raises:
             ValueError: a part that it has not.
         """
-        parts = self.sources
-        if unknown := sorted(set(sources) - set(parts)):
-            raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(parts)}")
+        check_parts(sources, self.sources)
         media = {m: replace(getattr(self, m), encoder=place) for m, place in sources.items() if m != "llm"}
         return replace(self, llm=sources.get("llm", self.llm), **media)
 

@@ -6,7 +6,7 @@ Knows names and files. Does not know what a part computes.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 WORLD_PREFIX = "world:"
@@ -54,6 +54,21 @@ def identities(sources: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, 
     return {part: {key: own[key] for key in ("reference", "sha256")} for part, own in sources.items()}
 
 
+def check_parts(given: Iterable[str], parts: Iterable[str]) -> None:
+    """Refuse a source for a frozen part that a model has not.
+
+    Args:
+        given: the parts that a user names.
+        parts: those of the model.
+
+    Raises:
+        ValueError: the first of them that it has not.
+    """
+    own = sorted(parts)
+    if unknown := sorted(set(given) - set(own)):
+        raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(own)}")
+
+
 def find_parts(
     sources: Mapping[str, Mapping[str, str]], run: str | Path, moved: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, str]]:
@@ -63,24 +78,22 @@ def find_parts(
         sources: `reference` and `sha256` by part, and where there is one the `folder` it was in and its path
             `from_run`.
         run: the folder of the run, wherever that is now.
-        moved: by part, another folder or hub name to take it from.
+        moved: by part, another folder to take it from, or hub name where it came from a hub.
 
     Returns:
         The sources with references that can be read from here.
 
     Raises:
         ValueError: a part in `moved` that the model has not.
-        FileNotFoundError: a part that was in a folder and is in none now, with the option that names another.
+        FileNotFoundError: a part that was in a folder and is in none now, with the option that names another; or that
+            option names no folder.
     """
-    if unknown := sorted(set(moved or {}) - set(sources)):
-        raise ValueError(
-            f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(sorted(sources))}"
-        )
+    check_parts(moved or {}, sources)
     found = {part: dict(own) for part, own in sources.items()}
     for part, own in found.items():
         own["reference"] = (moved or {}).get(part) or _find(part, own, Path(run))
         if part in (moved or {}) and own["sha256"] and not Path(resolve_source(own["reference"])).is_dir():
-            raise _gone(part, own["reference"])
+            raise _no_folder(part, own["reference"])
         own |= place_of(own["reference"])
     return found
 
@@ -112,6 +125,14 @@ def _gone(part: str, folder: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"the folder {folder} is not there, from which {part} was taken; pass --sources.{part} with where it is now "
         f'(in Python sources={{"{part}": ...}})'
+    )
+
+
+def _no_folder(part: str, given: str) -> FileNotFoundError:
+    option = f'--sources.{part} (in Python sources={{"{part}": ...}})'
+    return FileNotFoundError(
+        f"the folder {given} is not there, which {option} names; it must be a folder on this machine and no name on a "
+        f"hub, since the SHA-256 of its weights is compared with that of the {part} this model was trained on"
     )
 
 

@@ -6,7 +6,7 @@ Knows a model and when its LLM is called. Does not know requests, prompts or ans
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -24,6 +24,9 @@ class Timing:
     encoder_ms: float
     prefill_ms: float
     decode_ms: float
+
+
+PHASES = tuple(own.name for own in fields(Timing))
 
 
 class Watch:

@@ -74,6 +74,30 @@ class LongAudio:
         return window, overlap
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongAudioOptions:
+    """The options of a command that say what becomes of a sound longer than its encoder's window."""
+
+    long_audio: Literal["refuse", "chunk"] = "refuse"
+    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
+    where their words meet. For speech that is transcribed."""
+    window_seconds: float | None = None
+    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
+    overlap_seconds: float | None = None
+    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
+
+    def __post_init__(self) -> None:
+        self.read_long_audio()  # refuses what contradicts itself before anything is loaded
+
+    def read_long_audio(self) -> LongAudio:
+        """Read the options.
+
+        Raises:
+            ValueError: see `LongAudio`.
+        """
+        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
+
+
 def window_times(seconds: float, window: float, overlap: float) -> list[tuple[float, float]]:
     """Start and stop, in seconds, of the fewest equally long windows that cover a recording with such overlaps.
 

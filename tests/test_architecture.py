@@ -14,7 +14,7 @@ LEVELS = [
         *("budget", "grammar", "tiling", "maps", "sampler", "metrics", "benchmarks"),
         *("settings", "sources", "checkpoint_layouts", "registration", "filterbank", "segments", "progress"),
         *("cache_names", "extras", "image_processors", "plain_text", "probes", "run_folders", "tensor_files"),
-        "windows",
+        *("windows", "grouping"),
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {

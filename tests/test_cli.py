@@ -132,6 +132,7 @@ def test_messages_are_plain() -> None:
     assert nearest("train.lr", keys) == "did you mean train.learning_rate?"
     assert nearest("lr", keys) == "did you mean train.learning_rate?"
     assert nearest("model.image.vision_tower", keys) == "did you mean model.image.encoder?"
+    assert nearest("model.audio.vision_tower", keys) == "did you mean model.audio.encoder?"
 
 
 def test_what_others_call_an_option_names_ours_on_the_command_line_and_in_files(tmp_path: Path) -> None:
@@ -145,6 +146,46 @@ def test_what_others_call_an_option_names_ours_on_the_command_line_and_in_files(
     with pytest.raises(ValueError, match=r"unknown key train.lr in .*; did you mean train.learning_rate\?"):
         parse(["train", "--config", str(tmp_path / "a.yaml")])
     assert plain_message("one\n   two") == "one two"
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "meant"),
+    [
+        ("train", "image_encoder", "model.image.encoder"),
+        ("train", "vision_tower", "model.image.encoder"),
+        ("train", "audio_encoder", "model.audio.encoder"),
+        ("train", "video_encoder", "model.video.encoder"),
+        ("train", "lora_r", "model.adapter.rank"),
+        ("train", "model.lora_alpha", "model.adapter.alpha"),
+        ("train", "lora_dropout", "model.adapter.dropout"),
+        ("train", "target_modules", "model.adapter.targets"),
+        ("train", "model.audio.encoder_adapter.lora_r", "model.audio.encoder_adapter.rank"),
+        ("generate", "prompt", "text"),
+        ("bench", "question", "text"),
+        ("evaluate", "prompt", "reader.prompts"),
+    ],
+)
+def test_another_name_is_answered_with_the_option_that_is_meant(verb: str, word: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown option --{re.escape(word)}; did you mean {re.escape(meant)}\?"):
+        parse([verb, f"--{word}", "1"])
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        (("generate", "--audio=a.wav", "--overlap_seconds=0.2"), "it goes with long_audio chunk"),
+        (
+            ("evaluate", "--manifest=a.jsonl", "--budgets=audio=/4", "--window_seconds=2"),
+            "it goes with long_audio chunk",
+        ),
+        (("bench", "--budgets=nonsense"), "nonsense"),
+    ],
+)
+def test_settings_are_checked_where_asserts_are_left_out(verb: tuple[str, ...], message: str) -> None:
+    code = f"from mllm.cli import parse; parse({[*verb, '--model=m']})"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(rf"ValueError: .*{message}", done.stderr)
 
 
 @pytest.mark.parametrize(

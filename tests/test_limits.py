@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mllm.building import build
+from mllm.building import build, build_processor
 from mllm.cli import main, parse
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
@@ -87,6 +87,13 @@ def test_training_keeps_the_limits_of_its_data_block(folder: Path) -> None:
     noisy = DataSettings(train=["x"], noise=str(folder / "0.wav"), snr_db=[0.0], limits=data.limits)
     with pytest.raises(MediaError, match=r"limits\.audio_seconds"):
         build_augmentation(noisy)
+
+
+def test_what_is_built_has_the_limits_it_is_told(tmp_path: Path) -> None:
+    settings, limits = tiny.settings_on(tiny.write_parts(tmp_path)), MediaLimits(audio_seconds=0.7)
+    assert build_processor(settings).limits == MediaLimits()
+    assert build_processor(settings, limits=limits).limits == limits
+    assert build(settings, limits=limits)[1].limits == limits
 
 
 def test_a_file_beyond_the_usual_limits_is_counted_where_they_are_raised(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """A sound longer than its encoder's window: what is said of it is what is said of its windows, each word once."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -18,6 +20,10 @@ from mllm.budget import Budget
 from mllm.building import build
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.evaluation.comparison import compare
+from mllm.evaluation.hypotheses import AnswerStore
+from mllm.evaluation.planning import plan
+from mllm.evaluation.sweep import Sweep
 from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
 from mllm.long_audio import joined, load_windows
@@ -170,7 +176,7 @@ def test_an_answer_in_windows_is_cut_where_one_of_them_is(answerer: Answerer, fo
     parts = (Media("audio", "long.wav"), Text("what?"))
     sample = Sample("a", (Message("user", parts),), "asr", root=folder)
     windows = load_windows(sample, answerer.processor, CHUNK)
-    (answers,) = answerer.answer_windows(sample, windows, [Budget.parse("audio=/4")])
+    ((answers,),) = answerer.answer_windows([sample], windows, [[Budget.parse("audio=/4")]])
     ended = [dataclasses.replace(answer, is_cut=False) for answer in answers]
     assert not joined(windows, ended).is_cut
     assert joined(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
@@ -195,6 +201,114 @@ def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folde
     assert "overlap_seconds is 0.2; it goes with long_audio chunk" in capsys.readouterr().err
 
 
+@contextlib.contextmanager
+def watched(answerer: Answerer) -> Iterator[tuple[list[int], list[int]]]:
+    """How many sounds each call of the encoder takes, and how many rows each pass of prompts through the LLM has."""
+    encoded: list[int] = []
+    rows: list[int] = []
+
+    def note(_: object, __: object, given: dict) -> None:
+        if given["inputs_embeds"].shape[1] > 1:
+            rows.append(len(given["inputs_embeds"]))
+
+    hooks = [
+        answerer.model.model.tower("audio").register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
+        answerer.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True),
+    ]
+    try:
+        yield encoded, rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_each_window_is_encoded_once_for_all_questions(answerer: Answerer, folder: Path) -> None:
+    questions = ["what is said?", "who speaks?"]
+    alone = [answerer.answer(text, audio=folder / "long.wav", budget="audio=/4") for text in questions]
+    with watched(answerer) as (encoded, _):
+        together = answerer.answer_questions(questions, audio=folder / "long.wav", budget="audio=/4")
+    assert sum(encoded) == 3
+    assert [(one.text, one.tokens) for one in together] == [(one.text, one.tokens) for one in alone]
+    parts = [(Media("audio", "long.wav"), Text(text)) for text in questions]
+    samples = [Sample(str(n), (Message("user", own),), "asr", root=folder) for n, own in enumerate(parts)]
+    budgets = ["audio=/4", "audio=/8"]
+    apart = [answerer.answer_samples([one], [at])[0] for one, at in zip(samples, budgets, strict=True)]
+    with watched(answerer) as (encoded, rows):
+        found = answerer.answer_samples(samples, budgets)
+    assert sum(encoded) == 3
+    assert max(rows) <= answerer.batch_size
+    assert [(one.text, one.tokens) for one in found] == [(one.text, one.tokens) for one in apart]
+
+
+def swept(answerer: Answerer, folder: Path, texts: list[str], out: Path, max_rows: int | None) -> list[dict]:
+    """The lines of a sweep of questions about the long sound at two budgets, seen to be what each is alone."""
+    asked = [Message("user", (Media("audio", "long.wav"), Text(text))) for text in texts]
+    answer = Message("assistant", (Text("place blue"),))
+    samples = [Sample(str(number), (own, answer), "asr", root=folder) for number, own in enumerate(asked)]
+    budgets = [Budget.parse("audio=/4"), Budget.parse("audio=/8")]
+    store = AnswerStore(out)
+    store.claim({"model": "tiny"})
+    work = plan({"test": samples}, budgets, space=answerer.processor.space)
+    Sweep(answerer, store, max_rows=max_rows).run(work)
+    return list(store.read().values())
+
+
+@pytest.mark.parametrize(("max_rows", "passes"), [(None, [6]), (4, [4, 2]), (3, [2] * 3), (1, [1] * 6)])
+def test_a_sweep_over_windows_keeps_to_max_rows(
+    answerer: Answerer, folder: Path, tmp_path: Path, max_rows: int | None, passes: list[int]
+) -> None:
+    """Of three windows at two budgets; a pass holds whole windows at all budgets where it can."""
+    with watched(answerer) as (_, rows):
+        lines = swept(answerer, folder, ["what is said?"], tmp_path, max_rows)
+    assert rows == passes
+    for line in lines:
+        expected = answerer.answer("what is said?", audio=folder / "long.wav", budget=line["budget"])
+        assert (line["hypothesis"], line["tokens"]) == (expected.text, expected.tokens)
+
+
+def test_a_sweep_encodes_each_window_once_for_all_questions_and_budgets(
+    answerer: Answerer, folder: Path, tmp_path: Path
+) -> None:
+    questions = ["what is said?", "who speaks?"]
+    with watched(answerer) as (encoded, _):
+        lines = swept(answerer, folder, questions, tmp_path, None)
+    assert sum(encoded) == 3
+    assert len(lines) == 4
+    for line in lines:
+        expected = answerer.answer(questions[int(line["id"])], audio=folder / "long.wav", budget=line["budget"])
+        assert (line["hypothesis"], line["tokens"]) == (expected.text, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"window_seconds": 1.5}, "window_seconds is 1.5; the encoder's window is 1 seconds"),
+        ({"overlap_seconds": 0.6}, r"overlap_seconds is 0\.6; it must be at most half a window, 0\.5 seconds"),
+    ],
+)
+def test_windows_the_model_cannot_have_are_refused_before_anything_is_answered(
+    answerer: Answerer, folder: Path, tmp_path: Path, capsys, how: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Answerer(answerer.model, answerer.processor, long_audio=LongAudio(mode="chunk", **how))
+    message_of = Message("user", (Media("audio", "short.wav"), Text("what?")))
+    sample = Sample("a", (message_of, Message("assistant", (Text("place blue"),))), "asr")
+    write_manifest(folder / "one.jsonl", [sample])
+    options = [f"--{key}={value}" for key, value in how.items()]
+    words = ["--model", str(folder / "run"), "--long_audio", "chunk", *options, "--use_cpu"]
+    out = ["--manifest", str(folder / "one.jsonl"), "--budgets", "audio=/4", "--out", str(tmp_path / "out")]
+    for verb in (["evaluate", *out], ["generate", "--audio", str(folder / "short.wav")]):
+        assert main([*verb, *words]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_of_a_model_without_audio_are_refused() -> None:
+    own = tiny.settings(("image",))
+    with pytest.raises(ValueError, match="long_audio is chunk, but this model does not take audio; it takes image"):
+        Answerer(tiny.model(own), tiny.processor(own), long_audio=LongAudio(mode="chunk"))
+
+
 def test_evaluate_transcribes_long_sounds_in_windows(answerer: Answerer, folder: Path, tmp_path: Path) -> None:
     names = {"long": "long.wav", "short": "short.wav"}
     messages = {key: (Media("audio", name), Text("transcribe speech to text.")) for key, name in names.items()}
@@ -212,5 +326,8 @@ def test_evaluate_transcribes_long_sounds_in_windows(answerer: Answerer, folder:
         assert line["hypothesis"] == expected.text
         assert line["tokens"] == expected.tokens
         assert line["seconds"] == (SECONDS if line["id"] == "long" else 0.5)
+    told = compare([f"whole={tmp_path}", f"chunked={tmp_path}/chunk"]).differences
+    for key, refused, chunked in (("long_audio", "refuse", "chunk"), ("overlap_seconds", "None", "0.2")):
+        assert [one for one in told if key in one and refused in one and chunked in one], told
     costs = {(line["id"], line["budget"]): line["cost"]["encoder"] for line in lines}
     assert costs["long", "audio=/4"] == 3 * costs["short", "audio=/4"]  # Whisper reads a whole window each time

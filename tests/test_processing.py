@@ -213,6 +213,12 @@ def test_an_argument_that_nothing_reads_is_refused_with_the_nearest(made, sample
         made(text="what?", images=picture, budgets="image=1")
     with pytest.raises(TypeError, match=r"apply_chat_template does not take 'tools'; it takes budget"):
         made.apply_chat_template([{"role": "user", "content": "hi"}], tools=[])
+    asking = [{"role": "user", "content": "hi"}]
+    for key, value in {"budget": "image=4", "images": [picture], "audio": [], "videos": [], "padding": True}.items():
+        for given in ({key: value}, {"processor_kwargs": {key: value}}):
+            with pytest.raises(TypeError, match=f"with tokenize false makes a text, which {key} has no part in"):
+                made.apply_chat_template(asking, **given)
+    assert made.apply_chat_template(asking, images=None) == made.apply_chat_template(asking)
     with pytest.raises(TypeError, match="the first argument is one mllm sample or several"):
         made([picture])
     with pytest.raises(ValueError, match="images goes with text; a sample names its own media"):
@@ -246,3 +252,6 @@ def test_several_texts_have_media_of_their_own(made, sample) -> None:
         made(text=["what?", "who?"], images=[path] * 3)
     with pytest.raises(ValueError, match="the budget 'audio=/4' names audio, but the request holds none"):
         made(text="what?", images=path, budget="audio=/4")
+    shown = Sample("b", (Message("user", (Media("image", "0.png"), Text("what?"))),), task="t", root=sample.root)
+    with pytest.raises(ValueError, match="the budget 'audio=/4' names audio, but the request holds none"):
+        made([shown, shown], budget="audio=/4")

@@ -65,11 +65,14 @@ class Settings:
             raise ValueError(f"seconds is {self.seconds}; it must be above 0")
         if self.media and (self.image or self.audio or self.video):
             raise ValueError("media makes up media, and files are given; leave one of them out")
-        assert self.asked_budgets is not None
+        self.read_budgets()  # refuses what is no budget before anything is loaded
 
-    @property
-    def asked_budgets(self) -> list[Budget]:
-        """The budgets, read, each once."""
+    def read_budgets(self) -> list[Budget]:
+        """Read the budgets, each once.
+
+        Raises:
+            ValueError: one that is none.
+        """
         texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
         return list(dict.fromkeys(Budget.parse(text) for text in texts))
 
@@ -98,7 +101,7 @@ def run(settings: Settings) -> int:
     )
     loaded = _media(settings, processor)
     batch = requests(processor, loaded, settings.text, settings.batch_size)
-    budgets = settings.asked_budgets or default_budgets(processor, [item.medium for item in loaded])
+    budgets = settings.read_budgets() or default_budgets(processor, [item.medium for item in loaded])
     with progress_bar() as show:
         results = bench(
             model,
@@ -125,7 +128,7 @@ def _media(settings: Settings, processor: Any) -> Any:
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if any(files.values()):
         return processor.load_media(request(files, settings.text or "what is this?")[0])
-    named = {medium for budget in settings.asked_budgets for medium in budget.amounts}
+    named = {medium for budget in settings.read_budgets() for medium in budget.amounts}
     wanted = settings.media or [medium for medium in MEDIA if medium in (named or processor.placeholder_ids)]
     return made_up_media(processor, wanted, settings.seconds)
 
@@ -167,7 +170,8 @@ def _table(results: "list[Measured]", facts: dict[str, Any]) -> Any:
 def _cells(one: "Measured", first: "Measured") -> list[str]:
     from statistics import median
 
-    from mllm.evaluation.bench import PHASES, quartiles
+    from mllm.evaluation.bench import quartiles
+    from mllm.timing import PHASES
 
     answer, cost = one.answer, one.cost
     times = [quartiles(one.milliseconds(phase)) for phase in (*PHASES, "total_ms")]

@@ -55,8 +55,7 @@ def run(settings: Settings) -> int:
     if settings.tokens_per_batch is not None:
         data = replace(data, tokens_per_batch=settings.tokens_per_batch)
     own = replace(own, data=data)
-    processor = build_processor(own.model)
-    processor.limits = own.data.limits
+    processor = build_processor(own.model, limits=own.data.limits)
     samples = read_samples(data.train, data)
     draws = build_sampler(own, processor.space)
     budgets = [Budget.parse(text) for text in settings.budgets] or extremes(draws)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mllm.budget import Budget
 from mllm.media import MediaLimits
-from mllm.windows import LongAudio
+from mllm.windows import LongAudioOptions
 
 if TYPE_CHECKING:
     from mllm.generation import Answer
@@ -17,7 +17,7 @@ SUMMARY = "answer a question about pictures, sounds and videos at a budget"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(LongAudioOptions):
     """Answer questions about files; without a text, speech is transcribed and a picture described."""
 
     model: str
@@ -53,13 +53,6 @@ class Settings:
     time also pays for what a process does only once."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Pixels, seconds and bytes beyond which a file is refused."""
-    long_audio: Literal["refuse", "chunk"] = "refuse"
-    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
-    where their words meet. For speech that is transcribed."""
-    window_seconds: float | None = None
-    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
-    overlap_seconds: float | None = None
-    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
     max_mismatch_seconds: float | None = 0.08
     """A sound and a video of one name may differ in length by so much; null never compares."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -73,15 +66,10 @@ class Settings:
     """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.text or self.image or self.audio or self.video):
             raise ValueError("nothing to answer: give --text, --image, --audio or --video")
         Budget.parse(self.budget)
-        assert self.long_audio_settings
-
-    @property
-    def long_audio_settings(self) -> LongAudio:
-        """What becomes of long sounds, read."""
-        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
 
 
 def run(settings: Settings) -> int:
@@ -110,7 +98,7 @@ def run(settings: Settings) -> int:
         limits=settings.limits,
     )
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
-    answerer = Answerer(model, processor, decoding, loader=loader, long_audio=settings.long_audio_settings)
+    answerer = Answerer(model, processor, decoding, loader=loader, long_audio=settings.read_long_audio())
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if len(settings.text) > 1:
         ask_all = partial(answerer.answer_questions, settings.text, **files, budget=settings.budget)

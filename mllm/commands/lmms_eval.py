@@ -6,9 +6,12 @@ from typing import Any, Literal
 
 from mllm.budget import Budget
 from mllm.extras import install_line
+from mllm.run_folders import results_folder
 from mllm.settings import check_at_least
 
 SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
+RESULTS = "lmms_eval"
+"""The folder of results inside a model's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class Settings:
     include_path: str | None = None
     """Folder of tasks of your own."""
     out: str | None = None
-    """Folder of the results; `lmms_eval` inside the model's folder when left out."""
+    """Folder of the results; when left out `lmms_eval` inside the model's folder, or of a checkpoint
+    `lmms_eval-checkpoint-...` inside its run."""
     limit: int | None = None
     """Only the first so many questions of each task."""
     num_fewshot: int | None = None
@@ -53,10 +57,15 @@ class Settings:
         texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
         return [str(budget) for budget in dict.fromkeys(Budget.parse(text) for text in texts if text.strip())]
 
+    @property
+    def output_folder(self) -> Path:
+        """Where results go."""
+        return Path(self.out) if self.out is not None else results_folder(self.model, RESULTS)
+
 
 def run(settings: Settings) -> int:
     """Evaluate at each budget, show one table, and write everything."""
-    from mllm.commands.terminal import console, quiet_loading
+    from mllm.commands.terminal import console, plain_table, quiet_loading
 
     try:
         import lmms_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -84,19 +93,8 @@ def run(settings: Settings) -> int:
     evaluated = list(sweep(chat, tasks=settings.tasks, include_path=settings.include_path, **options))
     if not evaluated:  # another process tells
         return 0
-    folder = Path(settings.out) if settings.out is not None else Path(settings.model) / "lmms_eval"
-    write(evaluated, folder)
-    console().print(_table(table_rows(evaluated)))
-    console().print(f"written to {folder}")
+    write(evaluated, settings.output_folder)
+    titles, *lines = table_rows(evaluated)
+    console().print(plain_table(titles, lines, num_names=2))
+    console().print(f"written to {settings.output_folder}")
     return 0
-
-
-def _table(rows: list[list[str]]) -> Any:
-    from rich.table import Table
-
-    table = Table()
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if number < 2 else "right")
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table

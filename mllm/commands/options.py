@@ -95,30 +95,37 @@ ALIASES = {
     **dict.fromkeys(("train_data", "dataset", "data_path"), "train"),
     **dict.fromkeys(("resume_from", "resume_from_checkpoint"), "resume"),
     **dict.fromkeys(("init_from", "pretrained"), "start_from"),
-    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
-    **dict.fromkeys(("lora_alpha",), "alpha"),
-    **dict.fromkeys(("lora_dropout",), "dropout"),
-    **dict.fromkeys(("target_modules",), "targets"),
-    **dict.fromkeys(("vision_tower", "image_encoder", "audio_encoder", "video_encoder"), "encoder"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "adapter.rank"),
+    **dict.fromkeys(("lora_alpha",), "adapter.alpha"),
+    **dict.fromkeys(("lora_dropout",), "adapter.dropout"),
+    **dict.fromkeys(("target_modules",), "adapter.targets"),
+    **dict.fromkeys(("vision_tower", "image_encoder"), "image.encoder"),
+    **dict.fromkeys(("audio_encoder",), "audio.encoder"),
+    **dict.fromkeys(("video_encoder",), "video.encoder"),
     **dict.fromkeys(("attn_implementation", "attn"), "attention"),
     **dict.fromkeys(("torch_dtype",), "dtype"),
     **dict.fromkeys(("device", "cpu", "no_cuda"), "use_cpu"),
     **dict.fromkeys(("model_path", "model_name_or_path", "checkpoint_path", "ckpt"), "model"),
-    **dict.fromkeys(("prompt", "question", "query"), "text"),
+    **dict.fromkeys(("prompt", "question", "query"), "--text"),
     **dict.fromkeys(("beams", "beam_size", "beam"), "num_beams"),
     **dict.fromkeys(("max_length", "max_tokens"), "max_new_tokens"),
 }
-"""What options are called elsewhere, by the last part of our name for them; for messages, they are not accepted."""
+"""What options are called elsewhere, and the end of our name for them; for messages, they are not accepted.
+
+With dashes before it a name is the whole option: a block may have a key of that name that is something else.
+"""
 
 
 def nearest(key: str, allowed: Sequence[str]) -> str:
     """The end of a message: the key that goes by this name elsewhere or is most similar, or all of them."""
     block, _, word = key.rpartition(".")
-    meant = ALIASES.get(word.lower())
-    known = [name for name in allowed if name.rpartition(".")[2] == meant]
-    known.sort(key=lambda name: name.rpartition(".")[0] != block)  # the block that was written, where it has one
-    if known:
-        return f"did you mean {known[0]}?"
+    if meant := ALIASES.get(word.lower()):
+        # First the block that was written, where it has one.
+        within = f"{block}.{meant.rpartition('.')[2]}"
+        known = [name for name in allowed if f"--{name}" == meant or name == meant or name.endswith(f".{meant}")]
+        known = [within] * (within in allowed) + known
+        if known:
+            return f"did you mean {known[0]}?"
     # Someone who leaves a block out writes the last part right, so that is compared too.
     last = {name.rpartition(".")[2]: name for name in reversed(allowed)}
     found = get_close_matches(key, allowed, n=1, cutoff=0.75)

@@ -26,9 +26,8 @@ from mllm.generation import DEFAULT_PROMPTS, Answer, Answerer, Decoding
 from mllm.media import Audio, Video
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.sampler import Sampler
-from mllm.timing import Timing
+from mllm.timing import PHASES, Timing
 
-PHASES = ("encoder_ms", "prefill_ms", "decode_ms")
 RESULTS, PLOT = "bench.json", "bench.png"
 MOST_BUDGETS = 8
 _PICTURE_PIXELS, _LIP_PIXELS = 512, 96

@@ -17,16 +17,19 @@ from typing import Any
 from mllm.evaluation.hypotheses import FINGERPRINT, write_whole
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import RESULTS, cut_notes
-from mllm.evaluation.settings import EVALUATION, evaluation_folder
+from mllm.evaluation.settings import EVALUATION
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
 from mllm.evaluation.vision_comparison import COLUMNS as VISION_TASKS
 from mllm.evaluation.vision_comparison import VisionComparison, vision_comparison
-from mllm.run_folders import CHECKPOINT_NAME, CONFIG, PROCESSOR
+from mllm.run_folders import CHECKPOINT_NAME, CONFIG, PROCESSOR, results_folder
 
 MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
 VISION_MARKDOWN, VISION_DATA, VISION_PLOT = "benchmarks.md", "benchmarks.json", "benchmarks.png"
 AXES = {"tokens_per_second": "soft tokens per second", "published_tflops": "TFLOPs of the prompt (mean)"}
-SAME = ("num_beams", "length_penalty", "max_new_tokens", "dtype")
+SAME = (
+    *("num_beams", "length_penalty", "max_new_tokens", "dtype"),
+    *("long_audio", "window_seconds", "overlap_seconds"),
+)
 """What should be the same for all, and is told where it is not."""
 
 
@@ -145,7 +148,7 @@ def short_name(path: str | Path) -> str:
 def _named(folder: str) -> tuple[str, Path]:
     name, equals, rest = folder.partition("=")
     path = Path(rest if equals else folder)
-    inner = evaluation_folder(path)
+    inner = results_folder(path, EVALUATION)
     found = [own for own in (path, inner) if (own / RESULTS).is_file()]
     found = found[:1] or sorted(file.parent for file in inner.glob(f"*/{RESULTS}"))
     if not found:

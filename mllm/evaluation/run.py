@@ -114,7 +114,7 @@ def _answerer(settings: EvaluateSettings, device: Any) -> Answerer:
             static_cache=settings.static_cache,
         ),
         settings.batch_size,
-        long_audio=settings.long_audio_settings,
+        long_audio=settings.read_long_audio(),
         constant_prompt=settings.constant_prompt,
     )
 
@@ -273,7 +273,10 @@ def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
 
 
 def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:
-    keys = ("manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise")
+    keys = (
+        *("manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise"),
+        *("long_audio", "window_seconds", "overlap_seconds"),
+    )
     own = {key: getattr(settings, key) for key in keys}
     return {"model": str(settings.model_folder), **own, **_cost_facts(config)}
 

@@ -7,9 +7,9 @@ from typing import Literal
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
 from mllm.media import MediaLimits
-from mllm.run_folders import model_folder, run_of
+from mllm.run_folders import model_folder, results_folder
 from mllm.settings import check_at_least
-from mllm.windows import LongAudio
+from mllm.windows import LongAudioOptions
 
 EVALUATION = "evaluation"
 """The folder of results inside a model's folder; those with a name lie in folders inside it."""
@@ -18,7 +18,7 @@ TAKEN_NAMES = ("answers", "submissions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings:
+class EvaluateSettings(LongAudioOptions):
     """Which model is evaluated on what, at which budgets."""
 
     model: str
@@ -58,13 +58,6 @@ class EvaluateSettings:
     """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Pixels, seconds and bytes beyond which a file is refused."""
-    long_audio: Literal["refuse", "chunk"] = "refuse"
-    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
-    where their words meet. For speech that is transcribed."""
-    window_seconds: float | None = None
-    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
-    overlap_seconds: float | None = None
-    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
     max_mismatch_seconds: float | None = 0.08
     """A clip whose sound and video differ by more cannot be used; null never compares."""
     num_beams: int = 1
@@ -95,6 +88,7 @@ class EvaluateSettings:
     """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.manifest:
             raise ValueError("manifest is empty; name at least one")
         names = [Path(path).stem for path in self.manifest]
@@ -108,7 +102,6 @@ class EvaluateSettings:
         self._check_name()
         if not self.asked_budgets:
             raise ValueError("budgets is empty; name at least one, such as audio=/4")
-        assert self.long_audio_settings
         if not self.snr_db:
             raise ValueError("snr_db is empty; null stands for no noise")
         if any(ratio is not None for ratio in self.snr_db) != (self.noise is not None):
@@ -121,11 +114,6 @@ class EvaluateSettings:
             raise ValueError(f"name is {self.name!r} with out {self.out}; one of the two says where results go")
         if Path(self.name).name != self.name or self.name.startswith(".") or self.name in ("", *TAKEN_NAMES):
             raise ValueError(f"name must be that of a folder, and none of {', '.join(TAKEN_NAMES)}; got {self.name!r}")
-
-    @property
-    def long_audio_settings(self) -> LongAudio:
-        """What becomes of long sounds, read."""
-        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
 
     @property
     def asked_budgets(self) -> list[Budget]:
@@ -154,13 +142,4 @@ class EvaluateSettings:
         if self.out is not None:
             return Path(self.out)
         model = Path(self.model) if self.checkpoint is None else self.model_folder
-        return evaluation_folder(model) / (self.name or "")
-
-
-def evaluation_folder(model: Path) -> Path:
-    """Return where results of a model go: inside its folder, or beside it where that is a checkpoint of a run.
-
-    A checkpoint goes when newer ones are kept, and what it answered is to stay.
-    """
-    run = run_of(model)
-    return run / (EVALUATION if run == model else f"{EVALUATION}-{model.resolve().name}")
+        return results_folder(model, EVALUATION) / (self.name or "")

@@ -22,6 +22,7 @@ from mllm.evaluation.hypotheses import AnswerStore, Line
 from mllm.evaluation.planning import Work, references_of, untrained_message
 from mllm.expansion import Row, check_length
 from mllm.generation import Answer, Answerer, is_trained
+from mllm.grouping import alike, number_in_pass
 from mllm.long_audio import Window, joined, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing import LoadedMedia
@@ -98,15 +99,20 @@ class Sweep:
                     met.append(budget)
                 except ValueError as error:
                     yield _failure(work, budget, error)
-            if len(item.windows) > 1:
-                yield from self._answer_windows(item, met)
-                continue
             loaded.append(item)
             wanted.append(tuple(met))
         for budgets in dict.fromkeys(wanted):
             if budgets:
-                rows = [item for item, own in zip(loaded, wanted, strict=True) if own == budgets]
-                yield from self._answer_together(rows, budgets)
+                same = [item for item, own in zip(loaded, wanted, strict=True) if own == budgets]
+                yield from self._answer_at(same, budgets)
+
+    def _answer_at(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
+        """Answer at the same budgets: together, but for those that come in windows, whose questions share them."""
+        if whole := [item for item in items if len(item.windows) == 1]:
+            yield from self._answer_together(whole, budgets)
+        split = [item for item in items if len(item.windows) > 1]
+        for own in alike(split, lambda item: item.work.media_key):
+            yield from self._answer_windows(own, budgets)
 
     def _check(self, row: Row, budget: Budget) -> None:
         """Raises: ValueError for a budget the row cannot meet, at which it is longer than the LLM reads, or that
@@ -121,25 +127,30 @@ class Sweep:
         samples, media = [item.work.sample for item in items], [item.media for item in items]
         batch = self.answerer.processor.batch(samples, media, for_training=False)
         draws = [[budget] * len(items) for budget in budgets]
-        size = len(draws) if self.max_rows is None else max(self.max_rows // len(items), 1)
-        for start in range(0, len(draws), size):
-            for answers in self.answerer.answer_batch(batch, draws[start : start + size]):
-                for item, row, answer in zip(items, batch.rows, answers, strict=True):
-                    yield self._line(item, row, answer)
+        for answers in self.answerer.answer_draws(batch, draws, max_rows=self.max_rows):
+            for item, row, answer in zip(items, batch.rows, answers, strict=True):
+                yield self._line(item, row, answer)
 
-    def _answer_windows(self, item: Loaded, budgets: Sequence[Budget]) -> Iterator[Line]:
-        """One line per budget about a sound that comes in windows; its tokens and cost are those of all windows."""
-        rows = self._rows([Loaded(item.work, window.media) for window in item.windows])
-        found = self.answerer.answer_windows(item.work.sample, item.windows, budgets) if budgets else []
-        for answers in found:
-            lines = [
-                self._line(Loaded(item.work, window.media), row, answer)
-                for window, row, answer in zip(item.windows, rows, answers, strict=True)
-            ]
-            costs = [line["cost"] for line in lines]
-            whole = self._line(item, rows[0], joined(item.windows, answers))
-            cost = None if None in costs else {key: sum(own[key] for own in costs) for key in costs[0]}
-            yield whole | {"seconds": round(item.windows[-1].stop, 3), "cost": cost}
+    def _answer_windows(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
+        """One line per budget and sample about a sound that comes in windows, the same for all; see `_joined_line`."""
+        samples, windows = [item.work.sample for item in items], items[0].windows
+        draws = [[budget] * len(items) for budget in budgets]
+        found = self.answerer.answer_windows(samples, windows, draws, max_rows=self.max_rows)
+        for place, item in enumerate(items):
+            rows = self._rows([Loaded(item.work, window.media) for window in windows])
+            for answers in found:
+                yield self._joined_line(item, rows, answers[place])
+
+    def _joined_line(self, item: Loaded, rows: Sequence[Row], answers: Sequence[Answer]) -> Line:
+        """The line of a sample that was answered window by window; its tokens and cost are those of all windows."""
+        lines = [
+            self._line(Loaded(item.work, window.media), row, answer)
+            for window, row, answer in zip(item.windows, rows, answers, strict=True)
+        ]
+        costs = [line["cost"] for line in lines]
+        whole = self._line(item, rows[0], joined(item.windows, answers))
+        cost = None if None in costs else {key: sum(own[key] for own in costs) for key in costs[0]}
+        return whole | {"seconds": round(item.windows[-1].stop, 3), "cost": cost}
 
     def _load(self, work: Work) -> list[Window]:
         noise, how = self._noise_of(work), self.answerer.long_audio
@@ -157,7 +168,8 @@ class Sweep:
 
     def _rows(self, items: Sequence[Loaded]) -> Sequence[Row]:
         samples: list[Sample] = [item.work.sample for item in items]
-        return self.answerer.processor.batch(samples, [item.media for item in items], for_training=False).rows
+        media = [item.media for item in items]
+        return self.answerer.processor.batch(samples, media, for_training=False, with_values=False).rows
 
     def _line(self, item: Loaded, row: Row, answer: Answer) -> Line:
         return {
@@ -247,7 +259,7 @@ def _batches(work: Sequence[Work], size: int, max_rows: int | None = None) -> It
 
     for _, group in groupby(sorted(work, key=place), key=alike):
         items = list(group)
-        own = size if max_rows is None else max(min(size, max_rows // len(items[0].budgets)), 1)
+        own = number_in_pass(size, len(items[0].budgets), max_rows)
         yield from (items[start : start + own] for start in range(0, len(items), own))
 
 

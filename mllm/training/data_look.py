@@ -67,8 +67,7 @@ def look_over(settings: RunSettings, run: Path, *, fits_captions: bool) -> Looke
     tasks = sorted({sample.task for sample in samples})
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
-    processor = build_processor(settings.model)
-    processor.limits = data.limits
+    processor = build_processor(settings.model, limits=data.limits)
     check_members(samples, build_sampler(settings, processor.space), processor.members)
     for name, own in found.samples.items():
         kept = run / "survey" / f"{name}.json"

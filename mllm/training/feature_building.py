@@ -223,8 +223,7 @@ def make_features(
     data = settings.data  # read before the model is built: a mistake shows at once
     train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
     samples = FeatureSamples(with_captions(train, captions), validation)
-    model, processor = build(settings.model)
-    processor.limits = data.limits
+    model, processor = build(settings.model, limits=data.limits)
     set_trainables(model, settings.parts)  # what is frozen stands in eval mode
     if torch.cuda.is_available() and not settings.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]

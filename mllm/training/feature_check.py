@@ -77,8 +77,7 @@ def _check_for_run(
     """Whether a run could read what is there, and what it would have to make."""
     from mllm.building import build_processor, elastic_config
 
-    processor = build_processor(settings.model)
-    processor.limits = settings.data.limits
+    processor = build_processor(settings.model, limits=settings.data.limits)
     form = form_of(elastic_config(settings.model, processor), processor, settings, augmented=augmented)
     differences = fingerprint_differences(fingerprint, form.fingerprint)
     found.problems += [f"not of this config: {words}" for words in differences]

@@ -82,9 +82,8 @@ def train(
         start = _start(arguments.run, resume)
         found = _with_parts_found(settings.model, start, sources or {})
         looked = look_over(dataclasses.replace(settings, model=found), arguments.run, fits_captions=start is None)
-        model, processor = build(found)
+        model, processor = build(found, limits=settings.data.limits)
         model.config.sources = _sources_of(settings.model, model.config.sources or {}, arguments.run)
-        processor.limits = settings.data.limits
         names = set_trainables(model, settings.parts)
         keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
         arguments.facts = {"settings": dataclasses.asdict(settings), "sources": identities(model.config.sources or {})}

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import tiny
 
+from mllm.commands import lmms_eval
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.settings import ReaderSettings
 from mllm.evaluation.fingerprint import BY_CONTENT, NEVER_IN_ANSWERS, files_of_model, fingerprint_of
@@ -180,6 +181,9 @@ def test_a_checkpoint_has_results_of_its_own_beside_it(folder: Path, tmp_path: P
     inside = settings_of(folder, model=str(run / "checkpoint-00000002"))
     assert inside.output_folder == run / "evaluation-checkpoint-00000002"
     assert settings_of(folder, model=str(run), checkpoint="2", out="x").output_folder == Path("x")
+    of_lmms = lmms_eval.Settings(model=str(run / "checkpoint-00000002"), tasks=["gqa"], budgets="image=4")
+    assert of_lmms.output_folder == run / "lmms_eval-checkpoint-00000002"
+    assert lmms_eval.Settings(model=str(run), tasks=["gqa"], budgets="image=4").output_folder == run / "lmms_eval"
     newest = settings_of(folder, model=str(run), checkpoint="auto").pinned()
     (run / "checkpoint-00000020").mkdir()
     (run / "checkpoint-00000020" / "config.json").write_text("{}")

@@ -148,6 +148,12 @@ def test_parts_that_are_gone_are_named_with_the_option_that_works(
         mllm.load(run, sources={"lm": str(tmp_path / "llm")})
     with pytest.raises(FileNotFoundError, match=r"the folder nowhere is not there"):
         mllm.load(run, sources={"llm": "nowhere"})
+    with pytest.raises(
+        FileNotFoundError, match=r"org/llm is not there, which --sources\.llm .*no name on a hub"
+    ) as told:
+        mllm.load(run, sources={"llm": "org/llm"})
+    assert "SHA-256" in str(told.value)
+    assert "pass --sources" not in str(told.value)
     own = ["--model", str(run), "--sources.llm", str(tmp_path / "llm")]
     assert main(["generate", *own, "--audio", sound, "--max_new_tokens", "2", "--use_cpu"]) == 0
     assert main(["export", *own, "--out", str(tmp_path / "out")]) == 0
