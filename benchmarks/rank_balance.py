@@ -33,9 +33,9 @@ from turns import options
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mllm.budget.sampler import Sampler
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
-from mllm.sampler import Sampler
 from mllm.settings import MediumSettings, ModelSettings
 from mllm.training.balance import Load, drawn_tokens, simulate
 from mllm.training.run import build_sampler

@@ -14,7 +14,7 @@ from typing import Any
 
 from mllm.adapters.members import num_members
 from mllm.budget import Cost, Extent
-from mllm.maps import hybrid_sizes, num_queries
+from mllm.budget.nesting import hybrid_sizes, num_queries
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mllm.budget import Cost, Extent
-from mllm.tiling import Size, Tiles, Tiling, kept_map, map_of
+from mllm.budget.tiling import Size, Tiles, Tiling, kept_map, map_of
 
 NEWLINE = -1
 

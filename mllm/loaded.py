@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mllm.budget import Budget, Extent, Space, count_tokens
+from mllm.budget.tiling import Size, Tiles
 from mllm.media import MediaError
 from mllm.picture_tiles import cut
-from mllm.tiling import Size, Tiles
 from mllm.transforms import ImageTransform, NotMouthCrops
 
 LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
+from mllm.budget.tiling import Tiling
 from mllm.cache_names import cache_argument, one_cache
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
 from mllm.compressors import Compressor, Newline, build_compressor
@@ -30,7 +31,6 @@ from mllm.precision import as_weights_of
 from mllm.routing import losses_of_routing
 from mllm.segments import SegmentPlan
 from mllm.splice import check_runs, merge, place
-from mllm.tiling import Tiling
 from mllm.trainables import is_sharded
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}

@@ -1,4 +1,4 @@
-"""Cuts the pixels of a picture into a thumbnail and tiles, as `mllm.tiling` says.
+"""Cuts the pixels of a picture into a thumbnail and tiles, as `mllm.budget.tiling` says.
 
 Knows pixels and sizes. Does not know means and deviations (`transforms.py` does), tokens or budgets.
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from mllm.tiling import Size, Tiles
+from mllm.budget.tiling import Size, Tiles
 
 
 def cut(picture: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: bool, resample: int = 3) -> Tensor:

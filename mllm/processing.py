@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from mllm.adapters.members import Members
 from mllm.augmentation import Augmentation, Chance, chances
 from mllm.budget import MEDIA, Budget, Extent, Space
+from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.chat import ChatEncoder, Prompt
 from mllm.chat_template import with_media_parts
 from mllm.conversations import SEPARATORS
@@ -38,7 +39,6 @@ from mllm.media import (
     resolve_media,
 )
 from mllm.processor_calls import ProcessorCalls
-from mllm.tiling import Size, Tiles, Tiling
 from mllm.transforms import ImageTransform, MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}

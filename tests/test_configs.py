@@ -8,9 +8,9 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
+from mllm.budget.sampler import Sampler
 from mllm.building import config_of_parts, put_adapters
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.sampler import Sampler
 from mllm.settings import ModelSettings
 from mllm.sources import resolve_source
 from mllm.trainables import NEW_TOKENS, set_trainables

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from mllm.budget import Budget
+from mllm.budget.sampler import Draw
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.processing import LoadedMedia
-from mllm.sampler import Draw
 from mllm.segment_attention import enable_packing, obstacle
 from mllm.settings import AdapterSettings, ModelSettings, TilingSettings
 from mllm.trainables import set_trainables

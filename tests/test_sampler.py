@@ -3,7 +3,7 @@
 import pytest
 
 from mllm.budget import Budget, Space
-from mllm.sampler import Mode, Sampler
+from mllm.budget.sampler import Mode, Sampler
 
 SPACE = Space.from_settings(
     {

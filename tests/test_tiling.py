@@ -12,10 +12,10 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from mllm.budget import Budget, Cost, Extent, Space, count_tokens
+from mllm.budget.tiling import LLAVA_NEXT, Tiles, Tiling, map_of, pooled_rows
 from mllm.compressors.areas import grid_rows
 from mllm.layout import NEWLINE, order_of, shown_items
 from mllm.picture_tiles import cut
-from mllm.tiling import LLAVA_NEXT, Tiles, Tiling, map_of, pooled_rows
 
 TILE = (336, 336)
 GRID = (24, 24)

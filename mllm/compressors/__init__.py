@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mllm.budget import Amount, MediumSpace
+from mllm.budget.nesting import haar_grids, hybrid_sizes
 from mllm.compressors.areas import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.hybrid import Hybrid
@@ -19,7 +20,6 @@ from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
-from mllm.maps import haar_grids, hybrid_sizes
 
 __all__ = [
     "SETTINGS",

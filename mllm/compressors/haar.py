@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mllm.maps import haar_grids
+from mllm.budget.nesting import haar_grids
 
 
 def haar(features: Tensor, grid: tuple[int, int]) -> Tensor:

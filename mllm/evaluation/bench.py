@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from mllm.budget import Budget
+from mllm.budget.sampler import Sampler
 from mllm.cost import Item, RequestCost, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.sweep import cost_problem
@@ -25,7 +26,6 @@ from mllm.expansion import Batch
 from mllm.generation import DEFAULT_PROMPTS, Answer, Answerer, Decoding
 from mllm.media import Audio, Video
 from mllm.processing import ElasticProcessor, LoadedMedia
-from mllm.sampler import Sampler
 from mllm.timing import PHASES, Timing
 
 RESULTS, PLOT = "bench.json", "bench.png"

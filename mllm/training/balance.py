@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mllm.budget import Budget
+from mllm.budget.sampler import Sampler
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
-from mllm.sampler import Sampler
 from mllm.training.loaders import round_batches
 from mllm.training.settings import RunSettings
 from mllm.training.survey import Looked, look_all, survey_of

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mllm.budget import Budget
+from mllm.budget.sampler import Draw, Sampler
 from mllm.expansion import Batch, Expanded, Row, with_items
 from mllm.packing import pack, packed_targets
 from mllm.processing import ElasticProcessor
-from mllm.sampler import Draw, Sampler
 from mllm.segments import SegmentPlan
 from mllm.splice import IGNORED_LABEL
 from mllm.training.objective import Supervision

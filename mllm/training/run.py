@@ -20,6 +20,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from mllm.budget import Budget
+from mllm.budget.sampler import Sampler
 from mllm.building import build
 from mllm.data.dataset import ManifestDataset
 from mllm.data.together import sharers
@@ -27,7 +28,6 @@ from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor
 from mllm.run_folders import CONFIG, run_of
-from mllm.sampler import Sampler
 from mllm.settings import ModelSettings
 from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.trainables import is_sharded, set_trainables

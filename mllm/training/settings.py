@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import yaml
 
 from mllm.budget import MEDIA, Budget
+from mllm.budget.sampler import Mode
 from mllm.data.settings import ReaderSettings
 from mllm.media import MediaLimits
-from mllm.sampler import Mode
 from mllm.settings import ModelSettings, check_at_least
 
 Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm.budget import Budget, MediumSpace
+from mllm.budget.nesting import hybrid_sizes, num_queries
 from mllm.compressors import Hybrid, build_compressor
-from mllm.maps import hybrid_sizes, num_queries
 
 SETTINGS = {"compressor": "hybrid", "budgets": [1, 4, 10, 24], "anchors": [4, 9], "query_heads": 2}
 

@@ -12,7 +12,7 @@ from released_llava import (
     convert_golden,
 )
 
-from mllm.sampler import Sampler
+from mllm.budget.sampler import Sampler
 from mllm.training.objective import objective
 from mllm.training.passes import drawn_passes, make_lesson, num_targets
 

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget
+from mllm.budget.sampler import Sampler
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.pretrained import unsharded
 from mllm.processing import LoadedMedia
-from mllm.sampler import Sampler
 from mllm.settings import ModelSettings
 from mllm.trainables import set_trainables
 from mllm.training.arguments import build_arguments

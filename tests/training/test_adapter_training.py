@@ -12,8 +12,8 @@ from test_distributed import CONFIGS, assert_same_run, launch
 
 from mllm.adapters.members import Members
 from mllm.budget import Budget
+from mllm.budget.sampler import Sampler
 from mllm.data.manifest import Media, Message, Sample
-from mllm.sampler import Sampler
 from mllm.settings import AdapterSettings, ModelSettings
 from mllm.training.data_look import check_members
 from mllm.training.passes import drawn_passes

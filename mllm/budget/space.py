@@ -1,9 +1,9 @@
 """How many soft tokens each medium may use: the space a model was trained on, and exact counting.
 
 Knows numbers only: extents (frames, grids), amounts, and the counting rules of the compressors. How a budget is written
-is in `grammar.py`, how pictures are cut in `tiling.py`.
+is in `budget/grammar.py`, how pictures are cut in `budget/tiling.py`.
 Does not know torch, files, tokenizers or weights. A budget is exact or refused; nothing here rounds.
-What a training step draws from a space is in `sampler.py`.
+What a training step draws from a space is in `budget/sampler.py`.
 """
 
 import itertools
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from mllm.grammar import MEDIA, Amount, Budget, BudgetInput
-from mllm.maps import haar_grids, hybrid_sizes
-from mllm.tiling import Size, Tiles, Tiling
+from mllm.budget.grammar import MEDIA, Amount, Budget, BudgetInput
+from mllm.budget.nesting import haar_grids, hybrid_sizes
+from mllm.budget.tiling import Size, Tiles, Tiling
 
 __all__ = [
     "COMPRESSIONS",

@@ -10,7 +10,7 @@
 
 A picture that is cut into tiles costs image=n tokens per tile, and a video of pictures video=n per frame.
 
-Knows words and numbers. Does not know media, encoders, or what can be met; that is `budget.py`.
+Knows words and numbers. Does not know media, encoders, or what can be met; that is `budget/space.py`.
 """
 
 from collections.abc import Collection, Mapping
