@@ -7,7 +7,7 @@ is asked for only where a processor is written on nothing else, such as DINOv3's
 
 from typing import Any
 
-from mllm.extras import install_line
+from mllm.utils.extras import install_line
 
 _BACKEND = "pil"
 

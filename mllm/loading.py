@@ -25,10 +25,10 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import read_dtype
 from mllm.pretrained import load_checked
 from mllm.processing import ElasticProcessor
-from mllm.run_folders import NEWEST, PROCESSOR, model_folder, run_of
 from mllm.sources import find_parts, seen_from
 from mllm.tensor_files import write_model, write_tensors
 from mllm.trainables import set_trainables, trainable_names
+from mllm.utils.run_paths import NEWEST, PROCESSOR, model_folder, run_of
 
 TRAINABLES = "trainables.safetensors"
 

@@ -18,7 +18,7 @@ import torch
 from mllm.cli import VERBS, main, parse
 from mllm.commands.options import nearest, parse_settings, plain_message
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.doctor import Finding, Report
+from mllm.utils.environment import Finding, Report
 
 ROOT = Path(__file__).parents[1]
 

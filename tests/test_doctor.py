@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from mllm import doctor
-from mllm.doctor import (
+from mllm.utils import environment
+from mllm.utils.environment import (  # fmt: skip
     OPTIONAL,
     REQUIRED,
     Finding,
@@ -23,7 +23,7 @@ from mllm.doctor import (
     is_older,
     ranges_of,
     try_imports,
-)  # fmt: skip
+)
 
 Folder = Callable[[dict[str, str]], Path]
 

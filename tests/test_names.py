@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm.extras import DISTRIBUTION, install_line
+from mllm.utils.extras import DISTRIBUTION, install_line
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mllm.doctor import Report
+    from mllm.utils.environment import Report
 
 SUMMARY = "versions, whether they were tested, devices, what is missing or broken, and how to repair it"
 _STYLES = {"ok": "green", "missing": "yellow", "newer": "yellow", "older": "yellow", "broken": "red"}
@@ -17,7 +17,7 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Examine and report; 1 when something that is required does not work. An untested release is a warning."""
-    from mllm.doctor import examine
+    from mllm.utils.environment import examine
 
     report = examine()
     show(report)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm.budget import Budget
-from mllm.extras import install_line
-from mllm.run_folders import results_folder
 from mllm.settings import check_at_least
+from mllm.utils.extras import install_line
+from mllm.utils.run_paths import results_folder
 
 SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
 RESULTS = "lmms_eval"

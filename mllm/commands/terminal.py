@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from mllm.progress import Progress
+    from mllm.utils.progress import Progress
 
 
 def console(*, stderr: bool = False) -> "Console":

@@ -27,8 +27,8 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
     from mllm.data.quarantine import TooManyBadSamples
     from mllm.training.interruption import how_to_go_on
-    from mllm.training.launch import finish_launch
     from mllm.training.run import SETTINGS, train
+    from mllm.utils.distributed import finish_launch
 
     own = without_extras(RunSettings, settings)
     try:

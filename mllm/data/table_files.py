@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from mllm.extras import install_line
+from mllm.utils.extras import install_line
 
 SUFFIXES = (".parquet", ".arrow")
 NUM_ROWS_AT_ONCE = 64

@@ -21,7 +21,7 @@ from mllm.evaluation.settings import EVALUATION
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
 from mllm.evaluation.vision_comparison import COLUMNS as VISION_TASKS
 from mllm.evaluation.vision_comparison import VisionComparison, vision_comparison
-from mllm.run_folders import CHECKPOINT_NAME, CONFIG, PROCESSOR, results_folder
+from mllm.utils.run_paths import CHECKPOINT_NAME, CONFIG, PROCESSOR, results_folder
 
 MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
 VISION_MARKDOWN, VISION_DATA, VISION_PLOT = "benchmarks.md", "benchmarks.json", "benchmarks.png"

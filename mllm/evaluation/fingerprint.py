@@ -16,7 +16,7 @@ from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import digest_of_file
 from mllm.evaluation.settings import EvaluateSettings
 from mllm.loading import TRAINABLES
-from mllm.run_folders import CONFIG, PROCESSOR, run_of
+from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
 
 BY_CONTENT = ("model", "checkpoint", "sources", "manifest", "noise", "seed")
 """Settings that name something whose content counts in their place; the seed is that of the noise."""

@@ -28,8 +28,8 @@ from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep, cost_problem
 from mllm.generation import Answerer
 from mllm.media import Audio, load_audio
-from mllm.run_folders import run_of
 from mllm.transforms import MixNoise
+from mllm.utils.run_paths import run_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -53,7 +53,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     from accelerate import PartialState
 
     from mllm.media import MediaLoader
-    from mllm.training.launch import prepare_launch
+    from mllm.utils.distributed import prepare_launch
 
     settings = settings.pinned()
     check_noise(settings)

@@ -7,8 +7,8 @@ from typing import Literal
 from mllm.budget import Budget
 from mllm.data.settings import ReaderSettings
 from mllm.media import MediaLimits
-from mllm.run_folders import model_folder, results_folder
 from mllm.settings import check_at_least
+from mllm.utils.run_paths import model_folder, results_folder
 from mllm.windows import LongAudioOptions
 
 EVALUATION = "evaluation"

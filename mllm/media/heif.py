@@ -7,9 +7,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mllm.extras import install_line
 from mllm.media.errors import MediaError
 from mllm.media.limits import decoding
+from mllm.utils.extras import install_line
 
 
 def open_heif(name: str, file: BinaryIO) -> Any:

@@ -15,9 +15,9 @@ import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from mllm.extras import install_line
 from mllm.media.errors import MediaError, too_many_bytes
 from mllm.media.regular import open_regular
+from mllm.utils.extras import install_line
 
 _PACKED = re.compile(r"(?P<file>.+\.(?P<kind>tar|parquet|arrow))@(?P<numbers>\d{1,18}\.\d{1,18}(?:\.\d{1,18})?)")
 MAX_CHUNK_BYTES = 2**30

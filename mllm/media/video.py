@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from packaging.version import Version
 
-from mllm.extras import install_line
 from mllm.media.animation import KINDS, TICK_SECONDS, animation_frames, is_animated
 from mllm.media.containers import open_stream, stated_seconds
 from mllm.media.decord_process import decord_frames
@@ -36,6 +35,7 @@ from mllm.media.limits import (
     open_media,
     sniff,
 )
+from mllm.utils.extras import install_line
 
 Backend = Literal["pyav", "decord"]
 VIDEO_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg", "prores")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm.extras import install_line
 from mllm.preparation.geometry import MEAN_FACE_MILLIMETRES
+from mllm.utils.extras import install_line
 
 MAX_FACES = 4
 STABLE_POINTS = {

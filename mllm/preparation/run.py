@@ -27,7 +27,7 @@ from mllm.preparation.clip import ClipJob, prepare_clip, strip_path
 from mllm.preparation.faces import check_installed
 from mllm.preparation.settings import PrepareSettings
 from mllm.preparation.sheet import draw_sheet
-from mllm.progress import Progress
+from mllm.utils.progress import Progress
 
 REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet.png", "prepare.log"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mllm.evaluation.settings import EvaluateSettings
-from mllm.progress import Progress
+from mllm.utils.progress import Progress
 
 if TYPE_CHECKING:
     from mllm.real.corpus import CorpusSettings

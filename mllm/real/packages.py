@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from mllm.extras import install_line
+from mllm.utils.extras import install_line
 
 INSTALL = f"`make test-real` and `make demo-real` do so in an environment of their own; by hand: {install_line('real')}"
 

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mllm.loading import TRAINABLES, save_trainables
-from mllm.run_folders import CONFIG, NEWEST, list_checkpoints
 from mllm.tensor_files import write_tensors
 from mllm.training.folders import (
     Checkpoint,
@@ -34,6 +33,7 @@ from mllm.training.folders import (
     write_checkpoint,
 )
 from mllm.training.settings import differences
+from mllm.utils.run_paths import CONFIG, NEWEST, list_checkpoints
 
 OPTIMIZER = "optimizer.safetensors"
 TRAINING = "training.json"

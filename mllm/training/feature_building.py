@@ -21,13 +21,13 @@ from mllm.budget import Extent
 from mllm.building import build
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
-from mllm.progress import Progress
 from mllm.trainables import set_trainables
 from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import REMEMBERED_FILES, Form, fill_store, form_of
 from mllm.training.loaders import loading, read_samples
 from mllm.training.settings import RunSettings
 from mllm.training.survey import extents_of
+from mllm.utils.progress import Progress
 
 SECONDS_TO_END = 10.0
 """That a process is given to end by itself."""

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mllm.run_folders import CHECKPOINT_NAME, checkpoint_path, list_checkpoints
+from mllm.utils.run_paths import CHECKPOINT_NAME, checkpoint_path, list_checkpoints
 
 try:
     import fcntl

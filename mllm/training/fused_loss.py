@@ -19,8 +19,8 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from mllm.extras import install_line
 from mllm.training.objective import Head, Supervision, weighted
+from mllm.utils.extras import install_line
 
 VERSIONS = ">=0.8.2,<0.9"
 """Of liger-kernel; the gradients of losses per target are wrong before."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mllm.run_folders import list_checkpoints
+from mllm.utils.run_paths import list_checkpoints
 
 logger = logging.getLogger(__name__)
 

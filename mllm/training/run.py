@@ -27,7 +27,6 @@ from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor
-from mllm.run_folders import CONFIG, run_of
 from mllm.settings import ModelSettings
 from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.trainables import is_sharded, set_trainables
@@ -39,13 +38,14 @@ from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
 from mllm.training.features import FeatureDataset, pass_features_through
 from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
-from mllm.training.launch import check_world, prepare_launch
 from mllm.training.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.start import start_from
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
+from mllm.utils.distributed import check_world, prepare_launch
+from mllm.utils.run_paths import CONFIG, run_of
 
 SETTINGS = "settings.yaml"
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from mllm.evaluation.settings import EvaluateSettings
-from mllm.progress import Progress
 from mllm.settings import check_at_least
+from mllm.utils.progress import Progress
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 BUDGETS = (

@@ -21,8 +21,8 @@ import yaml
 
 from mllm.evaluation.report import RESULTS
 from mllm.evaluation.settings import EvaluateSettings
-from mllm.progress import Progress
 from mllm.settings import check_at_least
+from mllm.utils.progress import Progress
 from mllm.world.demo import RECIPE, claim
 
 

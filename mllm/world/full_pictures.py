@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.evaluation.settings import EvaluateSettings
-from mllm.progress import Progress
+from mllm.utils.progress import Progress
 from mllm.world.demo import write_pictures
 from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo
 

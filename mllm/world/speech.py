@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
-from mllm.extras import install_line
+from mllm.utils.extras import install_line
 from mllm.world.phones import SILENCE, phones_of_ipa
 from mllm.world.voices import HIGHEST_PITCH, HIGHEST_RATE_WPM, LOWEST_PITCH, LOWEST_RATE_WPM, Speaker, Voice
 

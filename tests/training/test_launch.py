@@ -5,34 +5,34 @@ from pathlib import Path
 
 import pytest
 
-from mllm.training import launch
+from mllm.utils import distributed
 
 
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes \(WORLD_SIZE\), but accelerate sees 1"):
-        launch.check_world(1)
-    launch.check_world(2)
+        distributed.check_world(1)
+    distributed.check_world(2)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'; it must be a number of processes"):
-        launch.check_world(1)
+        distributed.check_world(1)
     monkeypatch.delenv("WORLD_SIZE")
-    launch.check_world(1)
+    distributed.check_world(1)
 
 
 def test_deepspeed_needs_ninja_and_a_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed: pip install -e '\.\[deepspeed\]'"):
-        launch.check_deepspeed(on_cpu=False)
+        distributed.check_deepspeed(on_cpu=False)
     monkeypatch.undo()
 
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    launch.check_deepspeed(on_cpu=False)  # there nothing is compiled
+    distributed.check_deepspeed(on_cpu=False)  # there nothing is compiled
     monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
     with pytest.raises(ValueError, match="needs the program ninja on PATH: pip install ninja"):
-        launch.check_deepspeed(on_cpu=True)
+        distributed.check_deepspeed(on_cpu=True)
 
     (tmp_path / "env").mkdir()
     for name in ("env/ninja", "g++"):
@@ -40,7 +40,7 @@ def test_deepspeed_needs_ninja_and_a_compiler_on_a_cpu(monkeypatch: pytest.Monke
         (tmp_path / name).chmod(0o755)
     (tmp_path / "g++").chmod(0o644)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, such as g\+\+, on PATH"):
-        launch.check_deepspeed(on_cpu=True)
+        distributed.check_deepspeed(on_cpu=True)
     (tmp_path / "g++").chmod(0o755)
-    launch.check_deepspeed(on_cpu=True)
-    assert launch.shutil.which("ninja") == str(tmp_path / "env" / "ninja")
+    distributed.check_deepspeed(on_cpu=True)
+    assert distributed.shutil.which("ninja") == str(tmp_path / "env" / "ninja")

@@ -17,8 +17,8 @@ from test_projector_fit import fit
 
 from mllm.settings import AdapterSettings
 from mllm.training.folders import newest_checkpoint
-from mllm.training.launch import finish_launch, prepare_launch
 from mllm.training.settings import RunSettings, SamplerSettings
+from mllm.utils.distributed import finish_launch, prepare_launch
 
 import tiny  # isort: skip
 

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mllm.extras import install_line
+from mllm.utils.extras import install_line
 
 COMPILERS = ("g++", "c++", "clang++")
 logger = logging.getLogger(__name__)

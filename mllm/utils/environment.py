@@ -22,8 +22,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mllm import probes
-from mllm.extras import DISTRIBUTION, install_line
+from mllm.utils import probes
+from mllm.utils.extras import DISTRIBUTION, install_line
 
 Status = Literal["ok", "missing", "broken", "newer", "older"]
 OUTSIDE: tuple[Status, ...] = ("newer", "older")
@@ -202,9 +202,9 @@ def try_imports(modules: Iterable[str], *, beside_mllm: bool = False) -> dict[st
 
 
 def _probe(what: str, arguments: Sequence[str], *, beside_mllm: bool = False) -> tuple[dict[str, str], str]:
-    """Answers of `mllm.probes` in a new process, and how that process ended."""
+    """Answers of `mllm.utils.probes` in a new process, and how that process ended."""
     # -P keeps the file's own folder, whose modules have common names, from being searched.
-    start = ["-m", "mllm.probes"] if beside_mllm else ["-P", probes.__file__]
+    start = ["-m", "mllm.utils.probes"] if beside_mllm else ["-P", probes.__file__]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent.parent)]))
     try:
         done = subprocess.run(
