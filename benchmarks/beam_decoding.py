@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.building import config_of_parts, space_settings
+from mllm.config.model import MediumSettings, ModelSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.modeling_body import MEDIA_KEYS
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.settings import MediumSettings, ModelSettings
 from mllm.world.tokenizer import build_tokenizer
 
 SECONDS = 6

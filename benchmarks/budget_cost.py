@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.adapters import build_adapter
 from mllm.budget import Budget
 from mllm.building import config_of_parts, space_settings
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.generation import Answer, Answerer, Decoding
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.trainables import set_trainables
 from mllm.training.objective import objective
 from mllm.training.passes import fixed_passes, make_lesson, num_targets

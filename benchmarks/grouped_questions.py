@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.building import config_of_parts, put_adapters, space_settings
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.prefixes import num_common
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.world.tokenizer import build_tokenizer
 
 COUNTS = (576, 144, 36, 9, 1)

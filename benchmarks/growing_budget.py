@@ -31,10 +31,10 @@ from turns import in_turns, options, ratio, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mllm.config.model import MediumSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.generation import Answerer
 from mllm.growing import Growing
-from mllm.settings import MediumSettings
 
 STARTS = (16, 64, 128)
 MOST = 256

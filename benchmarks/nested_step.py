@@ -30,11 +30,11 @@ from transformers import CLIPVisionConfig
 from turns import options
 
 from mllm.compressors import Query
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.training.passes import fixed_passes, make_lesson
 
 COUNTS = (256, 144, 64, 36, 16, 8, 4, 2)

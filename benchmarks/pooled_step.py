@@ -33,11 +33,11 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig
 from turns import options
 
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.training.passes import fixed_passes, make_lesson
 
 SCALES = (576, 144, 36, 9, 1)

@@ -34,12 +34,12 @@ from turns import options
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget.sampler import Sampler
+from mllm.config.model import MediumSettings, ModelSettings
+from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
-from mllm.settings import MediumSettings, ModelSettings
 from mllm.training.balance import Load, drawn_tokens, simulate
 from mllm.training.run import build_sampler
-from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.training.survey import Looked, look_all
 
 GOAL = 1.05

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.building import config_of_parts, member_names, put_adapters, space_settings
+from mllm.config.model import ModelSettings
 from mllm.cost import llm_flops
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.expansion import Batch
@@ -29,7 +30,6 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.segment_attention import enable_packing
 from mllm.segments import SegmentPlan
-from mllm.settings import ModelSettings
 from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, by_draw, fixed_passes, make_lesson, num_targets

@@ -35,13 +35,13 @@ from torch.nn import functional
 from transformers import WhisperConfig
 from turns import options
 
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.encoders import AVHubertConfig
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.modeling_body import Features
 from mllm.processing import ElasticProcessor, LoadedMedia
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.training.passes import Lesson, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson
 

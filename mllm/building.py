@@ -17,6 +17,7 @@ from mllm.adapters.members import kinds_of, scales_of, tasks_of
 from mllm.budget import MediumSpace, Space
 from mllm.compressors import Query
 from mllm.compressors.query_start import read_places
+from mllm.config.model import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.image_processors import read_image_processor
@@ -25,7 +26,6 @@ from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import keep_in_float32, read_dtype
 from mllm.pretrained import load_encoder, load_llm, unsharded
 from mllm.processing import ElasticProcessor
-from mllm.settings import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.sources import digest_of, place_of, resolve_source
 from mllm.trainables import is_sharded, part_of
 from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens

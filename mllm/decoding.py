@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mllm.settings import check_at_least
+from mllm.config.model import check_at_least
 
 
 @dataclass(frozen=True)

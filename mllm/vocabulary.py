@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from mllm.config.model import ModelSettings
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.new_tokens import mean_of_pieces
 from mllm.pretrained import read_tokenizer
 from mllm.processing import PLACEHOLDER_TOKENS
-from mllm.settings import ModelSettings
 from mllm.trainables import whole
 
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.budget import Budget
+from mllm.config.model import MediumSettings, ModelSettings, TilingSettings
 from mllm.cost import items_of, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
@@ -19,7 +20,6 @@ from mllm.generation import Answerer, Decoding
 from mllm.layout import NEWLINE, order_of
 from mllm.media import MediaError, write_video
 from mllm.processing import ElasticProcessor, LoadedMedia
-from mllm.settings import MediumSettings, ModelSettings, TilingSettings
 from mllm.trainables import set_trainables
 
 FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")}

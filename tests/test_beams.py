@@ -12,10 +12,10 @@ from transformers import DynamicCache, Gemma2Config, GenerationConfig, Generatio
 from mllm.beams import GROWTH_TOKENS, BeamLayer, spread
 from mllm.budget import Budget
 from mllm.building import config_of_parts, put_adapters
+from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.modeling_body import MEDIA_KEYS
 from mllm.processing import PLACEHOLDER_TOKENS
-from mllm.settings import AdapterSettings, ModelSettings
 
 SIZES = {
     "vocab_size": len(tiny.TOKENIZER),

@@ -408,8 +408,8 @@ def test_export_gives_the_same_answer(folder: Path, tmp_path: Path, capsys) -> N
 
 def test_export_of_one_task_answers_as_the_bank_does_for_it(tmp_path: Path, capsys) -> None:
     from mllm.building import build
+    from mllm.config.model import AdapterSettings
     from mllm.loading import save_run
-    from mllm.settings import AdapterSettings
     from mllm.trainables import set_trainables
 
     own = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))

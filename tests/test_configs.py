@@ -10,11 +10,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.budget.sampler import Sampler
 from mllm.building import config_of_parts, put_adapters
+from mllm.config.model import ModelSettings
+from mllm.config.run import RunSettings, read_run_settings
 from mllm.modeling import ElasticForConditionalGeneration
-from mllm.settings import ModelSettings
 from mllm.sources import resolve_source
 from mllm.trainables import NEW_TOKENS, set_trainables
-from mllm.training.settings import RunSettings, read_run_settings
 
 ROOT = Path(__file__).parent.parent
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]

@@ -10,8 +10,8 @@ import torch
 from test_beams import LLMS, build
 
 from mllm.budget import Budget
+from mllm.config.model import AdapterSettings
 from mllm.generation import Answerer, Decoding
-from mllm.settings import AdapterSettings
 
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "query": {"compressor": "query", "budgets": [2, 5, 16]},

@@ -8,8 +8,8 @@ from test_configs import build_on_meta
 
 from mllm.budget import Budget
 from mllm.cli import main
+from mllm.config.run import RunSettings, read_run_settings
 from mllm.trainables import set_trainables
-from mllm.training.settings import RunSettings, read_run_settings
 
 
 def written(tmp_path: Path, *words: str) -> RunSettings:

@@ -8,13 +8,13 @@ import tiny
 
 from mllm.building import build, build_processor
 from mllm.cli import main, parse
+from mllm.config.run import DataSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
 from mllm.media import MediaError, MediaLimits
 from mllm.trainables import set_trainables
 from mllm.training.loaders import build_augmentation, loading
-from mllm.training.settings import DataSettings
 from mllm.training.survey import extents_of
 
 

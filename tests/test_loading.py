@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm
 from mllm.budget import Budget
 from mllm.building import build
+from mllm.config.model import AdapterSettings
 from mllm.loading import TRAINABLES, export, load, merge_llm_adapter, save_run
-from mllm.settings import AdapterSettings
 from mllm.trainables import set_trainables, trainable_names
 
 ROWS = [

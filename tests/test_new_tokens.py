@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from mllm.budget import Budget
 from mllm.building import build
+from mllm.config.model import ModelSettings
+from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import TRAINABLES, export, load
-from mllm.settings import ModelSettings
 from mllm.trainables import NEW_TOKENS, set_trainables, trainable_names
 from mllm.training.optimization import named_groups
 from mllm.training.run import train
-from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 
 SPAN = {"span": ["<sound>", "</sound>"]}
 KNOWN = len(tiny.TOKENIZER)

@@ -28,15 +28,15 @@ from transformers.utils import is_torchvision_available
 
 from mllm.budget import Budget
 from mllm.building import build
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import TRAINABLES, load, save_run
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
 from mllm.trainables import set_trainables
 from mllm.training.feature_building import make_features
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.run import train
-from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.transforms import ImageTransform
 
 TRUNK: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Draw
+from mllm.config.model import AdapterSettings, ModelSettings, TilingSettings
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.processing import LoadedMedia
 from mllm.segment_attention import enable_packing, obstacle
-from mllm.settings import AdapterSettings, ModelSettings, TilingSettings
 from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets

@@ -29,17 +29,17 @@ from transformers import (
 
 from mllm.budget import Budget
 from mllm.cli import main
+from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings, TilingSettings
+from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.generation import Answerer
 from mllm.loading import TRAINABLES, export, load
 from mllm.precision import dtype_of
-from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings, TilingSettings
 from mllm.splice import merge, place
 from mllm.trainables import NEW_TOKENS
 from mllm.training.features import pass_features_through
 from mllm.training.run import train
-from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 
 TRUNK: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 WAVE: dict[str, Any] = {

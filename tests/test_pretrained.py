@@ -78,10 +78,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 import mllm
 from mllm.building import build
 from mllm.checkpoint_layouts import ENCODER_LAYOUTS, WHOLE_VLMS
+from mllm.config.model import MediumSettings, ModelSettings
 from mllm.encoders import AVHubertEncoder
 from mllm.loading import load, save_run
 from mllm.pretrained import encoder_config, llm_config, load_encoder, load_llm
-from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import WEIGHTS, WEIGHTS_INDEX, digest_of
 from mllm.trainables import set_trainables
 

@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from mllm.budget import Budget
+from mllm.config.model import AdapterSettings
 from mllm.generation import Answerer, Decoding
-from mllm.settings import AdapterSettings
 
 ADAPTERS = {
     "none": None,

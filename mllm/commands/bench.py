@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.budget import MEDIA, Budget
+from mllm.config.model import check_at_least
 from mllm.media import MediaLimits
-from mllm.settings import check_at_least
 
 if TYPE_CHECKING:
     from mllm.evaluation.bench import Measured

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from mllm.budget import Budget
 from mllm.commands.options import without_extras
-from mllm.settings import check_at_least
-from mllm.training.settings import RunSettings
+from mllm.config.model import check_at_least
+from mllm.config.run import RunSettings
 
 SUMMARY = "tell how evenly a run's batches load several ranks, at every budget"
 POSITIONAL = "manifest"

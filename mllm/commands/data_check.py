@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.data.settings import Format, ReaderSettings
+from mllm.config.data import Format, ReaderSettings
 from mllm.media import MediaLimits, MediaLoader
 
 SUMMARY = "report every bad row of a manifest, or of data in another format, with its line"
@@ -65,7 +65,7 @@ def _read(path: str) -> Any:
 
     import yaml
 
-    from mllm.training.settings import read_run_settings
+    from mllm.config.run import read_run_settings
 
     return read_run_settings(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 

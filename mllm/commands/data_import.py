@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.data.settings import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, ReaderSettings, SpeechTask, TextForm
+from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, ReaderSettings, SpeechTask, TextForm
 
 if TYPE_CHECKING:
     from mllm.data.findings import Listing

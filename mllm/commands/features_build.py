@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from mllm.commands.options import without_extras
-from mllm.settings import check_at_least
-from mllm.training.settings import RunSettings
+from mllm.config.model import check_at_least
+from mllm.config.run import RunSettings
 
 SUMMARY = "encode a run's samples once, so that training reads features"
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mllm.settings import ModelSettings
-from mllm.training.settings import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import ModelSettings
+from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 
 SUMMARY = "tell what a folder of features holds, and what is missing or broken"
 POSITIONAL = "folder"

@@ -64,7 +64,7 @@ def run(settings: Settings) -> int:
     import yaml
 
     from mllm.commands.terminal import console
-    from mllm.training.settings import read_run_settings
+    from mllm.config.run import read_run_settings
 
     text = config_text(settings)
     read_run_settings(yaml.safe_load(text))  # names that make no valid config are refused before a file is there

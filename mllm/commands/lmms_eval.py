@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm.budget import Budget
-from mllm.settings import check_at_least
+from mllm.config.model import check_at_least
 from mllm.utils.extras import install_line
 from mllm.utils.run_paths import results_folder
 

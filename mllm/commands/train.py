@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from mllm.commands.options import without_extras
-from mllm.training.settings import RunSettings
+from mllm.config.run import RunSettings
 
 SUMMARY = "train a model over many budgets, as a run config says"
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mllm import pretrained
 from mllm.building import build_processor, elastic_config, put_adapters
+from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
 from mllm.convert import av_hubert
 from mllm.convert.avsr_layout import (
     TASKS,
@@ -36,7 +37,6 @@ from mllm.loading import save_run
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.processing import ElasticProcessor
-from mllm.settings import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
 from mllm.sources import inside_run
 from mllm.tensor_files import write_tensors
 from mllm.trainables import set_trainables

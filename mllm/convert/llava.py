@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from mllm.building import PADDED, build_processor, elastic_config
+from mllm.config.model import MediumSettings, ModelSettings
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
@@ -27,7 +28,6 @@ from mllm.loading import save_run
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.processing import ElasticProcessor
-from mllm.settings import MediumSettings, ModelSettings
 from mllm.sources import inside_run, resolve_source
 from mllm.tensor_files import write_tensors
 from mllm.trainables import set_trainables

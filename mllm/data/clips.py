@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mllm.data.settings import ReaderSettings
+from mllm.config.data import ReaderSettings
 from mllm.data.utterances import (
     Gathering,
     Listing,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mllm.data.settings import TABLE_FORMATS, Format
+from mllm.config.data import TABLE_FORMATS, Format
 from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
 
 HEAD_BYTES = 1 << 20

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from mllm.data.settings import ReaderSettings
+from mllm.config.data import ReaderSettings
 from mllm.data.utterances import FRAMES_PER_SECOND, Gathering, Listing, Utterance, read_text, relative_to, unquoted
 from mllm.media import path_problem
 

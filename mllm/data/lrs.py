@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mllm.config.data import ReaderSettings
 from mllm.data.manifest import Medium
-from mllm.data.settings import ReaderSettings
 from mllm.data.utterances import Gathering, Listing, Utterance, read_text, relative_to
 from mllm.media import path_problem
 from mllm.media.lengths import header_seconds

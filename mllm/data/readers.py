@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from mllm.config.data import Format, ReaderSettings
 from mllm.data.clips import read_clips
 from mllm.data.conversations import read_messages, read_sharegpt
 from mllm.data.findings import BadRows, Finding, Listing, first
@@ -16,7 +17,6 @@ from mllm.data.lists import read_auto_avsr, read_fairseq, read_omni_csv
 from mllm.data.llava import list_llava
 from mllm.data.lrs import read_lrs
 from mllm.data.manifest import Sample, scan_manifest
-from mllm.data.settings import Format, ReaderSettings
 from mllm.data.shards import read_webdataset
 from mllm.data.tables import read_datasets, read_parquet
 from mllm.data.vision.choices import read_mmbench, read_mme, read_pope, read_scienceqa, read_seedbench

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm.config.data import ReaderSettings
 from mllm.data.conversations import FORMS, ConversationReader
 from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import read_object
-from mllm.data.settings import ReaderSettings
 from mllm.data.table_files import Table, all_tables, is_table, named_splits, open_table, table_files
 from mllm.data.utterances import relative_to
 from mllm.media.packed import packed_path

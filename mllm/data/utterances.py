@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mllm.config.data import ReaderSettings
 from mllm.data.findings import Finding, Listing
 from mllm.data.json_lines import numbered_lines, text_of
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
-from mllm.data.settings import ReaderSettings
 from mllm.data.text_forms import TEXT_FORMS
 from mllm.media import MediaError, RootedPaths, path_problem
 from mllm.media.containers import SOUND_SUFFIXES

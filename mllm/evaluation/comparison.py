@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mllm.config.evaluation import EVALUATION
 from mllm.evaluation.hypotheses import FINGERPRINT, write_whole
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import RESULTS, cut_notes
-from mllm.evaluation.settings import EVALUATION
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
 from mllm.evaluation.vision_comparison import COLUMNS as VISION_TASKS
 from mllm.evaluation.vision_comparison import VisionComparison, vision_comparison

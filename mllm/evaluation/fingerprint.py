@@ -12,9 +12,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import digest_of_file
-from mllm.evaluation.settings import EvaluateSettings
 from mllm.loading import TRAINABLES
 from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
 

@@ -14,6 +14,7 @@ import yaml
 
 from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
+from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.vision.short_answers import question_ids
@@ -24,7 +25,6 @@ from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_
 from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
-from mllm.evaluation.settings import EvaluateSettings
 from mllm.evaluation.sweep import Sweep, cost_problem
 from mllm.generation import Answerer
 from mllm.media import Audio, load_audio

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from mllm.config.model import check_at_least
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.media import write_sound
 from mllm.real.packages import fetch_debian
@@ -25,7 +26,6 @@ from mllm.real.recordings import Recording, read_recordings
 from mllm.real.rooms import change
 from mllm.real.sentences import normalise, spoken_number, wordnet_examples
 from mllm.real.voices import FLITE_PACKAGES, say
-from mllm.settings import check_at_least
 from mllm.world.speech import SAMPLE_RATE_HZ
 from mllm.world.speech_corpus import write_all
 

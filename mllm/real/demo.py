@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mllm.evaluation.settings import EvaluateSettings
+from mllm.config.evaluation import EvaluateSettings
 from mllm.utils.progress import Progress
 
 if TYPE_CHECKING:
     from mllm.real.corpus import CorpusSettings
     from mllm.real.report import Found
-from mllm.settings import check_at_least
+from mllm.config.model import check_at_least
 from mllm.world.demo import claim
 
 RECIPE = Path(__file__).with_name("demo.yaml")
@@ -153,7 +153,7 @@ def corpus_settings(settings: RealDemoSettings) -> "CorpusSettings":
 
 def run_settings(settings: RealDemoSettings) -> Any:
     """The recipe with the folders, the seed and the steps of this demo filled in."""
-    from mllm.training.settings import read_run_settings
+    from mllm.config.run import read_run_settings
 
     values = yaml.safe_load(RECIPE.read_text())
     out = Path(settings.out)

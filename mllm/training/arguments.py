@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from mllm.config.run import RunSettings, SamplerSettings
 from mllm.training.fused_loss import check_liger
 from mllm.training.objective import Distillation
-from mllm.training.settings import RunSettings, SamplerSettings
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _AT_THE_END = 2**31

@@ -11,10 +11,10 @@ import numpy as np
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
+from mllm.config.run import RunSettings
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor
 from mllm.training.loaders import round_batches
-from mllm.training.settings import RunSettings
 from mllm.training.survey import Looked, look_all, survey_of
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mllm.config.run import differences
 from mllm.loading import TRAINABLES, save_trainables
 from mllm.tensor_files import write_tensors
 from mllm.training.folders import (
@@ -32,7 +33,6 @@ from mllm.training.folders import (
     read_checkpoint,
     write_checkpoint,
 )
-from mllm.training.settings import differences
 from mllm.utils.run_paths import CONFIG, NEWEST, list_checkpoints
 
 OPTIMIZER = "optimizer.safetensors"

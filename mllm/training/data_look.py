@@ -16,6 +16,7 @@ from mllm.adapters.members import Members
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import Sampler
 from mllm.building import build_processor
+from mllm.config.run import DataSettings, RunSettings
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine, Quarantined, too_many_bad
@@ -23,7 +24,6 @@ from mllm.data.readers import missing_media
 from mllm.processing import ElasticProcessor
 from mllm.training.feature_building import FeatureSamples, with_captions
 from mllm.training.loaders import QUARANTINE, build_augmentation, read_samples
-from mllm.training.settings import DataSettings, RunSettings
 from mllm.training.survey import Survey, survey
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mllm.config.run import RunSettings
 from mllm.training.feature_building import VALIDATION, with_captions
 from mllm.training.feature_store import (
     FeatureStore,
@@ -17,7 +18,6 @@ from mllm.training.feature_store import (
 )
 from mllm.training.features import form_of
 from mllm.training.loaders import read_samples
-from mllm.training.settings import RunSettings
 
 
 @dataclass

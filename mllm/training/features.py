@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget, MediumSpace
+from mllm.config.run import RunSettings
 from mllm.configuration import TOWER_NAMES
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
@@ -34,7 +35,6 @@ from mllm.modeling_body import SIZE_KEYS
 from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.folders import run_lock
-from mllm.training.settings import RunSettings
 from mllm.training.throughput import Stopwatch
 from mllm.transforms import random_generator
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
+from mllm.config.run import DataSettings
 from mllm.data.batching import Lengths, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
@@ -24,7 +25,6 @@ from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.interruption import ignore_interrupts
-from mllm.training.settings import DataSettings
 from mllm.training.survey import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms import MixNoise

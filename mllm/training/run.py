@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
 from mllm.building import build
+from mllm.config.model import ModelSettings
+from mllm.config.run import RunSettings, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.together import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor
-from mllm.settings import ModelSettings
 from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
@@ -40,7 +41,6 @@ from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
 from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
 from mllm.training.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.projector_fit import fit_projectors
-from mllm.training.settings import RunSettings, settings_yaml
 from mllm.training.start import start_from
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation

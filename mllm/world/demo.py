@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from mllm.evaluation.settings import EvaluateSettings
-from mllm.settings import check_at_least
+from mllm.config.evaluation import EvaluateSettings
+from mllm.config.model import check_at_least
 from mllm.utils.progress import Progress
 
 RECIPE = Path(__file__).with_name("demo.yaml")
@@ -115,7 +115,7 @@ def write_pictures(folder: Path, num_train: int, num_test: int, seed: int, progr
 
 def run_settings(settings: DemoSettings) -> Any:
     """The recipe with the folders, the seed and the steps of this demo filled in."""
-    from mllm.training.settings import read_run_settings
+    from mllm.config.run import read_run_settings
 
     values = yaml.safe_load(RECIPE.read_text())
     out = Path(settings.out)

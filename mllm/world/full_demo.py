@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.utterances import TASKS
-from mllm.evaluation.settings import EvaluateSettings
 from mllm.utils.progress import Progress
 from mllm.world.demo import write_speech
 from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo
@@ -126,7 +126,7 @@ def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
 
 def run_settings(job: Job, settings: FullDemoSettings) -> Any:
     """The demo's recipe without pictures, at the job's tasks, rates and adapter."""
-    from mllm.training.settings import read_run_settings
+    from mllm.config.run import read_run_settings
 
     steps = steps_of(job, settings)
     values = recipe(settings, job.name, seed=job.seed, steps=steps, num_reports=30, versions=VERSIONS)

@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
+from mllm.config.evaluation import EvaluateSettings
+from mllm.config.model import check_at_least
 from mllm.evaluation.report import RESULTS
-from mllm.evaluation.settings import EvaluateSettings
-from mllm.settings import check_at_least
 from mllm.utils.progress import Progress
 from mllm.world.demo import RECIPE, claim
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.evaluation.settings import EvaluateSettings
+from mllm.config.evaluation import EvaluateSettings
 from mllm.utils.progress import Progress
 from mllm.world.demo import write_pictures
 from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo
@@ -87,7 +87,7 @@ def write_corpus(settings: FullPicturesSettings, progress: Progress) -> None:
 
 def run_settings(job: PictureJob, settings: FullPicturesSettings) -> Any:
     """The demo's recipe on pictures alone, in the job's style and at its counts."""
-    from mllm.training.settings import read_run_settings
+    from mllm.config.run import read_run_settings
 
     steps = settings.steps * (STEPS_OF_ELASTIC if job.count is None else 1)
     values = recipe(settings, job.name, seed=job.seed, steps=steps, num_reports=20, versions=1)

@@ -11,8 +11,8 @@ from mllm.adapters.lora_bank import LoraBank
 from mllm.adapters.members import Members, scales_of
 from mllm.budget import Budget, Cost, Space
 from mllm.building import adapter_settings, build
+from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.loading import TRAINABLES, export, load, save_run
-from mllm.settings import AdapterSettings, ModelSettings
 from mllm.trainables import set_trainables
 
 SPEECH = ("audio", "video")

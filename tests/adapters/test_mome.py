@@ -17,8 +17,8 @@ from mllm.adapters.hand_over import AdapterInputs, Collector
 from mllm.adapters.mome import Mome
 from mllm.budget import Budget
 from mllm.building import build
+from mllm.config.model import AdapterSettings
 from mllm.loading import export, load, save_run
-from mllm.settings import AdapterSettings
 from mllm.trainables import set_trainables
 
 OWN = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from mllm.adapters import build_adapter
 from mllm.adapters.lora_bank import LoraBank
 from mllm.adapters.mome import Mome
-from mllm.settings import EncoderAdapterSettings, MediumSettings
+from mllm.config.model import EncoderAdapterSettings, MediumSettings
 from mllm.trainables import NEW_TOKENS, set_trainables
 
 LLMS = {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B", "8B": "Llama-3.1-8B"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm.data.settings import Format
+from mllm.config.data import Format
 
 SHORT = "\nAnswer the question using a single word or phrase."
 SURROGATE, DEEP = "\ud800", [[[[[[[[]]]]]]]]

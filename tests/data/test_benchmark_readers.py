@@ -12,9 +12,9 @@ from PIL import Image
 
 from mllm.benchmarks.registry import BENCHMARKS
 from mllm.cli import main
+from mllm.config.data import BENCHMARK_FORMATS, Format, ReaderSettings
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import READERS, read_data
-from mllm.data.settings import BENCHMARK_FORMATS, Format, ReaderSettings
 from mllm.data.table_files import table_files
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -17,12 +17,12 @@ import soundfile
 from PIL import Image
 
 from mllm.cli import main
+from mllm.config.data import Format, ReaderSettings
 from mllm.data.check import check_listing
 from mllm.data.guessing import guess_format
 from mllm.data.json_files import _begins_as_list
 from mllm.data.manifest import Media, Sample, Text, read_manifest
 from mllm.data.readers import read_data, read_listing
-from mllm.data.settings import Format, ReaderSettings
 from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
 from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mutations import WRITERS
 
+from mllm.config.data import Format, ReaderSettings
 from mllm.data.findings import MAX_SHOWN_CHARACTERS
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.readers import read_listing
-from mllm.data.settings import Format, ReaderSettings
 from mllm.media import path_problem
 
 ROWS_PER_FILE = 25

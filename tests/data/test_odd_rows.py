@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from mllm.cli import main
+from mllm.config.data import ReaderSettings
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import read_data, read_listing
-from mllm.data.settings import ReaderSettings
 from mllm.media import write_sound, write_video
 
 SHORT = "\nAnswer the question using a single word or phrase."

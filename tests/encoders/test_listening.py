@@ -10,11 +10,11 @@ import torch
 
 from mllm.budget import Budget
 from mllm.building import build
+from mllm.config.model import ModelSettings
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
 from mllm.filterbank import num_stacked_frames, stacked_filterbank
 from mllm.loading import load, save_run
-from mllm.settings import ModelSettings
 from mllm.trainables import set_trainables
 
 LIPS = tiny.encoder_configs()["video"]

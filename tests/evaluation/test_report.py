@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mllm.config.evaluation import EvaluateSettings
 from mllm.evaluation.hypotheses import AnswerStore, key_of
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import CSV, RESULTS, summarise, table
-from mllm.evaluation.settings import EvaluateSettings
 
 
 def line(sample: str, budget: str, reference: str, hypothesis: str, *, task: str = "asr", **changes) -> dict:

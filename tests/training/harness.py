@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
+from mllm.config.model import ModelSettings
+from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.pretrained import unsharded
 from mllm.processing import LoadedMedia
-from mllm.settings import ModelSettings
 from mllm.trainables import set_trainables
 from mllm.training.arguments import build_arguments
-from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.training.trainer import ElasticTrainer, Validation
 from mllm.transforms import random_generator
 

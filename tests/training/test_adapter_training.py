@@ -13,11 +13,11 @@ from test_distributed import CONFIGS, assert_same_run, launch
 from mllm.adapters.members import Members
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
+from mllm.config.model import AdapterSettings, ModelSettings
+from mllm.config.run import SamplerSettings
 from mllm.data.manifest import Media, Message, Sample
-from mllm.settings import AdapterSettings, ModelSettings
 from mllm.training.data_look import check_members
 from mllm.training.passes import drawn_passes
-from mllm.training.settings import SamplerSettings
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]
 ADAPTERS = {

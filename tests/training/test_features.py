@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from mllm.building import build
 from mllm.cli import main
+from mllm.config.model import EncoderAdapterSettings
+from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
 from mllm.loading import TRAINABLES, load
-from mllm.settings import EncoderAdapterSettings
 from mllm.training import feature_building, feature_store, features
 from mllm.training.feature_building import make_features
 from mllm.training.feature_check import check_features
@@ -30,14 +31,6 @@ from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import Form, KeptFeatures, fill_store, form_of, pass_features_through, share_of
 from mllm.training.loaders import loading
 from mllm.training.run import train
-from mllm.training.settings import (
-    DataSettings,
-    FeatureSettings,
-    RunSettings,
-    SamplerSettings,
-    TrainSettings,
-    settings_yaml,
-)
 
 KINDS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video"), "see": ("image",)}
 

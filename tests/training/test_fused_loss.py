@@ -15,12 +15,12 @@ import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 from torch import nn
 
-from mllm.settings import ModelSettings
+from mllm.config.model import ModelSettings
+from mllm.config.run import SamplerSettings
 from mllm.training import fused_loss
 from mllm.training.arguments import build_arguments
 from mllm.training.fused_loss import VERSIONS, check_liger, plain_head, read_fused
 from mllm.training.objective import Distillation, Supervision, read_hidden
-from mllm.training.settings import SamplerSettings
 
 SMALL = tiny.settings(("audio",))
 

@@ -15,12 +15,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, load
 from mllm.trainables import NEW_TOKENS
 from mllm.training.folders import read_checkpoint
 from mllm.training.run import train
-from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent

@@ -13,13 +13,13 @@ import torch
 from mllm.augmentation import TimeMask
 from mllm.budget import Budget
 from mllm.cli import parse
+from mllm.config.data import ReaderSettings
+from mllm.config.run import DataSettings, read_run_settings, settings_yaml
 from mllm.data.dataset import ManifestDataset
-from mllm.data.settings import ReaderSettings
 from mllm.data.together import sharers
 from mllm.expansion import Batch
 from mllm.media import write_video
 from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader
-from mllm.training.settings import DataSettings, read_run_settings, settings_yaml
 from mllm.training.survey import survey
 
 MODEL = {"llm": "l", "audio": {"encoder": "e", "budgets": ["/4"]}}

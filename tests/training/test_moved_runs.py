@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import mllm
 from mllm.cli import main
+from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, export
 from mllm.training.run import train
-from mllm.training.settings import DataSettings, RunSettings, SamplerSettings, TrainSettings
 
 PARTS = ("llm", "audio")
 

@@ -9,8 +9,8 @@ import tiny
 import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
-from mllm.settings import AdapterSettings, ModelSettings
-from mllm.training.settings import SamplerSettings, TrainSettings
+from mllm.config.model import AdapterSettings, ModelSettings
+from mllm.config.run import SamplerSettings, TrainSettings
 
 ALL = SamplerSettings(mode="all")
 WAYS = {

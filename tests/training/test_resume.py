@@ -12,7 +12,8 @@ import torch
 from harness import log_rows, make_trainer, run_settings
 from safetensors.torch import load_file, save_file
 
-from mllm.settings import AdapterSettings
+from mllm.config.model import AdapterSettings
+from mllm.config.run import RunSettings, SamplerSettings
 from mllm.training.checkpoint import (
     OPTIMIZER,
     TRAINABLES,
@@ -21,7 +22,6 @@ from mllm.training.checkpoint import (
     set_aside_refused,
 )
 from mllm.training.folders import MANIFEST, list_checkpoints, newest_checkpoint, read_checkpoint
-from mllm.training.settings import RunSettings, SamplerSettings
 from mllm.training.trainer import ElasticTrainer
 
 

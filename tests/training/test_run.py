@@ -16,14 +16,7 @@ from harness import log_rows
 from safetensors.torch import load_file
 
 from mllm.cli import main
-from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
-from mllm.loading import TRAINABLES, load
-from mllm.training.batches import RoundBatches
-from mllm.training.checkpoint import OPTIMIZER
-from mllm.training.folders import newest_checkpoint, run_lock
-from mllm.training.optimization import split_moments
-from mllm.training.run import train
-from mllm.training.settings import (
+from mllm.config.run import (
     DataSettings,
     FeatureSettings,
     RunSettings,
@@ -32,6 +25,13 @@ from mllm.training.settings import (
     read_run_settings,
     settings_yaml,
 )
+from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
+from mllm.loading import TRAINABLES, load
+from mllm.training.batches import RoundBatches
+from mllm.training.checkpoint import OPTIMIZER
+from mllm.training.folders import newest_checkpoint, run_lock
+from mllm.training.optimization import split_moments
+from mllm.training.run import train
 from mllm.training.survey import survey
 
 

@@ -8,9 +8,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from mllm.settings import AdapterSettings, MediumSettings, ModelSettings
-from mllm.trainables import PARTS
-from mllm.training.settings import (
+from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.run import (
     DataSettings,
     Part,
     RunSettings,
@@ -20,6 +19,7 @@ from mllm.training.settings import (
     read_run_settings,
     settings_yaml,
 )
+from mllm.trainables import PARTS
 
 AUDIO = MediumSettings(encoder="e", budgets=["/4", "/16"])
 MODEL = ModelSettings(llm="l", audio=AUDIO, adapter=AdapterSettings())
@@ -115,5 +115,5 @@ def test_differences_are_named_with_both_values() -> None:
 
 
 def test_reading_settings_loads_no_torch() -> None:
-    code = "import sys, mllm.training.settings; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, mllm.config.run; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from mllm.budget import Budget
+from mllm.config.run import DataSettings
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.training.loaders import encode, loading, train_loader
-from mllm.training.settings import DataSettings
 from mllm.training.survey import survey
 from mllm.training.throughput import Pace, Stopwatch, bottleneck, mean_of
 

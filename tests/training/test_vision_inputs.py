@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from mllm.budget import Budget, Extent, count_tokens
 from mllm.building import build
 from mllm.cli import main
+from mllm.config.run import RunSettings, read_run_settings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, export, load
 from mllm.media import write_video
 from mllm.training.run import train
-from mllm.training.settings import RunSettings, read_run_settings
 
 NEWLINE = "model.newline.vector"
 QUERY = {"compressor": "query", "budgets": [2, 4, 16]}

@@ -12,10 +12,10 @@ from harness import log_rows
 from safetensors.torch import load_file
 
 from mllm.building import build
+from mllm.config.run import RunSettings, read_run_settings
 from mllm.loading import TRAINABLES, load, save_run
 from mllm.trainables import set_trainables
 from mllm.training.run import train
-from mllm.training.settings import RunSettings, read_run_settings
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 RECIPES = ("mqt_stage1", "mqt_stage2", "m3", "m3_next_anyres", "m3_lora", "frozen_llm_lora", "frozen_llm_mome")
@@ -173,7 +173,7 @@ def test_a_resumed_run_does_not_start_from_the_other_run_again(world: Path, tmp_
 
 def test_data_check_tells_what_a_recipe_would_learn(world: Path, tmp_path: Path, capsys: Any) -> None:
     from mllm.cli import main
-    from mllm.training.settings import settings_yaml
+    from mllm.config.run import settings_yaml
 
     recipe_file = tmp_path / "m3.yaml"
     recipe_file.write_text(settings_yaml(recipe(world, "m3", tmp_path)))

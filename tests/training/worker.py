@@ -15,9 +15,9 @@ from harness import make_trainer, run_settings
 from safetensors.torch import save_file
 from test_projector_fit import fit
 
-from mllm.settings import AdapterSettings
+from mllm.config.model import AdapterSettings
+from mllm.config.run import RunSettings, SamplerSettings
 from mllm.training.folders import newest_checkpoint
-from mllm.training.settings import RunSettings, SamplerSettings
 from mllm.utils.distributed import finish_launch, prepare_launch
 
 import tiny  # isort: skip

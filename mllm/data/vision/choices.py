@@ -15,9 +15,9 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from mllm.config.data import ReaderSettings
 from mllm.data.findings import Listing, shown_type, text_at
 from mllm.data.json_files import json_lines, json_list, json_of, list_in
-from mllm.data.settings import ReaderSettings
 from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_scienceqa_table
 from mllm.data.vision.pictures import PictureFolder

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.config.data import ReaderSettings
 from mllm.data.findings import Listing, text_at
 from mllm.data.json_files import json_list
-from mllm.data.settings import ReaderSettings
 from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_chartqa_table, read_docvqa_table
 from mllm.data.vision.questions import SHORT, Question, Questions, find, folder_of, texts_of

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.config.data import ReaderSettings
 from mllm.data.findings import Listing, text_at
-from mllm.data.settings import ReaderSettings
 from mllm.data.table_files import table_files, table_rows
 from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (

@@ -12,9 +12,9 @@ Knows these files. Does not open pictures.
 from pathlib import Path
 from typing import Any
 
+from mllm.config.data import ReaderSettings
 from mllm.data.findings import BadRows, Listing, shown_type, text_at
 from mllm.data.json_files import json_lines, json_list, json_of
-from mllm.data.settings import ReaderSettings
 from mllm.data.vision.questions import (
     SHORT,
     UNSURE,

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from mllm.budget import Budget
-from mllm.data.settings import ReaderSettings
+from mllm.config.data import ReaderSettings
+from mllm.config.model import check_at_least
 from mllm.media import MediaLimits
-from mllm.settings import check_at_least
 from mllm.utils.run_paths import model_folder, results_folder
 from mllm.windows import LongAudioOptions
 

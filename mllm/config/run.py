@@ -14,9 +14,9 @@ import yaml
 
 from mllm.budget import MEDIA, Budget
 from mllm.budget.sampler import Mode
-from mllm.data.settings import ReaderSettings
+from mllm.config.data import ReaderSettings
+from mllm.config.model import ModelSettings, check_at_least
 from mllm.media import MediaLimits
-from mllm.settings import ModelSettings, check_at_least
 
 Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
