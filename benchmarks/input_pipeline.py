@@ -36,7 +36,7 @@ from turns import in_turns, milliseconds, options, ratio, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.media import load_audio, load_video, to_gray
-from mllm.transforms import LIP_MEAN, LIP_STD, LipTransform, WhisperMel
+from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD, LipTransform, WhisperMel
 
 FACE = Path(__file__).parent.parent / "tests" / "fixtures" / "astronaut_face.jpg"
 RATE_HZ, FRAMES_PER_SECOND, SIDE, CROP = 16_000, 25, 96, 88

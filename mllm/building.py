@@ -20,7 +20,6 @@ from mllm.compressors.query_start import read_places
 from mllm.config.model import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
-from mllm.image_processors import read_image_processor
 from mllm.media import DEFAULT_LIMITS, MediaLimits
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.precision import keep_in_float32, read_dtype
@@ -28,6 +27,7 @@ from mllm.pretrained import load_encoder, load_llm, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.sources import digest_of, place_of, resolve_source
 from mllm.trainables import is_sharded, part_of
+from mllm.transforms.image_processors import read_image_processor
 from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
@@ -306,7 +306,7 @@ def _verified(part: str, sources: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
-    """Plain values that turn a decoded file into the encoder's input; see `mllm.transforms.build_transform`."""
+    """Plain values that turn a decoded file into the encoder's input; see `mllm.transforms.encoder_inputs.build_transform`."""
     if medium == "audio" and encoder_config(settings, medium).model_type == AVHubertAudioConfig.model_type:
         if settings.normalize_audio:
             raise ValueError(

@@ -15,8 +15,8 @@ from torch import Tensor
 from mllm.budget import Budget, Extent, Space, count_tokens
 from mllm.budget.tiling import Size, Tiles
 from mllm.media import MediaError
-from mllm.picture_tiles import cut
-from mllm.transforms import ImageTransform, NotMouthCrops
+from mllm.transforms.encoder_inputs import ImageTransform, NotMouthCrops
+from mllm.transforms.image_tiles import cut
 
 LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 

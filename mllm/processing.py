@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import AutoConfig
 
 from mllm.adapters.members import Members
-from mllm.augmentation import Augmentation, Chance, chances
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.chat import ChatEncoder, Prompt
@@ -39,7 +38,8 @@ from mllm.media import (
     resolve_media,
 )
 from mllm.processor_calls import ProcessorCalls
-from mllm.transforms import ImageTransform, MediaTransform, build_transform
+from mllm.transforms.augmentation import Augmentation, Chance, chances
+from mllm.transforms.encoder_inputs import ImageTransform, MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
 

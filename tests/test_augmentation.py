@@ -5,9 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from mllm.augmentation import Augmentation, TimeMask, chances
 from mllm.media import Audio, Video
-from mllm.transforms import LIP_MEAN, LIP_STD, LipTransform, MixNoise, Waveform, random_generator, standardize
+from mllm.transforms.augmentation import Augmentation, TimeMask, chances
+from mllm.transforms.encoder_inputs import (
+    LIP_MEAN,
+    LIP_STD,
+    LipTransform,
+    MixNoise,
+    Waveform,
+    random_generator,
+    standardize,
+)
 
 
 def sound(num_samples: int = 32_000, seed: int = 0) -> Audio:

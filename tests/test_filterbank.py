@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mllm.filterbank import log_filterbank, num_stacked_frames, stacked_filterbank
+from mllm.transforms.filterbank import log_filterbank, num_stacked_frames, stacked_filterbank
 
 
 def plain_filterbank(samples: np.ndarray) -> list[list[float]]:

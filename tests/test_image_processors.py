@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionConfig
 from transformers.utils import is_torchvision_available
 
-from mllm.image_processors import image_processor_class, read_image_processor
-from mllm.transforms import build_transform
+from mllm.transforms.encoder_inputs import build_transform
+from mllm.transforms.image_processors import image_processor_class, read_image_processor
 
 SIZE = {"size": {"height": 24, "width": 24}, "do_center_crop": False}
 DINOV3 = '{"image_processor_type": "DINOv3ViTImageProcessor", "size": {"height": 32, "width": 32}}'

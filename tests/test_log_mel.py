@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from mllm.log_mel import FRAME_BLOCK, whisper_log_mel
+from mllm.transforms.log_mel import FRAME_BLOCK, whisper_log_mel
 
 LENGTHS = [1, 199, 200, 201, 1_600, 16_000, 40_000, 123_457, 240_000, 478_700, 479_999, 480_000]
 

@@ -37,7 +37,7 @@ from mllm.trainables import set_trainables
 from mllm.training.feature_building import make_features
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.run import train
-from mllm.transforms import ImageTransform
+from mllm.transforms.encoder_inputs import ImageTransform
 
 TRUNK: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SHAPES = {"wide": (20, 90), "tall": (70, 40), "square": (48, 48)}

@@ -9,7 +9,6 @@ import soundfile
 import tiny
 import torch
 
-from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
 from mllm.data.batching import SampleKey
 from mllm.data.dataset import Item, ManifestDataset
@@ -17,7 +16,8 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.quarantine import Quarantined
 from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video, write_video
 from mllm.processing import ElasticProcessor
-from mllm.transforms import MixNoise, random_generator
+from mllm.transforms.augmentation import Augmentation, TimeMask
+from mllm.transforms.encoder_inputs import MixNoise, random_generator
 
 
 @pytest.fixture(scope="module")

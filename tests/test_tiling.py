@@ -15,7 +15,7 @@ from mllm.budget import Budget, Cost, Extent, Space, count_tokens
 from mllm.budget.tiling import LLAVA_NEXT, Tiles, Tiling, map_of, pooled_rows
 from mllm.compressors.areas import grid_rows
 from mllm.layout import NEWLINE, order_of, shown_items
-from mllm.picture_tiles import cut
+from mllm.transforms.image_tiles import cut
 
 TILE = (336, 336)
 GRID = (24, 24)

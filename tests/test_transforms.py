@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mllm.media import Audio, Video, to_gray
-from mllm.transforms import (
+from mllm.transforms.encoder_inputs import (
     ImageTransform,
     LipTransform,
     MixNoise,

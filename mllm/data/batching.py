@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from mllm.data.rounds import deal, fill_rounds
 from mllm.data.units import Units
-from mllm.transforms import random_generator
+from mllm.transforms.encoder_inputs import random_generator
 
 
 class SampleKey(NamedTuple):

@@ -16,7 +16,7 @@ from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
 from mllm.data.quarantine import Quarantine, Quarantined
 from mllm.data.together import merged, parted
-from mllm.transforms import random_generator
+from mllm.transforms.encoder_inputs import random_generator
 
 MAX_SUBSTITUTES = 8
 """How many samples are tried in place of a batch in which every sample is bad."""

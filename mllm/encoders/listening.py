@@ -2,7 +2,7 @@
 
 The video half of its input is zeros.
 
-Knows filterbank frames and the true length of each sound in samples. `av_hubert.py` holds the network, `filterbank.py`
+Knows filterbank frames and the true length of each sound in samples. `av_hubert.py` holds the network, `transforms/filterbank.py`
 makes the frames.
 
 Shapes: N clips, T stacked filterbank frames of the longest clip, D feature size.
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.encoders.base import Encoder, EncoderFacts
-from mllm.filterbank import HOP_SAMPLES, NUM_STACKED, WINDOW_SAMPLES, num_stacked_frames
+from mllm.transforms.filterbank import HOP_SAMPLES, NUM_STACKED, WINDOW_SAMPLES, num_stacked_frames
 
 
 class ListeningEncoder(Encoder):

@@ -26,7 +26,7 @@ from mllm.grouping import alike, number_in_pass
 from mllm.long_audio import Window, joined, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing import LoadedMedia
-from mllm.transforms import MixNoise, random_generator
+from mllm.transforms.encoder_inputs import MixNoise, random_generator
 
 
 @dataclass(frozen=True)

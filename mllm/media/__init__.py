@@ -6,7 +6,7 @@
     decode_given      what a caller hands over in memory
     stream_video      frames one at a time            write_video, write_sound    crops and their sound
 
-Knows files, formats and limits. Does not know what an encoder wants (`transforms.py` does).
+Knows files, formats and limits. Does not know what an encoder wants (`transforms/encoder_inputs.py` does).
 """
 
 from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound

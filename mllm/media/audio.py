@@ -1,7 +1,7 @@
 """A sound file, or the sound of a video file, to one channel of float samples at the asked rate.
 
 Reads WAV, AIFF, FLAC, Ogg and MP3 with soundfile, and AAC and the audio stream of MP4, Matroska/WebM and AVI with PyAV,
-block by block. Does not know what an encoder wants to hear (`transforms.py` does).
+block by block. Does not know what an encoder wants to hear (`transforms/encoder_inputs.py` does).
 """
 
 import math

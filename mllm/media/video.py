@@ -3,7 +3,7 @@
 Two decoders, PyAV and decord, give the same frames: the plan of which frames are used is made once, from the
 timestamps in the file, and either decoder only carries it out. Sound is left to `audio.py`; both start at their own
 first sample, so an offset between the two streams of a file is not undone.
-Does not know lips, crops or what an encoder wants (`transforms.py` does).
+Does not know lips, crops or what an encoder wants (`transforms/encoder_inputs.py` does).
 
 Shapes: T frames, H rows and W columns of a frame.
 """

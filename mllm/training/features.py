@@ -36,7 +36,7 @@ from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.folders import run_lock
 from mllm.training.throughput import Stopwatch
-from mllm.transforms import random_generator
+from mllm.transforms.encoder_inputs import random_generator
 
 ITEMS_PER_BATCH = 16
 REMEMBERED_FILES = 8

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from mllm.augmentation import Augmentation, TimeMask
 from mllm.budget import Budget
 from mllm.config.run import DataSettings
 from mllm.data.batching import Lengths, TokenBucketBatchSampler
@@ -27,7 +26,8 @@ from mllm.training.batches import RoundBatches
 from mllm.training.interruption import ignore_interrupts
 from mllm.training.survey import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
-from mllm.transforms import MixNoise
+from mllm.transforms.augmentation import Augmentation, TimeMask
+from mllm.transforms.encoder_inputs import MixNoise
 
 QUARANTINE = "quarantine-{rank}.jsonl"
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mllm.augmentation import Augmentation
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.transforms.augmentation import Augmentation
 
 PARTS = ("waiting", "encoding", "model", "other")
 WORK = ("decode", "transform", "collate")

@@ -22,7 +22,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mllm.media import Audio
-from mllm.transforms import MixNoise, standardize
+from mllm.transforms.encoder_inputs import MixNoise, standardize
 from mllm.world.babble import make_babble
 from mllm.world.frame_training import (
     IGNORED,

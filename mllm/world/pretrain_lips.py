@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
-from mllm.transforms import LIP_MEAN, LIP_STD
+from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD
 from mllm.world.frame_training import (
     IGNORED,
     FrameBatch,

@@ -21,7 +21,7 @@ from mllm.preparation.clip import ClipJob
 from mllm.preparation.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
 from mllm.preparation.run import _is_made, _stamp, _work, find_recordings, transcript_of
 from mllm.preparation.settings import PrepareSettings
-from mllm.transforms import LipTransform
+from mllm.transforms.encoder_inputs import LipTransform
 
 FILMS = {
     "phone": Film(),

@@ -21,7 +21,7 @@ from mllm.processing import LoadedMedia
 from mllm.trainables import set_trainables
 from mllm.training.arguments import build_arguments
 from mllm.training.trainer import ElasticTrainer, Validation
-from mllm.transforms import random_generator
+from mllm.transforms.encoder_inputs import random_generator
 
 ANSWERS = ["red", "two circles", "the cat sat", "left of the blue square", "no"]
 AUDIO_VISUAL = [("audio", "video"), ("audio",), ("video", "audio"), ("video",)]

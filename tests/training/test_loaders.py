@@ -10,7 +10,6 @@ import soundfile
 import tiny
 import torch
 
-from mllm.augmentation import TimeMask
 from mllm.budget import Budget
 from mllm.cli import parse
 from mllm.config.data import ReaderSettings
@@ -21,6 +20,7 @@ from mllm.expansion import Batch
 from mllm.media import write_video
 from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader
 from mllm.training.survey import survey
+from mllm.transforms.augmentation import TimeMask
 
 MODEL = {"llm": "l", "audio": {"encoder": "e", "budgets": ["/4"]}}
 

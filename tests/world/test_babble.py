@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mllm.media import Audio
-from mllm.transforms import MixNoise
+from mllm.transforms.encoder_inputs import MixNoise
 from mllm.world.babble import make_babble
 from mllm.world.speech import LEVEL_RMS, synthesise
 from mllm.world.voices import VOICES

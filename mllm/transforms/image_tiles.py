@@ -1,6 +1,6 @@
 """Cuts the pixels of a picture into a thumbnail and tiles, as `mllm.budget.tiling` says.
 
-Knows pixels and sizes. Does not know means and deviations (`transforms.py` does), tokens or budgets.
+Knows pixels and sizes. Does not know means and deviations (`transforms/encoder_inputs.py` does), tokens or budgets.
 
 Source: LLaVA-NeXT's image processor. The picture is scaled into rows x columns of tiles with its sides in proportion
 (rounded up), centred, and black where nothing is; the thumbnail is the whole picture squeezed into one tile.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mllm.media import Audio, Video
-from mllm.transforms import MixNoise, random_generator
+from mllm.transforms.encoder_inputs import MixNoise, random_generator
 
 Chance = Callable[[str], np.random.Generator]
 """A purpose to its generator."""

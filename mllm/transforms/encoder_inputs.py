@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mllm import filterbank
-from mllm.image_processors import image_processor_class
-from mllm.log_mel import whisper_log_mel
 from mllm.media import Audio, Video, to_gray
+from mllm.transforms import filterbank
+from mllm.transforms.image_processors import image_processor_class
+from mllm.transforms.log_mel import whisper_log_mel
 
 LIP_MEAN, LIP_STD = 0.421, 0.165
 """Mean and deviation of grey mouth crops in 0..1, as in AV-HuBERT and every published system after it."""

@@ -1,0 +1,1 @@
+"""Decoded media to what encoders read: pixels, log-mel windows, waveforms, lip crops."""
