@@ -20,7 +20,7 @@ from mllm.data.utterances import (
     unquoted,
 )
 from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
-from mllm.media.lengths import has_sound
+from mllm.media.headers import has_sound
 
 
 def read_clips(source: Path, root: Path, settings: ReaderSettings) -> Listing:

@@ -19,7 +19,7 @@ from mllm.config.data import ReaderSettings
 from mllm.data.manifest import Medium
 from mllm.data.utterances import Gathering, Listing, Utterance, read_text, relative_to
 from mllm.media import path_problem
-from mllm.media.lengths import header_seconds
+from mllm.media.headers import header_seconds
 
 SUFFIX = ".mp4"
 

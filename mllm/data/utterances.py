@@ -21,7 +21,7 @@ from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.data.text_forms import TEXT_FORMS
 from mllm.media import MediaError, RootedPaths, path_problem
 from mllm.media.containers import SOUND_SUFFIXES
-from mllm.media.lengths import has_sound
+from mllm.media.headers import has_sound
 
 TASKS: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
 PROMPTS = {

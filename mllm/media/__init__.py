@@ -9,8 +9,8 @@
 Knows files, formats and limits. Does not know what an encoder wants (`transforms/encoder_inputs.py` does).
 """
 
-from mllm.media.agreement import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.audio import Audio, load_audio, resample
+from mllm.media.av_sync import MAX_MISMATCH_SECONDS, agreeing_sound
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
 from mllm.media.given import Given, MediaInput, decode_given, is_file, path_of, several
 from mllm.media.image import load_image, to_rgb

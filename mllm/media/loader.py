@@ -10,8 +10,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from mllm.media.agreement import MAX_MISMATCH_SECONDS
 from mllm.media.audio import Audio, load_audio
+from mllm.media.av_sync import MAX_MISMATCH_SECONDS
 from mllm.media.image import load_image
 from mllm.media.limits import DEFAULT_LIMITS, MediaFile, MediaLimits
 from mllm.media.video import Backend, FrameSampling, Video, load_video

@@ -25,8 +25,8 @@ from mllm.data.manifest import Media, Sample
 from mllm.data.quarantine import too_many_bad
 from mllm.expansion import Row, Run
 from mllm.media import MediaError, MediaLimits, resolve_media
+from mllm.media.headers import header_seconds
 from mllm.media.image import header_pixels
-from mllm.media.lengths import header_seconds
 from mllm.processing import ElasticProcessor
 from mllm.splice import IGNORED_LABEL
 

@@ -12,7 +12,7 @@ from numbered_frames import frame_numbers, numbered_frame
 from PIL import Image
 
 from mllm.media import FrameSampling, MediaError, MediaLimits, load_audio, load_video, stream_video
-from mllm.media.lengths import has_sound, header_seconds
+from mllm.media.headers import has_sound, header_seconds
 
 
 def tone(seconds: float = 1.0, rate_hz: int = 44_100) -> np.ndarray:
