@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mllm.encoders.audio import SETTINGS as AUDIO_SETTINGS
 from mllm.encoders.audio import wave_class, wave_facts, whisper_class, whisper_facts, wrap_wave, wrap_whisper
 from mllm.encoders.av_hubert import AVHubertAudioConfig, AVHubertConfig, AVHubertEncoder, register_av_hubert
+from mllm.encoders.av_hubert_audio import listening_facts, wrap_listening
+from mllm.encoders.av_hubert_video import lip_class, lip_facts, wrap_lips
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
-from mllm.encoders.lips import lip_class, lip_facts, wrap_lips
-from mllm.encoders.listening import listening_facts, wrap_listening
 from mllm.encoders.naflex import SETTINGS as NAFLEX_SETTINGS
 from mllm.encoders.naflex import naflex_facts, wrap_naflex
 from mllm.encoders.vision import SETTINGS as VISION_SETTINGS
