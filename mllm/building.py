@@ -16,7 +16,7 @@ from mllm.adapters import build_adapter
 from mllm.adapters.members import kinds_of, scales_of, tasks_of
 from mllm.budget import MediumSpace, Space
 from mllm.compressors import Query
-from mllm.compressors.query_start import read_places
+from mllm.compressors.query_init import read_places
 from mllm.config.model import FRAME_SETTINGS, MediumSettings, ModelSettings
 from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder

@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from mllm.compressors import MixtureProjector, ProjectorBank
-from mllm.compressors.mixture import routing_losses
+from mllm.compressors.moe_projector import routing_losses
 from mllm.segments import SegmentPlan
 from mllm.splice import is_newline, merge, place
 

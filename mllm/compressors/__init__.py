@@ -11,10 +11,10 @@ import torch
 
 from mllm.budget import Amount, MediumSpace
 from mllm.budget.nesting import haar_grids, hybrid_sizes
-from mllm.compressors.areas import grid_rows
+from mllm.compressors.area_pooling import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.hybrid import Hybrid
-from mllm.compressors.mixture import MixtureProjector
+from mllm.compressors.moe_projector import MixtureProjector
 from mllm.compressors.newline import Newline
 from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank

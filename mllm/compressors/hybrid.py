@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from mllm.budget.nesting import num_queries
-from mllm.compressors.areas import average, grid_cover
+from mllm.compressors.area_pooling import average, grid_cover
 from mllm.compressors.base import Compressor, own_tokens
 from mllm.compressors.query import CrossAttention, sincos_positions
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mllm.compressors.areas import average, grid_cover, own_grid_cover, stream_cover
+from mllm.compressors.area_pooling import average, grid_cover, own_grid_cover, stream_cover
 from mllm.compressors.base import Compressor, own_tokens, without_padding
 from mllm.compressors.haar import haar
 from mllm.compressors.projector import ProjectorBank

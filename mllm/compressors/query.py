@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import initialization as init
 
 from mllm.compressors.base import Compressor, own_tokens, without_padding
-from mllm.compressors.folding import FoldCache, Folded, can_fold
+from mllm.compressors.folded_attention import FoldCache, Folded, can_fold
 
 Keys = Literal["position", "content"]
 KEYS: tuple[Keys, ...] = ("position", "content")

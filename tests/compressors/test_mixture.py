@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm.compressors import build_compressor
-from mllm.compressors.mixture import MixtureProjector, routing_losses
+from mllm.compressors.moe_projector import MixtureProjector, routing_losses
 from mllm.compressors.projector import Projector
 
 SMOP = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm.compressors import Compressor, Query, build_compressor
-from mllm.compressors.areas import grid_cover, own_grid_cover
+from mllm.compressors.area_pooling import grid_cover, own_grid_cover
 from mllm.compressors.query import own_positions, sincos_positions
 
 SIZE, OUT = 16, 6

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm.compressors import Pool, Projector, ProjectorBank
-from mllm.compressors.areas import grid_cover, grid_rows, stream_cover
+from mllm.compressors.area_pooling import grid_cover, grid_rows, stream_cover
 
 SIZE = 5
 

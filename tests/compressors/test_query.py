@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm.compressors import Query
-from mllm.compressors.folding import pools_first
+from mllm.compressors.folded_attention import pools_first
 from mllm.compressors.query import CrossAttention, sincos_positions
 
 SIZE, OUT = 16, 6

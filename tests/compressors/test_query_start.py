@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mllm.compressors import Query
-from mllm.compressors.query_start import pyramid_cells, read_places
+from mllm.compressors.query_init import pyramid_cells, read_places
 
 
 def query_of(grid: tuple[int, int], queries: tuple[int, int], **changes) -> Query:
