@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from mllm import pretrained
 from mllm.adapters import build_adapter
-from mllm.adapters.members import kinds_of, scales_of, tasks_of
+from mllm.adapters.expert_ids import kinds_of, scales_of, tasks_of
 from mllm.budget import MediumSpace, Space
 from mllm.compressors import Query
 from mllm.compressors.query_init import read_places

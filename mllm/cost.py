@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.adapters.members import num_members
+from mllm.adapters.expert_ids import num_members
 from mllm.budget import Cost, Extent
 from mllm.budget.nesting import hybrid_sizes, num_queries
 

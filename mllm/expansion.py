@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mllm.adapters.members import NO_MEMBERS, NOBODY, Members
+from mllm.adapters.expert_ids import NO_MEMBERS, NOBODY, Members
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
 from mllm.budget.tiling import Tiles
 from mllm.layout import NEWLINE, order_of, shown_items

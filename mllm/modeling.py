@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mllm.adapters.hand_over import KEYWORD
+from mllm.adapters.adapter_inputs import KEYWORD
 from mllm.beams import allows_sharing, num_copies, prefill, shares_prefill
 from mllm.cache_names import cache_argument, cache_of, one_cache
 from mllm.configuration import ElasticConfig
@@ -40,7 +40,7 @@ class ElasticOutput(CausalLMOutputWithPast):
             counts. `balance`: how unevenly a row's tokens use the experts, the mean over layers; 1 is even.
             `<medium>_balance`, `<medium>_z`: the same of a mixture of projectors, and how large its logits are.
         read: what a `reader` gave beside the loss.
-        expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.hand_over.TOKEN_KINDS`) chose each of
+        expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.adapter_inputs.TOKEN_KINDS`) chose each of
             the N routed experts in each of the L layers.
     """
 

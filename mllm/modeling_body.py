@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
-from mllm.adapters.hand_over import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
+from mllm.adapters.adapter_inputs import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.budget.tiling import Tiling

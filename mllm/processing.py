@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from mllm.adapters.members import Members
+from mllm.adapters.expert_ids import Members
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.chat import ChatEncoder, Prompt

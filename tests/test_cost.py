@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mllm.adapters import build_adapter
-from mllm.adapters.hand_over import AdapterInputs
+from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.budget import Budget
 from mllm.cache_names import cache_argument, cache_of
 from mllm.compressors import build_compressor

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mllm.adapters import lora
-from mllm.adapters.hand_over import Adapter
+from mllm.adapters.adapter_inputs import Adapter
 from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
 from mllm.adapters.mome import inject_mome
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm.adapters.hand_over import Adapter, connect, decoder_layers
+from mllm.adapters.adapter_inputs import Adapter, connect, decoder_layers
+from mllm.adapters.expert_ids import kinds_of
 from mllm.adapters.lora import check_targets, inject
-from mllm.adapters.members import kinds_of
 
 
 class LoraBank(Adapter):
@@ -123,7 +123,7 @@ def inject_bank(
 
     Args:
         module: the LLM's decoder.
-        variant: see `mllm.adapters.members.VARIANTS`.
+        variant: see `mllm.adapters.expert_ids.VARIANTS`.
         scales, tasks: names of the members of each kind.
         rank, alpha, targets, seed: as those of LoRA.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm.adapters.hand_over import NUM_KINDS, Adapter, Collector, connect, decoder_layers
+from mllm.adapters.adapter_inputs import NUM_KINDS, Adapter, Collector, connect, decoder_layers
 
 PLACEMENTS = ("attention", "ffn", "layer")
 """Which frozen block the experts stand beside: both take the block's own normalised input, and their outputs add."""

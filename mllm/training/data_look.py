@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from mllm.adapters.members import Members
+from mllm.adapters.expert_ids import Members
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import Sampler
 from mllm.building import build_processor

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mllm.adapters.hand_over import TOKEN_KINDS
+from mllm.adapters.adapter_inputs import TOKEN_KINDS
 from mllm.training.logs import gather_json
 
 COUNTS = "experts.jsonl"

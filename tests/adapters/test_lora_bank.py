@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
-from mllm.adapters.hand_over import AdapterInputs
+from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.adapters.lora_bank import LoraBank, to_lora
 from mllm.cache_names import cache_argument, cache_of
 

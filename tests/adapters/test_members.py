@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
+from mllm.adapters.expert_ids import Members, scales_of
 from mllm.adapters.lora_bank import LoraBank
-from mllm.adapters.members import Members, scales_of
 from mllm.budget import Budget, Cost, Space
 from mllm.building import adapter_settings, build
 from mllm.config.model import AdapterSettings, ModelSettings

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
-from mllm.adapters.hand_over import AdapterInputs, Collector
+from mllm.adapters.adapter_inputs import AdapterInputs, Collector
 from mllm.adapters.mome import Mome
 from mllm.budget import Budget
 from mllm.building import build

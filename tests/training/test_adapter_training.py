@@ -10,7 +10,7 @@ import worker
 from harness import log_rows, make_trainer, run_settings
 from test_distributed import CONFIGS, assert_same_run, launch
 
-from mllm.adapters.members import Members
+from mllm.adapters.expert_ids import Members
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
 from mllm.config.model import AdapterSettings, ModelSettings

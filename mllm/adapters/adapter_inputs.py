@@ -59,7 +59,7 @@ class AdapterInputs:
     """What adapters need to know of the rows of one forward pass.
 
     Args:
-        scale_ids: (B,) or (B, S) int64, see `mllm.adapters.members`; nothing where the adapter has no scales.
+        scale_ids: (B,) or (B, S) int64, see `mllm.adapters.expert_ids`; nothing where the adapter has no scales.
         task_ids: the same for tasks.
         kinds: (B, S) int64, places in `TOKEN_KINDS`, -1 on padding; nothing where no adapter reports.
         collector: takes what adapters report.
