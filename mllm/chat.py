@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
-from mllm.data.naming import named_pictures
+from mllm.data.numbered_images import named_pictures
 from mllm.plain_text import PlainText, special_tokens
 from mllm.splice import IGNORED_LABEL
 

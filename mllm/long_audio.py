@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from mllm.asking import Answer
 from mllm.budget import MEDIA, Budget
+from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Sample
-from mllm.data.pairs import clip_pairs
 from mllm.loaded import LoadedMedia
 from mllm.media import Audio, Given, Reader, Video
 from mllm.processing import ElasticProcessor

@@ -20,8 +20,8 @@ from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.chat import ChatEncoder, Prompt
 from mllm.chat_template import with_media_parts
 from mllm.conversations import SEPARATORS
+from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Message, Sample
-from mllm.data.pairs import clip_pairs
 from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
 from mllm.loaded import ItemNumbers, LoadedMedia, as_long_as_longest, cut_picture, cuts_of, refusal, stack_media
@@ -146,7 +146,7 @@ class ElasticProcessor(ProcessorCalls):
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
-        Sound and video of one clip (see `mllm.data.pairs`) are brought to one length first. A picture that is cut into
+        Sound and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. A picture that is cut into
         tiles is cut as each of the budgets asks, and into the most tiles where there is none; what several budgets
         share is there once.
 

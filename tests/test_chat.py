@@ -5,7 +5,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Text
-from mllm.data.naming import named_pictures
+from mllm.data.numbered_images import named_pictures
 from mllm.world.tokenizer import build_tokenizer
 
 QUESTION = Message("user", (Media("image", "a.png"), Text("what colour is the circle?")))

@@ -13,7 +13,7 @@ from mllm.budget import Budget
 from mllm.data.batching import SampleKey
 from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.quarantine import Quarantined
+from mllm.data.skipped import Quarantined
 from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video, write_video
 from mllm.processing import ElasticProcessor
 from mllm.transforms.augmentation import Augmentation, TimeMask

@@ -113,10 +113,10 @@ def run(settings: Settings) -> int:
 
 
 def _read(settings: Settings, root: Path) -> "Listing":
-    from mllm.data.cutting import Cutter
     from mllm.data.findings import Listing
-    from mllm.data.lrs import read_lrs
     from mllm.data.readers import note_missing, read_listing
+    from mllm.data.speech.lrs import read_lrs
+    from mllm.data.speech.segmenting import Cutter
     from mllm.media import path_problem
 
     source = Path(settings.source)

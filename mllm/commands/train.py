@@ -25,7 +25,7 @@ def run(settings: Settings) -> int:
     from pathlib import Path
 
     from mllm.commands.terminal import console
-    from mllm.data.quarantine import TooManyBadSamples
+    from mllm.data.skipped import TooManyBadSamples
     from mllm.training.interruption import how_to_go_on
     from mllm.training.run import SETTINGS, train
     from mllm.utils.distributed import finish_launch

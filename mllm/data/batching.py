@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from mllm.data.rounds import deal, fill_rounds
-from mllm.data.units import Units
+from mllm.data.balanced_batches import deal, fill_rounds
+from mllm.data.batch_units import Units
 from mllm.transforms.encoder_inputs import random_generator
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.data import ReaderSettings
+from mllm.data.av_pairs import clip_pairs
 from mllm.data.findings import Finding
 from mllm.data.guessing import naming_format, wrong_format
 from mllm.data.manifest import MEDIA, Sample, scan_manifest
-from mllm.data.pairs import clip_pairs
 from mllm.data.readers import read_listing
 from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, agreeing_sound
 

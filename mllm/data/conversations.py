@@ -23,7 +23,7 @@ from mllm.budget import MEDIA
 from mllm.data.findings import Listing, renumbered, shown_type
 from mllm.data.json_files import json_rows
 from mllm.data.manifest import Sample, parse_row
-from mllm.data.utterances import PROMPTS
+from mllm.data.speech.utterances import PROMPTS
 
 logger = logging.getLogger(__name__)
 

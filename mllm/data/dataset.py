@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
-from mllm.data.quarantine import Quarantine, Quarantined
-from mllm.data.together import merged, parted
+from mllm.data.shared_media import merged, parted
+from mllm.data.skipped import Quarantine, Quarantined
 from mllm.transforms.encoder_inputs import random_generator
 
 MAX_SUBSTITUTES = 8
@@ -50,7 +50,7 @@ class ManifestDataset(Dataset[Item | Quarantined]):
         samples: what `read_manifest` gives.
         load: see `Load`; picklable when workers are spawned.
         seed: of augmentation, which is a function of seed, epoch and sample id; None never augments.
-        groups: every sample in one, with those that hold the same files (see `mllm.data.together`). The samples of a
+        groups: every sample in one, with those that hold the same files (see `mllm.data.shared_media`). The samples of a
             group that come in one batch are given the very same media, each loaded once; chance is that of the group's
             first sample. Where something of it cannot be loaded, each is loaded by itself.
     """

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mllm.config.data import Format, ReaderSettings
-from mllm.data.clips import read_clips
 from mllm.data.conversations import read_messages, read_sharegpt
 from mllm.data.findings import BadRows, Finding, Listing, first
 from mllm.data.guessing import naming_format, wrong_format
-from mllm.data.lists import read_auto_avsr, read_fairseq, read_omni_csv
 from mllm.data.llava import list_llava
-from mllm.data.lrs import read_lrs
 from mllm.data.manifest import Sample, scan_manifest
 from mllm.data.shards import read_webdataset
+from mllm.data.speech.clip_folder import read_clips
+from mllm.data.speech.file_lists import read_auto_avsr, read_fairseq, read_omni_csv
+from mllm.data.speech.lrs import read_lrs
 from mllm.data.tables import read_datasets, read_parquet
 from mllm.data.vision.choices import read_mmbench, read_mme, read_pope, read_scienceqa, read_seedbench
 from mllm.data.vision.documents import read_chartqa, read_docvqa

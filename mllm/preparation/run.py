@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.data.utterances import PROMPTS, TASKS
+from mllm.data.speech.utterances import PROMPTS, TASKS
 from mllm.media import path_problem
 from mllm.media.containers import VIDEO_SUFFIXES
 from mllm.preparation.clip import ClipJob, prepare_clip, strip_path

@@ -19,8 +19,8 @@ from mllm.building import build_processor
 from mllm.config.run import DataSettings, RunSettings
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
-from mllm.data.quarantine import Quarantine, Quarantined, too_many_bad
 from mllm.data.readers import missing_media
+from mllm.data.skipped import Quarantine, Quarantined, too_many_bad
 from mllm.processing import ElasticProcessor
 from mllm.training.feature_building import FeatureSamples, with_captions
 from mllm.training.loaders import QUARANTINE, build_augmentation, read_samples

@@ -16,9 +16,9 @@ from mllm.config.run import DataSettings
 from mllm.data.batching import Lengths, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
-from mllm.data.quarantine import Quarantine
 from mllm.data.readers import read_data
-from mllm.data.together import fitting, sharers
+from mllm.data.shared_media import fitting, sharers
+from mllm.data.skipped import Quarantine
 from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing import ElasticProcessor, LoadedMedia

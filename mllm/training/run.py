@@ -25,7 +25,7 @@ from mllm.building import build
 from mllm.config.model import ModelSettings
 from mllm.config.run import RunSettings, settings_yaml
 from mllm.data.dataset import ManifestDataset
-from mllm.data.together import sharers
+from mllm.data.shared_media import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.precision import keep_in_float32
 from mllm.processing import ElasticProcessor

@@ -22,7 +22,7 @@ from mllm.budget import Amount, Budget, Extent, Space
 from mllm.chat import ChatEncoder, RefusedConversation
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Media, Sample
-from mllm.data.quarantine import too_many_bad
+from mllm.data.skipped import too_many_bad
 from mllm.expansion import Row, Run
 from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.headers import header_seconds

@@ -17,7 +17,7 @@ from typing import Any
 
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import read_manifest, write_manifest
-from mllm.data.utterances import TASKS
+from mllm.data.speech.utterances import TASKS
 from mllm.utils.progress import Progress
 from mllm.world.demo import write_speech
 from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo

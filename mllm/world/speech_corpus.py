@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.data.utterances import TASKS
+from mllm.data.speech.utterances import TASKS
 from mllm.media import write_sound, write_video
 from mllm.world.babble import make_babble
 from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mllm.data.batching import SampleKey, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.quarantine import Quarantine, Quarantined, TooManyBadSamples
+from mllm.data.skipped import Quarantine, Quarantined, TooManyBadSamples
 from mllm.media import load_audio, resolve_media
 
 BAD_EVERY = 10

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.pairs import clip_pairs
 
 
 def sample(*messages: list[str], meta: dict[str, Any] | None = None) -> Sample:

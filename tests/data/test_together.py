@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mllm.data.av_pairs import clip_pairs
 from mllm.data.batching import Lengths, SampleKey, TokenBucketBatchSampler
 from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.pairs import clip_pairs
-from mllm.data.quarantine import Quarantined
-from mllm.data.together import fitting, merged, sharers
+from mllm.data.shared_media import fitting, merged, sharers
+from mllm.data.skipped import Quarantined
 
 
 def sample(name: str, *files: str, root: str = "") -> Sample:

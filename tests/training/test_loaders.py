@@ -15,7 +15,7 @@ from mllm.cli import parse
 from mllm.config.data import ReaderSettings
 from mllm.config.run import DataSettings, read_run_settings, settings_yaml
 from mllm.data.dataset import ManifestDataset
-from mllm.data.together import sharers
+from mllm.data.shared_media import sharers
 from mllm.expansion import Batch
 from mllm.media import write_video
 from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader

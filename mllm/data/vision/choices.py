@@ -20,7 +20,6 @@ from mllm.data.findings import Listing, shown_type, text_at
 from mllm.data.json_files import json_lines, json_list, json_of, list_in
 from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_scienceqa_table
-from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
     CHOOSE,
     LETTERS,
@@ -34,6 +33,7 @@ from mllm.data.vision.questions import (
     texts_of,
     with_options,
 )
+from mllm.data.vision.table_images import PictureFolder
 from mllm.media import path_problem
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")

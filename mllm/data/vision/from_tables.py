@@ -19,7 +19,6 @@ from typing import Any
 from mllm.config.data import ReaderSettings
 from mllm.data.findings import Listing, text_at
 from mllm.data.table_files import table_files, table_rows
-from mllm.data.vision.pictures import PictureFolder
 from mllm.data.vision.questions import (
     CHOOSE,
     LETTERS,
@@ -31,6 +30,7 @@ from mllm.data.vision.questions import (
     texts_of,
     with_options,
 )
+from mllm.data.vision.table_images import PictureFolder
 
 Make = Callable[[dict[str, Any], int, "Write"], Question | None]
 Write = Callable[[Any], str]

@@ -11,14 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mllm.config.data import ReaderSettings
-from mllm.data.utterances import (
-    Gathering,
-    Listing,
-    Utterance,
-    read_text,
-    relative_to,
-    unquoted,
-)
+from mllm.data.speech.utterances import Gathering, Listing, Utterance, read_text, relative_to, unquoted
 from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.headers import has_sound
 

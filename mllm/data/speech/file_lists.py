@@ -12,7 +12,15 @@ import re
 from pathlib import Path
 
 from mllm.config.data import ReaderSettings
-from mllm.data.utterances import FRAMES_PER_SECOND, Gathering, Listing, Utterance, read_text, relative_to, unquoted
+from mllm.data.speech.utterances import (
+    FRAMES_PER_SECOND,
+    Gathering,
+    Listing,
+    Utterance,
+    read_text,
+    relative_to,
+    unquoted,
+)
 from mllm.media import path_problem
 
 _FIELD = r'("(?:[^"]|"")*"|[^,"]*)'

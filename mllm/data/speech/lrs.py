@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mllm.config.data import ReaderSettings
 from mllm.data.manifest import Medium
-from mllm.data.utterances import Gathering, Listing, Utterance, read_text, relative_to
+from mllm.data.speech.utterances import Gathering, Listing, Utterance, read_text, relative_to
 from mllm.media import path_problem
 from mllm.media.headers import header_seconds
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm.data.units import Units
+from mllm.data.batch_units import Units
 
 POOL_ROUNDS = 50
 """Units are sorted by length within shuffled pools of about this many rounds: little padding, yet well mixed."""

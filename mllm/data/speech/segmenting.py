@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm.data.lrs import Piece, Segment
-from mllm.data.utterances import FRAMES_PER_SECOND
+from mllm.data.speech.lrs import Piece, Segment
+from mllm.data.speech.utterances import FRAMES_PER_SECOND
 from mllm.media import load_audio, load_video, resolve_media, write_sound, write_video
 
 SAMPLE_RATE_HZ = 16_000

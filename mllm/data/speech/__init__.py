@@ -1,0 +1,1 @@
+"""Speech clips to samples: lists, folders and corpora."""
