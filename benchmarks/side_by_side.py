@@ -27,9 +27,9 @@ from mllm.cost import llm_flops
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration
+from mllm.packing.attention import enable_packing
+from mllm.packing.plan import SegmentPlan
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.segment_attention import enable_packing
-from mllm.segments import SegmentPlan
 from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, by_draw, fixed_passes, make_lesson, num_targets

@@ -22,10 +22,10 @@ from mllm.cache_names import cache_argument, cache_of, one_cache
 from mllm.configuration import ElasticConfig
 from mllm.modeling_base import ElasticPreTrainedModel
 from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
+from mllm.packing.attention import KEYWORD as PLAN_KEYWORD
+from mllm.packing.attention import PackedAttention, is_enabled, packed_mask
+from mllm.packing.plan import SegmentPlan
 from mllm.prefixes import Prefixes
-from mllm.segment_attention import KEYWORD as PLAN_KEYWORD
-from mllm.segment_attention import PackedAttention, is_enabled, packed_mask
-from mllm.segments import SegmentPlan
 
 Reader = Callable[[Callable[[Tensor], Tensor], Tensor], dict[str, Tensor]]
 """Takes the head and hidden states (P, H); gives a `loss` and whatever else is wanted, by name."""
@@ -150,7 +150,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             adapter_report: give the adapter's `balance` and `expert_usage`, where it has experts; as in training by
                 default. What a mixture of projectors reports is given in training.
             plan: how rows are packed; the shapes above then have B = 1, `scale_ids` and `task_ids` are (1, S), and
-                reports are by row. See `mllm.packing`.
+                reports are by row. See `mllm.packing.pack`.
             packed_attention: what computes the attention of packed rows.
             features: by medium what `ElasticModel.encode` gave; those media are not encoded.
             reader: makes the loss of the hidden states at `logit_positions`; there are no logits then.
@@ -186,7 +186,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             kwargs[KEYWORD] = rows
         if plan is not None:
             if not is_enabled(self.model.language_model):
-                raise ValueError("packed rows need an LLM prepared by mllm.segment_attention.enable_packing")
+                raise ValueError("packed rows need an LLM prepared by mllm.packing.attention.enable_packing")
             assert input_ids is not None
             attention_mask = packed_mask(plan, input_ids.device, packed_attention)
             position_ids, kwargs[PLAN_KEYWORD] = plan.position_ids, plan

@@ -27,9 +27,9 @@ from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
 from mllm.modeling_base import ElasticPreTrainedModel
 from mllm.new_tokens import NewTokens
+from mllm.packing.plan import SegmentPlan
 from mllm.precision import as_weights_of
 from mllm.routing import losses_of_routing
-from mllm.segments import SegmentPlan
 from mllm.splice import check_runs, merge, place
 from mllm.trainables import is_sharded
 

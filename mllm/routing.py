@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mllm.compressors import MixtureProjector, ProjectorBank
 from mllm.compressors.moe_projector import routing_losses
-from mllm.segments import SegmentPlan
+from mllm.packing.plan import SegmentPlan
 from mllm.splice import is_newline, merge, place
 
 

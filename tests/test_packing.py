@@ -17,8 +17,8 @@ from mllm.budget.sampler import Draw
 from mllm.config.model import AdapterSettings, ModelSettings, TilingSettings
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
+from mllm.packing.attention import enable_packing, obstacle
 from mllm.processing import LoadedMedia
-from mllm.segment_attention import enable_packing, obstacle
 from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
@@ -285,8 +285,8 @@ def test_other_decoders_read_packed_rows(config: type[LlamaConfig]) -> None:
     )
     llm = AutoModelForCausalLM.from_config(text).eval()
     enable_packing(llm.model)
-    from mllm.segment_attention import packed_mask
-    from mllm.segments import plan_rows
+    from mllm.packing.attention import packed_mask
+    from mllm.packing.plan import plan_rows
 
     rows = [[5, 6, 7, 8, 9], [5, 6, 7, 1], [5, 2, 3]]
     plan = plan_rows(rows, least_shared=1)

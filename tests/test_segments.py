@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
-from mllm.segment_attention import by_segment, mask_function, packed_mask, segment_attention
-from mllm.segments import SegmentPlan, plan_rows
+from mllm.packing.attention import by_segment, mask_function, packed_mask, segment_attention
+from mllm.packing.plan import SegmentPlan, plan_rows
 
 ROWS = [[1, 2, 3, 4, 5, 6], [1, 2, 8, 9], [1, 2, 3, 7], [5, 5, 5], [1, 2, 3, 4, 5, 6]]
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm.budget import MEDIA
-from mllm.segments import SegmentPlan
+from mllm.packing.plan import SegmentPlan
 
 KEYWORD = "adapter_inputs"
 KINDS_WITH_INPUTS = ("lora_bank", "mome")

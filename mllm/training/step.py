@@ -16,8 +16,8 @@ from mllm.configuration import ElasticConfig
 from mllm.expansion import Batch
 from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
+from mllm.packing.attention import PackedAttention, enable_packing, obstacle
 from mllm.processing import ElasticProcessor
-from mllm.segment_attention import PackedAttention, enable_packing, obstacle
 from mllm.training.fused_loss import read_fused
 from mllm.training.objective import Distillation, Loss, read_hidden, sink, with_auxiliary
 from mllm.training.passes import Lesson

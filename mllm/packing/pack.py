@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mllm.budget import MEDIA, MediumSpace, Space
-from mllm.segments import SegmentPlan, plan_rows
+from mllm.packing.plan import SegmentPlan, plan_rows
 
 MEMBER_KEYS = ("scale_ids", "task_ids")
 # A key of a soft token holds its medium, item, budget and number; all are above every id of text.

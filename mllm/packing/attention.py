@@ -23,7 +23,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mllm.segments import Segment, SegmentPlan
+from mllm.packing.plan import Segment, SegmentPlan
 
 IMPLEMENTATION = "mllm_segments"
 KEYWORD = "segment_plan"
