@@ -78,7 +78,7 @@ def request_cost(
 ) -> RequestCost:
     """The cost of answering one request, as `generate` runs it: encode once, read the prompt once, decode every beam.
 
-    Beams read the last token of the prompt each for itself (see `mllm.beams`); it counts as prefill.
+    Beams read the last token of the prompt each for itself (see `mllm.kv_cache.beam`); it counts as prefill.
 
     Args:
         config: an `ElasticConfig`.

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from mllm.asking import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.budget import Budget, BudgetInput
-from mllm.constant_prompt import ConstantPrompt
 from mllm.conversations import Request, fitting
 from mllm.data.manifest import Sample
 from mllm.decoding import Decoding, Pieces
 from mllm.expansion import Batch
 from mllm.grouping import alike, number_in_pass
 from mllm.growing import Growing
+from mllm.kv_cache.system_prompt import ConstantPrompt
 from mllm.long_audio import Window, joined, lengths_of, load_windows
 from mllm.media import Given, MediaError, MediaLoader
 from mllm.modeling import ElasticForConditionalGeneration
@@ -58,7 +58,7 @@ class Answerer:
         loader: limits and decoders other than the default ones.
         long_audio: what becomes of a sound longer than its encoder's window; refused by default.
         constant_prompt: keep what the LLM reads of the text that all prompts begin with, from one batch to the next
-            (see `mllm.constant_prompt`).
+            (see `mllm.kv_cache.system_prompt`).
 
     Raises:
         ValueError: a constant prompt with a static cache, or windows that do not go with the model's encoder of sounds.
@@ -305,7 +305,7 @@ class Answerer:
         """Answer every row of a batch at several budgets, its media encoded once.
 
         Rows that show the same items at one budget, in the same place behind the same text, are read once up to where
-        their questions begin (see `mllm.prefixes`).
+        their questions begin (see `mllm.kv_cache.shared_prefix`).
 
         Args:
             batch: of `processor.batch(..., for_training=False)`.

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mllm.asking import Answer, Files, is_trained, tokens_by_medium
-from mllm.beams import spread
 from mllm.budget import Budget, BudgetInput, Cost
-from mllm.cache_names import cache_argument
 from mllm.expansion import Row
+from mllm.kv_cache.beam import spread
+from mllm.kv_cache.names import cache_argument
 from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
 from mllm.precision import as_weights_of
 

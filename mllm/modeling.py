@@ -17,15 +17,15 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.adapter_inputs import KEYWORD
-from mllm.beams import allows_sharing, num_copies, prefill, shares_prefill
-from mllm.cache_names import cache_argument, cache_of, one_cache
 from mllm.configuration import ElasticConfig
+from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, shares_prefill
+from mllm.kv_cache.names import cache_argument, cache_of, one_cache
+from mllm.kv_cache.shared_prefix import Prefixes
 from mllm.modeling_base import ElasticPreTrainedModel
 from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
 from mllm.packing.attention import KEYWORD as PLAN_KEYWORD
 from mllm.packing.attention import PackedAttention, is_enabled, packed_mask
 from mllm.packing.plan import SegmentPlan
-from mllm.prefixes import Prefixes
 
 Reader = Callable[[Callable[[Tensor], Tensor], Tensor], dict[str, Tensor]]
 """Takes the head and hidden states (P, H); gives a `loss` and whatever else is wanted, by name."""
@@ -252,14 +252,14 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
         the prompt included. In the returned ids a placeholder, and a new token behind the LLM's vocabulary, reads as
         the pad id, or 0 where there is none. Options that ask for another cache, or to see the pass over the prompt,
-        make every beam read it (see `mllm.beams`).
+        make every beam read it (see `mllm.kv_cache.beam`).
 
         With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
-        equal ids, which are read once (see `mllm.prefixes`); the media arguments are then those of the first row of
+        equal ids, which are read once (see `mllm.kv_cache.shared_prefix`); the media arguments are then those of the first row of
         each group alone.
 
         With `constant_prompt`, every row begins with that text, which has been read before (see
-        `mllm.constant_prompt`).
+        `mllm.kv_cache.system_prompt`).
 
         Raises:
             ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.

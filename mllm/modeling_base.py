@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm.cache_names import CACHE_NAMES
 from mllm.configuration import ElasticConfig
+from mllm.kv_cache.names import CACHE_NAMES
 
 
 class ElasticPreTrainedModel(PreTrainedModel):

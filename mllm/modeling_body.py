@@ -19,12 +19,12 @@ from mllm.adapters.adapter_inputs import KINDS_WITH_INPUTS, TOKEN_KINDS, Adapter
 from mllm.budget import MEDIA
 from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.budget.tiling import Tiling
-from mllm.cache_names import cache_argument, one_cache
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
 from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
+from mllm.kv_cache.names import cache_argument, one_cache
 from mllm.modeling_base import ElasticPreTrainedModel
 from mllm.new_tokens import NewTokens
 from mllm.packing.plan import SegmentPlan

@@ -9,10 +9,10 @@ import torch
 from test_modeling import ROWS
 from transformers import DynamicCache, Gemma2Config, GenerationConfig, GenerationMixin, PreTrainedConfig, Qwen2Config
 
-from mllm.beams import GROWTH_TOKENS, BeamLayer, spread
 from mllm.budget import Budget
 from mllm.building import config_of_parts, put_adapters
 from mllm.config.model import AdapterSettings, ModelSettings
+from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
 from mllm.modeling import ElasticForConditionalGeneration
 from mllm.modeling_body import MEDIA_KEYS
 from mllm.processing import PLACEHOLDER_TOKENS

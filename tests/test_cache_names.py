@@ -14,8 +14,8 @@ from transformers import GenerationMixin, LlamaForCausalLM
 from transformers.utils import logging
 
 import mllm
-from mllm.cache_names import CACHE_NAME, CACHE_NAMES, _name_in, cache_argument, cache_of, one_cache
 from mllm.configuration import ElasticConfig
+from mllm.kv_cache.names import CACHE_NAME, CACHE_NAMES, _name_in, cache_argument, cache_of, one_cache
 from mllm.modeling import ElasticForConditionalGeneration
 
 PACKAGE = Path(mllm.__file__).parent

@@ -26,7 +26,6 @@ from transformers import (
 from mllm.adapters import build_adapter
 from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.budget import Budget
-from mllm.cache_names import cache_argument, cache_of
 from mllm.compressors import build_compressor
 from mllm.cost import (
     Item,
@@ -40,6 +39,7 @@ from mllm.cost import (
     train_factor,
 )
 from mllm.encoders import AVHubertConfig, build_encoder, encoder_facts
+from mllm.kv_cache.names import cache_argument, cache_of
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 DECODER: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "vocab_size": 100}

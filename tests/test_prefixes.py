@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from mllm.budget import Budget
 from mllm.generation import Answerer, Decoding
-from mllm.prefixes import Prefixes, group_rows
+from mllm.kv_cache.shared_prefix import Prefixes, group_rows
 
 CLIP = [tiny.random_media("audio", 37), tiny.random_media("video", 19)]
 OTHER = [tiny.random_media("audio", 41, seed=3), tiny.random_media("video", 22, seed=3)]

@@ -10,7 +10,7 @@ from transformers import AutoModel, Gemma2Config, Gemma3TextConfig, GemmaConfig,
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
 from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.adapters.lora_bank import LoraBank, to_lora
-from mllm.cache_names import cache_argument, cache_of
+from mllm.kv_cache.names import cache_argument, cache_of
 
 SCALES, TASKS = ["audio=/4", "audio=/8", "audio=/16"], ["asr", "vsr"]
 LLMS = [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mllm.cache_names import cache_argument
+from mllm.kv_cache.names import cache_argument
 
 
 def group_rows(rows: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
@@ -97,7 +97,7 @@ class Prefixes:
         Args:
             model: takes embeddings, a mask, positions and a cache.
             embeds: (G, S, H) of the first rows.
-            constant: text all beginnings begin with, which is not read again; see `mllm.constant_prompt`.
+            constant: text all beginnings begin with, which is not read again; see `mllm.kv_cache.system_prompt`.
             row_inputs: (B,) what else the model takes per row, the same within a group.
 
         Returns:

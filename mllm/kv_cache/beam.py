@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mllm.cache_names import CACHE_NAMES, cache_argument
+from mllm.kv_cache.names import CACHE_NAMES, cache_argument
 
 GROWTH_TOKENS = 64
 """Room for new tokens is made this many at a time, so that the prompt's part is hardly ever copied."""

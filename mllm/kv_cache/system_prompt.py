@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mllm.cache_names import cache_argument
-from mllm.prefixes import Prefixes, num_common
+from mllm.kv_cache.names import cache_argument
+from mllm.kv_cache.shared_prefix import Prefixes, num_common
 
 FEWEST_TOKENS = 8
 """A shorter beginning is not worth the copy."""
