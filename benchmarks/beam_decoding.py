@@ -38,8 +38,8 @@ from mllm.config.model import MediumSettings, ModelSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
-from mllm.modeling import ElasticForConditionalGeneration
-from mllm.modeling_body import MEDIA_KEYS
+from mllm.model.backbone import MEDIA_KEYS
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.world.tokenizer import build_tokenizer
 

@@ -32,9 +32,9 @@ from mllm.cost import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.generation import Answer, Answerer, Decoding
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.trainables import set_trainables
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.trainables import set_trainables
 from mllm.training.objective import objective
 from mllm.training.passes import fixed_passes, make_lesson, num_targets
 from mllm.world.tokenizer import build_tokenizer

@@ -35,7 +35,7 @@ from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.expansion import Batch
 from mllm.kv_cache.shared_prefix import num_common
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.world.tokenizer import build_tokenizer
 

@@ -33,7 +33,7 @@ from mllm.compressors import Query
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.expansion import Batch
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.training.passes import fixed_passes, make_lesson
 

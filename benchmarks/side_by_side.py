@@ -26,11 +26,11 @@ from mllm.config.model import ModelSettings
 from mllm.cost import llm_flops
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.expansion import Batch
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing
 from mllm.packing.plan import SegmentPlan
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, by_draw, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson

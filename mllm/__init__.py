@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Answerer": "mllm.generation",
-    "ElasticConfig": "mllm.configuration",
-    "ElasticForConditionalGeneration": "mllm.modeling",
+    "ElasticConfig": "mllm.model.configuration",
+    "ElasticForConditionalGeneration": "mllm.model.modeling",
     "ElasticProcessor": "mllm.processing",
     "export": "mllm.loading",
     "load": "mllm.loading",

@@ -18,15 +18,15 @@ from mllm.budget import MediumSpace, Space
 from mllm.compressors import Query
 from mllm.compressors.query_init import read_places
 from mllm.config.model import FRAME_SETTINGS, MediumSettings, ModelSettings
-from mllm.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.media import DEFAULT_LIMITS, MediaLimits
-from mllm.modeling import ElasticForConditionalGeneration
-from mllm.precision import keep_in_float32, read_dtype
+from mllm.model.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.precision import keep_in_float32, read_dtype
+from mllm.model.trainables import is_sharded, part_of
 from mllm.pretrained import load_encoder, load_llm, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.sources import digest_of, place_of, resolve_source
-from mllm.trainables import is_sharded, part_of
 from mllm.transforms.image_processors import read_image_processor
 from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 
@@ -251,7 +251,7 @@ def assemble(
     """A model with the frozen parts its config names; compressors and adapter have their initial values.
 
     Args:
-        dtype: of the frozen parts; see `mllm.precision`.
+        dtype: of the frozen parts; see `mllm.model.precision`.
         seed: of the initial values; the same on every process.
 
     Raises:

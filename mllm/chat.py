@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.numbered_images import named_pictures
+from mllm.model.splice import IGNORED_LABEL
 from mllm.plain_text import PlainText, special_tokens
-from mllm.splice import IGNORED_LABEL
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
 # conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the picture, its

@@ -18,7 +18,7 @@ from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
 from mllm.budget.tiling import Tiles
 from mllm.kv_cache.shared_prefix import group_rows
 from mllm.layout import NEWLINE, order_of, shown_items
-from mllm.splice import IGNORED_LABEL, expand_placeholders, pad_rows
+from mllm.model.splice import IGNORED_LABEL, expand_placeholders, pad_rows
 
 
 @dataclass(frozen=True)

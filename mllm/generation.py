@@ -28,7 +28,7 @@ from mllm.growing import Growing
 from mllm.kv_cache.system_prompt import ConstantPrompt
 from mllm.long_audio import Window, joined, lengths_of, load_windows
 from mllm.media import Given, MediaError, MediaLoader
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
 from mllm.timing import stopwatch
 from mllm.windows import LongAudio

@@ -24,8 +24,8 @@ from mllm.budget import Budget, BudgetInput, Cost
 from mllm.expansion import Row
 from mllm.kv_cache.beam import spread
 from mllm.kv_cache.names import cache_argument
-from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS
-from mllm.precision import as_weights_of
+from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS
+from mllm.model.precision import as_weights_of
 
 if TYPE_CHECKING:
     from mllm.generation import Answerer

@@ -19,15 +19,15 @@ from transformers import GenerationConfig
 
 from mllm.adapters import merge_adapters, select_members
 from mllm.building import assemble
-from mllm.configuration import ElasticConfig
 from mllm.media import MediaLimits
-from mllm.modeling import ElasticForConditionalGeneration
-from mllm.precision import read_dtype
+from mllm.model.configuration import ElasticConfig
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.precision import read_dtype
+from mllm.model.trainables import set_trainables, trainable_names
 from mllm.pretrained import load_checked
 from mllm.processing import ElasticProcessor
 from mllm.sources import find_parts, seen_from
 from mllm.tensor_files import write_model, write_tensors
-from mllm.trainables import set_trainables, trainable_names
 from mllm.utils.run_paths import NEWEST, PROCESSOR, model_folder, run_of
 
 TRAINABLES = "trainables.safetensors"

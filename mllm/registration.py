@@ -27,10 +27,10 @@ def register() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    from mllm.configuration import ElasticConfig
     from mllm.encoders import register_av_hubert
-    from mllm.modeling import ElasticForConditionalGeneration
-    from mllm.modeling_body import ElasticModel
+    from mllm.model.backbone import ElasticModel
+    from mllm.model.configuration import ElasticConfig
+    from mllm.model.modeling import ElasticForConditionalGeneration
     from mllm.processing import ElasticProcessor
 
     register_av_hubert()

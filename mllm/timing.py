@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Knows settings, tokenizers and how many rows an embedding has. Does not know what a token is for in a prompt.
 
 A placeholder never reaches the LLM, which gets a soft token in its place. A mark does, and is read by a row of its own
-where the LLM was never trained on it; see `mllm.new_tokens`.
+where the LLM was never trained on it; see `mllm.model.new_tokens`.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from mllm.config.model import ModelSettings
-from mllm.modeling import ElasticForConditionalGeneration
-from mllm.new_tokens import mean_of_pieces
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.new_tokens import mean_of_pieces
+from mllm.model.trainables import whole
 from mllm.pretrained import read_tokenizer
 from mllm.processing import PLACEHOLDER_TOKENS
-from mllm.trainables import whole
 
 
 def extended_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:

@@ -19,8 +19,8 @@ from mllm.expansion import Batch
 from mllm.generation import Answerer, Decoding
 from mllm.layout import NEWLINE, order_of
 from mllm.media import MediaError, write_video
+from mllm.model.trainables import set_trainables
 from mllm.processing import ElasticProcessor, LoadedMedia
-from mllm.trainables import set_trainables
 
 FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")}
 VIDEO = {"encoder": "image", "budgets": [1, 4, 16], "frames": 4, "frame_counts": [4, 2, 1]}

@@ -13,8 +13,8 @@ from mllm.budget import Budget
 from mllm.building import config_of_parts, put_adapters
 from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
-from mllm.modeling import ElasticForConditionalGeneration
-from mllm.modeling_body import MEDIA_KEYS
+from mllm.model.backbone import MEDIA_KEYS
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS
 
 SIZES = {

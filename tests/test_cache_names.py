@@ -14,9 +14,9 @@ from transformers import GenerationMixin, LlamaForCausalLM
 from transformers.utils import logging
 
 import mllm
-from mllm.configuration import ElasticConfig
 from mllm.kv_cache.names import CACHE_NAME, CACHE_NAMES, _name_in, cache_argument, cache_of, one_cache
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.configuration import ElasticConfig
+from mllm.model.modeling import ElasticForConditionalGeneration
 
 PACKAGE = Path(mllm.__file__).parent
 IDS = torch.arange(3, 12)[None]

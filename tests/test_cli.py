@@ -258,7 +258,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder, real media, a manifest with a file that is none, and an mp4 that has sound."""
     from mllm.building import build
     from mllm.loading import save_run
-    from mllm.trainables import set_trainables
+    from mllm.model.trainables import set_trainables
 
     made = tmp_path_factory.mktemp("cli")
     model, processor = build(tiny.settings_on(tiny.write_parts(made / "parts")))
@@ -410,7 +410,7 @@ def test_export_of_one_task_answers_as_the_bank_does_for_it(tmp_path: Path, caps
     from mllm.building import build
     from mllm.config.model import AdapterSettings
     from mllm.loading import save_run
-    from mllm.trainables import set_trainables
+    from mllm.model.trainables import set_trainables
 
     own = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))
     model, processor = build(dataclasses.replace(own, adapter=AdapterSettings(kind="lora_bank", variant="st", rank=4)))

@@ -16,7 +16,7 @@ import mllm
 from mllm.building import build
 from mllm.generation import Answerer, Decoding
 from mllm.loading import export, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "what colour is the circle?"

@@ -14,7 +14,7 @@ import tiny
 
 from mllm.building import build
 from mllm.loading import save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parent.parent
 CODE = """

@@ -9,7 +9,7 @@ from test_configs import build_on_meta
 from mllm.budget import Budget
 from mllm.cli import main
 from mllm.config.run import RunSettings, read_run_settings
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 
 def written(tmp_path: Path, *words: str) -> RunSettings:

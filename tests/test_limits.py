@@ -13,7 +13,7 @@ from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
 from mllm.media import MediaError, MediaLimits
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 from mllm.training.loaders import build_augmentation, loading
 from mllm.training.survey import extents_of
 

@@ -15,7 +15,7 @@ from mllm.budget import Budget
 from mllm.building import build
 from mllm.config.model import AdapterSettings
 from mllm.loading import TRAINABLES, export, load, merge_llm_adapter, save_run
-from mllm.trainables import set_trainables, trainable_names
+from mllm.model.trainables import set_trainables, trainable_names
 
 ROWS = [
     ([tiny.random_media("image"), "what colour is the circle?"], "red"),

@@ -28,7 +28,7 @@ from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
 from mllm.long_audio import joined, load_windows
 from mllm.media import Audio, MediaError
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 from mllm.transforms.encoder_inputs import MixNoise, random_generator
 from mllm.windows import LongAudio, join_transcripts, window_times
 

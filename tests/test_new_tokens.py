@@ -19,7 +19,7 @@ from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerS
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import TRAINABLES, export, load
-from mllm.trainables import NEW_TOKENS, set_trainables, trainable_names
+from mllm.model.trainables import NEW_TOKENS, set_trainables, trainable_names
 from mllm.training.optimization import named_groups
 from mllm.training.run import train
 

@@ -33,7 +33,7 @@ from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerS
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
 from mllm.loading import TRAINABLES, load, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 from mllm.training.feature_building import make_features
 from mllm.training.projector_fit import fit_projectors
 from mllm.training.run import train

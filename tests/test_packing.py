@@ -16,10 +16,10 @@ from mllm.budget import Budget
 from mllm.budget.sampler import Draw
 from mllm.config.model import AdapterSettings, ModelSettings, TilingSettings
 from mllm.expansion import Batch
-from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
+from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weights
+from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing, obstacle
 from mllm.processing import LoadedMedia
-from mllm.trainables import set_trainables
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson

@@ -35,9 +35,9 @@ from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, writ
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.generation import Answerer
 from mllm.loading import TRAINABLES, export, load
-from mllm.precision import dtype_of
-from mllm.splice import merge, place
-from mllm.trainables import NEW_TOKENS
+from mllm.model.precision import dtype_of
+from mllm.model.splice import merge, place
+from mllm.model.trainables import NEW_TOKENS
 from mllm.training.features import pass_features_through
 from mllm.training.run import train
 

@@ -81,9 +81,9 @@ from mllm.checkpoint_layouts import ENCODER_LAYOUTS, WHOLE_VLMS
 from mllm.config.model import MediumSettings, ModelSettings
 from mllm.encoders import AVHubertEncoder
 from mllm.loading import load, save_run
+from mllm.model.trainables import set_trainables
 from mllm.pretrained import encoder_config, llm_config, load_encoder, load_llm
 from mllm.sources import WEIGHTS, WEIGHTS_INDEX, digest_of
-from mllm.trainables import set_trainables
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm.splice import check_runs, expand_placeholders, merge, pad_rows
+from mllm.model.splice import check_runs, expand_placeholders, merge, pad_rows
 
 AUDIO, IMAGE = 90, 91
 BOTH = frozenset({AUDIO, IMAGE})

@@ -28,7 +28,7 @@ from mllm.building import config_of_parts
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.expansion import Batch
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.world.tokenizer import build_tokenizer
 

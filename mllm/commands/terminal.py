@@ -73,7 +73,7 @@ def quiet_loading() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("mllm.trainables").setLevel(logging.WARNING)
+    logging.getLogger("mllm.model.trainables").setLevel(logging.WARNING)
 
 
 def show_conversion(title: str, facts: Iterable[str], folder: str) -> None:

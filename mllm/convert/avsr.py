@@ -34,12 +34,12 @@ from mllm.convert.avsr_options import SYSTEMS, Options, System
 from mllm.convert.state_files import check_layout, read_state
 from mllm.encoders import backbone_class
 from mllm.loading import save_run
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.trainables import set_trainables
 from mllm.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.sources import inside_run
 from mllm.tensor_files import write_tensors
-from mllm.trainables import set_trainables
 
 PAD_TOKEN = "<pad>"
 SPANS = {"audio": ["<audio>", "</audio>"], "video": ["<video>", "</video>"]}

@@ -24,12 +24,12 @@ from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
 from mllm.encoders import backbone_class, encoder_facts
 from mllm.loading import save_run
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.trainables import set_trainables
 from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.processing import ElasticProcessor
 from mllm.sources import inside_run, resolve_source
 from mllm.tensor_files import write_tensors
-from mllm.trainables import set_trainables
 from mllm.transforms.image_processors import read_image_processor
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")

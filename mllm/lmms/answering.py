@@ -11,7 +11,7 @@ from mllm.budget import Budget, Extent
 from mllm.generation import Answer, Answerer
 from mllm.lmms.conversation import Generation, read_conversation, read_medium
 from mllm.media import MediaLoader
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor, LoadedMedia
 
 JOIN = "+"

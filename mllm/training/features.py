@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget, MediumSpace
 from mllm.config.run import RunSettings
-from mllm.configuration import TOWER_NAMES
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import Encoder
-from mllm.modeling_body import SIZE_KEYS
+from mllm.model.backbone import SIZE_KEYS
+from mllm.model.configuration import TOWER_NAMES
 from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.folders import run_lock

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.trainables import NEW_TOKENS, part_of
+from mllm.model.trainables import NEW_TOKENS, part_of
 
 # One entry per parameter and moment: `<moment>|<parameter name>`.
 _SEPARATOR = "|"

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
 from mllm.expansion import Batch, Expanded
-from mllm.modeling import ElasticForConditionalGeneration
-from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
+from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing import ElasticProcessor
 from mllm.training.readouts import Readout, opened, readouts, with_one
 

@@ -27,10 +27,10 @@ from mllm.config.run import RunSettings, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import sharers
 from mllm.loading import load_trainables, save_run
-from mllm.precision import keep_in_float32
+from mllm.model.precision import keep_in_float32
+from mllm.model.trainables import is_sharded, set_trainables
 from mllm.processing import ElasticProcessor
 from mllm.sources import find_parts, identities, resolve_source, seen_from
-from mllm.trainables import is_sharded, set_trainables
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.data_look import LookedOver, build_sampler, look_over

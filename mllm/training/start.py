@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import nn
 
 from mllm.config.run import differences
-from mllm.configuration import ElasticConfig
 from mllm.loading import TRAINABLES
-from mllm.trainables import NEW_TOKENS, part_of, trainable_names
+from mllm.model.configuration import ElasticConfig
+from mllm.model.trainables import NEW_TOKENS, part_of, trainable_names
 
 # What may differ: the counts that are trained, how a picture is cut up, and what the shapes of the values tell anyway.
 _FREE = ("budgets", "num_queries", "query_size", "projector_size", "tiling")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.configuration import ElasticConfig
 from mllm.expansion import Batch
-from mllm.modeling import ElasticForConditionalGeneration, auxiliary_weights
-from mllm.modeling_body import SIZE_KEYS, VALUE_KEYS, Features
+from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
+from mllm.model.configuration import ElasticConfig
+from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.packing.attention import PackedAttention, enable_packing, obstacle
 from mllm.processing import ElasticProcessor
 from mllm.training.fused_loss import read_fused

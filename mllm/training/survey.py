@@ -27,8 +27,8 @@ from mllm.expansion import Row, Run
 from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.headers import header_seconds
 from mllm.media.image import header_pixels
+from mllm.model.splice import IGNORED_LABEL
 from mllm.processing import ElasticProcessor
-from mllm.splice import IGNORED_LABEL
 
 CHUNK = 1024
 """Conversations that are tokenised in one call."""

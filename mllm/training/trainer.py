@@ -30,9 +30,9 @@ from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
 from mllm.expansion import Batch
 from mllm.loading import load_trainables, trainable_state
-from mllm.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.trainables import trainable_names
 from mllm.processing import ElasticProcessor
-from mllm.trainables import trainable_names
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage

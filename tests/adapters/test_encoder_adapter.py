@@ -15,7 +15,7 @@ from mllm.building import build
 from mllm.config.model import EncoderAdapterSettings, ModelSettings
 from mllm.encoders import backbone_class
 from mllm.loading import export, load, save_run
-from mllm.trainables import part_of, set_trainables
+from mllm.model.trainables import part_of, set_trainables
 
 LORA = EncoderAdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
 

@@ -13,7 +13,7 @@ from mllm.budget import Budget, Cost, Space
 from mllm.building import adapter_settings, build
 from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.loading import TRAINABLES, export, load, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 SPEECH = ("audio", "video")
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", "audio=/4,video=/2", "audio=/8,video=/5"]

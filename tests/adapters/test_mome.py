@@ -19,7 +19,7 @@ from mllm.budget import Budget
 from mllm.building import build
 from mllm.config.model import AdapterSettings
 from mllm.loading import export, load, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 OWN = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}
 BANK = {"kind": "lora_bank", "variant": "ms", "rank": 3, "alpha": 6, "targets": ["q_proj", "v_proj"]}

@@ -12,7 +12,7 @@ from mllm.adapters import build_adapter
 from mllm.adapters.lora_bank import LoraBank
 from mllm.adapters.mome import Mome
 from mllm.config.model import EncoderAdapterSettings, MediumSettings
-from mllm.trainables import NEW_TOKENS, set_trainables
+from mllm.model.trainables import NEW_TOKENS, set_trainables
 
 LLMS = {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B", "8B": "Llama-3.1-8B"}
 SCALES = [f"audio=/{a},video=/{v}" for a in (4, 16) for v in (2, 5)]

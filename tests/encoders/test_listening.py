@@ -14,7 +14,7 @@ from mllm.config.model import ModelSettings
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
 from mllm.loading import load, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 from mllm.transforms.filterbank import num_stacked_frames, stacked_filterbank
 
 LIPS = tiny.encoder_configs()["video"]

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder and a picture."""
     from mllm.building import build
     from mllm.loading import save_run
-    from mllm.trainables import set_trainables
+    from mllm.model.trainables import set_trainables
 
     folder = tmp_path_factory.mktemp("bench")
     model, processor = build(tiny.settings_on(tiny.write_parts(folder / "parts")))

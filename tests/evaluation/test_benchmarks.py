@@ -153,7 +153,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights, and VizWiz (test and val), POPE and MMBench in small."""
     from mllm.building import build
     from mllm.loading import save_run
-    from mllm.trainables import set_trainables
+    from mllm.model.trainables import set_trainables
 
     made = tmp_path_factory.mktemp("benchmarks")
     model, processor = build(tiny.settings_on(tiny.write_parts(made / "parts"), ("image",)))

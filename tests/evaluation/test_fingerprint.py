@@ -20,7 +20,7 @@ from mllm.evaluation.hypotheses import AnswerStore
 from mllm.evaluation.run import read_sets
 from mllm.loading import save_run
 from mllm.media import MediaLimits
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 OWN = tiny.settings(("image", "audio"))
 CHANGES: dict[str, dict[str, Any]] = {

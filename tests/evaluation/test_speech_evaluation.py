@@ -27,7 +27,7 @@ from mllm.evaluation.sweep import Sweep
 from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
 from mllm.media import Audio, load_audio
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}

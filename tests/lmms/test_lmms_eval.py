@@ -16,7 +16,7 @@ from mllm.building import build
 from mllm.cli import main
 from mllm.generation import Answerer, Decoding
 from mllm.loading import load, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 
 
 def has_lmms_eval() -> bool:

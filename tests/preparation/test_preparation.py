@@ -181,7 +181,7 @@ def test_a_model_answers_about_a_prepared_clip(out: Path, tmp_path: Path, capsys
 
     from mllm.building import build
     from mllm.loading import save_run
-    from mllm.trainables import set_trainables
+    from mllm.model.trainables import set_trainables
 
     model, processor = build(tiny.settings_on(tiny.write_parts(tmp_path / "parts"), media=("audio", "video")))
     set_trainables(model)

@@ -16,9 +16,9 @@ from mllm.budget.sampler import Sampler
 from mllm.config.model import ModelSettings
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.model.trainables import set_trainables
 from mllm.pretrained import unsharded
 from mllm.processing import LoadedMedia
-from mllm.trainables import set_trainables
 from mllm.training.arguments import build_arguments
 from mllm.training.trainer import ElasticTrainer, Validation
 from mllm.transforms.encoder_inputs import random_generator

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.loading import TRAINABLES, load
-from mllm.trainables import NEW_TOKENS
+from mllm.model.trainables import NEW_TOKENS
 from mllm.training.folders import read_checkpoint
 from mllm.training.run import train
 

@@ -19,7 +19,7 @@ from mllm.config.run import (
     read_run_settings,
     settings_yaml,
 )
-from mllm.trainables import PARTS
+from mllm.model.trainables import PARTS
 
 AUDIO = MediumSettings(encoder="e", budgets=["/4", "/16"])
 MODEL = ModelSettings(llm="l", audio=AUDIO, adapter=AdapterSettings())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mllm.building import build
 from mllm.config.run import RunSettings, read_run_settings
 from mllm.loading import TRAINABLES, load, save_run
-from mllm.trainables import set_trainables
+from mllm.model.trainables import set_trainables
 from mllm.training.run import train
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

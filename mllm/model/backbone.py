@@ -1,4 +1,4 @@
-"""The body of the elastic model: encoders, compressors and an unmodified decoder LLM. `modeling.py` adds the head.
+"""The body of the elastic model: encoders, compressors and an unmodified decoder LLM. `model/modeling.py` adds the head.
 
 Knows tensors and counts. Does not know paths, text, budgets as words, or which budgets a step draws.
 
@@ -21,17 +21,17 @@ from mllm.budget import SETTINGS as SPACE_SETTINGS
 from mllm.budget.tiling import Tiling
 from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
 from mllm.compressors import Compressor, Newline, build_compressor
-from mllm.configuration import TOWER_NAMES, ElasticConfig
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
 from mllm.kv_cache.names import cache_argument, one_cache
-from mllm.modeling_base import ElasticPreTrainedModel
-from mllm.new_tokens import NewTokens
+from mllm.model.base import ElasticPreTrainedModel
+from mllm.model.configuration import TOWER_NAMES, ElasticConfig
+from mllm.model.new_tokens import NewTokens
+from mllm.model.precision import as_weights_of
+from mllm.model.router_losses import losses_of_routing
+from mllm.model.splice import check_runs, merge, place
+from mllm.model.trainables import is_sharded
 from mllm.packing.plan import SegmentPlan
-from mllm.precision import as_weights_of
-from mllm.routing import losses_of_routing
-from mllm.splice import check_runs, merge, place
-from mllm.trainables import is_sharded
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
 SIZE_KEYS = {"image": "image_grids", "audio": "audio_lengths", "video": "video_lengths"}

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from mllm.configuration import TOWER_NAMES
 from mllm.encoders import freeze
+from mllm.model.configuration import TOWER_NAMES
 
 PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
 """What `train.parts` may name: compressors (with projectors, newline and rows of new tokens), the adapter, or a whole
 part of the model."""
 NEW_TOKENS = "model.new_tokens.rows"
-"""The rows of tokens that the LLM was never trained on; see `mllm.new_tokens`."""
+"""The rows of tokens that the LLM was never trained on; see `mllm.model.new_tokens`."""
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mllm.compressors import MixtureProjector, ProjectorBank
 from mllm.compressors.moe_projector import routing_losses
+from mllm.model.splice import is_newline, merge, place
 from mllm.packing.plan import SegmentPlan
-from mllm.splice import is_newline, merge, place
 
 
 def losses_of_routing(

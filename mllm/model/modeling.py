@@ -1,7 +1,7 @@
 """The elastic model with the LLM's head, as a native transformers model.
 
 Knows tensors and counts. Does not know paths, text, budgets as words, or which budgets a step draws.
-`modeling_body.py` draws the forward pass.
+`model/backbone.py` draws the forward pass.
 
 Shapes: B rows, S positions, N encoded media items, R placeholder runs, P positions whose logits are wanted, T frames of
 the longest clip, H the LLM's hidden size, V its vocabulary.
@@ -17,12 +17,12 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.adapter_inputs import KEYWORD
-from mllm.configuration import ElasticConfig
 from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, shares_prefill
 from mllm.kv_cache.names import cache_argument, cache_of, one_cache
 from mllm.kv_cache.shared_prefix import Prefixes
-from mllm.modeling_base import ElasticPreTrainedModel
-from mllm.modeling_body import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
+from mllm.model.backbone import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
+from mllm.model.base import ElasticPreTrainedModel
+from mllm.model.configuration import ElasticConfig
 from mllm.packing.attention import KEYWORD as PLAN_KEYWORD
 from mllm.packing.attention import PackedAttention, is_enabled, packed_mask
 from mllm.packing.plan import SegmentPlan

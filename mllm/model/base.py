@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm.configuration import ElasticConfig
 from mllm.kv_cache.names import CACHE_NAMES
+from mllm.model.configuration import ElasticConfig
 
 
 class ElasticPreTrainedModel(PreTrainedModel):
@@ -19,7 +19,7 @@ class ElasticPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
-    # Of an export that is loaded in half precision; see `mllm.precision`.
+    # Of an export that is loaded in half precision; see `mllm.model.precision`.
     _keep_in_fp32_modules_strict = ["compressors", "newline", "new_tokens"]  # noqa: RUF012 (read by transformers)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -29,6 +29,6 @@ class ElasticPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        is_ours = type(module).__module__.startswith(("mllm.compressors", "mllm.new_tokens"))
+        is_ours = type(module).__module__.startswith(("mllm.compressors", "mllm.model.new_tokens"))
         if is_ours and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # pyright: ignore[reportCallIssue]

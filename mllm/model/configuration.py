@@ -25,9 +25,9 @@ class ElasticConfig(PreTrainedConfig):
         placeholder_ids: per medium the token id that stands once per soft token in the prompt.
         span_ids: per medium the ids put before and after its run, or nothing.
         new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; rows are in
-            the order of the ids. See `mllm.new_tokens`. Runs from before there were such rows have none.
+            the order of the ids. See `mllm.model.new_tokens`. Runs from before there were such rows have none.
         adapter: the adapter inside the LLM, e.g. `{kind: lora, rank: 16, alpha: 32, targets: [q_proj, v_proj]}`.
-        trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.trainables.PARTS`.
+        trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.model.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
 
     Raises:
