@@ -37,10 +37,10 @@ from mllm.building import config_of_parts, space_settings
 from mllm.config.model import MediumSettings, ModelSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.expansion import Batch
 from mllm.model.backbone import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.world.tokenizer import build_tokenizer
 
 SECONDS = 6

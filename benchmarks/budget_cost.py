@@ -30,11 +30,11 @@ from mllm.building import config_of_parts, space_settings
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.expansion import Batch
 from mllm.generation import Answer, Answerer, Decoding
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
-from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.training.objective import objective
 from mllm.training.passes import fixed_passes, make_lesson, num_targets
 from mllm.world.tokenizer import build_tokenizer

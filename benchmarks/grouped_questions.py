@@ -33,10 +33,10 @@ from mllm.building import config_of_parts, put_adapters, space_settings
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.expansion import Batch
 from mllm.kv_cache.shared_prefix import num_common
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.world.tokenizer import build_tokenizer
 
 COUNTS = (576, 144, 36, 9, 1)

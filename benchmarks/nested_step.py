@@ -32,9 +32,9 @@ from turns import options
 from mllm.compressors import Query
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
-from mllm.expansion import Batch
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.passes import fixed_passes, make_lesson
 
 COUNTS = (256, 144, 64, 36, 16, 8, 4, 2)

@@ -35,9 +35,9 @@ from turns import options
 
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
-from mllm.expansion import Batch
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.passes import fixed_passes, make_lesson
 
 SCALES = (576, 144, 36, 9, 1)

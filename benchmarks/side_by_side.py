@@ -25,12 +25,12 @@ from mllm.building import config_of_parts, member_names, put_adapters, space_set
 from mllm.config.model import ModelSettings
 from mllm.cost import llm_flops
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
-from mllm.expansion import Batch
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing
 from mllm.packing.plan import SegmentPlan
-from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, by_draw, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson

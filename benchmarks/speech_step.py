@@ -38,10 +38,10 @@ from turns import options
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.encoders import AVHubertConfig
-from mllm.expansion import Batch
 from mllm.model.backbone import Features
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.passes import Lesson, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson
 

@@ -16,7 +16,7 @@ _LAZY = {
     "Answerer": "mllm.generation",
     "ElasticConfig": "mllm.model.configuration",
     "ElasticForConditionalGeneration": "mllm.model.modeling",
-    "ElasticProcessor": "mllm.processing",
+    "ElasticProcessor": "mllm.processing.processor",
     "export": "mllm.loading",
     "load": "mllm.loading",
     "register": "mllm.registration",

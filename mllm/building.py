@@ -25,7 +25,7 @@ from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32, read_dtype
 from mllm.model.trainables import is_sharded, part_of
 from mllm.pretrained import load_encoder, load_llm, unsharded
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.sources import digest_of, place_of, resolve_source
 from mllm.transforms.image_processors import read_image_processor
 from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens

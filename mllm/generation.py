@@ -19,17 +19,17 @@ from torch import Tensor
 
 from mllm.asking import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.budget import Budget, BudgetInput
-from mllm.conversations import Request, fitting
 from mllm.data.manifest import Sample
 from mllm.decoding import Decoding, Pieces
-from mllm.expansion import Batch
 from mllm.grouping import alike, number_in_pass
 from mllm.growing import Growing
 from mllm.kv_cache.system_prompt import ConstantPrompt
 from mllm.long_audio import Window, joined, lengths_of, load_windows
 from mllm.media import Given, MediaError, MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
+from mllm.processing.requests import Request, fitting
 from mllm.timing import stopwatch
 from mllm.windows import LongAudio
 

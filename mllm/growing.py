@@ -21,11 +21,11 @@ from transformers import DynamicCache
 
 from mllm.asking import Answer, Files, is_trained, tokens_by_medium
 from mllm.budget import Budget, BudgetInput, Cost
-from mllm.expansion import Row
 from mllm.kv_cache.beam import spread
 from mllm.kv_cache.names import cache_argument
 from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS
 from mllm.model.precision import as_weights_of
+from mllm.processing.batch import Row
 
 if TYPE_CHECKING:
     from mllm.generation import Answerer

@@ -25,7 +25,7 @@ from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
 from mllm.pretrained import load_checked
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.sources import find_parts, seen_from
 from mllm.tensor_files import write_model, write_tensors
 from mllm.utils.run_paths import NEWEST, PROCESSOR, model_folder, run_of

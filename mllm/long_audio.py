@@ -11,9 +11,9 @@ from mllm.asking import Answer
 from mllm.budget import MEDIA, Budget
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Sample
-from mllm.loaded import LoadedMedia
 from mllm.media import Audio, Given, Reader, Video
-from mllm.processing import ElasticProcessor
+from mllm.processing.media_inputs import LoadedMedia
+from mllm.processing.processor import ElasticProcessor
 from mllm.timing import PHASES, Timing
 from mllm.windows import LongAudio, join_transcripts, window_times
 

@@ -31,7 +31,7 @@ def register() -> None:
     from mllm.model.backbone import ElasticModel
     from mllm.model.configuration import ElasticConfig
     from mllm.model.modeling import ElasticForConditionalGeneration
-    from mllm.processing import ElasticProcessor
+    from mllm.processing.processor import ElasticProcessor
 
     register_av_hubert()
     AutoConfig.register("elastic", ElasticConfig, exist_ok=True)

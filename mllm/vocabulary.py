@@ -15,7 +15,7 @@ from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.new_tokens import mean_of_pieces
 from mllm.model.trainables import whole
 from mllm.pretrained import read_tokenizer
-from mllm.processing import PLACEHOLDER_TOKENS
+from mllm.processing.processor import PLACEHOLDER_TOKENS
 
 
 def extended_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:

@@ -15,12 +15,12 @@ from mllm.budget import Budget
 from mllm.config.model import MediumSettings, ModelSettings, TilingSettings
 from mllm.cost import items_of, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.expansion import Batch
 from mllm.generation import Answerer, Decoding
-from mllm.layout import NEWLINE, order_of
 from mllm.media import MediaError, write_video
 from mllm.model.trainables import set_trainables
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
+from mllm.processing.token_order import NEWLINE, order_of
 
 FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")}
 VIDEO = {"encoder": "image", "budgets": [1, 4, 16], "frames": 4, "frame_counts": [4, 2, 1]}

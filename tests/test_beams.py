@@ -15,7 +15,7 @@ from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
 from mllm.model.backbone import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import PLACEHOLDER_TOKENS
+from mllm.processing.processor import PLACEHOLDER_TOKENS
 
 SIZES = {
     "vocab_size": len(tiny.TOKENIZER),

@@ -3,9 +3,9 @@
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from mllm.chat import ChatEncoder
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.numbered_images import named_pictures
+from mllm.processing.chat import ChatEncoder
 from mllm.world.tokenizer import build_tokenizer
 
 QUESTION = Message("user", (Media("image", "a.png"), Text("what colour is the circle?")))

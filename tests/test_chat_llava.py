@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from mllm.chat import ChatEncoder, without_prefix
 from mllm.data.manifest import Media, Message, Text
+from mllm.processing.chat import ChatEncoder, without_prefix
 from mllm.world.tokenizer import build_tokenizer
 
 SYSTEM = (

@@ -7,8 +7,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from mllm.chat_template import HEAD, with_media_parts
-from mllm.processing import ElasticProcessor
+from mllm.processing.chat_template import HEAD, with_media_parts
+from mllm.processing.processor import ElasticProcessor
 
 PICTURE = Image.new("RGB", (8, 8))
 IMAGE, TEXT = {"type": "image", "image": PICTURE}, {"type": "text", "text": "what colour is it?"}

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 from mllm.budget import Budget
 from mllm.budget.sampler import Draw
 from mllm.config.model import AdapterSettings, ModelSettings, TilingSettings
-from mllm.expansion import Batch
 from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing, obstacle
-from mllm.processing import LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import LoadedMedia
 from mllm.training.objective import Loss
 from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson

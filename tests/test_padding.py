@@ -55,7 +55,7 @@ def test_the_encoders_own_processor_decides_otherwise(parts: dict[str, str]) -> 
 
 
 def test_it_is_kept_with_a_run(parts: dict[str, str], tmp_path: Path) -> None:
-    from mllm.processing import ElasticProcessor
+    from mllm.processing.processor import ElasticProcessor
 
     own = build_processor(settings(parts, pad_to_square=True))
     own.save_pretrained(tmp_path)

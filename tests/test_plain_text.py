@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mllm.chat import ChatEncoder
 from mllm.data.manifest import Message, Text
+from mllm.processing.chat import ChatEncoder
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|image_token|>", "[SEP]"]
 BYTES = [f"<0x{number:02X}>" for number in range(256)]

@@ -15,7 +15,7 @@ from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.skipped import Quarantined
 from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video, write_video
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.transforms.augmentation import Augmentation, TimeMask
 from mllm.transforms.encoder_inputs import MixNoise, random_generator
 

@@ -14,7 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from mllm.budget import Budget, Cost, Extent, Space, count_tokens
 from mllm.budget.tiling import LLAVA_NEXT, Tiles, Tiling, map_of, pooled_rows
 from mllm.compressors.area_pooling import grid_rows
-from mllm.layout import NEWLINE, order_of, shown_items
+from mllm.processing.token_order import NEWLINE, order_of, shown_items
 from mllm.transforms.image_tiles import cut
 
 TILE = (336, 336)

@@ -27,9 +27,9 @@ from transformers import (
 from mllm.building import config_of_parts
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.encoders import AVHubertConfig, backbone_class
-from mllm.expansion import Batch
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.processing.batch import Batch
+from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.world.tokenizer import build_tokenizer
 
 TOKENIZER: PreTrainedTokenizerFast = build_tokenizer()

@@ -1,6 +1,6 @@
 """The learned token that ends a row of tiles or of their tokens.
 
-Knows the LLM's hidden size. Does not know tiles or where it is put (`mllm.layout`).
+Knows the LLM's hidden size. Does not know tiles or where it is put (`mllm.processing.token_order`).
 """
 
 import torch

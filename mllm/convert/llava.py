@@ -27,7 +27,7 @@ from mllm.loading import save_run
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.sources import inside_run, resolve_source
 from mllm.tensor_files import write_tensors
 from mllm.transforms.image_processors import read_image_processor

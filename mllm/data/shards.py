@@ -1,6 +1,6 @@
 """WebDataset's tars to samples: members of one name but for the suffix are one sample, and media stay where they are.
 
-    000017.jpg  000017.json     a conversation in a form of `conversations.py`, or a caption
+    000017.jpg  000017.json     a conversation in a form of `processing/requests.py`, or a caption
     000018.wav  000018.txt      what is said
 
 Knows members and their places. Does not decode media, unpack tars or unpickle anything.

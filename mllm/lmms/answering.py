@@ -12,7 +12,7 @@ from mllm.generation import Answer, Answerer
 from mllm.lmms.conversation import Generation, read_conversation, read_medium
 from mllm.media import MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
 
 JOIN = "+"
 

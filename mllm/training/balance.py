@@ -13,7 +13,7 @@ from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
 from mllm.config.run import RunSettings
 from mllm.data.manifest import Sample
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.loaders import round_batches
 from mllm.training.survey import Looked, look_all, survey_of
 

@@ -21,7 +21,7 @@ from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
 from mllm.data.skipped import Quarantine, Quarantined, too_many_bad
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_building import FeatureSamples, with_captions
 from mllm.training.loaders import QUARANTINE, build_augmentation, read_samples
 from mllm.training.survey import Survey, survey

@@ -22,7 +22,7 @@ from mllm.building import build
 from mllm.config.run import RunSettings
 from mllm.data.manifest import Sample
 from mllm.model.trainables import set_trainables
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_store import FeatureStore, claim
 from mllm.training.features import REMEMBERED_FILES, Form, fill_store, form_of
 from mllm.training.loaders import loading, read_samples

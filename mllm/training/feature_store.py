@@ -30,7 +30,7 @@ from torch import Tensor
 from mllm.data.manifest import Sample
 from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
 from mllm.media.packed import packed_bytes, packed_place
-from mllm.processing import LoadedMedia
+from mllm.processing.processor import LoadedMedia
 from mllm.tensor_files import write_tensors
 
 FINGERPRINT = "fingerprint.json"

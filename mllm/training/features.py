@@ -32,7 +32,7 @@ from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import Encoder
 from mllm.model.backbone import SIZE_KEYS
 from mllm.model.configuration import TOWER_NAMES
-from mllm.processing import ElasticProcessor, LoadedMedia, stack_media
+from mllm.processing.processor import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.folders import run_lock
 from mllm.training.throughput import Stopwatch

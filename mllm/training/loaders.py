@@ -19,9 +19,9 @@ from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.shared_media import fitting, sharers
 from mllm.data.skipped import Quarantine
-from mllm.expansion import check_length
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.batch import check_length
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.batches import RoundBatches
 from mllm.training.interruption import ignore_interrupts
 from mllm.training.survey import Survey

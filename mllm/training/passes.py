@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Draw, Sampler
-from mllm.expansion import Batch, Expanded, Row, with_items
 from mllm.model.splice import IGNORED_LABEL
 from mllm.packing.pack import pack, packed_targets
 from mllm.packing.plan import SegmentPlan
-from mllm.processing import ElasticProcessor
+from mllm.processing.batch import Batch, Expanded, Row, with_items
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.objective import Supervision
 
 TEXT_ONLY = "text"

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
-from mllm.expansion import Batch, Expanded
 from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing import ElasticProcessor
+from mllm.processing.batch import Batch, Expanded
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.readouts import Readout, opened, readouts, with_one
 
 RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 3))

@@ -29,7 +29,7 @@ from mllm.data.shared_media import sharers
 from mllm.loading import load_trainables, save_run
 from mllm.model.precision import keep_in_float32
 from mllm.model.trainables import is_sharded, set_trainables
-from mllm.processing import ElasticProcessor
+from mllm.processing.processor import ElasticProcessor
 from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused

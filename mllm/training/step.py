@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.expansion import Batch
 from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.packing.attention import PackedAttention, enable_packing, obstacle
-from mllm.processing import ElasticProcessor
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.fused_loss import read_fused
 from mllm.training.objective import Distillation, Loss, read_hidden, sink, with_auxiliary
 from mllm.training.passes import Lesson

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from mllm.budget import Amount, Budget, Extent, Space
-from mllm.chat import ChatEncoder, RefusedConversation
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Media, Sample
 from mllm.data.skipped import too_many_bad
-from mllm.expansion import Row, Run
 from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.headers import header_seconds
 from mllm.media.image import header_pixels
 from mllm.model.splice import IGNORED_LABEL
-from mllm.processing import ElasticProcessor
+from mllm.processing.batch import Row, Run
+from mllm.processing.chat import ChatEncoder, RefusedConversation
+from mllm.processing.processor import ElasticProcessor
 
 CHUNK = 1024
 """Conversations that are tokenised in one call."""

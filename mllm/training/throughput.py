@@ -17,7 +17,7 @@ from torch import nn
 
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
-from mllm.processing import ElasticProcessor, LoadedMedia
+from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.transforms.augmentation import Augmentation
 
 PARTS = ("waiting", "encoding", "model", "other")

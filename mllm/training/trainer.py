@@ -28,11 +28,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.expansion import Batch
 from mllm.loading import load_trainables, trainable_state
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import trainable_names
-from mllm.processing import ElasticProcessor
+from mllm.processing.batch import Batch
+from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mllm.processing import PLACEHOLDER_TOKENS
+from mllm.processing.processor import PLACEHOLDER_TOKENS
 from mllm.world.phones import PHONES
 from mllm.world.prompts import MEDIA_MARKERS, SPEECH_TASKS
 from mllm.world.questions import ANSWERS, COLUMN_WORDS, ROW_WORDS

@@ -17,7 +17,7 @@ from mllm.encoders import build_encoder, encoder_facts
 from mllm.encoders.audio import released_frames
 from mllm.loading import load, save_run
 from mllm.model.trainables import set_trainables
-from mllm.processing import LoadedMedia
+from mllm.processing.processor import LoadedMedia
 
 BUDGET = Budget.parse("audio=/4,video=/2")
 LENGTHS = {"audio": (40, 28), "video": (10, 6)}

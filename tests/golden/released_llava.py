@@ -14,9 +14,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreT
 
 from mllm.budget import Budget, Extent
 from mllm.cli import main
-from mllm.expansion import Batch, Expanded, Row, Run
 from mllm.loading import load
-from mllm.processing import ElasticProcessor
+from mllm.processing.batch import Batch, Expanded, Row, Run
+from mllm.processing.processor import ElasticProcessor
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.loading import load
 from mllm.media import Audio
-from mllm.processing import LoadedMedia
+from mllm.processing.processor import LoadedMedia
 
 GOLDEN = Golden.read("omni_avsr")
 FACTS = GOLDEN.facts

@@ -18,7 +18,7 @@ from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSet
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.model.trainables import set_trainables
 from mllm.pretrained import unsharded
-from mllm.processing import LoadedMedia
+from mllm.processing.processor import LoadedMedia
 from mllm.training.arguments import build_arguments
 from mllm.training.trainer import ElasticTrainer, Validation
 from mllm.transforms.encoder_inputs import random_generator

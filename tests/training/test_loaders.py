@@ -16,8 +16,8 @@ from mllm.config.data import ReaderSettings
 from mllm.config.run import DataSettings, read_run_settings, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import sharers
-from mllm.expansion import Batch
 from mllm.media import write_video
+from mllm.processing.batch import Batch
 from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader
 from mllm.training.survey import survey
 from mllm.transforms.augmentation import TimeMask

@@ -9,7 +9,7 @@ import tiny
 
 from mllm.budget import Budget
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.processing import LoadedMedia
+from mllm.processing.processor import LoadedMedia
 from mllm.training import survey as module
 from mllm.training.loaders import encode, media_groups
 from mllm.training.survey import check_targets, count_targets, drawn, survey, target_report

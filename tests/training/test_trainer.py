@@ -237,7 +237,7 @@ def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_p
 def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
     from mllm.budget import Extent, Space
     from mllm.budget.sampler import Sampler
-    from mllm.expansion import Row, Run
+    from mllm.processing.batch import Row, Run
 
     space = Space.from_settings({"image": {"budgets": [1, 4]}, "audio": {"budgets": ["/4", "/8"]}})
     picture = Row("picture", [1], [1], (Run(Extent("image", grid=(8, 8)), 0),))

@@ -17,14 +17,9 @@ from transformers import AutoConfig
 from mllm.adapters.expert_ids import Members
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.budget.tiling import Size, Tiles, Tiling
-from mllm.chat import ChatEncoder, Prompt
-from mllm.chat_template import with_media_parts
-from mllm.conversations import SEPARATORS
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Message, Sample
 from mllm.encoders import EncoderFacts, encoder_facts
-from mllm.expansion import Batch, Expanded, Row, Run, check_length, expand
-from mllm.loaded import ItemNumbers, LoadedMedia, as_long_as_longest, cut_picture, cuts_of, refusal, stack_media
 from mllm.media import (
     DEFAULT_LIMITS,
     Audio,
@@ -37,7 +32,20 @@ from mllm.media import (
     decode_given,
     resolve_media,
 )
-from mllm.processor_calls import ProcessorCalls
+from mllm.processing.batch import Batch, Expanded, Row, Run, check_length, expand
+from mllm.processing.chat import ChatEncoder, Prompt
+from mllm.processing.chat_template import with_media_parts
+from mllm.processing.media_inputs import (
+    ItemNumbers,
+    LoadedMedia,
+    as_long_as_longest,
+    cut_picture,
+    cuts_of,
+    refusal,
+    stack_media,
+)
+from mllm.processing.processor_calls import ProcessorCalls
+from mllm.processing.requests import SEPARATORS
 from mllm.transforms.augmentation import Augmentation, Chance, chances
 from mllm.transforms.encoder_inputs import ImageTransform, MediaTransform, build_transform
 
@@ -365,7 +373,7 @@ class ElasticProcessor(ProcessorCalls):
     def expand(
         self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool, share_prefixes: bool = False
     ) -> Expanded:
-        """Model inputs of a batch at one or more budgets per row; see `mllm.expansion.expand`.
+        """Model inputs of a batch at one or more budgets per row; see `mllm.processing.batch.expand`.
 
         Raises:
             ValueError: as there, or a row longer than the LLM reads; the sample is named.

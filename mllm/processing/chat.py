@@ -3,7 +3,7 @@
 Knows a tokenizer, a chat template and the ids around a medium. Does not know files, encoders or budgets.
 
 Only the template may make special ids. What people wrote is tokenised apart from it, with special tokens read as plain
-text (see `mllm.plain_text`), so that a user who types `<image>` or an end-of-turn marker has typed just that. Text is
+text (see `mllm.processing.plain_text`), so that a user who types `<image>` or an end-of-turn marker has typed just that. Text is
 cut where the template stops and people begin to write, never elsewhere, and a piece that goes on after text is read as
 going on: SentencePiece vocabularies put a space before every text that they take for a new one.
 """
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.numbered_images import named_pictures
 from mllm.model.splice import IGNORED_LABEL
-from mllm.plain_text import PlainText, special_tokens
+from mllm.processing.plain_text import PlainText, special_tokens
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
 # conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the picture, its

@@ -4,7 +4,7 @@ Knows Jinja and the tokens of media. Does not know files or tokenizers' vocabula
 people wrote through this: it is for `apply_chat_template(..., tokenize=False)` and for whoever looks at a checkpoint.
 """
 
-from mllm.chat import ChatEncoder
+from mllm.processing.chat import ChatEncoder
 
 HEAD = "{#- mllm: media parts become their tokens, then the chat template follows -#}\n"
 # A message that is a text stays as it is, since templates were written for those.

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from mllm.budget import BudgetInput
-from mllm.chat import ChatEncoder, Prompt
-from mllm.conversations import Request, fitting, read_chat, read_rows
 from mllm.data.manifest import Sample
+from mllm.processing.chat import ChatEncoder, Prompt
+from mllm.processing.requests import Request, fitting, read_chat, read_rows
 
 if TYPE_CHECKING:
-    from mllm.processing import ElasticProcessor
+    from mllm.processing.processor import ElasticProcessor
 
 Conversation = Sequence[Mapping[str, Any]]
 MEDIA_KEYS = {"image": "images", "audio": "audio", "video": "videos"}
@@ -63,7 +63,7 @@ class ProcessorCalls(ProcessorMixin):
             unknown: refused.
 
         Returns:
-            `input_ids`, `attention_mask` (B, S) and the inputs of the encoders; see `mllm.expansion`.
+            `input_ids`, `attention_mask` (B, S) and the inputs of the encoders; see `mllm.processing.batch`.
 
         Raises:
             TypeError: an argument that is not known; the nearest is named.
@@ -106,7 +106,7 @@ class ProcessorCalls(ProcessorMixin):
 
         Args:
             conversation: messages of `role` and `content`, a text or parts such as {"type": "image", "image": ...} and
-                {"type": "text", "text": ...}; see `mllm.conversations.read_chat`.
+                {"type": "text", "text": ...}; see `mllm.processing.requests.read_chat`.
             tokenize: give ids, or all inputs with `return_dict`; the text otherwise.
             add_generation_prompt: end with what an answer begins behind.
             continue_final_message: leave the last message open, so that the answer goes on with it.

@@ -1,0 +1,1 @@
+"""Text, media and a budget to the inputs of the model."""
