@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.adapters import build_adapter
 from mllm.budget import Budget
-from mllm.building import config_of_parts, space_settings
+from mllm.checkpoints.build import config_of_parts, space_settings
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.data.manifest import Media, Message, Sample, Text

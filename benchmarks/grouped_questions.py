@@ -29,7 +29,7 @@ from turns import in_turns, options, ratio_of, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.building import config_of_parts, put_adapters, space_settings
+from mllm.checkpoints.build import config_of_parts, put_adapters, space_settings
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text

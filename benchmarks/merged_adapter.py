@@ -25,9 +25,9 @@ from turns import in_turns, options, ratio, spread, unprepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mllm.checkpoints.load import merge_llm_adapter
 from mllm.config.model import AdapterSettings
 from mllm.cost import request_cost
-from mllm.loading import merge_llm_adapter
 
 TARGETS = {
     "q, v": ["q_proj", "v_proj"],

@@ -21,7 +21,7 @@ from turns import in_turns, ratio_of, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.building import config_of_parts, member_names, put_adapters, space_settings
+from mllm.checkpoints.build import config_of_parts, member_names, put_adapters, space_settings
 from mllm.config.model import ModelSettings
 from mllm.cost import llm_flops
 from mllm.data.manifest import Media, Medium, Message, Sample, Text

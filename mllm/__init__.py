@@ -7,8 +7,8 @@ classes know the model type `elastic`.
 from importlib import import_module
 from typing import Any
 
-from mllm import registration
 from mllm.budget import Budget, Space
+from mllm.checkpoints import auto_classes
 
 __version__ = "0.1.0"
 
@@ -17,14 +17,14 @@ _LAZY = {
     "ElasticConfig": "mllm.model.configuration",
     "ElasticForConditionalGeneration": "mllm.model.modeling",
     "ElasticProcessor": "mllm.processing.processor",
-    "export": "mllm.loading",
-    "load": "mllm.loading",
-    "register": "mllm.registration",
+    "export": "mllm.checkpoints.load",
+    "load": "mllm.checkpoints.load",
+    "register": "mllm.checkpoints.auto_classes",
 }
 
 __all__ = ["Budget", "Space", "__version__", *_LAZY]
 
-registration.install()
+auto_classes.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from test_modeling import ROWS
 from transformers import DynamicCache, Gemma2Config, GenerationConfig, GenerationMixin, PreTrainedConfig, Qwen2Config
 
 from mllm.budget import Budget
-from mllm.building import config_of_parts, put_adapters
+from mllm.checkpoints.build import config_of_parts, put_adapters
 from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
 from mllm.model.backbone import MEDIA_KEYS

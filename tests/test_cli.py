@@ -256,8 +256,8 @@ def test_the_same_settings_come_from_the_command_line_and_from_code() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder, real media, a manifest with a file that is none, and an mp4 that has sound."""
-    from mllm.building import build
-    from mllm.loading import save_run
+    from mllm.checkpoints.build import build
+    from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
 
     made = tmp_path_factory.mktemp("cli")
@@ -407,9 +407,9 @@ def test_export_gives_the_same_answer(folder: Path, tmp_path: Path, capsys) -> N
 
 
 def test_export_of_one_task_answers_as_the_bank_does_for_it(tmp_path: Path, capsys) -> None:
-    from mllm.building import build
+    from mllm.checkpoints.build import build
+    from mllm.checkpoints.load import save_run
     from mllm.config.model import AdapterSettings
-    from mllm.loading import save_run
     from mllm.model.trainables import set_trainables
 
     own = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))

@@ -9,12 +9,12 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.budget.sampler import Sampler
-from mllm.building import config_of_parts, put_adapters
+from mllm.checkpoints.build import config_of_parts, put_adapters
+from mllm.checkpoints.sources import resolve_source
 from mllm.config.model import ModelSettings
 from mllm.config.run import RunSettings, read_run_settings
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import NEW_TOKENS, set_trainables
-from mllm.sources import resolve_source
 
 ROOT = Path(__file__).parent.parent
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]

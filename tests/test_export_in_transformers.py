@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import mllm
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import export, save_run
 from mllm.generation import Answerer, Decoding
-from mllm.loading import export, save_run
 from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import tiny
 
-from mllm.building import build
-from mllm.loading import save_run
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import save_run
 from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parent.parent

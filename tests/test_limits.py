@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mllm.building import build, build_processor
+from mllm.checkpoints.build import build, build_processor
+from mllm.checkpoints.load import load, save_run
 from mllm.cli import main, parse
 from mllm.config.run import DataSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
-from mllm.loading import load, save_run
 from mllm.media import MediaError, MediaLimits
 from mllm.model.trainables import set_trainables
 from mllm.training.loaders import build_augmentation, loading

@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import TRAINABLES, export, load, merge_llm_adapter, save_run
 from mllm.config.model import AdapterSettings
-from mllm.loading import TRAINABLES, export, load, merge_llm_adapter, save_run
 from mllm.model.trainables import set_trainables, trainable_names
 
 ROWS = [

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_generation import write_clip
 
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.comparison import compare
@@ -25,7 +26,6 @@ from mllm.evaluation.hypotheses import AnswerStore
 from mllm.evaluation.planning import plan
 from mllm.evaluation.sweep import Sweep
 from mllm.generation import Answerer, Decoding
-from mllm.loading import load, save_run
 from mllm.long_audio import joined, load_windows
 from mllm.media import Audio, MediaError
 from mllm.model.trainables import set_trainables

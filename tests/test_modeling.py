@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, G
 
 from mllm.adapters import adapters_disabled
 from mllm.budget import Budget
-from mllm.building import config_of_parts
+from mllm.checkpoints.build import config_of_parts
 from mllm.model.modeling import ElasticForConditionalGeneration
 
 OWN = tiny.settings()

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.config.model import ModelSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.generation import Answerer, Decoding
-from mllm.loading import TRAINABLES, export, load
 from mllm.model.trainables import NEW_TOKENS, set_trainables, trainable_names
 from mllm.training.optimization import named_groups
 from mllm.training.run import train

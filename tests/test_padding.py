@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from mllm.building import build_processor
+from mllm.checkpoints.build import build_processor
 from mllm.config.model import MediumSettings, ModelSettings
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

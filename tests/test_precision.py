@@ -28,13 +28,13 @@ from transformers import (
 )
 
 from mllm.budget import Budget
+from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.cli import main
 from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings, TilingSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.generation import Answerer
-from mllm.loading import TRAINABLES, export, load
 from mllm.model.precision import dtype_of
 from mllm.model.splice import merge, place
 from mllm.model.trainables import NEW_TOKENS

@@ -76,14 +76,14 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import mllm
-from mllm.building import build
-from mllm.checkpoint_layouts import ENCODER_LAYOUTS, WHOLE_VLMS
+from mllm.checkpoints.build import build
+from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS
+from mllm.checkpoints.load import load, save_run
+from mllm.checkpoints.pretrained import encoder_config, llm_config, load_encoder, load_llm
+from mllm.checkpoints.sources import WEIGHTS, WEIGHTS_INDEX, digest_of
 from mllm.config.model import MediumSettings, ModelSettings
 from mllm.encoders import AVHubertEncoder
-from mllm.loading import load, save_run
 from mllm.model.trainables import set_trainables
-from mllm.pretrained import encoder_config, llm_config, load_encoder, load_llm
-from mllm.sources import WEIGHTS, WEIGHTS_INDEX, digest_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -653,7 +653,7 @@ def test_a_model_is_built_on_whole_checkpoints_saved_and_loaded(
 
 
 def test_every_reader_of_foreign_files_is_told_to_run_no_code() -> None:
-    """And no class of transformers loads weights but through `mllm.pretrained`."""
+    """And no class of transformers loads weights but through `mllm.checkpoints.pretrained`."""
     readers = {("pretrained.py", name) for name in ("model_class", "GenerationConfig")}
     readers |= {("loading.py", "ElasticProcessor"), ("loading.py", "ElasticConfig"), ("start.py", "ElasticConfig")}
     problems = []

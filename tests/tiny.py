@@ -24,7 +24,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from mllm.building import config_of_parts
+from mllm.checkpoints.build import config_of_parts
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -107,7 +107,7 @@ def settings(
 
 def processor(own: ModelSettings) -> ElasticProcessor:
     """The processor of a tiny model; it reads real files."""
-    from mllm.building import frames_entry, member_names, space_settings
+    from mllm.checkpoints.build import frames_entry, member_names, space_settings
 
     configs = encoder_configs()
     preprocessors = {
@@ -135,7 +135,7 @@ def processor(own: ModelSettings) -> ElasticProcessor:
 
 def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
     """A tiny model with random weights, its adapter in place, in eval mode."""
-    from mllm.building import put_adapters
+    from mllm.checkpoints.build import put_adapters
 
     configs = encoder_configs()
     ids = TOKENIZER.convert_tokens_to_ids

@@ -83,10 +83,10 @@ def run(settings: Settings) -> int:
 
     import torch
 
+    from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, progress_bar, quiet_loading
     from mllm.evaluation.bench import bench, default_budgets, requests, write
     from mllm.generation import Decoding
-    from mllm.loading import load
 
     quiet_loading()
     if settings.threads is not None:

@@ -41,7 +41,7 @@ def run(settings: Settings) -> int:
     """Count and print."""
     from pathlib import Path
 
-    from mllm.building import build_processor
+    from mllm.checkpoints.build import build_processor
     from mllm.commands.terminal import console
     from mllm.training.balance import simulate
     from mllm.training.data_look import build_sampler

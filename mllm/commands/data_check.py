@@ -76,7 +76,7 @@ def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderSettings) -> s
     Raises:
         ValueError: too many have no target token.
     """
-    from mllm.building import build_processor
+    from mllm.checkpoints.build import build_processor
     from mllm.data.readers import read_listing
     from mllm.training.survey import FIRST_LOOK, check_targets, count_targets, drawn, target_report
 

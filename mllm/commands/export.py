@@ -25,8 +25,8 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Export."""
+    from mllm.checkpoints.load import export
     from mllm.commands.terminal import console, quiet_loading
-    from mllm.loading import export
 
     quiet_loading()
     export(

@@ -74,9 +74,9 @@ class Settings(LongAudioOptions):
 
 def run(settings: Settings) -> int:
     """Answer, and tell what was used."""
+    from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, quiet_loading
     from mllm.generation import Answerer, Decoding
-    from mllm.loading import load
     from mllm.media import MediaLoader
 
     decoding = Decoding(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from mllm.sources import check_parts
+from mllm.checkpoints.sources import check_parts
 
 
 def check_at_least(settings: object, keys: Iterable[str], least: float = 1, *, prefix: str = "") -> None:

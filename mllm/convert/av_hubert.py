@@ -14,9 +14,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from mllm.checkpoints.tensor_files import write_model
 from mllm.convert.restricted import StoredTensor, plain, read_checkpoint
 from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
-from mllm.tensor_files import write_model
 
 FINE_TUNED_PREFIX = "encoder.w2v_model."
 # What pre-training and the decoders of fine-tuned models need and an encoder does not.

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from mllm import pretrained
-from mllm.building import build_processor, elastic_config, put_adapters
+from mllm.checkpoints import pretrained
+from mllm.checkpoints.build import build_processor, elastic_config, put_adapters
+from mllm.checkpoints.load import save_run
+from mllm.checkpoints.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
+from mllm.checkpoints.sources import inside_run
+from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
 from mllm.convert import av_hubert
 from mllm.convert.avsr_layout import (
@@ -33,13 +37,9 @@ from mllm.convert.avsr_layout import (
 from mllm.convert.avsr_options import SYSTEMS, Options, System
 from mllm.convert.state_files import check_layout, read_state
 from mllm.encoders import backbone_class
-from mllm.loading import save_run
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
-from mllm.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.processing.processor import ElasticProcessor
-from mllm.sources import inside_run
-from mllm.tensor_files import write_tensors
 
 PAD_TOKEN = "<pad>"
 SPANS = {"audio": ["<audio>", "</audio>"], "video": ["<video>", "</video>"]}

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from mllm.building import PADDED, build_processor, elastic_config
+from mllm.checkpoints.build import PADDED, build_processor, elastic_config
+from mllm.checkpoints.load import save_run
+from mllm.checkpoints.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
+from mllm.checkpoints.sources import inside_run, resolve_source
+from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.model import MediumSettings, ModelSettings
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
 from mllm.encoders import backbone_class, encoder_facts
-from mllm.loading import save_run
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
-from mllm.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.processing.processor import ElasticProcessor
-from mllm.sources import inside_run, resolve_source
-from mllm.tensor_files import write_tensors
 from mllm.transforms.image_processors import read_image_processor
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")

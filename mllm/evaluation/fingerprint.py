@@ -12,10 +12,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from mllm.checkpoints.load import TRAINABLES
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import digest_of_file
-from mllm.loading import TRAINABLES
 from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
 
 BY_CONTENT = ("model", "checkpoint", "sources", "manifest", "noise", "seed")

@@ -93,8 +93,8 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
 
 def _answerer(settings: EvaluateSettings, device: Any) -> Answerer:
     """The model that is evaluated, on its device."""
+    from mllm.checkpoints.load import load
     from mllm.generation import Decoding
-    from mllm.loading import load
 
     model, processor = load(
         settings.model_folder,

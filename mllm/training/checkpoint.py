@@ -23,9 +23,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mllm.checkpoints.load import TRAINABLES, save_trainables
+from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.run import differences
-from mllm.loading import TRAINABLES, save_trainables
-from mllm.tensor_files import write_tensors
 from mllm.training.folders import (
     Checkpoint,
     delete_old,

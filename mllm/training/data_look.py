@@ -15,7 +15,7 @@ from accelerate import PartialState
 from mllm.adapters.expert_ids import Members
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import Sampler
-from mllm.building import build_processor
+from mllm.checkpoints.build import build_processor
 from mllm.config.run import DataSettings, RunSettings
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.budget import Extent
-from mllm.building import build
+from mllm.checkpoints.build import build
 from mllm.config.run import RunSettings
 from mllm.data.manifest import Sample
 from mllm.model.trainables import set_trainables

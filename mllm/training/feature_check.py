@@ -75,7 +75,7 @@ def _check_for_run(
     found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunSettings, *, augmented: bool
 ) -> None:
     """Whether a run could read what is there, and what it would have to make."""
-    from mllm.building import build_processor, elastic_config
+    from mllm.checkpoints.build import build_processor, elastic_config
 
     processor = build_processor(settings.model, limits=settings.data.limits)
     form = form_of(elastic_config(settings.model, processor), processor, settings, augmented=augmented)

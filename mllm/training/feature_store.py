@@ -27,11 +27,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mllm.checkpoints.tensor_files import write_tensors
 from mllm.data.manifest import Sample
 from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
 from mllm.media.packed import packed_bytes, packed_place
 from mllm.processing.processor import LoadedMedia
-from mllm.tensor_files import write_tensors
 
 FINGERPRINT = "fingerprint.json"
 SHARD_BYTES = 2**27

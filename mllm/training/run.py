@@ -21,16 +21,16 @@ from tqdm.auto import tqdm
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import load_trainables, save_run
+from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
 from mllm.config.model import ModelSettings
 from mllm.config.run import RunSettings, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import sharers
-from mllm.loading import load_trainables, save_run
 from mllm.model.precision import keep_in_float32
 from mllm.model.trainables import is_sharded, set_trainables
 from mllm.processing.processor import ElasticProcessor
-from mllm.sources import find_parts, identities, resolve_source, seen_from
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
 from mllm.training.data_look import LookedOver, build_sampler, look_over

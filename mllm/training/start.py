@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from mllm.checkpoints.load import TRAINABLES
 from mllm.config.run import differences
-from mllm.loading import TRAINABLES
 from mllm.model.configuration import ElasticConfig
 from mllm.model.trainables import NEW_TOKENS, part_of, trainable_names
 

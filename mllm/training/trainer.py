@@ -28,7 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.loading import load_trainables, trainable_state
+from mllm.checkpoints.load import load_trainables, trainable_state
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import trainable_names
 from mllm.processing.batch import Batch

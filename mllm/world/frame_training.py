@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mllm.tensor_files import write_model, write_tensors
+from mllm.checkpoints.tensor_files import write_model, write_tensors
 from mllm.world.phones import PHONE_IDS, PHONES
 from mllm.world.speech import Phone
 

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm.tensor_files import write_model
+from mllm.checkpoints.tensor_files import write_model
 
 
 def header(model: nn.Module, **facts: Any) -> dict[str, Any]:

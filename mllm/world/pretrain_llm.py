@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from mllm.pretrained import load_checked
+from mllm.checkpoints.pretrained import load_checked
 from mllm.world.blurred_text import BAG_WORDS
 from mllm.world.examine_llm import examine
 from mllm.world.initialise_llm import initialise

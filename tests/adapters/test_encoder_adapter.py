@@ -11,10 +11,10 @@ from test_configs import part_config
 
 from mllm.adapters import adapters_disabled, build_adapter
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import export, load, save_run
 from mllm.config.model import EncoderAdapterSettings, ModelSettings
 from mllm.encoders import backbone_class
-from mllm.loading import export, load, save_run
 from mllm.model.trainables import part_of, set_trainables
 
 LORA = EncoderAdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])

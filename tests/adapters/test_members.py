@@ -10,9 +10,9 @@ import torch
 from mllm.adapters.expert_ids import Members, scales_of
 from mllm.adapters.lora_bank import LoraBank
 from mllm.budget import Budget, Cost, Space
-from mllm.building import adapter_settings, build
+from mllm.checkpoints.build import adapter_settings, build
+from mllm.checkpoints.load import TRAINABLES, export, load, save_run
 from mllm.config.model import AdapterSettings, ModelSettings
-from mllm.loading import TRAINABLES, export, load, save_run
 from mllm.model.trainables import set_trainables
 
 SPEECH = ("audio", "video")

@@ -16,9 +16,9 @@ from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
 from mllm.adapters.adapter_inputs import AdapterInputs, Collector
 from mllm.adapters.mome import Mome
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import export, load, save_run
 from mllm.config.model import AdapterSettings
-from mllm.loading import export, load, save_run
 from mllm.model.trainables import set_trainables
 
 OWN = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mllm.building import build
+from mllm.checkpoints.build import build
 from mllm.cli import main
 from mllm.convert.av_hubert import FINE_TUNED_PREFIX, RENAMED, convert_file, convert_state
 from mllm.encoders.av_hubert import AVHubertEncoder

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 
+from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.compressors.query import sincos_positions
 from mllm.convert.llava import convert
 from mllm.convert.llava_options import LLM, SYSTEMS, VISION, Options
 from mllm.data.manifest import Text
 from mllm.generation import Answerer, Decoding, request
-from mllm.loading import load
 
 WIDTH, FEATURES, HIDDEN, PATCHES, QUERIES = 32, 16, 24, 64, 16
 TOWER = "model.vision_tower.vision_tower.vision_model."

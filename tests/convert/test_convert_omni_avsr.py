@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mllm.budget import Budget
+from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
 from mllm.convert.avsr import convert_file, read_tokenizer
 from mllm.convert.avsr_layout import Loras, Projectors
@@ -25,7 +26,6 @@ from mllm.convert.avsr_options import Options
 from mllm.convert.state_files import read_state
 from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.generation import Answerer, Decoding
-from mllm.loading import load, save_run
 
 WIDTH, FEATURES, INNER, HIDDEN = 32, 16, 4, 24
 STATISTICS = "video_encoder.feature_extractor_video.resnet.frontend3D.1.running_mean"

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import WavLMConfig
 
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import load, save_run
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import build_encoder, encoder_facts
 from mllm.encoders.audio import released_frames
-from mllm.loading import load, save_run
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import LoadedMedia
 

@@ -9,11 +9,11 @@ import tiny
 import torch
 
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import load, save_run
 from mllm.config.model import ModelSettings
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
-from mllm.loading import load, save_run
 from mllm.model.trainables import set_trainables
 from mllm.transforms.filterbank import num_stacked_frames, stacked_filterbank
 

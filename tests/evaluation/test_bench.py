@@ -55,8 +55,8 @@ def test_budgets_left_out_are_the_trained_ones_with_both_ends() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder and a picture."""
-    from mllm.building import build
-    from mllm.loading import save_run
+    from mllm.checkpoints.build import build
+    from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
 
     folder = tmp_path_factory.mktemp("bench")

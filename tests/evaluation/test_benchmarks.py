@@ -151,8 +151,8 @@ def test_the_front_holds_what_no_cheaper_budget_reaches() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights, and VizWiz (test and val), POPE and MMBench in small."""
-    from mllm.building import build
-    from mllm.loading import save_run
+    from mllm.checkpoints.build import build
+    from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
 
     made = tmp_path_factory.mktemp("benchmarks")
@@ -247,11 +247,11 @@ def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder
 
 
 def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> None:
+    from mllm.checkpoints.load import load
     from mllm.evaluation.hypotheses import AnswerStore
     from mllm.evaluation.run import conclude, run_share
     from mllm.evaluation.sweep import Sweep
     from mllm.generation import Answerer, Decoding
-    from mllm.loading import load
 
     model, processor = load(str(folder / "run"))
     answerer = Answerer(model, processor, Decoding(max_new_tokens=3), batch_size=2)
@@ -328,7 +328,7 @@ def test_answers_are_not_kept_when_the_processor_changed_and_a_name_keeps_both(
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_runs(folder: Path, tmp_path: Path, capsys) -> None:
-    from mllm.loading import load
+    from mllm.checkpoints.load import load
 
     space = load(str(folder / "run"))[1].space
     root = folder / "vizwiz"

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import tiny
 
+from mllm.checkpoints.load import save_run
 from mllm.commands import lmms_eval
 from mllm.config.data import ReaderSettings
 from mllm.config.evaluation import EvaluateSettings
@@ -18,7 +19,6 @@ from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.fingerprint import BY_CONTENT, NEVER_IN_ANSWERS, files_of_model, fingerprint_of
 from mllm.evaluation.hypotheses import AnswerStore
 from mllm.evaluation.run import read_sets
-from mllm.loading import save_run
 from mllm.media import MediaLimits
 from mllm.model.trainables import set_trainables
 

@@ -15,7 +15,8 @@ import soundfile
 import tiny
 
 from mllm.budget import Budget
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.comparison import DATA, MARKDOWN, PLOT
@@ -25,7 +26,6 @@ from mllm.evaluation.report import CSV, RESULTS, summarise
 from mllm.evaluation.run import gather
 from mllm.evaluation.sweep import Sweep
 from mllm.generation import Answerer, Decoding
-from mllm.loading import load, save_run
 from mllm.media import Audio, load_audio
 from mllm.model.trainables import set_trainables
 

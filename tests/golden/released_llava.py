@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from mllm.budget import Budget, Extent
+from mllm.checkpoints.load import load
 from mllm.cli import main
-from mllm.loading import load
 from mllm.processing.batch import Batch, Expanded, Row, Run
 from mllm.processing.processor import ElasticProcessor
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
 
 from mllm.budget import Budget
+from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.loading import load
 from mllm.media import Audio
 from mllm.processing.processor import LoadedMedia
 

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
 from mllm.generation import Answerer, Decoding
-from mllm.loading import load, save_run
 from mllm.model.trainables import set_trainables
 
 

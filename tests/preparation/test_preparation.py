@@ -179,8 +179,8 @@ def test_the_lip_pipeline_takes_the_crops(out: Path) -> None:
 def test_a_model_answers_about_a_prepared_clip(out: Path, tmp_path: Path, capsys) -> None:
     import tiny
 
-    from mllm.building import build
-    from mllm.loading import save_run
+    from mllm.checkpoints.build import build
+    from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
 
     model, processor = build(tiny.settings_on(tiny.write_parts(tmp_path / "parts"), media=("audio", "video")))

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
+from mllm.checkpoints.pretrained import unsharded
 from mllm.config.model import ModelSettings
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.model.trainables import set_trainables
-from mllm.pretrained import unsharded
 from mllm.processing.processor import LoadedMedia
 from mllm.training.arguments import build_arguments
 from mllm.training.trainer import ElasticTrainer, Validation

@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_simulation_counts_what_the_passes_of_a_run_hold(config: Path) -> None:
-    from mllm.building import build_processor
+    from mllm.checkpoints.build import build_processor
     from mllm.processing.batch import Row, Run
 
     settings = read_run_settings(yaml.safe_load(config.read_text()))

@@ -17,13 +17,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
 from mllm.config.model import EncoderAdapterSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
-from mllm.loading import TRAINABLES, load
 from mllm.training import feature_building, feature_store, features
 from mllm.training.feature_building import make_features
 from mllm.training.feature_check import check_features

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.loading import load
 
 
 def test_a_run_learns_and_answers_at_any_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm.checkpoints.load import TRAINABLES, load
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.loading import TRAINABLES, load
 from mllm.model.trainables import NEW_TOKENS
 from mllm.training.folders import read_checkpoint
 from mllm.training.run import train

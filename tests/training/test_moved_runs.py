@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
+from mllm.checkpoints.load import TRAINABLES, export
 from mllm.cli import main
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.loading import TRAINABLES, export
 from mllm.training.run import train
 
 PARTS = ("llm", "audio")

@@ -15,6 +15,7 @@ import yaml
 from harness import log_rows
 from safetensors.torch import load_file
 
+from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
 from mllm.config.run import (
     DataSettings,
@@ -26,7 +27,6 @@ from mllm.config.run import (
     settings_yaml,
 )
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
-from mllm.loading import TRAINABLES, load
 from mllm.training.batches import RoundBatches
 from mllm.training.checkpoint import OPTIMIZER
 from mllm.training.folders import newest_checkpoint, run_lock

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mllm.budget import Budget, Extent, count_tokens
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.cli import main
 from mllm.config.run import RunSettings, read_run_settings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.loading import TRAINABLES, export, load
 from mllm.media import write_video
 from mllm.training.run import train
 

@@ -11,9 +11,9 @@ import yaml
 from harness import log_rows
 from safetensors.torch import load_file
 
-from mllm.building import build
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import TRAINABLES, load, save_run
 from mllm.config.run import RunSettings, read_run_settings
-from mllm.loading import TRAINABLES, load, save_run
 from mllm.model.trainables import set_trainables
 from mllm.training.run import train
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.evaluation.run import evaluate
-from mllm.loading import load
 from mllm.world.demo import BUDGETS, DemoSettings, demo, evaluation_settings, run_settings
 from mllm.world.demo_report import findings, picture_table, speech_table
 from mllm.world.questions import KINDS

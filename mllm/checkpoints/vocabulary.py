@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from mllm.checkpoints.pretrained import read_tokenizer
 from mllm.config.model import ModelSettings
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.new_tokens import mean_of_pieces
 from mllm.model.trainables import whole
-from mllm.pretrained import read_tokenizer
 from mllm.processing.processor import PLACEHOLDER_TOKENS
 
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from mllm import pretrained
 from mllm.adapters import build_adapter
 from mllm.adapters.expert_ids import kinds_of, scales_of, tasks_of
 from mllm.budget import MediumSpace, Space
+from mllm.checkpoints import pretrained
+from mllm.checkpoints.pretrained import load_encoder, load_llm, unsharded
+from mllm.checkpoints.sources import digest_of, place_of, resolve_source
+from mllm.checkpoints.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 from mllm.compressors import Query
 from mllm.compressors.query_init import read_places
 from mllm.config.model import FRAME_SETTINGS, MediumSettings, ModelSettings
@@ -24,11 +27,8 @@ from mllm.model.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32, read_dtype
 from mllm.model.trainables import is_sharded, part_of
-from mllm.pretrained import load_encoder, load_llm, unsharded
 from mllm.processing.processor import ElasticProcessor
-from mllm.sources import digest_of, place_of, resolve_source
 from mllm.transforms.image_processors import read_image_processor
-from mllm.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 
 # Settings of a medium that do not shape the model: where its encoder is, how files become its input, its markers.
 _NOT_MODEL = (

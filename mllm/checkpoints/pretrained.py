@@ -32,9 +32,9 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
-from mllm.checkpoint_layouts import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
+from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
+from mllm.checkpoints.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
 from mllm.encoders import ENCODERS, backbone_class, tower_config
-from mllm.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
 
 NAMED_TENSORS = 4
 """How many tensors of each kind a message names before it counts the others."""

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mllm.adapters import merge_adapters, select_members
-from mllm.building import assemble
+from mllm.checkpoints.build import assemble
+from mllm.checkpoints.pretrained import load_checked
+from mllm.checkpoints.sources import find_parts, seen_from
+from mllm.checkpoints.tensor_files import write_model, write_tensors
 from mllm.media import MediaLimits
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
-from mllm.pretrained import load_checked
 from mllm.processing.processor import ElasticProcessor
-from mllm.sources import find_parts, seen_from
-from mllm.tensor_files import write_model, write_tensors
 from mllm.utils.run_paths import NEWEST, PROCESSOR, model_folder, run_of
 
 TRAINABLES = "trainables.safetensors"

@@ -1,0 +1,1 @@
+"""Models from and to disk: frozen parts, runs and standalone exports."""
