@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.config.model import MediumSettings
 from mllm.cost import Item, llm_flops, request_cost
-from mllm.generation import Answerer
-from mllm.growing import Growing
+from mllm.inference.answerer import Answerer
+from mllm.inference.progressive import Growing
 
 STARTS = (16, 64, 128)
 MOST = 256

@@ -13,7 +13,7 @@ from mllm.checkpoints import auto_classes
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Answerer": "mllm.generation",
+    "Answerer": "mllm.inference.answerer",
     "ElasticConfig": "mllm.model.configuration",
     "ElasticForConditionalGeneration": "mllm.model.modeling",
     "ElasticProcessor": "mllm.processing.processor",

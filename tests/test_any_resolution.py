@@ -15,7 +15,7 @@ from mllm.budget import Budget
 from mllm.config.model import MediumSettings, ModelSettings, TilingSettings
 from mllm.cost import items_of, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import MediaError, write_video
 from mllm.model.trainables import set_trainables
 from mllm.processing.batch import Batch

@@ -9,7 +9,7 @@ import torch
 from test_beams import ADAPTERS, LLMS, build
 from test_prefixes import CLIP, OTHER, QUESTIONS, answers
 
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.kv_cache.system_prompt import ConstantPrompt
 
 SYSTEM = "place blue at f two now and transcribe speech to text, please."

@@ -15,7 +15,7 @@ from PIL import Image
 import mllm
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import export, save_run
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from PIL import Image
 from test_modeling import BUDGETS, ROWS
 
 from mllm.budget import Budget
-from mllm.generation import DEFAULT_PROMPTS, Answerer, Decoding, request
+from mllm.inference.answerer import DEFAULT_PROMPTS, Answerer, Decoding, request
 from mllm.media import MediaError, load_video
 
 OWN = tiny.settings()

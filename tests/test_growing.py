@@ -11,7 +11,7 @@ from test_beams import LLMS, build
 
 from mllm.budget import Budget
 from mllm.config.model import AdapterSettings
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "query": {"compressor": "query", "budgets": [2, 5, 16]},

@@ -11,7 +11,7 @@ from mllm.checkpoints.load import load, save_run
 from mllm.cli import main, parse
 from mllm.config.run import DataSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import MediaError, MediaLimits
 from mllm.model.trainables import set_trainables
 from mllm.training.loaders import build_augmentation, loading

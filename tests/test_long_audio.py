@@ -25,12 +25,12 @@ from mllm.evaluation.comparison import compare
 from mllm.evaluation.hypotheses import AnswerStore
 from mllm.evaluation.planning import plan
 from mllm.evaluation.sweep import Sweep
-from mllm.generation import Answerer, Decoding
-from mllm.long_audio import joined, load_windows
+from mllm.inference.answerer import Answerer, Decoding
+from mllm.inference.long_audio import joined, load_windows
+from mllm.inference.windows import LongAudio, join_transcripts, window_times
 from mllm.media import Audio, MediaError
 from mllm.model.trainables import set_trainables
 from mllm.transforms.encoder_inputs import MixNoise, random_generator
-from mllm.windows import LongAudio, join_transcripts, window_times
 
 CHUNK = LongAudio(mode="chunk", overlap_seconds=0.2)
 SECONDS = 2.6

@@ -18,7 +18,7 @@ from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.config.model import ModelSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import NEW_TOKENS, set_trainables, trainable_names
 from mllm.training.optimization import named_groups
 from mllm.training.run import train

@@ -32,7 +32,7 @@ from mllm.checkpoints.load import TRAINABLES, load, save_run
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
 from mllm.training.feature_building import make_features
 from mllm.training.projector_fit import fit_projectors

@@ -34,7 +34,7 @@ from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSet
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import AVHubertConfig, backbone_class
-from mllm.generation import Answerer
+from mllm.inference.answerer import Answerer
 from mllm.model.precision import dtype_of
 from mllm.model.splice import merge, place
 from mllm.model.trainables import NEW_TOKENS

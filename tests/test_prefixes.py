@@ -10,7 +10,7 @@ from test_beams import ADAPTERS, LLMS, build
 from transformers import GenerationConfig
 
 from mllm.budget import Budget
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.kv_cache.shared_prefix import Prefixes, group_rows
 
 CLIP = [tiny.random_media("audio", 37), tiny.random_media("video", 19)]

@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 from mllm.budget import Budget
 from mllm.config.model import AdapterSettings
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 
 ADAPTERS = {
     "none": None,

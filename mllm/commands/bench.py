@@ -86,7 +86,7 @@ def run(settings: Settings) -> int:
     from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, progress_bar, quiet_loading
     from mllm.evaluation.bench import bench, default_budgets, requests, write
-    from mllm.generation import Decoding
+    from mllm.inference.answerer import Decoding
 
     quiet_loading()
     if settings.threads is not None:
@@ -123,7 +123,7 @@ def run(settings: Settings) -> int:
 
 def _media(settings: Settings, processor: Any) -> Any:
     from mllm.evaluation.bench import made_up_media
-    from mllm.generation import request
+    from mllm.inference.answerer import request
 
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if any(files.values()):
@@ -171,7 +171,7 @@ def _cells(one: "Measured", first: "Measured") -> list[str]:
     from statistics import median
 
     from mllm.evaluation.bench import quartiles
-    from mllm.timing import PHASES
+    from mllm.inference.timing import PHASES
 
     answer, cost = one.answer, one.cost
     times = [quartiles(one.milliseconds(phase)) for phase in (*PHASES, "total_ms")]

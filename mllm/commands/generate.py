@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mllm.budget import Budget
+from mllm.inference.windows import LongAudioOptions
 from mllm.media import MediaLimits
-from mllm.windows import LongAudioOptions
 
 if TYPE_CHECKING:
-    from mllm.generation import Answer
+    from mllm.inference.answerer import Answer
 
 SUMMARY = "answer a question about pictures, sounds and videos at a budget"
 
@@ -76,7 +76,7 @@ def run(settings: Settings) -> int:
     """Answer, and tell what was used."""
     from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, quiet_loading
-    from mllm.generation import Answerer, Decoding
+    from mllm.inference.answerer import Answerer, Decoding
     from mllm.media import MediaLoader
 
     decoding = Decoding(

@@ -7,9 +7,9 @@ from typing import Literal
 from mllm.budget import Budget
 from mllm.config.data import ReaderSettings
 from mllm.config.model import check_at_least
+from mllm.inference.windows import LongAudioOptions
 from mllm.media import MediaLimits
 from mllm.utils.run_paths import model_folder, results_folder
-from mllm.windows import LongAudioOptions
 
 EVALUATION = "evaluation"
 """The folder of results inside a model's folder; those with a name lie in folders inside it."""

@@ -22,11 +22,11 @@ from mllm.budget.sampler import Sampler
 from mllm.cost import Item, RequestCost, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.sweep import cost_problem
-from mllm.generation import DEFAULT_PROMPTS, Answer, Answerer, Decoding
+from mllm.inference.answerer import DEFAULT_PROMPTS, Answer, Answerer, Decoding
+from mllm.inference.timing import PHASES, Timing
 from mllm.media import Audio, Video
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.timing import PHASES, Timing
 
 RESULTS, PLOT = "bench.json", "bench.png"
 MOST_BUDGETS = 8

@@ -26,7 +26,7 @@ from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.sweep import Sweep, cost_problem
-from mllm.generation import Answerer
+from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio
 from mllm.transforms.encoder_inputs import MixNoise
 from mllm.utils.run_paths import run_of
@@ -94,7 +94,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
 def _answerer(settings: EvaluateSettings, device: Any) -> Answerer:
     """The model that is evaluated, on its device."""
     from mllm.checkpoints.load import load
-    from mllm.generation import Decoding
+    from mllm.inference.answerer import Decoding
 
     model, processor = load(
         settings.model_folder,

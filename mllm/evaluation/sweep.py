@@ -20,9 +20,9 @@ from mllm.cost import Item, attention_flops, items_of, published_flops, request_
 from mllm.data.manifest import Sample
 from mllm.evaluation.hypotheses import AnswerStore, Line
 from mllm.evaluation.planning import Work, references_of, untrained_message
-from mllm.generation import Answer, Answerer, is_trained
-from mllm.grouping import alike, number_in_pass
-from mllm.long_audio import Window, joined, load_windows
+from mllm.inference.answerer import Answer, Answerer, is_trained
+from mllm.inference.grouping import alike, number_in_pass
+from mllm.inference.long_audio import Window, joined, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing.batch import Row, check_length
 from mllm.processing.processor import LoadedMedia

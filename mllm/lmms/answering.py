@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm.budget import Budget, Extent
-from mllm.generation import Answer, Answerer
+from mllm.inference.answerer import Answer, Answerer
 from mllm.lmms.conversation import Generation, read_conversation, read_medium
 from mllm.media import MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mllm.data.manifest import Media, Message, Part, Sample, Text
-from mllm.generation import Decoding
+from mllm.inference.answerer import Decoding
 from mllm.media import Audio, MediaLoader, resample, to_rgb
 
 DEFAULT_NEW_TOKENS = 1024

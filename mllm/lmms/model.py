@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from mllm.checkpoints.load import load
-from mllm.generation import Answer
+from mllm.inference.answerer import Answer
 from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import read_generation
 

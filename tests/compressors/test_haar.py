@@ -10,7 +10,7 @@ from mllm.budget import Amount, Budget, Extent, MediumSpace
 from mllm.budget.nesting import haar_grids
 from mllm.compressors import Pool, Projector, ProjectorBank
 from mllm.compressors.haar import haar, haar_map
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 
 GRID = (24, 24)
 SIZE = 5

@@ -22,7 +22,7 @@ from mllm.compressors.query import sincos_positions
 from mllm.convert.llava import convert
 from mllm.convert.llava_options import LLM, SYSTEMS, VISION, Options
 from mllm.data.manifest import Text
-from mllm.generation import Answerer, Decoding, request
+from mllm.inference.answerer import Answerer, Decoding, request
 
 WIDTH, FEATURES, HIDDEN, PATCHES, QUERIES = 32, 16, 24, 64, 16
 TOWER = "model.vision_tower.vision_tower.vision_model."

@@ -25,7 +25,7 @@ from mllm.convert.avsr_layout import Loras, Projectors
 from mllm.convert.avsr_options import Options
 from mllm.convert.state_files import read_state
 from mllm.encoders.av_hubert import AVHubertEncoder
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 
 WIDTH, FEATURES, INNER, HIDDEN = 32, 16, 4, 24
 STATISTICS = "video_encoder.feature_extractor_video.resnet.frontend3D.1.running_mean"

@@ -9,7 +9,7 @@ import tiny
 from mllm.budget import Budget
 from mllm.cli import main
 from mllm.evaluation.bench import bench, default_budgets, made_up_media, quartiles, requests
-from mllm.generation import Decoding
+from mllm.inference.answerer import Decoding
 
 
 def test_every_budget_decodes_equally_long_in_turn_and_costs_what_the_model_says() -> None:

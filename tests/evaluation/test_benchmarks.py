@@ -251,7 +251,7 @@ def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> Non
     from mllm.evaluation.hypotheses import AnswerStore
     from mllm.evaluation.run import conclude, run_share
     from mllm.evaluation.sweep import Sweep
-    from mllm.generation import Answerer, Decoding
+    from mllm.inference.answerer import Answerer, Decoding
 
     model, processor = load(str(folder / "run"))
     answerer = Answerer(model, processor, Decoding(max_new_tokens=3), batch_size=2)

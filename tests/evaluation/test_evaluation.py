@@ -19,7 +19,7 @@ from mllm.evaluation.plot import PLOT
 from mllm.evaluation.report import CSV, RESULTS, cut_notes
 from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
 from mllm.evaluation.sweep import Sweep
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import load_audio
 
 OWN = tiny.settings(("image", "audio"))

@@ -25,7 +25,7 @@ from mllm.evaluation.planning import Work
 from mllm.evaluation.report import CSV, RESULTS, summarise
 from mllm.evaluation.run import gather
 from mllm.evaluation.sweep import Sweep
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import Audio, load_audio
 from mllm.model.trainables import set_trainables
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mllm.budget import Budget
 from mllm.data.manifest import Media, Text
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import DEFAULT_NEW_TOKENS, Generation, read_conversation, read_generation, read_medium
 from mllm.media import Audio, MediaError, MediaLoader

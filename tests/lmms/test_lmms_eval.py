@@ -15,7 +15,7 @@ import torch
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
-from mllm.generation import Answerer, Decoding
+from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
 
 

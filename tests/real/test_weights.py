@@ -128,7 +128,7 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
     """With markers the LLM has no rows for, in both dtypes: every tensor of the frozen parts is the file's."""
     import mllm
     from mllm.config.run import read_run_settings
-    from mllm.generation import Answerer, Decoding
+    from mllm.inference.answerer import Answerer, Decoding
     from mllm.training.run import train
 
     manifest = write_clips(tmp_path, recordings)

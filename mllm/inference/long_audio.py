@@ -1,21 +1,21 @@
 """Load a sample whose sound is longer than its encoder's window as windows, and join the answers about them.
 
-Knows samples, loaded media and answers. Does not know models; where windows lie and how words meet is `windows.py`.
+Knows samples, loaded media and answers. Does not know models; where windows lie and how words meet is `inference/windows.py`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from mllm.asking import Answer
 from mllm.budget import MEDIA, Budget
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Sample
+from mllm.inference.request import Answer
+from mllm.inference.timing import PHASES, Timing
+from mllm.inference.windows import LongAudio, join_transcripts, window_times
 from mllm.media import Audio, Given, Reader, Video
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.processor import ElasticProcessor
-from mllm.timing import PHASES, Timing
-from mllm.windows import LongAudio, join_transcripts, window_times
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.asking import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.budget import Budget, BudgetInput
 from mllm.data.manifest import Sample
-from mllm.decoding import Decoding, Pieces
-from mllm.grouping import alike, number_in_pass
-from mllm.growing import Growing
+from mllm.inference.decoding import Decoding, Pieces
+from mllm.inference.grouping import alike, number_in_pass
+from mllm.inference.long_audio import Window, joined, lengths_of, load_windows
+from mllm.inference.progressive import Growing
+from mllm.inference.request import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
+from mllm.inference.timing import stopwatch
+from mllm.inference.windows import LongAudio
 from mllm.kv_cache.system_prompt import ConstantPrompt
-from mllm.long_audio import Window, joined, lengths_of, load_windows
 from mllm.media import Given, MediaError, MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.processing.requests import Request, fitting
-from mllm.timing import stopwatch
-from mllm.windows import LongAudio
 
 __all__ = [
     "DEFAULT_PROMPTS",

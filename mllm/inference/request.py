@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space
+from mllm.inference.timing import Timing
 from mllm.media import MediaInput, is_file, several
 from mllm.processing.requests import Request, read_request
-from mllm.timing import Timing
 
 # What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
 DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {

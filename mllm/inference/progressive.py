@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mllm.asking import Answer, Files, is_trained, tokens_by_medium
 from mllm.budget import Budget, BudgetInput, Cost
+from mllm.inference.request import Answer, Files, is_trained, tokens_by_medium
 from mllm.kv_cache.beam import spread
 from mllm.kv_cache.names import cache_argument
 from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS
@@ -28,7 +28,7 @@ from mllm.model.precision import as_weights_of
 from mllm.processing.batch import Row
 
 if TYPE_CHECKING:
-    from mllm.generation import Answerer
+    from mllm.inference.answerer import Answerer
 
 MEDIUM = "image"
 

@@ -1,0 +1,1 @@
+"""Questions about media answered at a budget."""
