@@ -35,7 +35,7 @@ from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.passes import fixed_passes, make_lesson
+from mllm.training.budget_rows import fixed_passes, make_lesson
 
 COUNTS = (256, 144, 64, 36, 16, 8, 4, 2)
 BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]

@@ -38,7 +38,7 @@ from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.passes import fixed_passes, make_lesson
+from mllm.training.budget_rows import fixed_passes, make_lesson
 
 SCALES = (576, 144, 36, 9, 1)
 BUDGETS = [Budget.parse(f"image={scale}") for scale in SCALES]

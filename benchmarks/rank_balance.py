@@ -3,7 +3,7 @@
     python benchmarks/rank_balance.py [--ranks 8] [--samples 8000]
 
 Counted, not timed: all soft and text tokens of every rank in every step of an epoch, which is what the ranks wait for;
-the figures are the same on every machine. Ours are those of `mllm data balance` (`mllm/training/balance.py`).
+the figures are the same on every machine. Ours are those of `mllm data balance` (`mllm/training/pipeline/balance.py`).
 
 The baseline fills batches in the order of length, shuffles the batches and deals them round robin, as the released AVSR
 code does (umbertocappellazzo/Omni-AVSR @7de6be2, datamodule/data_module.py, `CustomBucketDataset` and its shuffled
@@ -38,9 +38,9 @@ from mllm.config.model import MediumSettings, ModelSettings
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
-from mllm.training.balance import Load, drawn_tokens, simulate
+from mllm.training.pipeline.balance import Load, drawn_tokens, simulate
+from mllm.training.pipeline.token_scan import Looked, look_all
 from mllm.training.run import build_sampler
-from mllm.training.survey import Looked, look_all
 
 GOAL = 1.05
 TOKENS_PER_BATCH = 4096

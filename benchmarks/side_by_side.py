@@ -31,8 +31,8 @@ from mllm.packing.attention import enable_packing
 from mllm.packing.plan import SegmentPlan
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.training.objective import Loss
-from mllm.training.passes import Pass, by_draw, fixed_passes, make_lesson, num_targets
+from mllm.training.budget_rows import Pass, by_draw, fixed_passes, make_lesson, num_targets
+from mllm.training.loss import Loss
 from mllm.training.step import frozen_features, run_lesson
 from mllm.world.tokenizer import build_tokenizer
 

@@ -42,7 +42,7 @@ from mllm.model.backbone import Features
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.passes import Lesson, fixed_passes, make_lesson, num_targets
+from mllm.training.budget_rows import Lesson, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, run_lesson
 
 SECONDS = 6

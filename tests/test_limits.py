@@ -14,8 +14,8 @@ from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import MediaError, MediaLimits
 from mllm.model.trainables import set_trainables
-from mllm.training.loaders import build_augmentation, loading
-from mllm.training.survey import extents_of
+from mllm.training.pipeline.loaders import build_augmentation, loading
+from mllm.training.pipeline.token_scan import extents_of
 
 
 @pytest.fixture(scope="module")

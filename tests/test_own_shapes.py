@@ -34,8 +34,8 @@ from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerS
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
-from mllm.training.feature_building import make_features
-from mllm.training.projector_fit import fit_projectors
+from mllm.training.feature_cache.building import make_features
+from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.run import train
 from mllm.transforms.encoder_inputs import ImageTransform
 

@@ -20,8 +20,8 @@ from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing, obstacle
 from mllm.processing.batch import Batch
 from mllm.processing.processor import LoadedMedia
-from mllm.training.objective import Loss
-from mllm.training.passes import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
+from mllm.training.budget_rows import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
+from mllm.training.loss import Loss
 from mllm.training.step import frozen_features, run_lesson
 
 SYSTEM = "you are told what to do and you do just that"

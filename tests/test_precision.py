@@ -38,7 +38,7 @@ from mllm.inference.answerer import Answerer
 from mllm.model.precision import dtype_of
 from mllm.model.splice import merge, place
 from mllm.model.trainables import NEW_TOKENS
-from mllm.training.features import pass_features_through
+from mllm.training.feature_cache.features import pass_features_through
 from mllm.training.run import train
 
 TRUNK: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

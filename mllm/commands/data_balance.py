@@ -43,9 +43,9 @@ def run(settings: Settings) -> int:
 
     from mllm.checkpoints.build import build_processor
     from mllm.commands.terminal import console
-    from mllm.training.balance import simulate
-    from mllm.training.data_look import build_sampler
-    from mllm.training.loaders import read_samples
+    from mllm.training.pipeline.balance import simulate
+    from mllm.training.pipeline.data_look import build_sampler
+    from mllm.training.pipeline.loaders import read_samples
     from mllm.training.run import extremes
 
     own = without_extras(RunSettings, settings)

@@ -78,7 +78,7 @@ def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderSettings) -> s
     """
     from mllm.checkpoints.build import build_processor
     from mllm.data.readers import read_listing
-    from mllm.training.survey import FIRST_LOOK, check_targets, count_targets, drawn, target_report
+    from mllm.training.pipeline.token_scan import FIRST_LOOK, check_targets, count_targets, drawn, target_report
 
     every = read_listing(manifest, root, reader).samples  # what is wrong with the others has been told
     samples = [every[number] for number in drawn(len(every), FIRST_LOOK)]

@@ -27,7 +27,7 @@ class Settings(RunSettings):
 def run(settings: Settings) -> int:
     """Encode, with a progress bar."""
     from mllm.commands.terminal import console, progress_bar, quiet_loading
-    from mllm.training.feature_building import build_features
+    from mllm.training.feature_cache.building import build_features
 
     quiet_loading()
     own = without_extras(RunSettings, settings)

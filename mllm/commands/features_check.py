@@ -40,7 +40,7 @@ class Settings:
 def run(settings: Settings) -> int:
     """Check, and return 1 when something is missing or broken."""
     from mllm.commands.terminal import console
-    from mllm.training.feature_check import check_features
+    from mllm.training.feature_cache.check import check_features
 
     found = check_features(Path(settings.folder), settings.run)
     out = console()

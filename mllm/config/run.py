@@ -23,7 +23,7 @@ Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """Where the features of frozen encoders are kept; see training/features.py."""
+    """Where the features of frozen encoders are kept; see training/feature_cache/features.py."""
 
     folder: str
     """Made before the first step where something is missing; runs with the same encoders and augmentation
@@ -55,7 +55,7 @@ class DataSettings:
     """Manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
     """Manifests of one medium item and its description per row. Before the first step the projectors of `pool` and
-    `stack` are fitted to them in closed form, see training/projector_fit.py; without one they start at random."""
+    `stack` are fitted to them in closed form, see training/initialization/projector_fit.py; without one they start at random."""
     root: str | None = None
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     noise: str | None = None

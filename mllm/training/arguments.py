@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from mllm.config.run import RunSettings, SamplerSettings
 from mllm.training.fused_loss import check_liger
-from mllm.training.objective import Distillation
+from mllm.training.loss import Distillation
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _AT_THE_END = 2**31

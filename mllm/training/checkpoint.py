@@ -26,13 +26,7 @@ from torch import Tensor
 from mllm.checkpoints.load import TRAINABLES, save_trainables
 from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.run import differences
-from mllm.training.folders import (
-    Checkpoint,
-    delete_old,
-    newest_checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from mllm.training.run_folder import Checkpoint, delete_old, newest_checkpoint, read_checkpoint, write_checkpoint
 from mllm.utils.run_paths import CONFIG, NEWEST, list_checkpoints
 
 OPTIMIZER = "optimizer.safetensors"

@@ -19,7 +19,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from mllm.training.objective import Head, Supervision, weighted
+from mllm.training.loss import Head, Supervision, weighted
 from mllm.utils.extras import install_line
 
 VERSIONS = ">=0.8.2,<0.9"

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mllm.training.passes import Lesson
+from mllm.training.budget_rows import Lesson
 from mllm.training.throughput import bottleneck
 
 LOG = "log.jsonl"

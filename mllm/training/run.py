@@ -33,15 +33,15 @@ from mllm.model.trainables import is_sharded, set_trainables
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
-from mllm.training.data_look import LookedOver, build_sampler, look_over
 from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
-from mllm.training.feature_building import FeatureSamples, Stores, filled_stores
-from mllm.training.features import FeatureDataset, pass_features_through
-from mllm.training.folders import Checkpoint, remove_leftovers, run_lock
+from mllm.training.feature_cache.building import FeatureSamples, Stores, filled_stores
+from mllm.training.feature_cache.features import FeatureDataset, pass_features_through
+from mllm.training.initialization.projector_fit import fit_projectors
+from mllm.training.initialization.start_from import start_from
 from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
-from mllm.training.loaders import encode, loading, train_loader, validation_loader
-from mllm.training.projector_fit import fit_projectors
-from mllm.training.start import start_from
+from mllm.training.pipeline.data_look import LookedOver, build_sampler, look_over
+from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
+from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.utils.distributed import check_world, prepare_launch

@@ -18,9 +18,9 @@ from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weigh
 from mllm.packing.attention import PackedAttention, enable_packing, obstacle
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
+from mllm.training.budget_rows import Lesson
 from mllm.training.fused_loss import read_fused
-from mllm.training.objective import Distillation, Loss, read_hidden, sink, with_auxiliary
-from mllm.training.passes import Lesson
+from mllm.training.loss import Distillation, Loss, read_hidden, sink, with_auxiliary
 
 logger = logging.getLogger(__name__)
 

@@ -34,13 +34,13 @@ from mllm.model.trainables import trainable_names
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
+from mllm.training.budget_rows import Lesson, by_draw, drawn_passes, fixed_passes, make_lesson, num_targets
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
 from mllm.training.fused_loss import plain_head
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
-from mllm.training.objective import Loss
+from mllm.training.loss import Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
-from mllm.training.passes import Lesson, by_draw, drawn_passes, fixed_passes, make_lesson, num_targets
 from mllm.training.step import frozen_features, prepare_packing, run_lesson
 from mllm.training.throughput import Pace, mean_of
 

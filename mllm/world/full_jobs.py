@@ -151,7 +151,7 @@ def run_all(works: Sequence[Work], *, num_workers: int, progress: Progress) -> f
 def _encode_share(run: Any, rank: int, num_ranks: int) -> None:
     import torch
 
-    from mllm.training.feature_building import make_features
+    from mllm.training.feature_cache.building import make_features
 
     torch.set_num_threads(1)
     make_features(run, rank=rank, num_ranks=num_ranks)

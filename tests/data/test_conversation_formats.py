@@ -27,7 +27,7 @@ from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_
 from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels
 from mllm.preparation.run import find_recordings
-from mllm.training.feature_store import digest_of_media
+from mllm.training.feature_cache.store import digest_of_media
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

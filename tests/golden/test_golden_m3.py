@@ -13,8 +13,8 @@ from released_llava import (
 )
 
 from mllm.budget.sampler import Sampler
-from mllm.training.objective import objective
-from mllm.training.passes import drawn_passes, make_lesson, num_targets
+from mllm.training.budget_rows import drawn_passes, make_lesson, num_targets
+from mllm.training.loss import objective
 
 GOLDEN = Golden.read("m3")
 

@@ -16,8 +16,8 @@ from mllm.budget.sampler import Sampler
 from mllm.config.model import AdapterSettings, ModelSettings
 from mllm.config.run import SamplerSettings
 from mllm.data.manifest import Media, Message, Sample
-from mllm.training.data_look import check_members
-from mllm.training.passes import drawn_passes
+from mllm.training.budget_rows import drawn_passes
+from mllm.training.pipeline.data_look import check_members
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]
 ADAPTERS = {

@@ -12,11 +12,11 @@ from mllm.budget import Budget
 from mllm.cli import main
 from mllm.config.run import read_run_settings
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
-from mllm.training.balance import simulate
-from mllm.training.data_look import build_sampler
-from mllm.training.loaders import media_groups, round_batches
-from mllm.training.passes import drawn_passes
-from mllm.training.survey import extents_of, survey
+from mllm.training.budget_rows import drawn_passes
+from mllm.training.pipeline.balance import simulate
+from mllm.training.pipeline.data_look import build_sampler
+from mllm.training.pipeline.loaders import media_groups, round_batches
+from mllm.training.pipeline.token_scan import extents_of, survey
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from harness import log_rows
 from safetensors.torch import load_file
 
 from mllm.training.checkpoint import OPTIMIZER, TRAINABLES
-from mllm.training.folders import read_checkpoint
+from mllm.training.run_folder import read_checkpoint
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent.parent / "configs"

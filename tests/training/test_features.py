@@ -24,12 +24,19 @@ from mllm.config.model import EncoderAdapterSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
-from mllm.training import feature_building, feature_store, features
-from mllm.training.feature_building import make_features
-from mllm.training.feature_check import check_features
-from mllm.training.feature_store import FeatureStore, claim
-from mllm.training.features import Form, KeptFeatures, fill_store, form_of, pass_features_through, share_of
-from mllm.training.loaders import loading
+from mllm.training.feature_cache import building, features, store
+from mllm.training.feature_cache.building import make_features
+from mllm.training.feature_cache.check import check_features
+from mllm.training.feature_cache.features import (
+    Form,
+    KeptFeatures,
+    fill_store,
+    form_of,
+    pass_features_through,
+    share_of,
+)
+from mllm.training.feature_cache.store import FeatureStore, claim
+from mllm.training.pipeline.loaders import loading
 from mllm.training.run import train
 
 KINDS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video"), "see": ("image",)}
@@ -185,7 +192,7 @@ def test_a_kill_costs_no_more_than_the_shards_that_were_not_written(
     monkeypatch.setattr(feature_store, "SHARD_BYTES", 1)
     monkeypatch.setattr(features, "ITEMS_PER_BATCH", 4)
     written: list[int] = []
-    add = feature_store.ShardWriter.add_sample
+    add = store.ShardWriter.add_sample
 
     def killed(writer, *arguments) -> None:
         if len(written) == 9:
@@ -193,14 +200,14 @@ def test_a_kill_costs_no_more_than_the_shards_that_were_not_written(
         written.append(1)
         add(writer, *arguments)
 
-    monkeypatch.setattr(feature_store.ShardWriter, "add_sample", killed)
+    monkeypatch.setattr(store.ShardWriter, "add_sample", killed)
     with pytest.raises(KeyboardInterrupt):
         filled(world, tmp_path / "kept", versions=1)
     store = FeatureStore(tmp_path / "kept")
     store.read_index()
     samples = read_manifest(world / "train.jsonl", world)
     assert len(store.missing(samples)) == len(samples) - 8
-    monkeypatch.setattr(feature_store.ShardWriter, "add_sample", add)
+    monkeypatch.setattr(store.ShardWriter, "add_sample", add)
     filled(world, tmp_path / "kept", versions=1)
     store.read_index()
     assert [sample.id for sample, _ in store.missing(samples)] == ["broken"]
@@ -294,12 +301,12 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
     found = check_features(tmp_path / "kept", own)
     assert [problem.partition(" ")[0] for problem in found.problems] == ["broken", "broken"]
     # A tiny model's losses hardly move with its input, so what the encoders were fed is compared as well.
-    store = FeatureStore(tmp_path / "kept" / feature_building.VALIDATION, 1, None)
+    store = FeatureStore(tmp_path / "kept" / building.VALIDATION, 1, None)
     store.read_index()
     model, processor = build(own.model)
     fingerprint = form_of(model.config, processor, own, augmented=False).fingerprint
     for sample in read_manifest(manifest, world):
-        fed = [feature_store.key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
+        fed = [store.key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
         assert [kept.key for kept in store.entries[sample.id, 0]] == fed
 
 
@@ -440,7 +447,7 @@ def test_the_commands_build_and_check(
     assert main(check) == 2
     assert "holds no features" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(feature_building.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+        patch.setattr(building.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
         assert main(build_words) == 2
         assert re.search(r"features may take [\d,]+ bytes and 1,000 are free there", capsys.readouterr().err)
     assert main(build_words) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm.training.folders import (
+from mllm.training.run_folder import (
     MANIFEST,
     checkpoint_path,
     delete_old,
@@ -154,7 +154,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from mllm.training.folders import run_lock\n"
+        "import os, sys; from pathlib import Path; from mllm.training.run_folder import run_lock\n"
         "with run_lock(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)

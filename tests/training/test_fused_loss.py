@@ -20,7 +20,7 @@ from mllm.config.run import SamplerSettings
 from mllm.training import fused_loss
 from mllm.training.arguments import build_arguments
 from mllm.training.fused_loss import VERSIONS, check_liger, plain_head, read_fused
-from mllm.training.objective import Distillation, Supervision, read_hidden
+from mllm.training.loss import Distillation, Supervision, read_hidden
 
 SMALL = tiny.settings(("audio",))
 

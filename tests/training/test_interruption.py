@@ -15,8 +15,8 @@ from harness import log_rows
 
 from mllm.config.run import DataSettings, RunSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.training.folders import list_checkpoints, read_checkpoint
 from mllm.training.interruption import how_to_go_on
+from mllm.training.run_folder import list_checkpoints, read_checkpoint
 
 
 @pytest.fixture(scope="module")

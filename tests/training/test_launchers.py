@@ -19,8 +19,8 @@ from mllm.checkpoints.load import TRAINABLES, load
 from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.model.trainables import NEW_TOKENS
-from mllm.training.folders import read_checkpoint
 from mllm.training.run import train
+from mllm.training.run_folder import read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent

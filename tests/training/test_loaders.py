@@ -18,8 +18,8 @@ from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import sharers
 from mllm.media import write_video
 from mllm.processing.batch import Batch
-from mllm.training.loaders import build_augmentation, encode, loading, read_samples, train_loader
-from mllm.training.survey import survey
+from mllm.training.pipeline.loaders import build_augmentation, encode, loading, read_samples, train_loader
+from mllm.training.pipeline.token_scan import survey
 from mllm.transforms.augmentation import TimeMask
 
 MODEL = {"llm": "l", "audio": {"encoder": "e", "budgets": ["/4"]}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllm.training.objective import Distillation, Supervision, objective, read_hidden, sink
+from mllm.training.loss import Distillation, Supervision, objective, read_hidden, sink
 
 VOCABULARY = 7
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
 from mllm.config.model import ModelSettings
-from mllm.training.projector_fit import RIDGES, Fit, fit_projectors
+from mllm.training.initialization.projector_fit import RIDGES, Fit, fit_projectors
 
 WORDS = ["red circle", "the blue square", "a cat; on the mat.", "two", "left of the cat", "green and white", "no cross"]
 LINEAR = {"projector_size": 0}

@@ -21,7 +21,7 @@ from mllm.training.checkpoint import (
     choose_checkpoint,
     set_aside_refused,
 )
-from mllm.training.folders import MANIFEST, list_checkpoints, newest_checkpoint, read_checkpoint
+from mllm.training.run_folder import MANIFEST, list_checkpoints, newest_checkpoint, read_checkpoint
 from mllm.training.trainer import ElasticTrainer
 
 

@@ -27,12 +27,12 @@ from mllm.config.run import (
     settings_yaml,
 )
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
-from mllm.training.batches import RoundBatches
 from mllm.training.checkpoint import OPTIMIZER
-from mllm.training.folders import newest_checkpoint, run_lock
 from mllm.training.optimization import split_moments
+from mllm.training.pipeline.batches import RoundBatches
+from mllm.training.pipeline.token_scan import survey
 from mllm.training.run import train
-from mllm.training.survey import survey
+from mllm.training.run_folder import newest_checkpoint, run_lock
 
 
 @pytest.fixture(scope="module")

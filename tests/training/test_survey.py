@@ -10,9 +10,9 @@ import tiny
 from mllm.budget import Budget
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.processing.processor import LoadedMedia
-from mllm.training import survey as module
-from mllm.training.loaders import encode, media_groups
-from mllm.training.survey import check_targets, count_targets, drawn, survey, target_report
+from mllm.training.pipeline import token_scan as module
+from mllm.training.pipeline.loaders import encode, media_groups
+from mllm.training.pipeline.token_scan import check_targets, count_targets, drawn, survey, target_report
 
 GOOD = Sample("good", (Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))), task="test")
 PICTURE = Media("image", "a.png")

@@ -15,8 +15,8 @@ from mllm.budget import Budget
 from mllm.config.run import DataSettings
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.training.loaders import encode, loading, train_loader
-from mllm.training.survey import survey
+from mllm.training.pipeline.loaders import encode, loading, train_loader
+from mllm.training.pipeline.token_scan import survey
 from mllm.training.throughput import Pace, Stopwatch, bottleneck, mean_of
 
 

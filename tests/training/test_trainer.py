@@ -11,8 +11,8 @@ from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
 from mllm.budget import Budget
 from mllm.config.run import SamplerSettings
+from mllm.training.budget_rows import drawn_passes
 from mllm.training.optimization import check_gradients
-from mllm.training.passes import drawn_passes
 from mllm.training.trainer import ElasticTrainer
 
 ALL = SamplerSettings(mode="all")

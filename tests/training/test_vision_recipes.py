@@ -144,7 +144,7 @@ def test_what_a_run_cannot_start_from(
 
 
 def test_values_without_a_place_or_of_another_shape_are_named(world: Path, tmp_path: Path) -> None:
-    from mllm.training.start import start_from
+    from mllm.training.initialization.start_from import start_from
 
     model, processor = build(recipe(world, "m3_lora", tmp_path).model)
     set_trainables(model)

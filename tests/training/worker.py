@@ -17,7 +17,7 @@ from test_projector_fit import fit
 
 from mllm.config.model import AdapterSettings
 from mllm.config.run import RunSettings, SamplerSettings
-from mllm.training.folders import newest_checkpoint
+from mllm.training.run_folder import newest_checkpoint
 from mllm.utils.distributed import finish_launch, prepare_launch
 
 import tiny  # isort: skip

@@ -14,8 +14,8 @@ from mllm.budget.sampler import Sampler
 from mllm.config.run import RunSettings
 from mllm.data.manifest import Sample
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.loaders import round_batches
-from mllm.training.survey import Looked, look_all, survey_of
+from mllm.training.pipeline.loaders import round_batches
+from mllm.training.pipeline.token_scan import Looked, look_all, survey_of
 
 
 @dataclass

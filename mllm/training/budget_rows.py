@@ -22,7 +22,7 @@ from mllm.packing.pack import pack, packed_targets
 from mllm.packing.plan import SegmentPlan
 from mllm.processing.batch import Batch, Expanded, Row, with_items
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.objective import Supervision
+from mllm.training.loss import Supervision
 
 TEXT_ONLY = "text"
 

@@ -30,7 +30,7 @@ from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch, Expanded
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.readouts import Readout, opened, readouts, with_one
+from mllm.training.initialization.readouts import Readout, opened, readouts, with_one
 
 RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 3))
 """Penalties that are tried, as shares of the mean variance of the layer's inputs; a larger one would show all media

@@ -22,9 +22,9 @@ from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
 from mllm.data.skipped import Quarantine, Quarantined, too_many_bad
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.feature_building import FeatureSamples, with_captions
-from mllm.training.loaders import QUARANTINE, build_augmentation, read_samples
-from mllm.training.survey import Survey, survey
+from mllm.training.feature_cache.building import FeatureSamples, with_captions
+from mllm.training.pipeline.loaders import QUARANTINE, build_augmentation, read_samples
+from mllm.training.pipeline.token_scan import Survey, survey
 
 logger = logging.getLogger(__name__)
 

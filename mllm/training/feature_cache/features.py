@@ -33,8 +33,8 @@ from mllm.encoders import Encoder
 from mllm.model.backbone import SIZE_KEYS
 from mllm.model.configuration import TOWER_NAMES
 from mllm.processing.processor import ElasticProcessor, LoadedMedia, stack_media
-from mllm.training.feature_store import FeatureStore, ShardWriter, kept_of, key_of
-from mllm.training.folders import run_lock
+from mllm.training.feature_cache.store import FeatureStore, ShardWriter, kept_of, key_of
+from mllm.training.run_folder import run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.transforms.encoder_inputs import random_generator
 

@@ -23,10 +23,10 @@ from mllm.config.run import RunSettings
 from mllm.data.manifest import Sample
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.feature_store import FeatureStore, claim
-from mllm.training.features import REMEMBERED_FILES, Form, fill_store, form_of
-from mllm.training.loaders import loading, read_samples
-from mllm.training.survey import extents_of
+from mllm.training.feature_cache.features import REMEMBERED_FILES, Form, fill_store, form_of
+from mllm.training.feature_cache.store import FeatureStore, claim
+from mllm.training.pipeline.loaders import loading, read_samples
+from mllm.training.pipeline.token_scan import extents_of
 from mllm.utils.progress import Progress
 
 SECONDS_TO_END = 10.0

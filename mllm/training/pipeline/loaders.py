@@ -22,9 +22,9 @@ from mllm.data.skipped import Quarantine
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing.batch import check_length
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.batches import RoundBatches
 from mllm.training.interruption import ignore_interrupts
-from mllm.training.survey import Survey
+from mllm.training.pipeline.batches import RoundBatches
+from mllm.training.pipeline.token_scan import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms.augmentation import Augmentation, TimeMask
 from mllm.transforms.encoder_inputs import MixNoise

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.run import RunSettings
-from mllm.training.feature_building import VALIDATION, with_captions
-from mllm.training.feature_store import (
+from mllm.training.feature_cache.building import VALIDATION, with_captions
+from mllm.training.feature_cache.features import form_of
+from mllm.training.feature_cache.store import (
     FeatureStore,
     digest_of_file,
     fingerprint_differences,
     missing_keys,
     read_fingerprint,
 )
-from mllm.training.features import form_of
-from mllm.training.loaders import read_samples
+from mllm.training.pipeline.loaders import read_samples
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What a run starts from: another run, or projectors fitted to captions in closed form."""
