@@ -7,7 +7,7 @@ The model has random weights: a 12-layer Llama, 768 wide with 12 heads and 4 for
 layers, 512 wide, on 30-second windows. The first table compares ids and times of `generate(num_beams=...)` and of
 transformers' own on the same embeddings of 160-token prompts, which is what the released AVSR code calls, one row at a
 time (umbertocappellazzo/Omni-AVSR @7de6be2, modeling_OmniAVSR.py:315-319); both are run in turns, and what is shown are
-medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/cost.py`) predict. The second
+medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict. The second
 tells, for every audio rate, seconds of compute per second of sound, encoder included, and the most memory above the
 weights. Decoding is bound by reading the weights and the cache, which FLOPs do not see. Times are CPU time of the
 process, or wall time on a GPU.
@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, space_settings
 from mllm.config.model import MediumSettings, ModelSettings
-from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.model.backbone import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch

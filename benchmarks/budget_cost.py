@@ -28,8 +28,8 @@ from mllm.adapters import build_adapter
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, space_settings
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
-from mllm.cost import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.flops import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.inference.answerer import Answer, Answerer, Decoding
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables

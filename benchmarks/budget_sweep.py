@@ -7,7 +7,7 @@ The model is that of `beam_decoding.py`. The baseline does what the evaluation o
 of one, in which the sound is encoded again. The sweep encodes once and decodes all rates as rows of one batch, as
 `mllm evaluate` does. Both run in this process in turns; their ids are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
-the ratio the one that FLOPs (`mllm/cost.py`) predict, without and with the padding of the shorter prompts. Decoding is
+the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, without and with the padding of the shorter prompts. Decoding is
 bound by reading the weights, which FLOPs do not see. Times are CPU time of the process, or wall time on a GPU.
 """
 
@@ -26,7 +26,7 @@ from turns import in_turns, options, ratio, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.cost import Item, request_cost
+from mllm.evaluation.flops import Item, request_cost
 
 RATES = (4, 5, 6, 8, 10, 12, 16, 20)
 GOAL = 3.0

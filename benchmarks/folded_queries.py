@@ -7,7 +7,7 @@ out-size is the LLM's, 4096 for its 7B. The unfolded forward projects queries, k
 twice, on the first n queries, as the released code does (gordonhu608/MQT-LLaVA @92c35d0,
 llava/model/multimodal_projector/builder.py:200-204). Both run in this process on the same picture, in turns; their
 outputs are compared first, and a difference above 1e-5 of the largest output stops the benchmark. Shown are medians and
-the range of the middle half, and beside the ratio the one that FLOPs (`mllm/cost.py`) predict. Times are CPU time of
+the range of the middle half, and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict. Times are CPU time of
 the process, or wall time on a GPU. Folding itself, which happens once, is timed apart.
 """
 
@@ -26,7 +26,7 @@ from turns import in_turns, milliseconds, options, ratio_of, seconds_of, unprepa
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.compressors import Query
-from mllm.cost import Item, compressor_flops
+from mllm.evaluation.flops import Item, compressor_flops
 
 COUNTS = (256, 144, 64, 16, 2)
 GOALS = {256: 1.9, 16: 4.5}

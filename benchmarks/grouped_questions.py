@@ -8,7 +8,7 @@ as the evaluation of M3 does (mu-cai/matryoshka-mm @ec30cd3, llava/eval/model_vq
 ones; MQT-LLaVA's is the same), and encodes and reads the picture anew for each. A third run answers the questions in
 one batch that shares the encoding but not what the LLM reads. All three run in this process in turns; their answers are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
-the ratio the one that FLOPs (`mllm/cost.py`) predict, which do not count the padding of shorter questions. Times are
+the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, which do not count the padding of shorter questions. Times are
 CPU time of the process, or wall time on a GPU.
 """
 
@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, put_adapters, space_settings
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
-from mllm.cost import Item, llm_flops, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.kv_cache.shared_prefix import num_common
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch

@@ -9,7 +9,7 @@ does for each budget (gordonhu608/MQT-LLaVA @92c35d0, llava/model/llava_arch.py:
 language_model/llava_llama.py:110-139); from its features, which a session keeps as well, compressor and LLM do all of
 their work anew. All run in this
 process in turns; logits are compared first, and a difference above 1e-5 of the largest stops the benchmark. Shown are
-medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/cost.py`) predict.
+medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict.
 Times are CPU time of the process, or wall time on a GPU.
 """
 
@@ -32,7 +32,7 @@ from turns import in_turns, options, ratio, spread
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.config.model import MediumSettings
-from mllm.cost import Item, llm_flops, request_cost
+from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.inference.answerer import Answerer
 from mllm.inference.progressive import Growing
 

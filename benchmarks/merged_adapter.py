@@ -5,7 +5,7 @@
 The model is that of `grouped_questions.py`, asked without a picture, with a LoRA of rank 16 on two or on all seven
 linear layers. Both models answer in turns in this process; ids and logits are compared first, and other ids, or logits
 that differ by more than 1e-4 of the largest, stop the benchmark. Shown are medians and the range of the middle half,
-and beside the ratio the one that FLOPs (`mllm/cost.py`) predict; what a decoding step saves are calls, which FLOPs do
+and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict; what a decoding step saves are calls, which FLOPs do
 not see. Times are CPU time of the process, or wall time on a GPU.
 """
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.checkpoints.load import merge_llm_adapter
 from mllm.config.model import AdapterSettings
-from mllm.cost import request_cost
+from mllm.evaluation.flops import request_cost
 
 TARGETS = {
     "q, v": ["q_proj", "v_proj"],

@@ -31,7 +31,7 @@ from turns import options
 
 from mllm.compressors import Query
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
-from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
+from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia

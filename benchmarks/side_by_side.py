@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, member_names, put_adapters, space_settings
 from mllm.config.model import ModelSettings
-from mllm.cost import llm_flops
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
+from mllm.evaluation.flops import llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing

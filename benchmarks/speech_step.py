@@ -36,8 +36,8 @@ from transformers import WhisperConfig
 from turns import options
 
 from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
-from mllm.cost import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.encoders import AVHubertConfig
+from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.backbone import Features
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.budget import Budget
 from mllm.config.model import MediumSettings, ModelSettings, TilingSettings
-from mllm.cost import items_of, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.flops import items_of, request_cost
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import MediaError, write_video
 from mllm.model.trainables import set_trainables

@@ -27,7 +27,8 @@ from mllm.adapters import build_adapter
 from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.budget import Budget
 from mllm.compressors import build_compressor
-from mllm.cost import (
+from mllm.encoders import AVHubertConfig, build_encoder, encoder_facts
+from mllm.evaluation.flops import (
     Item,
     attention_flops,
     compressor_flops,
@@ -38,7 +39,6 @@ from mllm.cost import (
     request_cost,
     train_factor,
 )
-from mllm.encoders import AVHubertConfig, build_encoder, encoder_facts
 from mllm.kv_cache.names import cache_argument, cache_of
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

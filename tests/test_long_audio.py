@@ -21,10 +21,10 @@ from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.evaluation.answer_store import AnswerStore
 from mllm.evaluation.comparison import compare
-from mllm.evaluation.hypotheses import AnswerStore
-from mllm.evaluation.planning import plan
 from mllm.evaluation.sweep import Sweep
+from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.long_audio import joined, load_windows
 from mllm.inference.windows import LongAudio, join_transcripts, window_times

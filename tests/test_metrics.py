@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mllm.metrics import (
+from mllm.evaluation.metrics import (
     ErrorCounts,
     bootstrap_interval,
     character_errors,
@@ -97,5 +97,5 @@ def test_too_few_annotators_are_refused(references: list[str]) -> None:
 
 
 def test_metrics_need_no_torch() -> None:
-    code = "import sys, mllm.metrics as m; m.word_errors('a', 'b'); assert 'torch' not in sys.modules"
+    code = "import sys, mllm.evaluation.metrics as m; m.word_errors('a', 'b'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

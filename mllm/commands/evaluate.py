@@ -16,10 +16,10 @@ MAX_FAILURES_SHOWN = 10
 
 def run(settings: Settings) -> int:
     """Evaluate, show the table, and name what failed."""
-    from mllm.benchmarks.registry import BENCHMARKS
     from mllm.commands.terminal import console, progress_bar, quiet_loading
     from mllm.evaluation.report import cut_notes, table
     from mllm.evaluation.run import evaluate
+    from mllm.evaluation.scorers.registry import BENCHMARKS
 
     settings = settings.pinned()
     quiet_loading()

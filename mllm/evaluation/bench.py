@@ -19,8 +19,8 @@ from PIL import Image
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.cost import Item, RequestCost, request_cost
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.flops import Item, RequestCost, request_cost
 from mllm.evaluation.sweep import cost_problem
 from mllm.inference.answerer import DEFAULT_PROMPTS, Answer, Answerer, Decoding
 from mllm.inference.timing import PHASES, Timing

@@ -12,8 +12,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm.benchmarks import registry
-from mllm.benchmarks.registry import BENCHMARKS
+from mllm.evaluation.scorers import registry
+from mllm.evaluation.scorers.registry import BENCHMARKS
 
 Row = Mapping[str, Any]
 UNTRAINED, FAILED, SERVER = "*", "†", "server"

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mllm.benchmarks.registry import BENCHMARKS
-from mllm.benchmarks.submissions import SUBMISSIONS, Answer
 from mllm.data.manifest import Sample
 from mllm.evaluation import benchmark_table, oracle
+from mllm.evaluation.answer_store import Line, write_whole
 from mllm.evaluation.benchmark_table import BenchmarkTable, markdown_table
-from mllm.evaluation.hypotheses import Line, write_whole
-from mllm.evaluation.planning import is_for_server
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import Results, cut_notes
+from mllm.evaluation.scorers.registry import BENCHMARKS
+from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
+from mllm.evaluation.work_list import is_for_server
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
 AXES = {"soft_tokens": "soft tokens per question (mean)", "tflops": "TFLOP per question (mean)"}

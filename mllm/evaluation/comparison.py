@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.evaluation import EVALUATION
-from mllm.evaluation.hypotheses import FINGERPRINT, write_whole
+from mllm.evaluation.answer_store import FINGERPRINT, write_whole
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import RESULTS, cut_notes
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown

@@ -15,7 +15,7 @@ from typing import Any
 from mllm.checkpoints.load import TRAINABLES
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Sample
-from mllm.evaluation.hypotheses import digest_of_file
+from mllm.evaluation.answer_store import digest_of_file
 from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
 
 BY_CONTENT = ("model", "checkpoint", "sources", "manifest", "noise", "seed")

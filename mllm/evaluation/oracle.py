@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.benchmarks.registry import BENCHMARKS, worths_of_units
+from mllm.evaluation.answer_store import Line
 from mllm.evaluation.benchmark_table import Column
-from mllm.evaluation.hypotheses import Line
+from mllm.evaluation.scorers.registry import BENCHMARKS, worths_of_units
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mllm.evaluation.hypotheses import Line, write_whole
+from mllm.evaluation.answer_store import Line, write_whole
 from mllm.evaluation.scoring import scorer_of
 
 RESULTS = "results.json"

@@ -12,20 +12,20 @@ from typing import Any
 
 import yaml
 
-from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.vision.short_answers import question_ids
+from mllm.evaluation.answer_store import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
 from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.fingerprint import fingerprint_of
-from mllm.evaluation.hypotheses import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
-from mllm.evaluation.planning import Work, plan
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
+from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.sweep import Sweep, cost_problem
+from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio
 from mllm.transforms.encoder_inputs import MixNoise

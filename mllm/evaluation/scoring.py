@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.benchmarks.registry import BENCHMARKS, Benchmark
-from mllm.evaluation.hypotheses import Line
-from mllm.metrics import ErrorCounts, bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
+from mllm.evaluation.answer_store import Line
+from mllm.evaluation.metrics import ErrorCounts, bootstrap_interval, character_errors, corpus, vqa_accuracy, word_errors
+from mllm.evaluation.scorers.registry import BENCHMARKS, Benchmark
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
-from mllm.cost import Item, attention_flops, items_of, published_flops, request_cost
 from mllm.data.manifest import Sample
-from mllm.evaluation.hypotheses import AnswerStore, Line
-from mllm.evaluation.planning import Work, references_of, untrained_message
+from mllm.evaluation.answer_store import AnswerStore, Line
+from mllm.evaluation.flops import Item, attention_flops, items_of, published_flops, request_cost
+from mllm.evaluation.scorers.registry import BENCHMARKS
+from mllm.evaluation.work_list import Work, references_of, untrained_message
 from mllm.inference.answerer import Answer, Answerer, is_trained
 from mllm.inference.grouping import alike, number_in_pass
 from mllm.inference.long_audio import Window, joined, load_windows

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.benchmarks import registry
 from mllm.evaluation import benchmark_table
 from mllm.evaluation.benchmark_table import BenchmarkTable, Row, columns_of, overall_rows, table_of
+from mllm.evaluation.scorers import registry
 
 COLUMNS = {
     **{name: benchmark.columns for name, benchmark in registry.BENCHMARKS.items()},

@@ -59,7 +59,7 @@ def real_demo(settings: RealDemoSettings, *, progress: Progress | None = None) -
         ImportError, FileNotFoundError, RuntimeError: a package is not installed or cannot be had; the message says how.
         ValueError: the folder holds a demo of other settings, or a package holds other files than were tested.
     """
-    from mllm.evaluation.hypotheses import AnswerStore
+    from mllm.evaluation.answer_store import AnswerStore
     from mllm.real.corpus import write_corpus
     from mllm.real.report import compare
     from mllm.real.whisper_base import transcribe

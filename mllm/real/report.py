@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm.evaluation.answer_store import Line, write_whole
 from mllm.evaluation.benchmark_table import markdown_table
-from mllm.evaluation.hypotheses import Line, write_whole
 from mllm.evaluation.scoring import Score, score_speech
 from mllm.real.sentences import DIGITS, normalise
 from mllm.world.demo_report import Finding

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm.evaluation.hypotheses import HYPOTHESES, write_whole
-from mllm.metrics import bootstrap_interval
+from mllm.evaluation.answer_store import HYPOTHESES, write_whole
+from mllm.evaluation.metrics import bootstrap_interval
 from mllm.world.demo_report import Finding
 
 if TYPE_CHECKING:

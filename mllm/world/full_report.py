@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mllm.budget import Budget
-from mllm.metrics import word_errors
+from mllm.evaluation.metrics import word_errors
 from mllm.world.demo_report import Finding
 from mllm.world.full_cells import Cell, Comparison, answers, draw_line, empty_figure, gap_text, pooled_cell, table
 from mllm.world.full_demo import (

@@ -2,10 +2,16 @@
 
 import pytest
 
-from mllm.benchmarks.answers import agreement, evalai_accuracy, evalai_answer, vqa_eval_accuracy, vqa_eval_answer
-from mllm.benchmarks.letters import llava_letter, mmmu_letter
-from mllm.benchmarks.open_answers import anls, edit_distance, gqa_match, mmmu_open_match, relaxed_match
-from mllm.benchmarks.yes_no import Detection, mme_answer, pope_answer
+from mllm.evaluation.scorers.multiple_choice import llava_letter, mmmu_letter
+from mllm.evaluation.scorers.open_answers import anls, edit_distance, gqa_match, mmmu_open_match, relaxed_match
+from mllm.evaluation.scorers.short_answers import (
+    agreement,
+    evalai_accuracy,
+    evalai_answer,
+    vqa_eval_accuracy,
+    vqa_eval_answer,
+)
+from mllm.evaluation.scorers.yes_no import Detection, mme_answer, pope_answer
 
 # Of the processor that LLaVA and TextVQA use, as it ran.
 VECTORS = {

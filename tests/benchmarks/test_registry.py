@@ -2,7 +2,7 @@
 
 import pytest
 
-from mllm.benchmarks.registry import BENCHMARKS, MME_COGNITION, MME_PERCEPTION, worths_of_units
+from mllm.evaluation.scorers.registry import BENCHMARKS, MME_COGNITION, MME_PERCEPTION, worths_of_units
 
 
 def line(number: object, reference: str, said: str | None, *, kind: str | None = None, **meta) -> dict:

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mllm.benchmarks.sheet import MAIN, xlsx_of
-from mllm.benchmarks.submissions import SUBMISSIONS, Answer
+from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
+from mllm.evaluation.scorers.xlsx import MAIN, xlsx_of
 
 
 def content(task: str, *answers: Answer, all_ids: tuple[int, ...] = ()) -> object:

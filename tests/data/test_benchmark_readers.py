@@ -10,12 +10,12 @@ from typing import Any, get_args
 import pytest
 from PIL import Image
 
-from mllm.benchmarks.registry import BENCHMARKS
 from mllm.cli import main
 from mllm.config.data import BENCHMARK_FORMATS, Format, ReaderSettings
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.table_files import table_files
+from mllm.evaluation.scorers.registry import BENCHMARKS
 
 SHORT = "\nAnswer the question using a single word or phrase."
 CHOOSE = "\nAnswer with the option's letter from the given choices directly."

@@ -18,7 +18,7 @@ from mllm.data.readers import READERS, read_data
 from mllm.data.speech.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.speech.segmenting import Cutter
 from mllm.data.speech.utterances import Listing
-from mllm.evaluation.planning import references_of
+from mllm.evaluation.work_list import references_of
 from mllm.media import load_audio, load_video, write_sound, write_video
 
 PRETRAIN = """Text:  ONE TWO {NS} THREE

@@ -9,16 +9,16 @@ import pytest
 import tiny
 from PIL import Image
 
-from mllm.benchmarks.registry import BENCHMARKS
 from mllm.budget import Budget
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.evaluation.benchmark_table import benchmark_table
 from mllm.evaluation.benchmarks import DATA, MARKDOWN, PLOT, SUBMITTED, report_of
 from mllm.evaluation.oracle import Oracle
-from mllm.evaluation.planning import plan
 from mllm.evaluation.plot import front
 from mllm.evaluation.report import summarise
+from mllm.evaluation.scorers.registry import BENCHMARKS
+from mllm.evaluation.work_list import plan
 
 SHORT = "\nAnswer the question using a single word or phrase."
 TOKENS = {"image=64": 64, "image=16": 16, "image=1": 1}
@@ -248,7 +248,7 @@ def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder
 
 def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> None:
     from mllm.checkpoints.load import load
-    from mllm.evaluation.hypotheses import AnswerStore
+    from mllm.evaluation.answer_store import AnswerStore
     from mllm.evaluation.run import conclude, run_share
     from mllm.evaluation.sweep import Sweep
     from mllm.inference.answerer import Answerer, Decoding

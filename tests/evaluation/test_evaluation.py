@@ -13,12 +13,12 @@ from PIL import Image
 from mllm.budget import Budget
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.evaluation.hypotheses import ANSWERS, HYPOTHESES, AnswerStore
-from mllm.evaluation.planning import plan
+from mllm.evaluation.answer_store import ANSWERS, HYPOTHESES, AnswerStore
 from mllm.evaluation.plot import PLOT
 from mllm.evaluation.report import CSV, RESULTS, cut_notes
 from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
 from mllm.evaluation.sweep import Sweep
+from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import load_audio
 

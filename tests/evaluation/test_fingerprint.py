@@ -16,8 +16,8 @@ from mllm.commands import lmms_eval
 from mllm.config.data import ReaderSettings
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.evaluation.answer_store import AnswerStore
 from mllm.evaluation.fingerprint import BY_CONTENT, NEVER_IN_ANSWERS, files_of_model, fingerprint_of
-from mllm.evaluation.hypotheses import AnswerStore
 from mllm.evaluation.run import read_sets
 from mllm.media import MediaLimits
 from mllm.model.trainables import set_trainables

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from mllm.config.evaluation import EvaluateSettings
-from mllm.evaluation.hypotheses import AnswerStore, key_of
+from mllm.evaluation.answer_store import AnswerStore, key_of
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import CSV, RESULTS, summarise, table
 

@@ -19,12 +19,12 @@ from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.evaluation.answer_store import ANSWERS, FINGERPRINT, HYPOTHESES, AnswerStore
 from mllm.evaluation.comparison import DATA, MARKDOWN, PLOT
-from mllm.evaluation.hypotheses import ANSWERS, FINGERPRINT, HYPOTHESES, AnswerStore
-from mllm.evaluation.planning import Work
 from mllm.evaluation.report import CSV, RESULTS, summarise
 from mllm.evaluation.run import gather
 from mllm.evaluation.sweep import Sweep
+from mllm.evaluation.work_list import Work
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import Audio, load_audio
 from mllm.model.trainables import set_trainables

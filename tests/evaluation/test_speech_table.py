@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from mllm.cli import main
+from mllm.evaluation.answer_store import FINGERPRINT
 from mllm.evaluation.comparison import DATA, MARKDOWN, PLOT, compare, comparison_of, short_name
-from mllm.evaluation.hypotheses import FINGERPRINT
 from mllm.evaluation.report import RESULTS
 from mllm.evaluation.speech_table import blocks_of, cells_of, notes_of, tables, to_markdown
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mllm.cli import main
+from mllm.evaluation.answer_store import FINGERPRINT
 from mllm.evaluation.comparison import VISION_DATA, VISION_MARKDOWN, VISION_PLOT, compare
-from mllm.evaluation.hypotheses import FINGERPRINT
 from mllm.evaluation.report import RESULTS
 from mllm.evaluation.vision_comparison import vision_comparison
 

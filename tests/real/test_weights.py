@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditionalGeneration
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.metrics import corpus, word_errors
+from mllm.evaluation.metrics import corpus, word_errors
 from mllm.real.demo import RealDemoSettings, real_demo
 from mllm.real.packages import package_file
 from mllm.real.recordings import Recording, read_recordings

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.benchmarks.answers import evalai_answer
-from mllm.benchmarks.letters import mmmu_letter
-from mllm.benchmarks.sheet import xlsx_of
+from mllm.evaluation.scorers.multiple_choice import mmmu_letter
+from mllm.evaluation.scorers.short_answers import evalai_answer
+from mllm.evaluation.scorers.xlsx import xlsx_of
 
 
 @dataclass(frozen=True)

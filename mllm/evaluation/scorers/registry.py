@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm.benchmarks.answers import NUM_ANNOTATORS, evalai_accuracy, vqa_eval_accuracy
-from mllm.benchmarks.letters import LETTERS, llava_letter, mmmu_letter
-from mllm.benchmarks.open_answers import anls, gqa_match, mmmu_open_match, relaxed_match
-from mllm.benchmarks.yes_no import Detection, mme_answer, pope_answer
+from mllm.evaluation.scorers.multiple_choice import LETTERS, llava_letter, mmmu_letter
+from mllm.evaluation.scorers.open_answers import anls, gqa_match, mmmu_open_match, relaxed_match
+from mllm.evaluation.scorers.short_answers import NUM_ANNOTATORS, evalai_accuracy, vqa_eval_accuracy
+from mllm.evaluation.scorers.yes_no import Detection, mme_answer, pope_answer
 
 Line = Mapping[str, Any]
 MME_COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")

@@ -6,13 +6,13 @@ Knows samples, budgets and the model's space. Does not know models or files.
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mllm.benchmarks.registry import BENCHMARKS
-from mllm.benchmarks.submissions import SUBMISSIONS, Answer
 from mllm.budget import Amount, Budget, Space
 from mllm.data.manifest import Sample
-from mllm.evaluation.hypotheses import Key
+from mllm.evaluation.answer_store import Key
+from mllm.evaluation.metrics import vqa_accuracy
+from mllm.evaluation.scorers.registry import BENCHMARKS
+from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
 from mllm.evaluation.scoring import scorer_of
-from mllm.metrics import vqa_accuracy
 
 
 @dataclass(frozen=True)
