@@ -41,7 +41,7 @@ from mllm.model.backbone import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.world.tokenizer import build_tokenizer
+from mllm.synthetic.tokenizer import build_tokenizer
 
 SECONDS = 6
 RATES = (1, 2, 4, 8, 16)

@@ -35,9 +35,9 @@ from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.synthetic.tokenizer import build_tokenizer
 from mllm.training.budget_rows import fixed_passes, make_lesson, num_targets
 from mllm.training.loss import objective
-from mllm.world.tokenizer import build_tokenizer
 
 BUDGETS = [Budget.parse(f"image={count}") for count in (144, 36, 9, 1)]
 NUM_ROWS = 4

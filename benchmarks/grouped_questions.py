@@ -37,7 +37,7 @@ from mllm.kv_cache.shared_prefix import num_common
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.world.tokenizer import build_tokenizer
+from mllm.synthetic.tokenizer import build_tokenizer
 
 COUNTS = (576, 144, 36, 9, 1)
 GOALS = {576: 4.0, 1: 3.0}

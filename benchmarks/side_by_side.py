@@ -31,10 +31,10 @@ from mllm.packing.attention import enable_packing
 from mllm.packing.plan import SegmentPlan
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
+from mllm.synthetic.tokenizer import build_tokenizer
 from mllm.training.budget_rows import Pass, by_draw, fixed_passes, make_lesson, num_targets
 from mllm.training.loss import Loss
 from mllm.training.step import frozen_features, run_lesson
-from mllm.world.tokenizer import build_tokenizer
 
 HEAD_SHARE_VOCABULARY = 6568
 """At which the head of the LLM below is 21 % of the FLOPs of a token, as in Llama-3.2-1B."""

@@ -6,7 +6,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.numbered_images import named_pictures
 from mllm.processing.chat import ChatEncoder
-from mllm.world.tokenizer import build_tokenizer
+from mllm.synthetic.tokenizer import build_tokenizer
 
 QUESTION = Message("user", (Media("image", "a.png"), Text("what colour is the circle?")))
 ANSWER = Message("assistant", (Text("red"),))

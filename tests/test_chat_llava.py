@@ -8,7 +8,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from mllm.data.manifest import Media, Message, Text
 from mllm.processing.chat import ChatEncoder, without_prefix
-from mllm.world.tokenizer import build_tokenizer
+from mllm.synthetic.tokenizer import build_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

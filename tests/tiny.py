@@ -30,7 +30,7 @@ from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
-from mllm.world.tokenizer import build_tokenizer
+from mllm.synthetic.tokenizer import build_tokenizer
 
 TOKENIZER: PreTrainedTokenizerFast = build_tokenizer()
 

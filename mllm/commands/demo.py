@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mllm.real.demo import RealDemoSettings
-from mllm.world.demo import DemoSettings
-from mllm.world.full_demo import FullDemoSettings, full_demo
-from mllm.world.full_pictures import FullPicturesSettings, full_pictures
+from mllm.synthetic.demo.demo import DemoSettings
+from mllm.synthetic.demo.full_images import FullPicturesSettings, full_pictures
+from mllm.synthetic.demo.full_speech import FullDemoSettings, full_demo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from mllm.world.demo_report import Finding
+    from mllm.synthetic.demo.report import Finding
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
@@ -100,8 +100,8 @@ def run(settings: Settings) -> int:
 def _run(settings: DemoSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.evaluation.plot import PLOT
-    from mllm.world.demo import demo, evaluation_settings
-    from mllm.world.demo_report import findings, picture_table, speech_table
+    from mllm.synthetic.demo.demo import demo, evaluation_settings
+    from mllm.synthetic.demo.report import findings, picture_table, speech_table
 
     with progress_bar() as show:
         found = demo(settings, progress=show)
@@ -132,14 +132,14 @@ def _run_real(settings: RealDemoSettings, out: "Console") -> bool:
 
 def _run_full(settings: FullDemoSettings | FullPicturesSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
-    from mllm.world import full_report, pictures_report
+    from mllm.synthetic.demo import full_images_report, full_speech_report
 
     folder = Path(settings.out)
     with progress_bar() as show:
         if isinstance(settings, FullPicturesSettings):
-            seconds, found = full_pictures(settings, progress=show), pictures_report.compare(settings)
+            seconds, found = full_pictures(settings, progress=show), full_images_report.compare(settings)
         else:
-            seconds, found = full_demo(settings, progress=show), full_report.compare(settings)
+            seconds, found = full_demo(settings, progress=show), full_speech_report.compare(settings)
     found.write(folder)
     out.print(found.markdown, soft_wrap=True)
     all_shown = _show(found.findings, out)

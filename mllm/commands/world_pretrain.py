@@ -1,6 +1,6 @@
 """`mllm world pretrain`: makes the frozen parts of the built-in world again."""
 
-from mllm.world.pretrain import PretrainSettings as Settings
+from mllm.synthetic.pretrain.run import PretrainSettings as Settings
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
@@ -10,7 +10,7 @@ SUMMARY = "make the frozen parts of the built-in world again (hours)"
 def run(settings: Settings) -> int:
     """Train the parts and tell what each measured."""
     from mllm.commands.terminal import console
-    from mllm.world.pretrain import pretrain
+    from mllm.synthetic.pretrain.run import pretrain
 
     for part, measured in pretrain(settings).items():
         numbers = ", ".join(f"{name} {value:g}" for name, value in measured.items())

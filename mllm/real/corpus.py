@@ -26,8 +26,8 @@ from mllm.real.recordings import Recording, read_recordings
 from mllm.real.rooms import change
 from mllm.real.sentences import normalise, spoken_number, wordnet_examples
 from mllm.real.voices import FLITE_PACKAGES, say
-from mllm.world.speech import SAMPLE_RATE_HZ
-from mllm.world.speech_corpus import write_all
+from mllm.synthetic.speech.corpus import write_all
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 PROMPT = "Transcript:"
 """Short: a clip is worth seven target tokens, and every token of a row costs the same time."""

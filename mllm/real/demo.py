@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mllm.real.corpus import CorpusSettings
     from mllm.real.report import Found
 from mllm.config.model import check_at_least
-from mllm.world.demo import claim
+from mllm.synthetic.demo.demo import claim
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 BUDGETS = ("audio=/4", "audio=/8", "audio=/16", "audio=/25")

@@ -22,7 +22,7 @@ import numpy as np
 from mllm.media import load_audio
 from mllm.real.packages import check_digest, digest_of_files, fetch_debian
 from mllm.real.sentences import DIGITS, normalise
-from mllm.world.speech import SAMPLE_RATE_HZ
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 LEAST_WORDS = 2
 """Single words are told apart by spelling alone ("added", "add it") and are left out."""

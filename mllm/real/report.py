@@ -13,7 +13,7 @@ from mllm.evaluation.answer_store import Line, write_whole
 from mllm.evaluation.benchmark_table import markdown_table
 from mllm.evaluation.scoring import Score, score_speech
 from mllm.real.sentences import DIGITS, normalise
-from mllm.world.demo_report import Finding
+from mllm.synthetic.demo.report import Finding
 
 REPORT, PLOT = "report.md", "rates.png"
 SETS = {"test": "real recordings", "heldout": "synthesised, held out"}

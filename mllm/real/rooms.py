@@ -6,7 +6,7 @@ Knows samples. Does not know whose they are. Everything is a function of the sam
 import numpy as np
 from scipy.signal import butter, fftconvolve, resample, sosfilt
 
-from mllm.world.speech import SAMPLE_RATE_HZ
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 SPEEDS = (0.85, 1.25)
 """Played slower or faster, which moves pitch and formants along: another person."""

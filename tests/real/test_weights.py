@@ -22,7 +22,7 @@ from mllm.real.recordings import Recording, read_recordings
 from mllm.real.report import spoken_by_whisper
 from mllm.real.smollm2 import write_smollm2
 from mllm.real.whisper_base import transcribe, whisper_of, write_cut_encoder, write_whisper_base
-from mllm.world.speech import SAMPLE_RATE_HZ
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mllm.media import Audio
+from mllm.synthetic.speech.babble import make_babble
+from mllm.synthetic.speech.synthesis import LEVEL_RMS, synthesise
+from mllm.synthetic.speech.voices import VOICES
 from mllm.transforms.encoder_inputs import MixNoise
-from mllm.world.babble import make_babble
-from mllm.world.speech import LEVEL_RMS, synthesise
-from mllm.world.voices import VOICES
 
 
 @pytest.fixture(scope="module")

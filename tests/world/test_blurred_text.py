@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mllm.world import blurred_text as blur
-from mllm.world.phones import PHONE_IDS, PHONES
-from mllm.world.scenes import Scene, SceneObject
+from mllm.synthetic.images.scenes import Scene, SceneObject
+from mllm.synthetic.pretrain import blurred_text as blur
+from mllm.synthetic.speech.phones import PHONE_IDS, PHONES
 
 SCENE = Scene(
     (SceneObject("circle", "red", "k", column=1, row=4), SceneObject("star", "blue", "m", 7, 0)), "day", "pink"

@@ -10,9 +10,9 @@ from rich.console import Console
 from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.evaluation.run import evaluate
-from mllm.world.demo import BUDGETS, DemoSettings, demo, evaluation_settings, run_settings
-from mllm.world.demo_report import findings, picture_table, speech_table
-from mllm.world.questions import KINDS
+from mllm.synthetic.demo.demo import BUDGETS, DemoSettings, demo, evaluation_settings, run_settings
+from mllm.synthetic.demo.report import findings, picture_table, speech_table
+from mllm.synthetic.images.questions import KINDS
 
 WER = {  # task, budget, dB: error rate
     **{("asr", f"audio=/{rate}", None): value for rate, value in ((4, 0.09), (8, 0.14), (16, 0.27))},

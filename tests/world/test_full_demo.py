@@ -8,9 +8,9 @@ import pytest
 
 from mllm.cli import main
 from mllm.commands.demo import Settings
-from mllm.world.demo import DemoSettings
-from mllm.world.full_cells import Cell
-from mllm.world.full_demo import (
+from mllm.synthetic.demo.cells import Cell
+from mllm.synthetic.demo.demo import DemoSettings
+from mllm.synthetic.demo.full_speech import (
     ELASTIC,
     SEPARATE,
     FullDemoSettings,
@@ -20,7 +20,7 @@ from mllm.world.full_demo import (
     run_settings,
     steps_of,
 )
-from mllm.world.full_report import Place, comparison_rows, findings, markdown, places, read_cells
+from mllm.synthetic.demo.full_speech_report import Place, comparison_rows, findings, markdown, places, read_cells
 
 SETTINGS = FullDemoSettings(num_seeds=2, steps=20)
 NUM_UTTERANCES, NUM_WORDS = 100, 10

@@ -7,8 +7,8 @@ import pytest
 
 from mllm.cli import main
 from mllm.commands.demo import Settings
-from mllm.world.full_cells import Cell
-from mllm.world.full_pictures import (
+from mllm.synthetic.demo.cells import Cell
+from mllm.synthetic.demo.full_images import (
     COUNTS,
     STYLES,
     FullPicturesSettings,
@@ -17,8 +17,8 @@ from mllm.world.full_pictures import (
     picture_jobs,
     run_settings,
 )
-from mllm.world.pictures_report import ALL, Key, findings, markdown, read_cells
-from mllm.world.questions import COARSE_KINDS, KINDS
+from mllm.synthetic.demo.full_images_report import ALL, Key, findings, markdown, read_cells
+from mllm.synthetic.images.questions import COARSE_KINDS, KINDS
 
 SETTINGS = FullPicturesSettings(num_seeds=2, steps=30)
 NUM_SCENES = 100

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips, num_lip_frames
-from mllm.world.speech import Utterance, synthesise
-from mllm.world.voices import VOICES
+from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips, num_lip_frames
+from mllm.synthetic.speech.synthesis import Utterance, synthesise
+from mllm.synthetic.speech.voices import VOICES
 
 
 @pytest.fixture(scope="module")

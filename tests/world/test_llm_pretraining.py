@@ -9,18 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import mllm.world
-from mllm.world.blurred_text import BAG_WORDS
-from mllm.world.examine_llm import SCENE_PAPERS, scene_accuracy, sentence_wer
-from mllm.world.initialise_llm import PREVIOUS_HEADS, initialise
-from mllm.world.phones import PHONE_IDS
-from mllm.world.pretrain_llm import collate, draw_batch, embed, llm_config, pretrain_llm
-from mllm.world.pretraining_text import KINDS, PretrainingText, Spoken, speak_sentences
-from mllm.world.questions import COLUMN_WORDS, ROW_WORDS, Question
-from mllm.world.questions import KINDS as QUESTION_KINDS
-from mllm.world.scenes import Scene, SceneObject
-from mllm.world.tokenizer import build_tokenizer, word_id
+from mllm.synthetic.images.questions import COLUMN_WORDS, ROW_WORDS, Question
+from mllm.synthetic.images.questions import KINDS as QUESTION_KINDS
+from mllm.synthetic.images.scenes import Scene, SceneObject
+from mllm.synthetic.pretrain.blurred_text import BAG_WORDS
+from mllm.synthetic.pretrain.examine_llm import SCENE_PAPERS, scene_accuracy, sentence_wer
+from mllm.synthetic.pretrain.initialise_llm import PREVIOUS_HEADS, initialise
+from mllm.synthetic.pretrain.llm import collate, draw_batch, embed, llm_config, pretrain_llm
+from mllm.synthetic.pretrain.text import KINDS, PretrainingText, Spoken, speak_sentences
+from mllm.synthetic.speech.phones import PHONE_IDS
+from mllm.synthetic.tokenizer import build_tokenizer, word_id
 
-ASSETS = Path(mllm.world.__file__).parent / "assets"
+ASSETS = Path(mllm.synthetic.__file__).parent / "assets"
 SCENE = Scene((SceneObject("circle", "red", "k", column=1, row=4),), "night", "brown")
 # "lay": silence, l, ey, silence
 LAY = Spoken("lay", np.array([PHONE_IDS[p] for p in ("sil", "l", "ey", "sil")]), np.array([0.1, 0.2, 0.4, 0.56]))

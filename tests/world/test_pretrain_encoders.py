@@ -12,12 +12,18 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import mllm.world
 from mllm.encoders.av_hubert import AVHubertEncoder
-from mllm.world.frame_training import PHONE_HEAD_FILE, PhoneClassifier, Recipe, frame_accuracy, frame_phones
-from mllm.world.phones import PHONE_IDS
-from mllm.world.pretrain_audio import build_audio_encoder, measured_audio, pretrain_audio
-from mllm.world.pretrain_lips import build_lip_encoder, measured_lips, pretrain_lips
+from mllm.synthetic.pretrain.audio import build_audio_encoder, measured_audio, pretrain_audio
+from mllm.synthetic.pretrain.frame_training import (
+    PHONE_HEAD_FILE,
+    PhoneClassifier,
+    Recipe,
+    frame_accuracy,
+    frame_phones,
+)
+from mllm.synthetic.pretrain.lips import build_lip_encoder, measured_lips, pretrain_lips
+from mllm.synthetic.speech.phones import PHONE_IDS
 
-ASSETS = Path(mllm.world.__file__).parent / "assets"
+ASSETS = Path(mllm.synthetic.__file__).parent / "assets"
 QUICK = Recipe(steps=2, seed=3, batch_clips=2, warmup_steps=1, log_every_steps=1, validate_every_steps=10)
 
 

@@ -8,9 +8,16 @@ import pytest
 from PIL import Image
 
 from mllm.data.manifest import read_manifest
-from mllm.world.picture_corpus import write_picture_corpus
-from mllm.world.questions import ANSWERS, KINDS, all_questions, describe_scene, one_question_per_kind, sample_questions
-from mllm.world.scenes import COLOURS, GROUNDS, SPLITS, Scene, SceneObject, random_scenes, render_scene
+from mllm.synthetic.images.corpus import write_picture_corpus
+from mllm.synthetic.images.questions import (
+    ANSWERS,
+    KINDS,
+    all_questions,
+    describe_scene,
+    one_question_per_kind,
+    sample_questions,
+)
+from mllm.synthetic.images.scenes import COLOURS, GROUNDS, SPLITS, Scene, SceneObject, random_scenes, render_scene
 
 CIRCLE = SceneObject("circle", "red", "k", column=1, row=4)
 SQUARE = SceneObject("square", "blue", "m", column=5, row=0)

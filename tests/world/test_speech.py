@@ -5,10 +5,10 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from mllm.world.phones import PHONES, phones_of_ipa
-from mllm.world.sentences import LEXICON, sample_sentences, split_of
-from mllm.world.speech import LEVEL_RMS, SAMPLE_RATE_HZ, phone_string, synthesise
-from mllm.world.voices import VOICES, Voice, draw_speaker
+from mllm.synthetic.speech.phones import PHONES, phones_of_ipa
+from mllm.synthetic.speech.sentences import LEXICON, sample_sentences, split_of
+from mllm.synthetic.speech.synthesis import LEVEL_RMS, SAMPLE_RATE_HZ, phone_string, synthesise
+from mllm.synthetic.speech.voices import VOICES, Voice, draw_speaker
 
 SPLITS = ("train", "validation", "test")
 VOICE = VOICES["train"][0]

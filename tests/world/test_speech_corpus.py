@@ -10,11 +10,11 @@ import soundfile
 
 from mllm.data.manifest import Sample, read_manifest
 from mllm.media import write_video
-from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
-from mllm.world.prompts import SPEECH_TASKS
-from mllm.world.speech import SAMPLE_RATE_HZ, synthesise
-from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
-from mllm.world.voices import VOICES
+from mllm.synthetic.prompts import SPEECH_TASKS
+from mllm.synthetic.speech.corpus import SpeechCorpusSettings, write_speech_corpus
+from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, synthesise
+from mllm.synthetic.speech.voices import VOICES
 
 SETTINGS = SpeechCorpusSettings(num_train=5, num_validation=3, num_test=3, seed=4, babble_seconds=3)
 SPLITS = ("train", "validation", "test")

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoImageProcessor, CLIPVisionModel
 
 import mllm.world
-from mllm.world.blurred_text import SCENE_WORDS, scene_bags
-from mllm.world.pretrain_vision import (
+from mllm.synthetic.images.questions import object_words
+from mllm.synthetic.images.scenes import random_scenes, render_scene
+from mllm.synthetic.pretrain.blurred_text import SCENE_WORDS, scene_bags
+from mllm.synthetic.pretrain.vision import (
     FIELDS,
     NUM_BACKGROUNDS,
     NUM_OBJECT_WORDS,
@@ -21,10 +23,8 @@ from mllm.world.pretrain_vision import (
     patch_loss,
     pretrain_vision,
 )
-from mllm.world.questions import object_words
-from mllm.world.scenes import random_scenes, render_scene
 
-ASSETS = Path(mllm.world.__file__).parent / "assets" / "vision"
+ASSETS = Path(mllm.synthetic.__file__).parent / "assets" / "vision"
 
 
 @pytest.fixture(scope="module")

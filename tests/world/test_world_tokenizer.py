@@ -2,11 +2,11 @@
 
 import pytest
 
-from mllm.world.phones import PHONES
-from mllm.world.prompts import SPEECH_PROMPTS
-from mllm.world.questions import ANSWERS
-from mllm.world.sentences import LEXICON
-from mllm.world.tokenizer import build_tokenizer, lexicon, phone_word, special_tokens, word_id
+from mllm.synthetic.images.questions import ANSWERS
+from mllm.synthetic.prompts import SPEECH_PROMPTS
+from mllm.synthetic.speech.phones import PHONES
+from mllm.synthetic.speech.sentences import LEXICON
+from mllm.synthetic.tokenizer import build_tokenizer, lexicon, phone_word, special_tokens, word_id
 
 
 @pytest.fixture(scope="module")

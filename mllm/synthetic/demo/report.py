@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mllm.world.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
+from mllm.synthetic.images.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
 
 NOISES = {"quiet": None, "0 dB": 0.0}
 Rows = Sequence[Mapping[str, Any]]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from mllm.world.questions import COLUMN_WORDS, ROW_WORDS
-from mllm.world.tokenizer import word_id
+from mllm.synthetic.images.questions import COLUMN_WORDS, ROW_WORDS
+from mllm.synthetic.tokenizer import word_id
 
 # (distance to the word looked at, sharpness) of the heads of the first layer; an object is told in five words.
 PREVIOUS_HEADS = ((1.0, 33.0), (1.0, 33.0), (2.0, 20.0), (3.0, 20.0), (4.0, 20.0), (2.5, 6.0))

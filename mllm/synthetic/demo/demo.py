@@ -94,7 +94,7 @@ def write_corpora(out: Path, settings: DemoSettings, *, progress: Progress) -> N
 
 def write_speech(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
     """Make a speech corpus on all cores."""
-    from mllm.world.speech_corpus import SpeechCorpusSettings, write_speech_corpus
+    from mllm.synthetic.speech.corpus import SpeechCorpusSettings, write_speech_corpus
 
     write_speech_corpus(
         folder,
@@ -106,7 +106,7 @@ def write_speech(folder: Path, num_train: int, num_test: int, seed: int, progres
 
 def write_pictures(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
     """Make a picture corpus."""
-    from mllm.world.picture_corpus import write_picture_corpus
+    from mllm.synthetic.images.corpus import write_picture_corpus
 
     progress("drawing", 0, 1)
     write_picture_corpus(folder, num_train=num_train, num_test=num_test, seed=seed)

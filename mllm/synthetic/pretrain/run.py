@@ -52,25 +52,25 @@ def pretrain(settings: PretrainSettings) -> dict[str, dict[str, float]]:
 
 
 def _audio(out: Path, settings: PretrainSettings) -> dict[str, float]:
-    from mllm.world.pretrain_audio import AUDIO_RECIPE, pretrain_audio
+    from mllm.synthetic.pretrain.audio import AUDIO_RECIPE, pretrain_audio
 
     return pretrain_audio(out, recipe=replace(AUDIO_RECIPE, seed=settings.seed))
 
 
 def _lips(out: Path, settings: PretrainSettings) -> dict[str, float]:
-    from mllm.world.pretrain_lips import LIP_RECIPE, pretrain_lips
+    from mllm.synthetic.pretrain.lips import LIP_RECIPE, pretrain_lips
 
     return pretrain_lips(out, recipe=replace(LIP_RECIPE, seed=settings.seed))
 
 
 def _vision(out: Path, settings: PretrainSettings) -> dict[str, float]:
-    from mllm.world.pretrain_vision import pretrain_vision
+    from mllm.synthetic.pretrain.vision import pretrain_vision
 
     return pretrain_vision(out / "vision", seed=settings.seed)
 
 
 def _llm(out: Path, settings: PretrainSettings) -> dict[str, float]:
-    from mllm.world.pretrain_llm import pretrain_llm
+    from mllm.synthetic.pretrain.llm import pretrain_llm
 
     return pretrain_llm(
         out / "llm",

@@ -23,12 +23,12 @@ import numpy as np
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.speech.utterances import TASKS
 from mllm.media import write_sound, write_video
-from mllm.world.babble import make_babble
-from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
-from mllm.world.prompts import SPEECH_PROMPTS
-from mllm.world.sentences import SPLITS, sample_sentences
-from mllm.world.speech import SAMPLE_RATE_HZ, say
-from mllm.world.voices import Speaker, draw_speaker
+from mllm.synthetic.prompts import SPEECH_PROMPTS
+from mllm.synthetic.speech.babble import make_babble
+from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
+from mllm.synthetic.speech.sentences import SPLITS, sample_sentences
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, say
+from mllm.synthetic.speech.voices import Speaker, draw_speaker
 
 T = TypeVar("T")
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mllm.checkpoints.tensor_files import write_model, write_tensors
-from mllm.world.phones import PHONE_IDS, PHONES
-from mllm.world.speech import Phone
+from mllm.synthetic.speech.phones import PHONE_IDS, PHONES
+from mllm.synthetic.speech.synthesis import Phone
 
 logger = logging.getLogger(__name__)
 IGNORED = -100

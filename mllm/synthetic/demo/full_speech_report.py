@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mllm.budget import Budget
 from mllm.evaluation.metrics import word_errors
-from mllm.world.demo_report import Finding
-from mllm.world.full_cells import Cell, Comparison, answers, draw_line, empty_figure, gap_text, pooled_cell, table
-from mllm.world.full_demo import (
+from mllm.synthetic.demo.cells import Cell, Comparison, answers, draw_line, empty_figure, gap_text, pooled_cell, table
+from mllm.synthetic.demo.full_speech import (
     AUDIO_RATES,
     ELASTIC,
     SEPARATE,
@@ -23,6 +22,7 @@ from mllm.world.full_demo import (
     FullDemoSettings,
     jobs_of,
 )
+from mllm.synthetic.demo.report import Finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

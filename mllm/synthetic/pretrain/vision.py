@@ -24,11 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from mllm.world.blurred_text import SCENE_WORDS, scene_bags
-from mllm.world.phones import PHONES
-from mllm.world.pretrain_files import header, save_half, write_line
-from mllm.world.questions import COLUMN_WORDS, ROW_WORDS
-from mllm.world.scenes import (
+from mllm.synthetic.images.questions import COLUMN_WORDS, ROW_WORDS
+from mllm.synthetic.images.scenes import (
     CELL_PIXELS,
     COLOURS,
     GRID_CELLS,
@@ -39,6 +36,9 @@ from mllm.world.scenes import (
     random_scenes,
     render_scene,
 )
+from mllm.synthetic.pretrain.blurred_text import SCENE_WORDS, scene_bags
+from mllm.synthetic.pretrain.files import header, save_half, write_line
+from mllm.synthetic.speech.phones import PHONES
 
 logger = logging.getLogger(__name__)
 

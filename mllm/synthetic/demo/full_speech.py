@@ -18,9 +18,9 @@ from typing import Any
 from mllm.config.evaluation import EvaluateSettings
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.speech.utterances import TASKS
+from mllm.synthetic.demo.demo import write_speech
+from mllm.synthetic.demo.jobs import LongDemoSettings, Work, recipe, run_demo
 from mllm.utils.progress import Progress
-from mllm.world.demo import write_speech
-from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo
 
 AUDIO_RATES = (4, 16)
 VIDEO_RATES = (2, 5)

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm.world.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, MAX_OBJECTS, SHAPES, SKIES, Scene, SceneObject
+from mllm.synthetic.images.scenes import (
+    COLOURS,
+    GRID_CELLS,
+    GROUNDS,
+    LETTERS,
+    MAX_OBJECTS,
+    SHAPES,
+    SKIES,
+    Scene,
+    SceneObject,
+)
 
 COARSE_KINDS = ("time", "ground")
 DETAIL_KINDS = ("colour", "letter", "relation")

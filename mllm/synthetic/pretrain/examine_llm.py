@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from mllm.world.blurred_text import BAG_WORDS
-from mllm.world.pretraining_text import Example, PretrainingText, Spoken
-from mllm.world.questions import KINDS, one_question_per_kind
-from mllm.world.tokenizer import word_id
+from mllm.synthetic.images.questions import KINDS, one_question_per_kind
+from mllm.synthetic.pretrain.blurred_text import BAG_WORDS
+from mllm.synthetic.pretrain.text import Example, PretrainingText, Spoken
+from mllm.synthetic.tokenizer import word_id
 
 # Name of the paper -> what it shows of an utterance, and the settings that are random in training.
 SPEECH_PAPERS: dict[str, tuple[tuple[str, ...], dict]] = {

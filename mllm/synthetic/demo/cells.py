@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm.evaluation.answer_store import HYPOTHESES, write_whole
 from mllm.evaluation.metrics import bootstrap_interval
-from mllm.world.demo_report import Finding
+from mllm.synthetic.demo.report import Finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

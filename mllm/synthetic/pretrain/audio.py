@@ -22,9 +22,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mllm.media import Audio
-from mllm.transforms.encoder_inputs import MixNoise, standardize
-from mllm.world.babble import make_babble
-from mllm.world.frame_training import (
+from mllm.synthetic.pretrain.frame_training import (
     IGNORED,
     FrameBatch,
     PhoneClassifier,
@@ -33,9 +31,11 @@ from mllm.world.frame_training import (
     frame_phones,
     train_and_measure,
 )
-from mllm.world.sentences import sample_sentences
-from mllm.world.speech import SAMPLE_RATE_HZ, Utterance, say
-from mllm.world.voices import draw_speaker
+from mllm.synthetic.speech.babble import make_babble
+from mllm.synthetic.speech.sentences import sample_sentences
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, Utterance, say
+from mllm.synthetic.speech.voices import draw_speaker
+from mllm.transforms.encoder_inputs import MixNoise, standardize
 
 AUDIO_RECIPE = Recipe(
     steps=2000, seed=0, batch_clips=16, learning_rate=3e-3, warmup_steps=100, validate_every_steps=250

@@ -5,7 +5,7 @@ Knows how to drive the C library. Does not know what is said, who is in which sp
     utterance = synthesise("place blue at f two now", VOICES["train"][0])
     utterance.samples                   float32 (L,), 16 kHz, mono, root mean square `LEVEL_RMS`
     utterance.phones                    ((symbol, start_seconds, end_seconds), ...) from 0 to the end without gaps;
-                                        symbols are those of `mllm.world.phones.PHONES`, "sil" for silence
+                                        symbols are those of `mllm.synthetic.speech.phones.PHONES`, "sil" for silence
     phone_string(utterance.phones)      ("p", "l", "ey", ...) without the silences
 
 The result is a function of the arguments alone. The library itself keeps state from one utterance to the next (pitch
@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
+from mllm.synthetic.speech.phones import SILENCE, phones_of_ipa
+from mllm.synthetic.speech.voices import HIGHEST_PITCH, HIGHEST_RATE_WPM, LOWEST_PITCH, LOWEST_RATE_WPM, Speaker, Voice
 from mllm.utils.extras import install_line
-from mllm.world.phones import SILENCE, phones_of_ipa
-from mllm.world.voices import HIGHEST_PITCH, HIGHEST_RATE_WPM, LOWEST_PITCH, LOWEST_RATE_WPM, Speaker, Voice
 
 SAMPLE_RATE_HZ = 16_000
 LEVEL_RMS = 0.05
@@ -171,7 +171,7 @@ def _run_library(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(receive)
         if library.espeak_SetVoiceByName(str(voice).encode()) != 0:
-            raise ValueError(f"the synthesiser has no accent {voice.accent!r}; see mllm.world.voices.VOICES")
+            raise ValueError(f"the synthesiser has no accent {voice.accent!r}; see mllm.synthetic.speech.voices.VOICES")
         library.espeak_SetParameter(_PARAMETER_RATE, rate_wpm, 0)
         library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
         encoded = text.encode() + b"\0"
@@ -187,7 +187,9 @@ def _run_library(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np
 def _check_variant(voice: Voice, data_path: Path) -> None:
     """The library would speak an unknown variant in its plain voice, and a held-out voice would then not be one."""
     if not (data_path / "voices" / "!v" / voice.variant).is_file():
-        raise ValueError(f"the synthesiser has no voice variant {voice.variant!r}; see mllm.world.voices.VOICES")
+        raise ValueError(
+            f"the synthesiser has no voice variant {voice.variant!r}; see mllm.synthetic.speech.voices.VOICES"
+        )
 
 
 def _unload(library: ctypes.CDLL) -> None:

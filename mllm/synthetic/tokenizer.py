@@ -12,11 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from mllm.processing.processor import PLACEHOLDER_TOKENS
-from mllm.world.phones import PHONES
-from mllm.world.prompts import MEDIA_MARKERS, SPEECH_TASKS
-from mllm.world.questions import ANSWERS, COLUMN_WORDS, ROW_WORDS
-from mllm.world.scenes import SHAPES
-from mllm.world.sentences import LEXICON
+from mllm.synthetic.images.questions import ANSWERS, COLUMN_WORDS, ROW_WORDS
+from mllm.synthetic.images.scenes import SHAPES
+from mllm.synthetic.prompts import MEDIA_MARKERS, SPEECH_TASKS
+from mllm.synthetic.speech.phones import PHONES
+from mllm.synthetic.speech.sentences import LEXICON
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MAX_VOCABULARY = 1200

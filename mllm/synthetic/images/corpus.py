@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.world.prompts import DESCRIBE_PROMPT
-from mllm.world.questions import Question, describe_scene, one_question_per_kind, sample_questions
-from mllm.world.scenes import SPLITS, Scene, random_scenes, render_scene
+from mllm.synthetic.images.questions import Question, describe_scene, one_question_per_kind, sample_questions
+from mllm.synthetic.images.scenes import SPLITS, Scene, random_scenes, render_scene
+from mllm.synthetic.prompts import DESCRIBE_PROMPT
 
 TASK = "vqa"
 

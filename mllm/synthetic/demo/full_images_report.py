@@ -9,8 +9,7 @@ draws are scenes, each with its questions of that kind. Which files there are, a
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm.world.demo_report import Finding
-from mllm.world.full_cells import (
+from mllm.synthetic.demo.cells import (
     Cell,
     Comparison,
     Estimate,
@@ -21,8 +20,9 @@ from mllm.world.full_cells import (
     pooled_cell,
     table,
 )
-from mllm.world.full_pictures import COUNTS, STYLES, FullPicturesSettings, picture_jobs
-from mllm.world.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
+from mllm.synthetic.demo.full_images import COUNTS, STYLES, FullPicturesSettings, picture_jobs
+from mllm.synthetic.demo.report import Finding
+from mllm.synthetic.images.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

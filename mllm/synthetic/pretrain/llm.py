@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mllm.checkpoints.pretrained import load_checked
-from mllm.world.blurred_text import BAG_WORDS
-from mllm.world.examine_llm import examine
-from mllm.world.initialise_llm import initialise
-from mllm.world.pretrain_files import header, save_half, write_line
-from mllm.world.pretraining_text import KINDS, Example, PretrainingText, speak_sentences
-from mllm.world.tokenizer import build_tokenizer, word_id
+from mllm.synthetic.pretrain.blurred_text import BAG_WORDS
+from mllm.synthetic.pretrain.examine_llm import examine
+from mllm.synthetic.pretrain.files import header, save_half, write_line
+from mllm.synthetic.pretrain.initialise_llm import initialise
+from mllm.synthetic.pretrain.text import KINDS, Example, PretrainingText, speak_sentences
+from mllm.synthetic.tokenizer import build_tokenizer, word_id
 
 logger = logging.getLogger(__name__)
 

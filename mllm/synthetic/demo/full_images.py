@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.evaluation import EvaluateSettings
+from mllm.synthetic.demo.demo import write_pictures
+from mllm.synthetic.demo.jobs import LongDemoSettings, Work, recipe, run_demo
 from mllm.utils.progress import Progress
-from mllm.world.demo import write_pictures
-from mllm.world.full_jobs import LongDemoSettings, Work, recipe, run_demo
 
 COUNTS = (64, 16, 4, 1)
 STYLES: dict[str, dict[str, Any]] = {

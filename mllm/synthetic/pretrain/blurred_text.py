@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from mllm.world.phones import PHONE_IDS, PHONES
-from mllm.world.questions import COLUMN_WORDS, ROW_WORDS, object_words
-from mllm.world.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, SHAPES, SKIES, Scene
+from mllm.synthetic.images.questions import COLUMN_WORDS, ROW_WORDS, object_words
+from mllm.synthetic.images.scenes import COLOURS, GRID_CELLS, GROUNDS, LETTERS, SHAPES, SKIES, Scene
+from mllm.synthetic.speech.phones import PHONE_IDS, PHONES
 
 SCENE_WORDS = (*SHAPES, *COLOURS, *LETTERS, *COLUMN_WORDS, *ROW_WORDS, *SKIES, *GROUNDS, "ground")
 BAG_WORDS = (*(f"_{phone}" for phone in PHONES), *SCENE_WORDS)

@@ -22,8 +22,8 @@ import yaml
 from mllm.config.evaluation import EvaluateSettings
 from mllm.config.model import check_at_least
 from mllm.evaluation.report import RESULTS
+from mllm.synthetic.demo.demo import RECIPE, claim
 from mllm.utils.progress import Progress
-from mllm.world.demo import RECIPE, claim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
-from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD
-from mllm.world.frame_training import (
+from mllm.synthetic.pretrain.frame_training import (
     IGNORED,
     FrameBatch,
     PhoneClassifier,
@@ -30,10 +29,11 @@ from mllm.world.frame_training import (
     frame_phones,
     train_and_measure,
 )
-from mllm.world.lips import LIP_FRAMES_PER_SECOND, draw_lips
-from mllm.world.sentences import sample_sentences
-from mllm.world.speech import say
-from mllm.world.voices import draw_speaker
+from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
+from mllm.synthetic.speech.sentences import sample_sentences
+from mllm.synthetic.speech.synthesis import say
+from mllm.synthetic.speech.voices import draw_speaker
+from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD
 
 LIP_RECIPE = Recipe(steps=1400, seed=0, batch_clips=12, learning_rate=2e-3, warmup_steps=100, validate_every_steps=250)
 CROP_PIXELS = 44

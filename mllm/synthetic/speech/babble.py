@@ -10,9 +10,9 @@ Babble of one split holds sentences and voices of that split only, so test noise
 
 import numpy as np
 
-from mllm.world.sentences import sample_sentences
-from mllm.world.speech import LEVEL_RMS, SAMPLE_RATE_HZ, say
-from mllm.world.voices import draw_speaker
+from mllm.synthetic.speech.sentences import sample_sentences
+from mllm.synthetic.speech.synthesis import LEVEL_RMS, SAMPLE_RATE_HZ, say
+from mllm.synthetic.speech.voices import draw_speaker
 
 NUM_BABBLERS = 5
 _BABBLE_STREAM = 1_000_003  # keeps the sentences of the babble apart from those of a corpus made with the same seed

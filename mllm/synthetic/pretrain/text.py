@@ -31,15 +31,22 @@ from functools import lru_cache
 
 import numpy as np
 
-from mllm.world import blurred_text as blur
-from mllm.world.phones import PHONE_IDS, PHONES
-from mllm.world.prompts import DESCRIBE_PROMPT, MEDIA_MARKERS, SPEECH_PROMPTS
-from mllm.world.questions import NUMBERS, TRAINING_SHARES, Question, describe_scene, object_words, sample_questions
-from mllm.world.scenes import GRID_CELLS, Scene, SceneObject, random_scenes
-from mllm.world.sentences import sample_sentences
-from mllm.world.speech import say
-from mllm.world.tokenizer import phone_word
-from mllm.world.voices import draw_speaker
+from mllm.synthetic.images.questions import (
+    NUMBERS,
+    TRAINING_SHARES,
+    Question,
+    describe_scene,
+    object_words,
+    sample_questions,
+)
+from mllm.synthetic.images.scenes import GRID_CELLS, Scene, SceneObject, random_scenes
+from mllm.synthetic.pretrain import blurred_text as blur
+from mllm.synthetic.prompts import DESCRIBE_PROMPT, MEDIA_MARKERS, SPEECH_PROMPTS
+from mllm.synthetic.speech.phones import PHONE_IDS, PHONES
+from mllm.synthetic.speech.sentences import sample_sentences
+from mllm.synthetic.speech.synthesis import say
+from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.tokenizer import phone_word
 
 KINDS = ("scene_text", "scene_bags", "phones", "audio", "video", "audio_video", "sentence")
 AUDIO_FRAMES_PER_SECOND, VIDEO_FRAMES_PER_SECOND = 50.0, 25.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm.world.speech import Phone
+from mllm.synthetic.speech.synthesis import Phone
 
 LIP_FRAMES_PER_SECOND = 25
 _TRACK_HZ = 200  # the mouth's movement is computed this finely before it is sampled at the frames

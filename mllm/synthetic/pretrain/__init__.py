@@ -1,0 +1,1 @@
+"""Pre-training of the small frozen parts that come with the synthetic corpus."""

@@ -1,0 +1,1 @@
+"""Synthetic speech and lips, and the corpus made of them."""
