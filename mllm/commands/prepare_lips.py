@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.preparation.settings import PrepareSettings as Settings
+from mllm.lip_crops.settings import PrepareSettings as Settings
 
 if TYPE_CHECKING:
-    from mllm.preparation.run import Prepared
+    from mllm.lip_crops.run import Prepared
 
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
@@ -18,7 +18,7 @@ MAX_SHOWN = 10
 def run(settings: Settings) -> int:
     """Prepare, and name what could not be used; then 1."""
     from mllm.commands.terminal import console, progress_bar
-    from mllm.preparation.run import prepare
+    from mllm.lip_crops.run import prepare
 
     with progress_bar() as show:
         prepared = prepare(settings, progress=show)

@@ -23,10 +23,10 @@ from mllm.data.guessing import guess_format
 from mllm.data.json_files import _begins_as_list
 from mllm.data.manifest import Media, Sample, Text, read_manifest
 from mllm.data.readers import read_data, read_listing
+from mllm.lip_crops.run import find_recordings
 from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
 from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels
-from mllm.preparation.run import find_recordings
 from mllm.training.feature_cache.store import digest_of_media
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.preparation.geometry import (
+from mllm.lip_crops.geometry import (
     CROP_PIXELS,
     MEAN_FACE_MILLIMETRES,
     PIXELS_PER_MILLIMETRE,

@@ -16,11 +16,11 @@ from talking_face import MOUTH, Film, draw_face, openness, write_film
 from mllm.cli import main
 from mllm.data.check import check_manifest
 from mllm.data.manifest import read_manifest
+from mllm.lip_crops.clip import ClipJob
+from mllm.lip_crops.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
+from mllm.lip_crops.run import _is_made, _stamp, _work, find_recordings, transcript_of
+from mllm.lip_crops.settings import PrepareSettings
 from mllm.media import MediaError, load_audio, load_video
-from mllm.preparation.clip import ClipJob
-from mllm.preparation.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
-from mllm.preparation.run import _is_made, _stamp, _work, find_recordings, transcript_of
-from mllm.preparation.settings import PrepareSettings
 from mllm.transforms.encoder_inputs import LipTransform
 
 FILMS = {
@@ -74,8 +74,8 @@ def still_crop() -> np.ndarray:
     """The crop of the face itself, upright and at rest, mouth as in the photograph: what every film should show."""
     from PIL import Image
 
-    from mllm.preparation.faces import FaceFinder
-    from mllm.preparation.geometry import crop, crop_path
+    from mllm.lip_crops.faces import FaceFinder
+    from mllm.lip_crops.geometry import crop, crop_path
 
     large = np.array(draw_face(0).resize((690, 900), Image.Resampling.BICUBIC))
     with FaceFinder() as find:
@@ -143,7 +143,7 @@ def test_far_faces_are_found_as_near_ones(width: int) -> None:
     """40 pixels of 1280 are a person across a street; the face is 85 pixels wide in the photograph."""
     from PIL import Image
 
-    from mllm.preparation.faces import FaceFinder
+    from mllm.lip_crops.faces import FaceFinder
 
     face, scale = draw_face(0), width / 85
     frame = Image.new("RGB", (1280, 720), (96, 110, 128))
@@ -234,7 +234,7 @@ def test_without_mediapipe_the_pip_line_is_told(raw: Path, tmp_path: Path, monke
 
 
 def test_a_worker_that_dies_is_told_and_what_it_said_is_kept(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mllm.preparation.run.prepare_clip", os._exit)
+    monkeypatch.setattr("mllm.lip_crops.run.prepare_clip", os._exit)
     with pytest.raises(OSError, match=r"a worker ended without an answer, see .*prepare\.log; run again"):
         list(_work([9], 1, tmp_path / "prepare.log"))  # pyright: ignore[reportArgumentType]
     assert (tmp_path / "prepare.log").is_file()
@@ -266,7 +266,7 @@ def test_sound_lasts_as_long_as_the_frames(raw: Path) -> None:
     ],
 )
 def test_sound_is_put_where_it_belongs(offset: float, wanted: list[int], silent: int, monkeypatch) -> None:
-    monkeypatch.setattr("mllm.preparation.recording.SAMPLES_PER_FRAME", 4)
+    monkeypatch.setattr("mllm.lip_crops.recording.SAMPLES_PER_FRAME", 4)
     found = align(np.arange(1, 7, dtype=np.float32), offset, 1)
     assert found.samples.tolist() == wanted
     assert found.silent_seconds == pytest.approx(silent / 16_000)

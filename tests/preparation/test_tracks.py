@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mllm.preparation.tracks import choose, face_size, follow
+from mllm.lip_crops.tracks import choose, face_size, follow
 
 SHAPE = np.array([-20 - 20j, 20 - 20j, 15j])
 

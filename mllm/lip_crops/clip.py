@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mllm.lip_crops.faces import FaceFinder
+from mllm.lip_crops.geometry import MEAN_FACE_MILLIMETRES, CropPath, crop, crop_path, share_outside
+from mllm.lip_crops.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedSound, frames_of, sound_of
+from mllm.lip_crops.settings import PrepareSettings
+from mllm.lip_crops.sheet import draw_strip
+from mllm.lip_crops.tracks import Track, choose, follow
 from mllm.media import MediaError, to_gray, write_sound, write_video
-from mllm.preparation.faces import FaceFinder
-from mllm.preparation.geometry import MEAN_FACE_MILLIMETRES, CropPath, crop, crop_path, share_outside
-from mllm.preparation.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedSound, frames_of, sound_of
-from mllm.preparation.settings import PrepareSettings
-from mllm.preparation.sheet import draw_strip
-from mllm.preparation.tracks import Track, choose, follow
 
 Status = Literal["done", "skipped", "failed"]
 Finder = Callable[[np.ndarray], Sequence[np.ndarray]]

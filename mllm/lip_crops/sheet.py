@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mllm.preparation.geometry import CROP_PIXELS
+from mllm.lip_crops.geometry import CROP_PIXELS
 
 NUM_CROPS = 8
 _FRAME_WIDTH, _TEXT_HEIGHT, _GAP = 172, 16, 2

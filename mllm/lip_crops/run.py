@@ -21,12 +21,12 @@ from typing import Any
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.speech.utterances import PROMPTS, TASKS
+from mllm.lip_crops.clip import ClipJob, prepare_clip, strip_path
+from mllm.lip_crops.faces import check_installed
+from mllm.lip_crops.settings import PrepareSettings
+from mllm.lip_crops.sheet import draw_sheet
 from mllm.media import path_problem
 from mllm.media.containers import VIDEO_SUFFIXES
-from mllm.preparation.clip import ClipJob, prepare_clip, strip_path
-from mllm.preparation.faces import check_installed
-from mllm.preparation.settings import PrepareSettings
-from mllm.preparation.sheet import draw_sheet
 from mllm.utils.progress import Progress
 
 REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet.png", "prepare.log"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm.preparation.settings import NAMED_FACES
+from mllm.lip_crops.settings import NAMED_FACES
 
 _REACH = 0.5
 """How far a face may move from one frame to the next, in sizes of it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm.preparation.geometry import MEAN_FACE_MILLIMETRES
+from mllm.lip_crops.geometry import MEAN_FACE_MILLIMETRES
 from mllm.utils.extras import install_line
 
 MAX_FACES = 4
