@@ -7,10 +7,10 @@ The model has random weights: a 12-layer Llama, 768 wide with 12 heads and 4 for
 layers, 512 wide, on 30-second windows. The first table compares ids and times of `generate(num_beams=...)` and of
 transformers' own on the same embeddings of 160-token prompts, which is what the released AVSR code calls, one row at a
 time (umbertocappellazzo/Omni-AVSR @7de6be2, modeling_OmniAVSR.py:315-319); both are run in turns, and what is shown are
-medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict. The second
-tells, for every audio rate, seconds of compute per second of sound, encoder included, and the most memory above the
-weights. Decoding is bound by reading the weights and the cache, which FLOPs do not see. Times are CPU time of the
-process, or wall time on a GPU.
+medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict.
+The second tells, for every audio rate, seconds of compute per second of sound, encoder included, and the most memory
+above the weights. Decoding is bound by reading the weights and the cache, which FLOPs do not see. Times are CPU time of
+the process, or wall time on a GPU.
 """
 
 import argparse

@@ -7,8 +7,9 @@ The model is that of `beam_decoding.py`. The baseline does what the evaluation o
 of one, in which the sound is encoded again. The sweep encodes once and decodes all rates as rows of one batch, as
 `mllm evaluate` does. Both run in this process in turns; their ids are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
-the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, without and with the padding of the shorter prompts. Decoding is
-bound by reading the weights, which FLOPs do not see. Times are CPU time of the process, or wall time on a GPU.
+the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, without and with the padding of the shorter prompts.
+Decoding is bound by reading the weights, which FLOPs do not see. Times are CPU time of the process, or wall time on a
+GPU.
 """
 
 import argparse

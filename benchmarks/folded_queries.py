@@ -7,8 +7,8 @@ out-size is the LLM's, 4096 for its 7B. The unfolded forward projects queries, k
 twice, on the first n queries, as the released code does (gordonhu608/MQT-LLaVA @92c35d0,
 llava/model/multimodal_projector/builder.py:200-204). Both run in this process on the same picture, in turns; their
 outputs are compared first, and a difference above 1e-5 of the largest output stops the benchmark. Shown are medians and
-the range of the middle half, and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict. Times are CPU time of
-the process, or wall time on a GPU. Folding itself, which happens once, is timed apart.
+the range of the middle half, and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict. Times are
+CPU time of the process, or wall time on a GPU. Folding itself, which happens once, is timed apart.
 """
 
 import argparse

@@ -8,8 +8,8 @@ as the evaluation of M3 does (mu-cai/matryoshka-mm @ec30cd3, llava/eval/model_vq
 ones; MQT-LLaVA's is the same), and encodes and reads the picture anew for each. A third run answers the questions in
 one batch that shares the encoding but not what the LLM reads. All three run in this process in turns; their answers are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
-the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, which do not count the padding of shorter questions. Times are
-CPU time of the process, or wall time on a GPU.
+the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, which do not count the padding of shorter questions.
+Times are CPU time of the process, or wall time on a GPU.
 """
 
 import argparse

@@ -3,9 +3,10 @@
     python benchmarks/log_mel.py [--repeats 15] [--threads 1]
 
 `transformers` is its feature extractor, as the released AVSR code calls it (umbertocappellazzo/Omni-AVSR @7de6be2,
-modeling_OmniAVSR.py:528-537), `mllm` is `mllm.transforms.log_mel`. Both are timed in turn, repeat by repeat, so that a slow moment
-of the machine hits both; shown are medians and the range of the middle half, of the times and of the ratio within a
-repeat. Before anything is timed, both must be equal to the last bit, else the program ends with code 1. Nothing is
+modeling_OmniAVSR.py:528-537), `mllm` is `mllm.transforms.log_mel`. Both are timed in turn, repeat by repeat, so that a
+slow moment of the machine hits both; shown are medians and the range of the middle half, of the times and of the ratio
+within a repeat. Before anything is timed, both must be equal to the last bit, else the program ends with code 1.
+Nothing is
 predicted: FLOPs are counted for models, not for what prepares their input.
 """
 

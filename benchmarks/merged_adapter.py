@@ -5,8 +5,8 @@
 The model is that of `grouped_questions.py`, asked without a picture, with a LoRA of rank 16 on two or on all seven
 linear layers. Both models answer in turns in this process; ids and logits are compared first, and other ids, or logits
 that differ by more than 1e-4 of the largest, stop the benchmark. Shown are medians and the range of the middle half,
-and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict; what a decoding step saves are calls, which FLOPs do
-not see. Times are CPU time of the process, or wall time on a GPU.
+and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict; what a decoding step saves are calls,
+which FLOPs do not see. Times are CPU time of the process, or wall time on a GPU.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def test_releases_outside_the_tested_ones_are_named_and_are_no_failure(tested: C
 
 def test_without_metadata_nothing_is_called_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranges_of("a-distribution-that-is-not-installed") is None
-    monkeypatch.setattr(doctor, "ranges_of", lambda: None)
+    monkeypatch.setattr(environment, "ranges_of", lambda: None)
     report = examine([Package("numpy")], [])
     assert report.findings[0].detail == version("numpy")
     assert report.is_healthy

@@ -206,7 +206,8 @@ def map_of(count: int, grid: Size) -> Size:
 
 @lru_cache(maxsize=4096)
 def pooled_rows(count: int, grid: Size) -> int:
-    """How many rows `count` pooled tokens of a grid form; the rule of `mllm.compressors.area_pooling.grid_rows`, in numbers.
+    """How many rows `count` pooled tokens of a grid form; the rule of `mllm.compressors.area_pooling.grid_rows`, in
+    numbers.
 
     Whole patches win where that makes cells at most twice as long as wide, the squarest and then the fewest rows;
     otherwise the cells are as square as can be.

@@ -306,7 +306,7 @@ def _verified(part: str, sources: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
-    """Plain values that turn a decoded file into the encoder's input; see `mllm.transforms.encoder_inputs.build_transform`."""
+    """Returns the plain values that `build_transform` makes the encoder's input of a decoded file with."""
     if medium == "audio" and encoder_config(settings, medium).model_type == AVHubertAudioConfig.model_type:
         if settings.normalize_audio:
             raise ValueError(

@@ -55,7 +55,8 @@ class DataSettings:
     """Manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
     """Manifests of one medium item and its description per row. Before the first step the projectors of `pool` and
-    `stack` are fitted to them in closed form, see training/initialization/projector_fit.py; without one they start at random."""
+    `stack` are fitted to them in closed form, see training/initialization/projector_fit.py; without one they start at
+    random."""
     root: str | None = None
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     noise: str | None = None

@@ -50,7 +50,8 @@ class ManifestDataset(Dataset[Item | Quarantined]):
         samples: what `read_manifest` gives.
         load: see `Load`; picklable when workers are spawned.
         seed: of augmentation, which is a function of seed, epoch and sample id; None never augments.
-        groups: every sample in one, with those that hold the same files (see `mllm.data.shared_media`). The samples of a
+        groups: every sample in one, with those that hold the same files (see `mllm.data.shared_media`). The samples of
+        a
             group that come in one batch are given the very same media, each loaded once; chance is that of the group's
             first sample. Where something of it cannot be loaded, each is loaded by itself.
     """

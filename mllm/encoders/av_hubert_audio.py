@@ -2,8 +2,8 @@
 
 The video half of its input is zeros.
 
-Knows filterbank frames and the true length of each sound in samples. `av_hubert.py` holds the network, `transforms/filterbank.py`
-makes the frames.
+Knows filterbank frames and the true length of each sound in samples. `av_hubert.py` holds the network,
+`transforms/filterbank.py` makes the frames.
 
 Shapes: N clips, T stacked filterbank frames of the longest clip, D feature size.
 Source: the encoder `avhubert-audio` of Llama-AVSR (arXiv 2409.12319).

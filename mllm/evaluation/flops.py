@@ -190,8 +190,8 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
 
     A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
     Everything else is as it runs when answering: on streams `query` reads with all its queries whatever the budget; on
-    a picture with position keys it is folded (see `mllm.compressors.folded_attention`), and making the constants, once, is left
-    out; with a projector per budget every one of them runs.
+    a picture with position keys it is folded (see `mllm.compressors.folded_attention`), and making the constants, once,
+    is left out; with a projector per budget every one of them runs.
 
     Args:
         settings: the `media.<medium>` block.

@@ -1,7 +1,8 @@
 """Runs the work list: every sample is read and encoded once and answered at all its budgets together.
 
 Samples of a batch that hold the same files share them: these are loaded and encoded once for all their questions, and
-what the prompts begin with alike is read once (see `mllm.kv_cache.shared_prefix`). Work is ordered so that such samples meet.
+what the prompts begin with alike is read once (see `mllm.kv_cache.shared_prefix`). Work is ordered so that such samples
+meet.
 
 Knows an answerer, the work list and the store. Does not know metrics or how results are shown.
 

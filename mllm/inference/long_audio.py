@@ -1,6 +1,7 @@
 """Load a sample whose sound is longer than its encoder's window as windows, and join the answers about them.
 
-Knows samples, loaded media and answers. Does not know models; where windows lie and how words meet is `inference/windows.py`.
+Knows samples, loaded media and answers. Does not know models; where windows lie and how words meet is
+`inference/windows.py`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
 """A picture file to an upright 8-bit RGB picture.
 
 Reads JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF with Pillow, HEIC with pillow-heif; says what is done with rotation tags,
-alpha, palettes and 16 bits. Does not know sizes or normalisations an encoder wants (`transforms/encoder_inputs.py` does).
+alpha, palettes and 16 bits. Does not know sizes or normalisations an encoder wants (`transforms/encoder_inputs.py`
+does).
 """
 
 from collections.abc import Iterator

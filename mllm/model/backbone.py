@@ -1,4 +1,5 @@
-"""The body of the elastic model: encoders, compressors and an unmodified decoder LLM. `model/modeling.py` adds the head.
+"""The body of the elastic model: encoders, compressors and an unmodified decoder LLM. `model/modeling.py` adds the
+head.
 
 Knows tensors and counts. Does not know paths, text, budgets as words, or which budgets a step draws.
 

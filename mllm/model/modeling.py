@@ -40,7 +40,8 @@ class ElasticOutput(CausalLMOutputWithPast):
             counts. `balance`: how unevenly a row's tokens use the experts, the mean over layers; 1 is even.
             `<medium>_balance`, `<medium>_z`: the same of a mixture of projectors, and how large its logits are.
         read: what a `reader` gave beside the loss.
-        expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.adapter_inputs.TOKEN_KINDS`) chose each of
+        expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.adapter_inputs.TOKEN_KINDS`) chose each
+        of
             the N routed experts in each of the L layers.
     """
 
@@ -255,8 +256,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         make every beam read it (see `mllm.kv_cache.beam`).
 
         With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
-        equal ids, which are read once (see `mllm.kv_cache.shared_prefix`); the media arguments are then those of the first row of
-        each group alone.
+        equal ids, which are read once (see `mllm.kv_cache.shared_prefix`); the media arguments are then those of the
+        first row of each group alone.
 
         With `constant_prompt`, every row begins with that text, which has been read before (see
         `mllm.kv_cache.system_prompt`).

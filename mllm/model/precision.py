@@ -13,9 +13,9 @@ that trains (`train.parts` names it) is in float32 while it trains and as asked 
 
 What passes from one part to the next takes on the dtype of the weights that read it, once, where it arrives: media
 values and features in `ElasticModel.encode`, soft tokens and newline in `mllm.model.splice`, rows of new tokens in
-`mllm.model.new_tokens`. An adapter takes and gives what the layer beside it does. So generation, evaluation, projector fits
-and feature caches need no autocast. Training in bfloat16 (`train.precision`) has one, around all of this: its products
-are in bfloat16, whatever the weights are in.
+`mllm.model.new_tokens`. An adapter takes and gives what the layer beside it does. So generation, evaluation, projector
+fits and feature caches need no autocast. Training in bfloat16 (`train.precision`) has one, around all of this: its
+products are in bfloat16, whatever the weights are in.
 """
 
 from collections.abc import Iterable

@@ -3,8 +3,9 @@
 Knows a tokenizer, a chat template and the ids around a medium. Does not know files, encoders or budgets.
 
 Only the template may make special ids. What people wrote is tokenised apart from it, with special tokens read as plain
-text (see `mllm.processing.plain_text`), so that a user who types `<image>` or an end-of-turn marker has typed just that. Text is
-cut where the template stops and people begin to write, never elsewhere, and a piece that goes on after text is read as
+text (see `mllm.processing.plain_text`), so that a user who types `<image>` or an end-of-turn marker has typed just
+that. Text is cut where the template stops and people begin to write, never elsewhere, and a piece that goes on after
+text is read as
 going on: SentencePiece vocabularies put a space before every text that they take for a new one.
 """
 

@@ -154,8 +154,8 @@ class ElasticProcessor(ProcessorCalls):
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
-        Sound and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. A picture that is cut into
-        tiles is cut as each of the budgets asks, and into the most tiles where there is none; what several budgets
+        Sound and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. A picture that is cut
+        into tiles is cut as each of the budgets asks, and into the most tiles where there is none; what several budgets
         share is there once.
 
         Args:

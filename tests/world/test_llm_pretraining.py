@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import mllm.world
+import mllm.synthetic
 from mllm.synthetic.images.questions import COLUMN_WORDS, ROW_WORDS, Question
 from mllm.synthetic.images.questions import KINDS as QUESTION_KINDS
 from mllm.synthetic.images.scenes import Scene, SceneObject

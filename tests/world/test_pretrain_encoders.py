@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-import mllm.world
+import mllm.synthetic
 from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.synthetic.pretrain.audio import build_audio_encoder, measured_audio, pretrain_audio
 from mllm.synthetic.pretrain.frame_training import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, CLIPVisionModel
 
-import mllm.world
+import mllm.synthetic
 from mllm.synthetic.images.questions import object_words
 from mllm.synthetic.images.scenes import random_scenes, render_scene
 from mllm.synthetic.pretrain.blurred_text import SCENE_WORDS, scene_bags
