@@ -79,7 +79,7 @@ def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
 
 
 def build_batch(processor: ElasticProcessor, *, for_training: bool) -> Batch:
-    """Rows of one random picture and a question."""
+    """Rows of one random image and a question."""
     generator = torch.Generator().manual_seed(1)
     asked = (
         Media("image", "none"),

@@ -5,7 +5,7 @@
 The compressor has the sizes of MQT-LLaVA (256 queries, 24 x 24 patches of 1024, 16 heads) and random weights; the
 out-size is the LLM's, 4096 for its 7B. The unfolded forward projects queries, keys and values, attends, and projects
 twice, on the first n queries, as the released code does (gordonhu608/MQT-LLaVA @92c35d0,
-llava/model/multimodal_projector/builder.py:200-204). Both run in this process on the same picture, in turns; their
+llava/model/multimodal_projector/builder.py:200-204). Both run in this process on the same image, in turns; their
 outputs are compared first, and a difference above 1e-5 of the largest output stops the benchmark. Shown are medians and
 the range of the middle half, and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict. Times are
 CPU time of the process, or wall time on a GPU. Folding itself, which happens once, is timed apart.
@@ -43,14 +43,14 @@ def build(out_size: int, device: torch.device, dtype: torch.dtype) -> Query:
     return query.eval().to(device, dtype)
 
 
-def runs_of(query: Query, pictures: Tensor, count: int) -> dict[str, Callable[[], Tensor]]:
+def runs_of(query: Query, images: Tensor, count: int) -> dict[str, Callable[[], Tensor]]:
     """The folded and the unfolded forward. With gradients asked for nothing is folded; none are kept for weights."""
-    number = len(pictures)
-    tokens = torch.full((number,), count, device=pictures.device)
+    number = len(images)
+    tokens = torch.full((number,), count, device=images.device)
     lengths = torch.full_like(tokens, PATCHES)
 
     def run() -> Tensor:
-        return query(pictures, lengths, tokens=tokens, rates=torch.zeros_like(tokens), max_tokens=count)
+        return query(images, lengths, tokens=tokens, rates=torch.zeros_like(tokens), max_tokens=count)
 
     def unfolded() -> Tensor:
         with torch.enable_grad():
@@ -76,16 +76,16 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
     device = torch.device(given.device)
     query = build(given.out_size, device, getattr(torch, given.dtype))
     query.requires_grad_(False)  # so that the unfolded forward keeps nothing for a backward pass
-    pictures = torch.randn(given.pictures, PATCHES, IN_SIZE, device=device, dtype=query.proj.dtype)
+    images = torch.randn(given.images, PATCHES, IN_SIZE, device=device, dtype=query.proj.dtype)
     with torch.no_grad():
         query._folds.get(tuple(query.parameters()), query._fold)  # the libraries' own first call
         folding = [seconds_of(query._fold, device) for _ in range(5)]
-    table = Table(title=f"{given.pictures} pictures, ms per forward; folding itself takes {milliseconds(folding)}")
+    table = Table(title=f"{given.images} images, ms per forward; folding itself takes {milliseconds(folding)}")
     for column in ("soft tokens", "unfolded", "folded", "times faster", "FLOPs", "largest difference"):
         table.add_column(column, justify="right")
     outcomes = []
     for count in COUNTS:
-        runs = runs_of(query, pictures, count)
+        runs = runs_of(query, images, count)
         outputs = {name: run() for name, run in runs.items()}
         assert not torch.equal(outputs["folded"], outputs["unfolded"])
         off = float((outputs["folded"] - outputs["unfolded"]).abs().max() / outputs["unfolded"].abs().max())
@@ -105,7 +105,7 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
 
 
 def main() -> None:
-    given = options(__doc__, 15, out_size=4096, pictures=1, with_device=True)
+    given = options(__doc__, 15, out_size=4096, images=1, with_device=True)
     table, outcomes = compare(given)
     Console(width=140).print(table)
     append(outcomes, given.results)

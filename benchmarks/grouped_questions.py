@@ -1,11 +1,11 @@
-"""Eight questions about one picture: the picture encoded and read once for all, beside once per question.
+"""Eight questions about one image: the image encoded and read once for all, beside once per question.
 
     python benchmarks/grouped_questions.py [--repeats 5] [--threads 1] [--questions 8] [--new-tokens 4] [--device cpu]
 
 The model has random weights: a 6-layer Llama, 512 wide with 8 heads, and a CLIP of 6 layers, 384 wide, on 24 x 24
 patches, pooled to 576, 144, 36, 9 and 1 tokens as M3 does. The baseline asks one question at a time in batches of one,
 as the evaluation of M3 does (mu-cai/matryoshka-mm @ec30cd3, llava/eval/model_vqa_loader.py:73, which refuses larger
-ones; MQT-LLaVA's is the same), and encodes and reads the picture anew for each. A third run answers the questions in
+ones; MQT-LLaVA's is the same), and encodes and reads the image anew for each. A third run answers the questions in
 one batch that shares the encoding but not what the LLM reads. All three run in this process in turns; their answers are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
 the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, which do not count the padding of shorter questions.
@@ -114,10 +114,10 @@ def questions_of(number: int) -> list[str]:
 
 
 def inputs_of(processor: ElasticProcessor, texts: list[str], count: int, *, share: bool) -> Mapping[str, Tensor]:
-    """What the model is given for questions about one picture, at so many soft tokens."""
-    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(count)))
+    """What the model is given for questions about one image, at so many soft tokens."""
+    image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(count)))
     samples = [Sample("q", (Message("user", (Media("image", "x"), Text(text))),), task="vqa") for text in texts]
-    batch: Batch = processor.batch(samples, [[picture]] * len(texts), for_training=False)
+    batch: Batch = processor.batch(samples, [[image]] * len(texts), for_training=False)
     budgets = [[Budget.parse(f"image={count}")] * len(texts)]
     return processor.expand(batch, budgets, left_padding=True, share_prefixes=share).inputs
 
@@ -159,7 +159,7 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
     model, processor = build_model(device, getattr(torch, given.dtype))
-    table = Table(title=f"{given.questions} questions about one picture, {given.new_tokens} new tokens each: seconds")
+    table = Table(title=f"{given.questions} questions about one image, {given.new_tokens} new tokens each: seconds")
     for column in ("soft tokens", "one at a time", "one batch", "grouped", "times faster", "FLOPs", "than one batch"):
         table.add_column(column, justify="right")
     outcomes = []
@@ -178,7 +178,7 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
         if count in GOALS:
             outcomes.append(
                 timed(
-                    f"{given.questions} questions about a picture, {count} tokens",
+                    f"{given.questions} questions about an image, {count} tokens",
                     "one at a time, as M3's",
                     times["one at a time"],
                     times["grouped"],

@@ -1,10 +1,10 @@
-"""A picture's budget grown to 256 soft tokens after a question at fewer, beside reading the prompt of 256 anew.
+"""An image's budget grown to 256 soft tokens after a question at fewer, beside reading the prompt of 256 anew.
 
     python benchmarks/growing_budget.py [--repeats 9] [--threads 1] [--device cpu]
 
-The model is that of `grouped_questions.py` with a query compressor of 256 queries; the question behind the picture has
+The model is that of `grouped_questions.py` with a query compressor of 256 queries; the question behind the image has
 about 20 tokens. Grown is `session.extend("image=256")` and the first logits of the question, in a session that was
-asked at the smaller budget. From scratch encodes the picture and reads the whole prompt, as every released system
+asked at the smaller budget. From scratch encodes the image and reads the whole prompt, as every released system
 does for each budget (gordonhu608/MQT-LLaVA @92c35d0, llava/model/llava_arch.py:143-146, called by every `generate`,
 language_model/llava_llama.py:110-139); from its features, which a session keeps as well, compressor and LLM do all of
 their work anew. All run in this
@@ -42,9 +42,9 @@ GOAL_START, GOAL = 64, 1.3
 QUESTION = "how many objects are there, and what is the colour of the one that is left of the largest square?"
 
 
-def runs_of(answerer: Answerer, picture: Path) -> dict[str, Callable[[Growing], Tensor]]:
+def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[Growing], Tensor]]:
     """First logits of an answer at the largest budget, given a session at a smaller one."""
-    samples, media, asked = answerer.read_request({"image": picture}, [QUESTION], f"image={MOST}")
+    samples, media, asked = answerer.read_request({"image": image}, [QUESTION], f"image={MOST}")
     batch = answerer.processor.batch(samples, [media], for_training=False)
     expanded = answerer.processor.expand(batch, [[asked]], left_padding=True).inputs
     inputs = {key: value.to(answerer.model.device) for key, value in expanded.items()}
@@ -77,13 +77,13 @@ def predicted(config: Any, session: Growing, num_prompt_tokens: int) -> tuple[fl
     return whole.total / new, (whole.total - whole.encoder) / new
 
 
-def compare(given: argparse.Namespace, picture: Path) -> tuple[Table, list[Outcome]]:
+def compare(given: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
     medium = MediumSettings(encoder="random", compressor="query", budgets=[*STARTS, MOST])
     model, processor = build_model(device, getattr(torch, given.dtype), medium)
     answerer = Answerer(model, processor)
-    runs = runs_of(answerer, picture)
+    runs = runs_of(answerer, image)
     table = Table(title=f"from a kept cache to {MOST} soft tokens: seconds to the first logits")
     columns = ("kept soft tokens", *runs, "times faster", "FLOPs", "than from features", "FLOPs", "largest difference")
     for column in columns:
@@ -92,7 +92,7 @@ def compare(given: argparse.Namespace, picture: Path) -> tuple[Table, list[Outco
     for start in STARTS:
 
         def begin(start: int = start) -> Growing:
-            session = answerer.begin(image=picture, budget=f"image={start}")
+            session = answerer.begin(image=image, budget=f"image={start}")
             session.logits(QUESTION)
             return session
 
@@ -111,7 +111,7 @@ def compare(given: argparse.Namespace, picture: Path) -> tuple[Table, list[Outco
             what, check = f"budget grown from {start} to {MOST}", f"logits within {off:.0e} of the largest"
             outcomes += [
                 timed(what, "from scratch", scratch, grown, check=check, predicted=whole, goal=GOAL),
-                timed(what, "from the picture's features", encoded, grown, check=check, predicted=alone),
+                timed(what, "from the image's features", encoded, grown, check=check, predicted=alone),
             ]
     return table, outcomes
 
@@ -119,10 +119,10 @@ def compare(given: argparse.Namespace, picture: Path) -> tuple[Table, list[Outco
 def main() -> None:
     given = options(__doc__, 9, with_device=True)
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "picture.png"
+        image = Path(folder) / "image.png"
         noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(picture)
-        table, outcomes = compare(given, picture)
+        Image.fromarray(noise.numpy()).save(image)
+        table, outcomes = compare(given, image)
     Console(width=180).print(table)
     append(outcomes, given.results)
 

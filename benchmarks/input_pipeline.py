@@ -46,16 +46,16 @@ GOAL = 3.5
 
 def write_clip(folder: Path, seconds: float, *, colour: bool) -> Path:
     """A face that sways, 96 pixels wide as mouth crops are, and noise beside it; the sound is `.wav` of that name."""
-    picture = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
+    image = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
     if not colour:
-        picture = np.repeat(to_gray(picture)[..., None], 3, axis=-1)
+        image = np.repeat(to_gray(image)[..., None], 3, axis=-1)
     path = folder / ("colour.mp4" if colour else "gray.mp4")
     with av.open(path, "w") as container:
         stream: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
         for number in range(round(seconds * FRAMES_PER_SECOND)):
             left, top = (round(16 + 10 * wave(number / 9)) for wave in (np.sin, np.cos))
-            shown = np.ascontiguousarray(picture[top : top + SIDE, left : left + SIDE])
+            shown = np.ascontiguousarray(image[top : top + SIDE, left : left + SIDE])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         container.mux(stream.encode())
     chance = np.random.default_rng(0)

@@ -2,7 +2,7 @@
 
     python benchmarks/merged_adapter.py [--repeats 9] [--threads 1] [--new-tokens 24] [--device cpu]
 
-The model is that of `grouped_questions.py`, asked without a picture, with a LoRA of rank 16 on two or on all seven
+The model is that of `grouped_questions.py`, asked without an image, with a LoRA of rank 16 on two or on all seven
 linear layers. Both models answer in turns in this process; ids and logits are compared first, and other ids, or logits
 that differ by more than 1e-4 of the largest, stop the benchmark. Shown are medians and the range of the middle half,
 and beside the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict; what a decoding step saves are calls,

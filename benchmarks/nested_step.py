@@ -1,4 +1,4 @@
-"""A training step at eight nested budgets of a picture: eight passes as MQT-LLaVA runs them beside one packed pass.
+"""A training step at eight nested budgets of an image: eight passes as MQT-LLaVA runs them beside one packed pass.
 
     python benchmarks/nested_step.py [--repeats 5] [--threads 1]
 
@@ -8,7 +8,7 @@ positions (builder.py:200-204), an LLM pass of its own, logits of every position
 `8 passes, encoded once` is the same without running CLIP again, which the released code does not do.
 
 The model: the CLIP and LLM of `pooled_step.py`, and a query transformer of 256 queries. One sample: 40 tokens of system
-prompt, a picture, 32 of question, 32 of answer. Losses and all gradients must agree to 1e-5 before anything is timed.
+prompt, an image, 32 of question, 32 of answer. Losses and all gradients must agree to 1e-5 before anything is timed.
 """
 
 from functools import partial
@@ -58,8 +58,8 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
     model, processor = build(
         ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
     )
-    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
-    return model, processor, rows_of(processor, [([words(SYSTEM), picture, words(QUESTION)], words(ANSWER))])
+    image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
+    return model, processor, rows_of(processor, [([words(SYSTEM), image, words(QUESTION)], words(ANSWER))])
 
 
 def mqt_passes(
@@ -71,10 +71,10 @@ def mqt_passes(
     for budget, count in zip(BUDGETS, COUNTS, strict=True):
         expanded = processor.expand(batch, [[budget]], left_padding=False)
         ids = expanded.inputs["input_ids"]
-        is_picture = ids == processor.placeholder_ids["image"]
-        embeds = model.get_input_embeddings()(ids.masked_fill(is_picture, 0))
+        is_image = ids == processor.placeholder_ids["image"]
+        embeds = model.get_input_embeddings()(ids.masked_fill(is_image, 0))
         soft = resampled(model, encode(model, batch) if known is None else known, count)
-        embeds = embeds.masked_scatter(is_picture[..., None], soft)
+        embeds = embeds.masked_scatter(is_image[..., None], soft)
         mask = expanded.inputs["attention_mask"]
         hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
         logits = model.lm_head(hidden).float()

@@ -1,4 +1,4 @@
-"""A training step at all five scales of a pooled picture: the released M3 loop beside one packed pass.
+"""A training step at all five scales of a pooled image: the released M3 loop beside one packed pass.
 
     python benchmarks/pooled_step.py [--repeats 5] [--threads 1]
 
@@ -9,7 +9,7 @@ by avg_pool2d (llava_arch.py:147-157), and makes logits of every position in flo
 (llava_llama.py:119-120, 176-178); the loss is the mean over scales, and one backward pass follows.
 
 The model: CLIP with 24 x 24 patches that costs beside this LLM what CLIP-L/336 costs beside Llama-3.2-1B, and an LLM
-with LoRA whose head is 21 % of its FLOPs. One sample: 40 tokens of system prompt, a picture, 32 of question, 32 of
+with LoRA whose head is 21 % of its FLOPs. One sample: 40 tokens of system prompt, an image, 32 of question, 32 of
 answer. Losses and all gradients must agree to 1e-5 before anything is timed.
 """
 
@@ -61,8 +61,8 @@ def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProces
     model, processor = build(
         ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}, **text
     )
-    picture = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
-    return model, processor, rows_of(processor, [([words(SYSTEM), picture, words(QUESTION)], words(ANSWER))])
+    image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
+    return model, processor, rows_of(processor, [([words(SYSTEM), image, words(QUESTION)], words(ANSWER))])
 
 
 def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> float:
@@ -72,9 +72,9 @@ def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor,
         expanded = processor.expand(batch, [[budget]], left_padding=False)
         features = pooled_features(model, batch.values["pixel_values"], scale)
         ids = expanded.inputs["input_ids"]
-        is_picture = ids == processor.placeholder_ids["image"]
-        embeds = model.get_input_embeddings()(ids.masked_fill(is_picture, 0))
-        embeds = embeds.masked_scatter(is_picture[..., None], features)
+        is_image = ids == processor.placeholder_ids["image"]
+        embeds = model.get_input_embeddings()(ids.masked_fill(is_image, 0))
+        embeds = embeds.masked_scatter(is_image[..., None], features)
         mask = expanded.inputs["attention_mask"]
         hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
         logits = model.lm_head(hidden).float()

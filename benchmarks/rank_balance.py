@@ -13,8 +13,8 @@ samples, limits and counter. At every budget ours must deal out every token exac
 batches in its last step, as torch's sampler does. FLOPs predict nothing here.
 
 The samples are simulated: clips of 0.5 to 6 seconds, about as long as those of LRS3, in equal parts for three tasks, at
-rates (4, 2) to (16, 5); and pictures with conversations as in LLaVA's mix of 665k, 576 to 1 tokens each, also with 6 %
-of long conversations without a picture among them, as there. `grouped` is `data.group_by_media`.
+rates (4, 2) to (16, 5); and images with conversations as in LLaVA's mix of 665k, 576 to 1 tokens each, also with 6 %
+of long conversations without an image among them, as there. `grouped` is `data.group_by_media`.
 """
 
 import itertools
@@ -45,7 +45,7 @@ from mllm.training.run import build_sampler
 GOAL = 1.05
 TOKENS_PER_BATCH = 4096
 COUNTS = (576, 144, 36, 9, 1)
-PICTURE_BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]
+IMAGE_BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]
 AUDIO_RATES, VIDEO_RATES = (4, 16), (2, 5)
 SPEECH_BUDGETS = [Budget.parse(f"audio=/{a},video=/{v}") for a, v in itertools.product(AUDIO_RATES, VIDEO_RATES)]
 TASK_MEDIA: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
@@ -95,8 +95,8 @@ def speech(num_samples: int) -> list[Sample]:
     ]
 
 
-def pictures(num_samples: int, fraction_without: float) -> list[Sample]:
-    """Conversations about a picture, and some about none, which are longer."""
+def images(num_samples: int, fraction_without: float) -> list[Sample]:
+    """Conversations about an image, and some about none, which are longer."""
     chance = np.random.default_rng(0)
     about = np.clip(chance.lognormal(np.log(170), 0.8, num_samples), 10, 1400).astype(int)
     alone = np.clip(chance.lognormal(np.log(700), 0.6, num_samples), 50, 2000).astype(int)
@@ -194,11 +194,11 @@ def speech_case() -> Case:
     return Case(run_settings(model), {"audio": WhisperConfig(), "video": AVHubertConfig()}, SPEECH_BUDGETS, GOAL)
 
 
-def picture_case() -> Case:
-    """Pictures of 24 x 24 patches, pooled."""
+def image_case() -> Case:
+    """Images of 24 x 24 patches, pooled."""
     image = MediumSettings(encoder="random", budgets=list(COUNTS))
     model = ModelSettings(llm="random", chat_format="plain", image=image)
-    return Case(run_settings(model), {"image": CLIPVisionConfig(image_size=336, patch_size=14)}, PICTURE_BUDGETS, GOAL)
+    return Case(run_settings(model), {"image": CLIPVisionConfig(image_size=336, patch_size=14)}, IMAGE_BUDGETS, GOAL)
 
 
 def main() -> None:
@@ -209,15 +209,15 @@ def main() -> None:
     )
     for column in ("samples", "batches", "steps", OWN_DRAWS, "at the worst budget", "the same, padded"):
         table.add_column(column, justify="left" if column in ("samples", "batches") else "right")
-    clips, shown = speech_case(), picture_case()
+    clips, shown = speech_case(), image_case()
     data = replace(shown.settings.data, group_by_media=True)
     grouped = replace(shown, settings=replace(shown.settings, data=data))
-    mixed = pictures(given.samples, 0.06)
+    mixed = images(given.samples, 0.06)
     outcomes = [
         compare("clips", speech(given.samples), clips, given.ranks, table),
-        compare("pictures", pictures(given.samples, 0.0), shown, given.ranks, table),
-        compare("6 % without a picture", mixed, replace(shown, goal=None), given.ranks, table),
-        compare("6 % without a picture, grouped", mixed, grouped, given.ranks, table),
+        compare("images", images(given.samples, 0.0), shown, given.ranks, table),
+        compare("6 % without an image", mixed, replace(shown, goal=None), given.ranks, table),
+        compare("6 % without an image, grouped", mixed, grouped, given.ranks, table),
     ]
     Console(width=140).print(table)
     append(outcomes, given.results)

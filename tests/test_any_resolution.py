@@ -1,4 +1,4 @@
-"""Tiled pictures and videos of pictures through the whole model: order, batches, budgets, beams, cost, training."""
+"""Tiled images and videos of images through the whole model: order, batches, budgets, beams, cost, training."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def frames(**changes: Any) -> MediumSettings:
     return MediumSettings(**{**VIDEO, **changes})
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def image(height: int, width: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height))
 
@@ -47,7 +47,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("media")
     for number, (height, width) in enumerate(((90, 130), (60, 200), (150, 140), (40, 40))):
-        picture(height, width, number).save(made / f"{number}.png")
+        image(height, width, number).save(made / f"{number}.png")
     rng = np.random.default_rng(0)
     write_video(made / "clip.mp4", rng.integers(0, 255, (24, 48, 48, 3), dtype=np.uint8))
     write_video(made / "short.mp4", rng.integers(0, 255, (3, 48, 48, 3), dtype=np.uint8))
@@ -79,7 +79,7 @@ def test_the_prompt_holds_the_tokens_of_every_tile_in_their_order(folder: Path, 
         expected = []
         for row, costs in zip(batch.rows, expanded.costs, strict=True):
             for run, cost in zip(row.runs, costs, strict=True):
-                shown = batch.values["pixel_values"][run.item : run.item + cost.num_pictures]
+                shown = batch.values["pixel_values"][run.item : run.item + cost.num_images]
                 parts = [
                     model.model.get_image_features(tile[None], torch.tensor([cost.each])).pooler_output[0]
                     for tile in shown
@@ -130,11 +130,11 @@ def test_a_cut_that_was_not_loaded_is_refused_with_the_sample(folder: Path) -> N
     processor = tiny.processor(tiled())
     one = sample(folder, "0.png", name="p")
     batch = processor.batch([one], [processor.load_media(one)], for_training=False)
-    with pytest.raises(ValueError, match=r"sample 'p': the picture was loaded as 2x2 and its budget cuts it into 1x2"):
+    with pytest.raises(ValueError, match=r"sample 'p': the image was loaded as 2x2 and its budget cuts it into 1x2"):
         processor.expand(batch, [[Budget.parse("tiles<=2")]], left_padding=True)
 
 
-def test_decoded_pictures_and_files_give_the_same(folder: Path) -> None:
+def test_decoded_images_and_files_give_the_same(folder: Path) -> None:
     processor = tiny.processor(tiled(video=True))
     budget = "image=4,tiles<=2"
     files = processor(sample(folder, "0.png", "2.png"), budget)
@@ -150,7 +150,7 @@ def test_decoded_pictures_and_files_give_the_same(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("budget", "shown"), [("video=4", [0, 1, 2, 3]), ("video=4,frames=2", [0, 2]), ("video=16,frames=1", [1])]
 )
-def test_frames_are_pictures_and_fewer_of_them_are_taken_evenly(folder: Path, budget: str, shown: list[int]) -> None:
+def test_frames_are_images_and_fewer_of_them_are_taken_evenly(folder: Path, budget: str, shown: list[int]) -> None:
     own = tiled(video=True, tiling=None)
     model, processor = tiny.model(own), tiny.processor(own)
     inputs = processor([sample(folder, "clip.mp4"), sample(folder, "3.png", "clip.mp4")], f"image=9,{budget}")
@@ -203,7 +203,7 @@ def test_frames_that_cannot_be_shown_are_refused_with_those_that_can(folder: Pat
     with pytest.raises(ValueError, match=r"short\.mp4: the video has 3 frames, and 4 are to be taken from it"):
         processor(sample(folder, "short.mp4"))
     lips = tiny.processor(tiny.settings(("video",)))
-    with pytest.raises(ValueError, match="frames=2: the videos of this model are not frames of pictures"):
+    with pytest.raises(ValueError, match="frames=2: the videos of this model are not frames of images"):
         lips(sample(folder, "clip.mp4"), "frames=2")
 
 
@@ -215,7 +215,7 @@ def test_frames_per_second_take_fewer_of_a_short_clip(folder: Path) -> None:
     assert len(loaded.values) == 4  # 0.96 seconds
 
 
-def test_a_broken_picture_is_named_and_does_not_stop_the_others(folder: Path) -> None:
+def test_a_broken_image_is_named_and_does_not_stop_the_others(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:200])
     processor = tiny.processor(tiled())
     with pytest.raises(MediaError, match=r"cut\.png"):
@@ -233,7 +233,7 @@ def test_what_is_too_long_for_the_llm_is_refused_whole(folder: Path) -> None:
 @pytest.mark.parametrize("budget", ["image=16", "image=4,tiles<=0", "video=4,frames=2", "video=4"])
 @pytest.mark.parametrize("image", [{}, FLAT], ids=["spatial", "flat"])
 def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str) -> None:
-    """Encoder and compressor of every picture that is encoded, and of every one that is shown."""
+    """Encoder and compressor of every image that is encoded, and of every one that is shown."""
     own = tiled(video=True, **image)
     model, processor = tiny.model(own), tiny.processor(own)
     asked_budget = Budget.parse(budget)
@@ -257,7 +257,7 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
                 compress(item)
     assert counted.encoder == encoder.get_total_flops()
     assert counted.compressor == compressor.get_total_flops()
-    assert len(items) == cost.num_pictures
+    assert len(items) == cost.num_images
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ def test_settings_of_frames_that_make_no_sense_are_refused(video: dict[str, Any]
         ModelSettings(llm="none", image=image, video=frames(**video))
 
 
-def test_frames_need_pictures() -> None:
-    with pytest.raises(ValueError, match="so frames are encoded like pictures; give an image block"):
+def test_frames_need_images() -> None:
+    with pytest.raises(ValueError, match="so frames are encoded like images; give an image block"):
         ModelSettings(llm="none", video=frames())
 
 

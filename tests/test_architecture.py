@@ -18,7 +18,7 @@ LEVELS = [
     },
     {"configuration", "media", "encoders", "compressors", "adapters"},
     {
-        *("new_tokens", "precision", "splice", "layout", "picture_tiles", "augmentation", "log_mel", "transforms"),
+        *("new_tokens", "precision", "splice", "layout", "image_tiles", "augmentation", "log_mel", "transforms"),
         *("expansion", "trainables", "pretrained"),
         *("beams", "prefixes", "packing", "segment_attention", "constant_prompt"),
     },

@@ -113,6 +113,6 @@ def test_switching_one_part_on_changes_no_other() -> None:
     np.testing.assert_array_equal(together(video(), chance).frames, alone.frames)
 
 
-def test_pictures_pass() -> None:
-    picture = object()
-    assert Augmentation(flip_probability=1.0)(picture, chances(np.random.default_rng(0))) is picture
+def test_images_pass() -> None:
+    image = object()
+    assert Augmentation(flip_probability=1.0)(image, chances(np.random.default_rng(0))) is image

@@ -4,7 +4,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mllm.data.manifest import Media, Message, Text
-from mllm.data.numbered_images import named_pictures
+from mllm.data.numbered_images import named_images
 from mllm.processing.chat import ChatEncoder
 from mllm.synthetic.tokenizer import build_tokenizer
 
@@ -106,12 +106,12 @@ def test_an_unknown_format_names_the_known_ones(tokenizer: PreTrainedTokenizerFa
         encoder(tokenizer, "llama")
 
 
-def test_pictures_are_numbered_where_that_is_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_images_are_numbered_where_that_is_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
     two = Message("user", (Media("image", "a.png"), Media("image", "b.png"), Text("which is larger?")))
     third = Message("user", (Text("and "), Media("image", "c.png"), Text("what colour is it?")))
     image = tokenizer.convert_tokens_to_ids("<|image_token|>")
     named, plain = (
-        ChatEncoder(tokenizer, chat_format="plain", placeholder_ids={"image": image}, names_pictures=names)
+        ChatEncoder(tokenizer, chat_format="plain", placeholder_ids={"image": image}, names_images=names)
         for names in (True, False)
     )
     conversation = [two, ANSWER, third, ANSWER]
@@ -123,9 +123,9 @@ def test_pictures_are_numbered_where_that_is_asked_for(tokenizer: PreTrainedToke
     assert prompt.ids.count(image) == 3
     before, others = plain(conversation), [label for label in prompt.labels if label != -100]
     assert others == [label for label in before.labels if label != -100]
-    assert [message.text for message in named_pictures(conversation)][2] == "and image 3 is . what colour is it?"
+    assert [message.text for message in named_images(conversation)][2] == "and image 3 is . what colour is it?"
 
 
-def test_text_without_pictures_stays_as_it_is() -> None:
+def test_text_without_images_stays_as_it_is() -> None:
     sound = Message("user", (Media("audio", "a.wav"), Text("what?")))
-    assert named_pictures([sound, ANSWER]) == [sound, ANSWER]
+    assert named_images([sound, ANSWER]) == [sound, ANSWER]

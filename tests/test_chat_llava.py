@@ -14,8 +14,8 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-CORPUS = [SYSTEM, "USER: What is in the picture? ASSISTANT: A red cat.", "Is it sure? Yes, it is. The cat is red."]
-PICTURE = -200
+CORPUS = [SYSTEM, "USER: What is in the image? ASSISTANT: A red cat.", "Is it sure? Yes, it is. The cat is red."]
+IMAGE = -200
 Turn = tuple[str, str]
 
 
@@ -56,11 +56,11 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, chat_format: str = "vicuna_v1") -> ChatEncoder:
-    return ChatEncoder(tokenizer, chat_format=chat_format, placeholder_ids={"image": PICTURE})
+    return ChatEncoder(tokenizer, chat_format=chat_format, placeholder_ids={"image": IMAGE})
 
 
 def messages_of(turns: list[Turn]) -> list[Message]:
-    """A conversation of (question, answer); `<image>` stands for a picture."""
+    """A conversation of (question, answer); `<image>` stands for an image."""
     messages = []
     for question, answer in turns:
         parts = []
@@ -72,7 +72,7 @@ def messages_of(turns: list[Turn]) -> list[Message]:
 
 
 def as_released(tokenizer: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[list[int], list[int]]:
-    """What LLaVA-1.5 reads: each stretch between pictures tokenised in one go; targets are answers and their `</s>`.
+    """What LLaVA-1.5 reads: each stretch between images tokenised in one go; targets are answers and their `</s>`.
 
     Targets are found by the places of their characters, not by counting tokens.
     """
@@ -84,7 +84,7 @@ def as_released(tokenizer: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[
     ids, labels, start = [tokenizer.bos_token_id], [-100], 0
     for number, chunk in enumerate(text.split("<image>")):
         if number:
-            ids.append(PICTURE)
+            ids.append(IMAGE)
             labels.append(-100)
             start += len("<image>")
         read = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)
@@ -97,9 +97,9 @@ def as_released(tokenizer: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[
 
 
 CONVERSATIONS = {
-    "picture first": [("<image>\nWhat is in the picture?", "A red cat.")],
-    "picture last": [("What is in the picture?\n<image>", "A red cat.")],
-    "picture inside": [("Is it <image> sure?", "Yes.")],
+    "image first": [("<image>\nWhat is in the image?", "A red cat.")],
+    "image last": [("What is in the image?\n<image>", "A red cat.")],
+    "image inside": [("Is it <image> sure?", "Yes.")],
     "several turns": [("<image>\nWhat is it?", "A cat."), ("Is it red?", "Yes, it is."), ("Sure?", "Yes.")],
     "text only": [("What is it?", "The cat is red."), ("Is it?", "Yes.")],
     "line breaks": [("What?\n\nIs it?", "The cat:\n\nred\n"), ("Sure?\n", "Yes.")],
@@ -120,7 +120,7 @@ def test_ids_and_targets_are_those_of_llava(tokenizer: PreTrainedTokenizerFast, 
     assert spoken == " ".join(answer for _, answer in turns).split()
 
 
-def test_the_prompt_of_a_picture_is_what_was_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_prompt_of_a_image_is_what_was_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = messages_of([("<image>\nWhat is it?", "A cat."), ("Is it red?", "Yes, it is.")])
     whole, prompt = encoder(tokenizer)(messages), encoder(tokenizer)(messages[:-1], add_generation_prompt=True)
     assert whole.ids[: len(prompt.ids)] == prompt.ids
@@ -138,19 +138,19 @@ def test_llava_plain_drops_the_question_and_learns_caption_and_line_break(tokeni
     for question in ("<image>\nGive a brief description.", "What is this?\n<image>"):
         prompt = encoder(tokenizer, "llava_plain")(messages_of([(question, "A red cat.")]))
         caption = tokenizer("A red cat.\n", add_special_tokens=False)["input_ids"]
-        assert prompt.ids == [tokenizer.bos_token_id, PICTURE, *caption]
+        assert prompt.ids == [tokenizer.bos_token_id, IMAGE, *caption]
         assert prompt.labels == [-100, -100, *caption]
     asked = encoder(tokenizer, "llava_plain")(messages_of([("<image>", "x")])[:1], add_generation_prompt=True)
-    assert asked.ids == [tokenizer.bos_token_id, PICTURE]
+    assert asked.ids == [tokenizer.bos_token_id, IMAGE]
 
 
 @pytest.mark.parametrize(
-    "turns", [[("What is it?", "A cat.")], [("<image>", "A cat."), ("Sure?", "Yes.")]], ids=["no picture", "two turns"]
+    "turns", [[("What is it?", "A cat.")], [("<image>", "A cat."), ("Sure?", "Yes.")]], ids=["no image", "two turns"]
 )
 def test_llava_plain_has_no_place_for_other_conversations(
     tokenizer: PreTrainedTokenizerFast, turns: list[Turn]
 ) -> None:
-    with pytest.raises(ValueError, match="chat_format llava_plain is for one question with a picture and its answer"):
+    with pytest.raises(ValueError, match="chat_format llava_plain is for one question with an image and its answer"):
         encoder(tokenizer, "llava_plain")(messages_of(turns))
 
 

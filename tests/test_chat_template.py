@@ -10,12 +10,12 @@ from PIL import Image
 from mllm.processing.chat_template import HEAD, with_media_parts
 from mllm.processing.processor import ElasticProcessor
 
-PICTURE = Image.new("RGB", (8, 8))
-IMAGE, TEXT = {"type": "image", "image": PICTURE}, {"type": "text", "text": "what colour is it?"}
+PIL_IMAGE = Image.new("RGB", (8, 8))
+IMAGE, TEXT = {"type": "image", "image": PIL_IMAGE}, {"type": "text", "text": "what colour is it?"}
 OWN = "{% for message in messages %}<s>{{ message.role }}: {{ message['content'] }}</s>{% endfor %}"
 CHATS: dict[str, list[dict[str, Any]]] = {
-    "picture": [{"role": "user", "content": [IMAGE, TEXT]}],
-    "two pictures": [{"role": "user", "content": [IMAGE, IMAGE, TEXT, IMAGE]}],
+    "image": [{"role": "user", "content": [IMAGE, TEXT]}],
+    "two images": [{"role": "user", "content": [IMAGE, IMAGE, TEXT, IMAGE]}],
     "turns": [
         {"role": "user", "content": [IMAGE, TEXT]},
         {"role": "assistant", "content": "red"},
@@ -25,7 +25,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def made(chat_format: str, *, names_pictures: bool = False, span: bool = False) -> ElasticProcessor:
+def made(chat_format: str, *, names_images: bool = False, span: bool = False) -> ElasticProcessor:
     """A tiny processor of a chat format; `chat` has a template that writes contents as they come."""
     own = tiny.processor(tiny.settings(("image",)))
     tokenizer = copy.deepcopy(own.tokenizer)
@@ -33,7 +33,7 @@ def made(chat_format: str, *, names_pictures: bool = False, span: bool = False) 
     media = own.elastic["media"]
     if span:
         media = {"image": {**media["image"], "span": ["<s>", "</s>"]}}
-    elastic = {**own.elastic, "chat_format": chat_format, "media": media, "names_pictures": names_pictures}
+    elastic = {**own.elastic, "chat_format": chat_format, "media": media, "names_images": names_images}
     return ElasticProcessor(tokenizer, elastic=elastic)
 
 
@@ -42,7 +42,7 @@ def made(chat_format: str, *, names_pictures: bool = False, span: bool = False) 
     ("chat_format", "options"),
     [
         ("plain", {}),
-        ("plain", {"names_pictures": True}),
+        ("plain", {"names_images": True}),
         ("plain", {"span": True}),
         ("avsr", {}),
         ("vicuna_v1", {}),
@@ -63,7 +63,7 @@ def test_the_rendered_text_is_what_the_ids_say(chat_format: str, options: dict[s
 
 def test_an_answer_that_is_to_go_on_stays_open() -> None:
     processor = made("vicuna_v1")
-    chat = [*CHATS["picture"], {"role": "assistant", "content": "it is"}]
+    chat = [*CHATS["image"], {"role": "assistant", "content": "it is"}]
     closed = processor.apply_chat_template(chat, tokenize=True, budget="image=1")[0].tolist()  # type: ignore[index]
     left = processor.apply_chat_template(chat, tokenize=True, continue_final_message=True, budget="image=1")
     assert [*left[0].tolist(), processor.tokenizer.eos_token_id] == closed  # type: ignore[index]
@@ -101,9 +101,9 @@ def test_a_chat_of_another_form_is_refused_with_its_place(chat: list[dict[str, A
 def test_media_beside_a_chat_fill_its_places() -> None:
     processor = made("plain")
     chat = [{"role": "user", "content": [{"type": "image"}, TEXT]}]
-    beside = processor.apply_chat_template(chat, tokenize=True, return_dict=True, images=[PICTURE], budget="image=4")
-    inside = processor.apply_chat_template(CHATS["picture"], tokenize=True, return_dict=True, budget="image=4")
+    beside = processor.apply_chat_template(chat, tokenize=True, return_dict=True, images=[PIL_IMAGE], budget="image=4")
+    inside = processor.apply_chat_template(CHATS["image"], tokenize=True, return_dict=True, budget="image=4")
     assert beside["pixel_values"].equal(inside["pixel_values"])  # type: ignore[index]
     assert beside["input_ids"].equal(inside["input_ids"])  # type: ignore[index]
     with pytest.raises(ValueError, match="1 more of image were given than the messages have places for"):
-        processor.apply_chat_template(chat, tokenize=True, images=[PICTURE, PICTURE])
+        processor.apply_chat_template(chat, tokenize=True, images=[PIL_IMAGE, PIL_IMAGE])

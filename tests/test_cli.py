@@ -271,7 +271,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         messages = (Message("user", parts), Message("assistant", (Text("red"),)))
         samples.append(Sample(f"p{number}", messages, "vqa", "colour"))
     write_manifest(made / "media" / "good.jsonl", samples)
-    (made / "media" / "bad.png").write_bytes(b"no picture")
+    (made / "media" / "bad.png").write_bytes(b"no image")
     bad = (Message("user", (Media("image", "bad.png"), Text("what?"))), samples[0].messages[1])
     write_manifest(made / "media" / "bad.jsonl", [*samples, Sample("bad", bad, "vqa", "colour")])
     return made
@@ -317,7 +317,7 @@ def test_ways_of_answering_faster_change_no_answer(folder: Path, tmp_path: Path,
     assert "max_rows is 0; it must be at least 1" in capsys.readouterr().err
 
 
-def test_generate_answers_several_questions_about_one_picture(folder: Path, capsys) -> None:
+def test_generate_answers_several_questions_about_one_image(folder: Path, capsys) -> None:
     words = ["generate", "--model", str(folder / "run"), "--image", str(folder / "media" / "0.png")]
     words += ["--max-new-tokens", "6", "--budget", "image=16"]
     texts = ["what is it?", "what colour?", "[how] many: objects, and which?"]
@@ -342,8 +342,8 @@ def test_the_sound_of_a_video_is_heard_when_the_budget_names_audio(folder: Path,
         video, audio = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=16_000, layout="mono")
         video.width, video.height, video.pix_fmt = 48, 48, "yuv420p"  # type: ignore[union-attr]
         for number in range(20):
-            picture = np.full((48, 48, 3), 10 * number, np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))  # type: ignore[union-attr]
+            image = np.full((48, 48, 3), 10 * number, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))  # type: ignore[union-attr]
         frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts = 16_000, 0  # without a time the coder's delay would be heard as sound
         container.mux(audio.encode(frame))  # type: ignore[union-attr]

@@ -146,7 +146,7 @@ def test_m3_can_train_its_tower_as_the_paper_says() -> None:
 
 
 @pytest.mark.parametrize("name", ["mqt_stage1", "mqt_stage2", "m3", "m3_lora", "frozen_llm_lora", "frozen_llm_mome"])
-def test_a_step_of_eight_processes_holds_the_published_number_of_pictures(name: str) -> None:
+def test_a_step_of_eight_processes_holds_the_published_number_of_images(name: str) -> None:
     settings = read(ROOT / "configs" / f"{name}.yaml")
     data, train = settings.data, settings.train
     assert data.max_rows * train.accumulation * 8 == (256 if name == "mqt_stage1" else 128)

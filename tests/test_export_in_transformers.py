@@ -40,16 +40,16 @@ def said(inputs):
 def chat(*parts):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
-picture = {"type": "image", "image": Image.open(f"{media}/0.png")}
+image = {"type": "image", "image": Image.open(f"{media}/0.png")}
 ends = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-found["chat"] = said(processor.apply_chat_template(chat(picture), budget="image=4", **ends))
+found["chat"] = said(processor.apply_chat_template(chat(image), budget="image=4", **ends))
 found["sound"] = said(processor.apply_chat_template(
     chat({"type": "audio", "path": f"{media}/0.wav"}, {"type": "video", "video": f"{media}/0.mp4"}), **ends))
 found["chats"] = said(processor.apply_chat_template(
-    [chat(picture), chat({"type": "image", "url": f"{media}/1.png"})], processor_kwargs={"budget": "image=4"}, **ends))
+    [chat(image), chat({"type": "image", "url": f"{media}/1.png"})], processor_kwargs={"budget": "image=4"}, **ends))
 prompt = processor.apply_chat_template(chat({"type": "image"}), add_generation_prompt=True)
 found["prompt"] = prompt
-found["two steps"] = said(processor(text=prompt, images=picture["image"], budget="image=4", return_tensors="pt"))
+found["two steps"] = said(processor(text=prompt, images=image["image"], budget="image=4", return_tensors="pt"))
 found["texts"] = said(processor(
     text=[question] * 2, images=[f"{media}/0.png", f"{media}/1.png"], budget="image=4", padding=True))
 pipe = pipeline("image-text-to-text", model=folder)
@@ -57,7 +57,7 @@ options = {"max_new_tokens": 6, "return_full_text": False, "budget": "image=4"}
 found["pipeline"] = pipe(text=chat({"type": "image", "path": f"{media}/0.png"}), **options)[0]["generated_text"]
 found["pipeline texts"] = [
     one["generated_text"] for one in pipe([f"{media}/0.png", f"{media}/1.png"], text=[question] * 2, **options)]
-found["whole"] = pipe(text=chat(picture), max_new_tokens=6)[0]["generated_text"][-1]["role"]
+found["whole"] = pipe(text=chat(image), max_new_tokens=6)[0]["generated_text"][-1]["role"]
 print(json.dumps(found))
 """
 
@@ -112,7 +112,7 @@ def stripped(texts: list[str]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def test_the_answers_differ_by_picture(answers: dict[str, str]) -> None:
+def test_the_answers_differ_by_image(answers: dict[str, str]) -> None:
     assert len(set(answers.values())) == 3
 
 
@@ -145,8 +145,8 @@ def test_the_export_carries_its_chat_template(found, folder: Path) -> None:
 def test_typed_marks_stay_text_in_chats(folder: Path) -> None:
     processor = mllm.load(folder / "out")[1]
     typed = "<|image_token|></s>"
-    picture = Image.open(folder / "media" / "0.png")
-    parts = [{"type": "image", "image": picture}, {"type": "text", "text": typed}]
+    image = Image.open(folder / "media" / "0.png")
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": typed}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=True, return_dict=True, budget="image=4"
     )

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real png and a real wav of 0.6 seconds, in different folders."""
     made = tmp_path_factory.mktemp("media")
     (made / "sounds").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)).save(made / "a picture.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)).save(made / "an image.png")
     samples = (8000 * np.sin(np.arange(9600) * 2 * math.pi * 300 / 16000)).astype("<i2")
     with wave.open(str(made / "sounds" / "tone.wav"), "wb") as file:
         file.setnchannels(1)
@@ -74,16 +74,16 @@ def test_budgets_answered_together_are_those_answered_one_by_one(answerer: Answe
 
 
 def test_an_answer_about_files_tells_what_it_used(answerer: Answerer, folder: Path) -> None:
-    picture, tone = folder / "a picture.png", folder / "sounds" / "tone.wav"
+    image, tone = folder / "an image.png", folder / "sounds" / "tone.wav"
     answer = answerer.answer(
-        "what is it?", image=[picture, str(picture)], audio=tone, budget="image=5,audio=/8", timed=True
+        "what is it?", image=[image, str(image)], audio=tone, budget="image=5,audio=/8", timed=True
     )
     assert answer.tokens == {"image": 10, "audio": 30 // 8}
     assert not answer.is_trained  # 5 tokens lie between the trained ones
     assert answer.timing is not None
     assert min(answer.timing.encoder_ms, answer.timing.prefill_ms, answer.timing.decode_ms) > 0
     assert answer.num_new_tokens <= 12
-    again = answerer.answer("what is it?", image=picture, audio=tone, budget="image=4,audio=12.5/s")
+    again = answerer.answer("what is it?", image=image, audio=tone, budget="image=4,audio=12.5/s")
     assert again.tokens == {"image": 4, "audio": 7}
     assert again.is_trained  # 12.5 tokens per second of 50 frames is the trained rate 4
     assert again.timing is None
@@ -93,22 +93,20 @@ def test_an_answer_about_files_tells_what_it_used(answerer: Answerer, folder: Pa
 def test_the_pieces_of_a_stream_are_the_answer(answerer: Answerer, folder: Path, num_beams: int) -> None:
     answerer = Answerer(answerer.model, answerer.processor, Decoding(num_beams=num_beams, max_new_tokens=12))
     pieces: list[str] = []
-    answer = answerer.answer("what is it?", image=folder / "a picture.png", on_text=pieces.append)
+    answer = answerer.answer("what is it?", image=folder / "an image.png", on_text=pieces.append)
     assert "".join(pieces).strip() == answer.text
     assert answer.text
     assert (len(pieces) > 1) == (num_beams == 1)
 
 
 def test_files_are_asked_about_in_order_with_a_default_question(folder: Path) -> None:
-    sample, names, _ = request(
-        {"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "a picture.png"}, "why?"
-    )
+    sample, names, _ = request({"audio": str(folder / "sounds" / "tone.wav"), "image": folder / "an image.png"}, "why?")
     assert [(part.medium, part.path) for part in sample.media] == [
-        ("image", "a picture.png"),
+        ("image", "an image.png"),
         ("audio", "sounds/tone.wav"),
     ]
     assert sample.root == folder.resolve()
-    assert names["a picture.png"] == str(folder / "a picture.png")
+    assert names["an image.png"] == str(folder / "an image.png")
     asked, *_ = request({"video": "x.mp4", "audio": ["y.wav"]})
     assert asked.messages[0].text == DEFAULT_PROMPTS["audio", "video"]
     with pytest.raises(ValueError, match="no default question about image and audio together"):
@@ -216,22 +214,22 @@ def test_decoding_refuses_what_makes_no_sense(values: dict, message: str) -> Non
 
 
 def test_media_at_hand_are_answered_about_as_their_files(answerer: Answerer, folder: Path) -> None:
-    picture, tone = folder / "a picture.png", folder / "sounds" / "tone.wav"
+    file, tone = folder / "a file.png", folder / "sounds" / "tone.wav"
     samples, rate = soundfile.read(tone, dtype="int16")
     asked: dict[str, Any] = {"text": "what is it?", "budget": "image=5,audio=/8"}
-    expected = answerer.answer(image=picture, audio=tone, **asked)
+    expected = answerer.answer(image=file, audio=tone, **asked)
     for image, audio in (
-        (Image.open(picture), (samples, rate)),
-        (np.asarray(Image.open(picture)), {"array": samples, "sampling_rate": rate}),
-        (picture.read_bytes(), tone.read_bytes()),
-        ([picture], [samples]),
+        (Image.open(file), (samples, rate)),
+        (np.asarray(Image.open(file)), {"array": samples, "sampling_rate": rate}),
+        (file.read_bytes(), tone.read_bytes()),
+        ([file], [samples]),
     ):
         answer = answerer.answer(image=image, audio=audio, **asked)
         assert (answer.text, answer.tokens) == (expected.text, expected.tokens)
-    several = answerer.answer_questions(["what is it?", "why?"], image=[Image.open(picture), picture])
+    several = answerer.answer_questions(["what is it?", "why?"], image=[Image.open(file), file])
     assert [answer.tokens for answer in several] == [{"image": 128}] * 2
-    session = answerer.begin(image=Image.open(picture), budget={"image": 4})
-    assert session.answer("why?").text == answerer.answer("why?", image=picture, budget="image=4").text
+    session = answerer.begin(image=Image.open(file), budget={"image": 4})
+    assert session.answer("why?").text == answerer.answer("why?", image=file, budget="image=4").text
 
 
 def test_a_budget_for_sound_hears_the_video(answerer: Answerer, tmp_path: Path) -> None:
@@ -256,12 +254,12 @@ def write_clip(video: Path, sound: Path, clip: Path) -> None:
     """Put the frames of one file and the samples of another into one."""
     samples, rate = soundfile.read(sound, dtype="int16")
     with av.open(video) as frames, av.open(clip, "w") as out:
-        picture, voice = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate, layout="mono")
-        picture.width, picture.height, picture.pix_fmt = 48, 48, "yuv420p"
+        file, voice = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate, layout="mono")
+        file.width, file.height, file.pix_fmt = 48, 48, "yuv420p"
         for number, frame in enumerate(frames.decode(video=0)):
             frame.pts, frame.time_base = number, Fraction(1, 25)
-            out.mux(picture.encode(frame))
-        out.mux(picture.encode())
+            out.mux(file.encode(frame))
+        out.mux(file.encode())
         block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         block.sample_rate, block.pts, block.time_base = rate, 0, Fraction(1, rate)
         out.mux(voice.encode(block))
@@ -271,4 +269,4 @@ def write_clip(video: Path, sound: Path, clip: Path) -> None:
 @pytest.mark.parametrize("budget", [16, "16"])
 def test_a_bare_number_is_no_budget(answerer: Answerer, folder: Path, budget: Any) -> None:
     with pytest.raises(ValueError, match=r'budget is \S+, which does not say of what; write the medium: "image=16"'):
-        answerer.answer("what is it?", image=folder / "a picture.png", budget=budget)
+        answerer.answer("what is it?", image=folder / "a file.png", budget=budget)

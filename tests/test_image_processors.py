@@ -1,4 +1,4 @@
-"""Pictures are read by Pillow's image processors, with or without torchvision, and what needs torchvision says so."""
+"""Images are read by Pillow's image processors, with or without torchvision, and what needs torchvision says so."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ DINOV3 = '{"image_processor_type": "DINOv3ViTImageProcessor", "size": {"height":
 
 
 @pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"])
-def test_whatever_a_checkpoint_was_saved_with_pillow_reads_its_pictures(name: str, tmp_path: Path) -> None:
+def test_whatever_a_checkpoint_was_saved_with_pillow_reads_its_images(name: str, tmp_path: Path) -> None:
     assert image_processor_class(name) is CLIPImageProcessorPil
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 57, 3), dtype=np.uint8))
-    shrunk = np.asarray(picture.resize((24, 24), Image.Resampling.BICUBIC), dtype=np.float64) / 255
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 57, 3), dtype=np.uint8))
+    shrunk = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC), dtype=np.float64) / 255
     expected = (shrunk - CLIPImageProcessorPil.image_mean) / CLIPImageProcessorPil.image_std
-    made, _ = build_transform("image", CLIPVisionConfig(), {"image_processor_type": name, **SIZE})(picture)
+    made, _ = build_transform("image", CLIPVisionConfig(), {"image_processor_type": name, **SIZE})(image)
     np.testing.assert_allclose(made.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 

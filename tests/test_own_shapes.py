@@ -1,4 +1,4 @@
-"""Pictures in their own shape or of any size, from files to answers: settings, budgets, training, saving."""
+"""Images in their own shape or of any size, from files to answers: settings, budgets, training, saving."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ from mllm.transforms.encoder_inputs import ImageTransform
 
 TRUNK: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SHAPES = {"wide": (20, 90), "tall": (70, 40), "square": (48, 48)}
-"""Height and width in pixels of the pictures."""
+"""Height and width in pixels of the images."""
 needs_torchvision = pytest.mark.skipif(
     not is_torchvision_available(), reason="needs the extra torchvision; run by make test-newest"
 )
@@ -53,7 +53,7 @@ COMPRESSORS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of a tiny model, pictures of several shapes, and a manifest of them."""
+    """Parts of a tiny model, images of several shapes, and a manifest of them."""
     folder = tmp_path_factory.mktemp("shapes")
     tiny.write_parts(folder)
     with torch.random.fork_rng():
@@ -102,7 +102,7 @@ def lively(model: Any) -> Any:
     return model
 
 
-def test_every_picture_has_a_grid_of_its_own_shape_and_the_budget_counts_by_it(world: Path) -> None:
+def test_every_image_has_a_grid_of_its_own_shape_and_the_budget_counts_by_it(world: Path) -> None:
     _, processor = build(settings(world, max_num_patches=20))
     samples = [sample(name, world) for name in SHAPES]
     media = [processor.load_media(one) for one in samples]
@@ -195,7 +195,7 @@ def test_captions_give_one_start_however_the_shapes_are_batched(world: Path, nam
 
 @pytest.mark.parametrize("tower", ["image", "siglip", "dinov2", pytest.param("dinov3", marks=needs_torchvision)])
 @pytest.mark.parametrize("size", [(48, 96), (32, 32)])
-def test_a_tower_of_fixed_size_reads_pictures_of_any_other(world: Path, tower: str, size: tuple[int, int]) -> None:
+def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str, size: tuple[int, int]) -> None:
     model, processor = build(settings(world, tower, image_size=list(size)))
     grid = (size[0] // 8, size[1] // 8)
     assert processor.facts["image"].grid == model.model.tower("image").grid == grid

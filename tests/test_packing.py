@@ -31,7 +31,7 @@ SCALES = [f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5)]
 QUERIES = {"compressor": "query", "num_queries": 4, "window_frames": 8, "budgets": ["/2", "/4", "/8"], "query_heads": 2}
 
 
-def picture(seed: int) -> LoadedMedia:
+def image(seed: int) -> LoadedMedia:
     return tiny.random_media("image", seed=seed)
 
 
@@ -44,16 +44,16 @@ def lips(seed: int) -> LoadedMedia:
 
 
 def m3() -> tuple[ModelSettings, list, list[str]]:
-    """Pictures behind a system prompt, at all scales; pooled behind the projector."""
+    """Images behind a system prompt, at all scales; pooled behind the projector."""
     own = tiny.settings(("image",), image={"project_first": True, "budgets": [64, 16, 4, 1]})
-    rows = [([SYSTEM, picture(i), f"question {i}"], answer) for i, answer in enumerate(["red", "two circles", "no"])]
+    rows = [([SYSTEM, image(i), f"question {i}"], answer) for i, answer in enumerate(["red", "two circles", "no"])]
     return own, rows, [f"image={n}" for n in (64, 16, 4, 1)]
 
 
 def mqt() -> tuple[ModelSettings, list, list[str]]:
-    """Eight nested budgets; the second row shows two pictures."""
+    """Eight nested budgets; the second row shows two images."""
     own = tiny.settings(("image",), image=NESTED)
-    rows = [([SYSTEM, picture(0), "what is it"], "a cat"), ([picture(1), "and", picture(2), "which"], "the first one")]
+    rows = [([SYSTEM, image(0), "what is it"], "a cat"), ([image(1), "and", image(2), "which"], "the first one")]
     return own, rows, [f"image={n}" for n in NESTED["budgets"]]
 
 
@@ -77,8 +77,8 @@ def streams() -> tuple[ModelSettings, list, list[str]]:
 
 
 def stacked() -> tuple[ModelSettings, list, list[str]]:
-    """Stacked frames, pictures and text alone in one batch."""
-    rows = [([lips(0), "say"], "yes"), ([SYSTEM, picture(0), "what"], "red"), ([SYSTEM, "hello"], "hello")]
+    """Stacked frames, images and text alone in one batch."""
+    rows = [([lips(0), "say"], "yes"), ([SYSTEM, image(0), "what"], "red"), ([SYSTEM, "hello"], "hello")]
     return tiny.settings(("image", "video")), rows, ["image=16,video=/2", "image=4,video=/5"]
 
 
@@ -170,7 +170,7 @@ def compare(own: ModelSettings, rows: list, budgets: list[str], **text: Any) -> 
 def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: str) -> None:
     own, rows, budgets = CASES[name]()
     model, (processor, batch, wanted), passes = compare(own, rows, budgets)
-    if name in ("mqt", "haar"):  # everything is taken from one run per picture
+    if name in ("mqt", "haar"):  # everything is taken from one run per image
         lesson = make_lesson(batch, passes, processor, packed=True)
         assert lesson.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
     if name == "omni":  # every clip is encoded once, and sound is read once per rate for two tasks
@@ -264,10 +264,10 @@ def test_mixtures_of_projectors_report_by_row() -> None:
     ],
     ids=["one map", "flat"],
 )
-def test_pictures_in_tiles_are_packed_with_their_newlines(image: dict[str, Any]) -> None:
+def test_images_in_tiles_are_packed_with_their_newlines(image: dict[str, Any]) -> None:
     own = tiny.settings(("image",), image=image)
     processor = tiny.processor(own)
-    chance = np.random.default_rng(0)  # even pictures would leave gradients that are nothing but rounding
+    chance = np.random.default_rng(0)  # even images would leave gradients that are nothing but rounding
     sizes = ((90, 130, 3), (60, 200, 3))
     cuts = [Image.fromarray(chance.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
     rows = [([SYSTEM, processor.transform("image", cut), "what"], "red") for cut in cuts]

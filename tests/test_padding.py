@@ -1,4 +1,4 @@
-"""pad_to_square is what LLaVA does to a picture, and nothing is done without it."""
+"""pad_to_square is what LLaVA does to an image, and nothing is done without it."""
 
 from pathlib import Path
 
@@ -30,26 +30,26 @@ def settings(parts: dict[str, str], **image: bool) -> ModelSettings:
     return ModelSettings(llm=parts["llm"], chat_format="plain", image=medium)
 
 
-def padded(picture: Image.Image) -> torch.Tensor:
-    """The released way, plainly: a square of the mean colour, the picture in its middle, resized by PIL."""
-    side = max(picture.size)
+def padded(image: Image.Image) -> torch.Tensor:
+    """The released way, plainly: a square of the mean colour, the image in its middle, resized by PIL."""
+    side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     pixels = np.asarray(square.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float64) / 255
     return torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1).float()
 
 
 @pytest.mark.parametrize("size", [(90, 50), (50, 91), (64, 64), (20, 31), (300, 7)])
-def test_pictures_are_padded_as_llava_pads_them(parts: dict[str, str], size: tuple[int, int]) -> None:
+def test_images_are_padded_as_llava_pads_them(parts: dict[str, str], size: tuple[int, int]) -> None:
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    picture = Image.fromarray(values)
-    pixels = build_processor(settings(parts, pad_to_square=True)).transform("image", picture).values
-    torch.testing.assert_close(pixels, padded(picture), rtol=0, atol=1e-5)
+    image = Image.fromarray(values)
+    pixels = build_processor(settings(parts, pad_to_square=True)).transform("image", image).values
+    torch.testing.assert_close(pixels, padded(image), rtol=0, atol=1e-5)
 
 
 def test_the_encoders_own_processor_decides_otherwise(parts: dict[str, str]) -> None:
-    picture = Image.new("RGB", (90, 50), "red")
-    pixels = build_processor(settings(parts)).transform("image", picture).values
+    image = Image.new("RGB", (90, 50), "red")
+    pixels = build_processor(settings(parts)).transform("image", image).values
     assert pixels.shape == (3, 64, 64)
     assert pixels.std(dim=(1, 2)).max() < 1e-5  # red all over, no margins
 
@@ -59,14 +59,12 @@ def test_it_is_kept_with_a_run(parts: dict[str, str], tmp_path: Path) -> None:
 
     own = build_processor(settings(parts, pad_to_square=True))
     own.save_pretrained(tmp_path)
-    picture = Image.effect_noise((80, 40), 90).convert("RGB")
+    image = Image.effect_noise((80, 40), 90).convert("RGB")
     loaded = ElasticProcessor.from_pretrained(tmp_path)
-    assert torch.equal(loaded.transform("image", picture).values, own.transform("image", picture).values)
+    assert torch.equal(loaded.transform("image", image).values, own.transform("image", image).values)
 
 
-def test_only_pictures_can_be_padded() -> None:
+def test_only_images_can_be_padded() -> None:
     audio = MediumSettings(encoder="a", budgets=["/4"], pad_to_square=True)
-    with pytest.raises(
-        ValueError, match=r"model.audio.pad_to_square is set, but only pictures \(image\) can be padded"
-    ):
+    with pytest.raises(ValueError, match=r"model.audio.pad_to_square is set, but only images \(image\) can be padded"):
         ModelSettings(llm="l", audio=audio)

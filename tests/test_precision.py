@@ -146,7 +146,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_media(folder: Path, seed: int) -> dict[str, str]:
-    """A picture of noise, a chord and a moving stripe: noise is all alike to what listens or watches."""
+    """An image of noise, a chord and a moving stripe: noise is all alike to what listens or watches."""
     names = tiny.write_media(folder, seed=seed, seconds=0.6 + 0.05 * seed)
     time = np.arange(int((0.6 + 0.05 * seed) * 16_000)) / 16_000
     chord = sum(np.sin(2 * np.pi * 150 * (seed + 1) * part * time) / part for part in (1, 2, 3))
@@ -155,9 +155,9 @@ def _write_media(folder: Path, seed: int) -> dict[str, str]:
         stream: Any = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
         for number in range(15 + seed):
-            picture = np.full((48, 48, 3), 30 * seed, np.uint8)
-            picture[:, (4 * seed + number) % 40 :][:, :8] = 255 - 20 * seed
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            image = np.full((48, 48, 3), 30 * seed, np.uint8)
+            image[:, (4 * seed + number) % 40 :][:, :8] = 255 - 20 * seed
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return names
 

@@ -60,12 +60,12 @@ def answerer() -> Answerer:
 
 
 def count_passes(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, Any]:
-    """Pictures that are encoded, and rows and positions of the LLM's passes."""
-    seen: dict[str, Any] = {"pictures": 0, "passes": []}
+    """Images that are encoded, and rows and positions of the LLM's passes."""
+    seen: dict[str, Any] = {"images": 0, "passes": []}
     model = answerer.model
     hooks = [
         model.model.tower("image").register_forward_pre_hook(
-            lambda _, args: seen.update(pictures=seen["pictures"] + len(args[0]))
+            lambda _, args: seen.update(images=seen["images"] + len(args[0]))
         ),
         model.get_decoder().register_forward_pre_hook(
             lambda _, args, given: seen["passes"].append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
@@ -77,27 +77,27 @@ def count_passes(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, 
     return seen
 
 
-def test_the_picture_is_encoded_once_and_its_tokens_are_read_once(answerer: Answerer) -> None:
-    picture = tiny.random_media("image")
-    rows = [([picture, question], "a") for question in QUESTIONS]
+def test_the_image_is_encoded_once_and_its_tokens_are_read_once(answerer: Answerer) -> None:
+    image = tiny.random_media("image")
+    rows = [([image, question], "a") for question in QUESTIONS]
     found = answers(answerer, rows, ["image=64"])[0]
     own = [answer.num_prompt_tokens - answer.num_shared_tokens for answer in found]
     seen = count_passes(answerer, rows, "image=64")
-    assert seen["pictures"] == 1
+    assert seen["images"] == 1
     assert found[0].num_shared_tokens >= 64
     longest = max(answer.num_prompt_tokens for answer in found)
     assert seen["passes"][:2] == [(1, longest - max(own)), (4, max(own))]
 
 
-def test_equal_files_that_are_read_twice_are_two_pictures(answerer: Answerer) -> None:
+def test_equal_files_that_are_read_twice_are_two_images(answerer: Answerer) -> None:
     rows = [([tiny.random_media("image"), question], "a") for question in QUESTIONS]
-    assert count_passes(answerer, rows, "image=4")["pictures"] == 4
+    assert count_passes(answerer, rows, "image=4")["images"] == 4
     assert {answer.num_shared_tokens for answer in answers(answerer, rows, ["image=4"])[0]} == {0}
 
 
 def test_the_same_question_twice_and_questions_that_begin_alike(answerer: Answerer) -> None:
-    picture = tiny.random_media("image")
-    rows = [([picture, text], "a") for text in ("what is it?", "what is it?", "what is the letter?")]
+    image = tiny.random_media("image")
+    rows = [([image, text], "a") for text in ("what is it?", "what is it?", "what is the letter?")]
     found = answers(answerer, rows, ["image=16"])[0]
     assert found[0].text == found[1].text
     assert [answer.text for answer in found] == [answers(answerer, [row], ["image=16"])[0][0].text for row in rows]
@@ -105,9 +105,9 @@ def test_the_same_question_twice_and_questions_that_begin_alike(answerer: Answer
 
 def test_a_question_far_longer_than_the_others_changes_nothing(answerer: Answerer) -> None:
     """The others then read some soft tokens again, and their window even begins before their prompt."""
-    picture, far = tiny.random_media("image"), tiny.random_media("image", seed=4)
+    image, far = tiny.random_media("image"), tiny.random_media("image", seed=4)
     long = " ".join(QUESTIONS * 3)
-    rows = [([picture, "now"], "a"), ([picture, long], "a"), ([far, "now"], "a"), ([far, "red"], "a"), (["hi"], "a")]
+    rows = [([image, "now"], "a"), ([image, long], "a"), ([far, "now"], "a"), ([far, "red"], "a"), (["hi"], "a")]
     for budget in ("image=64", "image=1"):
         together = answers(answerer, rows, [budget])[0]
         alone = [answers(answerer, [row], [budget])[0][0] for row in rows]
@@ -148,8 +148,8 @@ def test_embeddings_of_rows_are_those_of_their_first_row_where_they_begin_alike(
     ids=str,
 )
 def test_options_that_forbid_sharing_are_refused(answerer: Answerer, options: dict[str, Any]) -> None:
-    picture = tiny.random_media("image")
-    batch = tiny.batch(answerer.processor, [([picture, question], "a") for question in QUESTIONS])
+    image = tiny.random_media("image")
+    batch = tiny.batch(answerer.processor, [([image, question], "a") for question in QUESTIONS])
     budgets = [[Budget.parse("image=4")] * 4]
     inputs = answerer.processor.expand(batch, budgets, left_padding=True, share_prefixes=True).inputs
     assert len(inputs["num_image_tokens"]) == 1

@@ -91,7 +91,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-PICTURE: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}
+IMAGE: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}
 WORDS: dict[str, Any] = {
     **SIZES,
     "vocab_size": 20,
@@ -110,7 +110,7 @@ WAVE: dict[str, Any] = {
     "vocab_size": 20,
 }
 NAFLEX: dict[str, Any] = {**SIZES, "patch_size": 8, "num_patches": 16}
-DINO = {key: value for key, value in PICTURE.items() if key != "intermediate_size"}
+DINO = {key: value for key, value in IMAGE.items() if key != "intermediate_size"}
 LLM: dict[str, Any] = {
     **SIZES,
     "num_key_value_heads": 1,
@@ -142,12 +142,12 @@ def two_towers(config: Any, tower: dict[str, Any]) -> Any:
 
 def llava(config: Any = LlavaConfig, **changes: Any) -> Any:
     """A LLaVA on a CLIP and an untied Llama; `changes` are the Llama's."""
-    return config(vision_config=CLIPVisionConfig(**PICTURE), text_config=LlamaConfig(**{**LLM, **changes}))
+    return config(vision_config=CLIPVisionConfig(**IMAGE), text_config=LlamaConfig(**{**LLM, **changes}))
 
 
 def gemma3() -> Any:
     """A Gemma 3 with a SigLIP, its head tied."""
-    towers = {"vision_config": {**PICTURE, "vision_use_head": False}, "text_config": GEMMA}
+    towers = {"vision_config": {**IMAGE, "vision_use_head": False}, "text_config": GEMMA}
     return Gemma3Config(**towers, mm_tokens_per_image=4)
 
 
@@ -162,14 +162,14 @@ ENCODERS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], str, str, st
     "wav2vec2-pre": (Wav2Vec2ForPreTraining, lambda: Wav2Vec2Config(**WAVE), "audio", "wav2vec2", "wav2vec2."),
     "wavlm-ctc": (WavLMForCTC, lambda: WavLMConfig(**WAVE), "audio", "wavlm", "wavlm."),
     "wavlm-xvector": (WavLMForXVector, lambda: WavLMConfig(**WAVE), "audio", "wavlm", "wavlm."),
-    "clip": (CLIPModel, lambda: two_towers(CLIPConfig, PICTURE), "image", "vision_model", "vision_model."),
-    "clip-vision": (CLIPVisionModel, lambda: CLIPVisionConfig(**PICTURE), "image", "", ""),
+    "clip": (CLIPModel, lambda: two_towers(CLIPConfig, IMAGE), "image", "vision_model", "vision_model."),
+    "clip-vision": (CLIPVisionModel, lambda: CLIPVisionConfig(**IMAGE), "image", "", ""),
     "clip-projection": (
-        *(CLIPVisionModelWithProjection, lambda: CLIPVisionConfig(**PICTURE)),
+        *(CLIPVisionModelWithProjection, lambda: CLIPVisionConfig(**IMAGE)),
         *("image", "vision_model", "vision_model."),
     ),
-    "siglip": (SiglipModel, lambda: two_towers(SiglipConfig, PICTURE), "image", "vision_model", "vision_model."),
-    "siglip-vision": (SiglipVisionModel, lambda: SiglipVisionConfig(**PICTURE), "image", "", ""),
+    "siglip": (SiglipModel, lambda: two_towers(SiglipConfig, IMAGE), "image", "vision_model", "vision_model."),
+    "siglip-vision": (SiglipVisionModel, lambda: SiglipVisionConfig(**IMAGE), "image", "", ""),
     "siglip2": (Siglip2Model, lambda: two_towers(Siglip2Config, NAFLEX), "image", "vision_model", "vision_model."),
     "siglip2-vision": (Siglip2VisionModel, lambda: Siglip2VisionConfig(**NAFLEX), "image", "", ""),
     "dinov2": (Dinov2Model, lambda: Dinov2Config(**DINO), "image", "", ""),
@@ -180,7 +180,7 @@ ENCODERS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], str, str, st
         *(Dinov2WithRegistersForImageClassification, lambda: Dinov2WithRegistersConfig(**DINO)),
         *("image", "dinov2_with_registers", "dinov2_with_registers."),
     ),
-    "dinov3": (DINOv3ViTModel, lambda: DINOv3ViTConfig(**PICTURE, num_register_tokens=2), "image", "", ""),
+    "dinov3": (DINOv3ViTModel, lambda: DINOv3ViTConfig(**IMAGE, num_register_tokens=2), "image", "", ""),
     "av-hubert": (AVHubertEncoder, lambda: tiny.encoder_configs()["video"], "video", "", ""),
     "llava": (LlavaForConditionalGeneration, llava, "image", "model.vision_tower", "vision_tower."),
     "llava-next": (
@@ -636,8 +636,8 @@ def test_a_model_is_built_on_whole_checkpoints_saved_and_loaded(
     model, processor = build(settings_of(whole_parts, whole_parts[image]))
     whisper, _ = saved("whisper", *ENCODERS["whisper"][:2])
     vlm, _ = saved("llava", *ENCODERS["llava"][:2])
-    pictures, _ = saved(image, *ENCODERS[image][:2])
-    tower = pictures.vision_model if image == "clip" else pictures.model.vision_tower
+    images, _ = saved(image, *ENCODERS[image][:2])
+    tower = images.vision_model if image == "clip" else images.model.vision_tower
     set_trainables(model)
     save_run(model, processor, tmp_path / "run")
     for own in (model, load(tmp_path / "run")[0]):

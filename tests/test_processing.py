@@ -206,23 +206,23 @@ def test_a_medium_the_model_does_not_take_is_refused(sample) -> None:
 
 
 def test_an_argument_that_nothing_reads_is_refused_with_the_nearest(made, sample) -> None:
-    picture = load_image(sample.root / "0.png")
+    image = load_image(sample.root / "0.png")
     with pytest.raises(TypeError, match=r"the processor does not take 'image'; did you mean images\?"):
-        made(text="what?", image=picture)
+        made(text="what?", image=image)
     with pytest.raises(TypeError, match=r"the processor does not take 'budgets'; did you mean budget\?"):
-        made(text="what?", images=picture, budgets="image=1")
+        made(text="what?", images=image, budgets="image=1")
     with pytest.raises(TypeError, match=r"apply_chat_template does not take 'tools'; it takes budget"):
         made.apply_chat_template([{"role": "user", "content": "hi"}], tools=[])
     asking = [{"role": "user", "content": "hi"}]
-    for key, value in {"budget": "image=4", "images": [picture], "audio": [], "videos": [], "padding": True}.items():
+    for key, value in {"budget": "image=4", "images": [image], "audio": [], "videos": [], "padding": True}.items():
         for given in ({key: value}, {"processor_kwargs": {key: value}}):
             with pytest.raises(TypeError, match=f"with tokenize false makes a text, which {key} has no part in"):
                 made.apply_chat_template(asking, **given)
     assert made.apply_chat_template(asking, images=None) == made.apply_chat_template(asking)
     with pytest.raises(TypeError, match="the first argument is one mllm sample or several"):
-        made([picture])
+        made([image])
     with pytest.raises(ValueError, match="images goes with text; a sample names its own media"):
-        made(sample, images=picture)
+        made(sample, images=image)
     with pytest.raises(ValueError, match="padding is False; several rows are always padded"):
         made(text=["what?", "who?"], padding=False)
 
@@ -240,9 +240,9 @@ def test_a_bare_number_is_told_what_to_write(made, sample, budget) -> None:
 
 
 def test_several_texts_have_media_of_their_own(made, sample) -> None:
-    path, picture = sample.root / "0.png", load_image(sample.root / "0.png")
-    single = [made(text="what?", images=[path, picture], budget="image=4"), made(text="who?", budget="")]
-    both = made(text=["what?", "who?"], images=[[path, picture], None], budget="image=4")
+    path, image = sample.root / "0.png", load_image(sample.root / "0.png")
+    single = [made(text="what?", images=[path, image], budget="image=4"), made(text="who?", budget="")]
+    both = made(text=["what?", "who?"], images=[[path, image], None], budget="image=4")
     for row, own in enumerate(single):
         length = own["input_ids"].shape[1]
         assert both["input_ids"][row, -length:].tolist() == own["input_ids"][0].tolist()

@@ -1,4 +1,4 @@
-"""Tiles of pictures: the choice and the order are LLaVA-NeXT's, the counts are those of what is built, caps hold."""
+"""Tiles of images: the choice and the order are LLaVA-NeXT's, the counts are those of what is built, caps hold."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from mllm.transforms.image_tiles import cut
 TILE = (336, 336)
 GRID = (24, 24)
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-PICTURES = [
+IMAGES = [
     (480, 640),
     (640, 480),
     (1000, 300),
@@ -42,7 +42,7 @@ def space(**tiling: Any) -> Space:
 
 
 def extent(size: tuple[int, int], grid: tuple[int, int] = GRID, tile: tuple[int, int] = TILE) -> Extent:
-    return Extent("image", grid=grid, picture_pixels=size, tile_pixels=tile)
+    return Extent("image", grid=grid, image_pixels=size, tile_pixels=tile)
 
 
 @pytest.mark.parametrize("grid", [(24, 24), (8, 8), (7, 7), (16, 12), (5, 9)])
@@ -62,7 +62,7 @@ def test_counts_without_a_map_are_refused_with_those_that_have_one() -> None:
 
 def test_the_best_size_is_the_one_of_transformers() -> None:
     chance = np.random.default_rng(0)
-    sizes = [*PICTURES, *((int(h), int(w)) for h, w in chance.integers(20, 3000, (300, 2)))]
+    sizes = [*IMAGES, *((int(h), int(w)) for h, w in chance.integers(20, 3000, (300, 2)))]
     free = Tiling(kind="free", max_tiles=9)
     for tiling in (Tiling(), Tiling(pinpoints=tuple(map(tuple, PINPOINTS))), free):
         resolutions = [(rows * 336, columns * 336) for rows, columns in tiling.shapes(TILE)]
@@ -75,12 +75,12 @@ def test_the_best_size_is_the_one_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("each", [1, 9, 36, 144, 576])
-@pytest.mark.parametrize("size", PICTURES)
+@pytest.mark.parametrize("size", IMAGES)
 def test_tokens_and_their_order_are_those_of_llava_next(size: tuple[int, int], each: int) -> None:
     """transformers packs features of every tile; ours say which feature stands where. Its side is the map's."""
     side = int(each**0.5)
     tiles = Tiling().choose(size, TILE)
-    features = torch.arange(tiles.num_pictures * each, dtype=torch.float).view(tiles.num_pictures, each, 1)
+    features = torch.arange(tiles.num_images * each, dtype=torch.float).view(tiles.num_images, each, 1)
     vision = SimpleNamespace(image_size=336, patch_size=336 // side)
     config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS)
     newline = torch.tensor([-1.0])
@@ -96,7 +96,7 @@ def test_tokens_and_their_order_are_those_of_llava_next(size: tuple[int, int], e
     ours = torch.where(order[:, 0] == NEWLINE, -1, order[:, 0] * each + order[:, 1])
     assert cost.tokens == len(order)
     if not (packed[:, 0] >= each).any():
-        assert (size, each) == ((200, 90), 1)  # a tall little picture in wide tiles: they cut all of it off, we do not
+        assert (size, each) == ((200, 90), 1)  # a tall little image in wide tiles: they cut all of it off, we do not
         assert ours.tolist() == [0, 1, 2, -1]
         return
     assert ours.tolist() == packed[:, 0].long().tolist()
@@ -109,7 +109,7 @@ def test_a_thumbnail_alone_ends_with_a_newline() -> None:
     assert order_of(extent((480, 640)), cost, Tiling()).tolist() == [*([0, n] for n in range(9)), [NEWLINE, 0]]
 
 
-def test_a_picture_far_from_the_shape_of_its_tiles_does_not_vanish() -> None:
+def test_a_image_far_from_the_shape_of_its_tiles_does_not_vanish() -> None:
     only_square = space(pinpoints=[[672, 672]])
     (cost,) = count_tokens([extent((100, 1000))], Budget.parse("image=1"), only_square)
     assert cost.tokens == 1 + 2 * 3  # thumbnail, and both rows of the 2 x 2 map, since one of them is half of it
@@ -117,8 +117,8 @@ def test_a_picture_far_from_the_shape_of_its_tiles_does_not_vanish() -> None:
     assert line.tokens == 576 + 2 * (3 * 24 + 1)
 
 
-def test_published_totals_are_those_of_five_pictures_without_unpadding() -> None:
-    """LLaVA-NeXT-M3 names 2880, 720, 180, 45 and 5 tokens: 2 x 2 tiles and the thumbnail of a square picture."""
+def test_published_totals_are_those_of_five_images_without_unpadding() -> None:
+    """LLaVA-NeXT-M3 names 2880, 720, 180, 45 and 5 tokens: 2 x 2 tiles and the thumbnail of a square image."""
     flat = space(merge="flat", newline=False)
     asked = [Budget.parse(f"image={each}") for each in (576, 144, 36, 9, 1)]
     assert [count_tokens([extent((672, 672))], b, flat)[0].tokens for b in asked] == [2880, 720, 180, 45, 5]
@@ -136,7 +136,7 @@ def test_flat_tiles_stand_in_turn_with_a_newline_per_row() -> None:
     assert order == [*turn[:9], [-1, 0], *turn[9:], [-1, 0]]
 
 
-@pytest.mark.parametrize("size", PICTURES)
+@pytest.mark.parametrize("size", IMAGES)
 def test_free_tiles_never_exceed_their_cap(size: tuple[int, int]) -> None:
     free = Tiling(kind="free", max_tiles=12)
     for cap in range(13):
@@ -148,7 +148,7 @@ def test_free_tiles_never_exceed_their_cap(size: tuple[int, int]) -> None:
 
 
 def test_a_total_takes_the_most_tokens_and_then_the_most_tiles() -> None:
-    """Against every cap and every trained amount, for one and for several pictures."""
+    """Against every cap and every trained amount, for one and for several images."""
     own = space(kind="free", max_tiles=6)
     chance = np.random.default_rng(1)
     for _ in range(25):
@@ -158,10 +158,10 @@ def test_a_total_takes_the_most_tokens_and_then_the_most_tiles() -> None:
         for cap in range(7):
             for each in (1, 9, 36, 144, 576):
                 costs = count_tokens(extents, Budget.parse(f"image={each},tiles<={cap}"), own)
-                found.append((sum(c.tokens for c in costs), sum(c.num_pictures for c in costs), costs))
+                found.append((sum(c.tokens for c in costs), sum(c.num_images for c in costs), costs))
         best = max((own for own in found if own[0] <= total), key=lambda own: own[:2])
         chosen = count_tokens(extents, Budget.parse(f"total<={total}"), own)
-        assert (sum(c.tokens for c in chosen), sum(c.num_pictures for c in chosen)) == best[:2]
+        assert (sum(c.tokens for c in chosen), sum(c.num_images for c in chosen)) == best[:2]
         capped = count_tokens(extents, Budget.parse(f"tiles<=2,total<={total}"), own)
         assert all(cost.tiles is not None and cost.tiles.count <= 2 for cost in capped)
 
@@ -174,7 +174,7 @@ def test_a_named_amount_leaves_the_tiles_to_the_total() -> None:
         count_tokens([extent((672, 672))], Budget.parse("image=144,total<=100"), space(kind="free", max_tiles=4))
 
 
-def test_pictures_share_a_total_with_sound() -> None:
+def test_images_share_a_total_with_sound() -> None:
     sound = Extent("audio", num_frames=100, frames_per_second=50.0)
     costs = count_tokens([extent((672, 672)), sound], Budget.parse("total<=80"), space())
     assert [cost.tokens for cost in costs] == [51, 25]
@@ -210,28 +210,28 @@ def test_pinpoints_are_whole_tiles() -> None:
 
 def test_a_cap_that_leaves_nothing_is_refused() -> None:
     bare = space(kind="pinpoints", thumbnail=False)
-    with pytest.raises(ValueError, match="tiles<=1 leaves nothing of a picture without a thumbnail; allowed from 2"):
+    with pytest.raises(ValueError, match="tiles<=1 leaves nothing of an image without a thumbnail; allowed from 2"):
         count_tokens([extent((480, 640))], Budget.parse("image=9,tiles<=1"), bare)
     plain = Space.from_settings({"image": {"compressor": "pool", "budgets": [9]}})
-    with pytest.raises(ValueError, match="tiles<=1: this model does not cut pictures into tiles"):
+    with pytest.raises(ValueError, match="tiles<=1: this model does not cut images into tiles"):
         count_tokens([extent((480, 640))], Budget.parse("tiles<=1"), plain)
 
 
 def test_pixels_of_the_tiles_are_those_of_llava_next() -> None:
     chance = np.random.default_rng(0)
     for size in ((50, 70), (100, 30), (64, 64), (21, 90)):
-        picture = Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8))
+        image = Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8))
         tiles = Tiling().choose(size, (32, 32))
-        made = cut(picture, [tiles], tile=(32, 32), thumbnail=True)
+        made = cut(image, [tiles], tile=(32, 32), thumbnail=True)
         square = {"height": 32, "width": 32}
         own = CLIPImageProcessorPil(size=square, crop_size=square)(images=list(made), return_tensors="pt")
         pinpoints = [[side // 336 * 32 for side in point] for point in PINPOINTS]
         next_processor = LlavaNextImageProcessorPil(size=square, crop_size=square, image_grid_pinpoints=pinpoints)
-        theirs = next_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(own["pixel_values"], theirs[: tiles.num_pictures])
+        theirs = next_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(own["pixel_values"], theirs[: tiles.num_images])
 
 
-def test_cuts_of_one_picture_share_the_thumbnail() -> None:
+def test_cuts_of_one_image_share_the_thumbnail() -> None:
     tilings = (Tiles(2, 2, True), Tiles(1, 2, True))
     places = [shown_items(extent((480, 640)), Cost(9, each=9, tiles=tiles), tilings) for tiles in tilings]
     assert places == [[0, 1, 2, 3, 4], [0, 5, 6]]

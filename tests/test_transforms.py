@@ -244,15 +244,15 @@ def test_image_processors_that_make_tiles_are_refused() -> None:
         def __call__(self, images, **kwargs):
             return super().__call__(images * 2, **kwargs)
 
-    with pytest.raises(ValueError, match="Tiling must give one picture"):
+    with pytest.raises(ValueError, match="Tiling must give one image"):
         ImageTransform(Tiling())(Image.new("RGB", (300, 300)))
 
 
 def test_building_from_plain_settings() -> None:
-    image = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    built = build_transform("image", CLIPVisionConfig(), image.to_dict())
-    torch.testing.assert_close(built(picture)[0], ImageTransform(image)(picture)[0])
+    preprocessor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    built = build_transform("image", CLIPVisionConfig(), preprocessor.to_dict())
+    torch.testing.assert_close(built(image)[0], ImageTransform(preprocessor)(image)[0])
 
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
     built = build_transform("audio", WhisperConfig(), {**extractor.to_dict(), "normalize_audio": True})

@@ -161,7 +161,7 @@ def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForCondit
 
 
 def random_media(medium: str, length: int = 0, *, seed: int = 0) -> LoadedMedia:
-    """Encoder input of one item: a picture, or a stream of `length` feature frames."""
+    """Encoder input of one item: an image, or a stream of `length` feature frames."""
     generator = torch.Generator().manual_seed(seed)
     if medium == "image":
         return LoadedMedia("image", torch.randn(3, 64, 64, generator=generator))

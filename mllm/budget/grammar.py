@@ -4,11 +4,11 @@
     audio=/4            one soft token per 4 encoder frames
     audio=12.5/s        soft tokens per second of the encoder's clock
     image=max           the largest of the space (what a medium that is not named gets)
-    tiles<=4            at most so many tiles per picture, the thumbnail not counted; 0 shows the thumbnail alone
-    frames=8            frames shown of each video whose frames are pictures
+    tiles<=4            at most so many tiles per image, the thumbnail not counted; 0 shows the thumbnail alone
+    frames=8            frames shown of each video whose frames are images
     total<=256          a cap over all media of one request: the largest allowed split wins
 
-A picture that is cut into tiles costs image=n tokens per tile, and a video of pictures video=n per frame.
+An image that is cut into tiles costs image=n tokens per tile, and a video of images video=n per frame.
 
 Knows words and numbers. Does not know media, encoders, or what can be met; that is `budget/space.py`.
 """
@@ -156,7 +156,7 @@ def _say_the_medium(given: object) -> str:
     number = given if isinstance(given, str | int) and not isinstance(given, bool) else 16
     return (
         f'budget is {given!r}, which does not say of what; write the medium: "image={number}" for soft tokens of a '
-        'picture, "audio=/4" or "video=/2" for frames per soft token, "total<=256" for all media together'
+        'image, "audio=/4" or "video=/2" for frames per soft token, "total<=256" for all media together'
     )
 
 

@@ -69,7 +69,7 @@ class Sampler:
         Args:
             step: optimizer step; all its micro-batches train the same budgets.
             media: media present in the batch. Others are left out and what then coincides is drawn once, so that a
-                batch of pictures is not run once per audio rate. A medium's draws do not depend on this.
+                batch of images is not run once per audio rate. A medium's draws do not depend on this.
         """
         present = [medium for medium in self.space.media if media is None or medium in set(media)]
         return _merge([self._restrict(draw, present) for draw in self._draws(step, present)])

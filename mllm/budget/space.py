@@ -1,7 +1,7 @@
 """How many soft tokens each medium may use: the space a model was trained on, and exact counting.
 
 Knows numbers only: extents (frames, grids), amounts, and the counting rules of the compressors. How a budget is written
-is in `budget/grammar.py`, how pictures are cut in `budget/tiling.py`.
+is in `budget/grammar.py`, how images are cut in `budget/tiling.py`.
 Does not know torch, files, tokenizers or weights. A budget is exact or refused; nothing here rounds.
 What a training step draws from a space is in `budget/sampler.py`.
 """
@@ -39,17 +39,17 @@ COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack", "hybrid")
 class Extent:
     """What is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock.
 
-    A picture that may be cut into tiles also has its own size and that of a tile, in pixels; a video whose frames are
-    pictures has the grid of each, and how many were taken from the file.
+    An image that may be cut into tiles also has its own size and that of a tile, in pixels; a video whose frames are
+    images has the grid of each, and how many were taken from the file.
     """
 
     medium: str
     grid: tuple[int, int] | None = None
     num_frames: int = 0
     frames_per_second: float | None = None
-    picture_pixels: Size | None = None
+    image_pixels: Size | None = None
     tile_pixels: Size | None = None
-    num_pictures: int = 1
+    num_images: int = 1
 
     @property
     def length(self) -> int:
@@ -61,7 +61,7 @@ class Extent:
 class Cost:
     """What one medium costs: its exact soft tokens, and the rate they were asked at (0: a count was asked).
 
-    Where it is several encoded pictures, `each` are the tokens of one of them, and either `tiles` says how the picture
+    Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut or `frames` how many are shown of the video.
     """
 
@@ -79,9 +79,9 @@ class Cost:
         )
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """Encoded items that are shown."""
-        return self.tiles.num_pictures if self.tiles else self.frames or 1
+        return self.tiles.num_images if self.tiles else self.frames or 1
 
 
 SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames", "tiling", "frame_counts")
@@ -94,8 +94,8 @@ class MediumSpace:
 
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
     window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
-    stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`. `tiling` says how pictures are
-    cut; `frame_counts` are the trained numbers of frames of a video whose frames are pictures, largest first.
+    stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`. `tiling` says how images are
+    cut; `frame_counts` are the trained numbers of frames of a video whose frames are images, largest first.
     """
 
     medium: str
@@ -131,7 +131,7 @@ class MediumSpace:
         max_tokens = int(settings.get("num_queries", 0))
         if compressor == "hybrid":
             if medium != "image" or kinds != {"tokens"}:
-                raise ValueError(f"{key}.compressor 'hybrid' is for pictures at counts; allowed: pool, query, stack")
+                raise ValueError(f"{key}.compressor 'hybrid' is for images at counts; allowed: pool, query, stack")
             _, max_tokens = hybrid_sizes(settings, key)
         fixed = compressor == "stack" or bool(settings.get("per_budget_projector", False))
         return cls(
@@ -156,7 +156,7 @@ class MediumSpace:
         return amount.kind == "max" or amount in self.trained
 
     def is_trained_cost(self, cost: Cost) -> bool:
-        """Whether training drew what something cost. Cuts into tiles differ by picture, so they are not compared."""
+        """Whether training drew what something cost. Cuts into tiles differ by image, so they are not compared."""
         return self.is_trained(cost.amount) and (not self.frame_counts or cost.frames in self.frame_counts)
 
     def cost(
@@ -165,8 +165,8 @@ class MediumSpace:
         """The exact cost of one medium at an amount.
 
         Args:
-            max_tiles: of a picture; as many as `tiling` allows when left out.
-            num_frames: shown of a video whose frames are pictures; all when left out.
+            max_tiles: of an image; as many as `tiling` allows when left out.
+            num_frames: shown of a video whose frames are images; all when left out.
 
         Raises:
             ValueError: the amount cannot be met exactly; the message names what can.
@@ -186,23 +186,23 @@ class MediumSpace:
         return self._tiles_cost(self.tiling, one.tokens, extent, max_tiles)
 
     def _tiles_cost(self, tiling: Tiling, each: int, extent: Extent, max_tiles: int | None) -> Cost:
-        picture, tile, grid = extent.picture_pixels, extent.tile_pixels, extent.grid
-        assert picture is not None
+        image, tile, grid = extent.image_pixels, extent.tile_pixels, extent.grid
+        assert image is not None
         assert tile is not None
         assert grid is not None
-        tiles = tiling.choose(picture, tile, max_tiles)
+        tiles = tiling.choose(image, tile, max_tiles)
         try:
-            tokens = tiling.num_tokens(tiles, each, picture=picture, tile=tile, grid=grid)
+            tokens = tiling.num_tokens(tiles, each, image=image, tile=tile, grid=grid)
         except ValueError as error:
             raise ValueError(f"{self.medium}={each} cannot be met: {error}") from error
         return Cost(tokens, each=each, tiles=tiles)
 
     def _frames_cost(self, each: int, extent: Extent, num_frames: int | None) -> Cost:
-        shown = extent.num_pictures if num_frames is None else num_frames
-        if extent.num_pictures % shown:
-            allowed = ", ".join(str(n) for n in range(1, extent.num_pictures + 1) if extent.num_pictures % n == 0)
+        shown = extent.num_images if num_frames is None else num_frames
+        if extent.num_images % shown:
+            allowed = ", ".join(str(n) for n in range(1, extent.num_images + 1) if extent.num_images % n == 0)
             raise ValueError(
-                f"frames={shown} cannot be met: {extent.num_pictures} frames were taken from the video; "
+                f"frames={shown} cannot be met: {extent.num_images} frames were taken from the video; "
                 f"allowed are {allowed}"
             )
         return Cost(shown * each, each=each, frames=shown)
@@ -303,16 +303,16 @@ class Space:
                 allowed = ", ".join(self.media) or "text only"
                 raise ValueError(f"this model does not take {medium}; it takes {allowed}")
         if budget.max_tiles is not None and self.media["image"].tiling is None:
-            raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut pictures into tiles")
+            raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut images into tiles")
         if budget.num_frames is not None and not self.media["video"].frame_counts:
-            raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of pictures")
+            raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of images")
 
 
 def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> list[Cost]:
     """The exact soft tokens of every medium of one request, in order. The only place where tokens are counted.
 
-    Under `total<=N`, media that the budget does not name may take any of their trained amounts, pictures any cap on
-    tiles (up to that of the budget) and videos of pictures any frames they can show (unless it names them), all items
+    Under `total<=N`, media that the budget does not name may take any of their trained amounts, images any cap on
+    tiles (up to that of the budget) and videos of images any frames they can show (unless it names them), all items
     of a medium the same. The split with the most tokens wins; between equals the one that favours image, then audio,
     then video, and then the one with more tiles and frames.
 
@@ -344,7 +344,7 @@ def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list
     for split in itertools.product(*by_medium.values()):
         sums = [sum(cost.tokens for cost in costs) for costs in split]
         smallest = min(smallest or sum(sums), sum(sums))
-        key = (sum(sums), *sums, *(sum(cost.num_pictures for cost in costs) for costs in split))
+        key = (sum(sums), *sums, *(sum(cost.num_images for cost in costs) for costs in split))
         if sum(sums) <= (budget.total_tokens or 0) and key > best_key:
             best, best_key = dict(zip(present, split, strict=True)), key
     if not extents:
@@ -378,13 +378,13 @@ def _changes(extents: Sequence[Extent], budget: Budget, own: MediumSpace) -> Ite
     if own.tiling is not None:
         caps: set[int] = set()
         for extent in extents:
-            assert extent.picture_pixels is not None
+            assert extent.image_pixels is not None
             assert extent.tile_pixels is not None
-            caps.update(own.tiling.choices(extent.picture_pixels, extent.tile_pixels, budget.max_tiles))
+            caps.update(own.tiling.choices(extent.image_pixels, extent.tile_pixels, budget.max_tiles))
         yield from ({"max_tiles": cap} for cap in sorted(caps, reverse=True))
     elif own.frame_counts and budget.num_frames is None:
-        most = min(extent.num_pictures for extent in extents)
-        shared = (n for n in range(most, 0, -1) if all(extent.num_pictures % n == 0 for extent in extents))
+        most = min(extent.num_images for extent in extents)
+        shared = (n for n in range(most, 0, -1) if all(extent.num_images % n == 0 for extent in extents))
         yield from ({"num_frames": count} for count in shared)
     else:
         yield {}

@@ -1,10 +1,10 @@
-"""Pictures of any resolution: into which tiles one is cut, and how many soft tokens that makes.
+"""Images of any resolution: into which tiles one is cut, and how many soft tokens that makes.
 
 Knows sizes, caps and counts. Does not know torch, what pixels show, budgets as words, or how a tile is compressed.
 
-A picture is cut into rows x columns of tiles, each as large as the encoder reads, behind a thumbnail of the whole. Of
-the sizes that rows x columns of tiles may have, the one is taken that keeps most of the picture and, of equal ones,
-wastes least (LLaVA-NeXT's rule). The picture is scaled into it with its sides in proportion, and the rest is padding.
+An image is cut into rows x columns of tiles, each as large as the encoder reads, behind a thumbnail of the whole. Of
+the sizes that rows x columns of tiles may have, the one is taken that keeps most of the image and, of equal ones,
+wastes least (LLaVA-NeXT's rule). The image is scaled into it with its sides in proportion, and the rest is padding.
 
 `spatial_unpad` puts the tokens of all tiles together as one map, cuts off what lies over padding, and ends every row of
 the map with a newline: LLaVA-NeXT's order, at every number of tokens that forms a map. `flat` leaves the tiles one
@@ -27,7 +27,7 @@ LLAVA_NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one picture is cut: rows x columns of tiles, 0 x 0 for none, behind a thumbnail if there is one."""
+    """How one image is cut: rows x columns of tiles, 0 x 0 for none, behind a thumbnail if there is one."""
 
     rows: int
     columns: int
@@ -39,7 +39,7 @@ class Tiles:
         return self.rows * self.columns
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """What the encoder sees of it: the thumbnail and the tiles."""
         return self.count + int(self.has_thumbnail)
 
@@ -49,13 +49,13 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut and put together again: the `tiling` block of `media.image`.
+    """How images are cut and put together again: the `tiling` block of `media.image`.
 
     Args:
         kind: `pinpoints` allows the sizes listed, `free` every rows x columns of at most `max_tiles`.
         pinpoints: (height, width) in pixels, each a multiple of a tile; empty means LLaVA-NeXT's five shapes.
-        max_tiles: most tiles of a picture; what is left of the pinpoints under it.
-        thumbnail: whether the whole picture, squeezed into a tile, comes first.
+        max_tiles: most tiles of an image; what is left of the pinpoints under it.
+        thumbnail: whether the whole image, squeezed into a tile, comes first.
         merge: see the file's docstring.
         newline: whether a learned token ends the rows.
     """
@@ -79,7 +79,7 @@ class Tiling:
             return None
         key = f"media.{medium}.tiling"
         if medium != "image":
-            raise ValueError(f"{key} is for pictures; leave it out of {medium}")
+            raise ValueError(f"{key} is for images; leave it out of {medium}")
         if unknown := sorted(set(own) - set(cls.__dataclass_fields__)):
             raise ValueError(f"{key}.{unknown[0]} is not a setting; allowed: {', '.join(cls.__dataclass_fields__)}")
         pinpoints = tuple((int(height), int(width)) for height, width in own.get("pinpoints") or ())
@@ -105,7 +105,7 @@ class Tiling:
             raise ValueError(f"{key}.max_tiles may leave no pinpoint, and there is no thumbnail; list fewer pinpoints")
 
     def shapes(self, tile: Size) -> list[Size]:
-        """Rows and columns a picture may be cut into, in the order that decides between equally good ones.
+        """Rows and columns an image may be cut into, in the order that decides between equally good ones.
 
         Args:
             tile: size of a tile in pixels.
@@ -128,11 +128,11 @@ class Tiling:
             found = list(LLAVA_NEXT)
         return [shape for shape in found if self.max_tiles is None or shape[0] * shape[1] <= self.max_tiles]
 
-    def choose(self, picture: Size, tile: Size, max_tiles: int | None = None) -> Tiles:
-        """The tiles of a picture under a cap. One tile behind a thumbnail would repeat it, so there is none then.
+    def choose(self, image: Size, tile: Size, max_tiles: int | None = None) -> Tiles:
+        """The tiles of an image under a cap. One tile behind a thumbnail would repeat it, so there is none then.
 
         Args:
-            picture, tile: sizes in pixels.
+            image, tile: sizes in pixels.
 
         Raises:
             ValueError: a cap that leaves nothing to see; the caps that do not are named.
@@ -141,43 +141,41 @@ class Tiling:
         shapes = [shape for shape in every if max_tiles is None or shape[0] * shape[1] <= max_tiles]
         if not shapes and not self.thumbnail:
             least = min(rows * columns for rows, columns in every)
-            raise ValueError(
-                f"tiles<={max_tiles} leaves nothing of a picture without a thumbnail; allowed from {least}"
-            )
-        best = _best(shapes, picture, tile) if shapes else None
+            raise ValueError(f"tiles<={max_tiles} leaves nothing of an image without a thumbnail; allowed from {least}")
+        best = _best(shapes, image, tile) if shapes else None
         if best is None or (best == (1, 1) and self.thumbnail):
             return Tiles(0, 0, True)
         return Tiles(*best, self.thumbnail)
 
-    def choices(self, picture: Size, tile: Size, max_tiles: int | None = None) -> list[int]:
-        """The caps up to a cap that matter to a picture, largest first: with each of them it is cut differently."""
+    def choices(self, image: Size, tile: Size, max_tiles: int | None = None) -> list[int]:
+        """The caps up to a cap that matter to an image, largest first: with each of them it is cut differently."""
         counts = {rows * columns for rows, columns in self.shapes(tile)} | ({0} if self.thumbnail else set())
-        chosen = {self.choose(picture, tile, cap).count for cap in counts if max_tiles is None or cap <= max_tiles}
+        chosen = {self.choose(image, tile, cap).count for cap in counts if max_tiles is None or cap <= max_tiles}
         return sorted(chosen, reverse=True)
 
-    def num_tokens(self, tiles: Tiles, each: int, *, picture: Size, tile: Size, grid: Size) -> int:
-        """Soft tokens of a picture, newlines included.
+    def num_tokens(self, tiles: Tiles, each: int, *, image: Size, tile: Size, grid: Size) -> int:
+        """Soft tokens of an image, newlines included.
 
         Args:
             each: tokens of every tile.
-            picture, tile: sizes in pixels.
+            image, tile: sizes in pixels.
             grid: patches of a tile.
 
         Raises:
             ValueError: tokens that do not form a map, where the merge needs one; the counts that do are named.
         """
         if self.merge == "flat":
-            return tiles.num_pictures * each + (tiles.rows if self.newline else 0)
+            return tiles.num_images * each + (tiles.rows if self.newline else 0)
         shape = map_of(each, grid)
         if not tiles.count:
             return each + int(self.newline)
-        _, _, height, width = kept_map(tiles, shape, picture)
+        _, _, height, width = kept_map(tiles, shape, image)
         return each * int(tiles.has_thumbnail) + height * (width + int(self.newline))
 
 
-def _best(shapes: Sequence[Size], picture: Size, tile: Size) -> Size:
-    """The shape that keeps the most pixels of a picture and, of those, wastes the fewest."""
-    height, width = picture
+def _best(shapes: Sequence[Size], image: Size, tile: Size) -> Size:
+    """The shape that keeps the most pixels of an image and, of those, wastes the fewest."""
+    height, width = image
     best, best_key = shapes[0], (-1, 0)
     for rows, columns in shapes:
         full_height, full_width = rows * tile[0], columns * tile[1]
@@ -224,19 +222,19 @@ def pooled_rows(count: int, grid: Size) -> int:
     return min(max(below, 1), count)
 
 
-def kept_map(tiles: Tiles, shape: Size, picture: Size) -> tuple[int, int, int, int]:
+def kept_map(tiles: Tiles, shape: Size, image: Size) -> tuple[int, int, int, int]:
     """The part of the merged map that does not lie over padding: top, left, height, width.
 
     As transformers' `unpad_image` counts it, except that a row or a column always stays: at one token per tile a
-    picture that is far from the shape of its tiles would vanish.
+    image that is far from the shape of its tiles would vanish.
 
     Args:
         tiles: at least one.
         shape: rows and columns of the tokens of a tile.
-        picture: its size, in pixels.
+        image: its size, in pixels.
     """
     height, width = tiles.rows * shape[0], tiles.columns * shape[1]
-    full_height, full_width = picture
+    full_height, full_width = image
     if full_width / full_height > width / height:
         used = int(round(full_height * (width / full_width), 7))
         top = min((height - used) // 2, (height - 1) // 2)

@@ -36,9 +36,9 @@ _NOT_MODEL = (
     *("query_start", *FRAME_SETTINGS),
 )
 PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
-"""What makes an image processor put margins in its mean colour around a picture, computed as LLaVA's code does."""
+"""What makes an image processor put margins in its mean colour around an image, computed as LLaVA's code does."""
 DEFAULT_FRAMES = 8
-"""Frames taken from a video whose frames are encoded like pictures."""
+"""Frames taken from a video whose frames are encoded like images."""
 
 
 def build(
@@ -94,8 +94,8 @@ def build_processor(settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LI
     elastic = {"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
     if settings.released_behaviour:
         elastic["shares_lengths"] = True
-    if settings.names_pictures:
-        elastic["names_pictures"] = True
+    if settings.names_images:
+        elastic["names_images"] = True
     if settings.shows_frames:
         elastic["prompts"] = {"video": "describe the video."}  # the default question about videos is for lips
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -107,13 +107,13 @@ def build_processor(settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LI
 
 
 def _check_one_size(settings: ModelSettings) -> None:
-    """Raises: ValueError for tiles or frames with an encoder whose pictures keep their shape."""
+    """Raises: ValueError for tiles or frames with an encoder whose images keep their shape."""
     image = settings.image
     if image is None or not (settings.shows_frames or image.tiling is not None):
         return
     if encoder_facts(encoder_config(image, "image"), space_settings(image)).max_patches is not None:
         what = "image.tiling" if image.tiling is not None else "video.encoder image"
-        raise ValueError(f"{what} needs an encoder that reads pictures of one size, and this one keeps their shape")
+        raise ValueError(f"{what} needs an encoder that reads images of one size, and this one keeps their shape")
 
 
 def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
@@ -214,10 +214,10 @@ def space_settings(settings: MediumSettings) -> dict[str, Any]:
 
 
 def frames_space(settings: ModelSettings) -> dict[str, Any]:
-    """What shapes the space of videos whose frames are encoded like pictures: all but the budgets is the pictures' own.
+    """What shapes the space of videos whose frames are encoded like images: all but the budgets is the images' own.
 
     Raises:
-        ValueError: a budget that the compressor of pictures does not serve.
+        ValueError: a budget that the compressor of images does not serve.
     """
     assert settings.image is not None
     assert settings.video is not None
@@ -228,12 +228,12 @@ def frames_space(settings: ModelSettings) -> dict[str, Any]:
     served = MediumSpace.from_settings("image", shared)
     for amount in MediumSpace.from_settings("video", space).trained:
         if not served.between and not served.is_trained(amount):
-            raise ValueError(f"video.budgets holds {amount}, and the compressor of pictures serves {served.allowed()}")
+            raise ValueError(f"video.budgets holds {amount}, and the compressor of images serves {served.allowed()}")
     return space
 
 
 def frames_entry(settings: ModelSettings, image: Mapping[str, Any]) -> dict[str, Any]:
-    """What the processor keeps of videos whose frames are encoded like pictures, given what it keeps of pictures."""
+    """What the processor keeps of videos whose frames are encoded like images, given what it keeps of images."""
     own = settings.video
     assert own is not None
     return {
@@ -314,7 +314,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
             )
         return {}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
-        "image": lambda: _picture_preprocessor(settings),
+        "image": lambda: _image_preprocessor(settings),
         "audio": lambda: {
             **pretrained.read_feature_extractor(settings.encoder).to_dict(),
             "normalize_audio": settings.normalize_audio,
@@ -324,13 +324,13 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
     return readers[medium]()
 
 
-def _picture_preprocessor(settings: MediumSettings) -> dict[str, Any]:
-    """The image processor of a tower, told the size of its pictures and what to do about their shape."""
+def _image_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+    """The image processor of a tower, told the size of its images and what to do about their shape."""
     values = read_image_processor(resolve_source(settings.encoder)).to_dict()
     config = encoder_config(settings, "image")
     if (most := encoder_facts(config, space_settings(settings)).max_patches) is not None:
         if settings.pad_to_square:
-            raise ValueError("image.pad_to_square does not go with a tower that reads pictures in their own shape")
+            raise ValueError("image.pad_to_square does not go with a tower that reads images in their own shape")
         return {**values, "max_num_patches": most, "patch_size": config.patch_size}
     if settings.image_size is not None:
         height, width = settings.image_size

@@ -26,7 +26,7 @@ class Settings:
     budgets: list[str] | str = field(default_factory=list)
     """List, or one text with `;` between budgets; those that were trained, at most 8, when left out."""
     image: list[str] = field(default_factory=list)
-    """A picture of the request; may be given several times. Without any file the media are made up."""
+    """An image of the request; may be given several times. Without any file the media are made up."""
     audio: list[str] = field(default_factory=list)
     """A sound of the request."""
     video: list[str] = field(default_factory=list)

@@ -48,7 +48,7 @@ class Settings:
     """Format clips: a text file to write the clips without a transcript into, one path per line."""
 
     images: str | None = None
-    """Vision benchmarks: the folder of pictures, relative to the root, where it is not the usual one; pictures that
+    """Vision benchmarks: the folder of images, relative to the root, where it is not the usual one; images that
     stand inside a table are written there."""
     annotations: str | None = None
     """Vision benchmarks: the file with the answers (pope: its folder), where it is not beside the questions."""

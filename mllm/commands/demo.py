@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mllm.real.demo import RealDemoSettings
 from mllm.synthetic.demo.demo import DemoSettings
-from mllm.synthetic.demo.full_images import FullPicturesSettings, full_pictures
+from mllm.synthetic.demo.full_images import FullImagesSettings, full_images
 from mllm.synthetic.demo.full_speech import FullDemoSettings, full_demo
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class Settings:
     real: bool = False
     """Instead let a frozen Whisper base and a frozen SmolLM2 learn to listen, and test them on real recordings. It took
     76 minutes on 2 busy CPU cores, and needs the extra `real`."""
-    about: Literal["speech", "pictures"] | None = None
+    about: Literal["speech", "images"] | None = None
     """Only with full: two elastic speech models, Omni-AVSR-ST and MoME, against eight of one task and rate each (the
-    default), or elastic pictures in the style of M3, MQT and Haar against models of one count of tokens each."""
+    default), or elastic images in the style of M3, MQT and Haar against models of one count of tokens each."""
     out: str | None = None
-    """Folder of everything; runs/demo, runs/demo_full, runs/demo_full_pictures or runs/demo_real when left out."""
+    """Folder of everything; runs/demo, runs/demo_full, runs/demo_full_images or runs/demo_real when left out."""
     seed: int | None = None
     """Of the corpora, the initial values, the draws and the order of samples; 0 when left out."""
     steps: int | None = None
@@ -48,9 +48,9 @@ class Settings:
     num_test_utterances: int | None = None
     """Spoken sentences to test on, by voices that were not trained on."""
     num_scenes: int | None = None
-    """Pictures to train on, with eight questions each; not with speech alone."""
+    """Images to train on, with eight questions each; not with speech alone."""
     num_test_scenes: int | None = None
-    """Pictures to test on, with a question of every kind; not with speech alone."""
+    """Images to test on, with a question of every kind; not with speech alone."""
     num_clips: int | None = None
     """Only with real: synthesised clips to train on."""
     num_heldout_clips: int | None = None
@@ -64,7 +64,7 @@ class Settings:
     judge: bool = True
     """End with 1 where the demo does not show what it is there to show. A run of a few steps cannot: false for that."""
 
-    def chosen(self) -> DemoSettings | FullDemoSettings | FullPicturesSettings | RealDemoSettings:
+    def chosen(self) -> DemoSettings | FullDemoSettings | FullImagesSettings | RealDemoSettings:
         """Give the settings of the demo that is asked for.
 
         Raises:
@@ -74,7 +74,7 @@ class Settings:
             raise ValueError(f"about={self.about} goes with full=true only")
         if self.real and self.full:
             raise ValueError("real=true does not go with full=true; they are two demos")
-        long = FullPicturesSettings if self.about == "pictures" else FullDemoSettings
+        long = FullImagesSettings if self.about == "images" else FullDemoSettings
         kind = RealDemoSettings if self.real else long if self.full else DemoSettings
         given = {key: value for key, value in vars(self).items() if key not in OWN and value is not None}
         allowed = [field.name for field in fields(kind)]
@@ -101,12 +101,12 @@ def _run(settings: DemoSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.evaluation.plot import PLOT
     from mllm.synthetic.demo.demo import demo, evaluation_settings
-    from mllm.synthetic.demo.report import findings, picture_table, speech_table
+    from mllm.synthetic.demo.report import findings, image_table, speech_table
 
     with progress_bar() as show:
         found = demo(settings, progress=show)
     out.print(speech_table(found["rows"]))
-    out.print(picture_table(found["rows"]))
+    out.print(image_table(found["rows"]))
     all_shown = _show(findings(found["rows"]), out)
     out.print("seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in found["seconds"].items()))
     out.print(f"plot: {evaluation_settings(settings).output_folder / PLOT}; model: {settings.out}", soft_wrap=True)
@@ -130,14 +130,14 @@ def _run_real(settings: RealDemoSettings, out: "Console") -> bool:
     return shown
 
 
-def _run_full(settings: FullDemoSettings | FullPicturesSettings, out: "Console") -> bool:
+def _run_full(settings: FullDemoSettings | FullImagesSettings, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.synthetic.demo import full_images_report, full_speech_report
 
     folder = Path(settings.out)
     with progress_bar() as show:
-        if isinstance(settings, FullPicturesSettings):
-            seconds, found = full_pictures(settings, progress=show), full_images_report.compare(settings)
+        if isinstance(settings, FullImagesSettings):
+            seconds, found = full_images(settings, progress=show), full_images_report.compare(settings)
         else:
             seconds, found = full_demo(settings, progress=show), full_speech_report.compare(settings)
     found.write(folder)

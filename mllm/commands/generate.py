@@ -13,12 +13,12 @@ from mllm.media import MediaLimits
 if TYPE_CHECKING:
     from mllm.inference.answerer import Answer
 
-SUMMARY = "answer a question about pictures, sounds and videos at a budget"
+SUMMARY = "answer a question about images, sounds and videos at a budget"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(LongAudioOptions):
-    """Answer questions about files; without a text, speech is transcribed and a picture described."""
+    """Answer questions about files; without a text, speech is transcribed and an image described."""
 
     model: str
     """Run folder, a checkpoint in one, or an exported model."""
@@ -29,7 +29,7 @@ class Settings(LongAudioOptions):
     text: list[str] = field(default_factory=list)
     """The question. Given several times, all are answered, a line each; the files are encoded and read once for all."""
     image: list[str] = field(default_factory=list)
-    """A picture; may be given several times."""
+    """An image; may be given several times."""
     audio: list[str] = field(default_factory=list)
     """A sound, or a video whose sound is meant; may be given several times. If the budget names audio and there is
     none, the sound of the videos is taken."""

@@ -139,7 +139,7 @@ def _block(settings: Settings, medium: str) -> str:
     if medium == "video" and given is None and "image" in settings.media:
         budgets = "[4, 16]" if settings.built_in else "[9, 36]"
         return (
-            "  video:\n    encoder: image  # frames, each encoded like a picture; lips need --video_encoder\n"
+            "  video:\n    encoder: image  # frames, each encoded like an image; lips need --video_encoder\n"
             f"    budgets: {budgets}  # soft tokens per frame\n    frames: 8  # taken from each video\n"
         )
     encoder = _scalar(given or _default(settings, medium))
@@ -149,12 +149,12 @@ def _block(settings: Settings, medium: str) -> str:
 
 def _image_lines(settings: Settings, given: str | None) -> list[str]:
     if given is not None:
-        return ["compressor: pool", "budgets: [1, 4, 16, 64]  # soft tokens per picture, all trained in one model"]
+        return ["compressor: pool", "budgets: [1, 4, 16, 64]  # soft tokens per image, all trained in one model"]
     if settings.built_in:
         own = ["feature_layer: -1", "compressor: pool", "projector_size: 0"]
-        return [*own, "budgets: [1, 4, 16, 64]  # soft tokens per picture, all trained in one model"]
+        return [*own, "budgets: [1, 4, 16, 64]  # soft tokens per image, all trained in one model"]
     own = ["feature_layer: -2", "compressor: pool", "project_first: true"]
-    return [*own, "budgets: [1, 9, 36, 144, 576]  # soft tokens per picture, all trained in one model"]
+    return [*own, "budgets: [1, 9, 36, 144, 576]  # soft tokens per image, all trained in one model"]
 
 
 def _audio_lines(settings: Settings, given: str | None) -> list[str]:

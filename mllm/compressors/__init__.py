@@ -73,8 +73,8 @@ def build_compressor(
             projector_experts, projector_top_k: a mixture of so many projectors, of which a token uses 2, or so many.
         in_size: size of a feature.
         out_size: the LLM's hidden size.
-        grid: (rows, columns) of the features, for pictures; of a square one where pictures keep their shape.
-        max_patches: most features of a picture, where pictures keep their shape.
+        grid: (rows, columns) of the features, for images; of a square one where images keep their shape.
+        max_patches: most features of an image, where images keep their shape.
 
     Raises:
         ValueError: settings of another compressor, or trained budgets that this one cannot meet.
@@ -211,14 +211,14 @@ def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Proj
 
 
 def _check_own_grids(key: str, space: MediumSpace, settings: Mapping[str, Any]) -> None:
-    """Refuse what needs one grid for all pictures."""
+    """Refuse what needs one grid for all images."""
     if space.compressor not in (allowed := ("pool", "query")):
         raise ValueError(
-            f"{key}.compressor {space.compressor!r} needs one grid, and here each picture has its own; "
+            f"{key}.compressor {space.compressor!r} needs one grid, and here each image has its own; "
             f"allowed: {', '.join(allowed)}"
         )
     if (order := settings.get("order", "raster")) != "raster":
-        raise ValueError(f"{key}.order={order!r} needs one grid, and here each picture has its own; allowed: raster")
+        raise ValueError(f"{key}.order={order!r} needs one grid, and here each image has its own; allowed: raster")
 
 
 def _values(amounts: tuple[Amount, ...]) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class Compressor(nn.Module):
             tokens: (N,) int64, soft tokens of each item.
             rates: (N,) int64, features per soft token; 0 where a count was asked for.
             max_tokens: K, an upper bound of `tokens` known on the host.
-            grids: (N, 2) int64, rows and columns of each item where pictures keep their shape; only those compressors
+            grids: (N, 2) int64, rows and columns of each item where images keep their shape; only those compressors
                 take it that can be built for such (`build_compressor`).
 
         Returns:
@@ -79,7 +79,7 @@ class Compressor(nn.Module):
             index: (R,) the item of each run.
             tokens, rates: (R,).
             groups: how many runs follow each other that are computed together, and an upper bound of their tokens.
-            given: `grids` of the items, where pictures keep their shape.
+            given: `grids` of the items, where images keep their shape.
 
         Returns:
             (R, K, H) with K the largest bound, zero beyond each run's own count.

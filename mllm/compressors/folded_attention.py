@@ -1,4 +1,4 @@
-"""Queries whose keys are positions, folded: their attention is the same for every picture, so it is computed once.
+"""Queries whose keys are positions, folded: their attention is the same for every image, so it is computed once.
 
 Knows the weights of one cross-attention and its projection. Does not know budgets beyond how many queries are asked.
 
@@ -11,7 +11,7 @@ Which product comes first depends on how many tokens n are asked: pooling z per 
 takes n h T C + n C C multiply-adds, projecting all features and pooling values T C C + n T C. The cheaper one runs.
 
 Shapes: N items, T features, M queries, n of them asked, h heads of size d, C = h * d, H the LLM's hidden size.
-Source: that MQT's attention (arXiv 2405.19315) does not look at the picture is seen in its released code.
+Source: that MQT's attention (arXiv 2405.19315) does not look at the image is seen in its released code.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Pooled anchors and nested queries in one: a coarse map of the picture, then queries for what it leaves out.
+"""Pooled anchors and nested queries in one: a coarse map of the image, then queries for what it leaves out.
 
 Knows features, counts and the grid. Does not know the LLM, or who chose the budget.
 

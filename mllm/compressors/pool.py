@@ -1,6 +1,6 @@
 """Average pooling of a stream or a grid, to any rate or count.
 
-Knows features, counts and, for pictures, the grid. Does not know which medium this is, or who chose the budget.
+Knows features, counts and, for images, the grid. Does not know which medium this is, or who chose the budget.
 
 Shapes: N items, T features of the longest item, D feature size, K soft tokens asked for, H the LLM's hidden size.
 Sources: M3 (arXiv 2405.17430) pools grids 24 -> 12 -> 6 -> 3 -> 1 behind its projector (`project_first`); Llama-MTSK
@@ -34,7 +34,7 @@ class Pool(Compressor):
 
     Args:
         projectors: D -> H.
-        grid: (rows, columns) of the features, for pictures; each item's own where `forward` is told `grids`.
+        grid: (rows, columns) of the features, for images; each item's own where `forward` is told `grids`.
         project_first: pool what the projector gives, instead of projecting what was pooled.
         order: of the tokens of a grid.
     """

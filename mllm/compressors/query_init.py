@@ -1,6 +1,6 @@
-"""A start for queries on pictures at which query i reads one place: the whole picture, then its quarters, and so on.
+"""A start for queries on images at which query i reads one place: the whole image, then its quarters, and so on.
 
-Knows one query compressor and cells of a grid. Does not know pictures, losses or the LLM.
+Knows one query compressor and cells of a grid. Does not know images, losses or the LLM.
 
 The released start (see `query.py`) lets every query look at everything about equally, and training must part them. At
 this one the first query reads the mean of all features, the next three a quarter each, the next twelve a sixteenth
@@ -70,7 +70,7 @@ def read_places(compressor: Query, generator: torch.Generator) -> Tensor:
         ValueError: content keys or a stream, whose attention is not one of places.
     """
     if compressor.windowed or compressor.keys != "position":
-        raise ValueError("query_start=pyramid goes with pictures and keys=position; leave it out")
+        raise ValueError("query_start=pyramid goes with images and keys=position; leave it out")
     precise = copy.deepcopy(compressor).float().requires_grad_()
     attention = precise.attn
     size = attention.out_proj.in_features

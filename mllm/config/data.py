@@ -51,7 +51,7 @@ class ReaderSettings:
     """Format lrs: a longer clip is refused, or cut by its word times where `mllm data import` is told to."""
 
     images: str | None = None
-    """Vision benchmarks: the folder of pictures, relative to the root, where it is not the usual one; pictures that
+    """Vision benchmarks: the folder of images, relative to the root, where it is not the usual one; images that
     stand inside a table are written there."""
     annotations: str | None = None
     """Vision benchmarks: the file with the answers (pope: its folder), where it is not beside the questions."""
@@ -60,11 +60,11 @@ class ReaderSettings:
     split: str | None = None
     """Tables (parquet, arrow): the split, where it is not train, or of a benchmark the one that papers print."""
 
-    pictures_first: bool = False
-    """Format llava: pictures stand before the text of their turn, as LLaVA's training code puts them."""
+    images_first: bool = False
+    """Format llava: images stand before the text of their turn, as LLaVA's training code puts them."""
 
     def __post_init__(self) -> None:
-        self._check_pictures()
+        self._check_images()
         if self.format not in SPEECH_FORMATS:
             for key in ("tasks", "prompts", "transcripts", "max_seconds"):
                 if getattr(self, key):
@@ -76,9 +76,9 @@ class ReaderSettings:
         if self.max_seconds is not None and (self.format != "lrs" or self.max_seconds <= 0):
             raise ValueError(f"max_seconds goes with format lrs and is above 0; got {self.max_seconds}, {self.format}")
 
-    def _check_pictures(self) -> None:
-        if self.pictures_first and self.format != "llava":
-            raise ValueError(f"pictures_first goes with the format llava, not {self.format}")
+    def _check_images(self) -> None:
+        if self.images_first and self.format != "llava":
+            raise ValueError(f"images_first goes with the format llava, not {self.format}")
         if self.split is not None and self.format not in (*TABLE_FORMATS, "parquet", "datasets"):
             allowed = ", ".join((*TABLE_FORMATS, "parquet", "datasets"))
             raise ValueError(f"split goes with the formats {allowed}, not {self.format}")

@@ -39,16 +39,16 @@ class EncoderAdapterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TilingSettings:
-    """Pictures of any resolution: cut into tiles that are each encoded; see docs/vision_inputs.md."""
+    """Images of any resolution: cut into tiles that are each encoded; see docs/vision_inputs.md."""
 
     kind: Literal["pinpoints", "free"] = "pinpoints"
     """The sizes listed, or every rows x columns of at most max_tiles tiles."""
     pinpoints: list[list[int]] = field(default_factory=list)
     """Sizes [height, width] in pixels, each of whole tiles; LLaVA-NeXT's five shapes when left out."""
     max_tiles: int | None = None
-    """Most tiles of a picture; needed by free."""
+    """Most tiles of an image; needed by free."""
     thumbnail: bool = True
-    """Show the whole picture first, squeezed into one tile."""
+    """Show the whole image first, squeezed into one tile."""
     merge: Literal["spatial_unpad", "flat"] = "spatial_unpad"
     """One map of all tiles without what lies over padding (LLaVA-NeXT), or the tiles one after the other."""
     newline: bool = True
@@ -56,7 +56,7 @@ class TilingSettings:
 
 
 FRAMES_ENCODER = "image"
-"""What `video.encoder` says where frames go through the tower, the compressor and the projector of pictures."""
+"""What `video.encoder` says where frames go through the tower, the compressor and the projector of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,9 @@ class MediumSettings:
     """How one medium becomes soft tokens."""
 
     encoder: str
-    """Folder, hub name or world part of the encoder; of videos also `image`: sampled frames, each like a picture."""
+    """Folder, hub name or world part of the encoder; of videos also `image`: sampled frames, each like an image."""
     compressor: Literal["pool", "query", "stack", "hybrid"] = "pool"
-    """Average pooling, Matryoshka queries, frames stacked on the feature axis, or for pictures a pooled map and nested
+    """Average pooling, Matryoshka queries, frames stacked on the feature axis, or for images a pooled map and nested
     queries (after PARCEL)."""
     budgets: list[str | int] = field(default_factory=list)
     """The trained space, e.g. [1, 4, 16, 64] tokens or ["/4", "/16"] frames per token."""
@@ -77,9 +77,9 @@ class MediumSettings:
     final_norm: bool | None = None
     """Send that layer through the tower's own final norm; off by default."""
     image_size: list[int] | None = None
-    """[height, width] in pixels that pictures are brought to; what the tower was trained on by default."""
+    """[height, width] in pixels that images are brought to; what the tower was trained on by default."""
     max_num_patches: int | None = None
-    """SigLIP 2 with native aspect ratio: most patches of a picture; what the tower was trained on by default."""
+    """SigLIP 2 with native aspect ratio: most patches of an image; what the tower was trained on by default."""
     num_queries: int | None = None
     """Queries of the compressor `query` (per window on a stream); the largest count by default."""
     anchors: list[int] | None = None
@@ -94,7 +94,7 @@ class MediumSettings:
     query_heads: int | None = None
     """Attention heads of the compressors `query` and `hybrid`; one per 64 of their size by default."""
     query_start: Literal["released", "pyramid"] | None = None
-    """Where fresh queries on pictures begin: everywhere alike (MQT as released, the default), or each at its own cell,
+    """Where fresh queries on images begin: everywhere alike (MQT as released, the default), or each at its own cell,
     coarse to fine; needs keys: position."""
     projector_size: int | None = None
     """Hidden size of the two-layer projector, the LLM's by default; 0 for one linear layer."""
@@ -115,7 +115,7 @@ class MediumSettings:
     project_first: bool | None = None
     """Pool after the projector, as M3 does."""
     order: Literal["raster", "haar"] | None = None
-    """Order of a picture's tokens under `pool`: in reading order (the default), or coarse to fine (`haar`), where the
+    """Order of an image's tokens under `pool`: in reading order (the default), or coarse to fine (`haar`), where the
     tokens of a small budget are the first ones of a large; then counts are those of whole maps: 9, 36, 144, 576."""
     encoder_adapter: EncoderAdapterSettings | None = None
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
@@ -128,18 +128,18 @@ class MediumSettings:
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
     tiling: TilingSettings | None = None
-    """Pictures: cut into tiles; each picture is squeezed into one when left out."""
+    """Images: cut into tiles; each image is squeezed into one when left out."""
     frames: int | None = None
-    """Videos of pictures: most frames taken from a file; 8 by default."""
+    """Videos of images: most frames taken from a file; 8 by default."""
     frame_counts: list[int] | None = None
-    """Videos of pictures: the trained numbers of frames shown, each a divisor of frames; all of them by default."""
+    """Videos of images: the trained numbers of frames shown, each a divisor of frames; all of them by default."""
     sampling: Literal["uniform", "fps"] | None = None
-    """Videos of pictures: frames evenly over the whole clip (the default), or sample_fps of them a second as long as
+    """Videos of images: frames evenly over the whole clip (the default), or sample_fps of them a second as long as
     that gives no more than frames, and evenly otherwise."""
     sample_fps: float | None = None
-    """Videos of pictures: frames per second of the sampling fps."""
+    """Videos of images: frames per second of the sampling fps."""
     pad_to_square: bool = False
-    """Pictures: margins in the mean colour make them square, as in LLaVA-1.5's second stage, MQT-LLaVA and M3. By
+    """Images: margins in the mean colour make them square, as in LLaVA-1.5's second stage, MQT-LLaVA and M3. By
     default the encoder's own processor decides (CLIP's cuts the middle out)."""
     size_pixels: int | None = None
     """Lip videos: the shorter side is first brought to this many pixels; left as it is when left out."""
@@ -244,10 +244,10 @@ class ModelSettings:
     released_behaviour: bool = False
     """Compute batches as the released code of Llama-AVSR, Llama-MTSK and Omni-AVSR does: every clip is as long as the
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
-    names_pictures: bool = False
-    """Say "image 1 is" before the first picture of a conversation and so on (MMICL), so that questions name them."""
+    names_images: bool = False
+    """Say "image 1 is" before the first image of a conversation and so on (MMICL), so that questions name them."""
     image: MediumSettings | None = None
-    """Pictures; not taken when left out."""
+    """Images; not taken when left out."""
     audio: MediumSettings | None = None
     """Audio clips; not taken when left out."""
     video: MediumSettings | None = None
@@ -266,11 +266,11 @@ class ModelSettings:
             raise ValueError(f"released_behaviour needs chat_format avsr, the released layout; got {self.chat_format}")
         for medium in ("audio", "video"):
             if (own := getattr(self, medium)) is not None and own.pad_to_square:
-                raise ValueError(f"model.{medium}.pad_to_square is set, but only pictures (image) can be padded")
-        if self.names_pictures and self.image is None:
-            raise ValueError("names_pictures is set, but there is no image block")
+                raise ValueError(f"model.{medium}.pad_to_square is set, but only images (image) can be padded")
+        if self.names_images and self.image is None:
+            raise ValueError("names_images is set, but there is no image block")
         if self.shows_frames and self.image is None:
-            raise ValueError("video.encoder is image, so frames are encoded like pictures; give an image block as well")
+            raise ValueError("video.encoder is image, so frames are encoded like images; give an image block as well")
         for medium, own in self.media.items():
             if medium != "video" or own.encoder != FRAMES_ENCODER:
                 _refuse(own, medium, FRAME_SETTINGS, "goes with a video block whose encoder is image")
@@ -284,7 +284,7 @@ class ModelSettings:
 
     @property
     def shows_frames(self) -> bool:
-        """Whether videos are frames that are encoded like pictures."""
+        """Whether videos are frames that are encoded like images."""
         return self.video is not None and self.video.encoder == FRAMES_ENCODER
 
     @property
@@ -318,7 +318,7 @@ class ModelSettings:
 
 
 FRAME_SETTINGS = ("frames", "frame_counts", "sampling", "sample_fps")
-"""The keys of a video block whose frames are encoded like pictures, beside encoder, budgets and span."""
+"""The keys of a video block whose frames are encoded like images, beside encoder, budgets and span."""
 
 
 def _refuse(own: MediumSettings, medium: str, keys: Iterable[str], why: str) -> None:
@@ -330,7 +330,7 @@ def _refuse(own: MediumSettings, medium: str, keys: Iterable[str], why: str) -> 
 
 
 def _check_frames(own: MediumSettings) -> None:
-    """Refuse what contradicts a video of pictures: everything else is taken from the image block."""
+    """Refuse what contradicts a video of images: everything else is taken from the image block."""
     allowed = {"encoder", "budgets", "budget_range", "span", *FRAME_SETTINGS}
     others = (item.name for item in fields(MediumSettings) if item.name not in allowed)
     _refuse(own, "video", others, "is taken from the image block where video.encoder is image; leave it out")

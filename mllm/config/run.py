@@ -86,8 +86,8 @@ class DataSettings:
     """A longer sample is cut there, counted with every medium at its largest budget, as LLaVA cuts at 2048. Media are
     never cut: a sample with one behind this point is left out. Nothing is cut when left out."""
     group_by_media: bool = False
-    """Every step takes samples with the same media only, as many pictures included (but for the last ones of an epoch),
-    as LLaVA parts samples with a picture from those without. Then processes cost the same at small budgets too; see
+    """Every step takes samples with the same media only, as many images included (but for the last ones of an epoch),
+    as LLaVA parts samples with an image from those without. Then processes cost the same at small budgets too; see
     `mllm data balance`."""
     share_media: bool = False
     """Samples that hold the same files, such as a clip in three tasks, go into one batch, where each file is read,

@@ -44,7 +44,7 @@ class Parts:
         weights: of the frozen parts that are in the checkpoint, by part and by the names transformers gives them.
         configs: of both parts. sources: where each comes from if it is not in the checkpoint.
         tokenizer: the LLM's. image_processor: its settings as plain values.
-        image: how pictures become soft tokens.
+        image: how images become soft tokens.
         trained: what a checkpoint of ours holds, by its names.
         facts: what was found, in words.
     """
@@ -184,7 +184,7 @@ def _tower_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dic
 
 
 def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[MediumSettings, dict[str, Tensor]]:
-    """How pictures become soft tokens as far as shapes tell, and our entries for it."""
+    """How images become soft tokens as far as shapes tell, and our entries for it."""
     any_budget: Any = {"encoder": "", "budgets": [1]}  # both are filled in by the caller
     if split.queries:
         queries = read_queries(split.queries, feature_size=vision.hidden_size)
@@ -281,6 +281,6 @@ def _facts(parts: Parts, vision: Any) -> list[str]:
     margins = "padded to a square" if parts.image_processor.get("do_pad") else "cut to a square"
     origins = {part: "in the checkpoint" if part in parts.weights else own for part, own in parts.sources.items()}
     return [
-        f"pictures: {how}; trained at {shown} tokens{only}; {margins}",
+        f"images: {how}; trained at {shown} tokens{only}; {margins}",
         f"LLM: {origins['llm']}; vision tower: {origins['image']}",
     ]

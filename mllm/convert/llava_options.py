@@ -48,7 +48,7 @@ class Options:
     feature_layer: int | None = None
     """Which hidden states of the tower are read; by default as in config.json, else -2."""
     image_aspect_ratio: Literal["pad", "square"] | None = None
-    """How a picture becomes square: grey margins, or its middle cut out. By default as in config.json, else pad."""
+    """How an image becomes square: grey margins, or its middle cut out. By default as in config.json, else pad."""
     budgets: list[int] = field(default_factory=list)
     """The counts it was trained at. By default as published: M3 as in config.json or 1, 9, 36, 144, 576; MQT every
     even count, its first stage all queries; LLaVA all patches."""
@@ -87,7 +87,7 @@ class Told:
 
     @property
     def image_aspect_ratio(self) -> str:
-        """How a picture becomes square. The released code cuts the middle out where its config says nothing."""
+        """How an image becomes square. The released code cuts the middle out where its config says nothing."""
         return self.values.get("image_aspect_ratio") or ("square" if self.values else "pad")
 
     @property

@@ -44,7 +44,7 @@ CAPTION_PROMPTS = {
     "audio": PROMPTS["asr"],
     "video": "Describe the video concisely.",
 }
-"""What is asked where a pair has no question; that of pictures is one of LLaVA's."""
+"""What is asked where a pair has no question; that of images is one of LLaVA's."""
 CAPTION_TASKS = {"image": "caption", "audio": "asr", "video": "video_caption"}
 _REFUSED = ("tools", "objects", "rejected_response", "rejected", "chosen", "rejected_messages")
 """Keys that change what is learned, in ways a sample of ours cannot say."""

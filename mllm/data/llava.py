@@ -1,9 +1,9 @@
-"""Reads LLaVA's JSON of conversations about pictures, as a list or by lines: LLaVA-Pretrain, mix665k and their like.
+"""Reads LLaVA's JSON of conversations about images, as a list or by lines: LLaVA-Pretrain, mix665k and their like.
 
     [{"id": "7", "image": "coco/train2017/a.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}]
 
-Knows that format. Does not open pictures.
+Knows that format. Does not open images.
 """
 
 import logging
@@ -26,7 +26,7 @@ _MEDIA_KEYS = ("images", "video", "videos", "audio", "audios")
 # What is left out, as the log says it; LLaVA's mixtures have a few of each.
 _UNASKED, _UNANSWERED = "answers without a question were left out", "questions without an answer were left out"
 _EMPTY = "samples without a question that has an answer were left out"
-_TEXT = f"samples without a picture speak of {MARKER}, which was read as text"
+_TEXT = f"samples without an image speak of {MARKER}, which was read as text"
 
 
 def read_llava(
@@ -35,12 +35,12 @@ def read_llava(
     *,
     task: str = "vqa",
     kind: str | None = None,
-    pictures_first: bool = False,
+    images_first: bool = False,
 ) -> list[Sample]:
     """Read a LLaVA JSON file.
 
-    Each `<image>` of a human turn stands for the next picture of the sample; the text around it is kept as it is, line
-    breaks included. `image` is one path or a list of them; a sample without pictures is allowed, and `<image>` in the
+    Each `<image>` of a human turn stands for the next image of the sample; the text around it is kept as it is, line
+    breaks included. `image` is one path or a list of them; a sample without images is allowed, and `<image>` in the
     midst of its text (people write about HTML) is text. Ids that are numbers become text, and an id that occurs again
     (LLaVA's own mixtures have such) gets "#2", "#3" and so on appended.
 
@@ -49,17 +49,17 @@ def read_llava(
 
     Args:
         path: the JSON file.
-        root: folder that picture paths are relative to.
+        root: folder that image paths are relative to.
         task: what the samples are filed under in reports.
         kind: likewise, finer.
-        pictures_first: put the pictures of a turn before its text, each followed by a line break, as LLaVA's training
+        images_first: put the images of a turn before its text, each followed by a line break, as LLaVA's training
             code does with every turn that has one.
 
     Raises:
-        ValueError: naming the file and the samples, up to 20: pictures and markers that do not match, a marker in an
+        ValueError: naming the file and the samples, up to 20: images and markers that do not match, a marker in an
             answer, an unknown speaker, or anything a manifest row may not be. Or there is no conversation.
     """
-    listing = list_llava(path, root, task=task, kind=kind, pictures_first=pictures_first)
+    listing = list_llava(path, root, task=task, kind=kind, images_first=images_first)
     if listing.problems:
         raise BadRows(listing.problems)
     if not listing.samples:
@@ -73,7 +73,7 @@ def list_llava(
     *,
     task: str = "vqa",
     kind: str | None = None,
-    pictures_first: bool = False,
+    images_first: bool = False,
 ) -> Listing:
     """Read a LLaVA file as `read_llava` does; what is wrong with a conversation is noted, and the others go on.
 
@@ -81,7 +81,7 @@ def list_llava(
         ValueError: a file that begins like a JSON list and is none.
         OSError: it cannot be read.
     """
-    reader = _Reader(root, {"task": task} | ({} if kind is None else {"kind": kind}), pictures_first)
+    reader = _Reader(root, {"task": task} | ({} if kind is None else {"kind": kind}), images_first)
     listing, times_seen = Listing(), dict[str, int]()
     for entry in json_rows(Path(path), listing):
         name = f"{entry.what} (id {entry.row.get('id')!r})".strip()
@@ -100,14 +100,14 @@ class _Reader:
     """Entries to samples; counts what it left out or read as text.
 
     Args:
-        root, pictures_first: see `read_llava`.
+        root, images_first: see `read_llava`.
         labels: keys of every row.
     """
 
-    def __init__(self, root: str | os.PathLike[str], labels: dict[str, str], pictures_first: bool) -> None:
+    def __init__(self, root: str | os.PathLike[str], labels: dict[str, str], images_first: bool) -> None:
         self.root = root
         self.labels = labels
-        self.pictures_first = pictures_first
+        self.images_first = images_first
         self.counts: Counter[str] = Counter()
 
     def sample_of(self, entry: dict[str, Any], sample_id: str) -> Sample | None:
@@ -118,12 +118,12 @@ class _Reader:
         """
         for key in entry.keys() - set(_KEYS):
             if key in _MEDIA_KEYS and entry[key]:
-                raise ValueError(f"{key}: format llava reads pictures under image; format sharegpt reads {key}")
+                raise ValueError(f"{key}: format llava reads images under image; format sharegpt reads {key}")
             self.counts[f"samples hold the key {key!r}, which is not read"] += 1
-        pictures = _pictures_of(entry.get("image"))
+        images = _images_of(entry.get("image"))
         turns = _checked(entry.get("conversations"))
-        pictures_left = _matched(turns, pictures) if pictures else None
-        if pictures_left is None and any(MARKER in turn["value"] for turn in turns):
+        images_left = _matched(turns, images) if images else None
+        if images_left is None and any(MARKER in turn["value"] for turn in turns):
             _check_text_only(turns)
             self.counts[_TEXT] += 1
         answered = self._answered(turns)
@@ -131,13 +131,13 @@ class _Reader:
             self.counts[_EMPTY] += 1
             return None
         messages = [
-            {"role": ROLES[turn["from"]], "content": self._content(turn["value"], pictures_left)} for turn in answered
+            {"role": ROLES[turn["from"]], "content": self._content(turn["value"], images_left)} for turn in answered
         ]
         row = {"id": sample_id, "messages": messages, **self.labels}
         return parse_row(row, self.root, where="as a row of a manifest")
 
     def _answered(self, turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
-        """The turns with a question before and an answer behind; nothing where a picture would be lost with others."""
+        """The turns with a question before and an answer behind; nothing where an image would be lost with others."""
         kept: list[dict[str, str]] = []
         lost: list[dict[str, str]] = []
         for turn in turns:
@@ -157,24 +157,24 @@ class _Reader:
         holds_answer = any(turn["from"] == "gpt" for turn in kept)
         return kept if holds_answer and not any(MARKER in turn["value"] for turn in lost) else None
 
-    def _content(self, value: str, pictures: Iterator[str] | None) -> list[dict[str, str]] | str:
-        """Texts and pictures in turn; the text between two markers is left out where it is empty."""
+    def _content(self, value: str, images: Iterator[str] | None) -> list[dict[str, str]] | str:
+        """Texts and images in turn; the text between two markers is left out where it is empty."""
         texts = value.split(MARKER)
-        if pictures is None or len(texts) == 1:
+        if images is None or len(texts) == 1:
             return value
-        if self.pictures_first:
+        if self.images_first:
             rest = "".join(texts).strip()
             texts = ["", *["\n"] * (len(texts) - 2), f"\n{rest}" if rest else ""]
         parts: list[dict[str, str]] = []
         for number, text in enumerate(texts):
             if number:
-                parts.append({"type": "image", "path": next(pictures)})
+                parts.append({"type": "image", "path": next(images)})
             if text:
                 parts.append({"type": "text", "text": text})
         return parts
 
 
-def _pictures_of(value: Any) -> list[str]:
+def _images_of(value: Any) -> list[str]:
     """The paths under `image`: one, a list of them, or null for a sample of text."""
     if value is None or isinstance(value, str):
         return [] if value is None else [value]
@@ -195,19 +195,19 @@ def _checked(turns: Any) -> list[dict[str, str]]:
     return turns
 
 
-def _matched(turns: list[dict[str, str]], pictures: list[str]) -> Iterator[str]:
-    """The pictures, to be handed out marker by marker."""
+def _matched(turns: list[dict[str, str]], images: list[str]) -> Iterator[str]:
+    """The images, to be handed out marker by marker."""
     if any(MARKER in turn["value"] for turn in turns if turn["from"] != "human"):
         raise ValueError(f"{MARKER} may stand only in what a human says")
     num_markers = sum(turn["value"].count(MARKER) for turn in turns)
-    if num_markers != len(pictures):
-        raise ValueError(f"{num_markers} {MARKER} markers for {len(pictures)} pictures")
-    return iter(pictures)
+    if num_markers != len(images):
+        raise ValueError(f"{num_markers} {MARKER} markers for {len(images)} images")
+    return iter(images)
 
 
 def _check_text_only(turns: list[dict[str, str]]) -> None:
-    """Refuse a marker at the edge of a human turn, where LLaVA puts pictures: one is missing."""
+    """Refuse a marker at the edge of a human turn, where LLaVA puts images: one is missing."""
     for turn in turns:
         text = turn["value"].strip()
         if turn["from"] == "human" and (text.startswith(MARKER) or text.endswith(MARKER)):
-            raise ValueError(f"{text.count(MARKER)} {MARKER} markers for 0 pictures")
+            raise ValueError(f"{text.count(MARKER)} {MARKER} markers for 0 images")

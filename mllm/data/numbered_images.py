@@ -1,4 +1,4 @@
-"""Numbers the pictures of a conversation, so that a question can speak of one of several.
+"""Numbers the images of a conversation, so that a question can speak of one of several.
 
 Knows messages. Does not know files, tokenizers or templates.
 """
@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from mllm.data.manifest import Media, Message, Part, Text
 
 
-def named_pictures(messages: Sequence[Message]) -> list[Message]:
-    """A conversation whose pictures have numbers, so that a question can speak of one: "image 1 is <image>, image 2 is
+def named_images(messages: Sequence[Message]) -> list[Message]:
+    """A conversation whose images have numbers, so that a question can speak of one: "image 1 is <image>, image 2 is
     <image>. Which is larger?".
 
-    Pictures are counted through the conversation. Those that follow each other are parted by commas and end with a full
+    Images are counted through the conversation. Those that follow each other are parted by commas and end with a full
     stop. Source: the declarations of MMICL (arXiv 2309.07915), counted from 1.
     """
     count, named = 0, []
     for message in messages:
         parts: list[Part] = []
         for place, part in enumerate(message.parts):
-            if not _is_picture(part):
+            if not _is_image(part):
                 parts.append(part)
                 continue
             count += 1
-            follows = place + 1 < len(message.parts) and _is_picture(message.parts[place + 1])
+            follows = place + 1 < len(message.parts) and _is_image(message.parts[place + 1])
             parts += [Text(f"image {count} is "), part, Text(", " if follows else ". ")]
         named.append(Message(message.role, tuple(parts)))
     return named
 
 
-def _is_picture(part: Part) -> bool:
+def _is_image(part: Part) -> bool:
     return isinstance(part, Media) and part.medium == "image"

@@ -38,7 +38,7 @@ def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
 
 def _read_conversations(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    return list_llava(source, root, pictures_first=settings.pictures_first)
+    return list_llava(source, root, images_first=settings.images_first)
 
 
 READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {

@@ -61,7 +61,7 @@ def fitting(
 def merged(samples: Sequence[Sample], name: str) -> list[Sample]:
     """What to load so that every file of samples that share some is loaded once: one sample that holds all media.
 
-    Where pictures are among them, one for every list of media instead: how many tiles a picture is cut into may depend
+    Where images are among them, one for every list of media instead: how many tiles an image is cut into may depend
     on what stands beside it, so only samples with the very same media share them.
 
     Args:

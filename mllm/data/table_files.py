@@ -2,7 +2,7 @@
 
     data/validation-00000-of-00001.parquet   by name, in any folder; or validation/0000.parquet, by folder
     validation/data-00000-of-00001.arrow     of several splits; one alone lies with a state.json that names it
-    pictures-validation.arrow                as the cache of datasets keeps it, one file or numbered ones
+    images-validation.arrow                as the cache of datasets keeps it, one file or numbered ones
 
 Knows files, splits and pyarrow, which is imported when a table is opened. Does not know what columns mean.
 """
@@ -18,7 +18,7 @@ from mllm.utils.extras import install_line
 
 SUFFIXES = (".parquet", ".arrow")
 NUM_ROWS_AT_ONCE = 64
-"""Rows hold pictures."""
+"""Rows hold images."""
 _WORD = "(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)"
 _NUMBERED = r"-\d{5}-of-\d{5}"
 _OF_PARQUET = re.compile(rf"(.+?){_NUMBERED}.*|({_WORD}(?![a-z])[^-]*).*", re.IGNORECASE)

@@ -26,7 +26,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONVERTED = "refs/convert/parquet"
 """Where the hub keeps a data set of another form as parquet."""
 _NAMES = {
-    "image": ("image", "picture", "img", "jpg", "jpeg", "png", "webp"),
+    "image": ("image", "image", "img", "jpg", "jpeg", "png", "webp"),
     "audio": ("audio", "sound", "speech", "wav", "flac", "mp3"),
     "video": ("video", "clip", "mp4"),
 }

@@ -1,4 +1,4 @@
-"""Encoders: raw pictures, sound or video to features. One file per family.
+"""Encoders: raw images, sound or video to features. One file per family.
 
 Knows transformers' model types, and the block of a config that shapes an encoder.
 Does not know compressors, budgets, the LLM, or where weights come from.
@@ -76,7 +76,7 @@ ENCODERS = {
 def tower_config(config: PreTrainedConfig, medium: str | None = None) -> PreTrainedConfig:
     """What of a source's config an encoder is built from; most configs are it as they are.
 
-    It is the vision half of a picture-and-text config (CLIP, SigLIP), and AV-HuBERT's as a listener where `medium`, the
+    It is the vision half of an image-and-text config (CLIP, SigLIP), and AV-HuBERT's as a listener where `medium`, the
     block that names it, is `audio`.
     """
     if medium == "audio" and config.model_type == AVHubertConfig.model_type:

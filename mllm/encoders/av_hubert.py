@@ -79,7 +79,7 @@ class AVHubertAudioConfig(AVHubertConfig):
 
 
 class ResidualBlock(nn.Module):
-    """The basic ResNet block with one PReLU per convolution; a `stride` of 2 halves the picture."""
+    """The basic ResNet block with one PReLU per convolution; a `stride` of 2 halves the image."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -94,15 +94,15 @@ class ResidualBlock(nn.Module):
             shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, channels, H / stride, W / stride)."""
-        shortcut = pictures if self.downsample is None else self.downsample(pictures)
-        out = self.relu1(self.bn1(self.conv1(pictures)))
+        shortcut = images if self.downsample is None else self.downsample(images)
+        out = self.relu1(self.bn1(self.conv1(images)))
         return self.relu2(self.bn2(self.conv2(out)) + shortcut)
 
 
 class ResNetTrunk(nn.Module):
-    """ResNet-18 without its stem and classifier: four stages of two blocks, then the mean over the picture."""
+    """ResNet-18 without its stem and classifier: four stages of two blocks, then the mean over the image."""
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -115,9 +115,9 @@ class ResNetTrunk(nn.Module):
             for stage in range(4)
         )
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(N, channels[0], H, W) -> (N, channels[3])."""
-        return self.layer4(self.layer3(self.layer2(self.layer1(pictures)))).mean(dim=(2, 3))
+        return self.layer4(self.layer3(self.layer2(self.layer1(images)))).mean(dim=(2, 3))
 
 
 class LipResNet(nn.Module):

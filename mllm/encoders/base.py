@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def _no_frames(num_raw: int) -> int:
-    raise ValueError("a picture has a grid of patches and no frames to count")
+    raise ValueError("an image has a grid of patches and no frames to count")
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class EncoderFacts:
     Args:
         medium: `image`, `audio` or `video`.
         hidden_size: size of one feature.
-        grid: rows and columns of patches, for pictures; where they keep their shape, those of a square one.
-        picture_pixels: height and width of the pictures it reads, where it reads one size.
+        grid: rows and columns of patches, for images; where they keep their shape, those of a square one.
+        image_pixels: height and width of the images it reads, where it reads one size.
         frames_per_second: the clock of the features, for streams.
         num_frames: feature frames of a clip of so many raw samples or frames; raises `ValueError` for a clip that is
-            too short or too long, and for pictures.
-        max_patches: most patches of a picture, where pictures keep their shape and each has a grid of its own.
+            too short or too long, and for images.
+        max_patches: most patches of an image, where images keep their shape and each has a grid of its own.
     """
 
     medium: str
@@ -35,13 +35,13 @@ class EncoderFacts:
     frames_per_second: float | None = None
     num_frames: Callable[[int], int] = _no_frames
     max_patches: int | None = None
-    picture_pixels: tuple[int, int] | None = None
+    image_pixels: tuple[int, int] | None = None
 
 
 class Encoder(nn.Module):
     """A backbone behind the contract of its medium.
 
-    Pictures: `forward(values) -> features (N, T, D)`, or, where they keep their shape, `forward(values, grids)` as for
+    Images: `forward(values) -> features (N, T, D)`, or, where they keep their shape, `forward(values, grids)` as for
     streams. Streams: `forward(values, lengths) -> (features (N, T, D),
     num_frames (N,))`, where the features of a clip do not depend on its batch mates.
 

@@ -1,9 +1,9 @@
-"""SigLIP 2 with native aspect ratio (NaFlex) as an encoder: a picture in its own shape, one feature per patch.
+"""SigLIP 2 with native aspect ratio (NaFlex) as an encoder: an image in its own shape, one feature per patch.
 
-Knows the backbone's packed patches and its mask. Does not know how a picture was brought to its number of patches, what
+Knows the backbone's packed patches and its mask. Does not know how an image was brought to its number of patches, what
 compresses the patches, or the LLM.
 
-Shapes: N pictures, P patches of the one that has most, D feature size, rows x columns the grid of one picture, whose
+Shapes: N images, P patches of the one that has most, D feature size, rows x columns the grid of one image, whose
 patches stand in reading order.
 Source: SigLIP 2 (arXiv 2502.14786), as in transformers' `siglip2_vision_model`.
 """
@@ -23,15 +23,15 @@ SETTINGS = ("max_num_patches",)
 
 
 class NaFlexEncoder(Encoder):
-    """The patch features of one hidden layer of a tower whose pictures keep their shape.
+    """The patch features of one hidden layer of a tower whose images keep their shape.
 
-    `grid` is that of a square picture; the true one comes with each picture. Position embeddings are resized picture by
-    picture by the backbone, which reads their shapes on the host.
+    `grid` is that of a square image; the true one comes with each image. Position embeddings are resized image by
+    image by the backbone, which reads their shapes on the host.
 
     Args:
         backbone: a `Siglip2VisionModel`; it is changed in place.
         feature_layer, final_norm: as for `VisionEncoder`.
-        max_num_patches: most patches of a picture; nothing means as many as the backbone was trained on.
+        max_num_patches: most patches of an image; nothing means as many as the backbone was trained on.
 
     Raises:
         ValueError: a layer that the tower does not have, or no patches.
@@ -53,31 +53,31 @@ class NaFlexEncoder(Encoder):
         cut(backbone, feature_layer, final_norm)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Grids (N, 2) -> patches of each picture (N,)."""
+        """Grids (N, 2) -> patches of each image (N,)."""
         return raw.prod(dim=1)
 
     def forward(self, pixel_values: Tensor, grids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Encode pictures, padded to the one with most patches.
+        """Encode images, padded to the one with most patches.
 
         Args:
             pixel_values: (N, P, values of a patch) normalised pixels, patches in reading order.
-            grids: (N, 2) rows and columns of each picture.
+            grids: (N, 2) rows and columns of each image.
 
         Returns:
-            (N, P, D) features, whatever beyond a picture's own, and its own patches (N,).
+            (N, P, D) features, whatever beyond an image's own, and its own patches (N,).
 
         Raises:
-            ValueError: pictures without their grids.
+            ValueError: images without their grids.
         """
         if grids is None:
-            raise ValueError("pixel_values came without image_grids, the rows and columns of each picture")
+            raise ValueError("pixel_values came without image_grids, the rows and columns of each image")
         lengths = self.lengths(grids)
         mask = torch.arange(pixel_values.shape[1], device=lengths.device) < lengths[:, None]
         found = self.backbone(pixel_values, pixel_attention_mask=mask.to(torch.int32), spatial_shapes=grids)
         return found.last_hidden_state, lengths
 
     def smallest_input(self) -> tuple[Tensor, Tensor]:
-        """One blank picture of one patch."""
+        """One blank image of one patch."""
         return torch.zeros(1, 1, self._patch_values), torch.ones(1, 2, dtype=torch.int64)
 
 
@@ -91,12 +91,11 @@ def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFle
     """A NaFlex tower as an encoder, shaped by a config.
 
     Raises:
-        ValueError: `image_size`, which its pictures do not have.
+        ValueError: `image_size`, which its images do not have.
     """
     if settings.get("image_size") is not None:
         raise ValueError(
-            "image_size does not go with siglip2_vision_model, whose pictures keep their shape; "
-            "allowed: max_num_patches"
+            "image_size does not go with siglip2_vision_model, whose images keep their shape; allowed: max_num_patches"
         )
     return NaFlexEncoder(
         backbone=backbone,
@@ -107,7 +106,7 @@ def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFle
 
 
 def square_grid(max_patches: int) -> tuple[int, int]:
-    """Rows and columns of a square picture of at most so many patches."""
+    """Rows and columns of a square image of at most so many patches."""
     side = math.isqrt(max_patches)
     return side, side
 

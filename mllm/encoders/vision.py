@@ -1,9 +1,9 @@
-"""Vision towers of transformers as encoders: a picture of fixed size in, one feature per patch out.
+"""Vision towers of transformers as encoders: an image of fixed size in, one feature per patch out.
 
 Knows which hidden layer to read, which tokens of a tower are no patches, and the grid the patches form.
-Does not know how a picture got its size, what compresses the patches, or the LLM.
+Does not know how an image got its size, what compresses the patches, or the LLM.
 
-Shapes: N pictures, h x w pixels, T = rows x columns patches in reading order, D feature size.
+Shapes: N images, h x w pixels, T = rows x columns patches in reading order, D feature size.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class TowerLayout:
     final_norm: str
     has_class_token: bool
     interpolates: bool
-    """Whether `forward` must be told that the picture does not have the size of the position table."""
+    """Whether `forward` must be told that the image does not have the size of the position table."""
 
 
 TOWERS = {
@@ -52,7 +52,7 @@ class VisionEncoder(Encoder):
         feature_layer: which hidden states to read, counted as transformers does: 1 is the output of the first layer,
             -1 that of the last, -2 (LLaVA, MQT, M3) that of the last but one.
         final_norm: send what is read through the tower's own final norm (PaliGemma's choice, with -1).
-        image_size: pixels (h, w) of the pictures; nothing means the size in the backbone's config.
+        image_size: pixels (h, w) of the images; nothing means the size in the backbone's config.
 
     Raises:
         ValueError: a layer that the tower does not have.
@@ -82,17 +82,15 @@ class VisionEncoder(Encoder):
         """(N, 3, h, w) normalised pixels -> (N, T, D) patch features in reading order.
 
         Raises:
-            ValueError: pictures of another size.
+            ValueError: images of another size.
         """
         if tuple(pixel_values.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"pictures are {tuple(pixel_values.shape[-2:])} pixels; this tower reads {self.image_size}"
-            )
+            raise ValueError(f"images are {tuple(pixel_values.shape[-2:])} pixels; this tower reads {self.image_size}")
         hidden = self.backbone(pixel_values, **self._options).last_hidden_state
         return hidden[:, self._num_extra_tokens :]
 
     def smallest_input(self) -> tuple[Tensor, None]:
-        """One blank picture."""
+        """One blank image."""
         return torch.zeros(1, 3, *self.image_size), None
 
 
@@ -100,7 +98,7 @@ def vision_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Encod
     """The facts of a vision tower; `settings` may hold `image_size`."""
     size = image_size_of(settings) or _pair(config.image_size)
     grid = grid_of(size, _pair(config.patch_size))
-    return EncoderFacts("image", config.hidden_size, grid=grid, picture_pixels=size)
+    return EncoderFacts("image", config.hidden_size, grid=grid, image_pixels=size)
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -112,7 +110,7 @@ def wrap_vision(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> Visio
     """A vision tower as an encoder, shaped by the keys `SETTINGS` of a config.
 
     Raises:
-        ValueError: `max_num_patches`, which goes with towers whose pictures keep their shape.
+        ValueError: `max_num_patches`, which goes with towers whose images keep their shape.
     """
     if settings.get("max_num_patches") is not None:
         name = backbone.config.model_type
@@ -132,10 +130,10 @@ def image_size_of(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of whole patches in a picture.
+    """Rows and columns of whole patches in an image.
 
     Raises:
-        ValueError: a picture smaller than a patch.
+        ValueError: an image smaller than a patch.
     """
     grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
     if not all(grid):

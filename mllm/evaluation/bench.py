@@ -30,7 +30,7 @@ from mllm.processing.processor import ElasticProcessor, LoadedMedia
 
 RESULTS, PLOT = "bench.json", "bench.png"
 MOST_BUDGETS = 8
-_PICTURE_PIXELS, _LIP_PIXELS = 512, 96
+_IMAGE_PIXELS, _LIP_PIXELS = 512, 96
 
 
 @dataclass
@@ -97,7 +97,7 @@ def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: fl
     """
     chance = np.random.default_rng(0)
     makers: dict[str, Callable[[], Any]] = {
-        "image": lambda: Image.fromarray(chance.integers(0, 256, (_PICTURE_PIXELS, _PICTURE_PIXELS, 3), np.uint8)),
+        "image": lambda: Image.fromarray(chance.integers(0, 256, (_IMAGE_PIXELS, _IMAGE_PIXELS, 3), np.uint8)),
         "audio": lambda: Audio(chance.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32), 16_000),
         "video": lambda: Video(
             chance.integers(0, 256, (round(25 * seconds), _LIP_PIXELS, _LIP_PIXELS), np.uint8), 25.0

@@ -5,7 +5,7 @@ Knows config fields and counts. Does not know torch, weights, files or time.
 A multiply-add is two FLOPs. Counted are matrix products, convolutions and attention; norms, activations, softmax and
 rotations are not. Attention over text counts the pairs a causal mask lets through, n p + n (n + 1) / 2 for n tokens
 after p, though a kernel that ignores the mask computes n (n + p). Sliding windows are not modelled: they count as full
-attention. Encoders count one clip or picture at its true length, without the padding of a batch.
+attention. Encoders count one clip or image at its true length, without the padding of a batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class Item:
 
     `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them (0 for a frame that is
     not shown, which the compressor never sees), `height_pixels` and
-    `width_pixels` the size of a video's frames (pictures have the size their config says).
+    `width_pixels` the size of a video's frames (images have the size their config says).
     """
 
     medium: str
@@ -36,7 +36,7 @@ class Item:
 
 
 def items_of(extent: Extent, cost: Cost, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
-    """The encoded items of one medium: a picture's thumbnail and tiles, a video's frames, or the medium itself.
+    """The encoded items of one medium: an image's thumbnail and tiles, a video's frames, or the medium itself.
 
     Every frame that was taken from a video is encoded, and only those that are shown are compressed.
 
@@ -46,8 +46,8 @@ def items_of(extent: Extent, cost: Cost, *, frame_pixels: Sequence[int] = (0, 0)
     if extent.grid is None:
         size = (int(frame_pixels[0]), int(frame_pixels[1])) if extent.medium == "video" else (0, 0)
         return [Item(extent.medium, extent.length, cost.tokens, *size)]
-    shown = [Item("image", extent.length, cost.each or cost.tokens)] * cost.num_pictures
-    hidden = extent.num_pictures - cost.frames if cost.frames else 0
+    shown = [Item("image", extent.length, cost.each or cost.tokens)] * cost.num_images
+    hidden = extent.num_images - cost.frames if cost.frames else 0
     return shown + [Item("image", extent.length, 0)] * hidden
 
 
@@ -190,7 +190,7 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
 
     A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
     Everything else is as it runs when answering: on streams `query` reads with all its queries whatever the budget; on
-    a picture with position keys it is folded (see `mllm.compressors.folded_attention`), and making the constants, once,
+    an image with position keys it is folded (see `mllm.compressors.folded_attention`), and making the constants, once,
     is left out; with a projector per budget every one of them runs.
 
     Args:
@@ -226,7 +226,7 @@ def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
 
 
 def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int) -> int:
-    """One cross-attention of all queries, over a picture or over every window of a stream, and the projection."""
+    """One cross-attention of all queries, over an image or over every window of a stream, and the projection."""
     queries, size = settings["num_queries"], settings.get("query_size") or in_size
     window = item.num_features if item.medium == "image" else settings["window_frames"]
     windows = -(-item.num_features // window)

@@ -138,7 +138,7 @@ def _check(name: str, sample: Sample, space: Space) -> None:
 
 def _check_question(name: str, sample: Sample, references: Sequence[str]) -> None:
     if not sample.media:
-        raise ValueError(f"sample {sample.id!r} of {name} holds no picture; {sample.task} asks about pictures")
+        raise ValueError(f"sample {sample.id!r} of {name} holds no image; {sample.task} asks about images")
     try:
         BENCHMARKS[sample.task].check(references, sample.meta)
         if is_for_server(sample):

@@ -94,7 +94,7 @@ class Answerer:
 
         Args:
             text: the question; without one, what the model's own prompts or `DEFAULT_PROMPTS` ask of these media.
-            image, audio, video: one or several; in the prompt pictures stand before sounds before videos, all before
+            image, audio, video: one or several; in the prompt images stand before sounds before videos, all before
                 the text. Where the budget speaks of audio and there is none, the sound of the video files is heard.
             budget: see `mllm.budget`; a text, or amounts by medium.
             on_text: called with each piece of the answer as soon as it is there; all at once with beams, or about a
@@ -208,7 +208,7 @@ class Answerer:
             yield from self.answer_batch(batch, draws[start : start + size], timed=timed)
 
     def begin(self, *, image: Files, budget: BudgetInput = "") -> Growing:
-        """A session about one picture that is encoded once, and whose budget can grow at the price of what is new.
+        """A session about one image that is encoded once, and whose budget can grow at the price of what is new.
 
             session = answerer.begin(image="x.png", budget="image=64")
             session.answer("how many objects are there?")
@@ -216,7 +216,7 @@ class Answerer:
             session.answer("how many objects are there?")
 
         Raises:
-            MediaError, ValueError: as `answer`, and anything but one picture.
+            MediaError, ValueError: as `answer`, and anything but one image.
         """
         return Growing(self, image, budget)
 
@@ -257,7 +257,7 @@ class Answerer:
         """Answer conversations, each at its own budget; a last assistant message is left out and asked for.
 
         Samples of one batch that hold the same files share them: they are loaded and encoded once, and what the prompts
-        begin with alike is read once. So it pays to let questions about one picture follow each other.
+        begin with alike is read once. So it pays to let questions about one image follow each other.
 
         Raises:
             MediaError, ValueError: as `answer`; the sample is named.

@@ -1,11 +1,11 @@
-"""A session about one picture whose budget grows: the picture is encoded once, and what the LLM has read is kept.
+"""A session about one image whose budget grows: the image is encoded once, and what the LLM has read is kept.
 
-Knows an answerer and key-value caches. Does not know how tokens are chosen or where a picture comes from.
+Knows an answerer and key-value caches. Does not know how tokens are chosen or where an image comes from.
 
 The prompt is [text before | m soft tokens | text behind]. Where the soft tokens of a smaller budget are the first of a
 larger one, keys and values of [text before | m soft tokens] are those of a prompt with M > m soft tokens as well, since
 the LLM is causal. So after growing only the M - m new soft tokens are left to read, and the text behind them, which
-stands at other positions now. Both are read in one pass, with the next question; what it read of the picture is kept,
+stands at other positions now. Both are read in one pass, with the next question; what it read of the image is kept,
 and what it read of the question is not.
 
 Shapes: m, M soft tokens before and after growing, H the LLM's hidden size, V its vocabulary.
@@ -34,7 +34,7 @@ MEDIUM = "image"
 
 
 class Growing:
-    """Questions about one picture at a budget that can grow. See `Answerer.begin`.
+    """Questions about one image at a budget that can grow. See `Answerer.begin`.
 
     Args:
         answerer: its model must not be changed while the session lasts.
@@ -43,7 +43,7 @@ class Growing:
 
     Raises:
         MediaError: a file that is missing or cannot be read.
-        ValueError: not exactly one picture, one in tiles, a budget that cannot be met, or a static cache.
+        ValueError: not exactly one image, one in tiles, a budget that cannot be met, or a static cache.
     """
 
     @torch.no_grad()
@@ -52,12 +52,12 @@ class Growing:
             raise ValueError("static_cache is true; a session keeps a cache that grows")
         own = answerer.processor.space.media.get(MEDIUM)
         if own is not None and own.tiling is not None:
-            raise ValueError("media.image.tiling cuts pictures into tiles, whose runs do not grow at their end")
+            raise ValueError("media.image.tiling cuts images into tiles, whose runs do not grow at their end")
         self.answerer, self._model = answerer, answerer.model
         self._files = {MEDIUM: image}
         samples, self._loaded, asked = answerer.read_request(self._files, [""], budget)
         if len(self._loaded) != 1:
-            raise ValueError(f"a session is about one picture, got {len(self._loaded)}")
+            raise ValueError(f"a session is about one image, got {len(self._loaded)}")
         batch = answerer.processor.batch(samples, [self._loaded], for_training=False)
         self._row, values = batch.rows[0], batch.values
         self._cost = self._cost_of(asked)
@@ -76,7 +76,7 @@ class Growing:
 
     @property
     def num_read_tokens(self) -> int:
-        """Tokens the LLM has read and kept, of the text before the picture and its soft tokens."""
+        """Tokens the LLM has read and kept, of the text before the image and its soft tokens."""
         return self._cache.get_seq_length()
 
     @property
@@ -85,7 +85,7 @@ class Growing:
         return self.num_read_tokens + self._unread.shape[1]
 
     def num_question_tokens(self, text: str | None = None) -> int:
-        """Tokens of the text behind the picture, which every question reads for itself."""
+        """Tokens of the text behind the image, which every question reads for itself."""
         return len(self._prompt(text)[0]) - self.num_kept_tokens
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Growing:
 
     @torch.no_grad()
     def answer(self, text: str | None = None) -> Answer:
-        """Answer a question about the picture at the present budget, as `Answerer.answer` does."""
+        """Answer a question about the image at the present budget, as `Answerer.answer` does."""
         processor, decoding = self.answerer.processor, self.answerer.decoding
         ids, row = self._prompt(text)
         behind = ids[self.num_kept_tokens : -1]  # `generate` reads the last one itself
@@ -153,7 +153,7 @@ class Growing:
         return self._row.costs(budget, self.answerer.processor.space)[0]
 
     def _members_at(self, cost: Cost) -> dict[str, int]:
-        """Which members of the adapter serve the picture at a cost, as the model takes them."""
+        """Which members of the adapter serve the image at a cost, as the model takes them."""
         members, own = self.answerer.processor.members, {}
         if members.scales:
             own["scale_ids"] = members.scale_id([(MEDIUM, cost)])
@@ -176,7 +176,7 @@ class Growing:
         return {name: torch.tensor([own], device=self._model.device) for name, own in self._members.items()}
 
     def _read(self, behind: Sequence[int]) -> tuple[Tensor, DynamicCache]:
-        """Let the LLM read in one pass what is unread of the picture, which is kept, and ids behind it, which are not.
+        """Let the LLM read in one pass what is unread of the image, which is kept, and ids behind it, which are not.
 
         Returns:
             Logits (V,) behind the last token, and a cache of everything up to there, for the caller to go on with.

@@ -3,7 +3,7 @@
 Knows ids, the adapter's members and key-value caches. Does not know media, budgets or how tokens are chosen.
 
 What the LLM reads of a beginning depends on nothing that follows it, so a system prompt that stands before every
-picture needs to be read for the first batch alone. Which text that is shows by itself: it is what the rows of a batch
+image needs to be read for the first batch alone. Which text that is shows by itself: it is what the rows of a batch
 and those of the batches before it have in common, up to their first soft token.
 
 Shapes: B rows, S positions, C tokens of the constant text.

@@ -1,9 +1,9 @@
-"""Faces in pictures, by MediaPipe's face mesh, as the points that the crop needs.
+"""Faces in images, by MediaPipe's face mesh, as the points that the crop needs.
 
 Knows MediaPipe and the numbers of its mesh. Does not know clips or crops. Its models come with its package (up to
 0.10.21), so that nothing is downloaded.
 
-Shapes: H rows and W columns of a picture, P = 8 stable points and those of the mouth.
+Shapes: H rows and W columns of an image, P = 8 stable points and those of the mouth.
 """
 
 import os
@@ -84,12 +84,12 @@ class FaceFinder:
         return faces
 
 
-def _points(mesh: Any, picture: np.ndarray) -> list[np.ndarray]:
-    height, width = picture.shape[:2]
+def _points(mesh: Any, image: np.ndarray) -> list[np.ndarray]:
+    height, width = image.shape[:2]
     # MediaPipe counts from the outer edge of the first pixel, crops from its middle.
     return [
         np.array([face.landmark[i].x * width - 0.5 + 1j * (face.landmark[i].y * height - 0.5) for i in _POINTS])
-        for face in mesh.process(picture).multi_face_landmarks or []
+        for face in mesh.process(image).multi_face_landmarks or []
     ]
 
 

@@ -1,7 +1,7 @@
 """Face landmarks with gaps to one upright mouth crop per frame: interpolation, smoothing, similarity, warp.
 
 The face is turned and scaled to a mean face; the crop follows the head at once and the mouth slowly, so that neither
-head movements nor the opening of the jaw move the picture, and what is left moving in it is speech. Points are complex
+head movements nor the opening of the jaw move the image, and what is left moving in it is speech. Points are complex
 numbers x + iy (y points down), in which a similarity is one factor: turning and scaling is a product.
 Knows points and pixels. Does not know what finds the points, nor files.
 
@@ -88,7 +88,7 @@ def similarity_factors(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The turning and scaling that brings points nearest to the target, in least squares, (T,) complex.
 
     Not a robust fit: the points come from a model of a whole face, so that no single one is an outlier, and choosing
-    other points from frame to frame would make the picture jump.
+    other points from frame to frame would make the image jump.
 
     Args:
         points: (T, P) complex.
@@ -167,12 +167,12 @@ def _grid(size: int) -> np.ndarray:
     return axis[None, :] + 1j * axis[:, None]
 
 
-def _bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Values of a picture (H, W) or (H, W, 3) between its pixels; no place may be outside."""
-    left = np.clip(np.floor(x).astype(int), 0, picture.shape[1] - 2)
-    top = np.clip(np.floor(y).astype(int), 0, picture.shape[0] - 2)
-    extra = (..., *[None] * (picture.ndim - 2))
+def _bilinear(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Values of an image (H, W) or (H, W, 3) between its pixels; no place may be outside."""
+    left = np.clip(np.floor(x).astype(int), 0, image.shape[1] - 2)
+    top = np.clip(np.floor(y).astype(int), 0, image.shape[0] - 2)
+    extra = (..., *[None] * (image.ndim - 2))
     right_share, low_share = (x - left).astype(np.float32)[extra], (y - top).astype(np.float32)[extra]
-    upper = picture[top, left] * (1 - right_share) + picture[top, left + 1] * right_share
-    lower = picture[top + 1, left] * (1 - right_share) + picture[top + 1, left + 1] * right_share
+    upper = image[top, left] * (1 - right_share) + image[top, left + 1] * right_share
+    lower = image[top + 1, left] * (1 - right_share) + image[top + 1, left + 1] * right_share
     return upper * (1 - low_share) + lower * low_share

@@ -1,6 +1,6 @@
 """One recording as it is read here: upright frames at 25 a second, and sound that begins with the first of them.
 
-Knows files, limits and the clock that picture and sound share. Does not know faces.
+Knows files, limits and the clock that image and sound share. Does not know faces.
 
 Shapes: L samples of sound, H rows and W columns of a frame.
 """
@@ -27,7 +27,7 @@ SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
 
 MAX_BYTES = 8 * 2**30
 SOUND_SURPLUS_SECONDS = 10
-"""How much longer than its picture the sound of a recording may be."""
+"""How much longer than its image the sound of a recording may be."""
 
 
 def limits_of(max_seconds: float) -> MediaLimits:
@@ -50,7 +50,7 @@ class AlignedSound:
 
     Attributes:
         samples: (L,) float32 at 16 kHz.
-        offset_seconds: how much later than the picture the sound of the file begins; negative when it is earlier.
+        offset_seconds: how much later than the image the sound of the file begins; negative when it is earlier.
         silent_seconds: what had to be filled with silence, at both ends together.
     """
 
@@ -104,7 +104,7 @@ def _saying_max_seconds(max_seconds: float) -> Iterator[None]:
 
 
 def align(samples: np.ndarray, offset_seconds: float, num_frames: int) -> AlignedSound:
-    """Put sound (L,) that begins `offset_seconds` after the picture beside exactly `num_frames` frames."""
+    """Put sound (L,) that begins `offset_seconds` after the image beside exactly `num_frames` frames."""
     wanted = num_frames * SAMPLES_PER_FRAME
     start = round(offset_seconds * SAMPLE_RATE_HZ)
     aligned = np.zeros(wanted, dtype=np.float32)

@@ -32,7 +32,7 @@ class PrepareSettings:
     min_face_coverage: float = 0.75
     """The face must be found in this share of the frames, 0 to 1; in the others it is interpolated."""
     max_outside: float = 0.2
-    """A clip whose crops lie beyond the border of the picture by more than this share, 0 to 1, is skipped."""
+    """A clip whose crops lie beyond the border of the image by more than this share, 0 to 1, is skipped."""
     workers: int = 1
     """Processes that work side by side."""
     sheet_clips: int = 40

@@ -1,4 +1,4 @@
-"""Pictures for people: a strip per clip, with its frame and some of its crops, and all strips on one sheet.
+"""Images for people: a strip per clip, with its frame and some of its crops, and all strips on one sheet.
 
 Knows how to draw them. Does not know how crops are made.
 
@@ -29,9 +29,9 @@ def draw_strip(frame: np.ndarray, place: tuple[complex, complex] | None, crops: 
     """
     strip = Image.new("RGB", _STRIP_SIZE, "white")
     ImageDraw.Draw(strip).text((2, 1), text, fill="black", font=ImageFont.load_default(11))
-    picture = Image.fromarray(np.ascontiguousarray(frame))
-    scale = min(_FRAME_WIDTH / picture.width, CROP_PIXELS / picture.height)
-    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    scale = min(_FRAME_WIDTH / image.width, CROP_PIXELS / image.height)
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     if place is not None:
         half = CROP_PIXELS / 2
         corners = [(place[1] + corner * half / place[0]) * scale for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j)]

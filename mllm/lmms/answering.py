@@ -31,7 +31,7 @@ def read_budget(text: object, processor: ElasticProcessor) -> Budget:
 
     Raises:
         ValueError: none at all, one that cannot be read, a medium the model does not take, or a count that its grid of
-            patches cannot give. What depends on the length of a clip or the shape of a picture is found later.
+            patches cannot give. What depends on the length of a clip or the shape of an image is found later.
     """
     if text is None or not str(text).strip():
         example = JOIN.join(f"{medium}={space.trained[0]}" for medium, space in processor.space.media.items())

@@ -133,7 +133,7 @@ def _read_part(part: str | Mapping[str, Any], sources: list[tuple[str, Any]]) ->
 
 
 def read_medium(medium: str, source: Any, loader: MediaLoader) -> Any:
-    """What a data set holds of one medium, decoded: a path, a picture of Pillow's, or sound as samples and rate.
+    """What a data set holds of one medium, decoded: a path, an image of Pillow's, or sound as samples and rate.
 
     Sound may be a mapping of `array` and `sampling_rate` or a decoder of torchcodec's; channels are averaged.
 

@@ -30,7 +30,7 @@ class ElasticChat(lmms):
 
     Args:
         pretrained: run folder or exported model.
-        budget: what each picture, sound or video may cost, with `+` for the comma: `image=64+audio=/4`; or
+        budget: what each image, sound or video may cost, with `+` for the comma: `image=64+audio=/4`; or
             several, all answered in the pass that encodes.
         batch_size: requests answered together.
         device: where to run; the GPU if there is one. With several processes each takes its own.

@@ -1,6 +1,6 @@
 """Media files to raw arrays, under limits, with one error type.
 
-    load_image(path)  a picture, upright RGB          load_audio(path)  one channel at the asked rate
+    load_image(path)  an image, upright RGB          load_audio(path)  one channel at the asked rate
     load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings
     MediaError        whatever is wrong with a file   resolve_media     which files may be opened at all
     decode_given      what a caller hands over in memory

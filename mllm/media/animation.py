@@ -23,7 +23,7 @@ _UNSTATED_MILLISECONDS = 100
 
 
 def is_animated(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> bool:
-    """Whether a picture holds more than one frame.
+    """Whether an image holds more than one frame.
 
     Raises:
         MediaError: its header cannot be read, or its pixels are too many or of a kind that is not read.
@@ -41,7 +41,7 @@ def animation_frames(name: str, file: BinaryIO, kind: str, limits: MediaLimits) 
         MediaError: corrupt, or limit.
     """
     with opened(name, file, kind, limits) as image:
-        number = int(getattr(image, "default_image", False))  # a PNG's picture for programs that show no animations
+        number = int(getattr(image, "default_image", False))  # a PNG's image for programs that show no animations
         while _seek(name, image, number):
             with decoding(name):
                 image.load()

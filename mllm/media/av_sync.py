@@ -1,4 +1,4 @@
-"""Sound and pictures of one clip, brought to one length, or refused where they cannot be of one clip.
+"""Sound and images of one clip, brought to one length, or refused where they cannot be of one clip.
 
 Knows lengths. Does not look for an offset between the two: both begin at their own first sample and frame.
 """

@@ -1,6 +1,6 @@
-"""Media as callers hand them over (files, bytes, pictures, arrays) to what the loaders give for files.
+"""Media as callers hand them over (files, bytes, images, arrays) to what the loaders give for files.
 
-    picture    path, bytes, open file, data: URL, PIL image, or uint8 array (H, W), (H, W, 1 | 3 | 4), (1 | 3 | 4, H, W)
+    image    path, bytes, open file, data: URL, PIL image, or uint8 array (H, W), (H, W, 1 | 3 | 4), (1 | 3 | 4, H, W)
     sound      path, bytes, open file, data: URL, `Audio`, or array (L,), of float -1..1 or of whole numbers
     video      path, bytes, open file, data: URL, `Video`, PIL images, or uint8 array (T, H, W) or (T, H, W, 3)
 
@@ -92,10 +92,10 @@ def decode_given(given: Given, loader: MediaLoader, sampling: FrameSampling | No
     """Decode one item that is not named by a path, as the loader decodes a file of the same contents.
 
     Args:
-        sampling: of a video whose frames are pictures; those frames are taken, in colour.
+        sampling: of a video whose frames are images; those frames are taken, in colour.
 
     Returns:
-        An RGB picture, sound at the loader's rate, or frames at the loader's rate or of the sampling.
+        An RGB image, sound at the loader's rate, or frames at the loader's rate or of the sampling.
 
     Raises:
         ValueError: none of the forms that are read, or a shape or type that has no one meaning.
@@ -105,7 +105,7 @@ def decode_given(given: Given, loader: MediaLoader, sampling: FrameSampling | No
     if isinstance(value, bytes):
         return loader(given.medium, value) if sampling is None else loader.frames(value, sampling)
     if given.medium == "image":
-        return _picture(value)
+        return _image(value)
     if given.medium == "audio":
         sound = _sound(value)
         samples = resample(sound.samples, sound.sample_rate_hz, loader.sample_rate_hz)
@@ -158,20 +158,20 @@ def _array(value: Any) -> np.ndarray:
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
-def _picture(value: MediaInput) -> Image.Image:
+def _image(value: MediaInput) -> Image.Image:
     if isinstance(value, Image.Image):
         if value.mode not in MODES:
-            raise ValueError(f"a picture has pixels of the kind {value.mode}; allowed are {', '.join(MODES)}")
+            raise ValueError(f"an image has pixels of the kind {value.mode}; allowed are {', '.join(MODES)}")
         return to_rgb(ImageOps.exif_transpose(value))
     if not _is_array(value):
         raise ValueError(f"image is {_named(value)}; {_allowed('image')}")
     pixels = _array(value)
     if pixels.dtype != np.uint8:
-        raise ValueError(f"a picture given as an array must be uint8 (0 to 255), got {pixels.dtype}")
+        raise ValueError(f"an image given as an array must be uint8 (0 to 255), got {pixels.dtype}")
     if pixels.ndim == 3 and pixels.shape[-1] not in CHANNELS and pixels.shape[0] in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
     if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in CHANNELS)) or not pixels.size:
-        raise ValueError(f"a picture given as an array has shape {pixels.shape}; {_allowed('image')}")
+        raise ValueError(f"an image given as an array has shape {pixels.shape}; {_allowed('image')}")
     return to_rgb(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1:] == (1,) else pixels))
 
 
@@ -223,7 +223,7 @@ def _video(value: MediaInput) -> Video:
     frames = _array(value)
     if frames.ndim == 4 and frames.shape[1] == 3 and frames.shape[-1] != 3:
         frames = frames.transpose(0, 2, 3, 1)
-    # Three axes that end in colours are a picture, which would pass for grey frames of a few columns.
+    # Three axes that end in colours are an image, which would pass for grey frames of a few columns.
     is_video = frames.shape[-1] not in CHANNELS if frames.ndim == 3 else frames.ndim == 4 and frames.shape[-1] == 3
     if frames.dtype != np.uint8 or not is_video or not frames.size:
         raise ValueError(f"a video given as an array has shape {frames.shape} of {frames.dtype}; {_allowed('video')}")

@@ -13,7 +13,7 @@ from mllm.utils.extras import install_line
 
 
 def open_heif(name: str, file: BinaryIO) -> Any:
-    """The primary picture of a file, not unpacked yet: it has `size`, upright, and `to_pillow()`.
+    """The primary image of a file, not unpacked yet: it has `size`, upright, and `to_pillow()`.
 
     Raises:
         MediaError: unsupported (the library is not installed) or corrupt.
@@ -27,11 +27,11 @@ def open_heif(name: str, file: BinaryIO) -> Any:
         return pillow_heif.open_heif(file, convert_hdr_to_8bit=True)
 
 
-def unpacked(name: str, picture: Any) -> Image.Image:
+def unpacked(name: str, image: Any) -> Image.Image:
     """The pixels of what `open_heif` gave; its rotation, which the format states itself, is applied.
 
     Raises:
         MediaError: corrupt.
     """
     with decoding(name):
-        return picture.to_pillow()
+        return image.to_pillow()

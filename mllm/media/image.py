@@ -1,4 +1,4 @@
-"""A picture file to an upright 8-bit RGB picture.
+"""An image file to an upright 8-bit RGB image.
 
 Reads JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF with Pillow, HEIC with pillow-heif; says what is done with rotation tags,
 alpha, palettes and 16 bits. Does not know sizes or normalisations an encoder wants (`transforms/encoder_inputs.py`
@@ -24,15 +24,15 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;1
 
 
 def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Read a picture as RGB.
+    """Read an image as RGB.
 
     EXIF rotation is applied. Transparency is composited on white. 16-bit grey is divided by 257 and rounded, so that
     65535 becomes 255 (Pillow itself would clip it); 16-bit colour keeps its high byte. CMYK is converted without a
-    colour profile. Of a multi-picture JPEG, which phones write, the first picture counts, of a HEIC the primary one,
+    colour profile. Of a multi-image JPEG, which phones write, the first image counts, of a HEIC the primary one,
     and of an animation the first frame (`load_video` reads them all). A TIFF of several pages is refused.
 
     Returns:
-        an RGB picture of the upright width and height.
+        an RGB image of the upright width and height.
 
     Raises:
         MediaError: missing, refused, unsupported (another format, several pages, pixel layout), corrupt, empty, limit
@@ -50,7 +50,7 @@ def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Imag
 
 
 def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """Upright height and width of a picture as its header states them, without unpacking it.
+    """Upright height and width of an image as its header states them, without unpacking it.
 
     Raises:
         MediaError: as `load_image`, as far as the header shows it.
@@ -69,7 +69,7 @@ def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> t
 def _kind_of(name: str, file: BinaryIO) -> str:
     container = sniff(file)
     if container is None or container[0] != "image":
-        raise MediaError("unsupported", name, f"not a picture in one of the formats {', '.join(FORMATS)}")
+        raise MediaError("unsupported", name, f"not an image in one of the formats {', '.join(FORMATS)}")
     if container[1] == "avif" and not features.check("avif"):
         raise MediaError("unsupported", name, "this Pillow does not read AVIF; 11.3 and later do")
     return container[1]
@@ -77,7 +77,7 @@ def _kind_of(name: str, file: BinaryIO) -> str:
 
 @contextmanager
 def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterator[Image.Image]:
-    """A picture that has been looked at and not unpacked.
+    """An image that has been looked at and not unpacked.
 
     Args:
         kind: what `sniff` found it to be, and Pillow reads.
@@ -91,21 +91,21 @@ def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterato
     except Image.DecompressionBombError as error:
         raise _too_large(name, limits) from error
     except Exception as error:
-        raise MediaError("corrupt", name, "the header of the picture cannot be read") from error
+        raise MediaError("corrupt", name, "the header of the image cannot be read") from error
     with image:
         _check_pixels(name, image.size, limits)
         if pages > 1:
-            raise MediaError("unsupported", name, f"the file has {pages} pages, and only single pictures are read")
+            raise MediaError("unsupported", name, f"the file has {pages} pages, and only single images are read")
         if image.mode not in MODES:
             raise MediaError("unsupported", name, f"pixels must be of one of the kinds {', '.join(MODES)}")
         yield image
 
 
 def _opened_heif(name: str, file: BinaryIO, limits: MediaLimits) -> Any:
-    """The primary picture of a HEIC file, once its header is known to state no more pixels than allowed."""
-    picture = open_heif(name, file)
-    _check_pixels(name, picture.size, limits)
-    return picture
+    """The primary image of a HEIC file, once its header is known to state no more pixels than allowed."""
+    image = open_heif(name, file)
+    _check_pixels(name, image.size, limits)
+    return image
 
 
 def _check_pixels(name: str, size: tuple[int, int], limits: MediaLimits) -> None:
@@ -114,11 +114,11 @@ def _check_pixels(name: str, size: tuple[int, int], limits: MediaLimits) -> None
 
 
 def _too_large(name: str, limits: MediaLimits) -> MediaError:
-    return MediaError("limit", name, f"the picture has more than {limits.image_pixels} pixels (limits.image_pixels)")
+    return MediaError("limit", name, f"the image has more than {limits.image_pixels} pixels (limits.image_pixels)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as 8-bit RGB; see `load_image` for transparency and 16 bits."""
+    """A decoded image as 8-bit RGB; see `load_image` for transparency and 16 bits."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:

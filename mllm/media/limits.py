@@ -29,9 +29,9 @@ class MediaLimits:
     """
 
     image_bytes: int = 20 * 2**20
-    """Largest picture file."""
+    """Largest image file."""
     image_pixels: int = 40_000_000
-    """Largest width x height of a picture."""
+    """Largest width x height of an image."""
     audio_bytes: int = 128 * 2**20
     """Largest sound file, and the largest clip read for its sound."""
     audio_seconds: float = 600.0
@@ -220,13 +220,13 @@ def _of_brands(head: bytes) -> tuple[Container, str]:
     """MP4, AVIF and HEIC are one kind of container; the brands at its start tell them apart."""
     size = int.from_bytes(head[:4], "big")
     others = {head[start : start + 4] for start in range(16, min(size, len(head)), 4)}
-    if head[8:12] in _AVIF_BRANDS or (head[8:12] in _PICTURE_BRANDS and others & _AVIF_BRANDS):
+    if head[8:12] in _AVIF_BRANDS or (head[8:12] in _IMAGE_BRANDS and others & _AVIF_BRANDS):
         return "image", "avif"
-    return ("image", "heif") if head[8:12] in _PICTURE_BRANDS else ("clip", "mp4")
+    return ("image", "heif") if head[8:12] in _IMAGE_BRANDS else ("clip", "mp4")
 
 
 _AVIF_BRANDS = {b"avif", b"avis"}
-_PICTURE_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_IMAGE_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
 _SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (

@@ -1,4 +1,4 @@
-"""One call for every medium: a file and its settings to a raw picture, sound or video.
+"""One call for every medium: a file and its settings to a raw image, sound or video.
 
 Knows which function reads which medium. Does not know manifests or encoders.
 """

@@ -83,7 +83,7 @@ def _from_tar(name: str, place: Packed, max_bytes: int, key: str | None) -> byte
 
 
 def _from_table(name: str, place: Packed) -> bytes:
-    """The bytes of a cell: binary, or an object with them as hubs keep pictures and sounds."""
+    """The bytes of a cell: binary, or an object with them as hubs keep images and sounds."""
     try:
         import pyarrow
     except ImportError as error:

@@ -1,9 +1,9 @@
 """A PNG without what says nothing about its pixels: colour profiles and texts, which may be of any size.
 
-Pillow refuses a picture whose profile or text unpacks to more than a megabyte, although neither is looked at. The texts
+Pillow refuses an image whose profile or text unpacks to more than a megabyte, although neither is looked at. The texts
 that may say which side is up are kept while they are not large.
 
-Knows chunks. Does not unpack pictures.
+Knows chunks. Does not unpack images.
 """
 
 import io
@@ -18,7 +18,7 @@ _WITH_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw p
 
 
 def without_notes(file: BinaryIO) -> BinaryIO:
-    """The same picture without profiles and texts; the very file where it has none.
+    """The same image without profiles and texts; the very file where it has none.
 
     Args:
         file: a PNG, at its start.

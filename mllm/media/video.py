@@ -129,7 +129,7 @@ def _planned(
     gray: bool,
     deadline: Deadline,
 ) -> tuple[FramePlan, Iterator[np.ndarray]]:
-    """Which frames are used, and those that the plan numbers: of an animated picture, of a video, or those sought."""
+    """Which frames are used, and those that the plan numbers: of an animated image, of a video, or those sought."""
     if (kind := _animation_kind(name, file, limits)) is not None:
         plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
         return plan, _animation_frames(name, file, kind, limits, gray)
@@ -141,7 +141,7 @@ def _planned(
 
 
 def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | None:
-    """Which animated picture a file is; None for a video.
+    """Which animated image a file is; None for a video.
 
     Raises:
         MediaError: it is neither.
@@ -151,7 +151,7 @@ def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | Non
         return None
     if container is not None and container[1] in KINDS and is_animated(name, file, container[1], limits):
         return container[1]
-    raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video, nor an animated picture")
+    raise MediaError("unsupported", name, "not an MP4, Matroska, WebM, AVI or MPEG video, nor an animated image")
 
 
 def _animation_plan(

@@ -21,14 +21,14 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, *, frames_per_
     import av
 
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"{path}: pictures must have even sides for H.264, got {frames.shape[2]} x {frames.shape[1]}")
+        raise ValueError(f"{path}: images must have even sides for H.264, got {frames.shape[2]} x {frames.shape[1]}")
     with av.open(os.fspath(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=frames_per_second, options=_QUALITY)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="gray" if frame.ndim == 2 else "rgb24")
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(frame, format="gray" if frame.ndim == 2 else "rgb24")
+            container.mux(stream.encode(image))
         container.mux(stream.encode(None))
 
 

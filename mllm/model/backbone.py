@@ -36,7 +36,7 @@ from mllm.packing.plan import SegmentPlan
 
 VALUE_KEYS = {"image": "pixel_values", "audio": "audio_values", "video": "video_values"}
 SIZE_KEYS = {"image": "image_grids", "audio": "audio_lengths", "video": "video_lengths"}
-"""What says how large each raw item truly is; pictures need it where they keep their shape."""
+"""What says how large each raw item truly is; images need it where they keep their shape."""
 # What the forward pass takes per medium, beside the raw values.
 MEDIA_KEYS = (
     *("pixel_values", "image_grids", "num_image_tokens", "image_index", "image_layout"),
@@ -63,7 +63,7 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids ─ words ────────────────────────────────────────────────────────────── merge ── language_model
 
     A run is one stretch of placeholders in `input_ids`. `*_index` says which encoded item a run shows, so several
-    rows, or several budgets of one row, share one encoding; without it run i shows item i. The tiles of a picture are
+    rows, or several budgets of one row, share one encoding; without it run i shows item i. The tiles of an image are
     items and runs of their own; `image_layout` then says which token of which run each placeholder stands for, or that
     it is the learned newline.
     """
@@ -115,7 +115,7 @@ class ElasticModel(ElasticPreTrainedModel):
 
         Args:
             values: raw input of the encoder, items first; of any floating dtype.
-            lengths: (N,) true raw lengths of a stream; (N, 2) grids of pictures that keep their shape.
+            lengths: (N,) true raw lengths of a stream; (N, 2) grids of images that keep their shape.
 
         Returns:
             Features in the dtype of the medium's compressor.
@@ -147,7 +147,7 @@ class ElasticModel(ElasticPreTrainedModel):
 
         Args:
             num_tokens: (R,) soft tokens of each run.
-            rates: (R,) frames per token, 0 where a count was asked; nothing for pictures.
+            rates: (R,) frames per token, 0 where a count was asked; nothing for images.
             index: (R,) the encoded item of each run; nothing means one run per item.
             max_tokens: an upper bound of `num_tokens` known on the host.
             groups: see `Compressor.compress_runs`, which then computes runs with an index.
@@ -181,7 +181,7 @@ class ElasticModel(ElasticPreTrainedModel):
         image_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Soft tokens of pictures: `pooler_output` is a list of (n_i, H), one per run."""
+        """Soft tokens of images: `pooler_output` is a list of (n_i, H), one per run."""
         return self._features_output("image", pixel_values, image_grids, num_image_tokens, None, image_index)
 
     def get_audio_features(

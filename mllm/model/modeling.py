@@ -142,9 +142,9 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last n positions only, or of the given ones; 0 keeps all.
             logit_positions: (P,) flat positions in B*S; the logits are then (P, V) and nothing else is computed.
             pixel_values: (N, 3, h, w); or (N, P, values of a patch) with image_grids (N, 2), the rows and columns of
-                each picture, where pictures keep their shape. num_image_tokens: (R,). image_index: (R,) item of each
+                each image, where images keep their shape. num_image_tokens: (R,). image_index: (R,) item of each
                 run. image_layout: (P, 2) of each placeholder the run and the place in it, or -1 for a newline, where
-                pictures are cut into tiles.
+                images are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.

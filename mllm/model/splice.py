@@ -100,7 +100,7 @@ def merge(inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, num_token
 def place(
     inputs_embeds: Tensor, is_placeholder: Tensor, soft: Tensor, layout: Tensor, newline: Tensor | None = None
 ) -> Tensor:
-    """Put soft tokens at their placeholders in an order that is given, as tiles of a picture need it.
+    """Put soft tokens at their placeholders in an order that is given, as tiles of an image need it.
 
     Args:
         inputs_embeds: (B, S, H). is_placeholder: (B, S) bool.

@@ -25,7 +25,7 @@ from mllm.processing.token_order import NEWLINE, order_of, shown_items
 class Run:
     """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
 
-    Where the medium is several encoded pictures, `item` is the first of them; `tilings` are the cuts that a picture was
+    Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
     encoded in. `tower` names the encoder where it is another medium's.
     """
 
@@ -258,7 +258,7 @@ def _placed(row: Row, costs: Sequence[Cost], space: Space) -> list[Placed]:
 def _media_inputs(runs: Sequence[Placed]) -> dict[str, Tensor]:
     """Counts, rates and items of each medium's encoded items; the items are left out where run i simply shows item i.
 
-    Pictures that are cut into tiles also need `image_layout` (P, 2): for every placeholder of the batch the run and the
+    Images that are cut into tiles also need `image_layout` (P, 2): for every placeholder of the batch the run and the
     place in it, or `NEWLINE`.
     """
     inputs: dict[str, Tensor] = {}

@@ -19,12 +19,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
-from mllm.data.numbered_images import named_pictures
+from mllm.data.numbered_images import named_images
 from mllm.model.splice import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
-# conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the picture, its
+# conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the image, its
 # caption and a line break, which is learned in place of an end of turn; `avsr` is how Llama-AVSR, Llama-MTSK and
 # Omni-AVSR put sound, lips, prompt and transcript side by side, without a space between them. `chat` stands for the
 # template that came with the tokenizer.
@@ -100,7 +100,7 @@ class ChatEncoder:
         chat_format: `plain`, `llava_plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
         placeholder_ids: per medium the id that stands for it.
         span_ids: per medium the ids before and after it.
-        names_pictures: number the pictures of a conversation in the text; see `named_pictures`.
+        names_images: number the images of a conversation in the text; see `named_images`.
 
     Raises:
         ValueError: an unknown format, or `chat` with a tokenizer that has no template.
@@ -113,7 +113,7 @@ class ChatEncoder:
         chat_format: str,
         placeholder_ids: Mapping[str, int],
         span_ids: Mapping[str, Sequence[Sequence[int]]] | None = None,
-        names_pictures: bool = False,
+        names_images: bool = False,
     ) -> None:
         if chat_format not in FORMATS:
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(FORMATS)}")
@@ -121,7 +121,7 @@ class ChatEncoder:
             raise ValueError("chat_format is 'chat', but the tokenizer has no chat template; use plain or vicuna_v1")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; a fast one is needed")
-        self.names_pictures = names_pictures
+        self.names_images = names_images
         self.tokenizer = tokenizer
         self.going_on = without_prefix(tokenizer)
         self._plain = PlainText(tokenizer, self.going_on)
@@ -205,7 +205,7 @@ class ChatEncoder:
 
     def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
         """How a conversation is laid out, and what stands in the slots."""
-        messages = self._read(named_pictures(messages) if self.names_pictures else messages)
+        messages = self._read(named_images(messages) if self.names_images else messages)
         speakers = tuple(
             (message.role, tuple(part.medium if isinstance(part, Media) else "" for part in message.parts))
             for message in messages
@@ -225,7 +225,7 @@ class ChatEncoder:
         media = [part for part in messages[0].parts if isinstance(part, Media)] if messages else []
         if roles not in (["user"], ["user", "assistant"]) or not media:
             raise RefusedConversation(
-                f"chat_format llava_plain is for one question with a picture and its answer, got {', '.join(roles)} "
+                f"chat_format llava_plain is for one question with an image and its answer, got {', '.join(roles)} "
                 f"with {len(media)} media; use vicuna_v1"
             )
         return [Message("user", tuple(media)), *messages[1:]]

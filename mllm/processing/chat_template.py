@@ -8,7 +8,7 @@ from mllm.processing.chat import ChatEncoder
 
 HEAD = "{#- mllm: media parts become their tokens, then the chat template follows -#}\n"
 # A message that is a text stays as it is, since templates were written for those.
-_FLATTEN = """{%- set flat = namespace(messages=[], pictures=0) -%}
+_FLATTEN = """{%- set flat = namespace(messages=[], images=0) -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}
 {%- set flat.messages = flat.messages + [message] -%}
@@ -35,7 +35,7 @@ _SEPARATED = (
 # The first stage of LLaVA reads the media of a question and not its words.
 _UNREAD = "{%- if message.role != 'user' -%}{{- part.text -}}{%- endif -%}"
 _NUMBERED = (
-    "{%- set flat.pictures = flat.pictures + 1 -%}{{- 'image ' ~ flat.pictures ~ ' is ' ~ MARK -}}"
+    "{%- set flat.images = flat.images + 1 -%}{{- 'image ' ~ flat.images ~ ' is ' ~ MARK -}}"
     "{{- ', ' if loop.nextitem is defined and loop.nextitem.type in ('image', 'image_url') else '. ' -}}"
 )
 
@@ -53,7 +53,7 @@ def with_media_parts(chat: ChatEncoder, *, separator: str = "") -> str:
     branches = []
     for medium in chat.placeholder_ids:
         mark = _quoted("".join(chat.tokenizer.convert_ids_to_tokens(chat.media_ids(medium))))
-        shown = _NUMBERED if chat.names_pictures and medium == "image" else "{{- MARK -}}"
+        shown = _NUMBERED if chat.names_images and medium == "image" else "{{- MARK -}}"
         branches.append(f"{{%- elif part.type in ('{medium}', '{medium}_url') -%}}\n{shown.replace('MARK', mark)}\n")
     flatten = _FLATTEN.replace("TEXT", text).replace("MEDIA", "".join(branches))
     return HEAD + flatten.replace("SEPARATOR", _quoted(separator)) + template

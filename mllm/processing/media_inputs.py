@@ -1,4 +1,4 @@
-"""Media as their encoders want them: one item, a picture in tiles, the stacks of a batch.
+"""Media as their encoders want them: one item, an image in tiles, the stacks of a batch.
 
 Knows tensors, tiles and budgets. Does not know files, tokenizers or encoders.
 """
@@ -25,9 +25,9 @@ LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 class LoadedMedia:
     """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
 
-    Where it is several encoded pictures, values are (P, 3, h, w): of a picture of `picture_pixels` (height, width) the
+    Where it is several encoded images, values are (P, 3, h, w): of an image of `image_pixels` (height, width) the
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `tower` names whose encoder they want.
-    `grid` is that of a picture's patches where pictures keep their shape.
+    `grid` is that of an image's patches where images keep their shape.
     """
 
     medium: str
@@ -35,7 +35,7 @@ class LoadedMedia:
     raw_length: int = 0
     grid: tuple[int, int] | None = None
     tower: str = ""
-    picture_pixels: Size | None = None
+    image_pixels: Size | None = None
     tilings: tuple[Tiles, ...] = ()
 
     @property
@@ -73,17 +73,17 @@ def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) 
     return [tuple(own) for own in asked]
 
 
-def cut_picture(
+def cut_image(
     raw: Any, tilings: Sequence[Tiles], transform: ImageTransform, *, tile: Size, thumbnail: bool
 ) -> LoadedMedia:
-    """A decoded picture cut in one or several ways, for its encoder.
+    """A decoded image cut in one or several ways, for its encoder.
 
     Args:
         tile: height and width of what the encoder reads, in pixels.
     """
     pixels = cut(raw, tilings, tile=tile, thumbnail=thumbnail, resample=transform.resample)
-    picture_pixels = (raw.height, raw.width)
-    return LoadedMedia("image", transform.many(list(pixels)), picture_pixels=picture_pixels, tilings=tuple(tilings))
+    image_pixels = (raw.height, raw.width)
+    return LoadedMedia("image", transform.many(list(pixels)), image_pixels=image_pixels, tilings=tuple(tilings))
 
 
 def as_long_as_longest(media: Sequence[Sequence[LoadedMedia]]) -> list[list[LoadedMedia]]:
@@ -99,7 +99,7 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
 
     Returns:
         `pixel_values` (N, 3, h, w), tiles and frames one after the other, or (N, P, values of a patch) with
-        `image_grids` (N, 2) of pictures that keep their shape; `audio_values` (N, ...) and `video_values`
+        `image_grids` (N, 2) of images that keep their shape; `audio_values` (N, ...) and `video_values`
         (N, T, 1, h, w) with their `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
     """
     out: dict[str, Tensor] = {}

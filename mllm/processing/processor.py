@@ -39,7 +39,7 @@ from mllm.processing.media_inputs import (
     ItemNumbers,
     LoadedMedia,
     as_long_as_longest,
-    cut_picture,
+    cut_image,
     cuts_of,
     refusal,
     stack_media,
@@ -59,11 +59,11 @@ class ElasticProcessor(ProcessorCalls):
         tokenizer: a fast tokenizer that holds the placeholder tokens.
         elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
             (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), the tokens
-            around its run (`span`), and how many `frames` of a video are encoded like pictures. `members` are the
+            around its run (`span`), and how many `frames` of a video are encoded like images. `members` are the
             scales and tasks of an adapter that has some, `prompts` what is asked about media (`audio+video`) when
             nothing is, and with `shares_lengths` every clip of a batch counts as long as the longest and training rows
             are not masked, as in the released AVSR code. `context_tokens` is how much the LLM reads; longer rows are
-            refused. `names_pictures` numbers the pictures of a conversation in the text.
+            refused. `names_images` numbers the images of a conversation in the text.
 
     Raises:
         ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
@@ -89,7 +89,7 @@ class ElasticProcessor(ProcessorCalls):
             chat_format=self.elastic["chat_format"],
             placeholder_ids=self.placeholder_ids,
             span_ids=self.span_ids,
-            names_pictures=bool(self.elastic.get("names_pictures", False)),
+            names_images=bool(self.elastic.get("names_images", False)),
         )
         self.chat_template = with_media_parts(self.chat, separator=self.separator)
 
@@ -154,7 +154,7 @@ class ElasticProcessor(ProcessorCalls):
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
-        Sound and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. A picture that is cut
+        Sound and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. An image that is cut
         into tiles is cut as each of the budgets asks, and into the most tiles where there is none; what several budgets
         share is there once.
 
@@ -201,7 +201,7 @@ class ElasticProcessor(ProcessorCalls):
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
             own = None if chance is None else _numbered(chance, number)
             if self._tower(part.medium) == "image":
-                loaded.append(self._pictures(part.medium, raw))
+                loaded.append(self._images(part.medium, raw))
                 continue
             try:
                 if own is not None and augmentation is not None:
@@ -217,8 +217,8 @@ class ElasticProcessor(ProcessorCalls):
                 raise refusal(error, part.path if is_given else resolve_media(sample.root, part.path)) from error
         return self._with_tiles(loaded, raws, budgets)
 
-    def _pictures(self, medium: str, raw: Any) -> LoadedMedia | None:
-        """A picture or the frames of a video; nothing yet of a picture that is to be cut into tiles."""
+    def _images(self, medium: str, raw: Any) -> LoadedMedia | None:
+        """An image or the frames of a video; nothing yet of an image that is to be cut into tiles."""
         if medium in self.sampling:
             frames = [self.transforms[medium](Image.fromarray(frame))[0] for frame in raw.frames]
             return LoadedMedia(medium, torch.stack(frames), len(frames), tower="image")
@@ -227,12 +227,12 @@ class ElasticProcessor(ProcessorCalls):
     def _with_tiles(
         self, loaded: Sequence[LoadedMedia | None], raws: Sequence[Any], budgets: Sequence[Budget]
     ) -> list[LoadedMedia]:
-        """The media, with every picture that is not there yet cut as the budgets ask."""
+        """The media, with every image that is not there yet cut as the budgets ask."""
         whole = [item for item in loaded if item is not None]
         if len(whole) == len(loaded):
             return whole
         extents = [
-            self.picture_extent((raw.height, raw.width)) if item is None else self.extent(item)
+            self.image_extent((raw.height, raw.width)) if item is None else self.extent(item)
             for item, raw in zip(loaded, raws, strict=True)
         ]
         cuts = cuts_of(extents, budgets, self.space)
@@ -241,16 +241,16 @@ class ElasticProcessor(ProcessorCalls):
         ]
 
     def _cut(self, raw: Any, tilings: tuple[Tiles, ...]) -> LoadedMedia:
-        tile = self.facts["image"].picture_pixels
+        tile = self.facts["image"].image_pixels
         assert self.tiling is not None
         assert tile is not None
         own = self.transforms["image"]
         assert isinstance(own, ImageTransform)
-        return cut_picture(raw, tilings, own, tile=tile, thumbnail=self.tiling.thumbnail)
+        return cut_image(raw, tilings, own, tile=tile, thumbnail=self.tiling.thumbnail)
 
     @property
     def tiling(self) -> Tiling | None:
-        """How pictures are cut into tiles, if they are."""
+        """How images are cut into tiles, if they are."""
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
     def read_media(
@@ -290,10 +290,10 @@ class ElasticProcessor(ProcessorCalls):
         return raws
 
     def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
-        """One decoded picture, clip or video as its encoder wants it; a picture in the most tiles it may have."""
+        """One decoded image, clip or video as its encoder wants it; an image in the most tiles it may have."""
         self._check_medium(medium)
         if self._tower(medium) == "image" and (medium in self.sampling or self.tiling is not None):
-            return self._with_tiles([self._pictures(medium, raw)], [raw], [])[0]
+            return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
         if self.facts[medium].max_patches is not None:
             return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
@@ -307,24 +307,24 @@ class ElasticProcessor(ProcessorCalls):
     def extent(self, loaded: LoadedMedia) -> Extent:
         """What the budget needs to know of a medium."""
         facts = self.facts[loaded.medium]
-        if loaded.picture_pixels is not None:
-            return self.picture_extent(loaded.picture_pixels)
+        if loaded.image_pixels is not None:
+            return self.image_extent(loaded.image_pixels)
         if facts.grid is not None:
-            return Extent(loaded.medium, grid=loaded.grid or facts.grid, num_pictures=loaded.num_items)
+            return Extent(loaded.medium, grid=loaded.grid or facts.grid, num_images=loaded.num_items)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
-    def picture_extent(self, picture_pixels: Size) -> Extent:
-        """Of a picture that may be cut into tiles.
+    def image_extent(self, image_pixels: Size) -> Extent:
+        """Of an image that may be cut into tiles.
 
         Raises:
             ValueError: an encoder without a size of its own.
         """
         facts = self.facts["image"]
-        if facts.picture_pixels is None:
-            raise ValueError("media.image.tiling needs an encoder that reads pictures of one size; leave it out")
-        return Extent("image", grid=facts.grid, picture_pixels=picture_pixels, tile_pixels=facts.picture_pixels)
+        if facts.image_pixels is None:
+            raise ValueError("media.image.tiling needs an encoder that reads images of one size; leave it out")
+        return Extent("image", grid=facts.grid, image_pixels=image_pixels, tile_pixels=facts.image_pixels)
 
     def batch(
         self,

@@ -55,7 +55,7 @@ class ProcessorCalls(ProcessorMixin):
         Args:
             samples: conversations whose media are files; or none, with `text` and its media instead.
             budget: one for all rows: a `Budget`, a text such as "image=16,audio=/4", or {"image": 16}.
-            text: a user's message, whose media come first, pictures before audio before video; or several, with one
+            text: a user's message, whose media come first, images before audio before video; or several, with one
                 entry of each medium per message. What `apply_chat_template` rendered is taken as that conversation.
             images, audio, videos: one or several: paths, bytes, PIL images, arrays (`mllm.media.given`).
             return_tensors: "pt", which is what comes.

@@ -1,7 +1,7 @@
 """Requests and chats as people write them in Python, to samples and the media that were handed over with them.
 
-    read_request({"image": [picture], "audio": ["hello.wav"]}, "what is this?")
-    read_chat([{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]}])
+    read_request({"image": [image], "audio": ["hello.wav"]}, "what is this?")
+    read_chat([{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}])
 
 Knows messages, parts and files. Does not know models, tokenizers or decoders.
 """
@@ -17,7 +17,7 @@ from mllm.data.manifest import ROLES, Media, Message, Part, Sample, Text
 from mllm.media import Given, MediaInput, path_of, several
 
 SEPARATORS = {"vicuna_v1": "\n"}
-"""By chat format, what published data put between pictures and a question; a manifest's texts hold it themselves."""
+"""By chat format, what published data put between images and a question; a manifest's texts hold it themselves."""
 PART_KEYS = {
     "image": ("image", "url", "path", "base64", "image_url"),
     "audio": ("audio", "url", "path", "base64", "audio_url"),
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 def read_request(media: Mapping[str, Any], text: str, *, separator: str = "") -> Request:
-    """Read a question about media: pictures before sounds before videos, all before the text.
+    """Read a question about media: images before sounds before videos, all before the text.
 
     Args:
         media: one item or several by medium, in any form of `mllm.media.given`.

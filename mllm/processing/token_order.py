@@ -1,9 +1,9 @@
 """In which order the soft tokens of one medium stand in the prompt: tiles put together, newlines, frames in turn.
 
-Knows tiles, counts and numbers of items. Does not know pictures, budgets as words, or the model.
+Knows tiles, counts and numbers of items. Does not know images, budgets as words, or the model.
 
 Shapes: n soft tokens of one medium in the prompt, each a pair (piece, place): the place-th token of the piece-th
-encoded picture that is shown, or (NEWLINE, 0) for the learned newline.
+encoded image that is shown, or (NEWLINE, 0) for the learned newline.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ NEWLINE = -1
 
 
 def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> list[int]:
-    """Which of the encoded pictures of one medium item are shown, counted from its first.
+    """Which of the encoded images of one medium item are shown, counted from its first.
 
     Frames are taken evenly, from the middle of each stretch that one of them stands for.
 
@@ -30,8 +30,8 @@ def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> li
         ValueError: a cut whose tiles were not.
     """
     if cost.frames:
-        stride = extent.num_pictures // cost.frames
-        return list(range((stride - 1) // 2, extent.num_pictures, stride))
+        stride = extent.num_images // cost.frames
+        return list(range((stride - 1) // 2, extent.num_images, stride))
     if cost.tiles is None:
         return [0]
     thumbnail = [0] if cost.tiles.has_thumbnail else []
@@ -40,7 +40,7 @@ def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> li
     if cost.tiles not in tilings:
         known = ", ".join(map(str, tilings)) or "no tiles"
         raise ValueError(
-            f"the picture was loaded as {known} and its budget cuts it into {cost.tiles}: load media with the budgets "
+            f"the image was loaded as {known} and its budget cuts it into {cost.tiles}: load media with the budgets "
             "they are asked at"
         )
     start = len(thumbnail) + sum(other.count for other in tilings[: list(tilings).index(cost.tiles)])
@@ -51,13 +51,13 @@ def order_of(extent: Extent, cost: Cost, tiling: Tiling | None) -> Tensor:
     """The order of one medium's soft tokens, (n, 2) int64; pieces are numbered as `shown_items` gives them."""
     each = cost.each or cost.tokens
     if cost.tiles is None or tiling is None:
-        return _in_turn(cost.num_pictures, each)
+        return _in_turn(cost.num_images, each)
     if tiling.merge == "flat":
         return _flat(cost.tiles, each, tiling.newline)
     assert extent.grid is not None
-    assert extent.picture_pixels is not None
+    assert extent.image_pixels is not None
     shape = map_of(each, extent.grid)
-    kept = kept_map(cost.tiles, shape, extent.picture_pixels) if cost.tiles.count else None
+    kept = kept_map(cost.tiles, shape, extent.image_pixels) if cost.tiles.count else None
     return _spatial(cost.tiles, shape, kept, tiling.newline)
 
 
@@ -67,7 +67,7 @@ def _in_turn(pieces: int, each: int) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _flat(tiles: Tiles, each: int, newline: bool) -> Tensor:
-    order = _in_turn(tiles.num_pictures, each)
+    order = _in_turn(tiles.num_images, each)
     if not newline or not tiles.count:
         return order
     first = each * int(tiles.has_thumbnail)

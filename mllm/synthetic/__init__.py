@@ -1,1 +1,1 @@
-"""The built-in world: speech, lips, pictures and text made on this machine, so that the main job needs no download."""
+"""The built-in world: speech, lips, images and text made on this machine, so that the main job needs no download."""

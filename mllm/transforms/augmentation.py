@@ -89,7 +89,7 @@ class Augmentation:
             raise ValueError(f"flip_probability must be 0 to 1, got {self.flip_probability}")
 
     def __call__(self, raw: Any, chance: Chance) -> Any:
-        """A changed sound or video; pictures stay as they are.
+        """A changed sound or video; images stay as they are.
 
         Raises:
             ValueError: see `MixNoise`.

@@ -43,7 +43,7 @@ class NotMouthCrops(ValueError):
 
 
 class MediaTransform(Protocol):
-    """Turns one raw medium into encoder input; the length counts pictures (1), samples, or frames."""
+    """Turns one raw medium into encoder input; the length counts images (1), samples, or frames."""
 
     def __call__(self, raw: Any, generator: np.random.Generator | None = None) -> tuple[Tensor, int]: ...
 
@@ -143,33 +143,33 @@ def _check_ratio(power: float, added: np.ndarray, snr_db: float) -> None:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """A picture to (3, H, W) float pixels, by a Hugging Face image processor (its size, mean and deviation)."""
+    """An image to (3, H, W) float pixels, by a Hugging Face image processor (its size, mean and deviation)."""
 
     processor: Any
 
     def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError when the processor makes anything but one picture of it (tiles, for example)."""
+        """Raises: ValueError when the processor makes anything but one image of it (tiles, for example)."""
         pixels = self.processor(images=[raw], return_tensors="pt")["pixel_values"]
         if pixels.ndim != 4 or len(pixels) != 1:
             name = type(self.processor).__name__
-            raise ValueError(f"{name} must give one picture (1, 3, H, W) per picture, got {tuple(pixels.shape)}")
+            raise ValueError(f"{name} must give one image (1, 3, H, W) per image, got {tuple(pixels.shape)}")
         return pixels[0], 1
 
     @property
     def resample(self) -> int:
-        """Pillow's number of the interpolation that pictures are resized by."""
+        """Pillow's number of the interpolation that images are resized by."""
         return int(getattr(self.processor, "resample", None) or 3)
 
-    def many(self, pictures: Sequence[Any]) -> Tensor:
-        """(P, 3, H, W) of several pictures, Pillow's or uint8 (3, h, w)."""
-        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+    def many(self, images: Sequence[Any]) -> Tensor:
+        """(P, 3, H, W) of several images, Pillow's or uint8 (3, h, w)."""
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         assert pixels.ndim == 4, pixels.shape
         return pixels
 
 
 @dataclass(frozen=True)
 class PatchTransform:
-    """A picture in its own shape to its patches (rows, columns, values of a patch), by SigLIP 2's image processor.
+    """An image in its own shape to its patches (rows, columns, values of a patch), by SigLIP 2's image processor.
 
     It is brought to the largest size of its shape that has at most `max_num_patches` patches, whole ones per side.
     """

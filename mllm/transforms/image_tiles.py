@@ -1,9 +1,9 @@
-"""Cuts the pixels of a picture into a thumbnail and tiles, as `mllm.budget.tiling` says.
+"""Cuts the pixels of an image into a thumbnail and tiles, as `mllm.budget.tiling` says.
 
 Knows pixels and sizes. Does not know means and deviations (`transforms/encoder_inputs.py` does), tokens or budgets.
 
-Source: LLaVA-NeXT's image processor. The picture is scaled into rows x columns of tiles with its sides in proportion
-(rounded up), centred, and black where nothing is; the thumbnail is the whole picture squeezed into one tile.
+Source: LLaVA-NeXT's image processor. The image is scaled into rows x columns of tiles with its sides in proportion
+(rounded up), centred, and black where nothing is; the thumbnail is the whole image squeezed into one tile.
 """
 
 import math
@@ -18,11 +18,11 @@ from torch.nn import functional
 from mllm.budget.tiling import Size, Tiles
 
 
-def cut(picture: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: bool, resample: int = 3) -> Tensor:
+def cut(image: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: bool, resample: int = 3) -> Tensor:
     """The thumbnail, if there is one, and then the tiles of each cut, row by row.
 
     Args:
-        picture: RGB.
+        image: RGB.
         tilings: cuts that share the thumbnail.
         tile: height and width of what the encoder reads, in pixels.
         resample: Pillow's number of the interpolation; 3 is bicubic.
@@ -30,7 +30,7 @@ def cut(picture: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail
     Returns:
         (P, 3, h, w) uint8.
     """
-    pixels = picture.convert("RGB")
+    pixels = image.convert("RGB")
     pieces = [_resized(pixels, tile, resample)[None]] if thumbnail else []
     for tiles in tilings:
         if tiles.count:
@@ -41,17 +41,17 @@ def cut(picture: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail
     return torch.cat(pieces)
 
 
-def scaled_size(picture: Sequence[int], room: Size) -> Size:
-    """Height and width of a picture scaled into a room, its sides in proportion."""
-    by_height, by_width = room[0] / picture[0], room[1] / picture[1]
+def scaled_size(image: Sequence[int], room: Size) -> Size:
+    """Height and width of an image scaled into a room, its sides in proportion."""
+    by_height, by_width = room[0] / image[0], room[1] / image[1]
     if by_width < by_height:
-        return min(math.ceil(picture[0] * by_width), room[0]), room[1]
-    return room[0], min(math.ceil(picture[1] * by_height), room[1])
+        return min(math.ceil(image[0] * by_width), room[0]), room[1]
+    return room[0], min(math.ceil(image[1] * by_height), room[1])
 
 
-def _resized(picture: Image.Image, size: Size, resample: int) -> Tensor:
+def _resized(image: Image.Image, size: Size, resample: int) -> Tensor:
     """(3, h, w) uint8, resized by Pillow as transformers' image processors do, so that a tile is what they make."""
-    made = picture.resize((size[1], size[0]), resample=Image.Resampling(resample))
+    made = image.resize((size[1], size[0]), resample=Image.Resampling(resample))
     return torch.from_numpy(np.array(made)).permute(2, 0, 1)
 
 

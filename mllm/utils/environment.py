@@ -87,7 +87,7 @@ OPTIONAL = (
     Package("torchvision", purpose="encoders whose image processor needs it (DINOv3)", extra="torchvision"),
     Package("decord", purpose="the decord video backend", extra="decord"),
     Package("deepspeed", purpose="ZeRO training", extra="deepspeed"),
-    Package("pillow-heif", module="pillow_heif", purpose="HEIC and HEIF pictures, as phones take them", extra="heif"),
+    Package("pillow-heif", module="pillow_heif", purpose="HEIC and HEIF images, as phones take them", extra="heif"),
     Package("liger-kernel", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU", extra="liger"),
     Package("pyarrow", purpose="benchmarks and conversations kept as parquet or arrow files", extra="tables"),
     Package("espeakng-loader", "espeakng_loader", "making the built-in world's speech", extra="demo"),

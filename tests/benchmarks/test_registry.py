@@ -28,12 +28,12 @@ def test_mmbench_is_right_only_in_all_rotations() -> None:
 
 def test_mme_adds_accuracy_and_pairs_over_subtasks() -> None:
     lines = [
-        line("a1", "yes", "Yes", kind="color", picture="a"),
-        line("a2", "no", "No.", kind="color", picture="a"),
-        line("b1", "yes", "Yes", kind="color", picture="b"),
-        line("b2", "no", "maybe", kind="color", picture="b"),
-        line("c1", "yes", "no", kind="text_translation", picture="c"),
-        line("c2", "no", None, kind="text_translation", picture="c"),
+        line("a1", "yes", "Yes", kind="color", image="a"),
+        line("a2", "no", "No.", kind="color", image="a"),
+        line("b1", "yes", "Yes", kind="color", image="b"),
+        line("b2", "no", "maybe", kind="color", image="b"),
+        line("c1", "yes", "no", kind="text_translation", image="c"),
+        line("c2", "no", None, kind="text_translation", image="c"),
     ]
     total = BENCHMARKS["mme"].score(lines)
     assert total.details == {"perception": 0.75 + 0.5, "cognition": 0.0, "num_unread": 1}
@@ -81,7 +81,7 @@ def test_one_line_without_a_reference_is_left_out_and_counted() -> None:
 @pytest.mark.parametrize("written", [str.lower, str.upper, str.title])
 def test_labels_are_the_same_in_any_case(written) -> None:
     rows = [(1, "yes", "Yes", "a"), (2, "no", "No", "a"), (3, "yes", "no", "b"), (4, "no", None, "b")]
-    for name, facts in (("pope", {}), ("mme", {"picture": "x"})):
+    for name, facts in (("pope", {}), ("mme", {"image": "x"})):
         own = [line(number, written(label), said, kind=kind, **facts) for number, label, said, kind in rows]
         plain = [line(number, label, said, kind=kind, **facts) for number, label, said, kind in rows]
         assert BENCHMARKS[name].score(own) == BENCHMARKS[name].score(plain)

@@ -32,7 +32,7 @@ def test_vqav2_answers_every_question_of_the_test_set() -> None:
 
 
 def test_short_answers() -> None:
-    assert content("vizwiz", Answer("x", "A Cat", {"picture": "v.jpg"})) == [{"image": "v.jpg", "answer": "cat"}]
+    assert content("vizwiz", Answer("x", "A Cat", {"image": "v.jpg"})) == [{"image": "v.jpg", "answer": "cat"}]
     assert content("gqa", Answer("07", "Yes.", {})) == [{"questionId": "07", "prediction": "yes"}]
     said = Answer("5", "1/8/93.", {"question_id": 5})
     assert content("docvqa", said) == [{"questionId": 5, "answer": "1/8/93."}]  # as it was said
@@ -66,7 +66,7 @@ def test_the_sheet_opens_as_one() -> None:
 
 
 def test_what_could_not_be_handed_in_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"meta\.picture is missing, which the server wants"):
+    with pytest.raises(ValueError, match=r"meta\.image is missing, which the server wants"):
         SUBMISSIONS["vizwiz"].check(Answer("x", "", {}))
     with pytest.raises(ValueError, match="the server wants other ids or facts"):
         SUBMISSIONS["vqav2"].check(Answer("5#2", "", {}))

@@ -22,10 +22,10 @@ def build(grid: tuple[int, int] = (6, 6), **changes) -> Hybrid:
     return made  # pyright: ignore[reportReturnType]
 
 
-def read(made: Hybrid, pictures: Tensor, *counts: int, more: int = 0) -> Tensor:
+def read(made: Hybrid, images: Tensor, *counts: int, more: int = 0) -> Tensor:
     tokens = torch.tensor(counts)
-    lengths = torch.full_like(tokens, pictures.shape[1])
-    return made(pictures, lengths, tokens=tokens, rates=torch.zeros_like(tokens), max_tokens=max(counts) + more)
+    lengths = torch.full_like(tokens, images.shape[1])
+    return made(images, lengths, tokens=tokens, rates=torch.zeros_like(tokens), max_tokens=max(counts) + more)
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (4, 9), (9, 3), (5, 7)])
@@ -33,11 +33,11 @@ def read(made: Hybrid, pictures: Tensor, *counts: int, more: int = 0) -> Tensor:
 def test_a_batch_of_any_counts_is_each_item_alone(grid: tuple[int, int]) -> None:
     made = build(grid)
     counts = list(range(1, 25))
-    pictures = torch.randn(len(counts), grid[0] * grid[1], 16)
-    together = read(made, pictures, *counts, more=7)
+    images = torch.randn(len(counts), grid[0] * grid[1], 16)
+    together = read(made, images, *counts, more=7)
     assert together.shape == (24, 31, 10)
     for number, count in enumerate(counts):
-        alone = read(made, pictures[number : number + 1], count)[0]
+        alone = read(made, images[number : number + 1], count)[0]
         torch.testing.assert_close(together[number, :count], alone, rtol=1e-4, atol=1e-5)
         assert not together[number, count:].any()
         assert alone.abs().sum(dim=1).all()
@@ -45,8 +45,8 @@ def test_a_batch_of_any_counts_is_each_item_alone(grid: tuple[int, int]) -> None
 
 @torch.no_grad()
 def test_counts_are_prefixes_within_one_map_and_not_between_two() -> None:
-    made, picture = build(), torch.randn(1, 36, 16)
-    soft = {count: read(made, picture, count)[0] for count in range(1, 25)}
+    made, image = build(), torch.randn(1, 36, 16)
+    soft = {count: read(made, image, count)[0] for count in range(1, 25)}
     for low, high in ((1, 3), (4, 8), (9, 24)):
         for count in range(low, high + 1):
             torch.testing.assert_close(soft[count], soft[high][:count], rtol=1e-4, atol=1e-5)
@@ -59,24 +59,24 @@ def test_counts_are_prefixes_within_one_map_and_not_between_two() -> None:
 )
 @torch.no_grad()
 def test_anchors_are_the_pooled_map_behind_the_projector(grid: tuple[int, int], cells: tuple) -> None:
-    made, picture = build(grid, anchors=[size for size, _ in cells]), torch.randn(2, grid[0] * grid[1], 16)
-    patches = picture.unflatten(1, grid).permute(0, 3, 1, 2)
+    made, image = build(grid, anchors=[size for size, _ in cells]), torch.randn(2, grid[0] * grid[1], 16)
+    patches = image.unflatten(1, grid).permute(0, 3, 1, 2)
     for size, (rows, columns) in cells:
         means = functional.avg_pool2d(patches, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
         for count in (size, size + 3):
-            found = read(made, picture, count, count)[:, :size]
+            found = read(made, image, count, count)[:, :size]
             torch.testing.assert_close(found, made.projector(means), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_queries_depend_on_anchors_features_and_where_they_are() -> None:
-    made, picture = build(), torch.randn(1, 36, 16)
-    before = read(made, picture, 12)[0, 9:]
-    assert not torch.allclose(read(made, picture.flip(1), 12)[0, 9:], before, atol=1e-3)
+    made, image = build(), torch.randn(1, 36, 16)
+    before = read(made, image, 12)[0, 9:]
+    assert not torch.allclose(read(made, image.flip(1), 12)[0, 9:], before, atol=1e-3)
     for attention in (made.anchor_attn, made.feature_attn):
         kept = attention.out_proj.weight.clone()
         attention.out_proj.weight.zero_()
-        assert not torch.allclose(read(made, picture, 12)[0, 9:], before, atol=1e-3)
+        assert not torch.allclose(read(made, image, 12)[0, 9:], before, atol=1e-3)
         attention.out_proj.weight.copy_(kept)
 
 
@@ -122,7 +122,7 @@ def test_sizes_by_default_and_what_they_need() -> None:
         ),
         ({"per_budget_projector": True}, "per_budget_projector does not go with compressor 'hybrid'"),
         ({"keys": "content"}, "media.image.keys does not apply to compressor 'hybrid'; allowed: anchors, query_heads"),
-        ({"budgets": ["/4"]}, "compressor 'hybrid' is for pictures at counts"),
+        ({"budgets": ["/4"]}, "compressor 'hybrid' is for images at counts"),
         ({"query_heads": 3}, "must be a multiple of 4 and of query_heads=3"),
         ({"grid": (2, 4)}, "9 cannot be pooled of a grid of 2x4"),
     ],
@@ -132,10 +132,10 @@ def test_what_it_cannot_do_is_refused(changes: dict, message: str) -> None:
         build(**changes)
 
 
-def test_streams_and_a_grid_per_picture_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"media\.audio\.compressor 'hybrid' is for pictures at counts"):
+def test_streams_and_a_grid_per_image_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"media\.audio\.compressor 'hybrid' is for images at counts"):
         build_compressor("audio", {**SETTINGS, "budgets": ["/4"]}, in_size=16, out_size=10)
-    with pytest.raises(ValueError, match=r"'hybrid' needs one grid, and here each picture has its own; allowed: pool"):
+    with pytest.raises(ValueError, match=r"'hybrid' needs one grid, and here each image has its own; allowed: pool"):
         build_compressor("image", SETTINGS, in_size=16, out_size=10, grid=(6, 6), max_patches=36)
 
 

@@ -31,13 +31,13 @@ def build(name: str) -> Compressor:
 
 
 def on_one_grid(compressor: Compressor, grid: tuple[int, int]) -> Compressor:
-    """The same weights on one grid for all pictures."""
+    """The same weights on one grid for all images."""
     fixed = copy.deepcopy(compressor)
     setattr(fixed, "feature_grid" if isinstance(fixed, Query) else "grid", grid)
     return fixed
 
 
-def pictures() -> tuple[Tensor, Tensor, Tensor]:
+def images() -> tuple[Tensor, Tensor, Tensor]:
     """Random features of every grid, padded with NaN, their lengths, and the grids."""
     generator = torch.Generator().manual_seed(0)
     grids = torch.tensor(GRIDS)
@@ -62,8 +62,8 @@ def test_the_cells_on_an_own_grid_are_those_on_that_grid_bit_for_bit(grid: tuple
 @pytest.mark.parametrize(("table_grid", "grid"), product([(3, 3), (4, 6), (1, 5)], [(3, 3), (7, 2), (16, 16), (1, 1)]))
 def test_positions_are_those_that_torch_resizes(table_grid: tuple[int, int], grid: tuple[int, int]) -> None:
     table = sincos_positions(table_grid, SIZE, torch.device("cpu"))
-    picture = table.unflatten(0, table_grid).permute(2, 0, 1)[None]
-    expected = functional.interpolate(picture, size=grid, mode="bicubic", align_corners=False)[0].flatten(1).T
+    image = table.unflatten(0, table_grid).permute(2, 0, 1)[None]
+    expected = functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)[0].flatten(1).T
     found = own_positions(table, table_grid, torch.tensor([grid]), num_features=grid[0] * grid[1] + 3)[0]
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
     assert found.isfinite().all()
@@ -71,9 +71,9 @@ def test_positions_are_those_that_torch_resizes(table_grid: tuple[int, int], gri
 
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.no_grad()
-def test_a_picture_in_a_batch_is_the_picture_alone_on_its_grid(name: str) -> None:
+def test_a_image_in_a_batch_is_the_image_alone_on_its_grid(name: str) -> None:
     compressor = build(name)
-    values, lengths, grids = pictures()
+    values, lengths, grids = images()
     tokens = torch.tensor([9 if "queries" not in name else 4, 4, 3, 1, 2])
     rates = torch.zeros_like(tokens)
     soft = compressor(values, lengths, tokens=tokens, rates=rates, max_tokens=20, grids=grids)
@@ -89,7 +89,7 @@ def test_a_picture_in_a_batch_is_the_picture_alone_on_its_grid(name: str) -> Non
 @torch.no_grad()
 def test_fewer_tokens_stay_the_first_of_more_on_an_own_grid() -> None:
     compressor = build("content keys")
-    values, lengths, grids = pictures()
+    values, lengths, grids = images()
     many, few = (
         compressor(values, lengths, tokens=tokens, rates=0 * tokens, max_tokens=9, grids=grids)
         for tokens in (torch.full((5,), 9), torch.full((5,), 4))
@@ -99,7 +99,7 @@ def test_fewer_tokens_stay_the_first_of_more_on_an_own_grid() -> None:
 
 @pytest.mark.parametrize("name", ["pool", "content keys"])
 def test_padding_gets_no_gradient(name: str) -> None:
-    values, lengths, grids = pictures()
+    values, lengths, grids = images()
     is_patch = torch.arange(18) < lengths[:, None]
     values = values.nan_to_num(3.0).requires_grad_()
     tokens = torch.full((5,), 3)

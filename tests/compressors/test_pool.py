@@ -39,9 +39,9 @@ def pool(features: Tensor, lengths: Tensor, costs: list[tuple[int, int]], max_to
     ).detach()
 
 
-def pool_grid(pictures: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
-    number = len(pictures)
-    return pool(pictures, torch.full((number,), grid[0] * grid[1]), [(count, 0)] * number, grid=grid)
+def pool_grid(images: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
+    number = len(images)
+    return pool(images, torch.full((number,), grid[0] * grid[1]), [(count, 0)] * number, grid=grid)
 
 
 @pytest.mark.parametrize("rate", range(1, 12))
@@ -69,13 +69,13 @@ def test_counts_between_are_the_integral_over_equal_stretches(count: int) -> Non
 
 @pytest.mark.parametrize(("grid", "count"), [((24, 24), n) for n in (576, 144, 36, 9, 1)] + [((4, 6), 6), ((6, 4), 24)])
 def test_grids_that_divide_are_avg_pool2d(grid: tuple[int, int], count: int) -> None:
-    pictures = torch.randn(2, grid[0] * grid[1], SIZE, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, grid[0] * grid[1], SIZE, generator=torch.Generator().manual_seed(0))
     stride = round((grid[0] * grid[1] / count) ** 0.5)
-    maps = pictures.transpose(1, 2).unflatten(2, grid)
+    maps = images.transpose(1, 2).unflatten(2, grid)
     expected = functional.avg_pool2d(maps, stride).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(pool_grid(pictures, count, grid), expected)
+    torch.testing.assert_close(pool_grid(images, count, grid), expected)
     if count == grid[0] * grid[1]:
-        assert torch.equal(pool_grid(pictures, count, grid), pictures)
+        assert torch.equal(pool_grid(images, count, grid), images)
 
 
 def rectangles(count: int, grid: tuple[int, int]) -> list[tuple[float, float, float, float]]:
@@ -93,10 +93,10 @@ def rectangles(count: int, grid: tuple[int, int]) -> list[tuple[float, float, fl
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (7, 1)])
 def test_every_count_is_the_integral_over_its_rectangles(grid: tuple[int, int]) -> None:
-    picture = torch.randn(1, grid[0] * grid[1], SIZE, generator=torch.Generator().manual_seed(0))
-    patches = picture[0].unflatten(0, grid)
+    image = torch.randn(1, grid[0] * grid[1], SIZE, generator=torch.Generator().manual_seed(0))
+    patches = image[0].unflatten(0, grid)
     for count in range(1, grid[0] * grid[1] + 1):
-        soft = pool_grid(picture, count, grid)[0]
+        soft = pool_grid(image, count, grid)[0]
         for token, (top, bottom, left, right) in zip(soft, rectangles(count, grid), strict=True):
             integral = torch.zeros(SIZE)
             for row, column in product(range(grid[0]), range(grid[1])):
@@ -138,23 +138,23 @@ def test_an_item_in_a_mixed_batch_equals_the_item_alone() -> None:
         assert not together[row, cost[0] :].any()
 
 
-def test_pictures_of_one_batch_may_differ_in_count() -> None:
-    pictures = torch.randn(3, 36, SIZE, generator=torch.Generator().manual_seed(0))
+def test_images_of_one_batch_may_differ_in_count() -> None:
+    images = torch.randn(3, 36, SIZE, generator=torch.Generator().manual_seed(0))
     counts = [36, 7, 1]
-    together = pool(pictures, torch.full((3,), 36), [(count, 0) for count in counts], max_tokens=50, grid=(6, 6))
+    together = pool(images, torch.full((3,), 36), [(count, 0) for count in counts], max_tokens=50, grid=(6, 6))
     for row, count in enumerate(counts):
-        torch.testing.assert_close(together[row, :count], pool_grid(pictures[row : row + 1], count, (6, 6))[0])
+        torch.testing.assert_close(together[row, :count], pool_grid(images[row : row + 1], count, (6, 6))[0])
         assert not together[row, count:].any()
 
 
 def test_project_first_pools_what_the_projector_gives() -> None:
     torch.manual_seed(0)
     bank = ProjectorBank([Projector(in_size=SIZE, out_size=3, hidden_size=8)])
-    pictures = torch.randn(1, 16, SIZE)
-    soft = pool(pictures, torch.tensor([16]), [(4, 0)], grid=(4, 4), projectors=bank, project_first=True)
-    projected = bank[0](pictures).transpose(1, 2).unflatten(2, (4, 4))
+    images = torch.randn(1, 16, SIZE)
+    soft = pool(images, torch.tensor([16]), [(4, 0)], grid=(4, 4), projectors=bank, project_first=True)
+    projected = bank[0](images).transpose(1, 2).unflatten(2, (4, 4))
     torch.testing.assert_close(soft, functional.avg_pool2d(projected, 2).flatten(2).transpose(1, 2).detach())
-    behind = pool(pictures, torch.tensor([16]), [(4, 0)], grid=(4, 4), projectors=bank)
+    behind = pool(images, torch.tensor([16]), [(4, 0)], grid=(4, 4), projectors=bank)
     assert not torch.allclose(soft, behind, atol=1e-3)
 
 

@@ -14,14 +14,14 @@ from mllm.compressors.query import CrossAttention, sincos_positions
 SIZE, OUT = 16, 6
 
 
-def picture_query(keys: str, **changes) -> Query:
+def image_query(keys: str, **changes) -> Query:
     torch.manual_seed(0)
     sizes = {"in_size": SIZE, "out_size": OUT, "query_grid": (3, 3), "feature_grid": (5, 5), "num_heads": 4}
     return Query(keys=keys, **{**sizes, **changes}).eval()
 
 
 def stream_query(keys: str, queries: int = 4, window: int = 8) -> Query:
-    return picture_query(keys, query_grid=(1, queries), feature_grid=(1, window), windowed=True)
+    return image_query(keys, query_grid=(1, queries), feature_grid=(1, window), windowed=True)
 
 
 def costs(*pairs: tuple[int, int]) -> dict[str, Tensor]:
@@ -43,11 +43,11 @@ def clips(*lengths: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("size", [SIZE, 24])
 @torch.no_grad()
 def test_the_tokens_of_a_budget_are_the_first_of_any_larger_one(keys: str, size: int) -> None:
-    compressor = picture_query(keys, size=size)
-    picture, lengths = torch.randn(1, 25, SIZE), torch.tensor([25])
-    largest = compressor(picture, lengths, **costs((9, 0)), max_tokens=9)
+    compressor = image_query(keys, size=size)
+    image, lengths = torch.randn(1, 25, SIZE), torch.tensor([25])
+    largest = compressor(image, lengths, **costs((9, 0)), max_tokens=9)
     for count in range(1, 10):
-        soft = compressor(picture, lengths, **costs((count, 0)), max_tokens=count)
+        soft = compressor(image, lengths, **costs((count, 0)), max_tokens=count)
         torch.testing.assert_close(soft, largest[:, :count])
 
 
@@ -74,11 +74,11 @@ def test_a_window_reads_its_own_frames_and_the_last_one_only_those_that_exist(ke
 
 
 @torch.no_grad()
-def test_position_keys_do_not_look_at_the_picture_and_content_keys_do() -> None:
+def test_position_keys_do_not_look_at_the_image_and_content_keys_do() -> None:
     """With position keys the whole is linear in the normed features: a fixed pooling, as MQT was released."""
     first, second = torch.randn(2, 1, 25, SIZE)
     for keys, fixed in (("position", True), ("content", False)):
-        compressor = picture_query(keys)
+        compressor = image_query(keys)
         compressor.ln_v = nn.Identity()
         bias = compressor._read(torch.zeros(1, 25, SIZE))
         together = compressor._read(first + second) - bias
@@ -89,16 +89,16 @@ def test_position_keys_do_not_look_at_the_picture_and_content_keys_do() -> None:
 @torch.no_grad()
 def test_the_attention_is_that_of_the_released_model() -> None:
     """The forward pass of MQT written out with torch's own attention, bicubic positions and no projector bias."""
-    compressor = picture_query("position")
+    compressor = image_query("position")
     released = nn.MultiheadAttention(SIZE, 4, batch_first=True)
     released.load_state_dict(compressor.attn.state_dict())
     table = compressor.pos_embed.T.unflatten(1, (3, 3))[None]
     positions = functional.interpolate(table, size=(5, 5), mode="bicubic", align_corners=False)[0].flatten(1).T
-    picture = torch.randn(2, 25, SIZE)
+    image = torch.randn(2, 25, SIZE)
     query = compressor.ln_q(compressor.query[:4] + compressor.pos_embed[:4]).expand(2, -1, -1)
     key = compressor.ln_k(positions).expand(2, -1, -1)
-    expected = released(query, key, compressor.ln_v(picture))[0] @ compressor.proj
-    soft = compressor(picture, torch.tensor([25, 25]), **costs((4, 0), (4, 0)), max_tokens=4)
+    expected = released(query, key, compressor.ln_v(image))[0] @ compressor.proj
+    soft = compressor(image, torch.tensor([25, 25]), **costs((4, 0), (4, 0)), max_tokens=4)
     torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -135,17 +135,17 @@ def test_an_item_in_a_mixed_batch_equals_the_item_alone(keys: str) -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_one_batch_may_differ_in_count() -> None:
-    compressor = picture_query("content")
-    pictures, lengths = torch.randn(2, 25, SIZE), torch.tensor([25, 25])
-    together = compressor(pictures, lengths, **costs((9, 0), (2, 0)), max_tokens=40)
+def test_images_of_one_batch_may_differ_in_count() -> None:
+    compressor = image_query("content")
+    images, lengths = torch.randn(2, 25, SIZE), torch.tensor([25, 25])
+    together = compressor(images, lengths, **costs((9, 0), (2, 0)), max_tokens=40)
     assert together.shape == (2, 40, OUT)
-    alone = compressor(pictures[1:], lengths[1:], **costs((2, 0)), max_tokens=2)
+    alone = compressor(images[1:], lengths[1:], **costs((2, 0)), max_tokens=2)
     torch.testing.assert_close(together[1, :2], alone[0])
     assert not together[1, 2:].any()
 
 
-@pytest.mark.parametrize("compressor", [picture_query("content"), stream_query("position")])
+@pytest.mark.parametrize("compressor", [image_query("content"), stream_query("position")])
 def test_every_weight_learns_also_from_windows_of_padding(compressor: Query) -> None:
     features, lengths = clips(25, 5) if compressor.windowed else (torch.randn(2, 25, SIZE), torch.tensor([25, 25]))
     compressor.zero_grad()
@@ -165,7 +165,7 @@ def test_a_process_without_the_medium_can_run_it() -> None:
 
 
 def test_reset_gives_the_released_start() -> None:
-    compressor = picture_query("position", in_size=64, query_grid=(8, 8), num_heads=1)
+    compressor = image_query("position", in_size=64, query_grid=(8, 8), num_heads=1)
     with torch.no_grad():
         for parameter in compressor.parameters():
             parameter.fill_(7.0)
@@ -196,7 +196,7 @@ def test_positions_tell_rows_from_columns() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        picture_query(**changes)
+        image_query(**changes)
 
 
 def test_attention_over_a_mask_ignores_what_is_masked() -> None:
@@ -206,14 +206,14 @@ def test_attention_over_a_mask_ignores_what_is_masked() -> None:
     torch.testing.assert_close(attention(query, states, states, mask), attention(query, states[:, :3], states[:, :3]))
 
 
-def read_picture(compressor: Query, pictures: Tensor, *counts: int) -> Tensor:
-    lengths = torch.full((len(pictures),), pictures.shape[1])
-    return compressor(pictures, lengths, **costs(*((count, 0) for count in counts)), max_tokens=max(counts) + 2)
+def read_image(compressor: Query, images: Tensor, *counts: int) -> Tensor:
+    lengths = torch.full((len(images),), images.shape[1])
+    return compressor(images, lengths, **costs(*((count, 0) for count in counts)), max_tokens=max(counts) + 2)
 
 
 def sharp_query(**changes) -> Query:
     """Every weight far from its initial value, so that whatever is left out of the fold shows."""
-    compressor = picture_query("position", **changes)
+    compressor = image_query("position", **changes)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in compressor.parameters():
@@ -227,10 +227,10 @@ def test_folded_queries_equal_those_that_are_not(changes: dict, counts: tuple[in
     """Both orders of the products (few tokens, many tokens), heads, sizes and a grid without resizing."""
     compressor = sharp_query(**changes)
     length = compressor.feature_grid[0] * compressor.feature_grid[1]
-    pictures = 3 * torch.randn(2, length, SIZE, generator=torch.Generator().manual_seed(3)) + 1
-    unfolded = read_picture(compressor, pictures, *counts).detach()
+    images = 3 * torch.randn(2, length, SIZE, generator=torch.Generator().manual_seed(3)) + 1
+    unfolded = read_image(compressor, images, *counts).detach()
     with torch.no_grad():
-        folded = read_picture(compressor, pictures, *counts)
+        folded = read_image(compressor, images, *counts)
     assert not torch.equal(folded, unfolded)  # it really took another way
     torch.testing.assert_close(folded, unfolded, rtol=1e-5, atol=1e-5 * float(unfolded.abs().max()))
 
@@ -259,7 +259,7 @@ def _train(compressor: Query) -> None:
     compressor.train()
     optimizer = torch.optim.SGD(compressor.parameters(), lr=0.1)
     with torch.enable_grad():
-        read_picture(compressor, torch.randn(1, 25, SIZE), 9).square().sum().backward()
+        read_image(compressor, torch.randn(1, 25, SIZE), 9).square().sum().backward()
     optimizer.step()
     compressor.eval()
 
@@ -277,29 +277,29 @@ def _replace(compressor: Query) -> None:
 @pytest.mark.parametrize("change", [_step, _load, _assign, _train, _write_data, _replace, Query.double])
 def test_folded_constants_are_never_stale(change) -> None:
     compressor = sharp_query()
-    pictures = torch.randn(1, 25, SIZE, generator=torch.Generator().manual_seed(3))
+    images = torch.randn(1, 25, SIZE, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        before = read_picture(compressor, pictures, 9)
+        before = read_image(compressor, images, 9)
         kept = compressor._folds._kept
-        torch.testing.assert_close(read_picture(compressor, pictures, 9), before)
+        torch.testing.assert_close(read_image(compressor, images, 9), before)
         assert compressor._folds._kept is kept  # folded once
     change(compressor)
-    own = pictures.to(compressor.proj.dtype)
-    expected = read_picture(compressor, own, 9).detach()
+    own = images.to(compressor.proj.dtype)
+    expected = read_image(compressor, own, 9).detach()
     with torch.no_grad():
-        after = read_picture(compressor, own, 9)
+        after = read_image(compressor, own, 9)
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert after.dtype != before.dtype or not torch.allclose(after, before)
 
 
 def test_copies_fold_for_themselves_and_gradients_are_not_folded() -> None:
     compressor = sharp_query()
-    pictures = torch.randn(1, 25, SIZE)
+    images = torch.randn(1, 25, SIZE)
     with torch.no_grad():
-        read_picture(compressor, pictures, 9)
+        read_image(compressor, images, 9)
     twin = copy.deepcopy(compressor)
     assert twin._folds._kept is None
     assert set(twin.state_dict()) == set(compressor.state_dict())
-    read_picture(compressor, pictures, 9).sum().backward()
+    read_image(compressor, images, 9).sum().backward()
     assert compressor.query.grad is not None
     assert compressor.attn.in_proj_weight.grad.abs().sum() > 0

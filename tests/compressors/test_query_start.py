@@ -89,5 +89,5 @@ def test_weights_that_are_frozen_can_be_given_it() -> None:
 
 def test_streams_and_content_keys_are_refused() -> None:
     for compressor in (query_of((1, 8), (1, 4), windowed=True), query_of((4, 4), (2, 2), keys="content")):
-        with pytest.raises(ValueError, match=r"query_start=pyramid goes with pictures and keys=position"):
+        with pytest.raises(ValueError, match=r"query_start=pyramid goes with images and keys=position"):
             read_places(compressor, torch.Generator())

@@ -60,10 +60,10 @@ def test_an_item_in_a_mixed_batch_equals_the_item_alone() -> None:
 def test_a_grid_is_stacked_by_blocks_in_reading_order() -> None:
     projectors = bank(8, in_sizes=(SIZE * 3,))
     compressor = Stack(projectors=projectors, grid_rows=(2,), grid=(2, 12))
-    picture = torch.randn(1, 24, SIZE)
-    blocks = picture[0].unflatten(0, (2, 12)).unfold(1, 3, 3)  # (2, 4, D, 3)
+    image = torch.randn(1, 24, SIZE)
+    blocks = image[0].unflatten(0, (2, 12)).unfold(1, 3, 3)  # (2, 4, D, 3)
     expected = projectors[0](blocks.transpose(2, 3).flatten(2).flatten(0, 1))
-    soft = compressor(picture, torch.tensor([24]), tokens=torch.tensor([8]), rates=torch.tensor([0]), max_tokens=8)
+    soft = compressor(image, torch.tensor([24]), tokens=torch.tensor([8]), rates=torch.tensor([0]), max_tokens=8)
     torch.testing.assert_close(soft[0], expected)
 
 
@@ -72,10 +72,10 @@ def test_square_blocks_are_the_pixel_shuffle() -> None:
     """Same numbers as torch's `pixel_unshuffle`, which orders channels first inside a block."""
     projectors = bank(4, in_sizes=(SIZE * 4,))
     compressor = Stack(projectors=projectors, grid_rows=(2,), grid=(4, 4))
-    picture = torch.randn(1, 16, SIZE)
-    maps = functional.pixel_unshuffle(picture.transpose(1, 2).unflatten(2, (4, 4)), 2)[0]  # (D * 4, 2, 2)
+    image = torch.randn(1, 16, SIZE)
+    maps = functional.pixel_unshuffle(image.transpose(1, 2).unflatten(2, (4, 4)), 2)[0]  # (D * 4, 2, 2)
     blocks = maps.unflatten(0, (SIZE, 4)).transpose(0, 1).flatten(0, 1).flatten(1).T
-    soft = compressor(picture, torch.tensor([16]), tokens=torch.tensor([4]), rates=torch.tensor([0]), max_tokens=4)
+    soft = compressor(image, torch.tensor([16]), tokens=torch.tensor([4]), rates=torch.tensor([0]), max_tokens=4)
     torch.testing.assert_close(soft[0], projectors[0](blocks))
 
 

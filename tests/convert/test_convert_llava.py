@@ -108,8 +108,8 @@ def write_folder(folder: Path, state: dict[str, Tensor], parts: dict[str, str], 
     return folder
 
 
-def write_manifest(folder: Path, picture: str) -> Path:
-    parts = [{"type": "image", "path": picture}, {"type": "text", "text": "what?"}]
+def write_manifest(folder: Path, image: str) -> Path:
+    parts = [{"type": "image", "path": image}, {"type": "text", "text": "what?"}]
     answer = {"role": "assistant", "content": "red"}
     messages = [{"role": "user", "content": parts}, answer]
     row = {"id": "a", "task": "vqa", "messages": messages, "meta": {"answers": ["red"] * 10}}
@@ -129,8 +129,8 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     shutil.rmtree(folder)
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "elsewhere"))
     media = tiny.write_media(tmp_path / "media")
-    picture = str(tmp_path / "media" / media["image"])
-    asked = ["--image", picture, "--text", "what?", "--max-new-tokens", "2", "--use-cpu"]
+    image = str(tmp_path / "media" / media["image"])
+    asked = ["--image", image, "--text", "what?", "--max-new-tokens", "2", "--use-cpu"]
     for budget in ("image=16", "image=7"):
         assert main(["generate", "--model", str(moved), "--budget", budget, *asked]) == 0
     words = ["--model.llm", str(moved / "llm"), "--model.image.encoder", str(moved / "image")]
@@ -202,7 +202,7 @@ def test_mqt_has_every_even_count_and_its_first_tokens_do_not_change(tmp_path: P
     state = frozen() | queries()
     folder = write_folder(tmp_path / "mqt", state, parts, kind="safetensors")
     facts = convert(folder, tmp_path / "run", system="mqt-llava", options=Options())
-    assert facts[0].startswith("pictures: 16 queries of 16 with 2 heads; trained at 2, 4, 6, 8, 10, 12, 14, 16 tokens")
+    assert facts[0].startswith("images: 16 queries of 16 with 2 heads; trained at 2, 4, 6, 8, 10, 12, 14, 16 tokens")
     model, processor = load(tmp_path / "run")
     trained = {own.value for own in processor.space.media["image"].trained}
     assert trained == set(range(2, 17, 2))
@@ -234,7 +234,7 @@ def test_a_first_stage_is_the_connector_alone(tmp_path: Path, parts: dict[str, s
 
 
 @pytest.mark.parametrize(("told", "chosen"), [("pad", None), ("square", None), ("square", "pad"), (None, None)])
-def test_pictures_become_square_as_the_checkpoint_says(
+def test_images_become_square_as_the_checkpoint_says(
     tmp_path: Path, parts: dict[str, str], told: str | None, chosen: Any
 ) -> None:
     """The released code pads with the mean colour and centres, or cuts the middle out where its config is silent."""
@@ -247,13 +247,13 @@ def test_pictures_become_square_as_the_checkpoint_says(
     options = Options(vision=str(vision), image_aspect_ratio=chosen)
     convert(folder, tmp_path / "run", system="llava", options=options)
     _, processor = load(tmp_path / "run")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
-    values = processor.transform("image", picture).values
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
+    values = processor.transform("image", image).values
     if (chosen or told) == "pad":
         square = Image.new("RGB", (61, 61), tuple(int(own * 255) for own in clip.image_mean))  # pyright: ignore
-        square.paste(picture, (0, 10))
-        picture = square
-    expected = clip(picture, return_tensors="pt")["pixel_values"][0]
+        square.paste(image, (0, 10))
+        image = square
+    expected = clip(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(values, expected, atol=0.03, rtol=0)
 
 
@@ -261,10 +261,10 @@ def test_the_answers_of_a_moved_run_are_those_before(tmp_path: Path, parts: dict
     folder = write_folder(tmp_path / "mqt", frozen() | queries(), parts, kind="bin")
     convert(folder, tmp_path / "run", system="mqt-llava", options=Options())
     media = tiny.write_media(tmp_path / "media")
-    picture = tmp_path / "media" / media["image"]
+    image = tmp_path / "media" / media["image"]
 
     def answer(run: Path) -> Any:
-        return Answerer(*load(run), Decoding(max_new_tokens=4))("what?", image=picture, budget="image=6")
+        return Answerer(*load(run), Decoding(max_new_tokens=4))("what?", image=image, budget="image=6")
 
     before = answer(tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "other")
@@ -280,12 +280,12 @@ def test_a_question_stands_behind_a_line_break_as_in_the_released_prompts(
     model, processor = load(tmp_path / "run")
     media = tiny.write_media(tmp_path / "media")
     answerer = Answerer(model, processor, Decoding(max_new_tokens=4))
-    picture = tmp_path / "media" / media["image"]
-    plain, broken = (answerer(text, image=picture) for text in ("what?", "\nwhat?"))
+    image = tmp_path / "media" / media["image"]
+    plain, broken = (answerer(text, image=image) for text in ("what?", "\nwhat?"))
     assert (plain.text, plain.num_prompt_tokens) == (broken.text, broken.num_prompt_tokens)
     row = processor.batch(
-        [request({"image": picture}, "what?", separator="\n")[0]],
-        [[processor.transform("image", Image.open(picture).convert("RGB"))]],
+        [request({"image": image}, "what?", separator="\n")[0]],
+        [[processor.transform("image", Image.open(image).convert("RGB"))]],
         for_training=False,
     ).rows[0]
     line_break = tiny.TOKENIZER("\nwhat?", add_special_tokens=False)["input_ids"]

@@ -54,10 +54,10 @@ def clips(count: int, chance: np.random.Generator) -> list[np.ndarray]:
 
 
 def conversations(count: int, chance: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Tokens of picture conversations with a long tail, and longer ones without a picture, at 576 to 1 tokens."""
-    text, pictures = np.clip(chance.lognormal(5, 0.8, count), 20, 1_400).astype(int), chance.random(count) > 0.06
-    text = np.where(pictures, text, np.clip(3 * text, 50, 1_900))
-    return [text + np.where(pictures, most, 0) for most in (576, 144, 36, 9, 1)], pictures.astype(int)
+    """Tokens of image conversations with a long tail, and longer ones without an image, at 576 to 1 tokens."""
+    text, images = np.clip(chance.lognormal(5, 0.8, count), 20, 1_400).astype(int), chance.random(count) > 0.06
+    text = np.where(images, text, np.clip(3 * text, 50, 1_900))
+    return [text + np.where(images, most, 0) for most in (576, 144, 36, 9, 1)], images.astype(int)
 
 
 def imbalance(batches: list[list[list[int]]], costs: np.ndarray) -> float:

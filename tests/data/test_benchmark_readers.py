@@ -61,7 +61,7 @@ def asked(sample: Sample) -> str:
     return sample.messages[0].text
 
 
-def picture(sample: Sample) -> str:
+def image_path(sample: Sample) -> str:
     return next(iter(sample.media)).path
 
 
@@ -78,7 +78,7 @@ def test_vqav2(tmp_path: Path) -> None:
         {"question_id": 262144005, "image": "a.jpg", "text": f"Is it?{SHORT}", "category": "default"},
     )
     one = imported("vqav2", root)["262144005"]
-    assert (asked(one), picture(one)) == (f"\nIs it?{SHORT}", "test2015/a.jpg")
+    assert (asked(one), image_path(one)) == (f"\nIs it?{SHORT}", "test2015/a.jpg")
     assert one.meta == {"unanswered": True}
     assert one.messages[-1].role == "user"
     questions = root / "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -87,7 +87,7 @@ def test_vqav2(tmp_path: Path) -> None:
     put_json(root / "v2_mscoco_val2014_annotations.json", {"annotations": notes})
     two = imported("vqav2", questions)["42000"]
     assert (two.messages[-1].text, two.meta["answers"], two.kind) == ("red", VOTES, "other")
-    assert (asked(two), picture(two)) == (f"\nWhat colour?{SHORT}", "val2014/COCO_val2014_000000000042.jpg")
+    assert (asked(two), image_path(two)) == (f"\nWhat colour?{SHORT}", "val2014/COCO_val2014_000000000042.jpg")
 
 
 def test_gqa(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_vizwiz(tmp_path: Path) -> None:
     row = {"question_id": "t.jpg", "image": "t.jpg", "text": f"Ok?{unsure}{SHORT}"}
     put_lines(root / "llava_test.jsonl", row)
     one = imported("vizwiz", root)["t.jpg"]
-    assert (one.meta, picture(one)) == ({"picture": "t.jpg", "unanswered": True}, "test/t.jpg")
+    assert (one.meta, image_path(one)) == ({"image": "t.jpg", "unanswered": True}, "test/t.jpg")
     answers = [{"answer": vote, "answer_confidence": "yes"} for vote in VOTES]
     row = {"image": "v.jpg", "question": "Ok?", "answers": answers, "answer_type": "other", "answerable": 1}
     put_json(root / "val.json", [row])
@@ -130,7 +130,7 @@ def test_vizwiz(tmp_path: Path) -> None:
     assert (asked(two), two.meta["answers"]) == (asked(one), VOTES)
 
 
-def test_pope_finds_labels_by_picture_and_words_whatever_the_order(tmp_path: Path) -> None:
+def test_pope_finds_labels_by_image_and_words_whatever_the_order(tmp_path: Path) -> None:
     root = tmp_path / "pope"
     put(root, "val2014/a.jpg", "val2014/b.jpg")
     labels = {("a.jpg", "Is there a cat?"): "yes", ("b.jpg", "Is there a cat?"): "no", ("b.jpg", "A dog?"): "yes"}
@@ -148,13 +148,13 @@ def test_pope_finds_labels_by_picture_and_words_whatever_the_order(tmp_path: Pat
     assert {sample.kind for sample in found.values()} == {"random", "popular", "adversarial"}
     for sample in found.values():
         words = asked(sample).removesuffix(SHORT).strip()
-        assert sample.messages[-1].text == labels[picture(sample).removeprefix("val2014/"), words]
+        assert sample.messages[-1].text == labels[image_path(sample).removeprefix("val2014/"), words]
     for file in (root / "coco").iterdir():  # as some hand them out
         file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"NO"'))
     assert imported("pope", root) == found
 
 
-def test_mme_finds_answers_beside_pictures(tmp_path: Path) -> None:
+def test_mme_finds_answers_beside_images(tmp_path: Path) -> None:
     root = tmp_path / "MME"
     base = root / "MME_Benchmark_release_version"
     put(base, "color/1.jpg", "landmark/images/2.jpg")
@@ -176,13 +176,13 @@ def test_mme_finds_answers_beside_pictures(tmp_path: Path) -> None:
         "landmark/2.jpg": "no",
         "landmark/2.jpg#2": "yes",
     }
-    assert picture(found["landmark/2.jpg"]).endswith("landmark/images/2.jpg")
+    assert image_path(found["landmark/2.jpg"]).endswith("landmark/images/2.jpg")
     put_lines(root / "llava_mme.jsonl", *rows[:3])
-    with pytest.raises(ValueError, match="has 1 questions; MME has two per picture"):
+    with pytest.raises(ValueError, match="has 1 questions; MME has two per image"):
         read_data(root, None, ReaderSettings(format="mme"))
 
 
-def test_scienceqa_asks_what_has_a_picture(tmp_path: Path) -> None:
+def test_scienceqa_asks_what_has_a_image(tmp_path: Path) -> None:
     root = tmp_path / "scienceqa"
     put(root, "images/test/5/image.png")
     said = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
@@ -196,21 +196,21 @@ def test_scienceqa_asks_what_has_a_picture(tmp_path: Path) -> None:
 
 
 def write_mmbench(path: Path, *, with_answers: bool = True) -> None:
-    """Two questions with two rotations each; the second of the rotations names its picture by index."""
+    """Two questions with two rotations each; the second of the rotations names its image by index."""
     columns = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category"]
-    picture = base64.b64encode(png()).decode()
+    image = base64.b64encode(png()).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t")
         writer.writerow(columns if with_answers else [name for name in columns if name != "answer"])
         for index, hint in ((7, "Look."), (8, "nan")):
             for turn, options in enumerate((["x", "y"], ["y", "x"])):
-                held = picture if turn == 0 else index
+                held = image if turn == 0 else index
                 row = [index + turn * 1_000_000, 'Which "one"?', hint, *options, "", "", "AB"[turn], "c", held, "l2"]
                 writer.writerow(row if with_answers else [*row[:7], *row[8:]])
 
 
-def test_mmbench_takes_pictures_out_of_the_table(tmp_path: Path) -> None:
+def test_mmbench_takes_images_out_of_the_table(tmp_path: Path) -> None:
     root = tmp_path / "mmbench"
     write_mmbench(root / "mmbench_dev_20230712.tsv")
     found = imported("mmbench", root)
@@ -218,9 +218,9 @@ def test_mmbench_takes_pictures_out_of_the_table(tmp_path: Path) -> None:
     assert asked(found["7"]) == f'\nLook.\nWhich "one"?\nA. x\nB. y{CHOOSE}'
     assert asked(found["1000008"]) == f'\nWhich "one"?\nA. y\nB. x{CHOOSE}'
     assert [sample.messages[-1].text for sample in found.values()] == ["A", "B", "A", "B"]
-    assert len(list((root / "pictures").iterdir())) == 1
-    assert {picture(sample) for sample in found.values()} == {
-        file.relative_to(root).as_posix() for file in (root / "pictures").iterdir()
+    assert len(list((root / "images").iterdir())) == 1
+    assert {image_path(sample) for sample in found.values()} == {
+        file.relative_to(root).as_posix() for file in (root / "images").iterdir()
     }
     write_mmbench(root / "test" / "mmbench_test_20230712.tsv", with_answers=False)
     assert imported("mmbench", root / "test")["7"].meta["unanswered"]
@@ -267,12 +267,12 @@ def test_chartqa_and_docvqa_from_official_files(tmp_path: Path) -> None:
     row = {"questionId": 337, "question": "What date?", "image": "documents/p_1.png", "answers": ["1/8/93", "1/8"]}
     put_json(pages / "val_v1.0.json", {"data": [row]})
     one = imported("docvqa", pages)["337"]
-    assert (one.meta, picture(one)) == ({"question_id": 337, "answers": ["1/8/93", "1/8"]}, "documents/p_1.png")
+    assert (one.meta, image_path(one)) == ({"question_id": 337, "answers": ["1/8/93", "1/8"]}, "documents/p_1.png")
     put_json(pages / "test_v1.0.json", {"data": [{key: value for key, value in row.items() if key != "answers"}]})
     assert imported("docvqa", pages / "test_v1.0.json")["337"].meta["unanswered"]
 
 
-def test_missing_pictures_and_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images_and_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "vizwiz"
     put(root, "test/a.jpg")
     rows = [{"question_id": name, "image": name, "text": f"Ok?{SHORT}"} for name in ("a.jpg", "b.jpg")]
@@ -313,7 +313,7 @@ def cell(shade: int) -> dict[str, Any]:
     return {"bytes": png(shade), "path": f"{shade}.png"}
 
 
-def test_mmmu_stands_its_pictures_where_the_text_names_them(tmp_path: Path) -> None:
+def test_mmmu_stands_its_images_where_the_text_names_them(tmp_path: Path) -> None:
     root = tmp_path / "MMMU"
     common = {"explanation": "", "image_3": None}
     for subject, rows in {
@@ -336,12 +336,12 @@ def test_mmmu_stands_its_pictures_where_the_text_names_them(tmp_path: Path) -> N
         ]
         write_table(root / subject / "validation-00000-of-00001.parquet", rows)
         write_table(root / subject / "test-00000-of-00001.parquet", [{**rows[0], "id": "test_Art_1", "answer": "?"}])
-    found = imported("mmmu", root, code=1)  # the lost picture is told
+    found = imported("mmmu", root, code=1)  # the lost image is told
     assert list(found) == ["validation_Art_1", "validation_Math_1"]
     art, count = found.values()
     assert asked(art) == f"See  and : which?\nA. \nB. it's\n{CHOOSE}"
     assert len(list(art.media)) == 3
-    assert [part.path for part in art.media][1] == [part.path for part in art.media][2] == picture(count)
+    assert [part.path for part in art.media][1] == [part.path for part in art.media][2] == image_path(count)
     assert (art.kind, art.messages[-1].text, art.meta) == ("Art", "B", {"options": ["<image 1>", "it's"]})
     assert (count.meta["answers"], count.meta["options"]) == (["4", "four"], [])
     assert asked(count).endswith(f"How many?\n{SHORT}")

@@ -19,7 +19,7 @@ def row(name: str, *media: tuple[str, str], task: str = "vqa") -> bytes:
 
 
 def corpus(folder: Path, *rows: bytes) -> Path:
-    """A folder with a picture, a sound of two seconds, a broken sound, and a manifest."""
+    """A folder with an image, a sound of two seconds, a broken sound, and a manifest."""
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     soundfile.write(folder / "a.wav", np.full(32_000, 0.1), 16_000)
     (folder / "broken.wav").write_bytes((folder / "a.wav").read_bytes()[:999])
@@ -64,7 +64,7 @@ def test_every_problem_is_reported_with_its_line(tmp_path: Path) -> None:
     opened = check_manifest(path, tmp_path, open_media=True)
     found = {problem.line_number: problem.message for problem in opened.problems}
     assert "audio broken.wav: the file is shorter than its header states (corrupt)" in found[3]
-    assert "image a.wav: not a picture" in found[6]
+    assert "image a.wav: not an image" in found[6]
     assert opened.num_samples == 0
 
 

@@ -32,7 +32,7 @@ from mllm.training.feature_cache.store import digest_of_media
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def picture(colour: tuple[int, int, int] = RED) -> bytes:
+def image(colour: tuple[int, int, int] = RED) -> bytes:
     held = io.BytesIO()
     Image.new("RGB", (8, 6), colour).save(held, "PNG")
     return held.getvalue()
@@ -112,15 +112,15 @@ def test_messages_of_openai_and_ms_swift(tmp_path: Path) -> None:
         {"query": "And?", "response": "y", "history": [["One?", "1"], ["Two?", "2"]]},
         {"messages": asked("How does <image> work in HTML?")},
     )  # fmt: skip
-    *pictures, sounds, history, text = read(path, "messages")
-    for sample in pictures:
+    *images, sounds, history, text = read(path, "messages")
+    for sample in images:
         assert sample.messages[0].parts == (Media("image", "a.png"), Text("What?"))
     assert [message.role for message in sounds.messages] == ["system", "user", "assistant"]
     assert sounds.media == (Media("audio", "1.wav"), Media("audio", "2.wav"))
     assert (sounds.id, sounds.task) == ("m-6", "audio_qa")
     assert [message.text for message in history.messages] == ["One?", "1", "Two?", "2", "And?", "y"]
     assert text.messages[0].parts == (Text("How does <image> work in HTML?"),)
-    assert read(path, "messages") == [*pictures, sounds, history, text]  # made-up ids are always the same
+    assert read(path, "messages") == [*images, sounds, history, text]  # made-up ids are always the same
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_keys_that_are_not_read_are_said_once(tmp_path: Path, caplog: pytest.Log
     assert caplog.text.count("5 rows hold the key 'source', which is not read") == 1
 
 
-CELL = {"bytes": picture(), "path": "a.png"}
-OTHER = {"bytes": picture(BLUE), "path": None}
+CELL = {"bytes": image(), "path": "a.png"}
+OTHER = {"bytes": image(BLUE), "path": None}
 
 
 def table(path: Path, rows: list[dict], *, features: dict[str, Any] | None = None, **options: Any) -> Path:
@@ -176,7 +176,7 @@ def table(path: Path, rows: list[dict], *, features: dict[str, Any] | None = Non
 
 
 @pytest.mark.parametrize("row_group_size", [1, 3, 1_000])
-def test_parquet_with_pictures_inside(tmp_path: Path, row_group_size: int) -> None:
+def test_parquet_with_images_inside(tmp_path: Path, row_group_size: int) -> None:
     rows = [{"messages": asked(f"<image>{n}?"), "images": [OTHER if n % 2 else CELL], "n": n} for n in range(7)]
     rows.append({"messages": asked("<image><image>?"), "images": [CELL, OTHER], "n": 7})
     rows.append({"messages": asked("Only text."), "images": [], "n": 8})
@@ -232,7 +232,7 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
 
 def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
     """From the cache of huggingface_hub as a download leaves it: snapshots are links to blobs."""
-    cache = tmp_path / "hub" / "datasets--owner--pictures"
+    cache = tmp_path / "hub" / "datasets--owner--images"
     (cache / "refs").mkdir(parents=True)
     (cache / "blobs").mkdir()
     revision = "0" * 40
@@ -243,7 +243,7 @@ def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
     link.symlink_to(os.path.relpath(cache / "blobs" / "abc", link.parent))
     code = (
         "from mllm.data.readers import read_data, ReaderSettings\nfrom mllm.media import load_image, resolve_media\n"
-        "(one,) = read_data('owner/pictures', None, ReaderSettings(format='datasets'))\n"
+        "(one,) = read_data('owner/images', None, ReaderSettings(format='datasets'))\n"
         "print(load_image(resolve_media(one.root, one.media[0].path)).getpixel((0, 0)), one.id)"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -253,7 +253,7 @@ def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
 
 def hub_cache(folder: Path, tables: dict[str, bool]) -> dict[str, str]:
     """The cache of a data set of which revisions hold a table or none; the environment in which it is all there is."""
-    cache = folder / "hub" / "datasets--owner--pictures"
+    cache = folder / "hub" / "datasets--owner--images"
     for number, (revision, has_table) in enumerate(tables.items()):
         reference, snapshot = cache / "refs" / revision, cache / "snapshots" / f"{number:040d}"
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -275,14 +275,12 @@ def asked_of_hub(name: str, environment: dict[str, str]) -> subprocess.Completed
 
 def test_the_hubs_conversion_never_stands_for_a_named_revision(tmp_path: Path) -> None:
     environment = hub_cache(tmp_path, {"main": False, "v1": False, "v2": True, "refs/convert/parquet": True})
-    assert asked_of_hub("owner/pictures", environment).stdout == "refs/convert/parquet\n"
-    assert asked_of_hub("owner/pictures@v2", environment).stdout == "v2\n"
-    assert asked_of_hub("owner/pictures@refs/convert/parquet", environment).stdout == "refs/convert/parquet\n"
-    done = asked_of_hub("owner/pictures@v1", environment)
+    assert asked_of_hub("owner/images", environment).stdout == "refs/convert/parquet\n"
+    assert asked_of_hub("owner/images@v2", environment).stdout == "v2\n"
+    assert asked_of_hub("owner/images@refs/convert/parquet", environment).stdout == "refs/convert/parquet\n"
+    done = asked_of_hub("owner/images@v1", environment)
     assert done.stdout == ""
-    assert (
-        "owner/pictures@v1 holds no parquet; the hub's conversion of the newest one is owner/pictures@" in done.stderr
-    )
+    assert "owner/images@v1 holds no parquet; the hub's conversion of the newest one is owner/images@" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -373,11 +371,11 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     shard(
         tmp_path / "s" / "000.tar",
         {
-            "x/1.png": picture(BLUE),
+            "x/1.png": image(BLUE),
             "x/1.json": json.dumps({"messages": asked("<image>What?", "blue")}).encode(),
-            **{"2.png": picture(), "2.txt": b"a red square\n"},
+            **{"2.png": image(), "2.txt": b"a red square\n"},
             **{"3.wav": sound(), "3.txt": "höre".encode()},
-            **{"4.a.png": picture(), "4.b.png": picture(BLUE), "4.json": json.dumps(talk).encode()},
+            **{"4.a.png": image(), "4.b.png": image(BLUE), "4.json": json.dumps(talk).encode()},
         },
     )
     shard(tmp_path / "s" / "001.tar", {"5.json": json.dumps({"messages": asked("Hi", "Hello")}).encode()})
@@ -420,7 +418,7 @@ def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> 
             "2.json": b"{",
             "3.pkl": pickle.dumps(Path("x")),
             "4.json": json.dumps({"messages": asked("<image>?")}).encode(),
-            "5.png": picture(),
+            "5.png": image(),
             "6.json": good,
         },
     )
@@ -442,7 +440,7 @@ def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> 
 
 def test_media_inside_other_files_obey_the_same_limits_and_roots(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
-    content = picture()
+    content = image()
     shard(tmp_path / "root" / "a.tar", {"1.png": content, "1.txt": b"x"})
     path = read(tmp_path / "root" / "a.tar", "webdataset")[0].media[0].path
     found = resolve_media(tmp_path / "root", path)
@@ -485,10 +483,10 @@ def test_cells_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_changed_tar_is_seen_by_what_is_kept_of_it(tmp_path: Path) -> None:
-    shard(tmp_path / "a.tar", {"1.png": picture(), "1.txt": b"x"})
+    shard(tmp_path / "a.tar", {"1.png": image(), "1.txt": b"x"})
     place = resolve_media(tmp_path, read(tmp_path / "a.tar", "webdataset")[0].media[0].path)
     before = digest_of_media(place)
-    shard(tmp_path / "a.tar", {"1.png": picture(BLUE), "1.txt": b"x"})
+    shard(tmp_path / "a.tar", {"1.png": image(BLUE), "1.txt": b"x"})
     assert digest_of_media(place) != before
 
 
@@ -501,7 +499,7 @@ def test_a_changed_tar_is_seen_by_what_is_kept_of_it(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_checks_and_imports_any_format(tmp_path: Path, capsys, form: str, rows: list) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     path = lines(tmp_path / "d.jsonl", *rows)
     assert main(["data", "check", str(path), "--format", form, "--open"]) == 0
     assert "1 rows, 1 good samples" in capsys.readouterr().out

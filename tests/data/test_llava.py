@@ -1,4 +1,4 @@
-"""LLaVA JSON: markers are pictures in their places; what does not match is refused by id."""
+"""LLaVA JSON: markers are images in their places; what does not match is refused by id."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,12 @@ def entry(*values: str, image: object = "a.jpg", **keys: object) -> dict:
     return {"id": "7", "conversations": turns} | ({} if image is None else {"image": image}) | keys
 
 
-def test_markers_are_the_places_of_the_pictures(tmp_path: Path) -> None:
+def test_markers_are_the_places_of_the_images(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         entry("<image>\nWhat?", "A cat.", "Sure?", "Yes."),
         entry("First <image> then <image><image>", "ok", image=["1.jpg", "2.jpg", "3.jpg"], id="8"),
-        entry("No picture.", "Fine.", image=None, id=9),
+        entry("No image.", "Fine.", image=None, id=9),
     )
     first, second, third = read_llava(path, tmp_path)
     assert [message.role for message in first.messages] == ["user", "assistant", "user", "assistant"]
@@ -57,16 +57,16 @@ def test_ids_that_occur_again_are_numbered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (entry("What?", "x"), r"\(id '7'\): 0 <image> markers for 1 pictures"),
-        (entry("<image> <image>", "x"), r"\(id '7'\): 2 <image> markers for 1 pictures"),
-        (entry("<image>", "x", image=None), r"\(id '7'\): 1 <image> markers for 0 pictures"),
+        (entry("What?", "x"), r"\(id '7'\): 0 <image> markers for 1 images"),
+        (entry("<image> <image>", "x"), r"\(id '7'\): 2 <image> markers for 1 images"),
+        (entry("<image>", "x", image=None), r"\(id '7'\): 1 <image> markers for 0 images"),
         (entry("<image>", "an <image>"), "may stand only in what a human says"),
         (entry("<image>", "x", image="../a.jpg"), "path must not hold '..'"),
         (entry("<image>", "x", image=[3]), "must be a string, got a number"),
-        (entry("What?\n<image>", "x", image=None), r"\(id '7'\): 1 <image> markers for 0 pictures"),
+        (entry("What?\n<image>", "x", image=None), r"\(id '7'\): 1 <image> markers for 0 images"),
         (
             entry("<image>", "x", video="a.mp4"),
-            "video: format llava reads pictures under image; format sharegpt reads video",
+            "video: format llava reads images under image; format sharegpt reads video",
         ),
         ({"id": "7", "conversations": [{"from": "bot", "value": "x"}]}, "from must be one of human, gpt, system"),
         ({"id": "7", "conversations": [{"from": "gpt"}]}, "value must be a string, got None"),
@@ -142,17 +142,17 @@ def test_the_forms_that_occur_in_llavas_mixture(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "m.jsonl", tmp_path) == samples
 
 
-def test_pictures_first_is_where_llavas_training_code_puts_them(tmp_path: Path) -> None:
-    first, second, *_, text_only = read_llava(written(tmp_path, *MIXTURE), tmp_path, pictures_first=True)
+def test_images_first_is_where_llavas_training_code_puts_them(tmp_path: Path) -> None:
+    first, second, *_, text_only = read_llava(written(tmp_path, *MIXTURE), tmp_path, images_first=True)
     assert first.messages[0].parts[1] == Text("\nWhat are the colors of the bus in the image?")
     asked = "\nWho wrote this book?\nAnswer the question using a single word or phrase."
     assert second.messages[0].parts == (Media("image", "ocr_vqa/images/140031996X.jpg"), Text(asked))
     assert first.messages[2].text == "What feature can be seen on the back of the bus?"
     assert "<image>" in text_only.messages[0].text
     two = entry(" one <image> two <image> ", "x", image=["1.jpg", "2.jpg"])
-    parts = read_llava(written(tmp_path, two), tmp_path, pictures_first=True)[0].messages[0].parts
+    parts = read_llava(written(tmp_path, two), tmp_path, images_first=True)[0].messages[0].parts
     assert parts == (Media("image", "1.jpg"), Text("\n"), Media("image", "2.jpg"), Text("\none  two"))
-    alone = read_llava(written(tmp_path, entry("<image>\n", "x")), tmp_path, pictures_first=True)[0]
+    alone = read_llava(written(tmp_path, entry("<image>\n", "x")), tmp_path, images_first=True)[0]
     assert alone.messages[0].parts == (Media("image", "a.jpg"),)
 
 
@@ -201,7 +201,7 @@ def test_what_has_no_question_or_answer_is_left_out_and_told(
     assert told in caplog.text
 
 
-def test_a_sample_whose_picture_belongs_to_what_is_left_out_is_left_out_whole(tmp_path: Path) -> None:
+def test_a_sample_whose_image_belongs_to_what_is_left_out_is_left_out_whole(tmp_path: Path) -> None:
     turns = [("human", "<image>\nWhat?"), ("gpt", ""), ("human", "Sure?"), ("gpt", "Yes.")]
     good = entry("x", "y", image=None)
     assert len(read_llava(written(tmp_path, mix665k(*turns, image="a.jpg"), good), tmp_path)) == 1
@@ -211,4 +211,4 @@ def test_every_bad_entry_is_named_up_to_twenty(tmp_path: Path) -> None:
     path = written(tmp_path, *[entry("What?", "x", id=str(number)) for number in range(22)])
     with pytest.raises(ValueError, match="and 2 more") as caught:
         read_llava(path, tmp_path)
-    assert str(caught.value).count("0 <image> markers for 1 pictures") == 20
+    assert str(caught.value).count("0 <image> markers for 1 images") == 20

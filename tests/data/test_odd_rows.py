@@ -17,7 +17,7 @@ from mllm.media import write_sound, write_video
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
-def picture(path: Path) -> Path:
+def image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     held = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(held, "PNG")
@@ -42,7 +42,7 @@ def turns(value: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": value}, {"from": "gpt", "value": "x"}]
 
 
-def test_a_picture_that_is_null_is_a_sample_of_text(tmp_path: Path, capsys) -> None:
+def test_a_image_that_is_null_is_a_sample_of_text(tmp_path: Path, capsys) -> None:
     (tmp_path / "imgnull.json").write_text(json.dumps([{"id": "t", "image": None, "conversations": turns("Hello")}]))
     (sample,), _ = imported("llava", tmp_path / "imgnull.json", tmp_path, capsys, 0)
     assert sample.media == ()
@@ -51,7 +51,7 @@ def test_a_picture_that_is_null_is_a_sample_of_text(tmp_path: Path, capsys) -> N
 
 @pytest.mark.parametrize("by_lines", [False, True])
 def test_one_bad_conversation_is_told_and_the_others_are_written(tmp_path: Path, capsys, by_lines: bool) -> None:
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     rows = [{"id": str(n), "image": "a.png", "conversations": turns("<image>\nWhat?")} for n in range(3)]
     rows.append({"id": "bad", "image": "a.png", "conversations": turns("<image>\n<image>\nWhat?")})
     path = tmp_path / "onebad.json"
@@ -60,7 +60,7 @@ def test_one_bad_conversation_is_told_and_the_others_are_written(tmp_path: Path,
     assert [sample.id for sample in samples] == ["0", "1", "2"]
     place = "onebad.json:4" if by_lines else "onebad.json: entry 3"
     assert f"{place}" in shown
-    assert "(id 'bad'): 2 <image> markers for 1 pictures" in shown
+    assert "(id 'bad'): 2 <image> markers for 1 images" in shown
 
 
 def test_keys_that_llava_does_not_have_are_left_out_and_told(tmp_path: Path, caplog) -> None:
@@ -71,7 +71,7 @@ def test_keys_that_llava_does_not_have_are_left_out_and_told(tmp_path: Path, cap
 
 
 def test_pope_without_labels_is_told_row_by_row(tmp_path: Path, capsys) -> None:
-    picture(tmp_path / "val2014" / "x.jpg")
+    image(tmp_path / "val2014" / "x.jpg")
     asked = {"question_id": 1, "image": "x.jpg", "text": f"Is there a cat?{SHORT}", "category": "random"}
     lines(tmp_path / "llava_pope_test.jsonl", asked)
     for category in ("adversarial", "popular", "random"):
@@ -94,7 +94,7 @@ MME_ANSWERS = "Is it A? Please answer yes or no.\tYes\nIs it B? Please answer ye
 
 def mme(root: Path, *texts: object, question_id: object = "OCR/0001.jpg") -> list[Sample]:
     base = root / "MME_Benchmark_release_version" / "OCR"
-    picture(base / "0001.jpg")
+    image(base / "0001.jpg")
     (base / "0001.txt").write_text(MME_ANSWERS)
     rows = [{"question_id": question_id, "image": "OCR/0001.jpg", "text": text, "category": "OCR"} for text in texts]
     lines(root / "llava_mme.jsonl", *rows)
@@ -132,7 +132,7 @@ def test_an_answer_beyond_the_options_is_a_bad_row(tmp_path: Path, answer: objec
 
 
 def test_a_line_that_is_no_json_is_one_finding(tmp_path: Path) -> None:
-    picture(tmp_path / "test2015" / "a.jpg")
+    image(tmp_path / "test2015" / "a.jpg")
     row = json.dumps({"question_id": 1, "image": "a.jpg", "text": f"Is it?{SHORT}"}).encode()
     null = json.dumps({"question_id": 2, "image": None, "text": "?"}).encode()
     path = tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -167,7 +167,7 @@ def test_what_import_writes_without_a_root_is_found_by_check(tmp_path: Path, mon
 
 
 def test_ids_of_questions_never_collide(tmp_path: Path, capsys) -> None:
-    picture(tmp_path / "test2015" / "a.jpg")
+    image(tmp_path / "test2015" / "a.jpg")
     rows = [{"question_id": name, "image": "a.jpg", "text": f"Is it?{SHORT}"} for name in ("7", "7#2", "7", "8")]
     source = lines(tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl", *rows)
     samples, shown = imported("vqav2", source, tmp_path, capsys, 1)

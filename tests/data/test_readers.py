@@ -59,13 +59,13 @@ def talking_clip(path: Path) -> None:
     """A video with a sound stream of its own, 0.2 seconds long."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as container:
-        pictures, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
-        pictures.width = pictures.height = 16
-        pictures.pix_fmt = "yuv420p"
+        images, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
+        images.width = images.height = 16
+        images.pix_fmt = "yuv420p"
         for _ in range(5):
             frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
-            container.mux(pictures.encode(frame))
-        container.mux(pictures.encode())
+            container.mux(images.encode(frame))
+        container.mux(images.encode())
         heard = av.AudioFrame.from_ndarray(np.zeros((1, 3200), np.float32), format="fltp", layout="mono")
         heard.sample_rate = 16_000
         container.mux(sound.encode(heard))
@@ -438,7 +438,7 @@ def test_the_command_writes_what_is_right_and_tells_what_is_wrong(tmp_path: Path
     assert "omni_csv" in capsys.readouterr().err
 
 
-def test_the_command_takes_conversations_about_pictures(tmp_path: Path, capsys) -> None:
+def test_the_command_takes_conversations_about_images(tmp_path: Path, capsys) -> None:
     touch(tmp_path, "a.jpg")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat, sitting."}]
     entries = [{"id": name, "image": f"{name}.jpg", "conversations": turns} for name in "ab"]

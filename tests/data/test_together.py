@@ -52,8 +52,8 @@ def test_a_whole_group_holds_every_file_once_and_its_clips_stay_clips() -> None:
     assert clip_pairs(apart) == []
 
 
-def test_pictures_are_shared_by_samples_with_the_very_same_media() -> None:
-    """A cap on all media of a request may cut a picture into fewer tiles beside another one."""
+def test_images_are_shared_by_samples_with_the_very_same_media() -> None:
+    """A cap on all media of a request may cut an image into fewer tiles beside another one."""
     one, two = Media("image", "1.png"), Media("image", "2.png")
     samples = [
         Sample(name, (Message("user", (*media, Text("what?"))),), task="t")

@@ -33,7 +33,7 @@ from mllm.encoders import (
 )
 
 TRUNK: dict = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-PICTURE: dict = {**TRUNK, "image_size": 40, "patch_size": 8}
+IMAGE: dict = {**TRUNK, "image_size": 40, "patch_size": 8}
 CONVS: dict = {"conv_dim": (16, 16, 16), "conv_kernel": (10, 3, 2), "conv_stride": (5, 4, 2)}
 WAVE: dict = {**TRUNK, **CONVS, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
 STABLE: dict = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
@@ -53,11 +53,11 @@ WHISPER: dict = {
     "decoder_start_token_id": 0,
 }
 TOWERS = {
-    "clip": CLIPVisionConfig(**PICTURE),
-    "siglip": SiglipVisionConfig(**PICTURE),
-    "dinov2": Dinov2Config(**{key: value for key, value in PICTURE.items() if key != "intermediate_size"}),
-    "registers": Dinov2WithRegistersConfig(**PICTURE, num_register_tokens=4),
-    "dinov3": DINOv3ViTConfig(**PICTURE, num_register_tokens=4),
+    "clip": CLIPVisionConfig(**IMAGE),
+    "siglip": SiglipVisionConfig(**IMAGE),
+    "dinov2": Dinov2Config(**{key: value for key, value in IMAGE.items() if key != "intermediate_size"}),
+    "registers": Dinov2WithRegistersConfig(**IMAGE, num_register_tokens=4),
+    "dinov3": DINOv3ViTConfig(**IMAGE, num_register_tokens=4),
 }
 WAVES = {
     "hubert": HubertConfig(**WAVE),
@@ -112,10 +112,10 @@ def test_a_tower_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(nam
     config = TOWERS[name]
     torch.manual_seed(0)
     whole = backbone_class(config)(config).eval()
-    pictures = torch.randn(2, 3, 40, 40)
-    hidden = whole(pictures, output_hidden_states=True).hidden_states
+    images = torch.randn(2, 3, 40, 40)
+    hidden = whole(images, output_hidden_states=True).hidden_states
     encoder = wrap_encoder(whole, {"feature_layer": -2}).eval()
-    features = encoder(pictures)
+    features = encoder(images)
     assert encoder.grid == (5, 5)
     assert features.shape == (2, 25, 32)
     torch.testing.assert_close(features, hidden[-2][:, -25:])
@@ -124,56 +124,56 @@ def test_a_tower_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(nam
 
 @torch.no_grad()
 def test_class_tokens_go_and_patches_stay_in_reading_order() -> None:
-    """Changing the picture's last patch changes no feature but its own, when nothing mixes patches."""
-    config = CLIPVisionConfig(**PICTURE)
+    """Changing the image's last patch changes no feature but its own, when nothing mixes patches."""
+    config = CLIPVisionConfig(**IMAGE)
     backbone = CLIPVisionModel(config).eval()
     for layer in backbone.encoder.layers:
         layer.self_attn.out_proj.weight.zero_()
     encoder = wrap_encoder(backbone, {"feature_layer": 1})
-    pictures = torch.zeros(1, 3, 40, 40)
-    changed = pictures.clone()
+    images = torch.zeros(1, 3, 40, 40)
+    changed = images.clone()
     changed[..., 32:, 32:] = 1.0
-    different = (encoder(changed) - encoder(pictures)).abs().amax(dim=2)[0] > 1e-6
+    different = (encoder(changed) - encoder(images)).abs().amax(dim=2)[0] > 1e-6
     assert different.nonzero().tolist() == [[24]]
 
 
 @torch.no_grad()
 def test_the_final_norm_can_be_kept() -> None:
     torch.manual_seed(0)
-    whole = SiglipVisionModel(SiglipVisionConfig(**PICTURE)).eval()
-    pictures = torch.randn(1, 3, 40, 40)
-    normed = whole(pictures).last_hidden_state
+    whole = SiglipVisionModel(SiglipVisionConfig(**IMAGE)).eval()
+    images = torch.randn(1, 3, 40, 40)
+    normed = whole(images).last_hidden_state
     encoder = wrap_encoder(whole, {"feature_layer": -1, "final_norm": True})
-    torch.testing.assert_close(encoder(pictures), normed)
+    torch.testing.assert_close(encoder(images), normed)
     assert not hasattr(whole, "head")
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_another_picture_size_gives_another_grid(name: str) -> None:
+def test_another_image_size_gives_another_grid(name: str) -> None:
     settings = {"image_size": [48, 32]}
     encoder = build_encoder("image", TOWERS[name], settings).eval()
     assert encoder.grid == encoder_facts(TOWERS[name], settings).grid == (6, 4)
     assert encoder(torch.zeros(1, 3, 48, 32)).shape == (1, 24, 32)
-    with pytest.raises(ValueError, match=r"pictures are \(40, 40\) pixels"):
+    with pytest.raises(ValueError, match=r"images are \(40, 40\) pixels"):
         encoder(torch.zeros(1, 3, 40, 40))
 
 
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("size", [(24, 64), (44, 43)])
 @torch.no_grad()
-def test_pictures_that_are_not_square_are_read_as_the_tower_itself_reads_them(name: str, size: tuple[int, int]) -> None:
+def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name: str, size: tuple[int, int]) -> None:
     """Positions are the tower's own, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); what fills no patch is cut."""
     torch.manual_seed(0)
     whole = backbone_class(TOWERS[name])(TOWERS[name]).eval()
-    pictures = torch.randn(2, 3, *size)
+    images = torch.randn(2, 3, *size)
     options = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
-    hidden = whole(pictures, output_hidden_states=True, **options).hidden_states[-2]
+    hidden = whole(images, output_hidden_states=True, **options).hidden_states[-2]
     rows, columns = size[0] // 8, size[1] // 8
     encoder = wrap_encoder(whole, {"image_size": size}).eval()
     assert encoder.grid == (rows, columns)
-    features = encoder(pictures)
+    features = encoder(images)
     torch.testing.assert_close(features, hidden[:, -rows * columns :])
-    mirrored = encoder(pictures.flip(3)).unflatten(1, (rows, columns)).flip(2).flatten(1, 2)
+    mirrored = encoder(images.flip(3)).unflatten(1, (rows, columns)).flip(2).flatten(1, 2)
     assert not torch.allclose(features, mirrored, atol=1e-4)  # positions are there, and a row is a row
 
 
@@ -261,7 +261,7 @@ def test_backbones_and_media_that_do_not_fit_are_refused_by_name() -> None:
 
 
 def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
-    both = SiglipConfig(vision_config=PICTURE)
+    both = SiglipConfig(vision_config=IMAGE)
     assert tower_config(both).model_type == "siglip_vision_model"
     assert tower_config(LIPS) is LIPS
     assert tower_config(LIPS, "video") is LIPS

@@ -1,4 +1,4 @@
-"""Pictures in their own shape: each is encoded as alone, whatever its batch mates, and as the backbone does it."""
+"""Images in their own shape: each is encoded as alone, whatever its batch mates, and as the backbone does it."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def backbone() -> Siglip2VisionModel:
     return Siglip2VisionModel(CONFIG).eval()
 
 
-def pictures(padding: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Random patches of pictures of every grid, padded to the largest."""
+def images(padding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Random patches of images of every grid, padded to the largest."""
     generator = torch.Generator().manual_seed(0)
     values = torch.full((len(GRIDS), 16, 192), padding)
     for own, (rows, columns) in zip(values, GRIDS, strict=True):
@@ -29,9 +29,9 @@ def pictures(padding: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_a_picture_in_a_batch_is_the_picture_alone_whatever_the_padding() -> None:
+def test_a_image_in_a_batch_is_the_image_alone_whatever_the_padding() -> None:
     encoder = wrap_encoder(backbone(), {}).eval()
-    values, grids = pictures(padding=7.0)
+    values, grids = images(padding=7.0)
     features, lengths = encoder(values, grids)
     assert lengths.tolist() == [rows * columns for rows, columns in GRIDS]
     for row, length in enumerate(lengths.tolist()):
@@ -43,7 +43,7 @@ def test_a_picture_in_a_batch_is_the_picture_alone_whatever_the_padding() -> Non
 @torch.no_grad()
 def test_it_is_the_layer_of_the_backbone_that_was_asked_for(layer: int, final_norm: bool) -> None:
     whole = backbone()
-    values, grids = pictures()
+    values, grids = images()
     mask = torch.arange(16) < grids.prod(1)[:, None]
     given = {"pixel_attention_mask": mask.int(), "spatial_shapes": grids}
     found = whole(values, output_hidden_states=True, **given)

@@ -54,7 +54,7 @@ def test_budgets_left_out_are_the_trained_ones_with_both_ends() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder and a picture."""
+    """A run folder and an image."""
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables

@@ -113,7 +113,7 @@ def test_the_table_is_that_of_the_papers() -> None:
     lines = gqa_lines(a=told("yes", "no", None), b=told("yes", "yes", "no"))
     for budget in TOKENS:
         for kind, number in (("color", 1), ("color", 2), ("code_reasoning", 3), ("code_reasoning", 4)):
-            facts = {"kind": kind, "meta": {"picture": kind}}
+            facts = {"kind": kind, "meta": {"image": kind}}
             lines.append(line("mme", number, budget, "yes", "no" if number == 4 else "yes", **facts))
     made = report(lines)
     assert made.table.titles == ["budget", "soft tokens", "GQA", "MME-P", "MME-C", "avg"]
@@ -165,7 +165,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         Image.new("RGB", (20, 30), (80 * number, 0, 0)).save(root / "test" / f"{number}.png")
         Image.new("RGB", (20, 30), (0, 80 * number, 0)).save(root / "val" / f"{number}.png")
-    (root / "val" / "3.png").write_bytes(b"no picture")
+    (root / "val" / "3.png").write_bytes(b"no image")
     rows = [{"question_id": f"{n}.png", "image": f"{n}.png", "text": f"What?{SHORT}"} for n in range(3)]
     (root / "llava_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     votes = [{"answer": "red"}] * 10
@@ -213,7 +213,7 @@ def words_for(folder: Path, output: Path, *names: str) -> list[str]:
 def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder: Path, tmp_path: Path, capsys) -> None:
     given = words_for(folder, tmp_path, "val", "pope", "test", "mmbench_test")
     given += ["--budgets", "image=16;image=1;image=5", "--allow_untrained"]
-    assert main(given) == 1  # a picture is none
+    assert main(given) == 1  # an image is none
     shown = capsys.readouterr()
     assert "failed: val 3.png at image=16: " in shown.err
     assert "VizWiz (val)" in shown.out
@@ -339,7 +339,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_runs(folder: Path, tmp
         ([Sample("a", (shown,), "textvqa")], "has no answer to compare with"),
         ([Sample("a", (shown,), "docvqa")], r"meta\.question_id is missing, which the server wants"),
         ([Sample("a", (shown, Message("assistant", (Text("A"),))), "ai2d")], r"'a' of t: meta\.options is missing"),
-        ([Sample("a", (Message("user", (Text("?"),)), *known.messages[1:]), "gqa")], "holds no picture"),
+        ([Sample("a", (Message("user", (Text("?"),)), *known.messages[1:]), "gqa")], "holds no image"),
     ):
         with pytest.raises(ValueError, match=message):
             plan({"t": samples}, [Budget.parse("image=1")], space=space)

@@ -34,12 +34,12 @@ def answerer() -> Answerer:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """Pictures with questions and utterances; one picture is no picture, one utterance too short for rate 8."""
+    """Images with questions and utterances; one image is no image, one utterance too short for rate 8."""
     root = tmp_path_factory.mktemp("media")
     random = np.random.default_rng(0)
     for number in range(4):
         Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / f"p{number}.png")
-    (root / "p9.png").write_bytes(b"not a picture at all")
+    (root / "p9.png").write_bytes(b"not an image at all")
     for name, seconds in SECONDS.items():
         soundfile.write(root / f"{name}.wav", random.normal(0, 0.1, round(16000 * seconds)).astype(np.float32), 16000)
     found = [
@@ -151,7 +151,7 @@ def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path
     work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
     run_share(Sweep(answerer, _claimed(tmp_path)), work)
     handle.remove()
-    assert encoded == [3, 1]  # four pictures, batches of three, each encoded once for three budgets
+    assert encoded == [3, 1]  # four images, batches of three, each encoded once for three budgets
 
 
 @pytest.mark.parametrize(("max_rows", "passes"), [(None, [9, 3]), (6, [6, 6]), (2, [2, 1] * 4)])
@@ -168,7 +168,7 @@ def test_no_pass_has_more_rows_than_allowed(answerer, samples, tmp_path, max_row
     assert len(store.read()) == 12
 
 
-def test_questions_about_one_picture_meet_and_share_its_encoding(answerer, samples, tmp_path) -> None:
+def test_questions_about_one_image_meet_and_share_its_encoding(answerer, samples, tmp_path) -> None:
     """Wherever they stand in the manifest; the answers are those of each alone, on one rank or two."""
     asked = [
         replace(sample, id=f"{sample.id} {question}", messages=_asking(sample, question))
@@ -176,16 +176,16 @@ def test_questions_about_one_picture_meet_and_share_its_encoding(answerer, sampl
         for sample in samples[:2]
     ]
     work = plan({"test": asked}, BUDGETS[:3], space=answerer.processor.space)
-    seen = {"pictures": 0}
+    seen = {"images": 0}
     handle = answerer.model.model.vision_tower.register_forward_pre_hook(
-        lambda _, given: seen.update(pictures=seen["pictures"] + len(given[0]))
+        lambda _, given: seen.update(images=seen["images"] + len(given[0]))
     )
     for rank in range(2):
         store = AnswerStore(tmp_path / "shared", rank=rank)
         store.claim({"model": "tiny"})
         run_share(Sweep(answerer, store), work, rank=rank, num_ranks=2)
     handle.remove()
-    assert seen["pictures"] == 2
+    assert seen["images"] == 2
     lines = AnswerStore(tmp_path / "shared").read().values()
     assert len(lines) == len(asked) * 3
     by_id = {sample.id: sample for sample in asked}
@@ -195,8 +195,8 @@ def test_questions_about_one_picture_meet_and_share_its_encoding(answerer, sampl
 
 
 def _asking(sample: Sample, question: str) -> tuple[Message, ...]:
-    picture = sample.media[0]
-    return (Message("user", (picture, Text(question))), *sample.messages[1:])
+    image = sample.media[0]
+    return (Message("user", (image, Text(question))), *sample.messages[1:])
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -308,16 +308,16 @@ def test_the_noise_of_training_is_refused_for_testing(tmp_path) -> None:
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(answerer, samples) -> None:
     space = answerer.processor.space
-    picture, sound = samples[0], samples[-1]
+    image, sound = samples[0], samples[-1]
     cases = [
-        ([replace(picture, task="caption")], "image=1", "no metric for task 'caption'; allowed: asr, vsr, avsr, vqa"),
-        ([picture], "audio=/4", "'p0' of test holds image, which none of the budgets names"),
-        ([picture], "image=1;audio=/4", "budget 'audio=/4' is for no sample"),
-        ([picture], "video=/2", "names video; this model takes image, audio"),
-        ([replace(picture, meta={"answers": ["a", "b"]})], "image=1", "2 answers are too few"),
-        ([replace(picture, meta={"answers": "red"})], "image=1", "must be a list of texts"),
+        ([replace(image, task="caption")], "image=1", "no metric for task 'caption'; allowed: asr, vsr, avsr, vqa"),
+        ([image], "audio=/4", "'p0' of test holds image, which none of the budgets names"),
+        ([image], "image=1;audio=/4", "budget 'audio=/4' is for no sample"),
+        ([image], "video=/2", "names video; this model takes image, audio"),
+        ([replace(image, meta={"answers": ["a", "b"]})], "image=1", "2 answers are too few"),
+        ([replace(image, meta={"answers": "red"})], "image=1", "must be a list of texts"),
         ([replace(sound, meta={"answers": ["a", "b"]})], "audio=/4", "task asr needs one answer, got 2"),
-        ([replace(picture, messages=picture.messages[:1])], "image=1", "no answer to compare with"),
+        ([replace(image, messages=image.messages[:1])], "image=1", "no answer to compare with"),
     ]
     for own, budgets, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -62,7 +62,7 @@ READER: dict[str, dict[str, Any]] = {
     "annotations": {"format": "gqa", "annotations": "x"},
     "ocr_tokens": {"format": "textvqa", "ocr_tokens": False},
     "split": {"format": "mmmu", "split": "dev"},
-    "pictures_first": {"format": "llava", "pictures_first": True},
+    "images_first": {"format": "llava", "images_first": True},
 }
 
 
@@ -125,7 +125,7 @@ def test_each_setting_of_the_reader_counts(folder: Path, key: str) -> None:
 
 def test_what_a_reader_makes_of_a_file_counts(folder: Path) -> None:
     llava = [
-        found(folder, manifest=[str(folder / "l.json")], reader=ReaderSettings(format="llava", pictures_first=first))
+        found(folder, manifest=[str(folder / "l.json")], reader=ReaderSettings(format="llava", images_first=first))
         for first in (False, True)
     ]
     assert llava[0]["manifests"] != llava[1]["manifests"]

@@ -51,7 +51,7 @@ SPEECH = [
     line("a", "audio=/4", "place blue now", "place blue now"),
     line("b", "audio=/4", "bin red", "bin read", is_trained=False),
 ]
-PICTURES = [
+IMAGES = [
     line("c", "image=4", "red", "Red.", task="vqa", kind="colour", tokens={"image": 4}),
     line("d", "image=4", "two", "three", task="vqa", kind="count", tokens={"image": 4}),
     line("e", "image=4", "two", "two", task="vqa", kind="count", tokens={"image": 4}),
@@ -59,7 +59,7 @@ PICTURES = [
 
 
 def test_rows_are_those_counted_by_hand() -> None:
-    rows = summarise([*SPEECH, *PICTURES], seed=0).rows
+    rows = summarise([*SPEECH, *IMAGES], seed=0).rows
     fine, coarse = rows[:2]  # the dearer budget first
     assert (fine["budget"], fine["value"], fine["substitutions"], fine["is_trained"]) == ("audio=/4", 1 / 5, 1, False)
     assert (coarse["budget"], coarse["value"]) == ("audio=/8", 2 / 5)
@@ -88,7 +88,7 @@ def test_a_group_in_which_everything_failed_has_no_value() -> None:
 
 
 def test_the_files_hold_the_table(tmp_path: Path) -> None:
-    results = summarise([*SPEECH, *PICTURES], seed=0, facts={"model": "runs/demo"})
+    results = summarise([*SPEECH, *IMAGES], seed=0, facts={"model": "runs/demo"})
     results.write(tmp_path)
     read = json.loads((tmp_path / RESULTS).read_text())
     assert read["rows"] == results.rows
@@ -103,7 +103,7 @@ def test_the_files_hold_the_table(tmp_path: Path) -> None:
 
 
 def test_the_plot_shows_each_metric_against_tokens_and_flops(tmp_path: Path) -> None:
-    rows = summarise([*SPEECH, *PICTURES], seed=0).rows
+    rows = summarise([*SPEECH, *IMAGES], seed=0).rows
     assert plot_pareto(rows, tmp_path / "both.png")
     assert plot_pareto(rows[:2], tmp_path / "one.png")
     assert not plot_pareto([], tmp_path / "none.png")

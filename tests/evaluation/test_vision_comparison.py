@@ -59,7 +59,7 @@ def test_models_stand_below_each_other_with_their_budgets(tmp_path: Path, capsys
     assert compare([one]).vision is not None
 
 
-def test_speech_and_pictures_of_one_model_have_a_table_each(tmp_path: Path) -> None:
+def test_speech_and_images_of_one_model_have_a_table_each(tmp_path: Path) -> None:
     heard = row("asr", 4, 5.0, set="clips", budget="audio=/4", cer=0.01, tokens_per_second=12.5)
     made = compare([write(tmp_path / "demo", [heard, *ELASTIC])])
     made.write(tmp_path / "out", with_plot=False)

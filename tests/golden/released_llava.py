@@ -34,11 +34,11 @@ class Released:
 
     @property
     def pixel_values(self) -> Tensor:
-        """The pictures; the files name only what is an array `input.NAME` by its shape."""
+        """The images; the files name only what is an array `input.NAME` by its shape."""
         return self.golden.array("input.pixel_values", self.golden.facts["inputs"]["pixel_values"])
 
     def rows(self) -> Batch:
-        """The rows of the file without their padding; each shows the picture of its own number."""
+        """The rows of the file without their padding; each shows the image of its own number."""
         own = self.golden.facts["inputs"]
         columns = (own["input_ids"], own["labels"], own["attention_mask"])
         rows = []
@@ -49,7 +49,7 @@ class Released:
         return Batch(rows, {"pixel_values": self.pixel_values})
 
     def question(self) -> Batch:
-        """The prompt that is continued, with its picture."""
+        """The prompt that is continued, with its image."""
         own = self.golden.facts["inputs"]
         ids, image = own["greedy_prompt"], own["greedy_image"]
         return Batch([self._row(ids, [-100] * len(ids), 0)], {"pixel_values": self.pixel_values[image : image + 1]})

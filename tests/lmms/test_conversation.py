@@ -61,17 +61,17 @@ def test_an_argument_for_other_models_is_told(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_conversation_keeps_its_order() -> None:
-    picture = Image.new("RGB", (4, 4))
+    image = Image.new("RGB", (4, 4))
     turns = [
         {"role": "system", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "url": picture}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "url": image}]},
         {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
         {"role": "user", "content": [{"type": "audio", "url": "c.wav"}, {"type": "text", "text": "d"}]},
     ]
     sample, sources = read_conversation("doc 1", turns)
     assert [message.role for message in sample.messages] == ["system", "user", "assistant", "user"]
     assert sample.messages[1].parts == (Text("a"), Media("image", ""))
-    assert sources == [("image", picture), ("audio", "c.wav")]
+    assert sources == [("image", image), ("audio", "c.wav")]
     parted, _ = read_conversation("doc 1", turns, separator="\n")
     assert [message.text for message in parted.messages] == ["be brief", "a", "b", "\nd"]
     assert read_conversation("doc 1", [{"role": "user", "content": "a"}], separator="\n")[0].messages[0].text == "a"
@@ -87,8 +87,8 @@ def test_media_are_read_in_every_form_that_data_sets_have(tmp_path: Path) -> Non
     names = tiny.write_media(tmp_path)
     loader = MediaLoader(gray=True)
     path = str(tmp_path / names["image"])
-    picture = read_medium("image", Image.open(path), loader)
-    assert np.array_equal(np.asarray(picture), np.asarray(read_medium("image", path, loader)))
+    image = read_medium("image", Image.open(path), loader)
+    assert np.array_equal(np.asarray(image), np.asarray(read_medium("image", path, loader)))
     clear = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
     assert np.asarray(read_medium("image", clear, loader)).tolist() == [[[255] * 3] * 3] * 2  # on white, as files are
     samples = np.random.default_rng(0).normal(0, 0.1, (2, 8000)).astype(np.float32)

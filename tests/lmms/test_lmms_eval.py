@@ -29,7 +29,7 @@ def has_lmms_eval() -> bool:
 
 pytestmark = pytest.mark.skipif(not has_lmms_eval(), reason="needs the extra lmms; run by make test-lmms")
 
-NAME, NUM_DOCS, QUESTION = "mllm_local_pictures", 4, "what colour is the circle?"
+NAME, NUM_DOCS, QUESTION = "mllm_local_images", 4, "what colour is the circle?"
 BUDGETS = ("image=64", "image=16", "image=2")
 TASK = """
 task: {name}
@@ -50,7 +50,7 @@ FUNCTIONS = """
 from PIL import Image
 
 def doc_to_visual(doc):
-    return [Image.open(doc["picture"])]
+    return [Image.open(doc["image"])]
 """
 
 
@@ -69,25 +69,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(run: Path, pictures: list[str]) -> dict[str, list[str]]:
-    """What `Answerer` says of every picture, by budget."""
+def expected(run: Path, images: list[str]) -> dict[str, list[str]]:
+    """What `Answerer` says of every image, by budget."""
     answerer = Answerer(*load(run), Decoding(max_new_tokens=8))
-    return {b: [answerer(QUESTION, image=path, budget=b).text for path in pictures] for b in BUDGETS}
+    return {b: [answerer(QUESTION, image=path, budget=b).text for path in images] for b in BUDGETS}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("images")
     return [str(folder / tiny.write_media(folder, seed=seed)["image"]) for seed in range(NUM_DOCS)]
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory, pictures: list[str], expected: dict[str, list[str]]) -> Path:
+def tasks(tmp_path_factory: pytest.TempPathFactory, images: list[str], expected: dict[str, list[str]]) -> Path:
     """A task folder whose right answers are those of image=16."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
-        {"picture": path, "question": QUESTION, "answer": text}
-        for path, text in zip(pictures, expected["image=16"], strict=True)
+        {"image": path, "question": QUESTION, "answer": text}
+        for path, text in zip(images, expected["image=16"], strict=True)
     ]
     data = folder / "test.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -184,7 +184,7 @@ def test_the_media_of_a_question_are_encoded_once_for_all_budgets(run: Path, tas
     ("words", "told"),
     [
         (["--budgets", "image=999"], "allowed are counts 1..64"),
-        (["--budgets", "picture=4"], "must be medium=amount"),
+        (["--budgets", "image=4"], "must be medium=amount"),
         (["--budgets", ";"], "budgets is empty"),
         (["--budgets", "image=4", "--tasks", "none_such"], "no task 'none_such'"),
         (["--budgets", "image=4", "--gen_kwargs", "top_k=5,temperature=0.5,do_sample=true"], "top_k is 5"),

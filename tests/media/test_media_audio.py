@@ -145,7 +145,7 @@ def test_the_deadline(tmp_path: Path) -> None:
     assert caught.value.kind == "deadline"
 
 
-def test_a_picture_is_no_sound(tmp_path: Path) -> None:
+def test_a_image_is_no_sound(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     with pytest.raises(MediaError, match="neither a sound nor a video"):
         load_audio(tmp_path / "a.wav")

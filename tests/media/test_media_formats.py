@@ -1,4 +1,4 @@
-"""What phones and studios make: files that other tools wrote in AIFF, AAC, ProRes and animated pictures are read."""
+"""What phones and studios make: files that other tools wrote in AIFF, AAC, ProRes and animated images are read."""
 
 import os
 from fractions import Fraction
@@ -75,9 +75,9 @@ def test_prores_with_its_sound(tmp_path: Path) -> None:
         video.width, video.height, video.pix_fmt = 64, 48, "yuv422p10le"
         audio = container.add_stream("pcm_s24le", rate=48_000, layout="mono")
         for number in range(10):
-            picture = av.VideoFrame.from_ndarray(numbered_frame(number, 64, 48), format="rgb24")
-            picture.pts, picture.time_base = number, Fraction(1, 25)
-            container.mux(video.encode(picture))
+            image = av.VideoFrame.from_ndarray(numbered_frame(number, 64, 48), format="rgb24")
+            image.pts, image.time_base = number, Fraction(1, 25)
+            container.mux(video.encode(image))
         container.mux(video.encode(None))
         samples = (tone(0.4, 48_000) * 2**31).astype(np.int32)[None]
         frame = av.AudioFrame.from_ndarray(samples, format="s32", layout="mono")
@@ -155,7 +155,7 @@ def test_a_large_video_has_the_sound_that_its_header_states(tmp_path: Path) -> N
     assert has_sound(path)
 
 
-def test_animations_obey_limits_and_still_pictures_are_no_videos(tmp_path: Path) -> None:
+def test_animations_obey_limits_and_still_images_are_no_videos(tmp_path: Path) -> None:
     path = animation(tmp_path / "a.gif", [1000, 1000, 1000, 1000])
     for limits, message in (
         (MediaLimits(video_seconds=3.5), "longer than 3.5 seconds"),
@@ -169,7 +169,7 @@ def test_animations_obey_limits_and_still_pictures_are_no_videos(tmp_path: Path)
         assert caught.value.kind == "limit"
     for suffix in ("gif", "png", "webp", "tif"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"still.{suffix}")
-        with pytest.raises(MediaError, match="nor an animated picture") as caught:
+        with pytest.raises(MediaError, match="nor an animated image") as caught:
             load_video(tmp_path / f"still.{suffix}")
         assert caught.value.kind == "unsupported"
     path.write_bytes(path.read_bytes()[:-40])

@@ -19,7 +19,7 @@ LOADER = MediaLoader(gray=True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real files, and a picture that its EXIF tag turns."""
+    """Real files, and an image that its EXIF tag turns."""
     folder = tmp_path_factory.mktemp("given")
     tiny.write_media(folder)
     exif = Image.Exif()
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(given: object) -> np.ndarray:
+def image(given: object) -> np.ndarray:
     return np.asarray(decode_given(Given("image", given), LOADER))
 
 
@@ -38,7 +38,7 @@ def sound(given: object) -> np.ndarray:
     return found.samples  # type: ignore[union-attr]
 
 
-def test_every_form_of_a_picture_gives_the_same_pixels(folder: Path) -> None:
+def test_every_form_of_a_image_gives_the_same_pixels(folder: Path) -> None:
     pixels = np.asarray(load_image(folder / "0.png"))
     data = (folder / "0.png").read_bytes()
     forms = [
@@ -53,14 +53,14 @@ def test_every_form_of_a_picture_gives_the_same_pixels(folder: Path) -> None:
         np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)]),
     ]
     for form in forms:
-        assert np.array_equal(picture(form), pixels), type(form)
-    assert np.array_equal(picture(pixels[..., 0])[..., 1], pixels[..., 0])
+        assert np.array_equal(image(form), pixels), type(form)
+    assert np.array_equal(image(pixels[..., 0])[..., 1], pixels[..., 0])
 
 
-def test_a_picture_that_was_opened_is_turned_as_its_file_is(folder: Path) -> None:
+def test_a_image_that_was_opened_is_turned_as_its_file_is(folder: Path) -> None:
     upright = np.asarray(load_image(folder / "turned.jpg"))
     assert upright.shape == (60, 40, 3)
-    assert np.array_equal(picture(Image.open(folder / "turned.jpg")), upright)
+    assert np.array_equal(image(Image.open(folder / "turned.jpg")), upright)
 
 
 def test_every_form_of_a_sound_gives_the_same_samples(folder: Path) -> None:
@@ -126,8 +126,8 @@ def test_what_has_no_one_meaning_is_refused(medium: str, given: object, message:
 
 
 def test_bytes_are_under_the_limits_of_files() -> None:
-    with pytest.raises(MediaError, match=r"<3 bytes>: not a picture in one of the formats"):
-        picture(b"abc")
+    with pytest.raises(MediaError, match=r"<3 bytes>: not an image in one of the formats"):
+        image(b"abc")
     with pytest.raises(MediaError, match="the file is empty"):
         sound(b"")
 

@@ -1,4 +1,4 @@
-"""load_image: every kind of picture becomes upright 8-bit RGB, or is refused with a typed error."""
+"""load_image: every kind of image becomes upright 8-bit RGB, or is refused with a typed error."""
 
 import os
 import pickle
@@ -90,7 +90,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png"))[..., 0], expected)
 
 
-def test_cmyk_and_one_bit_pictures(tmp_path: Path) -> None:
+def test_cmyk_and_one_bit_images(tmp_path: Path) -> None:
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     red.save(tmp_path / "red.jpg", quality=95)
     assert np.abs(np.asarray(load_image(tmp_path / "red.jpg")).astype(int) - [255, 0, 0]).max() < 8
@@ -98,21 +98,21 @@ def test_cmyk_and_one_bit_pictures(tmp_path: Path) -> None:
     assert np.asarray(load_image(tmp_path / "bits.png")).tolist() == [[[255] * 3, [0] * 3]]
 
 
-def test_the_first_picture_of_a_phone_jpeg_is_read(tmp_path: Path) -> None:
+def test_the_first_image_of_a_phone_jpeg_is_read(tmp_path: Path) -> None:
     first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     first.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[second], quality=95)
     red, _, blue = np.asarray(load_image(tmp_path / "phone.jpg"))[8, 8]
     assert red > 200 > 100 > blue
 
 
-def test_a_gif_of_one_picture_is_read_whatever_its_name(tmp_path: Path) -> None:
+def test_a_gif_of_one_image_is_read_whatever_its_name(tmp_path: Path) -> None:
     """OCR-VQA's covers, which LLaVA's download names .jpg, hold some."""
     Image.new("RGB", (8, 8), "red").save(tmp_path / "cover.jpg", format="GIF")
     assert np.asarray(load_image(tmp_path / "cover.jpg"))[4, 4].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_of_an_animation_the_first_frame_is_the_picture(tmp_path: Path, suffix: str) -> None:
+def test_of_an_animation_the_first_frame_is_the_image(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     red, green, blue = np.asarray(load_image(tmp_path / f"a.{suffix}"))[4, 4]
@@ -262,13 +262,13 @@ def test_limits_can_be_set(tmp_path: Path, pixels: np.ndarray) -> None:
         (lambda path: path.mkdir(), "refused"),
         (os.mkfifo, "refused"),
         (lambda path: path.write_bytes(b""), "empty"),
-        (lambda path: path.write_text("no picture"), "unsupported"),
+        (lambda path: path.write_text("no image"), "unsupported"),
         (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "unsupported"),
         (lambda path: path.symlink_to("/dev/zero"), "refused"),
         (lambda path: path.symlink_to("/proc/self/environ"), "empty"),
     ],
 )
-def test_what_is_no_picture_file(tmp_path: Path, make, kind: str) -> None:
+def test_what_is_no_image_file(tmp_path: Path, make, kind: str) -> None:
     make(tmp_path / "a.png")
     with pytest.raises(MediaError, match=r"a\.png: ") as caught:
         load_image(tmp_path / "a.png")

@@ -16,7 +16,7 @@ from videos import turn
 
 FACE = Path(__file__).parents[1] / "fixtures" / "astronaut_face.jpg"
 MOUTH = 112.5 + 144.0j
-"""Middle of the mouth in the picture of the face."""
+"""Middle of the mouth in the image of the face."""
 SIZE = (480, 640)
 TICKS_PER_SECOND = 90_000
 RATE_HZ = 44_100

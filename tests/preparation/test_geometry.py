@@ -127,17 +127,17 @@ def test_how_much_is_outside_is_told() -> None:
     assert share_outside(within, 100, 200) == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_picture_that_is_turned_and_scaled_gives_the_same_crop() -> None:
+def test_a_image_that_is_turned_and_scaled_gives_the_same_crop() -> None:
     generator = np.random.default_rng(5)
     rough = Image.fromarray(generator.integers(0, 256, (40, 40), dtype=np.uint8))
-    picture = rough.resize((400, 400), Image.Resampling.BICUBIC)
-    wanted = crop(np.array(picture), 0.9, 200 + 200j).astype(int)
+    image = rough.resize((400, 400), Image.Resampling.BICUBIC)
+    wanted = crop(np.array(image), 0.9, 200 + 200j).astype(int)
     for degrees, scale in ((30, 1.0), (-75, 1.6), (180, 2.3)):
         pose = scale * np.exp(1j * np.deg2rad(degrees))
         inverse = 1 / pose
         half = (0.5 + 0.5j) * (1 - inverse)  # Pillow counts from the corner of a pixel
         start = 200 + 200j - (450 + 450j) * inverse + half
         matrix = (inverse.real, -inverse.imag, start.real, inverse.imag, inverse.real, start.imag)
-        turned = picture.transform((900, 900), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
+        turned = image.transform((900, 900), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
         found = crop(np.array(turned), 0.9 / pose, 450 + 450j).astype(int)
         assert np.abs(found - wanted).mean() < 2

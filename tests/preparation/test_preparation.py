@@ -347,12 +347,12 @@ def test_too_long_is_said_of_the_setting_that_the_command_has(raw: Path, tmp_pat
         list(frames_of(raw / "phone.mp4", max_seconds=0.5))
     path = tmp_path / "long_sound.mp4"
     with av.open(path, "w") as container:
-        pictures, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
-        pictures.width = pictures.height = 16
-        pictures.pix_fmt = "yuv420p"
+        images, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
+        images.width = images.height = 16
+        images.pix_fmt = "yuv420p"
         for _ in range(5):
-            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
-        container.mux(pictures.encode())
+            container.mux(images.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(images.encode())
         heard = av.AudioFrame.from_ndarray(np.zeros((1, 11 * 16_000), np.float32), format="fltp", layout="mono")
         heard.sample_rate = 16_000
         container.mux(sound.encode(heard))

@@ -49,5 +49,5 @@ def test_every_token_of_a_run_chooses_top_k_experts_in_every_layer(tmp_path: Pat
 def test_the_heat_map_has_a_panel_per_kind_and_budget(tmp_path: Path) -> None:
     counts = {"audio=/4": np.ones((2, 4, 5), int), "video=/2": np.ones((2, 4, 5), int)}
     draw_experts(counts, tmp_path / "experts.png")
-    picture = np.asarray(Image.open(tmp_path / "experts.png").convert("RGB"))
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    image = np.asarray(Image.open(tmp_path / "experts.png").convert("RGB"))
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20

@@ -44,7 +44,7 @@ KINDS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video"), "see"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of a tiny model, and clips and pictures in tasks that share files; one sound is broken."""
+    """Parts of a tiny model, and clips and images in tasks that share files; one sound is broken."""
     folder = tmp_path_factory.mktemp("features")
     tiny.write_parts(folder / "parts")
     samples = []
@@ -157,8 +157,8 @@ def test_equal_inputs_are_kept_once_and_versions_repeat(world: Path, tmp_path: P
     sound = [store.load(by_id["asr1"], epoch)[0].values for epoch in range(4)]
     assert torch.equal(sound[0], sound[2])
     assert torch.equal(sound[1], sound[3])
-    picture = [store.entries["see2", version][0].key for version in (0, 1)]
-    assert picture[0] == picture[1]
+    image = [store.entries["see2", version][0].key for version in (0, 1)]
+    assert image[0] == image[1]
     items = {own.key for found in store.entries.values() if not isinstance(found, str) for own in found}
     assert sum(shard.num_items for shard in store.shards.values()) == len(items)
     with pytest.raises(ValueError, match=r"broken.wav"):

@@ -74,7 +74,7 @@ def test_the_sum_of_soft_tokens_is_the_ridge_regression_of_the_sum_of_words() ->
 
 
 def test_captions_that_say_nothing_of_what_they_show_are_not_learned_by_heart() -> None:
-    """Pictures are noise and captions go round: whatever is fitted, other captions gain nothing."""
+    """Images are noise and captions go round: whatever is fitted, other captions gain nothing."""
     _, [report] = fit(tiny.settings(("image",), image={**LINEAR, "budgets": [64, 1]}), ["image"], rows=30)
     assert report.ridge > 1
     assert report.explained < 0.05
@@ -88,8 +88,8 @@ def test_soft_tokens_of_the_smallest_budget_are_as_long_as_words() -> None:
     torch.testing.assert_close(soft.square().sum(1).mean(), words.square().sum(1).mean(), rtol=1e-3, atol=0.0)
 
 
-def test_a_picture_in_haar_order_is_fitted_as_the_map_it_is() -> None:
-    """Details are differences and do not add up to the picture; where the map's own sums are fitted, maps agree."""
+def test_a_image_in_haar_order_is_fitted_as_the_map_it_is() -> None:
+    """Details are differences and do not add up to the image; where the map's own sums are fitted, maps agree."""
     raster, haar = ({**LINEAR, "budgets": [64, 16, 1], "order": order} for order in ("raster", "haar"))
     plain, _ = fit(tiny.settings(("image",), image=raster), ["image"])
     nested, _ = fit(tiny.settings(("image",), image=haar), ["image"])
@@ -125,7 +125,7 @@ def test_queries_are_fitted_to_what_they_would_read_of_single_features() -> None
 
 
 def test_what_patches_say_is_found_from_sums_alone() -> None:
-    """Words are planted as directions of features; the fit sees only whole pictures and finds every patch's word."""
+    """Words are planted as directions of features; the fit sees only whole images and finds every patch's word."""
     settings = tiny.settings(("image",), image={**LINEAR, "budgets": [64, 1]})
     model, processor = tiny.model(settings), tiny.processor(settings)
     names = ["red", "blue", "square", "circle"]
@@ -137,7 +137,7 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
         return np.random.default_rng(row).choice(4, size=1 + row % 3, replace=False).tolist()
 
     class Planted(torch.nn.Module):
-        """A tower that shows word w of picture number `row` in patch 10 w."""
+        """A tower that shows word w of image number `row` in patch 10 w."""
 
         hidden_size = 16
 
@@ -155,8 +155,8 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
     model.model.vision_tower = Planted()
     batches = []
     for start in range(0, 60, 10):
-        pictures = [tiny.LoadedMedia("image", torch.full((3, 64, 64), float(start + i))) for i in range(10)]
-        rows = [([own], " ".join(names[w] for w in shown(start + i))) for i, own in enumerate(pictures)]
+        images = [tiny.LoadedMedia("image", torch.full((3, 64, 64), float(start + i))) for i in range(10)]
+        rows = [([own], " ".join(names[w] for w in shown(start + i))) for i, own in enumerate(images)]
         batches.append({"batch": tiny.batch(processor, rows, for_training=True)})
     loader: Any = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
     [report] = fit_projectors(model, processor, loader, own=len(batches))
@@ -195,9 +195,9 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fits one projector, not a mixture; leave out projector_experts"):
         fit(tiny.settings(("image",), image={"projector_experts": 2}), ["image"])
     windows = {"compressor": "query", "budgets": ["/4", "/8"], "num_queries": 4, "window_frames": 16}
-    with pytest.raises(ValueError, match=r"cannot fit a query here; allowed: pool, stack, and query on pictures"):
+    with pytest.raises(ValueError, match=r"cannot fit a query here; allowed: pool, stack, and query on images"):
         fit(tiny.settings(("audio",), audio=windows), ["audio"])
-    with pytest.raises(ValueError, match=r"cannot fit a hybrid here; allowed: pool, stack, and query on pictures"):
+    with pytest.raises(ValueError, match=r"cannot fit a hybrid here; allowed: pool, stack, and query on images"):
         fit(tiny.settings(("image",), image={"compressor": "hybrid"}), ["image"])
     settings = tiny.settings(("image",))
     two = tiny.batch(

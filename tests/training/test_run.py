@@ -68,7 +68,7 @@ def settings_of(world: Path, output: Path, *, data: dict | None = None, **train)
 
 
 def captions_of(world: Path) -> Path:
-    """A manifest of one picture or sound and a few words per row."""
+    """A manifest of one image or sound and a few words per row."""
     path = world / "captions.jsonl"
     rows = [
         ("image", "0.png", "red"),

@@ -15,7 +15,7 @@ from mllm.training.pipeline.loaders import encode, media_groups
 from mllm.training.pipeline.token_scan import check_targets, count_targets, drawn, survey, target_report
 
 GOOD = Sample("good", (Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))), task="test")
-PICTURE = Media("image", "a.png")
+IMAGE = Media("image", "a.png")
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +76,25 @@ def test_a_sample_the_format_has_no_place_for_is_named(processor) -> None:
 def test_a_cut_sample_has_the_tokens_and_targets_that_a_batch_has(processor) -> None:
     """The survey and the batch agree on what is left, at every place of the cut."""
     messages = (
-        *(Message("user", (PICTURE, Text("what is it?"))), Message("assistant", (Text("a red circle"),))),
+        *(Message("user", (IMAGE, Text("what is it?"))), Message("assistant", (Text("a red circle"),))),
         *(Message("user", (Text("sure?"),)), Message("assistant", (Text("yes it is a red circle"),))),
     )
     sample = Sample("long", messages, task="test")
-    picture: LoadedMedia = tiny.random_media("image")
+    image: LoadedMedia = tiny.random_media("image")
     whole = survey([sample], processor)
     for limit in range(66, whole.tokens[0] + 2):
         found = survey([sample], processor, max_sample_tokens=limit)
-        row = encode([sample], [[picture]], processor=processor, budgets=[], max_sample_tokens=limit)["batch"].rows[0]
+        row = encode([sample], [[image]], processor=processor, budgets=[], max_sample_tokens=limit)["batch"].rows[0]
         assert found.tokens[0] == min(limit, whole.tokens[0]) == len(row.ids) - 1 + 64
         assert found.targets[0] == sum(label != -100 for label in row.labels)
         assert len(row.ids) == len(row.labels)
     assert survey([sample], processor, max_sample_tokens=66).targets == [0]
 
 
-def test_a_picture_behind_the_cut_is_refused_not_cut(processor) -> None:
+def test_a_image_behind_the_cut_is_refused_not_cut(processor) -> None:
     messages = (
         *(Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))),
-        *(Message("user", (PICTURE,)), Message("assistant", (Text("red"),))),
+        *(Message("user", (IMAGE,)), Message("assistant", (Text("red"),))),
     )
     sample = Sample("late", messages, task="test")
     with pytest.raises(ValueError, match=r"sample 'late': a medium lies behind data.max_sample_tokens 20"):
@@ -102,8 +102,8 @@ def test_a_picture_behind_the_cut_is_refused_not_cut(processor) -> None:
 
 
 def test_samples_are_grouped_by_their_media() -> None:
-    picture = dataclasses.replace(GOOD, messages=(Message("user", (PICTURE, PICTURE)), GOOD.messages[1]))
-    assert media_groups([GOOD, picture, GOOD]) == [0, 1, 0]
+    image = dataclasses.replace(GOOD, messages=(Message("user", (IMAGE, IMAGE)), GOOD.messages[1]))
+    assert media_groups([GOOD, image, GOOD]) == [0, 1, 0]
 
 
 def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(

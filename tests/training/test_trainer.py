@@ -240,9 +240,9 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
     from mllm.processing.batch import Row, Run
 
     space = Space.from_settings({"image": {"budgets": [1, 4]}, "audio": {"budgets": ["/4", "/8"]}})
-    picture = Row("picture", [1], [1], (Run(Extent("image", grid=(8, 8)), 0),))
+    image = Row("image", [1], [1], (Run(Extent("image", grid=(8, 8)), 0),))
     sound = Row("sound", [1], [1], (Run(Extent("audio", num_frames=20), 0),))
-    passes = drawn_passes([picture, sound, Row("text", [1], [1])], Sampler(space, "all"), step=0)
+    passes = drawn_passes([image, sound, Row("text", [1], [1])], Sampler(space, "all"), step=0)
     assert [(own.row, own.name, own.weight) for own in passes] == [
         (0, "image=4", 0.5),
         (0, "image=1", 0.5),
@@ -251,7 +251,7 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
         (2, "text", 1.0),
     ]
     spoken = dataclasses.replace(sound, task="vsr")
-    weighted = drawn_passes([picture, spoken], Sampler(space, "all"), 0, {"vsr": 1.5})
+    weighted = drawn_passes([image, spoken], Sampler(space, "all"), 0, {"vsr": 1.5})
     assert [own.weight for own in weighted] == [0.5, 0.5, 0.75, 0.75]
     sandwich = drawn_passes([sound], Sampler(space, "sandwich"), step=3)
     assert sum(own.weight for own in sandwich) == pytest.approx(1)

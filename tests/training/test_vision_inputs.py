@@ -1,4 +1,4 @@
-"""Tiled pictures and videos of pictures from files to a run folder, an export and the command line."""
+"""Tiled images and videos of images from files to a run folder, an export and the command line."""
 
 import json
 import re
@@ -28,7 +28,7 @@ QUERY = {"compressor": "query", "budgets": [2, 4, 16]}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of a tiny model, pictures of several sizes, a clip, two files nobody can read, and manifests."""
+    """Parts of a tiny model, images of several sizes, a clip, two files nobody can read, and manifests."""
     folder = tmp_path_factory.mktemp("world")
     tiny.write_parts(folder / "parts")
     chance = np.random.default_rng(0)
@@ -36,9 +36,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (height, width) in enumerate(((90, 130), (60, 200), (150, 140), (40, 40))):
         pixels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-        samples.append(said(f"picture{number}", f"answer {number}", f"{number}.png"))
+        samples.append(said(f"image{number}", f"answer {number}", f"{number}.png"))
     samples.append(said("two", "both", "0.png", "3.png"))
-    write_manifest(folder / "pictures.jsonl", samples)
+    write_manifest(folder / "images.jsonl", samples)
     write_video(folder / "clip.mp4", chance.integers(0, 256, (12, 48, 48, 3), dtype=np.uint8))
     write_video(folder / "short.mp4", chance.integers(0, 256, (2, 48, 48, 3), dtype=np.uint8))
     clips = [said(f"clip{number}", f"answer {number}", "clip.mp4") for number in range(3)]
@@ -95,7 +95,7 @@ def logits(model: Any, processor: Any, sample: Sample, budget: str) -> torch.Ten
 def test_a_run_on_tiles_is_what_is_loaded_and_exported(
     world: Path, tmp_path: Path, image: dict[str, Any], budgets: list[str]
 ) -> None:
-    settings = run_settings(world, tmp_path / "run", "pictures.jsonl", {"image": image}, learning_rate=0.01)
+    settings = run_settings(world, tmp_path / "run", "images.jsonl", {"image": image}, learning_rate=0.01)
     run = train(settings)
     model, processor = load(run)
     saved = load_file(run / TRAINABLES)
@@ -129,7 +129,7 @@ def test_a_run_on_frames_is_what_is_loaded(world: Path, tmp_path: Path) -> None:
 
 def test_points_may_name_tiles(world: Path, tmp_path: Path) -> None:
     points = {"mode": "points", "num_draws": None, "points": ["image=16,tiles<=2", "image=4", "image=4,tiles<=0"]}
-    settings = run_settings(world, tmp_path / "run", "pictures.jsonl", {"image": {"tiling": {}}}, sampler=points)
+    settings = run_settings(world, tmp_path / "run", "images.jsonl", {"image": {"tiling": {}}}, sampler=points)
     assert (train(settings) / TRAINABLES).exists()
 
 
@@ -141,7 +141,7 @@ def test_files_nobody_can_read_are_listed_and_the_run_goes_on(world: Path, tmp_p
 
 def test_the_command_line_trains_and_answers_at_budgets(world: Path, tmp_path: Path, capsys) -> None:
     video = {"encoder": "image", "budgets": [1, 4], "frames": 4}
-    run_settings(world, tmp_path / "run", "pictures.jsonl", {"image": {"tiling": {}}, "video": video})
+    run_settings(world, tmp_path / "run", "images.jsonl", {"image": {"tiling": {}}, "video": video})
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--data.tokens_per_batch", "1500"]) == 0
     capsys.readouterr()
     ask = ["generate", "--model", str(tmp_path / "run"), "--text", "what?", "--use_cpu", "--max_new_tokens", "3"]
@@ -158,9 +158,9 @@ def test_the_command_line_trains_and_answers_at_budgets(world: Path, tmp_path: P
 
 
 def count_of(run: Path) -> int:
-    """A picture of 90 x 130 in 2 x 2 tiles of 16 tokens: the thumbnail, and rows of 8 tokens with a newline each."""
+    """An image of 90 x 130 in 2 x 2 tiles of 16 tokens: the thumbnail, and rows of 8 tokens with a newline each."""
     space = load(run)[1].space
-    extent = Extent("image", grid=(8, 8), picture_pixels=(90, 130), tile_pixels=(64, 64))
+    extent = Extent("image", grid=(8, 8), image_pixels=(90, 130), tile_pixels=(64, 64))
     (cost,) = count_tokens([extent], Budget.parse("image=16"), space)
     assert cost.tokens == 16 + 6 * 9
     return cost.tokens
@@ -173,11 +173,11 @@ def count_of(run: Path) -> int:
         (["--image", "0.png", "--budget", "image=65"], r"image=65 cannot be met: allowed are counts 1..64"),
         (["--image", "0.png", "--budget", "tiles=4"], r"budget item 'tiles=4' must be written once, as tiles<=N"),
         (["--image", "0.png", "--budget", "image=4,frames=2"], r"names video, but the request holds none"),
-        (["--image", "bomb.png"], r"bomb.png: the picture has more than 40000000 pixels \(limits.image_pixels\)"),
+        (["--image", "bomb.png"], r"bomb.png: the image has more than 40000000 pixels \(limits.image_pixels\)"),
         (["--image", "cut.png"], r"cut.png: .*\(corrupt\)"),
         (
             ["--image", "pages.tif"],
-            r"pages.tif: the file has 2 pages, and only single pictures are read \(unsupported\)",
+            r"pages.tif: the file has 2 pages, and only single images are read \(unsupported\)",
         ),
         (["--video", "clip.mp4", "--budget", "frames=3"], r"frames=3 cannot be met: 4 frames .* allowed are 1, 2, 4"),
         (["--video", "short.mp4"], r"short.mp4: the video has 2 frames, and 4 are to be taken from it"),
@@ -197,4 +197,4 @@ def answering(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answering")
     video = {"encoder": "image", "budgets": [1, 4], "frames": 4}
     model = {"image": {"tiling": {}}, "video": video}
-    return train(run_settings(world, folder / "run", "pictures.jsonl", model, max_steps=1))
+    return train(run_settings(world, folder / "run", "images.jsonl", model, max_steps=1))

@@ -1,4 +1,4 @@
-"""Every vision recipe trains for real: its own file, on a tiny LLM and tower and LLaVA's JSON over real pictures."""
+"""Every vision recipe trains for real: its own file, on a tiny LLM and tower and LLaVA's JSON over real images."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ POOLED = {"budgets": [1, 4, 16, 64]}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny parts, pictures, LLaVA's two files, and a run that stands for a converted LLaVA-1.5."""
+    """Tiny parts, images, LLaVA's two files, and a run that stands for a converted LLaVA-1.5."""
     folder = tmp_path_factory.mktemp("world")
     tiny.write_parts(folder / "parts")
     names = [tiny.write_media(folder / "coco", seed=seed, seconds=0.04)["image"] for seed in range(4)]

@@ -56,7 +56,7 @@ ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
         "mome": AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4),
     }.items()
 }
-# The LLM itself learns, and at every step one process has a picture and the other text alone.
+# The LLM itself learns, and at every step one process has an image and the other text alone.
 WHOLE_SCENARIOS: dict[str, dict[str, Any]] = {
     "whole": {
         "media": ("image",),

@@ -11,7 +11,7 @@ from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.evaluation.run import evaluate
 from mllm.synthetic.demo.demo import BUDGETS, DemoSettings, demo, evaluation_settings, run_settings
-from mllm.synthetic.demo.report import findings, picture_table, speech_table
+from mllm.synthetic.demo.report import findings, image_table, speech_table
 from mllm.synthetic.images.questions import KINDS
 
 WER = {  # task, budget, dB: error rate
@@ -69,7 +69,7 @@ def test_a_row_that_is_missing_or_there_twice_is_no_result() -> None:
 def test_tables_show_tasks_by_noise_and_questions_by_tokens() -> None:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(speech_table(rows()))
-    console.print(picture_table(rows()))
+    console.print(image_table(rows()))
     lines = [line.split() for line in console.export_text().splitlines() if "│" in line]
     cells = [[word for word in line if word != "│"] for line in lines]
     assert ["asr", "audio=/4", "24", "9.0", "(6-12)", "45.0", "(42-48)"] in cells
@@ -80,8 +80,8 @@ def test_settings_reach_the_run_and_the_evaluation(tmp_path: Path) -> None:
     settings = DemoSettings(out=str(tmp_path), seed=5, steps=20)
     run = run_settings(settings)
     assert (run.model.seed, run.train.seed, run.train.max_steps, run.train.warmup_steps) == (5, 5, 20, 2)
-    assert run.data.train == [str(tmp_path / "corpus" / kind / "train.jsonl") for kind in ("speech", "pictures")]
-    assert run.data.captions == [str(tmp_path / "corpus" / "pictures" / "captions.jsonl")]
+    assert run.data.train == [str(tmp_path / "corpus" / kind / "train.jsonl") for kind in ("speech", "images")]
+    assert run.data.captions == [str(tmp_path / "corpus" / "images" / "captions.jsonl")]
     assert evaluation_settings(settings).budgets == list(BUDGETS)
 
 

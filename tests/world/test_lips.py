@@ -13,7 +13,7 @@ def utterance() -> Utterance:
     return synthesise("we moved the empty basket", VOICES["train"][0])
 
 
-def test_pictures_last_as_long_as_the_sound(utterance: Utterance) -> None:
+def test_images_last_as_long_as_the_sound(utterance: Utterance) -> None:
     frames = draw_lips(utterance.phones, face_seed=1)
     assert frames.dtype == np.uint8
     assert frames.shape == (num_lip_frames(utterance.seconds), 48, 48)

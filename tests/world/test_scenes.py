@@ -1,4 +1,4 @@
-"""What the scenes, their questions and the picture corpus promise."""
+"""What the scenes, their questions and the image corpus promise."""
 
 from collections import Counter
 from itertools import islice
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mllm.data.manifest import read_manifest
-from mllm.synthetic.images.corpus import write_picture_corpus
+from mllm.synthetic.images.corpus import write_image_corpus
 from mllm.synthetic.images.questions import (
     ANSWERS,
     KINDS,
@@ -132,8 +132,8 @@ def test_an_unknown_split_is_refused() -> None:
 
 
 def test_the_corpus_reads_back_as_it_was_drawn(tmp_path) -> None:
-    manifests = write_picture_corpus(tmp_path / "a", num_train=4, num_validation=2, num_test=3, seed=5)
-    again = write_picture_corpus(tmp_path / "b", num_train=4, num_validation=2, num_test=3, seed=5)
+    manifests = write_image_corpus(tmp_path / "a", num_train=4, num_validation=2, num_test=3, seed=5)
+    again = write_image_corpus(tmp_path / "b", num_train=4, num_validation=2, num_test=3, seed=5)
     for split, count in {"train": 4, "validation": 2 * len(KINDS), "test": 3 * len(KINDS)}.items():
         assert manifests[split].read_bytes() == again[split].read_bytes()
         samples = read_manifest(manifests[split], manifests[split].parent)
@@ -141,9 +141,9 @@ def test_the_corpus_reads_back_as_it_was_drawn(tmp_path) -> None:
         assert {sample.task for sample in samples} == {"vqa"}
         assert all(len(sample.media) == 1 for sample in samples)
     scene = next(random_scenes("test", 5))
-    picture = Image.open(tmp_path / "a" / samples[0].media[0].path)
-    assert picture.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(picture), np.asarray(render_scene(scene)))
+    image = Image.open(tmp_path / "a" / samples[0].media[0].path)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(render_scene(scene)))
     told = answers(scene)
     for sample in samples[: len(KINDS)]:
         question, answer = sample.messages
@@ -153,4 +153,4 @@ def test_the_corpus_reads_back_as_it_was_drawn(tmp_path) -> None:
 
 def test_a_corpus_without_scenes_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="num_test must be at least 1 scene, got 0"):
-        write_picture_corpus(tmp_path, num_train=1, num_validation=1, num_test=0, seed=0)
+        write_image_corpus(tmp_path, num_train=1, num_validation=1, num_test=0, seed=0)

@@ -20,7 +20,7 @@ class Cutter:
     """Writes segments below a folder under the root, at 25 frames per second and 16 kHz.
 
     A piece begins at the frame nearest to the segment's start and ends at the one nearest to its end; 640 samples
-    belong to each frame. Pictures are encoded once more (H.264, about one grey level of error).
+    belong to each frame. Images are encoded once more (H.264, about one grey level of error).
 
     Args:
         root: what paths are relative to.
@@ -36,7 +36,7 @@ class Cutter:
 
         Raises:
             MediaError: it cannot be read.
-            ValueError: a segment without a frame, or pictures with odd sides.
+            ValueError: a segment without a frame, or images with odd sides.
         """
         frames = load_video(resolve_media(self.root, video), frames_per_second=FRAMES_PER_SECOND).frames
         samples = None if audio is None else load_audio(resolve_media(self.root, audio), SAMPLE_RATE_HZ).samples

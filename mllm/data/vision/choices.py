@@ -3,10 +3,10 @@
     pope/        llava_pope_test.jsonl, coco/coco_pope_{random,popular,adversarial}.json, val2014/
     MME/         llava_mme.jsonl, MME_Benchmark_release_version/<subtask>/
     scienceqa/   llava_test_CQM-A.json, problems.json, images/test/; or the tables of a hub
-    mmbench/     mmbench_dev_20230712.tsv; its pictures are inside
+    mmbench/     mmbench_dev_20230712.tsv; its images are inside
     seed_bench/  llava-seed-bench.jsonl, SEED-Bench.json, SEED-Bench-image/
 
-Knows these files. Opens no pictures but writes those that a table holds.
+Knows these files. Opens no images but writes those that a table holds.
 """
 
 import base64
@@ -33,18 +33,18 @@ from mllm.data.vision.questions import (
     texts_of,
     with_options,
 )
-from mllm.data.vision.table_images import PictureFolder
+from mllm.data.vision.table_images import ImageFolder
 from mllm.media import path_problem
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 MME_ASK = "Please answer yes or no."
 MAX_FIELD_BYTES = 2**27
 MAX_INDEX_DIGITS = 12
-"""A shorter picture is the index of the row that holds it."""
+"""A shorter image is the index of the row that holds it."""
 
 
 def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions by category; labels are found by category, picture and words, not by the order of lines."""
+    """Questions by category; labels are found by category, image and words, not by the order of lines."""
     file = find(source, ("llava_pope_test.jsonl",))
     folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
     gathered = Questions("pope", root)
@@ -65,7 +65,7 @@ def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 
 
 def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], str]:
-    """Labels by category, picture and words; of two that contradict each other neither counts."""
+    """Labels by category, image and words; of two that contradict each other neither counts."""
     labels: dict[tuple[str, str, str], str] = {}
     contradicted = set()
     for category in POPE_CATEGORIES:
@@ -81,7 +81,7 @@ def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], s
 
 
 def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions with the answers beside the pictures; a picture with other than two questions, which accuracy+ is not
+    """Questions with the answers beside the images; an image with other than two questions, which accuracy+ is not
     defined on, is noted and left out.
     """
     file = find(source, ("llava_mme.jsonl",))
@@ -98,17 +98,17 @@ def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         official, answer = _mme_answer(root / images / subtask, f"{name.stem}.txt", asked)
         if not (root / images / image).is_file() and (root / images / subtask / "images" / name.name).is_file():
             image = f"{subtask}/images/{name.name}"
-        meta = {"picture": f"{subtask}/{name.name}", "question": official}
+        meta = {"image": f"{subtask}/{name.name}", "question": official}
         return Question(question_id, [images + image], how, [answer], subtask, meta)
 
     gathered.add_lines(file, make)
     counts: dict[str, int] = {}
     for sample in gathered.listing.samples:
-        counts[sample.meta["picture"]] = counts.get(sample.meta["picture"], 0) + 1
-    odd = {picture: count for picture, count in counts.items() if count != 2}
-    for picture, count in odd.items():
-        gathered.listing.note(file, None, f"{picture} has {count} questions; MME has two per picture")
-    gathered.listing.samples = [one for one in gathered.listing.samples if one.meta["picture"] not in odd]
+        counts[sample.meta["image"]] = counts.get(sample.meta["image"], 0) + 1
+    odd = {name: count for name, count in counts.items() if count != 2}
+    for name, count in odd.items():
+        gathered.listing.note(file, None, f"{name} has {count} questions; MME has two per image")
+    gathered.listing.samples = [one for one in gathered.listing.samples if one.meta["image"] not in odd]
     return gathered.listing
 
 
@@ -132,7 +132,7 @@ def _mme_answer(folder: Path, name: str, asked: str) -> tuple[str, str]:
 
 
 def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions that have a picture; those of text alone do not depend on a budget and are left out."""
+    """Questions that have an image; those of text alone do not depend on a budget and are left out."""
     if is_table(source):
         return read_scienceqa_table(source, root, settings)
     file = find(source, ("llava_test_CQM-A.json",))
@@ -159,10 +159,10 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listin
 
 
 def read_mmbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """All rows of the table, rotations included; pictures are written to a folder under the root."""
+    """All rows of the table, rotations included; images are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
     file = find(source, names)
-    pictures = PictureFolder(root, settings.images)
+    images = ImageFolder(root, settings.images)
     gathered = Questions("mmbench", root)
     csv.field_size_limit(MAX_FIELD_BYTES)
     with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -173,7 +173,7 @@ def read_mmbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         held = text_at(row, "image")
         held = text_at(by_index[held], "image") if len(held) <= MAX_INDEX_DIGITS else held
         try:
-            image = pictures.write(base64.b64decode(held, validate=True))
+            image = images.write(base64.b64decode(held, validate=True))
         except binascii.Error as error:
             raise ValueError(f"row {row['index']}: image is not base64: {error}") from error
         return mmbench_question(row, image)

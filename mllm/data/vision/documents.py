@@ -3,7 +3,7 @@
     chartqa/  test/test_human.json, test/test_augmented.json, test/png/
     docvqa/   val_v1.0_withQT.json or val_v1.0.json (test_v1.0.json: judged by the server), documents/
 
-Knows these files. Does not open pictures.
+Knows these files. Does not open images.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""MMMU, AI2D, ChartQA, DocVQA and ScienceQA from the tables of a hub; their pictures are written under the root.
+"""MMMU, AI2D, ChartQA, DocVQA and ScienceQA from the tables of a hub; their images are written under the root.
 
     format     split        columns
     mmmu       validation   id, question, options, answer, question_type, image_1, ...
@@ -7,7 +7,7 @@
     docvqa     validation   questionId, question, answers, image
     scienceqa  test         question, choices, answer, hint, subject, image
 
-Knows these columns. Does not decode pictures.
+Knows these columns. Does not decode images.
 """
 
 import ast
@@ -30,17 +30,17 @@ from mllm.data.vision.questions import (
     texts_of,
     with_options,
 )
-from mllm.data.vision.table_images import PictureFolder
+from mllm.data.vision.table_images import ImageFolder
 
 Make = Callable[[dict[str, Any], int, "Write"], Question | None]
 Write = Callable[[Any], str]
-MAX_MMMU_PICTURES = 7
+MAX_MMMU_IMAGES = 7
 _UNKNOWN = "?"
 """Stands for the answers of MMMU's test split."""
 
 
 def read_mmmu(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions of all subjects, pictures where the text names them; kinds are the subjects."""
+    """Questions of all subjects, images where the text names them; kinds are the subjects."""
     return _read(source, root, settings, task="mmmu", split="validation", make=_mmmu)
 
 
@@ -60,7 +60,7 @@ def read_docvqa_table(source: Path, root: Path, settings: ReaderSettings) -> Lis
 
 
 def read_scienceqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
-    """Questions that have a picture; kinds are the subjects."""
+    """Questions that have an image; kinds are the subjects."""
     return _read(source, root, settings, task="scienceqa", split="test", make=_scienceqa, inside=("ScienceQA-IMG",))
 
 
@@ -74,13 +74,13 @@ def _read(
     make: Make,
     inside: Sequence[str] = (),
 ) -> Listing:
-    pictures = PictureFolder(root, settings.images)
+    images = ImageFolder(root, settings.images)
     gathered, number = Questions(task, root), 0
 
     def write(cell: Any) -> str:
         if not isinstance(cell, dict) or not cell.get("bytes"):
-            raise ValueError("a picture is named in the table and is not in it")
-        return pictures.write(cell["bytes"])
+            raise ValueError("an image is named in the table and is not in it")
+        return images.write(cell["bytes"])
 
     for file in table_files(source, settings.split or split, inside=inside):
         with gathered.listing.noting(file):
@@ -92,7 +92,7 @@ def _read(
 
 def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
     options = [] if row["question_type"] == "open" else _listed(row["options"])
-    held = [row.get(f"image_{place}") for place in range(1, MAX_MMMU_PICTURES + 1)]
+    held = [row.get(f"image_{place}") for place in range(1, MAX_MMMU_IMAGES + 1)]
     images = [write(cell) for cell in held if cell is not None]
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     text = "\n".join([row["question"], *lines]) + f"\n\n{CHOOSE if options else SHORT}"

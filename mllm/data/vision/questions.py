@@ -25,9 +25,9 @@ _NUMBERED = re.compile(r"<image ([1-9]\d*)>")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about pictures: their paths under the root, what is asked, and all answers that count as right.
+    """A question about images: their paths under the root, what is asked, and all answers that count as right.
 
-    Pictures stand before the text; or in it, where it holds `<image 1>`, `<image 2>`, ..., and those it does not name
+    Images stand before the text; or in it, where it holds `<image 1>`, `<image 2>`, ..., and those it does not name
     are left out.
     """
 
@@ -102,8 +102,8 @@ class Questions:
 def _parts_of(question: Question) -> list[dict[str, str]]:
     pieces = _NUMBERED.split(question.text)
     if len(pieces) == 1:
-        pictures = [{"type": "image", "path": image} for image in question.images]
-        return [*pictures, {"type": "text", "text": f"\n{question.text}"}]
+        images = [{"type": "image", "path": image} for image in question.images]
+        return [*images, {"type": "text", "text": f"\n{question.text}"}]
     parts = []
     for place, piece in enumerate(pieces):
         if place % 2 == 0:
@@ -138,9 +138,9 @@ def find_optional(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
-    """The folder of pictures, relative to the root, with a slash behind it: what is named, or the first that is there.
+    """The folder of images, relative to the root, with a slash behind it: what is named, or the first that is there.
 
-    Where none is, the first is taken, and every picture is told to be missing there.
+    Where none is, the first is taken, and every image is told to be missing there.
     """
     if named is not None:
         return f"{named.rstrip('/')}/" if named not in ("", ".") else ""

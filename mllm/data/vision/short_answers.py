@@ -6,7 +6,7 @@
     textvqa/  llava_textvqa_val_v051_ocr.jsonl, TextVQA_0.5.1_val.json, train_images/
     vizwiz/   llava_test.jsonl, test/; or val.json, val/
 
-Knows these files. Does not open pictures.
+Knows these files. Does not open images.
 """
 
 from pathlib import Path
@@ -75,7 +75,7 @@ def read_gqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
 def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     """LLaVA's questions of the validation set, with the words that an OCR found or without them.
 
-    A question is matched with its annotation by picture and words, as the official script does.
+    A question is matched with its annotation by image and words, as the official script does.
     """
     file = find(source, ("llava_textvqa_val_v051_ocr.jsonl",))
     notes = find(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations")
@@ -90,7 +90,7 @@ def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
         asked = asked.removeprefix("Question: ")
         note = by_words.get((row["question_id"], asked.lower()))
         if note is None:
-            raise ValueError(f"no annotation of picture {row['question_id']!r} asks {asked!r}")
+            raise ValueError(f"no annotation of image {row['question_id']!r} asks {asked!r}")
         if not settings.ocr_tokens:
             row = {**row, "text": "\n".join(line for line in lines if not line.startswith(OCR_LINE))}
         return _llava_question({**row, "question_id": note["question_id"]}, images, texts_of(note["answers"]))
@@ -105,14 +105,14 @@ def read_vizwiz(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     gathered = Questions("vizwiz", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test",), named=settings.images)
-        gathered.add_lines(file, lambda row: _llava_question(row, images, [], picture=row["image"]))
+        gathered.add_lines(file, lambda row: _llava_question(row, images, [], image_name=row["image"]))
         return gathered.listing
     images = folder_of(root, ("val",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
         answers = [text_at(answer, "answer") for answer in row.get("answers", [])]
         text, image = f"{text_at(row, 'question')}\n{UNSURE}\n{SHORT}", text_at(row, "image")
-        meta = {"picture": image}
+        meta = {"image": image}
         return Question(image, [images + image], text, answers, row.get("answer_type"), meta)
 
     gathered.add_all(file, json_list(file), make)
@@ -138,8 +138,8 @@ def question_ids(path: str) -> list[int]:
 
 
 def _llava_question(
-    row: dict[str, Any], images: str, answers: list[str], kind: str | None = None, *, picture: str | None = None
+    row: dict[str, Any], images: str, answers: list[str], kind: str | None = None, *, image_name: str | None = None
 ) -> Question:
-    meta = {} if picture is None else {"picture": picture}
+    meta = {} if image_name is None else {"image": image_name}
     image = images + text_at(row, "image")
     return Question(str(row["question_id"]), [image], text_at(row, "text"), answers, kind, meta)

@@ -1,6 +1,6 @@
-"""Pictures that stand inside tables, written as files under the root, each once.
+"""Images that stand inside tables, written as files under the root, each once.
 
-Knows bytes and names. Does not decode pictures.
+Knows bytes and names. Does not decode images.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ from pathlib import Path
 from mllm.media import path_problem
 from mllm.media.limits import sniff
 
-FOLDER = "pictures"
+FOLDER = "images"
 
 
-class PictureFolder:
-    """A folder of pictures named by their content, so that one that occurs again is not written again.
+class ImageFolder:
+    """A folder of images named by their content, so that one that occurs again is not written again.
 
     Args:
         root: of the samples.
-        folder: relative to it; "pictures" when None.
+        folder: relative to it; "images" when None.
 
     Raises:
         ValueError: a folder that leads out of the root.
@@ -32,14 +32,14 @@ class PictureFolder:
         self.root = root
 
     def write(self, content: bytes) -> str:
-        """Write a picture and return its path relative to the root.
+        """Write an image and return its path relative to the root.
 
         Raises:
-            ValueError: bytes that begin like no picture.
+            ValueError: bytes that begin like no image.
         """
         found = sniff(io.BytesIO(content[:64]))
         if found is None or found[0] != "image":
-            raise ValueError(f"{len(content)} bytes that begin like no picture")
+            raise ValueError(f"{len(content)} bytes that begin like no image")
         suffix = "jpg" if found[1] == "jpeg" else found[1]
         name = f"{self.folder}/{hashlib.sha256(content).hexdigest()[:24]}.{suffix}"
         file = self.root / name

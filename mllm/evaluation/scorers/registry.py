@@ -143,18 +143,18 @@ def _f1_part(line: Line) -> tuple[float, float]:
 
 
 def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
-    """Accuracy plus the share of pictures with all answers right, summed over subtasks; in hundreds, 20 + 8 at most."""
+    """Accuracy plus the share of images with all answers right, summed over subtasks; in hundreds, 20 + 8 at most."""
     scores: dict[Any, tuple[float, float]] = {}
     parts: list[tuple[float, float]] = []
     for kind in _kinds(lines):
         mine = [line for line in lines if line["kind"] == kind]
-        pictures: dict[str, list[float]] = {}
+        images: dict[str, list[float]] = {}
         for line in mine:
-            pictures.setdefault(line["meta"]["picture"], []).append(own.judge(line))
+            images.setdefault(line["meta"]["image"], []).append(own.judge(line))
         accuracy = sum(own.judge(line) for line in mine) / len(mine)
-        plus = sum(min(worths) for worths in pictures.values()) / len(pictures)
+        plus = sum(min(worths) for worths in images.values()) / len(images)
         scores[kind] = (accuracy, plus)
-        parts = [(sum(worths) / len(worths) + min(worths), 1.0) for worths in pictures.values()]
+        parts = [(sum(worths) / len(worths) + min(worths), 1.0) for worths in images.values()]
     sums = {kind: sum(score) for kind, score in scores.items()}
     details: dict[str, Any] = {
         name: sum(value for kind, value in sums.items() if kind in kinds) if set(sums) & set(kinds) else None
@@ -166,7 +166,7 @@ def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
 
 
 def _seed_total(own: Benchmark, lines: Sequence[Line]) -> Total:
-    """Accuracy over all questions, and over those on pictures and those on videos."""
+    """Accuracy over all questions, and over those on images and those on videos."""
     total = mean_of_units(own, lines)
     for name in ("image", "video"):
         mine = [own.judge(line) for line in lines if line["meta"]["data_type"] == name]
@@ -238,7 +238,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         (Column("MME-P", "perception", 20.0), Column("MME-C", "cognition", 8.0)),
         _mme_worth,
         total=_mme_total,
-        meta=("picture",),
+        meta=("image",),
         reads=lambda line: mme_answer(line["hypothesis"]) != "other",
     ),
     "mmbench": Benchmark(

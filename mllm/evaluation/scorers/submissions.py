@@ -60,7 +60,7 @@ def _vqav2(answers: Sequence[Answer], all_ids: Sequence[int]) -> bytes:
 
 
 def _vizwiz(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
-    return _json([{"image": answer.meta["picture"], "answer": evalai_answer(answer.text)} for answer in answers])
+    return _json([{"image": answer.meta["image"], "answer": evalai_answer(answer.text)} for answer in answers])
 
 
 def _gqa(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
@@ -83,7 +83,7 @@ def _mmmu_said(answer: Answer) -> str:
 
 
 def _mmbench(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
-    """The table of questions without hints, pictures and categories, and with a column of predictions."""
+    """The table of questions without hints, images and categories, and with a column of predictions."""
     columns = ("question", "A", "B", "C", "D")
     has_answers = any("answer" in answer.meta["row"] for answer in answers)
     rows: list[list[str | int | None]] = [["index", *columns, "prediction", *(["answer"] if has_answers else [])]]
@@ -96,7 +96,7 @@ def _mmbench(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
 
 SUBMISSIONS = {
     "vqav2": Submission(".json", _vqav2),
-    "vizwiz": Submission(".json", _vizwiz, meta=("picture",)),
+    "vizwiz": Submission(".json", _vizwiz, meta=("image",)),
     "gqa": Submission(".json", _gqa),
     "docvqa": Submission(".json", _docvqa, meta=("question_id",)),
     "mmmu": Submission(".json", _mmmu, meta=("options",)),

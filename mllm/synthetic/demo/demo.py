@@ -40,11 +40,11 @@ class DemoSettings:
     num_utterances: int = 1500
     """Spoken sentences to train on."""
     num_scenes: int = 2500
-    """Pictures to train on, with eight questions each."""
+    """Images to train on, with eight questions each."""
     num_test_utterances: int = 150
     """Spoken sentences to test on, by voices that were not trained on."""
     num_test_scenes: int = 300
-    """Pictures to test on, with a question of every kind."""
+    """Images to test on, with a question of every kind."""
 
     def __post_init__(self) -> None:
         check_at_least(self, [field.name for field in fields(self) if field.name not in ("out", "seed", "steps")])
@@ -84,12 +84,12 @@ def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[st
 
 
 def write_corpora(out: Path, settings: DemoSettings, *, progress: Progress) -> None:
-    """Make the speech and the picture corpus, each unless it is there whole; its manifest of test is written last."""
+    """Make the speech and the image corpus, each unless it is there whole; its manifest of test is written last."""
     seed = settings.seed
     if not (out / "speech" / "test.jsonl").exists():
         write_speech(out / "speech", settings.num_utterances, settings.num_test_utterances, seed, progress)
-    if not (out / "pictures" / "test.jsonl").exists():
-        write_pictures(out / "pictures", settings.num_scenes, settings.num_test_scenes, seed, progress)
+    if not (out / "images" / "test.jsonl").exists():
+        write_images(out / "images", settings.num_scenes, settings.num_test_scenes, seed, progress)
 
 
 def write_speech(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
@@ -104,12 +104,12 @@ def write_speech(folder: Path, num_train: int, num_test: int, seed: int, progres
     )
 
 
-def write_pictures(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
-    """Make a picture corpus."""
-    from mllm.synthetic.images.corpus import write_picture_corpus
+def write_images(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
+    """Make an image corpus."""
+    from mllm.synthetic.images.corpus import write_image_corpus
 
     progress("drawing", 0, 1)
-    write_picture_corpus(folder, num_train=num_train, num_test=num_test, seed=seed)
+    write_image_corpus(folder, num_train=num_train, num_test=num_test, seed=seed)
     progress("drawing", 1, 1)
 
 
@@ -138,7 +138,7 @@ def evaluation_settings(settings: DemoSettings) -> EvaluateSettings:
     return EvaluateSettings(
         model=settings.out,
         name="demo",  # so that a first evaluation of one's own has a place
-        manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "pictures" / "test.jsonl")],
+        manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "images" / "test.jsonl")],
         budgets=list(BUDGETS),
         noise=str(corpus / "speech" / "noise" / "test.wav"),
         snr_db=[None, 0.0],

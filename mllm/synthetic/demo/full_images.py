@@ -1,11 +1,11 @@
-"""The long demo of pictures: elastic models in three styles against separately trained ones of one count of tokens.
+"""The long demo of images: elastic models in three styles against separately trained ones of one count of tokens.
 
-Knows the world's picture corpus, training and evaluation, and which models are compared. Does not know how any works.
+Knows the world's image corpus, training and evaluation, and which models are compared. Does not know how any works.
 
-    out/pictures/            the corpus, shared by all models
+    out/images/            the corpus, shared by all models
     out/features/            what the frozen encoder makes of it
     out/<model>/<seed>/      a run and its evaluation
-    out/comparison.*         see `pictures_report.py`
+    out/comparison.*         see `images_report.py`
 
 How they are trained side by side is in `full_jobs.py`.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.evaluation import EvaluateSettings
-from mllm.synthetic.demo.demo import write_pictures
+from mllm.synthetic.demo.demo import write_images
 from mllm.synthetic.demo.jobs import LongDemoSettings, Work, recipe, run_demo
 from mllm.utils.progress import Progress
 
@@ -32,24 +32,24 @@ COMPRESSOR_RATES = {"mqt": 2e-4}
 STEPS_OF_ELASTIC = len(COUNTS)
 """Steps of an elastic model for each step of a separate one: it draws each count as often as they do."""
 ROWS_PER_STEP = 12
-"""Dialogues of each step, the same number whatever a picture costs."""
+"""Dialogues of each step, the same number whatever an image costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullPicturesSettings(LongDemoSettings):
-    """How much the long demo of pictures does; the defaults take less than an hour on 2 CPU cores."""
+class FullImagesSettings(LongDemoSettings):
+    """How much the long demo of images does; the defaults take less than an hour on 2 CPU cores."""
 
-    out: str = "runs/demo_full_pictures"
+    out: str = "runs/demo_full_images"
     steps: int = 200
     """Optimizer steps of a separately trained model; an elastic one takes four times as many."""
     num_scenes: int = 2500
-    """Pictures to train on, with eight questions each."""
+    """Images to train on, with eight questions each."""
     num_test_scenes: int = 200
-    """Pictures to test on, with a question of every kind."""
+    """Images to test on, with a question of every kind."""
 
 
 @dataclass(frozen=True)
-class PictureJob:
+class ImageJob:
     """One model to train and evaluate: at all counts (no `count`), or at one."""
 
     style: str
@@ -67,49 +67,49 @@ class PictureJob:
         return list(COUNTS) if self.count is None else [self.count]
 
 
-def full_pictures(settings: FullPicturesSettings, *, progress: Progress | None = None) -> float:
+def full_images(settings: FullImagesSettings, *, progress: Progress | None = None) -> float:
     """Run the demo, see `run_demo`, or what of it is not there yet."""
-    works = [Work(run_settings(job, settings), evaluation_settings(job, settings)) for job in picture_jobs(settings)]
+    works = [Work(run_settings(job, settings), evaluation_settings(job, settings)) for job in image_jobs(settings)]
     return run_demo(settings, partial(write_corpus, settings), works, progress=progress)
 
 
-def picture_jobs(settings: FullPicturesSettings) -> list[PictureJob]:
+def image_jobs(settings: FullImagesSettings) -> list[ImageJob]:
     """Every model at every seed, seed by seed, in each the longest first."""
-    return [PictureJob(style, seed, count) for seed in settings.seeds for count in (None, *COUNTS) for style in STYLES]
+    return [ImageJob(style, seed, count) for seed in settings.seeds for count in (None, *COUNTS) for style in STYLES]
 
 
-def write_corpus(settings: FullPicturesSettings, progress: Progress) -> None:
-    """The picture corpus."""
-    folder = Path(settings.out) / "pictures"
+def write_corpus(settings: FullImagesSettings, progress: Progress) -> None:
+    """The image corpus."""
+    folder = Path(settings.out) / "images"
     if not (folder / "test.jsonl").exists():
-        write_pictures(folder, settings.num_scenes, settings.num_test_scenes, settings.seed, progress)
+        write_images(folder, settings.num_scenes, settings.num_test_scenes, settings.seed, progress)
 
 
-def run_settings(job: PictureJob, settings: FullPicturesSettings) -> Any:
-    """The demo's recipe on pictures alone, in the job's style and at its counts."""
+def run_settings(job: ImageJob, settings: FullImagesSettings) -> Any:
+    """The demo's recipe on images alone, in the job's style and at its counts."""
     from mllm.config.run import read_run_settings
 
     steps = settings.steps * (STEPS_OF_ELASTIC if job.count is None else 1)
     values = recipe(settings, job.name, seed=job.seed, steps=steps, num_reports=20, versions=1)
     model, data = values["model"], values["data"]
-    pictures = Path(settings.out) / "pictures"
+    images = Path(settings.out) / "images"
     del model["audio"], model["video"], data["noise"], data["snr_db"]
     style = STYLES[job.style]
     if style["compressor"] != "pool":
         del model["image"]["projector_size"]
     model["image"] |= {**style, "budgets": job.counts}
-    data |= {"train": [str(pictures / "train.jsonl")], "captions": [str(pictures / "captions.jsonl")]}
+    data |= {"train": [str(images / "train.jsonl")], "captions": [str(images / "captions.jsonl")]}
     data |= {"max_rows": ROWS_PER_STEP, "tokens_per_batch": 4096}
     if job.style in COMPRESSOR_RATES:
         values["train"]["part_learning_rates"] = {"compressors": COMPRESSOR_RATES[job.style]}
     return read_run_settings(values)
 
 
-def evaluation_settings(job: PictureJob, settings: FullPicturesSettings) -> EvaluateSettings:
+def evaluation_settings(job: ImageJob, settings: FullImagesSettings) -> EvaluateSettings:
     """The test questions at each of the job's counts."""
     return EvaluateSettings(
         model=str(Path(settings.out) / job.name),
-        manifest=[str(Path(settings.out) / "pictures" / "test.jsonl")],
+        manifest=[str(Path(settings.out) / "images" / "test.jsonl")],
         budgets=[f"image={count}" for count in job.counts],
         max_new_tokens=6,
         batch_size=100,

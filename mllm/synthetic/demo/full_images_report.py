@@ -1,4 +1,4 @@
-"""What the long demo of pictures found: accuracy per kind of question and count of tokens, elastic and separate.
+"""What the long demo of images found: accuracy per kind of question and count of tokens, elastic and separate.
 
 Knows answers on disk and whether they are right. Does not know how models were made.
 
@@ -20,7 +20,7 @@ from mllm.synthetic.demo.cells import (
     pooled_cell,
     table,
 )
-from mllm.synthetic.demo.full_images import COUNTS, STYLES, FullPicturesSettings, picture_jobs
+from mllm.synthetic.demo.full_images import COUNTS, STYLES, FullImagesSettings, image_jobs
 from mllm.synthetic.demo.report import Finding
 from mllm.synthetic.images.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
 
@@ -36,14 +36,14 @@ Key = tuple[str, bool, str, int]
 Cells = Mapping[Key, Cell]
 
 
-def read_cells(settings: FullPicturesSettings) -> dict[Key, Cell]:
+def read_cells(settings: FullImagesSettings) -> dict[Key, Cell]:
     """Wrong answers and questions of all models, from the answers in their folders.
 
     Raises:
         ValueError: an evaluation with samples that could not be answered; the folder is named.
     """
     counts: dict[Key, dict[tuple[int, str], tuple[int, int]]] = {}
-    for job in picture_jobs(settings):
+    for job in image_jobs(settings):
         for line in answers(settings.out, job.name):
             wrong = int(line["hypothesis"].strip() != line["references"][0].strip())
             tokens, scene = int(line["budget"].partition("=")[2]), line["id"].removesuffix(f"-{line['kind']}")
@@ -54,7 +54,7 @@ def read_cells(settings: FullPicturesSettings) -> dict[Key, Cell]:
     return {key: pooled_cell(own) for key, own in counts.items()}
 
 
-def compare(settings: FullPicturesSettings) -> Comparison:
+def compare(settings: FullImagesSettings) -> Comparison:
     """What all answers show."""
     cells = read_cells(settings)
     return Comparison([_row(cells, *key) for key in cells], findings(cells), markdown(cells), draw(cells))
@@ -83,7 +83,7 @@ def findings(cells: Cells) -> list[Finding]:
         )
         found.append(
             Finding(
-                f"{NAMES[style]}, elastic: questions about the whole picture do not (accuracy at 1, 4, 16, 64)",
+                f"{NAMES[style]}, elastic: questions about the whole image do not (accuracy at 1, 4, 16, 64)",
                 ", ".join(f"{100 * value:.1f}" for value in coarse),
                 max(coarse) - min(coarse) <= 0.05,
             )

@@ -125,7 +125,7 @@ def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
 
 
 def run_settings(job: Job, settings: FullDemoSettings) -> Any:
-    """The demo's recipe without pictures, at the job's tasks, rates and adapter."""
+    """The demo's recipe without images, at the job's tasks, rates and adapter."""
     from mllm.config.run import read_run_settings
 
     steps = steps_of(job, settings)

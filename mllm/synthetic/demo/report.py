@@ -39,11 +39,11 @@ def speech_table(rows: Rows) -> Table:
     return table
 
 
-def picture_table(rows: Rows) -> Table:
+def image_table(rows: Rows) -> Table:
     """Accuracies: one line per kind of question, one column per number of tokens."""
     own = [row for row in rows if row["task"] == "vqa"]
     budgets = sorted({row["budget"] for row in own}, key=lambda budget: int(budget.partition("=")[2]))
-    table = Table(title="Accuracy on pictures, % (95 % interval)", title_justify="left")
+    table = Table(title="Accuracy on images, % (95 % interval)", title_justify="left")
     table.add_column("question")
     for budget in budgets:
         table.add_column(budget, justify="right")
@@ -80,7 +80,7 @@ def findings(rows: Rows) -> list[Finding]:
             detail[0] < detail[1] < detail[2] <= detail[3] + 0.02,
         ),
         Finding(
-            "questions about the whole picture do not (accuracy on time and ground at 1, 4, 16, 64)",
+            "questions about the whole image do not (accuracy on time and ground at 1, 4, 16, 64)",
             _list(coarse),
             max(coarse) - min(coarse) <= 0.05,
         ),

@@ -1,12 +1,12 @@
-"""Writes the picture corpus: scenes as png files, and manifests that ask about them.
+"""Writes the image corpus: scenes as png files, and manifests that ask about them.
 
 Knows scenes, questions and the manifest format. Does not know tokens, models or budgets.
 
-    out/train.jsonl       one row per picture, a dialogue of several questions
-    out/captions.jsonl    one row per picture of train, which is told in words
-    out/validation.jsonl  one row per question, one question of every kind per picture; `kind` says which
+    out/train.jsonl       one row per image, a dialogue of several questions
+    out/captions.jsonl    one row per image of train, which is told in words
+    out/validation.jsonl  one row per question, one question of every kind per image; `kind` says which
     out/test.jsonl        the same
-    out/pictures/<split>/<number>.png
+    out/images/<split>/<number>.png
 
 Scenes are parted by a digest of what they show (`Scene.split`), so the splits of all seeds are disjoint.
 """
@@ -25,7 +25,7 @@ from mllm.synthetic.prompts import DESCRIBE_PROMPT
 TASK = "vqa"
 
 
-def write_picture_corpus(
+def write_image_corpus(
     out: str | Path,
     *,
     num_train: int = 2500,
@@ -56,7 +56,7 @@ def write_picture_corpus(
     manifests = {}
     for split, count in counts.items():
         scenes = list(islice(random_scenes(split, seed), count))
-        paths = _write_pictures(scenes, out, split)
+        paths = _write_images(scenes, out, split)
         generator = np.random.default_rng([seed, SPLITS.index(split), 17])
         manifests[split] = out / f"{split}.jsonl"
         num_turns = questions_per_scene if split == "train" else None
@@ -67,8 +67,8 @@ def write_picture_corpus(
     return manifests
 
 
-def _write_pictures(scenes: Sequence[Scene], out: Path, split: str) -> list[str]:
-    folder = Path("pictures") / split
+def _write_images(scenes: Sequence[Scene], out: Path, split: str) -> list[str]:
+    folder = Path("images") / split
     (out / folder).mkdir(parents=True, exist_ok=True)
     paths = [(folder / f"{number:05d}.png").as_posix() for number in range(len(scenes))]
     for scene, path in zip(scenes, paths, strict=True):
@@ -100,7 +100,7 @@ def _captions(scenes: Sequence[Scene], paths: Sequence[str]) -> Iterator[Sample]
 def _dialogue(path: str, questions: Sequence[Question]) -> tuple[Message, ...]:
     messages = []
     for turn, question in enumerate(questions):
-        picture = (Media("image", path),) if turn == 0 else ()
-        messages.append(Message("user", (*picture, Text(question.text))))
+        image = (Media("image", path),) if turn == 0 else ()
+        messages.append(Message("user", (*image, Text(question.text))))
         messages.append(Message("assistant", (Text(question.answer),)))
     return tuple(messages)

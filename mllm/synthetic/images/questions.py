@@ -1,8 +1,8 @@
 """Questions about a scene, their one-word answers, and a scene told in words.
 
 Knows scenes. Does not know pixels, tokens, files or who is asked.
-`time` and `ground` need a glance at the whole picture; `colour`, `letter` and `relation` need single objects. `count`
-is in between: which colours there are, and how much of each, survives in a mean over the picture.
+`time` and `ground` need a glance at the whole image; `colour`, `letter` and `relation` need single objects. `count`
+is in between: which colours there are, and how much of each, survives in a mean over the image.
 """
 
 from collections import Counter
@@ -103,7 +103,7 @@ def describe_scene(scene: Scene, order: Iterable[int] | None = None) -> str:
 
 
 def object_words(thing: SceneObject) -> tuple[str, str, str, str, str]:
-    """Shape, colour, letter, column and row of an object as words: what one patch of the picture says."""
+    """Shape, colour, letter, column and row of an object as words: what one patch of the image says."""
     return thing.shape, thing.colour, thing.letter, COLUMN_WORDS[thing.column], ROW_WORDS[thing.row]
 
 

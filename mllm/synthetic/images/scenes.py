@@ -1,11 +1,11 @@
-"""Scenes of the picture corpus: what is in one, how one is drawn at random, and how it becomes pixels.
+"""Scenes of the image corpus: what is in one, how one is drawn at random, and how it becomes pixels.
 
 Knows objects, colours, letters and the pixel font. Does not know questions, files, tokens or any model.
 
 A scene is 8 x 8 cells of 16 pixels, the patches of the world's vision tower, so that every object lies in one patch:
 64 features see every object by itself, and pooled features see fewer and fewer of them by themselves.
 
-Shapes: pictures are (128, 128, 3) uint8; the letter glyphs are 5 x 5 pixels.
+Shapes: images are (128, 128, 3) uint8; the letter glyphs are 5 x 5 pixels.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 CELL_PIXELS = 16
 GRID_CELLS = 8
-PICTURE_PIXELS = CELL_PIXELS * GRID_CELLS
+IMAGE_PIXELS = CELL_PIXELS * GRID_CELLS
 OBJECT_PIXELS = 14
 MIN_OBJECTS, MAX_OBJECTS = 2, 6
 HORIZON_ROWS = (4, 5)
@@ -133,21 +133,21 @@ def random_scenes(split: str, seed: int) -> Iterator[Scene]:
 
 
 def render_scene(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, 128 x 128 pixels."""
+    """The image of a scene: RGB, 128 x 128 pixels."""
     pixels = _background(scene.time, scene.ground, scene.horizon_row).copy()
     for thing in scene.objects:
         margin = (CELL_PIXELS - OBJECT_PIXELS) // 2
         top = thing.row * CELL_PIXELS + margin + thing.shift[1]
         left = thing.column * CELL_PIXELS + margin + thing.shift[0]
         area = pixels[top : top + OBJECT_PIXELS, left : left + OBJECT_PIXELS]
-        picture, opacity = _object_picture(thing.shape, thing.colour, thing.letter)
-        area[:] = np.round(area * (1.0 - opacity) + picture * opacity).astype(np.uint8)
+        image, opacity = _object_image(thing.shape, thing.colour, thing.letter)
+        area[:] = np.round(area * (1.0 - opacity) + image * opacity).astype(np.uint8)
     return Image.fromarray(pixels)
 
 
 @lru_cache(maxsize=64)
 def _background(time: str, ground: str, horizon_row: int) -> np.ndarray:
-    pixels = np.empty((PICTURE_PIXELS, PICTURE_PIXELS, 3), dtype=np.uint8)
+    pixels = np.empty((IMAGE_PIXELS, IMAGE_PIXELS, 3), dtype=np.uint8)
     top, bottom = (np.array(colour, dtype=float) for colour in SKIES[time])
     horizon = horizon_row * CELL_PIXELS
     height = np.linspace(0.0, 1.0, horizon)[:, None]
@@ -155,22 +155,22 @@ def _background(time: str, ground: str, horizon_row: int) -> np.ndarray:
     pixels[horizon:] = GROUNDS[ground]
     if time == "night":
         stars = np.random.default_rng(0)
-        pixels[stars.integers(horizon, size=40), stars.integers(PICTURE_PIXELS, size=40)] = (200, 200, 210)
+        pixels[stars.integers(horizon, size=40), stars.integers(IMAGE_PIXELS, size=40)] = (200, 200, 210)
     return pixels
 
 
 @lru_cache(maxsize=1024)
-def _object_picture(shape: str, colour: str, letter: str) -> tuple[np.ndarray, np.ndarray]:
-    """The 14 x 14 picture of an object and its opacity: a dark rim, the filled shape, the letter in the middle."""
+def _object_image(shape: str, colour: str, letter: str) -> tuple[np.ndarray, np.ndarray]:
+    """The 14 x 14 image of an object and its opacity: a dark rim, the filled shape, the letter in the middle."""
     fill = np.array(COLOURS[colour], dtype=float)
     rim = _shape_mask(shape, OBJECT_PIXELS / 2)
     inner = _shape_mask(shape, OBJECT_PIXELS / 2 - 1.0)
-    picture = fill * inner + 20.0 * (1.0 - inner)
+    image = fill * inner + 20.0 * (1.0 - inner)
     ink = 0.0 if fill @ (0.299, 0.587, 0.114) > 110 else 255.0
     glyph = np.array([[bit == "1" for bit in row] for row in _GLYPHS[letter].split()])
     top = 5 if shape != "triangle" else 7
-    picture[top : top + 5, 5:10][glyph] = ink
-    return picture, rim
+    image[top : top + 5, 5:10][glyph] = ink
+    return image, rim
 
 
 @lru_cache(maxsize=64)

@@ -39,7 +39,7 @@ MANNERS = (
 
 
 def scene_bags(scene: Scene) -> np.ndarray:
-    """The bag of every patch of a picture, (64, K) in raster order: an object's five words, or sky or ground."""
+    """The bag of every patch of an image, (64, K) in raster order: an object's five words, or sky or ground."""
     bags = np.zeros((GRID_CELLS**2, len(BAG_WORDS)), np.float32)
     horizon = scene.horizon_row * GRID_CELLS
     bags[:horizon, _INDEX[scene.time]] = BACKGROUND_WEIGHT
@@ -53,7 +53,7 @@ def scene_bags(scene: Scene) -> np.ndarray:
 
 
 def pool_grid(bags: np.ndarray, side: int) -> np.ndarray:
-    """Area mean of the (64, K) bags of a picture over side x side windows, (side * side, K).
+    """Area mean of the (64, K) bags of an image over side x side windows, (side * side, K).
 
     Windows are those of adaptive average pooling: window i reaches from floor(8 i / side) to ceil(8 (i + 1) / side).
 

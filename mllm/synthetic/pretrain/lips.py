@@ -4,7 +4,7 @@ Knows the drawn lips and what the encoder wants to be fed. Does not know sound, 
 
     pretrain_lips(Path("out"), recipe=LIP_RECIPE)
 
-writes a folder that `AVHubertEncoder.from_pretrained` reads, and the log of the run beside it. Pictures are 48 x 48
+writes a folder that `AVHubertEncoder.from_pretrained` reads, and the log of the run beside it. Images are 48 x 48
 gray, of which the encoder sees 44 x 44 (the middle at use, anywhere in training). The batch norms learn here and never
 again. Faces, voices and sentences of the validation and test splits are not those of training; the test split is seen
 once, at the end.
@@ -41,7 +41,7 @@ CROP_PIXELS = 44
 
 @dataclass(frozen=True)
 class Clip:
-    """Lip pictures (T, H, W) uint8 and the phone class of each (T,) int64."""
+    """Lip images (T, H, W) uint8 and the phone class of each (T,) int64."""
 
     frames: np.ndarray
     labels: np.ndarray
@@ -95,7 +95,7 @@ def build_lip_encoder() -> AVHubertEncoder:
 
 
 def film(split: str, count: int, *, seed: int) -> list[Clip]:
-    """`count` sentences of a split, each by a random speaker of it, as labelled lip pictures, shortest first."""
+    """`count` sentences of a split, each by a random speaker of it, as labelled lip images, shortest first."""
     generator = np.random.default_rng([seed, count])
     clips = []
     for sentence in sample_sentences(count, split=split, seed=seed):
@@ -108,7 +108,7 @@ def film(split: str, count: int, *, seed: int) -> list[Clip]:
 
 
 def measured_lips(split: str, count: int, *, seed: int) -> dict[str, list[FrameBatch]]:
-    """Films of a held-out split, the middle of every picture, under the name "frame_accuracy"."""
+    """Films of a held-out split, the middle of every image, under the name "frame_accuracy"."""
     cut = []
     for clip in film(split, count, seed=seed):
         edge = (clip.frames.shape[1] - CROP_PIXELS) // 2

@@ -12,7 +12,7 @@ Kinds of sequences (`KINDS`):
     sentence     <s> sentence </s>
 
 Looking things up appears late and suddenly in small transformers, so it is made easy first. `progress` (0 at the start
-of training, 1 at its end) leads from pictures that consist of a handful of bags to pictures of 64, from clean bags to
+of training, 1 at its end) leads from images that consist of a handful of bags to images of 64, from clean bags to
 noisy ones, and from descriptions, in which nearly every word is looked up by the word before it, to questions.
 
 Comparing places takes two look-ups and then a comparison, and until all three are there none of them is rewarded: it
@@ -227,7 +227,7 @@ class PretrainingText:
         self._hint_counts(example, [scene.objects[index] for index in order], positions)
 
     def _show_scene(self, example: Example, scene: Scene, side: int | None, noise: float | None) -> None:
-        """Bags of the pooled picture, or, as the easiest pictures, of its objects and of everything, in order."""
+        """Bags of the pooled image, or, as the easiest images, of its objects and of everything, in order."""
         noise = self._noise(0.4) * min(1.0, 3.0 * self.progress) if noise is None else noise
         bags = blur.scene_bags(scene)
         start = len(example.ids)

@@ -6,7 +6,7 @@ Run once; the result is shipped in `assets/vision` and stays frozen. Features ar
 Besides the classes of every patch the tower predicts the patch's bag of words (`blurred_text.scene_bags`) by a linear
 map. Being linear, it also holds for means of patches: pooled features say what pooled bags say.
 
-Shapes: B pictures, 64 patches each, D feature size, K scene words.
+Shapes: B images, 64 patches each, D feature size, K scene words.
 """
 
 import json
@@ -29,8 +29,8 @@ from mllm.synthetic.images.scenes import (
     CELL_PIXELS,
     COLOURS,
     GRID_CELLS,
+    IMAGE_PIXELS,
     LETTERS,
-    PICTURE_PIXELS,
     SHAPES,
     Scene,
     random_scenes,
@@ -51,7 +51,7 @@ PIXEL_MEAN = PIXEL_STD = 0.5
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """Normalised pixels (B, 3, 128, 128) and the bags of their patches (B, 64, K)."""
 
     pixels: Tensor
@@ -75,7 +75,7 @@ def vision_config() -> CLIPVisionConfig:
         projection_dim=128,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=PICTURE_PIXELS,
+        image_size=IMAGE_PIXELS,
         patch_size=CELL_PIXELS,
         hidden_act="gelu_pytorch_tanh",
     )
@@ -95,7 +95,7 @@ def pretrain_vision(
     Args:
         out: folder for the checkpoint; an interim one is written at every examination.
         seed: of the initial weights and of the scenes.
-        steps: optimizer steps of `batch_size` new pictures each.
+        steps: optimizer steps of `batch_size` new images each.
         learning_rate: the highest one of a warm-up and a cosine.
         examine_every_steps: steps between two examinations on the validation split.
 
@@ -109,7 +109,7 @@ def pretrain_vision(
     tower, reader = CLIPVisionModel(vision_config()).train(), PatchReader(vision_config().hidden_size)
     parameters = [*tower.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    batches = picture_batches("train", seed, batch_size)
+    batches = image_batches("train", seed, batch_size)
     results: dict[str, float] = {}
     with (out / "log_vision.jsonl").open("w") as log:
         facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -133,18 +133,18 @@ def pretrain_vision(
     return results
 
 
-def picture_batches(split: str, seed: int, batch_size: int) -> Iterator[Pictures]:
+def image_batches(split: str, seed: int, batch_size: int) -> Iterator[Images]:
     """Endless batches of new scenes of one split."""
     scenes = random_scenes(split, seed)
     while True:
-        yield draw_pictures(list(islice(scenes, batch_size)))
+        yield draw_images(list(islice(scenes, batch_size)))
 
 
-def draw_pictures(scenes: list[Scene]) -> Pictures:
+def draw_images(scenes: list[Scene]) -> Images:
     """Render scenes, scale their pixels to -1..1, and put the bags of their patches beside them."""
     pixels = torch.from_numpy(np.stack([np.asarray(render_scene(scene)) for scene in scenes]))
     bags = torch.from_numpy(np.stack([scene_bags(scene)[:, len(PHONES) :] for scene in scenes]))
-    return Pictures((pixels.permute(0, 3, 1, 2).float() / 255.0 - PIXEL_MEAN) / PIXEL_STD, bags)
+    return Images((pixels.permute(0, 3, 1, 2).float() / 255.0 - PIXEL_MEAN) / PIXEL_STD, bags)
 
 
 def patch_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def examine_tower(
 ) -> dict[str, float]:
     """Percent of object patches of which each field is read, of all patches whose background is, and of the variance of
     the bags that a linear map explains at 64, 16, 4 and 1 pooled features."""
-    batch = next(picture_batches(split, seed, num_scenes))
+    batch = next(image_batches(split, seed, num_scenes))
     features = patch_features(tower, batch.pixels)
     logits, is_object = reader.classes(features), batch.bags[..., :NUM_OBJECT_WORDS].sum(dim=-1) > 0
     results = {}
@@ -194,7 +194,7 @@ def save_tower(tower: CLIPVisionModel, out: Path) -> None:
     """Write weights in float16, the config, and the config of an image processor that keeps 128 x 128 pixels."""
     save_half(tower, out)
     CLIPImageProcessor(
-        size={"height": PICTURE_PIXELS, "width": PICTURE_PIXELS},
+        size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
         do_center_crop=False,
         image_mean=[PIXEL_MEAN] * 3,
         image_std=[PIXEL_STD] * 3,

@@ -8,7 +8,7 @@ Knows sentences, voices, lips, noise and the manifest format. Does not know toke
     out/noise/<split>.wav              babble of that split, for noise that is mixed in while training or evaluating
 
 Sentences and whole voices are parted by split; faces are everyone's own. The same arguments write the same samples and
-pictures, with any number of workers.
+images, with any number of workers.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Moving lips for spoken phones: phone timings and a face seed in, pictures out.
+"""Moving lips for spoken phones: phone timings and a face seed in, images out.
 
 Knows how mouths move and how to draw one. Does not know sound, sentences, files or models.
 
@@ -60,7 +60,7 @@ _DIPHTHONGS = {"ey": ("eh", "iy"), "ay": ("aa", "iy"), "ow": ("ao", "uw"), "aw":
 
 @dataclass(frozen=True)
 class _Face:
-    """What a speaker's mouth region looks like; lengths are in half picture widths, colours are RGB 0 to 255."""
+    """What a speaker's mouth region looks like; lengths are in half image widths, colours are RGB 0 to 255."""
 
     centre: np.ndarray
     cos: float
@@ -82,18 +82,18 @@ class _Face:
 
 
 def num_lip_frames(seconds: float) -> int:
-    """Pictures that go with a sound of this length: within half a frame (20 ms) of it."""
+    """Images that go with a sound of this length: within half a frame (20 ms) of it."""
     return max(1, round(seconds * LIP_FRAMES_PER_SECOND))
 
 
 def draw_lips(phones: Sequence[Phone], *, face_seed: int, size: int = 48, color: bool = False) -> np.ndarray:
-    """Pictures of a mouth that speaks.
+    """Images of a mouth that speaks.
 
     Args:
         phones: (symbol, start_seconds, end_seconds) of the whole sound.
         face_seed: whose mouth it is; any integer that is not negative.
         size: H = W in pixels, at least 16.
-        color: RGB instead of gray; the gray picture is the luminance of the RGB one.
+        color: RGB instead of gray; the gray image is the luminance of the RGB one.
 
     Returns:
         uint8 (T, size, size) or (T, size, size, 3), at 25 frames per second.
@@ -107,7 +107,7 @@ def draw_lips(phones: Sequence[Phone], *, face_seed: int, size: int = 48, color:
     if unknown:
         raise ValueError(f"no mouth shape for {', '.join(unknown)}; known are {', '.join([*_SHAPES, *_DIPHTHONGS])}")
     if size < 16:
-        raise ValueError(f"size of lip pictures must be at least 16 pixels, got {size}")
+        raise ValueError(f"size of lip images must be at least 16 pixels, got {size}")
     key = repr([(symbol, round(start, 6)) for symbol, start, _ in phones])
     digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     mouth = _move(phones, np.random.default_rng([face_seed, digest]))
@@ -188,7 +188,7 @@ def _draw(mouth: np.ndarray, face: _Face, *, size: int, color: bool) -> np.ndarr
 
     palette = _palette(face, color)
     chin = 1 - 0.14 * np.exp(-(((y - outer_bottom - 0.13) / 0.07) ** 2)) * np.exp(-((x / 0.45) ** 2))
-    picture = (_skin_light(face, x, y, size) * chin)[..., None] * palette["skin"]
+    image = (_skin_light(face, x, y, size) * chin)[..., None] * palette["skin"]
     lip_light = 1 - 0.25 * np.clip((inner_top - y) / 0.1, 0, 1) + 0.10 * np.clip((y - inner_bottom) / 0.15, 0, 1)
     for mask, shade in (
         (lips, lip_light[..., None] * palette["lip"]),
@@ -196,9 +196,9 @@ def _draw(mouth: np.ndarray, face: _Face, *, size: int, color: bool) -> np.ndarr
         (tongue_mask, palette["tongue"]),
         (upper_teeth, palette["teeth"]),
     ):
-        picture += mask[..., None] * (shade - picture)
-    picture = np.clip(picture * face.gain + 0.5, 0, 255).astype(np.uint8)
-    return picture if color else picture[..., 0]
+        image += mask[..., None] * (shade - image)
+    image = np.clip(image * face.gain + 0.5, 0, 255).astype(np.uint8)
+    return image if color else image[..., 0]
 
 
 def _face_grid(face: _Face, size: int) -> tuple[np.ndarray, np.ndarray]:

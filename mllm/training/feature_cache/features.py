@@ -95,7 +95,7 @@ class KeptFeatures(Encoder):
         self.marker = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
-        """(N, T / pooled, D) -> (N, T, D), with the true frames (N,) of streams, or patches of pictures that keep their
+        """(N, T / pooled, D) -> (N, T, D), with the true frames (N,) of streams, or patches of images that keep their
         shape."""
         if lengths is None:
             return values

@@ -50,7 +50,7 @@ class Kept:
     stamp: str
     content: str
     grid: Sequence[int] | None = None
-    """Rows and columns of a picture, where pictures keep their shape."""
+    """Rows and columns of an image, where images keep their shape."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the LLM's layers, losses or draws.
 From answers alone a projector must find what a patch says and how the LLM would say it at the same time, which takes
 long to begin. But a frozen encoder often holds both almost linearly. So the last linear map of each compressor is
 chosen by ridge regression such that the *sum* of an item's soft tokens comes close to the sum of the embeddings of the
-words of its caption; sums, because the tokens of a picture add up as the words about it do. Each direction of the
+words of its caption; sums, because the tokens of an image add up as the words about it do. Each direction of the
 features is thus pointed at the words it occurs with, without anyone saying which patch shows what. Training goes on
 from there. (LLaVA, arXiv 2304.08485, spends a first stage of gradient steps on captions for the same purpose.)
 
@@ -166,7 +166,7 @@ def _targets(
 ) -> tuple[Tensor, Tensor]:
     """The summed embeddings (N, H) of every answer's words, and [their number, their squared lengths] (2,)."""
     labels, places = expanded.labels.unique(return_inverse=True)
-    # Punctuation and special tokens stand in every caption alike and say nothing about any picture.
+    # Punctuation and special tokens stand in every caption alike and say nothing about any image.
     texts = [processor.tokenizer.decode([max(label, 0)], skip_special_tokens=True) for label in labels.tolist()]
     says = [label >= 0 and any(map(str.isalnum, text)) for label, text in zip(labels.tolist(), texts, strict=True)]
     is_word = torch.tensor(says)[places]
@@ -250,9 +250,9 @@ def _check_captions(batch: Batch) -> None:
                 f"sample {row.sample_id!r} of data.captions shows {len(row.runs)} media items; a caption has one"
             )
         run = row.runs[0]
-        if run.extent.picture_pixels is not None or run.encoder != run.extent.medium:
+        if run.extent.image_pixels is not None or run.encoder != run.extent.medium:
             raise ValueError(
-                f"sample {row.sample_id!r} of data.captions is several encoded pictures (tiles or frames), and "
+                f"sample {row.sample_id!r} of data.captions is several encoded images (tiles or frames), and "
                 "projectors are fitted to one; leave out data.captions"
             )
 

@@ -121,7 +121,7 @@ def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]
     """The maps of a compressor, one per projector.
 
     Args:
-        compressor: pool or stack, or query on pictures.
+        compressor: pool or stack, or query on images.
         trained: the budgets of its medium, largest first.
 
     Raises:
@@ -132,7 +132,7 @@ def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]
     bank = getattr(compressor, "projectors", None)
     if not isinstance(bank, ProjectorBank):
         name = type(compressor).__name__.lower()
-        raise ValueError(f"data.captions cannot fit a {name} here; allowed: pool, stack, and query on pictures")
+        raise ValueError(f"data.captions cannot fit a {name} here; allowed: pool, stack, and query on images")
     if any(isinstance(projector, MixtureProjector) for projector in bank):
         raise ValueError("data.captions fits one projector, not a mixture; leave out projector_experts or the captions")
     lasts = [cast(nn.Sequential, projector)[-1] for projector in bank]
@@ -152,7 +152,7 @@ def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]
 def opened(compressor: Compressor) -> Iterator[None]:
     """While this lasts the compressor gives what its maps are fed with; what follows the maps is linear.
 
-    A grid in Haar order is then read as maps: its details are differences, which do not add up to the picture.
+    A grid in Haar order is then read as maps: its details are differences, which do not add up to the image.
     """
     if isinstance(compressor, Query):
         proj = compressor.proj

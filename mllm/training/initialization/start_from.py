@@ -16,7 +16,7 @@ from mllm.config.run import differences
 from mllm.model.configuration import ElasticConfig
 from mllm.model.trainables import NEW_TOKENS, part_of, trainable_names
 
-# What may differ: the counts that are trained, how a picture is cut up, and what the shapes of the values tell anyway.
+# What may differ: the counts that are trained, how an image is cut up, and what the shapes of the values tell anyway.
 _FREE = ("budgets", "num_queries", "query_size", "projector_size", "tiling")
 logger = logging.getLogger(__name__)
 

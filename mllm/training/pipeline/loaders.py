@@ -139,7 +139,7 @@ def loading(
     """What loads the media of a sample; changed by chance where the settings say so.
 
     Args:
-        budgets: what samples will be asked at; pictures that are cut into tiles are cut as these ask.
+        budgets: what samples will be asked at; images that are cut into tiles are cut as these ask.
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
         watch: takes the time.
 
@@ -179,7 +179,7 @@ def build_augmentation(settings: DataSettings) -> Augmentation:
 
 
 def media_groups(samples: Sequence[Sample]) -> list[int]:
-    """Of each sample a number that it shares with those that have the same media: as many pictures, and sound or video
+    """Of each sample a number that it shares with those that have the same media: as many images, and sound or video
     or neither."""
     numbers: dict[tuple[int, ...], int] = {}
     kinds = [[part.medium for part in sample.media] for sample in samples]

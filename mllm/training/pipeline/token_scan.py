@@ -279,12 +279,10 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
     if part.medium == "image" and space.tiling is not None:
-        return processor.picture_extent(
-            _picture_pixels(part, sample, processor.limits) or facts.picture_pixels or (1, 1)
-        )
+        return processor.image_extent(_image_pixels(part, sample, processor.limits) or facts.image_pixels or (1, 1))
     if facts.grid is not None:
         frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
-        return Extent(part.medium, grid=facts.grid, num_pictures=frames)
+        return Extent(part.medium, grid=facts.grid, num_images=frames)
     assert facts.frames_per_second is not None
     frames = round(_seconds(part, sample, processor.limits) * facts.frames_per_second)
     return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
@@ -298,7 +296,7 @@ def _soft(extent: Extent, amount: Amount, space: Space) -> int:
         return 1
 
 
-def _picture_pixels(part: Media, sample: Sample, limits: MediaLimits) -> tuple[int, int] | None:
+def _image_pixels(part: Media, sample: Sample, limits: MediaLimits) -> tuple[int, int] | None:
     """Height and width as the header states them."""
     try:
         return header_pixels(resolve_media(sample.root, part.path), limits=limits)

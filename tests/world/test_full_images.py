@@ -1,4 +1,4 @@
-"""The long demo of pictures: which models it makes, what it concludes from which answers, and its smallest run."""
+"""The long demo of images: which models it makes, what it concludes from which answers, and its smallest run."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ from mllm.synthetic.demo.cells import Cell
 from mllm.synthetic.demo.full_images import (
     COUNTS,
     STYLES,
-    FullPicturesSettings,
-    PictureJob,
+    FullImagesSettings,
+    ImageJob,
     evaluation_settings,
-    picture_jobs,
+    image_jobs,
     run_settings,
 )
 from mllm.synthetic.demo.full_images_report import ALL, Key, findings, markdown, read_cells
 from mllm.synthetic.images.questions import COARSE_KINDS, KINDS
 
-SETTINGS = FullPicturesSettings(num_seeds=2, steps=30)
+SETTINGS = FullImagesSettings(num_seeds=2, steps=30)
 NUM_SCENES = 100
 
 
@@ -39,22 +39,22 @@ def cells(changes: dict[Key, int] | None = None) -> dict[Key, Cell]:
 
 
 def test_every_style_and_count_has_a_separate_model_and_every_seed_has_all() -> None:
-    jobs = picture_jobs(SETTINGS)
+    jobs = image_jobs(SETTINGS)
     assert len({job.name for job in jobs}) == len(jobs) == 2 * len(STYLES) * (1 + len(COUNTS))
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
 
 
 @pytest.mark.parametrize("style", list(STYLES))
 def test_elastic_and_separate_models_differ_in_their_counts_and_steps_only(style: str) -> None:
-    elastic, separate = (run_settings(PictureJob(style, 1, count), SETTINGS) for count in (None, 16))
+    elastic, separate = (run_settings(ImageJob(style, 1, count), SETTINGS) for count in (None, 16))
     assert (elastic.model.image.budgets, separate.model.image.budgets) == (list(COUNTS), [16])
     assert (elastic.train.max_steps, separate.train.max_steps) == (120, 30)
     assert elastic.data == separate.data
     assert elastic.model.adapter == separate.model.adapter
     assert elastic.train.part_learning_rates == separate.train.part_learning_rates
     assert (elastic.model.audio, elastic.model.video, elastic.data.noise) == (None, None, None)
-    assert evaluation_settings(PictureJob(style, 1, 16), SETTINGS).budgets == ["image=16"]
-    assert len(evaluation_settings(PictureJob(style, 1), SETTINGS).budgets) == len(COUNTS)
+    assert evaluation_settings(ImageJob(style, 1, 16), SETTINGS).budgets == ["image=16"]
+    assert len(evaluation_settings(ImageJob(style, 1), SETTINGS).budgets) == len(COUNTS)
 
 
 def test_findings_hold_where_they_are_there() -> None:
@@ -88,22 +88,22 @@ def test_the_table_has_elastic_beside_separate_and_their_difference() -> None:
     assert gaps.count("+0.0 (+0.0 to +0.0)") == 3
 
 
-def test_the_command_chooses_the_demo_of_pictures() -> None:
-    assert Settings(full=True, about="pictures", num_scenes=9).chosen() == FullPicturesSettings(num_scenes=9)
-    with pytest.raises(ValueError, match=r"num_utterances does not go with full=true about pictures; allowed: out"):
-        Settings(full=True, about="pictures", num_utterances=5).chosen()
-    with pytest.raises(ValueError, match=r"about=pictures goes with full=true only"):
-        Settings(about="pictures").chosen()
+def test_the_command_chooses_the_demo_of_images() -> None:
+    assert Settings(full=True, about="images", num_scenes=9).chosen() == FullImagesSettings(num_scenes=9)
+    with pytest.raises(ValueError, match=r"num_utterances does not go with full=true about images; allowed: out"):
+        Settings(full=True, about="images", num_utterances=5).chosen()
+    with pytest.raises(ValueError, match=r"about=images goes with full=true only"):
+        Settings(about="images").chosen()
     with pytest.raises(ValueError, match=r"steps is 0; it must be at least 1"):
-        Settings(full=True, about="pictures", steps=0).chosen()
+        Settings(full=True, about="images", steps=0).chosen()
 
 
 @pytest.mark.slow
-def test_the_long_demo_of_pictures_at_its_smallest(tmp_path: Path) -> None:
+def test_the_long_demo_of_images_at_its_smallest(tmp_path: Path) -> None:
     out = tmp_path / "full"
     sizes = ["--steps", "2", "--num_scenes", "30", "--num_test_scenes", "3", "--num_seeds", "1"]
-    status = main(["demo", "--full", "--about", "pictures", "--out", str(out), *sizes])
-    settings = FullPicturesSettings(out=str(out), steps=2, num_scenes=30, num_test_scenes=3, num_seeds=1)
+    status = main(["demo", "--full", "--about", "images", "--out", str(out), *sizes])
+    settings = FullImagesSettings(out=str(out), steps=2, num_scenes=30, num_test_scenes=3, num_seeds=1)
     found = read_cells(settings)
     assert len(found) == len(STYLES) * 2 * (len(KINDS) + 1) * len(COUNTS)
     assert all(len(cell.errors) == 3 for cell in found.values())
