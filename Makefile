@@ -101,7 +101,7 @@ $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 
 ## make test-lips  the tests that need MediaPipe, in an environment of their own: it holds other libraries back
 test-lips: $(VENV)-lips/stamp
-	OMP_NUM_THREADS=1 $(VENV)-lips/bin/python -m pytest tests/preparation
+	OMP_NUM_THREADS=1 $(VENV)-lips/bin/python -m pytest tests/lip_crops
 
 $(VENV)-lmms/stamp: $(LOCK) | $(VENV)-lmms/bin/python
 	@echo "installing lmms-eval in $(VENV)-lmms: a hundred packages, and torch with CUDA, which it wants torchvision for"

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, space_settings
-from mllm.config.model import MediumSettings, ModelSettings
+from mllm.config.model import MediumConfig, ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.model.backbone import MEDIA_KEYS
@@ -90,8 +90,8 @@ def build_model(
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
-    medium = MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in rates])
-    settings = ModelSettings(llm="random", chat_format="plain", audio=medium)
+    medium = MediumConfig(encoder="random", budgets=[f"/{rate}" for rate in rates])
+    settings = ModelConfig(llm="random", chat_format="plain", audio=medium)
     placeholder_ids = {"audio": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["audio"]))}
     torch.manual_seed(0)
     model: Any = ElasticForConditionalGeneration(

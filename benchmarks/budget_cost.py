@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.adapters import build_adapter
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, space_settings
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.inference.answerer import Answer, Answerer, Decoding
@@ -63,9 +63,9 @@ def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
-    medium = MediumSettings(encoder="random", budgets=[144, 36, 9, 1], feature_layer=-1)
-    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
-    settings = ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora)
+    medium = MediumConfig(encoder="random", budgets=[144, 36, 9, 1], feature_layer=-1)
+    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
+    settings = ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora)
     placeholder_ids = {"image": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"]))}
     torch.manual_seed(0)
     model = ElasticForConditionalGeneration(

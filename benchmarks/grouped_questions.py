@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, put_adapters, space_settings
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.kv_cache.shared_prefix import num_common
@@ -57,8 +57,8 @@ QUESTIONS = (
 def build_model(
     device: torch.device,
     dtype: torch.dtype,
-    medium: MediumSettings | None = None,
-    adapter: AdapterSettings | None = None,
+    medium: MediumConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """The model of the head of this file, or with another compressor or an adapter, and its processor."""
     tokenizer = build_tokenizer()
@@ -80,8 +80,8 @@ def build_model(
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
-    medium = medium or MediumSettings(encoder="random", budgets=list(COUNTS))
-    settings = ModelSettings(llm="random", chat_format="plain", image=medium, adapter=adapter)
+    medium = medium or MediumConfig(encoder="random", budgets=list(COUNTS))
+    settings = ModelConfig(llm="random", chat_format="plain", image=medium, adapter=adapter)
     placeholder_ids = {"image": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"]))}
     torch.manual_seed(0)
     model: Any = ElasticForConditionalGeneration(

@@ -31,7 +31,7 @@ from turns import in_turns, options, ratio, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mllm.config.model import MediumSettings
+from mllm.config.model import MediumConfig
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.inference.answerer import Answerer
 from mllm.inference.progressive import Growing
@@ -80,7 +80,7 @@ def predicted(config: Any, session: Growing, num_prompt_tokens: int) -> tuple[fl
 def compare(given: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome]]:
     """Equality first, then times in turns."""
     device = torch.device(given.device)
-    medium = MediumSettings(encoder="random", compressor="query", budgets=[*STARTS, MOST])
+    medium = MediumConfig(encoder="random", compressor="query", budgets=[*STARTS, MOST])
     model, processor = build_model(device, getattr(torch, given.dtype), medium)
     answerer = Answerer(model, processor)
     runs = runs_of(answerer, image)

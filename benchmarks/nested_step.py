@@ -30,7 +30,7 @@ from transformers import CLIPVisionConfig
 from turns import options
 
 from mllm.compressors import Query
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
@@ -53,10 +53,10 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
         image_size=336,
         patch_size=14,
     )
-    medium = MediumSettings(encoder="random", compressor="query", num_queries=256, budgets=list(COUNTS))
-    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
+    medium = MediumConfig(encoder="random", compressor="query", num_queries=256, budgets=list(COUNTS))
+    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
     model, processor = build(
-        ModelSettings(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
+        ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
     )
     image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
     return model, processor, rows_of(processor, [([words(SYSTEM), image, words(QUESTION)], words(ANSWER))])

@@ -34,8 +34,8 @@ from turns import options
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget.sampler import Sampler
-from mllm.config.model import MediumSettings, ModelSettings
-from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import MediumConfig, ModelConfig
+from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
 from mllm.training.pipeline.balance import Load, drawn_tokens, simulate
@@ -58,19 +58,19 @@ TOKENS_PER_SECOND = 4.0
 class Case:
     """A run, the encoders of its media, at which budgets its loads are counted, and how even they are to be."""
 
-    settings: RunSettings
+    settings: RunConfig
     encoders: Mapping[str, PreTrainedConfig]
     budgets: Sequence[Budget]
     goal: float | None
 
 
-def run_settings(model: ModelSettings) -> RunSettings:
+def run_settings(model: ModelConfig) -> RunConfig:
     """A run that draws one budget per step."""
-    return RunSettings(
+    return RunConfig(
         model=model,
-        data=DataSettings(train=["simulated"], tokens_per_batch=TOKENS_PER_BATCH),
-        sampler=SamplerSettings(mode="random"),
-        train=TrainSettings(out="none", epochs=1),
+        data=DataConfig(train=["simulated"], tokens_per_batch=TOKENS_PER_BATCH),
+        sampler=SamplerConfig(mode="random"),
+        train=TrainConfig(out="none", epochs=1),
     )
 
 
@@ -121,7 +121,7 @@ def filled(lengths: Sequence[int], *, max_tokens: int, max_rows: int) -> list[li
 
 
 def at_random(
-    looked: Sequence[Looked], draws: Sampler, *, data: DataSettings, num_ranks: int, budgets: Sequence[Budget]
+    looked: Sequence[Looked], draws: Sampler, *, data: DataConfig, num_ranks: int, budgets: Sequence[Budget]
 ) -> dict[str, Load]:
     """Loads of batches that are shuffled and dealt round robin, by who draws, and at each budget."""
     space = draws.space
@@ -188,16 +188,16 @@ def compare(name: str, samples: Sequence[Sample], case: Case, num_ranks: int, ta
 def speech_case() -> Case:
     """Sound at rates 4 and 16, lips at 2 and 5."""
     audio, video = (
-        MediumSettings(encoder="random", budgets=[f"/{rate}" for rate in rates]) for rates in (AUDIO_RATES, VIDEO_RATES)
+        MediumConfig(encoder="random", budgets=[f"/{rate}" for rate in rates]) for rates in (AUDIO_RATES, VIDEO_RATES)
     )
-    model = ModelSettings(llm="random", chat_format="plain", audio=audio, video=video)
+    model = ModelConfig(llm="random", chat_format="plain", audio=audio, video=video)
     return Case(run_settings(model), {"audio": WhisperConfig(), "video": AVHubertConfig()}, SPEECH_BUDGETS, GOAL)
 
 
 def image_case() -> Case:
     """Images of 24 x 24 patches, pooled."""
-    image = MediumSettings(encoder="random", budgets=list(COUNTS))
-    model = ModelSettings(llm="random", chat_format="plain", image=image)
+    image = MediumConfig(encoder="random", budgets=list(COUNTS))
+    model = ModelConfig(llm="random", chat_format="plain", image=image)
     return Case(run_settings(model), {"image": CLIPVisionConfig(image_size=336, patch_size=14)}, IMAGE_BUDGETS, GOAL)
 
 

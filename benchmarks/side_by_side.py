@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, member_names, put_adapters, space_settings
-from mllm.config.model import ModelSettings
+from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.evaluation.flops import llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -61,7 +61,7 @@ def llm_config(**changes: Any) -> LlamaConfig:
 
 
 def build(
-    settings: ModelSettings, encoders: Mapping[str, PreTrainedConfig], **text: Any
+    settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig], **text: Any
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """A model with random weights, its adapter in place, and its processor."""
     ids = TOKENIZER.convert_tokens_to_ids
@@ -83,7 +83,7 @@ def build(
     return model.train(), build_processor(settings, encoders)
 
 
-def build_processor(settings: ModelSettings, encoders: Mapping[str, PreTrainedConfig]) -> ElasticProcessor:
+def build_processor(settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig]) -> ElasticProcessor:
     """The processor of such a model, which needs no weights."""
     media = {
         medium: {

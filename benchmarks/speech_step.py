@@ -35,7 +35,7 @@ from torch.nn import functional
 from transformers import WhisperConfig
 from turns import options
 
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.encoders import AVHubertConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.backbone import Features
@@ -64,10 +64,10 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
         intermediate_size=1024,
         resnet_channels=[8, 16, 32, 64],
     )
-    audio = MediumSettings(encoder="random", budgets=["/4", "/16"], per_budget_projector=True)
-    video = MediumSettings(encoder="random", budgets=["/2", "/5"], per_budget_projector=True)
-    lora = AdapterSettings(rank=16, targets=["q_proj", "v_proj"])
-    settings = ModelSettings(llm="random", chat_format="plain", audio=audio, video=video, adapter=lora)
+    audio = MediumConfig(encoder="random", budgets=["/4", "/16"], per_budget_projector=True)
+    video = MediumConfig(encoder="random", budgets=["/2", "/5"], per_budget_projector=True)
+    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
+    settings = ModelConfig(llm="random", chat_format="plain", audio=audio, video=video, adapter=lora)
     model, processor = build(settings, {"audio": whisper, "video": lips})
     generator = torch.Generator().manual_seed(1)
     sound = LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)

@@ -409,11 +409,11 @@ def test_export_gives_the_same_answer(folder: Path, tmp_path: Path, capsys) -> N
 def test_export_of_one_task_answers_as_the_bank_does_for_it(tmp_path: Path, capsys) -> None:
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
-    from mllm.config.model import AdapterSettings
+    from mllm.config.model import AdapterConfig
     from mllm.model.trainables import set_trainables
 
     own = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))
-    model, processor = build(dataclasses.replace(own, adapter=AdapterSettings(kind="lora_bank", variant="st", rank=4)))
+    model, processor = build(dataclasses.replace(own, adapter=AdapterConfig(kind="lora_bank", variant="st", rank=4)))
     set_trainables(model)
     chance = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -8,11 +8,11 @@ from test_configs import build_on_meta
 
 from mllm.budget import Budget
 from mllm.cli import main
-from mllm.config.run import RunSettings, read_run_settings
+from mllm.config.run import RunConfig, read_run_settings
 from mllm.model.trainables import set_trainables
 
 
-def written(tmp_path: Path, *words: str) -> RunSettings:
+def written(tmp_path: Path, *words: str) -> RunConfig:
     path = tmp_path / "own.yaml"
     assert main(["init", str(path), *words]) == 0
     text = path.read_text()

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from mllm.checkpoints.build import config_of_parts
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
@@ -98,14 +98,14 @@ def encoder_configs() -> dict[str, PreTrainedConfig]:
 
 def settings(
     media: Sequence[str] = ("image", "audio", "video"), *, adapter: bool = True, **changes: dict[str, Any]
-) -> ModelSettings:
+) -> ModelConfig:
     """Settings of a tiny model; `changes` are by medium. The sources are names of nothing."""
-    own = {m: MediumSettings(**{"encoder": "none", **MEDIA[m], **changes.get(m, {})}) for m in media}
-    lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"]) if adapter else None
-    return ModelSettings(llm="none", chat_format="plain", adapter=lora, **own)  # pyright: ignore[reportArgumentType]
+    own = {m: MediumConfig(**{"encoder": "none", **MEDIA[m], **changes.get(m, {})}) for m in media}
+    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]) if adapter else None
+    return ModelConfig(llm="none", chat_format="plain", adapter=lora, **own)  # pyright: ignore[reportArgumentType]
 
 
-def processor(own: ModelSettings) -> ElasticProcessor:
+def processor(own: ModelConfig) -> ElasticProcessor:
     """The processor of a tiny model; it reads real files."""
     from mllm.checkpoints.build import frames_entry, member_names, space_settings
 
@@ -133,7 +133,7 @@ def processor(own: ModelSettings) -> ElasticProcessor:
     return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media, "members": member_names(own)})
 
 
-def model(own: ModelSettings, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
+def model(own: ModelConfig, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
     """A tiny model with random weights, its adapter in place, in eval mode."""
     from mllm.checkpoints.build import put_adapters
 
@@ -204,13 +204,11 @@ def write_parts(folder: Path, **text: Any) -> dict[str, str]:
 
 def settings_on(
     parts: dict[str, str], media: Sequence[str] = ("image", "audio", "video"), **changes: dict[str, Any]
-) -> ModelSettings:
+) -> ModelConfig:
     """Settings of a tiny model whose frozen parts are the folders of `write_parts`; `changes` are by medium."""
-    own = {
-        m: MediumSettings(**{"encoder": parts[m], **MEDIA[m], "crop_pixels": 32, **changes.get(m, {})}) for m in media
-    }
-    lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    return ModelSettings(llm=parts["llm"], chat_format="plain", adapter=lora, **own)  # pyright: ignore
+    own = {m: MediumConfig(**{"encoder": parts[m], **MEDIA[m], "crop_pixels": 32, **changes.get(m, {})}) for m in media}
+    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    return ModelConfig(llm=parts["llm"], chat_format="plain", adapter=lora, **own)  # pyright: ignore
 
 
 def write_media(folder: Path, *, seconds: float = 0.8, seed: int = 0) -> dict[str, str]:

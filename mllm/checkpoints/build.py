@@ -20,7 +20,7 @@ from mllm.checkpoints.sources import digest_of, place_of, resolve_source
 from mllm.checkpoints.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 from mllm.compressors import Query
 from mllm.compressors.query_init import read_places
-from mllm.config.model import FRAME_SETTINGS, MediumSettings, ModelSettings
+from mllm.config.model import FRAME_SETTINGS, MediumConfig, ModelConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.media import DEFAULT_LIMITS, MediaLimits
 from mllm.model.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
@@ -42,7 +42,7 @@ DEFAULT_FRAMES = 8
 
 
 def build(
-    settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LIMITS
+    settings: ModelConfig, *, limits: MediaLimits = DEFAULT_LIMITS
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """A model ready to train, and its processor.
 
@@ -71,7 +71,7 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
     read_places(compressor, torch.Generator().manual_seed(seed))
 
 
-def build_processor(settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LIMITS) -> ElasticProcessor:
+def build_processor(settings: ModelConfig, *, limits: MediaLimits = DEFAULT_LIMITS) -> ElasticProcessor:
     """The processor of a model that is described by settings.
 
     Args:
@@ -106,7 +106,7 @@ def build_processor(settings: ModelSettings, *, limits: MediaLimits = DEFAULT_LI
     return processor
 
 
-def _check_one_size(settings: ModelSettings) -> None:
+def _check_one_size(settings: ModelConfig) -> None:
     """Raises: ValueError for tiles or frames with an encoder whose images keep their shape."""
     image = settings.image
     if image is None or not (settings.shows_frames or image.tiling is not None):
@@ -116,7 +116,7 @@ def _check_one_size(settings: ModelSettings) -> None:
         raise ValueError(f"{what} needs an encoder that reads images of one size, and this one keeps their shape")
 
 
-def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> ElasticConfig:
+def elastic_config(settings: ModelConfig, processor: ElasticProcessor) -> ElasticConfig:
     """The config of a model that is described by settings, with the digests of its sources."""
     text_config = pretrained.llm_config(settings.llm)
     encoders = {medium: encoder_config(own, medium) for medium, own in settings.encoded_media.items()}
@@ -135,7 +135,7 @@ def elastic_config(settings: ModelSettings, processor: ElasticProcessor) -> Elas
 
 
 def config_of_parts(
-    settings: ModelSettings,
+    settings: ModelConfig,
     *,
     text_config: PreTrainedConfig,
     encoder_configs: Mapping[str, PreTrainedConfig],
@@ -158,7 +158,7 @@ def config_of_parts(
     )
 
 
-def adapter_settings(settings: ModelSettings) -> dict[str, Any] | None:
+def adapter_settings(settings: ModelConfig) -> dict[str, Any] | None:
     """What shapes the adapter, as the config keeps it: with the names of its members where it has some.
 
     Raises:
@@ -186,18 +186,18 @@ def adapter_settings(settings: ModelSettings) -> dict[str, Any] | None:
     return values
 
 
-def member_names(settings: ModelSettings) -> dict[str, list[str]]:
+def member_names(settings: ModelConfig) -> dict[str, list[str]]:
     """The scales and the tasks that have a member of the adapter, as the processor keeps them."""
     adapter = adapter_settings(settings) or {}
     return {key: adapter[key] for key in ("scales", "tasks") if adapter.get(key)}
 
 
-def encoder_config(settings: MediumSettings, medium: str) -> PreTrainedConfig:
+def encoder_config(settings: MediumConfig, medium: str) -> PreTrainedConfig:
     """The config of a medium's encoder, read from its source."""
     return pretrained.encoder_config(settings.encoder, medium)
 
 
-def space_settings(settings: MediumSettings) -> dict[str, Any]:
+def space_settings(settings: MediumConfig) -> dict[str, Any]:
     """What shapes a medium's encoder, compressor and space, as the config keeps it; unset values are left out."""
     values = {key: value for key, value in asdict(settings).items() if key not in _NOT_MODEL and value is not None}
     if settings.projector_size == 0:
@@ -213,7 +213,7 @@ def space_settings(settings: MediumSettings) -> dict[str, Any]:
     return values
 
 
-def frames_space(settings: ModelSettings) -> dict[str, Any]:
+def frames_space(settings: ModelConfig) -> dict[str, Any]:
     """What shapes the space of videos whose frames are encoded like images: all but the budgets is the images' own.
 
     Raises:
@@ -232,7 +232,7 @@ def frames_space(settings: ModelSettings) -> dict[str, Any]:
     return space
 
 
-def frames_entry(settings: ModelSettings, image: Mapping[str, Any]) -> dict[str, Any]:
+def frames_entry(settings: ModelConfig, image: Mapping[str, Any]) -> dict[str, Any]:
     """What the processor keeps of videos whose frames are encoded like images, given what it keeps of images."""
     own = settings.video
     assert own is not None
@@ -305,7 +305,7 @@ def _verified(part: str, sources: Mapping[str, Mapping[str, str]]) -> str:
     return folder
 
 
-def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
+def _preprocessor(medium: str, settings: MediumConfig) -> dict[str, Any]:
     """Returns the plain values that `build_transform` makes the encoder's input of a decoded file with."""
     if medium == "audio" and encoder_config(settings, medium).model_type == AVHubertAudioConfig.model_type:
         if settings.normalize_audio:
@@ -324,7 +324,7 @@ def _preprocessor(medium: str, settings: MediumSettings) -> dict[str, Any]:
     return readers[medium]()
 
 
-def _image_preprocessor(settings: MediumSettings) -> dict[str, Any]:
+def _image_preprocessor(settings: MediumConfig) -> dict[str, Any]:
     """The image processor of a tower, told the size of its images and what to do about their shape."""
     values = read_image_processor(resolve_source(settings.encoder)).to_dict()
     config = encoder_config(settings, "image")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from mllm.checkpoints.pretrained import read_tokenizer
-from mllm.config.model import ModelSettings
+from mllm.config.model import ModelConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.new_tokens import mean_of_pieces
 from mllm.model.trainables import whole
 from mllm.processing.processor import PLACEHOLDER_TOKENS
 
 
-def extended_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:
+def extended_tokenizer(settings: ModelConfig, *, num_rows: int) -> Any:
     """Read the LLM's tokenizer and add the placeholders and marks that it does not know.
 
     A padding token for which the LLM has no row is forgotten: nothing reads it.
@@ -47,7 +47,7 @@ def extended_tokenizer(settings: ModelSettings, *, num_rows: int) -> Any:
     return tokenizer
 
 
-def find_new_tokens(settings: ModelSettings, tokenizer: Any, *, num_rows: int) -> dict[str, int]:
+def find_new_tokens(settings: ModelConfig, tokenizer: Any, *, num_rows: int) -> dict[str, int]:
     """Find the marks that the LLM was never trained on; returns their ids by their texts.
 
     Those are the ones its own tokenizer does not know, for which its embedding has no row, or a spare one, and those it
@@ -79,5 +79,5 @@ def start_new_tokens(model: ElasticForConditionalGeneration, tokenizer: Any) -> 
                 new_tokens.rows[row] = mean_of_pieces(embed(torch.tensor(pieces)).float())
 
 
-def _marks(settings: ModelSettings) -> list[str]:
+def _marks(settings: ModelConfig) -> list[str]:
     return [token for medium in settings.media.values() for token in medium.span]

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from mllm.budget import Budget
 from mllm.commands.options import without_extras
 from mllm.config.model import check_at_least
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 
 SUMMARY = "tell how evenly a run's batches load several ranks, at every budget"
 POSITIONAL = "manifest"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Settings(RunConfig):
     """Go through the batches of a run, without a model, and count the tokens of every rank in every step."""
 
     manifest: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ def run(settings: Settings) -> int:
     from mllm.training.pipeline.loaders import read_samples
     from mllm.training.run import extremes
 
-    own = without_extras(RunSettings, settings)
+    own = without_extras(RunConfig, settings)
     data = own.data
     if settings.manifest:
         data = replace(data, train=settings.manifest)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.config.data import Format, ReaderSettings
+from mllm.config.data import Format, ReaderConfig
 from mllm.media import MediaLimits, MediaLoader
 
 SUMMARY = "report every bad row of a manifest, or of data in another format, with its line"
@@ -53,11 +53,11 @@ def run(settings: Settings) -> int:
     return 0 if report.is_good else 1
 
 
-def _reader(named: Format | None, recipe: Any) -> ReaderSettings:
+def _reader(named: Format | None, recipe: Any) -> ReaderConfig:
     """What the recipe says, unless another format is named."""
     if recipe is not None and named in (None, recipe.data.reader.format):
         return recipe.data.reader
-    return ReaderSettings(format=named or "manifest")
+    return ReaderConfig(format=named or "manifest")
 
 
 def _read(path: str) -> Any:
@@ -70,7 +70,7 @@ def _read(path: str) -> Any:
     return read_run_settings(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 
 
-def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderSettings) -> str:
+def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderConfig) -> str:
     """What a run of the recipe would learn from these samples, in a line.
 
     Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, ReaderSettings, SpeechTask, TextForm
+from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, ReaderConfig, SpeechTask, TextForm
 
 if TYPE_CHECKING:
     from mllm.data.findings import Listing
@@ -67,12 +67,12 @@ class Settings:
         self.reader  # noqa: B018 (refuses what contradicts itself)
 
     @property
-    def reader(self) -> ReaderSettings:
+    def reader(self) -> ReaderConfig:
         """What the reader is told."""
         tasks = [task.strip() for task in self.tasks.split(",") if task.strip()]
         if unknown := [task for task in tasks if task not in ("asr", "vsr", "avsr")]:
             raise ValueError(f"tasks must be asr, vsr or avsr, parted by commas; got {unknown[0]!r}")
-        return ReaderSettings(
+        return ReaderConfig(
             format=self.format,
             tasks=tasks,  # type: ignore[arg-type]
             text=self.text,

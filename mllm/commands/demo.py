@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mllm.real.demo import RealDemoSettings
-from mllm.synthetic.demo.demo import DemoSettings
-from mllm.synthetic.demo.full_images import FullImagesSettings, full_images
-from mllm.synthetic.demo.full_speech import FullDemoSettings, full_demo
+from mllm.real.demo import RealDemoConfig
+from mllm.synthetic.demo.demo import DemoConfig
+from mllm.synthetic.demo.full_images import FullImagesConfig, full_images
+from mllm.synthetic.demo.full_speech import FullDemoConfig, full_demo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,7 @@ class Settings:
     judge: bool = True
     """End with 1 where the demo does not show what it is there to show. A run of a few steps cannot: false for that."""
 
-    def chosen(self) -> DemoSettings | FullDemoSettings | FullImagesSettings | RealDemoSettings:
+    def chosen(self) -> DemoConfig | FullDemoConfig | FullImagesConfig | RealDemoConfig:
         """Give the settings of the demo that is asked for.
 
         Raises:
@@ -74,8 +74,8 @@ class Settings:
             raise ValueError(f"about={self.about} goes with full=true only")
         if self.real and self.full:
             raise ValueError("real=true does not go with full=true; they are two demos")
-        long = FullImagesSettings if self.about == "images" else FullDemoSettings
-        kind = RealDemoSettings if self.real else long if self.full else DemoSettings
+        long = FullImagesConfig if self.about == "images" else FullDemoConfig
+        kind = RealDemoConfig if self.real else long if self.full else DemoConfig
         given = {key: value for key, value in vars(self).items() if key not in OWN and value is not None}
         allowed = [field.name for field in fields(kind)]
         if wrong := [key for key in given if key not in allowed]:
@@ -90,14 +90,14 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
 
     chosen = settings.chosen()
-    if isinstance(chosen, RealDemoSettings):
+    if isinstance(chosen, RealDemoConfig):
         shown = _run_real(chosen, console())
     else:
-        shown = _run(chosen, console()) if isinstance(chosen, DemoSettings) else _run_full(chosen, console())
+        shown = _run(chosen, console()) if isinstance(chosen, DemoConfig) else _run_full(chosen, console())
     return 0 if shown or not settings.judge else 1
 
 
-def _run(settings: DemoSettings, out: "Console") -> bool:
+def _run(settings: DemoConfig, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.evaluation.plot import PLOT
     from mllm.synthetic.demo.demo import demo, evaluation_settings
@@ -113,7 +113,7 @@ def _run(settings: DemoSettings, out: "Console") -> bool:
     return all_shown
 
 
-def _run_real(settings: RealDemoSettings, out: "Console") -> bool:
+def _run_real(settings: RealDemoConfig, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.real.demo import real_demo
     from mllm.real.report import PLOT, REPORT
@@ -130,13 +130,13 @@ def _run_real(settings: RealDemoSettings, out: "Console") -> bool:
     return shown
 
 
-def _run_full(settings: FullDemoSettings | FullImagesSettings, out: "Console") -> bool:
+def _run_full(settings: FullDemoConfig | FullImagesConfig, out: "Console") -> bool:
     from mllm.commands.terminal import progress_bar
     from mllm.synthetic.demo import full_images_report, full_speech_report
 
     folder = Path(settings.out)
     with progress_bar() as show:
-        if isinstance(settings, FullImagesSettings):
+        if isinstance(settings, FullImagesConfig):
             seconds, found = full_images(settings, progress=show), full_images_report.compare(settings)
         else:
             seconds, found = full_demo(settings, progress=show), full_speech_report.compare(settings)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mllm.config.evaluation import EvaluateSettings as Settings
+from mllm.config.evaluation import EvaluationConfig as Settings
 
 if TYPE_CHECKING:
     from mllm.evaluation.report import Results

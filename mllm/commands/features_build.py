@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from mllm.commands.options import without_extras
 from mllm.config.model import check_at_least
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 
 SUMMARY = "encode a run's samples once, so that training reads features"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Settings(RunConfig):
     """Fill the folder data.features.folder of a run config; go on where an earlier build stopped. Says how much room
     it takes at most before it starts, and refuses when the disk has less."""
 
@@ -30,7 +30,7 @@ def run(settings: Settings) -> int:
     from mllm.training.feature_cache.building import build_features
 
     quiet_loading()
-    own = without_extras(RunSettings, settings)
+    own = without_extras(RunConfig, settings)
     assert own.data.features is not None
     with progress_bar() as show:
         made = build_features(own, processes=settings.processes, show=show)

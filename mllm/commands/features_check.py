@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mllm.config.model import ModelSettings
-from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import ModelConfig
+from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 
 SUMMARY = "tell what a folder of features holds, and what is missing or broken"
 POSITIONAL = "folder"
@@ -16,25 +16,25 @@ class Settings:
 
     folder: str
     """Folder of features."""
-    model: ModelSettings | None = None
+    model: ModelConfig | None = None
     """Of a run config."""
-    data: DataSettings | None = None
+    data: DataConfig | None = None
     """Of a run config."""
-    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Of a run config."""
-    train: TrainSettings | None = None
+    train: TrainConfig | None = None
     """Of a run config."""
     limit: int = 20
     """Problems that are shown."""
 
     @property
-    def run(self) -> RunSettings | None:
+    def run(self) -> RunConfig | None:
         """The run that was given, reading from this folder."""
         if self.model is None or self.data is None or self.train is None:
             return None
-        features = replace(self.data.features or FeatureSettings(folder=""), folder=self.folder)
+        features = replace(self.data.features or FeatureConfig(folder=""), folder=self.folder)
         data = replace(self.data, features=features)
-        return RunSettings(model=self.model, data=data, sampler=self.sampler, train=self.train)
+        return RunConfig(model=self.model, data=data, sampler=self.sampler, train=self.train)
 
 
 def run(settings: Settings) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.lip_crops.settings import PrepareSettings as Settings
+from mllm.lip_crops.settings import LipCropsConfig as Settings
 
 if TYPE_CHECKING:
     from mllm.lip_crops.run import Prepared

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 
 from mllm.commands.options import without_extras
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 
 SUMMARY = "train a model over many budgets, as a run config says"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Settings(RunConfig):
     """Train a model over many budgets; start it with accelerate, torchrun or deepspeed to use several processes."""
 
     resume: str | None = None
@@ -30,7 +30,7 @@ def run(settings: Settings) -> int:
     from mllm.training.run import SETTINGS, train
     from mllm.utils.distributed import finish_launch
 
-    own = without_extras(RunSettings, settings)
+    own = without_extras(RunConfig, settings)
     try:
         folder = train(own, resume=settings.resume, sources=settings.sources)
     except TooManyBadSamples as error:

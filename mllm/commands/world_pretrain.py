@@ -1,6 +1,6 @@
 """`mllm world pretrain`: makes the frozen parts of the built-in world again."""
 
-from mllm.synthetic.pretrain.run import PretrainSettings as Settings
+from mllm.synthetic.pretrain.run import PretrainConfig as Settings
 
 __all__ = ["SUMMARY", "Settings", "run"]
 

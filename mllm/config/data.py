@@ -31,7 +31,7 @@ TABLE_FORMATS = ("mmmu", "ai2d", "chartqa", "docvqa", "scienceqa")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReaderSettings:
+class ReaderConfig:
     """How files that list samples are read. What goes with which formats is said below and checked."""
 
     format: Format = "manifest"

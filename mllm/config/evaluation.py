@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mllm.budget import Budget
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.config.model import check_at_least
 from mllm.inference.windows import LongAudioOptions
 from mllm.media import MediaLimits
@@ -18,7 +18,7 @@ TAKEN_NAMES = ("answers", "submissions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(LongAudioOptions):
+class EvaluationConfig(LongAudioOptions):
     """Which model is evaluated on what, at which budgets."""
 
     model: str
@@ -41,7 +41,7 @@ class EvaluateSettings(LongAudioOptions):
     out: str | None = None
     """Folder of the answers, table and plot; when left out `evaluation` inside the model's folder, or of a checkpoint
     `evaluation-checkpoint-...` inside its run."""
-    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
     """The form that all of these files are in."""
     root: str | None = None
     """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
@@ -132,7 +132,7 @@ class EvaluateSettings(LongAudioOptions):
         """The folder that holds the model: that of the run, of a checkpoint of it, or of an export."""
         return model_folder(self.model, self.checkpoint)
 
-    def pinned(self) -> "EvaluateSettings":
+    def pinned(self) -> "EvaluationConfig":
         """Name the checkpoint that `auto` means now, so that one that is written meanwhile is not taken for it."""
         return self if self.checkpoint is None else replace(self, checkpoint=self.model_folder.name)
 

@@ -26,7 +26,7 @@ def check_at_least(settings: object, keys: Iterable[str], least: float = 1, *, p
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderAdapterSettings:
+class EncoderAdapterConfig:
     """LoRA inside an encoder whose own weights stay frozen."""
 
     rank: int = 64
@@ -38,7 +38,7 @@ class EncoderAdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TilingSettings:
+class TilingConfig:
     """Images of any resolution: cut into tiles that are each encoded; see docs/vision_inputs.md."""
 
     kind: Literal["pinpoints", "free"] = "pinpoints"
@@ -60,7 +60,7 @@ FRAMES_ENCODER = "image"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediumSettings:
+class MediumConfig:
     """How one medium becomes soft tokens."""
 
     encoder: str
@@ -117,7 +117,7 @@ class MediumSettings:
     order: Literal["raster", "haar"] | None = None
     """Order of an image's tokens under `pool`: in reading order (the default), or coarse to fine (`haar`), where the
     tokens of a small budget are the first ones of a large; then counts are those of whole maps: 9, 36, 144, 576."""
-    encoder_adapter: EncoderAdapterSettings | None = None
+    encoder_adapter: EncoderAdapterConfig | None = None
     """LoRA inside the encoder, as Omni-AVSR has it in AV-HuBERT; it learns with the adapter. None by default."""
     span: list[str] = field(default_factory=list)
     """Tokens before and after the medium's run, e.g. ["<audio>", "</audio>"]; nothing by default. Those that the LLM's
@@ -127,7 +127,7 @@ class MediumSettings:
     `released_behaviour`. By default the whole frames of the clip."""
     normalize_audio: bool = False
     """Zero mean and unit variance per clip before the features, as the AVSR papers do."""
-    tiling: TilingSettings | None = None
+    tiling: TilingConfig | None = None
     """Images: cut into tiles; each image is squeezed into one when left out."""
     frames: int | None = None
     """Videos of images: most frames taken from a file; 8 by default."""
@@ -180,7 +180,7 @@ ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
+class AdapterConfig:
     """What is trained inside the frozen LLM."""
 
     kind: Literal["lora", "lora_bank", "mome"] = "lora"
@@ -234,7 +234,7 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelConfig:
     """The parts of a model and where they come from."""
 
     llm: str
@@ -246,13 +246,13 @@ class ModelSettings:
     longest of its batch, nothing is masked, and sound has their number of frames. Needs chat_format avsr."""
     names_images: bool = False
     """Say "image 1 is" before the first image of a conversation and so on (MMICL), so that questions name them."""
-    image: MediumSettings | None = None
+    image: MediumConfig | None = None
     """Images; not taken when left out."""
-    audio: MediumSettings | None = None
+    audio: MediumConfig | None = None
     """Audio clips; not taken when left out."""
-    video: MediumSettings | None = None
+    video: MediumConfig | None = None
     """Lip videos, or with the encoder `image` videos of anything; not taken when left out."""
-    adapter: AdapterSettings | None = None
+    adapter: AdapterConfig | None = None
     """Nothing inside the LLM is trained when left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen parts; what trains is kept in float32."""
@@ -278,7 +278,7 @@ class ModelSettings:
                 _check_frames(own)
 
     @property
-    def encoded_media(self) -> dict[str, MediumSettings]:
+    def encoded_media(self) -> dict[str, MediumConfig]:
         """Settings of the media that have an encoder of their own."""
         return {m: own for m, own in self.media.items() if not (m == "video" and self.shows_frames)}
 
@@ -288,7 +288,7 @@ class ModelSettings:
         return self.video is not None and self.video.encoder == FRAMES_ENCODER
 
     @property
-    def media(self) -> dict[str, MediumSettings]:
+    def media(self) -> dict[str, MediumConfig]:
         """Settings by medium, for the media this model takes."""
         audio = self.audio
         if audio is not None and self.released_behaviour:
@@ -301,7 +301,7 @@ class ModelSettings:
         """Where the frozen parts come from: `llm` and the media that have an encoder of their own."""
         return {"llm": self.llm, **{medium: own.encoder for medium, own in self.encoded_media.items()}}
 
-    def with_sources(self, sources: Mapping[str, str]) -> "ModelSettings":
+    def with_sources(self, sources: Mapping[str, str]) -> "ModelConfig":
         """Return the same model with some frozen parts, `llm` or media, read from elsewhere.
 
         Raises:
@@ -321,18 +321,18 @@ FRAME_SETTINGS = ("frames", "frame_counts", "sampling", "sample_fps")
 """The keys of a video block whose frames are encoded like images, beside encoder, budgets and span."""
 
 
-def _refuse(own: MediumSettings, medium: str, keys: Iterable[str], why: str) -> None:
+def _refuse(own: MediumConfig, medium: str, keys: Iterable[str], why: str) -> None:
     """Raises: ValueError for the first of the keys that is not at its default."""
-    defaults = {item.name: item.default for item in fields(MediumSettings)}
+    defaults = {item.name: item.default for item in fields(MediumConfig)}
     for key in keys:
         if getattr(own, key) != defaults[key]:
             raise ValueError(f"{medium}.{key} is {getattr(own, key)!r}; it {why}")
 
 
-def _check_frames(own: MediumSettings) -> None:
+def _check_frames(own: MediumConfig) -> None:
     """Refuse what contradicts a video of images: everything else is taken from the image block."""
     allowed = {"encoder", "budgets", "budget_range", "span", *FRAME_SETTINGS}
-    others = (item.name for item in fields(MediumSettings) if item.name not in allowed)
+    others = (item.name for item in fields(MediumConfig) if item.name not in allowed)
     _refuse(own, "video", others, "is taken from the image block where video.encoder is image; leave it out")
     frames = 8 if own.frames is None else own.frames
     if frames < 1:

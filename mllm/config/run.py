@@ -14,15 +14,15 @@ import yaml
 
 from mllm.budget import MEDIA, Budget
 from mllm.budget.sampler import Mode
-from mllm.config.data import ReaderSettings
-from mllm.config.model import ModelSettings, check_at_least
+from mllm.config.data import ReaderConfig
+from mllm.config.model import ModelConfig, check_at_least
 from mllm.media import MediaLimits
 
 Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureSettings:
+class FeatureConfig:
     """Where the features of frozen encoders are kept; see training/feature_cache/features.py."""
 
     folder: str
@@ -43,13 +43,13 @@ class FeatureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
+class DataConfig:
     """Which samples are trained on, and how they become batches."""
 
     train: list[str]
     """Manifests (JSONL, or what data.reader.format says) to train on; media paths are relative to each manifest's own
     folder, unless `root` is given."""
-    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
     """The form that all of these files are in."""
     validation: list[str] = field(default_factory=list)
     """Manifests to validate on; without one there is no validation."""
@@ -75,7 +75,7 @@ class DataSettings:
     null never compares."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Pixels, seconds and bytes beyond which a file is refused, e.g. {video_seconds: 600}."""
-    features: FeatureSettings | None = None
+    features: FeatureConfig | None = None
     """Encode every training sample once, before the first step, instead of in every epoch, and every sample of
     data.validation; off when left out."""
     tokens_per_batch: int = 4096
@@ -121,7 +121,7 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
+class SamplerConfig:
     """Which budgets a step trains."""
 
     mode: Mode = "random"
@@ -162,7 +162,7 @@ class SamplerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainConfig:
     """How long, how fast and how exactly a run trains, and where it is kept."""
 
     out: str
@@ -275,16 +275,16 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunConfig:
     """A whole run: the model, its data, the budgets it draws, and the training."""
 
-    model: ModelSettings
+    model: ModelConfig
     """The parts of the model and where they come from."""
-    data: DataSettings
+    data: DataConfig
     """What it is trained on."""
-    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Which budgets a step trains."""
-    train: TrainSettings
+    train: TrainConfig
     """How long, how fast, where."""
 
     def __post_init__(self) -> None:
@@ -346,7 +346,7 @@ class RunSettings:
         return (*usual, *(["adapter"] if self.model.has_adapter else []))  # type: ignore[return-value]
 
 
-def read_run_settings(values: Mapping[str, Any]) -> RunSettings:
+def read_run_settings(values: Mapping[str, Any]) -> RunConfig:
     """The settings that plain values, as read from a YAML file, describe.
 
     Raises:
@@ -355,14 +355,14 @@ def read_run_settings(values: Mapping[str, Any]) -> RunSettings:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunSettings, "run")
+    parser.add_class_arguments(RunConfig, "run")
     try:
         return parser.instantiate_classes(parser.parse_object({"run": dict(values)}))["run"]
     except (ArgumentError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 
-def settings_yaml(settings: RunSettings) -> str:
+def settings_yaml(settings: RunConfig) -> str:
     """The settings with every default filled in, as a config that starts the same run again."""
     return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
 

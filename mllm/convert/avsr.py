@@ -22,7 +22,7 @@ from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.checkpoints.sources import inside_run
 from mllm.checkpoints.tensor_files import write_tensors
-from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, EncoderAdapterConfig, MediumConfig, ModelConfig
 from mllm.convert import av_hubert
 from mllm.convert.avsr_layout import (
     TASKS,
@@ -64,8 +64,8 @@ class Parts:
     configs: dict[str, PreTrainedConfig]
     helpers: dict[str, Any]
     lips: av_hubert.Converted | None
-    media: dict[str, MediumSettings]
-    adapter: AdapterSettings | None
+    media: dict[str, MediumConfig]
+    adapter: AdapterConfig | None
     trained: dict[str, Tensor]
     facts: list[str]
 
@@ -216,8 +216,8 @@ def _rates(own: Projectors, system: System, options: Options, media: list[str]) 
     return rates
 
 
-def _medium_settings(own: Projectors, rates: tuple[int, ...], options: Options) -> MediumSettings:
-    return MediumSettings(
+def _medium_settings(own: Projectors, rates: tuple[int, ...], options: Options) -> MediumConfig:
+    return MediumConfig(
         encoder="",
         compressor="stack" if own.is_stack else "pool",
         budgets=[f"/{rate}" for rate in sorted(rates)],
@@ -239,22 +239,22 @@ def _projector_entries(own: Projectors, rates: tuple[int, ...], state: Mapping[s
 
 
 def _video_lora(
-    state: Mapping[str, Tensor], lips: av_hubert.Converted | None, settings: MediumSettings | None, options: Options
-) -> tuple[MediumSettings, dict[str, Tensor]]:
+    state: Mapping[str, Tensor], lips: av_hubert.Converted | None, settings: MediumConfig | None, options: Options
+) -> tuple[MediumConfig, dict[str, Tensor]]:
     if lips is None or settings is None:
         raise ValueError(f"the checkpoint holds {min(state)}, but no lip encoder")
     config = lips.encoder.config
     loras = read_video_loras(state, config.num_hidden_layers)
     assert loras is not None
     check_layout(state, loras.layout(config.hidden_size, dict.fromkeys("QV", config.hidden_size)))
-    adapter = EncoderAdapterSettings(rank=loras.inner_size, alpha=options.video_scaling * loras.inner_size)
+    adapter = EncoderAdapterConfig(rank=loras.inner_size, alpha=options.video_scaling * loras.inner_size)
     entries = loras.matrices(state, prefix="model.video_tower.backbone.encoder.layers.{}.attention")
     return replace(settings, encoder_adapter=adapter), entries
 
 
 def _llm_lora(
     split: Split, text: Any, system: System, options: Options
-) -> tuple[AdapterSettings | None, dict[str, Tensor]]:
+) -> tuple[AdapterConfig | None, dict[str, Tensor]]:
     loras, variant = read_llm_loras(split.llm_lora, text.num_hidden_layers)
     if variant not in system.variants:
         raise ValueError(f"the LLM has a LoRA per task, which {system.title} has not; is it an Omni-AVSR?")
@@ -264,7 +264,7 @@ def _llm_lora(
     outs = {letter: weight.shape[0] for letter, weight in weights.items()}
     check_layout(split.llm_lora, loras.layout(text.hidden_size, outs))
     bank: dict[str, Any] = {"kind": "lora_bank", "variant": variant, "tasks": list(TASKS.values())}
-    adapter = AdapterSettings(
+    adapter = AdapterConfig(
         rank=loras.inner_size,
         alpha=_scaling(loras, text.hidden_size, options) * loras.inner_size,
         **(bank if variant != "s" else {}),
@@ -335,7 +335,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
 def write_run(parts: Parts, folder: Path, options: Options) -> None:
     """Write config, processor and what trained; the frozen parts must lie in the folder already."""
     media: dict[str, Any] = {m: replace(own, encoder=str(folder / m)) for m, own in parts.media.items()}
-    settings = ModelSettings(
+    settings = ModelConfig(
         llm=str(folder / "llm"),
         chat_format="avsr",
         adapter=parts.adapter,
@@ -363,7 +363,7 @@ def _projector_facts(own: Projectors, rates: tuple[int, ...]) -> str:
     return f"{own.medium}: frames {how}, {', '.join(map(str, rates))} per token, {count} {norm} LayerNorm"
 
 
-def _adapter_facts(adapter: AdapterSettings | None, media: Mapping[str, MediumSettings]) -> str:
+def _adapter_facts(adapter: AdapterConfig | None, media: Mapping[str, MediumConfig]) -> str:
     if adapter is None or adapter.rank is None or adapter.alpha is None:
         llm = "no LoRA in the LLM"
     else:

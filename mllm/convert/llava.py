@@ -22,7 +22,7 @@ from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.checkpoints.sources import inside_run, resolve_source
 from mllm.checkpoints.tensor_files import write_tensors
-from mllm.config.model import MediumSettings, ModelSettings
+from mllm.config.model import MediumConfig, ModelConfig
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
@@ -54,7 +54,7 @@ class Parts:
     sources: dict[str, str]
     tokenizer: Any
     image_processor: dict[str, Any]
-    image: MediumSettings
+    image: MediumConfig
     trained: dict[str, Tensor]
     facts: list[str]
 
@@ -183,13 +183,13 @@ def _tower_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dic
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[MediumSettings, dict[str, Tensor]]:
+def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[MediumConfig, dict[str, Tensor]]:
     """How images become soft tokens as far as shapes tell, and our entries for it."""
     any_budget: Any = {"encoder": "", "budgets": [1]}  # both are filled in by the caller
     if split.queries:
         queries = read_queries(split.queries, feature_size=vision.hidden_size)
         check_layout(split.queries, queries.layout(text.hidden_size))
-        image = MediumSettings(**any_budget, compressor="query", num_queries=queries.num_queries, keys="position")
+        image = MediumConfig(**any_budget, compressor="query", num_queries=queries.num_queries, keys="position")
         return image, queries.entries(split.queries)
     projector = read_projector(split.projector)
     check_layout(split.projector, projector.layout(vision.hidden_size, text.hidden_size))
@@ -197,7 +197,7 @@ def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[Medium
     if kind != projector.kind:
         raise ValueError(f"mm_projector_type is {kind} in {told.source}, but the checkpoint holds a {projector.kind}")
     size = projector.hidden_size or 0
-    return MediumSettings(**any_budget, project_first=True, projector_size=size), projector.entries(split.projector)
+    return MediumConfig(**any_budget, project_first=True, projector_size=size), projector.entries(split.projector)
 
 
 def _budgets(split: Split, told: Told, vision: Any, system: System, options: Options) -> list[int]:
@@ -252,7 +252,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
 def write_run(parts: Parts, folder: Path) -> None:
     """Write config, processor and the connector; the parts of the checkpoint must lie in the folder already."""
     places = {part: str(folder / part) if part in parts.weights else own for part, own in parts.sources.items()}
-    settings = ModelSettings(
+    settings = ModelConfig(
         llm=places["llm"], chat_format="vicuna_v1", image=replace(parts.image, encoder=places["image"])
     )
     processor = build_processor(settings)

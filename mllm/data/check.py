@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.findings import Finding
 from mllm.data.guessing import naming_format, wrong_format
@@ -105,7 +105,7 @@ def check_manifest(
 def check_listing(
     path: str | os.PathLike[str],
     root: str | os.PathLike[str],
-    reader: ReaderSettings,
+    reader: ReaderConfig,
     *,
     open_media: bool,
     loader: MediaLoader | None = None,

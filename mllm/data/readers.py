@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from mllm.config.data import Format, ReaderSettings
+from mllm.config.data import Format, ReaderConfig
 from mllm.data.conversations import read_messages, read_sharegpt
 from mllm.data.findings import BadRows, Finding, Listing, first
 from mllm.data.guessing import naming_format, wrong_format
@@ -28,7 +28,7 @@ from mllm.media import MediaError, RootedPaths
 logger = logging.getLogger(__name__)
 
 
-def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def _read_rows(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     listing = Listing()
     for row in scan_manifest(source, root):
         for problem in row.problems:
@@ -37,11 +37,11 @@ def _read_rows(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     return listing
 
 
-def _read_conversations(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def _read_conversations(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return list_llava(source, root, images_first=settings.images_first)
 
 
-READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
+READERS: dict[Format, Callable[[Path, Path, ReaderConfig], Listing]] = {
     "manifest": _read_rows,
     "llava": _read_conversations,
     "sharegpt": lambda source, root, _: read_sharegpt(source, root),
@@ -70,7 +70,7 @@ READERS: dict[Format, Callable[[Path, Path, ReaderSettings], Listing]] = {
 }
 
 
-def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], settings: ReaderSettings) -> Listing:
+def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], settings: ReaderConfig) -> Listing:
     """Everything in a file or folder: samples, and a finding for each row that cannot be used.
 
     Whatever stands in the data becomes a finding, also what spoils a whole file; where no sample is left, the first
@@ -89,7 +89,7 @@ def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], s
 
 
 def read_data(
-    source: str | os.PathLike[str], root: str | os.PathLike[str] | None, settings: ReaderSettings
+    source: str | os.PathLike[str], root: str | os.PathLike[str] | None, settings: ReaderConfig
 ) -> list[Sample]:
     """The samples of a file or folder, to train or evaluate on.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.conversations import FORMS, ConversationReader
 from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
@@ -44,7 +44,7 @@ class MediaColumn:
     is_list: bool
 
 
-def read_parquet(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_parquet(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Read a table, or those of a split in a folder.
 
     Raises:
@@ -59,7 +59,7 @@ def read_parquet(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     return listing
 
 
-def read_datasets(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_datasets(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Read a folder that `save_to_disk` left, a downloaded data set, or one of a hub by its name OWNER/NAME[@REVISION].
 
     Of a hub only tables are fetched, never a script; their paths are relative to the folder the cache keeps them in.

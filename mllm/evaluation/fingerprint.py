@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.checkpoints.load import TRAINABLES
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import digest_of_file
 from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
@@ -46,7 +46,7 @@ UNREAD_FILES = (
 """Files beside a model that are not read to answer: of its training, of demos, of measurements."""
 
 
-def fingerprint_of(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+def fingerprint_of(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """Gather what the answers depend on, as plain values.
 
     Args:
@@ -86,13 +86,13 @@ def _read_in(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix not in UNREAD_SUFFIXES and file.name not in UNREAD_FILES]
 
 
-def _undigested_parts(settings: EvaluateSettings) -> dict[str, str]:
+def _undigested_parts(settings: EvaluationConfig) -> dict[str, str]:
     """Where parts are taken from whose weights loading cannot compare, since no digest of them was noted."""
     noted = json.loads((settings.model_folder / CONFIG).read_text(encoding="utf-8")).get("sources") or {}
     return {part: place for part, place in settings.sources.items() if not noted.get(part, {}).get("sha256")}
 
 
-def _digest_of_set(settings: EvaluateSettings, path: str, samples: Sequence[Sample]) -> str:
+def _digest_of_set(settings: EvaluationConfig, path: str, samples: Sequence[Sample]) -> str:
     """Of the file, where it is a manifest; else of what was read, as texts and answers may stand in other files."""
     if settings.reader.format == "manifest":
         return digest_of_file(path)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mllm.budget import Budget
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.vision.short_answers import question_ids
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 """Called with how many answers of this rank's share are done, and how many there are."""
 
 
-def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) -> Results | None:
+def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) -> Results | None:
     """Evaluate a model and write `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
 
     Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do; where vision
@@ -91,7 +91,7 @@ def evaluate(settings: EvaluateSettings, *, progress: Progress | None = None) ->
     return conclude(work, store, seed=settings.seed, facts=_facts(settings, answerer.model.config), all_ids=all_ids)
 
 
-def _answerer(settings: EvaluateSettings, device: Any) -> Answerer:
+def _answerer(settings: EvaluationConfig, device: Any) -> Answerer:
     """The model that is evaluated, on its device."""
     from mllm.checkpoints.load import load
     from mllm.inference.answerer import Decoding
@@ -145,13 +145,13 @@ def evaluate_model(
     return conclude(work, store, seed=seed, facts=facts, with_plot=with_plot)
 
 
-def read_sets(settings: EvaluateSettings) -> dict[str, list[Sample]]:
+def read_sets(settings: EvaluationConfig) -> dict[str, list[Sample]]:
     """Read all samples of every manifest, by its short name."""
     named = zip(settings.set_names, settings.manifest, strict=True)
     return {name: read_data(path, settings.root, settings.reader) for name, path in named}
 
 
-def all_vqav2_ids(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample]]) -> list[int]:
+def all_vqav2_ids(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sample]]) -> list[int]:
     """Every question of VQAv2's test set, where a file of them is named.
 
     Raises:
@@ -168,7 +168,7 @@ def all_vqav2_ids(settings: EvaluateSettings, sets: Mapping[str, Sequence[Sample
     return ids
 
 
-def check_noise(settings: EvaluateSettings) -> None:
+def check_noise(settings: EvaluationConfig) -> None:
     """Refuse to measure under the very noise that the model was trained with, unless that is asked for.
 
     Only a run folder knows what it was trained with; an exported model does not.
@@ -192,7 +192,7 @@ def check_noise(settings: EvaluateSettings) -> None:
         )
 
 
-def read_noise(settings: EvaluateSettings) -> Audio | None:
+def read_noise(settings: EvaluationConfig) -> Audio | None:
     """The noise to measure under.
 
     Raises:
@@ -272,7 +272,7 @@ def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
     return [kept[key] for key in keys]
 
 
-def _facts(settings: EvaluateSettings, config: Any) -> dict[str, Any]:
+def _facts(settings: EvaluationConfig, config: Any) -> dict[str, Any]:
     keys = (
         *("manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise"),
         *("long_audio", "window_seconds", "overlap_seconds"),

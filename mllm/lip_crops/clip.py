@@ -18,7 +18,7 @@ import numpy as np
 from mllm.lip_crops.faces import FaceFinder
 from mllm.lip_crops.geometry import MEAN_FACE_MILLIMETRES, CropPath, crop, crop_path, share_outside
 from mllm.lip_crops.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedSound, frames_of, sound_of
-from mllm.lip_crops.settings import PrepareSettings
+from mllm.lip_crops.settings import LipCropsConfig
 from mllm.lip_crops.sheet import draw_strip
 from mllm.lip_crops.tracks import Track, choose, follow
 from mllm.media import MediaError, to_gray, write_sound, write_video
@@ -42,7 +42,7 @@ class ClipJob:
     id: str
     path: Path
     out: Path
-    settings: PrepareSettings
+    settings: LipCropsConfig
     is_shown: bool
 
     def output(self, suffix: str) -> Path:

@@ -23,7 +23,7 @@ from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.speech.utterances import PROMPTS, TASKS
 from mllm.lip_crops.clip import ClipJob, prepare_clip, strip_path
 from mllm.lip_crops.faces import check_installed
-from mllm.lip_crops.settings import PrepareSettings
+from mllm.lip_crops.settings import LipCropsConfig
 from mllm.lip_crops.sheet import draw_sheet
 from mllm.media import path_problem
 from mllm.media.containers import VIDEO_SUFFIXES
@@ -51,7 +51,7 @@ class Prepared:
         return [row for row in self.rows if row["status"] == status]
 
 
-def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> Prepared:
+def prepare(settings: LipCropsConfig, *, progress: Progress | None = None) -> Prepared:
     """Prepare a recording or a folder of them.
 
     Args:
@@ -123,7 +123,7 @@ def _recordings_below(source: Path, out: Path) -> Iterator[Path]:
             yield path
 
 
-def _jobs(settings: PrepareSettings, recordings: Sequence[tuple[str, Path]]) -> list[ClipJob]:
+def _jobs(settings: LipCropsConfig, recordings: Sequence[tuple[str, Path]]) -> list[ClipJob]:
     step = len(recordings) / max(1, min(settings.sheet_clips, len(recordings)))
     shown = {int(position * step) for position in range(settings.sheet_clips)}
     return [

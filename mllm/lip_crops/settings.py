@@ -10,7 +10,7 @@ NAMED_FACES = ("largest", "left", "right")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
+class LipCropsConfig:
     """Cut 96 x 96 mouth crops at 25 frames a second and 16 kHz sound out of recordings of talking people.
 
     A folder is searched with all below it. A .txt beside a recording is its transcript; clips that have one stand in

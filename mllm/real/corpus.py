@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CorpusSettings:
+class CorpusConfig:
     """How much is written."""
 
     num_train: int = 5000
@@ -66,7 +66,7 @@ class _Job:
 
 def write_corpus(
     out: Path,
-    settings: CorpusSettings,
+    settings: CorpusConfig,
     *,
     packages: Path,
     num_workers: int = 1,
@@ -127,7 +127,7 @@ def _evenly(recordings: Sequence[Recording], count: int | None) -> list[Recordin
     return [recordings[place * len(recordings) // count] for place in range(count)]
 
 
-def _sentences(packages: Path, settings: CorpusSettings, *, tested: set[str]) -> dict[str, list[str]]:
+def _sentences(packages: Path, settings: CorpusConfig, *, tested: set[str]) -> dict[str, list[str]]:
     """Sentences by split, none in two of them and none that is tested."""
     known = [text for text in wordnet_examples(fetch_debian("wordnet-base", packages)) if normalise(text) not in tested]
     rng = np.random.default_rng([settings.seed, 0])
@@ -143,7 +143,7 @@ def _sentences(packages: Path, settings: CorpusSettings, *, tested: set[str]) ->
     return found
 
 
-def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusSettings, packages: Path) -> Iterator[_Job]:
+def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusConfig, packages: Path) -> Iterator[_Job]:
     for number, sentence in enumerate(sentences):
         seed = (settings.seed, 1 + SPLITS.index(split), number)
         names, shares = zip(*SYNTHESISER_SHARES.items(), strict=True)

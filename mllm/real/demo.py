@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from mllm.real.corpus import CorpusSettings
+    from mllm.real.corpus import CorpusConfig
     from mllm.real.report import Found
 from mllm.config.model import check_at_least
 from mllm.synthetic.demo.demo import claim
@@ -29,7 +29,7 @@ NUM_PROCESSES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealDemoSettings:
+class RealDemoConfig:
     """How much the demo on real weights does; the defaults took 76 minutes on 2 busy CPU cores."""
 
     out: str = "runs/demo_real"
@@ -49,7 +49,7 @@ class RealDemoSettings:
         check_at_least(self, ["num_clips", "num_heldout_clips", "num_recordings"])
 
 
-def real_demo(settings: RealDemoSettings, *, progress: Progress | None = None) -> "tuple[Found, dict[str, float]]":
+def real_demo(settings: RealDemoConfig, *, progress: Progress | None = None) -> "tuple[Found, dict[str, float]]":
     """Run the demo; what is there already (parts, corpus, a trained model, answers) is not made again.
 
     Returns:
@@ -139,11 +139,11 @@ def write_parts(folder: Path, *, progress: Progress) -> None:
     progress("unpacking weights", 3, 3)
 
 
-def corpus_settings(settings: RealDemoSettings) -> "CorpusSettings":
+def corpus_settings(settings: RealDemoConfig) -> "CorpusConfig":
     """Say how much the corpus of this demo holds."""
-    from mllm.real.corpus import CorpusSettings
+    from mllm.real.corpus import CorpusConfig
 
-    return CorpusSettings(
+    return CorpusConfig(
         num_train=settings.num_clips,
         num_heldout=settings.num_heldout_clips,
         num_recordings=settings.num_recordings,
@@ -151,7 +151,7 @@ def corpus_settings(settings: RealDemoSettings) -> "CorpusSettings":
     )
 
 
-def run_settings(settings: RealDemoSettings) -> Any:
+def run_settings(settings: RealDemoConfig) -> Any:
     """The recipe with the folders, the seed and the steps of this demo filled in."""
     from mllm.config.run import read_run_settings
 
@@ -171,10 +171,10 @@ def run_settings(settings: RealDemoSettings) -> Any:
     return read_run_settings(values)
 
 
-def evaluation_settings(settings: RealDemoSettings) -> EvaluateSettings:
+def evaluation_settings(settings: RealDemoConfig) -> EvaluationConfig:
     """The recordings and the held-out clips at every rate of the demo."""
     corpus = Path(settings.out) / "corpus"
-    return EvaluateSettings(
+    return EvaluationConfig(
         model=settings.out,
         name="demo",  # so that a first evaluation of one's own has a place
         manifest=[str(corpus / "test.jsonl"), str(corpus / "heldout.jsonl")],

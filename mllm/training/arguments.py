@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from mllm.config.run import RunSettings, SamplerSettings
+from mllm.config.run import RunConfig, SamplerConfig
 from mllm.training.fused_loss import check_liger
 from mllm.training.loss import Distillation
 
@@ -40,7 +40,7 @@ class ElasticArguments(TrainingArguments):
         return Path(self.output_dir)
 
 
-def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
+def build_arguments(settings: RunConfig, *, on_cpu: bool) -> ElasticArguments:
     """The arguments of a run. Where it is given in epochs, `max_steps` and the warm-up are put in once
     the data is known.
 
@@ -89,7 +89,7 @@ def build_arguments(settings: RunSettings, *, on_cpu: bool) -> ElasticArguments:
     )
 
 
-def distillation_of(sampler: SamplerSettings) -> Distillation | None:
+def distillation_of(sampler: SamplerConfig) -> Distillation | None:
     """What smaller budgets learn from the largest, in the mode that has a teacher."""
     if not sampler.distills:
         return None

@@ -24,8 +24,8 @@ from mllm.budget.sampler import Sampler
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load_trainables, save_run
 from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
-from mllm.config.model import ModelSettings
-from mllm.config.run import RunSettings, settings_yaml
+from mllm.config.model import ModelConfig
+from mllm.config.run import RunConfig, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import sharers
 from mllm.model.precision import keep_in_float32
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    settings: RunSettings,
+    settings: RunConfig,
     *,
     resume: str | None = None,
     sources: Mapping[str, str] | None = None,
@@ -124,7 +124,7 @@ def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
 
 
 def build_trainer(
-    settings: RunSettings,
+    settings: RunConfig,
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
@@ -183,7 +183,7 @@ def build_trainer(
 
 
 def _features(
-    settings: RunSettings,
+    settings: RunConfig,
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
@@ -215,7 +215,7 @@ def extremes(draws: Sampler) -> list[Budget]:
 
 
 def _validation(
-    settings: RunSettings,
+    settings: RunConfig,
     arguments: ElasticArguments,
     processor: ElasticProcessor,
     looked: LookedOver,
@@ -243,7 +243,7 @@ def _validation(
     return Validation(batches, own, budgets, metric)
 
 
-def _check_fits(settings: RunSettings, model: Any) -> None:
+def _check_fits(settings: RunConfig, model: Any) -> None:
     """Raises: ValueError where projectors cannot be fitted to captions."""
     if "compressors" not in settings.parts:
         raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
@@ -252,7 +252,7 @@ def _check_fits(settings: RunSettings, model: Any) -> None:
 
 
 def _fit_projectors(
-    settings: RunSettings,
+    settings: RunConfig,
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
@@ -288,7 +288,7 @@ def _own_run(run: Path) -> Iterator[None]:
         yield
 
 
-def _with_parts_found(own: ModelSettings, start: Checkpoint | None, sources: Mapping[str, str]) -> ModelSettings:
+def _with_parts_found(own: ModelConfig, start: Checkpoint | None, sources: Mapping[str, str]) -> ModelConfig:
     """The model of a run that goes on, with its frozen parts where they are now.
 
     Raises:
@@ -306,7 +306,7 @@ def _with_parts_found(own: ModelSettings, start: Checkpoint | None, sources: Map
     return own.with_sources({part: one["reference"] for part, one in found.items()})
 
 
-def _sources_of(own: ModelSettings, sources: Mapping[str, Mapping[str, str]], run: Path) -> dict[str, dict[str, str]]:
+def _sources_of(own: ModelConfig, sources: Mapping[str, Mapping[str, str]], run: Path) -> dict[str, dict[str, str]]:
     """Where the parts of a model are, under the names that the settings give them and as seen from the run."""
     named = own.sources
     return seen_from({part: {**one, "reference": named[part]} for part, one in sources.items()}, run)

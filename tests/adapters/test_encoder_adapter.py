@@ -13,11 +13,11 @@ from mllm.adapters import adapters_disabled, build_adapter
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import export, load, save_run
-from mllm.config.model import EncoderAdapterSettings, ModelSettings
+from mllm.config.model import EncoderAdapterConfig, ModelConfig
 from mllm.encoders import backbone_class
 from mllm.model.trainables import part_of, set_trainables
 
-LORA = EncoderAdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+LORA = EncoderAdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tiny.write_parts(tmp_path_factory.mktemp("parts"))
 
 
-def settings_of(parts: dict[str, str], lora: EncoderAdapterSettings | None = LORA) -> ModelSettings:
+def settings_of(parts: dict[str, str], lora: EncoderAdapterConfig | None = LORA) -> ModelConfig:
     plain = tiny.settings_on(parts, ("audio", "video"))
     assert plain.video is not None
     return dataclasses.replace(plain, video=dataclasses.replace(plain.video, encoder_adapter=lora))

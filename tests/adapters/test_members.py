@@ -12,7 +12,7 @@ from mllm.adapters.lora_bank import LoraBank
 from mllm.budget import Budget, Cost, Space
 from mllm.checkpoints.build import adapter_settings, build
 from mllm.checkpoints.load import TRAINABLES, export, load, save_run
-from mllm.config.model import AdapterSettings, ModelSettings
+from mllm.config.model import AdapterConfig, ModelConfig
 from mllm.model.trainables import set_trainables
 
 SPEECH = ("audio", "video")
@@ -28,8 +28,8 @@ BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/8,video=
 SCALE_IDS, TASK_IDS = [4, 5, 1, 3, -1], [2, 2, 0, 1, -1]
 
 
-def settings(variant: str, scales: list[str] | None = None, own: ModelSettings | None = None) -> ModelSettings:
-    adapter = AdapterSettings(kind="lora_bank", variant=variant, rank=3, alpha=6, scales=scales)  # pyright: ignore
+def settings(variant: str, scales: list[str] | None = None, own: ModelConfig | None = None) -> ModelConfig:
+    adapter = AdapterConfig(kind="lora_bank", variant=variant, rank=3, alpha=6, scales=scales)  # pyright: ignore
     return replace(own or tiny.settings(SPEECH), adapter=adapter)
 
 
@@ -120,11 +120,11 @@ def test_scales_are_points_of_the_space_and_few() -> None:
 
 def test_a_key_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"adapter.variant does not go with kind lora; allowed: rank, alpha"):
-        AdapterSettings(variant="ms")
+        AdapterConfig(variant="ms")
     with pytest.raises(ValueError, match=r"adapter.dropout does not go with kind lora_bank"):
-        AdapterSettings(kind="lora_bank", variant="ms", dropout=0.1)
+        AdapterConfig(kind="lora_bank", variant="ms", dropout=0.1)
     with pytest.raises(ValueError, match=r"adapter.variant is missing"):
-        AdapterSettings(kind="lora_bank")
+        AdapterConfig(kind="lora_bank")
     with pytest.raises(ValueError, match=r"adapter.scales is .* but variant ms has members of"):
         adapter_settings(settings("ms", SCALES))
 

@@ -18,7 +18,7 @@ from mllm.adapters.mome import Mome
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import export, load, save_run
-from mllm.config.model import AdapterSettings
+from mllm.config.model import AdapterConfig
 from mllm.model.trainables import set_trainables
 
 OWN = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}
@@ -201,7 +201,7 @@ def test_beside_a_frozen_llm_in_bfloat16_what_trains_is_float32(adapter: dict) -
 
 def settings(placement: str, parts: dict[str, str] | None = None):
     own = tiny.settings_on(parts, ("audio", "video")) if parts else tiny.settings(("audio", "video"))
-    adapter = AdapterSettings(placement=placement, **OWN)  # pyright: ignore
+    adapter = AdapterConfig(placement=placement, **OWN)  # pyright: ignore
     return replace(own, adapter=adapter)
 
 

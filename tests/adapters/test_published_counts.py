@@ -11,7 +11,7 @@ from transformers import AutoModel
 from mllm.adapters import build_adapter
 from mllm.adapters.lora_bank import LoraBank
 from mllm.adapters.mome import Mome
-from mllm.config.model import EncoderAdapterSettings, MediumSettings
+from mllm.config.model import EncoderAdapterConfig, MediumConfig
 from mllm.model.trainables import NEW_TOKENS, set_trainables
 
 LLMS = {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B", "8B": "Llama-3.1-8B"}
@@ -81,13 +81,13 @@ def test_parameters_of_omni_avsr(name: str, published: float) -> None:
     ("rates", "lora", "published"),
     [
         ({"audio": 3}, None, 41.95),
-        ({"video": 3}, EncoderAdapterSettings(rank=64), 48.24),
+        ({"video": 3}, EncoderAdapterConfig(rank=64), 48.24),
         ({"audio": 4, "video": 2}, None, 56.64),
     ],
 )
-def test_parameters_of_llama_avsr(rates: dict[str, int], lora: EncoderAdapterSettings | None, published: float) -> None:
+def test_parameters_of_llama_avsr(rates: dict[str, int], lora: EncoderAdapterConfig | None, published: float) -> None:
     own = read(ROOT / "configs" / "llama_avsr.yaml").model
-    media: dict[str, MediumSettings | None] = {"audio": None, "video": None}
+    media: dict[str, MediumConfig | None] = {"audio": None, "video": None}
     for medium, rate in rates.items():
         media[medium] = replace(own.media[medium], budgets=[f"/{rate}"], encoder_adapter=lora)
     model = build_on_meta(replace(own, llm=f"meta-llama/{LLMS['8B']}", **media))  # pyright: ignore

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm.cli import main
-from mllm.config.data import BENCHMARK_FORMATS, Format, ReaderSettings
+from mllm.config.data import BENCHMARK_FORMATS, Format, ReaderConfig
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.table_files import table_files
@@ -179,7 +179,7 @@ def test_mme_finds_answers_beside_images(tmp_path: Path) -> None:
     assert image_path(found["landmark/2.jpg"]).endswith("landmark/images/2.jpg")
     put_lines(root / "llava_mme.jsonl", *rows[:3])
     with pytest.raises(ValueError, match="has 1 questions; MME has two per image"):
-        read_data(root, None, ReaderSettings(format="mme"))
+        read_data(root, None, ReaderConfig(format="mme"))
 
 
 def test_scienceqa_asks_what_has_a_image(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_settings_of_other_formats_are_refused() -> None:
         ({"format": "gqa", "split": "val"}, "split goes with the formats mmmu, ai2d"),
     ):
         with pytest.raises(ValueError, match=message):
-            ReaderSettings(**settings)
+            ReaderConfig(**settings)
 
 
 # Tables: what hubs hand out as parquet, and what datasets saves as arrow.
@@ -371,7 +371,7 @@ def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, ca
     assert "got -1" in told
     write_table(tmp_path / "halves" / "test-0.parquet", [{**rows[0], "answer": 1.5}])
     with pytest.raises(ValueError, match=r"answer must be the place of one of 2 options, from 0; got 1\.5"):
-        read_data(tmp_path / "halves", None, ReaderSettings(format="ai2d"))
+        read_data(tmp_path / "halves", None, ReaderConfig(format="ai2d"))
     rows = [{"question": "Which?", "choices": ["x", "y"], "answer": at, "image": cell(1)} for at in (0, 25)]
     write_table(tmp_path / "s" / "test-0.parquet", rows)
     assert [one.messages[-1].text for one in imported("scienceqa", tmp_path / "s", code=1).values()] == ["A"]

@@ -17,7 +17,7 @@ import soundfile
 from PIL import Image
 
 from mllm.cli import main
-from mllm.config.data import Format, ReaderSettings
+from mllm.config.data import Format, ReaderConfig
 from mllm.data.check import check_listing
 from mllm.data.guessing import guess_format
 from mllm.data.json_files import _begins_as_list
@@ -51,7 +51,7 @@ def lines(path: Path, *rows: Any) -> Path:
 
 def read(source: Path, form: Format, **settings: Any) -> list[Sample]:
     root = source if source.is_dir() else source.parent
-    return read_data(source, root, ReaderSettings(format=form, **settings))
+    return read_data(source, root, ReaderConfig(format=form, **settings))
 
 
 def colour_of(sample: Sample, number: int = 0) -> tuple[int, ...]:
@@ -145,7 +145,7 @@ def test_messages_of_openai_and_ms_swift(tmp_path: Path) -> None:
 )
 def test_one_odd_row_is_one_finding(tmp_path: Path, row: dict, message: str) -> None:
     path = lines(tmp_path / "m.jsonl", {"messages": asked("?")}, row, {"messages": asked("?")})
-    listing = read_listing(path, tmp_path, ReaderSettings(format="messages"))
+    listing = read_listing(path, tmp_path, ReaderConfig(format="messages"))
     (finding,) = listing.problems
     assert finding.line_number == 2
     with pytest.raises(ValueError, match=message):
@@ -225,7 +225,7 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
     rows = [{"messages": asked("<image>?"), "image": OTHER if n % 2 else CELL} for n in range(5)]
     samples = read(saved_to_disk(tmp_path / "d", rows), "datasets")
     assert [colour_of(sample) for sample in samples] == [RED, BLUE, RED, BLUE, RED]
-    report = check_listing(tmp_path / "d", tmp_path / "d", ReaderSettings(format="datasets"), open_media=True)
+    report = check_listing(tmp_path / "d", tmp_path / "d", ReaderConfig(format="datasets"), open_media=True)
     assert report.is_good
     assert dict(report.media) == {"image": 5}
 
@@ -242,8 +242,8 @@ def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
     link = cache / "snapshots" / revision / "data" / "train-00000-of-00001.parquet"
     link.symlink_to(os.path.relpath(cache / "blobs" / "abc", link.parent))
     code = (
-        "from mllm.data.readers import read_data, ReaderSettings\nfrom mllm.media import load_image, resolve_media\n"
-        "(one,) = read_data('owner/images', None, ReaderSettings(format='datasets'))\n"
+        "from mllm.data.readers import read_data, ReaderConfig\nfrom mllm.media import load_image, resolve_media\n"
+        "(one,) = read_data('owner/images', None, ReaderConfig(format='datasets'))\n"
         "print(load_image(resolve_media(one.root, one.media[0].path)).getpixel((0, 0)), one.id)"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -267,8 +267,8 @@ def hub_cache(folder: Path, tables: dict[str, bool]) -> dict[str, str]:
 
 def asked_of_hub(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     code = (
-        "import sys\nfrom mllm.data.readers import read_data, ReaderSettings\n"
-        "print(read_data(sys.argv[1], None, ReaderSettings(format='datasets'))[0].messages[0].text)"
+        "import sys\nfrom mllm.data.readers import read_data, ReaderConfig\n"
+        "print(read_data(sys.argv[1], None, ReaderConfig(format='datasets'))[0].messages[0].text)"
     )
     return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=environment)
 
@@ -335,7 +335,7 @@ def test_an_odd_id_is_a_finding_in_every_format(tmp_path: Path, stated: Any) -> 
         "webdataset": shard(tmp_path / "a.tar", {"1.json": json.dumps(row).encode()}),
     }
     for form, source in sources.items():
-        listing = read_listing(source, tmp_path, ReaderSettings(format=form))
+        listing = read_listing(source, tmp_path, ReaderConfig(format=form))
         (finding,) = listing.problems
         assert "id: must be a string or a whole number, got a" in finding.message
         assert not listing.samples
@@ -404,7 +404,7 @@ def test_every_reader_knows_the_same_suffixes(tmp_path: Path, suffixes: tuple[st
         if medium == "image":
             continue
         assert guess_format(folder) == "clips"
-        assert read_listing(folder, folder, ReaderSettings(format="clips")).untranscribed == [f"a{suffix}"]
+        assert read_listing(folder, folder, ReaderConfig(format="clips")).untranscribed == [f"a{suffix}"]
         if medium == "video":
             assert find_recordings(folder, tmp_path / "out") == [("a", folder / f"a{suffix}")]
 
@@ -426,7 +426,7 @@ def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> 
         link = tarfile.TarInfo("7.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    listing = read_listing(path, tmp_path, ReaderSettings(format="webdataset"))
+    listing = read_listing(path, tmp_path, ReaderConfig(format="webdataset"))
     assert [sample.id for sample in listing.samples] == ["1", "6"]
     told = [finding.message.partition(":")[0] for finding in listing.problems]
     assert told == ["2", "3", "4", "5", "7"]
@@ -434,7 +434,7 @@ def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> 
     assert "is a link" in listing.problems[4].message
     with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
         tar.add(path, "x")
-    (finding,) = read_listing(tmp_path / "b.tar", tmp_path, ReaderSettings(format="webdataset")).problems
+    (finding,) = read_listing(tmp_path / "b.tar", tmp_path, ReaderConfig(format="webdataset")).problems
     assert "not a tar that is not compressed" in finding.message
 
 
@@ -511,7 +511,7 @@ def test_the_command_checks_and_imports_any_format(tmp_path: Path, capsys, form:
     assert f"looks like format {form}" in capsys.readouterr().out
     other = "sharegpt" if form == "messages" else "messages"
     with pytest.raises(ValueError, match=f"nothing of format {other}, and looks like format {form}"):
-        read_data(path, tmp_path, ReaderSettings(format=other))
+        read_data(path, tmp_path, ReaderConfig(format=other))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "a.tar", "l.csv", "l.tsv", "clips/a.mp4"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mutations import WRITERS
 
-from mllm.config.data import Format, ReaderSettings
+from mllm.config.data import Format, ReaderConfig
 from mllm.data.findings import MAX_SHOWN_CHARACTERS
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.readers import read_listing
@@ -29,7 +29,7 @@ def fuzz(form: Format, folder: Path, num_rows: int, seed: int) -> tuple[int, int
         root = folder / str(number)
         root.mkdir()
         source = WRITERS[form][number % len(WRITERS[form])](root, ROWS_PER_FILE, chance)
-        listing = read_listing(source, root, ReaderSettings(format=form, **split))
+        listing = read_listing(source, root, ReaderConfig(format=form, **split))
         for finding in listing.problems:
             assert len(str(finding).splitlines()) == 1, repr(str(finding))
             assert len(finding.message) <= MAX_SHOWN_CHARACTERS + 3

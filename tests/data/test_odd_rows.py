@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mllm.cli import main
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import read_data, read_listing
 from mllm.media import write_sound, write_video
@@ -65,7 +65,7 @@ def test_one_bad_conversation_is_told_and_the_others_are_written(tmp_path: Path,
 
 def test_keys_that_llava_does_not_have_are_left_out_and_told(tmp_path: Path, caplog) -> None:
     rows = [{"id": "0", "conversations": turns("Hi"), "source": "web", "length": 3}, {"conversations": turns("Hi")}]
-    samples = read_data(lines(tmp_path / "l.jsonl", *rows), None, ReaderSettings(format="llava"))
+    samples = read_data(lines(tmp_path / "l.jsonl", *rows), None, ReaderConfig(format="llava"))
     assert [sample.id for sample in samples] == ["0", "l-2"]
     assert "1 samples hold the key 'source', which is not read" in caplog.text
 
@@ -77,7 +77,7 @@ def test_pope_without_labels_is_told_row_by_row(tmp_path: Path, capsys) -> None:
     for category in ("adversarial", "popular", "random"):
         note = {"question_id": 1, "image": "x.jpg", "text": "Is there a cat?"}
         lines(tmp_path / "coco" / f"coco_pope_{category}.json", note)
-    listing = read_listing(tmp_path, tmp_path, ReaderSettings(format="pope"))
+    listing = read_listing(tmp_path, tmp_path, ReaderConfig(format="pope"))
     assert not listing.samples
     told = [str(finding).replace(str(tmp_path), "") for finding in listing.problems]
     assert told[:3] == [
@@ -98,7 +98,7 @@ def mme(root: Path, *texts: object, question_id: object = "OCR/0001.jpg") -> lis
     (base / "0001.txt").write_text(MME_ANSWERS)
     rows = [{"question_id": question_id, "image": "OCR/0001.jpg", "text": text, "category": "OCR"} for text in texts]
     lines(root / "llava_mme.jsonl", *rows)
-    return read_data(root, root, ReaderSettings(format="mme"))
+    return read_data(root, root, ReaderConfig(format="mme"))
 
 
 def test_mme_with_and_without_the_official_phrase_is_the_same(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_answer_beyond_the_options_is_a_bad_row(tmp_path: Path, answer: objec
     (tmp_path / "llava_test_CQM-A.json").write_text(json.dumps(rows))
     problems = {"4": {"choices": ["x", "y"], "answer": answer}, "5": {"choices": ["x", "y"], "answer": 1}}
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    listing = read_listing(tmp_path, tmp_path, ReaderSettings(format="scienceqa"))
+    listing = read_listing(tmp_path, tmp_path, ReaderConfig(format="scienceqa"))
     assert [sample.messages[-1].text for sample in listing.samples] == ["B"]
     (finding,) = listing.problems
     assert finding.message == f"entry 0: answer must be the place of one of 2 options, from 0; got {answer!r}"
@@ -137,7 +137,7 @@ def test_a_line_that_is_no_json_is_one_finding(tmp_path: Path) -> None:
     null = json.dumps({"question_id": 2, "image": None, "text": "?"}).encode()
     path = tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl"
     path.write_bytes(b"\n".join([row, b"{", b"\xff", null, b"[]"]))
-    listing = read_listing(tmp_path, tmp_path, ReaderSettings(format="vqav2"))
+    listing = read_listing(tmp_path, tmp_path, ReaderConfig(format="vqav2"))
     assert [sample.id for sample in listing.samples] == ["1"]
     assert [finding.line_number for finding in listing.problems] == [2, 3, 4, 5]
     assert listing.problems[2].message == "image: must be a string, got null"

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from mllm.cli import main
-from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, SPEECH_FORMATS, Format, ReaderSettings
+from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, SPEECH_FORMATS, Format, ReaderConfig
 from mllm.data.json_lines import MAX_LINE_BYTES
 from mllm.data.llava import read_llava
 from mllm.data.manifest import Media, read_manifest, write_manifest
@@ -39,7 +39,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def listing_of(form: Format, source: Path, root: Path, **settings) -> Listing:
-    return READERS[form](source, root, ReaderSettings(format=form, **settings))
+    return READERS[form](source, root, ReaderConfig(format=form, **settings))
 
 
 def said(listing: Listing) -> dict[str, str]:
@@ -287,7 +287,7 @@ def test_no_sound_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: For
 def test_a_long_clip_without_sound_is_cut_into_pieces_without_sound(tmp_path: Path) -> None:
     clip(tmp_path / "pretrain/s/1.mp4", num_frames=50, sound=False)
     (tmp_path / "pretrain/s/1.txt").write_text(PRETRAIN)
-    settings = ReaderSettings(format="lrs", max_seconds=1.0)
+    settings = ReaderConfig(format="lrs", max_seconds=1.0)
     cut = read_lrs(tmp_path / "pretrain", tmp_path, settings, cut=Cutter(tmp_path, "cut"))
     assert said(cut) == {"cut/pretrain/s/1_000-vsr": "ONE TWO", "cut/pretrain/s/1_001-vsr": "NS THREE"}
     assert not cut.problems
@@ -298,7 +298,7 @@ def test_long_clips_are_cut_where_words_end(tmp_path: Path) -> None:
     clip(tmp_path / "pretrain/s/1.mp4", num_frames=50)
     (tmp_path / "pretrain/s/1.txt").write_text(PRETRAIN)
     (tmp_path / "pretrain.txt").write_text("s/1\n")
-    settings = ReaderSettings(format="lrs", max_seconds=1.0)
+    settings = ReaderConfig(format="lrs", max_seconds=1.0)
     refused = read_lrs(tmp_path / "pretrain.txt", tmp_path, settings)
     assert "it lasts 1.8 seconds, above max_seconds 1; `mllm data import lrs --segments`" in str(refused.problems[0])
     cut = read_lrs(tmp_path / "pretrain.txt", tmp_path, settings, cut=Cutter(tmp_path, "cut"))
@@ -386,14 +386,14 @@ def test_settings_that_contradict_each_other() -> None:
         ({"format": "lrs", "max_seconds": -1}, "max_seconds goes with format lrs and is above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            ReaderSettings(**settings)
+            ReaderConfig(**settings)
 
 
 def test_a_run_reads_any_format_and_refuses_bad_rows_all_at_once(tmp_path: Path) -> None:
     touch(tmp_path, "lrs3/1.mp4")
     path = tmp_path / "l.csv"
     path.write_text("lrs3,1.mp4,25,0,hello\nlrs3,gone.mp4,25,0,kept\n")
-    settings = ReaderSettings(format="omni_csv", tasks=["vsr"])
+    settings = ReaderConfig(format="omni_csv", tasks=["vsr"])
     assert [sample.id for sample in read_data(path, None, settings)] == ["lrs3/1-vsr", "lrs3/gone-vsr"]
     path.write_text("lrs3,1.mp4\n" * 30)
     with pytest.raises(ValueError, match=r"l.csv:20: (?s:.)*and 10 more"):

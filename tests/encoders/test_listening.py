@@ -11,7 +11,7 @@ import torch
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
-from mllm.config.model import ModelSettings
+from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
 from mllm.model.trainables import set_trainables
@@ -38,7 +38,7 @@ def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> N
         listener.backbone(video=torch.zeros(1, 2, 1, 32, 32))
 
 
-def listening_settings(folder: Path) -> ModelSettings:
+def listening_settings(folder: Path) -> ModelConfig:
     parts = tiny.write_parts(folder)
     own = tiny.settings_on(parts, ("audio", "video"))
     assert own.audio is not None

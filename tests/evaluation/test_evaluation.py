@@ -11,7 +11,7 @@ import tiny
 from PIL import Image
 
 from mllm.budget import Budget
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.answer_store import ANSWERS, HYPOTHESES, AnswerStore
 from mllm.evaluation.plot import PLOT
@@ -293,9 +293,9 @@ def test_the_noise_of_training_is_refused_for_testing(tmp_path) -> None:
     (tmp_path / "other.wav").write_bytes(b"another")
     (tmp_path / "settings.yaml").write_text(f"data:\n  noise: {tmp_path}/train.wav\n")
 
-    def settings(noise: str, **changes) -> EvaluateSettings:
+    def settings(noise: str, **changes) -> EvaluationConfig:
         path = str(tmp_path / noise)
-        return EvaluateSettings(
+        return EvaluationConfig(
             model=str(tmp_path), manifest=["m.jsonl"], budgets="audio=/4", noise=path, snr_db=[0.0], **changes
         )
 

@@ -13,8 +13,8 @@ import tiny
 
 from mllm.checkpoints.load import save_run
 from mllm.commands import lmms_eval
-from mllm.config.data import ReaderSettings
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.data import ReaderConfig
+from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.answer_store import AnswerStore
 from mllm.evaluation.fingerprint import BY_CONTENT, NEVER_IN_ANSWERS, files_of_model, fingerprint_of
@@ -82,9 +82,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings_of(folder: Path, **changes: Any) -> EvaluateSettings:
+def settings_of(folder: Path, **changes: Any) -> EvaluationConfig:
     own = {"model": str(folder / "run"), "manifest": [str(folder / "m.jsonl")], "budgets": "image=1"}
-    return EvaluateSettings(**{**own, **changes})
+    return EvaluationConfig(**{**own, **changes})
 
 
 def found(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def found(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def test_every_setting_was_thought_about() -> None:
     """A new setting fails here until it stands in one of the lists: that it changes answers, or why it does not."""
-    assert {field.name for field in fields(EvaluateSettings)} == CHANGES.keys() | {*BY_CONTENT, "reader"}
-    assert {field.name for field in fields(ReaderSettings)} == READER.keys()
+    assert {field.name for field in fields(EvaluationConfig)} == CHANGES.keys() | {*BY_CONTENT, "reader"}
+    assert {field.name for field in fields(ReaderConfig)} == READER.keys()
     assert NEVER_IN_ANSWERS.keys() < CHANGES.keys()
     assert all(len(why) > 10 for why in NEVER_IN_ANSWERS.values())
 
@@ -116,8 +116,8 @@ def test_each_setting_counts_unless_it_is_known_not_to(folder: Path, key: str) -
 
 @pytest.mark.parametrize("key", READER)
 def test_each_setting_of_the_reader_counts(folder: Path, key: str) -> None:
-    changed = ReaderSettings(**READER[key])
-    plain = ReaderSettings(**({} if key == "format" else {"format": READER[key]["format"]}))
+    changed = ReaderConfig(**READER[key])
+    plain = ReaderConfig(**({} if key == "format" else {"format": READER[key]["format"]}))
     sets = {"m": [Sample("a", (), "vqa")]}
     with_plain, with_change = (fingerprint_of(settings_of(folder, reader=own), sets) for own in (plain, changed))
     assert with_plain != with_change
@@ -125,7 +125,7 @@ def test_each_setting_of_the_reader_counts(folder: Path, key: str) -> None:
 
 def test_what_a_reader_makes_of_a_file_counts(folder: Path) -> None:
     llava = [
-        found(folder, manifest=[str(folder / "l.json")], reader=ReaderSettings(format="llava", images_first=first))
+        found(folder, manifest=[str(folder / "l.json")], reader=ReaderConfig(format="llava", images_first=first))
         for first in (False, True)
     ]
     assert llava[0]["manifests"] != llava[1]["manifests"]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.evaluation.answer_store import AnswerStore, key_of
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import CSV, RESULTS, summarise, table
@@ -133,13 +133,13 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_read_budgets_and_name_sets() -> None:
-    own = EvaluateSettings(
+    own = EvaluationConfig(
         model="runs/x", manifest=["a/test.jsonl", "b/val.jsonl"], budgets="audio=/4; image=4;audio=/4"
     )
     assert [str(budget) for budget in own.asked_budgets] == ["audio=/4", "image=4"]
     assert own.set_names == ["test", "val"]
     assert own.output_folder == Path("runs/x/evaluation")
-    same = EvaluateSettings(model="m", manifest=["a/test.jsonl", "b/test.jsonl"], budgets=[""])
+    same = EvaluationConfig(model="m", manifest=["a/test.jsonl", "b/test.jsonl"], budgets=[""])
     assert same.set_names == ["a/test.jsonl", "b/test.jsonl"]
 
 
@@ -159,7 +159,7 @@ def test_settings_read_budgets_and_name_sets() -> None:
 )
 def test_settings_refuse_what_makes_no_sense(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EvaluateSettings(**{"model": "m", "manifest": ["a.jsonl"], "budgets": "image=1", **changes})
+        EvaluationConfig(**{"model": "m", "manifest": ["a.jsonl"], "budgets": "image=1", **changes})
 
 
 def _printed(results) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditio
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.metrics import corpus, word_errors
-from mllm.real.demo import RealDemoSettings, real_demo
+from mllm.real.demo import RealDemoConfig, real_demo
 from mllm.real.packages import package_file
 from mllm.real.recordings import Recording, read_recordings
 from mllm.real.report import spoken_by_whisper
@@ -166,7 +166,7 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
 
 def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
-    settings = RealDemoSettings(out=out, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
+    settings = RealDemoConfig(out=out, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
     found, seconds = real_demo(settings)
     found.write(tmp_path / "demo")
     assert list(found.soft_tokens) == ["audio=/4", "audio=/8", "audio=/16", "audio=/25"]

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
 from mllm.checkpoints.pretrained import unsharded
-from mllm.config.model import ModelSettings
-from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import ModelConfig
+from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import LoadedMedia
@@ -66,24 +66,24 @@ class Dealt:
 
 def run_settings(
     output: Path,
-    model: ModelSettings,
+    model: ModelConfig,
     *,
-    sampler: SamplerSettings | None = None,
+    sampler: SamplerConfig | None = None,
     validation: bool = False,
     **train: Any,
-) -> RunSettings:
+) -> RunConfig:
     """Settings of a toy run."""
     given = {"max_steps": 4, "learning_rate": 0.01, "log_every": 1, "progress": False, "tensorboard": False, **train}
-    return RunSettings(
+    return RunConfig(
         model=model,
-        data=DataSettings(train=["none.jsonl"], validation=["none.jsonl"] if validation else []),
-        sampler=sampler or SamplerSettings(mode="random", num_draws=2),
-        train=TrainSettings(out=str(output), **given),
+        data=DataConfig(train=["none.jsonl"], validation=["none.jsonl"] if validation else []),
+        sampler=sampler or SamplerConfig(mode="random", num_draws=2),
+        train=TrainConfig(out=str(output), **given),
     )
 
 
 def make_trainer(
-    settings: RunSettings,
+    settings: RunConfig,
     *,
     kinds: Sequence[tuple[str, ...]] = AUDIO_VISUAL,
     rows: int = 8,

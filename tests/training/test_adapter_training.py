@@ -13,22 +13,22 @@ from test_distributed import CONFIGS, assert_same_run, launch
 from mllm.adapters.expert_ids import Members
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.config.model import AdapterSettings, ModelSettings
-from mllm.config.run import SamplerSettings
+from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.run import SamplerConfig
 from mllm.data.manifest import Media, Message, Sample
 from mllm.training.budget_rows import drawn_passes
 from mllm.training.pipeline.data_look import check_members
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]
 ADAPTERS = {
-    "mss": AdapterSettings(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
-    "st": AdapterSettings(kind="lora_bank", variant="st", rank=4, alpha=8),
-    "mome": AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
+    "mss": AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
+    "st": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
+    "mome": AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
 }
-ALL = SamplerSettings(mode="all")
+ALL = SamplerConfig(mode="all")
 
 
-def model_settings(name: str) -> ModelSettings:
+def model_settings(name: str) -> ModelConfig:
     return dataclasses.replace(tiny.settings(("audio", "video")), adapter=ADAPTERS[name])
 
 
@@ -88,7 +88,7 @@ def test_a_draw_without_a_member_stops_the_run_before_its_first_step() -> None:
     check_members(samples, points, Members(scales=("audio=/4,video=/2",)))
 
 
-def mixture_settings() -> ModelSettings:
+def mixture_settings() -> ModelConfig:
     """A mixture of projectors for sound and one projector for lips."""
     own = tiny.settings(("audio", "video"))
     assert own.audio is not None

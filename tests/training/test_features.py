@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
-from mllm.config.model import EncoderAdapterSettings
-from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
+from mllm.config.model import EncoderAdapterConfig
+from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
 from mllm.training.feature_cache import building, features
@@ -63,15 +63,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_of(world: Path, output: Path, *, features: FeatureSettings | None = None, **data) -> RunSettings:
+def settings_of(world: Path, output: Path, *, features: FeatureConfig | None = None, **data) -> RunConfig:
     model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
     own = {"tokens_per_batch": 512, "max_rows": 4, "num_workers": 0, "max_bad_fraction": 0.2, **data}
     noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0], **own}
-    return RunSettings(
+    return RunConfig(
         model=model,
-        data=DataSettings(train=[str(world / "train.jsonl")], features=features, **noisy),
-        sampler=SamplerSettings(mode="all"),
-        train=TrainSettings(out=str(output), epochs=2, learning_rate=1e-3, progress=False, use_cpu=True, seed=3),
+        data=DataConfig(train=[str(world / "train.jsonl")], features=features, **noisy),
+        sampler=SamplerConfig(mode="all"),
+        train=TrainConfig(out=str(output), epochs=2, learning_rate=1e-3, progress=False, use_cpu=True, seed=3),
     )
 
 
@@ -79,7 +79,7 @@ def settings_of(world: Path, output: Path, *, features: FeatureSettings | None =
 def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp_path: Path, made_before: bool) -> None:
     train(settings_of(world, tmp_path / "files"))
     own = settings_of(
-        world, tmp_path / "features", features=FeatureSettings(folder=str(tmp_path / "kept"), versions=2, seed=3)
+        world, tmp_path / "features", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2, seed=3)
     )
     if made_before:
         for rank in range(2):
@@ -101,7 +101,7 @@ def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, 
     write_manifest(world / "captions.jsonl", [*seen, Sample("caption", told, task="caption")])
     clean = {"captions": [str(world / "captions.jsonl")], "noise": None, "snr_db": []}
     found = {}
-    for name, own in (("files", None), ("features", FeatureSettings(folder=str(tmp_path / "kept")))):
+    for name, own in (("files", None), ("features", FeatureConfig(folder=str(tmp_path / "kept")))):
         run = settings_of(world, tmp_path / name, features=own, **clean)
         train(dataclasses.replace(run, train=dataclasses.replace(run.train, learning_rate=1e-9)))
         found[name] = load_file(tmp_path / name / TRAINABLES)
@@ -118,14 +118,14 @@ def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, 
 def test_captions_and_samples_of_one_id_must_be_the_same(world: Path, tmp_path: Path) -> None:
     told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
     write_manifest(world / "other.jsonl", [Sample("asr0", told, task="caption")])
-    own = FeatureSettings(folder=str(tmp_path / "kept"))
+    own = FeatureConfig(folder=str(tmp_path / "kept"))
     with pytest.raises(ValueError, match=r"the id 'asr0' is one sample in data.train and another in data.captions"):
         train(settings_of(world, tmp_path / "run", features=own, captions=[str(world / "other.jsonl")]))
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_run_shares_media_between_tasks_of_a_clip(world: Path, tmp_path: Path, kept: bool) -> None:
-    own = FeatureSettings(folder=str(tmp_path / "kept")) if kept else None
+    own = FeatureConfig(folder=str(tmp_path / "kept")) if kept else None
     train(settings_of(world, tmp_path / "run", features=own, share_media=True, max_rows=8))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
@@ -134,7 +134,7 @@ def test_a_run_shares_media_between_tasks_of_a_clip(world: Path, tmp_path: Path,
 
 
 def filled(world: Path, folder: Path, *, versions: int = 2, ranks: int = 1) -> tuple[FeatureStore, list[Sample]]:
-    own = settings_of(world, folder, features=FeatureSettings(folder=str(folder), versions=versions, seed=3))
+    own = settings_of(world, folder, features=FeatureConfig(folder=str(folder), versions=versions, seed=3))
     model, processor = build(own.model)
     samples = read_manifest(world / "train.jsonl", world)
     folder.mkdir(exist_ok=True)
@@ -233,7 +233,7 @@ def test_a_file_that_changed_is_encoded_again_and_one_that_only_looks_newer_is_n
 
 
 def test_features_of_something_else_are_refused(world: Path, tmp_path: Path) -> None:
-    kept = FeatureSettings(folder=str(tmp_path / "kept"))
+    kept = FeatureConfig(folder=str(tmp_path / "kept"))
     train(settings_of(world, tmp_path / "one", features=kept))
     with pytest.raises(
         ValueError, match=r"data.features.folder .*kept holds features of something else \(image.seed was 0"
@@ -242,7 +242,7 @@ def test_features_of_something_else_are_refused(world: Path, tmp_path: Path) -> 
 
 
 def test_features_of_other_masks_are_something_else(world: Path, tmp_path: Path) -> None:
-    own = FeatureSettings(folder=str(tmp_path / "kept"))
+    own = FeatureConfig(folder=str(tmp_path / "kept"))
     model, processor = build(settings_of(world, tmp_path).model)
 
     def fingerprint(**data) -> dict:
@@ -258,12 +258,12 @@ def test_features_of_other_masks_are_something_else(world: Path, tmp_path: Path)
 
 
 def test_what_learns_or_answers_needs_its_encoders(world: Path, tmp_path: Path) -> None:
-    kept = FeatureSettings(folder=str(tmp_path / "kept"))
+    kept = FeatureConfig(folder=str(tmp_path / "kept"))
     own = settings_of(world, tmp_path / "run", features=kept)
     with pytest.raises(ValueError, match=r"frozen encoders give, but train.parts holds audio"):
         dataclasses.replace(own, train=dataclasses.replace(own.train, parts=["compressors", "adapter", "audio"]))
     assert own.model.video is not None
-    video = dataclasses.replace(own.model.video, encoder_adapter=EncoderAdapterSettings(rank=2))
+    video = dataclasses.replace(own.model.video, encoder_adapter=EncoderAdapterConfig(rank=2))
     with pytest.raises(ValueError, match=r"frozen encoders give; model.video has an encoder_adapter"):
         dataclasses.replace(own, model=dataclasses.replace(own.model, video=video))
     with pytest.raises(
@@ -271,7 +271,7 @@ def test_what_learns_or_answers_needs_its_encoders(world: Path, tmp_path: Path) 
     ):
         train(own, metric=lambda model, processor: {})
     with pytest.raises(ValueError, match=r"data.features.versions is 0"):
-        FeatureSettings(folder="x", versions=0)
+        FeatureConfig(folder="x", versions=0)
 
 
 def held_out(world: Path) -> Path:
@@ -286,7 +286,7 @@ def held_out(world: Path) -> Path:
 def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path: Path, num_processes: int) -> None:
     manifest = held_out(world)
     every = {"validation": [str(manifest)], "video_mask_frames": [4, 5], "flip_probability": 0.5}
-    kept = FeatureSettings(folder=str(tmp_path / "kept"), versions=2, seed=3)
+    kept = FeatureConfig(folder=str(tmp_path / "kept"), versions=2, seed=3)
     train(settings_of(world, tmp_path / "files", **every))
     own = settings_of(world, tmp_path / "features", features=kept, **every)
     for rank in range(num_processes):
@@ -311,7 +311,7 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
 
 
 def test_features_for_validation_are_looked_over_too(world: Path, tmp_path: Path) -> None:
-    kept = FeatureSettings(folder=str(tmp_path / "kept"))
+    kept = FeatureConfig(folder=str(tmp_path / "kept"))
     own = settings_of(world, tmp_path / "run", features=kept)
     make_features(own)
     own = dataclasses.replace(own, data=dataclasses.replace(own.data, validation=[str(held_out(world))]))
@@ -356,8 +356,8 @@ def test_features_pass_through_as_if_they_had_just_been_made() -> None:
         assert model.model.encode(medium, smallest, lengths).values.shape[-1] == tower.hidden_size
 
 
-def pooled_settings(world: Path, output: Path, rates: list[str], **features) -> RunSettings:
-    own = settings_of(world, output, features=FeatureSettings(folder=str(output / "kept"), seed=3, **features))
+def pooled_settings(world: Path, output: Path, rates: list[str], **features) -> RunConfig:
+    own = settings_of(world, output, features=FeatureConfig(folder=str(output / "kept"), seed=3, **features))
     audio, video = own.model.audio, own.model.video
     assert audio is not None
     assert video is not None
@@ -431,7 +431,7 @@ def test_what_cannot_be_kept_pooled_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_features(pooled_settings(world, tmp_path, rates, pooled=[medium]))
-    own = settings_of(world, tmp_path, features=FeatureSettings(folder=str(tmp_path / "kept"), pooled=["video"]))
+    own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), pooled=["video"]))
     with pytest.raises(ValueError, match=r"names video, whose compressor does not average"):
         make_features(own)
 
@@ -439,7 +439,7 @@ def test_what_cannot_be_kept_pooled_is_refused(
 def test_the_commands_build_and_check(
     world: Path, tmp_path: Path, capsys, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = settings_of(world, tmp_path / "run", features=FeatureSettings(folder=str(tmp_path / "kept"), versions=2))
+    own = settings_of(world, tmp_path / "run", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2))
     config = tmp_path / "run.yaml"
     config.write_text(settings_yaml(own))
     build_words = ["features", "build", "--config", str(config)]
@@ -489,7 +489,7 @@ def test_several_processes_build_what_one_builds(world: Path, tmp_path: Path) ->
     samples = read_manifest(world / "train.jsonl", world)
     stores = []
     for processes in (1, 2):
-        own = settings_of(world, tmp_path, features=FeatureSettings(folder=str(tmp_path / str(processes)), versions=2))
+        own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / str(processes)), versions=2))
         (tmp_path / "run.yaml").write_text(settings_yaml(own))
         words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", str(processes)]
         assert main(words) == 0
@@ -524,7 +524,7 @@ def children_of(pid: int) -> set[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_sigterm_to_a_build_ends_its_workers(world: Path, tmp_path: Path) -> None:
-    own = settings_of(world, tmp_path, features=FeatureSettings(folder=str(tmp_path / "kept"), versions=400))
+    own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), versions=400))
     (tmp_path / "run.yaml").write_text(settings_yaml(own))
     words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", "2"]
     build = subprocess.Popen([sys.executable, "-m", "mllm", *words], stdout=subprocess.DEVNULL)

@@ -15,8 +15,8 @@ import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 from torch import nn
 
-from mllm.config.model import ModelSettings
-from mllm.config.run import SamplerSettings
+from mllm.config.model import ModelConfig
+from mllm.config.run import SamplerConfig
 from mllm.training import fused_loss
 from mllm.training.arguments import build_arguments
 from mllm.training.fused_loss import VERSIONS, check_liger, plain_head, read_fused
@@ -89,7 +89,7 @@ def test_a_run_is_the_same_run(
         settings = run_settings(
             tmp_path / kernel,
             model,
-            sampler=SamplerSettings(mode="all"),
+            sampler=SamplerConfig(mode="all"),
             validation=True,
             validation_budgets=["audio=max,image=max,video=max"],
             max_steps=2,
@@ -106,7 +106,7 @@ def test_a_run_is_the_same_run(
             torch.testing.assert_close(weights["liger"][name], value, rtol=1e-3, atol=1e-4)
 
 
-def plain_llm() -> ModelSettings:
+def plain_llm() -> ModelConfig:
     """No adapter, so that the LLM itself can learn, head and all."""
     return dataclasses.replace(tiny.settings(), adapter=None)
 

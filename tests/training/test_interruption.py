@@ -13,7 +13,7 @@ import pytest
 import tiny
 from harness import log_rows
 
-from mllm.config.run import DataSettings, RunSettings, TrainSettings, settings_yaml
+from mllm.config.run import DataConfig, RunConfig, TrainConfig, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.training.interruption import how_to_go_on
 from mllm.training.run_folder import list_checkpoints, read_checkpoint
@@ -27,10 +27,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = (Media("audio", names["audio"]), Text("what?"))
     messages = (Message("user", parts), Message("assistant", (Text("place blue"),)))
     write_manifest(made / "train.jsonl", [Sample(f"s{n}", messages, "asr") for n in range(8)])
-    own = RunSettings(
+    own = RunConfig(
         model=tiny.settings_on(tiny.write_parts(made / "parts"), ["audio"]),
-        data=DataSettings(train=[str(made / "train.jsonl")], num_workers=2, max_rows=4),
-        train=TrainSettings(out="a run", max_steps=10**6, use_cpu=True, log_every=1, tensorboard=False),
+        data=DataConfig(train=[str(made / "train.jsonl")], num_workers=2, max_rows=4),
+        train=TrainConfig(out="a run", max_steps=10**6, use_cpu=True, log_every=1, tensorboard=False),
     )
     (made / "run.yaml").write_text(settings_yaml(own))
     return made / "run.yaml"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm.checkpoints.load import TRAINABLES, load
-from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings, settings_yaml
+from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig, settings_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.model.trainables import NEW_TOKENS
 from mllm.training.run import train
@@ -35,7 +35,7 @@ OVERRIDES = {"deepspeed": "--train.deepspeed configs/zero2.json"}
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run over three media; some steps hold a medium on one process only.
 
     The LLM has no rows for the marks around sound.
@@ -50,22 +50,22 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
         messages = (Message("user", content), Message("assistant", (Text(f"answer {seed}"),)))
         samples.append(Sample(f"sample{seed}", messages, task="test"))
     write_manifest(folder / "train.jsonl", samples)
-    return RunSettings(
+    return RunConfig(
         model=tiny.settings_on(parts, audio={"span": ["<sound>", "</sound>"]}),
-        data=DataSettings(train=[str(folder / "train.jsonl")], tokens_per_batch=256, max_rows=1, num_workers=0),
-        sampler=SamplerSettings(mode="random", num_draws=2),
-        train=TrainSettings(out=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
+        data=DataConfig(train=[str(folder / "train.jsonl")], tokens_per_batch=256, max_rows=1, num_workers=0),
+        sampler=SamplerConfig(mode="random", num_draws=2),
+        train=TrainConfig(out=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
     )
 
 
 @pytest.fixture(scope="module")
-def one_process(settings: RunSettings) -> dict[str, torch.Tensor]:
+def one_process(settings: RunConfig) -> dict[str, torch.Tensor]:
     """What one process makes of twice the micro-batches per step."""
     own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, accumulation=2))
     return load_file(train(own) / TRAINABLES)
 
 
-def launch(settings: RunSettings, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
+def launch(settings: RunConfig, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
     """Train in two processes by a command line; the run is written to `folder / "run"`."""
     (folder / "run.yaml").write_text(settings_yaml(settings))
     command = f"{LAUNCHERS[launcher]} train --config {folder / 'run.yaml'} --train.out {folder / 'run'}"
@@ -82,7 +82,7 @@ def launch(settings: RunSettings, folder: Path, launcher: str) -> subprocess.Com
 
 
 @pytest.mark.slow
-def test_zero3_refuses_an_llm_that_is_not_whole(settings: RunSettings, tmp_path: Path) -> None:
+def test_zero3_refuses_an_llm_that_is_not_whole(settings: RunConfig, tmp_path: Path) -> None:
     """There transformers reads names and shapes in another way, which knows of no shapes."""
     shutil.copytree(settings.model.llm, tmp_path / "llm")
     weights = tmp_path / "llm" / "model.safetensors"
@@ -100,7 +100,7 @@ def test_zero3_refuses_an_llm_that_is_not_whole(settings: RunSettings, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_trains_what_one_process_trains(
-    settings: RunSettings, one_process: dict[str, torch.Tensor], tmp_path: Path, launcher: str
+    settings: RunConfig, one_process: dict[str, torch.Tensor], tmp_path: Path, launcher: str
 ) -> None:
     done = launch(settings, tmp_path, launcher)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -12,8 +12,8 @@ import torch
 
 from mllm.budget import Budget
 from mllm.cli import parse
-from mllm.config.data import ReaderSettings
-from mllm.config.run import DataSettings, read_run_settings, settings_yaml
+from mllm.config.data import ReaderConfig
+from mllm.config.run import DataConfig, read_run_settings, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import sharers
 from mllm.media import write_video
@@ -43,14 +43,14 @@ def test_a_run_config_may_name_lists_of_other_systems(tmp_path: Path) -> None:
     assert "format: omni_csv" in settings_yaml(settings)
     with pytest.raises(ValueError, match="omni_csv"):
         read_run_settings({**values, "data": {"train": ["x"], "reader": {"format": "csv"}}})
-    folder = DataSettings(train=[str(tmp_path)], reader=ReaderSettings(format="clips"))
+    folder = DataConfig(train=[str(tmp_path)], reader=ReaderConfig(format="clips"))
     with pytest.raises(ValueError, match="there is no sample in it"):  # a folder of a clip without a transcript
         read_samples(folder.train, folder)
 
 
 def test_questions_that_a_server_judges_teach_nothing(tmp_path: Path) -> None:
     (tmp_path / "llava_test.jsonl").write_text('{"question_id": "a.jpg", "image": "a.jpg", "text": "What?"}\n')
-    settings = DataSettings(train=[str(tmp_path)], reader=ReaderSettings(format="vizwiz"))
+    settings = DataConfig(train=[str(tmp_path)], reader=ReaderConfig(format="vizwiz"))
     with pytest.raises(ValueError, match=r"'a\.jpg' has no answer to learn from"):
         read_samples(settings.train, settings)
 
@@ -66,7 +66,7 @@ def test_the_command_line_reaches_the_reader_and_the_masks() -> None:
         "[6400,16000]",
     ]
     _, settings = parse([*words, *own])
-    assert settings.data.reader == ReaderSettings(format="omni_csv", tasks=["avsr"])
+    assert settings.data.reader == ReaderConfig(format="omni_csv", tasks=["avsr"])
     assert settings.data.audio_mask_samples == [6400, 16000]
 
 
@@ -74,12 +74,12 @@ def test_augmentation_is_what_the_data_block_says(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "noise.wav", np.full(100, 0.5), 16_000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(100), 16_000)
     settings = {"audio_mask_samples": [6400, 16000], "snr_db": [None, 0.0], "flip_probability": 0.5}
-    made = build_augmentation(DataSettings(train=["a"], noise=str(tmp_path / "noise.wav"), **settings))
+    made = build_augmentation(DataConfig(train=["a"], noise=str(tmp_path / "noise.wav"), **settings))
     assert made.noise is not None
     assert made.noise.choices == (None, 0.0)
     assert (made.audio_mask, made.video_mask, made.flip_probability) == (TimeMask(6400, 16000), None, 0.5)
     with pytest.raises(ValueError, match=r"data\.noise .*silent\.wav: the noise is silent throughout"):
-        build_augmentation(DataSettings(train=["a"], noise=str(tmp_path / "silent.wav"), **settings))
+        build_augmentation(DataConfig(train=["a"], noise=str(tmp_path / "silent.wav"), **settings))
 
 
 def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
     processor = tiny.processor(tiny.settings(("audio", "video")))
 
     def batches(num_workers: int) -> list[dict]:
-        settings = DataSettings(
+        settings = DataConfig(
             train=[str(tmp_path / "l.csv")],
-            reader=ReaderSettings(format="omni_csv", tasks=["avsr"]),
+            reader=ReaderConfig(format="omni_csv", tasks=["avsr"]),
             noise=str(tmp_path / "noise.wav"),
             snr_db=[0.0, None],
             audio_mask_samples=[1_600, 16_000],
@@ -141,9 +141,9 @@ def test_tasks_of_a_clip_share_its_media_where_asked(tmp_path: Path) -> None:
     processor = tiny.processor(tiny.settings(("audio", "video")))
 
     def epoch(share_media: bool) -> list[Batch]:
-        settings = DataSettings(
+        settings = DataConfig(
             train=[str(tmp_path / "l.csv")],
-            reader=ReaderSettings(format="omni_csv", tasks=["asr", "vsr", "avsr"]),
+            reader=ReaderConfig(format="omni_csv", tasks=["asr", "vsr", "avsr"]),
             flip_probability=0.5,
             share_media=share_media,
             num_workers=0,

@@ -13,26 +13,26 @@ from safetensors.torch import load_file
 import mllm
 from mllm.checkpoints.load import TRAINABLES, export
 from mllm.cli import main
-from mllm.config.run import DataSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.training.run import train
 
 PARTS = ("llm", "audio")
 
 
-def settings_of(project: Path, run: str, **own) -> RunSettings:
+def settings_of(project: Path, run: str, **own) -> RunConfig:
     """A run that names its parts as a user in the project's folder does."""
     steps = {"max_steps": 4, "save_every": 2, "progress": False, "use_cpu": True, "tensorboard": False, **own}
-    return RunSettings(
+    return RunConfig(
         model=tiny.settings_on({name: f"parts/{name}" for name in PARTS}, ("audio",)),
-        data=DataSettings(
+        data=DataConfig(
             train=[str(project / "train.jsonl")],
             validation=[str(project / "train.jsonl")],
             tokens_per_batch=512,
             num_workers=0,
         ),
-        sampler=SamplerSettings(mode="random", num_draws=1),
-        train=TrainSettings(**{"out": run, **steps}),
+        sampler=SamplerConfig(mode="random", num_draws=1),
+        train=TrainConfig(**{"out": run, **steps}),
     )
 
 

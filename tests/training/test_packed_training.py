@@ -9,24 +9,24 @@ import tiny
 import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
-from mllm.config.model import AdapterSettings, ModelSettings
-from mllm.config.run import SamplerSettings, TrainSettings
+from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.run import SamplerConfig, TrainConfig
 
-ALL = SamplerSettings(mode="all")
+ALL = SamplerConfig(mode="all")
 WAYS = {
     "padded": {"packing": False},
     "packed": {},
     "low": {"memory": "low"},
     "padded low": {"packing": False, "memory": "low"},
 }
-MOME = AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5)
+MOME = AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5)
 
 
-def nested() -> ModelSettings:
+def nested() -> ModelConfig:
     return tiny.settings(("image",), image={"order": "haar", "budgets": [4, 16, 64]})
 
 
-def mome() -> ModelSettings:
+def mome() -> ModelConfig:
     return dataclasses.replace(tiny.settings(("audio", "video")), adapter=MOME)
 
 
@@ -34,7 +34,7 @@ CASES = {
     "nested": (nested, [("image",), (), ("image", "image")], ALL, {"gradient_checkpointing": True}),
     "everything": (tiny.settings, EVERYTHING, ALL, {}),
     "mome": (mome, [("audio", "video"), ("video",)], ALL, {"sink_weight": 10.0}),
-    "sandwich": (tiny.settings, EVERYTHING, SamplerSettings(mode="sandwich", distill_temperature=2.0), {}),
+    "sandwich": (tiny.settings, EVERYTHING, SamplerConfig(mode="sandwich", distill_temperature=2.0), {}),
     "encoder": (tiny.settings, [("image",), ("audio",)], ALL, {"parts": ["compressors", "adapter", "image"]}),
 }
 
@@ -85,4 +85,4 @@ def test_where_rows_cannot_be_packed_the_log_says_why(tmp_path: Path, caplog: py
 )
 def test_contradictions_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainSettings(out="x", max_steps=1, **given)
+        TrainConfig(out="x", max_steps=1, **given)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
-from mllm.config.model import ModelSettings
+from mllm.config.model import ModelConfig
 from mllm.training.initialization.projector_fit import RIDGES, Fit, fit_projectors
 
 WORDS = ["red circle", "the blue square", "a cat; on the mat.", "two", "left of the cat", "green and white", "no cross"]
@@ -17,7 +17,7 @@ LINEAR = {"projector_size": 0}
 
 
 def fit(
-    settings: ModelSettings, media: list[str], *, batch_size: int = 3, rows: int = 14, rank: int = 0, world: int = 1
+    settings: ModelConfig, media: list[str], *, batch_size: int = 3, rows: int = 14, rank: int = 0, world: int = 1
 ) -> tuple[Any, list[Fit]]:
     """Fit a toy model to captions of random media; row i shows the kind `media[i % len]`."""
     model, processor = tiny.model(settings), tiny.processor(settings)
@@ -36,7 +36,7 @@ def plain_ridge(x: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.
     return predicted, float(np.square(predicted - targets).sum() / (1 - np.trace(hat) / len(x)) ** 2)
 
 
-def soft_tokens(model: Any, settings: ModelSettings, budget: str, row: int) -> torch.Tensor:
+def soft_tokens(model: Any, settings: ModelConfig, budget: str, row: int) -> torch.Tensor:
     """The soft tokens (K, H) of the only medium of a row, by the processor and the model as in generation."""
     processor = tiny.processor(settings)
     medium = budget.partition("=")[0]

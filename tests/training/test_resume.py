@@ -12,8 +12,8 @@ import torch
 from harness import log_rows, make_trainer, run_settings
 from safetensors.torch import load_file, save_file
 
-from mllm.config.model import AdapterSettings
-from mllm.config.run import RunSettings, SamplerSettings
+from mllm.config.model import AdapterConfig
+from mllm.config.run import RunConfig, SamplerConfig
 from mllm.training.checkpoint import (
     OPTIMIZER,
     TRAINABLES,
@@ -25,16 +25,16 @@ from mllm.training.run_folder import MANIFEST, list_checkpoints, newest_checkpoi
 from mllm.training.trainer import ElasticTrainer
 
 
-def settings_in(output: Path, **train) -> RunSettings:
+def settings_in(output: Path, **train) -> RunConfig:
     """Random budgets, two micro-batches a step, noise by epoch, dropout in the adapter, over an epoch's end."""
-    lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.2)
+    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.2)
     model = dataclasses.replace(tiny.settings(("audio", "video")), adapter=lora)
-    sampler = SamplerSettings(mode="random", num_draws=2)
+    sampler = SamplerConfig(mode="random", num_draws=2)
     given = {"accumulation": 2, "save_every": 3, "keep_checkpoints": 5, "warmup_steps": 2, "log_every": 2, **train}
     return run_settings(output, model, sampler=sampler, max_steps=6, **given)
 
 
-def trained(settings: RunSettings, *, resume: Path | None = None, workers: int = 0) -> ElasticTrainer:
+def trained(settings: RunConfig, *, resume: Path | None = None, workers: int = 0) -> ElasticTrainer:
     trainer = make_trainer(settings, rows=10, rows_per_batch=3, workers=workers)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
@@ -140,7 +140,7 @@ def test_which_checkpoint_is_taken(tmp_path: Path, whole_run: Path) -> None:
 
 
 def test_a_run_is_continued_only_as_itself(tmp_path: Path) -> None:
-    def facts(settings: RunSettings, processes: int = 1, sources: dict | None = None) -> dict:
+    def facts(settings: RunConfig, processes: int = 1, sources: dict | None = None) -> dict:
         plain = json.loads(json.dumps(dataclasses.asdict(settings)))
         return {"settings": plain, "processes": processes, "sources": sources or {"llm": {"sha256": "a"}}}
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
 from mllm.config.run import (
-    DataSettings,
-    FeatureSettings,
-    RunSettings,
-    SamplerSettings,
-    TrainSettings,
+    DataConfig,
+    FeatureConfig,
+    RunConfig,
+    SamplerConfig,
+    TrainConfig,
     read_run_settings,
     settings_yaml,
 )
@@ -55,15 +55,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_of(world: Path, output: Path, *, data: dict | None = None, **train) -> RunSettings:
+def settings_of(world: Path, output: Path, *, data: dict | None = None, **train) -> RunConfig:
     model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
     given = {"max_steps": 4, "save_every": 2, "log_every": 2, "progress": False, "use_cpu": True, **train}
     own = {"tokens_per_batch": 512, "max_rows": 3, "num_workers": 0, "max_bad_fraction": 0.1, **(data or {})}
-    return RunSettings(
+    return RunConfig(
         model=model,
-        data=DataSettings(train=[str(world / "train.jsonl")], validation=[str(world / "validation.jsonl")], **own),
-        sampler=SamplerSettings(mode="sandwich"),
-        train=TrainSettings(out=str(output), **given),
+        data=DataConfig(train=[str(world / "train.jsonl")], validation=[str(world / "validation.jsonl")], **own),
+        sampler=SamplerConfig(mode="sandwich"),
+        train=TrainConfig(out=str(output), **given),
     )
 
 
@@ -280,7 +280,7 @@ def test_data_are_looked_at_before_the_llm_is_built(world: Path, tmp_path: Path)
         ({"validation": gone}, r"data\.validation: 60 of 67 samples lack a file; every one is needed"),
         ({"captions": gone}, r"data\.captions: 60 of 67 samples lack a file; every one is needed"),
         (
-            {"captions": [str(world / "other.jsonl")], "features": FeatureSettings(folder=str(tmp_path / "kept"))},
+            {"captions": [str(world / "other.jsonl")], "features": FeatureConfig(folder=str(tmp_path / "kept"))},
             r"the id 'sample0' is one sample in data.train and another in data.captions",
         ),
         ({"noise": str(world / "silent.wav"), "snr_db": [0.0]}, r"data\.noise .*silent\.wav: the noise is silent"),

@@ -8,30 +8,30 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.config.run import (
-    DataSettings,
+    DataConfig,
     Part,
-    RunSettings,
-    SamplerSettings,
-    TrainSettings,
+    RunConfig,
+    SamplerConfig,
+    TrainConfig,
     differences,
     read_run_settings,
     settings_yaml,
 )
 from mllm.model.trainables import PARTS
 
-AUDIO = MediumSettings(encoder="e", budgets=["/4", "/16"])
-MODEL = ModelSettings(llm="l", audio=AUDIO, adapter=AdapterSettings())
+AUDIO = MediumConfig(encoder="e", budgets=["/4", "/16"])
+MODEL = ModelConfig(llm="l", audio=AUDIO, adapter=AdapterConfig())
 
 
-def run(model: ModelSettings = MODEL, **blocks: dict[str, Any]) -> RunSettings:
+def run(model: ModelConfig = MODEL, **blocks: dict[str, Any]) -> RunConfig:
     """A run of small changes to a good one, by block."""
-    return RunSettings(
+    return RunConfig(
         model=model,
-        data=DataSettings(**{"train": ["a.jsonl"], **blocks.get("data", {})}),
-        sampler=SamplerSettings(**blocks.get("sampler", {})),
-        train=TrainSettings(**{"out": "o", "max_steps": 10, **blocks.get("train", {})}),
+        data=DataConfig(**{"train": ["a.jsonl"], **blocks.get("data", {})}),
+        sampler=SamplerConfig(**blocks.get("sampler", {})),
+        train=TrainConfig(**{"out": "o", "max_steps": 10, **blocks.get("train", {})}),
     )
 
 

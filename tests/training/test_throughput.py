@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mllm.budget import Budget
-from mllm.config.run import DataSettings
+from mllm.config.run import DataConfig
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.training.pipeline.loaders import encode, loading, train_loader
@@ -79,7 +79,7 @@ def test_batches_tell_how_long_they_took(tmp_path: Path, num_workers: int) -> No
     parts = (Media("audio", names["audio"]), Media("video", names["video"]), Text("what?"))
     messages = (Message("user", parts), Message("assistant", (Text("yes"),)))
     samples = [Sample(f"s{number}", messages, task="avsr", root=tmp_path) for number in range(4)]
-    settings = DataSettings(train=["x"], num_workers=num_workers, max_rows=2)
+    settings = DataConfig(train=["x"], num_workers=num_workers, max_rows=2)
     processor, watch = tiny.processor(tiny.settings()), Stopwatch()
     loader = train_loader(
         ManifestDataset(samples, load=loading(settings, processor, augmented=True, watch=watch), seed=0),

@@ -10,12 +10,12 @@ import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
 from mllm.budget import Budget
-from mllm.config.run import SamplerSettings
+from mllm.config.run import SamplerConfig
 from mllm.training.budget_rows import drawn_passes
 from mllm.training.optimization import check_gradients
 from mllm.training.trainer import ElasticTrainer
 
-ALL = SamplerSettings(mode="all")
+ALL = SamplerConfig(mode="all")
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def test_exactly_the_trainables_move_and_frozen_towers_do_not(tmp_path: Path) ->
 
 @pytest.mark.parametrize("mode", ["all", "random"])
 def test_the_logged_losses_are_those_of_one_pass_per_row_and_budget(tmp_path: Path, mode: str) -> None:
-    sampler = SamplerSettings(mode=mode, num_draws=None if mode == "all" else 3)  # type: ignore[arg-type]
+    sampler = SamplerConfig(mode=mode, num_draws=None if mode == "all" else 3)  # type: ignore[arg-type]
     settings = run_settings(tmp_path, tiny.settings(), sampler=sampler, max_steps=1)
     trainer = make_trainer(settings, kinds=EVERYTHING, rows=6, batches=[[0, 1, 2, 3, 4, 5]])
     batch = next(iter(trainer.batches))["batch"]
@@ -123,7 +123,7 @@ def test_sandwich_teaches_the_smaller_budgets_in_place(tmp_path: Path) -> None:
     """Distillation alone leaves the largest budget's loss to the labels and pulls the smallest towards the largest."""
     gaps = []
     for weight in (0.0, 1.0):
-        sampler = SamplerSettings(mode="sandwich", num_draws=2, distill_weight=weight)
+        sampler = SamplerConfig(mode="sandwich", num_draws=2, distill_weight=weight)
         settings = run_settings(
             tmp_path / str(weight),
             tiny.settings(("audio",), audio={"budgets": ["/4", "/20"]}),

@@ -17,7 +17,7 @@ from mllm.budget import Budget, Extent, count_tokens
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.cli import main
-from mllm.config.run import RunSettings, read_run_settings
+from mllm.config.run import RunConfig, read_run_settings
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.media import write_video
 from mllm.training.run import train
@@ -59,7 +59,7 @@ def said(name: str, answer: str, *files: str) -> Sample:
     return Sample(name, (Message("user", (*media, Text("what?"))), Message("assistant", (Text(answer),))), task="t")
 
 
-def run_settings(world: Path, output: Path, manifest: str, model: dict[str, Any], **changes: Any) -> RunSettings:
+def run_settings(world: Path, output: Path, manifest: str, model: dict[str, Any], **changes: Any) -> RunConfig:
     parts = world / "parts"
     image = {"encoder": str(parts / "image"), "budgets": [1, 4, 16], "feature_layer": -1, **model.pop("image", {})}
     plain = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, load, save_run
-from mllm.config.run import RunSettings, read_run_settings
+from mllm.config.run import RunConfig, read_run_settings
 from mllm.model.trainables import set_trainables
 from mllm.training.run import train
 
@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(world: Path, name: str, output: Path, **train: Any) -> RunSettings:
+def recipe(world: Path, name: str, output: Path, **train: Any) -> RunConfig:
     """The file of a recipe with tiny parts, few samples and single precision; all else is its own."""
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     model, data = values["model"], values["data"]

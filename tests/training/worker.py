@@ -15,8 +15,8 @@ from harness import make_trainer, run_settings
 from safetensors.torch import save_file
 from test_projector_fit import fit
 
-from mllm.config.model import AdapterSettings
-from mllm.config.run import RunSettings, SamplerSettings
+from mllm.config.model import AdapterConfig
+from mllm.config.run import RunConfig, SamplerConfig
 from mllm.training.run_folder import newest_checkpoint
 from mllm.utils.distributed import finish_launch, prepare_launch
 
@@ -49,11 +49,11 @@ ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
         "adapter": adapter,
     }
     for name, adapter in {
-        "st": AdapterSettings(kind="lora_bank", variant="st", rank=4, alpha=8),
-        "mss": AdapterSettings(
+        "st": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
+        "mss": AdapterConfig(
             kind="lora_bank", variant="mss", rank=4, alpha=8, scales=["audio=/4", "audio=/8", "video=/2", "video=/5"]
         ),
-        "mome": AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4),
+        "mome": AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4),
     }.items()
 }
 # The LLM itself learns, and at every step one process has an image and the other text alone.
@@ -71,18 +71,18 @@ WHOLE_SCENARIOS: dict[str, dict[str, Any]] = {
 ALL_SCENARIOS = {**SCENARIOS, **LOW_SCENARIOS, **ADAPTER_SCENARIOS, **WHOLE_SCENARIOS}
 
 
-def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunSettings:
+def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunConfig:
     """Settings of a scenario; its micro-batches per step are shared by the processes."""
     own = ALL_SCENARIOS[name]
     train |= own.get("train", {})
     train["accumulation"] = own["micro_batches"] // num_processes
     model = tiny.settings(own["media"])
     model = replace(model, adapter=own.get("adapter", model.adapter))
-    sampler = SamplerSettings(mode="random", num_draws=2)
+    sampler = SamplerConfig(mode="random", num_draws=2)
     return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
 
 
-def run_scenario(name: str, settings: RunSettings) -> Any:
+def run_scenario(name: str, settings: RunConfig) -> Any:
     """Train a scenario; the trainer afterwards."""
     own = ALL_SCENARIOS[name]
     trainer = make_trainer(

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.speech.utterances import Gathering, Listing, Utterance, read_text, relative_to, unquoted
 from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.headers import has_sound
 
 
-def read_clips(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_clips(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Read a folder of clips; those without a transcript are listed, by their paths relative to the root.
 
     Raises:

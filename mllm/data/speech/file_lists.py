@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.speech.utterances import (
     FRAMES_PER_SECOND,
     Gathering,
@@ -29,7 +29,7 @@ _FIVE = re.compile(_FOUR.pattern + ",(.*)")
 AUDIO_RATE_HZ = 16_000
 
 
-def read_auto_avsr(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_auto_avsr(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Read `dataset,rel_path,n_frames,token ids`; the ids belong to a vocabulary that the list does not hold.
 
     The text is read from the file of the same name and the suffix .txt: in the folder `transcripts` when it is given,
@@ -54,7 +54,7 @@ def read_auto_avsr(source: Path, root: Path, settings: ReaderSettings) -> Listin
     return gathering.listing
 
 
-def read_omni_csv(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_omni_csv(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Read `dataset,rel_path,n_frames,token_ids,text`; a comma in the text is text, and so are quotes inside it.
 
     A field that stands in quotes as a whole is unquoted, as CSV writers mean it.
@@ -76,7 +76,7 @@ def read_omni_csv(source: Path, root: Path, settings: ReaderSettings) -> Listing
     return gathering.listing
 
 
-def read_fairseq(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_fairseq(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Read a .tsv of AV-HuBERT (id, video, audio, frames, samples; more are ignored), texts in the .wrd beside it.
 
     A row of two columns (audio, samples) is that of HuBERT. The first line of the file is the folder that paths are

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.manifest import Medium
 from mllm.data.speech.utterances import Gathering, Listing, Utterance, read_text, relative_to
 from mllm.media import path_problem
@@ -68,7 +68,7 @@ Cut = Callable[[str, str | None, Sequence[Segment]], list[Piece]]
 """Cuts a clip, the paths of its video and its sound (if any) relative to the root, into segments."""
 
 
-def read_lrs(source: Path, root: Path, settings: ReaderSettings, *, cut: Cut | None = None) -> Listing:
+def read_lrs(source: Path, root: Path, settings: ReaderConfig, *, cut: Cut | None = None) -> Listing:
     """Read a list of LRS2 or a folder of LRS3 (or any folder of such clips).
 
     The sound is a sound file beside the video where there is one, else the video's own if it has one. Braces around

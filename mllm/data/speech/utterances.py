@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.findings import Finding, Listing
 from mllm.data.json_lines import numbered_lines, text_of
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
@@ -53,7 +53,7 @@ class Gathering:
         settings: tasks, prompts, form of text.
     """
 
-    def __init__(self, source: Path, root: Path, settings: ReaderSettings) -> None:
+    def __init__(self, source: Path, root: Path, settings: ReaderConfig) -> None:
         self.source = source
         self.root = root
         self.settings = settings

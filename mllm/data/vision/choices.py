@@ -15,7 +15,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.findings import Listing, shown_type, text_at
 from mllm.data.json_files import json_lines, json_list, json_of, list_in
 from mllm.data.table_files import is_table
@@ -43,7 +43,7 @@ MAX_INDEX_DIGITS = 12
 """A shorter image is the index of the row that holds it."""
 
 
-def read_pope(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_pope(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions by category; labels are found by category, image and words, not by the order of lines."""
     file = find(source, ("llava_pope_test.jsonl",))
     folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
@@ -80,7 +80,7 @@ def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], s
     return {key: label for key, label in labels.items() if key not in contradicted}
 
 
-def read_mme(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions with the answers beside the images; an image with other than two questions, which accuracy+ is not
     defined on, is noted and left out.
     """
@@ -131,7 +131,7 @@ def _mme_answer(folder: Path, name: str, asked: str) -> tuple[str, str]:
     raise ValueError(f"{file} does not ask {asked!r}")
 
 
-def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions that have an image; those of text alone do not depend on a budget and are left out."""
     if is_table(source):
         return read_scienceqa_table(source, root, settings)
@@ -158,7 +158,7 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderSettings) -> Listin
     return gathered.listing
 
 
-def read_mmbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_mmbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """All rows of the table, rotations included; images are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
     file = find(source, names)
@@ -204,7 +204,7 @@ def _is_none(value: Any) -> bool:
     return value is None or str(value).strip().lower() in ("", "nan", "none")
 
 
-def read_seedbench(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_seedbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """All questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
     file = find(source, ("llava-seed-bench.jsonl",))
     notes = find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.findings import Listing, text_at
 from mllm.data.json_files import json_list
 from mllm.data.table_files import is_table
@@ -20,7 +20,7 @@ from mllm.data.vision.questions import SHORT, Question, Questions, find, folder_
 CHART_KINDS = {"test_human.json": "human", "test_augmented.json": "augmented"}
 
 
-def read_chartqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_chartqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Both halves of the test set where the source is a folder, or one file."""
     if is_table(source):
         return read_chartqa_table(source, root, settings)
@@ -42,7 +42,7 @@ def _chart(row: dict[str, Any], images: str, kind: str, number: int) -> Question
     return Question(f"{kind}-{number}", [image], f"{text_at(row, 'query')}\n{SHORT}", [str(label)], kind)
 
 
-def read_docvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_docvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions with all answers that count; none in the test set."""
     if is_table(source):
         return read_docvqa_table(source, root, settings)

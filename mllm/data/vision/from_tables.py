@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.findings import Listing, text_at
 from mllm.data.table_files import table_files, table_rows
 from mllm.data.vision.questions import (
@@ -39,27 +39,27 @@ _UNKNOWN = "?"
 """Stands for the answers of MMMU's test split."""
 
 
-def read_mmmu(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_mmmu(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions of all subjects, images where the text names them; kinds are the subjects."""
     return _read(source, root, settings, task="mmmu", split="validation", make=_mmmu)
 
 
-def read_ai2d(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_ai2d(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions about diagrams with four options."""
     return _read(source, root, settings, task="ai2d", split="test", make=_ai2d)
 
 
-def read_chartqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_chartqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Both halves of the split; kinds are "human" and "augmented"."""
     return _read(source, root, settings, task="chartqa", split="test", make=_chartqa)
 
 
-def read_docvqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_docvqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions with all answers that count; none in the test split."""
     return _read(source, root, settings, task="docvqa", split="validation", make=_docvqa, inside=("DocVQA",))
 
 
-def read_scienceqa_table(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_scienceqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions that have an image; kinds are the subjects."""
     return _read(source, root, settings, task="scienceqa", split="test", make=_scienceqa, inside=("ScienceQA-IMG",))
 
@@ -67,7 +67,7 @@ def read_scienceqa_table(source: Path, root: Path, settings: ReaderSettings) -> 
 def _read(
     source: Path,
     root: Path,
-    settings: ReaderSettings,
+    settings: ReaderConfig,
     *,
     task: str,
     split: str,

@@ -12,7 +12,7 @@ Knows these files. Does not open images.
 from pathlib import Path
 from typing import Any
 
-from mllm.config.data import ReaderSettings
+from mllm.config.data import ReaderConfig
 from mllm.data.findings import BadRows, Listing, shown_type, text_at
 from mllm.data.json_files import json_lines, json_list, json_of
 from mllm.data.vision.questions import (
@@ -28,7 +28,7 @@ from mllm.data.vision.questions import (
 OCR_LINE = "Reference OCR token:"
 
 
-def read_vqav2(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of test-dev, which the server judges; or the official questions with their annotations."""
     names = ("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_val2014_questions.json")
     file = find(source, names)
@@ -53,7 +53,7 @@ def read_vqav2(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     return gathered.listing
 
 
-def read_gqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_gqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and "binary"."""
     file = find(source, ("llava_gqa_testdev_balanced.jsonl",))
     names = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
@@ -72,7 +72,7 @@ def read_gqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     return gathered.listing
 
 
-def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of the validation set, with the words that an OCR found or without them.
 
     A question is matched with its annotation by image and words, as the official script does.
@@ -99,7 +99,7 @@ def read_textvqa(source: Path, root: Path, settings: ReaderSettings) -> Listing:
     return gathered.listing
 
 
-def read_vizwiz(source: Path, root: Path, settings: ReaderSettings) -> Listing:
+def read_vizwiz(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of the test set, which the server judges; or the official files, test.json among them."""
     file = find(source, ("llava_test.jsonl", "val.json"))
     gathered = Questions("vizwiz", root)

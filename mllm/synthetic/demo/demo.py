@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.config.model import check_at_least
 from mllm.utils.progress import Progress
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
+class DemoConfig:
     """How much the demo does; the defaults take about 6 minutes on 2 idle CPU cores."""
 
     out: str = "runs/demo"
@@ -50,7 +50,7 @@ class DemoSettings:
         check_at_least(self, [field.name for field in fields(self) if field.name not in ("out", "seed", "steps")])
 
 
-def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[str, Any]:
+def demo(settings: DemoConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Run the demo; what is there already (corpora, a trained model, answers) is not made again.
 
     Returns:
@@ -83,7 +83,7 @@ def demo(settings: DemoSettings, *, progress: Progress | None = None) -> dict[st
     return {"rows": results.rows, "seconds": seconds}
 
 
-def write_corpora(out: Path, settings: DemoSettings, *, progress: Progress) -> None:
+def write_corpora(out: Path, settings: DemoConfig, *, progress: Progress) -> None:
     """Make the speech and the image corpus, each unless it is there whole; its manifest of test is written last."""
     seed = settings.seed
     if not (out / "speech" / "test.jsonl").exists():
@@ -94,11 +94,11 @@ def write_corpora(out: Path, settings: DemoSettings, *, progress: Progress) -> N
 
 def write_speech(folder: Path, num_train: int, num_test: int, seed: int, progress: Progress) -> None:
     """Make a speech corpus on all cores."""
-    from mllm.synthetic.speech.corpus import SpeechCorpusSettings, write_speech_corpus
+    from mllm.synthetic.speech.corpus import SpeechCorpusConfig, write_speech_corpus
 
     write_speech_corpus(
         folder,
-        SpeechCorpusSettings(num_train=num_train, num_test=num_test, seed=seed),
+        SpeechCorpusConfig(num_train=num_train, num_test=num_test, seed=seed),
         num_workers=os.cpu_count() or 1,
         on_progress=lambda done, total: progress("speaking", done, total),
     )
@@ -113,7 +113,7 @@ def write_images(folder: Path, num_train: int, num_test: int, seed: int, progres
     progress("drawing", 1, 1)
 
 
-def run_settings(settings: DemoSettings) -> Any:
+def run_settings(settings: DemoConfig) -> Any:
     """The recipe with the folders, the seed and the steps of this demo filled in."""
     from mllm.config.run import read_run_settings
 
@@ -132,10 +132,10 @@ def run_settings(settings: DemoSettings) -> Any:
     return read_run_settings(values)
 
 
-def evaluation_settings(settings: DemoSettings) -> EvaluateSettings:
+def evaluation_settings(settings: DemoConfig) -> EvaluationConfig:
     """The test sets at every budget of the demo; sound comes in quiet and in babble of other voices at 0 dB."""
     corpus = Path(settings.out) / "corpus"
-    return EvaluateSettings(
+    return EvaluationConfig(
         model=settings.out,
         name="demo",  # so that a first evaluation of one's own has a place
         manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "images" / "test.jsonl")],

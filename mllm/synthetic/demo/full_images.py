@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.synthetic.demo.demo import write_images
-from mllm.synthetic.demo.jobs import LongDemoSettings, Work, recipe, run_demo
+from mllm.synthetic.demo.jobs import LongDemoConfig, Work, recipe, run_demo
 from mllm.utils.progress import Progress
 
 COUNTS = (64, 16, 4, 1)
@@ -36,7 +36,7 @@ ROWS_PER_STEP = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullImagesSettings(LongDemoSettings):
+class FullImagesConfig(LongDemoConfig):
     """How much the long demo of images does; the defaults take less than an hour on 2 CPU cores."""
 
     out: str = "runs/demo_full_images"
@@ -67,25 +67,25 @@ class ImageJob:
         return list(COUNTS) if self.count is None else [self.count]
 
 
-def full_images(settings: FullImagesSettings, *, progress: Progress | None = None) -> float:
+def full_images(settings: FullImagesConfig, *, progress: Progress | None = None) -> float:
     """Run the demo, see `run_demo`, or what of it is not there yet."""
     works = [Work(run_settings(job, settings), evaluation_settings(job, settings)) for job in image_jobs(settings)]
     return run_demo(settings, partial(write_corpus, settings), works, progress=progress)
 
 
-def image_jobs(settings: FullImagesSettings) -> list[ImageJob]:
+def image_jobs(settings: FullImagesConfig) -> list[ImageJob]:
     """Every model at every seed, seed by seed, in each the longest first."""
     return [ImageJob(style, seed, count) for seed in settings.seeds for count in (None, *COUNTS) for style in STYLES]
 
 
-def write_corpus(settings: FullImagesSettings, progress: Progress) -> None:
+def write_corpus(settings: FullImagesConfig, progress: Progress) -> None:
     """The image corpus."""
     folder = Path(settings.out) / "images"
     if not (folder / "test.jsonl").exists():
         write_images(folder, settings.num_scenes, settings.num_test_scenes, settings.seed, progress)
 
 
-def run_settings(job: ImageJob, settings: FullImagesSettings) -> Any:
+def run_settings(job: ImageJob, settings: FullImagesConfig) -> Any:
     """The demo's recipe on images alone, in the job's style and at its counts."""
     from mllm.config.run import read_run_settings
 
@@ -105,9 +105,9 @@ def run_settings(job: ImageJob, settings: FullImagesSettings) -> Any:
     return read_run_settings(values)
 
 
-def evaluation_settings(job: ImageJob, settings: FullImagesSettings) -> EvaluateSettings:
+def evaluation_settings(job: ImageJob, settings: FullImagesConfig) -> EvaluationConfig:
     """The test questions at each of the job's counts."""
-    return EvaluateSettings(
+    return EvaluationConfig(
         model=str(Path(settings.out) / job.name),
         manifest=[str(Path(settings.out) / "images" / "test.jsonl")],
         budgets=[f"image={count}" for count in job.counts],

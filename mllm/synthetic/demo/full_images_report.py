@@ -20,7 +20,7 @@ from mllm.synthetic.demo.cells import (
     pooled_cell,
     table,
 )
-from mllm.synthetic.demo.full_images import COUNTS, STYLES, FullImagesSettings, image_jobs
+from mllm.synthetic.demo.full_images import COUNTS, STYLES, FullImagesConfig, image_jobs
 from mllm.synthetic.demo.report import Finding
 from mllm.synthetic.images.questions import COARSE_KINDS, DETAIL_KINDS, KINDS
 
@@ -36,7 +36,7 @@ Key = tuple[str, bool, str, int]
 Cells = Mapping[Key, Cell]
 
 
-def read_cells(settings: FullImagesSettings) -> dict[Key, Cell]:
+def read_cells(settings: FullImagesConfig) -> dict[Key, Cell]:
     """Wrong answers and questions of all models, from the answers in their folders.
 
     Raises:
@@ -54,7 +54,7 @@ def read_cells(settings: FullImagesSettings) -> dict[Key, Cell]:
     return {key: pooled_cell(own) for key, own in counts.items()}
 
 
-def compare(settings: FullImagesSettings) -> Comparison:
+def compare(settings: FullImagesConfig) -> Comparison:
     """What all answers show."""
     cells = read_cells(settings)
     return Comparison([_row(cells, *key) for key in cells], findings(cells), markdown(cells), draw(cells))

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import read_manifest, write_manifest
 from mllm.data.speech.utterances import TASKS
 from mllm.synthetic.demo.demo import write_speech
-from mllm.synthetic.demo.jobs import LongDemoSettings, Work, recipe, run_demo
+from mllm.synthetic.demo.jobs import LongDemoConfig, Work, recipe, run_demo
 from mllm.utils.progress import Progress
 
 AUDIO_RATES = (4, 16)
@@ -38,7 +38,7 @@ VERSIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullDemoSettings(LongDemoSettings):
+class FullDemoConfig(LongDemoConfig):
     """How much the long demo does; the defaults take less than an hour on 2 CPU cores."""
 
     out: str = "runs/demo_full"
@@ -88,7 +88,7 @@ class Job:
         return [",".join(parts) for parts in combinations]
 
 
-def full_demo(settings: FullDemoSettings, *, progress: Progress | None = None) -> float:
+def full_demo(settings: FullDemoConfig, *, progress: Progress | None = None) -> float:
     """Run the demo, see `run_demo`, or what of it is not there yet.
 
     Raises:
@@ -98,7 +98,7 @@ def full_demo(settings: FullDemoSettings, *, progress: Progress | None = None) -
     return run_demo(settings, partial(write_corpus, settings), works, progress=progress)
 
 
-def jobs_of(settings: FullDemoSettings) -> list[Job]:
+def jobs_of(settings: FullDemoConfig) -> list[Job]:
     """Every model at every seed, the longest first."""
     elastic = [Job(model, seed) for seed in settings.seeds for model in ELASTIC]
     return elastic + [job for seed in settings.seeds for job in separate_jobs(seed)]
@@ -111,7 +111,7 @@ def separate_jobs(seed: int) -> list[Job]:
     return both + [Job(SEPARATE, seed, "vsr", video_rate=rate) for rate in VIDEO_RATES] + audio
 
 
-def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
+def write_corpus(settings: FullDemoConfig, progress: Progress) -> None:
     """The speech corpus, and of each split a manifest per task beside the whole one."""
     folder = Path(settings.out) / "speech"
     last = folder / "test-avsr.jsonl"
@@ -124,7 +124,7 @@ def write_corpus(settings: FullDemoSettings, progress: Progress) -> None:
             write_manifest(folder / f"{split}-{task}.jsonl", [own for own in samples if own.task == task])
 
 
-def run_settings(job: Job, settings: FullDemoSettings) -> Any:
+def run_settings(job: Job, settings: FullDemoConfig) -> Any:
     """The demo's recipe without images, at the job's tasks, rates and adapter."""
     from mllm.config.run import read_run_settings
 
@@ -150,16 +150,16 @@ def run_settings(job: Job, settings: FullDemoSettings) -> Any:
     return read_run_settings(values)
 
 
-def steps_of(job: Job, settings: FullDemoSettings) -> int:
+def steps_of(job: Job, settings: FullDemoConfig) -> int:
     """Optimizer steps of a job."""
     return settings.steps * (STEPS_OF_ELASTIC if job.task is None else 1)
 
 
-def evaluation_settings(job: Job, settings: FullDemoSettings) -> EvaluateSettings:
+def evaluation_settings(job: Job, settings: FullDemoConfig) -> EvaluationConfig:
     """The job's tasks at its budgets; those with sound in quiet and in babble, lips alone once."""
     speech = Path(settings.out) / "speech"
     hears = "audio" in job.rates
-    return EvaluateSettings(
+    return EvaluationConfig(
         model=str(Path(settings.out) / job.name),
         manifest=[str(speech / f"test-{task}.jsonl") for task in job.tasks],
         budgets=job.budgets,

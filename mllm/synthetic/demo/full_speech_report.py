@@ -19,7 +19,7 @@ from mllm.synthetic.demo.full_speech import (
     SEPARATE,
     SNRS_DB,
     VIDEO_RATES,
-    FullDemoSettings,
+    FullDemoConfig,
     jobs_of,
 )
 from mllm.synthetic.demo.report import Finding
@@ -70,7 +70,7 @@ def places() -> list[Place]:
     ]
 
 
-def read_cells(settings: FullDemoSettings) -> dict[tuple[str, Place], Cell]:
+def read_cells(settings: FullDemoConfig) -> dict[tuple[str, Place], Cell]:
     """The cells of all models, from the answers in their folders.
 
     Raises:
@@ -85,7 +85,7 @@ def read_cells(settings: FullDemoSettings) -> dict[tuple[str, Place], Cell]:
     return {key: pooled_cell(own) for key, own in counts.items()}
 
 
-def compare(settings: FullDemoSettings) -> Comparison:
+def compare(settings: FullDemoConfig) -> Comparison:
     """What all answers show."""
     cells = read_cells(settings)
     return Comparison(comparison_rows(cells), findings(cells), markdown(cells), draw(cells))

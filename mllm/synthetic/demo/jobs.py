@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from mllm.config.evaluation import EvaluateSettings
+from mllm.config.evaluation import EvaluationConfig
 from mllm.config.model import check_at_least
 from mllm.evaluation.report import RESULTS
 from mllm.synthetic.demo.demo import RECIPE, claim
@@ -27,7 +27,7 @@ from mllm.utils.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongDemoSettings:
+class LongDemoConfig:
     """What the settings of all long demos hold; the rest are sizes of a corpus."""
 
     out: str
@@ -52,10 +52,10 @@ class LongDemoSettings:
 
 @dataclass(frozen=True)
 class Work:
-    """One model: its run (a `RunSettings`), and how it is evaluated afterwards."""
+    """One model: its run (a `RunConfig`), and how it is evaluated afterwards."""
 
     run: Any
-    evaluation: EvaluateSettings
+    evaluation: EvaluationConfig
 
     @property
     def folder(self) -> Path:
@@ -69,7 +69,7 @@ class Work:
 
 
 def run_demo(
-    settings: LongDemoSettings,
+    settings: LongDemoConfig,
     write_corpus: Callable[[Progress], None],
     works: Sequence[Work],
     *,
@@ -98,14 +98,14 @@ def run_demo(
 
 
 def recipe(
-    settings: LongDemoSettings, name: str, *, seed: int, steps: int, num_reports: int, versions: int
+    settings: LongDemoConfig, name: str, *, seed: int, steps: int, num_reports: int, versions: int
 ) -> dict[str, Any]:
     """The demo's recipe as a run of a long demo: seeds, steps, features and folder; the rest is the caller's.
 
     Args:
         name: folder of the run below that of the demo.
         num_reports: how often the run tells its loss.
-        versions: of each training sample, see `FeatureSettings`.
+        versions: of each training sample, see `FeatureConfig`.
     """
     values = yaml.safe_load(RECIPE.read_text())
     model, data, train = values["model"], values["data"], values["train"]

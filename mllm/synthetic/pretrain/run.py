@@ -12,7 +12,7 @@ Part = Literal["audio", "lips", "vision", "llm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
+class PretrainConfig:
     """Which parts are made, and where they go; the shipped ones came from the defaults."""
 
     out: str
@@ -31,7 +31,7 @@ class PretrainSettings:
             raise ValueError(f"parts is empty; name at least one of {', '.join(get_args(Part))}")
 
 
-def pretrain(settings: PretrainSettings) -> dict[str, dict[str, float]]:
+def pretrain(settings: PretrainConfig) -> dict[str, dict[str, float]]:
     """Make the parts in turn, each with one thread or as many as torch is given.
 
     Returns:
@@ -51,25 +51,25 @@ def pretrain(settings: PretrainSettings) -> dict[str, dict[str, float]]:
     return {part: trainings[part]() for part in settings.parts}
 
 
-def _audio(out: Path, settings: PretrainSettings) -> dict[str, float]:
+def _audio(out: Path, settings: PretrainConfig) -> dict[str, float]:
     from mllm.synthetic.pretrain.audio import AUDIO_RECIPE, pretrain_audio
 
     return pretrain_audio(out, recipe=replace(AUDIO_RECIPE, seed=settings.seed))
 
 
-def _lips(out: Path, settings: PretrainSettings) -> dict[str, float]:
+def _lips(out: Path, settings: PretrainConfig) -> dict[str, float]:
     from mllm.synthetic.pretrain.lips import LIP_RECIPE, pretrain_lips
 
     return pretrain_lips(out, recipe=replace(LIP_RECIPE, seed=settings.seed))
 
 
-def _vision(out: Path, settings: PretrainSettings) -> dict[str, float]:
+def _vision(out: Path, settings: PretrainConfig) -> dict[str, float]:
     from mllm.synthetic.pretrain.vision import pretrain_vision
 
     return pretrain_vision(out / "vision", seed=settings.seed)
 
 
-def _llm(out: Path, settings: PretrainSettings) -> dict[str, float]:
+def _llm(out: Path, settings: PretrainConfig) -> dict[str, float]:
     from mllm.synthetic.pretrain.llm import pretrain_llm
 
     return pretrain_llm(

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class SpeechCorpusSettings:
+class SpeechCorpusConfig:
     """How much is written, and how it looks and sounds."""
 
     num_train: int = 1500
@@ -67,12 +67,12 @@ class _Job:
     stem: str
     sentence: str
     speaker: Speaker
-    settings: SpeechCorpusSettings
+    settings: SpeechCorpusConfig
 
 
 def write_speech_corpus(
     out: str | Path,
-    settings: SpeechCorpusSettings,
+    settings: SpeechCorpusConfig,
     *,
     num_workers: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
@@ -108,7 +108,7 @@ def write_speech_corpus(
     return manifests
 
 
-def _jobs(out: Path, split: str, settings: SpeechCorpusSettings) -> Iterator[_Job]:
+def _jobs(out: Path, split: str, settings: SpeechCorpusConfig) -> Iterator[_Job]:
     sentences = sample_sentences(settings.count(split), split=split, seed=settings.seed)
     for number, sentence in enumerate(sentences):
         speaker = draw_speaker(split, np.random.default_rng([settings.seed, SPLITS.index(split), number]))
@@ -138,7 +138,7 @@ def _write_utterance(job: _Job) -> float:
     return utterance.seconds
 
 
-def _write_babble(out: Path, split: str, settings: SpeechCorpusSettings) -> None:
+def _write_babble(out: Path, split: str, settings: SpeechCorpusConfig) -> None:
     (out / "noise").mkdir(parents=True, exist_ok=True)
     babble = make_babble(split, seconds=settings.babble_seconds, seed=settings.seed)
     write_sound(out / "noise" / f"{split}.wav", babble, SAMPLE_RATE_HZ)

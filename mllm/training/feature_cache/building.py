@@ -19,7 +19,7 @@ from typing import Any
 
 from mllm.budget import Extent
 from mllm.checkpoints.build import build
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 from mllm.data.manifest import Sample
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import ElasticProcessor
@@ -134,7 +134,7 @@ def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sam
 
 
 def filled_stores(
-    settings: RunSettings,
+    settings: RunConfig,
     model: Any,
     processor: ElasticProcessor,
     samples: FeatureSamples,
@@ -166,7 +166,7 @@ def filled_stores(
 
 
 def _filled(
-    settings: RunSettings,
+    settings: RunConfig,
     model: Any,
     processor: ElasticProcessor,
     samples: list[Sample],
@@ -191,7 +191,7 @@ def _filled(
     return store, form, encoded
 
 
-def _store_of(settings: RunSettings, *, augmented: bool) -> FeatureStore:
+def _store_of(settings: RunConfig, *, augmented: bool) -> FeatureStore:
     own = settings.data.features
     assert own is not None
     folder = Path(own.folder)
@@ -204,7 +204,7 @@ def sizes_of(model: Any) -> dict[str, int]:
 
 
 def make_features(
-    settings: RunSettings,
+    settings: RunConfig,
     *,
     rank: int = 0,
     num_ranks: int = 1,
@@ -239,7 +239,7 @@ class Made:
     seconds: float
 
 
-def build_features(settings: RunSettings, *, processes: int, show: Progress) -> Made:
+def build_features(settings: RunConfig, *, processes: int, show: Progress) -> Made:
     """Make all features of a run, by several processes on this machine.
 
     Raises:
@@ -308,7 +308,7 @@ def _wait_for_claim(first: Any, total: Any) -> None:
 
 
 def _share(
-    settings: RunSettings, rank: int, num_ranks: int, done: "Synchronized[int]", total: "Synchronized[int]"
+    settings: RunConfig, rank: int, num_ranks: int, done: "Synchronized[int]", total: "Synchronized[int]"
 ) -> None:
     """What one process does; says how far it is."""
     import sys

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 from mllm.training.feature_cache.building import VALIDATION, with_captions
 from mllm.training.feature_cache.features import form_of
 from mllm.training.feature_cache.store import (
@@ -28,7 +28,7 @@ class Checked:
     problems: list[str] = field(default_factory=list)
 
 
-def check_features(folder: Path, settings: RunSettings | None = None) -> Checked:
+def check_features(folder: Path, settings: RunConfig | None = None) -> Checked:
     """Look over a folder: what it holds, every byte of it, and, with settings, what a run would miss.
 
     Raises:
@@ -44,7 +44,7 @@ def check_features(folder: Path, settings: RunSettings | None = None) -> Checked
     return found
 
 
-def _check_store(found: Checked, folder: Path, settings: RunSettings | None, *, augmented: bool) -> None:
+def _check_store(found: Checked, folder: Path, settings: RunConfig | None, *, augmented: bool) -> None:
     """Look over one folder, and compare it with a run if there is one."""
     fingerprint = read_fingerprint(folder)
     store = FeatureStore(folder)
@@ -72,7 +72,7 @@ def _check_store(found: Checked, folder: Path, settings: RunSettings | None, *, 
 
 
 def _check_for_run(
-    found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunSettings, *, augmented: bool
+    found: Checked, store: FeatureStore, fingerprint: dict[str, Any], settings: RunConfig, *, augmented: bool
 ) -> None:
     """Whether a run could read what is there, and what it would have to make."""
     from mllm.checkpoints.build import build_processor, elastic_config

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget, MediumSpace
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
@@ -187,7 +187,7 @@ def _lane(sample: Sample, num_ranks: int) -> int:
     return crc32(name.encode()) % num_ranks
 
 
-def form_of(config: Any, processor: ElasticProcessor, settings: RunSettings, *, augmented: bool = True) -> Form:
+def form_of(config: Any, processor: ElasticProcessor, settings: RunConfig, *, augmented: bool = True) -> Form:
     """How a run keeps its features, and what they depend on beside the samples.
 
     Args:

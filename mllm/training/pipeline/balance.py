@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.config.run import RunSettings
+from mllm.config.run import RunConfig
 from mllm.data.manifest import Sample
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.pipeline.loaders import round_batches
@@ -52,7 +52,7 @@ def simulate(
     processor: ElasticProcessor,
     draws: Sampler,
     *,
-    settings: RunSettings,
+    settings: RunConfig,
     num_ranks: int,
     epochs: int,
     budgets: Sequence[Budget],

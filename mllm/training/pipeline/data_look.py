@@ -16,7 +16,7 @@ from mllm.adapters.expert_ids import Members
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import Sampler
 from mllm.checkpoints.build import build_processor
-from mllm.config.run import DataSettings, RunSettings
+from mllm.config.run import DataConfig, RunConfig
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
@@ -46,7 +46,7 @@ class LookedOver:
         return FeatureSamples(train, self.samples.get("validation", []))
 
 
-def look_over(settings: RunSettings, run: Path, *, fits_captions: bool) -> LookedOver:
+def look_over(settings: RunConfig, run: Path, *, fits_captions: bool) -> LookedOver:
     """Read and check everything that a run is told to train, validate and fit its projectors on; every process does.
 
     Args:
@@ -91,7 +91,7 @@ def _list_refused(surveyed: Survey, run: Path, num_samples: int) -> None:
         Quarantine(run / QUARANTINE.format(rank=0), max_bad_fraction=1.0, min_seen=num_samples).note(len(bad), bad)
 
 
-def build_sampler(settings: RunSettings, space: Space) -> Sampler:
+def build_sampler(settings: RunConfig, space: Space) -> Sampler:
     """The draws of a run."""
     own = settings.sampler
     return Sampler(space, own.mode, num_draws=own.num_draws, seed=settings.train.seed, points=tuple(own.budgets))
@@ -138,7 +138,7 @@ def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -
 
 
 def _surveyed(
-    samples: list[Sample], processor: ElasticProcessor, data: DataSettings, kept: Path, max_bad_fraction: float
+    samples: list[Sample], processor: ElasticProcessor, data: DataConfig, kept: Path, max_bad_fraction: float
 ) -> Survey:
     """Surveyed by the main process; the others read what it found. What was found is logged and checked."""
     with PartialState().main_process_first():

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
-from mllm.config.run import DataSettings
+from mllm.config.run import DataConfig
 from mllm.data.batching import Lengths, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
@@ -32,7 +32,7 @@ from mllm.transforms.encoder_inputs import MixNoise
 QUARANTINE = "quarantine-{rank}.jsonl"
 
 
-def read_samples(manifests: Sequence[str], settings: DataSettings) -> list[Sample]:
+def read_samples(manifests: Sequence[str], settings: DataConfig) -> list[Sample]:
     """The samples of all manifests.
 
     Raises:
@@ -54,7 +54,7 @@ def train_loader(
     data: ManifestDataset,
     surveyed: Survey,
     *,
-    settings: DataSettings,
+    settings: DataConfig,
     encode: Callable[..., dict[str, Any]],
     run: Path,
     seed: int,
@@ -83,7 +83,7 @@ def train_loader(
 
 
 def round_batches(
-    samples: Sequence[Sample], surveyed: Survey, *, settings: DataSettings, seed: int, lanes: dict[str, int]
+    samples: Sequence[Sample], surveyed: Survey, *, settings: DataConfig, seed: int, lanes: dict[str, int]
 ) -> RoundBatches:
     """Which samples are in which micro-batch of this process; see `train_loader`."""
     kinds = media_groups(samples) if settings.group_by_media else None
@@ -96,7 +96,7 @@ def validation_loader(
     data: ManifestDataset,
     surveyed: Survey,
     *,
-    settings: DataSettings,
+    settings: DataConfig,
     processor: ElasticProcessor,
     budgets: Sequence[Budget],
     process_index: int,
@@ -128,7 +128,7 @@ def validation_loader(
 
 
 def loading(
-    settings: DataSettings,
+    settings: DataConfig,
     processor: ElasticProcessor,
     *,
     augmented: bool,
@@ -157,7 +157,7 @@ def loading(
     return TimedLoad(processor, reader, watch or Stopwatch(), augmentation=augmentation, budgets=tuple(budgets))
 
 
-def build_augmentation(settings: DataSettings) -> Augmentation:
+def build_augmentation(settings: DataConfig) -> Augmentation:
     """What the `data` block asks for.
 
     Raises:

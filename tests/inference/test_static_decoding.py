@@ -12,14 +12,14 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from mllm.budget import Budget
-from mllm.config.model import AdapterSettings
+from mllm.config.model import AdapterConfig
 from mllm.inference.answerer import Answerer, Decoding
 
 ADAPTERS = {
     "none": None,
-    "lora": AdapterSettings(rank=4, targets=["q_proj", "v_proj"]),
-    "lora_bank": AdapterSettings(kind="lora_bank", variant="st", rank=4, alpha=8, tasks=["vqa", "speech"]),
-    "mome": AdapterSettings(kind="mome", num_experts=4, top_k=2, bottleneck=4),
+    "lora": AdapterConfig(rank=4, targets=["q_proj", "v_proj"]),
+    "lora_bank": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8, tasks=["vqa", "speech"]),
+    "mome": AdapterConfig(kind="mome", num_experts=4, top_k=2, bottleneck=4),
 }
 NEW_TOKENS = 6
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from mllm.checkpoints.build import build_processor
-from mllm.config.model import MediumSettings, ModelSettings
+from mllm.config.model import MediumConfig, ModelConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -25,9 +25,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return parts
 
 
-def settings(parts: dict[str, str], **image: bool) -> ModelSettings:
-    medium = MediumSettings(encoder=parts["image"], budgets=[1, 4], feature_layer=-1, **image)  # type: ignore[arg-type]
-    return ModelSettings(llm=parts["llm"], chat_format="plain", image=medium)
+def settings(parts: dict[str, str], **image: bool) -> ModelConfig:
+    medium = MediumConfig(encoder=parts["image"], budgets=[1, 4], feature_layer=-1, **image)  # type: ignore[arg-type]
+    return ModelConfig(llm=parts["llm"], chat_format="plain", image=medium)
 
 
 def padded(image: Image.Image) -> torch.Tensor:
@@ -65,6 +65,6 @@ def test_it_is_kept_with_a_run(parts: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_only_images_can_be_padded() -> None:
-    audio = MediumSettings(encoder="a", budgets=["/4"], pad_to_square=True)
+    audio = MediumConfig(encoder="a", budgets=["/4"], pad_to_square=True)
     with pytest.raises(ValueError, match=r"model.audio.pad_to_square is set, but only images \(image\) can be padded"):
-        ModelSettings(llm="l", audio=audio)
+        ModelConfig(llm="l", audio=audio)

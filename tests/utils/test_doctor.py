@@ -144,7 +144,7 @@ def test_something_optional_that_is_missing_is_no_illness() -> None:
 
 
 def test_the_doctor_knows_every_dependency_of_the_package_itself() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert [name_in(line) for line in project["dependencies"]] == [canonicalize_name(own.name) for own in REQUIRED]
     assert {own.extra for own in OPTIONAL} == set(extras) - {"lmms", "test", "dev"}

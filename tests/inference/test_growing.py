@@ -10,7 +10,7 @@ import torch
 from test_beams import LLMS, build
 
 from mllm.budget import Budget
-from mllm.config.model import AdapterSettings
+from mllm.config.model import AdapterConfig
 from mllm.inference.answerer import Answerer, Decoding
 
 COMPRESSORS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def test_a_grown_budget_is_that_budget(name: str, llm: str, image: Path) -> None
 
 @pytest.mark.parametrize("decoding", [Decoding(3, 6), Decoding(max_new_tokens=6, temperature=0.8, seed=4)])
 def test_beams_and_samples_are_those_of_the_answerer(decoding: Decoding, image: Path) -> None:
-    tasks = AdapterSettings(kind="lora_bank", variant="t", rank=4, alpha=8, tasks=["vqa", "image"])
+    tasks = AdapterConfig(kind="lora_bank", variant="t", rank=4, alpha=8, tasks=["vqa", "image"])
     answerer = make(COMPRESSORS["query"], adapter=tasks, decoding=decoding)
     session = answerer.begin(image=image, budget="image=2")
     session.extend("image=16")
@@ -99,7 +99,7 @@ def test_what_cannot_grow_is_refused_with_a_reason(image: Path) -> None:
     pooled = make({"budgets": [4, 16]}).begin(image=image, budget="image=4")
     with pytest.raises(ValueError, match=r"compressor gives pooled tokens.*order haar"):
         pooled.extend("image=16")
-    scales = AdapterSettings(kind="lora_bank", variant="ss", rank=4, alpha=8)
+    scales = AdapterConfig(kind="lora_bank", variant="ss", rank=4, alpha=8)
     by_scale = make(COMPRESSORS["query"], adapter=scales).begin(image=image, budget="image=2")
     with pytest.raises(ValueError, match="a member per scale"):
         by_scale.extend("image=16")

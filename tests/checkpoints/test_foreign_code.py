@@ -16,7 +16,7 @@ from mllm.checkpoints.build import build
 from mllm.checkpoints.load import save_run
 from mllm.model.trainables import set_trainables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CODE = """
 from pathlib import Path
 Path({marker!r}).touch()

@@ -9,11 +9,11 @@ import pytest
 from mllm.cli import main
 from mllm.commands.demo import Settings
 from mllm.synthetic.demo.cells import Cell
-from mllm.synthetic.demo.demo import DemoSettings
+from mllm.synthetic.demo.demo import DemoConfig
 from mllm.synthetic.demo.full_speech import (
     ELASTIC,
     SEPARATE,
-    FullDemoSettings,
+    FullDemoConfig,
     Job,
     evaluation_settings,
     jobs_of,
@@ -22,7 +22,7 @@ from mllm.synthetic.demo.full_speech import (
 )
 from mllm.synthetic.demo.full_speech_report import Place, comparison_rows, findings, markdown, places, read_cells
 
-SETTINGS = FullDemoSettings(num_seeds=2, steps=20)
+SETTINGS = FullDemoConfig(num_seeds=2, steps=20)
 NUM_UTTERANCES, NUM_WORDS = 100, 10
 
 
@@ -113,8 +113,8 @@ def test_the_table_has_the_columns_of_the_papers_and_the_file_every_number() -> 
 
 
 def test_the_command_chooses_the_demo_and_refuses_keys_of_the_other() -> None:
-    assert Settings(full=True, num_seeds=2).chosen() == FullDemoSettings(num_seeds=2)
-    assert Settings(num_scenes=5).chosen() == DemoSettings(num_scenes=5)
+    assert Settings(full=True, num_seeds=2).chosen() == FullDemoConfig(num_seeds=2)
+    assert Settings(num_scenes=5).chosen() == DemoConfig(num_scenes=5)
     with pytest.raises(ValueError, match=r"num_scenes does not go with full=true about speech; allowed: out, seed"):
         Settings(full=True, num_scenes=5).chosen()
     with pytest.raises(ValueError, match=r"num_seeds does not go with full=false"):
@@ -128,7 +128,7 @@ def test_the_long_demo_at_its_smallest_makes_every_model_and_the_comparison(tmp_
     out = tmp_path / "full"
     sizes = ["--steps", "2", "--num_utterances", "12", "--num_test_utterances", "3", "--num_seeds", "1"]
     status = main(["demo", "--full", "--out", str(out), *sizes])
-    settings = FullDemoSettings(out=str(out), steps=2, num_utterances=12, num_test_utterances=3, num_seeds=1)
+    settings = FullDemoConfig(out=str(out), steps=2, num_utterances=12, num_test_utterances=3, num_seeds=1)
     found = read_cells(settings)
     assert set(found) == {(model, place) for model in (SEPARATE, *ELASTIC) for place in places()}
     assert all(len(cell.errors) == 3 for cell in found.values())

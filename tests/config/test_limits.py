@@ -9,7 +9,7 @@ import tiny
 from mllm.checkpoints.build import build, build_processor
 from mllm.checkpoints.load import load, save_run
 from mllm.cli import main, parse
-from mllm.config.run import DataSettings
+from mllm.config.run import DataConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.media import MediaError, MediaLimits
@@ -79,12 +79,12 @@ def test_evaluate_and_data_check_keep_limits(folder: Path, tmp_path: Path, capsy
 
 
 def test_training_keeps_the_limits_of_its_data_block(folder: Path) -> None:
-    data = DataSettings(train=["x"], limits=MediaLimits(audio_seconds=0.7))
+    data = DataConfig(train=["x"], limits=MediaLimits(audio_seconds=0.7))
     processor = load(folder / "run")[1]
     sample = Sample("a", (Message("user", (Media("audio", "0.wav"),)),), "asr", root=folder)
     with pytest.raises(MediaError, match=r"limits\.audio_seconds"):
         loading(data, processor, augmented=True)(sample, generator=None)
-    noisy = DataSettings(train=["x"], noise=str(folder / "0.wav"), snr_db=[0.0], limits=data.limits)
+    noisy = DataConfig(train=["x"], noise=str(folder / "0.wav"), snr_db=[0.0], limits=data.limits)
     with pytest.raises(MediaError, match=r"limits\.audio_seconds"):
         build_augmentation(noisy)
 

@@ -11,12 +11,12 @@ import soundfile
 from mllm.data.manifest import Sample, read_manifest
 from mllm.media import write_video
 from mllm.synthetic.prompts import SPEECH_TASKS
-from mllm.synthetic.speech.corpus import SpeechCorpusSettings, write_speech_corpus
+from mllm.synthetic.speech.corpus import SpeechCorpusConfig, write_speech_corpus
 from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, synthesise
 from mllm.synthetic.speech.voices import VOICES
 
-SETTINGS = SpeechCorpusSettings(num_train=5, num_validation=3, num_test=3, seed=4, babble_seconds=3)
+SETTINGS = SpeechCorpusConfig(num_train=5, num_validation=3, num_test=3, seed=4, babble_seconds=3)
 SPLITS = ("train", "validation", "test")
 
 
@@ -97,4 +97,4 @@ def test_films_lose_little(tmp_path: Path, color: bool) -> None:
 )
 def test_settings_that_cannot_be_written_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SpeechCorpusSettings(**changes)
+        SpeechCorpusConfig(**changes)

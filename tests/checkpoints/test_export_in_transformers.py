@@ -18,7 +18,7 @@ from mllm.checkpoints.load import export, save_run
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTION = "what colour is the circle?"
 SCRIPT = """
 import json, sys

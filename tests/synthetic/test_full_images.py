@@ -11,7 +11,7 @@ from mllm.synthetic.demo.cells import Cell
 from mllm.synthetic.demo.full_images import (
     COUNTS,
     STYLES,
-    FullImagesSettings,
+    FullImagesConfig,
     ImageJob,
     evaluation_settings,
     image_jobs,
@@ -20,7 +20,7 @@ from mllm.synthetic.demo.full_images import (
 from mllm.synthetic.demo.full_images_report import ALL, Key, findings, markdown, read_cells
 from mllm.synthetic.images.questions import COARSE_KINDS, KINDS
 
-SETTINGS = FullImagesSettings(num_seeds=2, steps=30)
+SETTINGS = FullImagesConfig(num_seeds=2, steps=30)
 NUM_SCENES = 100
 
 
@@ -89,7 +89,7 @@ def test_the_table_has_elastic_beside_separate_and_their_difference() -> None:
 
 
 def test_the_command_chooses_the_demo_of_images() -> None:
-    assert Settings(full=True, about="images", num_scenes=9).chosen() == FullImagesSettings(num_scenes=9)
+    assert Settings(full=True, about="images", num_scenes=9).chosen() == FullImagesConfig(num_scenes=9)
     with pytest.raises(ValueError, match=r"num_utterances does not go with full=true about images; allowed: out"):
         Settings(full=True, about="images", num_utterances=5).chosen()
     with pytest.raises(ValueError, match=r"about=images goes with full=true only"):
@@ -103,7 +103,7 @@ def test_the_long_demo_of_images_at_its_smallest(tmp_path: Path) -> None:
     out = tmp_path / "full"
     sizes = ["--steps", "2", "--num_scenes", "30", "--num_test_scenes", "3", "--num_seeds", "1"]
     status = main(["demo", "--full", "--about", "images", "--out", str(out), *sizes])
-    settings = FullImagesSettings(out=str(out), steps=2, num_scenes=30, num_test_scenes=3, num_seeds=1)
+    settings = FullImagesConfig(out=str(out), steps=2, num_scenes=30, num_test_scenes=3, num_seeds=1)
     found = read_cells(settings)
     assert len(found) == len(STYLES) * 2 * (len(KINDS) + 1) * len(COUNTS)
     assert all(len(cell.errors) == 3 for cell in found.values())

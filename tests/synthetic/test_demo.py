@@ -10,7 +10,7 @@ from rich.console import Console
 from mllm.checkpoints.load import load
 from mllm.cli import main
 from mllm.evaluation.run import evaluate
-from mllm.synthetic.demo.demo import BUDGETS, DemoSettings, demo, evaluation_settings, run_settings
+from mllm.synthetic.demo.demo import BUDGETS, DemoConfig, demo, evaluation_settings, run_settings
 from mllm.synthetic.demo.report import findings, image_table, speech_table
 from mllm.synthetic.images.questions import KINDS
 
@@ -77,7 +77,7 @@ def test_tables_show_tasks_by_noise_and_questions_by_tokens() -> None:
 
 
 def test_settings_reach_the_run_and_the_evaluation(tmp_path: Path) -> None:
-    settings = DemoSettings(out=str(tmp_path), seed=5, steps=20)
+    settings = DemoConfig(out=str(tmp_path), seed=5, steps=20)
     run = run_settings(settings)
     assert (run.model.seed, run.train.seed, run.train.max_steps, run.train.warmup_steps) == (5, 5, 20, 2)
     assert run.data.train == [str(tmp_path / "corpus" / kind / "train.jsonl") for kind in ("speech", "images")]
@@ -88,16 +88,16 @@ def test_settings_reach_the_run_and_the_evaluation(tmp_path: Path) -> None:
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": 1, "steps": None}))
     with pytest.raises(ValueError, match=r"holds a demo of other settings \(seed was 1, num_utterances was None"):
-        demo(DemoSettings(out=str(tmp_path)))
+        demo(DemoConfig(out=str(tmp_path)))
     with pytest.raises(ValueError, match="num_scenes is 0; it must be at least 1"):
-        DemoSettings(num_scenes=0)
+        DemoConfig(num_scenes=0)
 
 
 @pytest.mark.slow
 def test_a_small_demo_leaves_a_plot_and_a_model_and_is_not_made_twice(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader")
     sizes = {"num_utterances": 12, "num_scenes": 12, "num_test_utterances": 4, "num_test_scenes": 3}
-    settings = DemoSettings(out=str(tmp_path / "demo"), steps=3, **sizes)
+    settings = DemoConfig(out=str(tmp_path / "demo"), steps=3, **sizes)
     seen: set[str] = set()
     found = demo(settings, progress=lambda what, *_: seen.add(what))
     assert set(found["seconds"]) == {"corpora", "training", "evaluation"}

@@ -11,7 +11,7 @@ from transformers import DynamicCache, Gemma2Config, GenerationConfig, Generatio
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, put_adapters
-from mllm.config.model import AdapterSettings, ModelSettings
+from mllm.config.model import AdapterConfig, ModelConfig
 from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
 from mllm.model.backbone import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -36,9 +36,9 @@ LLMS: dict[str, PreTrainedConfig] = {
 }
 ADAPTERS = {
     "none": None,
-    "lora": AdapterSettings(rank=4, alpha=8),
-    "a bank by task": AdapterSettings(kind="lora_bank", variant="st", rank=4, alpha=8),
-    "experts with a router per scale": AdapterSettings(
+    "lora": AdapterConfig(rank=4, alpha=8),
+    "a bank by task": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
+    "experts with a router per scale": AdapterConfig(
         kind="mome",
         num_experts=5,
         top_k=2,
@@ -58,7 +58,7 @@ SPEECH_BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/8
 MIXED_BUDGETS = [Budget.parse(text) for text in ("image=16", "audio=/4,video=/5", "", "image=5,audio=/8")]
 
 
-def build(own: ModelSettings, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
+def build(own: ModelConfig, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
     """As `tiny.model`, on any LLM, and with an adapter that does something."""
     configs = tiny.encoder_configs()
     ids = {medium: tiny.TOKENIZER.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium]) for medium in own.media}

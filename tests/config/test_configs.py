@@ -11,12 +11,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from mllm.budget.sampler import Sampler
 from mllm.checkpoints.build import config_of_parts, put_adapters
 from mllm.checkpoints.sources import resolve_source
-from mllm.config.model import ModelSettings
-from mllm.config.run import RunSettings, read_run_settings
+from mllm.config.model import ModelConfig
+from mllm.config.run import RunConfig, read_run_settings
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import NEW_TOKENS, set_trainables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]
 RUNS.append(ROOT / "mllm" / "world" / "demo.yaml")
 # Millions of parameters that train. Omni-AVSR S, T and ST publish 38.29, 51.92 and 58.74. A bank holds every scale
@@ -48,7 +48,7 @@ LIKE = {"checkpoints/llava-v1.5-7b/llm": "vicuna-7b-v1.5"}
 """Parts that are converted checkpoints, and the part whose sizes they have."""
 
 
-def read(path: Path) -> RunSettings:
+def read(path: Path) -> RunConfig:
     return read_run_settings(yaml.safe_load(path.read_text()))
 
 
@@ -61,7 +61,7 @@ def part_config(reference: str) -> PreTrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def build_on_meta(settings: ModelSettings) -> ElasticForConditionalGeneration:
+def build_on_meta(settings: ModelConfig) -> ElasticForConditionalGeneration:
     text = part_config(settings.llm)
     media = settings.encoded_media
     marks = [token for own in media.values() for token in own.span]

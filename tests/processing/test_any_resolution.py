@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.budget import Budget
-from mllm.config.model import MediumSettings, ModelSettings, TilingSettings
+from mllm.config.model import MediumConfig, ModelConfig, TilingConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import items_of, request_cost
 from mllm.inference.answerer import Answerer, Decoding
@@ -22,20 +22,20 @@ from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.processing.token_order import NEWLINE, order_of
 
-FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")}
+FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingConfig(kind="free", max_tiles=4, merge="flat")}
 VIDEO = {"encoder": "image", "budgets": [1, 4, 16], "frames": 4, "frame_counts": [4, 2, 1]}
 
 
-def tiled(video: bool = False, **image: Any) -> ModelSettings:
-    own = {"tiling": TilingSettings(), **image}
+def tiled(video: bool = False, **image: Any) -> ModelConfig:
+    own = {"tiling": TilingConfig(), **image}
     made = tiny.settings(("image",), image=own)
     if not video:
         return made
-    return ModelSettings(llm="none", chat_format="plain", adapter=made.adapter, image=made.image, video=frames())
+    return ModelConfig(llm="none", chat_format="plain", adapter=made.adapter, image=made.image, video=frames())
 
 
-def frames(**changes: Any) -> MediumSettings:
-    return MediumSettings(**{**VIDEO, **changes})
+def frames(**changes: Any) -> MediumConfig:
+    return MediumConfig(**{**VIDEO, **changes})
 
 
 def image(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -210,7 +210,7 @@ def test_frames_that_cannot_be_shown_are_refused_with_those_that_can(folder: Pat
 def test_frames_per_second_take_fewer_of_a_short_clip(folder: Path) -> None:
     own = tiled()
     video = frames(frames=8, frame_counts=None, sampling="fps", sample_fps=5.0)
-    own = ModelSettings(llm="none", chat_format="plain", image=own.image, video=video)
+    own = ModelConfig(llm="none", chat_format="plain", image=own.image, video=video)
     (loaded,) = tiny.processor(own).load_media(sample(folder, "clip.mp4"))
     assert len(loaded.values) == 4  # 0.96 seconds
 
@@ -273,18 +273,18 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
 def test_settings_of_frames_that_make_no_sense_are_refused(video: dict[str, Any], message: str) -> None:
     image = tiny.settings(("image",)).image
     with pytest.raises(ValueError, match=message):
-        ModelSettings(llm="none", image=image, video=frames(**video))
+        ModelConfig(llm="none", image=image, video=frames(**video))
 
 
 def test_frames_need_images() -> None:
     with pytest.raises(ValueError, match="so frames are encoded like images; give an image block"):
-        ModelSettings(llm="none", video=frames())
+        ModelConfig(llm="none", video=frames())
 
 
 @pytest.mark.parametrize("files", [(), ("3.png",), ("clip.mp4",)], ids=["text", "thumbnail", "frames"])
 def test_a_process_without_newlines_still_touches_it(folder: Path, tmp_path: Path, files: tuple[str, ...]) -> None:
     """One process of a group: whatever its rows hold, the gradient of every trained parameter is there."""
-    own = tiled(video=True, tiling=TilingSettings(kind="free", max_tiles=4, merge="flat"))
+    own = tiled(video=True, tiling=TilingConfig(kind="free", max_tiles=4, merge="flat"))
     model, processor = tiny.model(own), tiny.processor(own)
     set_trainables(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, export, load
-from mllm.config.model import ModelSettings
-from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import ModelConfig
+from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import NEW_TOKENS, set_trainables, trainable_names
@@ -45,15 +45,13 @@ class World:
         """The embeddings of the LLM's own file."""
         return load_file(Path(self.parts["llm"]) / "model.safetensors")["model.embed_tokens.weight"]
 
-    def settings(self, output: Path, *, model: ModelSettings | None = None, **train: Any) -> RunSettings:
+    def settings(self, output: Path, *, model: ModelConfig | None = None, **train: Any) -> RunConfig:
         given = {"max_steps": 4, "save_every": 2, "learning_rate": 0.01, "progress": False, "use_cpu": True, **train}
-        return RunSettings(
+        return RunConfig(
             model=model or tiny.settings_on(self.parts, ("audio",), audio=SPAN),
-            data=DataSettings(
-                train=[str(self.folder / "train.jsonl")], tokens_per_batch=256, max_rows=2, num_workers=0
-            ),
-            sampler=SamplerSettings(mode="sandwich"),
-            train=TrainSettings(out=str(output), **given),
+            data=DataConfig(train=[str(self.folder / "train.jsonl")], tokens_per_batch=256, max_rows=2, num_workers=0),
+            sampler=SamplerConfig(mode="sandwich"),
+            train=TrainConfig(out=str(output), **given),
         )
 
 
@@ -236,7 +234,7 @@ def test_rows_learn_with_kept_features_and_beside_an_llm_that_learns_whole(plain
     own = plain.settings(tmp_path / "kept", max_steps=2)
     start, _ = build(own.model)
     before = start.model.new_tokens.rows  # type: ignore[union-attr]
-    data = dataclasses.replace(own.data, features=FeatureSettings(folder=str(tmp_path / "features"), versions=1))
+    data = dataclasses.replace(own.data, features=FeatureConfig(folder=str(tmp_path / "features"), versions=1))
     train(dataclasses.replace(own, data=data))
     whole = dataclasses.replace(own.model, adapter=None)
     train(plain.settings(tmp_path / "whole", model=whole, max_steps=2, parts=["compressors", "llm"]))

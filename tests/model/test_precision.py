@@ -30,8 +30,8 @@ from transformers import (
 from mllm.budget import Budget
 from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.cli import main
-from mllm.config.model import AdapterSettings, EncoderAdapterSettings, MediumSettings, ModelSettings, TilingSettings
-from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import AdapterConfig, EncoderAdapterConfig, MediumConfig, ModelConfig, TilingConfig
+from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.inference.answerer import Answerer
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip pool projected first": ("image", {"project_first": True}),
     "clip pool per budget": ("image", {"per_budget_projector": True}),
     "clip pool mixture": ("image", {"projector_experts": 3}),
-    "clip pool tiles": ("image", {"tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")}),
+    "clip pool tiles": ("image", {"tiling": TilingConfig(kind="free", max_tiles=4, merge="flat")}),
     "clip query": ("image", QUERY),
     "clip query content": ("image", {**QUERY, "keys": "content", "query_size": 8}),
     "clip stack": ("image", {"compressor": "stack"}),
@@ -93,15 +93,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "listening pool": ("audio", {**RATES, "encoder": "lips"}),
     "lips stack": ("video", LIPS),
     "lips pool": ("video", {**LIPS, "compressor": "pool"}),
-    "lips adapted": ("video", {**LIPS, "encoder_adapter": EncoderAdapterSettings(rank=2, alpha=4)}),
+    "lips adapted": ("video", {**LIPS, "encoder_adapter": EncoderAdapterConfig(rank=2, alpha=4)}),
     "frames pool": ("video", {"encoder": "image", "budgets": [1, 4], "frames": 2, "compressor": "pool"}),
     "whisper pool marks": ("audio", {"span": ["<sound>", "</sound>"]}),
     "whisper pool bank": ("audio", {}),
     "whisper pool mome": ("audio", {}),
 }
 ADAPTERS = {
-    "whisper pool bank": AdapterSettings(kind="lora_bank", variant="mss", rank=4, alpha=8),
-    "whisper pool mome": AdapterSettings(kind="mome", num_experts=4, top_k=2, bottleneck=4),
+    "whisper pool bank": AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8),
+    "whisper pool mome": AdapterConfig(kind="mome", num_experts=4, top_k=2, bottleneck=4),
 }
 QUICK = ("clip pool", "clip query", "whisper pool marks", "hubert pool", "lips stack")
 FITTED = {
@@ -170,34 +170,34 @@ def _widen(path: Path) -> None:
     save_file(wide, path, metadata={"format": "pt"})
 
 
-def model_settings(world: Path, name: str, **changes: Any) -> ModelSettings:
+def model_settings(world: Path, name: str, **changes: Any) -> ModelConfig:
     medium, own = CASES[name]
     given = {**tiny.MEDIA[medium], "crop_pixels": 32, **own}
     given["encoder"] = str(world / given.get("encoder", medium))
     if given["encoder"].endswith("naflex"):
         given.pop("feature_layer", None)
-    adapter = ADAPTERS.get(name, AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"]))
-    media = {medium: MediumSettings(**given)}
+    adapter = ADAPTERS.get(name, AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]))
+    media = {medium: MediumConfig(**given)}
     if name == "frames pool":
         del given["crop_pixels"]
         media = {
-            "image": MediumSettings(**{**tiny.MEDIA["image"], "encoder": str(world / "image")}),
-            "video": MediumSettings(**{**given, "encoder": "image"}),
+            "image": MediumConfig(**{**tiny.MEDIA["image"], "encoder": str(world / "image")}),
+            "video": MediumConfig(**{**given, "encoder": "image"}),
         }
     settings: dict[str, Any] = {"adapter": adapter, "dtype": "bfloat16", **media, **changes}
-    return ModelSettings(llm=str(world / "llm"), chat_format="plain", **settings)
+    return ModelConfig(llm=str(world / "llm"), chat_format="plain", **settings)
 
 
-def run_settings(world: Path, output: Path, name: str, model: ModelSettings, **data: Any) -> RunSettings:
+def run_settings(world: Path, output: Path, name: str, model: ModelConfig, **data: Any) -> RunConfig:
     rows = [str(world / f"{CASES[name][0]}.jsonl")]
     if name in FITTED:
         data["captions"] = rows
     data.setdefault("validation", rows)
-    return RunSettings(
+    return RunConfig(
         model=model,
-        data=DataSettings(train=rows, tokens_per_batch=1024, max_rows=3, num_workers=0, **data),
-        sampler=SamplerSettings(mode="sandwich"),
-        train=TrainSettings(
+        data=DataConfig(train=rows, tokens_per_batch=1024, max_rows=3, num_workers=0, **data),
+        sampler=SamplerConfig(mode="sandwich"),
+        train=TrainConfig(
             out=str(output),
             max_steps=2,
             learning_rate=1e-3,
@@ -276,7 +276,7 @@ def test_kept_features_of_an_encoder_in_bfloat16_are_those_of_the_encoder(world:
     train(run_settings(world, tmp_path / "plain", name, own, validation=[]))
     plain = load_file(tmp_path / "plain" / TRAINABLES)
     for pooled in ([], ["audio"]):
-        kept = FeatureSettings(folder=str(tmp_path / f"features{len(pooled)}"), versions=1, pooled=pooled)
+        kept = FeatureConfig(folder=str(tmp_path / f"features{len(pooled)}"), versions=1, pooled=pooled)
         run = tmp_path / f"run{len(pooled)}"
         train(run_settings(world, run, name, own, features=kept, validation=[]))
         assert losses(run) == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)

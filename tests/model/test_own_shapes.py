@@ -29,8 +29,8 @@ from transformers.utils import is_torchvision_available
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, load, save_run
-from mllm.config.model import AdapterSettings, MediumSettings, ModelSettings
-from mllm.config.run import DataSettings, FeatureSettings, RunSettings, SamplerSettings, TrainSettings
+from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
@@ -87,10 +87,10 @@ def sample(name: str, root: Path = Path()) -> Sample:
     return Sample(name, messages, task="see", root=root)
 
 
-def settings(world: Path, tower: str = "naflex", **image: Any) -> ModelSettings:
+def settings(world: Path, tower: str = "naflex", **image: Any) -> ModelConfig:
     own = {"encoder": str(world / tower), "budgets": [9, 4, 1], "feature_layer": -1, **image}
-    lora = AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    return ModelSettings(llm=str(world / "llm"), chat_format="plain", adapter=lora, image=MediumSettings(**own))
+    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    return ModelConfig(llm=str(world / "llm"), chat_format="plain", adapter=lora, image=MediumConfig(**own))
 
 
 def lively(model: Any) -> Any:
@@ -149,16 +149,16 @@ def test_answers_in_a_batch_of_shapes_and_budgets_are_those_alone_and_survive_sa
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_it_trains_on_mixed_shapes_and_on_kept_features_alike(world: Path, tmp_path: Path, name: str) -> None:
-    def run(output: str, features: FeatureSettings | None) -> RunSettings:
-        data = DataSettings(
+    def run(output: str, features: FeatureConfig | None) -> RunConfig:
+        data = DataConfig(
             train=[str(world / "train.jsonl")], tokens_per_batch=512, max_rows=4, num_workers=0, features=features
         )
-        own = TrainSettings(out=str(tmp_path / output), epochs=2, learning_rate=1e-2, progress=False, use_cpu=True)
-        return RunSettings(
-            model=settings(world, **COMPRESSORS[name]), data=data, sampler=SamplerSettings(mode="all"), train=own
+        own = TrainConfig(out=str(tmp_path / output), epochs=2, learning_rate=1e-2, progress=False, use_cpu=True)
+        return RunConfig(
+            model=settings(world, **COMPRESSORS[name]), data=data, sampler=SamplerConfig(mode="all"), train=own
         )
 
-    kept = FeatureSettings(folder=str(tmp_path / "kept"), versions=1)
+    kept = FeatureConfig(folder=str(tmp_path / "kept"), versions=1)
     train(run("files", None))
     make_features(run("features", kept))
     train(run("features", kept))

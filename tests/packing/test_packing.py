@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Draw
-from mllm.config.model import AdapterSettings, ModelSettings, TilingSettings
+from mllm.config.model import AdapterConfig, ModelConfig, TilingConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weights
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing, obstacle
@@ -43,46 +43,46 @@ def lips(seed: int) -> LoadedMedia:
     return tiny.random_media("video", 21 + 2 * seed, seed=seed)
 
 
-def m3() -> tuple[ModelSettings, list, list[str]]:
+def m3() -> tuple[ModelConfig, list, list[str]]:
     """Images behind a system prompt, at all scales; pooled behind the projector."""
     own = tiny.settings(("image",), image={"project_first": True, "budgets": [64, 16, 4, 1]})
     rows = [([SYSTEM, image(i), f"question {i}"], answer) for i, answer in enumerate(["red", "two circles", "no"])]
     return own, rows, [f"image={n}" for n in (64, 16, 4, 1)]
 
 
-def mqt() -> tuple[ModelSettings, list, list[str]]:
+def mqt() -> tuple[ModelConfig, list, list[str]]:
     """Eight nested budgets; the second row shows two images."""
     own = tiny.settings(("image",), image=NESTED)
     rows = [([SYSTEM, image(0), "what is it"], "a cat"), ([image(1), "and", image(2), "which"], "the first one")]
     return own, rows, [f"image={n}" for n in NESTED["budgets"]]
 
 
-def haar() -> tuple[ModelSettings, list, list[str]]:
+def haar() -> tuple[ModelConfig, list, list[str]]:
     """A pooled pyramid in the order that nests."""
     own = tiny.settings(("image",), image={"order": "haar", "budgets": [64, 16, 4]})
     return own, m3()[1], ["image=64", "image=16", "image=4"]
 
 
-def mtsk() -> tuple[ModelSettings, list, list[str]]:
+def mtsk() -> tuple[ModelConfig, list, list[str]]:
     """Sound and lips at every pair of rates; what follows the sound differs."""
     own = tiny.settings(("audio", "video"), **SPEECH)
     rows = [([SYSTEM, sound(i), lips(i), "say it"], answer) for i, answer in enumerate(["hello there", "yes"])]
     return own, rows, SCALES
 
 
-def streams() -> tuple[ModelSettings, list, list[str]]:
+def streams() -> tuple[ModelConfig, list, list[str]]:
     """Queries in windows, of which budgets share the first ones of the first window."""
     own = tiny.settings(("audio",), audio=QUERIES)
     return own, [([SYSTEM, sound(4), "say it"], "hello"), ([sound(2), "say it"], "no")], ["audio=/2", "audio=/4"]
 
 
-def stacked() -> tuple[ModelSettings, list, list[str]]:
+def stacked() -> tuple[ModelConfig, list, list[str]]:
     """Stacked frames, images and text alone in one batch."""
     rows = [([lips(0), "say"], "yes"), ([SYSTEM, image(0), "what"], "red"), ([SYSTEM, "hello"], "hello")]
     return tiny.settings(("image", "video")), rows, ["image=16,video=/2", "image=4,video=/5"]
 
 
-def omni() -> tuple[ModelSettings, list, list[str]]:
+def omni() -> tuple[ModelConfig, list, list[str]]:
     """Two clips in three tasks each, behind their media the same question."""
     own = tiny.settings(("audio", "video"), **SPEECH)
     rows = []
@@ -95,7 +95,7 @@ def omni() -> tuple[ModelSettings, list, list[str]]:
 CASES = {"m3": m3, "mqt": mqt, "haar": haar, "mtsk": mtsk, "omni": omni, "streams": streams, "stacked": stacked}
 
 
-def build(own: ModelSettings, **text: Any) -> ElasticForConditionalGeneration:
+def build(own: ModelConfig, **text: Any) -> ElasticForConditionalGeneration:
     model = tiny.model(own, **text)
     set_trainables(model)
     enable_packing(model.model.language_model)
@@ -154,7 +154,7 @@ def packed(model: ElasticForConditionalGeneration, batch: Batch, passes: Sequenc
     return loss
 
 
-def compare(own: ModelSettings, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[Pass]]:
+def compare(own: ModelConfig, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[Pass]]:
     model, processor = build(own, **text), tiny.processor(own)
     batch = tiny.batch(processor, rows, for_training=True)
     passes = fixed_passes(batch.rows, [Budget.parse(budget) for budget in budgets])
@@ -198,15 +198,15 @@ def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: 
 @pytest.mark.parametrize(
     "adapter",
     [
-        AdapterSettings(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
-        AdapterSettings(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
-        AdapterSettings(
+        AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
+        AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
+        AdapterConfig(
             kind="mome", num_experts=4, top_k=1, bottleneck=4, disjoint_routers=True, scales=SCALES, placement="layer"
         ),
     ],
     ids=["bank", "mome", "disjoint"],
 )
-def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterSettings, checkpointing: bool) -> None:
+def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterConfig, checkpointing: bool) -> None:
     own, rows, budgets = mtsk()
     own = dataclasses.replace(own, adapter=adapter)
     model, processor = build(own), tiny.processor(own)
@@ -233,7 +233,7 @@ def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterSetti
 def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -> None:
     """As Omni-AVSR trains: three tasks of one clip at one pair of rates, with a member for each task."""
     clip, seen = sound(3), lips(3)
-    for adapter in (AdapterSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"]),):
+    for adapter in (AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]),):
         own = dataclasses.replace(tiny.settings(("audio", "video"), **SPEECH), adapter=adapter)
         rows = [([clip, "say it"], "yes it is"), ([seen, "say it"], "yes it is"), ([clip, seen, "say it"], "yes it is")]
         model, processor = build(own), tiny.processor(own)
@@ -259,8 +259,8 @@ def test_mixtures_of_projectors_report_by_row() -> None:
 @pytest.mark.parametrize(
     "image",
     [
-        {"tiling": TilingSettings(), "budgets": [16, 4, 1]},
-        {**NESTED, "budgets": [16, 4], "tiling": TilingSettings(kind="free", max_tiles=4, merge="flat")},
+        {"tiling": TilingConfig(), "budgets": [16, 4, 1]},
+        {**NESTED, "budgets": [16, 4], "tiling": TilingConfig(kind="free", max_tiles=4, merge="flat")},
     ],
     ids=["one map", "flat"],
 )

@@ -19,7 +19,7 @@ from mllm.data.manifest import read_manifest
 from mllm.lip_crops.clip import ClipJob
 from mllm.lip_crops.recording import SAMPLES_PER_FRAME, align, frames_of, sound_of
 from mllm.lip_crops.run import _is_made, _stamp, _work, find_recordings, transcript_of
-from mllm.lip_crops.settings import PrepareSettings
+from mllm.lip_crops.settings import LipCropsConfig
 from mllm.media import MediaError, load_audio, load_video
 from mllm.transforms.encoder_inputs import LipTransform
 
@@ -331,7 +331,7 @@ def test_transcripts_are_read_as_lrs_writes_them_or_whole(tmp_path: Path, conten
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PrepareSettings(source="a", out="b", **changes)
+        LipCropsConfig(source="a", out="b", **changes)
 
 
 def test_a_recording_may_be_as_long_as_is_asked_for(raw: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_recording_may_be_as_long_as_is_asked_for(raw: Path) -> None:
         list(frames_of(raw / "phone.mp4", max_seconds=0.5))
     assert len(list(frames_of(raw / "phone.mp4", max_seconds=5000))) == len(list(frames_of(raw / "phone.mp4")))
     with pytest.raises(ValueError, match="max_seconds must be above 0, got 0"):
-        PrepareSettings(source="a", out="b", max_seconds=0)
+        LipCropsConfig(source="a", out="b", max_seconds=0)
 
 
 def test_too_long_is_said_of_the_setting_that_the_command_has(raw: Path, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_what_is_longer_than_is_allowed_now_is_prepared_again(tmp_path: Path, st
     (tmp_path / "out" / "a.mp4").write_bytes(b"x")
     made = {}
     for max_seconds in (120.0, 3.0, 2.0, 1.9):
-        settings = PrepareSettings(source=str(tmp_path), out=str(tmp_path / "out"), max_seconds=max_seconds)
+        settings = LipCropsConfig(source=str(tmp_path), out=str(tmp_path / "out"), max_seconds=max_seconds)
         job = ClipJob("a", tmp_path / "a.mov", tmp_path / "out", settings, is_shown=False)
         row = {"id": "a", "status": status, "seconds": 2.0, "sound": False, **_stamp(job)}
         made[max_seconds] = _is_made(job, row)
