@@ -6,8 +6,10 @@ Knows names and files. Does not know what a part computes.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from mllm.config.model import check_parts
 
 WORLD_PREFIX = "world:"
 RUN_PREFIX = "run:"
@@ -26,7 +28,7 @@ def resolve_source(reference: str) -> str:
     part = reference.removeprefix(WORLD_PREFIX)
     if part not in WORLD_PARTS:
         raise ValueError(f"{reference!r} is no part of the built-in world; allowed: {', '.join(WORLD_PARTS)}")
-    return str(Path(__file__).parent / "world" / "assets" / part)
+    return str(Path(__file__).parents[1] / "synthetic" / "assets" / part)
 
 
 def inside_run(part: str, source: Mapping[str, str]) -> dict[str, str]:
@@ -52,21 +54,6 @@ def seen_from(sources: Mapping[str, Mapping[str, str]], run: str | Path) -> dict
 def identities(sources: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """What tells the parts of one run from those of another, wherever they are."""
     return {part: {key: own[key] for key in ("reference", "sha256")} for part, own in sources.items()}
-
-
-def check_parts(given: Iterable[str], parts: Iterable[str]) -> None:
-    """Refuse a source for a frozen part that a model has not.
-
-    Args:
-        given: the parts that a user names.
-        parts: those of the model.
-
-    Raises:
-        ValueError: the first of them that it has not.
-    """
-    own = sorted(parts)
-    if unknown := sorted(set(given) - set(own)):
-        raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(own)}")
 
 
 def find_parts(

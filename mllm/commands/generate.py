@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mllm.budget import Budget
-from mllm.inference.windows import LongAudioOptions
+from mllm.config.long_audio import LongAudioOptions
 from mllm.media import MediaLimits
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from mllm.budget import Budget
 from mllm.config.data import ReaderConfig
+from mllm.config.long_audio import LongAudioOptions
 from mllm.config.model import check_at_least
-from mllm.inference.windows import LongAudioOptions
 from mllm.media import MediaLimits
 from mllm.utils.run_paths import model_folder, results_folder
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from mllm.checkpoints.sources import check_parts
-
 
 def check_at_least(settings: object, keys: Iterable[str], least: float = 1, *, prefix: str = "") -> None:
     """Refuse numbers of a dataclass that are too small; None is none.
@@ -346,3 +344,18 @@ def _check_frames(own: MediumConfig) -> None:
         raise ValueError(
             f"video.frame_counts holds {wrong[0]}; allowed are the divisors of {frames} frames: {divisors}"
         )
+
+
+def check_parts(given: Iterable[str], parts: Iterable[str]) -> None:
+    """Refuse a source for a frozen part that a model has not.
+
+    Args:
+        given: the parts that a user names.
+        parts: those of the model.
+
+    Raises:
+        ValueError: the first of them that it has not.
+    """
+    own = sorted(parts)
+    if unknown := sorted(set(given) - set(own)):
+        raise ValueError(f"sources names {unknown[0]!r}; the frozen parts of this model are {', '.join(own)}")

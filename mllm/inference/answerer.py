@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mllm.budget import Budget, BudgetInput
+from mllm.config.long_audio import LongAudio
 from mllm.data.manifest import Sample
 from mllm.inference.decoding import Decoding, Pieces
 from mllm.inference.grouping import alike, number_in_pass
@@ -25,7 +26,6 @@ from mllm.inference.long_audio import Window, joined, lengths_of, load_windows
 from mllm.inference.progressive import Growing
 from mllm.inference.request import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.inference.timing import stopwatch
-from mllm.inference.windows import LongAudio
 from mllm.kv_cache.system_prompt import ConstantPrompt
 from mllm.media import Given, MediaError, MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mllm.budget import MEDIA, Budget
+from mllm.config.long_audio import LongAudio
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Sample
 from mllm.inference.request import Answer
 from mllm.inference.timing import PHASES, Timing
-from mllm.inference.windows import LongAudio, join_transcripts, window_times
+from mllm.inference.windows import join_transcripts, window_times
 from mllm.media import Audio, Given, Reader, Video
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.processor import ElasticProcessor

@@ -6,8 +6,6 @@ Knows seconds and words. Does not know sounds or models.
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 GRID_SECONDS = 0.04
 """Windows begin on this grid, that of video frames at 25 per second, so that sound and lips are cut alike."""
@@ -23,79 +21,6 @@ _UNSPACED = (
     (0x20000, 0x2FFFF),
 )
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, whose words are not parted by spaces."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongAudio:
-    """What becomes of a sound that is longer than its encoder's window.
-
-    Args:
-        mode: `refuse` it, or `chunk` it into windows that are answered about in turn.
-        window_seconds: shorter windows than the encoder's; needed where the encoder has none.
-        overlap_seconds: that two neighbours have in common, at least; a sixth of the window when left out.
-
-    Raises:
-        ValueError: lengths without chunk, or that are not above 0.
-    """
-
-    mode: Literal["refuse", "chunk"] = "refuse"
-    window_seconds: float | None = None
-    overlap_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("window_seconds", "overlap_seconds"):
-            value = getattr(self, key)
-            if value is not None and self.mode != "chunk":
-                raise ValueError(f"{key} is {value}; it goes with long_audio chunk, not {self.mode}")
-            if value is not None and not value > 0:
-                raise ValueError(f"{key} is {value}; it must be above 0")
-
-    def lengths(self, encoder_seconds: float | None) -> tuple[float, float]:
-        """Seconds of a window and of an overlap.
-
-        Args:
-            encoder_seconds: the encoder's window; None where it has none.
-
-        Raises:
-            ValueError: windows that are too long for the encoder or have no length, or an overlap of more than half.
-        """
-        window = self.window_seconds if self.window_seconds is not None else encoder_seconds
-        if window is None:
-            raise ValueError(
-                "long_audio chunk needs window_seconds: the encoder of this model has no window of its own"
-            )
-        if encoder_seconds is not None and window > encoder_seconds:
-            raise ValueError(f"window_seconds is {window:g}; the encoder's window is {encoder_seconds:g} seconds")
-        overlap = self.overlap_seconds if self.overlap_seconds is not None else window / 6
-        if overlap > window / 2:
-            raise ValueError(
-                f"overlap_seconds is {overlap:g}; it must be at most half a window, {window / 2:g} seconds"
-            )
-        return window, overlap
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongAudioOptions:
-    """The options of a command that say what becomes of a sound longer than its encoder's window."""
-
-    long_audio: Literal["refuse", "chunk"] = "refuse"
-    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
-    where their words meet. For speech that is transcribed."""
-    window_seconds: float | None = None
-    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
-    overlap_seconds: float | None = None
-    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
-
-    def __post_init__(self) -> None:
-        self.read_long_audio()  # refuses what contradicts itself before anything is loaded
-
-    def read_long_audio(self) -> LongAudio:
-        """Read the options.
-
-        Raises:
-            ValueError: see `LongAudio`.
-        """
-        return LongAudio(mode=self.long_audio, window_seconds=self.window_seconds, overlap_seconds=self.overlap_seconds)
 
 
 def window_times(seconds: float, window: float, overlap: float) -> list[tuple[float, float]]:

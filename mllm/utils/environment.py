@@ -205,7 +205,7 @@ def _probe(what: str, arguments: Sequence[str], *, beside_mllm: bool = False) ->
     """Answers of `mllm.utils.probes` in a new process, and how that process ended."""
     # -P keeps the file's own folder, whose modules have common names, from being searched.
     start = ["-m", "mllm.utils.probes"] if beside_mllm else ["-P", probes.__file__]
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent.parent)]))
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])]))
     try:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *start, what, *arguments],

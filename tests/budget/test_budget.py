@@ -38,7 +38,7 @@ def test_order_and_spaces_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image=4", "media: image, audio, video"),
+        ("picture=4", "media: image, audio, video"),
         ("image", "must be medium=amount"),
         ("image=4,image=4", "names image twice"),
         ("image=0", "must be above 0"),

@@ -18,7 +18,7 @@ from mllm.model.trainables import NEW_TOKENS, set_trainables
 
 ROOT = Path(__file__).parents[2]
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]
-RUNS.append(ROOT / "mllm" / "world" / "demo.yaml")
+RUNS.append(ROOT / "mllm" / "synthetic" / "demo" / "demo.yaml")
 # Millions of parameters that train. Omni-AVSR S, T and ST publish 38.29, 51.92 and 58.74. A bank holds every scale
 # (4 pairs of rates), MoME all of its 24 experts per layer; the projectors of MTSK are 25.19. M3 and MQT train Vicuna-7B
 # whole (6.74 billion) and a projector of 20.98, or a query transformer of 8.92.

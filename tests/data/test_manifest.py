@@ -116,7 +116,7 @@ def test_byte_order_mark_line_ends_and_blank_lines_do_not_matter(tmp_path: Path)
             changed("messages", 1, content=[{"type": "text", "text": "\n"}]),
             "messages[1].content: the assistant's answer must not be empty",
         ),
-        (changed("messages", 0, "content", 0, type="image"), "content[0].type: must be one of text, image, audio"),
+        (changed("messages", 0, "content", 0, type="picture"), "content[0].type: must be one of text, image, audio"),
         (changed("messages", 0, "content", 0, type={}), "content[0].type: must be one of text, image, audio, video"),
         (changed("messages", 0, "content", 0, url="x"), "content[0].url: unknown key; allowed are type, path"),
         (changed("messages", 0, "content", 0, path=...), "messages[0].content[0].path: is missing"),

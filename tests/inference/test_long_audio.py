@@ -20,6 +20,7 @@ from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
 from mllm.cli import main
+from mllm.config.long_audio import LongAudio
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.answer_store import AnswerStore
 from mllm.evaluation.comparison import compare
@@ -27,7 +28,7 @@ from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.long_audio import joined, load_windows
-from mllm.inference.windows import LongAudio, join_transcripts, window_times
+from mllm.inference.windows import join_transcripts, window_times
 from mllm.media import Audio, MediaError
 from mllm.model.trainables import set_trainables
 from mllm.transforms.encoder_inputs import MixNoise, random_generator

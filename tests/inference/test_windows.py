@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mllm.inference.windows import GRID_SECONDS, LongAudio, join_transcripts, window_times
+from mllm.config.long_audio import LongAudio
+from mllm.inference.windows import GRID_SECONDS, join_transcripts, window_times
 
 
 @pytest.mark.parametrize(("window", "overlap"), [(5.0, 5 / 6), (30.0, 5.0), (1.0, 0.5), (7.3, 0.1)])

@@ -184,7 +184,7 @@ def test_the_media_of_a_question_are_encoded_once_for_all_budgets(run: Path, tas
     ("words", "told"),
     [
         (["--budgets", "image=999"], "allowed are counts 1..64"),
-        (["--budgets", "image=4"], "must be medium=amount"),
+        (["--budgets", "picture=4"], "must be medium=amount"),
         (["--budgets", ";"], "budgets is empty"),
         (["--budgets", "image=4", "--tasks", "none_such"], "no task 'none_such'"),
         (["--budgets", "image=4", "--gen_kwargs", "top_k=5,temperature=0.5,do_sample=true"], "top_k is 5"),
