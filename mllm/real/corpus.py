@@ -33,6 +33,8 @@ PROMPT = "Transcript:"
 """Short: a clip is worth seven target tokens, and every token of a row costs the same time."""
 LONGEST_SECONDS = 6.0
 """What the encoder's window holds."""
+SHORTEST_SECONDS = 0.5
+"""What one soft token of the coarsest rate stands for: 25 frames of 20 milliseconds."""
 NUMBERS_SHARE = 0.05
 SYNTHESISER_SHARES = {"piper": 0.6, "flite": 0.35, "espeak": 0.05}
 """How much of the corpus each synthesiser says: the natural ones most."""
@@ -104,14 +106,13 @@ def write_corpus(
         split: [
             _sample(job.path.relative_to(out), job.sentence, job.synthesiser)
             for job in own
-            if seconds[job.path] <= LONGEST_SECONDS
+            if SHORTEST_SECONDS <= seconds[job.path] <= LONGEST_SECONDS
         ]
         for split, own in jobs.items()
     }
-    if (num_long := len(every) - sum(map(len, rows.values()))) > 0:
-        logger.warning(
-            "%d of %d clips last longer than %g seconds and are left out", num_long, len(every), LONGEST_SECONDS
-        )
+    if (num_left := len(every) - sum(map(len, rows.values()))) > 0:
+        bounds = (SHORTEST_SECONDS, LONGEST_SECONDS)
+        logger.warning("%d of %d clips do not last %g to %g seconds and are left out", num_left, len(every), *bounds)
     rows["test"] = [_write_recording(out, found) for found in _evenly(recordings, settings.num_recordings)]
     for split, own in rows.items():
         write_manifest(out / f"{split}.jsonl", own)

@@ -1,5 +1,6 @@
 """The closed form against a plain least-squares fit, on toy models and real files; and what is no caption."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,18 @@ LINEAR = {"projector_size": 0}
 
 
 def fit(
-    settings: ModelConfig, media: list[str], *, batch_size: int = 3, rows: int = 14, rank: int = 0, world: int = 1
+    settings: ModelConfig,
+    media: list[str],
+    *,
+    batch_size: int = 3,
+    rows: range = range(14),
+    rank: int = 0,
+    world: int = 1,
 ) -> tuple[Any, list[Fit]]:
     """Fit a toy model to captions of random media; row i shows the kind `media[i % len]`."""
     model, processor = tiny.model(settings), tiny.processor(settings)
-    pairs = [([tiny.random_media(media[i % len(media)], 20 + i, seed=i)], WORDS[i % 7]) for i in range(rows)]
-    batches = [pairs[start : start + batch_size] for start in range(0, rows, batch_size)]
+    pairs = [([tiny.random_media(media[i % len(media)], 20 + i, seed=i)], WORDS[i % 7]) for i in rows]
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     made = [{"batch": tiny.batch(processor, batch, for_training=True)} for batch in batches[rank::world]]
     loader: Any = DataLoader(made, batch_size=None)  # pyright: ignore[reportArgumentType]
     return model, fit_projectors(model, processor, loader, own=len(made))
@@ -75,7 +82,7 @@ def test_the_sum_of_soft_tokens_is_the_ridge_regression_of_the_sum_of_words() ->
 
 def test_captions_that_say_nothing_of_what_they_show_are_not_learned_by_heart() -> None:
     """Images are noise and captions go round: whatever is fitted, other captions gain nothing."""
-    _, [report] = fit(tiny.settings(("image",), image={**LINEAR, "budgets": [64, 1]}), ["image"], rows=30)
+    _, [report] = fit(tiny.settings(("image",), image={**LINEAR, "budgets": [64, 1]}), ["image"], rows=range(30))
     assert report.ridge > 1
     assert report.explained < 0.05
 
@@ -179,6 +186,22 @@ def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector
     last = "0" if hidden == 0 else "2"
     layers = [f"audio.projectors.0.{last}", f"audio.projectors.1.{last}", "image.projectors.0.0"]
     assert changed == {f"model.compressors.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+
+
+def test_a_caption_too_short_for_a_budget_is_left_out_of_its_fit_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Row i has 20 + i frames: the first four make no token of 24."""
+    own = {**tiny.MEDIA["audio"], "projector_size": 0, "budgets": ["/4", "/24"], "per_budget_projector": True}
+    settings = tiny.settings(("audio",), audio=own)
+    caplog.set_level(logging.WARNING, "mllm")
+    model, reports = fit(settings, ["audio"], batch_size=2)
+    assert [(report.name, report.num_items) for report in reports] == [("audio=/4", 14), ("audio=/24", 10)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "4 captions are too short for audio=/24 and are left out of its fit"
+    ]
+    without, _ = fit(settings, ["audio"], batch_size=2, rows=range(4, 14))
+    name = "model.compressors.audio.projectors.{}.0.weight"
+    torch.testing.assert_close(model.state_dict()[name.format(1)], without.state_dict()[name.format(1)])
+    assert not torch.allclose(model.state_dict()[name.format(0)], without.state_dict()[name.format(0)])
 
 
 def test_the_fit_does_not_depend_on_batches() -> None:

@@ -17,6 +17,7 @@ Shapes: N items, D' input size of a map, H the LLM's hidden size; all sums are f
 """
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from mllm.budget import Budget
 from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing.batch import Batch, Expanded
+from mllm.processing.batch import Batch, Expanded, Row
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.initialization.readouts import Readout, opened, readouts, with_one
 
@@ -62,7 +63,8 @@ def fit_projectors(
 ) -> list[Fit]:
     """Fit the last linear map of every compressor of the media that captions show; every process calls this.
 
-    A shared projector is fitted at its medium's largest budget, one per budget at its own each.
+    A shared projector is fitted at its medium's largest budget, one per budget at its own each. A caption that is too
+    short for a budget is left out of the fit at that budget, and the log says how many were.
 
     Args:
         batches: captions, one medium item and one answer per row, as training rows; the same number on every process.
@@ -77,12 +79,15 @@ def fit_projectors(
     """
     sums: dict[tuple[str, int], _Sums] = {}
     model.eval()
+    too_short: Counter[str] = Counter()
     for index, inputs in enumerate(batches):
         if index < own:
             batch: Batch = inputs["batch"]
             _check_captions(batch)
             for medium in sorted(batch.media):
-                _add(sums, model, processor, _only(batch, medium), medium)
+                too_short += _add(sums, model, processor, _only(batch, medium), medium)
+    for budget, count in sum(gather_object([too_short]), Counter()).items():
+        logger.warning("%d captions are too short for %s and are left out of its fit", count, budget)
     fits = []
     for medium, which in sorted(set(gather_object(list(sums)))):
         readout = _readouts(model, processor, medium)[which]
@@ -121,8 +126,13 @@ class _Sums:
 
 def _add(
     sums: dict[tuple[str, int], _Sums], model: Any, processor: ElasticProcessor, batch: Batch, medium: str
-) -> None:
-    """Add one batch, all rows of which show one item of `medium`, to the sums of the medium's projectors."""
+) -> Counter[str]:
+    """Add one batch, all rows of which show one item of `medium`, to the sums of the medium's projectors.
+
+    Returns:
+        How many rows were left out, by the budget they are too short for.
+    """
+    too_short: Counter[str] = Counter()
     device = model.get_input_embeddings().weight.device
     compressor = model.model.compressors[medium]
     found = _readouts(model, processor, medium)
@@ -130,9 +140,14 @@ def _add(
         values = {name: value.to(device) for name, value in batch.values.items()}
         features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(SIZE_KEYS[medium]))
         for which, readout in enumerate(found):
-            expanded, read, counts, shown = _read(model, processor, batch, readout.largest, medium, features)
+            able = _able(batch, readout, processor)
+            if num_left := len(batch.rows) - len(able.rows):
+                too_short[str(readout.smallest)] += num_left
+            if not able.rows:
+                continue
+            expanded, read, counts, shown = _read(model, processor, able, readout.largest, medium, features)
             summed, number = readout.summed(read, counts, shown.values, shown.lengths)
-            _, few, few_counts, _ = _read(model, processor, batch, readout.smallest, medium, features)
+            _, few, few_counts, _ = _read(model, processor, able, readout.smallest, medium, features)
             tokens = with_one(few[torch.arange(few.shape[1], device=device) < few_counts[:, None]].double())
             targets, words = _targets(model, processor, expanded, device)
             parts = [summed.double(), number.double()[:, None], torch.ones_like(targets[:, :1]), targets]
@@ -140,6 +155,21 @@ def _add(
             new = _Sums(items.T @ items, tokens.T @ tokens, words)
             old = sums.get((medium, which))
             sums[medium, which] = new if old is None else _Sums(*map(torch.add, vars(old).values(), vars(new).values()))
+    return too_short
+
+
+def _able(batch: Batch, readout: Readout, processor: ElasticProcessor) -> Batch:
+    """The rows that can meet the budgets a projector is fitted at; the encoded items stay as they are."""
+
+    def meets(row: Row) -> bool:
+        try:
+            for budget in (readout.largest, readout.smallest):
+                row.costs(budget, processor.space)
+        except ValueError:  # too short for it: found and left out of training likewise, when it is loaded
+            return False
+        return True
+
+    return Batch([row for row in batch.rows if meets(row)], batch.values)
 
 
 def _read(
