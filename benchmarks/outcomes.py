@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.table import Table
 from turns import middle_half, ratio_of
 
+from mllm.utils.markdown import markdown_table
+
 COLUMNS = ("what", "against", "ratio", "middle half", "FLOP model", "check", "goal", "")
 
 
@@ -101,5 +103,4 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
     """All outcomes, as a table of a Markdown page."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(own.cells() for own in outcomes)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown_table(COLUMNS, [outcome.cells() for outcome in outcomes], of_numbers=False) + "\n"

@@ -150,12 +150,6 @@ def _cell(column: Column, row: Row | None) -> str:
     return f"{SERVER if row['value'] is None else '-'}{failed}"
 
 
-def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its first column to the left."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
-
-
 def to_data(table: BenchmarkTable) -> list[dict[str, Any]]:
     """The rows for programs: each number with the row of results it is from."""
     return [

@@ -19,12 +19,13 @@ from urllib.parse import quote
 from mllm.data.manifest import Sample
 from mllm.evaluation import benchmark_table, oracle
 from mllm.evaluation.answer_store import Line, write_whole
-from mllm.evaluation.benchmark_table import BenchmarkTable, markdown_table
+from mllm.evaluation.benchmark_table import BenchmarkTable
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import Results, cut_notes
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
 from mllm.evaluation.work_list import is_for_server
+from mllm.utils.markdown import markdown_table
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
 AXES = {"soft_tokens": "soft tokens per question (mean)", "tflops": "TFLOP per question (mean)"}

@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from mllm.budget import Amount, Budget
+from mllm.utils.markdown import markdown_table
 
 Row = Mapping[str, Any]
 TASKS = ("asr", "vsr", "avsr")
@@ -191,9 +192,9 @@ def to_markdown(blocks: Sequence[Block]) -> str:
         parts.append(f"### {block.title}")
         for name, key in METRICS.items():
             lines = [[model, *cells_of(block, model, key)] for model in block.found]
-            parts.append(_markdown_table([name, *titles, "avg"], _with_bold(lines)))
+            parts.append(markdown_table([name, *titles, "avg"], _with_bold(lines)))
         if costs := costs_of(block):
-            parts.append(_markdown_table(["prompt", *titles, ""], costs))
+            parts.append(markdown_table(["prompt", *titles, ""], costs))
     parts += notes_of(blocks)
     return "\n\n".join(parts) + "\n"
 
@@ -207,11 +208,6 @@ def _with_bold(lines: Sequence[Sequence[str]]) -> list[list[str]]:
             if len(numbers) > 1 and value != "-" and float(value) == min(numbers):
                 line[place] = f"**{line[place]}**"
     return made
-
-
-def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
 def to_data(blocks: Sequence[Block]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from mllm.evaluation import benchmark_table
 from mllm.evaluation.benchmark_table import BenchmarkTable, Row, columns_of, overall_rows, table_of
 from mllm.evaluation.scorers import registry
+from mllm.utils.markdown import markdown_table
 
 COLUMNS = {
     **{name: benchmark.columns for name, benchmark in registry.BENCHMARKS.items()},
@@ -43,7 +44,7 @@ class VisionComparison:
 
     def to_markdown(self) -> str:
         """Table and notes."""
-        return "\n\n".join([benchmark_table.markdown_table(self.titles, self.cells), *self.notes]) + "\n"
+        return "\n\n".join([markdown_table(self.titles, self.cells), *self.notes]) + "\n"
 
     def to_data(self) -> dict[str, Any]:
         """The rows of each model for programs."""

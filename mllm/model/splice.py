@@ -1,4 +1,4 @@
-"""Where soft tokens meet text: the placeholder run in the prompt, and their embeddings in the sequence.
+"""Where soft tokens meet text: their embeddings at the placeholders of the sequence.
 
 Knows ids, counts and tensors. Does not know media, budgets or what an id means.
 
@@ -9,51 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-IGNORED_LABEL = -100
-
-
-def expand_placeholders(
-    ids: Sequence[int], labels: Sequence[int], placeholders: frozenset[int], counts: Sequence[int], sample_id: str = ""
-) -> tuple[list[int], list[int]]:
-    """Turn each single placeholder of a prompt into the run of its soft tokens. The only place where runs are made.
-
-    Args:
-        ids: token ids of one row with one placeholder id per medium item.
-        labels: one label per id; a run is never a target.
-        placeholders: the placeholder ids of all media.
-        counts: soft tokens of each item, in order of appearance.
-        sample_id: named in the error.
-
-    Raises:
-        ValueError: as many placeholders as counts are needed; both numbers and the sample are named.
-    """
-    found = sum(token in placeholders for token in ids)
-    if found != len(counts):
-        raise ValueError(
-            f"sample {sample_id!r} has {found} media placeholders in its text for {len(counts)} media items"
-        )
-    remaining = iter(counts)
-    out_ids: list[int] = []
-    out_labels: list[int] = []
-    for token, label in zip(ids, labels, strict=True):
-        if token in placeholders:
-            count = next(remaining)
-            out_ids += [token] * count
-            out_labels += [IGNORED_LABEL] * count
-        else:
-            out_ids.append(token)
-            out_labels.append(label)
-    return out_ids, out_labels
-
-
-def pad_rows(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
-    """Rows of ids as one (B, S) int64 tensor. Prompts are padded on the left, training rows on the right."""
-    longest = max(len(row) for row in rows)
-    padded = [
-        [fill] * (longest - len(row)) + list(row) if left else [*row, *[fill] * (longest - len(row))] for row in rows
-    ]
-    return torch.tensor(padded, dtype=torch.int64)
 
 
 def check_runs(

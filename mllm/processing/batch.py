@@ -17,7 +17,7 @@ from mllm.adapters.expert_ids import NO_MEMBERS, NOBODY, Members
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
 from mllm.budget.tiling import Tiles
 from mllm.kv_cache.shared_prefix import group_rows
-from mllm.model.splice import IGNORED_LABEL, expand_placeholders, pad_rows
+from mllm.processing.placeholders import IGNORED_LABEL, expand_placeholders, pad_rows
 from mllm.processing.token_order import NEWLINE, order_of, shown_items
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.numbered_images import named_images
-from mllm.model.splice import IGNORED_LABEL
+from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
 
 # `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mllm.evaluation.answer_store import Line, write_whole
-from mllm.evaluation.benchmark_table import markdown_table
 from mllm.evaluation.scoring import Score, score_speech
 from mllm.real.sentences import DIGITS, normalise
 from mllm.synthetic.demo.report import Finding
+from mllm.utils.markdown import markdown_table
 
 REPORT, PLOT = "report.md", "rates.png"
 SETS = {"test": "real recordings", "heldout": "synthesised, held out"}
@@ -121,7 +121,7 @@ def _transcripts(line: Line, recordings: Sequence[Line], budgets: Sequence[str],
     said = {other["budget"]: other["hypothesis"] for other in recordings if other["id"] == line["id"]}
     rows = [[f"`{budget}`", said[budget]] for budget in budgets]
     rows += [["Whisper base itself", whisper[line["id"]]], ["said", f"**{line['references'][0]}**"]]
-    return markdown_table(["", line["id"].removeprefix("test/")], rows).replace("---:", "---")
+    return markdown_table(["", line["id"].removeprefix("test/")], rows, of_numbers=False)
 
 
 def _value(score: Score) -> float:

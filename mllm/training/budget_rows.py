@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mllm.budget import Budget
 from mllm.budget.sampler import Draw, Sampler
-from mllm.model.splice import IGNORED_LABEL
 from mllm.packing.pack import pack, packed_targets
 from mllm.packing.plan import SegmentPlan
 from mllm.processing.batch import Batch, Expanded, Row, with_items
+from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.loss import Supervision
 

@@ -3,29 +3,10 @@
 import pytest
 import torch
 
-from mllm.model.splice import check_runs, expand_placeholders, merge, pad_rows
+from mllm.model.splice import check_runs, merge
+from mllm.processing.placeholders import pad_rows
 
-AUDIO, IMAGE = 90, 91
-BOTH = frozenset({AUDIO, IMAGE})
-
-
-def test_each_placeholder_becomes_its_run_and_no_target() -> None:
-    ids, labels = expand_placeholders([1, AUDIO, 5, IMAGE, 6], [-100, -100, -100, -100, 6], BOTH, [3, 2])
-    assert ids == [1, AUDIO, AUDIO, AUDIO, 5, IMAGE, IMAGE, 6]
-    assert labels == [-100] * 7 + [6]
-
-
-@pytest.mark.parametrize("counts", [[3], [3, 2, 1]])
-def test_a_wrong_number_of_media_names_both_counts_and_the_sample(counts: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=f"sample 'a7' has 2 media placeholders in its text for {len(counts)} media items"
-    ):
-        expand_placeholders([1, AUDIO, IMAGE], [-100] * 3, BOTH, counts, "a7")
-
-
-def test_padding_is_on_the_asked_side() -> None:
-    assert pad_rows([[1, 2, 3], [4]], 0, left=True).tolist() == [[1, 2, 3], [0, 0, 4]]
-    assert pad_rows([[1, 2, 3], [4]], 0, left=False).tolist() == [[1, 2, 3], [4, 0, 0]]
+AUDIO = 90
 
 
 def test_merge_puts_run_i_token_j_at_its_place_and_leaves_the_text() -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mllm.evaluation.answer_store import HYPOTHESES, write_whole
 from mllm.evaluation.metrics import bootstrap_interval
 from mllm.synthetic.demo.report import Finding
+from mllm.utils.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,9 +110,8 @@ def gap_text(gap: Estimate) -> str:
 
 def table(title: str, columns: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
     """A heading and a Markdown table: what stands in the first column, and the rest of its line."""
-    rows = [columns, *([name, *cells] for name, cells in lines.items())]
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"### {title}\n", head, "|" + "---|" * len(columns), *body, ""])
+    rows = [[name, *cells] for name, cells in lines.items()]
+    return f"### {title}\n\n{markdown_table(columns, rows, of_numbers=False)}\n"
 
 
 def empty_figure(width: float, height: float, *, dpi: int) -> "Figure":

@@ -25,9 +25,9 @@ from mllm.data.skipped import too_many_bad
 from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.headers import header_seconds
 from mllm.media.image import header_pixels
-from mllm.model.splice import IGNORED_LABEL
 from mllm.processing.batch import Row, Run
 from mllm.processing.chat import ChatEncoder, RefusedConversation
+from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
 
 CHUNK = 1024
