@@ -1,4 +1,4 @@
-"""Batches filled by tokens, not by count: which samples go together, on which process, in which order.
+"""Fills batches by tokens, not by count: says which samples go together, on which process, in which order.
 
 Knows lengths, a seed and how many processes share the work. Does not know samples, media, budgets or models: a length
 is whatever the caller reckons a sample costs, in tokens.
@@ -13,20 +13,20 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from mllm.data.balanced_batches import deal, fill_rounds
-from mllm.data.batch_units import Units
+from mllm.data.balanced_batches import assign, fill_global_steps
+from mllm.data.batch_groups import BatchGroups
 from mllm.transforms.encoder_inputs import random_generator
 
 
 class SampleKey(NamedTuple):
-    """Which sample, and in which epoch it is drawn (what augmentation depends on)."""
+    """Names a sample and the epoch it is loaded in, which augmentation depends on."""
 
     epoch: int
     index: int
 
 
 class Lengths(NamedTuple):
-    """The cost of each sample in tokens, which may be more than one number.
+    """Holds the cost of each sample in tokens, which may be more than one number.
 
     Args:
         largest: what fills batches.
@@ -43,13 +43,13 @@ class Lengths(NamedTuple):
 
 
 class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
-    """Batches of similar length whose padded size, rows x longest, stays within `max_tokens`.
+    """Makes batches of similar length whose padded size, rows x longest, stays within `max_tokens`.
 
     The batches of an epoch are a function of seed and epoch. Every process gets the same number of them, of about the
-    same cost within a step (see `rounds.py`), and every sample is in exactly one batch of one process. Where the count
-    does not come out even, batches of some steps hold one row more or fewer. Only when all of them hold one row (or one
-    group) is that impossible; then the last step repeats earlier batches on some processes, and `num_repeated` says how
-    many of this process's last batches are such.
+    same cost within a step (see `balanced_batches.py`), and every sample is in exactly one batch of one process. Where
+    the count does not come out even, batches of some steps hold one row more or fewer. Only when all of them hold one
+    row (or one group) is that impossible; then the last step repeats earlier batches on some processes, and
+    `num_repeated` says how many of this process's last batches are such.
 
     Iterating changes nothing: a sampler starts where `set_epoch` or `seek` put it. The number of batches may differ a
     little from epoch to epoch.
@@ -80,11 +80,15 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         shuffle: bool = True,
         endless: bool = False,
     ) -> None:
-        own = lengths if isinstance(lengths, Lengths) else Lengths(lengths, lengths)
-        self.lengths = np.asarray(own.largest, dtype=np.int64)
-        costs = np.stack([self.lengths, np.asarray(own.smallest, np.int64)])
-        kinds = np.zeros(len(self.lengths), np.int64) if own.kinds is None else np.asarray(own.kinds, np.int64)
-        self.units = Units.of(costs, kinds, own.groups)
+        of_samples = lengths if isinstance(lengths, Lengths) else Lengths(lengths, lengths)
+        self.lengths = np.asarray(of_samples.largest, dtype=np.int64)
+        costs = np.stack([self.lengths, np.asarray(of_samples.smallest, np.int64)])
+        kinds = (
+            np.zeros(len(self.lengths), np.int64)
+            if of_samples.kinds is None
+            else np.asarray(of_samples.kinds, np.int64)
+        )
+        self.groups = BatchGroups.of(costs, kinds, of_samples.groups)
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.seed = seed
@@ -108,13 +112,15 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
                 raise ValueError(
                     f"sample {index} costs {self.lengths[index]} tokens, allowed are 1 to {self.max_tokens}"
                 )
-        assert self.units.padded.max() <= self.max_tokens, "groups fit a batch"
-        assert self.units.rows.max() <= (self.max_rows or self.units.rows.max())
-        assert self.shuffle or not len(self.units.dealt) < len(self.lengths), "groups are dealt out in shuffled order"
+        assert self.groups.padded_tokens.max() <= self.max_tokens, "groups fit a batch"
+        assert self.groups.rows.max() <= (self.max_rows or self.groups.rows.max())
+        assert self.shuffle or not len(self.groups.covering) < len(self.lengths), (
+            "groups are assigned in shuffled order"
+        )
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
         """Start the next iteration in this epoch, leaving out its first `position` batches of this process."""
-        if epoch < 0 or not 0 <= position <= self.num_rounds(epoch):
+        if epoch < 0 or not 0 <= position <= self.num_steps(epoch):
             raise ValueError(f"there is no batch {position} in epoch {epoch}")
         self._start = (epoch, position)
 
@@ -126,71 +132,73 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         if num_batches < 0:
             raise ValueError(f"num_batches must be at least 0, got {num_batches}")
         epoch = 0
-        while num_batches >= (count := self.num_rounds(epoch)):
+        while num_batches >= (count := self.num_steps(epoch)):
             num_batches -= count
             epoch += 1
         self.set_epoch(epoch, num_batches)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for epoch, batches in self.rounds():
+        for epoch, batches in self.global_steps():
             yield [SampleKey(epoch, index) for index in batches[self.process_index]]
 
-    def rounds(self) -> Iterator[tuple[int, list[list[int]]]]:
-        """From where the next iteration starts: the epoch, and the batch of every process in a step."""
+    def global_steps(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield, from where the next iteration starts, the epoch and the batch of every process in a global step."""
         epoch, position = self._start
         while True:
             planned, num_repeated = self._plan(epoch)
             for number in range(position, len(planned)):
-                yield epoch, self._dealt(planned[number], num_repeated if number + 1 == len(planned) else 0)
+                yield epoch, self._assigned(planned[number], num_repeated if number + 1 == len(planned) else 0)
             if not self.endless:
                 return
             epoch, position = epoch + 1, 0
 
     def __len__(self) -> int:
-        """Batches of this process that the next iteration gives; TypeError when it is endless."""
+        """Count the batches of this process that the next iteration gives; TypeError when it is endless."""
         if self.endless:
             raise TypeError("an endless sampler has no length")
         epoch, position = self._start
-        return self.num_rounds(epoch) - position
+        return self.num_steps(epoch) - position
 
-    def num_rounds(self, epoch: int) -> int:
-        """Steps of an epoch, in each of which every process has one batch."""
+    def num_steps(self, epoch: int) -> int:
+        """Count the global steps of an epoch, in each of which every process has one batch."""
         return len(self._plan(epoch)[0])
 
     @property
     def num_repeated(self) -> int:
-        """How many of this process's last batches (0 or 1) repeat another's, in the epoch that comes next."""
+        """Count the last batches of this process (0 or 1) that repeat another's, in the epoch that comes next."""
         return int(self.process_index >= self.num_processes - self._plan(self._start[0])[1])
 
     def _plan(self, epoch: int) -> tuple[list[np.ndarray] | list[list[list[int]]], int]:
-        """The rounds of an epoch, and how many batches of the last one are repeated ones."""
+        """Plan the steps of an epoch, and how many batches of the last one are repeated ones."""
         if self._planned is None or self._planned[0] != epoch:
-            rounds, num_repeated = self._shuffled(epoch) if self.shuffle else self._in_order()
-            self._planned = (epoch, rounds, num_repeated)
+            steps, num_repeated = self._shuffled(epoch) if self.shuffle else self._in_order()
+            self._planned = (epoch, steps, num_repeated)
         return self._planned[1], self._planned[2]
 
     def _shuffled(self, epoch: int) -> tuple[list[np.ndarray], int]:
-        """Units by round; what a round deals to whom is found when its turn comes."""
-        chance = random_generator(self.seed, epoch, "", "batches")
+        """Plan groups by step; which process gets which is decided when a step's turn comes."""
+        rng = random_generator(self.seed, epoch, "", "batches")
         limits = {"max_tokens": self.max_tokens, "max_rows": self.max_rows}
-        order = self.units.dealt[chance.permutation(len(self.units.dealt))]
-        rounds, rest = fill_rounds(self.units, order, num_lanes=self.num_processes, **limits)
-        rounds = [rounds[number] for number in chance.permutation(len(rounds))]
+        order = self.groups.covering[rng.permutation(len(self.groups.covering))]
+        steps, rest = fill_global_steps(self.groups, order, num_slots=self.num_processes, **limits)
+        steps = [steps[number] for number in rng.permutation(len(steps))]
         if not len(rest):
-            return rounds, 0
-        repeated = np.resize(np.concatenate([*rounds, rest]), self.num_processes - len(rest))
-        return [*rounds, np.concatenate([rest, repeated])], len(repeated)
+            return steps, 0
+        repeated = np.resize(np.concatenate([*steps, rest]), self.num_processes - len(rest))
+        return [*steps, np.concatenate([rest, repeated])], len(repeated)
 
-    def _dealt(self, planned: np.ndarray | list[list[int]], num_repeated: int) -> list[list[int]]:
-        if isinstance(planned, list):
+    def _assigned(self, planned: np.ndarray | list[list[int]], num_repeated: int) -> list[list[int]]:
+        """Return the samples of every process in a planned step."""
+        if isinstance(planned, list):  # batches in the order of the samples are planned whole
             return planned
         if num_repeated:
-            lanes = [[unit] for unit in planned.tolist()]  # in order: the repeated ones last
+            slots = [[group] for group in planned.tolist()]  # in order: the repeated ones last
         else:
-            lanes = deal(planned, self.units.costs, self.num_processes)
-        return [self.units.samples(lane) for lane in lanes]
+            slots = assign(planned, self.groups.costs, self.num_processes)
+        return [self.groups.samples(slot) for slot in slots]
 
     def _in_order(self) -> tuple[list[list[list[int]]], int]:
+        """Plan steps that keep the order of the samples; the last one repeats the first batches where it is short."""
         batches = _split_to_multiple(self._fill(), self.num_processes)
         num_repeated = -len(batches) % self.num_processes
         batches += [batches[number % len(batches)] for number in range(num_repeated)]

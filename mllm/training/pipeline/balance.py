@@ -72,7 +72,7 @@ def simulate(
     batches = round_batches(samples, surveyed, settings=settings.data, seed=settings.train.seed, lanes=lanes)
     fixed = {str(budget): np.array([one.tokens(budget, space) for one in looked]) for budget in budgets}
     loads = {"as drawn": Load(), **{name: Load() for name in fixed}}
-    for step, (epoch, dealt) in enumerate(batches.batches.rounds()):
+    for step, (epoch, dealt) in enumerate(batches.batches.global_steps()):
         if epoch >= epochs:
             break
         drawn = np.zeros(len(samples), np.int64)

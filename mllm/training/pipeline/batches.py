@@ -43,10 +43,10 @@ class RoundBatches(Sampler[list[SampleKey]]):
         )
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for epoch, lanes in self.batches.rounds():
+        for epoch, lanes in self.batches.global_steps():
             for batch in lanes[self.process_index :: self.num_processes]:
                 yield [SampleKey(epoch, index) for index in batch]
 
     def steps(self, epochs: int) -> int:
         """Optimizer steps of so many epochs."""
-        return sum(self.batches.num_rounds(epoch) for epoch in range(epochs))
+        return sum(self.batches.num_steps(epoch) for epoch in range(epochs))
