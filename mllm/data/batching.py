@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from mllm.data.balanced_batches import assign, fill_global_steps
 from mllm.data.batch_groups import BatchGroups
-from mllm.transforms.encoder_inputs import random_generator
+from mllm.utils.random_generator import random_generator
 
 
 class SampleKey(NamedTuple):

@@ -23,7 +23,7 @@ from mllm.budget import MEDIA
 from mllm.data.findings import Listing, renumbered, shown_type
 from mllm.data.json_files import json_rows
 from mllm.data.manifest import Sample, parse_row
-from mllm.data.speech.utterances import PROMPTS
+from mllm.data.prompts import CAPTION_PROMPTS
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,6 @@ TASKS = {(): "chat", ("image",): "vqa", ("audio",): "audio_qa", ("video",): "vid
 """The task of a sample that states none, by its media; several media are joined by "+"."""
 CAPTION_KEYS = ("caption", "text", "sentence", "transcription", "transcript")
 """Under which tables and tars of pairs keep what is said about a medium, or in it."""
-CAPTION_PROMPTS = {
-    "image": "Describe the image concisely.",
-    "audio": PROMPTS["asr"],
-    "video": "Describe the video concisely.",
-}
-"""What is asked where a pair has no question; that of images is one of LLaVA's."""
 CAPTION_TASKS = {"image": "caption", "audio": "asr", "video": "video_caption"}
 _REFUSED = ("tools", "objects", "rejected_response", "rejected", "chosen", "rejected_messages")
 """Keys that change what is learned, in ways a sample of ours cannot say."""

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
 from mllm.data.shared_media import merged, parted
-from mllm.data.skipped import Quarantine, Quarantined
-from mllm.transforms.encoder_inputs import random_generator
+from mllm.data.skipped import SkipLog, SkippedSample
+from mllm.utils.random_generator import random_generator
 
 MAX_SUBSTITUTES = 8
 """How many samples are tried in place of a batch in which every sample is bad."""
@@ -39,10 +39,10 @@ class Item:
     epoch: int = 0
 
 
-class ManifestDataset(Dataset[Item | Quarantined]):
+class ManifestDataset(Dataset[Item | SkippedSample]):
     """The samples of a manifest, loaded when asked for by index or by `SampleKey`.
 
-    A sample whose media cannot be used (any `MediaError`, any other `ValueError` of loading) comes as `Quarantined`.
+    A sample whose media cannot be used (any `MediaError`, any other `ValueError` of loading) comes as `SkippedSample`.
     When that befalls every sample of a batch, the next good one of the manifest is added, so that no batch is empty;
     which one depends on the batch only.
 
@@ -74,7 +74,7 @@ class ManifestDataset(Dataset[Item | Quarantined]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: SampleKey | int) -> Item | Quarantined:
+    def __getitem__(self, key: SampleKey | int) -> Item | SkippedSample:
         return self._group([_place(key)])[0]
 
     def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[Any]:
@@ -91,7 +91,7 @@ class ManifestDataset(Dataset[Item | Quarantined]):
     def _generator(self, epoch: int, name: str) -> np.random.Generator | None:
         return None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
 
-    def _group(self, places: Sequence[SampleKey]) -> list[Item | Quarantined]:
+    def _group(self, places: Sequence[SampleKey]) -> list[Item | SkippedSample]:
         """Items of one group and epoch."""
         epoch, first = places[0]
         samples = [self.samples[place.index] for place in places]
@@ -101,7 +101,7 @@ class ManifestDataset(Dataset[Item | Quarantined]):
         except ValueError as error:
             if len(places) > 1:  # one of them may be good without what the others hold
                 return [item for place in places for item in self._group([place])]
-            return [Quarantined.of(samples[0].id, epoch, error)]
+            return [SkippedSample.of(samples[0].id, epoch, error)]
         return [Item(sample, media, epoch) for sample, media in zip(samples, loaded, strict=True)]
 
     def _parts(self, places: Sequence[SampleKey]) -> list[list[SampleKey]]:
@@ -110,13 +110,13 @@ class ManifestDataset(Dataset[Item | Quarantined]):
             return [[place] for place in places]
         return [list(part) for _, part in groupby(places, key=lambda place: (place.epoch, first[place.index]))]
 
-    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | Quarantined]:
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | SkippedSample]:
         """A batch, at once: what a data loader calls when this is defined."""
         places = [_place(key) for key in keys]
         items = [item for part in self._parts(places) for item in self._group(part)]
         epoch, index = places[-1]
         for step in range(1, MAX_SUBSTITUTES + 1):
-            if not all(isinstance(item, Quarantined) for item in items):
+            if not all(isinstance(item, SkippedSample) for item in items):
                 break
             items.append(self[SampleKey(epoch, (index + step) % len(self.samples))])
         return items
@@ -128,46 +128,46 @@ def _place(key: SampleKey | int) -> SampleKey:
 
 
 class Collator(Generic[Encoded]):
-    """Makes a batch of the good samples and hands the bad ones to the quarantine.
+    """Makes a batch of the good samples and hands the bad ones to the skip_log.
 
     Args:
         encode: samples and their media, in step, to a batch. A sample that it refuses with a `ValueError` also when it
             stands alone is bad as well.
-        quarantine: None forgives nothing: the first bad sample raises.
+        skip_log: None forgives nothing: the first bad sample raises.
     """
 
     def __init__(
         self,
         encode: Callable[[Sequence[Sample], Sequence[Any]], Encoded],
         *,
-        quarantine: Quarantine | None = None,
+        skip_log: SkipLog | None = None,
     ) -> None:
         self.encode = encode
-        self.quarantine = quarantine
+        self.skip_log = skip_log
 
-    def __call__(self, items: Sequence[Item | Quarantined]) -> Encoded:
+    def __call__(self, items: Sequence[Item | SkippedSample]) -> Encoded:
         """Encode what is good.
 
         Raises:
-            TooManyBadSamples: see `Quarantine`.
-            ValueError: nothing is good, or something is bad and there is no quarantine.
+            TooManyBadSamples: see `SkipLog`.
+            ValueError: nothing is good, or something is bad and there is no skip_log.
         """
         good = [item for item in items if isinstance(item, Item)]
-        bad = [item for item in items if isinstance(item, Quarantined)]
-        if bad and self.quarantine is None:
+        bad = [item for item in items if isinstance(item, SkippedSample)]
+        if bad and self.skip_log is None:
             raise ValueError(f"sample {bad[0].sample_id!r} cannot be used: {bad[0].reason}")
         try:
             batch = self._encode(good) if good else None
         except ValueError:
-            refused = [] if self.quarantine is None else self._refused(good)
+            refused = [] if self.skip_log is None else self._refused(good)
             if not refused:
                 raise
             bad += refused
             ids = {one.sample_id for one in refused}
             good = [item for item in good if item.sample.id not in ids]
             batch = self._encode(good) if good else None
-        if self.quarantine is not None:
-            self.quarantine.note(len(items), bad)
+        if self.skip_log is not None:
+            self.skip_log.note(len(items), bad)
         if batch is None:
             raise ValueError(f"no sample of the batch can be used; the last: {bad[-1].sample_id!r}, {bad[-1].reason}")
         return batch
@@ -175,12 +175,12 @@ class Collator(Generic[Encoded]):
     def _encode(self, items: Sequence[Item]) -> Encoded:
         return self.encode([item.sample for item in items], [item.media for item in items])
 
-    def _refused(self, items: Sequence[Item]) -> list[Quarantined]:
+    def _refused(self, items: Sequence[Item]) -> list[SkippedSample]:
         """The items that cannot be encoded alone either; the others suffered from their neighbours."""
         refused = []
         for item in items:
             try:
                 self._encode([item])
             except ValueError as error:
-                refused.append(Quarantined.of(item.sample.id, item.epoch, error))
+                refused.append(SkippedSample.of(item.sample.id, item.epoch, error))
         return refused

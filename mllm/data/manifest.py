@@ -21,12 +21,12 @@ from typing import Any, Literal, cast
 
 from mllm.budget import MEDIA
 from mllm.data.json_lines import numbered_lines, read_object, unwritable
+from mllm.data.prompts import Medium
 from mllm.media.paths import path_problem
 
 ROLES = ("system", "user", "assistant")
 
 Role = Literal["system", "user", "assistant"]
-Medium = Literal["image", "audio", "video"]
 
 
 @dataclass(frozen=True, slots=True)

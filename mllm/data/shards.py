@@ -17,7 +17,7 @@ from mllm.data.conversations import FORMS, MEDIA_KEYS, ConversationReader, paths
 from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import MAX_LINE_BYTES, read_object
-from mllm.data.speech.utterances import relative_to
+from mllm.data.source_files import relative_to
 from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.packed import packed_path
 

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: listed, counted, and reason to stop when there are too many.
+"""Lists and counts samples that are skipped because they cannot be used, and stops the run at too many of them.
 
 Knows ids and errors, and data loader workers. Does not know what a sample is for.
 """
@@ -23,8 +23,8 @@ MIN_SEEN = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Quarantined:
-    """A sample that is left out, and why; `kind` is that of a `MediaError`, or "unusable" for any other reason."""
+class SkippedSample:
+    """Names a sample that is skipped, and why; `kind` is that of a `MediaError`, or "unusable" for any other reason."""
 
     sample_id: str
     epoch: int
@@ -33,20 +33,20 @@ class Quarantined:
     reason: str
 
     @classmethod
-    def of(cls, sample_id: str, epoch: int, error: ValueError) -> "Quarantined":
-        """Make one of the error that a sample gave."""
+    def of(cls, sample_id: str, epoch: int, error: ValueError) -> "SkippedSample":
+        """Make one from the error that a sample gave."""
         if isinstance(error, MediaError):
             return cls(sample_id, epoch, error.kind, error.path, error.reason)
         return cls(sample_id, epoch, "unusable", "", str(error))
 
 
 class TooManyBadSamples(RuntimeError):
-    """More samples are bad than the run was told to tolerate."""
+    """Says that more samples are bad than `max_bad_fraction` allows."""
 
 
 def too_many_bad(num_bad: int, num_seen: int, max_bad_fraction: float, *, min_seen: int | None = None) -> bool:
-    """Whether so many bad samples are a reason to stop: more than the share allows of those seen, or of `min_seen` as
-    long as fewer were seen.
+    """Say whether so many bad samples are a reason to stop: more than the fraction allows of those seen, or of
+    `min_seen` as long as fewer were seen.
 
     Args:
         min_seen: where all samples are known and not one is good, it is a reason whatever this is; `MIN_SEEN` and that
@@ -57,8 +57,8 @@ def too_many_bad(num_bad: int, num_seen: int, max_bad_fraction: float, *, min_se
     return num_bad > max_bad_fraction * max(num_seen, min_seen)
 
 
-class Quarantine:
-    """Lists bad samples in a JSONL file and stops the run when there are too many.
+class SkipLog:
+    """Lists skipped samples in a JSONL file and stops the run when there are too many.
 
     The run stops as soon as the bad ones are more than `max_bad_fraction` of the samples seen, or of `min_seen` as long
     as fewer were seen: a handful of bad files at the start is no reason to stop, a folder that is not mounted is, after
@@ -90,16 +90,16 @@ class Quarantine:
 
     @property
     def num_seen(self) -> int:
-        """Samples seen so far, good and bad, by all workers."""
+        """Count the samples seen so far, good and bad, by all workers."""
         return int(self._counts[:, 0].sum())
 
     @property
     def num_bad(self) -> int:
-        """Bad samples among them."""
+        """Count the bad samples among them."""
         return int(self._counts[:, 1].sum())
 
-    def note(self, num_seen: int, bad: Sequence[Quarantined]) -> None:
-        """Count `num_seen` samples, of which `bad` are left out.
+    def note(self, num_seen: int, bad: Sequence[SkippedSample]) -> None:
+        """Count `num_seen` samples, of which `bad` are skipped.
 
         Raises:
             TooManyBadSamples: naming the file that lists them and the last one.
@@ -108,12 +108,12 @@ class Quarantine:
         row = 0 if worker is None else worker.id + 1
         self._counts[row] += torch.tensor([num_seen, len(bad)])
         for sample in bad:
-            logger.warning("sample %r is left out: %s", sample.sample_id, sample.reason)
+            logger.warning("sample %r is skipped: %s", sample.sample_id, sample.reason)
         if bad:
             self._write(bad)
             self._check(bad[-1])
 
-    def _write(self, bad: Sequence[Quarantined]) -> None:
+    def _write(self, bad: Sequence[SkippedSample]) -> None:
         rows = [
             {"id": one.sample_id, "epoch": one.epoch, "kind": one.kind, "path": one.path, "reason": one.reason}
             for one in bad
@@ -123,7 +123,7 @@ class Quarantine:
         with open(self.path, "ab", buffering=0) as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
-    def _check(self, last: Quarantined) -> None:
+    def _check(self, last: SkippedSample) -> None:
         seen, bad = self.num_seen, self.num_bad
         if too_many_bad(bad, seen, self.max_bad_fraction, min_seen=self.min_seen):
             raise TooManyBadSamples(

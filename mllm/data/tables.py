@@ -17,7 +17,7 @@ from mllm.data.conversations import FORMS, ConversationReader
 from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import read_object
-from mllm.data.speech.utterances import relative_to
+from mllm.data.source_files import relative_to
 from mllm.data.table_files import Table, all_tables, is_table, named_splits, open_table, table_files
 from mllm.media.packed import packed_path
 

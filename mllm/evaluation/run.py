@@ -28,7 +28,7 @@ from mllm.evaluation.sweep import Sweep, cost_problem
 from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio
-from mllm.transforms.encoder_inputs import MixNoise
+from mllm.transforms.noise import MixNoise
 from mllm.utils.run_paths import run_of
 
 logger = logging.getLogger(__name__)

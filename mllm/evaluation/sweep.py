@@ -27,7 +27,8 @@ from mllm.inference.long_audio import Window, joined, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing.batch import Row, check_length
 from mllm.processing.processor import LoadedMedia
-from mllm.transforms.encoder_inputs import MixNoise, random_generator
+from mllm.transforms.noise import MixNoise
+from mllm.utils.random_generator import random_generator
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.data.speech.utterances import PROMPTS, TASKS
+from mllm.data.prompts import SPEECH_PROMPTS, SPEECH_TASKS
 from mllm.lip_crops.clip import ClipJob, prepare_clip, strip_path
 from mllm.lip_crops.faces import check_installed
 from mllm.lip_crops.settings import LipCropsConfig
@@ -204,10 +204,10 @@ def _samples(row: dict[str, Any]) -> Iterator[Sample]:
     if row["status"] != "done" or not row["transcript"]:
         return
     paths = {"audio": f"{row['id']}.wav", "video": f"{row['id']}.mp4"}
-    for task, media in TASKS.items():
+    for task, media in SPEECH_TASKS.items():
         if "audio" in media and not row["sound"]:
             continue
-        asked = (*(Media(medium, paths[medium]) for medium in media), Text(PROMPTS[task]))
+        asked = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[task]))
         answer = Message("assistant", (Text(row["transcript"]),))
         yield Sample(f"{row['id']}-{task}", (Message("user", asked), answer), task, meta={"seconds": row["seconds"]})
 

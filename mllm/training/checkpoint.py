@@ -10,7 +10,7 @@ Knows tensors by name, plain state, and the files they go to. Does not know the 
     manifest.json            sizes and digests of all of these, and the facts of the run (`folders.py`)
 
 Nothing here is a pickle and none is ever read. There is no state of random generators: every draw is a function of the
-seed and of what it is for (`trainer.py`, `mllm.transforms.encoder_inputs`).
+seed and of what it is for (`trainer.py`, `mllm.utils.random_generator`).
 """
 
 import json

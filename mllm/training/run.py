@@ -3,7 +3,7 @@
 Knows the order of things and the files of a run. Does not know how any of it is done.
 
     runs/demo/  settings.yaml  config.json  trainables.safetensors  tokenizer files   what was trained, and how
-                checkpoint-00000500/ ...   log.jsonl   tensorboard/   quarantine-0.jsonl   survey/
+                checkpoint-00000500/ ...   log.jsonl   tensorboard/   skipped-0.jsonl   survey/
                 experts.jsonl   experts.png   where the adapter has experts
 """
 

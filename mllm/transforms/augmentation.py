@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mllm.media import Audio, Video
-from mllm.transforms.encoder_inputs import MixNoise, random_generator
+from mllm.transforms.noise import MixNoise
+from mllm.utils.random_generator import random_generator
 
 Chance = Callable[[str], np.random.Generator]
 """A purpose to its generator."""

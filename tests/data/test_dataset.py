@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mllm.data.batching import SampleKey, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.skipped import Quarantine, Quarantined, TooManyBadSamples
+from mllm.data.skipped import SkipLog, SkippedSample, TooManyBadSamples
 from mllm.media import load_audio, resolve_media
 
 BAD_EVERY = 10
@@ -59,16 +59,16 @@ BAD = [str(number) for number in range(40) if str(number) not in GOOD]
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_goes_on_without_bad_samples_and_lists_them(samples, tmp_path: Path, num_workers: int) -> None:
-    quarantine = Quarantine(tmp_path / "run" / "quarantine.jsonl", max_bad_fraction=0.2, min_seen=40)
+    skip_log = SkipLog(tmp_path / "run" / "skipped.jsonl", max_bad_fraction=0.2, min_seen=40)
     loader = DataLoader(
         ManifestDataset(samples, load=load),
         batch_size=4,
         num_workers=num_workers,
-        collate_fn=Collator(encode, quarantine=quarantine),
+        collate_fn=Collator(encode, skip_log=skip_log),
     )
     ids = [name for batch in loader for name in batch["ids"]]
     assert ids == GOOD
-    rows = [json.loads(line) for line in quarantine.path.read_text().splitlines()]
+    rows = [json.loads(line) for line in skip_log.path.read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == sorted(BAD)
     assert {row["id"]: row["kind"] for row in rows if row["id"] in "035"} == {
         "0": "corrupt",
@@ -76,56 +76,56 @@ def test_a_run_goes_on_without_bad_samples_and_lists_them(samples, tmp_path: Pat
         "5": "missing",
     }
     assert next(row for row in rows if row["id"] == "3")["reason"] == "sample '3' is too short"
-    assert (quarantine.num_seen, quarantine.num_bad) == (40, 6)
+    assert (skip_log.num_seen, skip_log.num_bad) == (40, 6)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_stops_when_too_many_are_bad(samples, tmp_path: Path, num_workers: int) -> None:
-    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_bad_fraction=0.1, min_seen=30)
+    skip_log = SkipLog(tmp_path / "skipped.jsonl", max_bad_fraction=0.1, min_seen=30)
     loader = DataLoader(
         ManifestDataset(samples, load=load),
         batch_size=4,
         num_workers=num_workers,
-        collate_fn=Collator(encode, quarantine=quarantine),
+        collate_fn=Collator(encode, skip_log=skip_log),
     )
     with pytest.raises(TooManyBadSamples, match=r"4 of \d+ samples are bad, more than max_bad_fraction 0\.1 allows"):
         list(loader)
-    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) >= 4
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) >= 4
 
 
 def test_the_limit_is_a_share_of_what_was_seen(tmp_path: Path) -> None:
-    bad = [Quarantined("x", 0, "corrupt", "x.wav", "broken")]
-    quarantine = Quarantine(tmp_path / "q.jsonl", max_bad_fraction=0.01, min_seen=100)
-    quarantine.note(1, bad)
+    bad = [SkippedSample("x", 0, "corrupt", "x.wav", "broken")]
+    skip_log = SkipLog(tmp_path / "q.jsonl", max_bad_fraction=0.01, min_seen=100)
+    skip_log.note(1, bad)
     with pytest.raises(TooManyBadSamples, match="2 of 2"):
-        quarantine.note(1, bad)
-    quarantine = Quarantine(tmp_path / "q.jsonl", max_bad_fraction=0.01, min_seen=100)
-    quarantine.note(300, bad * 3)
+        skip_log.note(1, bad)
+    skip_log = SkipLog(tmp_path / "q.jsonl", max_bad_fraction=0.01, min_seen=100)
+    skip_log.note(300, bad * 3)
     with pytest.raises(TooManyBadSamples, match=r"4 of 301 .*q\.jsonl; the last: 'x', broken"):
-        quarantine.note(1, bad)
+        skip_log.note(1, bad)
     with pytest.raises(TooManyBadSamples, match="1 of 1000"):
-        Quarantine(tmp_path / "q.jsonl", max_bad_fraction=0).note(1_000, bad)
+        SkipLog(tmp_path / "q.jsonl", max_bad_fraction=0).note(1_000, bad)
     with pytest.raises(ValueError, match="max_bad_fraction must be 0 to 1"):
-        Quarantine(tmp_path / "q.jsonl", max_bad_fraction=2)
+        SkipLog(tmp_path / "q.jsonl", max_bad_fraction=2)
 
 
 def test_a_batch_of_bad_samples_gets_the_next_good_one(samples, tmp_path: Path) -> None:
     dataset = ManifestDataset(samples, load=load)
     kinds = [type(item) for item in dataset.__getitems__([SampleKey(0, 30), SampleKey(0, 5), SampleKey(0, 10)])]
-    assert kinds == [Quarantined, Quarantined, Quarantined, Item]
-    collate = Collator(encode, quarantine=Quarantine(tmp_path / "q.jsonl"))
+    assert kinds == [SkippedSample, SkippedSample, SkippedSample, Item]
+    collate = Collator(encode, skip_log=SkipLog(tmp_path / "q.jsonl"))
     assert collate(dataset.__getitems__([0]))["ids"] == ["1"]
     assert collate(dataset.__getitems__([SampleKey(1, 39), SampleKey(1, 0)]))["ids"] == ["39"]
 
 
 def test_when_nothing_can_be_loaded_the_run_says_so(samples, tmp_path: Path) -> None:
     broken = ManifestDataset(samples[:1] * 12, load=load)
-    collate = Collator(encode, quarantine=Quarantine(tmp_path / "q.jsonl", max_bad_fraction=1))
+    collate = Collator(encode, skip_log=SkipLog(tmp_path / "q.jsonl", max_bad_fraction=1))
     with pytest.raises(ValueError, match="no sample of the batch can be used; the last: '0', the file is shorter"):
         collate(broken.__getitems__([0, 1]))
 
 
-def test_without_a_quarantine_the_first_bad_sample_raises(samples) -> None:
+def test_without_a_skip_log_the_first_bad_sample_raises(samples) -> None:
     dataset = ManifestDataset(samples, load=load)
     with pytest.raises(ValueError, match="sample '5' cannot be used: there is no such file"):
         Collator(encode)(dataset.__getitems__([1, 5]))
@@ -139,10 +139,10 @@ def test_what_fails_only_together_is_nobodys_fault(samples, tmp_path: Path) -> N
             raise ValueError("only one")
         return len(samples)
 
-    quarantine = Quarantine(tmp_path / "q.jsonl")
+    skip_log = SkipLog(tmp_path / "q.jsonl")
     with pytest.raises(ValueError, match="only one"):
-        Collator(one_at_a_time, quarantine=quarantine)(ManifestDataset(samples, load=load).__getitems__([1, 2]))
-    assert quarantine.num_bad == 0
+        Collator(one_at_a_time, skip_log=skip_log)(ManifestDataset(samples, load=load).__getitems__([1, 2]))
+    assert skip_log.num_bad == 0
 
 
 def test_errors_that_are_not_of_the_data_are_not_caught(samples) -> None:

@@ -11,13 +11,13 @@ import soundfile
 
 from mllm.cli import main
 from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, SPEECH_FORMATS, Format, ReaderConfig
+from mllm.data.findings import Listing
 from mllm.data.json_lines import MAX_LINE_BYTES
 from mllm.data.llava import read_llava
 from mllm.data.manifest import Media, read_manifest, write_manifest
 from mllm.data.readers import READERS, read_data
 from mllm.data.speech.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.speech.segmenting import Cutter
-from mllm.data.speech.utterances import Listing
 from mllm.evaluation.work_list import references_of
 from mllm.media import load_audio, load_video, write_sound, write_video
 

@@ -12,7 +12,7 @@ from mllm.data.batching import Lengths, SampleKey, TokenBucketBatchSampler
 from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.shared_media import fitting, merged, sharers
-from mllm.data.skipped import Quarantined
+from mllm.data.skipped import SkippedSample
 
 
 def sample(name: str, *files: str, root: str = "") -> Sample:
@@ -134,4 +134,4 @@ def test_a_batch_reads_a_shared_file_once_and_with_one_chance() -> None:
 def test_a_bad_file_takes_only_the_samples_that_hold_it() -> None:
     samples = [sample("asr", "ok.wav"), sample("avsr", "ok.wav", "bad.mp4"), sample("vsr", "bad.mp4")]
     items = ManifestDataset(samples, load=Loader(), groups=sharers(samples)).__getitems__([0, 1, 2])
-    assert [isinstance(item, Quarantined) for item in items] == [False, True, True]
+    assert [isinstance(item, SkippedSample) for item in items] == [False, True, True]

@@ -31,7 +31,8 @@ from mllm.inference.long_audio import joined, load_windows
 from mllm.inference.windows import join_transcripts, window_times
 from mllm.media import Audio, MediaError
 from mllm.model.trainables import set_trainables
-from mllm.transforms.encoder_inputs import MixNoise, random_generator
+from mllm.transforms.noise import MixNoise
+from mllm.utils.random_generator import random_generator
 
 CHUNK = LongAudio(mode="chunk", overlap_seconds=0.2)
 SECONDS = 2.6

@@ -13,11 +13,12 @@ from mllm.budget import Budget
 from mllm.data.batching import SampleKey
 from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.skipped import Quarantined
+from mllm.data.skipped import SkippedSample
 from mllm.media import Audio, MediaError, MediaLoader, load_audio, load_image, load_video, write_video
 from mllm.processing.processor import ElasticProcessor
 from mllm.transforms.augmentation import Augmentation, TimeMask
-from mllm.transforms.encoder_inputs import MixNoise, random_generator
+from mllm.transforms.noise import MixNoise
+from mllm.utils.random_generator import random_generator
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +121,10 @@ def test_sound_and_video_of_one_clip_agree_in_length_or_are_refused(made, clip) 
     assert made.load_media(both(clip, "question.wav"))[0].raw_length == 14_000  # not the same clip
 
 
-def test_a_mismatch_is_quarantined_in_training(made, clip) -> None:
+def test_a_mismatch_is_skipped_in_training(made, clip) -> None:
     soundfile.write(clip / "clip.wav", np.full(14_000, 0.1), 16_000)
     item = ManifestDataset([both(clip)], load=made.load_media, seed=0)[0]
-    assert isinstance(item, Quarantined)
+    assert isinstance(item, SkippedSample)
     assert item.kind == "mismatch"
 
 

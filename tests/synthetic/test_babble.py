@@ -7,7 +7,7 @@ from mllm.media import Audio
 from mllm.synthetic.speech.babble import make_babble
 from mllm.synthetic.speech.synthesis import LEVEL_RMS, synthesise
 from mllm.synthetic.speech.voices import VOICES
-from mllm.transforms.encoder_inputs import MixNoise
+from mllm.transforms.noise import MixNoise
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from mllm.model.trainables import set_trainables
 from mllm.processing.processor import LoadedMedia
 from mllm.training.arguments import build_arguments
 from mllm.training.trainer import ElasticTrainer, Validation
-from mllm.transforms.encoder_inputs import random_generator
+from mllm.utils.random_generator import random_generator
 
 ANSWERS = ["red", "two circles", "the cat sat", "left of the blue square", "no"]
 AUDIO_VISUAL = [("audio", "video"), ("audio",), ("video", "audio"), ("video",)]

@@ -89,7 +89,7 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
     assert files.keys() == features.keys()
     for name, value in files.items():
         torch.testing.assert_close(features[name], value, rtol=1e-3, atol=1e-5)
-    bad = [json.loads(line) for line in (tmp_path / "features" / "quarantine-0.jsonl").read_text().splitlines()]
+    bad = [json.loads(line) for line in (tmp_path / "features" / "skipped-0.jsonl").read_text().splitlines()]
     assert {row["id"] if "id" in row else row["sample_id"] for row in bad} == {"broken"}
     load(tmp_path / "features")
 
@@ -129,7 +129,7 @@ def test_a_run_shares_media_between_tasks_of_a_clip(world: Path, tmp_path: Path,
     train(settings_of(world, tmp_path / "run", features=own, share_media=True, max_rows=8))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
-    bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine-0.jsonl").read_text().splitlines()]
+    bad = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
     assert {row["id"] for row in bad} == {"broken"}
 
 

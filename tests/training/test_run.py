@@ -140,7 +140,7 @@ def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) ->
     assert all(torch.equal(value, final[name]) and torch.equal(value, own[name]) for name, value in saved.items())
     assert read_run_settings(yaml.safe_load((tmp_path / "settings.yaml").read_text())) == settings
 
-    listed = [json.loads(line) for line in (tmp_path / "quarantine-0.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "skipped-0.jsonl").read_text().splitlines()]
     assert {row["id"] for row in listed} == {"broken", "sample5"}
     assert {row["kind"] for row in listed} == {"unsupported", "unusable"}
     assert any("too short" in row["reason"] for row in listed)
@@ -248,8 +248,8 @@ def test_a_conversation_the_template_refuses_is_one_bad_sample(
     settings = dataclasses.replace(settings, model=model, data=data)
     train(settings)
     reason = "the chat template refuses the turns system, user, assistant: Conversation roles must alternate"
-    assert caplog.text.count(f"sample 'odd' is left out: sample 'odd': {reason}") == 1
-    listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine-0.jsonl").read_text().splitlines()]
+    assert caplog.text.count(f"sample 'odd' is skipped: sample 'odd': {reason}") == 1
+    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
     assert {row["id"] for row in listed} == {"broken", "sample5", "odd"}
     assert all(reason in row["reason"] for row in listed if row["id"] == "odd")
     write_manifest(world / "all_odd.jsonl", [odd, dataclasses.replace(odd, id="too")])

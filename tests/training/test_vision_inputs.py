@@ -135,7 +135,7 @@ def test_points_may_name_tiles(world: Path, tmp_path: Path) -> None:
 
 def test_files_nobody_can_read_are_listed_and_the_run_goes_on(world: Path, tmp_path: Path) -> None:
     run = train(run_settings(world, tmp_path / "run", "bad.jsonl", {"image": {"tiling": {}}}, max_steps=6))
-    listed = {row["id"]: row["kind"] for row in map(json.loads, (run / "quarantine-0.jsonl").read_text().splitlines())}
+    listed = {row["id"]: row["kind"] for row in map(json.loads, (run / "skipped-0.jsonl").read_text().splitlines())}
     assert listed == {"cut": "corrupt", "bomb": "limit", "pages": "unsupported"}
 
 

@@ -7,15 +7,9 @@ import pytest
 
 from mllm.media import Audio, Video
 from mllm.transforms.augmentation import Augmentation, TimeMask, chances
-from mllm.transforms.encoder_inputs import (
-    LIP_MEAN,
-    LIP_STD,
-    LipTransform,
-    MixNoise,
-    Waveform,
-    random_generator,
-    standardize,
-)
+from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD, LipTransform, Waveform, standardize
+from mllm.transforms.noise import MixNoise
+from mllm.utils.random_generator import random_generator
 
 
 def sound(num_samples: int = 32_000, seed: int = 0) -> Audio:

@@ -20,14 +20,14 @@ from mllm.media import Audio, Video, to_gray
 from mllm.transforms.encoder_inputs import (
     ImageTransform,
     LipTransform,
-    MixNoise,
     NotMouthCrops,
     Waveform,
     WhisperMel,
     build_transform,
-    random_generator,
     standardize,
 )
+from mllm.transforms.noise import MixNoise
+from mllm.utils.random_generator import random_generator
 
 
 def sound(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mllm.config.data import ReaderConfig
-from mllm.data.speech.utterances import Gathering, Listing, Utterance, read_text, relative_to, unquoted
+from mllm.data.findings import Listing
+from mllm.data.source_files import read_text, relative_to
+from mllm.data.speech.utterances import Gathering, Utterance, unquoted
 from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.headers import has_sound
 

@@ -12,13 +12,12 @@ import re
 from pathlib import Path
 
 from mllm.config.data import ReaderConfig
+from mllm.data.findings import Listing
+from mllm.data.source_files import read_text, relative_to
 from mllm.data.speech.utterances import (
     FRAMES_PER_SECOND,
     Gathering,
-    Listing,
     Utterance,
-    read_text,
-    relative_to,
     unquoted,
 )
 from mllm.media import path_problem

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllm.config.data import ReaderConfig
+from mllm.data.findings import Listing
 from mllm.data.manifest import Medium
-from mllm.data.speech.utterances import Gathering, Listing, Utterance, read_text, relative_to
+from mllm.data.source_files import read_text, relative_to
+from mllm.data.speech.utterances import Gathering, Utterance
 from mllm.media import path_problem
 from mllm.media.headers import header_seconds
 

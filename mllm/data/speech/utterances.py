@@ -18,18 +18,12 @@ from mllm.config.data import ReaderConfig
 from mllm.data.findings import Finding, Listing
 from mllm.data.json_lines import numbered_lines, text_of
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
+from mllm.data.prompts import SPEECH_PROMPTS, SPEECH_TASKS
 from mllm.data.text_forms import TEXT_FORMS
 from mllm.media import MediaError, RootedPaths, path_problem
 from mllm.media.containers import SOUND_SUFFIXES
 from mllm.media.headers import has_sound
 
-TASKS: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
-PROMPTS = {
-    "asr": "Transcribe speech to text.",
-    "vsr": "Transcribe video to text.",
-    "avsr": "Transcribe speech and video to text.",
-}
-"""Those of Llama-AVSR and Omni-AVSR."""
 FRAMES_PER_SECOND = 25
 """Of the videos that the lists of the published systems count frames of."""
 
@@ -104,7 +98,7 @@ class Gathering:
         beside = next((stem + suffix for suffix in SOUND_SUFFIXES if self.holds(stem + suffix)), None)
         if beside is not None:
             return {"audio": beside, "video": video}
-        hears = not self.settings.tasks or any("audio" in TASKS[task] for task in self.settings.tasks)
+        hears = not self.settings.tasks or any("audio" in SPEECH_TASKS[task] for task in self.settings.tasks)
         if hears and self.holds(video) and not has_sound(Path(self._paths.resolve(video))):
             return {"video": video}
         return {"audio": video, "video": video}
@@ -113,7 +107,9 @@ class Gathering:
         """Take up an utterance, or note what is wrong with it; the place is where it was read."""
         place = Finding(os.fspath(path or self.source), line_number, "")
         text = TEXT_FORMS[self.settings.text](utterance.text)
-        tasks = self.settings.tasks or [task for task, media in TASKS.items() if set(media) <= set(utterance.files)]
+        tasks = self.settings.tasks or [
+            task for task, media in SPEECH_TASKS.items() if set(media) <= set(utterance.files)
+        ]
         problems = [*_problems_of(utterance, text), *_lacking(utterance, tasks)]
         if utterance.name in self._places:
             problems.append(f"the clip {utterance.name!r} was already named at {self._places[utterance.name]}")
@@ -127,7 +123,7 @@ class Gathering:
         for task in tasks:
             sample = self._sample(utterance, task, text)
             self.listing.samples.append(sample)
-            if missing.keys() & set(TASKS[task]):
+            if missing.keys() & set(SPEECH_TASKS[task]):
                 self.listing.incomplete.add(sample.id)
 
     def _missing(self, utterance: Utterance, problems: list[str]) -> dict[Medium, str]:
@@ -145,8 +141,8 @@ class Gathering:
         return missing
 
     def _sample(self, utterance: Utterance, task: str, text: str) -> Sample:
-        media = tuple(Media(medium, utterance.files[medium]) for medium in TASKS[task])
-        prompt = dict(self.settings.prompts).get(task, PROMPTS[task])  # type: ignore[call-overload]
+        media = tuple(Media(medium, utterance.files[medium]) for medium in SPEECH_TASKS[task])
+        prompt = dict(self.settings.prompts).get(task, SPEECH_PROMPTS[task])  # type: ignore[call-overload]
         messages = (Message("user", (*media, Text(prompt))), Message("assistant", (Text(text),)))
         meta = {} if utterance.seconds is None else {"seconds": round(utterance.seconds, 3)}
         return Sample(f"{utterance.name}-{task}", messages, task, meta=meta, root=self.root)
@@ -154,7 +150,7 @@ class Gathering:
 
 def _lacking(utterance: Utterance, tasks: Sequence[str]) -> Iterator[str]:
     for task in tasks:
-        if lacking := [medium for medium in TASKS[task] if medium not in utterance.files]:
+        if lacking := [medium for medium in SPEECH_TASKS[task] if medium not in utterance.files]:
             yield f"{utterance.name}: there is no {' and no '.join(lacking)} for the task {task}"
 
 
@@ -168,31 +164,6 @@ def _problems_of(utterance: Utterance, text: str) -> Iterator[str]:
         yield f"{utterance.name}: the transcript is empty"
     if "\0" in text:
         yield f"{utterance.name}: the transcript holds the character NUL"
-
-
-def read_text(path: Path) -> str:
-    """A small text file in UTF-8.
-
-    Raises:
-        ValueError: it is not; the file is named.
-        OSError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start + 1}") from error
-
-
-def relative_to(root: Path, path: Path) -> str:
-    """A path below the root as manifests write it.
-
-    Raises:
-        ValueError: it is not below the root.
-    """
-    try:
-        return Path(os.path.abspath(path)).relative_to(os.path.abspath(root)).as_posix()
-    except ValueError as error:
-        raise ValueError(f"{path} is not under the root {root}") from error
 
 
 def unquoted(text: str) -> str:

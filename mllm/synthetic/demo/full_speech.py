@@ -17,7 +17,7 @@ from typing import Any
 
 from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import read_manifest, write_manifest
-from mllm.data.speech.utterances import TASKS
+from mllm.data.prompts import SPEECH_TASKS
 from mllm.synthetic.demo.demo import write_speech
 from mllm.synthetic.demo.jobs import LongDemoConfig, Work, recipe, run_demo
 from mllm.utils.progress import Progress
@@ -31,7 +31,7 @@ ELASTIC = {
 }
 """The adapters of the models that are trained for all tasks and rates at once."""
 SEPARATE = "separate"
-STEPS_OF_ELASTIC = len(TASKS)
+STEPS_OF_ELASTIC = len(SPEECH_TASKS)
 """Steps of an elastic model for each step of a separate one: it sees every task's rows as often as they do."""
 VERSIONS = 3
 """Of each training sample, with other noise in its sound; frozen encoders read each once for all models and seeds."""
@@ -69,7 +69,7 @@ class Job:
     @property
     def tasks(self) -> list[str]:
         """What it is trained and tested on."""
-        return list(TASKS) if self.task is None else [self.task]
+        return list(SPEECH_TASKS) if self.task is None else [self.task]
 
     @property
     def rates(self) -> dict[str, list[int]]:
@@ -120,7 +120,7 @@ def write_corpus(settings: FullDemoConfig, progress: Progress) -> None:
     write_speech(folder, settings.num_utterances, settings.num_test_utterances, settings.seed, progress)
     for split in ("train", "test"):
         samples = read_manifest(folder / f"{split}.jsonl", folder)
-        for task in TASKS:
+        for task in SPEECH_TASKS:
             write_manifest(folder / f"{split}-{task}.jsonl", [own for own in samples if own.task == task])
 
 

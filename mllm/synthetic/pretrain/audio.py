@@ -35,7 +35,8 @@ from mllm.synthetic.speech.babble import make_babble
 from mllm.synthetic.speech.sentences import sample_sentences
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, Utterance, say
 from mllm.synthetic.speech.voices import draw_speaker
-from mllm.transforms.encoder_inputs import MixNoise, standardize
+from mllm.transforms.encoder_inputs import standardize
+from mllm.transforms.noise import MixNoise
 
 AUDIO_RECIPE = Recipe(
     steps=2000, seed=0, batch_clips=16, learning_rate=3e-3, warmup_steps=100, validate_every_steps=250

@@ -1,6 +1,6 @@
 """Babble: five people speaking at once, as noise for the speech corpus.
 
-Knows voices and sentences. Does not know how noise is mixed into speech: `mllm.transforms.encoder_inputs.MixNoise` does
+Knows voices and sentences. Does not know how noise is mixed into speech: `mllm.transforms.noise` does
 that, at an exact ratio.
 
     noise = make_babble("train", seconds=60, seed=0)          float32 (960000,) at 16 kHz

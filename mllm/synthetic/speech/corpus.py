@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.data.speech.utterances import TASKS
+from mllm.data.prompts import SPEECH_TASKS
 from mllm.media import write_sound, write_video
 from mllm.synthetic.prompts import SPEECH_PROMPTS
 from mllm.synthetic.speech.babble import make_babble
@@ -149,7 +149,7 @@ def _samples(job: _Job, seconds: float) -> Iterator[Sample]:
     meta = {"voice": str(job.speaker.voice), "seconds": round(seconds, 3)}
     name = job.stem.removeprefix("speech/").replace("/", "-")
     paths = {"audio": f"{job.stem}.wav", "video": f"{job.stem}.mp4"}
-    for task, media in TASKS.items():
+    for task, media in SPEECH_TASKS.items():
         asked = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[media]))
         messages = (Message("user", asked), Message("assistant", (Text(job.sentence),)))
         yield Sample(f"{name}-{task}", messages, task, meta=meta)

@@ -36,7 +36,7 @@ from mllm.processing.processor import ElasticProcessor, LoadedMedia, stack_media
 from mllm.training.feature_cache.store import FeatureStore, ShardWriter, kept_of, key_of
 from mllm.training.run_folder import run_lock
 from mllm.training.throughput import Stopwatch
-from mllm.transforms.encoder_inputs import random_generator
+from mllm.utils.random_generator import random_generator
 
 ITEMS_PER_BATCH = 16
 REMEMBERED_FILES = 8

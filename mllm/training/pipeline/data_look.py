@@ -20,10 +20,10 @@ from mllm.config.run import DataConfig, RunConfig
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
-from mllm.data.skipped import Quarantine, Quarantined, too_many_bad
+from mllm.data.skipped import SkipLog, SkippedSample, too_many_bad
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.building import FeatureSamples, with_captions
-from mllm.training.pipeline.loaders import QUARANTINE, build_augmentation, read_samples
+from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
 from mllm.training.pipeline.token_scan import Survey, survey
 
 logger = logging.getLogger(__name__)
@@ -84,11 +84,11 @@ def look_over(settings: RunConfig, run: Path, *, fits_captions: bool) -> LookedO
 def _list_refused(surveyed: Survey, run: Path, num_samples: int) -> None:
     """List samples that the chat format has no place for where a run lists what it leaves out."""
     bad = [
-        Quarantined(sample_id, 0, "unusable", "", f"sample {sample_id!r}: {reason}")
+        SkippedSample(sample_id, 0, "unusable", "", f"sample {sample_id!r}: {reason}")
         for sample_id, reason in surveyed.refused.items()
     ]
     if bad:
-        Quarantine(run / QUARANTINE.format(rank=0), max_bad_fraction=1.0, min_seen=num_samples).note(len(bad), bad)
+        SkipLog(run / SKIPPED_FILE.format(rank=0), max_bad_fraction=1.0, min_seen=num_samples).note(len(bad), bad)
 
 
 def build_sampler(settings: RunConfig, space: Space) -> Sampler:

@@ -18,7 +18,7 @@ from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.shared_media import fitting, sharers
-from mllm.data.skipped import Quarantine
+from mllm.data.skipped import SkipLog
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing.batch import check_length
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
@@ -27,9 +27,9 @@ from mllm.training.pipeline.batches import RoundBatches
 from mllm.training.pipeline.token_scan import Survey
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms.augmentation import Augmentation, TimeMask
-from mllm.transforms.encoder_inputs import MixNoise
+from mllm.transforms.noise import MixNoise
 
-QUARANTINE = "quarantine-{rank}.jsonl"
+SKIPPED_FILE = "skipped-{rank}.jsonl"
 
 
 def read_samples(manifests: Sequence[str], settings: DataConfig) -> list[Sample]:
@@ -69,10 +69,10 @@ def train_loader(
         lanes: `process_index`, `num_processes` and `accumulation`.
     """
     batches = round_batches(data.samples, surveyed, settings=settings, seed=seed, lanes=lanes)
-    quarantine = Quarantine(
-        run / QUARANTINE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
+    skip_log = SkipLog(
+        run / SKIPPED_FILE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
     )
-    collator = Collator(encode, quarantine=quarantine)
+    collator = Collator(encode, skip_log=skip_log)
     return DataLoader(
         data,
         batch_sampler=batches,

@@ -61,7 +61,7 @@ class Survey:
         """Log what was found, and refuse data that would train nothing, or that no batch can hold.
 
         Args:
-            max_bad_fraction: how many samples may be refused; of small data sets, of as many as `Quarantine` counts.
+            max_bad_fraction: how many samples may be refused; of small data sets, of as many as `SkipLog` counts.
 
         Raises:
             ValueError: too many refused samples, or samples without a target token, or a sample of too many tokens.
