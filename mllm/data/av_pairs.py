@@ -23,13 +23,13 @@ def clip_pairs(sample: Sample) -> list[tuple[int, int]]:
     pairs, first = [], 0
     for message in sample.messages:
         media = [part for part in message.parts if isinstance(part, Media)]
-        sounds = [(number, part) for number, part in enumerate(media, first) if part.medium == "audio"]
+        audios = [(number, part) for number, part in enumerate(media, first) if part.medium == "audio"]
         videos = [(number, part) for number, part in enumerate(media, first) if part.medium == "video"]
         first += len(media)
         if stated is None:
-            pairs += [(i, j) for i, sound in sounds for j, video in videos if _name(sound) == _name(video)]
-        elif stated and len(sounds) == len(videos) == 1:
-            pairs.append((sounds[0][0], videos[0][0]))
+            pairs += [(i, j) for i, audio in audios for j, video in videos if _name(audio) == _name(video)]
+        elif stated and len(audios) == len(videos) == 1:
+            pairs.append((audios[0][0], videos[0][0]))
     return pairs
 
 

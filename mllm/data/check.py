@@ -15,7 +15,7 @@ from mllm.data.findings import Finding
 from mllm.data.guessing import naming_format, wrong_format
 from mllm.data.manifest import MEDIA, Sample, scan_manifest
 from mllm.data.readers import read_listing
-from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, agreeing_sound
+from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, audio_as_long_as_video
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,8 @@ def check_listing(
     opener = (loader or MediaLoader()) if open_media else None
     listing = read_listing(path, root, reader)
     for finding in listing.problems:
-        is_own = finding.path == report.path
-        report.problems.append(Problem(finding.line_number if is_own else None, _shown(finding, is_own)))
+        is_of_source = finding.path == report.path
+        report.problems.append(Problem(finding.line_number if is_of_source else None, _shown(finding, is_of_source)))
     report.num_rows = len(listing.samples) + len(listing.problems)
     roots: dict[str, RootedPaths] = {}
     for sample in listing.samples:
@@ -134,16 +134,16 @@ def check_listing(
     return report
 
 
-def _shown(finding: Finding, is_own: bool) -> str:
-    return finding.message if is_own else str(finding)
+def _shown(finding: Finding, is_of_source: bool) -> str:
+    return finding.message if is_of_source else str(finding)
 
 
 def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | None, report: Report) -> list[str]:
     problems, raws = [], []
     for part in sample.media:
         try:
-            found = paths.resolve(part.path)
-            raws.append(None if opener is None else opener(part.medium, found))
+            path = paths.resolve(part.path)
+            raws.append(None if opener is None else opener(part.medium, path))
         except MediaError as error:
             problems.append(f"{part.medium} {part.path}: {error.reason} ({error.kind})")
     if opener is not None and not problems:
@@ -160,9 +160,9 @@ def _mismatches(sample: Sample, raws: list[Any], max_mismatch_seconds: float | N
     if max_mismatch_seconds is None:
         return problems
     try:
-        for sound, video in clip_pairs(sample):
-            path = sample.media[sound].path
-            agreeing_sound(raws[sound], raws[video], path=path, max_mismatch_seconds=max_mismatch_seconds)
+        for audio, video in clip_pairs(sample):
+            path = sample.media[audio].path
+            audio_as_long_as_video(raws[audio], raws[video], path=path, max_mismatch_seconds=max_mismatch_seconds)
     except MediaError as error:
         problems.append(f"audio {error.path}: {error.reason} ({error.kind})")
     except ValueError as error:

@@ -42,7 +42,7 @@ CAPTION_KEYS = ("caption", "text", "sentence", "transcription", "transcript")
 CAPTION_TASKS = {"image": "caption", "audio": "asr", "video": "video_caption"}
 _REFUSED = ("tools", "objects", "rejected_response", "rejected", "chosen", "rejected_messages")
 """Keys that change what is learned, in ways a sample of ours cannot say."""
-_OWN = ("id", "task", "kind", "meta", "system")
+_OTHER_KEYS = ("id", "task", "kind", "meta", "system")
 
 
 @dataclass
@@ -115,13 +115,13 @@ class ConversationReader:
         turns = FORMS[form](row)
         if row.get("system"):
             turns.insert(0, Turn("system", [_text(row["system"], "system")]))
-        _place(turns, paths)
-        known = {*_OWN, *_USED[form], *(key for keys in MEDIA_KEYS.values() for key in keys)}
+        _place_media(turns, paths)
+        known = {*_OTHER_KEYS, *_USED[form], *(key for keys in MEDIA_KEYS.values() for key in keys)}
         self.unread.update(key for key in row if key not in known and row[key] is not None)
         return self._sample(row, turns, sample_id)
 
     def _sample(self, row: Mapping[str, Any], turns: Turns, sample_id: str) -> Sample:
-        held = tuple(medium for medium in MEDIA if any(part["type"] == medium for own in turns for part in own.parts))
+        held = tuple(medium for medium in MEDIA if any(part["type"] == medium for turn in turns for part in turn.parts))
         made = {
             "id": sample_id,
             "task": row["task"] if row.get("task") is not None else TASKS.get(held, "+".join(held)),
@@ -152,28 +152,29 @@ def _as_caption(row: dict[str, Any], media: Sequence[str], forms: Sequence[str])
 def _said_by_from(row: dict[str, Any]) -> Turns:
     """ShareGPT's `conversations`; some files have OpenAI's turns under that name."""
     return [
-        _turn(own, "from", "value") if "from" in own else _turn(own, "role", "content")
-        for own in _objects(row["conversations"], "conversations")
+        _turn(turn, "from", "value") if "from" in turn else _turn(turn, "role", "content")
+        for turn in _objects(row["conversations"], "conversations")
     ]
 
 
 def _said_by_role(row: dict[str, Any]) -> Turns:
-    return [_turn(own, "role", "content") for own in _objects(row["messages"], "messages")]
+    return [_turn(turn, "role", "content") for turn in _objects(row["messages"], "messages")]
 
 
 def _said_in_pairs(key: str, names: tuple[str, str]) -> Form:
     """ms-swift's `conversation` and the Cauldron's `texts`: a question and its answer in one object."""
 
     def turns(row: dict[str, Any]) -> Turns:
-        pairs = _objects(row[key], key)
         return [
-            Turn(role, _parts(own[name], name, role)) for own in pairs for name, role in zip(names, _PAIR, strict=True)
+            Turn(role, _parts(pair[name], name, role))
+            for pair in _objects(row[key], key)
+            for name, role in zip(names, _PAIR, strict=True)
         ]
 
     return turns
 
 
-def _asked(question: str, answer: str) -> Form:
+def _question_and_answer(question: str, answer: str) -> Form:
     """A question and its answer under keys of the row; ms-swift's `history` comes before them."""
 
     def turns(row: dict[str, Any]) -> Turns:
@@ -191,9 +192,9 @@ def _asked(question: str, answer: str) -> Form:
 
 def _history(row: dict[str, Any]) -> list[tuple[Any, Any]]:
     history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(own, list) and len(own) == 2 for own in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError("history: must be a list of pairs of a query and a response")
-    return [(own[0], own[1]) for own in history]
+    return [(pair[0], pair[1]) for pair in history]
 
 
 _PAIR = ("user", "assistant")
@@ -202,8 +203,8 @@ FORMS: dict[str, Form] = {
     "conversations": _said_by_from,
     "conversation": _said_in_pairs("conversation", ("human", "assistant")),
     "texts": _said_in_pairs("texts", ("user", "assistant")),
-    "query": _asked("query", "response"),
-    "question": _asked("question", "answer"),
+    "query": _question_and_answer("query", "response"),
+    "question": _question_and_answer("question", "answer"),
 }
 """Keys that a conversation may stand under, and how it is read."""
 _USED = {form: (form,) for form in FORMS} | {
@@ -213,21 +214,21 @@ _USED = {form: (form,) for form in FORMS} | {
 
 
 def _objects(value: Any, key: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value or not all(isinstance(own, dict) for own in value):
+    if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
         raise ValueError(f"{key}: must be a list of at least one object, got {shown_type(value)}")
     return value
 
 
-def _turn(own: dict[str, Any], speaker: str, content: str) -> Turn:
+def _turn(entry: dict[str, Any], speaker: str, content: str) -> Turn:
     """A turn of a speaker and a content; whatever else it holds would be lost, so it is refused."""
-    role = own.get(speaker)
+    role = entry.get(speaker)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{speaker}: must be one of {', '.join(ROLES)}, got {role!r}")
-    if others := [key for key in own if key not in (speaker, content) and own[key] not in (None, [], "")]:
+    if others := [key for key in entry if key not in (speaker, content) and entry[key] not in (None, [], "")]:
         raise ValueError(f"a turn holds {', '.join(map(str, others))}, which is not read")
-    if content not in own:
+    if content not in entry:
         raise ValueError(f"a turn has no {content}")
-    return Turn(ROLES[role], _parts(own[content], content, ROLES[role]))
+    return Turn(ROLES[role], _parts(entry[content], content, ROLES[role]))
 
 
 def _parts(content: Any, key: str, role: str) -> list[dict[str, Any]]:
@@ -236,20 +237,20 @@ def _parts(content: Any, key: str, role: str) -> list[dict[str, Any]]:
         return _split(content) if role == "user" else [_text(content, key)]
     if not isinstance(content, list) or not content:
         raise ValueError(f"{key}: must be a string or a list of parts, got {shown_type(content)}")
-    return [_part(own, key) for own in content]
+    return [_part(part, key) for part in content]
 
 
-def _part(own: Any, key: str) -> dict[str, Any]:
+def _part(part: Any, key: str) -> dict[str, Any]:
     """A part in OpenAI's form, in that of chat templates, or in our own."""
-    kind = own.get("type") if isinstance(own, dict) else None
+    kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return _text(own.get("text"), f"{key}: text")
+        return _text(part.get("text"), f"{key}: text")
     medium = str(kind).removeprefix("input_").removesuffix("_url")
     if medium not in MEDIA:
         raise ValueError(f"{key}: type must be one of text, {', '.join(MEDIA)} or such as image_url, got {kind!r}")
     names = (kind, medium, f"{medium}_url", "path", "url")
-    held = next((own[name] for name in names if own.get(name) is not None), None)
-    return {"type": medium, "path": None if held is None else _path_of(held, medium)}
+    media = next((part[name] for name in names if part.get(name) is not None), None)
+    return {"type": medium, "path": None if media is None else _path_of(media, medium)}
 
 
 def _split(text: str) -> list[dict[str, Any]]:
@@ -257,13 +258,13 @@ def _split(text: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     rest = text
     while True:
-        found = [(rest.find(marker), medium) for medium, marker in MARKERS.items() if marker in rest]
-        if not found:
+        markers = [(rest.find(marker), medium) for medium, marker in MARKERS.items() if marker in rest]
+        if not markers:
             break
-        place, medium = min(found)
-        parts += [{"type": "text", "text": rest[:place]}] if place else []
+        position, medium = min(markers)
+        parts += [{"type": "text", "text": rest[:position]}] if position else []
         parts.append({"type": medium, "path": None, "marker": MARKERS[medium]})
-        rest = rest[place + len(MARKERS[medium]) :]
+        rest = rest[position + len(MARKERS[medium]) :]
     return [*parts, {"type": "text", "text": rest}] if rest or not parts else parts
 
 
@@ -292,31 +293,32 @@ def paths_of(row: Mapping[str, Any], medium: str) -> list[str]:
     for key in MEDIA_KEYS[medium]:
         value = row.get(key)
         values = [] if value is None else value if isinstance(value, list) else [value]
-        paths += [_path_of(own, medium) for own in values]
+        paths += [_path_of(entry, medium) for entry in values]
     return paths
 
 
-def _place(turns: Turns, paths: dict[str, list[str]]) -> None:
+def _place_media(turns: Turns, paths: dict[str, list[str]]) -> None:
     """Give each medium of the turns its path.
 
     Where a row names media and no turn says where they stand, they stand before the first question, as ms-swift puts
     them. Where it names none, a marker in the midst of a text is text: people write about HTML.
     """
-    for medium, own in paths.items():
-        held = [(turn, part) for turn in turns for part in turn.parts if part["type"] == medium]
-        places = [(turn, part) for turn, part in held if part["path"] is None]
-        named = [part["path"] for _, part in held if part["path"] is not None]
-        if own and named:
-            if own != named or places:
+    for medium, named_beside in paths.items():
+        parts = [(turn, part) for turn in turns for part in turn.parts if part["type"] == medium]
+        unnamed = [(turn, part) for turn, part in parts if part["path"] is None]
+        named_inside = [part["path"] for _, part in parts if part["path"] is not None]
+        if named_beside and named_inside:
+            if named_beside != named_inside or unnamed:
                 raise ValueError(f"media of the kind {medium} are named in the turns and beside them, and differ")
-        elif not own and places:
-            _as_text(places, medium)
-        elif own and not places:
-            _before_the_question(turns, medium, own)
-        elif len(own) != len(places):
-            raise ValueError(f"{len(places)} places ({MARKERS[medium]}) for {len(own)} media of the kind {medium}")
+        elif not named_beside and unnamed:
+            _as_text(unnamed, medium)
+        elif named_beside and not unnamed:
+            _before_the_question(turns, medium, named_beside)
+        elif len(named_beside) != len(unnamed):
+            got = f"{len(unnamed)} places ({MARKERS[medium]}) for {len(named_beside)}"
+            raise ValueError(f"{got} media of the kind {medium}")
         else:
-            for (_, part), path in zip(places, own, strict=True):
+            for (_, part), path in zip(unnamed, named_beside, strict=True):
                 part["path"] = path
     for turn in turns:
         turn.parts = _joined(turn.parts)
@@ -333,17 +335,17 @@ def _joined(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
-def _as_text(places: list[tuple[Turn, dict[str, Any]]], medium: str) -> None:
-    for turn, part in places:
+def _as_text(parts: list[tuple[Turn, dict[str, Any]]], medium: str) -> None:
+    for turn, part in parts:
         if "marker" not in part or part is turn.parts[0] or part is turn.parts[-1]:
-            raise ValueError(f"{len(places)} places ({MARKERS[medium]}) for 0 media of the kind {medium}")
+            raise ValueError(f"{len(parts)} places ({MARKERS[medium]}) for 0 media of the kind {medium}")
         part.pop("path")
         part.update(type="text", text=part.pop("marker"))
 
 
 def _before_the_question(turns: Turns, medium: str, paths: list[str]) -> None:
-    asked = next((turn for turn in turns if turn.role == "user"), None)
-    if asked is None:
+    question = next((turn for turn in turns if turn.role == "user"), None)
+    if question is None:
         raise ValueError(f"there are {len(paths)} media of the kind {medium} and no question they could belong to")
-    count = sum("placed" in part for part in asked.parts)
-    asked.parts[count:count] = [{"type": medium, "path": path, "placed": True} for path in paths]
+    count = sum("placed" in part for part in question.parts)
+    question.parts[count:count] = [{"type": medium, "path": path, "placed": True} for path in paths]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
-from mllm.data.shared_media import merged, parted
+from mllm.data.shared_media import merge_media, split_media
 from mllm.data.skipped import SkipLog, SkippedSample
 from mllm.utils.random_generator import random_generator
 
@@ -75,7 +75,7 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         return len(self.samples)
 
     def __getitem__(self, key: SampleKey | int) -> Item | SkippedSample:
-        return self._group([_place(key)])[0]
+        return self._group([_sample_key(key)])[0]
 
     def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[Any]:
         """The media of each of some samples as they are in an epoch; what two of them hold is loaded once.
@@ -85,36 +85,39 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         """
         if len(samples) == 1:
             return [self.load(samples[0], generator=self._generator(epoch, name))]
-        loaded = {own.media: self.load(own, generator=self._generator(epoch, name)) for own in merged(samples, name)}
-        return parted(loaded, samples)
+        loaded = {
+            whole.media: self.load(whole, generator=self._generator(epoch, name))
+            for whole in merge_media(samples, name)
+        }
+        return split_media(loaded, samples)
 
     def _generator(self, epoch: int, name: str) -> np.random.Generator | None:
         return None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
 
-    def _group(self, places: Sequence[SampleKey]) -> list[Item | SkippedSample]:
+    def _group(self, keys: Sequence[SampleKey]) -> list[Item | SkippedSample]:
         """Items of one group and epoch."""
-        epoch, first = places[0]
-        samples = [self.samples[place.index] for place in places]
+        epoch, first = keys[0]
+        samples = [self.samples[key.index] for key in keys]
         name = self.samples[first if self._first is None else self._first[first]].id
         try:
             loaded = self.load_in(samples, epoch, name)
         except ValueError as error:
-            if len(places) > 1:  # one of them may be good without what the others hold
-                return [item for place in places for item in self._group([place])]
+            if len(keys) > 1:  # one of them may be good without what the others hold
+                return [item for key in keys for item in self._group([key])]
             return [SkippedSample.of(samples[0].id, epoch, error)]
         return [Item(sample, media, epoch) for sample, media in zip(samples, loaded, strict=True)]
 
-    def _parts(self, places: Sequence[SampleKey]) -> list[list[SampleKey]]:
+    def _parts(self, keys: Sequence[SampleKey]) -> list[list[SampleKey]]:
         """Neighbours of one group and epoch together."""
         if (first := self._first) is None:
-            return [[place] for place in places]
-        return [list(part) for _, part in groupby(places, key=lambda place: (place.epoch, first[place.index]))]
+            return [[key] for key in keys]
+        return [list(part) for _, part in groupby(keys, key=lambda key: (key.epoch, first[key.index]))]
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | SkippedSample]:
         """A batch, at once: what a data loader calls when this is defined."""
-        places = [_place(key) for key in keys]
-        items = [item for part in self._parts(places) for item in self._group(part)]
-        epoch, index = places[-1]
+        sample_keys = [_sample_key(key) for key in keys]
+        items = [item for part in self._parts(sample_keys) for item in self._group(part)]
+        epoch, index = sample_keys[-1]
         for step in range(1, MAX_SUBSTITUTES + 1):
             if not all(isinstance(item, SkippedSample) for item in items):
                 break
@@ -122,7 +125,7 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         return items
 
 
-def _place(key: SampleKey | int) -> SampleKey:
+def _sample_key(key: SampleKey | int) -> SampleKey:
     """A key; a bare index is one of the first epoch."""
     return SampleKey(*key) if isinstance(key, tuple) else SampleKey(0, key)
 

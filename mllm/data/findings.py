@@ -32,8 +32,8 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        place = self.path if self.line_number is None else f"{self.path}:{self.line_number}"
-        return f"{place}: {self.message}"
+        location = self.path if self.line_number is None else f"{self.path}:{self.line_number}"
+        return f"{location}: {self.message}"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.data import TABLE_FORMATS, Format
-from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
+from mllm.media.containers import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 
 HEAD_BYTES = 1 << 20
 """Of a file that are looked at."""
@@ -76,7 +76,7 @@ def _of_folder(source: Path) -> Format | None:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in _SUFFIXES:
                 return _SUFFIXES[suffix]
-            if suffix in VIDEO_SUFFIXES + SOUND_SUFFIXES:
+            if suffix in VIDEO_SUFFIXES + AUDIO_SUFFIXES:
                 text = Path(folder, name).with_suffix(".txt")
                 is_lrs = suffix == ".mp4" and text.is_file() and text.read_bytes()[:5] == b"Text:"
                 return "lrs" if is_lrs else "clips"
@@ -112,7 +112,7 @@ def _of_lines(text: str) -> Format | None:
         return None
     if len(lines) == 2 and lines[1].count("\t") >= 1 and lines[1].rsplit("\t", 1)[1].strip().isdecimal():
         return "fairseq"
-    found = _ID.match(lines[0])
-    if found is None:
+    match = _ID.match(lines[0])
+    if match is None:
         return None
-    return "omni_csv" if lines[0][found.end() :].startswith(",") else "auto_avsr"
+    return "omni_csv" if lines[0][match.end() :].startswith(",") else "auto_avsr"

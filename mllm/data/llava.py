@@ -90,9 +90,9 @@ def list_llava(
             if sample is not None:
                 listing.samples.append(renumbered(sample, times_seen))
     reader.counts["ids occur again and were numbered"] = len(listing.samples) - len(times_seen)
-    for told, count in reader.counts.items():
+    for message, count in reader.counts.items():
         if count > 0:
-            logger.warning("%s: %d %s", os.fspath(path), count, told)
+            logger.warning("%s: %d %s", os.fspath(path), count, message)
     return listing
 
 

@@ -88,7 +88,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ManifestLine:
     """One line of a manifest: the sample, or what is wrong with the line."""
 
     line_number: int
@@ -117,7 +117,7 @@ def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
     return samples
 
 
-def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Iterator[Row]:
+def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Iterator[ManifestLine]:
     """Yield every non-blank line as a `Row`, the bad ones with all their problems; never raises for content."""
     root_path = Path(root)
     first_line_of: dict[str, int] = {}
@@ -127,7 +127,7 @@ def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
             problems = [f"id: {sample.id!r} was already used on line {first_line_of[sample.id]}"]
         elif sample is not None:
             first_line_of[sample.id] = line_number
-        yield Row(line_number, None if problems else sample, tuple(problems))
+        yield ManifestLine(line_number, None if problems else sample, tuple(problems))
 
 
 def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> None:
@@ -171,7 +171,7 @@ def rerooted(sample: Sample, folder: Path) -> Sample:
     def moved(part: Part) -> Part:
         return Media(part.medium, prefix + part.path) if isinstance(part, Media) else part
 
-    messages = tuple(Message(own.role, tuple(map(moved, own.parts))) for own in sample.messages)
+    messages = tuple(Message(message.role, tuple(map(moved, message.parts))) for message in sample.messages)
     return replace(sample, messages=messages, root=folder)
 
 
@@ -289,13 +289,13 @@ class _Inspector:
             self._add(key, "must not be empty")
 
     def _keys(
-        self, parent: Key, found: dict[str, object], *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+        self, parent: Key, value: dict[str, object], *, required: tuple[str, ...], optional: tuple[str, ...] = ()
     ) -> None:
         for key in required:
-            if key not in found:
+            if key not in value:
                 self._add((*parent, key), "is missing")
         allowed = required + optional
-        for key in found:
+        for key in value:
             if key not in allowed:
                 self._add((*parent, key), f"unknown key; allowed are {', '.join(allowed)}")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mllm.data.manifest import Media, Message, Part, Text
 
 
-def named_images(messages: Sequence[Message]) -> list[Message]:
+def number_images(messages: Sequence[Message]) -> list[Message]:
     """A conversation whose images have numbers, so that a question can speak of one: "image 1 is <image>, image 2 is
     <image>. Which is larger?".
 
@@ -18,12 +18,12 @@ def named_images(messages: Sequence[Message]) -> list[Message]:
     count, named = 0, []
     for message in messages:
         parts: list[Part] = []
-        for place, part in enumerate(message.parts):
+        for position, part in enumerate(message.parts):
             if not _is_image(part):
                 parts.append(part)
                 continue
             count += 1
-            follows = place + 1 < len(message.parts) and _is_image(message.parts[place + 1])
+            follows = position + 1 < len(message.parts) and _is_image(message.parts[position + 1])
             parts += [Text(f"image {count} is "), part, Text(", " if follows else ". ")]
         named.append(Message(message.role, tuple(parts)))
     return named

@@ -18,12 +18,12 @@ from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import MAX_LINE_BYTES, read_object
 from mllm.data.source_files import relative_to
-from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
+from mllm.media.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.packed import packed_path
 
 _MEDIUM = {
     suffix.removeprefix("."): medium
-    for medium, suffixes in (("image", IMAGE_SUFFIXES), ("audio", SOUND_SUFFIXES), ("video", VIDEO_SUFFIXES))
+    for medium, suffixes in (("image", IMAGE_SUFFIXES), ("audio", AUDIO_SUFFIXES), ("video", VIDEO_SUFFIXES))
     for suffix in suffixes
 }
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
@@ -98,30 +98,30 @@ def _taken(
         if last in _PICKLES:
             raise ValueError(f"{member.name} is a pickle, which could run code; it is not read")
         if last in _MEDIUM:
-            place = packed_path(relative, member.offset_data, member.size)
-            media.setdefault(_MEDIUM[last], []).append((os.path.basename(member.name), place))
+            path = packed_path(relative, member.offset_data, member.size)
+            media.setdefault(_MEDIUM[last], []).append((os.path.basename(member.name), path))
         elif last == "json":
             row |= _object(_content(stream, member), member.name)
         elif last in _TEXTS:
             row.setdefault("caption", _content(stream, member).decode("utf-8-sig").strip())
         else:
             reader.unread[f".{suffix}"] += 1
-    found = {medium: _in_order(medium, own, row) for medium, own in media.items()}
-    for medium in found:
+    paths = {medium: _in_order(medium, files, row) for medium, files in media.items()}
+    for medium in paths:
         for key in MEDIA_KEYS[medium]:
             row.pop(key, None)
-    return row, found
+    return row, paths
 
 
-def _in_order(medium: str, held: list[tuple[str, str]], row: dict[str, Any]) -> list[str]:
+def _in_order(medium: str, members: list[tuple[str, str]], row: dict[str, Any]) -> list[str]:
     """Places of media; where the row names files, those it names."""
     named = [os.path.basename(path) for path in paths_of(row, medium)]
-    by_name = dict(held)
+    by_name = dict(members)
     if set(named) <= set(by_name):
-        return [by_name[name] for name in named] or [place for _, place in held]
-    if len(named) != len(held):
+        return [by_name[name] for name in named] or [path for _, path in members]
+    if len(named) != len(members):
         raise ValueError(f"it names {', '.join(named)}, and beside it stand {', '.join(by_name)}")
-    return [place for _, place in held]
+    return [path for _, path in members]
 
 
 def _content(stream: Any, member: tarfile.TarInfo) -> bytes:

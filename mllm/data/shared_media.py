@@ -10,7 +10,7 @@ from typing import Any
 from mllm.data.manifest import Media, Message, Sample
 
 
-def sharers(samples: Sequence[Sample]) -> list[list[int]]:
+def samples_that_share(samples: Sequence[Sample]) -> list[list[int]]:
     """Every sample in one group, with all that share a file with it or with another of the group.
 
     Returns:
@@ -18,7 +18,7 @@ def sharers(samples: Sequence[Sample]) -> list[list[int]]:
     """
     first = list(range(len(samples)))  # of the group of each sample; a chain leads there
 
-    def find(index: int) -> int:
+    def first_of(index: int) -> int:
         while first[index] != index:
             first[index] = index = first[first[index]]
         return index
@@ -26,15 +26,15 @@ def sharers(samples: Sequence[Sample]) -> list[list[int]]:
     holder: dict[tuple[str, str], int] = {}
     for index, sample in enumerate(samples):
         for part in sample.media:
-            other, own = find(holder.setdefault((str(sample.root), part.path), index)), find(index)
-            first[max(other, own)] = min(other, own)
+            other, this = first_of(holder.setdefault((str(sample.root), part.path), index)), first_of(index)
+            first[max(other, this)] = min(other, this)
     groups: dict[int, list[int]] = {}
     for index in range(len(samples)):
-        groups.setdefault(find(index), []).append(index)
+        groups.setdefault(first_of(index), []).append(index)
     return list(groups.values())
 
 
-def fitting(
+def parts_that_fit(
     groups: Sequence[Sequence[int]], lengths: Sequence[int], *, max_tokens: int, max_rows: int | None
 ) -> list[list[int]]:
     """The same groups, those that no batch could hold cut into parts that one can, in order.
@@ -58,7 +58,7 @@ def fitting(
     return parts
 
 
-def merged(samples: Sequence[Sample], name: str) -> list[Sample]:
+def merge_media(samples: Sequence[Sample], name: str) -> list[Sample]:
     """What to load so that every file of samples that share some is loaded once: one sample that holds all media.
 
     Where images are among them, one for every list of media instead: how many tiles an image is cut into may depend
@@ -68,18 +68,18 @@ def merged(samples: Sequence[Sample], name: str) -> list[Sample]:
         name: the id of the new samples.
     """
     if any(part.medium == "image" for sample in samples for part in sample.media):
-        return [replace(own, id=name) for own in {sample.media: sample for sample in samples}.values()]
-    return [_whole(samples, name)]
+        return [replace(sample, id=name) for sample in {one.media: one for one in samples}.values()]
+    return [_all_media(samples, name)]
 
 
-def parted(loaded: Mapping[tuple[Media, ...], Sequence[Any]], samples: Sequence[Sample]) -> list[list[Any]]:
+def split_media(loaded: Mapping[tuple[Media, ...], Sequence[Any]], samples: Sequence[Sample]) -> list[list[Any]]:
     """What was loaded of `merged` samples, by their media, as the media of each sample; the same objects."""
     known = {media: dict(zip(media, values, strict=True)) for media, values in loaded.items()}
     (whole, *_) = known.values()
     return [[known.get(sample.media, whole)[part] for part in sample.media] for sample in samples]
 
 
-def _whole(samples: Sequence[Sample], name: str) -> Sample:
+def _all_media(samples: Sequence[Sample], name: str) -> Sample:
     """All media of samples, each once: first those of the sample that has most.
 
     What belongs to one message stays in one, since sounds and videos of a message may be one clip.
@@ -87,7 +87,7 @@ def _whole(samples: Sequence[Sample], name: str) -> Sample:
     most = max(samples, key=lambda sample: len(sample.media))
     seen: set[Media] = set()
     messages = []
-    for sample in [most, *(own for own in samples if own is not most)]:
+    for sample in [most, *(sample for sample in samples if sample is not most)]:
         for message in sample.messages:
             new = dict.fromkeys(part for part in message.parts if isinstance(part, Media) and part not in seen)
             seen |= new.keys()

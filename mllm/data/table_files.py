@@ -57,15 +57,15 @@ def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list
     if source.is_file():
         return [source]
     folder = next((source / name for name in inside if (source / name).is_dir()), source)
-    found = [file for file in all_tables(folder) if _is_of(file, split)]
-    if not found:
+    files = [file for file in all_tables(folder) if _is_of(file, split)]
+    if not files:
         others = ", ".join(named_splits(folder))
         hint = f"; there are tables of {others} (data.reader.split, or --split)" if others else ""
         raise FileNotFoundError(
             f"{folder} holds no table of the split {split}; looked for {split}-*.parquet, {split}/*.parquet and "
             f"{split}/*.arrow{hint}"
         )
-    return found
+    return files
 
 
 def table_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -123,8 +123,8 @@ class _Parquet:
         leaves = [self._file.schema.column(number).path for number in range(len(self._file.schema))]
         wanted = [leaf for leaf in leaves if leaf.split(".")[0] in plain]
         for name in media:
-            own = [leaf for leaf in leaves if leaf.split(".")[0] == name]
-            wanted += [leaf for leaf in own if not leaf.endswith(".bytes")] or own
+            leaves_of_column = [leaf for leaf in leaves if leaf.split(".")[0] == name]
+            wanted += [leaf for leaf in leaves_of_column if not leaf.endswith(".bytes")] or leaves_of_column
         yield from self._file.iter_batches(batch_size=size, columns=wanted, use_threads=False)
 
 

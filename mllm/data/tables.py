@@ -111,7 +111,7 @@ def _read_table(file: Path, relative: str, reader: ConversationReader, listing: 
             with listing.noting(file, None, f"row {number}"):
                 media: dict[str, list[str]] = {}
                 for column, shape in zip(columns, shapes, strict=True):
-                    media.setdefault(column.medium, []).extend(_places(relative, number, column, shape))
+                    media.setdefault(column.medium, []).extend(_paths(relative, number, column, shape))
                 row = {key: _unwritten(value, key) for key, value in row.items()}
                 sample = reader.sample_of(row, stated_id(row, f"{file.stem}-{number}"), media)
                 listing.samples.append(renumbered(sample, reader.times_seen))
@@ -124,13 +124,13 @@ def _unwritten(value: Any, key: str) -> Any:
     return value
 
 
-def _places(relative: str, row: int, column: MediaColumn, shape: int | None) -> list[str]:
+def _paths(relative: str, row: int, column: MediaColumn, shape: int | None) -> list[str]:
     """The paths of a cell's media."""
     if shape is None:
         return []
     if not column.is_list:
         return [packed_path(relative, row, column.number)]
-    return [packed_path(relative, row, column.number, place) for place in range(shape)]
+    return [packed_path(relative, row, column.number, index) for index in range(shape)]
 
 
 def _rows(table: Table, plain: list[str], columns: list[MediaColumn]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
@@ -138,7 +138,7 @@ def _rows(table: Table, plain: list[str], columns: list[MediaColumn]) -> Iterato
     for batch in table.batches(plain, [column.name for column in columns], _ROWS_AT_ONCE):
         texts = batch.select(plain).to_pylist() if plain else [{} for _ in range(batch.num_rows)]
         shapes = [_shapes(batch.column(column.name), column.is_list) for column in columns]
-        yield from ((row, [own[number] for own in shapes]) for number, row in enumerate(texts))
+        yield from ((row, [counts[number] for counts in shapes]) for number, row in enumerate(texts))
 
 
 def _shapes(cells: Any, is_list: bool) -> list[int | None]:
@@ -173,7 +173,7 @@ def _holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 
     if types.is_struct(kind):
-        return any(own.name == "bytes" and _holds_bytes(own.type) for own in kind)
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
@@ -183,7 +183,7 @@ def _features(schema: Any) -> dict[str, str]:
     if notes is None:
         return {}
     features = json.loads(notes).get("info", {}).get("features", {})
-    return {name: medium for name, own in features.items() if (medium := _medium_in(own)) is not None}
+    return {name: medium for name, feature in features.items() if (medium := _medium_in(feature)) is not None}
 
 
 def _medium_in(feature: Any) -> str | None:

@@ -62,15 +62,15 @@ def words(text: str) -> str:
     """
     # NFC on both sides: what is decomposed has no category of its own, and lower case may decompose.
     plain = unicodedata.normalize("NFC", text).replace(_CAPITAL_DOTTED_I, "i").lower()
-    found = (_bare(word) for word in unicodedata.normalize("NFC", plain).translate(_KEPT).split())
-    return " ".join(word for word in found if word)
+    bare = (_bare(word) for word in unicodedata.normalize("NFC", plain).translate(_KEPT).split())
+    return " ".join(word for word in bare if word)
 
 
 def _bare(word: str) -> str:
     """The word without apostrophes and joiners at its edges, and without marks that stand on nothing."""
     edges = "'" + JOINERS
     word = word.rstrip(edges)
-    start = next((place for place, sign in enumerate(word) if sign not in edges and not _is_mark(sign)), len(word))
+    start = next((index for index, sign in enumerate(word) if sign not in edges and not _is_mark(sign)), len(word))
     return word[start:]
 
 

@@ -27,11 +27,11 @@ from mllm.inference.progressive import Growing
 from mllm.inference.request import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.inference.timing import stopwatch
 from mllm.kv_cache.system_prompt import ConstantPrompt
-from mllm.media import Given, MediaError, MediaLoader
+from mllm.media import InMemoryMedium, MediaError, MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.processing.requests import Request, fitting
+from mllm.processing.requests import Request, fitting_budget
 
 __all__ = [
     "DEFAULT_PROMPTS",
@@ -48,7 +48,7 @@ __all__ = [
 class Answerer:
     """Answers with one model.
 
-    Media are files or what is at hand, one or several: paths, bytes, PIL images, arrays (see `mllm.media.given`).
+    Media are files or what is at hand, one or several: paths, bytes, PIL images, arrays (see `mllm.media.in_memory`).
 
     Args:
         model: in eval mode, on the device it is to run on.
@@ -237,14 +237,16 @@ class Answerer:
         asked = Budget.of(budget)
         requests = self.requests_about(with_sound(files, asked), texts)
         samples, (_, names, given) = [request.sample for request in requests], requests[0]
-        fitting(asked, samples)
+        fitting_budget(asked, samples)
         try:
             return samples, self._load(samples[0], [asked], given), asked
         except MediaError as error:
             name = names.get(error.path, error.path)
             raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
 
-    def _load(self, sample: Sample, budgets: Sequence[Budget], given: Sequence[Given | None] = ()) -> list[Window]:
+    def _load(
+        self, sample: Sample, budgets: Sequence[Budget], given: Sequence[InMemoryMedium | None] = ()
+    ) -> list[Window]:
         how = self.long_audio
         return load_windows(sample, self.processor, how, loader=self.loader, budgets=budgets, given=given)
 

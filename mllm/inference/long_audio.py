@@ -15,7 +15,7 @@ from mllm.data.manifest import Sample
 from mllm.inference.request import Answer
 from mllm.inference.timing import PHASES, Timing
 from mllm.inference.windows import join_transcripts, window_times
-from mllm.media import Audio, Given, Reader, Video
+from mllm.media import Audio, InMemoryMedium, Reader, Video
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.processor import ElasticProcessor
 
@@ -37,7 +37,7 @@ def load_windows(
     loader: Reader | None = None,
     noise: Callable[[Audio], Audio] | None = None,
     budgets: Sequence[Budget] = (),
-    given: Sequence[Given | None] = (),
+    given: Sequence[InMemoryMedium | None] = (),
 ) -> list[Window]:
     """Load a sample; in windows where its one sound, alone or with the lips of the same clip, is too long.
 
@@ -51,17 +51,17 @@ def load_windows(
         MediaError, ValueError: as `ElasticProcessor.load_media`, and lengths that do not go with the encoder.
     """
     if how.mode == "refuse" or not _can_be_cut(sample, processor):
-        whole = processor.load_media(sample, loader=loader, noise=noise, budgets=budgets, given=given)
+        whole = processor.load_media(sample, loader=loader, noise=noise, budgets=budgets, in_memory=given)
         return [Window(0.0, 0.0, whole)]
     window, overlap = lengths_of(how, processor)
-    raws = processor.read_media(sample, loader, given=given)
+    raws = processor.read_media(sample, loader, in_memory=given)
     try:
         raws = [noise(raw) if noise is not None and isinstance(raw, Audio) else raw for raw in raws]
     except ValueError as error:
         raise ValueError(f"sample {sample.id!r}: {error}") from error
     seconds = next(raw.seconds for raw in raws if isinstance(raw, Audio))
     return [
-        Window(*at, processor.prepare_media(sample, [_cut(raw, *at) for raw in raws], budgets=budgets, given=given))
+        Window(*at, processor.prepare_media(sample, [_cut(raw, *at) for raw in raws], budgets=budgets, in_memory=given))
         for at in window_times(seconds, window, overlap)
     ]
 

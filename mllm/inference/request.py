@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mllm.budget import MEDIA, Budget, Cost, Extent, Space
 from mllm.inference.timing import Timing
-from mllm.media import MediaInput, is_file, several
+from mllm.media import MediaInput, is_file, items_of
 from mllm.processing.requests import Request, read_request
 
 # What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
@@ -19,7 +19,7 @@ DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
     ("audio", "video"): "transcribe speech and video to text.",
 }
 Files = MediaInput | Sequence[MediaInput]
-"""One or several of what `mllm.media.given` reads: paths, bytes, PIL images, arrays."""
+"""One or several of what `mllm.media.in_memory` reads: paths, bytes, PIL images, arrays."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def request(
     *,
     separator: str = "",
 ) -> Request:
-    """Read one request about media: files anywhere on the disk, or what is at hand (`mllm.media.given`).
+    """Read one request about media: files anywhere on the disk, or what is at hand (`mllm.media.in_memory`).
 
     Args:
         separator: put between the media and the question where it does not begin with it already.
@@ -58,7 +58,7 @@ def request(
     Raises:
         ValueError: neither media nor text, or no default prompt for these media.
     """
-    present = tuple(medium for medium in MEDIA if several(medium, media.get(medium)))
+    present = tuple(medium for medium in MEDIA if items_of(medium, media.get(medium)))
     if text is None and not present:
         raise ValueError("nothing to answer: give text, or an image, audio or video file")
     if text is None and present not in prompts:
@@ -68,9 +68,9 @@ def request(
 
 def with_sound(media: Mapping[str, Files], budget: Budget) -> dict[str, Files]:
     """Add the sound of the videos where a budget speaks of audio and none was given."""
-    if "audio" not in budget.amounts or several("audio", media.get("audio")):
+    if "audio" not in budget.amounts or items_of("audio", media.get("audio")):
         return dict(media)
-    files = [file for file in several("video", media.get("video")) if is_file(file)]
+    files = [file for file in items_of("video", media.get("video")) if is_file(file)]
     return {**media, "audio": files}
 
 

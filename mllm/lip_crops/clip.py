@@ -21,7 +21,7 @@ from mllm.lip_crops.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedS
 from mllm.lip_crops.settings import LipCropsConfig
 from mllm.lip_crops.sheet import draw_strip
 from mllm.lip_crops.tracks import Track, choose, follow
-from mllm.media import MediaError, to_gray, write_sound, write_video
+from mllm.media import MediaError, to_gray, write_audio, write_video
 
 Status = Literal["done", "skipped", "failed"]
 Finder = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -133,7 +133,7 @@ def _write(job: ClipJob, crops: np.ndarray, sound: AlignedSound | None) -> None:
     parts = [job.output(f"{suffix}.part") for suffix in (".wav", ".mp4")]
     try:
         if sound is not None:
-            write_sound(parts[0], sound.samples, SAMPLE_RATE_HZ)
+            write_audio(parts[0], sound.samples, SAMPLE_RATE_HZ)
             os.replace(parts[0], job.output(".wav"))
         write_video(parts[1], crops, frames_per_second=FRAMES_PER_SECOND)
         os.replace(parts[1], job.output(".mp4"))

@@ -3,22 +3,22 @@
     load_image(path)  an image, upright RGB          load_audio(path)  one channel at the asked rate
     load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings
     MediaError        whatever is wrong with a file   resolve_media     which files may be opened at all
-    decode_given      what a caller hands over in memory
-    stream_video      frames one at a time            write_video, write_sound    crops and their sound
+    decode_in_memory      what a caller hands over in memory
+    stream_video      frames one at a time            write_video, write_audio    crops and their sound
 
 Knows files, formats and limits. Does not know what an encoder wants (`transforms/encoder_inputs.py` does).
 """
 
 from mllm.media.audio import Audio, load_audio, resample
-from mllm.media.av_sync import MAX_MISMATCH_SECONDS, agreeing_sound
+from mllm.media.av_sync import MAX_MISMATCH_SECONDS, audio_as_long_as_video
 from mllm.media.errors import ERROR_KINDS, ErrorKind, MediaError
-from mllm.media.given import Given, MediaInput, decode_given, is_file, path_of, several
 from mllm.media.image import load_image, to_rgb
+from mllm.media.in_memory import InMemoryMedium, MediaInput, decode_in_memory, is_file, items_of, path_of
 from mllm.media.limits import DEFAULT_LIMITS, MediaLimits
 from mllm.media.loader import MediaLoader, Reader, RememberingLoader
 from mllm.media.paths import RootedPaths, path_problem, resolve_media
 from mllm.media.video import FrameSampling, Video, load_video, stream_video, to_gray
-from mllm.media.writing import write_sound, write_video
+from mllm.media.writing import write_audio, write_video
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -27,7 +27,7 @@ __all__ = [
     "Audio",
     "ErrorKind",
     "FrameSampling",
-    "Given",
+    "InMemoryMedium",
     "MediaError",
     "MediaInput",
     "MediaLimits",
@@ -36,9 +36,10 @@ __all__ = [
     "RememberingLoader",
     "RootedPaths",
     "Video",
-    "agreeing_sound",
-    "decode_given",
+    "audio_as_long_as_video",
+    "decode_in_memory",
     "is_file",
+    "items_of",
     "load_audio",
     "load_image",
     "load_video",
@@ -46,10 +47,9 @@ __all__ = [
     "path_problem",
     "resample",
     "resolve_media",
-    "several",
     "stream_video",
     "to_gray",
     "to_rgb",
-    "write_sound",
+    "write_audio",
     "write_video",
 ]

@@ -26,7 +26,7 @@ from mllm.media.limits import (
     sniff,
 )
 
-SOUND_FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3", "MPEG")
+AUDIO_FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3", "MPEG")
 AUDIO_CODECS = ("aac", "mp3", "opus", "vorbis", "flac", "alac", "ac3", "mp2")
 """Codecs read inside video files, besides plain PCM."""
 BLOCK_FRAMES = 65_536
@@ -65,7 +65,7 @@ def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLi
         container = sniff(file)
         if container is None or container[0] == "image":
             raise MediaError("unsupported", name, "neither a sound nor a video file of a known format")
-        read = _read_sound if container[0] == "sound" and container[1] != "aac" else _read_clip
+        read = _read_audio_file if container[0] == "audio" and container[1] != "aac" else _read_video_file
         samples, rate_hz = read(name, file, limits, deadline)
     if not np.isfinite(samples).all():
         raise MediaError("corrupt", name, "the samples are not all finite numbers")
@@ -82,26 +82,26 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     return resample_poly(samples, to_hz // divisor, from_hz // divisor).astype(np.float32)
 
 
-def _read_sound(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
+def _read_audio_file(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
     import soundfile
 
     _check_stated_length(name, file)
     with decoding(name):
-        sound = soundfile.SoundFile(file)
-    with sound:
-        if sound.format not in SOUND_FORMATS:
-            raise MediaError("unsupported", name, f"not one of the sound formats {', '.join(SOUND_FORMATS)}")
-        rate_hz, stated = sound.samplerate, sound.frames
-        _check_header(name, rate_hz, sound.channels, stated, limits)
-        mono = _collect(name, _sound_blocks(sound), rate_hz, limits, deadline)
+        opened = soundfile.SoundFile(file)
+    with opened:
+        if opened.format not in AUDIO_FORMATS:
+            raise MediaError("unsupported", name, f"not one of the sound formats {', '.join(AUDIO_FORMATS)}")
+        rate_hz, stated = opened.samplerate, opened.frames
+        _check_header(name, rate_hz, opened.channels, stated, limits)
+        mono = _collect(name, _file_blocks(opened), rate_hz, limits, deadline)
         # The length an MP3 header gives is an estimate; the other formats state it exactly.
-        if len(mono) < stated and sound.format not in ("MP3", "MPEG"):
+        if len(mono) < stated and opened.format not in ("MP3", "MPEG"):
             raise MediaError("corrupt", name, "the file holds fewer samples than its header states")
     return mono, rate_hz
 
 
-def _sound_blocks(sound: Any) -> Iterator[np.ndarray]:
-    while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+def _file_blocks(opened: Any) -> Iterator[np.ndarray]:
+    while len(block := opened.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
         yield block.mean(axis=1)
 
 
@@ -117,15 +117,15 @@ def _check_stated_length(name: str, file: BinaryIO) -> None:
         raise MediaError("corrupt", name, "the file is shorter than its header states")
 
 
-def _read_clip(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
+def _read_video_file(name: str, file: BinaryIO, limits: MediaLimits, deadline: Deadline) -> tuple[np.ndarray, int]:
     with open_stream(name, file, "audio", AUDIO_CODECS) as (container, stream):
         rate_hz, channels = stream.codec_context.sample_rate, stream.codec_context.channels
         stated = int(stated_seconds(container, stream) * rate_hz)
         _check_header(name, rate_hz, channels, stated, limits)
-        return _collect(name, _clip_blocks(name, container, stream, rate_hz), rate_hz, limits, deadline), rate_hz
+        return _collect(name, _stream_blocks(name, container, stream, rate_hz), rate_hz, limits, deadline), rate_hz
 
 
-def _clip_blocks(name: str, container: Any, stream: Any, rate_hz: int) -> Iterator[np.ndarray]:
+def _stream_blocks(name: str, container: Any, stream: Any, rate_hz: int) -> Iterator[np.ndarray]:
     import av
 
     planar = av.AudioResampler(format="fltp")

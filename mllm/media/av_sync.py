@@ -13,7 +13,7 @@ MAX_MISMATCH_SECONDS = 0.08
 """Two frames of a video at 25 per second, or the padding of a sound codec."""
 
 
-def agreeing_sound(sound: Audio, video: Video, *, path: object, max_mismatch_seconds: float) -> Audio:
+def audio_as_long_as_video(audio: Audio, video: Video, *, path: object, max_mismatch_seconds: float) -> Audio:
     """The sound, cut or followed by silence to the length of the video: 640 samples a frame at 16 kHz and 25 frames/s.
 
     Args:
@@ -23,15 +23,15 @@ def agreeing_sound(sound: Audio, video: Video, *, path: object, max_mismatch_sec
     Raises:
         MediaError: kind `mismatch`, when they are further apart.
     """
-    apart = abs(sound.seconds - video.seconds)
+    apart = abs(audio.seconds - video.seconds)
     if apart > max_mismatch_seconds + 1e-6:
         raise MediaError(
             "mismatch",
             path,
-            f"the sound lasts {sound.seconds:.3f} seconds and the video of the same clip {video.seconds:.3f}; they may "
+            f"the sound lasts {audio.seconds:.3f} seconds and the video of the same clip {video.seconds:.3f}; they may "
             f"differ by {max_mismatch_seconds:g} (max_mismatch_seconds)",
         )
-    count = max(1, round(video.seconds * sound.sample_rate_hz))
-    if count <= len(sound.samples):
-        return Audio(sound.samples[:count], sound.sample_rate_hz)
-    return Audio(np.pad(sound.samples, (0, count - len(sound.samples))), sound.sample_rate_hz)
+    count = max(1, round(video.seconds * audio.sample_rate_hz))
+    if count <= len(audio.samples):
+        return Audio(audio.samples[:count], audio.sample_rate_hz)
+    return Audio(np.pad(audio.samples, (0, count - len(audio.samples))), audio.sample_rate_hz)

@@ -43,7 +43,7 @@ def decord_frames(name: str, file: BinaryIO, num_frames: int, seconds: float) ->
     child, end = _running(), time.monotonic() + seconds
     is_whole = False
     try:
-        head = _asked(name, child, file.read(), end)
+        head = _request(name, child, file.read(), end)
         if "error" in head:
             is_whole = True  # it waits for the next file
             raise MediaError("corrupt", name, "the decoder could not read the file")
@@ -79,7 +79,7 @@ def _running() -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         pipe = subprocess.PIPE
         # In a session of its own: Ctrl-C lets a training finish its step, and that step may need the child.
-        own = subprocess.Popen(
+        child = subprocess.Popen(
             words,
             env=environment,
             stdin=pipe,
@@ -88,11 +88,11 @@ def _running() -> subprocess.Popen[bytes]:
             bufsize=0,
             start_new_session=True,
         )
-        _child = (os.getpid(), own)
+        _child = (os.getpid(), child)
     return _child[1]
 
 
-def _asked(name: str, child: subprocess.Popen[bytes], content: bytes, end: float) -> dict[str, Any]:
+def _request(name: str, child: subprocess.Popen[bytes], content: bytes, end: float) -> dict[str, Any]:
     assert child.stdin is not None
     try:
         child.stdin.write(len(content).to_bytes(_LENGTH_BYTES, "big"))

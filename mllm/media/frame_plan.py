@@ -25,8 +25,8 @@ class FramePlan:
     def of_used(self) -> "FramePlan":
         """The same frames, numbered among those that are used."""
         used = sorted(set(self.indices))
-        places = {number: place for place, number in enumerate(used)}
-        return FramePlan(len(used), tuple(places[number] for number in self.indices), self.frames_per_second)
+        new_numbers = {number: new_number for new_number, number in enumerate(used)}
+        return FramePlan(len(used), tuple(new_numbers[number] for number in self.indices), self.frames_per_second)
 
 
 @dataclass(frozen=True, slots=True)

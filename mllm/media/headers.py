@@ -27,24 +27,24 @@ def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIM
     name = str(path)
     limit, key = (limits.audio_bytes, "audio_bytes") if medium == "audio" else (limits.video_bytes, "video_bytes")
     with open_media(path, limit, key) as file:
-        found = sniff(file)
-        if found == ("sound", "aac"):  # it states no length, and its bit rate tells little
+        container = sniff(file)
+        if container == ("audio", "aac"):  # it states no length, and its bit rate tells little
             with open_stream(name, file, "audio", AUDIO_CODECS) as (container, stream), decoding(name):
                 return float(sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base)
-        if found is not None and found[0] == "sound":
+        if container is not None and container[0] == "audio":
             import soundfile
 
-            with decoding(name), soundfile.SoundFile(file) as sound:
-                return sound.frames / sound.samplerate
-        if found is not None and found[0] == "image" and found[1] in KINDS:
-            ticks = sum(ticks for _, ticks in animation_frames(name, file, found[1], limits))
+            with decoding(name), soundfile.SoundFile(file) as opened:
+                return opened.frames / opened.samplerate
+        if container is not None and container[0] == "image" and container[1] in KINDS:
+            ticks = sum(ticks for _, ticks in animation_frames(name, file, container[1], limits))
             return float(ticks * TICK_SECONDS)
         kind, codecs = ("audio", AUDIO_CODECS) if medium == "audio" else ("video", VIDEO_CODECS)
         with open_stream(name, file, kind, codecs) as (container, stream):
             return float(stated_seconds(container, stream))
 
 
-def has_sound(path: Path) -> bool:
+def has_audio(path: Path) -> bool:
     """Whether a video file has a sound stream that can be read; False also for a file that is none.
 
     Only the header is looked at, so the file may be of any size; whoever reads it knows how large it may be.

@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields
 from typing import BinaryIO, Literal, TypeVar
 
 from mllm.media.errors import MediaError, too_many_bytes
-from mllm.media.packed import packed_bytes, packed_place
+from mllm.media.packed import packed_bytes, packed_location
 from mllm.media.regular import open_regular
 
-Container = Literal["image", "sound", "clip"]
+Container = Literal["image", "audio", "video"]
 Item = TypeVar("Item")
 
 
@@ -123,8 +123,8 @@ def open_media(path: MediaFile, max_bytes: int, key: str | None = None) -> Itera
         _check_size(name, len(path), max_bytes, key)
         yield io.BytesIO(path)
         return
-    if (place := packed_place(name)) is not None and not os.path.lexists(name):
-        yield io.BytesIO(packed_bytes(name, place, max_bytes, key))
+    if (location := packed_location(name)) is not None and not os.path.lexists(name):
+        yield io.BytesIO(packed_bytes(name, location, max_bytes, key))
         return
     descriptor = open_regular(name, name)
     try:
@@ -183,28 +183,28 @@ def sniff(file: BinaryIO) -> tuple[Container, str] | None:
     file.seek(0)
     if head[:4] in (b"RIFF", b"RF64"):
         riff: dict[bytes, tuple[Container, str]] = {
-            b"WAVE": ("sound", "wav"),
-            b"AVI ": ("clip", "avi"),
+            b"WAVE": ("audio", "wav"),
+            b"AVI ": ("video", "avi"),
             b"WEBP": ("image", "webp"),
         }
         return riff.get(head[8:12])
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        return "sound", "aiff"
+        return "audio", "aiff"
     if head[4:8] == b"ftyp":
         return _of_brands(head)
     if head[4:8] in (b"moov", b"mdat", b"free", b"wide", b"skip"):
-        return "clip", "mp4"
+        return "video", "mp4"
     if head[:3] == b"ID3":
-        return _of_frame(_behind_tag(file, head)) or ("sound", "mp3")
-    return _of_frame(head) or next((found for magic, found in _SIGNATURES if head.startswith(magic)), None)
+        return _of_frame(_behind_tag(file, head)) or ("audio", "mp3")
+    return _of_frame(head) or next((container for magic, container in _SIGNATURES if head.startswith(magic)), None)
 
 
 def _of_frame(head: bytes) -> tuple[Container, str] | None:
     """Eleven set bits begin a frame of MPEG audio; its two layer bits are 0 only in AAC, which sets a twelfth."""
     sync = int.from_bytes(head[:2], "big")
     if sync & 0xFFE0 == 0xFFE0 and sync & 0x0006:
-        return "sound", "mp3"
-    return ("sound", "aac") if sync & 0xFFF6 == 0xFFF0 else None
+        return "audio", "mp3"
+    return ("audio", "aac") if sync & 0xFFF6 == 0xFFF0 else None
 
 
 def _behind_tag(file: BinaryIO, head: bytes) -> bytes:
@@ -222,7 +222,7 @@ def _of_brands(head: bytes) -> tuple[Container, str]:
     others = {head[start : start + 4] for start in range(16, min(size, len(head)), 4)}
     if head[8:12] in _AVIF_BRANDS or (head[8:12] in _IMAGE_BRANDS and others & _AVIF_BRANDS):
         return "image", "avif"
-    return ("image", "heif") if head[8:12] in _IMAGE_BRANDS else ("clip", "mp4")
+    return ("image", "heif") if head[8:12] in _IMAGE_BRANDS else ("video", "mp4")
 
 
 _AVIF_BRANDS = {b"avif", b"avis"}
@@ -234,13 +234,13 @@ _SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (
     (b"\x89PNG\r\n\x1a\n", ("image", "png")),
     (b"BM", ("image", "bmp")),
     (b"GIF8", ("image", "gif")),
-    (b"fLaC", ("sound", "flac")),
-    (b"OggS", ("sound", "ogg")),
+    (b"fLaC", ("audio", "flac")),
+    (b"OggS", ("audio", "ogg")),
     (b"II*\0", ("image", "tiff")),
     (b"MM\0*", ("image", "tiff")),
     (b"II+\0", ("image", "tiff")),
     (b"MM\0+", ("image", "tiff")),
-    (b"\x1a\x45\xdf\xa3", ("clip", "matroska")),
-    (b"\x00\x00\x01\xba", ("clip", "mpeg")),
-    (b"\x00\x00\x01\xb3", ("clip", "mpeg")),
+    (b"\x1a\x45\xdf\xa3", ("video", "matroska")),
+    (b"\x00\x00\x01\xba", ("video", "mpeg")),
+    (b"\x00\x00\x01\xb3", ("video", "mpeg")),
 )

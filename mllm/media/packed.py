@@ -32,12 +32,12 @@ class Packed(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def packed_place(path: str) -> Packed | None:
+def packed_location(path: str) -> Packed | None:
     """The place that a path means, or None where it is that of a file."""
-    found = _PACKED.fullmatch(path) if "@" in path else None
-    if found is None:
+    match = _PACKED.fullmatch(path) if "@" in path else None
+    if match is None:
         return None
-    return Packed(found["file"], found["kind"], tuple(int(number) for number in found["numbers"].split(".")))
+    return Packed(match["file"], match["kind"], tuple(int(number) for number in match["numbers"].split(".")))
 
 
 def packed_path(file: str, *numbers: int) -> str:
@@ -45,7 +45,7 @@ def packed_path(file: str, *numbers: int) -> str:
     return f"{file}@{'.'.join(map(str, numbers))}"
 
 
-def packed_bytes(name: str, place: Packed, max_bytes: int, key: str | None = None) -> bytes:
+def packed_bytes(name: str, location: Packed, max_bytes: int, key: str | None = None) -> bytes:
     """The bytes of a place.
 
     Args:
@@ -56,7 +56,7 @@ def packed_bytes(name: str, place: Packed, max_bytes: int, key: str | None = Non
     Raises:
         MediaError: missing, refused, unsupported (pyarrow is not installed), corrupt, empty, or limit.
     """
-    content = _from_tar(name, place, max_bytes, key) if place.kind == "tar" else _from_table(name, place)
+    content = _from_tar(name, location, max_bytes, key) if location.kind == "tar" else _from_table(name, location)
     if not content:
         raise MediaError("empty", name, "the file is empty")
     if len(content) > max_bytes:
@@ -64,13 +64,13 @@ def packed_bytes(name: str, place: Packed, max_bytes: int, key: str | None = Non
     return content
 
 
-def _from_tar(name: str, place: Packed, max_bytes: int, key: str | None) -> bytes:
-    if len(place.numbers) != 2:
+def _from_tar(name: str, location: Packed, max_bytes: int, key: str | None) -> bytes:
+    if len(location.numbers) != 2:
         raise MediaError("missing", name, "a place in a tar is its first byte and its length")
-    start, size = place.numbers
+    start, size = location.numbers
     if size > max_bytes:
         raise too_many_bytes(name, max_bytes, key)
-    descriptor = open_regular(name, place.file)
+    descriptor = open_regular(name, location.file)
     try:
         if start + size > os.fstat(descriptor).st_size:
             raise MediaError("missing", name, "the tar ends before that place")
@@ -82,18 +82,18 @@ def _from_tar(name: str, place: Packed, max_bytes: int, key: str | None) -> byte
     return content
 
 
-def _from_table(name: str, place: Packed) -> bytes:
+def _from_table(name: str, location: Packed) -> bytes:
     """The bytes of a cell: binary, or an object with them as hubs keep images and sounds."""
     try:
         import pyarrow
     except ImportError as error:
         reason = f"tables are read with pyarrow: {install_line('tables')}"
         raise MediaError("unsupported", name, reason) from error
-    row, column, *item = place.numbers
-    os.close(open_regular(name, place.file))
+    row, column, *item = location.numbers
+    os.close(open_regular(name, location.file))
     try:
-        facts = os.stat(place.file)
-        cell = _cell(place.file, (facts.st_mtime_ns, facts.st_size, os.getpid()), row, column)
+        facts = os.stat(location.file)
+        cell = _cell(location.file, (facts.st_mtime_ns, facts.st_size, os.getpid()), row, column)
     except IndexError as error:
         raise MediaError("missing", name, "the table has no such row or column") from error
     except (pyarrow.ArrowException, OSError) as error:

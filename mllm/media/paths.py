@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from mllm.media.errors import MediaError
-from mllm.media.packed import packed_path, packed_place
+from mllm.media.packed import packed_location, packed_path
 
 # What most paths look like, to be done with them at once: words with dots and dashes inside, parted by slashes.
 _PLAIN = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*")
@@ -45,10 +45,10 @@ class RootedPaths:
         try:
             candidate, mode = self._follow(relative)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if (place := packed_place(relative)) is not None:
-                self.resolve(place.file)
+            if (location := packed_location(relative)) is not None:
+                self.resolve(location.file)
                 # A cache may keep the file under a name that does not say what it is; this one does.
-                return packed_path(f"{self._real_folder('')}/{place.file}", *place.numbers)
+                return packed_path(f"{self._real_folder('')}/{location.file}", *location.numbers)
             raise MediaError("missing", relative, "there is no such file under the root") from error
         except OSError as error:
             raise MediaError("refused", relative, "the path cannot be followed") from error

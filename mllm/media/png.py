@@ -28,11 +28,11 @@ def without_notes(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if not dropped:
         return file
-    plain, place = io.BytesIO(), 0
+    plain, position = io.BytesIO(), 0
     for _, start, size in dropped:
-        plain.write(file.read(start - place))
-        place = start + size
-        file.seek(place)
+        plain.write(file.read(start - position))
+        position = start + size
+        file.seek(position)
     plain.write(file.read())
     plain.seek(0)
     return plain
@@ -41,15 +41,15 @@ def without_notes(file: BinaryIO) -> BinaryIO:
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """Kind, first byte and length of every chunk that the file holds whole."""
     end = file.seek(0, io.SEEK_END)
-    place = _SIGNATURE_BYTES
-    while place + _HEAD_BYTES <= end:
-        file.seek(place)
+    position = _SIGNATURE_BYTES
+    while position + _HEAD_BYTES <= end:
+        file.seek(position)
         head = file.read(_HEAD_BYTES)
         size = int.from_bytes(head[:4], "big") + _HEAD_BYTES + _CRC_BYTES
-        if place + size > end:  # cut off: the decoder will say so
+        if position + size > end:  # cut off: the decoder will say so
             return
-        yield head[4:], place, size
-        place += size
+        yield head[4:], position, size
+        position += size
 
 
 def _is_note(file: BinaryIO, kind: bytes, start: int, size: int) -> bool:
@@ -59,7 +59,7 @@ def _is_note(file: BinaryIO, kind: bytes, start: int, size: int) -> bool:
         return False
     file.seek(start + _HEAD_BYTES)
     content = file.read(size - _HEAD_BYTES - _CRC_BYTES)
-    keyword = next((own for own in _WITH_ORIENTATION if content.startswith(own)), None)
+    keyword = next((prefix for prefix in _WITH_ORIENTATION if content.startswith(prefix)), None)
     return keyword is None or len(content) > _MAX_TEXT_BYTES or _unpacks_large(kind, content[len(keyword) :])
 
 

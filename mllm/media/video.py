@@ -147,7 +147,7 @@ def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | Non
         MediaError: it is neither.
     """
     container = sniff(file)
-    if container is not None and container[0] == "clip":
+    if container is not None and container[0] == "video":
         return None
     if container is not None and container[1] in KINDS and is_animated(name, file, container[1], limits):
         return container[1]
@@ -272,16 +272,16 @@ def _sought_frames(
     upright = Upright(name, limits, gray)
     with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
         for stamp in stamps:
-            found = None
+            frame = None
             for seconds in _SEEK_BACK:
                 # A seek goes by the time of decoding, so the key frame it finds may be shown too late.
                 container.seek(stamp - int(seconds / stream.time_base), stream=stream)
-                found = _first_from(container.decode(stream), stamp, deadline)
-                if found is not None and found.pts == stamp and not found.is_corrupt:
+                frame = _first_from(container.decode(stream), stamp, deadline)
+                if frame is not None and frame.pts == stamp and not frame.is_corrupt:
                     break
-            if found is None or found.pts != stamp:
+            if frame is None or frame.pts != stamp:
                 raise MediaError("corrupt", name, "a frame cannot be found at the time the file states")
-            yield upright(found)
+            yield upright(frame)
 
 
 def _first_from(frames: Iterator[Any], stamp: int, deadline: Deadline) -> Any:

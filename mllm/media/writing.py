@@ -32,7 +32,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, *, frames_per_
         container.mux(stream.encode(None))
 
 
-def write_sound(path: str | os.PathLike[str], samples: np.ndarray, sample_rate_hz: int = 16_000) -> None:
+def write_audio(path: str | os.PathLike[str], samples: np.ndarray, sample_rate_hz: int = 16_000) -> None:
     """Write float samples (L,) as 16-bit mono wav; a peak beyond full scale turns the whole sound down."""
     import soundfile
 

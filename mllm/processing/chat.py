@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mllm.data.manifest import Media, Message, Text
-from mllm.data.numbered_images import named_images
+from mllm.data.numbered_images import number_images
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
 
@@ -100,7 +100,7 @@ class ChatEncoder:
         chat_format: `plain`, `llava_plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
         placeholder_ids: per medium the id that stands for it.
         span_ids: per medium the ids before and after it.
-        names_images: number the images of a conversation in the text; see `named_images`.
+        names_images: number the images of a conversation in the text; see `number_images`.
 
     Raises:
         ValueError: an unknown format, or `chat` with a tokenizer that has no template.
@@ -161,7 +161,7 @@ class ChatEncoder:
         if not messages or not messages[-1].parts or not isinstance(messages[-1].parts[-1], Text):
             raise ValueError("the last message must end with a text that can be gone on with")
         layout, written = self._plan(messages, False)
-        end = max(place for place, piece in enumerate(layout) if isinstance(piece, _Slot)) + 1
+        end = max(index for index, piece in enumerate(layout) if isinstance(piece, _Slot)) + 1
         return self._prompts([messages], [(layout[:end], written)])[0]
 
     def _prompts(
@@ -205,7 +205,7 @@ class ChatEncoder:
 
     def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
         """How a conversation is laid out, and what stands in the slots."""
-        messages = self._read(named_images(messages) if self.names_images else messages)
+        messages = self._read(number_images(messages) if self.names_images else messages)
         speakers = tuple(
             (message.role, tuple(part.medium if isinstance(part, Media) else "" for part in message.parts))
             for message in messages
@@ -235,11 +235,11 @@ class ChatEncoder:
         slots = [[piece for piece in layout if isinstance(piece, _Slot)] for layout, _ in plans]
         texts = [
             (slot.glue + text, slot.continues)
-            for own, (_, written) in zip(slots, plans, strict=True)
-            for slot, text in zip(own, written, strict=True)
+            for turn_slots, (_, written) in zip(slots, plans, strict=True)
+            for slot, text in zip(turn_slots, written, strict=True)
         ]
         read = {
-            continues: iter(self._plain([text for text, own in texts if own == continues], continues=continues))
+            continues: iter(self._plain([text for text, goes_on in texts if goes_on == continues], continues=continues))
             for continues in (False, True)
         }
         return (next(read[continues]) for _, continues in texts)

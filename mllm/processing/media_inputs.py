@@ -34,14 +34,14 @@ class LoadedMedia:
     values: Tensor
     raw_length: int = 0
     grid: tuple[int, int] | None = None
-    tower: str = ""
+    encoded_as: str = ""
     image_pixels: Size | None = None
     tilings: tuple[Tiles, ...] = ()
 
     @property
     def encoder(self) -> str:
         """The medium whose encoder this is for."""
-        return self.tower or self.medium
+        return self.encoded_as or self.medium
 
     @property
     def num_items(self) -> int:
@@ -57,7 +57,7 @@ def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) 
     Raises:
         ValueError: none of the budgets can be met.
     """
-    asked: list[list[Tiles]] = [[] for _ in extents]
+    cuts: list[list[Tiles]] = [[] for _ in extents]
     held = {extent.medium for extent in extents}
     refusals = []
     for budget in budgets or (Budget(),):
@@ -66,11 +66,11 @@ def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) 
         except ValueError as error:
             refusals.append(error)
             continue
-        for own, cost in zip(asked, costs, strict=True):
-            own += [cost.tiles] if cost.tiles is not None and cost.tiles not in own else []
-    if not any(asked):
+        for cuts_of_item, cost in zip(cuts, costs, strict=True):
+            cuts_of_item += [cost.tiles] if cost.tiles is not None and cost.tiles not in cuts_of_item else []
+    if not any(cuts):
         raise refusals[0]
-    return [tuple(own) for own in asked]
+    return [tuple(cuts_of_item) for cuts_of_item in cuts]
 
 
 def cut_image(
@@ -104,15 +104,15 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
-        own = [item for item in items if item.encoder == medium]
-        if any(item.values.ndim == 4 for item in own) and medium == "image":
-            out[key] = torch.cat([item.values.view(-1, *item.values.shape[-3:]) for item in own])
-        elif own:
-            out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in own], batch_first=True)
-            if own[0].grid is not None:
-                out["image_grids"] = torch.tensor([item.grid for item in own])
-        if own and medium in LENGTH_KEYS:
-            out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in own])
+        of_medium = [item for item in items if item.encoder == medium]
+        if any(item.values.ndim == 4 for item in of_medium) and medium == "image":
+            out[key] = torch.cat([item.values.view(-1, *item.values.shape[-3:]) for item in of_medium])
+        elif of_medium:
+            out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in of_medium], batch_first=True)
+            if of_medium[0].grid is not None:
+                out["image_grids"] = torch.tensor([item.grid for item in of_medium])
+        if of_medium and medium in LENGTH_KEYS:
+            out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in of_medium])
     return out
 
 

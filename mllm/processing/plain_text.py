@@ -59,8 +59,8 @@ class Reserved:
             if token_id in self.ids and end - start > 1:
                 places.add(start + 1)
             elif name := self.spelled.get(token_id):
-                found = text.find(name, start, end)
-                places |= {found + 1} if found >= 0 and len(name) > 1 else set()
+                start_of_name = text.find(name, start, end)
+                places |= {start_of_name + 1} if start_of_name >= 0 and len(name) > 1 else set()
         return sorted(places)
 
 

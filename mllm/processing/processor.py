@@ -24,12 +24,12 @@ from mllm.media import (
     DEFAULT_LIMITS,
     Audio,
     FrameSampling,
-    Given,
+    InMemoryMedium,
     MediaLimits,
     MediaLoader,
     Reader,
-    agreeing_sound,
-    decode_given,
+    audio_as_long_as_video,
+    decode_in_memory,
     resolve_media,
 )
 from mllm.processing.batch import Batch, Expanded, Row, Run, check_length, expand
@@ -46,7 +46,7 @@ from mllm.processing.media_inputs import (
 )
 from mllm.processing.processor_calls import ProcessorCalls
 from mllm.processing.requests import SEPARATORS
-from mllm.transforms.augmentation import Augmentation, Chance, chances
+from mllm.transforms.augmentation import Augmentation, RngFor, rngs_by_purpose
 from mllm.transforms.encoder_inputs import ImageTransform, MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
@@ -150,7 +150,7 @@ class ElasticProcessor(ProcessorCalls):
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
         budgets: Sequence[Budget] = (),
-        given: Sequence[Given | None] = (),
+        in_memory: Sequence[InMemoryMedium | None] = (),
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
@@ -165,16 +165,22 @@ class ElasticProcessor(ProcessorCalls):
             noise: what becomes of each sound between its file and its transform.
             augmentation: done before that, where there is a generator.
             budgets: what the sample is going to be asked at.
-            given: what was handed over in place of files, per medium of the sample; None where it is a file.
+            in_memory: what was handed over in place of files, per medium of the sample; None where it is a file.
 
         Raises:
             MediaError: a file that is missing, broken, over a limit or outside the root, sound and video of one
                 clip that are not equally long, or what its encoder cannot take.
             ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
-        raws = self.read_media(sample, loader, given=given)
+        raws = self.read_media(sample, loader, in_memory=in_memory)
         return self.prepare_media(
-            sample, raws, generator=generator, noise=noise, augmentation=augmentation, budgets=budgets, given=given
+            sample,
+            raws,
+            generator=generator,
+            noise=noise,
+            augmentation=augmentation,
+            budgets=budgets,
+            in_memory=in_memory,
         )
 
     def prepare_media(
@@ -186,7 +192,7 @@ class ElasticProcessor(ProcessorCalls):
         noise: Callable[[Audio], Audio] | None = None,
         augmentation: Augmentation | None = None,
         budgets: Sequence[Budget] = (),
-        given: Sequence[Given | None] = (),
+        in_memory: Sequence[InMemoryMedium | None] = (),
     ) -> list[LoadedMedia]:
         """Transform the decoded media of a sample, as `load_media` does once it has read them.
 
@@ -196,10 +202,10 @@ class ElasticProcessor(ProcessorCalls):
         Raises:
             MediaError, ValueError: as `load_media`.
         """
-        chance = None if generator is None else chances(generator)
+        rng_for = None if generator is None else rngs_by_purpose(generator)
         loaded: list[LoadedMedia | None] = []
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
-            own = None if chance is None else _numbered(chance, number)
+            own = None if rng_for is None else _numbered(rng_for, number)
             if self._tower(part.medium) == "image":
                 loaded.append(self._images(part.medium, raw))
                 continue
@@ -213,15 +219,15 @@ class ElasticProcessor(ProcessorCalls):
             try:
                 loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
             except ValueError as error:
-                is_given = bool(given) and given[number] is not None
-                raise refusal(error, part.path if is_given else resolve_media(sample.root, part.path)) from error
+                is_in_memory = bool(in_memory) and in_memory[number] is not None
+                raise refusal(error, part.path if is_in_memory else resolve_media(sample.root, part.path)) from error
         return self._with_tiles(loaded, raws, budgets)
 
     def _images(self, medium: str, raw: Any) -> LoadedMedia | None:
         """An image or the frames of a video; nothing yet of an image that is to be cut into tiles."""
         if medium in self.sampling:
             frames = [self.transforms[medium](Image.fromarray(frame))[0] for frame in raw.frames]
-            return LoadedMedia(medium, torch.stack(frames), len(frames), tower="image")
+            return LoadedMedia(medium, torch.stack(frames), len(frames), encoded_as="image")
         return None if self.tiling is not None else self.transform(medium, raw)
 
     def _with_tiles(
@@ -254,12 +260,12 @@ class ElasticProcessor(ProcessorCalls):
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
     def read_media(
-        self, sample: Sample, loader: Reader | None = None, *, given: Sequence[Given | None] = ()
+        self, sample: Sample, loader: Reader | None = None, *, in_memory: Sequence[InMemoryMedium | None] = ()
     ) -> list[Any]:
         """Decoded media of a sample in order of appearance, sounds as long as the videos they belong to.
 
         Args:
-            loader, given: as in `load_media`; what is given needs a `MediaLoader`, which says at what rates.
+            loader, in_memory: as in `load_media`; what is in memory needs a `MediaLoader`, which says at what rates.
 
         Raises:
             MediaError, ValueError: as `load_media`.
@@ -269,22 +275,22 @@ class ElasticProcessor(ProcessorCalls):
             self._check_medium(part.medium)
         paths: list[Any] = []
         raws: list[Any] = []
-        for part, own in zip(sample.media, given or [None] * len(sample.media), strict=True):
+        for part, own in zip(sample.media, in_memory or [None] * len(sample.media), strict=True):
             sampling = self.sampling.get(part.medium)
             if own is not None:
                 assert isinstance(read, MediaLoader)
                 paths.append(part.path)
-                raws.append(decode_given(own, read, sampling))
+                raws.append(decode_in_memory(own, read, sampling))
             else:
                 paths.append(resolve_media(sample.root, part.path))
                 raws.append(read(part.medium, paths[-1]) if sampling is None else read.frames(paths[-1], sampling))
         limit = read.max_mismatch_seconds
-        for sound, video in clip_pairs(sample) if limit is not None and "video" not in self.sampling else []:
+        for audio, video in clip_pairs(sample) if limit is not None and "video" not in self.sampling else []:
             assert limit is not None
-            raws[sound] = agreeing_sound(
-                raws[sound],
+            raws[audio] = audio_as_long_as_video(
+                raws[audio],
                 raws[video],
-                path=paths[sound],
+                path=paths[audio],
                 max_mismatch_seconds=limit,
             )
         return raws
@@ -364,7 +370,7 @@ class ElasticProcessor(ProcessorCalls):
                     f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
                 )
             try:
-                runs = tuple(Run(self.extent(item), numbers(item), item.tilings, item.tower) for item in items)
+                runs = tuple(Run(self.extent(item), numbers(item), item.tilings, item.encoded_as) for item in items)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
@@ -400,6 +406,6 @@ def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(messages[:-1]) if messages and messages[-1].role == "assistant" else tuple(messages)
 
 
-def _numbered(chance: Chance, number: int) -> Chance:
+def _numbered(rng_for: RngFor, number: int) -> RngFor:
     """Generators of one medium of a sample."""
-    return lambda purpose: chance(f"{purpose} {number}")
+    return lambda purpose: rng_for(f"{purpose} {number}")

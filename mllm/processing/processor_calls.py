@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from mllm.budget import BudgetInput
 from mllm.data.manifest import Sample
 from mllm.processing.chat import ChatEncoder, Prompt
-from mllm.processing.requests import Request, fitting, read_chat, read_rows
+from mllm.processing.requests import Request, fitting_budget, read_chat, read_rows
 
 if TYPE_CHECKING:
     from mllm.processing.processor import ElasticProcessor
@@ -57,7 +57,7 @@ class ProcessorCalls(ProcessorMixin):
             budget: one for all rows: a `Budget`, a text such as "image=16,audio=/4", or {"image": 16}.
             text: a user's message, whose media come first, images before audio before video; or several, with one
                 entry of each medium per message. What `apply_chat_template` rendered is taken as that conversation.
-            images, audio, videos: one or several: paths, bytes, PIL images, arrays (`mllm.media.given`).
+            images, audio, videos: one or several: paths, bytes, PIL images, arrays (`mllm.media.in_memory`).
             return_tensors: "pt", which is what comes.
             padding: true; rows are padded on the left.
             unknown: refused.
@@ -80,9 +80,9 @@ class ProcessorCalls(ProcessorMixin):
             _check_form(return_tensors, padding or len(texts) == 1)
             if any(isinstance(one, RenderedChat) for one in texts):
                 return self._of_rendered(texts, media, budget)
-            requests = read_rows(media, texts, separator=self._own.separator)
+            requests = read_rows(media, texts, separator=self._processor.separator)
             return self._of_requests(requests, budget)
-        if used := [MEDIA_KEYS[medium] for medium, given in media.items() if given is not None]:
+        if used := [MEDIA_KEYS[medium] for medium, value in media.items() if value is not None]:
             raise ValueError(f"{used[0]} goes with text; a sample names its own media")
         rows = [samples] if isinstance(samples, Sample) else list(samples)
         if not all(isinstance(row, Sample) for row in rows):
@@ -120,36 +120,36 @@ class ProcessorCalls(ProcessorMixin):
             TypeError: an argument that is not known; the nearest is named; or one of inputs where a text is made.
             ValueError: messages of another form, or as `__call__`.
         """
-        given = {**(processor_kwargs or {}), **options}
+        arguments = {**(processor_kwargs or {}), **options}
         known = ("budget", "padding", *MEDIA_KEYS.values())
-        refuse_unknown("apply_chat_template", {key: 0 for key in given if key not in known}, known)
+        refuse_unknown("apply_chat_template", {key: 0 for key in arguments if key not in known}, known)
         is_one = bool(conversation) and isinstance(conversation[0], Mapping)
         chats = cast(list[Conversation], [conversation] if is_one else list(conversation))
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
-            _refuse_inputs(given)
+            _refuse_inputs(arguments)
             rendered = [_rendered(super(ProcessorCalls, self).apply_chat_template, chat, ends) for chat in chats]
             return rendered[0] if is_one else list(rendered)
-        _check_form("pt" if return_tensors in (None, "auto") else return_tensors, given.get("padding", True))
-        requests = self._read_chats(chats, {medium: given.get(key) for medium, key in MEDIA_KEYS.items()})
-        prompts = [_prompt(self._own.chat, request.sample, **ends) for request in requests]
-        inputs = self._of_requests(requests, given.get("budget", ""), prompts)
+        _check_form("pt" if return_tensors in (None, "auto") else return_tensors, arguments.get("padding", True))
+        requests = self._read_chats(chats, {medium: arguments.get(key) for medium, key in MEDIA_KEYS.items()})
+        prompts = [_prompt(self._processor.chat, request.sample, **ends) for request in requests]
+        inputs = self._of_requests(requests, arguments.get("budget", ""), prompts)
         return inputs if return_dict else inputs["input_ids"]
 
     @property
-    def _own(self) -> "ElasticProcessor":
+    def _processor(self) -> "ElasticProcessor":
         return cast("ElasticProcessor", self)
 
     def _read_chats(self, chats: Sequence[Conversation], media: Mapping[str, Any]) -> list[Request]:
         """Conversations, with one entry of each medium per conversation for the parts that hold none."""
-        separator = self._own.separator
+        separator = self._processor.separator
         if len(chats) == 1:
-            media = {medium: [given] for medium, given in media.items() if given is not None}
-        for medium, given in media.items():
-            if given is not None and len(given) != len(chats):
-                raise ValueError(f"there are {len(chats)} conversations and {len(given)} entries of {medium}")
+            media = {medium: [values] for medium, values in media.items() if values is not None}
+        for medium, values in media.items():
+            if values is not None and len(values) != len(chats):
+                raise ValueError(f"there are {len(chats)} conversations and {len(values)} entries of {medium}")
         return [
-            read_chat(chat, {m: given[row] for m, given in media.items() if given is not None}, separator=separator)
+            read_chat(chat, {m: values[row] for m, values in media.items() if values is not None}, separator=separator)
             for row, chat in enumerate(chats)
         ]
 
@@ -160,7 +160,7 @@ class ProcessorCalls(ProcessorMixin):
         requests = self._read_chats([chat.messages for chat in chats], media)
         prompts = [
             _prompt(
-                self._own.chat,
+                self._processor.chat,
                 request.sample,
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
@@ -173,27 +173,30 @@ class ProcessorCalls(ProcessorMixin):
         self, requests: Sequence[Request], budget: BudgetInput, prompts: Sequence[Prompt] | None = None
     ) -> BatchFeature:
         samples = [request.sample for request in requests]
-        asked = fitting(budget, samples)
-        loaded = [self._own.load_media(own.sample, budgets=[asked], given=own.given) for own in requests]
-        batch = self._own.batch(samples, loaded, for_training=False, prompts=prompts)
-        return BatchFeature(self._own.expand(batch, [[asked] * len(samples)], left_padding=True).inputs)
+        shared_budget = fitting_budget(budget, samples)
+        loaded = [
+            self._processor.load_media(request.sample, budgets=[shared_budget], in_memory=request.in_memory)
+            for request in requests
+        ]
+        batch = self._processor.batch(samples, loaded, for_training=False, prompts=prompts)
+        return BatchFeature(self._processor.expand(batch, [[shared_budget] * len(samples)], left_padding=True).inputs)
 
 
-def refuse_unknown(what: str, given: Mapping[str, object], known: Sequence[str]) -> None:
+def refuse_unknown(what: str, arguments: Mapping[str, object], known: Sequence[str]) -> None:
     """Refuse arguments that nothing reads.
 
     Raises:
         TypeError: the first of them, with the known one it is most like.
     """
-    for key in given:
+    for key in arguments:
         near = get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
         raise TypeError(f"{what} does not take {key!r}; {hint}")
 
 
-def _refuse_inputs(given: Mapping[str, Any]) -> None:
+def _refuse_inputs(arguments: Mapping[str, Any]) -> None:
     """Raises: TypeError for an argument of inputs where a text is made; None is none."""
-    if used := [key for key, value in given.items() if value is not None]:
+    if used := [key for key, value in arguments.items() if value is not None]:
         raise TypeError(
             f"apply_chat_template with tokenize false makes a text, which {used[0]} has no part in; give {used[0]} to "
             "the processor together with that text, or set tokenize"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mllm.budget import MEDIA, Budget, BudgetInput
 from mllm.data.manifest import ROLES, Media, Message, Part, Sample, Text
-from mllm.media import Given, MediaInput, path_of, several
+from mllm.media import InMemoryMedium, MediaInput, items_of, path_of
 
 SEPARATORS = {"vicuna_v1": "\n"}
 """By chat format, what published data put between images and a question; a manifest's texts hold it themselves."""
@@ -34,36 +34,36 @@ class Request(NamedTuple):
 
     sample: Sample
     names: dict[str, str]
-    given: tuple[Given | None, ...]
+    in_memory: tuple[InMemoryMedium | None, ...]
 
 
 def read_request(media: Mapping[str, Any], text: str, *, separator: str = "") -> Request:
     """Read a question about media: images before sounds before videos, all before the text.
 
     Args:
-        media: one item or several by medium, in any form of `mllm.media.given`.
+        media: one item or several by medium, in any form of `mllm.media.in_memory`.
         separator: put between the media and the question where it does not begin with it already.
 
     Raises:
         ValueError: media in no form that is read.
     """
     collected = _Collected()
-    parts = [collected.add(medium, item) for medium in MEDIA for item in several(medium, media.get(medium))]
+    parts = [collected.add(medium, item) for medium in MEDIA for item in items_of(medium, media.get(medium))]
     if parts and not text.startswith(separator):
         text = f"{separator}{text}"
     return collected.request([("user", [*parts, Text(text)])])
 
 
-def fitting(budget: BudgetInput, samples: Sequence[Sample]) -> Budget:
+def fitting_budget(budget: BudgetInput, samples: Sequence[Sample]) -> Budget:
     """Read a budget and refuse one that speaks of a medium that none of the samples holds.
 
     Raises:
         ValueError: it does, or as `Budget.of`.
     """
-    asked = Budget.of(budget)
-    if idle := asked.media - {part.medium for sample in samples for part in sample.media}:
-        raise ValueError(f"the budget {str(asked)!r} names {min(idle)}, but the request holds none")
-    return asked
+    read = Budget.of(budget)
+    if idle := read.media - {part.medium for sample in samples for part in sample.media}:
+        raise ValueError(f"the budget {str(read)!r} names {min(idle)}, but the request holds none")
+    return read
 
 
 def read_rows(media: Mapping[str, Any], texts: Sequence[str], *, separator: str = "") -> list[Request]:
@@ -73,18 +73,18 @@ def read_rows(media: Mapping[str, Any], texts: Sequence[str], *, separator: str 
         ValueError: as many entries as texts are needed.
     """
     entries: dict[str, list[Any]] = {}
-    for medium, given in media.items():
-        items = list(given) if isinstance(given, list | tuple) else several(medium, given)
+    for medium, values in media.items():
+        items = list(values) if isinstance(values, list | tuple) else items_of(medium, values)
         if len(texts) == 1 and items and not isinstance(items[0], list | tuple):
             items = [items]
-        if given is not None and len(items) != len(texts):
+        if values is not None and len(items) != len(texts):
             raise ValueError(
                 f"there are {len(texts)} texts and {len(items)} entries of {medium}; give one entry per text: one "
                 "item, a list of several, or None"
             )
         entries[medium] = items or [None] * len(texts)
     return [
-        read_request({medium: own[row] for medium, own in entries.items()}, text, separator=separator)
+        read_request({medium: by_row[row] for medium, by_row in entries.items()}, text, separator=separator)
         for row, text in enumerate(texts)
     ]
 
@@ -103,7 +103,7 @@ def read_chat(
     Raises:
         ValueError: a message or part of another form, with its place; or media that are left over or missing.
     """
-    waiting = {medium: several(medium, (media or {}).get(medium)) for medium in MEDIA}
+    waiting = {medium: items_of(medium, (media or {}).get(medium)) for medium in MEDIA}
     collected = _Collected()
     turns = []
     for number, message in enumerate(messages):
@@ -114,8 +114,8 @@ def read_chat(
             raise ValueError(f"{where}.role is {message['role']!r}; allowed: {', '.join(ROLES)}")
         content = message["content"]
         parts: list[Part] = []
-        for place, given in enumerate([content] if isinstance(content, str) else content):
-            part = _read_part(f"{where}.content[{place}]", given, waiting, collected)
+        for index, content_part in enumerate([content] if isinstance(content, str) else content):
+            part = _read_part(f"{where}.content[{index}]", content_part, waiting, collected)
             after_medium = bool(parts) and isinstance(parts[-1], Media)
             if isinstance(part, Text) and after_medium and not part.text.startswith(separator):
                 part = Text(f"{separator}{part.text}")
@@ -151,12 +151,12 @@ def _read_part(where: str, part: Any, waiting: dict[str, list[MediaInput]], coll
 class _Collected:
     """The media of one request, as they come."""
 
-    media: list[tuple[str, str | Given]] = field(default_factory=list)
+    media: list[tuple[str, str | InMemoryMedium]] = field(default_factory=list)
 
     def add(self, medium: str, item: MediaInput) -> Media:
         """Note one medium; its part names it by number until `request` knows the root of all files."""
         path = path_of(medium, item)
-        self.media.append((medium, path if path is not None else Given(medium, item)))
+        self.media.append((medium, path if path is not None else InMemoryMedium(medium, item)))
         return Media(medium, str(len(self.media) - 1))  # type: ignore[arg-type]
 
     def request(self, turns: Sequence[tuple[str, Sequence[Part]]]) -> Request:
@@ -178,5 +178,5 @@ class _Collected:
             )
             for role, parts in turns
         )
-        given = tuple(item if isinstance(item, Given) else None for _, item in self.media)
-        return Request(Sample("request", messages, task="generate", root=Path(root)), names, given)
+        in_memory = tuple(item if isinstance(item, InMemoryMedium) else None for _, item in self.media)
+        return Request(Sample("request", messages, task="generate", root=Path(root)), names, in_memory)

@@ -83,9 +83,9 @@ def _spatial(tiles: Tiles, shape: Size, kept: tuple[int, int, int, int] | None, 
         return _with_newlines(thumbnail[None]) if newline else thumbnail
     row, column = torch.arange(tiles.rows * shape[0])[:, None], torch.arange(tiles.columns * shape[1])[None]
     piece = row // shape[0] * tiles.columns + column // shape[1] + int(tiles.has_thumbnail)
-    place = row % shape[0] * shape[1] + column % shape[1]
+    token = row % shape[0] * shape[1] + column % shape[1]
     top, left, height, width = kept
-    rows = torch.stack([piece, place], dim=-1)[top : top + height, left : left + width]
+    rows = torch.stack([piece, token], dim=-1)[top : top + height, left : left + width]
     return torch.cat([thumbnail, _with_newlines(rows) if newline else rows.flatten(0, 1)])
 
 

@@ -20,7 +20,7 @@ import soundfile
 
 from mllm.config.model import check_at_least
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
-from mllm.media import write_sound
+from mllm.media import write_audio
 from mllm.real.packages import fetch_debian
 from mllm.real.recordings import Recording, read_recordings
 from mllm.real.rooms import change
@@ -159,14 +159,14 @@ def _write_clip(job: _Job) -> float:
     clean, _ = say(job.sentence, job.synthesiser, np.random.default_rng([*job.seed, 1]), packages=job.packages)
     samples = change(clean, np.random.default_rng([*job.seed, 2]))
     aside = job.path.with_suffix(".writing")
-    write_sound(aside, samples, SAMPLE_RATE_HZ)
+    write_audio(aside, samples, SAMPLE_RATE_HZ)
     os.replace(aside, job.path)
     return len(samples) / SAMPLE_RATE_HZ
 
 
 def _write_recording(out: Path, recording: Recording) -> Sample:
     path = out / "test" / f"{recording.name}.wav"
-    write_sound(path, recording.samples, SAMPLE_RATE_HZ)
+    write_audio(path, recording.samples, SAMPLE_RATE_HZ)
     return _sample(path.relative_to(out), recording.text, recording.source)
 
 

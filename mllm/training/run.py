@@ -27,7 +27,7 @@ from mllm.checkpoints.sources import find_parts, identities, resolve_source, see
 from mllm.config.model import ModelConfig
 from mllm.config.run import RunConfig, settings_yaml
 from mllm.data.dataset import ManifestDataset
-from mllm.data.shared_media import sharers
+from mllm.data.shared_media import samples_that_share
 from mllm.model.precision import keep_in_float32
 from mllm.model.trainables import is_sharded, set_trainables
 from mllm.processing.processor import ElasticProcessor
@@ -138,7 +138,7 @@ def build_trainer(
     run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
     samples, surveyed = looked.samples["train"], looked.surveys["train"]
     watch, stores = Stopwatch(), None
-    groups = sharers(samples) if data.share_media else None
+    groups = samples_that_share(samples) if data.share_media else None
     fits = "captions" in looked.samples  # not in a resumed run
     if fits:
         _check_fits(settings, model)

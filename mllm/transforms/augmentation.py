@@ -17,11 +17,11 @@ from mllm.media import Audio, Video
 from mllm.transforms.noise import MixNoise
 from mllm.utils.random_generator import random_generator
 
-Chance = Callable[[str], np.random.Generator]
+RngFor = Callable[[str], np.random.Generator]
 """A purpose to its generator."""
 
 
-def chances(generator: np.random.Generator) -> Chance:
+def rngs_by_purpose(generator: np.random.Generator) -> RngFor:
     """Generators by purpose; they depend on the given one alone, from which one number is drawn."""
     key = int(generator.integers(2**63))
     return lambda purpose: random_generator(key, 0, "", purpose)
@@ -89,24 +89,24 @@ class Augmentation:
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability must be 0 to 1, got {self.flip_probability}")
 
-    def __call__(self, raw: Any, chance: Chance) -> Any:
+    def __call__(self, raw: Any, rng_for: RngFor) -> Any:
         """A changed sound or video; images stay as they are.
 
         Raises:
             ValueError: see `MixNoise`.
         """
         if isinstance(raw, Audio):
-            return self._sound(raw, chance)
-        return self._video(raw, chance) if isinstance(raw, Video) else raw
+            return self._audio(raw, rng_for)
+        return self._video(raw, rng_for) if isinstance(raw, Video) else raw
 
-    def _sound(self, sound: Audio, chance: Chance) -> Audio:
+    def _audio(self, audio: Audio, rng_for: RngFor) -> Audio:
         if self.audio_mask is not None:
-            sound = replace(sound, samples=self.audio_mask(sound.samples, chance("audio mask")))
-        return sound if self.noise is None else self.noise(sound, chance("noise"))
+            audio = replace(audio, samples=self.audio_mask(audio.samples, rng_for("audio mask")))
+        return audio if self.noise is None else self.noise(audio, rng_for("noise"))
 
-    def _video(self, video: Video, chance: Chance) -> Video:
+    def _video(self, video: Video, rng_for: RngFor) -> Video:
         if self.video_mask is not None:
-            video = replace(video, frames=self.video_mask(video.frames, chance("video mask")))
-        if chance("flip").random() < self.flip_probability:
+            video = replace(video, frames=self.video_mask(video.frames, rng_for("video mask")))
+        if rng_for("flip").random() < self.flip_probability:
             video = replace(video, frames=np.ascontiguousarray(video.frames[:, :, ::-1]))
         return video

@@ -84,9 +84,9 @@ class PatchTransform:
 
     def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
         """Its patches without padding."""
-        found = self.processor(images=[raw], return_tensors="pt")
-        rows, columns = found["spatial_shapes"][0].tolist()
-        return found["pixel_values"][0, : rows * columns].unflatten(0, (rows, columns)), 1
+        features = self.processor(images=[raw], return_tensors="pt")
+        rows, columns = features["spatial_shapes"][0].tolist()
+        return features["pixel_values"][0, : rows * columns].unflatten(0, (rows, columns)), 1
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ def image_processor_class(name: str) -> Any:
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
     general = name.removesuffix("Fast").removesuffix("Pil")
-    found = get_image_processor_class_from_name(f"{general}Pil") or get_image_processor_class_from_name(general)
-    if found is None:
+    find_class = get_image_processor_class_from_name
+    processor_class = find_class(f"{general}Pil") or find_class(general)
+    if processor_class is None:
         raise ValueError(f"transformers has no image processor {name!r} (key image_processor_type)")
-    if getattr(found, "is_dummy", False):
+    if getattr(processor_class, "is_dummy", False):
         raise ValueError(f"transformers has {name} on torchvision alone: {install_line('torchvision')}")
-    return found
+    return processor_class
 
 
 def read_image_processor(source: str) -> Any:

@@ -51,8 +51,8 @@ def whisper_log_mel(samples: np.ndarray, extractor: Any) -> Tensor:
     # Where nothing was transformed one value stands for all.
     loudest = levels.max() if levels.shape[1] == num_frames else torch.maximum(levels.max(), silence)
     window = torch.empty(extractor.feature_size, num_frames)
-    for place, own in ((slice(levels.shape[1]), levels), (slice(levels.shape[1], None), silence)):
-        window[:, place] = (torch.maximum(own, loudest - RANGE_BELS) + 4.0) / 4.0
+    for columns, column_levels in ((slice(levels.shape[1]), levels), (slice(levels.shape[1], None), silence)):
+        window[:, columns] = (torch.maximum(column_levels, loudest - RANGE_BELS) + 4.0) / 4.0
     return window
 
 

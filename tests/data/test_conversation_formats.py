@@ -25,7 +25,7 @@ from mllm.data.manifest import Media, Sample, Text, read_manifest
 from mllm.data.readers import read_data, read_listing
 from mllm.lip_crops.run import find_recordings
 from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
-from mllm.media.containers import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES
+from mllm.media.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels
 from mllm.training.feature_cache.store import digest_of_media
 
@@ -391,7 +391,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffixes", "medium"), [(IMAGE_SUFFIXES, "image"), (SOUND_SUFFIXES, "audio"), (VIDEO_SUFFIXES, "video")]
+    ("suffixes", "medium"), [(IMAGE_SUFFIXES, "image"), (AUDIO_SUFFIXES, "audio"), (VIDEO_SUFFIXES, "video")]
 )
 def test_every_reader_knows_the_same_suffixes(tmp_path: Path, suffixes: tuple[str, ...], medium: str) -> None:
     for number, suffix in enumerate(suffixes):

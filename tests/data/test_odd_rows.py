@@ -12,7 +12,7 @@ from mllm.cli import main
 from mllm.config.data import ReaderConfig
 from mllm.data.manifest import Sample, read_manifest
 from mllm.data.readers import read_data, read_listing
-from mllm.media import write_sound, write_video
+from mllm.media import write_audio, write_video
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -148,7 +148,7 @@ def test_what_import_writes_without_a_root_is_found_by_check(tmp_path: Path, mon
     for name in ("a", "sub/b"):
         (tmp_path / "media" / name).parent.mkdir(parents=True, exist_ok=True)
         write_video(tmp_path / "media" / f"{name}.mp4", np.zeros((5, 16, 16), np.uint8))
-        write_sound(tmp_path / "media" / f"{name}.wav", np.full(3_200, 0.1))
+        write_audio(tmp_path / "media" / f"{name}.wav", np.full(3_200, 0.1))
         (tmp_path / "media" / f"{name}.txt").write_text("hello")
     monkeypatch.chdir(tmp_path)
     assert main(["data", "import", "clips", "media", "--out", "train.jsonl"]) == 0

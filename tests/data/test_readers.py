@@ -19,7 +19,7 @@ from mllm.data.readers import READERS, read_data
 from mllm.data.speech.lrs import Word, parse_text, plan_segments, read_lrs
 from mllm.data.speech.segmenting import Cutter
 from mllm.evaluation.work_list import references_of
-from mllm.media import load_audio, load_video, write_sound, write_video
+from mllm.media import load_audio, load_video, write_audio, write_video
 
 PRETRAIN = """Text:  ONE TWO {NS} THREE
 Conf:  4
@@ -52,7 +52,7 @@ def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, sound: bool = Tr
     levels = np.arange(num_frames, dtype=np.uint8) * 3 + 10
     write_video(path, np.broadcast_to(levels[:, None, None], (num_frames, 16, 16)).copy())
     if sound:
-        write_sound(path.with_suffix(".wav"), np.linspace(0, 0.9, num_frames * rate_hz // 25), sample_rate_hz=rate_hz)
+        write_audio(path.with_suffix(".wav"), np.linspace(0, 0.9, num_frames * rate_hz // 25), sample_rate_hz=rate_hz)
 
 
 def talking_clip(path: Path) -> None:

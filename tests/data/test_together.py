@@ -11,7 +11,7 @@ from mllm.data.av_pairs import clip_pairs
 from mllm.data.batching import Lengths, SampleKey, TokenBucketBatchSampler
 from mllm.data.dataset import Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.data.shared_media import fitting, merged, sharers
+from mllm.data.shared_media import merge_media, parts_that_fit, samples_that_share
 from mllm.data.skipped import SkippedSample
 
 
@@ -34,21 +34,23 @@ CLIPS = [
 
 
 def test_groups_are_chains_of_shared_files() -> None:
-    assert sharers(CLIPS) == [[0, 3, 4], [1], [2], [5], [6]]
-    assert sharers([sample("a", "1.wav"), sample("b", "2.wav"), sample("c", "2.wav", "1.wav")]) == [[0, 1, 2]]
+    assert samples_that_share(CLIPS) == [[0, 3, 4], [1], [2], [5], [6]]
+    assert samples_that_share([sample("a", "1.wav"), sample("b", "2.wav"), sample("c", "2.wav", "1.wav")]) == [
+        [0, 1, 2]
+    ]
 
 
 def test_groups_are_cut_to_what_a_batch_holds() -> None:
-    assert fitting([[0, 1, 2], [3]], [5, 5, 9, 20], max_tokens=20, max_rows=None) == [[0, 1], [2], [3]]
-    assert fitting([[0, 1, 2]], [1, 1, 1], max_tokens=20, max_rows=2) == [[0, 1], [2]]
-    assert fitting([[0, 1, 2]], [4, 5, 6], max_tokens=18, max_rows=3) == [[0, 1, 2]]
+    assert parts_that_fit([[0, 1, 2], [3]], [5, 5, 9, 20], max_tokens=20, max_rows=None) == [[0, 1], [2], [3]]
+    assert parts_that_fit([[0, 1, 2]], [1, 1, 1], max_tokens=20, max_rows=2) == [[0, 1], [2]]
+    assert parts_that_fit([[0, 1, 2]], [4, 5, 6], max_tokens=18, max_rows=3) == [[0, 1, 2]]
 
 
 def test_a_whole_group_holds_every_file_once_and_its_clips_stay_clips() -> None:
-    (own,) = merged([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
+    (own,) = merge_media([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
     assert (own.id, own.media) == ("asr0", (Media("audio", "0.wav"), Media("video", "0.mp4")))
     assert clip_pairs(own) == [(0, 1)]
-    (apart,) = merged([sample("a", "x/1.wav"), sample("b", "y/1.mp4")], "a")
+    (apart,) = merge_media([sample("a", "x/1.wav"), sample("b", "y/1.mp4")], "a")
     assert clip_pairs(apart) == []
 
 
@@ -59,9 +61,9 @@ def test_images_are_shared_by_samples_with_the_very_same_media() -> None:
         Sample(name, (Message("user", (*media, Text("what?"))),), task="t")
         for name, media in (("a", [one]), ("b", [one, two]), ("c", [one]))
     ]
-    assert sharers(samples) == [[0, 1, 2]]
+    assert samples_that_share(samples) == [[0, 1, 2]]
     load = Loader()
-    items = ManifestDataset(samples, load=load, groups=sharers(samples)).__getitems__([0, 1, 2])
+    items = ManifestDataset(samples, load=load, groups=samples_that_share(samples)).__getitems__([0, 1, 2])
     found = [item.media for item in items if isinstance(item, Item)]
     assert load.seen == ["1.png", "1.png", "2.png"]
     assert found[0][0] is found[2][0]
@@ -78,7 +80,7 @@ def test_groups_stay_together_and_every_sample_comes_once(case: int) -> None:
         "max_rows": [None, 1, 3, 7][case % 4],
     }
     numbers = chance.integers(0, max(count // 3, 1), count)
-    groups = fitting(
+    groups = parts_that_fit(
         [np.flatnonzero(numbers == number).tolist() for number in set(numbers.tolist())], lengths.tolist(), **limits
     )
     samples = Lengths(lengths, np.minimum(lengths, 20), chance.integers(0, 1 + case % 2, count), groups)
@@ -118,13 +120,15 @@ class Loader:
 
 def test_a_batch_reads_a_shared_file_once_and_with_one_chance() -> None:
     load = Loader()
-    data = ManifestDataset(CLIPS, load=load, seed=5, groups=sharers(CLIPS))
+    data = ManifestDataset(CLIPS, load=load, seed=5, groups=samples_that_share(CLIPS))
     items = data.__getitems__([SampleKey(2, index) for index in (0, 3, 4, 2)])
     found = {item.sample.id: item.media for item in items if isinstance(item, Item)}
     assert load.seen == ["0.wav", "0.mp4", "1.mp4"]
     assert found["asr0"][0] is found["avsr0"][0]
     assert found["vsr0"][0] is found["avsr0"][1]
-    again = ManifestDataset(CLIPS, load=Loader(), seed=5, groups=sharers(CLIPS)).__getitems__([SampleKey(2, 0)])
+    again = ManifestDataset(CLIPS, load=Loader(), seed=5, groups=samples_that_share(CLIPS)).__getitems__(
+        [SampleKey(2, 0)]
+    )
     assert [item.media for item in again if isinstance(item, Item)] == [found["asr0"]]
     alone = ManifestDataset(CLIPS, load=Loader(), seed=5)[SampleKey(2, 3)]
     assert isinstance(alone, Item)
@@ -133,5 +137,5 @@ def test_a_batch_reads_a_shared_file_once_and_with_one_chance() -> None:
 
 def test_a_bad_file_takes_only_the_samples_that_hold_it() -> None:
     samples = [sample("asr", "ok.wav"), sample("avsr", "ok.wav", "bad.mp4"), sample("vsr", "bad.mp4")]
-    items = ManifestDataset(samples, load=Loader(), groups=sharers(samples)).__getitems__([0, 1, 2])
+    items = ManifestDataset(samples, load=Loader(), groups=samples_that_share(samples)).__getitems__([0, 1, 2])
     assert [isinstance(item, SkippedSample) for item in items] == [False, True, True]

@@ -12,7 +12,7 @@ from numbered_frames import frame_numbers, numbered_frame
 from PIL import Image
 
 from mllm.media import FrameSampling, MediaError, MediaLimits, load_audio, load_video, stream_video
-from mllm.media.headers import has_sound, header_seconds
+from mllm.media.headers import has_audio, header_seconds
 
 
 def tone(seconds: float = 1.0, rate_hz: int = 44_100) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_prores_with_its_sound(tmp_path: Path) -> None:
         container.mux(audio.encode(frame))
         container.mux(audio.encode(None))
     assert frame_numbers(load_video(tmp_path / "a.mov").frames) == list(range(10))
-    assert has_sound(tmp_path / "a.mov")
+    assert has_audio(tmp_path / "a.mov")
     assert load_audio(tmp_path / "a.mov").seconds == pytest.approx(0.4)
     with pytest.raises(MediaError, match="1 to 100 pixels"):
         load_video(tmp_path / "a.mov", limits=MediaLimits(video_pixels=100))
@@ -152,7 +152,7 @@ def test_a_large_video_has_the_sound_that_its_header_states(tmp_path: Path) -> N
         file.write(unused.to_bytes(4, "big") + b"free")
         file.truncate(end + unused)
     assert path.stat().st_size > MediaLimits().video_bytes
-    assert has_sound(path)
+    assert has_audio(path)
 
 
 def test_animations_obey_limits_and_still_images_are_no_videos(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mllm.media import MediaError, MediaLimits, load_video, stream_video, write_sound, write_video
+from mllm.media import MediaError, MediaLimits, load_video, stream_video, write_audio, write_video
 
 
 @pytest.mark.parametrize("rate", [25, 10, 60])
@@ -43,7 +43,7 @@ def test_written_video_reads_back(tmp_path: Path, channels: tuple[int, ...]) -> 
 
 def test_written_sound_reads_back_and_is_never_clipped(tmp_path: Path) -> None:
     loud = np.sin(np.arange(1600) / 5).astype(np.float32) * 1.5
-    write_sound(tmp_path / "a.part", loud, 16_000)
+    write_audio(tmp_path / "a.part", loud, 16_000)
     samples, rate_hz = soundfile.read(tmp_path / "a.part")
     assert rate_hz == 16_000
     np.testing.assert_allclose(samples, loud * 0.99 / np.abs(loud).max(), atol=1e-4)

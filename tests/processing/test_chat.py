@@ -4,7 +4,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mllm.data.manifest import Media, Message, Text
-from mllm.data.numbered_images import named_images
+from mllm.data.numbered_images import number_images
 from mllm.processing.chat import ChatEncoder
 from mllm.synthetic.tokenizer import build_tokenizer
 
@@ -123,9 +123,9 @@ def test_images_are_numbered_where_that_is_asked_for(tokenizer: PreTrainedTokeni
     assert prompt.ids.count(image) == 3
     before, others = plain(conversation), [label for label in prompt.labels if label != -100]
     assert others == [label for label in before.labels if label != -100]
-    assert [message.text for message in named_images(conversation)][2] == "and image 3 is . what colour is it?"
+    assert [message.text for message in number_images(conversation)][2] == "and image 3 is . what colour is it?"
 
 
 def test_text_without_images_stays_as_it_is() -> None:
     sound = Message("user", (Media("audio", "a.wav"), Text("what?")))
-    assert named_images([sound, ANSWER]) == [sound, ANSWER]
+    assert number_images([sound, ANSWER]) == [sound, ANSWER]

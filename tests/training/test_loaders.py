@@ -15,7 +15,7 @@ from mllm.cli import parse
 from mllm.config.data import ReaderConfig
 from mllm.config.run import DataConfig, read_run_settings, settings_yaml
 from mllm.data.dataset import ManifestDataset
-from mllm.data.shared_media import sharers
+from mllm.data.shared_media import samples_that_share
 from mllm.media import write_video
 from mllm.processing.batch import Batch
 from mllm.training.pipeline.loaders import build_augmentation, encode, loading, read_samples, train_loader
@@ -150,7 +150,7 @@ def test_tasks_of_a_clip_share_its_media_where_asked(tmp_path: Path) -> None:
             max_rows=6,
         )
         samples = read_samples(settings.train, settings)
-        groups = sharers(samples) if share_media else None
+        groups = samples_that_share(samples) if share_media else None
         loader = train_loader(
             ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0, groups=groups),
             survey(samples, processor),

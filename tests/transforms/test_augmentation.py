@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm.media import Audio, Video
-from mllm.transforms.augmentation import Augmentation, TimeMask, chances
+from mllm.transforms.augmentation import Augmentation, TimeMask, rngs_by_purpose
 from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD, LipTransform, Waveform, standardize
 from mllm.transforms.noise import MixNoise
 from mllm.utils.random_generator import random_generator
@@ -58,7 +58,7 @@ def test_a_short_clip_is_never_masked_as_a_whole() -> None:
 
 def test_masked_steps_are_zero_before_normalisation() -> None:
     augmentation = Augmentation(audio_mask=TimeMask(6_400, 16_000), video_mask=TimeMask(10, 25))
-    chance = chances(np.random.default_rng(3))
+    chance = rngs_by_purpose(np.random.default_rng(3))
     heard = augmentation(sound(), chance)
     silent = heard.samples == 0
     assert 0 < silent.sum() < 12_800
@@ -75,8 +75,8 @@ def test_masked_steps_are_zero_before_normalisation() -> None:
 @pytest.mark.parametrize("snr_db", [-5.0, 0, 20.0])
 def test_noise_is_mixed_into_the_masked_sound_at_the_ratio_asked(snr_db: float) -> None:
     noise, mask = sound(4_000, seed=1), TimeMask(6_400, 16_000)
-    only_masked = Augmentation(audio_mask=mask)(sound(), chances(np.random.default_rng(0))).samples
-    both = Augmentation(MixNoise(noise, [snr_db]), mask)(sound(), chances(np.random.default_rng(0))).samples
+    only_masked = Augmentation(audio_mask=mask)(sound(), rngs_by_purpose(np.random.default_rng(0))).samples
+    both = Augmentation(MixNoise(noise, [snr_db]), mask)(sound(), rngs_by_purpose(np.random.default_rng(0))).samples
     added = both.astype(np.float64) - only_masked
     measured = 10 * math.log10(np.mean(np.square(only_masked.astype(np.float64))) / np.mean(np.square(added)))
     assert measured == pytest.approx(snr_db, abs=0.05)
@@ -89,19 +89,21 @@ def test_videos_are_mirrored_as_often_as_asked_all_frames_alike() -> None:
     clip = video(3)
     mirrored = clip.frames[:, :, ::-1]
     augmentation = Augmentation(flip_probability=0.5)
-    seen = [augmentation(clip, chances(random_generator(0, 0, str(n), "x"))).frames for n in range(60)]
+    seen = [augmentation(clip, rngs_by_purpose(random_generator(0, 0, str(n), "x"))).frames for n in range(60)]
     flips = [np.array_equal(frames, mirrored) for frames in seen]
     assert all(flip or np.array_equal(frames, clip.frames) for flip, frames in zip(flips, seen, strict=True))
     assert 15 < sum(flips) < 45
-    assert Augmentation(flip_probability=1.0)(clip, chances(np.random.default_rng(0))).frames.flags["C_CONTIGUOUS"]
+    assert Augmentation(flip_probability=1.0)(clip, rngs_by_purpose(np.random.default_rng(0))).frames.flags[
+        "C_CONTIGUOUS"
+    ]
     with pytest.raises(ValueError, match="flip_probability must be 0 to 1, got 2"):
         Augmentation(flip_probability=2)
 
 
 def test_switching_one_part_on_changes_no_other() -> None:
     noise, mask = MixNoise(sound(4_000, seed=1), [0.0]), TimeMask(10, 25)
-    alone = Augmentation(video_mask=mask)(video(), chances(np.random.default_rng(5)))
-    chance = chances(np.random.default_rng(5))
+    alone = Augmentation(video_mask=mask)(video(), rngs_by_purpose(np.random.default_rng(5)))
+    chance = rngs_by_purpose(np.random.default_rng(5))
     together = Augmentation(noise, TimeMask(6_400, 16_000), mask)
     together(sound(), chance)
     np.testing.assert_array_equal(together(video(), chance).frames, alone.frames)
@@ -109,4 +111,4 @@ def test_switching_one_part_on_changes_no_other() -> None:
 
 def test_images_pass() -> None:
     image = object()
-    assert Augmentation(flip_probability=1.0)(image, chances(np.random.default_rng(0))) is image
+    assert Augmentation(flip_probability=1.0)(image, rngs_by_purpose(np.random.default_rng(0))) is image

@@ -14,8 +14,8 @@ from mllm.config.data import ReaderConfig
 from mllm.data.findings import Listing
 from mllm.data.source_files import read_text, relative_to
 from mllm.data.speech.utterances import Gathering, Utterance, unquoted
-from mllm.media.containers import SOUND_SUFFIXES, VIDEO_SUFFIXES
-from mllm.media.headers import has_sound
+from mllm.media.containers import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from mllm.media.headers import has_audio
 
 
 def read_clips(source: Path, root: Path, settings: ReaderConfig) -> Listing:
@@ -32,11 +32,11 @@ def read_clips(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     gathering = Gathering(source, root, settings)
     clips = _clips(source)
     if not clips:
-        raise ValueError(f"{source} holds no clip; those end in {', '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)}")
+        raise ValueError(f"{source} holds no clip; those end in {', '.join(VIDEO_SUFFIXES + AUDIO_SUFFIXES)}")
     table = _Table(gathering, clips, None if settings.transcripts is None else Path(settings.transcripts))
     for name, files in clips.items():
         text_file = source / f"{name}.txt"
-        path, line_number = table.place_of(name, text_file)
+        path, line_number = table.location_of(name, text_file)
         with gathering.listing.noting(path or source, line_number, name):
             text = table.text_of(name, text_file)
             if text is None:
@@ -55,21 +55,21 @@ def _clips(source: Path) -> dict[str, list[str]]:
         folders.sort()
         for name in sorted(files):
             stem, suffix = os.path.splitext(os.path.relpath(os.path.join(folder, name), source))
-            if suffix.lower() in VIDEO_SUFFIXES + SOUND_SUFFIXES:
+            if suffix.lower() in VIDEO_SUFFIXES + AUDIO_SUFFIXES:
                 clips.setdefault(Path(stem).as_posix(), []).append(Path(stem + suffix).as_posix())
     return clips
 
 
 def _media_of(files: list[str], source: Path, root: Path) -> dict[str, str]:
     videos = [file for file in files if file.lower().endswith(VIDEO_SUFFIXES)]
-    sounds = [file for file in files if file.lower().endswith(SOUND_SUFFIXES)]
-    for medium, found in (("videos", videos), ("sounds", sounds)):
-        if len(found) > 1:
-            raise ValueError(f"there are several {medium} of this name: {', '.join(found)}")
-    if videos and not sounds and has_sound(source / videos[0]):
-        sounds = videos
-    found = {"audio": sounds, "video": videos}
-    return {medium: relative_to(root, source / own[0]) for medium, own in found.items() if own}
+    audios = [file for file in files if file.lower().endswith(AUDIO_SUFFIXES)]
+    for kind, paths in (("video files", videos), ("audio files", audios)):
+        if len(paths) > 1:
+            raise ValueError(f"there are several {kind} of this name: {', '.join(paths)}")
+    if videos and not audios and has_audio(source / videos[0]):
+        audios = videos
+    by_medium = {"audio": audios, "video": videos}
+    return {medium: relative_to(root, source / paths[0]) for medium, paths in by_medium.items() if paths}
 
 
 class _Table:
@@ -87,7 +87,7 @@ class _Table:
             else:
                 self.rows[name] = (text, line_number)
 
-    def place_of(self, name: str, file: Path) -> tuple[Path | None, int | None]:
+    def location_of(self, name: str, file: Path) -> tuple[Path | None, int | None]:
         """Where the transcript of a clip stands: in the table or else the file."""
         return (self.path, self.rows[name][1]) if name in self.rows else (file, None)
 
@@ -103,8 +103,8 @@ def _rows(gathering: Gathering, path: Path | None) -> Iterator[tuple[int, str, s
         return
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     for line_number, line in gathering.lines(path):
-        key, found, text = line.partition(separator)
-        if not found:
+        key, tab, text = line.partition(separator)
+        if not tab:
             gathering.problem("a row must be clip and transcript, in two columns", line_number, path)
             continue
         yield line_number, unquoted(key).strip(), unquoted(text)

@@ -126,16 +126,16 @@ def _add_clip(gathering: Gathering, fields: list[str], text: str, line_number: i
 
 def _text_of(gathering: Gathering, dataset: str, path: str) -> str:
     stem = os.path.splitext(f"{dataset.strip()}/{path.strip()}")[0]
-    own = gathering.settings.transcripts
-    if own is not None:
+    folder = gathering.settings.transcripts
+    if folder is not None:
         inner = os.path.splitext(path.strip())[0]
-        places = [Path(own) / f"{stem}.txt", Path(own) / f"{inner}.txt"]
+        candidates = [Path(folder) / f"{stem}.txt", Path(folder) / f"{inner}.txt"]
     else:
-        places = [gathering.root / f"{stem}.txt", gathering.root / f"{stem.replace('_video_', '_text_')}.txt"]
-    for place in places:
-        if place.is_file():
-            return read_text(place)
-    tried = " or ".join(dict.fromkeys(map(str, places)))
+        candidates = [gathering.root / f"{stem}.txt", gathering.root / f"{stem.replace('_video_', '_text_')}.txt"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return read_text(candidate)
+    tried = " or ".join(dict.fromkeys(map(str, candidates)))
     raise ValueError(f"the list holds no text, and there is none in {tried} (key transcripts)")
 
 

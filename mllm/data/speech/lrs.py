@@ -85,15 +85,15 @@ def read_lrs(source: Path, root: Path, settings: ReaderConfig, *, cut: Cut | Non
     gathering = Gathering(source, root, settings)
     for stem, line_number in _stems(source, gathering):
         text_file = Path(f"{stem}.txt")
-        place = None if line_number else text_file
-        with gathering.row(line_number, place):
+        text_path = None if line_number else text_file
+        with gathering.row(line_number, text_path):
             video = relative_to(root, Path(f"{stem}{SUFFIX}"))
             if not text_file.is_file():
                 gathering.problem(f"there is no transcript {text_file}", line_number)
                 continue
             text, words = parse_text(read_text(text_file))
             for utterance in _utterances(gathering, video, text, words, cut, line_number):
-                gathering.add(utterance, line_number, place)
+                gathering.add(utterance, line_number, text_path)
     return gathering.listing
 
 
@@ -126,15 +126,15 @@ def plan_segments(words: Sequence[Word], max_seconds: float) -> list[Segment]:
     Raises:
         ValueError: a single word is longer than the limit.
     """
-    runs: list[list[Word]] = []
+    groups: list[list[Word]] = []
     for word in words:
         if word.end - word.start > max_seconds:
             raise ValueError(f"the word {word.text!r} lasts {word.end - word.start:.2f} seconds, above {max_seconds:g}")
-        if runs and word.end - runs[-1][0].start <= max_seconds:
-            runs[-1].append(word)
+        if groups and word.end - groups[-1][0].start <= max_seconds:
+            groups[-1].append(word)
         else:
-            runs.append([word])
-    return [Segment(tuple(run)) for run in runs]
+            groups.append([word])
+    return [Segment(tuple(group)) for group in groups]
 
 
 def _stems(source: Path, gathering: Gathering) -> Iterator[tuple[Path, int | None]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm.data.speech.lrs import Piece, Segment
 from mllm.data.speech.utterances import FRAMES_PER_SECOND
-from mllm.media import load_audio, load_video, resolve_media, write_sound, write_video
+from mllm.media import load_audio, load_video, resolve_media, write_audio, write_video
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -55,6 +55,6 @@ class Cutter:
         per_frame = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
         write_video(target.with_name(f"{target.name}.mp4"), frames[first:last])
         if samples is not None:
-            write_sound(target.with_name(f"{target.name}.wav"), samples[first * per_frame : last * per_frame])
-        sound = None if samples is None else f"{stem}.wav"
-        return Piece(f"{stem}.mp4", sound, (last - first) / FRAMES_PER_SECOND)
+            write_audio(target.with_name(f"{target.name}.wav"), samples[first * per_frame : last * per_frame])
+        audio = None if samples is None else f"{stem}.wav"
+        return Piece(f"{stem}.mp4", audio, (last - first) / FRAMES_PER_SECOND)

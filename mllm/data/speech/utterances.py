@@ -21,8 +21,8 @@ from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.data.prompts import SPEECH_PROMPTS, SPEECH_TASKS
 from mllm.data.text_forms import TEXT_FORMS
 from mllm.media import MediaError, RootedPaths, path_problem
-from mllm.media.containers import SOUND_SUFFIXES
-from mllm.media.headers import has_sound
+from mllm.media.containers import AUDIO_SUFFIXES
+from mllm.media.headers import has_audio
 
 FRAMES_PER_SECOND = 25
 """Of the videos that the lists of the published systems count frames of."""
@@ -53,7 +53,7 @@ class Gathering:
         self.settings = settings
         self.listing = Listing()
         self._paths = RootedPaths(root)
-        self._places: dict[str, str] = {}
+        self._named_at: dict[str, str] = {}
 
     def problem(self, message: str, line_number: int | None = None, path: Path | None = None) -> None:
         """Note something that cannot be used."""
@@ -95,31 +95,31 @@ class Gathering:
         not there is taken to have sound, so that both media are told to be missing.
         """
         stem = os.path.splitext(video)[0]
-        beside = next((stem + suffix for suffix in SOUND_SUFFIXES if self.holds(stem + suffix)), None)
+        beside = next((stem + suffix for suffix in AUDIO_SUFFIXES if self.holds(stem + suffix)), None)
         if beside is not None:
             return {"audio": beside, "video": video}
         hears = not self.settings.tasks or any("audio" in SPEECH_TASKS[task] for task in self.settings.tasks)
-        if hears and self.holds(video) and not has_sound(Path(self._paths.resolve(video))):
+        if hears and self.holds(video) and not has_audio(Path(self._paths.resolve(video))):
             return {"video": video}
         return {"audio": video, "video": video}
 
     def add(self, utterance: Utterance, line_number: int | None = None, path: Path | None = None) -> None:
         """Take up an utterance, or note what is wrong with it; the place is where it was read."""
-        place = Finding(os.fspath(path or self.source), line_number, "")
+        location = Finding(os.fspath(path or self.source), line_number, "")
         text = TEXT_FORMS[self.settings.text](utterance.text)
         tasks = self.settings.tasks or [
             task for task, media in SPEECH_TASKS.items() if set(media) <= set(utterance.files)
         ]
         problems = [*_problems_of(utterance, text), *_lacking(utterance, tasks)]
-        if utterance.name in self._places:
-            problems.append(f"the clip {utterance.name!r} was already named at {self._places[utterance.name]}")
+        if utterance.name in self._named_at:
+            problems.append(f"the clip {utterance.name!r} was already named at {self._named_at[utterance.name]}")
         missing = {} if problems else self._missing(utterance, problems)
         for message in problems:
-            self.listing.note(place.path, line_number, message)
+            self.listing.note(location.path, line_number, message)
         if problems:
             return
-        self._places[utterance.name] = str(place).removesuffix(": ")
-        self.listing.missing += [replace(place, message=message) for message in missing.values()]
+        self._named_at[utterance.name] = str(location).removesuffix(": ")
+        self.listing.missing += [replace(location, message=message) for message in missing.values()]
         for task in tasks:
             sample = self._sample(utterance, task, text)
             self.listing.samples.append(sample)

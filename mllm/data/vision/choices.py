@@ -26,7 +26,7 @@ from mllm.data.vision.questions import (
     SHORT,
     Question,
     Questions,
-    find,
+    find_file,
     folder_of,
     letter_among,
     letter_at,
@@ -45,7 +45,7 @@ MAX_INDEX_DIGITS = 12
 
 def read_pope(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions by category; labels are found by category, image and words, not by the order of lines."""
-    file = find(source, ("llava_pope_test.jsonl",))
+    file = find_file(source, ("llava_pope_test.jsonl",))
     folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
     gathered = Questions("pope", root)
     labels = _pope_labels(folder, gathered.listing)
@@ -54,10 +54,10 @@ def read_pope(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
     def make(row: dict[str, Any]) -> Question:
         category, image = text_at(row, "category"), text_at(row, "image")
-        asked = text_at(row, "text").removesuffix(SHORT).strip()
-        label = labels.get((category, image, asked))
+        question = text_at(row, "text").removesuffix(SHORT).strip()
+        label = labels.get((category, image, question))
         if label is None:
-            raise ValueError(f"no label of category {category} for {asked!r} about {image}{hint}")
+            raise ValueError(f"no label of category {category} for {question!r} about {image}{hint}")
         return Question(str(row["question_id"]), [images + image], row["text"], [label], category)
 
     gathered.add_lines(file, make)
@@ -84,7 +84,7 @@ def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions with the answers beside the images; an image with other than two questions, which accuracy+ is not
     defined on, is noted and left out.
     """
-    file = find(source, ("llava_mme.jsonl",))
+    file = find_file(source, ("llava_mme.jsonl",))
     images = folder_of(root, ("MME_Benchmark_release_version",), named=settings.images)
     gathered = Questions("mme", root)
 
@@ -94,8 +94,8 @@ def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
         for key in ("question_id", "image"):  # both name files
             if problem := path_problem(row[key]):
                 raise ValueError(f"{key}: {problem}, got {row[key]!r}")
-        asked, how = _mme_question(text_at(row, "text"))
-        official, answer = _mme_answer(root / images / subtask, f"{name.stem}.txt", asked)
+        question, how = _mme_question(text_at(row, "text"))
+        official, answer = _mme_answer(root / images / subtask, f"{name.stem}.txt", question)
         if not (root / images / image).is_file() and (root / images / subtask / "images" / name.name).is_file():
             image = f"{subtask}/images/{name.name}"
         meta = {"image": f"{subtask}/{name.name}", "question": official}
@@ -115,28 +115,28 @@ def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 def _mme_question(text: str) -> tuple[str, str]:
     """What is asked, on one line, and the whole prompt; one with "Please answer yes or no." is asked as LLaVA asks."""
     said = text.rstrip().removesuffix(SHORT).rstrip()
-    asked = said.removesuffix(MME_ASK).rstrip()
-    return " ".join(asked.split()), text if asked == said else f"{asked}\n{SHORT}"
+    question = said.removesuffix(MME_ASK).rstrip()
+    return " ".join(question.split()), text if question == said else f"{question}\n{SHORT}"
 
 
-def _mme_answer(folder: Path, name: str, asked: str) -> tuple[str, str]:
+def _mme_answer(folder: Path, name: str, question: str) -> tuple[str, str]:
     inner = folder / "questions_answers_YN"
     file = (inner if inner.is_dir() else folder) / name
     if not file.is_file():
         raise ValueError(f"{file} with the answers is missing")
     for line in file.read_text(encoding="utf-8").splitlines():
-        question, _, answer = line.strip().partition("\t")
-        if " ".join(question.removesuffix(MME_ASK).split()) == asked:
-            return question, answer.strip().lower()
-    raise ValueError(f"{file} does not ask {asked!r}")
+        listed, _, answer = line.strip().partition("\t")
+        if " ".join(listed.removesuffix(MME_ASK).split()) == question:
+            return listed, answer.strip().lower()
+    raise ValueError(f"{file} does not ask {question!r}")
 
 
 def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions that have an image; those of text alone do not depend on a budget and are left out."""
     if is_table(source):
         return read_scienceqa_table(source, root, settings)
-    file = find(source, ("llava_test_CQM-A.json",))
-    notes = find(source, ("problems.json",), named=settings.annotations, what="annotations")
+    file = find_file(source, ("llava_test_CQM-A.json",))
+    notes = find_file(source, ("problems.json",), named=settings.annotations, what="annotations")
     problems = json_of(notes)
     if not isinstance(problems, dict):
         raise ValueError(f"{notes}: must be an object of problems by id, got {shown_type(problems)}")
@@ -161,7 +161,7 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 def read_mmbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """All rows of the table, rotations included; images are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
-    file = find(source, names)
+    file = find_file(source, names)
     images = ImageFolder(root, settings.images)
     gathered = Questions("mmbench", root)
     csv.field_size_limit(MAX_FIELD_BYTES)
@@ -193,8 +193,8 @@ def mmbench_question(row: dict[str, Any], image: str) -> Question:
     hint = None if _is_none(row.get("hint")) else row["hint"]
     answers = [] if _is_none(row.get("answer")) else [letter_among(row["answer"], options)]
     kept = ("question", *LETTERS[:4], "answer", "l2-category", "L2-category")
-    shown = {key: row[key] for key in kept if not _is_none(row.get(key))}
-    meta = {"options": options, "index": int(row["index"]), "row": shown}
+    kept_row = {key: row[key] for key in kept if not _is_none(row.get(key))}
+    meta = {"options": options, "index": int(row["index"]), "row": kept_row}
     text = with_options(row["question"], options, hint=hint)
     kind = None if _is_none(row.get("category")) else row["category"]
     return Question(str(row["index"]), [image], text, answers, kind, meta)
@@ -206,8 +206,8 @@ def _is_none(value: Any) -> bool:
 
 def read_seedbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """All questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
-    file = find(source, ("llava-seed-bench.jsonl",))
-    notes = find(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
+    file = find_file(source, ("llava-seed-bench.jsonl",))
+    notes = find_file(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
     gathered = Questions("seedbench", root)
     content = json_of(notes)
     by_id = gathered.index(notes, list_in(content, notes, "questions"), lambda note: str(note["question_id"]))

@@ -15,7 +15,7 @@ from mllm.data.findings import Listing, text_at
 from mllm.data.json_files import json_list
 from mllm.data.table_files import is_table
 from mllm.data.vision.from_tables import read_chartqa_table, read_docvqa_table
-from mllm.data.vision.questions import SHORT, Question, Questions, find, folder_of, texts_of
+from mllm.data.vision.questions import SHORT, Question, Questions, find_file, folder_of, texts_of
 
 CHART_KINDS = {"test_human.json": "human", "test_augmented.json": "augmented"}
 
@@ -24,7 +24,7 @@ def read_chartqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Both halves of the test set where the source is a folder, or one file."""
     if is_table(source):
         return read_chartqa_table(source, root, settings)
-    files = [source] if source.is_file() else [find(source, (name, f"test/{name}")) for name in CHART_KINDS]
+    files = [source] if source.is_file() else [find_file(source, (name, f"test/{name}")) for name in CHART_KINDS]
     images = folder_of(root, ("test/png", "png"), named=settings.images)
     gathered = Questions("chartqa", root)
     for file in files:
@@ -46,7 +46,7 @@ def read_docvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """Questions with all answers that count; none in the test set."""
     if is_table(source):
         return read_docvqa_table(source, root, settings)
-    file = find(source, ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"))
+    file = find_file(source, ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"))
     named = settings.images
     images = folder_of(root, ("documents",), named=named)
     gathered = Questions("docvqa", root)

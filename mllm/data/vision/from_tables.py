@@ -92,7 +92,7 @@ def _read(
 
 def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
     options = [] if row["question_type"] == "open" else _listed(row["options"])
-    held = [row.get(f"image_{place}") for place in range(1, MAX_MMMU_IMAGES + 1)]
+    held = [row.get(f"image_{image}") for image in range(1, MAX_MMMU_IMAGES + 1)]
     images = [write(cell) for cell in held if cell is not None]
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     text = "\n".join([row["question"], *lines]) + f"\n\n{CHOOSE if options else SHORT}"
@@ -109,21 +109,21 @@ def _mmmu(row: dict[str, Any], number: int, write: Write) -> Question:
 
 def _ai2d(row: dict[str, Any], number: int, write: Write) -> Question:
     options = texts_of(row["options"])
-    place = row["answer"]  # a text in the official table
-    answer = letter_at(int(place) if isinstance(place, str) else place, options)
+    option = row["answer"]  # a text in the official table
+    answer = letter_at(int(option) if isinstance(option, str) else option, options)
     text = with_options(row["question"], options)
     return Question(str(number), [write(row["image"])], text, [answer], None, {"options": options})
 
 
 def _chartqa(row: dict[str, Any], number: int, write: Write) -> Question:
     if "query" in row:
-        asked, label = row["query"], row["label"]
+        question, label = row["query"], row["label"]
         kind = ("human", "augmented")[int(row["human_or_machine"])]
     else:
-        asked, label, kind = row["question"], row["answer"], row["type"].removesuffix("_test")
+        question, label, kind = row["question"], row["answer"], row["type"].removesuffix("_test")
     if isinstance(label, list):
         label = label[0]
-    return Question(f"{kind}-{number}", [write(row["image"])], f"{asked}\n{SHORT}", [str(label)], kind)
+    return Question(f"{kind}-{number}", [write(row["image"])], f"{question}\n{SHORT}", [str(label)], kind)
 
 
 def _docvqa(row: dict[str, Any], number: int, write: Write) -> Question:
@@ -150,9 +150,9 @@ def _listed(text: Any, *, bare: bool = False) -> list[str]:
     if bare and not text.startswith("["):
         return [text]
     try:
-        found = ast.literal_eval(text)
+        items = ast.literal_eval(text)
     except (SyntaxError, ValueError) as error:
         if bare:
             return [text]
         raise ValueError(f"options must be a list of texts, got {text!r}") from error
-    return [str(item) for item in found]
+    return [str(item) for item in items]

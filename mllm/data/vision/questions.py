@@ -39,7 +39,7 @@ class Question:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-Place = tuple[Path, int | None]
+Location = tuple[Path, int | None]
 Maker = Callable[[], Question | None]
 
 
@@ -52,13 +52,13 @@ class Questions:
         self.listing = Listing()
         self._times_seen: dict[str, int] = {}
 
-    def add(self, place: Place, make: Maker, what: str = "") -> None:
+    def add(self, location: Location, make: Maker, what: str = "") -> None:
         """Add what `make` gives; None is left out. What an odd row raises is noted, see `Listing.noting`.
 
         Args:
             what: which row it is, where the place has no line.
         """
-        with self.listing.noting(*place, what):
+        with self.listing.noting(*location, what):
             question = make()
             if question is not None:
                 self.listing.samples.append(self._sample(question))
@@ -75,11 +75,11 @@ class Questions:
 
     def index(self, file: Path, notes: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, Any]:
         """Entries of a file by a key; an odd one is noted."""
-        found = {}
+        by_key = {}
         for number, note in enumerate(notes):
             with self.listing.noting(file, None, f"entry {number}"):
-                found[key(note)] = note
-        return found
+                by_key[key(note)] = note
+        return by_key
 
     def _sample(self, question: Question) -> Sample:
         messages: list[dict[str, Any]] = [{"role": "user", "content": _parts_of(question)}]
@@ -105,8 +105,8 @@ def _parts_of(question: Question) -> list[dict[str, str]]:
         images = [{"type": "image", "path": image} for image in question.images]
         return [*images, {"type": "text", "text": f"\n{question.text}"}]
     parts = []
-    for place, piece in enumerate(pieces):
-        if place % 2 == 0:
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
             parts += [{"type": "text", "text": piece}] if piece else []
         elif int(piece) > len(question.images):
             raise ValueError(f"<image {piece}> is asked about; there are {len(question.images)}")
@@ -115,7 +115,7 @@ def _parts_of(question: Question) -> list[dict[str, str]]:
     return parts
 
 
-def find(source: Path, names: Sequence[str], *, named: str | None = None, what: str = "questions") -> Path:
+def find_file(source: Path, names: Sequence[str], *, named: str | None = None, what: str = "questions") -> Path:
     """The file of questions or answers: what is named, the source itself, or the first of `names` in its folder.
 
     Raises:
@@ -126,13 +126,13 @@ def find(source: Path, names: Sequence[str], *, named: str | None = None, what: 
     if what == "questions" and source.is_file():
         return source
     folder = source if source.is_dir() else source.parent
-    found = find_optional(folder, names)
-    if found is None:
+    file = first_file(folder, names)
+    if file is None:
         raise FileNotFoundError(f"{folder} holds no file of {what}; looked for {', '.join(names)}")
-    return found
+    return file
 
 
-def find_optional(folder: Path, names: Sequence[str]) -> Path | None:
+def first_file(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of the files that is there."""
     return next((folder / name for name in names if (folder / name).exists()), None)
 
@@ -144,8 +144,8 @@ def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
     """
     if named is not None:
         return f"{named.rstrip('/')}/" if named not in ("", ".") else ""
-    found = next((name for name in names if (root / name).is_dir()), names[0])
-    return f"{found}/" if found else ""
+    folder = next((name for name in names if (root / name).is_dir()), names[0])
+    return f"{folder}/" if folder else ""
 
 
 def texts_of(values: Any) -> list[str]:
@@ -172,8 +172,8 @@ def letter_at(index: Any, options: Sequence[Any]) -> str:
     Raises:
         ValueError: no whole number, or a place beyond the options.
     """
-    is_place = isinstance(index, int) and not isinstance(index, bool)
-    if not is_place or not 0 <= index < min(len(options), len(LETTERS)):
+    is_number = isinstance(index, int) and not isinstance(index, bool)
+    if not is_number or not 0 <= index < min(len(options), len(LETTERS)):
         raise ValueError(f"answer must be the place of one of {len(options)} options, from 0; got {index!r}")
     return LETTERS[index]
 

@@ -20,7 +20,7 @@ from mllm.data.vision.questions import (
     UNSURE,
     Question,
     Questions,
-    find,
+    find_file,
     folder_of,
     texts_of,
 )
@@ -31,23 +31,22 @@ OCR_LINE = "Reference OCR token:"
 def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of test-dev, which the server judges; or the official questions with their annotations."""
     names = ("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_val2014_questions.json")
-    file = find(source, names)
+    file = find_file(source, names)
     gathered = Questions("vqav2", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test2015",), named=settings.images)
         gathered.add_lines(file, lambda row: _llava_question(row, images, []))
         return gathered.listing
-    notes = find(source, ("v2_mscoco_val2014_annotations.json",), named=settings.annotations, what="annotations")
+    notes = find_file(source, ("v2_mscoco_val2014_annotations.json",), named=settings.annotations, what="annotations")
     answers = gathered.index(notes, json_list(notes, "annotations"), lambda note: note["question_id"])
     images = folder_of(root, ("val2014",), named=settings.images)
 
     def make(row: dict[str, Any]) -> Question:
         note = answers[row["question_id"]]
-        given = [text_at(answer, "answer") for answer in note["answers"]]
+        annotated = [text_at(answer, "answer") for answer in note["answers"]]
         image = f"{images}COCO_val2014_{row['image_id']:012d}.jpg"
-        return Question(
-            str(row["question_id"]), [image], f"{text_at(row, 'question')}\n{SHORT}", given, note.get("answer_type"), {}
-        )
+        text = f"{text_at(row, 'question')}\n{SHORT}"
+        return Question(str(row["question_id"]), [image], text, annotated, note.get("answer_type"), {})
 
     gathered.add_all(file, json_list(file, "questions"), make)
     return gathered.listing
@@ -55,9 +54,9 @@ def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 def read_gqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and "binary"."""
-    file = find(source, ("llava_gqa_testdev_balanced.jsonl",))
+    file = find_file(source, ("llava_gqa_testdev_balanced.jsonl",))
     names = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
-    notes = json_of(find(source, names, named=settings.annotations, what="annotations"))
+    notes = json_of(find_file(source, names, named=settings.annotations, what="annotations"))
     if not isinstance(notes, dict):
         raise ValueError(f"the annotations must be an object of answers by id, got {shown_type(notes)}")
     images = folder_of(root, ("data/images", "images"), named=settings.images)
@@ -77,8 +76,8 @@ def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
     A question is matched with its annotation by image and words, as the official script does.
     """
-    file = find(source, ("llava_textvqa_val_v051_ocr.jsonl",))
-    notes = find(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations")
+    file = find_file(source, ("llava_textvqa_val_v051_ocr.jsonl",))
+    notes = find_file(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations")
     gathered = Questions("textvqa", root)
     rows = json_list(notes, "data")
     by_words = gathered.index(notes, rows, lambda note: (note["image_id"], text_at(note, "question").lower()))
@@ -86,11 +85,11 @@ def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
     def make(row: dict[str, Any]) -> Question:
         lines = text_at(row, "text").split("\n")
-        asked = next((line for line in lines if not line.startswith((OCR_LINE, SHORT))), "")
-        asked = asked.removeprefix("Question: ")
-        note = by_words.get((row["question_id"], asked.lower()))
+        question = next((line for line in lines if not line.startswith((OCR_LINE, SHORT))), "")
+        question = question.removeprefix("Question: ")
+        note = by_words.get((row["question_id"], question.lower()))
         if note is None:
-            raise ValueError(f"no annotation of image {row['question_id']!r} asks {asked!r}")
+            raise ValueError(f"no annotation of image {row['question_id']!r} asks {question!r}")
         if not settings.ocr_tokens:
             row = {**row, "text": "\n".join(line for line in lines if not line.startswith(OCR_LINE))}
         return _llava_question({**row, "question_id": note["question_id"]}, images, texts_of(note["answers"]))
@@ -101,7 +100,7 @@ def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 def read_vizwiz(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """LLaVA's questions of the test set, which the server judges; or the official files, test.json among them."""
-    file = find(source, ("llava_test.jsonl", "val.json"))
+    file = find_file(source, ("llava_test.jsonl", "val.json"))
     gathered = Questions("vizwiz", root)
     if file.suffix == ".jsonl":
         images = folder_of(root, ("test",), named=settings.images)

@@ -37,10 +37,10 @@ class ImageFolder:
         Raises:
             ValueError: bytes that begin like no image.
         """
-        found = sniff(io.BytesIO(content[:64]))
-        if found is None or found[0] != "image":
+        container = sniff(io.BytesIO(content[:64]))
+        if container is None or container[0] != "image":
             raise ValueError(f"{len(content)} bytes that begin like no image")
-        suffix = "jpg" if found[1] == "jpeg" else found[1]
+        suffix = "jpg" if container[1] == "jpeg" else container[1]
         name = f"{self.folder}/{hashlib.sha256(content).hexdigest()[:24]}.{suffix}"
         file = self.root / name
         if not file.exists():

@@ -22,7 +22,7 @@ import numpy as np
 
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.prompts import SPEECH_TASKS
-from mllm.media import write_sound, write_video
+from mllm.media import write_audio, write_video
 from mllm.synthetic.prompts import SPEECH_PROMPTS
 from mllm.synthetic.speech.babble import make_babble
 from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
@@ -134,14 +134,14 @@ def _write_utterance(job: _Job) -> float:
         color=job.settings.color,
     )
     write_video(job.root / f"{job.stem}.mp4", frames, frames_per_second=LIP_FRAMES_PER_SECOND)
-    write_sound(job.root / f"{job.stem}.wav", utterance.samples, SAMPLE_RATE_HZ)
+    write_audio(job.root / f"{job.stem}.wav", utterance.samples, SAMPLE_RATE_HZ)
     return utterance.seconds
 
 
 def _write_babble(out: Path, split: str, settings: SpeechCorpusConfig) -> None:
     (out / "noise").mkdir(parents=True, exist_ok=True)
     babble = make_babble(split, seconds=settings.babble_seconds, seed=settings.seed)
-    write_sound(out / "noise" / f"{split}.wav", babble, SAMPLE_RATE_HZ)
+    write_audio(out / "noise" / f"{split}.wav", babble, SAMPLE_RATE_HZ)
 
 
 def _samples(job: _Job, seconds: float) -> Iterator[Sample]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from mllm.checkpoints.tensor_files import write_tensors
 from mllm.data.manifest import Sample
 from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
-from mllm.media.packed import packed_bytes, packed_place
+from mllm.media.packed import packed_bytes, packed_location
 from mllm.processing.processor import LoadedMedia
 
 FINGERPRINT = "fingerprint.json"
@@ -279,7 +279,7 @@ def digest_of_file(file: Path) -> str:
 
 def digest_of_media(file: Path) -> str:
     """A digest of a medium's bytes, which may stand inside another file."""
-    place = packed_place(str(file))
+    place = packed_location(str(file))
     if place is None:
         return digest_of_file(file)
     return hashlib.blake2b(packed_bytes(str(file), place, DEFAULT_LIMITS.video_bytes), digest_size=16).hexdigest()
@@ -297,7 +297,7 @@ class _File:
     def __post_init__(self) -> None:
         try:
             found = str(resolve_media(self.sample.root, self.path))
-            place = packed_place(found)
+            place = packed_location(found)
             facts = os.stat(found if place is None else place.file)
         except (OSError, ValueError) as error:
             self.stamp = f"none: {type(error).__name__}"

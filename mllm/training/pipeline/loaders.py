@@ -17,7 +17,7 @@ from mllm.data.batching import Lengths, TokenBucketBatchSampler
 from mllm.data.dataset import Collator, ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
-from mllm.data.shared_media import fitting, sharers
+from mllm.data.shared_media import parts_that_fit, samples_that_share
 from mllm.data.skipped import SkipLog
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing.batch import check_length
@@ -88,7 +88,7 @@ def round_batches(
     """Which samples are in which micro-batch of this process; see `train_loader`."""
     kinds = media_groups(samples) if settings.group_by_media else None
     limits = {"max_tokens": settings.tokens_per_batch, "max_rows": settings.max_rows}
-    groups = fitting(sharers(samples), surveyed.tokens, **limits) if settings.share_media else ()
+    groups = parts_that_fit(samples_that_share(samples), surveyed.tokens, **limits) if settings.share_media else ()
     return RoundBatches(Lengths(surveyed.tokens, surveyed.smallest, kinds, groups), seed=seed, **limits, **lanes)
 
 

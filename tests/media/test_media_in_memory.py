@@ -11,7 +11,16 @@ import tiny
 import torch
 from PIL import Image
 
-from mllm.media import FrameSampling, Given, MediaError, MediaLoader, decode_given, load_video, path_of, several
+from mllm.media import (
+    FrameSampling,
+    InMemoryMedium,
+    MediaError,
+    MediaLoader,
+    decode_in_memory,
+    items_of,
+    load_video,
+    path_of,
+)
 from mllm.media.image import load_image
 
 LOADER = MediaLoader(gray=True)
@@ -29,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def image(given: object) -> np.ndarray:
-    return np.asarray(decode_given(Given("image", given), LOADER))
+    return np.asarray(decode_in_memory(InMemoryMedium("image", given), LOADER))
 
 
 def sound(given: object) -> np.ndarray:
-    found = decode_given(Given("audio", given), LOADER)
+    found = decode_in_memory(InMemoryMedium("audio", given), LOADER)
     assert found.sample_rate_hz == 16_000  # type: ignore[union-attr]
     return found.samples  # type: ignore[union-attr]
 
@@ -83,14 +92,14 @@ def test_every_form_of_a_sound_gives_the_same_samples(folder: Path) -> None:
 
 def test_every_form_of_a_video_gives_the_same_frames(folder: Path) -> None:
     colour = load_video(folder / "0.mp4")
-    grey = decode_given(Given("video", (folder / "0.mp4").read_bytes()), LOADER)
+    grey = decode_in_memory(InMemoryMedium("video", (folder / "0.mp4").read_bytes()), LOADER)
     assert np.array_equal(grey.frames, LOADER("video", folder / "0.mp4").frames)  # type: ignore[union-attr]
     forms = [colour, colour.frames, (colour.frames, 25), [Image.fromarray(frame) for frame in colour.frames]]
     for form in forms:
-        found = decode_given(Given("video", form), LOADER)
+        found = decode_in_memory(InMemoryMedium("video", form), LOADER)
         assert found.frames.shape == (20, 48, 48)  # type: ignore[union-attr]
         assert found.frames[3, 5, 7] == int(np.asarray(Image.fromarray(colour.frames[3]).convert("L"))[5, 7])  # type: ignore[union-attr]
-    half = decode_given(Given("video", (colour.frames, 12.5)), LOADER)
+    half = decode_in_memory(InMemoryMedium("video", (colour.frames, 12.5)), LOADER)
     assert len(half.frames) == 40  # type: ignore[union-attr]
 
 
@@ -98,7 +107,7 @@ def test_frames_are_sampled_as_from_the_file(folder: Path) -> None:
     sampling = FrameSampling(4)
     expected = LOADER.frames(folder / "0.mp4", sampling)
     for form in ((folder / "0.mp4").read_bytes(), load_video(folder / "0.mp4"), load_video(folder / "0.mp4").frames):
-        found = decode_given(Given("video", form), LOADER, sampling)
+        found = decode_in_memory(InMemoryMedium("video", form), LOADER, sampling)
         assert np.array_equal(found.frames, expected.frames)  # type: ignore[union-attr]
 
 
@@ -122,7 +131,7 @@ REFUSED = [
 @pytest.mark.parametrize(("medium", "given", "message"), REFUSED)
 def test_what_has_no_one_meaning_is_refused(medium: str, given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decode_given(Given(medium, given), LOADER)
+        decode_in_memory(InMemoryMedium(medium, given), LOADER)
 
 
 def test_bytes_are_under_the_limits_of_files() -> None:
@@ -136,15 +145,15 @@ def test_one_and_several_are_told_apart() -> None:
     one, grey, clip = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((5, 4, 4, 3), np.uint8)
     samples = np.zeros(9)
     frame = Image.new("RGB", (4, 4))
-    assert [len(several("image", given)) for given in (None, "a.png", one, grey, frame, [one, "a"], clip)] == [
+    assert [len(items_of("image", given)) for given in (None, "a.png", one, grey, frame, [one, "a"], clip)] == [
         *(0, 1, 1, 1, 1, 2, 5),
     ]
-    assert [len(several("audio", given)) for given in (samples, (samples, 8_000), [samples, samples])] == [1, 1, 2]
-    assert [len(several("video", given)) for given in (clip, (clip, 30.0), [clip, clip], [frame, frame])] == [
+    assert [len(items_of("audio", given)) for given in (samples, (samples, 8_000), [samples, samples])] == [1, 1, 2]
+    assert [len(items_of("video", given)) for given in (clip, (clip, 30.0), [clip, clip], [frame, frame])] == [
         *(1, 1, 2, 1),
     ]
     with pytest.raises(ValueError, match="image is 16; allowed are a path"):
-        several("image", 16)
+        items_of("image", 16)
 
 
 def test_nothing_is_fetched() -> None:

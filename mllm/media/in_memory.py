@@ -31,11 +31,11 @@ USUAL_RATES = {"audio": 16_000, "video": 25.0}
 """Samples and frames per second of an array that comes without its rate."""
 CHANNELS = (1, 3, 4)
 MediaInput = Any
-"""One of the forms above; see `several` and `decode_given`."""
+"""One of the forms above; see `items_of` and `decode_in_memory`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Given:
+class InMemoryMedium:
     """One medium that is not named by a path: where it stands among its kind, and what was handed over."""
 
     medium: str
@@ -47,48 +47,48 @@ class Given:
         return "bytes" if isinstance(self.value, bytes) else type(self.value).__name__
 
 
-def several(medium: str, given: Any) -> list[MediaInput]:
+def items_of(medium: str, media: Any) -> list[MediaInput]:
     """List the items of what was given for a medium: nothing, one item, or several.
 
     Raises:
         ValueError: none of the forms that are read.
     """
-    if given is None:
+    if media is None:
         return []
-    if _is_one(medium, given):
-        return [given]
-    if isinstance(given, Sequence) or _is_array(given):
-        items = list(given)
+    if _is_one(medium, media):
+        return [media]
+    if isinstance(media, Sequence) or _is_array(media):
+        items = list(media)
         if medium == "video" and items and all(isinstance(item, Image.Image) for item in items):
             return [items]
         return items
-    raise ValueError(f"{medium} is {_named(given)}; {_allowed(medium)}")
+    raise ValueError(f"{medium} is {_named(media)}; {_allowed(medium)}")
 
 
-def path_of(medium: str, given: MediaInput) -> str | None:
+def path_of(medium: str, item: MediaInput) -> str | None:
     """Return the path that one item is, or None where it is not named by one.
 
     Raises:
         ValueError: an address on the network, which is not fetched.
     """
-    if isinstance(given, str):
-        if given.startswith("data:"):
+    if isinstance(item, str):
+        if item.startswith("data:"):
             return None
-        scheme, colon, rest = given.partition("://")
+        scheme, colon, rest = item.partition("://")
         if colon and scheme.isalnum():
             if scheme == "file":
                 return rest
-            raise ValueError(f"{medium} is {given!r}; nothing is fetched from the network, give a file or its bytes")
-        return given
-    return os.fspath(given) if isinstance(given, os.PathLike) else None
+            raise ValueError(f"{medium} is {item!r}; nothing is fetched from the network, give a file or its bytes")
+        return item
+    return os.fspath(item) if isinstance(item, os.PathLike) else None
 
 
-def is_file(given: MediaInput) -> bool:
+def is_file(item: MediaInput) -> bool:
     """Tell whether one item is a file, by name or as bytes, which may hold sound beside frames."""
-    return isinstance(given, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(given, "read")
+    return isinstance(item, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(item, "read")
 
 
-def decode_given(given: Given, loader: MediaLoader, sampling: FrameSampling | None = None) -> Raw:
+def decode_in_memory(item: InMemoryMedium, loader: MediaLoader, sampling: FrameSampling | None = None) -> Raw:
     """Decode one item that is not named by a path, as the loader decodes a file of the same contents.
 
     Args:
@@ -101,14 +101,14 @@ def decode_given(given: Given, loader: MediaLoader, sampling: FrameSampling | No
         ValueError: none of the forms that are read, or a shape or type that has no one meaning.
         MediaError: bytes that cannot be used.
     """
-    value = _encoded(given.value)
+    value = _encoded(item.value)
     if isinstance(value, bytes):
-        return loader(given.medium, value) if sampling is None else loader.frames(value, sampling)
-    if given.medium == "image":
+        return loader(item.medium, value) if sampling is None else loader.frames(value, sampling)
+    if item.medium == "image":
         return _image(value)
-    if given.medium == "audio":
-        sound = _sound(value)
-        samples = resample(sound.samples, sound.sample_rate_hz, loader.sample_rate_hz)
+    if item.medium == "audio":
+        audio = _audio(value)
+        samples = resample(audio.samples, audio.sample_rate_hz, loader.sample_rate_hz)
         return Audio(samples, loader.sample_rate_hz)
     return _at_rate(_video(value), loader, sampling)
 
@@ -135,23 +135,23 @@ def _encoded(value: MediaInput) -> MediaInput:
     return value
 
 
-def _is_one(medium: str, given: Any) -> bool:
+def _is_one(medium: str, media: Any) -> bool:
     """Whether something is one item and not several."""
-    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Audio, Video, Mapping, Given)
-    if isinstance(given, single) or hasattr(given, "read"):
+    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Audio, Video, Mapping, InMemoryMedium)
+    if isinstance(media, single) or hasattr(media, "read"):
         return True
-    if _is_array(given):
-        return given.ndim <= {"image": 3, "audio": 2, "video": 4}[medium]
-    return _is_timed(given)
+    if _is_array(media):
+        return media.ndim <= {"image": 3, "audio": 2, "video": 4}[medium]
+    return _is_timed(media)
 
 
-def _is_array(given: Any) -> bool:
-    return hasattr(given, "__array__") and hasattr(given, "ndim") and not isinstance(given, Image.Image)
+def _is_array(media: Any) -> bool:
+    return hasattr(media, "__array__") and hasattr(media, "ndim") and not isinstance(media, Image.Image)
 
 
-def _is_timed(given: Any) -> bool:
+def _is_timed(media: Any) -> bool:
     """Whether something is an array and its rate."""
-    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+    return isinstance(media, tuple) and len(media) == 2 and isinstance(media[1], int | float)
 
 
 def _array(value: Any) -> np.ndarray:
@@ -175,7 +175,7 @@ def _image(value: MediaInput) -> Image.Image:
     return to_rgb(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1:] == (1,) else pixels))
 
 
-def _sound(value: MediaInput) -> Audio:
+def _audio(value: MediaInput) -> Audio:
     if isinstance(value, Audio):
         return value
     rate: Any = USUAL_RATES["audio"]
