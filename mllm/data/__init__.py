@@ -1,1 +1,1 @@
-"""Samples: the manifest, readers, checks, the data set, batches."""
+"""Turns files into samples and samples into batches: the manifest, readers, checks, the data set."""

@@ -1,4 +1,4 @@
-"""Which sound and which video of a sample are one clip, so that they must be equally long.
+"""Says which audio and which video of a sample are one clip, so that they must be equally long.
 
 Knows samples. Does not open files.
 """
@@ -9,7 +9,7 @@ from mllm.data.manifest import Media, Sample
 
 
 def clip_pairs(sample: Sample) -> list[tuple[int, int]]:
-    """Places, in `sample.media`, of the sound and the video of each clip.
+    """Return the positions, in `sample.media`, of the audio and the video of each clip.
 
     Two media of one message are one clip when their files have the same name but for folder and suffix, or are the same
     file. `meta.one_clip` overrules names: true makes one clip of a message's only sound and only video, false of none.

@@ -20,7 +20,7 @@ from mllm.media import Audio, MediaError, MediaLoader, RootedPaths, Video, audio
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong on one line; a line may have several, and what is about a whole file has none."""
+    """Says what is wrong on one line; a line may have several, and what is about a whole file has none."""
 
     line_number: int | None
     message: str
@@ -28,7 +28,7 @@ class Problem:
 
 @dataclass
 class Report:
-    """What a manifest holds and what is wrong with it.
+    """Reports what a manifest holds and what is wrong with it.
 
     Counts are of good rows. `seconds` are filled when media were opened, and then count every appearance of a file.
     """
@@ -43,11 +43,11 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong and there is something to use."""
+        """Tell whether nothing is wrong and there is something to use."""
         return not self.problems and self.num_samples > 0
 
     def summary(self) -> str:
-        """A few lines for a terminal, without the problems themselves."""
+        """Summarize the report in a few lines for a terminal, without the problems themselves."""
         lines = [f"{self.path}: {self.num_rows} rows, {self.num_samples} good samples"]
         if self.tasks:
             lines.append("tasks: " + ", ".join(f"{task} {count}" for task, count in sorted(self.tasks.items())))
@@ -155,7 +155,7 @@ def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | No
 
 
 def _mismatches(sample: Sample, raws: list[Any], max_mismatch_seconds: float | None) -> list[str]:
-    """Sounds that are not as long as the video of the same clip, and a sample that states nonsense about its clips."""
+    """List audio that is not as long as the video of the same clip, and what a sample states wrongly about its clips."""
     problems: list[str] = []
     if max_mismatch_seconds is None:
         return problems

@@ -1,4 +1,5 @@
-"""Conversations in the forms that trainers share: ShareGPT, OpenAI's messages, and those of ms-swift and LLaMA-Factory.
+"""Reads conversations in the forms that trainers share: ShareGPT, OpenAI's messages, and those of ms-swift and
+LLaMA-Factory.
 
     {"conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}],
      "images": ["a.png"]}
@@ -47,7 +48,7 @@ _OTHER_KEYS = ("id", "task", "kind", "meta", "system")
 
 @dataclass
 class Turn:
-    """One message: who speaks, and its parts; a medium without a path takes the next one of the row."""
+    """Holds one message: who speaks, and its parts; a medium without a path takes the next one of the row."""
 
     role: str
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -79,7 +80,7 @@ def _read(source: Path, root: Path, forms: Sequence[str]) -> Listing:
 
 
 class ConversationReader:
-    """Rows to samples; counts the keys that are not read.
+    """Turns rows into samples, and counts the keys that are not read.
 
     Args:
         root: folder that media paths are relative to.
@@ -95,7 +96,7 @@ class ConversationReader:
     def sample_of(
         self, row: Mapping[str, Any], sample_id: str, media: Mapping[str, Sequence[str]] | None = None
     ) -> Sample:
-        """The sample of a row.
+        """Make the sample of a row.
 
         Args:
             sample_id: the one it states, or one that was made up.
@@ -150,7 +151,7 @@ def _as_caption(row: dict[str, Any], media: Sequence[str], forms: Sequence[str])
 
 
 def _said_by_from(row: dict[str, Any]) -> Turns:
-    """ShareGPT's `conversations`; some files have OpenAI's turns under that name."""
+    """Read ShareGPT's `conversations`; some files have OpenAI's turns under that name."""
     return [
         _turn(turn, "from", "value") if "from" in turn else _turn(turn, "role", "content")
         for turn in _objects(row["conversations"], "conversations")
@@ -162,7 +163,7 @@ def _said_by_role(row: dict[str, Any]) -> Turns:
 
 
 def _said_in_pairs(key: str, names: tuple[str, str]) -> Form:
-    """ms-swift's `conversation` and the Cauldron's `texts`: a question and its answer in one object."""
+    """Return a reader of ms-swift's `conversation` and the Cauldron's `texts`: a question and its answer in one object."""
 
     def turns(row: dict[str, Any]) -> Turns:
         return [
@@ -175,7 +176,7 @@ def _said_in_pairs(key: str, names: tuple[str, str]) -> Form:
 
 
 def _question_and_answer(question: str, answer: str) -> Form:
-    """A question and its answer under keys of the row; ms-swift's `history` comes before them."""
+    """Return a reader of a question and its answer under keys of the row; ms-swift's `history` comes before them."""
 
     def turns(row: dict[str, Any]) -> Turns:
         pairs = (
@@ -220,7 +221,7 @@ def _objects(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _turn(entry: dict[str, Any], speaker: str, content: str) -> Turn:
-    """A turn of a speaker and a content; whatever else it holds would be lost, so it is refused."""
+    """Read a turn of a speaker and a content; whatever else it holds would be lost, so it is refused."""
     role = entry.get(speaker)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{speaker}: must be one of {', '.join(ROLES)}, got {role!r}")
@@ -232,7 +233,9 @@ def _turn(entry: dict[str, Any], speaker: str, content: str) -> Turn:
 
 
 def _parts(content: Any, key: str, role: str) -> list[dict[str, Any]]:
-    """Texts and media of a turn; what is typed as a marker counts only where a user speaks, see `_place`."""
+    """Read the texts and media of a turn; what is typed as a marker counts only where a user speaks, see
+    `_place_media`.
+    """
     if isinstance(content, str):
         return _split(content) if role == "user" else [_text(content, key)]
     if not isinstance(content, list) or not content:
@@ -241,7 +244,7 @@ def _parts(content: Any, key: str, role: str) -> list[dict[str, Any]]:
 
 
 def _part(part: Any, key: str) -> dict[str, Any]:
-    """A part in OpenAI's form, in that of chat templates, or in our own."""
+    """Read a part in OpenAI's form, in that of chat templates, or in our own."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return _text(part.get("text"), f"{key}: text")
@@ -254,7 +257,7 @@ def _part(part: Any, key: str) -> dict[str, Any]:
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    """A text cut at its markers; the text of each marker is kept, in case it is none."""
+    """Cut a text at its markers; the text of each marker is kept, in case it is none."""
     parts: list[dict[str, Any]] = []
     rest = text
     while True:
@@ -275,7 +278,7 @@ def _text(value: Any, key: str) -> dict[str, Any]:
 
 
 def _path_of(value: Any, medium: str) -> str:
-    """A path as it is written, or inside an object that names it."""
+    """Return a path as it is written, or inside an object that names it."""
     if isinstance(value, dict):
         if value.get("bytes") is not None or value.get("data") is not None:
             raise ValueError(f"{medium}: it stands in the row itself; write it as a file and name that")
@@ -288,7 +291,7 @@ def _path_of(value: Any, medium: str) -> str:
 
 
 def paths_of(row: Mapping[str, Any], medium: str) -> list[str]:
-    """The paths of a row's media, under the key of one or of several."""
+    """Return the paths of a row's media, under the key of one or of several."""
     paths: list[str] = []
     for key in MEDIA_KEYS[medium]:
         value = row.get(key)
@@ -325,7 +328,7 @@ def _place_media(turns: Turns, paths: dict[str, list[str]]) -> None:
 
 
 def _joined(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parts as a manifest has them, texts that follow each other in one."""
+    """Join parts as a manifest has them, texts that follow each other in one."""
     joined: list[dict[str, Any]] = []
     for part in parts:
         if part["type"] == "text" and joined and joined[-1]["type"] == "text":

@@ -1,4 +1,4 @@
-"""Samples to loaded media, and loaded samples to a batch; what is bad is left out on the way.
+"""Turns samples into loaded media, and loaded samples into a batch; what is bad is skipped on the way.
 
 Knows samples and how chance is handed out. Does not know formats, encoders, tokenizers or budgets: how media are loaded
 and how a batch is encoded are callables it is given.
@@ -32,7 +32,7 @@ class Load(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A sample with what `Load` made of its media."""
+    """Holds a sample with what `Load` made of its media."""
 
     sample: Sample
     media: Any
@@ -40,7 +40,7 @@ class Item:
 
 
 class ManifestDataset(Dataset[Item | SkippedSample]):
-    """The samples of a manifest, loaded when asked for by index or by `SampleKey`.
+    """Gives the samples of a manifest, loaded when asked for by index or by `SampleKey`.
 
     A sample whose media cannot be used (any `MediaError`, any other `ValueError` of loading) comes as `SkippedSample`.
     When that befalls every sample of a batch, the next good one of the manifest is added, so that no batch is empty;
@@ -78,7 +78,7 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         return self._group([_sample_key(key)])[0]
 
     def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[Any]:
-        """The media of each of some samples as they are in an epoch; what two of them hold is loaded once.
+        """Load the media of each of some samples as they are in an epoch; what two of them hold is loaded once.
 
         Args:
             name: whose chance it is, a sample id.
@@ -95,7 +95,7 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         return None if self.seed is None else random_generator(self.seed, epoch, name, "augmentation")
 
     def _group(self, keys: Sequence[SampleKey]) -> list[Item | SkippedSample]:
-        """Items of one group and epoch."""
+        """Load the items of one group and epoch."""
         epoch, first = keys[0]
         samples = [self.samples[key.index] for key in keys]
         name = self.samples[first if self._first is None else self._first[first]].id
@@ -108,13 +108,13 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         return [Item(sample, media, epoch) for sample, media in zip(samples, loaded, strict=True)]
 
     def _parts(self, keys: Sequence[SampleKey]) -> list[list[SampleKey]]:
-        """Neighbours of one group and epoch together."""
+        """Put neighbours of one group and epoch together."""
         if (first := self._first) is None:
             return [[key] for key in keys]
         return [list(part) for _, part in groupby(keys, key=lambda key: (key.epoch, first[key.index]))]
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item | SkippedSample]:
-        """A batch, at once: what a data loader calls when this is defined."""
+        """Load a batch at once; a data loader calls this where it is defined."""
         sample_keys = [_sample_key(key) for key in keys]
         items = [item for part in self._parts(sample_keys) for item in self._group(part)]
         epoch, index = sample_keys[-1]
@@ -126,12 +126,12 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
 
 
 def _sample_key(key: SampleKey | int) -> SampleKey:
-    """A key; a bare index is one of the first epoch."""
+    """Return the key; a bare index is one of the first epoch."""
     return SampleKey(*key) if isinstance(key, tuple) else SampleKey(0, key)
 
 
 class Collator(Generic[Encoded]):
-    """Makes a batch of the good samples and hands the bad ones to the skip_log.
+    """Makes a batch of the good samples and notes the bad ones in the skip log.
 
     Args:
         encode: samples and their media, in step, to a batch. A sample that it refuses with a `ValueError` also when it
@@ -179,7 +179,7 @@ class Collator(Generic[Encoded]):
         return self.encode([item.sample for item in items], [item.media for item in items])
 
     def _refused(self, items: Sequence[Item]) -> list[SkippedSample]:
-        """The items that cannot be encoded alone either; the others suffered from their neighbours."""
+        """Return the items that cannot be encoded alone either; the others suffered from their neighbours."""
         refused = []
         for item in items:
             try:

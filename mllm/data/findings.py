@@ -1,4 +1,4 @@
-"""What a reader found in one pass: samples, and lines about what cannot be used; and what a row may raise at most.
+"""Collects what a reader comes upon in one pass: samples, and findings about what cannot be used.
 
 Knows places in files. Does not know formats.
 """
@@ -25,7 +25,7 @@ _NAMES = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.E
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about one place of the data; without a line number it is about the whole file."""
+    """Says something about one place of the data; without a line number it is about the whole file."""
 
     path: str
     line_number: int | None
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Listing:
-    """Everything a reader found, in one pass.
+    """Holds everything that a reader came upon in one pass.
 
     samples: all that can be used, those with files that are missing included.
     problems: what cannot be used at all; missing: files that are named and not there; incomplete: ids of the samples
@@ -53,7 +53,7 @@ class Listing:
 
     @property
     def whole(self) -> list[Sample]:
-        """The samples all of whose files are there."""
+        """Return the samples all of whose files are there."""
         return [sample for sample in self.samples if sample.id not in self.incomplete]
 
     def note(self, path: str | os.PathLike[str], line_number: int | None, message: str) -> None:
@@ -84,28 +84,28 @@ class Listing:
 
 
 class ManyLines(ValueError):
-    """Something wrong in many places, told line by line; a terminal shows the lines as they are."""
+    """Says what is wrong in many places, line by line; a terminal shows the lines as they are."""
 
 
 class BadRows(ManyLines):
-    """Rows that cannot be used; the message has a line for each, and is cut after `MAX_SHOWN`."""
+    """Names rows that cannot be used, a line for each; the message is cut after `MAX_SHOWN`."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         super().__init__("\n".join(first(findings)))
 
 
 def first(findings: Iterable[Finding]) -> list[str]:
-    """The first findings as lines, and how many there are beside them."""
+    """Return the first findings as lines, and how many there are beside them."""
     return first_lines([str(finding) for finding in findings])
 
 
 def first_lines(lines: Sequence[str]) -> list[str]:
-    """The first lines, and how many there are beside them."""
+    """Return the first lines, and how many there are beside them."""
     return list(lines) if len(lines) <= MAX_SHOWN else [*lines[:MAX_SHOWN], f"and {len(lines) - MAX_SHOWN} more"]
 
 
 def renumbered(sample: Sample, times_seen: dict[str, int]) -> Sample:
-    """The sample with "#2", "#3" and so on after its id from the second time on that the id is seen.
+    """Return the sample with "#2", "#3" and so on after its id from the second time on that the id is seen.
 
     Args:
         times_seen: ids so far; the sample's is counted.
@@ -123,7 +123,7 @@ def renumbered(sample: Sample, times_seen: dict[str, int]) -> Sample:
 
 
 def text_at(row: dict[str, Any], key: str) -> str:
-    """A text of a row.
+    """Return a text of a row.
 
     Raises:
         ValueError: it is something else; the key is named.
@@ -136,13 +136,13 @@ def text_at(row: dict[str, Any], key: str) -> str:
 
 
 def shown_type(value: object) -> str:
-    """What a value is, in the words of JSON."""
+    """Return what a value is, in the words of JSON."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _said(error: BaseException) -> str:
-    """What an error of an odd row says; errors of Python itself are named, since their texts say little alone."""
+    """Return what an error of an odd row says; errors of Python itself are named, since their texts say little alone."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     if isinstance(error, RecursionError):

@@ -22,7 +22,7 @@ _OF_TABLES = (*TABLE_FORMATS, "parquet", "datasets")
 
 
 def guess_format(source: Path) -> Format | None:
-    """The format that a file or folder seems to be in; None where nothing speaks for one.
+    """Return the format that a file or folder seems to be in; None where nothing speaks for one.
 
     Raises:
         OSError: it cannot be read.
@@ -43,7 +43,7 @@ def guess_format(source: Path) -> Format | None:
 
 
 def wrong_format(source: Path, named: Format) -> str | None:
-    """What to say of data in which there is no row of the named format, or None where no other one is seen.
+    """Return what to say of data in which there is no row of the named format, or None where no other one is seen.
 
     Raises:
         OSError: it cannot be read.
@@ -84,7 +84,7 @@ def _of_folder(source: Path) -> Format | None:
 
 
 def _first_row(text: str) -> dict[str, Any] | None:
-    """The first object of a JSON list or of JSON lines, also of a file that is longer than what was read."""
+    """Return the first object of a JSON list or of JSON lines, also of a file that is longer than what was read."""
     start = text.lstrip().removeprefix("[").lstrip()
     if not start.startswith("{"):
         return None

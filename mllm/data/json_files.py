@@ -1,4 +1,4 @@
-"""Files of JSON, whole or by lines, to rows; what is no row becomes a finding.
+"""Reads the rows of JSON files, whole or by lines; what is no row becomes a finding.
 
 Knows JSON and places. Does not know what a row means.
 """
@@ -15,7 +15,7 @@ _HEAD_BYTES = 4096
 
 
 def json_of(path: Path) -> Any:
-    """Raises: ValueError where it is no JSON."""
+    """Read a JSON file; ValueError where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -23,7 +23,7 @@ def json_of(path: Path) -> Any:
 
 
 def json_list(path: Path, key: str | None = None) -> list[Any]:
-    """The rows of a JSON file that is a list, or holds one under a key.
+    """Return the rows of a JSON file that is a list, or holds one under a key.
 
     Raises:
         ValueError: it is something else.
@@ -32,7 +32,7 @@ def json_list(path: Path, key: str | None = None) -> list[Any]:
 
 
 def list_in(content: Any, path: Path, key: str | None = None) -> list[Any]:
-    """The rows of what `json_of` read from a file: itself, or what stands under a key.
+    """Return the rows of what `json_of` read from a file: itself, or what stands under a key.
 
     Raises:
         ValueError: it is something else.
@@ -46,7 +46,7 @@ def list_in(content: Any, path: Path, key: str | None = None) -> list[Any]:
 
 
 def json_lines(path: Path, listing: Listing) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows; a line that is no JSON object is noted."""
+    """Yield numbered rows; a line that is no JSON object is noted."""
     for number, content in numbered_lines(path):
         row = None
         with listing.noting(path, number):
@@ -58,7 +58,9 @@ def json_lines(path: Path, listing: Listing) -> Iterator[tuple[int, dict[str, An
 
 
 class Entry(NamedTuple):
-    """An object of a file: its line, where the file has lines; its number, of the line or in the list; and itself."""
+    """Holds an object of a file: its line, where the file has lines; its number, of the line or in the list; and
+    itself.
+    """
 
     line_number: int | None
     number: int
@@ -66,11 +68,11 @@ class Entry(NamedTuple):
 
     @property
     def what(self) -> str:
-        """Which one it is, where no line says so."""
+        """Say which one it is, where no line says so."""
         return "" if self.line_number is not None else f"entry {self.number}"
 
     def id_of(self, path: Path) -> str:
-        """The id that the row states, or one made of the file's name and the number where it states none.
+        """Return the id that the row states, or one made of the file's name and the number where it states none.
 
         Raises:
             ValueError: an id that is neither a text nor a whole number.
@@ -79,7 +81,7 @@ class Entry(NamedTuple):
 
 
 def stated_id(row: Mapping[str, Any], default: str) -> str:
-    """The id that a row states, or the one that was made up where it states none.
+    """Return the id that a row states, or the one that was made up where it states none.
 
     Raises:
         ValueError: an id that is neither a text nor a whole number.
@@ -93,7 +95,7 @@ def stated_id(row: Mapping[str, Any], default: str) -> str:
 
 
 def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
-    """The objects of a JSON list or of JSON lines, whichever the file is.
+    """Yield the objects of a JSON list or of JSON lines, whichever the file is.
 
     Raises:
         ValueError: a file that begins like a list and is none.
@@ -110,7 +112,7 @@ def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
 
 
 def _begins_as_list(path: Path) -> bool:
-    """Whether the first character behind a byte order mark and blanks opens a list; what follows it is not read."""
+    """Tell whether the first character behind a byte order mark and blanks opens a list; what follows it is not read."""
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
         while head and not head.strip():

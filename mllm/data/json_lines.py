@@ -1,4 +1,4 @@
-"""Lines of JSON files: numbered, bounded, and read strictly.
+"""Reads lines of JSON files: numbered, bounded, and strictly.
 
 Knows JSON and UTF-8. Does not know what a row means.
 """
@@ -34,7 +34,7 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
 
 
 def text_of(line: bytes) -> str:
-    """The text of a line that `numbered_lines` gave.
+    """Return the text of a line that `numbered_lines` gave.
 
     Raises:
         ValueError: too long, or not UTF-8.
@@ -48,7 +48,7 @@ def text_of(line: bytes) -> str:
 
 
 def read_object(line: bytes) -> Any:
-    """The JSON value of a line, read as strictly as the lines of a manifest.
+    """Read the JSON value of a line, as strictly as the lines of a manifest.
 
     Raises:
         ValueError: too long, not UTF-8, not JSON, a key that stands twice, or half of a surrogate pair.
@@ -84,7 +84,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse
 
 
 def unwritable(row: object) -> str | None:
-    """Why a row could not be written as a line of JSON in UTF-8, or None."""
+    """Say why a row could not be written as a line of JSON in UTF-8, or None."""
     try:
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:

@@ -97,7 +97,7 @@ def list_llava(
 
 
 class _Reader:
-    """Entries to samples; counts what it left out or read as text.
+    """Turns entries into samples, and counts what it left out or read as text.
 
     Args:
         root, images_first: see `read_llava`.
@@ -111,7 +111,7 @@ class _Reader:
         self.counts: Counter[str] = Counter()
 
     def sample_of(self, entry: dict[str, Any], sample_id: str) -> Sample | None:
-        """The sample of an entry, or nothing where no question in it has an answer.
+        """Make the sample of an entry, or None where no question in it has an answer.
 
         Raises:
             ValueError: see `read_llava`.
@@ -137,7 +137,7 @@ class _Reader:
         return parse_row(row, self.root, where="as a row of a manifest")
 
     def _answered(self, turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
-        """The turns with a question before and an answer behind; nothing where an image would be lost with others."""
+        """Return the turns with a question before and an answer behind; None where an image would be lost with others."""
         kept: list[dict[str, str]] = []
         lost: list[dict[str, str]] = []
         for turn in turns:
@@ -158,7 +158,7 @@ class _Reader:
         return kept if holds_answer and not any(MARKER in turn["value"] for turn in lost) else None
 
     def _content(self, value: str, images: Iterator[str] | None) -> list[dict[str, str]] | str:
-        """Texts and images in turn; the text between two markers is left out where it is empty."""
+        """Return texts and images in turn; the text between two markers is left out where it is empty."""
         texts = value.split(MARKER)
         if images is None or len(texts) == 1:
             return value
@@ -175,7 +175,7 @@ class _Reader:
 
 
 def _images_of(value: Any) -> list[str]:
-    """The paths under `image`: one, a list of them, or null for a sample of text."""
+    """Return the paths under `image`: one, a list of them, or null for a sample of text."""
     if value is None or isinstance(value, str):
         return [] if value is None else [value]
     if not isinstance(value, list):
@@ -184,7 +184,7 @@ def _images_of(value: Any) -> list[str]:
 
 
 def _checked(turns: Any) -> list[dict[str, str]]:
-    """The turns of a conversation, of known speakers and with a text each."""
+    """Return the turns of a conversation, checked to be of known speakers and with a text each."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("conversations must be a list of objects")
     for turn in turns:
@@ -196,7 +196,7 @@ def _checked(turns: Any) -> list[dict[str, str]]:
 
 
 def _matched(turns: list[dict[str, str]], images: list[str]) -> Iterator[str]:
-    """The images, to be handed out marker by marker."""
+    """Return the images, to be taken marker by marker."""
     if any(MARKER in turn["value"] for turn in turns if turn["from"] != "human"):
         raise ValueError(f"{MARKER} may stand only in what a human says")
     num_markers = sum(turn["value"].count(MARKER) for turn in turns)

@@ -1,4 +1,4 @@
-"""The manifest: chat samples with media paths, one JSON object per line.
+"""Reads and writes the manifest: chat samples with media paths, one JSON object per line.
 
     {"id": "a1", "task": "avsr", "messages": [
         {"role": "user", "content": [{"type": "video", "path": "a1.mp4"}, {"type": "text", "text": "Transcribe."}]},
@@ -31,14 +31,14 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of text inside a message."""
+    """Holds a piece of text inside a message."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """An image, audio or video file at its place inside a message; `path` is relative to the sample's root."""
+    """Names an image, audio or video file at its place inside a message; `path` is relative to the sample's root."""
 
     medium: Medium
     path: str
@@ -50,20 +50,20 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: who speaks, and the parts in order."""
+    """Holds one turn: who speaks, and the parts in order."""
 
     role: Role
     parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
-        """All text of the turn, media left out."""
+        """Return all text of the turn, media left out."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation; the last message is the assistant's unless nobody here knows the answer.
+    """Holds one conversation; the last message is the assistant's unless nobody here knows the answer.
 
     `task` groups samples in reports ("avsr", "vqa"), `kind` groups them further ("colour", "count"), `meta` is carried
     along untouched. `root` is the folder that the media paths are relative to and cannot leave.
@@ -78,18 +78,18 @@ class Sample:
 
     @property
     def media(self) -> tuple[Media, ...]:
-        """Every media part, in order of appearance."""
+        """Return every media part, in order of appearance."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
 
     @property
     def media_key(self) -> Hashable:
-        """Equal for samples that hold the same files; samples without media are like no other."""
+        """Return a key that is equal for samples that hold the same files; samples without media are like no other."""
         return (str(self.root), self.media) if self.media else (str(self.root), self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestLine:
-    """One line of a manifest: the sample, or what is wrong with the line."""
+    """Holds one line of a manifest: the sample, or what is wrong with the line."""
 
     line_number: int
     sample: Sample | None
@@ -118,7 +118,7 @@ def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
 
 
 def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Iterator[ManifestLine]:
-    """Yield every non-blank line as a `Row`, the bad ones with all their problems; never raises for content."""
+    """Yield every non-blank line as a `ManifestLine`, the bad ones with all their problems; never raises for content."""
     root_path = Path(root)
     first_line_of: dict[str, int] = {}
     for line_number, line in numbered_lines(path):
@@ -158,7 +158,7 @@ def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> N
 
 
 def rerooted(sample: Sample, folder: Path) -> Sample:
-    """The sample with its paths relative to a folder above its root, which is its root then.
+    """Return the sample with its paths relative to a folder above its root, which is its root then.
 
     Raises:
         ValueError: the folder is not above the root, or is called what no path may be.
@@ -309,7 +309,7 @@ def _has_text(part: object) -> bool:
 
 
 def _shown(text: str) -> str:
-    """A string of the file for a message: quoted unless it is a plain word, and cut, so that none fills the report."""
+    """Show a string of the file in a message: quoted unless it is a plain word, and cut, so that none fills the report."""
     return text if text.isidentifier() and len(text) <= 40 else repr(text if len(text) <= 200 else text[:200] + "...")
 
 

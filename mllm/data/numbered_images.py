@@ -9,7 +9,7 @@ from mllm.data.manifest import Media, Message, Part, Text
 
 
 def number_images(messages: Sequence[Message]) -> list[Message]:
-    """A conversation whose images have numbers, so that a question can speak of one: "image 1 is <image>, image 2 is
+    """Number the images of a conversation, so that a question can speak of one: "image 1 is <image>, image 2 is
     <image>. Which is larger?".
 
     Images are counted through the conversation. Those that follow each other are parted by commas and end with a full

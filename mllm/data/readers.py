@@ -1,4 +1,4 @@
-"""Every format that data come in, behind one call: a file or folder to samples, or to all that is wrong with it.
+"""Reads every format that data come in, behind one call: a file or folder to samples, or to all that is wrong with it.
 
 Knows which reader reads which format. Does not know what formats look like.
 """
@@ -71,7 +71,7 @@ READERS: dict[Format, Callable[[Path, Path, ReaderConfig], Listing]] = {
 
 
 def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], settings: ReaderConfig) -> Listing:
-    """Everything in a file or folder: samples, and a finding for each row that cannot be used.
+    """Read everything in a file or folder: samples, and a finding for each row that cannot be used.
 
     Whatever stands in the data becomes a finding, also what spoils a whole file; where no sample is left, the first
     finding names the format that the file seems to have.
@@ -91,7 +91,7 @@ def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], s
 def read_data(
     source: str | os.PathLike[str], root: str | os.PathLike[str] | None, settings: ReaderConfig
 ) -> list[Sample]:
-    """The samples of a file or folder, to train or evaluate on.
+    """Read the samples of a file or folder, to train or evaluate on.
 
     Files that are named and not there are logged and their samples kept: a run lists and leaves out what it cannot
     read, and stops when that is too much.
@@ -125,7 +125,9 @@ def note_missing(listing: Listing, source: Path) -> None:
 
 
 def missing_media(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    """Samples with a medium that cannot be opened, and which and why; every file is looked up once, none is opened."""
+    """Yield samples with a medium that cannot be opened, and which and why; every file is looked up once, none is
+    opened.
+    """
     roots: dict[str, RootedPaths] = {}
     for sample in samples:
         paths = roots.setdefault(str(sample.root), RootedPaths(sample.root))
@@ -137,7 +139,8 @@ def missing_media(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
 
 
 def default_root(source: str | os.PathLike[str]) -> Path:
-    """The folder that media paths are relative to when none is given: the folder itself, or the file's own. Data of a
-    hub lie below a folder of their own, which their samples name."""
+    """Return the folder that media paths are relative to when none is given: the folder itself, or the file's own. Data
+    of a hub lie below a folder of their own, which their samples name.
+    """
     path = Path(source)
     return path if path.is_dir() else path.parent

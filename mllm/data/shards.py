@@ -1,4 +1,4 @@
-"""WebDataset's tars to samples: members of one name but for the suffix are one sample, and media stay where they are.
+"""Reads WebDataset's tars: members of one name but for the suffix are one sample, and media stay where they are.
 
     000017.jpg  000017.json     a conversation in a form of `processing/requests.py`, or a caption
     000018.wav  000018.txt      what is said
@@ -58,7 +58,7 @@ def _read_tar(file: Path, stream: Any, relative: str, reader: ConversationReader
 
 
 def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
-    """Files of a tar in its order; hidden ones, which systems leave, and folders are passed over.
+    """Yield the files of a tar in its order; hidden ones, which systems leave, and folders are passed over.
 
     Raises:
         ValueError: it is no tar, or a compressed one.
@@ -74,7 +74,7 @@ def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The name of a member's sample, and its suffix: all that follows the first dot of the last part."""
+    """Return the name of a member's sample, and its suffix: all that follows the first dot of the last part."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
@@ -83,7 +83,7 @@ def _split(name: str) -> tuple[str, str]:
 def _taken(
     members: list[tarfile.TarInfo], stream: Any, relative: str, reader: ConversationReader
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The row of a sample, and the places of its media in the order that the row names them, or that of the tar."""
+    """Return the row of a sample, and the paths of its media in the order that the row names them, or that of the tar."""
     row: dict[str, Any] = {}
     media: dict[str, list[tuple[str, str]]] = {}
     seen: set[str] = set()
@@ -114,7 +114,7 @@ def _taken(
 
 
 def _in_order(medium: str, members: list[tuple[str, str]], row: dict[str, Any]) -> list[str]:
-    """Places of media; where the row names files, those it names."""
+    """Return the paths of media; where the row names files, those it names."""
     named = [os.path.basename(path) for path in paths_of(row, medium)]
     by_name = dict(members)
     if set(named) <= set(by_name):

@@ -1,4 +1,4 @@
-"""Which samples hold the same files, so that a batch can hold them together and read every file once.
+"""Says which samples hold the same files, so that a batch can hold them together and read every file once.
 
 Knows samples, and how many tokens each costs. Does not know batches, chance or how media are loaded.
 """
@@ -11,7 +11,7 @@ from mllm.data.manifest import Media, Message, Sample
 
 
 def samples_that_share(samples: Sequence[Sample]) -> list[list[int]]:
-    """Every sample in one group, with all that share a file with it or with another of the group.
+    """Put every sample in one group, with all that share a file with it or with another of the group.
 
     Returns:
         Groups in the order of their first samples, each in order.
@@ -37,7 +37,7 @@ def samples_that_share(samples: Sequence[Sample]) -> list[list[int]]:
 def parts_that_fit(
     groups: Sequence[Sequence[int]], lengths: Sequence[int], *, max_tokens: int, max_rows: int | None
 ) -> list[list[int]]:
-    """The same groups, those that no batch could hold cut into parts that one can, in order.
+    """Return the same groups, those that no batch could hold cut into parts that one can, in order.
 
     Args:
         lengths: tokens of each sample; none is longer than `max_tokens`.
@@ -59,7 +59,8 @@ def parts_that_fit(
 
 
 def merge_media(samples: Sequence[Sample], name: str) -> list[Sample]:
-    """What to load so that every file of samples that share some is loaded once: one sample that holds all media.
+    """Return what to load so that every file of samples that share some is loaded once: one sample that holds all
+    media.
 
     Where images are among them, one for every list of media instead: how many tiles an image is cut into may depend
     on what stands beside it, so only samples with the very same media share them.
@@ -73,14 +74,14 @@ def merge_media(samples: Sequence[Sample], name: str) -> list[Sample]:
 
 
 def split_media(loaded: Mapping[tuple[Media, ...], Sequence[Any]], samples: Sequence[Sample]) -> list[list[Any]]:
-    """What was loaded of `merged` samples, by their media, as the media of each sample; the same objects."""
+    """Return what was loaded of merged samples, by their media, as the media of each sample; the same objects."""
     known = {media: dict(zip(media, values, strict=True)) for media, values in loaded.items()}
     (whole, *_) = known.values()
     return [[known.get(sample.media, whole)[part] for part in sample.media] for sample in samples]
 
 
 def _all_media(samples: Sequence[Sample], name: str) -> Sample:
-    """All media of samples, each once: first those of the sample that has most.
+    """Return one sample with all media of samples, each once: first those of the sample that has most.
 
     What belongs to one message stays in one, since sounds and videos of a message may be one clip.
     """

@@ -1,4 +1,5 @@
-"""Tables as hubs hand them out, to rows: parquet files, or the arrow files that `save_to_disk` of datasets leaves.
+"""Reads the rows of tables as hubs hand them out: parquet files, or the arrow files that `save_to_disk` of datasets
+leaves.
 
     data/validation-00000-of-00001.parquet   by name, in any folder; or validation/0000.parquet, by folder
     validation/data-00000-of-00001.arrow     of several splits; one alone lies with a state.json that names it
@@ -28,25 +29,26 @@ _OF_FOLDER = re.compile(rf"(?:partial-)?{_WORD}(?![a-z]).*", re.IGNORECASE)
 
 
 def is_table(source: Path) -> bool:
-    """Whether the source is a table, or a folder with tables somewhere in it."""
+    """Tell whether the source is a table, or a folder with tables somewhere in it."""
     if source.is_file():
         return source.suffix in SUFFIXES
     return any(next(source.rglob(f"*{suffix}"), None) is not None for suffix in SUFFIXES)
 
 
 def all_tables(folder: Path) -> list[Path]:
-    """Every table in a folder and below it, in order."""
+    """List every table in a folder and below it, in order."""
     return sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}"))
 
 
 def named_splits(folder: Path) -> list[str]:
-    """The splits that the tables of a folder are of, by their names, the folders below this one and what lies beside
-    them; sorted, and none where nothing names one."""
+    """Return the splits that the tables of a folder are of, by their names, the folders below this one and what lies
+    beside them; sorted, and none where nothing names one.
+    """
     return sorted({split for file in all_tables(folder) if (split := _split_of(file, folder)) is not None})
 
 
 def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list[Path]:
-    """The files of a split, in order; the source itself where it is a file.
+    """Return the files of a split, in order; the source itself where it is a file.
 
     Args:
         inside: folders that are looked into alone where one of them is there, as a hub's data set may hold several.
@@ -69,7 +71,7 @@ def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list
 
 
 def table_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table.
+    """Yield the rows of a table.
 
     Raises:
         ValueError: it cannot be read.
@@ -82,7 +84,7 @@ def table_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def open_table(file: Path) -> "Iterator[Table]":
-    """A table, whose batches are read inside the block.
+    """Open a table, whose batches are read inside the block.
 
     Raises:
         ValueError: it cannot be read.
@@ -101,14 +103,15 @@ def open_table(file: Path) -> "Iterator[Table]":
 
 
 class Table(Protocol):
-    """What is asked of a table file."""
+    """Describes what readers ask of a table file."""
 
     schema: Any
     """Pyarrow's."""
 
     def batches(self, plain: Sequence[str], media: Sequence[str], size: int) -> Iterator[Any]:
-        """Pyarrow's batches of at most so many rows: some columns whole, and some with media, whose bytes may be left
-        out where a cell is an object that holds other things as well."""
+        """Yield Pyarrow's batches of at most so many rows: some columns whole, and some with media, whose bytes may be
+        left out where a cell is an object that holds other things as well.
+        """
         ...
 
 
@@ -154,7 +157,7 @@ def _is_of(file: Path, split: str) -> bool:
 
 
 def _stated_split(file: Path) -> str | None:
-    """What the state beside an arrow file calls its split; "" where there is a state that names none."""
+    """Return what the state beside an arrow file calls its split; "" where there is a state that names none."""
     state = file.parent / "state.json"
     if file.suffix != ".arrow" or not state.is_file():
         return None
@@ -162,7 +165,7 @@ def _stated_split(file: Path) -> str | None:
 
 
 def _split_of(file: Path, folder: Path) -> str | None:
-    """A split under which `_is_of` finds a file of this folder; None where nothing names one."""
+    """Return a split under which `_is_of` finds a file of this folder; None where nothing names one."""
     if (stated := _stated_split(file)) is not None:
         return stated or None
     named = (_OF_PARQUET if file.suffix == ".parquet" else _OF_CACHE).fullmatch(file.stem)

@@ -1,4 +1,5 @@
-"""Tables of conversations with their media inside: parquet files, and what Hugging Face `datasets` keeps or hubs hold.
+"""Reads tables of conversations with their media inside: parquet files, and what Hugging Face `datasets` keeps or hubs
+hold.
 
 Rows are read without their media, which stay where they are and are read when a sample is loaded (media/packed.py).
 
@@ -36,7 +37,7 @@ _ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class MediaColumn:
-    """A column with media: its name and number, which medium, and whether a cell is a list of them."""
+    """Names a column with media: its name and number, which medium, and whether a cell is a list of them."""
 
     name: str
     number: int
@@ -76,7 +77,8 @@ def read_datasets(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def _fetched(name: str) -> Path:
-    """A hub's data set in the cache; where no revision is named and it holds no table, the hub's own conversion of it.
+    """Fetch a hub's data set to the cache; where no revision is named and it holds no table, the hub's own conversion
+    of it.
 
     The conversion is of the newest revision, so it never stands for one that is named.
     """
@@ -92,7 +94,7 @@ def _fetched(name: str) -> Path:
 
 
 def _files(source: Path, split: str | None) -> list[Path]:
-    """The tables of a split; of a folder none of whose files or folders names one, all."""
+    """Return the tables of a split; of a folder none of whose files or folders names one, all."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     try:
@@ -118,14 +120,14 @@ def _read_table(file: Path, relative: str, reader: ConversationReader, listing: 
 
 
 def _unwritten(value: Any, key: str) -> Any:
-    """A conversation that some tables keep as a text of JSON."""
+    """Return a value, decoded where it is a conversation that a table keeps as a text of JSON."""
     if key in ("messages", "conversations") and isinstance(value, str):
         return read_object(value.encode("utf-8"))
     return value
 
 
 def _paths(relative: str, row: int, column: MediaColumn, shape: int | None) -> list[str]:
-    """The paths of a cell's media."""
+    """Return the paths of a cell's media."""
     if shape is None:
         return []
     if not column.is_list:
@@ -134,7 +136,7 @@ def _paths(relative: str, row: int, column: MediaColumn, shape: int | None) -> l
 
 
 def _rows(table: Table, plain: list[str], columns: list[MediaColumn]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    """Rows without their media, and of each cell of media how many it holds, None for a cell that is empty."""
+    """Yield rows without their media, and of each cell of media how many it holds, None for a cell that is empty."""
     for batch in table.batches(plain, [column.name for column in columns], _ROWS_AT_ONCE):
         texts = batch.select(plain).to_pylist() if plain else [{} for _ in range(batch.num_rows)]
         shapes = [_shapes(batch.column(column.name), column.is_list) for column in columns]
@@ -148,7 +150,9 @@ def _shapes(cells: Any, is_list: bool) -> list[int | None]:
 
 
 def _media_columns(schema: Any, reader: ConversationReader) -> Iterator[MediaColumn]:
-    """Columns of bytes, and of objects with bytes; the features that `datasets` notes, or else names, say of what."""
+    """Yield columns of bytes, and of objects with bytes; the features that `datasets` notes, or else names, say of
+    what.
+    """
     features = _features(schema)
     for number, field in enumerate(schema):
         kind, is_list = field.type, False
@@ -178,7 +182,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _features(schema: Any) -> dict[str, str]:
-    """The medium of each column that the notes of `datasets` call an Image, Audio or Video, or a list of them."""
+    """Return the medium of each column that the notes of `datasets` call an Image, Audio or Video, or a list of them."""
     notes = (schema.metadata or {}).get(b"huggingface")
     if notes is None:
         return {}

@@ -20,7 +20,7 @@ _CAPITAL_DOTTED_I = "\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}"
 
 
 class _KeptCharacters(dict[int, str]):
-    """A table for `str.translate` that fills itself: each character, a blank, or nothing, by its category."""
+    """Fills itself as a table for `str.translate`: each character, a blank, or no character, by its category."""
 
     def __missing__(self, code: int) -> str:
         made = self[code] = _kept(chr(code))
@@ -67,7 +67,7 @@ def words(text: str) -> str:
 
 
 def _bare(word: str) -> str:
-    """The word without apostrophes and joiners at its edges, and without marks that stand on nothing."""
+    """Return the word without apostrophes and joiners at its edges, and without marks that stand on nothing."""
     edges = "'" + JOINERS
     word = word.rstrip(edges)
     start = next((index for index, sign in enumerate(word) if sign not in edges and not _is_mark(sign)), len(word))

@@ -1,4 +1,4 @@
-"""Media files to raw arrays, under limits, with one error type.
+"""Decodes media files to raw arrays, under limits, with one error type.
 
     load_image(path)  an image, upright RGB          load_audio(path)  one channel at the asked rate
     load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings

@@ -1,4 +1,4 @@
-"""The frames of an animated GIF, WebP or PNG, as those of a video.
+"""Reads the frames of an animated GIF, WebP or PNG, as those of a video.
 
 Each frame is what is seen at its time, on white where it is transparent. A frame without a duration lasts a tenth of a
 second, as browsers show it.
@@ -23,7 +23,7 @@ _UNSTATED_MILLISECONDS = 100
 
 
 def is_animated(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> bool:
-    """Whether an image holds more than one frame.
+    """Tell whether an image holds more than one frame.
 
     Raises:
         MediaError: its header cannot be read, or its pixels are too many or of a kind that is not read.
@@ -35,7 +35,7 @@ def is_animated(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> bo
 
 
 def animation_frames(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterator[tuple[np.ndarray, int]]:
-    """Frames (H, W, 3) uint8 RGB in order, and for how many ticks each is seen.
+    """Yield frames (H, W, 3) uint8 RGB in order, and for how many ticks each is seen.
 
     Raises:
         MediaError: corrupt, or limit.

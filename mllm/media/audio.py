@@ -1,4 +1,4 @@
-"""A sound file, or the sound of a video file, to one channel of float samples at the asked rate.
+"""Decodes an audio file, or the audio of a video file, to one channel of float samples at the rate asked for.
 
 Reads WAV, AIFF, FLAC, Ogg and MP3 with soundfile, and AAC and the audio stream of MP4, Matroska/WebM and AVI with PyAV,
 block by block. Does not know what an encoder wants to hear (`transforms/encoder_inputs.py` does).
@@ -34,14 +34,14 @@ BLOCK_FRAMES = 65_536
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
-    """One channel of sound: `samples` float32 (L,), nominally within -1..1, and their rate."""
+    """Holds one channel of audio: `samples` float32 (L,), nominally within -1..1, and their rate."""
 
     samples: np.ndarray
     sample_rate_hz: int
 
     @property
     def seconds(self) -> float:
-        """Length in seconds."""
+        """Return the length in seconds."""
         return len(self.samples) / self.sample_rate_hz
 
 
@@ -106,7 +106,7 @@ def _file_blocks(opened: Any) -> Iterator[np.ndarray]:
 
 
 def _check_stated_length(name: str, file: BinaryIO) -> None:
-    """soundfile reads a WAV or AIFF that was cut off as if it ended there; its first chunk header still tells.
+    """Refuse a WAV or AIFF that was cut off: soundfile reads it as if it ended there, and its first chunk header tells.
 
     Sizes near 2^31 and 2^32 are what programs write that stream to a pipe and never learn the length.
     """

@@ -1,4 +1,4 @@
-"""Sound and images of one clip, brought to one length, or refused where they cannot be of one clip.
+"""Brings audio and video of one clip to one length, or refuses them where they cannot be of one clip.
 
 Knows lengths. Does not look for an offset between the two: both begin at their own first sample and frame.
 """
@@ -14,7 +14,8 @@ MAX_MISMATCH_SECONDS = 0.08
 
 
 def audio_as_long_as_video(audio: Audio, video: Video, *, path: object, max_mismatch_seconds: float) -> Audio:
-    """The sound, cut or followed by silence to the length of the video: 640 samples a frame at 16 kHz and 25 frames/s.
+    """Return the audio, cut or followed by silence to the length of the video: 640 samples a frame at 16 kHz and 25
+    fps.
 
     Args:
         path: of the sound, for the message.

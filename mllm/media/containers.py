@@ -1,4 +1,4 @@
-"""One stream of a video file, opened by PyAV with nothing else within reach; and what media files are called.
+"""Opens one stream of a video file by PyAV with nothing else within reach, and lists what media files are called.
 
 Knows containers, codecs and suffixes. Does not know frames or samples.
 """
@@ -59,7 +59,7 @@ def open_stream(
 
 
 def stated_seconds(container: Any, stream: Any) -> Fraction:
-    """Length of a stream as its header or else the file's header states it; 0 when neither does."""
+    """Return the length of a stream as its header or else the file's header states it; 0 when neither does."""
     if stream.duration:
         return stream.duration * stream.time_base
     return Fraction(container.duration or 0, 1_000_000)

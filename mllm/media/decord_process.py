@@ -1,4 +1,4 @@
-"""Decord in a process of its own: on some damaged files it does not raise, it ends the process that called it.
+"""Runs decord in a process of its own: on some damaged files it does not raise, it ends the process that called it.
 
 The child is started once per process and kept; where a file ends it, that file is refused, and the next gets another.
 
@@ -30,7 +30,7 @@ _child: tuple[int, subprocess.Popen[bytes]] | None = None
 
 
 def decord_frames(name: str, file: BinaryIO, num_frames: int, seconds: float) -> Iterator[np.ndarray]:
-    """Every frame (H, W, 3) of a video, upright.
+    """Yield every frame (H, W, 3) of a video, upright.
 
     Args:
         num_frames: how many the file's timestamps make.
@@ -68,7 +68,7 @@ def _check(name: str, head: dict[str, int], num_frames: int) -> None:
 
 
 def _running() -> subprocess.Popen[bytes]:
-    """The child of this process; one that was started before a fork belongs to another."""
+    """Return the child of this process; one that was started before a fork belongs to another."""
     global _child
     if _child is None or _child[0] != os.getpid() or _child[1].poll() is not None:
         words = [sys.executable, "-m", __name__]
@@ -108,7 +108,7 @@ def _request(name: str, child: subprocess.Popen[bytes], content: bytes, end: flo
 
 
 def _read(name: str, child: subprocess.Popen[bytes], count: int, end: float) -> bytes:
-    """So many bytes of the child."""
+    """Read so many bytes of the child."""
     assert child.stdout is not None
     parts, left = [], count
     while left:

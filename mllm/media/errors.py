@@ -1,4 +1,4 @@
-"""The one error of everything that reads a media file.
+"""Defines the one error of everything that reads a media file.
 
 Knows nothing about formats, limits or decoders.
 """
@@ -17,7 +17,7 @@ ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 
 
 class MediaError(ValueError):
-    """A media file that cannot be used.
+    """Says that a media file cannot be used, and why.
 
     A `ValueError`, because a user's file caused it; it survives pickling, so data loader workers can hand it on.
     `reason` is a sentence of this package. What a decoder said stands only in `__cause__`, since decoder messages may

@@ -1,4 +1,4 @@
-"""Say which frames of a video are used: all of them, those of another rate, or a few that stand for the whole.
+"""Says which frames of a video are used: all of them, those of another rate, or a few that stand for the whole.
 
 Knows times. Does not know files or pixels.
 """
@@ -11,7 +11,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True, slots=True)
 class FramePlan:
-    """Which frames of a file are used: for every output the number of a frame, never decreasing.
+    """Says which frames of a file are used: for every output the number of a frame, never decreasing.
 
     Frames are numbered in the order in which they are shown; `num_frames` is how many the file holds. `stamps` are the
     timestamps of the frames that are used, each once, where only those are to be decoded.
@@ -23,7 +23,7 @@ class FramePlan:
     stamps: tuple[int, ...] | None = None
 
     def of_used(self) -> "FramePlan":
-        """The same frames, numbered among those that are used."""
+        """Return the plan of the same frames, numbered among those that are used."""
         used = sorted(set(self.indices))
         new_numbers = {number: new_number for new_number, number in enumerate(used)}
         return FramePlan(len(used), tuple(new_numbers[number] for number in self.indices), self.frames_per_second)
@@ -31,7 +31,7 @@ class FramePlan:
 
 @dataclass(frozen=True, slots=True)
 class FrameSampling:
-    """How few frames stand for a whole video.
+    """Says how few frames stand for a whole video.
 
     Args:
         count: frames, each from the middle of one of as many equal stretches of time.
@@ -42,7 +42,7 @@ class FrameSampling:
     per_second: float | None = None
 
     def plan(self, name: str, times: Sequence[int], span: Fraction, time_base: Fraction) -> FramePlan:
-        """The frames of a video.
+        """Plan which frames of a video are taken.
 
         Args:
             times: of all its frames, in units of `time_base` seconds. span: its length in seconds.
@@ -72,7 +72,7 @@ def nearest_frames(times: Sequence[int], count: int, step: Fraction, *, from_mid
 
 
 def _nearest_frame(times: Sequence[int], above: int, below: int) -> int:
-    """Index of the time nearest to above / below."""
+    """Return the index of the time nearest to above / below."""
     right = bisect_left(times, -(-above // below))
     if right == 0 or right == len(times):
         return max(right - 1, 0)

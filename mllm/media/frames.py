@@ -1,4 +1,4 @@
-"""Turn a decoded frame of a video into an upright array of pixels.
+"""Turns a decoded frame of a video into an upright array of pixels.
 
 Knows pixel layouts, colours and turned frames. Does not know files, or which frames of one are used.
 
@@ -23,7 +23,7 @@ _TO_FULL_RANGE = bytes(min(max(round((value - 16) * 255 / 219), 0), 255) for val
 
 
 class Upright:
-    """Turn the decoded frames of one file into arrays, (H, W, 3) or grey (H, W)."""
+    """Turns the decoded frames of one file into arrays, (H, W, 3) or grey (H, W)."""
 
     def __init__(self, name: str, limits: MediaLimits, gray: bool) -> None:
         from av.video.reformatter import VideoReformatter
@@ -34,7 +34,7 @@ class Upright:
         self.reformatter = VideoReformatter()  # one for all: setting it up costs far more than a small frame
 
     def __call__(self, frame: Any) -> np.ndarray:
-        """Raises: MediaError for a frame that is too large or turned by an odd angle."""
+        """Return the pixels of a frame; MediaError where it is too large or turned by an odd angle."""
         check_frame_size(self.name, frame.width, frame.height, self.limits)
         if frame.rotation % 90:
             raise MediaError("unsupported", self.name, "the rotation in the header is not a multiple of 90 degrees")
@@ -46,14 +46,14 @@ class Upright:
 
 
 def pyav_version() -> Version:
-    """The release of PyAV, whose compiled functions have no signature to ask."""
+    """Return the release of PyAV, whose compiled functions have no signature to ask."""
     from av import __version__ as installed
 
     return Version(installed)
 
 
 def _luma_plane(frame: Any) -> np.ndarray | None:
-    """The brightness (H, W) that a frame holds beside its colours; None where it is not ITU-R 601's."""
+    """Return the brightness (H, W) that a frame holds beside its colours; None where it is not ITU-R 601's."""
     if frame.format.name not in _LUMA_FIRST or frame.colorspace not in _ITU_601:
         return None
     plane = frame.planes[0]
@@ -65,13 +65,13 @@ def _luma_plane(frame: Any) -> np.ndarray | None:
 
 
 def to_gray(frame: np.ndarray) -> np.ndarray:
-    """ITU-R 601 luma of RGB frames, (..., 3) to (...) uint8, by the integer weights of Pillow's mode "L"."""
+    """Return the ITU-R 601 luma of RGB frames, (..., 3) to (...) uint8, by the integer weights of Pillow's mode "L"."""
     red, green, blue = (frame[..., channel].astype(np.uint32) for channel in range(3))
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
 
 
 def check_frame_size(name: str, width: int, height: int, limits: MediaLimits) -> None:
-    """Raises: MediaError for a frame without pixels or with too many."""
+    """Refuse, by a MediaError, a frame without pixels or with too many."""
     if not 0 < width * height <= limits.video_pixels:
         raise MediaError(
             "limit", name, over_limit(f"a frame must have 1 to {limits.video_pixels} pixels", "video_pixels")
@@ -79,7 +79,7 @@ def check_frame_size(name: str, width: int, height: int, limits: MediaLimits) ->
 
 
 def check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits) -> None:
-    """Raises: MediaError for a video that is too long, or has too many frames."""
+    """Refuse, by a MediaError, a video that is too long, or has too many frames."""
     if seconds > limits.video_seconds:
         reason = over_limit(f"the video is longer than {limits.video_seconds:g} seconds", "video_seconds")
         raise MediaError("limit", name, reason, limit="video_seconds")
@@ -90,5 +90,5 @@ def check_length(name: str, seconds: Fraction, frames: int, limits: MediaLimits)
 
 
 def over_limit(reason: str, key: str) -> str:
-    """A reason with the limit that can be raised."""
+    """Return a reason with the limit that can be raised."""
     return f"{reason} (limits.{key})"

@@ -1,4 +1,4 @@
-"""What the header of a media file says, without decoding: how long it lasts, and whether it holds sound.
+"""Reads what the header of a media file says, without decoding: how long it lasts, and whether it holds audio.
 
 Knows files and headers. Does not vouch for them: only decoding shows whether a header is right.
 """
@@ -15,8 +15,8 @@ from mllm.media.video import VIDEO_CODECS
 
 
 def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIMITS) -> float:
-    """Length of the sound (medium `audio`) or the images of a file as its header states it; 0 when it does not.
-    AAC alone is counted by its packets, animations by their frames.
+    """Return the length of the sound (medium `audio`) or the images of a file as its header states it; 0 when it does
+    not. AAC alone is counted by its packets, animations by their frames.
 
     Args:
         limits: of which the bytes count here, and of an animation its pixels.
@@ -45,7 +45,7 @@ def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIM
 
 
 def has_audio(path: Path) -> bool:
-    """Whether a video file has a sound stream that can be read; False also for a file that is none.
+    """Tell whether a video file has an audio stream that can be read; False also for a file that is no video.
 
     Only the header is looked at, so the file may be of any size; whoever reads it knows how large it may be.
     """

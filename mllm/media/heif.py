@@ -1,4 +1,5 @@
-"""HEIC and HEIF, which phones photograph in, by pillow-heif: an optional library, imported when such a file comes.
+"""Reads HEIC and HEIF, which phones photograph in, by pillow-heif: an optional library, imported when such a file
+comes.
 
 Knows that library. Does not know other formats.
 """
@@ -13,7 +14,7 @@ from mllm.utils.extras import install_line
 
 
 def open_heif(name: str, file: BinaryIO) -> Any:
-    """The primary image of a file, not unpacked yet: it has `size`, upright, and `to_pillow()`.
+    """Return the primary image of a file, not unpacked yet: it has `size`, upright, and `to_pillow()`.
 
     Raises:
         MediaError: unsupported (the library is not installed) or corrupt.
@@ -28,7 +29,7 @@ def open_heif(name: str, file: BinaryIO) -> Any:
 
 
 def unpacked(name: str, image: Any) -> Image.Image:
-    """The pixels of what `open_heif` gave; its rotation, which the format states itself, is applied.
+    """Return the pixels of what `open_heif` gave; its rotation, which the format states itself, is applied.
 
     Raises:
         MediaError: corrupt.

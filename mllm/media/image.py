@@ -1,4 +1,4 @@
-"""An image file to an upright 8-bit RGB image.
+"""Decodes an image file to an upright 8-bit RGB image.
 
 Reads JPEG, PNG, WebP, BMP, GIF, TIFF and AVIF with Pillow, HEIC with pillow-heif; says what is done with rotation tags,
 alpha, palettes and 16 bits. Does not know sizes or normalisations an encoder wants (`transforms/encoder_inputs.py`
@@ -50,7 +50,7 @@ def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Imag
 
 
 def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """Upright height and width of an image as its header states them, without unpacking it.
+    """Return the upright height and width of an image as its header states them, without unpacking it.
 
     Raises:
         MediaError: as `load_image`, as far as the header shows it.
@@ -77,7 +77,7 @@ def _kind_of(name: str, file: BinaryIO) -> str:
 
 @contextmanager
 def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterator[Image.Image]:
-    """An image that has been looked at and not unpacked.
+    """Open an image, whose header is read and whose pixels are not unpacked yet.
 
     Args:
         kind: what `sniff` found it to be, and Pillow reads.
@@ -102,7 +102,7 @@ def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterato
 
 
 def _opened_heif(name: str, file: BinaryIO, limits: MediaLimits) -> Any:
-    """The primary image of a HEIC file, once its header is known to state no more pixels than allowed."""
+    """Return the primary image of a HEIC file, once its header is known to state no more pixels than allowed."""
     image = open_heif(name, file)
     _check_pixels(name, image.size, limits)
     return image
@@ -118,7 +118,7 @@ def _too_large(name: str, limits: MediaLimits) -> MediaError:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as 8-bit RGB; see `load_image` for transparency and 16 bits."""
+    """Convert a decoded image to 8-bit RGB; see `load_image` for transparency and 16 bits."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:

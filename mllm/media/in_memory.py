@@ -1,4 +1,4 @@
-"""Media as callers hand them over (files, bytes, images, arrays) to what the loaders give for files.
+"""Decodes media that callers hold in memory (bytes, images, arrays) to what the loaders give for files.
 
     image    path, bytes, open file, data: URL, PIL image, or uint8 array (H, W), (H, W, 1 | 3 | 4), (1 | 3 | 4, H, W)
     sound      path, bytes, open file, data: URL, `Audio`, or array (L,), of float -1..1 or of whole numbers
@@ -36,19 +36,19 @@ MediaInput = Any
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InMemoryMedium:
-    """One medium that is not named by a path: where it stands among its kind, and what was handed over."""
+    """Holds one medium that is not named by a path, as its caller has it."""
 
     medium: str
     value: MediaInput
 
     @property
     def kind(self) -> str:
-        """What it is called in messages."""
+        """Say what it is called in messages."""
         return "bytes" if isinstance(self.value, bytes) else type(self.value).__name__
 
 
 def items_of(medium: str, media: Any) -> list[MediaInput]:
-    """List the items of what was given for a medium: nothing, one item, or several.
+    """List the items of what a caller has of a medium: None, one item, or several.
 
     Raises:
         ValueError: none of the forms that are read.
@@ -114,7 +114,7 @@ def decode_in_memory(item: InMemoryMedium, loader: MediaLoader, sampling: FrameS
 
 
 def _encoded(value: MediaInput) -> MediaInput:
-    """The bytes of a file, where that is what was given."""
+    """Return the bytes of a file where the value is one, and any other value as it is."""
     if isinstance(value, str):
         head, _, body = value.partition(",")
         if not head.endswith(";base64"):
@@ -136,7 +136,7 @@ def _encoded(value: MediaInput) -> MediaInput:
 
 
 def _is_one(medium: str, media: Any) -> bool:
-    """Whether something is one item and not several."""
+    """Tell whether something is one item and not several."""
     single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Audio, Video, Mapping, InMemoryMedium)
     if isinstance(media, single) or hasattr(media, "read"):
         return True
@@ -150,7 +150,7 @@ def _is_array(media: Any) -> bool:
 
 
 def _is_timed(media: Any) -> bool:
-    """Whether something is an array and its rate."""
+    """Tell whether something is an array and its rate."""
     return isinstance(media, tuple) and len(media) == 2 and isinstance(media[1], int | float)
 
 
@@ -198,7 +198,7 @@ def _audio(value: MediaInput) -> Audio:
 
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
-    """Samples as float32 within -1..1, whole numbers divided by what their type holds, as a WAV file's are."""
+    """Return samples as float32 within -1..1, whole numbers divided by what their type holds, as a WAV file's are."""
     if samples.dtype in (np.int16, np.int32):
         return (samples / float(-np.iinfo(samples.dtype).min)).astype(np.float32)
     if not np.issubdtype(samples.dtype, np.floating):
@@ -233,7 +233,7 @@ def _video(value: MediaInput) -> Video:
 
 
 def _at_rate(video: Video, loader: MediaLoader, sampling: FrameSampling | None) -> Video:
-    """A video in the colours and at the times the loader takes of a file."""
+    """Bring a video to the colours and times that the loader takes of a file."""
     frames, rate = video.frames, Fraction(video.frames_per_second)
     wanted = loader.frames_per_second
     if sampling is not None:

@@ -1,4 +1,4 @@
-"""How large a media file may be, and how it is opened and told apart before any decoder sees it.
+"""Says how large a media file may be, and opens files and tells them apart before any decoder sees them.
 
 Every limit is enforced twice: from what the header claims, and again by counting while decoding, since headers lie.
 Knows bytes, signatures and numbers. Does not decode.
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """What is refused, whoever asks. Raise a limit for your own files, lower it for strangers'.
+    """Says what is refused, whoever asks. Raise a limit for your own files, lower it for strangers'.
 
     The defaults stop files of a few kilobytes that unpack to gigabytes; LRS3 and VQA material is far below them,
     except that a few LRS3 pretraining clips are minutes long.
@@ -64,7 +64,7 @@ class MediaLimits:
 
     @classmethod
     def of(cls, values: "MediaLimits | Mapping[str, float] | None") -> "MediaLimits":
-        """Limits as they are, or the defaults with some of them changed, by name.
+        """Return limits as they are, or the defaults with some of them changed, by name.
 
         Raises:
             ValueError: a name that is none, or a value that is not above 0.
@@ -89,7 +89,7 @@ class Deadline:
         self.end = time.monotonic() + seconds
 
     def check(self) -> None:
-        """Raises: MediaError("deadline") when the time is up."""
+        """Raise MediaError("deadline") when the time is up."""
         if time.monotonic() > self.end:
             reason = f"decoding took longer than {self.seconds:g} seconds (limits.deadline_seconds)"
             raise MediaError("deadline", self.path, reason)
@@ -161,7 +161,7 @@ def _corrupt(path: str) -> MediaError:
 
 
 def guarded(path: str, items: Iterator[Item]) -> Iterator[Item]:
-    """The items of a decoder, each step of it under `decoding`; the caller's own code between the steps is not."""
+    """Yield the items of a decoder, each step of it under `decoding`; the caller's own code between the steps is not."""
     while True:
         try:  # `decoding` written out: its entry and exit cost as much as decoding a small frame
             item = next(items)
@@ -200,7 +200,7 @@ def sniff(file: BinaryIO) -> tuple[Container, str] | None:
 
 
 def _of_frame(head: bytes) -> tuple[Container, str] | None:
-    """Eleven set bits begin a frame of MPEG audio; its two layer bits are 0 only in AAC, which sets a twelfth."""
+    """Tell MP3 from AAC: eleven set bits begin a frame of MPEG audio; its two layer bits are 0 only in AAC."""
     sync = int.from_bytes(head[:2], "big")
     if sync & 0xFFE0 == 0xFFE0 and sync & 0x0006:
         return "audio", "mp3"
@@ -208,7 +208,7 @@ def _of_frame(head: bytes) -> tuple[Container, str] | None:
 
 
 def _behind_tag(file: BinaryIO, head: bytes) -> bytes:
-    """What follows an ID3 tag, whose length stands in seven bits of each of four bytes."""
+    """Return what follows an ID3 tag, whose length stands in seven bits of each of four bytes."""
     size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
     file.seek(10 + size)
     behind = file.read(2)
@@ -217,7 +217,7 @@ def _behind_tag(file: BinaryIO, head: bytes) -> bytes:
 
 
 def _of_brands(head: bytes) -> tuple[Container, str]:
-    """MP4, AVIF and HEIC are one kind of container; the brands at its start tell them apart."""
+    """Tell MP4, AVIF and HEIC apart, one kind of container, by the brands at its start."""
     size = int.from_bytes(head[:4], "big")
     others = {head[start : start + 4] for start in range(16, min(size, len(head)), 4)}
     if head[8:12] in _AVIF_BRANDS or (head[8:12] in _IMAGE_BRANDS and others & _AVIF_BRANDS):

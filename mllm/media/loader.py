@@ -1,4 +1,4 @@
-"""One call for every medium: a file and its settings to a raw image, sound or video.
+"""Reads every medium by one call: a file to a raw image, audio or video.
 
 Knows which function reads which medium. Does not know manifests or encoders.
 """
@@ -24,15 +24,15 @@ class Reader(Protocol):
 
     @property
     def max_mismatch_seconds(self) -> float | None:
-        """How far apart the lengths of a clip's sound and video may be; None never compares."""
+        """Say how far apart the lengths of a clip's audio and video may be; None never compares."""
         ...
 
     def __call__(self, medium: str, path: MediaFile) -> Raw:
-        """The whole of a medium."""
+        """Read the whole of a medium."""
         ...
 
     def frames(self, path: MediaFile, sampling: FrameSampling) -> Video:
-        """A few frames of a video, in colour."""
+        """Read a few frames of a video, in colour."""
         ...
 
 
@@ -75,7 +75,7 @@ class MediaLoader:
         raise ValueError(f"medium must be one of image, audio, video, got {medium!r}")
 
     def frames(self, path: MediaFile, sampling: FrameSampling) -> Video:
-        """A few frames of a video, in colour.
+        """Read a few frames of a video, in colour.
 
         Raises:
             MediaError: the file cannot be used.
@@ -85,7 +85,7 @@ class MediaLoader:
 
 
 class RememberingLoader:
-    """A loader that keeps the last files it has read, for whoever reads one file several times in a row.
+    """Keeps the last files that a loader has read, for whoever reads one file several times in a row.
 
     Args:
         loader: reads what is not remembered.
@@ -98,5 +98,5 @@ class RememberingLoader:
         self.frames = lru_cache(size)(loader.frames)
 
     def __call__(self, medium: str, path: MediaFile) -> Raw:
-        """As `MediaLoader`; what comes is shared and must not be changed in place."""
+        """Read as `MediaLoader` does; what comes is shared and must not be changed in place."""
         return self._read(medium, path)

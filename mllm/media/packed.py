@@ -1,4 +1,4 @@
-"""Media files that stand inside another file: a member of a tar, or a cell of a parquet or arrow table.
+"""Reads media files that stand inside another file: a member of a tar, or a cell of a parquet or arrow table.
 
     shards/000.tar@1536.20480         20480 bytes from byte 1536 on
     data/train-0.parquet@17.2         row 17, column 2
@@ -25,7 +25,7 @@ MAX_CHUNK_BYTES = 2**30
 
 
 class Packed(NamedTuple):
-    """A place inside a file: of a tar (first byte, length), of a table (row, column, place in a list)."""
+    """Names a place inside a file: of a tar (first byte, length), of a table (row, column, place in a list)."""
 
     file: str
     kind: str
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
 
 def packed_location(path: str) -> Packed | None:
-    """The place that a path means, or None where it is that of a file."""
+    """Return the place that a path means, or None where it is that of a file."""
     match = _PACKED.fullmatch(path) if "@" in path else None
     if match is None:
         return None
@@ -41,12 +41,12 @@ def packed_location(path: str) -> Packed | None:
 
 
 def packed_path(file: str, *numbers: int) -> str:
-    """The path of a place inside a file."""
+    """Return the path of a place inside a file."""
     return f"{file}@{'.'.join(map(str, numbers))}"
 
 
 def packed_bytes(name: str, location: Packed, max_bytes: int, key: str | None = None) -> bytes:
-    """The bytes of a place.
+    """Read the bytes of a place.
 
     Args:
         name: the path, for messages.
@@ -83,7 +83,7 @@ def _from_tar(name: str, location: Packed, max_bytes: int, key: str | None) -> b
 
 
 def _from_table(name: str, location: Packed) -> bytes:
-    """The bytes of a cell: binary, or an object with them as hubs keep images and sounds."""
+    """Read the bytes of a cell: binary, or an object with them as hubs keep images and sounds."""
     try:
         import pyarrow
     except ImportError as error:
@@ -110,7 +110,7 @@ def _from_table(name: str, location: Packed) -> bytes:
 
 
 def _cell(file: str, stamp: tuple[int, ...], row: int, column: int) -> Any:
-    """A cell of a table; what it was taken from is kept for the next one."""
+    """Read a cell of a table; what it was taken from is kept for the next one."""
     for number, (first, count) in enumerate(_parts(file, stamp)):
         if first <= row < first + count:
             return _column(file, stamp, number, column)[row - first]
@@ -120,7 +120,9 @@ def _cell(file: str, stamp: tuple[int, ...], row: int, column: int) -> Any:
 # The process is part of a stamp: files that a forked worker shares with others have one position for all.
 @lru_cache(maxsize=64)
 def _parts(file: str, stamp: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """First row and number of rows of each row group of a parquet file, or of each batch of an arrow file."""
+    """Return the first row and the number of rows of each row group of a parquet file, or of each batch of an arrow
+    file.
+    """
     if file.endswith(".parquet"):
         facts = _parquet(file, stamp).metadata
         counts = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
@@ -132,7 +134,7 @@ def _parts(file: str, stamp: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=2)
 def _column(file: str, stamp: tuple[int, ...], part: int, column: int) -> Any:
-    """One column of a row group or a batch."""
+    """Read one column of a row group or a batch."""
     if file.endswith(".arrow"):
         batch = next(batch for number, batch in enumerate(_batches(file)) if number == part)
         return batch.column(column)

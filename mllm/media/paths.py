@@ -1,4 +1,4 @@
-"""Which files may be opened: regular ones under a declared root.
+"""Says which files may be opened: regular ones under a declared root.
 
 Knows file names and links. Does not open files and does not know formats.
 """
@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*")
 
 
 def resolve_media(root: str | os.PathLike[str], relative: str) -> Path:
-    """The real path of a media file under `root`.
+    """Return the real path of a media file under `root`.
 
     Symbolic links are followed as long as they end inside the root. A hard link cannot be told from its target. Of a
     medium inside a tar or a table (see `packed.py`), that file is looked up.
@@ -29,7 +29,7 @@ def resolve_media(root: str | os.PathLike[str], relative: str) -> Path:
 
 
 class RootedPaths:
-    """`resolve_media` for many files in one pass: the real path of each folder is looked up once.
+    """Resolves many files in one pass as `resolve_media` does: the real path of each folder is looked up once.
 
     For a short pass over a manifest. A long-lived process should not keep one, since a folder can be exchanged.
     """
@@ -39,7 +39,7 @@ class RootedPaths:
         self._real_folders: dict[str, str] = {}
 
     def resolve(self, relative: str) -> str:
-        """See `resolve_media`."""
+        """Return the real path of a file; see `resolve_media`."""
         if problem := path_problem(relative):
             raise MediaError("refused", relative, problem)
         try:
@@ -59,7 +59,7 @@ class RootedPaths:
         return candidate
 
     def _follow(self, relative: str) -> tuple[str, int]:
-        """The path without links, and the mode of what stands there."""
+        """Return the path without links, and the mode of what stands there."""
         parent, _, name = relative.rpartition("/")
         candidate = f"{self._real_folder(parent)}/{name}"
         mode = os.lstat(candidate).st_mode
@@ -75,7 +75,7 @@ class RootedPaths:
 
 
 def path_problem(relative: str) -> str | None:
-    """What is wrong with a path as text, or None. Backslashes are refused: other systems read them as separators."""
+    """Say what is wrong with a path as text, or None. Backslashes are refused: other systems read them as separators."""
     if _PLAIN.fullmatch(relative):
         return None
     if not relative or relative != relative.strip():

@@ -1,4 +1,4 @@
-"""A PNG without what says nothing about its pixels: colour profiles and texts, which may be of any size.
+"""Removes from a PNG what says nothing about its pixels: colour profiles and texts, which may be of any size.
 
 Pillow refuses an image whose profile or text unpacks to more than a megabyte, although neither is looked at. The texts
 that may say which side is up are kept while they are not large.
@@ -18,7 +18,7 @@ _WITH_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw p
 
 
 def without_notes(file: BinaryIO) -> BinaryIO:
-    """The same image without profiles and texts; the very file where it has none.
+    """Return the same image without profiles and texts; the very file where it has none.
 
     Args:
         file: a PNG, at its start.
@@ -39,7 +39,7 @@ def without_notes(file: BinaryIO) -> BinaryIO:
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte and length of every chunk that the file holds whole."""
+    """Yield kind, first byte and length of every chunk that the file holds whole."""
     end = file.seek(0, io.SEEK_END)
     position = _SIGNATURE_BYTES
     while position + _HEAD_BYTES <= end:
@@ -64,7 +64,7 @@ def _is_note(file: BinaryIO, kind: bytes, start: int, size: int) -> bool:
 
 
 def _unpacks_large(kind: bytes, rest: bytes) -> bool:
-    """Whether a packed text is large; `rest` follows its keyword."""
+    """Tell whether a packed text is large; `rest` follows its keyword."""
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
         return False
     # zTXt: one byte of method. iTXt: flag, method, language and translated keyword, both ended by a zero byte.

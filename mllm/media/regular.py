@@ -1,4 +1,4 @@
-"""A regular file to a descriptor, without following a link put in its place after the path was resolved.
+"""Opens a regular file without following a link put in its place after the path was resolved.
 
 Knows paths and descriptors. Does not know formats or limits.
 """

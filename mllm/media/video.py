@@ -1,4 +1,4 @@
-"""A video file to an array of upright frames at the asked frame rate.
+"""Decodes a video file to an array of upright frames at the frame rate asked for.
 
 Two decoders, PyAV and decord, give the same frames: the plan of which frames are used is made once, from the
 timestamps in the file, and either decoder only carries it out. Sound is left to `audio.py`; both start at their own
@@ -45,14 +45,14 @@ _SEEK_BACK = (0, 1, 10, 100)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video:
-    """Frames as uint8, (T, H, W, 3) RGB or (T, H, W) grey, and how many stand for a second."""
+    """Holds frames as uint8, (T, H, W, 3) RGB or (T, H, W) grey, and how many stand for a second."""
 
     frames: np.ndarray
     frames_per_second: float
 
     @property
     def seconds(self) -> float:
-        """Length in seconds."""
+        """Return the length in seconds."""
         return len(self.frames) / self.frames_per_second
 
 
@@ -99,7 +99,7 @@ def load_video(
 def stream_video(
     path: MediaFile, *, frames_per_second: float = 25.0, limits: MediaLimits = DEFAULT_LIMITS
 ) -> Iterator[np.ndarray]:
-    """The frames of `load_video`, (H, W, 3) uint8 RGB, one after the other and never all in memory.
+    """Yield the frames of `load_video`, (H, W, 3) uint8 RGB, one after the other and never all in memory.
 
     A frame that stands for several outputs is the same array each time. The deadline counts what the caller does
     between the frames as well.
@@ -129,7 +129,9 @@ def _planned(
     gray: bool,
     deadline: Deadline,
 ) -> tuple[FramePlan, Iterator[np.ndarray]]:
-    """Which frames are used, and those that the plan numbers: of an animated image, of a video, or those sought."""
+    """Plan which frames are used, and return those that the plan numbers: of an animated image, of a video, or those
+    sought.
+    """
     if (kind := _animation_kind(name, file, limits)) is not None:
         plan = _animation_plan(name, file, kind, frames_per_second, limits, deadline)
         return plan, _animation_frames(name, file, kind, limits, gray)
@@ -141,7 +143,7 @@ def _planned(
 
 
 def _animation_kind(name: str, file: BinaryIO, limits: MediaLimits) -> str | None:
-    """Which animated image a file is; None for a video.
+    """Say which animated image a file is; None for a video.
 
     Raises:
         MediaError: it is neither.
@@ -162,7 +164,7 @@ def _animation_plan(
     limits: MediaLimits,
     deadline: Deadline,
 ) -> FramePlan:
-    """As `_plan`; an animation has no timestamps that could be read without its frames."""
+    """Plan as `_plan` does; an animation has no timestamps that could be read without its frames."""
     is_whole = not isinstance(frames_per_second, FrameSampling)
     stamps, now = [], 0
     for frame, ticks in animation_frames(name, file, kind, limits):
@@ -224,7 +226,7 @@ def _plan(
 
 
 def _is_shown(packet: Any, codec: str) -> bool:
-    """Whether a packet becomes a frame: not the flush packet, nor one before an edit, nor a hidden VP8 reference."""
+    """Tell whether a packet becomes a frame: not the flush packet, nor one before an edit, nor a hidden VP8 reference."""
     if packet.size == 0 or packet.is_discard:
         return False
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
@@ -238,7 +240,9 @@ def _plan_of(
     frames_per_second: float | FrameSampling | None,
     limits: MediaLimits,
 ) -> FramePlan:
-    """The plan of timestamps and durations in units of `time_base`; the rate counts where the last has no duration."""
+    """Make the plan of timestamps and durations in units of `time_base`; the rate counts where the last has no
+    duration.
+    """
     times = [time - stamps[0][0] for time, _ in stamps]
     span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * time_base))) * time_base
     if isinstance(frames_per_second, FrameSampling):
@@ -253,8 +257,8 @@ def _plan_of(
 
 
 def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
-    """Every frame of the file in the order shown, (H, W, 3) or grey (H, W), turned upright; frames the plan leaves out
-    as well.
+    """Yield every frame of the file in the order shown, (H, W, 3) or grey (H, W), turned upright; frames the plan
+    leaves out as well.
 
     The n-th frame shown belongs to the n-th smallest timestamp. A frame's own timestamp is not used: in AVI files it
     is guessed from the order of storage and wrong for reordered frames.
@@ -268,7 +272,7 @@ def _pyav_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits
 def _sought_frames(
     name: str, file: BinaryIO, stamps: Sequence[int], limits: MediaLimits, gray: bool, deadline: Deadline
 ) -> Iterator[np.ndarray]:
-    """The frames of these timestamps, each decoded from a key frame before it."""
+    """Yield the frames of these timestamps, each decoded from a key frame before it."""
     upright = Upright(name, limits, gray)
     with open_stream(name, file, "video", VIDEO_CODECS, max_pixels=str(limits.video_pixels)) as (container, stream):
         for stamp in stamps:
@@ -285,7 +289,7 @@ def _sought_frames(
 
 
 def _first_from(frames: Iterator[Any], stamp: int, deadline: Deadline) -> Any:
-    """The first decoded frame that is not shown before a time, or None."""
+    """Return the first decoded frame that is not shown before a time, or None."""
     for frame in frames:
         deadline.check()
         if frame.pts is not None and frame.pts >= stamp:
@@ -294,13 +298,15 @@ def _first_from(frames: Iterator[Any], stamp: int, deadline: Deadline) -> Any:
 
 
 def _decord_frames(name: str, file: BinaryIO, plan: FramePlan, limits: MediaLimits, gray: bool) -> Iterator[np.ndarray]:
-    """The same frames by decord, in a process of its own, which turns them upright and has the whole file in memory."""
+    """Yield the same frames by decord, in a process of its own, which turns them upright and has the whole file in
+    memory.
+    """
     for frame in decord_frames(name, file, plan.num_frames, limits.deadline_seconds):
         yield to_gray(frame) if gray else frame
 
 
 def _check_decord() -> None:
-    """Raises: ImportError where decord is missing, broken, or beside a PyAV it cannot live with."""
+    """Raise ImportError where decord is missing, broken, or beside a PyAV it cannot live with."""
     if pyav_version() < Version("18.1"):
         raise ImportError(
             f"decord beside PyAV {pyav_version()} ends the process without a word: {install_line('decord')}"

@@ -1,1 +1,1 @@
-"""Text, media and a budget to the inputs of the model."""
+"""Makes the inputs of the model from text, media and a budget."""

@@ -1,4 +1,4 @@
-"""From a conversation to token ids and labels, with one placeholder id where each medium stands.
+"""Encodes a conversation to token ids and labels, with one placeholder id where each medium stands.
 
 Knows a tokenizer, a chat template and the ids around a medium. Does not know files, encoders or budgets.
 
@@ -60,12 +60,12 @@ MAX_LAYOUTS = 4096
 
 
 class RefusedConversation(ValueError):
-    """A conversation that the chat format has no place for: the fault of one sample, unless it is that of all."""
+    """Says that the chat format has no place for a conversation: the fault of one sample, unless it is that of all."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a conversation with one placeholder per medium, labels, and the media in order of appearance."""
+    """Holds the ids of a conversation with one placeholder per medium, labels, and the media in order of appearance."""
 
     ids: list[int]
     labels: list[int]
@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """A stretch that is the same in every conversation of a layout; the first ids of it may be learned."""
+    """Holds a stretch that is the same in every conversation of a layout; the first ids of it may be learned."""
 
     ids: tuple[int, ...]
     num_targets: int = 0
@@ -82,7 +82,7 @@ class _Fixed:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where people write: the space before it, whether it goes on after text, and whether it is learned."""
+    """Says where people write: the space before it, whether it goes on after text, and whether it is learned."""
 
     glue: str
     continues: bool
@@ -185,7 +185,7 @@ class ChatEncoder:
         return prompts
 
     def count_all(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[int, int]]:
-        """Per conversation its number of ids, placeholders included, and of those that are learned.
+        """Count, per conversation, its ids, placeholders included, and those that are learned.
 
         Raises:
             ValueError: see `__call__`; it does not say which conversation.
@@ -204,7 +204,7 @@ class ChatEncoder:
         return counts
 
     def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
-        """How a conversation is laid out, and what stands in the slots."""
+        """Return how a conversation is laid out, and what stands in the slots."""
         messages = self._read(number_images(messages) if self.names_images else messages)
         speakers = tuple(
             (message.role, tuple(part.medium if isinstance(part, Media) else "" for part in message.parts))
@@ -218,7 +218,9 @@ class ChatEncoder:
         return layout, [part.text for message in messages for part in message.parts if isinstance(part, Text)]
 
     def _read(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages the format has a place for: all, or in `llava_plain` the media of a question and its answer."""
+        """Return the messages that the format has a place for: all, or in `llava_plain` the media of a question and its
+        answer.
+        """
         if self.chat_format != "llava_plain":
             return messages
         roles = [message.role for message in messages]
@@ -231,7 +233,7 @@ class ChatEncoder:
         return [Message("user", tuple(media)), *messages[1:]]
 
     def _tokenized(self, plans: Sequence[tuple[Layout, list[str]]]) -> Iterator[list[int]]:
-        """What people wrote, read slot by slot; with one call of the tokenizer for each way of reading."""
+        """Tokenize what people wrote, slot by slot; with one call of the tokenizer for each way of reading."""
         slots = [[piece for piece in layout if isinstance(piece, _Slot)] for layout, _ in plans]
         texts = [
             (slot.glue + text, slot.continues)
@@ -245,7 +247,7 @@ class ChatEncoder:
         return (next(read[continues]) for _, continues in texts)
 
     def _encode_template(self, text: str, *, continues: bool) -> tuple[int, ...]:
-        """What the template wrote, whose special tokens are meant."""
+        """Tokenize what the template wrote, whose special tokens are meant."""
         backend = (self.going_on if continues else self.tokenizer).backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -253,7 +255,7 @@ class ChatEncoder:
         return tuple(backend.encode(text, add_special_tokens=False).ids)
 
     def _layout(self, messages: Sequence[Message], prompt: bool) -> Iterator[_Fixed | _Slot]:
-        """Template text and what people write by turns.
+        """Yield template text and what people write by turns.
 
         A space before a written part is handed to the part: tokenizers join it to the word after it, so
         "ASSISTANT: red" must be cut before the space, not after.
@@ -283,7 +285,7 @@ class ChatEncoder:
                 continues = False
 
     def _rendered(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str]:
-        """The template's text before, between and after the parts of a conversation."""
+        """Return the template's text before, between and after the parts of a conversation."""
         marks = iter(range(num_parts))
         marked = [
             {"role": message.role, "content": "".join(f"\ue000{next(marks)}\ue001" for _ in message.parts)}
@@ -296,7 +298,7 @@ class ChatEncoder:
         return split[::2]
 
     def _applied(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        """What the template makes of messages.
+        """Return what the template makes of messages.
 
         A template is a program of other people's: it refuses by an error of jinja, and where it has not thought of a
         conversation it fails as any program does.
@@ -312,7 +314,7 @@ class ChatEncoder:
             raise RefusedConversation(f"the chat template refuses the turns {roles}: {error}") from error
 
     def _template_pieces(self, text: str, *, continues: bool, ends_answer: bool) -> Iterator[_Fixed]:
-        """Template text, cut before its first special token, which tokenizers part from what stands before it.
+        """Yield template text, cut before its first special token, which tokenizers part from what stands before it.
 
         After an answer that special token ends the turn and is learned, with what stands before it; without one
         nothing is, but the line break of `llava_plain`.
@@ -328,7 +330,7 @@ class ChatEncoder:
             yield _Fixed(ids, int(learns))
 
     def media_ids(self, medium: str) -> tuple[int, ...]:
-        """The ids that stand for a medium: its placeholder, and the marks around it.
+        """Return the ids that stand for a medium: its placeholder, and the marks around it.
 
         Raises:
             ValueError: a medium without a placeholder.
@@ -341,7 +343,8 @@ class ChatEncoder:
 
 
 def without_prefix(tokenizer: Any) -> Any:
-    """The tokenizer for text that goes on: without the space that SentencePiece vocabularies put before a new text.
+    """Return the tokenizer for text that goes on: without the space that SentencePiece vocabularies put before a new
+    text.
 
     A tokenizer that puts none, or that is byte-level, is given back as it is.
     """
@@ -362,7 +365,7 @@ def without_prefix(tokenizer: Any) -> Any:
 
 
 def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normaliser or pre-tokeniser, which may be a sequence of them."""
+    """Return the steps of a normaliser or pre-tokeniser, which may be a sequence of them."""
     if state is None:
         return []
     return state.get("normalizers") or state.get("pretokenizers") or [state]

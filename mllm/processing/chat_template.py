@@ -1,4 +1,4 @@
-"""A chat template for transformers whose messages may hold media parts, from the one our own encoder follows.
+"""Writes a chat template for transformers whose messages may hold media parts, from the one our own encoder follows.
 
 Knows Jinja and the tokens of media. Does not know files or tokenizers' vocabularies. `ChatEncoder` never reads what
 people wrote through this: it is for `apply_chat_template(..., tokenize=False)` and for whoever looks at a checkpoint.
@@ -60,6 +60,6 @@ def with_media_parts(chat: ChatEncoder, *, separator: str = "") -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string literal of Jinja."""
+    """Quote a text as a string literal of Jinja."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"

@@ -1,4 +1,4 @@
-"""Media as their encoders want them: one item, an image in tiles, the stacks of a batch.
+"""Prepares media as their encoders want them: one item, an image in tiles, the stacks of a batch.
 
 Knows tensors, tiles and budgets. Does not know files, tokenizers or encoders.
 """
@@ -23,7 +23,7 @@ LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
 
 @dataclass(frozen=True)
 class LoadedMedia:
-    """One medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
+    """Holds one medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
 
     Where it is several encoded images, values are (P, 3, h, w): of an image of `image_pixels` (height, width) the
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `tower` names whose encoder they want.
@@ -40,17 +40,18 @@ class LoadedMedia:
 
     @property
     def encoder(self) -> str:
-        """The medium whose encoder this is for."""
+        """Return the medium whose encoder this is for."""
         return self.encoded_as or self.medium
 
     @property
     def num_items(self) -> int:
-        """Encoded items it makes."""
+        """Count the encoded items it makes."""
         return len(self.values) if self.encoder == "image" and self.values.ndim == 4 else 1
 
 
 def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) -> list[tuple[Tiles, ...]]:
-    """Of each medium item of a sample the different cuts into tiles that budgets ask for; the most tiles by default.
+    """List, for each medium item of a sample, the different cuts into tiles that budgets ask for; by default the most
+    tiles.
 
     A budget that cannot be met asks for none; it is refused when it is counted for good.
 
@@ -76,7 +77,7 @@ def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) 
 def cut_image(
     raw: Any, tilings: Sequence[Tiles], transform: ImageTransform, *, tile: Size, thumbnail: bool
 ) -> LoadedMedia:
-    """A decoded image cut in one or several ways, for its encoder.
+    """Cut a decoded image in one or several ways, for its encoder.
 
     Args:
         tile: height and width of what the encoder reads, in pixels.
@@ -87,7 +88,7 @@ def cut_image(
 
 
 def as_long_as_longest(media: Sequence[Sequence[LoadedMedia]]) -> list[list[LoadedMedia]]:
-    """The media of a batch, each clip as long as the longest of its medium: its padding counts as its own."""
+    """Return the media of a batch, each clip as long as the longest of its medium: its padding counts as its own."""
     longest: dict[str, int] = {}
     for item in (item for items in media for item in items):
         longest[item.medium] = max(longest.get(item.medium, 0), item.raw_length)
@@ -95,7 +96,7 @@ def as_long_as_longest(media: Sequence[Sequence[LoadedMedia]]) -> list[list[Load
 
 
 def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
-    """Encoder inputs of a batch: items of a medium stacked in order, streams padded to the longest.
+    """Stack the encoder inputs of a batch: items of a medium in order, streams padded to the longest.
 
     Returns:
         `pixel_values` (N, 3, h, w), tiles and frames one after the other, or (N, P, values of a patch) with
@@ -117,7 +118,7 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
 
 
 def refusal(error: ValueError, source: Path | str) -> MediaError:
-    """Name what a transform has refused, a file or what was given in its place, and what to type if that mends it."""
+    """Name what a transform has refused, a file or what stands in its place, and what to type if that mends it."""
     hint = ""
     if isinstance(error, NotMouthCrops):
         typed = shlex.quote(str(source)) if isinstance(source, Path) else "clip.mp4"
@@ -126,7 +127,7 @@ def refusal(error: ValueError, source: Path | str) -> MediaError:
 
 
 class ItemNumbers:
-    """Say which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
+    """Says which encoded item of a batch each medium (begins with): the next, or one that has the very same values."""
 
     def __init__(self) -> None:
         self.items: list[LoadedMedia] = []
@@ -134,7 +135,7 @@ class ItemNumbers:
         self._known: dict[tuple[str, int, int], int] = {}
 
     def __call__(self, item: LoadedMedia) -> int:
-        """The number of an item among those of its encoder."""
+        """Return the number of an item among those of its encoder."""
         key = (item.medium, id(item.values), item.raw_length)
         if key in self._known:
             return self._known[key]

@@ -29,7 +29,7 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Reserved:
-    """The ids that a typed text must not become.
+    """Holds the ids that a typed text must not become.
 
     ids: special tokens. spelled: ids that text may well give, the unknown token and pieces of single bytes, but not by
     spelling their names; with those names.

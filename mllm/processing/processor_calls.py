@@ -1,4 +1,5 @@
-"""How transformers and people call the processor: texts with media, chats with media parts, batches of either.
+"""Takes the calls that transformers and people make of the processor: texts with media, chats with media parts, batches
+of either.
 
 Knows requests and what transformers' processors are given. Does not know decoders, encoders or how inputs are made.
 """
@@ -24,7 +25,7 @@ MEDIA_KEYS = {"image": "images", "audio": "audio", "video": "videos"}
 
 
 class RenderedChat(str):
-    """A conversation as text, which still knows its messages: the processor tokenises those and not the text.
+    """Holds a conversation as text, which still knows its messages: the processor tokenises those and not the text.
 
     So what people wrote stays text, whatever special tokens it spells.
     """
@@ -35,7 +36,7 @@ class RenderedChat(str):
 
 
 class ProcessorCalls(ProcessorMixin):
-    """The part of `ElasticProcessor` that is called as transformers' processors are."""
+    """Holds the part of `ElasticProcessor` that is called as transformers' processors are."""
 
     def __call__(
         self,
@@ -141,7 +142,7 @@ class ProcessorCalls(ProcessorMixin):
         return cast("ElasticProcessor", self)
 
     def _read_chats(self, chats: Sequence[Conversation], media: Mapping[str, Any]) -> list[Request]:
-        """Conversations, with one entry of each medium per conversation for the parts that hold none."""
+        """Read conversations, with one entry of each medium per conversation for the parts that hold none."""
         separator = self._processor.separator
         if len(chats) == 1:
             media = {medium: [values] for medium, values in media.items() if values is not None}
@@ -195,7 +196,7 @@ def refuse_unknown(what: str, arguments: Mapping[str, object], known: Sequence[s
 
 
 def _refuse_inputs(arguments: Mapping[str, Any]) -> None:
-    """Raises: TypeError for an argument of inputs where a text is made; None is none."""
+    """Refuse, by a TypeError, an argument of inputs where a text is made; one that is None is none."""
     if used := [key for key, value in arguments.items() if value is not None]:
         raise TypeError(
             f"apply_chat_template with tokenize false makes a text, which {used[0]} has no part in; give {used[0]} to "
@@ -219,7 +220,7 @@ def _prompt(chat: ChatEncoder, sample: Sample, *, add_generation_prompt: bool, c
 
 
 def _rendered(render: Any, messages: Conversation, ends: Mapping[str, bool]) -> RenderedChat:
-    """The text of a conversation, which remembers it."""
+    """Render the text of a conversation, which remembers it."""
     text = RenderedChat(render(messages, tokenize=False, **ends))
     text.messages = messages
     text.add_generation_prompt = ends["add_generation_prompt"]

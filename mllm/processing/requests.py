@@ -1,4 +1,4 @@
-"""Requests and chats as people write them in Python, to samples and the media that were handed over with them.
+"""Reads requests and chats as people write them in Python, to samples and the media that came with them in memory.
 
     read_request({"image": [image], "audio": ["hello.wav"]}, "what is this?")
     read_chat([{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}])
@@ -27,7 +27,7 @@ PART_KEYS = {
 
 
 class Request(NamedTuple):
-    """A conversation, what the caller calls its files, and what was handed over in place of files.
+    """Holds a conversation, what the caller calls its files, and the media in memory that stand in place of files.
 
     `names` are by path in the sample. `given` holds one entry per medium of the sample, None where it is a file.
     """
@@ -149,7 +149,7 @@ def _read_part(where: str, part: Any, waiting: dict[str, list[MediaInput]], coll
 
 @dataclass
 class _Collected:
-    """The media of one request, as they come."""
+    """Collects the media of one request, as they come."""
 
     media: list[tuple[str, str | InMemoryMedium]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""In which order the soft tokens of one medium stand in the prompt: tiles put together, newlines, frames in turn.
+"""Orders the soft tokens of one medium in the prompt: tiles put together, newlines, frames in turn.
 
 Knows tiles, counts and numbers of items. Does not know images, budgets as words, or the model.
 
@@ -19,7 +19,7 @@ NEWLINE = -1
 
 
 def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> list[int]:
-    """Which of the encoded images of one medium item are shown, counted from its first.
+    """Say which of the encoded images of one medium item are shown, counted from its first.
 
     Frames are taken evenly, from the middle of each stretch that one of them stands for.
 
@@ -48,7 +48,7 @@ def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> li
 
 
 def order_of(extent: Extent, cost: Cost, tiling: Tiling | None) -> Tensor:
-    """The order of one medium's soft tokens, (n, 2) int64; pieces are numbered as `shown_items` gives them."""
+    """Return the order of one medium's soft tokens, (n, 2) int64; pieces are numbered as `shown_items` gives them."""
     each = cost.each or cost.tokens
     if cost.tiles is None or tiling is None:
         return _in_turn(cost.num_images, each)
@@ -77,7 +77,9 @@ def _flat(tiles: Tiles, each: int, newline: bool) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _spatial(tiles: Tiles, shape: Size, kept: tuple[int, int, int, int] | None, newline: bool) -> Tensor:
-    """The thumbnail, then the map of all tiles row by row. A thumbnail alone is a single row (LLaVA-NeXT's order)."""
+    """Order the thumbnail, then the grid of all tiles row by row. A thumbnail alone is a single row (LLaVA-NeXT's
+    order).
+    """
     thumbnail = _in_turn(int(tiles.has_thumbnail), shape[0] * shape[1])
     if kept is None:
         return _with_newlines(thumbnail[None]) if newline else thumbnail
@@ -90,6 +92,6 @@ def _spatial(tiles: Tiles, shape: Size, kept: tuple[int, int, int, int] | None, 
 
 
 def _with_newlines(rows: Tensor) -> Tensor:
-    """(rows, columns, 2) -> (rows * (columns + 1), 2)."""
+    """Put a newline behind each row: (rows, columns, 2) -> (rows * (columns + 1), 2)."""
     ends = torch.tensor([NEWLINE, 0]).expand(len(rows), 1, 2)
     return torch.cat([rows, ends], dim=1).flatten(0, 1)

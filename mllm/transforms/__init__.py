@@ -1,1 +1,1 @@
-"""Decoded media to what encoders read: pixels, log-mel windows, waveforms, lip crops."""
+"""Transforms decoded media to what encoders read: pixels, log-mel windows, waveforms, lip crops."""

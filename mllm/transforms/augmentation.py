@@ -1,4 +1,4 @@
-"""What training does to a decoded clip before its transform: hides stretches of time, mirrors, adds noise.
+"""Augments a decoded clip in training, before its transform: hides stretches of time, mirrors, adds noise.
 
 Each part draws from a generator of its own, made of one number per sample and the part's name, so that switching one on
 changes no other. Does not know files or encoders; cropping is the transforms' own, and how noise is mixed is
@@ -22,7 +22,7 @@ RngFor = Callable[[str], np.random.Generator]
 
 
 def rngs_by_purpose(generator: np.random.Generator) -> RngFor:
-    """Generators by purpose; they depend on the given one alone, from which one number is drawn."""
+    """Return generators by purpose; they depend on the one passed in alone, from which one number is taken."""
     key = int(generator.integers(2**63))
     return lambda purpose: random_generator(key, 0, "", purpose)
 
@@ -50,11 +50,11 @@ class TimeMask:
             raise ValueError(f"a time mask needs a window and a stride above 0, got {self.window} and {self.stride}")
 
     def count(self, length: int) -> int:
-        """How many stretches a clip gets."""
+        """Count the stretches that a clip gets."""
         return int((length + self.stride - 0.1) // self.stride)
 
     def __call__(self, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """A masked copy of (L,) samples or (T, ...) frames."""
+        """Return a masked copy of (L,) samples or (T, ...) frames."""
         masked = values.copy()
         for _ in range(self.count(len(values))):
             length = int(generator.integers(min(self.window, len(values))))
@@ -65,7 +65,7 @@ class TimeMask:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Everything that is done to sounds and videos in training, between their files and their transforms.
+    """Does everything that is done to audio and video in training, between their files and their transforms.
 
     A sound is masked first and then gets its noise, as in the published systems, so the ratio is that of the noise to
     what is left of the sound, and the noise is heard through the gaps.
@@ -90,7 +90,7 @@ class Augmentation:
             raise ValueError(f"flip_probability must be 0 to 1, got {self.flip_probability}")
 
     def __call__(self, raw: Any, rng_for: RngFor) -> Any:
-        """A changed sound or video; images stay as they are.
+        """Return changed audio or video; images stay as they are.
 
         Raises:
             ValueError: see `MixNoise`.

@@ -33,7 +33,7 @@ MOUTH_ASPECT = 1.3
 
 
 class NotMouthCrops(ValueError):
-    """Frames that show far more than the mouth that a lip encoder is to read."""
+    """Says that frames show far more than the mouth that a lip encoder is to read."""
 
 
 class MediaTransform(Protocol):
@@ -43,18 +43,18 @@ class MediaTransform(Protocol):
 
 
 def standardize(samples: np.ndarray, epsilon: float) -> np.ndarray:
-    """Zero mean and unit variance over one utterance, (L,) float32: (x - mean) / sqrt(variance + epsilon)."""
+    """Bring one utterance to zero mean and unit variance, (L,) float32: (x - mean) / sqrt(variance + epsilon)."""
     return ((samples - samples.mean()) / np.sqrt(samples.var() + epsilon)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """An image to (3, H, W) float pixels, by a Hugging Face image processor (its size, mean and deviation)."""
+    """Turns an image into (3, H, W) float pixels, by a Hugging Face image processor (its size, mean and deviation)."""
 
     processor: Any
 
     def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError when the processor makes anything but one image of it (tiles, for example)."""
+        """Process one image; ValueError when the processor makes anything but one of it (tiles, for example)."""
         pixels = self.processor(images=[raw], return_tensors="pt")["pixel_values"]
         if pixels.ndim != 4 or len(pixels) != 1:
             name = type(self.processor).__name__
@@ -63,11 +63,11 @@ class ImageTransform:
 
     @property
     def resample(self) -> int:
-        """Pillow's number of the interpolation that images are resized by."""
+        """Return Pillow's number of the interpolation that images are resized by."""
         return int(getattr(self.processor, "resample", None) or 3)
 
     def many(self, images: Sequence[Any]) -> Tensor:
-        """(P, 3, H, W) of several images, Pillow's or uint8 (3, h, w)."""
+        """Process several images, Pillow's or uint8 (3, h, w), to (P, 3, H, W)."""
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         assert pixels.ndim == 4, pixels.shape
         return pixels
@@ -75,7 +75,8 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class PatchTransform:
-    """An image in its own shape to its patches (rows, columns, values of a patch), by SigLIP 2's image processor.
+    """Turns an image in its own shape into its patches (rows, columns, values of a patch), by SigLIP 2's image
+    processor.
 
     It is brought to the largest size of its shape that has at most `max_num_patches` patches, whole ones per side.
     """
@@ -83,7 +84,7 @@ class PatchTransform:
     processor: Any
 
     def __call__(self, raw: Image.Image, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Its patches without padding."""
+        """Return its patches without padding."""
         features = self.processor(images=[raw], return_tensors="pt")
         rows, columns = features["spatial_shapes"][0].tolist()
         return features["pixel_values"][0, : rows * columns].unflatten(0, (rows, columns)), 1
@@ -91,7 +92,7 @@ class PatchTransform:
 
 @dataclass(frozen=True)
 class Waveform:
-    """Sound to the waveform (L,) that HuBERT, WavLM and wav2vec 2.0 take.
+    """Turns audio into the waveform (L,) that HuBERT, WavLM and wav2vec 2.0 take.
 
     Args:
         sample_rate_hz: rate the encoder was trained at.
@@ -103,7 +104,7 @@ class Waveform:
     standardized: bool = False
 
     def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError for sound at another rate."""
+        """Return the waveform; ValueError for audio at another rate."""
         _check_rate(raw, self.sample_rate_hz)
         samples = standardize(raw.samples, epsilon=1e-7) if self.standardized else raw.samples
         return torch.from_numpy(samples), len(samples)
@@ -111,7 +112,7 @@ class Waveform:
 
 @dataclass(frozen=True)
 class WhisperMel:
-    """Sound to Whisper's log-mel window (M, F), always the full window; the length stays that of the sound.
+    """Turns audio into Whisper's log-mel window (M, F), always the full window; the length stays that of the audio.
 
     Args:
         extractor: a `WhisperFeatureExtractor`; its rate, mel bins and window apply.
@@ -123,11 +124,11 @@ class WhisperMel:
 
     @property
     def window_seconds(self) -> float:
-        """Longest sound that is taken."""
+        """Return the longest audio that is taken, in seconds."""
         return self.extractor.n_samples / self.extractor.sampling_rate
 
     def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError for sound at another rate or longer than the window."""
+        """Return the window; ValueError for audio at another rate or longer than the window."""
         rate_hz, window = self.extractor.sampling_rate, self.extractor.n_samples
         _check_rate(raw, rate_hz)
         if len(raw.samples) > window:
@@ -143,10 +144,10 @@ class WhisperMel:
 
 @dataclass(frozen=True)
 class Filterbank:
-    """Sound to the stacked filterbank frames (T, 104) that AV-HuBERT hears; the length is that of the sound."""
+    """Turns audio into the stacked filterbank frames (T, 104) that AV-HuBERT hears; the length is that of the audio."""
 
     def __call__(self, raw: Audio, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError for sound at another rate or without samples."""
+        """Return the frames; ValueError for audio at another rate or without samples."""
         _check_rate(raw, filterbank.SAMPLE_RATE_HZ)
         filterbank.num_stacked_frames(len(raw.samples))
         return torch.from_numpy(filterbank.stacked_filterbank(raw.samples)), len(raw.samples)
@@ -154,7 +155,7 @@ class Filterbank:
 
 @dataclass(frozen=True)
 class LipTransform:
-    """Video to normalised grey crops (T, 1, S, S) in float32: (grey in 0..1 - mean) / std.
+    """Turns video into normalised grey crops (T, 1, S, S) in float32: (grey in 0..1 - mean) / std.
 
     The crop is cut from the centre; with a generator from a random place, the same for the whole clip.
 
@@ -181,7 +182,9 @@ class LipTransform:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def __call__(self, raw: Video, generator: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """Raises: ValueError when a frame is smaller than the crop; NotMouthCrops when it shows far more than it."""
+        """Return the crops; ValueError when a frame is smaller than the crop, NotMouthCrops when it shows far more than
+        it.
+        """
         self._check_mouth(*raw.frames.shape[1:3])
         frames = torch.from_numpy(to_gray(raw.frames) if raw.frames.ndim == 4 else raw.frames)[:, None]
         if self.size is not None and min(frames.shape[-2:]) != self.size:
@@ -220,7 +223,7 @@ class LipTransform:
 
 
 def build_transform(medium: str, encoder: Any, preprocessor: Mapping[str, Any]) -> MediaTransform:
-    """The transform an encoder needs.
+    """Build the transform that an encoder needs.
 
     Args:
         medium: image, audio or video.
@@ -260,6 +263,6 @@ def _build_video(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
 
 
 def _check_rate(audio: Audio, sample_rate_hz: int) -> None:
-    """Sound at another rate would be heard faster or slower."""
+    """Refuse audio at another rate, which would be heard faster or slower."""
     if audio.sample_rate_hz != sample_rate_hz:
         raise ValueError(f"the encoder takes sound at {sample_rate_hz} Hz, got {audio.sample_rate_hz} Hz")

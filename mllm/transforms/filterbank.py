@@ -1,4 +1,5 @@
-"""Log filterbank features of sound, as AV-HuBERT hears: 26 mel bins of 25 ms every 10 ms, four frames stacked to one.
+"""Computes log filterbank features of audio, as AV-HuBERT hears: 26 mel bins of 25 ms every 10 ms, four frames stacked
+to one.
 
 Knows samples at 16 kHz. Does not know files, encoders or batches.
 
@@ -22,7 +23,7 @@ NORM_EPSILON = 1e-5
 
 
 def num_stacked_frames(num_samples: int) -> int:
-    """T of a sound of L samples; the last window is filled up with zeros.
+    """Return T of an audio of L samples; the last window is filled up with zeros.
 
     Raises:
         ValueError: a sound without samples.
@@ -33,7 +34,7 @@ def num_stacked_frames(num_samples: int) -> int:
 
 
 def log_filterbank(samples: np.ndarray) -> np.ndarray:
-    """(L,) in -1..1 -> (F, 26) float32, natural logarithms of mel energies of 16-bit sample values."""
+    """Turn (L,) in -1..1 into (F, 26) float32, natural logarithms of mel energies of 16-bit sample values."""
     scaled = samples.astype(np.float64) * FULL_SCALE
     emphasised = np.append(scaled[:1], scaled[1:] - PRE_EMPHASIS * scaled[:-1])
     num_frames = _num_frames(len(samples))
@@ -46,7 +47,9 @@ def log_filterbank(samples: np.ndarray) -> np.ndarray:
 
 
 def stacked_filterbank(samples: np.ndarray) -> np.ndarray:
-    """(L,) in -1..1 -> (T, 104) float32: zeros fill the last stack, and each row has zero mean and unit variance."""
+    """Turn (L,) in -1..1 into (T, 104) float32: zeros fill the last stack, and each row has zero mean and unit
+    variance.
+    """
     frames = log_filterbank(samples)
     missing = -len(frames) % NUM_STACKED
     stacked = np.pad(frames, ((0, missing), (0, 0))).reshape(-1, NUM_STACKED * NUM_MEL_BINS)
@@ -55,12 +58,14 @@ def stacked_filterbank(samples: np.ndarray) -> np.ndarray:
 
 
 def _num_frames(num_samples: int) -> int:
-    """F: one frame, and one more for every hop begun beyond the first window."""
+    """Return F: one frame, and one more for every hop begun beyond the first window."""
     return 1 + max(-(-(num_samples - WINDOW_SAMPLES) // HOP_SAMPLES), 0)
 
 
 def _triangles() -> np.ndarray:
-    """(26, 257): each bin rises from its left neighbour's centre to its own and falls to its right neighbour's."""
+    """Return the weights (26, 257): each bin rises from its left neighbour's centre to its own and falls to its right
+    neighbour's.
+    """
     mels = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE_HZ / 2 / 700), NUM_MEL_BINS + 2)
     edges = np.floor((FFT_SAMPLES + 1) * 700 * (10 ** (mels / 2595) - 1) / SAMPLE_RATE_HZ).astype(int)
     weights = np.zeros((NUM_MEL_BINS, FFT_SAMPLES // 2 + 1))

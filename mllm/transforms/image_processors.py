@@ -1,4 +1,5 @@
-"""Which of transformers' image processors reads images: the one that is written on Pillow, wherever there is one.
+"""Chooses which of transformers' image processors reads images: the one that is written on Pillow, wherever there is
+one.
 
 transformers writes most of them twice, on Pillow and on torchvision, and takes whichever is installed. The two round
 differently, so that pixels would depend on what else is there; released models were trained with Pillow's. torchvision

@@ -19,7 +19,7 @@ from mllm.budget.tiling import Size, Tiles
 
 
 def cut(image: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: bool, resample: int = 3) -> Tensor:
-    """The thumbnail, if there is one, and then the tiles of each cut, row by row.
+    """Cut out the thumbnail, if there is one, and then the tiles of each cut, row by row.
 
     Args:
         image: RGB.
@@ -42,7 +42,7 @@ def cut(image: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: 
 
 
 def scaled_size(image: Sequence[int], room: Size) -> Size:
-    """Height and width of an image scaled into a room, its sides in proportion."""
+    """Return the height and width of an image scaled into a room, its sides in proportion."""
     by_height, by_width = room[0] / image[0], room[1] / image[1]
     if by_width < by_height:
         return min(math.ceil(image[0] * by_width), room[0]), room[1]
@@ -50,7 +50,7 @@ def scaled_size(image: Sequence[int], room: Size) -> Size:
 
 
 def _resized(image: Image.Image, size: Size, resample: int) -> Tensor:
-    """(3, h, w) uint8, resized by Pillow as transformers' image processors do, so that a tile is what they make."""
+    """Resize to (3, h, w) uint8 by Pillow, as transformers' image processors do, so that a tile is what they make."""
     made = image.resize((size[1], size[0]), resample=Image.Resampling(resample))
     return torch.from_numpy(np.array(made)).permute(2, 0, 1)
 

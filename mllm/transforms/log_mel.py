@@ -1,4 +1,4 @@
-"""Whisper's log-mel window of a clip, bit for bit, without transforming the silence that fills the window.
+"""Computes Whisper's log-mel window of a clip, bit for bit, without transforming the silence that fills the window.
 
 Knows the arithmetic of transformers' `WhisperFeatureExtractor` (its torch path). Does not know files, rates of files or
 encoders.
@@ -23,7 +23,7 @@ RANGE_BELS = 8.0
 
 
 def whisper_log_mel(samples: np.ndarray, extractor: Any) -> Tensor:
-    """The log-mel window of a clip, equal to what the extractor gives.
+    """Compute the log-mel window of a clip, equal to what the extractor gives.
 
     Only frames that reach into the clip are transformed. All others are silence, whose logarithm is known; it takes
     part in the range limit as in the original, where the loudest value of the window decides.
@@ -57,7 +57,7 @@ def whisper_log_mel(samples: np.ndarray, extractor: Any) -> Tensor:
 
 
 def _mel_powers(samples: np.ndarray, extractor: Any, num_frames: int) -> Tensor:
-    """(1, M, computed frames): all frames that reach into the clip, and some more."""
+    """Return mel powers (1, M, computed frames): all frames that reach into the clip, and some more."""
     hop, size = extractor.hop_length, extractor.n_fft
     reaching = math.ceil((len(samples) + size // 2) / hop)
     computed = math.ceil(reaching / FRAME_BLOCK) * FRAME_BLOCK

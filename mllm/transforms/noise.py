@@ -45,7 +45,7 @@ class MixNoise:
 
     @property
     def choices(self) -> tuple[float | None, ...]:
-        """The ratios one of which is drawn."""
+        """Return the ratios, one of which is taken each time."""
         return (self.snr_db,) if isinstance(self.snr_db, int | float) else tuple(self.snr_db)
 
     def __call__(self, audio: Audio, generator: np.random.Generator) -> Audio:
@@ -71,7 +71,7 @@ class MixNoise:
         return Audio(mixed, audio.sample_rate_hz)
 
     def _piece(self, length: int, generator: np.random.Generator) -> np.ndarray:
-        """As many samples of the noise, float64, from a random place on, that are not all zero."""
+        """Return as many samples of the noise, float64, from a random place on, that are not all zero."""
         noise = self.noise.samples
         start = int(generator.integers(len(noise)))
         piece = np.take(noise, np.arange(start, start + length), mode="wrap").astype(np.float64)
@@ -87,7 +87,7 @@ class MixNoise:
 
 
 def _check_ratio(power: float, added: np.ndarray, snr_db: float) -> None:
-    """Measure what came out, in float32, against what was asked."""
+    """Measure what came out, in float32, against what was asked for."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         measured = 10 * np.log10(power / np.mean(np.square(added)))
     if not abs(measured - snr_db) <= MAX_SNR_ERROR_DB:

@@ -1,1 +1,1 @@
-"""Speech clips to samples: lists, folders and corpora."""
+"""Reads speech clips: lists, folders and corpora."""

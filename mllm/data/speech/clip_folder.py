@@ -49,7 +49,7 @@ def read_clips(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def _clips(source: Path) -> dict[str, list[str]]:
-    """Files of each clip, by its name, relative to the folder; sorted."""
+    """Return the files of each clip, by its name, relative to the folder; sorted."""
     clips: dict[str, list[str]] = {}
     for folder, folders, files in os.walk(source):
         folders.sort()
@@ -73,7 +73,7 @@ def _media_of(files: list[str], source: Path, root: Path) -> dict[str, str]:
 
 
 class _Table:
-    """Transcripts of a table, and where each stands; rows that fit no clip are noted at once."""
+    """Holds the transcripts of a table, and where each stands; rows that fit no clip are noted at once."""
 
     def __init__(self, gathering: Gathering, clips: dict[str, list[str]], path: Path | None) -> None:
         self.path = path
@@ -88,11 +88,11 @@ class _Table:
                 self.rows[name] = (text, line_number)
 
     def location_of(self, name: str, file: Path) -> tuple[Path | None, int | None]:
-        """Where the transcript of a clip stands: in the table or else the file."""
+        """Say where the transcript of a clip stands: in the table or else the file."""
         return (self.path, self.rows[name][1]) if name in self.rows else (file, None)
 
     def text_of(self, name: str, file: Path) -> str | None:
-        """The transcript of a clip, where there is one."""
+        """Return the transcript of a clip, where there is one."""
         if name in self.rows:
             return self.rows[name][0]
         return read_text(file) if file.is_file() else None

@@ -140,7 +140,7 @@ def _text_of(gathering: Gathering, dataset: str, path: str) -> str:
 
 
 def _base_of(stated: str, root: Path) -> Path:
-    """The stated folder of a list where it is under the root; else the root."""
+    """Return the stated folder of a list where it is under the root; else the root."""
     full = Path(os.path.abspath(root / stated))
     return full if full.is_relative_to(os.path.abspath(root)) else root
 

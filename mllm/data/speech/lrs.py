@@ -28,7 +28,7 @@ SUFFIX = ".mp4"
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word and when it is said, in seconds from the start of the clip."""
+    """Holds a word and when it is said, in seconds from the start of the clip."""
 
     text: str
     start: float
@@ -37,29 +37,31 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a clip: its words, and from when to when it lasts, in seconds."""
+    """Holds a piece of a clip: its words, and from when to when it lasts, in seconds."""
 
     words: tuple[Word, ...]
 
     @property
     def start(self) -> float:
-        """When its first word begins."""
+        """Say when its first word begins."""
         return self.words[0].start
 
     @property
     def end(self) -> float:
-        """When its last word ends."""
+        """Say when its last word ends."""
         return self.words[-1].end
 
     @property
     def text(self) -> str:
-        """What is said."""
+        """Return what is said."""
         return " ".join(word.text for word in self.words)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a cut made of a segment: files relative to the root, and their length; no sound where the clip has none."""
+    """Says what a cut made of a segment: files relative to the root, and their length; no audio where the clip has
+    none.
+    """
 
     video: str
     audio: str | None
@@ -98,7 +100,7 @@ def read_lrs(source: Path, root: Path, settings: ReaderConfig, *, cut: Cut | Non
 
 
 def parse_text(content: str) -> tuple[str, list[Word]]:
-    """The text of a transcript file, and its words with their times where it has a table of them.
+    """Return the text of a transcript file, and its words with their times where it has a table of them.
 
     Raises:
         ValueError: no text, or a row of the table that is none.
@@ -121,7 +123,7 @@ def parse_text(content: str) -> tuple[str, list[Word]]:
 
 
 def plan_segments(words: Sequence[Word], max_seconds: float) -> list[Segment]:
-    """Runs of words, each as long as the limit allows.
+    """Group words in turn, each group as long as the limit allows.
 
     Raises:
         ValueError: a single word is longer than the limit.
@@ -138,7 +140,7 @@ def plan_segments(words: Sequence[Word], max_seconds: float) -> list[Segment]:
 
 
 def _stems(source: Path, gathering: Gathering) -> Iterator[tuple[Path, int | None]]:
-    """Every clip's path without its suffix, and the line of the list it stands on."""
+    """Yield every clip's path without its suffix, and the line of the list it stands on."""
     if source.is_dir():
         for folder, folders, files in os.walk(source):
             folders.sort()
@@ -156,7 +158,7 @@ def _stems(source: Path, gathering: Gathering) -> Iterator[tuple[Path, int | Non
 def _utterances(
     gathering: Gathering, video: str, text: str, words: list[Word], cut: Cut | None, line_number: int | None
 ) -> Iterator[Utterance]:
-    """The clip as it is, or its pieces when it is too long."""
+    """Yield the clip as it is, or its pieces when it is too long."""
     name, limit = os.path.splitext(video)[0], gathering.settings.max_seconds
     whole = Utterance(name, gathering.files_of(video), text)
     if limit is None or not gathering.holds(video):  # that it is not there is noted where it is taken up

@@ -1,4 +1,4 @@
-"""Cuts a clip into segments: a video without sound and a sound beside it, of exactly the same length.
+"""Cuts a clip into segments: a video without audio and an audio file beside it, of exactly the same length.
 
 Knows clips and times. Does not know transcripts' formats or manifests.
 """

@@ -1,4 +1,4 @@
-"""Speech clips to samples: one per clip and task, asked in the words of the published systems.
+"""Turns speech clips into samples: one per clip and task, asked in the words of the published systems.
 
     asr   the sound     "Transcribe speech to text."
     vsr   the lips      "Transcribe video to text."
@@ -30,7 +30,7 @@ FRAMES_PER_SECOND = 25
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One clip: its name, its files relative to the root by medium, and what is said."""
+    """Holds one clip: its name, its files relative to the root by medium, and what is said."""
 
     name: str
     files: Mapping[Medium, str]
@@ -60,12 +60,12 @@ class Gathering:
         self.listing.note(path or self.source, line_number, message)
 
     def row(self, line_number: int | None = None, path: Path | None = None) -> AbstractContextManager[None]:
-        """Inside, whatever an odd row raises becomes a finding; see `Listing.noting`."""
+        """Make a finding of whatever an odd row raises inside the block; see `Listing.noting`."""
         return self.listing.noting(path or self.source, line_number)
 
     def lines(self, path: Path) -> Iterator[tuple[int, str]]:
-        """Lines of a file that are not blank, without their ends, numbered from 1; what is not UTF-8, or longer than
-        any row, is noted.
+        """Yield the lines of a file that are not blank, without their ends, numbered from 1; what is not UTF-8, or
+        longer than any row, is noted.
 
         Raises:
             OSError: the file cannot be read.
@@ -73,7 +73,7 @@ class Gathering:
         yield from ((number, text) for number, text in self.lines_and_gaps(path) if text is not None)
 
     def lines_and_gaps(self, path: Path) -> Iterator[tuple[int, str | None]]:
-        """As `lines`, with None for a line that was noted, where lines are counted."""
+        """Yield as `lines` does, with None for a line that was noted, where lines are counted."""
         for line_number, line in numbered_lines(path):
             text = None
             with self.row(line_number, path):
@@ -81,7 +81,7 @@ class Gathering:
             yield line_number, text
 
     def holds(self, relative: str) -> bool:
-        """Whether there is such a file under the root."""
+        """Tell whether there is such a file under the root."""
         try:
             self._paths.resolve(relative)
         except MediaError:
@@ -104,7 +104,7 @@ class Gathering:
         return {"audio": video, "video": video}
 
     def add(self, utterance: Utterance, line_number: int | None = None, path: Path | None = None) -> None:
-        """Take up an utterance, or note what is wrong with it; the place is where it was read."""
+        """Take up an utterance, or note what is wrong with it, at the line and path it was read from."""
         location = Finding(os.fspath(path or self.source), line_number, "")
         text = TEXT_FORMS[self.settings.text](utterance.text)
         tasks = self.settings.tasks or [
@@ -127,7 +127,7 @@ class Gathering:
                 self.listing.incomplete.add(sample.id)
 
     def _missing(self, utterance: Utterance, problems: list[str]) -> dict[Medium, str]:
-        """Media whose files are not there; files that are refused for another reason become problems."""
+        """Return the media whose files are not there; files that are refused for another reason become problems."""
         missing: dict[Medium, str] = {}
         for medium, file in utterance.files.items():
             try:
@@ -167,6 +167,6 @@ def _problems_of(utterance: Utterance, text: str) -> Iterator[str]:
 
 
 def unquoted(text: str) -> str:
-    """A field without the quotes around it, where it stands in quotes as a whole."""
+    """Return a field without the quotes around it, where it stands in quotes as a whole."""
     bare = text.strip()
     return bare[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', bare) else text

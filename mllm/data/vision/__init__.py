@@ -1,1 +1,1 @@
-"""Vision benchmarks from the files that people download to samples, with the official prompts."""
+"""Reads vision benchmarks from the files that people download, with the official prompts."""

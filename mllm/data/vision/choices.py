@@ -1,4 +1,4 @@
-"""POPE, MME, ScienceQA, MMBench and SEED-Bench in the layout of LLaVA's evaluation.
+"""Reads POPE, MME, ScienceQA, MMBench and SEED-Bench in the layout of LLaVA's evaluation.
 
     pope/        llava_pope_test.jsonl, coco/coco_pope_{random,popular,adversarial}.json, val2014/
     MME/         llava_mme.jsonl, MME_Benchmark_release_version/<subtask>/
@@ -44,7 +44,7 @@ MAX_INDEX_DIGITS = 12
 
 
 def read_pope(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions by category; labels are found by category, image and words, not by the order of lines."""
+    """Read questions by category; labels are found by category, image and words, not by the order of lines."""
     file = find_file(source, ("llava_pope_test.jsonl",))
     folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
     gathered = Questions("pope", root)
@@ -65,7 +65,7 @@ def read_pope(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], str]:
-    """Labels by category, image and words; of two that contradict each other neither counts."""
+    """Return labels by category, image and words; of two that contradict each other neither counts."""
     labels: dict[tuple[str, str, str], str] = {}
     contradicted = set()
     for category in POPE_CATEGORIES:
@@ -81,7 +81,7 @@ def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], s
 
 
 def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions with the answers beside the images; an image with other than two questions, which accuracy+ is not
+    """Read questions with the answers beside the images; an image with other than two questions, which accuracy+ is not
     defined on, is noted and left out.
     """
     file = find_file(source, ("llava_mme.jsonl",))
@@ -113,7 +113,9 @@ def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def _mme_question(text: str) -> tuple[str, str]:
-    """What is asked, on one line, and the whole prompt; one with "Please answer yes or no." is asked as LLaVA asks."""
+    """Return the question, on one line, and the whole prompt; one with "Please answer yes or no." is asked as LLaVA
+    asks.
+    """
     said = text.rstrip().removesuffix(SHORT).rstrip()
     question = said.removesuffix(MME_ASK).rstrip()
     return " ".join(question.split()), text if question == said else f"{question}\n{SHORT}"
@@ -132,7 +134,7 @@ def _mme_answer(folder: Path, name: str, question: str) -> tuple[str, str]:
 
 
 def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions that have an image; those of text alone do not depend on a budget and are left out."""
+    """Read questions that have an image; those of text alone do not depend on a budget and are left out."""
     if is_table(source):
         return read_scienceqa_table(source, root, settings)
     file = find_file(source, ("llava_test_CQM-A.json",))
@@ -159,7 +161,7 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def read_mmbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """All rows of the table, rotations included; images are written to a folder under the root."""
+    """Read all rows of the table, rotations included; images are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
     file = find_file(source, names)
     images = ImageFolder(root, settings.images)
@@ -184,7 +186,7 @@ def read_mmbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def mmbench_question(row: dict[str, Any], image: str) -> Question:
-    """A row of MMBench; options end at the first that is not there."""
+    """Make the question of a row of MMBench; options end at the first that is not there."""
     options = []
     for letter in LETTERS[:4]:
         if _is_none(row.get(letter)):
@@ -205,7 +207,7 @@ def _is_none(value: Any) -> bool:
 
 
 def read_seedbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """All questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
+    """Read all questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
     file = find_file(source, ("llava-seed-bench.jsonl",))
     notes = find_file(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
     gathered = Questions("seedbench", root)

@@ -1,4 +1,4 @@
-"""ChartQA and DocVQA from their official files, or from the tables of a hub.
+"""Reads ChartQA and DocVQA from their official files, or from the tables of a hub.
 
     chartqa/  test/test_human.json, test/test_augmented.json, test/png/
     docvqa/   val_v1.0_withQT.json or val_v1.0.json (test_v1.0.json: judged by the server), documents/
@@ -21,7 +21,7 @@ CHART_KINDS = {"test_human.json": "human", "test_augmented.json": "augmented"}
 
 
 def read_chartqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Both halves of the test set where the source is a folder, or one file."""
+    """Read both halves of the test set where the source is a folder, or one file."""
     if is_table(source):
         return read_chartqa_table(source, root, settings)
     files = [source] if source.is_file() else [find_file(source, (name, f"test/{name}")) for name in CHART_KINDS]
@@ -43,7 +43,7 @@ def _chart(row: dict[str, Any], images: str, kind: str, number: int) -> Question
 
 
 def read_docvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions with all answers that count; none in the test set."""
+    """Read questions with all answers that count; none in the test set."""
     if is_table(source):
         return read_docvqa_table(source, root, settings)
     file = find_file(source, ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"))

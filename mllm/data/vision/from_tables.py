@@ -1,4 +1,4 @@
-"""MMMU, AI2D, ChartQA, DocVQA and ScienceQA from the tables of a hub; their images are written under the root.
+"""Reads MMMU, AI2D, ChartQA, DocVQA and ScienceQA from the tables of a hub; their images are written under the root.
 
     format     split        columns
     mmmu       validation   id, question, options, answer, question_type, image_1, ...
@@ -40,27 +40,27 @@ _UNKNOWN = "?"
 
 
 def read_mmmu(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions of all subjects, images where the text names them; kinds are the subjects."""
+    """Read questions of all subjects, images where the text names them; kinds are the subjects."""
     return _read(source, root, settings, task="mmmu", split="validation", make=_mmmu)
 
 
 def read_ai2d(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions about diagrams with four options."""
+    """Read questions about diagrams with four options."""
     return _read(source, root, settings, task="ai2d", split="test", make=_ai2d)
 
 
 def read_chartqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Both halves of the split; kinds are "human" and "augmented"."""
+    """Read both halves of the split; kinds are "human" and "augmented"."""
     return _read(source, root, settings, task="chartqa", split="test", make=_chartqa)
 
 
 def read_docvqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions with all answers that count; none in the test split."""
+    """Read questions with all answers that count; none in the test split."""
     return _read(source, root, settings, task="docvqa", split="validation", make=_docvqa, inside=("DocVQA",))
 
 
 def read_scienceqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Questions that have an image; kinds are the subjects."""
+    """Read questions that have an image; kinds are the subjects."""
     return _read(source, root, settings, task="scienceqa", split="test", make=_scienceqa, inside=("ScienceQA-IMG",))
 
 
@@ -144,7 +144,7 @@ def _scienceqa(row: dict[str, Any], number: int, write: Write) -> Question | Non
 
 
 def _listed(text: Any, *, bare: bool = False) -> list[str]:
-    """A list of texts that is written as Python writes it; a `bare` text stands for itself."""
+    """Read a list of texts that is written as Python writes it; a `bare` text stands for itself."""
     if isinstance(text, list):
         return [str(item) for item in text]
     if bare and not text.startswith("["):

@@ -1,4 +1,4 @@
-"""One question of a benchmark to a sample, and what all readers of benchmarks share: files, prompts, findings.
+"""Turns questions of benchmarks into samples; holds what readers of benchmarks share: files, prompts, findings.
 
 Knows JSON, JSON lines and our samples. Does not know any benchmark.
 
@@ -25,7 +25,7 @@ _NUMBERED = re.compile(r"<image ([1-9]\d*)>")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about images: their paths under the root, what is asked, and all answers that count as right.
+    """Holds a question about images: their paths under the root, what is asked, and all answers that count as right.
 
     Images stand before the text; or in it, where it holds `<image 1>`, `<image 2>`, ..., and those it does not name
     are left out.
@@ -74,7 +74,7 @@ class Questions:
             self.add((file, number), lambda row=row: make(row))
 
     def index(self, file: Path, notes: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, Any]:
-        """Entries of a file by a key; an odd one is noted."""
+        """Return the entries of a file by a key; an odd one is noted."""
         by_key = {}
         for number, note in enumerate(notes):
             with self.listing.noting(file, None, f"entry {number}"):
@@ -116,7 +116,7 @@ def _parts_of(question: Question) -> list[dict[str, str]]:
 
 
 def find_file(source: Path, names: Sequence[str], *, named: str | None = None, what: str = "questions") -> Path:
-    """The file of questions or answers: what is named, the source itself, or the first of `names` in its folder.
+    """Find the file of questions or answers: what is named, the source itself, or the first of `names` in its folder.
 
     Raises:
         FileNotFoundError: none of them is there.
@@ -133,12 +133,13 @@ def find_file(source: Path, names: Sequence[str], *, named: str | None = None, w
 
 
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of the files that is there."""
+    """Return the first of the files that is there."""
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
-    """The folder of images, relative to the root, with a slash behind it: what is named, or the first that is there.
+    """Return the folder of images, relative to the root, with a slash behind it: what is named, or the first that is
+    there.
 
     Where none is, the first is taken, and every image is told to be missing there.
     """
@@ -149,7 +150,7 @@ def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
 
 
 def texts_of(values: Any) -> list[str]:
-    """A list of texts.
+    """Return a list of texts as it is, once it is known to be one.
 
     Raises:
         ValueError: it is something else.
@@ -160,7 +161,7 @@ def texts_of(values: Any) -> list[str]:
 
 
 def with_options(question: str, options: Sequence[str], *, hint: str | None = None) -> str:
-    """Hint, question and lettered options on lines of their own, and how to answer."""
+    """Lay out hint, question and lettered options on lines of their own, and how to answer."""
     lines = [*([hint] if hint else []), question]
     lines += [f"{letter}. {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True)]
     return "\n".join([*lines, CHOOSE])

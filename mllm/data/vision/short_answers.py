@@ -1,4 +1,4 @@
-"""VQAv2, GQA, TextVQA and VizWiz in the layout of LLaVA's evaluation, or with the official files of questions.
+"""Reads VQAv2, GQA, TextVQA and VizWiz in the layout of LLaVA's evaluation, or with the official files of questions.
 
     vqav2/    llava_vqav2_mscoco_test-dev2015.jsonl, test2015/; or v2_OpenEnded_mscoco_val2014_questions.json,
               v2_mscoco_val2014_annotations.json, val2014/
@@ -29,7 +29,7 @@ OCR_LINE = "Reference OCR token:"
 
 
 def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """LLaVA's questions of test-dev, which the server judges; or the official questions with their annotations."""
+    """Read LLaVA's questions of test-dev, which the server judges; or the official questions with their annotations."""
     names = ("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_val2014_questions.json")
     file = find_file(source, names)
     gathered = Questions("vqav2", root)
@@ -53,7 +53,7 @@ def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def read_gqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and "binary"."""
+    """Read LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and "binary"."""
     file = find_file(source, ("llava_gqa_testdev_balanced.jsonl",))
     names = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
     notes = json_of(find_file(source, names, named=settings.annotations, what="annotations"))
@@ -72,7 +72,7 @@ def read_gqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """LLaVA's questions of the validation set, with the words that an OCR found or without them.
+    """Read LLaVA's questions of the validation set, with the words that an OCR found or without them.
 
     A question is matched with its annotation by image and words, as the official script does.
     """
@@ -99,7 +99,7 @@ def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def read_vizwiz(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """LLaVA's questions of the test set, which the server judges; or the official files, test.json among them."""
+    """Read LLaVA's questions of the test set, which the server judges; or the official files, test.json among them."""
     file = find_file(source, ("llava_test.jsonl", "val.json"))
     gathered = Questions("vizwiz", root)
     if file.suffix == ".jsonl":
@@ -119,7 +119,7 @@ def read_vizwiz(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def question_ids(path: str) -> list[int]:
-    """All ids of a file of questions, LLaVA's or the official one; VQAv2 wants an answer to each.
+    """Return all ids of a file of questions, LLaVA's or the official one; VQAv2 wants an answer to each.
 
     Raises:
         ValueError: neither form, or a row without an id.

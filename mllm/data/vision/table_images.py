@@ -1,4 +1,4 @@
-"""Images that stand inside tables, written as files under the root, each once.
+"""Writes images that stand inside tables as files under the root, each once.
 
 Knows bytes and names. Does not decode images.
 """
@@ -15,7 +15,7 @@ FOLDER = "images"
 
 
 class ImageFolder:
-    """A folder of images named by their content, so that one that occurs again is not written again.
+    """Writes a folder of images named by their content, so that one that occurs again is not written again.
 
     Args:
         root: of the samples.
