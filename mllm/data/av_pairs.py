@@ -12,7 +12,7 @@ def clip_pairs(sample: Sample) -> list[tuple[int, int]]:
     """Return the positions, in `sample.media`, of the audio and the video of each clip.
 
     Two media of one message are one clip when their files have the same name but for folder and suffix, or are the same
-    file. `meta.one_clip` overrules names: true makes one clip of a message's only sound and only video, false of none.
+    file. `meta.one_clip` overrules names: true makes one clip of a message's only audio and only video, false of none.
 
     Raises:
         ValueError: `meta.one_clip` is neither true nor false.

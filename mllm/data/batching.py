@@ -65,7 +65,7 @@ class TokenBucketBatchSampler(Sampler[list[SampleKey]]):
         endless: go on with the next epoch; the sampler then has no length.
 
     Raises:
-        ValueError: no samples, a sample that no batch can hold (with its index), or settings that make no sense.
+        ValueError: no samples, a sample that no batch can hold (with its index), or arguments that make no sense.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def check_manifest(
         path: the JSONL file.
         root: folder that media paths are relative to.
         open_media: also decode every file, which takes as long as an epoch of reading does, and compare the lengths
-            of sound and video of one clip.
+            of audio and video of one clip.
         loader: how files are decoded, and under which limits; the default one when None.
 
     Raises:
@@ -155,7 +155,9 @@ def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | No
 
 
 def _mismatches(sample: Sample, raws: list[Any], max_mismatch_seconds: float | None) -> list[str]:
-    """List audio that is not as long as the video of the same clip, and what a sample states wrongly about its clips."""
+    """List audio that is not as long as the video of the same clip, and what a sample states wrongly about its
+    clips.
+    """
     problems: list[str] = []
     if max_mismatch_seconds is None:
         return problems

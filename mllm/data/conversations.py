@@ -163,7 +163,9 @@ def _said_by_role(row: dict[str, Any]) -> Turns:
 
 
 def _said_in_pairs(key: str, names: tuple[str, str]) -> Form:
-    """Return a reader of ms-swift's `conversation` and the Cauldron's `texts`: a question and its answer in one object."""
+    """Return a reader of ms-swift's `conversation` and the Cauldron's `texts`: a question and its answer in one
+    object.
+    """
 
     def turns(row: dict[str, Any]) -> Turns:
         return [
@@ -310,7 +312,7 @@ def _place_media(turns: Turns, paths: dict[str, list[str]]) -> None:
         parts = [(turn, part) for turn in turns for part in turn.parts if part["type"] == medium]
         unnamed = [(turn, part) for turn, part in parts if part["path"] is None]
         named_inside = [part["path"] for _, part in parts if part["path"] is not None]
-        if named_beside and named_inside:
+        if named_beside and named_inside:  # some data name every file twice; then both must agree
             if named_beside != named_inside or unnamed:
                 raise ValueError(f"media of the kind {medium} are named in the turns and beside them, and differ")
         elif not named_beside and unnamed:
@@ -350,5 +352,6 @@ def _before_the_question(turns: Turns, medium: str, paths: list[str]) -> None:
     question = next((turn for turn in turns if turn.role == "user"), None)
     if question is None:
         raise ValueError(f"there are {len(paths)} media of the kind {medium} and no question they could belong to")
+    # Media of several kinds stand in the order in which they are placed here, each kind behind those before it.
     count = sum("placed" in part for part in question.parts)
     question.parts[count:count] = [{"type": medium, "path": path, "placed": True} for path in paths]

@@ -1,7 +1,7 @@
 """Turns samples into loaded media, and loaded samples into a batch; what is bad is skipped on the way.
 
-Knows samples and how chance is handed out. Does not know formats, encoders, tokenizers or budgets: how media are loaded
-and how a batch is encoded are callables it is given.
+Knows samples and random generators. Does not know formats, encoders, tokenizers or budgets: how media are loaded and
+how a batch is encoded are callables of others.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,9 +51,8 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         load: see `Load`; picklable when workers are spawned.
         seed: of augmentation, which is a function of seed, epoch and sample id; None never augments.
         groups: every sample in one, with those that hold the same files (see `mllm.data.shared_media`). The samples of
-        a
-            group that come in one batch are given the very same media, each loaded once; chance is that of the group's
-            first sample. Where something of it cannot be loaded, each is loaded by itself.
+            a group that come in one batch get the very same media, each loaded once, augmented as the group's first
+            sample is. Where something of it cannot be loaded, each is loaded by itself.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         """Load the media of each of some samples as they are in an epoch; what two of them hold is loaded once.
 
         Args:
-            name: whose chance it is, a sample id.
+            name: the sample id that augmentation depends on.
         """
         if len(samples) == 1:
             return [self.load(samples[0], generator=self._generator(epoch, name))]
@@ -153,7 +152,7 @@ class Collator(Generic[Encoded]):
 
         Raises:
             TooManyBadSamples: see `SkipLog`.
-            ValueError: nothing is good, or something is bad and there is no skip_log.
+            ValueError: nothing is good, or something is bad and there is no skip log.
         """
         good = [item for item in items if isinstance(item, Item)]
         bad = [item for item in items if isinstance(item, SkippedSample)]

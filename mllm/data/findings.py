@@ -142,7 +142,9 @@ def shown_type(value: object) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """Return what an error of an odd row says; errors of Python itself are named, since their texts say little alone."""
+    """Return what an error of an odd row says; errors of Python itself are named, since their texts say little
+    alone.
+    """
     if isinstance(error, KeyError):
         return f"{error} is missing"
     if isinstance(error, RecursionError):

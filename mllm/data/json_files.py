@@ -112,7 +112,9 @@ def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
 
 
 def _begins_as_list(path: Path) -> bool:
-    """Tell whether the first character behind a byte order mark and blanks opens a list; what follows it is not read."""
+    """Tell whether the first character behind a byte order mark and blanks opens a list; what follows it is not
+    read.
+    """
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
         while head and not head.strip():

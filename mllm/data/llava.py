@@ -137,7 +137,9 @@ class _Reader:
         return parse_row(row, self.root, where="as a row of a manifest")
 
     def _answered(self, turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
-        """Return the turns with a question before and an answer behind; None where an image would be lost with others."""
+        """Return the turns with a question before and an answer behind; None where an image would be lost with
+        others.
+        """
         kept: list[dict[str, str]] = []
         lost: list[dict[str, str]] = []
         for turn in turns:

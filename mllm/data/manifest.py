@@ -118,7 +118,9 @@ def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
 
 
 def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Iterator[ManifestLine]:
-    """Yield every non-blank line as a `ManifestLine`, the bad ones with all their problems; never raises for content."""
+    """Yield every non-blank line as a `ManifestLine`, the bad ones with all their problems; never raises for
+    content.
+    """
     root_path = Path(root)
     first_line_of: dict[str, int] = {}
     for line_number, line in numbered_lines(path):
@@ -309,7 +311,9 @@ def _has_text(part: object) -> bool:
 
 
 def _shown(text: str) -> str:
-    """Show a string of the file in a message: quoted unless it is a plain word, and cut, so that none fills the report."""
+    """Show a string of the file in a message: quoted unless it is a plain word, and cut, so that none fills the
+    report.
+    """
     return text if text.isidentifier() and len(text) <= 40 else repr(text if len(text) <= 200 else text[:200] + "...")
 
 

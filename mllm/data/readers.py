@@ -28,7 +28,7 @@ from mllm.media import MediaError, RootedPaths
 logger = logging.getLogger(__name__)
 
 
-def _read_rows(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def _read_rows(source: Path, root: Path, config: ReaderConfig) -> Listing:
     listing = Listing()
     for row in scan_manifest(source, root):
         for problem in row.problems:
@@ -37,8 +37,8 @@ def _read_rows(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return listing
 
 
-def _read_conversations(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    return list_llava(source, root, images_first=settings.images_first)
+def _read_conversations(source: Path, root: Path, config: ReaderConfig) -> Listing:
+    return list_llava(source, root, images_first=config.images_first)
 
 
 READERS: dict[Format, Callable[[Path, Path, ReaderConfig], Listing]] = {
@@ -70,7 +70,7 @@ READERS: dict[Format, Callable[[Path, Path, ReaderConfig], Listing]] = {
 }
 
 
-def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], settings: ReaderConfig) -> Listing:
+def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], config: ReaderConfig) -> Listing:
     """Read everything in a file or folder: samples, and a finding for each row that cannot be used.
 
     Whatever stands in the data becomes a finding, also what spoils a whole file; where no sample is left, the first
@@ -81,15 +81,15 @@ def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], s
         ValueError: a folder is no format of files, or a file none of folders; what it seems to be is named.
     """
     listing = Listing()
-    with naming_format(source, settings.format), listing.noting(source, is_whole=True):
-        listing = READERS[settings.format](Path(source), Path(root), settings)
-    if not listing.samples and (hint := wrong_format(Path(source), settings.format)):
+    with naming_format(source, config.format), listing.noting(source, is_whole=True):
+        listing = READERS[config.format](Path(source), Path(root), config)
+    if not listing.samples and (hint := wrong_format(Path(source), config.format)):
         listing.problems.insert(0, Finding(os.fspath(source), None, hint))
     return listing
 
 
 def read_data(
-    source: str | os.PathLike[str], root: str | os.PathLike[str] | None, settings: ReaderConfig
+    source: str | os.PathLike[str], root: str | os.PathLike[str] | None, config: ReaderConfig
 ) -> list[Sample]:
     """Read the samples of a file or folder, to train or evaluate on.
 
@@ -105,7 +105,7 @@ def read_data(
         OSError: the file or folder cannot be read.
     """
     root = default_root(source) if root is None else Path(root)
-    listing = read_listing(source, root, settings)
+    listing = read_listing(source, root, config)
     if listing.problems:
         raise BadRows(listing.problems)
     if not listing.samples:

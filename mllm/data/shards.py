@@ -3,7 +3,7 @@
     000017.jpg  000017.json     a conversation in a form of `processing/requests.py`, or a caption
     000018.wav  000018.txt      what is said
 
-Knows members and their places. Does not decode media, unpack tars or unpickle anything.
+Knows members and where they lie. Does not decode media, unpack tars or unpickle anything.
 """
 
 import os
@@ -83,7 +83,9 @@ def _split(name: str) -> tuple[str, str]:
 def _taken(
     members: list[tarfile.TarInfo], stream: Any, relative: str, reader: ConversationReader
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Return the row of a sample, and the paths of its media in the order that the row names them, or that of the tar."""
+    """Return the row of a sample, and the paths of its media in the order that the row names them, or that of
+    the tar.
+    """
     row: dict[str, Any] = {}
     media: dict[str, list[tuple[str, str]]] = {}
     seen: set[str] = set()

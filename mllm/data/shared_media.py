@@ -1,6 +1,6 @@
 """Says which samples hold the same files, so that a batch can hold them together and read every file once.
 
-Knows samples, and how many tokens each costs. Does not know batches, chance or how media are loaded.
+Knows samples, and how many tokens each costs. Does not know batches, augmentation or how media are loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ def samples_that_share(samples: Sequence[Sample]) -> list[list[int]]:
             first[index] = index = first[first[index]]
         return index
 
+    # Union-find: the first sample that holds a file stands for all that do, and groups that share one become one.
     holder: dict[tuple[str, str], int] = {}
     for index, sample in enumerate(samples):
         for part in sample.media:
@@ -83,7 +84,7 @@ def split_media(loaded: Mapping[tuple[Media, ...], Sequence[Any]], samples: Sequ
 def _all_media(samples: Sequence[Sample], name: str) -> Sample:
     """Return one sample with all media of samples, each once: first those of the sample that has most.
 
-    What belongs to one message stays in one, since sounds and videos of a message may be one clip.
+    What belongs to one message stays in one, since audio and video of a message may be one clip.
     """
     most = max(samples, key=lambda sample: len(sample.media))
     seen: set[Media] = set()

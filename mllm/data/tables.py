@@ -45,7 +45,7 @@ class MediaColumn:
     is_list: bool
 
 
-def read_parquet(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_parquet(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read a table, or those of a split in a folder.
 
     Raises:
@@ -53,14 +53,14 @@ def read_parquet(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """
     listing = Listing()
     reader = ConversationReader(root, tuple(FORMS))
-    for file in _files(source, settings.split):
+    for file in _files(source, config.split):
         with listing.noting(file):
             _read_table(file, relative_to(root, file), reader, listing)
     reader.log(source)
     return listing
 
 
-def read_datasets(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_datasets(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read a folder that `save_to_disk` left, a downloaded data set, or one of a hub by its name OWNER/NAME[@REVISION].
 
     Of a hub only tables are fetched, never a script; their paths are relative to the folder the cache keeps them in.
@@ -71,9 +71,9 @@ def read_datasets(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     """
     name = source.as_posix()
     if source.exists() or not _HUB_NAME.fullmatch(name):
-        return read_parquet(source, root, settings)
+        return read_parquet(source, root, config)
     folder = _fetched(name)
-    return read_parquet(folder, folder.parents[1], settings)
+    return read_parquet(folder, folder.parents[1], config)
 
 
 def _fetched(name: str) -> Path:
@@ -137,6 +137,7 @@ def _paths(relative: str, row: int, column: MediaColumn, shape: int | None) -> l
 
 def _rows(table: Table, plain: list[str], columns: list[MediaColumn]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
     """Yield rows without their media, and of each cell of media how many it holds, None for a cell that is empty."""
+    # Media are counted and never copied: their bytes would fill the memory long before all rows are read.
     for batch in table.batches(plain, [column.name for column in columns], _ROWS_AT_ONCE):
         texts = batch.select(plain).to_pylist() if plain else [{} for _ in range(batch.num_rows)]
         shapes = [_shapes(batch.column(column.name), column.is_list) for column in columns]
@@ -182,7 +183,9 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _features(schema: Any) -> dict[str, str]:
-    """Return the medium of each column that the notes of `datasets` call an Image, Audio or Video, or a list of them."""
+    """Return the medium of each column that the notes of `datasets` call an Image, Audio or Video, or a list of
+    them.
+    """
     notes = (schema.metadata or {}).get(b"huggingface")
     if notes is None:
         return {}

@@ -79,4 +79,4 @@ def _is_mark(sign: str) -> bool:
 
 
 TEXT_FORMS: dict[str, Callable[[str], str]] = {"as_is": as_is, "lower": lower, "words": words}
-"""By their names in settings."""
+"""The forms by their names in configs."""

@@ -95,7 +95,7 @@ def _saying_max_seconds(max_seconds: float) -> Iterator[None]:
     except MediaError as error:
         said = {
             "video_seconds": f"the video is longer than {max_seconds:g} seconds (max_seconds)",
-            "audio_seconds": f"the sound is longer than {max_seconds:g} seconds (max_seconds) and "
+            "audio_seconds": f"the audio is longer than {max_seconds:g} seconds (max_seconds) and "
             f"{SOUND_SURPLUS_SECONDS} more",
         }
         if error.limit not in said:

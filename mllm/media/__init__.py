@@ -1,10 +1,10 @@
 """Decodes media files to raw arrays, under limits, with one error type.
 
-    load_image(path)  an image, upright RGB          load_audio(path)  one channel at the asked rate
-    load_video(path)  frames at the asked rate        MediaLoader       the three behind one call, with their settings
+    load_image(path)  an image, upright RGB          load_audio(path)  one channel at the rate asked for
+    load_video(path)  frames at the rate asked for    MediaLoader       the three behind one call
     MediaError        whatever is wrong with a file   resolve_media     which files may be opened at all
-    decode_in_memory      what a caller hands over in memory
-    stream_video      frames one at a time            write_video, write_audio    crops and their sound
+    decode_in_memory  what a caller has in memory
+    stream_video      frames one at a time            write_video, write_audio    crops and their audio
 
 Knows files, formats and limits. Does not know what an encoder wants (`transforms/encoder_inputs.py` does).
 """

@@ -46,12 +46,12 @@ class Audio:
 
 
 def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
-    """Read a sound as one channel at `sample_rate_hz`.
+    """Read audio as one channel at `sample_rate_hz`.
 
     The rate is read from the file; another one is resampled by a polyphase filter, always the same one, so that a
     result does not depend on which audio packages are installed. Channels are averaged. Samples are not clipped.
     A file that was cut off is refused where its format states a length; MP3, AAC and Ogg state none, and there it
-    reads as a shorter sound.
+    reads as a shorter audio.
 
     Raises:
         MediaError: missing, refused, unsupported (format, codec, no audio stream), corrupt (also NaN or infinite
@@ -64,7 +64,7 @@ def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLi
     with open_media(path, limits.audio_bytes, "audio_bytes") as file:
         container = sniff(file)
         if container is None or container[0] == "image":
-            raise MediaError("unsupported", name, "neither a sound nor a video file of a known format")
+            raise MediaError("unsupported", name, "neither an audio a video file of a known format")
         read = _read_audio_file if container[0] == "audio" and container[1] != "aac" else _read_video_file
         samples, rate_hz = read(name, file, limits, deadline)
     if not np.isfinite(samples).all():
@@ -90,7 +90,7 @@ def _read_audio_file(name: str, file: BinaryIO, limits: MediaLimits, deadline: D
         opened = soundfile.SoundFile(file)
     with opened:
         if opened.format not in AUDIO_FORMATS:
-            raise MediaError("unsupported", name, f"not one of the sound formats {', '.join(AUDIO_FORMATS)}")
+            raise MediaError("unsupported", name, f"not one of the audio formats {', '.join(AUDIO_FORMATS)}")
         rate_hz, stated = opened.samplerate, opened.frames
         _check_header(name, rate_hz, opened.channels, stated, limits)
         mono = _collect(name, _file_blocks(opened), rate_hz, limits, deadline)
@@ -148,10 +148,10 @@ def _check_header(name: str, rate_hz: int, channels: int, stated: int, limits: M
 
 def _check_count(name: str, samples: int, rate_hz: int, limits: MediaLimits) -> None:
     if samples > limits.audio_seconds * rate_hz:
-        reason = f"the sound is longer than {limits.audio_seconds:g} seconds (limits.audio_seconds)"
+        reason = f"the audio is longer than {limits.audio_seconds:g} seconds (limits.audio_seconds)"
         raise MediaError("limit", name, reason, limit="audio_seconds")
     if samples > limits.audio_samples:
-        reason = f"the sound has more than {limits.audio_samples} samples per channel (limits.audio_samples)"
+        reason = f"the audio has more than {limits.audio_samples} samples per channel (limits.audio_samples)"
         raise MediaError("limit", name, reason)
 
 
@@ -166,5 +166,5 @@ def _collect(
         _check_count(name, count, rate_hz, limits)
         parts.append(block)
     if not count:
-        raise MediaError("empty", name, "the file holds no sound samples")
+        raise MediaError("empty", name, "the file holds no audio samples")
     return np.concatenate(parts).astype(np.float32, copy=False)

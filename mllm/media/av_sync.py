@@ -10,7 +10,7 @@ from mllm.media.errors import MediaError
 from mllm.media.video import Video
 
 MAX_MISMATCH_SECONDS = 0.08
-"""Two frames of a video at 25 per second, or the padding of a sound codec."""
+"""Two frames of a video at 25 per second, or the padding of an audio codec."""
 
 
 def audio_as_long_as_video(audio: Audio, video: Video, *, path: object, max_mismatch_seconds: float) -> Audio:
@@ -18,7 +18,7 @@ def audio_as_long_as_video(audio: Audio, video: Video, *, path: object, max_mism
     fps.
 
     Args:
-        path: of the sound, for the message.
+        path: of the audio, for the message.
         max_mismatch_seconds: how far apart the two may be.
 
     Raises:
@@ -29,7 +29,7 @@ def audio_as_long_as_video(audio: Audio, video: Video, *, path: object, max_mism
         raise MediaError(
             "mismatch",
             path,
-            f"the sound lasts {audio.seconds:.3f} seconds and the video of the same clip {video.seconds:.3f}; they may "
+            f"the audio lasts {audio.seconds:.3f} seconds and the video of the same clip {video.seconds:.3f}; they may "
             f"differ by {max_mismatch_seconds:g} (max_mismatch_seconds)",
         )
     count = max(1, round(video.seconds * audio.sample_rate_hz))

@@ -11,7 +11,7 @@ ErrorKind = Literal["missing", "refused", "unsupported", "corrupt", "empty", "li
 missing: no such file.  refused: not a regular file, or outside the declared root.
 unsupported: a format, codec or pixel layout that is not read.  corrupt: the decoder gave up or the content contradicts
 the header.  empty: no bytes, frames or samples.  limit: above a `MediaLimits` value.  deadline: decoding took too long.
-mismatch: sound and video of one clip are not equally long.
+mismatch: audio and video of one clip are not equally long.
 """
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 

@@ -73,7 +73,7 @@ def nearest_frames(times: Sequence[int], count: int, step: Fraction, *, from_mid
 
 def _nearest_frame(times: Sequence[int], above: int, below: int) -> int:
     """Return the index of the time nearest to above / below."""
-    right = bisect_left(times, -(-above // below))
+    right = bisect_left(times, -(-above // below))  # the first time that is not before it
     if right == 0 or right == len(times):
         return max(right - 1, 0)
     return right - 1 if above - times[right - 1] * below <= times[right] * below - above else right

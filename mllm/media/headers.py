@@ -15,7 +15,7 @@ from mllm.media.video import VIDEO_CODECS
 
 
 def header_seconds(medium: str, path: Path, *, limits: MediaLimits = DEFAULT_LIMITS) -> float:
-    """Return the length of the sound (medium `audio`) or the images of a file as its header states it; 0 when it does
+    """Return the length of the audio (medium `audio`) or the images of a file as its header states it; 0 when it does
     not. AAC alone is counted by its packets, animations by their frames.
 
     Args:

@@ -1,10 +1,10 @@
 """Decodes media that callers hold in memory (bytes, images, arrays) to what the loaders give for files.
 
     image    path, bytes, open file, data: URL, PIL image, or uint8 array (H, W), (H, W, 1 | 3 | 4), (1 | 3 | 4, H, W)
-    sound      path, bytes, open file, data: URL, `Audio`, or array (L,), of float -1..1 or of whole numbers
+    audio      path, bytes, open file, data: URL, `Audio`, or array (L,), of float -1..1 or of whole numbers
     video      path, bytes, open file, data: URL, `Video`, PIL images, or uint8 array (T, H, W) or (T, H, W, 3)
 
-A sound may come with its rate, as (array, 44100) or {"array": array, "sampling_rate": 44100}, and a video as
+Audio may come with its rate, as (array, 44100) or {"array": array, "sampling_rate": 44100}, and a video as
 (array, 30.0) with its frames per second. An array alone is at 16 kHz, or at 25 frames per second.
 
 Knows forms. Does not know decoders, samples or encoders.
@@ -84,7 +84,7 @@ def path_of(medium: str, item: MediaInput) -> str | None:
 
 
 def is_file(item: MediaInput) -> bool:
-    """Tell whether one item is a file, by name or as bytes, which may hold sound beside frames."""
+    """Tell whether one item is a file, by name or as bytes, which may hold audio beside frames."""
     return isinstance(item, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(item, "read")
 
 
@@ -95,7 +95,7 @@ def decode_in_memory(item: InMemoryMedium, loader: MediaLoader, sampling: FrameS
         sampling: of a video whose frames are images; those frames are taken, in colour.
 
     Returns:
-        An RGB image, sound at the loader's rate, or frames at the loader's rate or of the sampling.
+        An RGB image, audio at the loader's rate, or frames at the loader's rate or of the sampling.
 
     Raises:
         ValueError: none of the forms that are read, or a shape or type that has no one meaning.
@@ -126,7 +126,7 @@ def _encoded(value: MediaInput) -> MediaInput:
     if isinstance(value, bytearray | memoryview):
         return bytes(value)
     if hasattr(value, "read") and not isinstance(value, Image.Image):
-        if value.seekable():  # the sound and the frames of one file are read one after the other
+        if value.seekable():  # the audio and the frames of one file are read one after the other
             value.seek(0)
         read = value.read()
         if not isinstance(read, bytes):
@@ -181,7 +181,7 @@ def _audio(value: MediaInput) -> Audio:
     rate: Any = USUAL_RATES["audio"]
     if isinstance(value, Mapping):
         if not {"array", "sampling_rate"} <= value.keys():
-            raise ValueError(f"a sound given as a dict must hold array and sampling_rate, got {', '.join(value)}")
+            raise ValueError(f"audio given as a dict must hold array and sampling_rate, got {', '.join(value)}")
         value, rate = value["array"], value["sampling_rate"]
     elif _is_timed(value):
         value, rate = value
@@ -191,9 +191,9 @@ def _audio(value: MediaInput) -> Audio:
     if samples.ndim == 2 and 1 in samples.shape:
         samples = samples.reshape(-1)
     if samples.ndim != 1 or not samples.size:
-        raise ValueError(f"a sound given as an array has shape {samples.shape}; it must be one channel, (L,)")
+        raise ValueError(f"audio given as an array has shape {samples.shape}; it must be one channel, (L,)")
     if rate <= 0 or rate != int(rate):
-        raise ValueError(f"the rate of a sound must be a whole number above 0, got {rate}")
+        raise ValueError(f"the rate of audio must be a whole number above 0, got {rate}")
     return Audio(_as_float(samples), int(rate))
 
 
@@ -202,9 +202,9 @@ def _as_float(samples: np.ndarray) -> np.ndarray:
     if samples.dtype in (np.int16, np.int32):
         return (samples / float(-np.iinfo(samples.dtype).min)).astype(np.float32)
     if not np.issubdtype(samples.dtype, np.floating):
-        raise ValueError(f"a sound given as an array must be float, int16 or int32, got {samples.dtype}")
+        raise ValueError(f"audio given as an array must be float, int16 or int32, got {samples.dtype}")
     if not np.isfinite(samples).all():
-        raise ValueError("the samples of a sound given as an array are not all finite numbers")
+        raise ValueError("the samples of audio given as an array are not all finite numbers")
     return samples.astype(np.float32)
 
 

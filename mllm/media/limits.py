@@ -29,33 +29,37 @@ class MediaLimits:
     """
 
     image_bytes: int = 20 * 2**20
-    """Largest image file."""
+    """The largest image file that is read."""
     image_pixels: int = 40_000_000
-    """Largest width x height of an image."""
+    """The largest width x height of an image that is read."""
     audio_bytes: int = 128 * 2**20
-    """Largest sound file, and the largest clip read for its sound."""
+    """The largest audio file that is read, and the largest video file that is read for its audio."""
     audio_seconds: float = 600.0
-    """Longest sound."""
+    """The longest audio that is read."""
     audio_samples: int = 32 * 2**20
-    """Most samples of one channel at the file's own rate (64 MiB of 16-bit PCM)."""
+    """The most samples of one channel that are read, at the file's own rate (64 MiB of 16-bit PCM)."""
     audio_channels: int = 8
-    """Most channels of a sound file."""
+    """The most channels that an audio file may have."""
     audio_min_hz: int = 8_000
-    """Lowest sample rate that is resampled; below it there is no speech band left."""
+    """The lowest sample rate that is read; below it there is no speech band left."""
     audio_max_hz: int = 192_000
-    """Highest sample rate."""
+    """The highest sample rate that is read."""
     video_bytes: int = 256 * 2**20
-    """Largest video file."""
+    """The largest video file that is read."""
     video_seconds: float = 120.0
-    """Longest video; one of which only a few frames are taken may be longer."""
+    """The longest video that is read; one of which only a few frames are taken may be longer."""
     video_pixels: int = 3840 * 2160
-    """Largest width x height of a video frame."""
+    """The largest width x height that a video frame may have."""
     video_frames: int = 3_000
-    """Most frames, in the file and after resampling; in the file there may be more where only a few are taken."""
+    """The most frames that are read, in the file and after resampling; a file of which only a few are taken may have
+    more.
+    """
     video_decoded_bytes: int = 256 * 2**20
-    """Largest array of decoded frames."""
+    """The largest array that decoded frames may fill."""
     deadline_seconds: float = 20.0
-    """Longest time one file may take to decode; checked between frames and blocks, never inside a decoder call."""
+    """The longest time that one file may take to decode; it is checked between frames and blocks, never inside a
+    decoder call.
+    """
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
@@ -161,7 +165,9 @@ def _corrupt(path: str) -> MediaError:
 
 
 def guarded(path: str, items: Iterator[Item]) -> Iterator[Item]:
-    """Yield the items of a decoder, each step of it under `decoding`; the caller's own code between the steps is not."""
+    """Yield the items of a decoder, each step of it under `decoding`; the caller's own code between the steps
+    is not.
+    """
     while True:
         try:  # `decoding` written out: its entry and exit cost as much as decoding a small frame
             item = next(items)

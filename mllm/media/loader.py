@@ -41,15 +41,15 @@ class MediaLoader:
     """Reads any medium the way one model wants it; small and picklable, so it travels to data loader workers."""
 
     sample_rate_hz: int = 16_000
-    """Rate that sound is resampled to."""
+    """The rate that audio is resampled to."""
     frames_per_second: float | None = 25.0
-    """Rate that video is resampled to; None keeps the file's frames."""
+    """The rate that video is resampled to; None keeps the file's frames."""
     gray: bool = False
     """Whether video frames are grey (lip encoders) or RGB."""
     backend: Backend = "pyav"
-    """Video decoder."""
+    """The decoder that reads videos."""
     max_mismatch_seconds: float | None = MAX_MISMATCH_SECONDS
-    """How far apart the lengths of a clip's sound and video may be, for whoever loads both; None never compares."""
+    """How far apart the lengths of a clip's audio and video may be, for whoever loads both; None never compares."""
     limits: MediaLimits = DEFAULT_LIMITS
     """What is refused."""
 

@@ -83,7 +83,7 @@ def _from_tar(name: str, location: Packed, max_bytes: int, key: str | None) -> b
 
 
 def _from_table(name: str, location: Packed) -> bytes:
-    """Read the bytes of a cell: binary, or an object with them as hubs keep images and sounds."""
+    """Read the bytes of a cell: binary, or an object with them as hubs keep images and audio."""
     try:
         import pyarrow
     except ImportError as error:
@@ -141,6 +141,7 @@ def _column(file: str, stamp: tuple[int, ...], part: int, column: int) -> Any:
     table = _parquet(file, stamp)
     name = table.schema_arrow.names[column]
     group = table.metadata.row_group(part)
+    # Parquet stores an object's keys as columns of their own; all those of this one are unpacked together.
     leaves = (group.column(number) for number in range(group.num_columns))
     size = sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == name)
     if size > MAX_CHUNK_BYTES:

@@ -75,7 +75,9 @@ class RootedPaths:
 
 
 def path_problem(relative: str) -> str | None:
-    """Say what is wrong with a path as text, or None. Backslashes are refused: other systems read them as separators."""
+    """Say what is wrong with a path as text, or None. Backslashes are refused: other systems read them as
+    separators.
+    """
     if _PLAIN.fullmatch(relative):
         return None
     if not relative or relative != relative.strip():

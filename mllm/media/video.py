@@ -1,9 +1,9 @@
 """Decodes a video file to an array of upright frames at the frame rate asked for.
 
 Two decoders, PyAV and decord, give the same frames: the plan of which frames are used is made once, from the
-timestamps in the file, and either decoder only carries it out. Sound is left to `audio.py`; both start at their own
+timestamps in the file, and either decoder only carries it out. Audio is left to `audio.py`; both start at their own
 first sample, so an offset between the two streams of a file is not undone.
-Does not know lips, crops or what an encoder wants (`transforms/encoder_inputs.py` does).
+Does not know crops or what an encoder wants (`transforms/encoder_inputs.py` does).
 
 Shapes: T frames, H rows and W columns of a frame.
 """
@@ -226,7 +226,9 @@ def _plan(
 
 
 def _is_shown(packet: Any, codec: str) -> bool:
-    """Tell whether a packet becomes a frame: not the flush packet, nor one before an edit, nor a hidden VP8 reference."""
+    """Tell whether a packet becomes a frame: not the flush packet, nor one before an edit, nor a hidden VP8
+    reference.
+    """
     if packet.size == 0 or packet.is_discard:
         return False
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
@@ -244,6 +246,8 @@ def _plan_of(
     duration.
     """
     times = [time - stamps[0][0] for time, _ in stamps]
+    # A video ends when its last frame does, not when that begins; without it 25 frames at 25 per second would be 0.96
+    # s.
     span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * time_base))) * time_base
     if isinstance(frames_per_second, FrameSampling):
         return frames_per_second.plan(name, times, span, time_base)

@@ -1,4 +1,4 @@
-"""Writes what the readers of this package read best: H.264 without sound, and 16-bit wav.
+"""Writes what the readers of this package read best: H.264 without audio, and 16-bit wav.
 
 Knows how little loss is asked for. Does not know where frames and samples come from.
 
@@ -13,7 +13,7 @@ _QUALITY = {"preset": "ultrafast", "crf": "10", "threads": "1"}  # about one gre
 
 
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, *, frames_per_second: int = 25) -> None:
-    """Write uint8 frames, (T, H, W) gray or (T, H, W, 3) RGB, as H.264 in mp4, with little loss and no sound.
+    """Write uint8 frames, (T, H, W) gray or (T, H, W, 3) RGB, as H.264 in mp4, with little loss and no audio.
 
     Raises:
         ValueError: sides that are not even, which H.264 cannot store.
@@ -33,7 +33,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, *, frames_per_
 
 
 def write_audio(path: str | os.PathLike[str], samples: np.ndarray, sample_rate_hz: int = 16_000) -> None:
-    """Write float samples (L,) as 16-bit mono wav; a peak beyond full scale turns the whole sound down."""
+    """Write float samples (L,) as 16-bit mono wav; a peak beyond full scale scales all of it down."""
     import soundfile
 
     peak = float(np.abs(samples).max())

@@ -23,10 +23,10 @@ from mllm.data.numbered_images import number_images
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
 
-# `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
+# `plain` is what the synthetic LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
 # conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the image, its
 # caption and a line break, which is learned in place of an end of turn; `avsr` is how Llama-AVSR, Llama-MTSK and
-# Omni-AVSR put sound, lips, prompt and transcript side by side, without a space between them. `chat` stands for the
+# Omni-AVSR put audio, video, prompt and transcript side by side, without a space between them. `chat` stands for the
 # template that came with the tokenizer.
 TEMPLATES = {
     "plain": (
@@ -169,7 +169,7 @@ class ChatEncoder:
     ) -> list[Prompt]:
         read = self._tokenized(plans)
         prompts = []
-        for messages, (layout, _) in zip(conversations, plans, strict=True):
+        for messages, (layout, _) in zip(conversations, plans, strict=True):  # `read` goes on through all of them
             ids: list[int] = []
             labels: list[int] = []
             for piece in layout:
@@ -269,6 +269,7 @@ class ChatEncoder:
         continues = answering = False
         for position, text in enumerate(rendered):
             follower = parts[position][1] if position < len(parts) else None
+            # Before a medium the space stays with the template: no word follows that it could be joined to.
             glue = " " if text.endswith(" ") and (follower is None or isinstance(follower, Text)) else ""
             text = text.removesuffix(glue)
             yield from self._template_pieces(text, continues=continues, ends_answer=answering)

@@ -26,8 +26,8 @@ class LoadedMedia:
     """Holds one medium as its encoder wants it: values without a batch dimension, and the true raw length of a stream.
 
     Where it is several encoded images, values are (P, 3, h, w): of an image of `image_pixels` (height, width) the
-    thumbnail and the tiles of every one of `tilings`; of a video its frames, and `tower` names whose encoder they want.
-    `grid` is that of an image's patches where images keep their shape.
+    thumbnail and the tiles of every one of `tilings`; of a video its frames, and `encoded_as` names the medium whose
+    encoder they want. `grid` is that of an image's patches where images keep their shape.
     """
 
     medium: str

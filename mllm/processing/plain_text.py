@@ -54,14 +54,14 @@ class Reserved:
 
     def cuts(self, text: str, encoding: Any) -> list[int]:
         """Find the places inside the tokens that were typed, in order; at least one character lies before each."""
-        places = set()
+        cuts = set()
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id in self.ids and end - start > 1:
-                places.add(start + 1)
+                cuts.add(start + 1)
             elif name := self.spelled.get(token_id):
                 start_of_name = text.find(name, start, end)
-                places |= {start_of_name + 1} if start_of_name >= 0 and len(name) > 1 else set()
-        return sorted(places)
+                cuts |= {start_of_name + 1} if start_of_name >= 0 and len(name) > 1 else set()
+        return sorted(cuts)
 
 
 class PlainText:
@@ -88,13 +88,13 @@ class PlainText:
         backend.encode_special_tokens = True
         try:
             read = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-            places = {number: [] for number, ids in enumerate(read) if not self._suspects.isdisjoint(ids)}
-            for number in places:  # the quick way of encoding keeps no offsets
+            cuts_by_text = {number: [] for number, ids in enumerate(read) if not self._suspects.isdisjoint(ids)}
+            for number in cuts_by_text:  # the quick way of encoding keeps no offsets
                 encoding = backend.encode(texts[number], add_special_tokens=False)
-                places[number] = self.reserved.cuts(texts[number], encoding)
+                cuts_by_text[number] = self.reserved.cuts(texts[number], encoding)
         finally:
             backend.encode_special_tokens = False
-        for number, cuts in places.items():
+        for number, cuts in cuts_by_text.items():
             if cuts:
                 read[number] = self._in_pieces(texts[number], cuts, continues=continues)
         return read

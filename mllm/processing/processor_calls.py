@@ -1,7 +1,7 @@
 """Takes the calls that transformers and people make of the processor: texts with media, chats with media parts, batches
 of either.
 
-Knows requests and what transformers' processors are given. Does not know decoders, encoders or how inputs are made.
+Knows requests and what transformers' processors take. Does not know decoders, encoders or how inputs are made.
 """
 
 from collections.abc import Mapping, Sequence

@@ -29,7 +29,7 @@ PART_KEYS = {
 class Request(NamedTuple):
     """Holds a conversation, what the caller calls its files, and the media in memory that stand in place of files.
 
-    `names` are by path in the sample. `given` holds one entry per medium of the sample, None where it is a file.
+    `names` are by path in the sample. `in_memory` holds one entry per medium of the sample, None where it is a file.
     """
 
     sample: Sample
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 def read_request(media: Mapping[str, Any], text: str, *, separator: str = "") -> Request:
-    """Read a question about media: images before sounds before videos, all before the text.
+    """Read a question about media: images before audio before videos, all before the text.
 
     Args:
         media: one item or several by medium, in any form of `mllm.media.in_memory`.
@@ -169,7 +169,7 @@ class _Collected:
             if isinstance(item, str):
                 paths.append(Path(real[number]).relative_to(root).as_posix())
                 names |= {paths[-1]: item, real[number]: item}
-            else:  # the same object is the same clip, whose sound and frames belong together
+            else:  # the same object is the same clip, whose audio and frames belong together
                 paths.append(known.setdefault(id(item.value), f"given {len(known) + 1} ({item.kind})"))
         messages = tuple(
             Message(

@@ -2,7 +2,7 @@
 
 Knows tiles, counts and numbers of items. Does not know images, budgets as words, or the model.
 
-Shapes: n soft tokens of one medium in the prompt, each a pair (piece, place): the place-th token of the piece-th
+Shapes: n soft tokens of one medium in the prompt, each a pair (piece, token): the token-th token of the piece-th
 encoded image that is shown, or (NEWLINE, 0) for the learned newline.
 """
 
@@ -83,6 +83,8 @@ def _spatial(tiles: Tiles, shape: Size, kept: tuple[int, int, int, int] | None, 
     thumbnail = _in_turn(int(tiles.has_thumbnail), shape[0] * shape[1])
     if kept is None:
         return _with_newlines(thumbnail[None]) if newline else thumbnail
+    # Every cell of the grid that all tiles make together says which tile it is of, and which token of that tile.
+    # Cutting the grid then leaves out what lies over padding, whichever tiles that is in.
     row, column = torch.arange(tiles.rows * shape[0])[:, None], torch.arange(tiles.columns * shape[1])[None]
     piece = row // shape[0] * tiles.columns + column // shape[1] + int(tiles.has_thumbnail)
     token = row % shape[0] * shape[1] + column % shape[1]

@@ -1,10 +1,9 @@
 """Augments a decoded clip in training, before its transform: hides stretches of time, mirrors, adds noise.
 
-Each part draws from a generator of its own, made of one number per sample and the part's name, so that switching one on
-changes no other. Does not know files or encoders; cropping is the transforms' own, and how noise is mixed is
-`transforms.MixNoise`.
+Each part has a generator of its own, made of one number per sample and the part's name, so that switching one on
+changes no other. Does not know files or encoders; crops are cut by the transforms, and `noise.py` mixes noise.
 
-Shapes: L samples of a sound, T frames of a video.
+Shapes: L samples of audio, T frames of a video.
 """
 
 from collections.abc import Callable
@@ -67,11 +66,11 @@ class TimeMask:
 class Augmentation:
     """Does everything that is done to audio and video in training, between their files and their transforms.
 
-    A sound is masked first and then gets its noise, as in the published systems, so the ratio is that of the noise to
-    what is left of the sound, and the noise is heard through the gaps.
+    Audio is masked first and then gets its noise, as in the published systems, so the ratio is that of the noise to
+    what is left of the audio, and the noise is heard through the gaps.
 
     Args:
-        noise: mixed into every sound.
+        noise: mixed into all audio.
         audio_mask: in samples.
         video_mask: in frames.
         flip_probability: how often a video is mirrored, all frames of it.

@@ -134,9 +134,9 @@ class WhisperMel:
         if len(raw.samples) > window:
             limit = f"{window / rate_hz:g} seconds"
             raise ValueError(
-                f"the sound lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}; with long_audio chunk, "
-                "generate, evaluate and Answerer answer about one window after the other, of a sound alone or with the "
-                "lips of its clip"
+                f"the audio lasts {raw.seconds:.2f} seconds, the encoder's window is {limit}; with long_audio chunk, "
+                "generate, evaluate and Answerer answer about one window after the other, of audio alone or with the "
+                "video of its clip"
             )
         samples = standardize(raw.samples, epsilon=1e-8) if self.standardized else raw.samples
         return whisper_log_mel(samples, self.extractor), len(samples)
@@ -265,4 +265,4 @@ def _build_video(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
 def _check_rate(audio: Audio, sample_rate_hz: int) -> None:
     """Refuse audio at another rate, which would be heard faster or slower."""
     if audio.sample_rate_hz != sample_rate_hz:
-        raise ValueError(f"the encoder takes sound at {sample_rate_hz} Hz, got {audio.sample_rate_hz} Hz")
+        raise ValueError(f"the encoder takes audio at {sample_rate_hz} Hz, got {audio.sample_rate_hz} Hz")

@@ -26,10 +26,10 @@ def num_stacked_frames(num_samples: int) -> int:
     """Return T of an audio of L samples; the last window is filled up with zeros.
 
     Raises:
-        ValueError: a sound without samples.
+        ValueError: audio without samples.
     """
     if num_samples < 1:
-        raise ValueError(f"a sound of {num_samples} samples is too short: at least 1 is needed")
+        raise ValueError(f"audio of {num_samples} samples is too short: at least 1 is needed")
     return -(-_num_frames(num_samples) // NUM_STACKED)
 
 

@@ -36,6 +36,7 @@ def cut(image: Image.Image, tilings: Sequence[Tiles], *, tile: Size, thumbnail: 
         if tiles.count:
             size = (tiles.rows * tile[0], tiles.columns * tile[1])
             page = _centred(_resized(pixels, scaled_size((pixels.height, pixels.width), size), resample), size)
+            # (3, rows * h, columns * w) -> (3, rows, h, columns, w) -> one piece per tile, row by row.
             grid = page.unflatten(2, (tiles.columns, tile[1])).unflatten(1, (tiles.rows, tile[0]))
             pieces.append(grid.permute(1, 3, 0, 2, 4).flatten(0, 1))
     return torch.cat(pieces)

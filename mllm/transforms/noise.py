@@ -19,16 +19,16 @@ MAX_SNR_ERROR_DB = 0.05
 
 @dataclass(frozen=True)
 class MixNoise:
-    """Adds a random piece of a noise recording to sound, at an exact signal-to-noise ratio.
+    """Adds a random piece of a noise recording to audio, at an exact signal-to-noise ratio.
 
-    A piece that is silent is not taken: another is drawn, each that is not with the same probability.
+    A piece that is silent is not taken: another one is, each that is not silent with the same probability.
     Power is the mean square over the whole utterance, of the signal and of the very piece that is added, so the ratio
-    of what comes out is the one that was asked: 0 dB is 0 dB. Nothing is clipped. It stands between reading a file
+    of what comes out is the one asked for: 0 dB is 0 dB. Nothing is clipped. It stands between reading a file
     and its transform, so that evaluation can add noise without augmenting anything else.
 
     Args:
-        noise: a recording at the rate of the sound it is mixed into; repeated where it is too short.
-        snr_db: one ratio, or several of which one is drawn each time; None among them leaves the sound clean.
+        noise: a recording at the rate of the audio it is mixed into; repeated where it is too short.
+        snr_db: one ratio, or several of which one is taken at random each time; None among them leaves the audio clean.
 
     Raises:
         ValueError: no ratio, or one that is not finite; noise that is silent throughout.
@@ -49,22 +49,22 @@ class MixNoise:
         return (self.snr_db,) if isinstance(self.snr_db, int | float) else tuple(self.snr_db)
 
     def __call__(self, audio: Audio, generator: np.random.Generator) -> Audio:
-        """Mix noise into a sound.
+        """Mix noise into audio.
 
         Raises:
-            ValueError: the rates differ; the sound is silent, so there is no ratio; or the ratio is so extreme that it
+            ValueError: the rates differ; the audio is silent, so there is no ratio; or the ratio is so extreme that it
                 is lost in rounding.
         """
         if audio.sample_rate_hz != self.noise.sample_rate_hz:
             rates = f"{audio.sample_rate_hz} and {self.noise.sample_rate_hz} Hz"
-            raise ValueError(f"sound and noise must have one sample rate, got {rates}")
+            raise ValueError(f"audio and noise must have one sample rate, got {rates}")
         snr_db = self.choices[generator.integers(len(self.choices))]
         if snr_db is None:
             return audio
         piece = self._piece(len(audio.samples), generator)
         powers = [float(np.mean(np.square(samples, dtype=np.float64))) for samples in (audio.samples, piece)]
         if powers[0] == 0:
-            raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: the sound is silent")
+            raise ValueError(f"noise cannot be mixed at {snr_db:g} dB: the audio is silent")
         scale = math.sqrt(powers[0] / powers[1] * 10 ** (-snr_db / 10))
         mixed = (audio.samples + scale * piece).astype(np.float32)
         _check_ratio(powers[0], mixed.astype(np.float64) - audio.samples, snr_db)
@@ -77,6 +77,8 @@ class MixNoise:
         piece = np.take(noise, np.arange(start, start + length), mode="wrap").astype(np.float64)
         if piece.any() or not length:
             return piece
+        # Drawing again until a piece is heard could take for ever. Instead every start from which something is heard
+        # within `length` samples is listed, and one of those is taken.
         heard = np.flatnonzero(noise)
         starts = np.arange(len(noise))
         ahead = np.searchsorted(heard, starts)  # the next sample of each start that is not zero, or the first again

@@ -91,5 +91,5 @@ def test_opening_compares_the_sound_and_the_video_of_a_clip(tmp_path: Path) -> N
     assert check_manifest(path, tmp_path, open_media=False).is_good
     report = check_manifest(path, tmp_path, open_media=True)
     assert [problem.line_number for problem in report.problems] == [2]
-    assert "audio short.wav: the sound lasts 2.000 seconds and the video" in report.problems[0].message
+    assert "audio short.wav: the audio lasts 2.000 seconds and the video" in report.problems[0].message
     assert report.seconds == {"image": 0.0, "audio": 2.0, "video": 2.0}

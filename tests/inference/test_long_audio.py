@@ -155,7 +155,7 @@ def test_a_long_sound_at_hand_is_cut_as_its_file_is(answerer: Answerer, folder: 
     both = [answerer.answer_questions(questions, audio=form) for form in (folder / "long.wav", samples)]
     assert both[0] == both[1]
     refusing = Answerer(answerer.model, answerer.processor)
-    message = r"^given 1 \(ndarray\): the sound lasts 2\.60 seconds, .* window is 1 seconds; with long_audio chunk"
+    message = r"^given 1 \(ndarray\): the audio lasts 2\.60 seconds, .* window is 1 seconds; with long_audio chunk"
     with pytest.raises(MediaError, match=message):
         refusing.answer(audio=samples)
     with pytest.raises(MediaError, match=message):
@@ -190,7 +190,7 @@ def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folde
         Answerer(*load(folder / "run")).answer(audio=path)
     words = ["generate", "--model", str(folder / "run"), "--audio", str(path), "--max_new_tokens", "8", "--use_cpu"]
     assert main(words) == 2
-    assert f"{path}: the sound lasts 2.60 seconds" in capsys.readouterr().err
+    assert f"{path}: the audio lasts 2.60 seconds" in capsys.readouterr().err
     assert main([*words, "--long_audio", "chunk", "--overlap_seconds", "0.2", "--budget", "audio=/4"]) == 0
     said = capsys.readouterr().out.strip()
     assert (

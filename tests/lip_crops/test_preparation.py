@@ -357,7 +357,7 @@ def test_too_long_is_said_of_the_setting_that_the_command_has(raw: Path, tmp_pat
         heard.sample_rate = 16_000
         container.mux(sound.encode(heard))
         container.mux(sound.encode())
-    told = r"the sound is longer than 0\.5 seconds \(max_seconds\) and 10 more \(limit\)"
+    told = r"the audio is longer than 0\.5 seconds \(max_seconds\) and 10 more \(limit\)"
     with pytest.raises(MediaError, match=told) as caught:
         sound_of(path, 5, max_seconds=0.5)
     assert pickle.loads(pickle.dumps(caught.value)).limit == caught.value.limit == "audio_seconds"

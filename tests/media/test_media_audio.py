@@ -84,7 +84,7 @@ def test_samples_that_are_no_numbers(tmp_path: Path, bad: float) -> None:
 
 def test_no_samples(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 16_000)
-    with pytest.raises(MediaError, match="no sound samples") as caught:
+    with pytest.raises(MediaError, match="no audio samples") as caught:
         load_audio(tmp_path / "a.wav")
     assert caught.value.kind == "empty"
 
@@ -147,7 +147,7 @@ def test_the_deadline(tmp_path: Path) -> None:
 
 def test_a_image_is_no_sound(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    with pytest.raises(MediaError, match="neither a sound nor a video"):
+    with pytest.raises(MediaError, match="neither an audio nor a video"):
         load_audio(tmp_path / "a.wav")
     with pytest.raises(ValueError, match="sample_rate_hz must be above 0"):
         load_audio(tmp_path / "a.wav", 0)

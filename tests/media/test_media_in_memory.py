@@ -120,7 +120,7 @@ REFUSED = [
     ("audio", np.zeros((2, 9)), r"has shape \(2, 9\); it must be one channel"),
     ("audio", np.zeros(9, np.uint8), "must be float, int16 or int32, got uint8"),
     ("audio", np.full(9, np.nan), "are not all finite numbers"),
-    ("audio", (np.zeros(9), 0), "the rate of a sound must be a whole number above 0, got 0"),
+    ("audio", (np.zeros(9), 0), "the rate of audio must be a whole number above 0, got 0"),
     ("audio", {"array": np.zeros(9)}, "must hold array and sampling_rate, got array"),
     ("video", np.zeros((8, 8, 3), np.uint8), r"has shape \(8, 8, 3\) of uint8; allowed"),
     ("video", np.zeros((2, 8, 8, 3)), "of float64; allowed"),

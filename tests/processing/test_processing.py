@@ -154,7 +154,7 @@ def test_a_silent_clip_that_shall_get_noise_is_named(made, clip) -> None:
     soundfile.write(clip / "clip.wav", np.zeros(16_000), 16_000)
     noise = Audio(np.ones(100, dtype=np.float32), 16_000)
     load = partial(made.load_media, augmentation=Augmentation(MixNoise(noise, [0.0])))
-    with pytest.raises(ValueError, match=r"audio clip\.wav: noise cannot be mixed at 0 dB: the sound is silent"):
+    with pytest.raises(ValueError, match=r"audio clip\.wav: noise cannot be mixed at 0 dB: the audio is silent"):
         load(both(clip), generator=random_generator(0, 0, "a", "x"))
 
 

@@ -51,5 +51,5 @@ def test_four_frames_in_their_order_make_one_of_zero_mean_and_unit_variance() ->
 
 def test_silence_is_finite_and_no_sound_is_refused() -> None:
     assert np.isfinite(stacked_filterbank(np.zeros(5000, np.float32))).all()
-    with pytest.raises(ValueError, match="a sound of 0 samples is too short"):
+    with pytest.raises(ValueError, match="audio of 0 samples is too short"):
         num_stacked_frames(0)

@@ -88,7 +88,7 @@ def _advanced(generator: np.random.Generator) -> np.random.Generator:
 
 def test_noise_that_cannot_be_mixed() -> None:
     chance, silence = random_generator(0, 0, "a", "noise"), Audio(np.zeros(100, np.float32), 16_000)
-    with pytest.raises(ValueError, match="the sound is silent"):
+    with pytest.raises(ValueError, match="the audio is silent"):
         MixNoise(sound(), 0.0)(silence, chance)
     with pytest.raises(ValueError, match="the noise is silent throughout"):
         MixNoise(silence, 0.0)

@@ -76,7 +76,7 @@ def test_sound_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lasts 2\.01 seconds, the encoder's window is 2 seconds"):
         mel(sound(32_160))
     for transform in (mel, Waveform()):
-        with pytest.raises(ValueError, match="takes sound at 16000 Hz, got 8000 Hz"):
+        with pytest.raises(ValueError, match="takes audio at 16000 Hz, got 8000 Hz"):
             transform(sound(rate_hz=8_000))
 
 

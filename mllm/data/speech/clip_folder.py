@@ -1,9 +1,9 @@
-"""Reads a folder of one's own clips: videos with or without sound, sounds, and their transcripts.
+"""Reads a folder of one's own clips: videos with or without audio, audio files, and their transcripts.
 
 Files of one name (but for the suffix) are one clip. A transcript is a .txt of that name, or a row of a CSV or TSV of
 two columns, the clip (its path in the folder, with or without suffix) and the text, which may hold commas.
 
-Knows names and transcripts; opens a video's header to see whether it has sound.
+Knows names and transcripts; opens a video's header to see whether it has audio.
 """
 
 import os
@@ -18,7 +18,7 @@ from mllm.media.containers import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.headers import has_audio
 
 
-def read_clips(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_clips(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read a folder of clips; those without a transcript are listed, by their paths relative to the root.
 
     Raises:
@@ -29,11 +29,11 @@ def read_clips(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     if not source.is_dir():
         raise NotADirectoryError(f"{source} is no folder of clips")
     relative_to(root, source)
-    gathering = Gathering(source, root, settings)
+    gathering = Gathering(source, root, config)
     clips = _clips(source)
     if not clips:
         raise ValueError(f"{source} holds no clip; those end in {', '.join(VIDEO_SUFFIXES + AUDIO_SUFFIXES)}")
-    table = _Table(gathering, clips, None if settings.transcripts is None else Path(settings.transcripts))
+    table = _Table(gathering, clips, None if config.transcripts is None else Path(config.transcripts))
     for name, files in clips.items():
         text_file = source / f"{name}.txt"
         path, line_number = table.location_of(name, text_file)

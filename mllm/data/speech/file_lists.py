@@ -28,7 +28,7 @@ _FIVE = re.compile(_FOUR.pattern + ",(.*)")
 AUDIO_RATE_HZ = 16_000
 
 
-def read_auto_avsr(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_auto_avsr(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read `dataset,rel_path,n_frames,token ids`; the ids belong to a vocabulary that the list does not hold.
 
     The text is read from the file of the same name and the suffix .txt: in the folder `transcripts` when it is given,
@@ -37,7 +37,7 @@ def read_auto_avsr(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     Raises:
         OSError: the list cannot be read.
     """
-    gathering = Gathering(source, root, settings)
+    gathering = Gathering(source, root, config)
     for line_number, line in gathering.lines(source):
         row = _FOUR.fullmatch(line)
         if row is None:
@@ -53,7 +53,7 @@ def read_auto_avsr(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return gathering.listing
 
 
-def read_omni_csv(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_omni_csv(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read `dataset,rel_path,n_frames,token_ids,text`; a comma in the text is text, and so are quotes inside it.
 
     A field that stands in quotes as a whole is unquoted, as CSV writers mean it.
@@ -61,7 +61,7 @@ def read_omni_csv(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     Raises:
         OSError: the list cannot be read.
     """
-    gathering = Gathering(source, root, settings)
+    gathering = Gathering(source, root, config)
     for line_number, line in gathering.lines(source):
         row = _FIVE.fullmatch(line)
         if row is None:
@@ -75,7 +75,7 @@ def read_omni_csv(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return gathering.listing
 
 
-def read_fairseq(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_fairseq(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read a .tsv of AV-HuBERT (id, video, audio, frames, samples; more are ignored), texts in the .wrd beside it.
 
     A row of two columns (audio, samples) is that of HuBERT. The first line of the file is the folder that paths are
@@ -85,7 +85,7 @@ def read_fairseq(source: Path, root: Path, settings: ReaderConfig) -> Listing:
         ValueError: the .wrd file has another number of lines.
         OSError: one of the two cannot be read.
     """
-    gathering = Gathering(source, root, settings)
+    gathering = Gathering(source, root, config)
     rows = list(gathering.lines_and_gaps(source))
     words = source.with_suffix(".wrd")
     texts = read_text(words).removesuffix("\n").split("\n")
@@ -113,7 +113,7 @@ def read_fairseq(source: Path, root: Path, settings: ReaderConfig) -> Listing:
 
 
 def _add_clip(gathering: Gathering, fields: list[str], text: str, line_number: int) -> None:
-    """Take up a row of dataset, path and frames, with the sound beside the video or its own, where there is one."""
+    """Take up a row of dataset, path and frames, with the audio beside the video or its own, where there is one."""
     dataset, path, frames = (field.strip() for field in fields[:3])
     if not frames.isdecimal() or int(frames) < 1:
         gathering.problem(f"n_frames must be a whole number above 0, got {frames!r}", line_number)
@@ -126,7 +126,7 @@ def _add_clip(gathering: Gathering, fields: list[str], text: str, line_number: i
 
 def _text_of(gathering: Gathering, dataset: str, path: str) -> str:
     stem = os.path.splitext(f"{dataset.strip()}/{path.strip()}")[0]
-    folder = gathering.settings.transcripts
+    folder = gathering.config.transcripts
     if folder is not None:
         inner = os.path.splitext(path.strip())[0]
         candidates = [Path(folder) / f"{stem}.txt", Path(folder) / f"{inner}.txt"]

@@ -6,7 +6,7 @@
 
 A text file begins with `Text:  WORDS`; a table `WORD START END ASDSCORE` may follow.
 
-Knows those trees and texts. Does not encode: what cuts a clip is a callable it is given.
+Knows those trees and texts. Does not encode: what cuts a clip is a callable of others.
 """
 
 import os
@@ -69,22 +69,22 @@ class Piece:
 
 
 Cut = Callable[[str, str | None, Sequence[Segment]], list[Piece]]
-"""Cuts a clip, the paths of its video and its sound (if any) relative to the root, into segments."""
+"""Cuts a clip, the paths of its video and its audio (if any) relative to the root, into segments."""
 
 
-def read_lrs(source: Path, root: Path, settings: ReaderConfig, *, cut: Cut | None = None) -> Listing:
+def read_lrs(source: Path, root: Path, config: ReaderConfig, *, cut: Cut | None = None) -> Listing:
     """Read a list of LRS2 or a folder of LRS3 (or any folder of such clips).
 
-    The sound is a sound file beside the video where there is one, else the video's own if it has one. Braces around
+    The audio is an audio file beside the video where there is one, else the video's own if it has one. Braces around
     words, as in `{LG}`, are taken away, as auto_avsr does.
 
     Args:
-        cut: cuts clips longer than `settings.max_seconds` and says what came of them; None refuses those.
+        cut: cuts clips longer than `config.max_seconds` and says what came of them; None refuses those.
 
     Raises:
         OSError: there is no such list or folder.
     """
-    gathering = Gathering(source, root, settings)
+    gathering = Gathering(source, root, config)
     for stem, line_number in _stems(source, gathering):
         text_file = Path(f"{stem}.txt")
         text_path = None if line_number else text_file
@@ -159,7 +159,7 @@ def _utterances(
     gathering: Gathering, video: str, text: str, words: list[Word], cut: Cut | None, line_number: int | None
 ) -> Iterator[Utterance]:
     """Yield the clip as it is, or its pieces when it is too long."""
-    name, limit = os.path.splitext(video)[0], gathering.settings.max_seconds
+    name, limit = os.path.splitext(video)[0], gathering.config.max_seconds
     whole = Utterance(name, gathering.files_of(video), text)
     if limit is None or not gathering.holds(video):  # that it is not there is noted where it is taken up
         yield whole

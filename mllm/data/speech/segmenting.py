@@ -32,7 +32,7 @@ class Cutter:
         self.folder = folder
 
     def __call__(self, video: str, audio: str | None, segments: Sequence[Segment]) -> list[Piece]:
-        """Cut one clip; without a sound its pieces have none either.
+        """Cut one clip; without audio its pieces have none either.
 
         Raises:
             MediaError: it cannot be read.

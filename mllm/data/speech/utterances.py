@@ -1,7 +1,7 @@
 """Turns speech clips into samples: one per clip and task, asked in the words of the published systems.
 
-    asr   the sound     "Transcribe speech to text."
-    vsr   the lips      "Transcribe video to text."
+    asr   the audio     "Transcribe speech to text."
+    vsr   the video     "Transcribe video to text."
     avsr  both          "Transcribe speech and video to text."
 
 Knows tasks, prompts, forms of text and which files are there. Does not know formats (the readers do) or decode media.
@@ -44,13 +44,13 @@ class Gathering:
     Args:
         source: the list or folder that is read, for messages.
         root: folder that media paths are relative to and cannot leave.
-        settings: tasks, prompts, form of text.
+        config: tasks, prompts, form of text.
     """
 
-    def __init__(self, source: Path, root: Path, settings: ReaderConfig) -> None:
+    def __init__(self, source: Path, root: Path, config: ReaderConfig) -> None:
         self.source = source
         self.root = root
-        self.settings = settings
+        self.config = config
         self.listing = Listing()
         self._paths = RootedPaths(root)
         self._named_at: dict[str, str] = {}
@@ -89,16 +89,16 @@ class Gathering:
         return True
 
     def files_of(self, video: str) -> dict[Medium, str]:
-        """Name the files of a clip by medium: its sound is the file beside the video, or the video's own if it has one.
+        """Name the files of a clip by medium: its audio is the file beside the video, or the video's own if it has one.
 
-        The header of a video that has no sound file beside it is looked at, unless only lips are asked for. One that is
-        not there is taken to have sound, so that both media are told to be missing.
+        The header of a video that has no audio file beside it is looked at, unless only video is asked for. One that is
+        not there is taken to have audio, so that both media are said to be missing.
         """
         stem = os.path.splitext(video)[0]
         beside = next((stem + suffix for suffix in AUDIO_SUFFIXES if self.holds(stem + suffix)), None)
         if beside is not None:
             return {"audio": beside, "video": video}
-        hears = not self.settings.tasks or any("audio" in SPEECH_TASKS[task] for task in self.settings.tasks)
+        hears = not self.config.tasks or any("audio" in SPEECH_TASKS[task] for task in self.config.tasks)
         if hears and self.holds(video) and not has_audio(Path(self._paths.resolve(video))):
             return {"video": video}
         return {"audio": video, "video": video}
@@ -106,8 +106,8 @@ class Gathering:
     def add(self, utterance: Utterance, line_number: int | None = None, path: Path | None = None) -> None:
         """Take up an utterance, or note what is wrong with it, at the line and path it was read from."""
         location = Finding(os.fspath(path or self.source), line_number, "")
-        text = TEXT_FORMS[self.settings.text](utterance.text)
-        tasks = self.settings.tasks or [
+        text = TEXT_FORMS[self.config.text](utterance.text)
+        tasks = self.config.tasks or [
             task for task, media in SPEECH_TASKS.items() if set(media) <= set(utterance.files)
         ]
         problems = [*_problems_of(utterance, text), *_lacking(utterance, tasks)]
@@ -142,7 +142,7 @@ class Gathering:
 
     def _sample(self, utterance: Utterance, task: str, text: str) -> Sample:
         media = tuple(Media(medium, utterance.files[medium]) for medium in SPEECH_TASKS[task])
-        prompt = dict(self.settings.prompts).get(task, SPEECH_PROMPTS[task])  # type: ignore[call-overload]
+        prompt = dict(self.config.prompts).get(task, SPEECH_PROMPTS[task])  # type: ignore[call-overload]
         messages = (Message("user", (*media, Text(prompt))), Message("assistant", (Text(text),)))
         meta = {} if utterance.seconds is None else {"seconds": round(utterance.seconds, 3)}
         return Sample(f"{utterance.name}-{task}", messages, task, meta=meta, root=self.root)

@@ -43,13 +43,13 @@ MAX_INDEX_DIGITS = 12
 """A shorter image is the index of the row that holds it."""
 
 
-def read_pope(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_pope(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions by category; labels are found by category, image and words, not by the order of lines."""
     file = find_file(source, ("llava_pope_test.jsonl",))
-    folder = Path(settings.annotations) if settings.annotations else file.parent / "coco"
+    folder = Path(config.annotations) if config.annotations else file.parent / "coco"
     gathered = Questions("pope", root)
     labels = _pope_labels(folder, gathered.listing)
-    images = folder_of(root, ("val2014",), named=settings.images)
+    images = folder_of(root, ("val2014",), named=config.images)
     hint = "" if labels else "; the label files hold no labels"
 
     def make(row: dict[str, Any]) -> Question:
@@ -80,12 +80,12 @@ def _pope_labels(folder: Path, listing: Listing) -> dict[tuple[str, str, str], s
     return {key: label for key, label in labels.items() if key not in contradicted}
 
 
-def read_mme(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_mme(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions with the answers beside the images; an image with other than two questions, which accuracy+ is not
     defined on, is noted and left out.
     """
     file = find_file(source, ("llava_mme.jsonl",))
-    images = folder_of(root, ("MME_Benchmark_release_version",), named=settings.images)
+    images = folder_of(root, ("MME_Benchmark_release_version",), named=config.images)
     gathered = Questions("mme", root)
 
     def make(row: dict[str, Any]) -> Question:
@@ -133,16 +133,16 @@ def _mme_answer(folder: Path, name: str, question: str) -> tuple[str, str]:
     raise ValueError(f"{file} does not ask {question!r}")
 
 
-def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_scienceqa(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions that have an image; those of text alone do not depend on a budget and are left out."""
     if is_table(source):
-        return read_scienceqa_table(source, root, settings)
+        return read_scienceqa_table(source, root, config)
     file = find_file(source, ("llava_test_CQM-A.json",))
-    notes = find_file(source, ("problems.json",), named=settings.annotations, what="annotations")
+    notes = find_file(source, ("problems.json",), named=config.annotations, what="annotations")
     problems = json_of(notes)
     if not isinstance(problems, dict):
         raise ValueError(f"{notes}: must be an object of problems by id, got {shown_type(problems)}")
-    images = folder_of(root, ("images/test",), named=settings.images)
+    images = folder_of(root, ("images/test",), named=config.images)
     gathered = Questions("scienceqa", root)
 
     def make(row: dict[str, Any]) -> Question | None:
@@ -160,11 +160,11 @@ def read_scienceqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return gathered.listing
 
 
-def read_mmbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_mmbench(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read all rows of the table, rotations included; images are written to a folder under the root."""
     names = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv")
     file = find_file(source, names)
-    images = ImageFolder(root, settings.images)
+    images = ImageFolder(root, config.images)
     gathered = Questions("mmbench", root)
     csv.field_size_limit(MAX_FIELD_BYTES)
     with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -206,10 +206,10 @@ def _is_none(value: Any) -> bool:
     return value is None or str(value).strip().lower() in ("", "nan", "none")
 
 
-def read_seedbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_seedbench(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read all questions of LLaVA's file; those on videos are asked about one frame, as LLaVA asks them."""
     file = find_file(source, ("llava-seed-bench.jsonl",))
-    notes = find_file(source, ("SEED-Bench.json",), named=settings.annotations, what="annotations")
+    notes = find_file(source, ("SEED-Bench.json",), named=config.annotations, what="annotations")
     gathered = Questions("seedbench", root)
     content = json_of(notes)
     by_id = gathered.index(notes, list_in(content, notes, "questions"), lambda note: str(note["question_id"]))
@@ -217,7 +217,7 @@ def read_seedbench(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     if not isinstance(kinds, dict):
         raise ValueError(f"{notes}: question_type must be an object, got {shown_type(kinds)}")
     names = {number: name for name, number in kinds.items() if isinstance(number, int)}
-    images = folder_of(root, ("",), named=settings.images)
+    images = folder_of(root, ("",), named=config.images)
 
     def make(row: dict[str, Any]) -> Question:
         note = by_id[str(row["question_id"])]

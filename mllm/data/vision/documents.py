@@ -20,12 +20,12 @@ from mllm.data.vision.questions import SHORT, Question, Questions, find_file, fo
 CHART_KINDS = {"test_human.json": "human", "test_augmented.json": "augmented"}
 
 
-def read_chartqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_chartqa(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read both halves of the test set where the source is a folder, or one file."""
     if is_table(source):
-        return read_chartqa_table(source, root, settings)
+        return read_chartqa_table(source, root, config)
     files = [source] if source.is_file() else [find_file(source, (name, f"test/{name}")) for name in CHART_KINDS]
-    images = folder_of(root, ("test/png", "png"), named=settings.images)
+    images = folder_of(root, ("test/png", "png"), named=config.images)
     gathered = Questions("chartqa", root)
     for file in files:
         kind = CHART_KINDS.get(file.name, file.stem)
@@ -42,12 +42,12 @@ def _chart(row: dict[str, Any], images: str, kind: str, number: int) -> Question
     return Question(f"{kind}-{number}", [image], f"{text_at(row, 'query')}\n{SHORT}", [str(label)], kind)
 
 
-def read_docvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_docvqa(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions with all answers that count; none in the test set."""
     if is_table(source):
-        return read_docvqa_table(source, root, settings)
+        return read_docvqa_table(source, root, config)
     file = find_file(source, ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"))
-    named = settings.images
+    named = config.images
     images = folder_of(root, ("documents",), named=named)
     gathered = Questions("docvqa", root)
 

@@ -39,42 +39,42 @@ _UNKNOWN = "?"
 """Stands for the answers of MMMU's test split."""
 
 
-def read_mmmu(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_mmmu(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions of all subjects, images where the text names them; kinds are the subjects."""
-    return _read(source, root, settings, task="mmmu", split="validation", make=_mmmu)
+    return _read(source, root, config, task="mmmu", split="validation", make=_mmmu)
 
 
-def read_ai2d(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_ai2d(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions about diagrams with four options."""
-    return _read(source, root, settings, task="ai2d", split="test", make=_ai2d)
+    return _read(source, root, config, task="ai2d", split="test", make=_ai2d)
 
 
-def read_chartqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_chartqa_table(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read both halves of the split; kinds are "human" and "augmented"."""
-    return _read(source, root, settings, task="chartqa", split="test", make=_chartqa)
+    return _read(source, root, config, task="chartqa", split="test", make=_chartqa)
 
 
-def read_docvqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_docvqa_table(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions with all answers that count; none in the test split."""
-    return _read(source, root, settings, task="docvqa", split="validation", make=_docvqa, inside=("DocVQA",))
+    return _read(source, root, config, task="docvqa", split="validation", make=_docvqa, inside=("DocVQA",))
 
 
-def read_scienceqa_table(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_scienceqa_table(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read questions that have an image; kinds are the subjects."""
-    return _read(source, root, settings, task="scienceqa", split="test", make=_scienceqa, inside=("ScienceQA-IMG",))
+    return _read(source, root, config, task="scienceqa", split="test", make=_scienceqa, inside=("ScienceQA-IMG",))
 
 
 def _read(
     source: Path,
     root: Path,
-    settings: ReaderConfig,
+    config: ReaderConfig,
     *,
     task: str,
     split: str,
     make: Make,
     inside: Sequence[str] = (),
 ) -> Listing:
-    images = ImageFolder(root, settings.images)
+    images = ImageFolder(root, config.images)
     gathered, number = Questions(task, root), 0
 
     def write(cell: Any) -> str:
@@ -82,7 +82,7 @@ def _read(
             raise ValueError("an image is named in the table and is not in it")
         return images.write(cell["bytes"])
 
-    for file in table_files(source, settings.split or split, inside=inside):
+    for file in table_files(source, config.split or split, inside=inside):
         with gathered.listing.noting(file):
             for row in table_rows(file):
                 gathered.add((file, None), partial(make, row, number, write), what=f"row {number}")

@@ -141,7 +141,7 @@ def folder_of(root: Path, names: Sequence[str], *, named: str | None) -> str:
     """Return the folder of images, relative to the root, with a slash behind it: what is named, or the first that is
     there.
 
-    Where none is, the first is taken, and every image is told to be missing there.
+    Where none is, the first is taken, and every image is said to be missing there.
     """
     if named is not None:
         return f"{named.rstrip('/')}/" if named not in ("", ".") else ""

@@ -28,18 +28,18 @@ from mllm.data.vision.questions import (
 OCR_LINE = "Reference OCR token:"
 
 
-def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_vqav2(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read LLaVA's questions of test-dev, which the server judges; or the official questions with their annotations."""
     names = ("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_val2014_questions.json")
     file = find_file(source, names)
     gathered = Questions("vqav2", root)
     if file.suffix == ".jsonl":
-        images = folder_of(root, ("test2015",), named=settings.images)
+        images = folder_of(root, ("test2015",), named=config.images)
         gathered.add_lines(file, lambda row: _llava_question(row, images, []))
         return gathered.listing
-    notes = find_file(source, ("v2_mscoco_val2014_annotations.json",), named=settings.annotations, what="annotations")
+    notes = find_file(source, ("v2_mscoco_val2014_annotations.json",), named=config.annotations, what="annotations")
     answers = gathered.index(notes, json_list(notes, "annotations"), lambda note: note["question_id"])
-    images = folder_of(root, ("val2014",), named=settings.images)
+    images = folder_of(root, ("val2014",), named=config.images)
 
     def make(row: dict[str, Any]) -> Question:
         note = answers[row["question_id"]]
@@ -52,14 +52,16 @@ def read_vqav2(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return gathered.listing
 
 
-def read_gqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
-    """Read LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and "binary"."""
+def read_gqa(source: Path, root: Path, config: ReaderConfig) -> Listing:
+    """Read LLaVA's questions of testdev-balanced with the official answers; kinds are the official "open" and
+    "binary".
+    """
     file = find_file(source, ("llava_gqa_testdev_balanced.jsonl",))
     names = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
-    notes = json_of(find_file(source, names, named=settings.annotations, what="annotations"))
+    notes = json_of(find_file(source, names, named=config.annotations, what="annotations"))
     if not isinstance(notes, dict):
         raise ValueError(f"the annotations must be an object of answers by id, got {shown_type(notes)}")
-    images = folder_of(root, ("data/images", "images"), named=settings.images)
+    images = folder_of(root, ("data/images", "images"), named=config.images)
     gathered = Questions("gqa", root)
 
     def make(row: dict[str, Any]) -> Question:
@@ -71,17 +73,17 @@ def read_gqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return gathered.listing
 
 
-def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_textvqa(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read LLaVA's questions of the validation set, with the words that an OCR found or without them.
 
     A question is matched with its annotation by image and words, as the official script does.
     """
     file = find_file(source, ("llava_textvqa_val_v051_ocr.jsonl",))
-    notes = find_file(source, ("TextVQA_0.5.1_val.json",), named=settings.annotations, what="annotations")
+    notes = find_file(source, ("TextVQA_0.5.1_val.json",), named=config.annotations, what="annotations")
     gathered = Questions("textvqa", root)
     rows = json_list(notes, "data")
     by_words = gathered.index(notes, rows, lambda note: (note["image_id"], text_at(note, "question").lower()))
-    images = folder_of(root, ("train_images",), named=settings.images)
+    images = folder_of(root, ("train_images",), named=config.images)
 
     def make(row: dict[str, Any]) -> Question:
         lines = text_at(row, "text").split("\n")
@@ -90,7 +92,7 @@ def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
         note = by_words.get((row["question_id"], question.lower()))
         if note is None:
             raise ValueError(f"no annotation of image {row['question_id']!r} asks {question!r}")
-        if not settings.ocr_tokens:
+        if not config.ocr_tokens:
             row = {**row, "text": "\n".join(line for line in lines if not line.startswith(OCR_LINE))}
         return _llava_question({**row, "question_id": note["question_id"]}, images, texts_of(note["answers"]))
 
@@ -98,15 +100,15 @@ def read_textvqa(source: Path, root: Path, settings: ReaderConfig) -> Listing:
     return gathered.listing
 
 
-def read_vizwiz(source: Path, root: Path, settings: ReaderConfig) -> Listing:
+def read_vizwiz(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """Read LLaVA's questions of the test set, which the server judges; or the official files, test.json among them."""
     file = find_file(source, ("llava_test.jsonl", "val.json"))
     gathered = Questions("vizwiz", root)
     if file.suffix == ".jsonl":
-        images = folder_of(root, ("test",), named=settings.images)
+        images = folder_of(root, ("test",), named=config.images)
         gathered.add_lines(file, lambda row: _llava_question(row, images, [], image_name=row["image"]))
         return gathered.listing
-    images = folder_of(root, ("val",), named=settings.images)
+    images = folder_of(root, ("val",), named=config.images)
 
     def make(row: dict[str, Any]) -> Question:
         answers = [text_at(answer, "answer") for answer in row.get("answers", [])]
