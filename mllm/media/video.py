@@ -246,8 +246,7 @@ def _plan_of(
     duration.
     """
     times = [time - stamps[0][0] for time, _ in stamps]
-    # A video ends when its last frame does, not when that begins; without it 25 frames at 25 per second would be 0.96
-    # s.
+    # A video ends when its last frame does, not when that begins: 25 frames at 25 per second last 1 s and not 0.96 s.
     span = (times[-1] + (stamps[-1][1] or 1 / (mean_rate * time_base))) * time_base
     if isinstance(frames_per_second, FrameSampling):
         return frames_per_second.plan(name, times, span, time_base)

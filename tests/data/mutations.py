@@ -33,33 +33,33 @@ def png(shade: int = 0) -> bytes:
     return held.getvalue()
 
 
-def mutated(tree: Any, chance: np.random.Generator) -> Any:
+def mutated(tree: Any, rng: np.random.Generator) -> Any:
     """A copy of a row in which one place, or a few, hold something else, or nothing."""
     tree = copy.deepcopy(tree)
-    for _ in range(int(chance.integers(1, 4))):
-        places = list(_places(tree))
-        if not places or chance.random() < 0.03:
-            return _strange(chance)
-        parent, key = places[chance.integers(len(places))]
-        draw = chance.random()
-        if draw < 0.2 and isinstance(parent, dict):
+    for _ in range(int(rng.integers(1, 4))):
+        positions = list(_places(tree))
+        if not positions or rng.random() < 0.03:
+            return _strange(rng)
+        parent, key = positions[rng.integers(len(positions))]
+        change = rng.random()
+        if change < 0.2 and isinstance(parent, dict):
             del parent[key]
-        elif draw < 0.3 and isinstance(parent, dict):
-            parent[str(_strange(chance))] = parent.pop(key)
-        elif draw < 0.4 and isinstance(parent, list):
+        elif change < 0.3 and isinstance(parent, dict):
+            parent[str(_strange(rng))] = parent.pop(key)
+        elif change < 0.4 and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[key]))
         else:
-            parent[key] = _strange(chance)
+            parent[key] = _strange(rng)
     return tree
 
 
-def mutated_bytes(line: bytes, chance: np.random.Generator) -> bytes:
+def mutated_bytes(line: bytes, rng: np.random.Generator) -> bytes:
     """A line in which pieces were put or cut out."""
-    for _ in range(int(chance.integers(1, 4))):
-        place = int(chance.integers(len(line) + 1))
-        cut = int(chance.integers(4)) if chance.random() < 0.5 else 0
-        piece = PIECES[chance.integers(len(PIECES))] if chance.random() < 0.8 else b""
-        line = line[:place] + piece + line[place + cut :]
+    for _ in range(int(rng.integers(1, 4))):
+        index = int(rng.integers(len(line) + 1))
+        cut = int(rng.integers(4)) if rng.random() < 0.5 else 0
+        piece = PIECES[rng.integers(len(PIECES))] if rng.random() < 0.8 else b""
+        line = line[:index] + piece + line[index + cut :]
     return line.replace(b"\n", b" ")
 
 
@@ -70,17 +70,17 @@ def _places(tree: Any) -> Any:
             yield from _places(tree[key])
 
 
-def _strange(chance: np.random.Generator) -> Any:
-    return copy.deepcopy(STRANGE[chance.integers(len(STRANGE))])
+def _strange(rng: np.random.Generator) -> Any:
+    return copy.deepcopy(STRANGE[rng.integers(len(STRANGE))])
 
 
 def as_json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def json_line(row: Any, chance: np.random.Generator) -> bytes:
+def json_line(row: Any, rng: np.random.Generator) -> bytes:
     """A row as a line, mostly with a broken tree, sometimes with broken bytes."""
-    return mutated_bytes(as_json(row), chance) if chance.random() < 0.3 else as_json(mutated(row, chance))
+    return mutated_bytes(as_json(row), rng) if rng.random() < 0.3 else as_json(mutated(row, rng))
 
 
 # Each writes `num` broken rows of a format below a folder and gives its source back.
@@ -88,11 +88,11 @@ Writer = Callable[[Path, int, np.random.Generator], Path]
 
 
 def _lines(name: str, row: Any, others: Callable[[Path, np.random.Generator], None] | None = None) -> Writer:
-    def write(root: Path, num: int, chance: np.random.Generator) -> Path:
+    def write(root: Path, num: int, rng: np.random.Generator) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"\n".join([as_json(row), *(json_line(row, chance) for _ in range(num))]))
+        (root / name).write_bytes(b"\n".join([as_json(row), *(json_line(row, rng) for _ in range(num))]))
         if others is not None:
-            others(root, chance)
+            others(root, rng)
         return root / name
 
     return write
@@ -101,11 +101,11 @@ def _lines(name: str, row: Any, others: Callable[[Path, np.random.Generator], No
 def _whole(name: str, row: Any, key: str | None = None, others: Any = None) -> Writer:
     """A file that is one JSON list, or holds one under a key."""
 
-    def write(root: Path, num: int, chance: np.random.Generator) -> Path:
-        rows = [row, *(mutated(row, chance) for _ in range(num))]
+    def write(root: Path, num: int, rng: np.random.Generator) -> Path:
+        rows = [row, *(mutated(row, rng) for _ in range(num))]
         (root / name).write_bytes(as_json(rows if key is None else {key: rows}))
         if others is not None:
-            others(root, chance)
+            others(root, rng)
         return root / name
 
     return write
@@ -114,9 +114,9 @@ def _whole(name: str, row: Any, key: str | None = None, others: Any = None) -> W
 def _notes(name: str, notes: Any, kind: str = "tree") -> Callable[[Path, np.random.Generator], None]:
     """A file of answers beside the questions, broken itself half of the time."""
 
-    def write(root: Path, chance: np.random.Generator) -> None:
+    def write(root: Path, rng: np.random.Generator) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        broken = mutated(notes, chance) if chance.random() < 0.5 else notes
+        broken = mutated(notes, rng) if rng.random() < 0.5 else notes
         lines = broken if kind == "lines" and isinstance(broken, list) else [broken]
         (root / name).write_bytes(b"\n".join(map(as_json, lines)))
 
@@ -124,11 +124,11 @@ def _notes(name: str, notes: Any, kind: str = "tree") -> Callable[[Path, np.rand
 
 
 def _text_lines(name: str, line: bytes, files: dict[str, bytes], head: bytes = b"") -> Writer:
-    def write(root: Path, num: int, chance: np.random.Generator) -> Path:
+    def write(root: Path, num: int, rng: np.random.Generator) -> Path:
         for file, content in files.items():
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             (root / file).write_bytes(content)
-        rows = [line, *(mutated_bytes(line, chance) for _ in range(num))]
+        rows = [line, *(mutated_bytes(line, rng) for _ in range(num))]
         (root / name).write_bytes(head + b"\n".join(rows))
         if name.endswith(".tsv"):
             count = sum(bool(row.strip()) for row in (head + b"\n".join(rows)).split(b"\n")) - 1
@@ -141,91 +141,91 @@ def _text_lines(name: str, line: bytes, files: dict[str, bytes], head: bytes = b
 def _table(row: dict[str, Any]) -> Writer:
     """Parquet files of one row each, since a column has one type; rows that no table can hold are not written."""
 
-    def write(root: Path, num: int, chance: np.random.Generator) -> Path:
+    def write(root: Path, num: int, rng: np.random.Generator) -> Path:
         import pyarrow
         from pyarrow import parquet
 
         for number in range(num):
-            broken = mutated(row, chance)
+            broken = mutated(row, rng)
             try:
                 table = pyarrow.Table.from_pylist([broken])
                 parquet.write_table(table, root / f"test-{number:05d}.parquet")
             except (pyarrow.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
                 parquet.write_table(pyarrow.Table.from_pylist([row]), root / f"test-{number:05d}.parquet")
                 file = root / f"test-{number:05d}.parquet"
-                file.write_bytes(mutated_bytes(file.read_bytes(), chance))
+                file.write_bytes(mutated_bytes(file.read_bytes(), rng))
         return root
 
     return write
 
 
-def _mmbench(root: Path, num: int, chance: np.random.Generator) -> Path:
+def _mmbench(root: Path, num: int, rng: np.random.Generator) -> Path:
     columns = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category"]
     row = ["7", "Which?", "nan", "x", "y", "", "", "A", "c", base64.b64encode(png()).decode(), "l2"]
     held = io.StringIO()
     writer = csv.writer(held, delimiter="\t")
     writer.writerow(columns)
     for _ in range(num):
-        own = [str(_strange(chance)) if chance.random() < 0.15 else cell for cell in row]
-        writer.writerow([cell.encode("utf-8", "replace").decode() for cell in own])
+        cells = [str(_strange(rng)) if rng.random() < 0.15 else cell for cell in row]
+        writer.writerow([cell.encode("utf-8", "replace").decode() for cell in cells])
     content = held.getvalue().encode()
-    if chance.random() < 0.2:
-        content = mutated_bytes(content.replace(b"\n", b"\r"), chance).replace(b"\r", b"\n")
+    if rng.random() < 0.2:
+        content = mutated_bytes(content.replace(b"\n", b"\r"), rng).replace(b"\r", b"\n")
     (root / "mmbench_dev_20230712.tsv").write_bytes(content)
     return root / "mmbench_dev_20230712.tsv"
 
 
-def _tar(root: Path, num: int, chance: np.random.Generator) -> Path:
+def _tar(root: Path, num: int, rng: np.random.Generator) -> Path:
     row = {"conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]}
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w") as tar:
         for number in range(num):
-            members = [("png", png()), ("json", json_line(row, chance))]
-            members += [("txt", mutated_bytes(b"a text", chance))] if chance.random() < 0.3 else []
-            members += [("pkl", b"x"), ("png", png())][: int(chance.integers(3))] if chance.random() < 0.2 else []
+            members = [("png", png()), ("json", json_line(row, rng))]
+            members += [("txt", mutated_bytes(b"a text", rng))] if rng.random() < 0.3 else []
+            members += [("pkl", b"x"), ("png", png())][: int(rng.integers(3))] if rng.random() < 0.2 else []
             for suffix, content in members:
-                info = tarfile.TarInfo(f"{number:05d}.{suffix}" if chance.random() < 0.9 else f"../{number}.{suffix}")
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}" if rng.random() < 0.9 else f"../{number}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     content = bytearray(held.getvalue())
-    for _ in range(int(chance.integers(3))):
-        content[chance.integers(len(content))] = int(chance.integers(256))
+    for _ in range(int(rng.integers(3))):
+        content[rng.integers(len(content))] = int(rng.integers(256))
     (root / "a.tar").write_bytes(content)
     return root / "a.tar"
 
 
-def _mme(root: Path, num: int, chance: np.random.Generator) -> Path:
+def _mme(root: Path, num: int, rng: np.random.Generator) -> Path:
     folder = root / "MME_Benchmark_release_version" / "OCR"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "1.jpg").write_bytes(png())
     answers = b"Is it A? Please answer yes or no.\tYes\nIs it B? Please answer yes or no.\tNo\n"
-    (folder / "1.txt").write_bytes(mutated_bytes(answers, chance) if chance.random() < 0.5 else answers)
+    (folder / "1.txt").write_bytes(mutated_bytes(answers, rng) if rng.random() < 0.5 else answers)
     row = {"question_id": "OCR/1.jpg", "image": "OCR/1.jpg", "text": f"Is it A?{SHORT}", "category": "OCR"}
-    return _lines("llava_mme.jsonl", row)(root, num, chance)
+    return _lines("llava_mme.jsonl", row)(root, num, rng)
 
 
-def _pope(root: Path, chance: np.random.Generator) -> None:
+def _pope(root: Path, rng: np.random.Generator) -> None:
     for category in ("random", "popular", "adversarial"):
         note = {"question_id": 1, "image": "x.jpg", "text": "Is there a cat?", "label": "yes"}
-        _notes(f"coco/coco_pope_{category}.json", [note] * 3, "lines")(root, chance)
+        _notes(f"coco/coco_pope_{category}.json", [note] * 3, "lines")(root, rng)
 
 
-def _lrs(root: Path, num: int, chance: np.random.Generator) -> Path:
+def _lrs(root: Path, num: int, rng: np.random.Generator) -> Path:
     text = b"Text:  ONE TWO\nConf: 4\n\nWORD START END ASDSCORE\nONE 0.2 0.5 5\nTWO 0.6 0.9 4\n"
     (root / "main" / "s").mkdir(parents=True, exist_ok=True)
     for number in range(8):
         (root / "main" / "s" / f"{number}.mp4").write_bytes(b"")
-        broken = b"\n".join(mutated_bytes(own, chance) for own in text.split(b"\n"))
+        broken = b"\n".join(mutated_bytes(one, rng) for one in text.split(b"\n"))
         (root / "main" / "s" / f"{number}.txt").write_bytes(broken)
-    return _text_lines("test.txt", b"s/1 NF", {})(root, num, chance)
+    return _text_lines("test.txt", b"s/1 NF", {})(root, num, rng)
 
 
-def _clips(root: Path, num: int, chance: np.random.Generator) -> Path:
+def _clips(root: Path, num: int, rng: np.random.Generator) -> Path:
     (root / "clips").mkdir(exist_ok=True)
     (root / "clips" / "a.wav").write_bytes(b"RIFF")
     for number in range(num):
         (root / "clips" / f"{number}.wav").write_bytes(b"RIFF")
-        (root / "clips" / f"{number}.txt").write_bytes(mutated_bytes(b"some text", chance))
+        (root / "clips" / f"{number}.txt").write_bytes(mutated_bytes(b"some text", rng))
     return root / "clips"
 
 

@@ -45,17 +45,19 @@ def test_shuffled_batches_pad_little_and_are_full() -> None:
     assert len(in_order) > len(batches)
 
 
-def clips(count: int, chance: np.random.Generator) -> list[np.ndarray]:
+def clips(count: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Tokens of audio-visual clips of 0.5 to 6 seconds in three tasks, at the four pairs of rates of the papers."""
-    seconds, kind = np.clip(chance.lognormal(0.75, 0.6, count), 0.5, 6), chance.integers(0, 3, count)
-    text = 12 + np.maximum(1, 3.2 * seconds + chance.normal(0, 1, count)).astype(int)
-    sound, lips = np.where(kind != 1, seconds * 50, 0).astype(int), np.where(kind != 0, seconds * 25, 0).astype(int)
-    return [text + sound // audio + lips // video for audio, video in ((4, 2), (4, 5), (16, 2), (16, 5))]
+    seconds, kind = np.clip(rng.lognormal(0.75, 0.6, count), 0.5, 6), rng.integers(0, 3, count)
+    text = 12 + np.maximum(1, 3.2 * seconds + rng.normal(0, 1, count)).astype(int)
+    audio_frames = np.where(kind != 1, seconds * 50, 0).astype(int)
+    video_frames = np.where(kind != 0, seconds * 25, 0).astype(int)
+    rates = ((4, 2), (4, 5), (16, 2), (16, 5))
+    return [text + audio_frames // audio + video_frames // video for audio, video in rates]
 
 
-def conversations(count: int, chance: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+def conversations(count: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
     """Tokens of image conversations with a long tail, and longer ones without an image, at 576 to 1 tokens."""
-    text, images = np.clip(chance.lognormal(5, 0.8, count), 20, 1_400).astype(int), chance.random(count) > 0.06
+    text, images = np.clip(rng.lognormal(5, 0.8, count), 20, 1_400).astype(int), rng.random(count) > 0.06
     text = np.where(images, text, np.clip(3 * text, 50, 1_900))
     return [text + np.where(images, most, 0) for most in (576, 144, 36, 9, 1)], images.astype(int)
 
@@ -71,35 +73,35 @@ def test_processes_cost_the_same_at_every_budget(num_processes: int) -> None:
     settings = {"max_tokens": 4_096, "max_rows": 64, "num_processes": num_processes}
     costs = clips(8_000, np.random.default_rng(0))
     batches = epoch_of(0, lengths=Lengths(costs[0], costs[-1]), **settings)
-    assert max(imbalance(batches, own) for own in costs) < 1.05
+    assert max(imbalance(batches, at_budget) for at_budget in costs) < 1.05
     costs, kinds = conversations(8_000, np.random.default_rng(0))
     batches = epoch_of(0, lengths=Lengths(costs[0], costs[-1], kinds), **settings)
-    assert max(imbalance(batches, own) for own in costs) < 1.05
+    assert max(imbalance(batches, at_budget) for at_budget in costs) < 1.05
     assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(8_000))
     mixed = [step for step in zip(*batches, strict=True) if len({kinds[i] for batch in step for i in batch}) > 1]
     assert len(mixed) <= 1
 
 
 @pytest.mark.parametrize("case", range(60))
-def test_any_lengths_are_dealt_out_once_and_within_the_limits(case: int) -> None:
-    chance = np.random.default_rng(case)
-    count, num_processes = int(chance.integers(1, 120)), int(chance.integers(1, 9))
-    lengths = np.clip(chance.lognormal(3, 1.2, count), 1, 400).astype(int)
-    limits = {"max_tokens": int(lengths.max() * chance.uniform(1, 6)), "max_rows": [None, 1, 2, 7][case % 4]}
-    kinds = chance.integers(0, 1 + case % 3, count)
+def test_any_lengths_are_assigned_once_and_within_the_limits(case: int) -> None:
+    rng = np.random.default_rng(case)
+    count, num_processes = int(rng.integers(1, 120)), int(rng.integers(1, 9))
+    lengths = np.clip(rng.lognormal(3, 1.2, count), 1, 400).astype(int)
+    limits = {"max_tokens": int(lengths.max() * rng.uniform(1, 6)), "max_rows": [None, 1, 2, 7][case % 4]}
+    kinds = rng.integers(0, 1 + case % 3, count)
     samples = Lengths(lengths, np.minimum(lengths, 20), kinds)
     batches = epoch_of(case % 5, lengths=samples, num_processes=num_processes, **limits)
     assert len({len(of_process) for of_process in batches}) == 1
-    own = []
+    seen = []
     for index, of_process in enumerate(batches):
         sampler = TokenBucketBatchSampler(samples, process_index=index, num_processes=num_processes, **limits)
         sampler.set_epoch(case % 5)
-        own += of_process[: len(of_process) - sampler.num_repeated]
-    assert sorted(itertools.chain(*own)) == list(range(count))
+        seen += of_process[: len(of_process) - sampler.num_repeated]
+    assert sorted(itertools.chain(*seen)) == list(range(count))
     flat = list(itertools.chain(*batches))
     assert all(1 <= len(batch) <= (limits["max_rows"] or count) for batch in flat)
     assert all(len(batch) * lengths[batch].max() <= limits["max_tokens"] for batch in flat)
-    if own != flat:  # repeated only where no batch could give one of its rows away
+    if seen != flat:  # repeated only where no batch could give one of its rows away
         assert all(len(batch) == 1 for batch in flat)
 
 
@@ -148,12 +150,12 @@ def test_single_rows_that_do_not_divide_are_repeated_last_and_counted(
     settings = {"lengths": [10] * num_samples, "max_tokens": 15, "num_processes": num_processes, "shuffle": shuffle}
     batches = epoch_of(1, **settings)
     assert len({len(of_process) for of_process in batches}) == 1
-    own = []
+    seen = []
     for index, of_process in enumerate(batches):
         sampler = TokenBucketBatchSampler(**settings, process_index=index)
         sampler.set_epoch(1)
-        own += of_process[: len(of_process) - sampler.num_repeated]
-    assert sorted(itertools.chain(*own)) == list(range(num_samples))
+        seen += of_process[: len(of_process) - sampler.num_repeated]
+    assert sorted(itertools.chain(*seen)) == list(range(num_samples))
 
 
 def test_uneven_batches_are_halved_rather_than_repeated() -> None:

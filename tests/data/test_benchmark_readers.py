@@ -48,8 +48,8 @@ def imported(form: Format, source: Path, *words: str, code: int = 0) -> dict[str
     """Import through the command; what is read back can be judged, or is for a server."""
     out = source.parent / f"{form}.manifest.jsonl"
     root = source if source.is_dir() else source.parent
-    given = ["data", "import", form, str(source), "--root", str(root), "--out", str(out), *words]
-    assert main(given) == code
+    command = ["data", "import", form, str(source), "--root", str(root), "--out", str(out), *words]
+    assert main(command) == code
     samples = read_manifest(out, root)
     for sample in samples:
         answers = sample.meta.get("answers", [sample.messages[-1].text])
@@ -97,9 +97,9 @@ def test_gqa(tmp_path: Path) -> None:
     put_lines(root / "llava_gqa_testdev_balanced.jsonl", row, {**row, "question_id": "7"})
     note = {"answer": "no", "types": {"structural": "verify"}}
     put_json(root / "data" / "testdev_balanced_questions.json", {"201307251": note})
-    found = imported("gqa", root, code=1)  # the other question has no answer: it is told
-    assert (found["201307251"].messages[-1].text, found["201307251"].kind) == ("no", "binary")
-    assert list(found) == ["201307251"]
+    result = imported("gqa", root, code=1)  # the other question has no answer: it is told
+    assert (result["201307251"].messages[-1].text, result["201307251"].kind) == ("no", "binary")
+    assert list(result) == ["201307251"]
 
 
 @pytest.mark.parametrize("with_ocr", [True, False])
@@ -143,15 +143,15 @@ def test_pope_finds_labels_by_image_and_words_whatever_the_order(tmp_path: Path)
         put_lines(root / "coco" / f"coco_pope_{category}.json", *reversed(notes))
         rows += [{**note, "text": note["text"] + SHORT, "category": category} for note in notes]
     put_lines(root / "llava_pope_test.jsonl", *({k: v for k, v in row.items() if k != "label"} for row in rows))
-    found = imported("pope", root)
-    assert list(found) == ["1", "2", "3", "1#2", "2#2", "3#2", "1#3", "2#3", "3#3"]
-    assert {sample.kind for sample in found.values()} == {"random", "popular", "adversarial"}
-    for sample in found.values():
+    result = imported("pope", root)
+    assert list(result) == ["1", "2", "3", "1#2", "2#2", "3#2", "1#3", "2#3", "3#3"]
+    assert {sample.kind for sample in result.values()} == {"random", "popular", "adversarial"}
+    for sample in result.values():
         words = asked(sample).removesuffix(SHORT).strip()
         assert sample.messages[-1].text == labels[image_path(sample).removeprefix("val2014/"), words]
     for file in (root / "coco").iterdir():  # as some hand them out
         file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"NO"'))
-    assert imported("pope", root) == found
+    assert imported("pope", root) == result
 
 
 def test_mme_finds_answers_beside_images(tmp_path: Path) -> None:
@@ -169,30 +169,30 @@ def test_mme_finds_answers_beside_images(tmp_path: Path) -> None:
     pairs += [("landmark/2.jpg", "Is it Oslo?"), ("landmark/2.jpg", "Is it Rome?")]
     rows = [{"question_id": name, "image": name, "text": text + SHORT} for name, text in pairs]
     put_lines(root / "llava_mme.jsonl", *rows)
-    found = imported("mme", root)
-    assert {name: sample.messages[-1].text for name, sample in found.items()} == {
+    result = imported("mme", root)
+    assert {name: sample.messages[-1].text for name, sample in result.items()} == {
         "color/1.jpg": "yes",
         "color/1.jpg#2": "no",
         "landmark/2.jpg": "no",
         "landmark/2.jpg#2": "yes",
     }
-    assert image_path(found["landmark/2.jpg"]).endswith("landmark/images/2.jpg")
+    assert image_path(result["landmark/2.jpg"]).endswith("landmark/images/2.jpg")
     put_lines(root / "llava_mme.jsonl", *rows[:3])
     with pytest.raises(ValueError, match="has 1 questions; MME has two per image"):
         read_data(root, None, ReaderConfig(format="mme"))
 
 
-def test_scienceqa_asks_what_has_a_image(tmp_path: Path) -> None:
+def test_scienceqa_asks_what_has_an_image(tmp_path: Path) -> None:
     root = tmp_path / "scienceqa"
     put(root, "images/test/5/image.png")
     said = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
     rows = [{"id": "5", "image": "5/image.png", "conversations": said}, {"id": "6", "conversations": said}]
     put_json(root / "llava_test_CQM-A.json", rows)
     put_json(root / "problems.json", {"5": {"choices": ["x", "y"], "answer": 1, "subject": "natural science"}})
-    found = imported("scienceqa", root)
-    assert list(found) == ["5"]
-    assert asked(found["5"]) == f"\nWhich?\nA. x\nB. y{CHOOSE}"
-    assert (found["5"].messages[-1].text, found["5"].meta) == ("B", {"options": ["x", "y"]})
+    result = imported("scienceqa", root)
+    assert list(result) == ["5"]
+    assert asked(result["5"]) == f"\nWhich?\nA. x\nB. y{CHOOSE}"
+    assert (result["5"].messages[-1].text, result["5"].meta) == ("B", {"options": ["x", "y"]})
 
 
 def write_mmbench(path: Path, *, with_answers: bool = True) -> None:
@@ -213,13 +213,13 @@ def write_mmbench(path: Path, *, with_answers: bool = True) -> None:
 def test_mmbench_takes_images_out_of_the_table(tmp_path: Path) -> None:
     root = tmp_path / "mmbench"
     write_mmbench(root / "mmbench_dev_20230712.tsv")
-    found = imported("mmbench", root)
-    assert list(found) == ["7", "1000007", "8", "1000008"]
-    assert asked(found["7"]) == f'\nLook.\nWhich "one"?\nA. x\nB. y{CHOOSE}'
-    assert asked(found["1000008"]) == f'\nWhich "one"?\nA. y\nB. x{CHOOSE}'
-    assert [sample.messages[-1].text for sample in found.values()] == ["A", "B", "A", "B"]
+    result = imported("mmbench", root)
+    assert list(result) == ["7", "1000007", "8", "1000008"]
+    assert asked(result["7"]) == f'\nLook.\nWhich "one"?\nA. x\nB. y{CHOOSE}'
+    assert asked(result["1000008"]) == f'\nWhich "one"?\nA. y\nB. x{CHOOSE}'
+    assert [sample.messages[-1].text for sample in result.values()] == ["A", "B", "A", "B"]
     assert len(list((root / "images").iterdir())) == 1
-    assert {image_path(sample) for sample in found.values()} == {
+    assert {image_path(sample) for sample in result.values()} == {
         file.relative_to(root).as_posix() for file in (root / "images").iterdir()
     }
     write_mmbench(root / "test" / "mmbench_test_20230712.tsv", with_answers=False)
@@ -239,8 +239,8 @@ def test_seedbench(tmp_path: Path) -> None:
         for name, _, form in rows
     ]
     put_json(root / "SEED-Bench.json", {"questions": notes, "question_type": {"Scene Understanding": 1}})
-    found = imported("seedbench", root)
-    assert [(one.kind, one.meta["data_type"], one.messages[-1].text) for one in found.values()] == [
+    result = imported("seedbench", root)
+    assert [(one.kind, one.meta["data_type"], one.messages[-1].text) for one in result.values()] == [
         ("Scene Understanding", "image", "B"),
         ("Scene Understanding", "video", "B"),
     ]
@@ -260,9 +260,12 @@ def test_chartqa_and_docvqa_from_official_files(tmp_path: Path) -> None:
     put(charts, "test/png/c.png")
     for name, label in (("human", "14"), ("augmented", "Yes")):
         put_json(charts / "test" / f"test_{name}.json", [{"imgname": "c.png", "query": "How much?", "label": label}])
-    found = imported("chartqa", charts)
-    assert {name: sample.messages[-1].text for name, sample in found.items()} == {"human-0": "14", "augmented-0": "Yes"}
-    assert asked(found["human-0"]) == f"\nHow much?{SHORT}"
+    result = imported("chartqa", charts)
+    assert {name: sample.messages[-1].text for name, sample in result.items()} == {
+        "human-0": "14",
+        "augmented-0": "Yes",
+    }
+    assert asked(result["human-0"]) == f"\nHow much?{SHORT}"
     put(pages, "documents/p_1.png")
     row = {"questionId": 337, "question": "What date?", "image": "documents/p_1.png", "answers": ["1/8/93", "1/8"]}
     put_json(pages / "val_v1.0.json", {"data": [row]})
@@ -272,7 +275,7 @@ def test_chartqa_and_docvqa_from_official_files(tmp_path: Path) -> None:
     assert imported("docvqa", pages / "test_v1.0.json")["337"].meta["unanswered"]
 
 
-def test_missing_images_and_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images_and_files_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "vizwiz"
     put(root, "test/a.jpg")
     rows = [{"question_id": name, "image": name, "text": f"Ok?{SHORT}"} for name in ("a.jpg", "b.jpg")]
@@ -336,17 +339,17 @@ def test_mmmu_stands_its_images_where_the_text_names_them(tmp_path: Path) -> Non
         ]
         write_table(root / subject / "validation-00000-of-00001.parquet", rows)
         write_table(root / subject / "test-00000-of-00001.parquet", [{**rows[0], "id": "test_Art_1", "answer": "?"}])
-    found = imported("mmmu", root, code=1)  # the lost image is told
-    assert list(found) == ["validation_Art_1", "validation_Math_1"]
-    art, count = found.values()
+    result = imported("mmmu", root, code=1)  # the lost image is told
+    assert list(result) == ["validation_Art_1", "validation_Math_1"]
+    art, count = result.values()
     assert asked(art) == f"See  and : which?\nA. \nB. it's\n{CHOOSE}"
     assert len(list(art.media)) == 3
     assert [part.path for part in art.media][1] == [part.path for part in art.media][2] == image_path(count)
     assert (art.kind, art.messages[-1].text, art.meta) == ("Art", "B", {"options": ["<image 1>", "it's"]})
     assert (count.meta["answers"], count.meta["options"]) == (["4", "four"], [])
     assert asked(count).endswith(f"How many?\n{SHORT}")
-    found = imported("mmmu", root, "--split", "test")
-    assert [sample.meta["unanswered"] for sample in found.values()] == [True, True]
+    result = imported("mmmu", root, "--split", "test")
+    assert [sample.meta["unanswered"] for sample in result.values()] == [True, True]
     assert main(["data", "import", "mmmu", str(root), "--split", "dev", "--out", str(tmp_path / "x.jsonl")]) != 0
 
 
@@ -355,9 +358,9 @@ def test_ai2d_from_parquet_and_from_what_datasets_saved(tmp_path: Path, place: s
     root = tmp_path / "ai2d"
     rows = [{"question": "Which?", "options": ["p", "q", "r"], "answer": str(n), "image": cell(n)} for n in (2, 0)]
     write_table(root / place, rows)
-    found = imported("ai2d", root if "/" in place else root / place)
-    assert [sample.messages[-1].text for sample in found.values()] == ["C", "A"]
-    assert asked(found["0"]) == f"\nWhich?\nA. p\nB. q\nC. r{CHOOSE}"
+    result = imported("ai2d", root if "/" in place else root / place)
+    assert [sample.messages[-1].text for sample in result.values()] == ["C", "A"]
+    assert asked(result["0"]) == f"\nWhich?\nA. p\nB. q\nC. r{CHOOSE}"
 
 
 def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, capsys) -> None:
@@ -366,9 +369,9 @@ def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, ca
     assert {name: one.messages[-1].text for name, one in imported("ai2d", tmp_path / "ai2d", code=1).items()} == {
         "0": "B"
     }
-    told = capsys.readouterr().out
-    assert "got 2" in told
-    assert "got -1" in told
+    message = capsys.readouterr().out
+    assert "got 2" in message
+    assert "got -1" in message
     write_table(tmp_path / "halves" / "test-0.parquet", [{**rows[0], "answer": 1.5}])
     with pytest.raises(ValueError, match=r"answer must be the place of one of 2 options, from 0; got 1\.5"):
         read_data(tmp_path / "halves", None, ReaderConfig(format="ai2d"))
@@ -411,9 +414,9 @@ def test_charts_documents_and_science_from_tables(tmp_path: Path) -> None:
     assert imported("docvqa", tmp_path / "p", "--split", "test")["49153"].meta["unanswered"]
     row = {"question": "Which?", "choices": ["x", "y"], "answer": 1, "hint": "h", "subject": "s", "image": cell(1)}
     write_table(tmp_path / "s" / "data" / "test-0.parquet", [row, {**row, "image": None}])
-    found = imported("scienceqa", tmp_path / "s")
-    assert asked(found["0"]) == f"\nContext: h\nWhich?\nA. x\nB. y{CHOOSE}"
-    assert (found["0"].messages[-1].text, list(found)) == ("B", ["0"])
+    result = imported("scienceqa", tmp_path / "s")
+    assert asked(result["0"]) == f"\nContext: h\nWhich?\nA. x\nB. y{CHOOSE}"
+    assert (result["0"].messages[-1].text, list(result)) == ("B", ["0"])
 
 
 def test_tables_without_pyarrow_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -62,9 +62,9 @@ def test_every_problem_is_reported_with_its_line(tmp_path: Path) -> None:
     assert report.summary().endswith("problems: 6 on 4 lines")
 
     opened = check_manifest(path, tmp_path, open_media=True)
-    found = {problem.line_number: problem.message for problem in opened.problems}
-    assert "audio broken.wav: the file is shorter than its header states (corrupt)" in found[3]
-    assert "image a.wav: not an image" in found[6]
+    result = {problem.line_number: problem.message for problem in opened.problems}
+    assert "audio broken.wav: the file is shorter than its header states (corrupt)" in result[3]
+    assert "image a.wav: not an image" in result[6]
     assert opened.num_samples == 0
 
 
@@ -82,7 +82,7 @@ def test_a_thousand_hostile_rows_in_one_pass(tmp_path: Path) -> None:
     assert {problem.line_number for problem in report.problems} == set(range(2, 2_001, 2))
 
 
-def test_opening_compares_the_sound_and_the_video_of_a_clip(tmp_path: Path) -> None:
+def test_opening_compares_the_audio_and_the_video_of_a_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", np.zeros((50, 16, 16), np.uint8))
     write_video(tmp_path / "short.mp4", np.zeros((40, 16, 16), np.uint8))
     path = corpus(tmp_path, row("a", ("audio", "a.wav"), ("video", "a.mp4"), task="avsr"))

@@ -86,7 +86,7 @@ def test_sharegpt_as_a_list_and_by_lines(tmp_path: Path, as_list: bool) -> None:
     assert [message.role for message in first.messages] == ["system", "user", "assistant"]
     assert first.messages[1].parts == (Media("image", "a.png"), Text("What?"))
     start = 0 if as_list else 1
-    assert [(own.id, own.task) for own in (first, second, third)] == [
+    assert [(one.id, one.task) for one in (first, second, third)] == [
         (f"data-{start}", "vqa"),
         ("7", "own"),
         (f"data-{start + 2}", "chat"),
@@ -112,15 +112,15 @@ def test_messages_of_openai_and_ms_swift(tmp_path: Path) -> None:
         {"query": "And?", "response": "y", "history": [["One?", "1"], ["Two?", "2"]]},
         {"messages": asked("How does <image> work in HTML?")},
     )  # fmt: skip
-    *images, sounds, history, text = read(path, "messages")
+    *images, audio_sample, history, text = read(path, "messages")
     for sample in images:
         assert sample.messages[0].parts == (Media("image", "a.png"), Text("What?"))
-    assert [message.role for message in sounds.messages] == ["system", "user", "assistant"]
-    assert sounds.media == (Media("audio", "1.wav"), Media("audio", "2.wav"))
-    assert (sounds.id, sounds.task) == ("m-6", "audio_qa")
+    assert [message.role for message in audio_sample.messages] == ["system", "user", "assistant"]
+    assert audio_sample.media == (Media("audio", "1.wav"), Media("audio", "2.wav"))
+    assert (audio_sample.id, audio_sample.task) == ("m-6", "audio_qa")
     assert [message.text for message in history.messages] == ["One?", "1", "Two?", "2", "And?", "y"]
     assert text.messages[0].parts == (Text("How does <image> work in HTML?"),)
-    assert read(path, "messages") == [*images, sounds, history, text]  # made-up ids are always the same
+    assert read(path, "messages") == [*images, audio_sample, history, text]  # made-up ids are always the same
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def table(path: Path, rows: list[dict], *, features: dict[str, Any] | None = Non
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    own = pa.Table.from_pylist(rows)
+    content = pa.Table.from_pylist(rows)
     if features is not None:
-        own = own.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    parquet.write_table(own, path, **options)
+        content = content.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(content, path, **options)
     return path
 
 
@@ -184,7 +184,7 @@ def test_parquet_with_images_inside(tmp_path: Path, row_group_size: int) -> None
     samples = read(table(tmp_path / "t.parquet", rows, row_group_size=row_group_size), "parquet")
     assert [sample.id for sample in samples] == [f"t-{n}" for n in range(10)]
     assert [colour_of(sample) for sample in samples[:7]] == [RED, BLUE] * 3 + [RED]
-    assert [colour_of(samples[7], place) for place in (0, 1)] == [RED, BLUE]
+    assert [colour_of(samples[7], index) for index in (0, 1)] == [RED, BLUE]
     assert [len(sample.media) for sample in samples[8:]] == [0, 0]
     assert [sample.task for sample in samples[6:9]] == ["vqa", "vqa", "chat"]
     assert header_pixels(resolve_media(tmp_path, samples[0].media[0].path)) == (6, 8)
@@ -199,8 +199,8 @@ def test_columns_are_media_by_their_features_or_names(tmp_path: Path, caplog: py
     (sample,) = read(table(tmp_path / "u.parquet", [{"audio": sound(), "text": "hello"}]), "parquet")
     assert sample.task == "asr"
     assert sample.messages[0].parts[1] == Text("Transcribe speech to text.")
-    found = load_audio(resolve_media(tmp_path, sample.media[0].path)).samples
-    np.testing.assert_allclose(found, 0.5, atol=1e-4)
+    result = load_audio(resolve_media(tmp_path, sample.media[0].path)).samples
+    np.testing.assert_allclose(result, 0.5, atol=1e-4)
     cauldron = [{"images": [CELL], "texts": [{"user": "What?", "assistant": "Red.", "source": "x"}]}]
     (sample,) = read(table(tmp_path / "v.parquet", cauldron), "parquet")
     assert sample.messages[0].parts == (Media("image", "v.parquet@0.0.0"), Text("What?"))
@@ -213,9 +213,9 @@ def saved_to_disk(folder: Path, rows: list[dict]) -> Path:
     """What `Dataset.save_to_disk` of datasets leaves: arrow streams in batches, and a state that names the split."""
     pa = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
-    own = pa.Table.from_pylist(rows)
-    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, own.schema) as out:
-        for batch in own.to_batches(max_chunksize=2):
+    one = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, one.schema) as out:
+        for batch in one.to_batches(max_chunksize=2):
             out.write_batch(batch)
     (folder / "state.json").write_text(json.dumps({"_split": "train", "_data_files": []}))
     return folder
@@ -297,11 +297,11 @@ def test_splits_are_never_mixed_where_none_is_named(tmp_path: Path, names: list[
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         table(tmp_path / f"{name}.parquet", [{"messages": asked(name)}])
-    told = rf"no table of the split train; .*there are tables of {splits} \(data\.reader\.split, or --split\)"
-    with pytest.raises(FileNotFoundError, match=told):
+    message = rf"no table of the split train; .*there are tables of {splits} \(data\.reader\.split, or --split\)"
+    with pytest.raises(FileNotFoundError, match=message):
         read(tmp_path, "parquet")
-    found = [read(tmp_path, "parquet", split=split) for split in splits.split(", ")]
-    assert sorted(sample.messages[0].text for (sample,) in found) == sorted(names)
+    result = [read(tmp_path, "parquet", split=split) for split in splits.split(", ")]
+    assert sorted(sample.messages[0].text for (sample,) in result) == sorted(names)
 
 
 def test_tables_that_name_no_split_are_all_read(tmp_path: Path) -> None:
@@ -315,12 +315,12 @@ def test_tables_that_name_no_split_are_all_read(tmp_path: Path) -> None:
 def test_splits_in_the_cache_of_datasets(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     for split in ("train-00000-of-00002", "train-00001-of-00002", "test"):
-        own = pa.Table.from_pylist([{"messages": asked(split)}])
+        one = pa.Table.from_pylist([{"messages": asked(split)}])
         path = str(tmp_path / f"chats-{split}.arrow")
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, own.schema) as out:
-            out.write_table(own)
-    found = [sample.messages[0].text for sample in read(tmp_path, "datasets")]
-    assert found == ["train-00000-of-00002", "train-00001-of-00002"]
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, one.schema) as out:
+            out.write_table(one)
+    result = [sample.messages[0].text for sample in read(tmp_path, "datasets")]
+    assert result == ["train-00000-of-00002", "train-00001-of-00002"]
     assert [sample.messages[0].text for sample in read(tmp_path, "datasets", split="test")] == ["test"]
     with pytest.raises(FileNotFoundError, match="there are tables of test, train "):
         read(tmp_path, "datasets", split="validation")
@@ -428,8 +428,8 @@ def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> 
         tar.addfile(link)
     listing = read_listing(path, tmp_path, ReaderConfig(format="webdataset"))
     assert [sample.id for sample in listing.samples] == ["1", "6"]
-    told = [finding.message.partition(":")[0] for finding in listing.problems]
-    assert told == ["2", "3", "4", "5", "7"]
+    message = [finding.message.partition(":")[0] for finding in listing.problems]
+    assert message == ["2", "3", "4", "5", "7"]
     assert "a pickle, which could run code" in listing.problems[1].message
     assert "is a link" in listing.problems[4].message
     with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
@@ -443,10 +443,10 @@ def test_media_inside_other_files_obey_the_same_limits_and_roots(tmp_path: Path)
     content = image()
     shard(tmp_path / "root" / "a.tar", {"1.png": content, "1.txt": b"x"})
     path = read(tmp_path / "root" / "a.tar", "webdataset")[0].media[0].path
-    found = resolve_media(tmp_path / "root", path)
+    result = resolve_media(tmp_path / "root", path)
     for key in ("image_bytes", "image_pixels"):
         with pytest.raises(MediaError, match=rf"than 10 .*\(limits\.{key}\)") as caught:
-            load_image(found, limits=MediaLimits.of({key: 10}))
+            load_image(result, limits=MediaLimits.of({key: 10}))
         assert caught.value.kind == "limit"
     shard(tmp_path / "out.tar", {"1.png": content})
     (tmp_path / "root" / "link.tar").symlink_to(tmp_path / "out.tar")
@@ -484,10 +484,10 @@ def test_cells_that_are_not_there(tmp_path: Path) -> None:
 
 def test_a_changed_tar_is_seen_by_what_is_kept_of_it(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", {"1.png": image(), "1.txt": b"x"})
-    place = resolve_media(tmp_path, read(tmp_path / "a.tar", "webdataset")[0].media[0].path)
-    before = digest_of_media(place)
+    index = resolve_media(tmp_path, read(tmp_path / "a.tar", "webdataset")[0].media[0].path)
+    before = digest_of_media(index)
     shard(tmp_path / "a.tar", {"1.png": image(BLUE), "1.txt": b"x"})
-    assert digest_of_media(place) != before
+    assert digest_of_media(index) != before
 
 
 @pytest.mark.parametrize(

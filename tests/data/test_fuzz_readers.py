@@ -25,10 +25,10 @@ def fuzz(form: Format, folder: Path, num_rows: int, seed: int) -> tuple[int, int
     samples = findings = 0
     split = {"split": "test"} if form in ("parquet", "datasets", "mmmu", "docvqa") else {}
     for number in range(max(num_rows // ROWS_PER_FILE, len(WRITERS[form]))):
-        chance = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([seed, number])
         root = folder / str(number)
         root.mkdir()
-        source = WRITERS[form][number % len(WRITERS[form])](root, ROWS_PER_FILE, chance)
+        source = WRITERS[form][number % len(WRITERS[form])](root, ROWS_PER_FILE, rng)
         listing = read_listing(source, root, ReaderConfig(format=form, **split))
         for finding in listing.problems:
             assert len(str(finding).splitlines()) == 1, repr(str(finding))
@@ -37,7 +37,7 @@ def fuzz(form: Format, folder: Path, num_rows: int, seed: int) -> tuple[int, int
         write_manifest(folder / "out.jsonl", listing.samples)
         if listing.samples:
             again = read_manifest(folder / "out.jsonl", root)
-            assert [own.messages for own in again] == [own.messages for own in listing.samples]
+            assert [one.messages for one in again] == [one.messages for one in listing.samples]
         samples, findings = samples + len(listing.samples), findings + len(listing.problems)
     return samples, findings
 

@@ -97,8 +97,8 @@ def test_files_that_are_no_llava_json(tmp_path: Path) -> None:
 
 def mix665k(*turns: tuple[str, str], image: str | None, id: str = "000000033471", **keys: object) -> dict:
     """An entry with its keys in the order of llava_v1_5_mix665k.json; speakers are given."""
-    own = {"id": id} | ({} if image is None else {"image": image})
-    return own | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]} | keys
+    one = {"id": id} | ({} if image is None else {"image": image})
+    return one | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]} | keys
 
 
 MIXTURE = [
@@ -145,8 +145,8 @@ def test_the_forms_that_occur_in_llavas_mixture(tmp_path: Path) -> None:
 def test_images_first_is_where_llavas_training_code_puts_them(tmp_path: Path) -> None:
     first, second, *_, text_only = read_llava(written(tmp_path, *MIXTURE), tmp_path, images_first=True)
     assert first.messages[0].parts[1] == Text("\nWhat are the colors of the bus in the image?")
-    asked = "\nWho wrote this book?\nAnswer the question using a single word or phrase."
-    assert second.messages[0].parts == (Media("image", "ocr_vqa/images/140031996X.jpg"), Text(asked))
+    question = "\nWho wrote this book?\nAnswer the question using a single word or phrase."
+    assert second.messages[0].parts == (Media("image", "ocr_vqa/images/140031996X.jpg"), Text(question))
     assert first.messages[2].text == "What feature can be seen on the back of the bus?"
     assert "<image>" in text_only.messages[0].text
     two = entry(" one <image> two <image> ", "x", image=["1.jpg", "2.jpg"])
@@ -191,7 +191,7 @@ def test_pretraining_pairs_are_read(tmp_path: Path) -> None:
     ],
     ids=["answer first", "empty answer", "no last answer", "empty question", "answer after system", "nothing"],
 )
-def test_what_has_no_question_or_answer_is_left_out_and_told(
+def test_what_has_no_question_or_answer_is_left_out_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, turns: list, kept: list[str] | None, told: str
 ) -> None:
     samples = read_llava(written(tmp_path, mix665k(*turns, image=None), entry("x", "y", image=None)), tmp_path)

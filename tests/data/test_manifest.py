@@ -31,14 +31,14 @@ GOOD = {
 def changed(*path, **keys) -> dict:
     """The good row with the object at a path changed; a value of ... removes its key."""
     row = json.loads(json.dumps(GOOD))
-    place = row
+    index = row
     for step in path:
-        place = place[step]
+        index = index[step]
     for key, value in keys.items():
         if value is ...:
-            del place[key]
+            del index[key]
         else:
-            place[key] = value
+            index[key] = value
     return row
 
 
@@ -198,13 +198,13 @@ def test_an_empty_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_random_damage_is_refused_or_read_and_nothing_else(tmp_path: Path) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     rows = [json.dumps(changed(id=f"s{number}"), indent=None).encode() for number in range(4)]
     for _ in range(60):
         data = bytearray(b"\n".join(rows))
-        for _ in range(chance.randint(1, 4)):
-            start = chance.randrange(len(data))
-            data[start : start + chance.randint(0, 6)] = bytes(chance.choices(b'\0\xff{}[]",:\\\n\r\x85a1', k=3))
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randrange(len(data))
+            data[start : start + rng.randint(0, 6)] = bytes(rng.choices(b'\0\xff{}[]",:\\\n\r\x85a1', k=3))
         path = manifest(tmp_path, bytes(data))
         for row in scan_manifest(path, tmp_path):
             assert (row.sample is None) == bool(row.problems)

@@ -42,7 +42,7 @@ def turns(value: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": value}, {"from": "gpt", "value": "x"}]
 
 
-def test_a_image_that_is_null_is_a_sample_of_text(tmp_path: Path, capsys) -> None:
+def test_an_image_that_is_null_is_a_sample_of_text(tmp_path: Path, capsys) -> None:
     (tmp_path / "imgnull.json").write_text(json.dumps([{"id": "t", "image": None, "conversations": turns("Hello")}]))
     (sample,), _ = imported("llava", tmp_path / "imgnull.json", tmp_path, capsys, 0)
     assert sample.media == ()
@@ -50,7 +50,7 @@ def test_a_image_that_is_null_is_a_sample_of_text(tmp_path: Path, capsys) -> Non
 
 
 @pytest.mark.parametrize("by_lines", [False, True])
-def test_one_bad_conversation_is_told_and_the_others_are_written(tmp_path: Path, capsys, by_lines: bool) -> None:
+def test_one_bad_conversation_is_reported_and_the_others_are_written(tmp_path: Path, capsys, by_lines: bool) -> None:
     image(tmp_path / "a.png")
     rows = [{"id": str(n), "image": "a.png", "conversations": turns("<image>\nWhat?")} for n in range(3)]
     rows.append({"id": "bad", "image": "a.png", "conversations": turns("<image>\n<image>\nWhat?")})
@@ -58,33 +58,33 @@ def test_one_bad_conversation_is_told_and_the_others_are_written(tmp_path: Path,
     lines(path, *rows) if by_lines else path.write_text(json.dumps(rows))
     samples, shown = imported("llava", path, tmp_path, capsys, 1)
     assert [sample.id for sample in samples] == ["0", "1", "2"]
-    place = "onebad.json:4" if by_lines else "onebad.json: entry 3"
-    assert f"{place}" in shown
+    index = "onebad.json:4" if by_lines else "onebad.json: entry 3"
+    assert f"{index}" in shown
     assert "(id 'bad'): 2 <image> markers for 1 images" in shown
 
 
-def test_keys_that_llava_does_not_have_are_left_out_and_told(tmp_path: Path, caplog) -> None:
+def test_keys_that_llava_does_not_have_are_left_out_and_reported(tmp_path: Path, caplog) -> None:
     rows = [{"id": "0", "conversations": turns("Hi"), "source": "web", "length": 3}, {"conversations": turns("Hi")}]
     samples = read_data(lines(tmp_path / "l.jsonl", *rows), None, ReaderConfig(format="llava"))
     assert [sample.id for sample in samples] == ["0", "l-2"]
     assert "1 samples hold the key 'source', which is not read" in caplog.text
 
 
-def test_pope_without_labels_is_told_row_by_row(tmp_path: Path, capsys) -> None:
+def test_pope_without_labels_is_reported_row_by_row(tmp_path: Path, capsys) -> None:
     image(tmp_path / "val2014" / "x.jpg")
-    asked = {"question_id": 1, "image": "x.jpg", "text": f"Is there a cat?{SHORT}", "category": "random"}
-    lines(tmp_path / "llava_pope_test.jsonl", asked)
+    question = {"question_id": 1, "image": "x.jpg", "text": f"Is there a cat?{SHORT}", "category": "random"}
+    lines(tmp_path / "llava_pope_test.jsonl", question)
     for category in ("adversarial", "popular", "random"):
         note = {"question_id": 1, "image": "x.jpg", "text": "Is there a cat?"}
         lines(tmp_path / "coco" / f"coco_pope_{category}.json", note)
     listing = read_listing(tmp_path, tmp_path, ReaderConfig(format="pope"))
     assert not listing.samples
-    told = [str(finding).replace(str(tmp_path), "") for finding in listing.problems]
-    assert told[:3] == [
-        f"/coco/coco_pope_{own}.json:1: 'label' is missing" for own in ("random", "popular", "adversarial")
+    message = [str(finding).replace(str(tmp_path), "") for finding in listing.problems]
+    assert message[:3] == [
+        f"/coco/coco_pope_{one}.json:1: 'label' is missing" for one in ("random", "popular", "adversarial")
     ]
-    assert told[3].startswith("/llava_pope_test.jsonl:1: ")
-    assert told[3].endswith("the label files hold no labels")
+    assert message[3].startswith("/llava_pope_test.jsonl:1: ")
+    assert message[3].endswith("the label files hold no labels")
     _, shown = imported("pope", tmp_path, tmp_path, capsys, 2)
     assert "the label files hold no labels" in shown
 

@@ -59,7 +59,7 @@ def talking_clip(path: Path) -> None:
     """A video with a sound stream of its own, 0.2 seconds long."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as container:
-        images, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
+        images, audio = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
         images.width = images.height = 16
         images.pix_fmt = "yuv420p"
         for _ in range(5):
@@ -68,8 +68,8 @@ def talking_clip(path: Path) -> None:
         container.mux(images.encode())
         heard = av.AudioFrame.from_ndarray(np.zeros((1, 3200), np.float32), format="fltp", layout="mono")
         heard.sample_rate = 16_000
-        container.mux(sound.encode(heard))
-        container.mux(sound.encode())
+        container.mux(audio.encode(heard))
+        container.mux(audio.encode())
 
 
 def test_every_format_of_the_settings_has_a_reader() -> None:
@@ -106,23 +106,23 @@ def test_a_clip_is_three_samples_in_the_words_of_the_published_systems(tmp_path:
     talking_clip(tmp_path / "lrs3/a/2.mp4")
     (tmp_path / "l.csv").write_text("lrs3,a/1.mp4,25,0,HELLO There\nlrs3,a/2.mp4,25,0,x\n")
     listing = listing_of("omni_csv", tmp_path / "l.csv", tmp_path, text="lower")
-    asr, vsr, avsr, own_sound = listing.samples[:4]
-    sound, lips = Media("audio", "lrs3/a/1.wav"), Media("video", "lrs3/a/1.mp4")
+    asr, vsr, avsr, own_audio = listing.samples[:4]
+    audio, video = Media("audio", "lrs3/a/1.wav"), Media("video", "lrs3/a/1.mp4")
     assert [sample.id for sample in (asr, vsr, avsr)] == ["lrs3/a/1-asr", "lrs3/a/1-vsr", "lrs3/a/1-avsr"]
     assert [sample.task for sample in (asr, vsr, avsr)] == ["asr", "vsr", "avsr"]
-    assert [sample.media for sample in (asr, vsr, avsr)] == [(sound,), (lips,), (sound, lips)]
+    assert [sample.media for sample in (asr, vsr, avsr)] == [(audio,), (video,), (audio, video)]
     assert [sample.messages[0].text for sample in (asr, vsr, avsr)] == [
         "Transcribe speech to text.",
         "Transcribe video to text.",
         "Transcribe speech and video to text.",
     ]
     assert avsr.messages[1].text == "hello there"
-    assert own_sound.media == (Media("audio", "lrs3/a/2.mp4"),)  # no sound beside it: the video's own
+    assert own_audio.media == (Media("audio", "lrs3/a/2.mp4"),)  # no sound beside it: the video's own
     mine = listing_of("omni_csv", tmp_path / "l.csv", tmp_path, tasks=["asr"], prompts={"asr": "words?"})
     assert mine.samples[0].messages[0].text == "words?"
 
 
-def test_every_bad_row_is_told_with_its_line_and_nothing_leaves_the_root(tmp_path: Path) -> None:
+def test_every_bad_row_is_reported_with_its_line_and_nothing_leaves_the_root(tmp_path: Path) -> None:
     touch(tmp_path / "root", "d/1.mp4", "d/1.wav")
     touch(tmp_path, "secret.mp4")
     (tmp_path / "root" / "link.mp4").symlink_to(tmp_path / "secret.mp4")
@@ -256,7 +256,7 @@ def test_lrs_lists_and_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["auto_avsr", "omni_csv", "lrs"])
-def test_no_sound_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: Format) -> None:
+def test_no_audio_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: Format) -> None:
     clip(tmp_path / "d/silent.mp4", num_frames=5, sound=False)
     clip(tmp_path / "d/beside.mp4", num_frames=5)
     talking_clip(tmp_path / "d/own.mp4")
@@ -267,8 +267,8 @@ def test_no_sound_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: For
     (tmp_path / "l.csv").write_text("".join(f"d,{name}.mp4,5,0{text}\n" for name in (*names, "gone")))
     (tmp_path / "d/gone.txt").write_text("hello")  # for the lists, whose missing clips are told with both media
     source = tmp_path / ("d" if form == "lrs" else "l.csv")
-    found = listing_of(form, source, tmp_path)
-    made = {(sample.id, *(part.path for part in sample.media)) for sample in found.whole}
+    result = listing_of(form, source, tmp_path)
+    made = {(sample.id, *(part.path for part in sample.media)) for sample in result.whole}
     assert made == {
         ("d/silent-vsr", "d/silent.mp4"),
         ("d/beside-asr", "d/beside.wav"),
@@ -278,13 +278,13 @@ def test_no_sound_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: For
         ("d/own-vsr", "d/own.mp4"),
         ("d/own-avsr", "d/own.mp4", "d/own.mp4"),
     }
-    assert not found.problems
-    assert len(found.missing) == (0 if form == "lrs" else 2)
-    asked = listing_of(form, source, tmp_path, tasks=["asr"])
-    assert [finding.message for finding in asked.problems] == ["d/silent: there is no audio for the task asr"]
+    assert not result.problems
+    assert len(result.missing) == (0 if form == "lrs" else 2)
+    question = listing_of(form, source, tmp_path, tasks=["asr"])
+    assert [finding.message for finding in question.problems] == ["d/silent: there is no audio for the task asr"]
 
 
-def test_a_long_clip_without_sound_is_cut_into_pieces_without_sound(tmp_path: Path) -> None:
+def test_a_long_clip_without_audio_is_cut_into_pieces_without_audio(tmp_path: Path) -> None:
     clip(tmp_path / "pretrain/s/1.mp4", num_frames=50, sound=False)
     (tmp_path / "pretrain/s/1.txt").write_text(PRETRAIN)
     settings = ReaderConfig(format="lrs", max_seconds=1.0)
@@ -312,12 +312,12 @@ def test_long_clips_are_cut_where_words_end(tmp_path: Path) -> None:
         stem = tmp_path / f"cut/pretrain/s/1_{number:03d}"
         frames = load_video(stem.with_suffix(".mp4"), gray=True).frames
         assert np.abs(frames.mean(axis=(1, 2)) - (np.arange(first, last) * 3 + 10)).max() < 3
-        sound = load_audio(stem.with_suffix(".wav")).samples
+        audio = load_audio(stem.with_suffix(".wav")).samples
         whole = load_audio(tmp_path / "pretrain/s/1.wav").samples
-        assert np.allclose(sound, whole[first * 640 : last * 640], atol=1e-4)
+        assert np.allclose(audio, whole[first * 640 : last * 640], atol=1e-4)
 
 
-def test_a_clip_without_times_of_words_that_is_too_long_is_told(tmp_path: Path) -> None:
+def test_a_clip_without_times_of_words_that_is_too_long_is_reported(tmp_path: Path) -> None:
     clip(tmp_path / "t/1.mp4", num_frames=50)
     (tmp_path / "t/1.txt").write_text("Text: ONE\n")
     assert not listing_of("lrs", tmp_path / "t", tmp_path, max_seconds=2.5).problems
@@ -360,8 +360,8 @@ def test_own_clips_with_texts_beside_or_in_a_table(tmp_path: Path) -> None:
     }
     assert listing.untranscribed == ["c/sub/nobody.mp4", "c/sub/nobody.wav"]
     assert [(finding.path, finding.line_number) for finding in listing.problems] == [(str(table), n) for n in (3, 4, 5)]
-    asked = listing_of("clips", tmp_path / "c", tmp_path, tasks=["avsr"], transcripts=str(table))
-    assert "c/silent: there is no audio for the task avsr" in " ".join(map(str, asked.problems))
+    question = listing_of("clips", tmp_path / "c", tmp_path, tasks=["avsr"], transcripts=str(table))
+    assert "c/silent: there is no audio for the task avsr" in " ".join(map(str, question.problems))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no clip"):
         listing_of("clips", tmp_path / "empty", tmp_path)
@@ -372,8 +372,8 @@ def test_own_clips_with_texts_beside_or_in_a_table(tmp_path: Path) -> None:
 def test_words_of_another_script_are_what_a_model_learns_and_is_measured_on(tmp_path: Path) -> None:
     touch(tmp_path, "c/1.wav")
     (tmp_path / "c/1.txt").write_text("हिन्दी में बोलो।", encoding="utf-8")
-    given = ["data", "import", "clips", str(tmp_path / "c"), "--out", str(tmp_path / "m.jsonl"), "--text", "words"]
-    assert main([*given, "--root", str(tmp_path)]) == 0
+    value = ["data", "import", "clips", str(tmp_path / "c"), "--out", str(tmp_path / "m.jsonl"), "--text", "words"]
+    assert main([*value, "--root", str(tmp_path)]) == 0
     (sample,) = read_manifest(tmp_path / "m.jsonl", tmp_path)
     assert references_of(sample) == ["हिन्दी में बोलो"]
 
@@ -487,7 +487,7 @@ def test_hostile_lists_give_problems_and_nothing_else(tmp_path: Path) -> None:
         "fairseq": b"a\td/a.mp4\td/a.wav\t25\t16000",
         "lrs": b"d/a",
     }
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     touch(tmp_path, "d/a.mp4", "d/a.wav", "main/d/a.mp4")
     for folder in ("d", "main/d"):
         (tmp_path / folder / "a.txt").write_text("Text: HELLO")
@@ -495,9 +495,9 @@ def test_hostile_lists_give_problems_and_nothing_else(tmp_path: Path) -> None:
         for _ in range(60):
             rows = []
             for _ in range(5):
-                place = int(chance.integers(len(row) + 1))
-                middle = b"".join(pieces[i] for i in chance.integers(len(pieces), size=chance.integers(1, 5)))
-                rows.append(row[:place] + middle + row[place + int(chance.integers(4)) :])
+                index = int(rng.integers(len(row) + 1))
+                middle = b"".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(1, 5)))
+                rows.append(row[:index] + middle + row[index + int(rng.integers(4)) :])
             (tmp_path / "l.tsv").write_bytes(b"\n".join([b"/"] * (form == "fairseq") + rows))
             (tmp_path / "l.wrd").write_text("x\n" * 5)
             try:

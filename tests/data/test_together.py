@@ -47,9 +47,9 @@ def test_groups_are_cut_to_what_a_batch_holds() -> None:
 
 
 def test_a_whole_group_holds_every_file_once_and_its_clips_stay_clips() -> None:
-    (own,) = merge_media([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
-    assert (own.id, own.media) == ("asr0", (Media("audio", "0.wav"), Media("video", "0.mp4")))
-    assert clip_pairs(own) == [(0, 1)]
+    (one,) = merge_media([CLIPS[0], CLIPS[3], CLIPS[4]], "asr0")
+    assert (one.id, one.media) == ("asr0", (Media("audio", "0.wav"), Media("video", "0.mp4")))
+    assert clip_pairs(one) == [(0, 1)]
     (apart,) = merge_media([sample("a", "x/1.wav"), sample("b", "y/1.mp4")], "a")
     assert clip_pairs(apart) == []
 
@@ -64,41 +64,41 @@ def test_images_are_shared_by_samples_with_the_very_same_media() -> None:
     assert samples_that_share(samples) == [[0, 1, 2]]
     load = Loader()
     items = ManifestDataset(samples, load=load, groups=samples_that_share(samples)).__getitems__([0, 1, 2])
-    found = [item.media for item in items if isinstance(item, Item)]
+    result = [item.media for item in items if isinstance(item, Item)]
     assert load.seen == ["1.png", "1.png", "2.png"]
-    assert found[0][0] is found[2][0]
-    assert found[0][0] is not found[1][0]
+    assert result[0][0] is result[2][0]
+    assert result[0][0] is not result[1][0]
 
 
 @pytest.mark.parametrize("case", range(60))
 def test_groups_stay_together_and_every_sample_comes_once(case: int) -> None:
-    chance = np.random.default_rng(case)
-    count, num_processes = int(chance.integers(1, 150)), int(chance.integers(1, 7))
-    lengths = np.clip(chance.lognormal(3, 1, count), 1, 300).astype(int)
+    rng = np.random.default_rng(case)
+    count, num_processes = int(rng.integers(1, 150)), int(rng.integers(1, 7))
+    lengths = np.clip(rng.lognormal(3, 1, count), 1, 300).astype(int)
     limits: dict[str, Any] = {
-        "max_tokens": int(lengths.max() * chance.uniform(1, 6)),
+        "max_tokens": int(lengths.max() * rng.uniform(1, 6)),
         "max_rows": [None, 1, 3, 7][case % 4],
     }
-    numbers = chance.integers(0, max(count // 3, 1), count)
+    numbers = rng.integers(0, max(count // 3, 1), count)
     groups = parts_that_fit(
         [np.flatnonzero(numbers == number).tolist() for number in set(numbers.tolist())], lengths.tolist(), **limits
     )
-    samples = Lengths(lengths, np.minimum(lengths, 20), chance.integers(0, 1 + case % 2, count), groups)
-    own: list[list[int]] = []
+    samples = Lengths(lengths, np.minimum(lengths, 20), rng.integers(0, 1 + case % 2, count), groups)
+    one: list[list[int]] = []
     flat: list[list[int]] = []
     for index in range(num_processes):
         sampler = TokenBucketBatchSampler(samples, seed=1, process_index=index, num_processes=num_processes, **limits)
         batches = [[key.index for key in batch] for batch in sampler]
         flat += batches
-        own += batches[: len(batches) - sampler.num_repeated]
-    assert sorted(itertools.chain(*own)) == list(range(count))
+        one += batches[: len(batches) - sampler.num_repeated]
+    assert sorted(itertools.chain(*one)) == list(range(count))
     assert all(len(batch) <= (limits["max_rows"] or count) for batch in flat)
     assert all(len(batch) * lengths[batch].max() <= limits["max_tokens"] for batch in flat)
-    place = {index: number for number, batch in enumerate(own) for index in batch}
-    parted = [group for group in groups if len({place[index] for index in group}) > 1]
+    position = {index: number for number, batch in enumerate(one) for index in batch}
+    parted = [group for group in groups if len({position[index] for index in group}) > 1]
     num_kinds = len({(len(group), tuple(sorted(np.asarray(samples.kinds)[group]))) for group in groups})
     assert len(parted) <= num_kinds * (num_processes - 1)
-    if own != flat:
+    if one != flat:
         assert all(batch in ([index] for index in range(count)) or batch in groups for batch in flat)
 
 
@@ -108,9 +108,9 @@ class Loader:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def __call__(self, own: Sample, *, generator: np.random.Generator | None) -> list[Any]:
+    def __call__(self, one: Sample, *, generator: np.random.Generator | None) -> list[Any]:
         loaded = []
-        for part in own.media:
+        for part in one.media:
             self.seen.append(part.path)
             if part.path.startswith("bad"):
                 raise ValueError(f"{part.path} cannot be read")
@@ -118,21 +118,21 @@ class Loader:
         return loaded
 
 
-def test_a_batch_reads_a_shared_file_once_and_with_one_chance() -> None:
+def test_a_batch_reads_a_shared_file_once_and_with_one_generator() -> None:
     load = Loader()
     data = ManifestDataset(CLIPS, load=load, seed=5, groups=samples_that_share(CLIPS))
     items = data.__getitems__([SampleKey(2, index) for index in (0, 3, 4, 2)])
-    found = {item.sample.id: item.media for item in items if isinstance(item, Item)}
+    result = {item.sample.id: item.media for item in items if isinstance(item, Item)}
     assert load.seen == ["0.wav", "0.mp4", "1.mp4"]
-    assert found["asr0"][0] is found["avsr0"][0]
-    assert found["vsr0"][0] is found["avsr0"][1]
+    assert result["asr0"][0] is result["avsr0"][0]
+    assert result["vsr0"][0] is result["avsr0"][1]
     again = ManifestDataset(CLIPS, load=Loader(), seed=5, groups=samples_that_share(CLIPS)).__getitems__(
         [SampleKey(2, 0)]
     )
-    assert [item.media for item in again if isinstance(item, Item)] == [found["asr0"]]
+    assert [item.media for item in again if isinstance(item, Item)] == [result["asr0"]]
     alone = ManifestDataset(CLIPS, load=Loader(), seed=5)[SampleKey(2, 3)]
     assert isinstance(alone, Item)
-    assert alone.media != found["avsr0"], "without groups chance is the sample's own"
+    assert alone.media != result["avsr0"], "without groups augmentation is the sample's own"
 
 
 def test_a_bad_file_takes_only_the_samples_that_hold_it() -> None:

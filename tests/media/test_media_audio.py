@@ -36,7 +36,7 @@ def test_the_files_own_rate_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "format"), [("a.ogg", "OGG"), ("a.mp3", "MP3"), ("no_suffix", "WAV")])
-def test_other_sound_formats(tmp_path: Path, name: str, format: str) -> None:
+def test_other_audio_formats(tmp_path: Path, name: str, format: str) -> None:
     soundfile.write(tmp_path / name, tone(16_000), 16_000, format=format)
     samples = load_audio(tmp_path / name).samples
     assert abs(len(samples) - 16_000) < 1_200
@@ -47,8 +47,8 @@ def test_other_sound_formats(tmp_path: Path, name: str, format: str) -> None:
 @pytest.mark.parametrize(
     ("name", "codec"), [("a.mp4", "aac"), ("a.m4a", "aac"), ("a.mkv", "flac"), ("a.webm", "libopus")]
 )
-def test_the_sound_of_a_video_file(tmp_path: Path, name: str, codec: str) -> None:
-    write_clip_sound(tmp_path / name, codec, tone(48_000, 2.0))
+def test_the_audio_of_a_video_file(tmp_path: Path, name: str, codec: str) -> None:
+    write_clip_audio(tmp_path / name, codec, tone(48_000, 2.0))
     audio = load_audio(tmp_path / name, 16_000)
     assert audio.seconds == pytest.approx(2.0, abs=0.1)
     spectrum = np.abs(np.fft.rfft(audio.samples))
@@ -56,7 +56,7 @@ def test_the_sound_of_a_video_file(tmp_path: Path, name: str, codec: str) -> Non
     assert np.abs(audio.samples).max() == pytest.approx(0.5, abs=0.05)
 
 
-def write_clip_sound(path: Path, codec: str, samples: np.ndarray) -> None:
+def write_clip_audio(path: Path, codec: str, samples: np.ndarray) -> None:
     """Write 48 kHz stereo sound into a video container."""
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=48_000, layout="stereo")
@@ -66,7 +66,7 @@ def write_clip_sound(path: Path, codec: str, samples: np.ndarray) -> None:
         container.mux(stream.encode(None))
 
 
-def test_a_video_without_sound(write_video: Callable[..., Path]) -> None:
+def test_a_video_without_audio(write_video: Callable[..., Path]) -> None:
     with pytest.raises(MediaError, match="no audio stream") as caught:
         load_audio(write_video("silent.mp4", 5))
     assert caught.value.kind == "unsupported"
@@ -94,7 +94,7 @@ def test_files_that_were_cut_off(tmp_path: Path, suffix: str, part: float) -> No
     path = tmp_path / f"a.{suffix}"
     samples = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
     if suffix == "mp4":
-        write_clip_sound(path, "aac", samples)
+        write_clip_audio(path, "aac", samples)
     else:
         soundfile.write(path, samples, 16_000)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
@@ -130,7 +130,7 @@ def test_limits(tmp_path: Path) -> None:
 
 
 def test_more_samples_than_the_header_states(tmp_path: Path) -> None:
-    write_clip_sound(tmp_path / "a.mkv", "flac", tone(48_000, 4.0))
+    write_clip_audio(tmp_path / "a.mkv", "flac", tone(48_000, 4.0))
     data = (tmp_path / "a.mkv").read_bytes()
     duration = data.index(b"\x44\x89\x88") + 3  # Matroska's element "Duration", a float64
     (tmp_path / "a.mkv").write_bytes(data[:duration] + struct.pack(">d", 1.0) + data[duration + 8 :])
@@ -145,7 +145,7 @@ def test_the_deadline(tmp_path: Path) -> None:
     assert caught.value.kind == "deadline"
 
 
-def test_a_image_is_no_sound(tmp_path: Path) -> None:
+def test_an_image_is_no_audio(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     with pytest.raises(MediaError, match="neither an audio nor a video"):
         load_audio(tmp_path / "a.wav")

@@ -69,7 +69,7 @@ def test_an_mp3_behind_a_tag_is_still_one(tmp_path: Path) -> None:
     assert loudest_hz(load_audio(tmp_path / "a.mp3").samples) == pytest.approx(440, abs=2)
 
 
-def test_prores_with_its_sound(tmp_path: Path) -> None:
+def test_prores_with_its_audio(tmp_path: Path) -> None:
     with av.open(tmp_path / "a.mov", "w") as container:
         video = container.add_stream("prores_ks", rate=25, options={"profile": "3"})
         video.width, video.height, video.pix_fmt = 64, 48, "yuv422p10le"
@@ -138,7 +138,7 @@ def test_an_animations_frames_are_what_is_seen_on_white(tmp_path: Path) -> None:
     assert frames[1, 4, 1].tolist() == [0, 0, 255]
 
 
-def test_a_large_video_has_the_sound_that_its_header_states(tmp_path: Path) -> None:
+def test_a_large_video_has_the_audio_that_its_header_states(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(path, "w") as container:
         stream = container.add_stream("aac", rate=44_100, layout="mono")

@@ -37,17 +37,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def image(given: object) -> np.ndarray:
-    return np.asarray(decode_in_memory(InMemoryMedium("image", given), LOADER))
+def image(value: object) -> np.ndarray:
+    return np.asarray(decode_in_memory(InMemoryMedium("image", value), LOADER))
 
 
-def sound(given: object) -> np.ndarray:
-    found = decode_in_memory(InMemoryMedium("audio", given), LOADER)
-    assert found.sample_rate_hz == 16_000  # type: ignore[union-attr]
-    return found.samples  # type: ignore[union-attr]
+def sound(value: object) -> np.ndarray:
+    result = decode_in_memory(InMemoryMedium("audio", value), LOADER)
+    assert result.sample_rate_hz == 16_000  # type: ignore[union-attr]
+    return result.samples  # type: ignore[union-attr]
 
 
-def test_every_form_of_a_image_gives_the_same_pixels(folder: Path) -> None:
+def test_every_form_of_an_image_gives_the_same_pixels(folder: Path) -> None:
     pixels = np.asarray(load_image(folder / "0.png"))
     data = (folder / "0.png").read_bytes()
     forms = [
@@ -66,13 +66,13 @@ def test_every_form_of_a_image_gives_the_same_pixels(folder: Path) -> None:
     assert np.array_equal(image(pixels[..., 0])[..., 1], pixels[..., 0])
 
 
-def test_a_image_that_was_opened_is_turned_as_its_file_is(folder: Path) -> None:
+def test_an_image_that_was_opened_is_turned_as_its_file_is(folder: Path) -> None:
     upright = np.asarray(load_image(folder / "turned.jpg"))
     assert upright.shape == (60, 40, 3)
     assert np.array_equal(image(Image.open(folder / "turned.jpg")), upright)
 
 
-def test_every_form_of_a_sound_gives_the_same_samples(folder: Path) -> None:
+def test_every_form_of_audio_gives_the_same_samples(folder: Path) -> None:
     data = (folder / "0.wav").read_bytes()
     whole, _ = soundfile.read(folder / "0.wav", dtype="int16")
     expected = LOADER("audio", folder / "0.wav").samples  # type: ignore[union-attr]
@@ -96,9 +96,9 @@ def test_every_form_of_a_video_gives_the_same_frames(folder: Path) -> None:
     assert np.array_equal(grey.frames, LOADER("video", folder / "0.mp4").frames)  # type: ignore[union-attr]
     forms = [colour, colour.frames, (colour.frames, 25), [Image.fromarray(frame) for frame in colour.frames]]
     for form in forms:
-        found = decode_in_memory(InMemoryMedium("video", form), LOADER)
-        assert found.frames.shape == (20, 48, 48)  # type: ignore[union-attr]
-        assert found.frames[3, 5, 7] == int(np.asarray(Image.fromarray(colour.frames[3]).convert("L"))[5, 7])  # type: ignore[union-attr]
+        result = decode_in_memory(InMemoryMedium("video", form), LOADER)
+        assert result.frames.shape == (20, 48, 48)  # type: ignore[union-attr]
+        assert result.frames[3, 5, 7] == int(np.asarray(Image.fromarray(colour.frames[3]).convert("L"))[5, 7])  # type: ignore[union-attr]
     half = decode_in_memory(InMemoryMedium("video", (colour.frames, 12.5)), LOADER)
     assert len(half.frames) == 40  # type: ignore[union-attr]
 
@@ -107,8 +107,8 @@ def test_frames_are_sampled_as_from_the_file(folder: Path) -> None:
     sampling = FrameSampling(4)
     expected = LOADER.frames(folder / "0.mp4", sampling)
     for form in ((folder / "0.mp4").read_bytes(), load_video(folder / "0.mp4"), load_video(folder / "0.mp4").frames):
-        found = decode_in_memory(InMemoryMedium("video", form), LOADER, sampling)
-        assert np.array_equal(found.frames, expected.frames)  # type: ignore[union-attr]
+        result = decode_in_memory(InMemoryMedium("video", form), LOADER, sampling)
+        assert np.array_equal(result.frames, expected.frames)  # type: ignore[union-attr]
 
 
 REFUSED = [
@@ -145,11 +145,11 @@ def test_one_and_several_are_told_apart() -> None:
     one, grey, clip = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((5, 4, 4, 3), np.uint8)
     samples = np.zeros(9)
     frame = Image.new("RGB", (4, 4))
-    assert [len(items_of("image", given)) for given in (None, "a.png", one, grey, frame, [one, "a"], clip)] == [
+    assert [len(items_of("image", value)) for value in (None, "a.png", one, grey, frame, [one, "a"], clip)] == [
         *(0, 1, 1, 1, 1, 2, 5),
     ]
-    assert [len(items_of("audio", given)) for given in (samples, (samples, 8_000), [samples, samples])] == [1, 1, 2]
-    assert [len(items_of("video", given)) for given in (clip, (clip, 30.0), [clip, clip], [frame, frame])] == [
+    assert [len(items_of("audio", value)) for value in (samples, (samples, 8_000), [samples, samples])] == [1, 1, 2]
+    assert [len(items_of("video", value)) for value in (clip, (clip, 30.0), [clip, clip], [frame, frame])] == [
         *(1, 1, 2, 1),
     ]
     with pytest.raises(ValueError, match="image is 16; allowed are a path"):

@@ -41,7 +41,7 @@ def test_written_video_reads_back(tmp_path: Path, channels: tuple[int, ...]) -> 
     assert np.abs(read.frames.astype(int) - frames).mean() < 2
 
 
-def test_written_sound_reads_back_and_is_never_clipped(tmp_path: Path) -> None:
+def test_written_audio_reads_back_and_is_never_clipped(tmp_path: Path) -> None:
     loud = np.sin(np.arange(1600) / 5).astype(np.float32) * 1.5
     write_audio(tmp_path / "a.part", loud, 16_000)
     samples, rate_hz = soundfile.read(tmp_path / "a.part")

@@ -88,8 +88,8 @@ def test_gray_is_pillows_luma_of_the_colour_frame(write_video: Writer) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_gray(colours), np.asarray(Image.fromarray(colours).convert("L")))
     path = write_video("a.mp4", 5)
-    own = load_video(path, gray=True, backend="decord").frames
-    np.testing.assert_array_equal(own, to_gray(load_video(path).frames))
+    one = load_video(path, gray=True, backend="decord").frames
+    np.testing.assert_array_equal(one, to_gray(load_video(path).frames))
 
 
 @pytest.mark.parametrize(("pixels", "options"), [("yuv420p", {}), ("yuvj420p", {}), ("yuv444p", {}), ("gray", {})])
@@ -97,21 +97,21 @@ def test_gray_is_pillows_luma_of_the_colour_frame(write_video: Writer) -> None:
 def test_gray_of_a_clip_without_colours_is_its_luma_within_rounding(
     tmp_path: Path, pixels: str, options: dict, degrees: int
 ) -> None:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     with av.open(tmp_path / "a.mp4", "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": "10"})
         stream.width, stream.height, stream.pix_fmt = 70, 48, pixels  # rows that the decoder pads
         if degrees:
             turn(stream, degrees)
         for _ in range(4):
-            coarse = np.kron(chance.integers(0, 256, (6, 7), dtype=np.uint8), np.ones((8, 10), np.uint8))
+            coarse = np.kron(rng.integers(0, 256, (6, 7), dtype=np.uint8), np.ones((8, 10), np.uint8))
             frame = av.VideoFrame.from_ndarray(np.repeat(coarse[..., None], 3, -1), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    own, other = load_video(tmp_path / "a.mp4", gray=True).frames, to_gray(load_video(tmp_path / "a.mp4").frames)
-    assert own.shape == other.shape == ((4, 70, 48) if degrees else (4, 48, 70))
-    assert np.abs(own.astype(int) - other).max() <= 2
-    assert np.abs(own.astype(int) - other).mean() < 1
+    one, other = load_video(tmp_path / "a.mp4", gray=True).frames, to_gray(load_video(tmp_path / "a.mp4").frames)
+    assert one.shape == other.shape == ((4, 70, 48) if degrees else (4, 48, 70))
+    assert np.abs(one.astype(int) - other).max() <= 2
+    assert np.abs(one.astype(int) - other).mean() < 1
 
 
 def test_luma_of_another_standard_is_computed_from_the_colours(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_codec_that_is_not_on_the_list(write_video: Writer) -> None:
     assert caught.value.kind == "unsupported"
 
 
-def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+def test_audio_alone_is_no_video(tmp_path: Path) -> None:
     with av.open(tmp_path / "a.mp4", "w") as container:
         stream = container.add_stream("aac", rate=16_000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), format="fltp", layout="mono")

@@ -27,8 +27,8 @@ VIDEO = {"encoder": "image", "budgets": [1, 4, 16], "frames": 4, "frame_counts":
 
 
 def tiled(video: bool = False, **image: Any) -> ModelConfig:
-    own = {"tiling": TilingConfig(), **image}
-    made = tiny.settings(("image",), image=own)
+    image_config = {"tiling": TilingConfig(), **image}
+    made = tiny.settings(("image",), image=image_config)
     if not video:
         return made
     return ModelConfig(llm="none", chat_format="plain", adapter=made.adapter, image=made.image, video=frames())
@@ -60,8 +60,8 @@ def sample(folder: Path, *names: str, name: str = "a", text: str = "what is it?"
 
 
 def asked(processor: ElasticProcessor, samples: list[Sample], budgets: list[str]) -> Batch:
-    own = [Budget.parse(text) for text in budgets]
-    return processor.batch(samples, [processor.load_media(one, budgets=own) for one in samples], for_training=False)
+    parsed = [Budget.parse(text) for text in budgets]
+    return processor.batch(samples, [processor.load_media(one, budgets=parsed) for one in samples], for_training=False)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def asked(processor: ElasticProcessor, samples: list[Sample], budgets: list[str]
 )
 def test_the_prompt_holds_the_tokens_of_every_tile_in_their_order(folder: Path, budget: str) -> None:
     """Against every tile compressed alone and put together by hand; rows of other media stand beside it."""
-    own = tiled()
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiled()
+    model, processor = tiny.model(config), tiny.processor(config)
     batch = asked(processor, [sample(folder, "0.png"), sample(folder, "1.png", "3.png")], [budget])
     expanded = processor.expand(batch, [[Budget.parse(budget)] * 2], left_padding=True)
     with torch.no_grad():
@@ -84,14 +84,14 @@ def test_the_prompt_holds_the_tokens_of_every_tile_in_their_order(folder: Path, 
                     model.model.get_image_features(tile[None], torch.tensor([cost.each])).pooler_output[0]
                     for tile in shown
                 ]
-                for piece, place in order_of(run.extent, cost, processor.tiling).tolist():
-                    expected.append(model.model.newline.vector if piece == NEWLINE else parts[piece][place])
+                for piece, index in order_of(run.extent, cost, processor.tiling).tolist():
+                    expected.append(model.model.newline.vector if piece == NEWLINE else parts[piece][index])
     torch.testing.assert_close(embeds[is_soft], torch.stack(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_without_tiling_nothing_is_new(folder: Path) -> None:
-    own = tiny.settings(("image",))
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiny.settings(("image",))
+    model, processor = tiny.model(config), tiny.processor(config)
     assert model.model.newline is None
     assert not any("newline" in name for name in model.state_dict())
     inputs = processor(sample(folder, "0.png"), "image=4")
@@ -103,23 +103,23 @@ def test_without_tiling_nothing_is_new(folder: Path) -> None:
 def test_budgets_with_different_tiles_are_answered_together_and_encoded_once(
     folder: Path, image: dict[str, Any], num_beams: int
 ) -> None:
-    own = tiled(**image)
-    answerer = Answerer(tiny.model(own, seed=3), tiny.processor(own), Decoding(num_beams, max_new_tokens=4))
+    config = tiled(**image)
+    answerer = Answerer(tiny.model(config, seed=3), tiny.processor(config), Decoding(num_beams, max_new_tokens=4))
     samples = [sample(folder, "0.png", name="a"), sample(folder, "2.png", "3.png", name="b")]
     budgets = ["image=16", "image=4,tiles<=2", "image=2,tiles<=0", "total<=60"]
     batch = asked(answerer.processor, samples, budgets)
     seen: list[int] = []
     tower = answerer.model.model.vision_tower
-    handle = tower.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    handle = tower.register_forward_hook(lambda _, value, __: seen.append(len(value[0])))
     together = answerer.answer_batch(batch, [[Budget.parse(text)] * 2 for text in budgets])
     handle.remove()
     assert len(seen) == 1
     different = [len(media.values) for one in samples for media in load(answerer.processor, one, budgets)]
     assert seen == [sum(different)]
-    for draw, budget in zip(together, budgets, strict=True):
+    for answers, budget in zip(together, budgets, strict=True):
         alone = [answerer.answer_samples([one], [budget])[0] for one in samples]
-        assert [answer.text for answer in draw] == [answer.text for answer in alone]
-        assert [answer.tokens for answer in draw] == [answer.tokens for answer in alone]
+        assert [answer.text for answer in answers] == [answer.text for answer in alone]
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
 
 
 def load(processor: ElasticProcessor, one: Sample, budgets: list[str]) -> list[LoadedMedia]:
@@ -151,8 +151,8 @@ def test_decoded_images_and_files_give_the_same(folder: Path) -> None:
     ("budget", "shown"), [("video=4", [0, 1, 2, 3]), ("video=4,frames=2", [0, 2]), ("video=16,frames=1", [1])]
 )
 def test_frames_are_images_and_fewer_of_them_are_taken_evenly(folder: Path, budget: str, shown: list[int]) -> None:
-    own = tiled(video=True, tiling=None)
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiled(video=True, tiling=None)
+    model, processor = tiny.model(config), tiny.processor(config)
     inputs = processor([sample(folder, "clip.mp4"), sample(folder, "3.png", "clip.mp4")], f"image=9,{budget}")
     values = inputs["pixel_values"]
     assert len(values) == 4 + 1 + 4
@@ -172,14 +172,14 @@ def test_frames_are_images_and_fewer_of_them_are_taken_evenly(folder: Path, budg
 
 
 def test_frames_and_tiles_stand_in_one_batch(folder: Path) -> None:
-    own = tiled(video=True)
-    answerer = Answerer(tiny.model(own, seed=3), tiny.processor(own), Decoding(max_new_tokens=6))
+    config = tiled(video=True)
+    answerer = Answerer(tiny.model(config, seed=3), tiny.processor(config), Decoding(max_new_tokens=6))
     samples = [sample(folder, "clip.mp4", "0.png", name="a"), sample(folder, "1.png", "clip.mp4", name="b")]
     budgets = ["image=16,video=4,frames=2", "image=4,video=4,tiles<=2", "total<=90"]
     batch = asked(answerer.processor, samples, budgets)
     together = answerer.answer_batch(batch, [[Budget.parse(text)] * 2 for text in budgets])
-    for draw, budget in zip(together, budgets, strict=True):
-        for answer, one in zip(draw, samples, strict=True):
+    for answers, budget in zip(together, budgets, strict=True):
+        for answer, one in zip(answers, samples, strict=True):
             alone = answerer.answer_samples([one], [budget])[0]
             assert (answer.text, answer.tokens) == (alone.text, alone.tokens)
     assert together[0][0].tokens["video"] == 2 * 4
@@ -191,9 +191,9 @@ def test_a_total_over_a_video_takes_the_most_tokens_and_then_the_most_frames(fol
     (loaded,) = processor.load_media(sample(folder, "clip.mp4"))
     row = processor.batch([sample(folder, "clip.mp4")], [[loaded]], for_training=False).rows[0]
     for total in range(1, 70):
-        found = [(f * n, f) for f in (1, 2, 4) for n in (1, 4, 16) if f * n <= total]
+        result = [(f * n, f) for f in (1, 2, 4) for n in (1, 4, 16) if f * n <= total]
         (cost,) = row.costs(Budget.parse(f"total<={total}"), processor.space)
-        assert (cost.tokens, cost.frames) == max(found)
+        assert (cost.tokens, cost.frames) == max(result)
 
 
 def test_frames_that_cannot_be_shown_are_refused_with_those_that_can(folder: Path) -> None:
@@ -202,16 +202,16 @@ def test_frames_that_cannot_be_shown_are_refused_with_those_that_can(folder: Pat
         processor(sample(folder, "clip.mp4"), "frames=3")
     with pytest.raises(ValueError, match=r"short\.mp4: the video has 3 frames, and 4 are to be taken from it"):
         processor(sample(folder, "short.mp4"))
-    lips = tiny.processor(tiny.settings(("video",)))
+    video = tiny.processor(tiny.settings(("video",)))
     with pytest.raises(ValueError, match="frames=2: the videos of this model are not frames of images"):
-        lips(sample(folder, "clip.mp4"), "frames=2")
+        video(sample(folder, "clip.mp4"), "frames=2")
 
 
 def test_frames_per_second_take_fewer_of_a_short_clip(folder: Path) -> None:
-    own = tiled()
+    config = tiled()
     video = frames(frames=8, frame_counts=None, sampling="fps", sample_fps=5.0)
-    own = ModelConfig(llm="none", chat_format="plain", image=own.image, video=video)
-    (loaded,) = tiny.processor(own).load_media(sample(folder, "clip.mp4"))
+    config = ModelConfig(llm="none", chat_format="plain", image=config.image, video=video)
+    (loaded,) = tiny.processor(config).load_media(sample(folder, "clip.mp4"))
     assert len(loaded.values) == 4  # 0.96 seconds
 
 
@@ -234,14 +234,14 @@ def test_what_is_too_long_for_the_llm_is_refused_whole(folder: Path) -> None:
 @pytest.mark.parametrize("image", [{}, FLAT], ids=["spatial", "flat"])
 def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str) -> None:
     """Encoder and compressor of every image that is encoded, and of every one that is shown."""
-    own = tiled(video=True, **image)
-    model, processor = tiny.model(own), tiny.processor(own)
-    asked_budget = Budget.parse(budget)
+    config = tiled(video=True, **image)
+    model, processor = tiny.model(config), tiny.processor(config)
+    asked_for = Budget.parse(budget)
     batch = asked(processor, [sample(folder, "0.png" if "image" in budget else "clip.mp4")], [budget])
-    (cost,) = batch.rows[0].costs(asked_budget, processor.space)
+    (cost,) = batch.rows[0].costs(asked_for, processor.space)
     extent = batch.rows[0].runs[0].extent
     counted = request_cost(model.config, items_of(extent, cost), num_prompt_tokens=9, num_new_tokens=1)
-    inputs = processor.expand(batch, [[asked_budget]], left_padding=True).inputs
+    inputs = processor.expand(batch, [[asked_for]], left_padding=True).inputs
     with torch.no_grad():
         with FlopCounterMode(display=False) as encoder, sdpa_kernel(SDPBackend.MATH):
             features = model.model.encode("image", inputs["pixel_values"])
@@ -284,8 +284,8 @@ def test_frames_need_images() -> None:
 @pytest.mark.parametrize("files", [(), ("3.png",), ("clip.mp4",)], ids=["text", "thumbnail", "frames"])
 def test_a_process_without_newlines_still_touches_it(folder: Path, tmp_path: Path, files: tuple[str, ...]) -> None:
     """One process of a group: whatever its rows hold, the gradient of every trained parameter is there."""
-    own = tiled(video=True, tiling=TilingConfig(kind="free", max_tiles=4, merge="flat"))
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiled(video=True, tiling=TilingConfig(kind="free", max_tiles=4, merge="flat"))
+    model, processor = tiny.model(config), tiny.processor(config)
     set_trainables(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
@@ -305,5 +305,5 @@ def test_every_sample_of_a_batch_may_have_its_own_cap(folder: Path) -> None:
     caps = [Budget.parse("total<=60"), Budget.parse("total<=200")]
     loaded = [processor.load_media(one, budgets=[cap]) for one, cap in zip(samples, caps, strict=True)]
     costs = processor.expand(processor.batch(samples, loaded, for_training=False), [caps], left_padding=True).costs
-    first, second = (sum(cost.tokens for cost in own) for own in costs)
+    first, second = (sum(cost.tokens for cost in part) for part in costs)
     assert 30 < first <= 60 < second <= 200

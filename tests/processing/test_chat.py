@@ -54,34 +54,34 @@ def test_a_space_of_the_template_belongs_to_the_word_after_it(tokenizer: PreTrai
 
 
 def test_the_tokenizers_own_template_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     with pytest.raises(ValueError, match="has no chat template"):
-        encoder(own, "chat")
-    own.chat_template = (
+        encoder(other, "chat")
+    other.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    prompt = encoder(own, "chat")([QUESTION, ANSWER])
-    text = own.decode(prompt.ids, skip_special_tokens=False)
+    prompt = encoder(other, "chat")([QUESTION, ANSWER])
+    text = other.decode(prompt.ids, skip_special_tokens=False)
     assert text.replace(" ", "") == "[user]<image><|image_token|></image>whatcolouristhecircle?</s>[assistant]red</s>"
-    assert [t for t in prompt.labels if t != -100] == own.convert_tokens_to_ids(["Ġred", "</s>"])
+    assert [t for t in prompt.labels if t != -100] == other.convert_tokens_to_ids(["Ġred", "</s>"])
 
 
 def test_an_end_of_turn_without_a_role_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     """Of many chats the end of a turn is an added token that only says it is special, beside another end of text."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    own = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    own.add_tokens(AddedToken("<|end|>", special=True))
-    own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|end|>{% endfor %}"
-    prompt = encoder(own, "chat")([QUESTION, ANSWER])
-    assert [t for t in prompt.labels if t != -100] == own.convert_tokens_to_ids(["Ġred", "<|end|>"])
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    other.add_tokens(AddedToken("<|end|>", special=True))
+    other.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|end|>{% endfor %}"
+    prompt = encoder(other, "chat")([QUESTION, ANSWER])
+    assert [t for t in prompt.labels if t != -100] == other.convert_tokens_to_ids(["Ġred", "<|end|>"])
 
 
 def test_a_template_that_drops_a_message_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    own.chat_template = "{{ messages[-1].content }}"
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    other.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ValueError, match="drops, repeats or reorders"):
-        encoder(own, "chat")([QUESTION, ANSWER])
+        encoder(other, "chat")([QUESTION, ANSWER])
 
 
 @pytest.mark.parametrize(
@@ -127,5 +127,5 @@ def test_images_are_numbered_where_that_is_asked_for(tokenizer: PreTrainedTokeni
 
 
 def test_text_without_images_stays_as_it_is() -> None:
-    sound = Message("user", (Media("audio", "a.wav"), Text("what?")))
-    assert number_images([sound, ANSWER]) == [sound, ANSWER]
+    audio = Message("user", (Media("audio", "a.wav"), Text("what?")))
+    assert number_images([audio, ANSWER]) == [audio, ANSWER]

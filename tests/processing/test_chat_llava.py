@@ -36,8 +36,8 @@ def llama_tokenizer(*, legacy: bool) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if legacy:
-        own = Tokenizer.from_str(tokenizer.to_str())
-        return PreTrainedTokenizerFast(tokenizer_object=own, **names)
+        copied = Tokenizer.from_str(tokenizer.to_str())
+        return PreTrainedTokenizerFast(tokenizer_object=copied, **names)
     model = tokenizer.model
     vocabulary = {piece: tokenizer.token_to_id(piece) for piece in tokenizer.get_vocab()}
     return LlamaTokenizer(vocab=vocabulary, merges=_merges(model), legacy=False, add_bos_token=False, **names)
@@ -120,7 +120,7 @@ def test_ids_and_targets_are_those_of_llava(tokenizer: PreTrainedTokenizerFast, 
     assert spoken == " ".join(answer for _, answer in turns).split()
 
 
-def test_the_prompt_of_a_image_is_what_was_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_prompt_of_an_image_is_what_was_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = messages_of([("<image>\nWhat is it?", "A cat."), ("Is it red?", "Yes, it is.")])
     whole, prompt = encoder(tokenizer)(messages), encoder(tokenizer)(messages[:-1], add_generation_prompt=True)
     assert whole.ids[: len(prompt.ids)] == prompt.ids
@@ -140,8 +140,8 @@ def test_llava_plain_drops_the_question_and_learns_caption_and_line_break(tokeni
         caption = tokenizer("A red cat.\n", add_special_tokens=False)["input_ids"]
         assert prompt.ids == [tokenizer.bos_token_id, IMAGE, *caption]
         assert prompt.labels == [-100, -100, *caption]
-    asked = encoder(tokenizer, "llava_plain")(messages_of([("<image>", "x")])[:1], add_generation_prompt=True)
-    assert asked.ids == [tokenizer.bos_token_id, IMAGE]
+    request = encoder(tokenizer, "llava_plain")(messages_of([("<image>", "x")])[:1], add_generation_prompt=True)
+    assert request.ids == [tokenizer.bos_token_id, IMAGE]
 
 
 @pytest.mark.parametrize(

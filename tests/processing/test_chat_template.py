@@ -27,13 +27,13 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 def made(chat_format: str, *, names_images: bool = False, span: bool = False) -> ElasticProcessor:
     """A tiny processor of a chat format; `chat` has a template that writes contents as they come."""
-    own = tiny.processor(tiny.settings(("image",)))
-    tokenizer = copy.deepcopy(own.tokenizer)
+    processor = tiny.processor(tiny.settings(("image",)))
+    tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = OWN if chat_format == "chat" else None
-    media = own.elastic["media"]
+    media = processor.elastic["media"]
     if span:
         media = {"image": {**media["image"], "span": ["<s>", "</s>"]}}
-    elastic = {**own.elastic, "chat_format": chat_format, "media": media, "names_images": names_images}
+    elastic = {**processor.elastic, "chat_format": chat_format, "media": media, "names_images": names_images}
     return ElasticProcessor(tokenizer, elastic=elastic)
 
 

@@ -57,11 +57,11 @@ def test_the_encoders_own_processor_decides_otherwise(parts: dict[str, str]) -> 
 def test_it_is_kept_with_a_run(parts: dict[str, str], tmp_path: Path) -> None:
     from mllm.processing.processor import ElasticProcessor
 
-    own = build_processor(settings(parts, pad_to_square=True))
-    own.save_pretrained(tmp_path)
+    processor = build_processor(settings(parts, pad_to_square=True))
+    processor.save_pretrained(tmp_path)
     image = Image.effect_noise((80, 40), 90).convert("RGB")
     loaded = ElasticProcessor.from_pretrained(tmp_path)
-    assert torch.equal(loaded.transform("image", image).values, own.transform("image", image).values)
+    assert torch.equal(loaded.transform("image", image).values, processor.transform("image", image).values)
 
 
 def test_only_images_can_be_padded() -> None:

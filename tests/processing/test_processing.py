@@ -69,10 +69,10 @@ def _rank(part: Media | Text) -> int:
 
 def test_the_answer_is_asked_for_and_not_shown(made, sample) -> None:
     loaded = [made.load_media(sample)]
-    asked = made.batch([sample], loaded, for_training=False).rows[0]
+    question = made.batch([sample], loaded, for_training=False).rows[0]
     taught = made.batch([sample], loaded, for_training=True).rows[0]
     answer = [*made.tokenizer.encode(" red", add_special_tokens=False), made.tokenizer.eos_token_id]
-    assert [*asked.ids, *answer] == list(taught.ids)
+    assert [*question.ids, *answer] == list(taught.ids)
     assert [label for label in taught.labels if label != -100] == answer
 
 
@@ -92,8 +92,8 @@ def test_a_processor_is_the_same_after_saving(made, sample, tmp_path: Path) -> N
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def both(root: Path, sound: str = "clip.wav") -> Sample:
-    parts = (Media("audio", sound), Media("video", "clip.mp4"), Text("?"))
+def both(root: Path, audio: str = "clip.wav") -> Sample:
+    parts = (Media("audio", audio), Media("video", "clip.mp4"), Text("?"))
     return Sample("both", (Message("user", parts), Message("assistant", (Text("red"),))), task="avsr", root=root)
 
 
@@ -106,11 +106,11 @@ def clip(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_sound_and_video_of_one_clip_agree_in_length_or_are_refused(made, clip) -> None:
+def test_audio_and_video_of_one_clip_agree_in_length_or_are_refused(made, clip) -> None:
     for num_samples in (14_800, 15_999):
         soundfile.write(clip / "clip.wav", np.full(num_samples, 0.1), 16_000)
-        sound, video = made.load_media(both(clip))
-        assert (sound.raw_length, video.raw_length) == (16_000, 25)
+        audio, video = made.load_media(both(clip))
+        assert (audio.raw_length, video.raw_length) == (16_000, 25)
     soundfile.write(clip / "clip.wav", np.full(14_000, 0.1), 16_000)
     with pytest.raises(MediaError, match=r"lasts 0\.875 seconds and the video of the same clip 1\.000") as refusal:
         made.load_media(both(clip))
@@ -216,9 +216,9 @@ def test_an_argument_that_nothing_reads_is_refused_with_the_nearest(made, sample
         made.apply_chat_template([{"role": "user", "content": "hi"}], tools=[])
     asking = [{"role": "user", "content": "hi"}]
     for key, value in {"budget": "image=4", "images": [image], "audio": [], "videos": [], "padding": True}.items():
-        for given in ({key: value}, {"processor_kwargs": {key: value}}):
+        for inputs in ({key: value}, {"processor_kwargs": {key: value}}):
             with pytest.raises(TypeError, match=f"with tokenize false makes a text, which {key} has no part in"):
-                made.apply_chat_template(asking, **given)
+                made.apply_chat_template(asking, **inputs)
     assert made.apply_chat_template(asking, images=None) == made.apply_chat_template(asking)
     with pytest.raises(TypeError, match="the first argument is one mllm sample or several"):
         made([image])
@@ -235,7 +235,7 @@ def test_a_budget_is_taken_in_every_form(made, sample, budget) -> None:
 
 
 @pytest.mark.parametrize("budget", [16, "16", 16.0, None])
-def test_a_bare_number_is_told_what_to_write(made, sample, budget) -> None:
+def test_a_bare_number_is_refused_with_what_to_write(made, sample, budget) -> None:
     with pytest.raises(ValueError, match=r'does not say of what; write the medium: "image=16" for soft tokens'):
         made(text="what?", images=sample.root / "0.png", budget=budget)
 
@@ -244,9 +244,9 @@ def test_several_texts_have_media_of_their_own(made, sample) -> None:
     path, image = sample.root / "0.png", load_image(sample.root / "0.png")
     single = [made(text="what?", images=[path, image], budget="image=4"), made(text="who?", budget="")]
     both = made(text=["what?", "who?"], images=[[path, image], None], budget="image=4")
-    for row, own in enumerate(single):
-        length = own["input_ids"].shape[1]
-        assert both["input_ids"][row, -length:].tolist() == own["input_ids"][0].tolist()
+    for row, one in enumerate(single):
+        length = one["input_ids"].shape[1]
+        assert both["input_ids"][row, -length:].tolist() == one["input_ids"][0].tolist()
         assert both["attention_mask"][row].sum() == length
     assert torch.equal(both["pixel_values"], single[0]["pixel_values"])
     with pytest.raises(ValueError, match="there are 2 texts and 3 entries of image; give one entry per text"):

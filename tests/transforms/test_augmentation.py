@@ -58,22 +58,22 @@ def test_a_short_clip_is_never_masked_as_a_whole() -> None:
 
 def test_masked_steps_are_zero_before_normalisation() -> None:
     augmentation = Augmentation(audio_mask=TimeMask(6_400, 16_000), video_mask=TimeMask(10, 25))
-    chance = rngs_by_purpose(np.random.default_rng(3))
-    heard = augmentation(sound(), chance)
+    rng = rngs_by_purpose(np.random.default_rng(3))
+    heard = augmentation(sound(), rng)
     silent = heard.samples == 0
     assert 0 < silent.sum() < 12_800
     values, _ = Waveform(standardized=True)(heard)
     np.testing.assert_array_equal(values.numpy(), standardize(heard.samples, 1e-7))
-    seen = augmentation(video(), chance)
+    seen = augmentation(video(), rng)
     black = ~seen.frames.any(axis=(1, 2))
     assert 0 < black.sum() < 30
-    lips, _ = LipTransform(size=None, crop_size=8)(seen)
-    assert np.allclose(lips.numpy()[black], -LIP_MEAN / LIP_STD)
+    crops, _ = LipTransform(size=None, crop_size=8)(seen)
+    assert np.allclose(crops.numpy()[black], -LIP_MEAN / LIP_STD)
     np.testing.assert_array_equal(seen.frames[~black], video().frames[~black])
 
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0, 20.0])
-def test_noise_is_mixed_into_the_masked_sound_at_the_ratio_asked(snr_db: float) -> None:
+def test_noise_is_mixed_into_the_masked_audio_at_the_ratio_asked(snr_db: float) -> None:
     noise, mask = sound(4_000, seed=1), TimeMask(6_400, 16_000)
     only_masked = Augmentation(audio_mask=mask)(sound(), rngs_by_purpose(np.random.default_rng(0))).samples
     both = Augmentation(MixNoise(noise, [snr_db]), mask)(sound(), rngs_by_purpose(np.random.default_rng(0))).samples
@@ -103,10 +103,10 @@ def test_videos_are_mirrored_as_often_as_asked_all_frames_alike() -> None:
 def test_switching_one_part_on_changes_no_other() -> None:
     noise, mask = MixNoise(sound(4_000, seed=1), [0.0]), TimeMask(10, 25)
     alone = Augmentation(video_mask=mask)(video(), rngs_by_purpose(np.random.default_rng(5)))
-    chance = rngs_by_purpose(np.random.default_rng(5))
+    rng = rngs_by_purpose(np.random.default_rng(5))
     together = Augmentation(noise, TimeMask(6_400, 16_000), mask)
-    together(sound(), chance)
-    np.testing.assert_array_equal(together(video(), chance).frames, alone.frames)
+    together(sound(), rng)
+    np.testing.assert_array_equal(together(video(), rng).frames, alone.frames)
 
 
 def test_images_pass() -> None:

@@ -34,9 +34,9 @@ def plain_filterbank(samples: np.ndarray) -> list[list[float]]:
 @pytest.mark.parametrize("num_samples", [1, 400, 401, 560, 561, 3000])
 def test_frames_are_those_of_the_definition(num_samples: int) -> None:
     samples = np.random.default_rng(0).normal(0, 0.1, num_samples).astype(np.float32)
-    found = log_filterbank(samples)
-    np.testing.assert_allclose(found, plain_filterbank(samples), rtol=1e-5, atol=1e-5)
-    assert len(stacked_filterbank(samples)) == num_stacked_frames(num_samples) == math.ceil(len(found) / 4)
+    result = log_filterbank(samples)
+    np.testing.assert_allclose(result, plain_filterbank(samples), rtol=1e-5, atol=1e-5)
+    assert len(stacked_filterbank(samples)) == num_stacked_frames(num_samples) == math.ceil(len(result) / 4)
 
 
 def test_four_frames_in_their_order_make_one_of_zero_mean_and_unit_variance() -> None:
@@ -49,7 +49,7 @@ def test_four_frames_in_their_order_make_one_of_zero_mean_and_unit_variance() ->
     assert num_stacked_frames(10 * 16_000) == 250
 
 
-def test_silence_is_finite_and_no_sound_is_refused() -> None:
+def test_silence_is_finite_and_no_audio_is_refused() -> None:
     assert np.isfinite(stacked_filterbank(np.zeros(5000, np.float32))).all()
     with pytest.raises(ValueError, match="audio of 0 samples is too short"):
         num_stacked_frames(0)

@@ -17,11 +17,11 @@ def expected(samples: np.ndarray, extractor: WhisperFeatureExtractor) -> np.ndar
 @pytest.mark.parametrize("num_bins", [80, 128])
 def test_every_length_equals_the_feature_extractor(num_bins: int) -> None:
     extractor = WhisperFeatureExtractor(feature_size=num_bins)
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     # Also where the frames that are computed come to just fill a block, or just fail to.
     edges = [FRAME_BLOCK * 160 * blocks - 200 + step for blocks in (1, 5, 46) for step in (-1, 0, 1)]
-    for length in [*LENGTHS, *edges, *chance.integers(1, 480_000, 12)]:
-        samples = (0.1 * chance.standard_normal(length)).astype(np.float32)
+    for length in [*LENGTHS, *edges, *rng.integers(1, 480_000, 12)]:
+        samples = (0.1 * rng.standard_normal(length)).astype(np.float32)
         assert np.array_equal(whisper_log_mel(samples, extractor).numpy(), expected(samples, extractor)), length
 
 
@@ -45,7 +45,7 @@ def test_other_windows_and_other_layouts_of_samples() -> None:
     assert np.array_equal(mel.numpy(), expected(samples, extractor))
 
 
-def test_an_extractor_that_pads_with_sound_is_followed() -> None:
+def test_an_extractor_that_pads_with_audio_is_followed() -> None:
     extractor = WhisperFeatureExtractor(padding_value=0.5)
     samples = np.zeros(16_000, dtype=np.float32)
     assert np.array_equal(whisper_log_mel(samples, extractor).numpy(), expected(samples, extractor))

@@ -27,7 +27,7 @@ def test_the_ratio_after_mixing_is_the_one_asked_for(snr_db: float, num_noise: i
     assert mixed.samples.dtype == np.float32
 
 
-def test_the_noise_is_a_contiguous_piece_that_chance_chooses() -> None:
+def test_the_noise_is_a_contiguous_piece_chosen_at_random() -> None:
     noise = Audio(np.arange(1, 1_001, dtype=np.float32), 16_000)
     mix = MixNoise(noise, 0.0)
     added = [
@@ -40,7 +40,7 @@ def test_the_noise_is_a_contiguous_piece_that_chance_chooses() -> None:
     assert np.sum(~np.isclose(steps, np.median(steps), rtol=1e-2)) <= 1  # one jump at most: where the noise repeats
 
 
-def test_one_of_several_ratios_is_drawn_and_none_is_clean() -> None:
+def test_one_of_several_ratios_is_taken_and_none_is_clean() -> None:
     speech, mix = sound(), MixNoise(sound(seed=1), [None, 0.0, 10.0])
     seen = set()
     for number in range(60):
@@ -54,7 +54,7 @@ def test_one_of_several_ratios_is_drawn_and_none_is_clean() -> None:
 @pytest.mark.parametrize(
     ("num_noise", "gap"), [(20_000, (3_000, 11_000)), (20_000, (0, 19_990)), (20_000, (15, 20_000))]
 )
-def test_where_noise_is_silent_another_stretch_is_drawn(num_noise: int, gap: tuple[int, int]) -> None:
+def test_where_noise_is_silent_another_stretch_is_taken(num_noise: int, gap: tuple[int, int]) -> None:
     """As of a recording with pauses of digital silence: every sound gets its ratio, from all over what is heard."""
     samples = sound(num_noise, seed=1).samples.copy()
     samples[slice(*gap)] = 0
@@ -70,7 +70,7 @@ def test_where_noise_is_silent_another_stretch_is_drawn(num_noise: int, gap: tup
     assert len(firsts) > 120
 
 
-def test_a_stretch_that_is_heard_is_drawn_as_ever() -> None:
+def test_a_stretch_that_is_heard_is_taken_as_ever() -> None:
     """Only silent draws are drawn again: noise without gaps gives what it gave before, to the sample."""
     noise, speech = sound(5_000, seed=1), sound(300)
     start = int(_advanced(random_generator(0, 0, "a", "noise")).integers(5_000))
@@ -87,15 +87,15 @@ def _advanced(generator: np.random.Generator) -> np.random.Generator:
 
 
 def test_noise_that_cannot_be_mixed() -> None:
-    chance, silence = random_generator(0, 0, "a", "noise"), Audio(np.zeros(100, np.float32), 16_000)
+    rng, silence = random_generator(0, 0, "a", "noise"), Audio(np.zeros(100, np.float32), 16_000)
     with pytest.raises(ValueError, match="the audio is silent"):
-        MixNoise(sound(), 0.0)(silence, chance)
+        MixNoise(sound(), 0.0)(silence, rng)
     with pytest.raises(ValueError, match="the noise is silent throughout"):
         MixNoise(silence, 0.0)
     with pytest.raises(ValueError, match="cannot be mixed at 200 dB: rounding would make it"):
-        MixNoise(sound(), 200.0)(sound(seed=1), chance)
+        MixNoise(sound(), 200.0)(sound(seed=1), rng)
     with pytest.raises(ValueError, match="one sample rate, got 16000 and 8000 Hz"):
-        MixNoise(sound(rate_hz=8_000), 0.0)(sound(), chance)
+        MixNoise(sound(rate_hz=8_000), 0.0)(sound(), rng)
     for bad in (math.inf, math.nan, []):
         with pytest.raises(ValueError, match="snr_db must be"):
             MixNoise(sound(), bad)

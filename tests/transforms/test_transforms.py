@@ -70,7 +70,7 @@ def test_whisper_mel_equals_the_feature_extractor(standardized: bool) -> None:
     torch.testing.assert_close(values, expected)
 
 
-def test_sound_that_does_not_fit_is_refused() -> None:
+def test_audio_that_does_not_fit_is_refused() -> None:
     mel = WhisperMel(WhisperFeatureExtractor(feature_size=80, chunk_length=2))
     assert mel(sound(32_000))[0].shape == (80, 200)
     with pytest.raises(ValueError, match=r"lasts 2\.01 seconds, the encoder's window is 2 seconds"):
@@ -81,7 +81,7 @@ def test_sound_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("colour", [False, True])
-def test_lips_without_chance_are_the_normalised_centre(colour: bool) -> None:
+def test_crops_of_evaluation_are_the_normalised_centre(colour: bool) -> None:
     video = clip(colour=colour)
     values, length = LipTransform(size=96, crop_size=88)(video)
     gray = to_gray(video.frames) if colour else video.frames
@@ -91,7 +91,7 @@ def test_lips_without_chance_are_the_normalised_centre(colour: bool) -> None:
     np.testing.assert_allclose(values.numpy(), expected, atol=1e-5)
 
 
-def test_lips_with_chance_are_one_crop_for_the_whole_clip() -> None:
+def test_crops_at_random_are_one_crop_for_the_whole_clip() -> None:
     video = clip(3, 20, 18)
     transform = LipTransform(size=None, crop_size=16)
     pieces = {
@@ -99,13 +99,13 @@ def test_lips_with_chance_are_one_crop_for_the_whole_clip() -> None:
         for top in range(5)
         for left in range(3)
     }
-    places = set()
+    positions = set()
     for epoch in range(150):
         crop = transform(video, random_generator(0, epoch, "a", "crop"))[0][:, 0].double()
-        found = [place for place, piece in pieces.items() if torch.allclose(crop, piece, atol=1e-5)]
-        assert len(found) == 1
-        places.add(found[0])
-    assert places == set(pieces)
+        result = [index for index, piece in pieces.items() if torch.allclose(crop, piece, atol=1e-5)]
+        assert len(result) == 1
+        positions.add(result[0])
+    assert positions == set(pieces)
     again = [transform(video, random_generator(0, 5, "a", "crop"))[0] for _ in range(2)]
     assert torch.equal(*again)
 
