@@ -22,7 +22,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """Says what is refused, whoever asks. Raise a limit for your own files, lower it for strangers'.
+    """Holds the limits of media files: what is above one is refused, whoever asks. Raise a limit for your own files,
+    lower it for strangers'.
 
     The defaults stop files of a few kilobytes that unpack to gigabytes; LRS3 and VQA material is far below them,
     except that a few LRS3 pretraining clips are minutes long.

@@ -335,7 +335,7 @@ def test_segments_are_as_long_as_the_limit_allows() -> None:
     ):
         segments = plan_segments(words, limit)
         assert [segment.text for segment in segments] == expected
-        assert all(segment.end - segment.start <= limit for segment in segments)
+        assert all(segment.end_seconds - segment.start_seconds <= limit for segment in segments)
     with pytest.raises(ValueError, match=r"the word 'TWO' lasts 0\.36 seconds, above 0\.35"):
         plan_segments(words, 0.35)
     with pytest.raises(ValueError, match="a row of the table of words must be WORD START END, got 'ONE x'"):

@@ -31,8 +31,8 @@ class Word:
     """Holds a word and when it is said, in seconds from the start of the clip."""
 
     text: str
-    start: float
-    end: float
+    start_seconds: float
+    end_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class Segment:
     words: tuple[Word, ...]
 
     @property
-    def start(self) -> float:
+    def start_seconds(self) -> float:
         """Say when its first word begins."""
-        return self.words[0].start
+        return self.words[0].start_seconds
 
     @property
-    def end(self) -> float:
+    def end_seconds(self) -> float:
         """Say when its last word ends."""
-        return self.words[-1].end
+        return self.words[-1].end_seconds
 
     @property
     def text(self) -> str:
@@ -117,7 +117,7 @@ def parse_text(content: str) -> tuple[str, list[Word]]:
             words.append(Word(_bare(fields[0]), float(fields[1]), float(fields[2])))
         except (IndexError, ValueError) as error:
             raise ValueError(f"a row of the table of words must be WORD START END, got {line!r}") from error
-    if any(word.end < word.start for word in words):
+    if any(word.end_seconds < word.start_seconds for word in words):
         raise ValueError("a word ends before it begins")
     return _bare(lines[0].removeprefix("Text:")).strip(), words
 
@@ -130,9 +130,10 @@ def plan_segments(words: Sequence[Word], max_seconds: float) -> list[Segment]:
     """
     groups: list[list[Word]] = []
     for word in words:
-        if word.end - word.start > max_seconds:
-            raise ValueError(f"the word {word.text!r} lasts {word.end - word.start:.2f} seconds, above {max_seconds:g}")
-        if groups and word.end - groups[-1][0].start <= max_seconds:
+        seconds = word.end_seconds - word.start_seconds
+        if seconds > max_seconds:
+            raise ValueError(f"the word {word.text!r} lasts {seconds:.2f} seconds, above {max_seconds:g}")
+        if groups and word.end_seconds - groups[-1][0].start_seconds <= max_seconds:
             groups[-1].append(word)
         else:
             groups.append([word])
@@ -165,7 +166,7 @@ def _utterances(
         yield whole
         return
     try:
-        seconds = words[-1].end if words else header_seconds("video", gathering.root / video)
+        seconds = words[-1].end_seconds if words else header_seconds("video", gathering.root / video)
         if seconds <= limit:
             yield whole
             return

@@ -46,10 +46,10 @@ class Cutter:
         ]
 
     def _write(self, stem: str, segment: Segment, frames: np.ndarray, samples: np.ndarray | None) -> Piece:
-        first, last = (round(time * FRAMES_PER_SECOND) for time in (segment.start, segment.end))
+        first, last = (round(time * FRAMES_PER_SECOND) for time in (segment.start_seconds, segment.end_seconds))
         last = min(last, len(frames))
         if first >= last:
-            raise ValueError(f"the clip has {len(frames)} frames, none of them from {segment.start} seconds on")
+            raise ValueError(f"the clip has {len(frames)} frames, none of them from {segment.start_seconds} seconds on")
         target = self.root / stem
         target.parent.mkdir(parents=True, exist_ok=True)
         per_frame = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
