@@ -51,7 +51,7 @@ def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLi
     The rate is read from the file; another one is resampled by a polyphase filter, always the same one, so that a
     result does not depend on which audio packages are installed. Channels are averaged. Samples are not clipped.
     A file that was cut off is refused where its format states a length; MP3, AAC and Ogg state none, and there it
-    reads as a shorter audio.
+    reads as shorter audio.
 
     Raises:
         MediaError: missing, refused, unsupported (format, codec, no audio stream), corrupt (also NaN or infinite
@@ -64,7 +64,7 @@ def load_audio(path: MediaFile, sample_rate_hz: int = 16_000, *, limits: MediaLi
     with open_media(path, limits.audio_bytes, "audio_bytes") as file:
         container = sniff(file)
         if container is None or container[0] == "image":
-            raise MediaError("unsupported", name, "neither an audio a video file of a known format")
+            raise MediaError("unsupported", name, "neither an audio nor a video file of a known format")
         read = _read_audio_file if container[0] == "audio" and container[1] != "aac" else _read_video_file
         samples, rate_hz = read(name, file, limits, deadline)
     if not np.isfinite(samples).all():

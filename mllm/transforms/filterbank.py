@@ -23,7 +23,7 @@ NORM_EPSILON = 1e-5
 
 
 def num_stacked_frames(num_samples: int) -> int:
-    """Return T of an audio of L samples; the last window is filled up with zeros.
+    """Return T of audio of L samples; the last window is filled up with zeros.
 
     Raises:
         ValueError: audio without samples.
