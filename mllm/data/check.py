@@ -86,7 +86,7 @@ def check_manifest(
     paths = RootedPaths(root)
     opener = (loader or MediaLoader()) if open_media else None
     with naming_format(path, "manifest"), open(path, "rb"):
-        pass
+        pass  # a folder is refused here, with the format it seems to be in, before any row is read
     for row in scan_manifest(path, root):
         report.num_rows += 1
         problems = list(row.problems)
@@ -97,6 +97,7 @@ def check_manifest(
         report.problems += [Problem(row.line_number, message) for message in problems]
     if not report.num_rows:
         report.problems.append(Problem(1, "the manifest holds no sample"))
+    # First, since all the problems of rows below it are of one cause.
     if not report.num_samples and (hint := wrong_format(Path(path), "manifest")):
         report.problems.insert(0, Problem(None, hint))
     return report
@@ -146,7 +147,7 @@ def _media_problems(sample: Sample, paths: RootedPaths, opener: MediaLoader | No
             raws.append(None if opener is None else opener(part.medium, path))
         except MediaError as error:
             problems.append(f"{part.medium} {part.path}: {error.reason} ({error.kind})")
-    if opener is not None and not problems:
+    if opener is not None and not problems:  # lengths are compared of what could be decoded, and of nothing less
         problems += _mismatches(sample, raws, opener.max_mismatch_seconds)
     if opener is not None and not problems:
         for part, raw in zip(sample.media, raws, strict=True):

@@ -116,6 +116,7 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         """Load a batch at once; a data loader calls this where it is defined."""
         sample_keys = [_sample_key(key) for key in keys]
         items = [item for part in self._parts(sample_keys) for item in self._group(part)]
+        # Chosen by the batch alone, so that a resumed run substitutes what the uninterrupted one does.
         epoch, index = sample_keys[-1]
         for step in range(1, MAX_SUBSTITUTES + 1):
             if not all(isinstance(item, SkippedSample) for item in items):
@@ -161,6 +162,7 @@ class Collator(Generic[Encoded]):
         try:
             batch = self._encode(good) if good else None
         except ValueError:
+            # One sample that the model cannot take spoils the whole batch; which one shows when each is tried alone.
             refused = [] if self.skip_log is None else self._refused(good)
             if not refused:
                 raise

@@ -37,7 +37,7 @@ def guess_format(source: Path) -> Format | None:
         return "parquet"
     if head[257:262] == b"ustar":
         return "webdataset"
-    text = head.decode("utf-8-sig", errors="ignore")
+    text = head.decode("utf-8-sig", errors="ignore")  # the head may end in the midst of a character
     row = _first_row(text)
     return _of_lines(text) if row is None else _of_row(row)
 
@@ -110,6 +110,7 @@ def _of_lines(text: str) -> Format | None:
     lines = [line for line in text.splitlines() if line.strip()][:2]
     if not lines:
         return None
+    # The first line of a list of fairseq is a folder; rows begin with the second.
     if len(lines) == 2 and lines[1].count("\t") >= 1 and lines[1].rsplit("\t", 1)[1].strip().isdecimal():
         return "fairseq"
     match = _ID.match(lines[0])

@@ -89,6 +89,7 @@ def stated_id(row: Mapping[str, Any], default: str) -> str:
     stated = row.get("id")
     if stated is None:
         return default
+    # A boolean is a whole number for Python, and no id for people.
     if isinstance(stated, bool) or not isinstance(stated, str | int):
         raise ValueError(f"id: must be a string or a whole number, got {shown_type(stated)}")
     return str(stated)
@@ -101,6 +102,7 @@ def json_rows(path: Path, listing: Listing) -> Iterator[Entry]:
         ValueError: a file that begins like a list and is none.
         OSError: the file cannot be read.
     """
+    # Suffixes say nothing: lists are called .jsonl and lines .json. Lines are read one by one, a list at once.
     if not _begins_as_list(path):
         yield from (Entry(number, number, row) for number, row in json_lines(path, listing))
         return

@@ -145,7 +145,7 @@ class _Reader:
         for turn in turns:
             if turn["from"] != "gpt":
                 (kept if turn["value"].strip() else lost).append(turn)
-            elif not kept or kept[-1]["from"] != "human":
+            elif not kept or kept[-1]["from"] != "human":  # the loss would teach to speak unasked
                 self.counts[_UNASKED] += 1
                 lost.append(turn)
             elif not turn["value"].strip():
@@ -153,6 +153,7 @@ class _Reader:
                 lost.append(kept.pop())
             else:
                 kept.append(turn)
+        # A question at the end would be read as context and never answered.
         while kept and kept[-1]["from"] == "human":
             self.counts[_UNANSWERED] += 1
             lost.append(kept.pop())

@@ -129,6 +129,7 @@ def scan_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
             problems = [f"id: {sample.id!r} was already used on line {first_line_of[sample.id]}"]
         elif sample is not None:
             first_line_of[sample.id] = line_number
+        # A line that repeats an id is bad itself, and does not take the id from the first.
         yield ManifestLine(line_number, None if problems else sample, tuple(problems))
 
 
@@ -147,6 +148,7 @@ def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> N
         with open(aside, "w", encoding="utf-8", newline="\n") as file:
             for sample in samples:
                 row = _row_of(sample)
+                # Looked through as if it had been read: what is written here must be readable wherever it goes.
                 problems = _Inspector().row_problems(row)
                 if sample.id in ids:
                     problems.append("id: used twice")
@@ -165,6 +167,7 @@ def rerooted(sample: Sample, folder: Path) -> Sample:
     Raises:
         ValueError: the folder is not above the root, or is called what no path may be.
     """
+    # Links stay as they are: a root that is one may be moved together with what it leads to.
     between = Path(os.path.abspath(sample.root)).relative_to(os.path.abspath(folder)).as_posix()
     prefix = "" if between == "." else f"{between}/"
     if prefix and (problem := path_problem(between)):

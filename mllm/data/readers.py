@@ -80,7 +80,7 @@ def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], c
         OSError: the file or folder cannot be read.
         ValueError: a folder is no format of files, or a file none of folders; what it seems to be is named.
     """
-    listing = Listing()
+    listing = Listing()  # what remains where the file as a whole raises
     with naming_format(source, config.format), listing.noting(source, is_whole=True):
         listing = READERS[config.format](Path(source), Path(root), config)
     if not listing.samples and (hint := wrong_format(Path(source), config.format)):

@@ -129,6 +129,7 @@ def _in_order(medium: str, members: list[tuple[str, str]], row: dict[str, Any]) 
 def _content(stream: Any, member: tarfile.TarInfo) -> bytes:
     if member.size > MAX_LINE_BYTES:
         raise ValueError(f"{member.name} is longer than {MAX_LINE_BYTES} bytes")
+    # `pread` leaves the position alone, from which tarfile goes on to the next header.
     return os.pread(stream.fileno(), member.size, member.offset_data)
 
 

@@ -97,7 +97,7 @@ def open_table(file: Path) -> "Iterator[Table]":
     try:
         yield _Parquet(file) if file.suffix == ".parquet" else _Arrow(file)
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's own have no number
             raise
         raise ValueError(f"{file}: not a table that pyarrow reads: {error}") from error
 
@@ -127,6 +127,7 @@ class _Parquet:
         wanted = [leaf for leaf in leaves if leaf.split(".")[0] in plain]
         for name in media:
             leaves_of_column = [leaf for leaf in leaves if leaf.split(".")[0] == name]
+            # Any key beside the bytes says as well whether a cell is empty, and is much smaller.
             wanted += [leaf for leaf in leaves_of_column if not leaf.endswith(".bytes")] or leaves_of_column
         yield from self._file.iter_batches(batch_size=size, columns=wanted, use_threads=False)
 

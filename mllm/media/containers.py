@@ -51,7 +51,7 @@ def open_stream(
         codec = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
         if codec not in codecs and not codec.startswith("pcm_"):
             raise MediaError("unsupported", name, f"the {medium} codec must be one of {', '.join(codecs)}")
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = 1  # set before the first frame: the codec is opened then
         stream.codec_context.options = options
         yield container, stream
     finally:

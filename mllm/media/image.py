@@ -86,6 +86,7 @@ def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterato
         MediaError: unsupported, corrupt, or limit.
     """
     try:
+        # Named alone, so that Pillow tries no other reader: what `sniff` saw is what it is taken for.
         image = Image.open(without_notes(file) if kind == "png" else file, formats=(_PILLOW[kind],))
         pages = getattr(image, "n_frames", 1) if kind == "tiff" else 1
     except Image.DecompressionBombError as error:
@@ -94,7 +95,7 @@ def opened(name: str, file: BinaryIO, kind: str, limits: MediaLimits) -> Iterato
         raise MediaError("corrupt", name, "the header of the image cannot be read") from error
     with image:
         _check_pixels(name, image.size, limits)
-        if pages > 1:
+        if pages > 1:  # which of them is meant, nothing says
             raise MediaError("unsupported", name, f"the file has {pages} pages, and only single images are read")
         if image.mode not in MODES:
             raise MediaError("unsupported", name, f"pixels must be of one of the kinds {', '.join(MODES)}")
@@ -122,6 +123,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
+        # White, as browsers show it; dropping the alpha instead would bring out colours that nobody sees.
         layer = image.convert("RGBA")
         page = Image.new("RGB", layer.size, "white")
         page.paste(layer, mask=layer.getchannel("A"))

@@ -199,6 +199,7 @@ def _audio(value: MediaInput) -> Audio:
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
     """Return samples as float32 within -1..1, whole numbers divided by what their type holds, as a WAV file's are."""
+    # By the type's lowest value, not its highest, so that full scale is exactly -1 as WAV readers have it.
     if samples.dtype in (np.int16, np.int32):
         return (samples / float(-np.iinfo(samples.dtype).min)).astype(np.float32)
     if not np.issubdtype(samples.dtype, np.floating):
@@ -221,6 +222,7 @@ def _video(value: MediaInput) -> Video:
     if not _is_array(value):
         raise ValueError(f"video is {_named(value)}; {_allowed('video')}")
     frames = _array(value)
+    # (T, 3, H, W) of torch; frames that are 3 wide as well are taken as (T, H, W, 3).
     if frames.ndim == 4 and frames.shape[1] == 3 and frames.shape[-1] != 3:
         frames = frames.transpose(0, 2, 3, 1)
     # Three axes that end in colours are an image, which would pass for grey frames of a few columns.

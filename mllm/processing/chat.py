@@ -240,6 +240,7 @@ class ChatEncoder:
             for turn_slots, (_, written) in zip(slots, plans, strict=True)
             for slot, text in zip(turn_slots, written, strict=True)
         ]
+        # Two streams, read in the order of the slots: each slot takes the next text of its own way of reading.
         read = {
             continues: iter(self._plain([text for text, goes_on in texts if goes_on == continues], continues=continues))
             for continues in (False, True)

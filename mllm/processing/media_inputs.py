@@ -69,7 +69,7 @@ def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) 
             continue
         for cuts_of_item, cost in zip(cuts, costs, strict=True):
             cuts_of_item += [cost.tiles] if cost.tiles is not None and cost.tiles not in cuts_of_item else []
-    if not any(cuts):
+    if not any(cuts):  # a budget that one image cannot meet may suit another; only if none suits any, it is an error
         raise refusals[0]
     return [tuple(cuts_of_item) for cuts_of_item in cuts]
 
@@ -106,6 +106,7 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for medium, key in (("image", "pixel_values"), ("audio", "audio_values"), ("video", "video_values")):
         of_medium = [item for item in items if item.encoder == medium]
+        # Tiles and frames are encoded images like any other, so images with and without tiles share one tensor.
         if any(item.values.ndim == 4 for item in of_medium) and medium == "image":
             out[key] = torch.cat([item.values.view(-1, *item.values.shape[-3:]) for item in of_medium])
         elif of_medium:
@@ -136,6 +137,8 @@ class ItemNumbers:
 
     def __call__(self, item: LoadedMedia) -> int:
         """Return the number of an item among those of its encoder."""
+        # By identity, not by value: comparing pixels would cost more than encoding them twice. The length belongs to
+        # the key because `as_long_as_longest` changes it without copying values.
         key = (item.medium, id(item.values), item.raw_length)
         if key in self._known:
             return self._known[key]

@@ -77,6 +77,7 @@ class ProcessorCalls(ProcessorMixin):
         if (samples is None) == (text is None):
             raise ValueError("give either samples or text, and not both")
         if samples is None:
+            # Without padding one row is still a batch, so only several are refused.
             texts = [text] if isinstance(text, str) else list(text or ())
             _check_form(return_tensors, padding or len(texts) == 1)
             if any(isinstance(one, RenderedChat) for one in texts):

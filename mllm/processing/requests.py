@@ -75,6 +75,7 @@ def read_rows(media: Mapping[str, Any], texts: Sequence[str], *, separator: str 
     entries: dict[str, list[Any]] = {}
     for medium, values in media.items():
         items = list(values) if isinstance(values, list | tuple) else items_of(medium, values)
+        # For one text a flat list is its items; with several texts it would be unclear whose they are.
         if len(texts) == 1 and items and not isinstance(items[0], list | tuple):
             items = [items]
         if values is not None and len(items) != len(texts):

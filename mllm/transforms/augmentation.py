@@ -22,7 +22,7 @@ RngFor = Callable[[str], np.random.Generator]
 
 def rngs_by_purpose(generator: np.random.Generator) -> RngFor:
     """Return generators by purpose; they depend on the one passed in alone, from which one number is taken."""
-    key = int(generator.integers(2**63))
+    key = int(generator.integers(2**63))  # one number, however many parts there are: each makes a generator of it
     return lambda purpose: random_generator(key, 0, "", purpose)
 
 
@@ -56,7 +56,7 @@ class TimeMask:
         """Return a masked copy of (L,) samples or (T, ...) frames."""
         masked = values.copy()
         for _ in range(self.count(len(values))):
-            length = int(generator.integers(min(self.window, len(values))))
+            length = int(generator.integers(min(self.window, len(values))))  # 0 up to, and not including, the window
             start = int(generator.integers(len(values) - length + 1))
             masked[start : start + length] = 0
         return masked
@@ -106,6 +106,7 @@ class Augmentation:
     def _video(self, video: Video, rng_for: RngFor) -> Video:
         if self.video_mask is not None:
             video = replace(video, frames=self.video_mask(video.frames, rng_for("video mask")))
+        # The number is taken whatever the probability, which costs nothing since no other part sees this generator.
         if rng_for("flip").random() < self.flip_probability:
             video = replace(video, frames=np.ascontiguousarray(video.frames[:, :, ::-1]))
         return video

@@ -91,6 +91,7 @@ def read_fairseq(source: Path, root: Path, config: ReaderConfig) -> Listing:
     texts = read_text(words).removesuffix("\n").split("\n")
     if not rows or len(texts) != len(rows) - 1:
         raise ValueError(f"{words} has {len(texts)} lines for {max(len(rows) - 1, 0)} clips in {source}")
+    # Texts are matched by number of line, so a line that cannot be read still counts (`lines_and_gaps`).
     base = _base_of(rows[0][1] or "", root)
     for (line_number, line), text in zip(rows[1:], texts, strict=True):
         if line is None:

@@ -113,12 +113,13 @@ class Gathering:
         problems = [*_problems_of(utterance, text), *_lacking(utterance, tasks)]
         if utterance.name in self._named_at:
             problems.append(f"the clip {utterance.name!r} was already named at {self._named_at[utterance.name]}")
-        missing = {} if problems else self._missing(utterance, problems)
+        missing = {} if problems else self._missing(utterance, problems)  # which may add to the problems
         for message in problems:
             self.listing.note(location.path, line_number, message)
         if problems:
             return
         self._named_at[utterance.name] = str(location).removesuffix(": ")
+        # Samples whose files are not there are kept: lists are often read before the media arrive.
         self.listing.missing += [replace(location, message=message) for message in missing.values()]
         for task in tasks:
             sample = self._sample(utterance, task, text)

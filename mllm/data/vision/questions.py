@@ -66,6 +66,7 @@ class Questions:
     def add_all(self, file: Path, rows: Sequence[Any], make: Callable[[Any], Question | None]) -> None:
         """Add every row of a file that is one list."""
         for number, row in enumerate(rows):
+            # Bound as a default, since a lambda would otherwise see the last row of the loop.
             self.add((file, None), lambda row=row: make(row), what=f"entry {number}")
 
     def add_lines(self, file: Path, make: Callable[[Any], Question | None]) -> None:
@@ -88,6 +89,7 @@ class Questions:
             said = Counter(answer for answer in question.answers if answer.strip())
             if not said:
                 raise ValueError(f"all answers to {question.id!r} are empty")
+            # Of several annotators the answer most gave; of equals the first. All of them go to `meta.answers`.
             messages.append({"role": "assistant", "content": said.most_common(1)[0][0]})
         else:
             meta["unanswered"] = True
@@ -100,7 +102,7 @@ class Questions:
 
 
 def _parts_of(question: Question) -> list[dict[str, str]]:
-    pieces = _NUMBERED.split(question.text)
+    pieces = _NUMBERED.split(question.text)  # texts and, at odd positions, the numbers between them
     if len(pieces) == 1:
         images = [{"type": "image", "path": image} for image in question.images]
         return [*images, {"type": "text", "text": f"\n{question.text}"}]

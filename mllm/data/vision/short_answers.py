@@ -86,6 +86,7 @@ def read_textvqa(source: Path, root: Path, config: ReaderConfig) -> Listing:
     images = folder_of(root, ("train_images",), named=config.images)
 
     def make(row: dict[str, Any]) -> Question:
+        # LLaVA's file gives the image's id as that of the question, so the words are needed to tell questions apart.
         lines = text_at(row, "text").split("\n")
         question = next((line for line in lines if not line.startswith((OCR_LINE, SHORT))), "")
         question = question.removeprefix("Question: ")
