@@ -34,7 +34,7 @@ def png(shade: int = 0) -> bytes:
 
 
 def mutated(tree: Any, rng: np.random.Generator) -> Any:
-    """A copy of a row in which one place, or a few, hold something else, or nothing."""
+    """Return a copy of a row in which one place, or a few, hold something else, or nothing."""
     tree = copy.deepcopy(tree)
     for _ in range(int(rng.integers(1, 4))):
         positions = list(_places(tree))
@@ -54,7 +54,7 @@ def mutated(tree: Any, rng: np.random.Generator) -> Any:
 
 
 def mutated_bytes(line: bytes, rng: np.random.Generator) -> bytes:
-    """A line in which pieces were put or cut out."""
+    """Return a line in which pieces were put or cut out."""
     for _ in range(int(rng.integers(1, 4))):
         index = int(rng.integers(len(line) + 1))
         cut = int(rng.integers(4)) if rng.random() < 0.5 else 0
@@ -79,7 +79,7 @@ def as_json(value: Any) -> bytes:
 
 
 def json_line(row: Any, rng: np.random.Generator) -> bytes:
-    """A row as a line, mostly with a broken tree, sometimes with broken bytes."""
+    """Return a row as a line, mostly with a broken tree, sometimes with broken bytes."""
     return mutated_bytes(as_json(row), rng) if rng.random() < 0.3 else as_json(mutated(row, rng))
 
 
@@ -99,7 +99,7 @@ def _lines(name: str, row: Any, others: Callable[[Path, np.random.Generator], No
 
 
 def _whole(name: str, row: Any, key: str | None = None, others: Any = None) -> Writer:
-    """A file that is one JSON list, or holds one under a key."""
+    """Return a writer of a file that is one JSON list, or holds one under a key."""
 
     def write(root: Path, num: int, rng: np.random.Generator) -> Path:
         rows = [row, *(mutated(row, rng) for _ in range(num))]
@@ -112,7 +112,7 @@ def _whole(name: str, row: Any, key: str | None = None, others: Any = None) -> W
 
 
 def _notes(name: str, notes: Any, kind: str = "tree") -> Callable[[Path, np.random.Generator], None]:
-    """A file of answers beside the questions, broken itself half of the time."""
+    """Return a writer of a file of answers beside the questions, broken itself half of the time."""
 
     def write(root: Path, rng: np.random.Generator) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,9 @@ def _text_lines(name: str, line: bytes, files: dict[str, bytes], head: bytes = b
 
 
 def _table(row: dict[str, Any]) -> Writer:
-    """Parquet files of one row each, since a column has one type; rows that no table can hold are not written."""
+    """Return a writer of Parquet files of one row each, since a column has one type; rows that no table can hold are
+    not written.
+    """
 
     def write(root: Path, num: int, rng: np.random.Generator) -> Path:
         import pyarrow

@@ -13,7 +13,7 @@ LENGTHS = np.random.default_rng(0).integers(1, 200, 500).tolist()
 
 
 def epoch_of(epoch: int, **settings) -> list[list[list[int]]]:
-    """Batches of each process in an epoch."""
+    """Return the batches of each process in an epoch."""
     processes = settings.get("num_processes", 1)
     samplers = [TokenBucketBatchSampler(**(settings | {"process_index": index})) for index in range(processes)]
     for sampler in samplers:
@@ -46,7 +46,9 @@ def test_shuffled_batches_pad_little_and_are_full() -> None:
 
 
 def clips(count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Tokens of audio-visual clips of 0.5 to 6 seconds in three tasks, at the four pairs of rates of the papers."""
+    """Return the tokens of audio-visual clips of 0.5 to 6 seconds in three tasks, at the four pairs of rates of the
+    papers.
+    """
     seconds, kind = np.clip(rng.lognormal(0.75, 0.6, count), 0.5, 6), rng.integers(0, 3, count)
     text = 12 + np.maximum(1, 3.2 * seconds + rng.normal(0, 1, count)).astype(int)
     audio_frames = np.where(kind != 1, seconds * 50, 0).astype(int)
@@ -56,14 +58,18 @@ def clips(count: int, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def conversations(count: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Tokens of image conversations with a long tail, and longer ones without an image, at 576 to 1 tokens."""
+    """Return the tokens of image conversations with a long tail, and longer ones without an image, at 576 to 1
+    tokens.
+    """
     text, images = np.clip(rng.lognormal(5, 0.8, count), 20, 1_400).astype(int), rng.random(count) > 0.06
     text = np.where(images, text, np.clip(3 * text, 50, 1_900))
     return [text + np.where(images, most, 0) for most in (576, 144, 36, 9, 1)], images.astype(int)
 
 
 def imbalance(batches: list[list[list[int]]], costs: np.ndarray) -> float:
-    """Time of an epoch in which every step takes as long as its fullest process, over that of even processes."""
+    """Return the time of an epoch in which every step takes as long as its fullest process, over that of even
+    processes.
+    """
     sums = np.array([[costs[batch].sum() for batch in of_process] for of_process in batches])
     return sums.max(axis=0).sum() / sums.mean(axis=0).sum()
 
@@ -173,7 +179,7 @@ def test_the_epoch_travels_with_the_sample_through_a_loader(num_workers: int) ->
 
 
 class Keys:
-    """A data set that gives back the key it is asked for."""
+    """Gives back the key it is asked for."""
 
     def __len__(self) -> int:
         return 6

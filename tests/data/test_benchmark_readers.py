@@ -45,7 +45,7 @@ def put_lines(path: Path, *rows: dict[str, Any]) -> None:
 
 
 def imported(form: Format, source: Path, *words: str, code: int = 0) -> dict[str, Sample]:
-    """Import through the command; what is read back can be judged, or is for a server."""
+    """Import through the command, and return it; what is read back can be judged, or is for a server."""
     out = source.parent / f"{form}.manifest.jsonl"
     root = source if source.is_dir() else source.parent
     command = ["data", "import", form, str(source), "--root", str(root), "--out", str(out), *words]
@@ -196,7 +196,7 @@ def test_scienceqa_asks_what_has_an_image(tmp_path: Path) -> None:
 
 
 def write_mmbench(path: Path, *, with_answers: bool = True) -> None:
-    """Two questions with two rotations each; the second of the rotations names its image by index."""
+    """Write two questions with two rotations each; the second of the rotations names its image by index."""
     columns = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category"]
     image = base64.b64encode(png()).decode()
     path.parent.mkdir(parents=True, exist_ok=True)

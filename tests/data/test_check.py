@@ -12,14 +12,14 @@ from mllm.media import write_video
 
 
 def row(name: str, *media: tuple[str, str], task: str = "vqa") -> bytes:
-    """A good row with media."""
+    """Return a good row with media."""
     parts = [{"type": medium, "path": path} for medium, path in media] + [{"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "!"}]
     return json.dumps({"id": name, "task": task, "messages": messages}).encode()
 
 
 def corpus(folder: Path, *rows: bytes) -> Path:
-    """A folder with an image, a sound of two seconds, a broken sound, and a manifest."""
+    """Write a folder with an image, audio of two seconds, broken audio, and a manifest."""
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     soundfile.write(folder / "a.wav", np.full(32_000, 0.1), 16_000)
     (folder / "broken.wav").write_bytes((folder / "a.wav").read_bytes()[:999])

@@ -164,7 +164,7 @@ OTHER = {"bytes": image(BLUE), "path": None}
 
 
 def table(path: Path, rows: list[dict], *, features: dict[str, Any] | None = None, **options: Any) -> Path:
-    """A parquet file, with the notes of `datasets` where features are given."""
+    """Write a parquet file, with the notes of `datasets` where features are given."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -210,7 +210,9 @@ def test_columns_are_media_by_their_features_or_names(tmp_path: Path, caplog: py
 
 
 def saved_to_disk(folder: Path, rows: list[dict]) -> Path:
-    """What `Dataset.save_to_disk` of datasets leaves: arrow streams in batches, and a state that names the split."""
+    """Write what `Dataset.save_to_disk` of datasets leaves: arrow streams in batches, and a state that names
+    the split.
+    """
     pa = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     one = pa.Table.from_pylist(rows)
@@ -252,7 +254,9 @@ def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
 
 
 def hub_cache(folder: Path, tables: dict[str, bool]) -> dict[str, str]:
-    """The cache of a data set of which revisions hold a table or none; the environment in which it is all there is."""
+    """Write the cache of a data set of which revisions hold a table or none; the environment in which it is all there
+    is.
+    """
     cache = folder / "hub" / "datasets--owner--images"
     for number, (revision, has_table) in enumerate(tables.items()):
         reference, snapshot = cache / "refs" / revision, cache / "snapshots" / f"{number:040d}"

@@ -21,7 +21,7 @@ BAD_EVERY = 10
 
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
-    """Forty samples with a sound each; every tenth file is cut off, and number 5 has none."""
+    """Write forty samples with audio each; every tenth file is cut off, and number 5 has none."""
     for number in range(40):
         path = tmp_path / f"{number}.wav"
         soundfile.write(path, np.full(100 + number, 0.1, np.float32), 16_000)
@@ -40,13 +40,13 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 
 def load(sample: Sample, *, generator: np.random.Generator | None) -> list[Any]:
-    """The length of each sound, and a number that stands for augmentation."""
+    """Return the length of each audio, and a number that stands for augmentation."""
     lengths = [len(load_audio(resolve_media(sample.root, part.path)).samples) for part in sample.media]
     return [*lengths, None if generator is None else float(generator.random())]
 
 
 def encode(samples: Sequence[Sample], media: Sequence[Any]) -> dict[str, Any]:
-    """A batch of ids and media; refuses sound of 103 samples, as an encoder might."""
+    """Return a batch of ids and media; refuses audio of 103 samples, as an encoder might."""
     for sample, loaded in zip(samples, media, strict=True):
         if loaded[0] == 103:
             raise ValueError(f"sample {sample.id!r} is too short")
@@ -155,7 +155,7 @@ def test_errors_that_are_not_of_the_data_are_not_caught(samples) -> None:
 
 def test_augmentation_is_a_function_of_seed_epoch_and_id(samples) -> None:
     def draws(seed: int, num_workers: int, start: int) -> dict[SampleKey, float]:
-        """What each sample of two epochs is augmented with, from some batch on."""
+        """Return what each sample of two epochs is augmented with, from some batch on."""
         sampler = TokenBucketBatchSampler([1] * 9, max_tokens=3, seed=seed, endless=True)
         sampler.seek(start)
         dataset = ManifestDataset(samples[1:10], load=load, seed=seed)

@@ -10,13 +10,13 @@ from mllm.data.manifest import Media, Text, read_manifest, write_manifest
 
 
 def written(folder: Path, *entries: object) -> Path:
-    """A LLaVA file of entries."""
+    """Write a LLaVA file of entries."""
     (folder / "llava.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder / "llava.json"
 
 
 def entry(*values: str, image: object = "a.jpg", **keys: object) -> dict:
-    """A conversation of turns, human first."""
+    """Return a conversation of turns, human first."""
     turns = [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
     return {"id": "7", "conversations": turns} | ({} if image is None else {"image": image}) | keys
 
@@ -96,7 +96,7 @@ def test_files_that_are_no_llava_json(tmp_path: Path) -> None:
 
 
 def mix665k(*turns: tuple[str, str], image: str | None, id: str = "000000033471", **keys: object) -> dict:
-    """An entry with its keys in the order of llava_v1_5_mix665k.json; speakers are given."""
+    """Return an entry with its keys in the order of llava_v1_5_mix665k.json; speakers are given."""
     one = {"id": id} | ({} if image is None else {"image": image})
     return one | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]} | keys
 

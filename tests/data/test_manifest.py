@@ -29,7 +29,7 @@ GOOD = {
 
 
 def changed(*path, **keys) -> dict:
-    """The good row with the object at a path changed; a value of ... removes its key."""
+    """Return the good row with the object at a path changed; a value of ... removes its key."""
     row = json.loads(json.dumps(GOOD))
     index = row
     for step in path:
@@ -43,7 +43,7 @@ def changed(*path, **keys) -> dict:
 
 
 def manifest(folder: Path, *lines: bytes | dict) -> Path:
-    """A manifest of raw lines and rows."""
+    """Write a manifest of raw lines and rows."""
     raw = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
     (folder / "m.jsonl").write_bytes(b"".join(raw))
     return folder / "m.jsonl"

@@ -1,4 +1,4 @@
-"""Names, or the sample itself, say which sound and video are one clip."""
+"""Names, or the sample itself, say which audio and video are one clip."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mllm.data.manifest import Media, Message, Sample, Text
 
 
 def sample(*messages: list[str], meta: dict[str, Any] | None = None) -> Sample:
-    """A sample of messages, each a list of "a:file" (sound), "v:file" (video)."""
+    """Return a sample of messages, each a list of "a:file" (audio), "v:file" (video)."""
     kinds = {"a": "audio", "v": "video", "i": "image"}
     made = tuple(
         Message("user", (*(Media(kinds[m[0]], m[2:]) for m in names), Text("?")))  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def said(listing: Listing) -> dict[str, str]:
 
 
 def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, sound: bool = True) -> None:
-    """A video whose frames brighten by 3 with each, and a sound beside it that rises with time."""
+    """Write a video whose frames brighten by 3 with each, and audio beside it that rises with time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = np.arange(num_frames, dtype=np.uint8) * 3 + 10
     write_video(path, np.broadcast_to(levels[:, None, None], (num_frames, 16, 16)).copy())
@@ -56,7 +56,7 @@ def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, sound: bool = Tr
 
 
 def talking_clip(path: Path) -> None:
-    """A video with a sound stream of its own, 0.2 seconds long."""
+    """Write a video with an audio stream of its own, 0.2 seconds long."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as container:
         images, audio = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=16_000)
@@ -117,7 +117,7 @@ def test_a_clip_is_three_samples_in_the_words_of_the_published_systems(tmp_path:
         "Transcribe speech and video to text.",
     ]
     assert avsr.messages[1].text == "hello there"
-    assert own_audio.media == (Media("audio", "lrs3/a/2.mp4"),)  # no sound beside it: the video's own
+    assert own_audio.media == (Media("audio", "lrs3/a/2.mp4"),)  # no audio beside it: the video's own
     mine = listing_of("omni_csv", tmp_path / "l.csv", tmp_path, tasks=["asr"], prompts={"asr": "words?"})
     assert mine.samples[0].messages[0].text == "words?"
 
@@ -154,7 +154,7 @@ def test_every_bad_row_is_reported_with_its_line_and_nothing_leaves_the_root(tmp
     assert "the transcript is empty" in lines[8]
     assert "not UTF-8: byte 14 of the line is 0xff" in lines[9]
     assert "is not closed" in lines[10]
-    assert [finding.line_number for finding in listing.missing] == [11, 11]  # sound and lips
+    assert [finding.line_number for finding in listing.missing] == [11, 11]  # audio and video
     assert {sample.id for sample in listing.samples} - listing.incomplete == {"d/1-asr", "d/1-vsr", "d/1-avsr"}
     assert listing.incomplete == {"d/gone-asr", "d/gone-vsr", "d/gone-avsr"}
 
@@ -356,7 +356,7 @@ def test_own_clips_with_texts_beside_or_in_a_table(tmp_path: Path) -> None:
         "c/both-vsr": "one, two",
         "c/both-avsr": "one, two",
         "c/heard-asr": "well, yes",
-        "c/silent-vsr": "from the file",  # it has no sound, so it is no sample of asr
+        "c/silent-vsr": "from the file",  # it has no audio, so it is no sample of asr
     }
     assert listing.untranscribed == ["c/sub/nobody.mp4", "c/sub/nobody.wav"]
     assert [(finding.path, finding.line_number) for finding in listing.problems] == [(str(table), n) for n in (3, 4, 5)]

@@ -16,7 +16,7 @@ from mllm.data.skipped import SkippedSample
 
 
 def sample(name: str, *files: str, root: str = "") -> Sample:
-    """A question about files; what ends in .wav is sound, the rest is video."""
+    """Return a question about files; what ends in .wav is audio, the rest is video."""
     media = tuple(Media("audio" if file.endswith("wav") else "video", file) for file in files)
     messages = (Message("user", (*media, Text("what?"))), Message("assistant", (Text("x"),)))
     return Sample(name, messages, task="t", root=Path(root))

@@ -13,7 +13,7 @@ from mllm.media import MediaError, MediaLimits, load_audio
 
 
 def tone(rate_hz: int, seconds: float = 1.0, frequency_hz: float = 440.0) -> np.ndarray:
-    """(L,) float32 sine of amplitude 0.5."""
+    """Return (L,) float32 sine of amplitude 0.5."""
     return 0.5 * np.sin(2 * np.pi * frequency_hz * np.arange(round(seconds * rate_hz)) / rate_hz).astype(np.float32)
 
 
@@ -57,7 +57,7 @@ def test_the_audio_of_a_video_file(tmp_path: Path, name: str, codec: str) -> Non
 
 
 def write_clip_audio(path: Path, codec: str, samples: np.ndarray) -> None:
-    """Write 48 kHz stereo sound into a video container."""
+    """Write 48 kHz stereo audio into a video container."""
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=48_000, layout="stereo")
         frame = av.AudioFrame.from_ndarray(np.stack([samples, samples]), format="fltp", layout="stereo")

@@ -29,7 +29,7 @@ def damaged(data: bytes, generator: np.random.Generator) -> bytes:
 
 
 def whole_file(name: str, folder: Path, write_video: Callable[..., Path]) -> Path:
-    """A sound file of the named kind."""
+    """Write an audio file of the named kind."""
     noise = np.random.default_rng(1)
     path = folder / name
     if name.endswith((".mp4", ".avi")):

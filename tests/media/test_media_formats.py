@@ -16,7 +16,7 @@ from mllm.media.headers import has_audio, header_seconds
 
 
 def tone(seconds: float = 1.0, rate_hz: int = 44_100) -> np.ndarray:
-    """(L,) float32 sine of 440 Hz and amplitude 0.5."""
+    """Return (L,) float32 sine of 440 Hz and amplitude 0.5."""
     return 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate_hz)) / rate_hz).astype(np.float32)
 
 
@@ -40,7 +40,7 @@ def test_aiff(tmp_path: Path, subtype: str) -> None:
 
 @pytest.fixture
 def aac(tmp_path: Path) -> Path:
-    """Two seconds of a tone as bare AAC (ADTS)."""
+    """Write two seconds of a tone as bare AAC (ADTS)."""
     with av.open(tmp_path / "a.aac", "w", format="adts") as container:
         stream = container.add_stream("aac", rate=44_100, layout="mono")
         frame = av.AudioFrame.from_ndarray(tone(2.0)[None], format="fltp", layout="mono")
@@ -96,7 +96,7 @@ RGB = [(255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 255)]
 
 
 def animation(path: Path, durations: list[int]) -> Path:
-    """One frame of each colour, for so many milliseconds."""
+    """Write one frame of each colour, for so many milliseconds."""
     frames = [Image.new("RGB", (16, 8), colour) for colour in COLOURS[: len(durations)]]
     lossless = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, **lossless)
@@ -104,7 +104,7 @@ def animation(path: Path, durations: list[int]) -> Path:
 
 
 def colours(frames: np.ndarray) -> list[int]:
-    """Which colour each frame is; of two outputs each takes the frame whose time is nearest, as of any video."""
+    """Say which colour each frame is; of two outputs each takes the frame whose time is nearest, as of any video."""
     return [int(np.abs(np.array(RGB) - frame[4, 8]).sum(axis=1).argmin()) for frame in frames]
 
 

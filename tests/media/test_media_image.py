@@ -18,12 +18,12 @@ from mllm.media.image import header_pixels
 
 @pytest.fixture
 def pixels() -> np.ndarray:
-    """(5, 8, 3) random colours."""
+    """Return (5, 8, 3) random colours."""
     return np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)
 
 
 def png_with_size(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims any size."""
+    """Return a PNG of a few bytes whose header claims any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -177,7 +177,7 @@ def test_a_tiff_of_16_bits_and_one_of_several_pages(tmp_path: Path, pixels: np.n
 
 
 def smooth(height: int = 64, width: int = 96) -> np.ndarray:
-    """(H, W, 3) slopes, which lossy formats keep well, the left upper corner dark."""
+    """Return (H, W, 3) slopes, which lossy formats keep well, the left upper corner dark."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows * 2, columns * 2, (rows + columns)], axis=2).astype(np.uint8)
 

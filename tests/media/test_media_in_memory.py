@@ -28,7 +28,7 @@ LOADER = MediaLoader(gray=True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real files, and an image that its EXIF tag turns."""
+    """Write real files, and an image that its EXIF tag turns."""
     folder = tmp_path_factory.mktemp("given")
     tiny.write_media(folder)
     exif = Image.Exif()

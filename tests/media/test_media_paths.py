@@ -10,7 +10,7 @@ from mllm.media import MediaError, path_problem, resolve_media
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root with a file, a folder, good and bad links and a FIFO; a secret stands beside it."""
+    """Write a root with a file, a folder, good and bad links and a FIFO; a secret stands beside it."""
     root = tmp_path / "root"
     (root / "clips").mkdir(parents=True)
     (tmp_path / "secret.wav").write_text("secret")

@@ -21,7 +21,7 @@ Writer = Callable[..., Path]
 
 
 def nearest(times: list[float], rate: float, count: int) -> list[int]:
-    """The plain rule: for each output the earliest of the frames nearest in time."""
+    """Apply the plain rule: for each output the earliest of the frames nearest in time."""
     return [min(range(len(times)), key=lambda i: (abs(times[i] - times[0] - k / rate), i)) for k in range(count)]
 
 

@@ -20,7 +20,7 @@ Turn = tuple[str, str]
 
 
 def llama_tokenizer(*, legacy: bool) -> PreTrainedTokenizerFast:
-    """A small vocabulary of Llama's kind, its pieces made of `▁` and byte fallback.
+    """Return a small vocabulary of Llama's kind, its pieces made of `▁` and byte fallback.
 
     Args:
         legacy: put a space before every text, also behind a special token, as files of before 2023 say.
@@ -60,7 +60,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast, chat_format: str = "vicuna_v1") 
 
 
 def messages_of(turns: list[Turn]) -> list[Message]:
-    """A conversation of (question, answer); `<image>` stands for an image."""
+    """Return a conversation of (question, answer); `<image>` stands for an image."""
     messages = []
     for question, answer in turns:
         parts = []
@@ -72,7 +72,8 @@ def messages_of(turns: list[Turn]) -> list[Message]:
 
 
 def as_released(tokenizer: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[list[int], list[int]]:
-    """What LLaVA-1.5 reads: each stretch between images tokenised in one go; targets are answers and their `</s>`.
+    """Encode what LLaVA-1.5 reads: each stretch between images tokenised in one go; targets are answers and their
+    `</s>`.
 
     Targets are found by the places of their characters, not by counting tokens.
     """

@@ -26,7 +26,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 
 def made(chat_format: str, *, names_images: bool = False, span: bool = False) -> ElasticProcessor:
-    """A tiny processor of a chat format; `chat` has a template that writes contents as they come."""
+    """Return a tiny processor of a chat format; `chat` has a template that writes contents as they come."""
     processor = tiny.processor(tiny.settings(("image",)))
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = OWN if chat_format == "chat" else None

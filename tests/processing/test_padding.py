@@ -17,7 +17,9 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny parts; the tower's processor is CLIP's, which brings the shorter side to size and cuts the middle out."""
+    """Write tiny parts; the encoder's processor is CLIP's, which brings the shorter side to size and cuts the middle
+    out.
+    """
     folder = tmp_path_factory.mktemp("parts")
     parts = tiny.write_parts(folder)
     size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
@@ -31,7 +33,7 @@ def settings(parts: dict[str, str], **image: bool) -> ModelConfig:
 
 
 def padded(image: Image.Image) -> torch.Tensor:
-    """The released way, plainly: a square of the mean colour, the image in its middle, resized by PIL."""
+    """Pad in the released way, plainly: a square of the mean colour, the image in its middle, resized by PIL."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

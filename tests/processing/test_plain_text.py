@@ -29,7 +29,7 @@ TYPED = [
 
 
 def unigram(*, byte_fallback: bool = False) -> Tokenizer:
-    """As SentencePiece's: special tokens, and pieces for bytes, are pieces of the vocabulary."""
+    """Make a vocabulary as SentencePiece's: special tokens, and pieces for bytes, are pieces of the vocabulary."""
     pieces = [(token, 0.0) for token in SPECIAL + (BYTES if byte_fallback else [])]
     pieces += [(text, -8.0) for text in sorted(set("".join(CORPUS)) | set("▁0x41Ab!,"))]
     pieces += [(f"▁{word}", -5.0) for word in ("what", "colour", "is", "the", "circle", "red")]
@@ -50,7 +50,7 @@ def trained_unigram() -> Tokenizer:
 
 
 def bpe() -> Tokenizer:
-    """Whose merges make the special tokens out of text."""
+    """Make a vocabulary whose merges make the special tokens out of text."""
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.train_from_iterator([" ".join(SPECIAL)] * 20, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"]))
@@ -59,7 +59,7 @@ def bpe() -> Tokenizer:
 
 
 def whole_word_bpe() -> Tokenizer:
-    """Which looks whole words up before it merges anything, as tiktoken's do."""
+    """Make a vocabulary that looks whole words up before it merges anything, as tiktoken's do."""
     vocabulary = {text: number for number, text in enumerate(SPECIAL + sorted(set("".join(CORPUS))))}
     made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -78,7 +78,7 @@ def byte_level_bpe() -> Tokenizer:
 
 
 def wordpiece() -> Tokenizer:
-    """Whose words are parted by blanks alone, so that signs stay together."""
+    """Make a vocabulary whose words are parted by blanks alone, so that signs stay together."""
     made = Tokenizer(models.WordPiece(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.decoder = decoders.WordPiece(cleanup=False)
@@ -116,7 +116,7 @@ def fast(family: str) -> PreTrainedTokenizerFast:
 
 
 def encoded(tokenizer: Any, typed: str) -> list[int]:
-    """The ids of a text that stands in a question and in an answer, without those of the template."""
+    """Return the ids of a text that stands in a question and in an answer, without those of the template."""
     encode = ChatEncoder(
         tokenizer, chat_format="plain", placeholder_ids={"image": tokenizer("<|image_token|>").input_ids[0]}
     )

@@ -99,7 +99,7 @@ def both(root: Path, audio: str = "clip.wav") -> Sample:
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
-    """A folder with a clip of one second: a video, and a sound that is 60 ms longer."""
+    """Write a folder with a clip of one second: a video, and audio that is 60 ms longer."""
     frames = np.random.default_rng(0).integers(0, 255, (25, 40, 40), dtype=np.uint8)
     write_video(tmp_path / "clip.mp4", frames)
     soundfile.write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
@@ -142,7 +142,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(made, clip) -> None
     assert all(map(torch.equal, first, drawn(full, 0, 0)))
     for other in (drawn(full, 1, 0), drawn(full, 0, 1)):
         assert not any(map(torch.equal, first, other))
-    # The sound's parts do not move the video's: crop, mask and flip are the same without them.
+    # The audio's parts do not move the video's: crop, mask and flip are the same without them.
     without = drawn(Augmentation(video_mask=TimeMask(5, 25), flip_probability=0.5), 0, 0)
     assert torch.equal(first[1], without[1])
     assert not torch.equal(first[0], without[0])

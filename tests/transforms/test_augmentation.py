@@ -22,7 +22,7 @@ def video(num_frames: int = 60) -> Video:
 
 
 def masked_runs(is_masked: np.ndarray) -> list[int]:
-    """Lengths of the runs of True."""
+    """Return the lengths of the runs of True."""
     edges = np.flatnonzero(np.diff(np.r_[0, is_masked.astype(int), 0]))
     return (edges[1::2] - edges[::2]).tolist()
 

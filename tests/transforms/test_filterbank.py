@@ -10,7 +10,7 @@ from mllm.transforms.filterbank import log_filterbank, num_stacked_frames, stack
 
 
 def plain_filterbank(samples: np.ndarray) -> list[list[float]]:
-    """The definition in loops: pre-emphasis, 25 ms every 10 ms, power spectrum, triangles, logarithm."""
+    """Compute the definition in loops: pre-emphasis, 25 ms every 10 ms, power spectrum, triangles, logarithm."""
     scaled = [32768 * float(value) for value in samples]
     signal = [scaled[0]] + [now - 0.97 * before for before, now in itertools.pairwise(scaled)]
     num_frames = 1 if len(signal) <= 400 else 1 + math.ceil((len(signal) - 400) / 160)

@@ -11,7 +11,7 @@ from mllm.utils.random_generator import random_generator
 
 
 def sound(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:
-    """White noise with an offset."""
+    """Make white noise with an offset."""
     samples = np.random.default_rng(seed).normal(0.01, level, num_samples).astype(np.float32)
     return Audio(samples, rate_hz)
 
@@ -55,7 +55,7 @@ def test_one_of_several_ratios_is_taken_and_none_is_clean() -> None:
     ("num_noise", "gap"), [(20_000, (3_000, 11_000)), (20_000, (0, 19_990)), (20_000, (15, 20_000))]
 )
 def test_where_noise_is_silent_another_stretch_is_taken(num_noise: int, gap: tuple[int, int]) -> None:
-    """As of a recording with pauses of digital silence: every sound gets its ratio, from all over what is heard."""
+    """As of a recording with pauses of digital silence: every audio gets its ratio, from all over what is heard."""
     samples = sound(num_noise, seed=1).samples.copy()
     samples[slice(*gap)] = 0
     mix, speech = MixNoise(Audio(samples, 16_000), 0.0), sound(300)
@@ -81,7 +81,7 @@ def test_a_stretch_that_is_heard_is_taken_as_ever() -> None:
 
 
 def _advanced(generator: np.random.Generator) -> np.random.Generator:
-    """After the draw of a ratio, of which there is one."""
+    """Advance a generator past the choice of a ratio, of which there is one."""
     generator.integers(1)
     return generator
 

@@ -29,13 +29,13 @@ from mllm.utils.random_generator import random_generator
 
 
 def sound(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:
-    """White noise with an offset."""
+    """Make white noise with an offset."""
     samples = np.random.default_rng(seed).normal(0.01, level, num_samples).astype(np.float32)
     return Audio(samples, rate_hz)
 
 
 def clip(num_frames: int = 4, height: int = 96, width: int = 96, *, colour: bool = False) -> Video:
-    """Random frames."""
+    """Make random frames."""
     shape = (num_frames, height, width, 3) if colour else (num_frames, height, width)
     return Video(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), 25.0)
 
