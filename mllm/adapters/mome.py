@@ -53,16 +53,16 @@ class Mome(Adapter):
         super().__init__()
         self.num_experts, self.num_shared, self.top_k = num_experts, num_shared, top_k
         self.renormalise, self.num_routers = renormalise, num_routers
-        experts = num_shared + num_experts
+        num_all = num_shared + num_experts
         self.router = nn.Parameter(torch.empty(num_routers, num_experts, hidden_size, device=device))
-        self.down = nn.Parameter(torch.empty(experts, bottleneck, hidden_size, device=device))
-        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck, device=device))
-        self.up = nn.Parameter(torch.zeros(experts, hidden_size, bottleneck, device=device))
-        self.up_bias = nn.Parameter(torch.zeros(experts, hidden_size, device=device))
+        self.down = nn.Parameter(torch.empty(num_all, bottleneck, hidden_size, device=device))
+        self.down_bias = nn.Parameter(torch.zeros(num_all, bottleneck, device=device))
+        self.up = nn.Parameter(torch.zeros(num_all, hidden_size, bottleneck, device=device))
+        self.up_bias = nn.Parameter(torch.zeros(num_all, hidden_size, device=device))
         for stacked in (self.router, self.down):
-            for one in stacked:
-                nn.init.kaiming_uniform_(one, a=math.sqrt(5))
-        self.waiting: Tensor | None = None
+            for matrix in stacked:
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        self.layer_input: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, S, H) -> what to add, (B, S, H)."""
@@ -96,8 +96,8 @@ class Mome(Adapter):
         logits = functional.linear(values, self.router.flatten(0, 1).to(values.dtype)).float()
         if self.num_routers > 1:
             logits = logits.unflatten(-1, (self.num_routers, self.num_experts))
-            places = self._scale_ids().clamp(min=0)[..., None, None].expand(*logits.shape[:2], 1, self.num_experts)
-            logits = logits.gather(2, places).squeeze(2)
+            router_ids = self._scale_ids().clamp(min=0)[..., None, None].expand(*logits.shape[:2], 1, self.num_experts)
+            logits = logits.gather(2, router_ids).squeeze(2)
         return logits.softmax(dim=-1)
 
     def _scale_ids(self) -> Tensor:
@@ -122,9 +122,9 @@ class Mome(Adapter):
         usage = torch.where(kinds[..., None], chosen[..., None, :], 0.0).sum(dim=1)  # (B, K, N)
         is_token = kinds.any(dim=-1, keepdim=True).to(probabilities.dtype)
         num_tokens = is_token.sum(dim=1).clamp(min=1)
-        shares = usage.sum(dim=1) / (self.top_k * num_tokens)
+        usage_shares = usage.sum(dim=1) / (self.top_k * num_tokens)
         means = (probabilities * is_token).sum(dim=1) / num_tokens
-        collector.add(self.num_experts * (shares * means).sum(dim=-1), usage)
+        collector.add(self.num_experts * (usage_shares * means).sum(dim=-1), usage)
 
 
 def inject_mome(
@@ -162,7 +162,7 @@ def inject_mome(
             )
             layer.mome = mome
             connect(layer, [mome])
-            _place(layer, mome, placement)
+            _hook_up(layer, mome, placement)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(".mome." in name)
 
@@ -186,7 +186,7 @@ def _check(
 # The hooks stand on blocks inside the layer, so that they run again where its activations are computed again.
 
 
-def _place(layer: Any, mome: Mome, placement: str) -> None:
+def _hook_up(layer: Any, mome: Mome, placement: str) -> None:
     if placement == "attention":
         layer.self_attn.register_forward_hook(_beside_attention, with_kwargs=True)
         return
@@ -214,13 +214,13 @@ def _beside_ffn(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def _keep_input(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mome = attention.served_adapters[0]
-    mome.waiting = _hidden(args, kwargs) if mome.is_enabled else None
+    mome.layer_input = _hidden(args, kwargs) if mome.is_enabled else None
 
 
 def _beside_layer(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     mome = block.served_adapters[0]
-    waiting, mome.waiting = mome.waiting, None
-    return output if waiting is None else output + mome(waiting)
+    layer_input, mome.layer_input = mome.layer_input, None
+    return output if layer_input is None else output + mome(layer_input)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

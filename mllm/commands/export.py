@@ -14,13 +14,13 @@ class Settings:
     out: str
     """Folder to write, new or empty."""
     scale: str | None = None
-    """Of an adapter with members per scale, the one to merge, e.g. audio=/4,video=/2."""
+    """Of an adapter with experts per scale, the one to merge, e.g. audio=/4,video=/2."""
     checkpoint: str | None = None
     """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     task: str | None = None
-    """Of an adapter with members per task, the one to merge, e.g. avsr."""
+    """Of an adapter with experts per task, the one to merge, e.g. avsr."""
 
 
 def run(settings: Settings) -> int:

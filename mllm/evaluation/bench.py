@@ -176,7 +176,7 @@ def _cost(answerer: Answerer, batch: Batch, budget: Budget, answer: Answer) -> R
     sides = {"video": tuple(batch.values["video_values"].shape[-2:])} if "video_values" in batch.values else {}
     items = [
         Item(run.extent.medium, run.extent.length, cost.tokens, *sides.get(run.extent.medium, ()))
-        for run, cost in zip(row.runs, row.costs(budget, answerer.processor.space), strict=True)
+        for run, cost in zip(row.runs, row.token_counts(budget, answerer.processor.space), strict=True)
     ]
     return request_cost(
         config,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.adapters.expert_ids import num_members
-from mllm.budget import Cost, Extent
+from mllm.adapters.expert_ids import num_experts
+from mllm.budget import Extent, TokenCount
 from mllm.budget.nesting import hybrid_sizes, num_queries
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -35,7 +35,7 @@ class Item:
     width_pixels: int = 0
 
 
-def items_of(extent: Extent, cost: Cost, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
+def items_of(extent: Extent, cost: TokenCount, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
     """The encoded items of one medium: an image's thumbnail and tiles, a video's frames, or the medium itself.
 
     Every frame that was taken from a video is encoded, and only those that are shown are compressed.
@@ -293,7 +293,7 @@ def _adapter_weights(text: Any, adapter: Mapping[str, Any] | None) -> int:
         experts = adapter["num_shared"] + adapter["num_experts"]
         routers = max(len(adapter["scales"]), 1) * adapter["num_experts"]
         return text.hidden_size * (experts * (2 * adapter["bottleneck"] + 1) + routers)
-    members = 1 if kind == "lora" else num_members(adapter)  # a bank computes all of its members for every token
+    members = 1 if kind == "lora" else num_experts(adapter)  # a bank computes all of its members for every token
     return sum(members * adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
 
 

@@ -119,7 +119,7 @@ class Sweep:
         """Raises: ValueError for a budget the row cannot meet, at which it is longer than the LLM reads, or that
         was not trained and is not allowed."""
         space = self.answerer.processor.space
-        costs = row.costs(budget, space)
+        costs = row.token_counts(budget, space)
         check_length(row, costs, self.answerer.processor.context_tokens)
         if not self.allow_untrained and not is_trained([run.extent for run in row.runs], costs, space):
             raise ValueError(f"sample {row.sample_id!r}: {untrained_message(budget, space)}")
@@ -193,7 +193,7 @@ class Sweep:
         config = self.answerer.model.config
         if cost_problem(config) is not None:
             return None
-        spent = row.costs(answer.budget, self.answerer.processor.space)
+        spent = row.token_counts(answer.budget, self.answerer.processor.space)
         items = [
             own
             for run, cost, medium in zip(row.runs, spent, item.media, strict=True)

@@ -349,7 +349,7 @@ class Answerer:
                 is_cut=self.is_cut(new),
             )
             for text, budget, row, costs, length, new, num_shared in zip(
-                texts, asked, rows, expanded.costs, prompt_lengths, new_ids, shared, strict=True
+                texts, asked, rows, expanded.token_counts, prompt_lengths, new_ids, shared, strict=True
             )
         ]
         return [answers[start : start + len(batch.rows)] for start in range(0, len(answers), len(batch.rows))]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mllm.budget import Budget, BudgetInput, Cost
+from mllm.budget import Budget, BudgetInput, TokenCount
 from mllm.inference.request import Answer, Files, is_trained, tokens_by_medium
 from mllm.kv_cache.beam import spread
 from mllm.kv_cache.names import cache_argument
@@ -108,7 +108,7 @@ class Growing:
             raise ValueError(f"budget {asked} gives {cost.tokens} soft tokens; the session has {self._cost.tokens}")
         if self._members_at(cost) != self._members:
             raise ValueError(
-                f"the adapter has a member per scale, so nothing that was read at {self.budget} holds at {asked}; "
+                f"the adapter has an expert per scale, so nothing that was read at {self.budget} holds at {asked}; "
                 "begin another session"
             )
         self._unread = torch.cat([self._unread, self._soft_tokens(self._cost.tokens, cost)], dim=1)
@@ -149,19 +149,19 @@ class Growing:
         """Logits (V,) of the first token of an answer: how sure the model is tells whether growing is worth it."""
         return self._read(self._prompt(text)[0][self.num_kept_tokens :])[0]
 
-    def _cost_of(self, budget: Budget) -> Cost:
-        return self._row.costs(budget, self.answerer.processor.space)[0]
+    def _cost_of(self, budget: Budget) -> TokenCount:
+        return self._row.token_counts(budget, self.answerer.processor.space)[0]
 
-    def _members_at(self, cost: Cost) -> dict[str, int]:
-        """Which members of the adapter serve the image at a cost, as the model takes them."""
-        members, own = self.answerer.processor.members, {}
+    def _members_at(self, cost: TokenCount) -> dict[str, int]:
+        """Which experts of the adapter serve the image at a cost, as the model takes them."""
+        members, own = self.answerer.processor.expert_names, {}
         if members.scales:
             own["scale_ids"] = members.scale_id([(MEDIUM, cost)])
         if members.tasks:
             own["task_ids"] = members.task_id(self._row.task, [MEDIUM])
         return own
 
-    def _soft_tokens(self, start: int, cost: Cost) -> Tensor:
+    def _soft_tokens(self, start: int, cost: TokenCount) -> Tensor:
         """(1, M - start, H), those behind the first ones."""
         counts = self._features.lengths.new_full((1,), cost.tokens)
         soft = self._model.model.compress(MEDIUM, self._features, num_tokens=counts, max_tokens=cost.tokens)

@@ -6,7 +6,7 @@ Knows files, samples and budgets. Does not know models or how tokens are chosen.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mllm.budget import MEDIA, Budget, Cost, Extent, Space
+from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount
 from mllm.inference.timing import Timing
 from mllm.media import MediaInput, is_file, several
 from mllm.processing.requests import Request, read_request
@@ -74,7 +74,7 @@ def with_sound(media: Mapping[str, Files], budget: Budget) -> dict[str, Files]:
     return {**media, "audio": files}
 
 
-def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[str, int]:
+def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[TokenCount]) -> dict[str, int]:
     """Soft tokens of a request by medium, in the order of `MEDIA`."""
     sums: dict[str, int] = {}
     for medium in MEDIA:
@@ -84,6 +84,6 @@ def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[s
     return sums
 
 
-def is_trained(extents: Sequence[Extent], costs: Sequence[Cost], space: Space) -> bool:
+def is_trained(extents: Sequence[Extent], costs: Sequence[TokenCount], space: Space) -> bool:
     """Whether training drew what every medium of a request costs, however the budget put it."""
-    return all(space.media[extent.medium].is_trained_cost(cost) for extent, cost in zip(extents, costs, strict=True))
+    return all(space.media[extent.medium].is_trained_count(cost) for extent, cost in zip(extents, costs, strict=True))

@@ -66,7 +66,7 @@ class ConstantText:
 
 @dataclass
 class ConstantPrompt:
-    """What is kept of the batches so far, for each member of the adapter that has served one.
+    """What is kept of the batches so far, for each expert of the adapter that has served one.
 
     The model may be trained in between, which shows; adapters must not be switched on or off.
     """

@@ -44,7 +44,7 @@ def read_budget(text: object, processor: ElasticProcessor) -> Budget:
             )
         facts = processor.facts[medium]
         if facts.grid is not None and facts.max_patches is None:
-            processor.space.media[medium].cost(amount, Extent(medium, grid=facts.grid))
+            processor.space.media[medium].count(amount, Extent(medium, grid=facts.grid))
     return budget
 
 

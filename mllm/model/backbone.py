@@ -331,7 +331,7 @@ class ElasticModel(ElasticPreTrainedModel):
             plan: of packed rows.
 
         Raises:
-            ValueError: ids for an adapter that has no members.
+            ValueError: ids for an adapter that has no experts.
         """
         kind = (self.config.adapter or {}).get("kind", "lora")
         if kind not in KINDS_WITH_INPUTS:

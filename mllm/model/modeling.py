@@ -147,7 +147,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 images are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
-            scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
+            scale_ids, task_ids: (B,) which experts of the adapter each row uses; -1 for the shared one alone.
             adapter_report: give the adapter's `balance` and `expert_usage`, where it has experts; as in training by
                 default. What a mixture of projectors reports is given in training.
             plan: how rows are packed; the shapes above then have B = 1, `scale_ids` and `task_ids` are (1, S), and

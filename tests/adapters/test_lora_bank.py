@@ -1,4 +1,4 @@
-"""The bank: each row is served by its own members, also when activations are computed again."""
+"""The bank: each row is served by its own experts, also when activations are computed again."""
 
 import copy
 
@@ -55,7 +55,7 @@ def embeddings(rows: int = 3, seed: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("config_class", LLMS)
 @torch.no_grad()
-def test_each_row_is_served_by_its_own_members(config_class) -> None:
+def test_each_row_is_served_by_its_own_experts(config_class) -> None:
     llm, embeds = banked(config_class), embeddings()
     together = run(llm, embeds, 0, 2, -1)
     for row, own in enumerate((0, 2, -1)):
@@ -120,7 +120,7 @@ def test_one_scale_or_task_is_exactly_a_plain_lora_and_merges(variant: str, rank
     torch.testing.assert_close(llm(inputs_embeds=embeds).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_member_has_a_gradient_whatever_the_rows_are() -> None:
+def test_every_expert_has_a_gradient_whatever_the_rows_are() -> None:
     llm = banked(variant="st").train()
     run(llm, embeddings(), 1, 1, 1).sum().backward()
     trained = {name: own for name, own in llm.named_parameters() if own.requires_grad}
@@ -167,11 +167,11 @@ def test_settings_that_make_no_bank_are_refused(change: dict, message: str) -> N
         build_adapter(decoder(), {**own, **change})
 
 
-def test_missing_ids_and_absent_members_are_refused() -> None:
+def test_missing_ids_and_absent_experts_are_refused() -> None:
     llm = banked()
-    with pytest.raises(ValueError, match="members per scale, but scale_ids were not given"):
+    with pytest.raises(ValueError, match="experts per scale, but scale_ids were not given"):
         llm(inputs_embeds=embeddings())
-    with pytest.raises(ValueError, match="3 members per scale; scale 3 is none of them"):
+    with pytest.raises(ValueError, match="3 experts per scale; scale 3 is none of them"):
         to_lora(llm, scale_id=3)
 
 
@@ -183,8 +183,8 @@ def test_a_decoder_without_self_attention_layers_is_refused() -> None:
         )
 
 
-def test_a_bank_counts_its_members_in_order() -> None:
+def test_a_bank_counts_its_experts_in_order() -> None:
     bank = LoraBank(nn.Linear(4, 6), has_shared=True, num_scales=2, num_tasks=3, rank=2, alpha=4)
     assert bank.lora_A.shape == (6, 2, 4)
     assert bank.lora_B.shape == (6, 6, 2)
-    assert bank.chosen(1, 2) == [0, 2, 5]
+    assert bank.expert_indices(1, 2) == [0, 2, 5]

@@ -151,7 +151,7 @@ def test_the_balance_loss_of_the_first_of_two_forwards_is_right_under_checkpoint
         out, balance = run(llm, [0, 0, 0])
         run(llm, [1, 1, 1])
         (out.square().mean() + balance.sum()).backward()
-        assert all(layer.mome.waiting is None for layer in llm.layers)
+        assert all(layer.mome.layer_input is None for layer in llm.layers)
     expected = dict(plain.named_parameters())
     for name, parameter in checkpointed.named_parameters():
         if ".mome." in name:

@@ -41,7 +41,7 @@ def test_active_parameters_of_the_scales_of_mtsk(llm: str, rank: int, one: float
         made = adapted(llm, {**settings, "variant": variant, "scales": scales})
         banks = [part for part in made.modules() if isinstance(part, LoraBank)]
         active = [
-            stack[place] for bank in banks for place in bank.chosen(0 if scales else None, None)
+            stack[place] for bank in banks for place in bank.expert_indices(0 if scales else None, None)
             for stack in (bank.lora_A, bank.lora_B)
         ]  # fmt: skip
         assert millions(active) == pytest.approx(expected, abs=0.006)

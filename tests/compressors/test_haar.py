@@ -85,14 +85,14 @@ def test_a_prefix_that_is_no_map_is_refused_with_those_that_are() -> None:
         haar_map(torch.zeros(1, 10, SIZE), GRID)
     space = MediumSpace.from_settings("image", {"compressor": "pool", "budgets": [576, 9], "order": "haar"})
     extent = Extent("image", grid=GRID)
-    assert [space.cost(Amount.parse(text), extent).tokens for text in ("max", "9", "72")] == [576, 9, 72]
+    assert [space.count(Amount.parse(text), extent).tokens for text in ("max", "9", "72")] == [576, 9, 72]
     for text in ("1", "10", "100"):
         with pytest.raises(
             ValueError, match=f"image={text} is no whole map in Haar order: allowed are counts 9, 18, 36"
         ):
-            space.cost(Amount.parse(text), extent)
+            space.count(Amount.parse(text), extent)
     with pytest.raises(ValueError, match=r"image=577 cannot be met: allowed are counts 1\.\.576"):
-        space.cost(Amount.parse("577"), extent)
+        space.count(Amount.parse("577"), extent)
 
 
 def test_a_model_in_haar_order_answers_alone_as_in_a_batch() -> None:

@@ -101,7 +101,7 @@ def test_what_cannot_grow_is_refused_with_a_reason(image: Path) -> None:
         pooled.extend("image=16")
     scales = AdapterConfig(kind="lora_bank", variant="ss", rank=4, alpha=8)
     by_scale = make(COMPRESSORS["query"], adapter=scales).begin(image=image, budget="image=2")
-    with pytest.raises(ValueError, match="a member per scale"):
+    with pytest.raises(ValueError, match="an expert per scale"):
         by_scale.extend("image=16")
 
 
