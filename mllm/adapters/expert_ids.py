@@ -1,9 +1,9 @@
-"""Which experts of an adapter a row uses: names of scales and tasks, and the ids that stand for them.
+"""Tells which experts of an adapter a row uses: names of scales and tasks, and the ids that stand for them.
 
-Knows budgets and media. Does not know torch, modules or how an expert is computed.
+Knows budgets and media. Does not know modules or how an expert is computed.
 
-A scale is what every medium of a row costs, `audio=/4,video=/2`; a task is which media a row holds (`asr`, `vsr`,
-`avsr`), or the task its sample names. An id is a place in the list of names, or -1 for a row without media.
+A scale is the budget of a row by medium, `audio=/4,video=/2`; a task is which media a row holds (`asr`, `vsr`,
+`avsr`), or the task its sample names. An id is an index into the list of names, or -1 for a row without media.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from mllm.budget import MEDIA, Amount, Budget, Space, TokenCount
 NO_EXPERT = -1
 """The id of a row that only the shared expert serves."""
 TASKS_OF_MEDIA = {("audio",): "asr", ("video",): "vsr", ("audio", "video"): "avsr"}
-"""What a row is called by the media it holds, unless its sample's own task is one of the adapter's."""
+"""The task of a row by the media it holds, unless its sample names one of the adapter's tasks."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "ms": ("shared",),
     "ss": ("scale",),
@@ -30,7 +30,7 @@ MOST_SCALES = 64
 
 
 def kinds_of(variant: str) -> tuple[str, ...]:
-    """The kinds of experts of a variant.
+    """Tells which kinds of experts a variant has.
 
     Raises:
         ValueError: an unknown variant.
@@ -41,25 +41,25 @@ def kinds_of(variant: str) -> tuple[str, ...]:
 
 
 def num_experts(settings: Mapping[str, Any]) -> int:
-    """How many LoRAs a bank of these settings stacks."""
+    """Counts the LoRA experts that a bank of this config stacks."""
     return ("shared" in kinds_of(settings["variant"])) + len(settings["scales"]) + len(settings["tasks"])
 
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Names of the scales and the tasks that have an expert of their own; none of a kind where there are no such."""
+    """Names the scales and the tasks that have an expert each; a tuple is empty where the adapter has no such kind."""
 
     scales: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any] | None) -> "ExpertNames":
-        """Read the block of an adapter; of what the config holds only the names matter here."""
+        """Reads the names from the config of an adapter; everything else in it is left alone."""
         names = settings or {}
         return cls(tuple(names.get("scales") or ()), tuple(names.get("tasks") or ()))
 
     def scale_id(self, counts: Sequence[tuple[str, TokenCount]]) -> int:
-        """The scale of a row whose media cost this much.
+        """Finds the scale of a row whose media have these token counts.
 
         Raises:
             ValueError: a scale without an expert, or items of one medium at different amounts.
@@ -77,7 +77,7 @@ class ExpertNames:
         return self.scales.index(name)
 
     def task_id(self, task: str, media: Sequence[str]) -> int:
-        """The task of a row: its sample's own where that is one of the tasks, else by the media it holds.
+        """Finds the task of a row: the one its sample names where the adapter has it, else by the media it holds.
 
         Raises:
             ValueError: a task without an expert.
@@ -95,7 +95,7 @@ NO_EXPERT_NAMES = ExpertNames()
 
 
 def scales_of(names: Sequence[str], space: Space) -> list[str]:
-    """The scales of an adapter as they are written in a config: those named, or every combination of the space.
+    """Lists the scales of an adapter as a config writes them: those named, or every combination of the space.
 
     Raises:
         ValueError: a scale that is not one of the space's, or more of them than a bank should hold.
@@ -113,7 +113,7 @@ def scales_of(names: Sequence[str], space: Space) -> list[str]:
 
 
 def tasks_of(names: Sequence[str], space: Space) -> list[str]:
-    """The tasks of an adapter: those named, or those of every set of media the model takes."""
+    """Lists the tasks of an adapter: those named, or those of every set of media the model takes."""
     if names:
         return list(dict.fromkeys(names))
     return [task for media, task in TASKS_OF_MEDIA.items() if set(media) <= set(space.media)]

@@ -1,4 +1,4 @@
-"""A bank of LoRAs beside a linear layer: a shared one, one per scale and one per task, chosen by ids in the data.
+"""Puts a bank of LoRA experts beside a linear layer: a shared one, one per scale and one per task, chosen by row ids.
 
 Knows linear layers and ids. Does not know what a scale or a task is, nor who gives a row its id.
 
@@ -22,7 +22,7 @@ from mllm.adapters.lora import check_targets, inject
 
 
 class LoraBank(Adapter):
-    """A frozen linear layer with stacked LoRAs beside it.
+    """Adds to a frozen linear layer what the experts of each token give; all experts are stacked in two parameters.
 
     Experts stand in the order shared, scales, tasks. A token uses the shared one and those its ids name.
 
@@ -30,7 +30,8 @@ class LoraBank(Adapter):
         base_layer: kept as it is.
         has_shared: whether there is an expert that every token uses.
         num_scales, num_tasks: experts of each kind.
-        rank: of each expert. alpha: the update is scaled by alpha / rank.
+        rank: inner size of each expert.
+        alpha: the update is scaled by alpha / rank.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class LoraBank(Adapter):
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
 
     def experts_used(self, scale_ids: Tensor | None, task_ids: Tensor | None, shape: torch.Size) -> Tensor:
-        """Which experts each token uses.
+        """Tells which experts each token uses.
 
         Args:
             scale_ids, task_ids: (B,) or (B, S); -1 uses none.
@@ -86,14 +87,16 @@ class LoraBank(Adapter):
         if not self.is_enabled:
             return out
         used = self.experts_used(self.inputs.scale_ids, self.inputs.task_ids, inputs.shape[:-1])
-        down = self.lora_A.flatten(0, 1)  # (E r, I)
-        up = self.lora_B.transpose(0, 1).flatten(1)  # (O, E r)
-        inner = functional.linear(inputs.to(down.dtype), down)
-        inner = inner.masked_fill(~used.repeat_interleave(self.rank, dim=-1), 0.0)
-        return (out + self.scaling * functional.linear(inner, up)).to(out.dtype)
+        # One product over all ranks side by side, then zeros where a token does not use an expert: every expert is
+        # touched in every step, as DDP and ZeRO demand, and no shape depends on the rows.
+        down_RI = self.lora_A.flatten(0, 1)  # R = E * r
+        up_OR = self.lora_B.transpose(0, 1).flatten(1)
+        inner_BSR = functional.linear(inputs.to(down_RI.dtype), down_RI)
+        inner_BSR = inner_BSR.masked_fill(~used.repeat_interleave(self.rank, dim=-1), 0.0)
+        return (out + self.scaling * functional.linear(inner_BSR, up_OR)).to(out.dtype)
 
     def expert_indices(self, scale_id: int | None, task_id: int | None) -> list[int]:
-        """Places of the experts that a token with these ids uses.
+        """Lists the experts that a token with these ids uses, by their place in the stack.
 
         Raises:
             ValueError: an id that is missing or beyond the experts of its kind.
@@ -119,7 +122,7 @@ def inject_bank(
     tasks: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Put a bank beside the named linear layers of every decoder layer.
+    """Puts a bank beside the named linear layers of every decoder layer.
 
     Args:
         module: the LLM's decoder.
@@ -163,10 +166,10 @@ def inject_bank(
 
 @torch.no_grad()
 def to_lora(module: nn.Module, *, scale_id: int | None = None, task_id: int | None = None) -> dict[str, object]:
-    """Replace every bank by PEFT's LoRA of what one scale and task use, in place; exact, the ranks are concatenated.
+    """Replaces every bank by PEFT's LoRA of what one scale and task use, in place; exact, the ranks are concatenated.
 
     Returns:
-        The settings of that LoRA: rank, alpha and targets.
+        The config of that LoRA: kind, rank, alpha and targets.
 
     Raises:
         ValueError: ids that name no expert.

@@ -1,6 +1,6 @@
-"""Mixture of Matryoshka Experts: small experts beside a frozen block, shared ones and routed ones.
+"""Puts a Mixture of Matryoshka Experts beside a frozen block: small experts, some shared and some routed.
 
-Knows decoder layers and ids of scales. Does not know what a scale is, or what becomes of the balance loss.
+Knows decoder layers and ids of scales. Does not know what a scale is, or how the balance loss is used.
 
     out = sum of the shared experts + sum over the top k routed experts of gate * expert
     expert = Linear(H, W) -> GELU -> Linear(W, H)        gate = softmax over the routed experts, not renormalised
@@ -28,11 +28,13 @@ PLACEMENTS = ("attention", "ffn", "layer")
 
 
 class Mome(Adapter):
-    """The experts and the router of one decoder layer.
+    """Computes the experts and the router of one decoder layer.
 
     Args:
         hidden_size: H.
-        num_experts: N. num_shared: experts every token uses. top_k: routed experts a token uses.
+        num_experts: N.
+        num_shared: experts every token uses.
+        top_k: routed experts a token uses.
         bottleneck: W.
         renormalise: let the gates of a token's experts sum to 1.
         num_routers: 1, or one per scale.
@@ -65,7 +67,7 @@ class Mome(Adapter):
         self.layer_input: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, S, H) -> what to add, (B, S, H)."""
+        """Computes what is added to the block's output: (B, S, H) -> (B, S, H)."""
         if hidden.device.type == "cpu":  # most CPUs cannot multiply bfloat16 and take up to 80 times as long over it
             with torch.autocast("cpu", enabled=False):
                 return self._forward(hidden, torch.float32)
@@ -83,25 +85,29 @@ class Mome(Adapter):
             gates = gates * (self._scale_ids()[..., None] >= 0)
         if self.inputs.collector is not None:
             self._report(self.inputs.collector, probabilities, chosen)
-        weights = torch.cat([gates.new_ones(*gates.shape[:-1], self.num_shared), gates], dim=-1)  # (B, S, M)
+        # Shared experts have the gate 1. Since a gate scales a whole expert, it may stand on the bottleneck instead of
+        # the output: all experts are then two products of matrices, and no (B, S, M, H) tensor is ever made.
+        gates_BSM = torch.cat([gates.new_ones(*gates.shape[:-1], self.num_shared), gates], dim=-1)
         down, up = self.down.flatten(0, 1).to(dtype), self.up.transpose(0, 1).flatten(1).to(dtype)
         inner = functional.gelu(functional.linear(values, down, self.down_bias.flatten().to(dtype)))
-        weights = weights.to(inner.dtype)
-        inner = inner.unflatten(-1, self.down.shape[:2]) * weights[..., None]
-        out = functional.linear(inner.flatten(-2), up) + weights @ self.up_bias.to(weights.dtype)
+        gates_BSM = gates_BSM.to(inner.dtype)
+        inner_BSMW = inner.unflatten(-1, self.down.shape[:2]) * gates_BSM[..., None]
+        out = functional.linear(inner_BSMW.flatten(-2), up) + gates_BSM @ self.up_bias.to(gates_BSM.dtype)
         return out.to(hidden.dtype)
 
     def _probabilities(self, values: Tensor) -> Tensor:
-        """(B, S, N), in float32."""
+        """Computes the probabilities of the routed experts, (B, S, N) in float32."""
         logits = functional.linear(values, self.router.flatten(0, 1).to(values.dtype)).float()
         if self.num_routers > 1:
+            # All routers are computed and each row keeps that of its scale; a row of no scale takes the first here,
+            # and its gates are zeroed by the caller.
             logits = logits.unflatten(-1, (self.num_routers, self.num_experts))
             router_ids = self._scale_ids().clamp(min=0)[..., None, None].expand(*logits.shape[:2], 1, self.num_experts)
             logits = logits.gather(2, router_ids).squeeze(2)
         return logits.softmax(dim=-1)
 
     def _scale_ids(self) -> Tensor:
-        """(B, 1) or (B, S)."""
+        """Returns the scale ids as (B, 1) or (B, S)."""
         ids = self.inputs.scale_ids
         if ids is None:
             raise ValueError("the adapter has a router per scale, but scale_ids were not given")
@@ -109,9 +115,9 @@ class Mome(Adapter):
         return ids[:, None] if ids.dim() == 1 else ids
 
     def _report(self, collector: Collector, probabilities: Tensor, chosen: Tensor) -> None:
-        """The balance loss of each row, 1 where its tokens use all experts alike, and which experts were chosen.
+        """Reports the balance loss of each row, 1 where its tokens use all experts alike, and which experts they chose.
 
-        N times the sum over experts of (share of the choices) * (mean probability), over the tokens of a row.
+        The loss is N times the sum over experts of (share of the choices) * (mean probability), over a row's tokens.
         """
         assert self.inputs.kinds is not None
         kinds = self.inputs.kinds.to(chosen.device)
@@ -137,13 +143,13 @@ def inject_mome(
     seed: int = 0,
     **experts: Any,
 ) -> None:
-    """Put experts beside a block of every decoder layer.
+    """Puts experts beside a block of every decoder layer.
 
     Args:
         module: the LLM's decoder.
         placement: see `PLACEMENTS`.
         disjoint_routers: a router per scale, of those named by `scales`, instead of one for all.
-        balance_weight: what the balance loss is multiplied by; used by the trainer, and only checked here.
+        balance_weight: factor of the balance loss; used by the trainer, and only checked here.
         experts: num_experts, num_shared, top_k, bottleneck and renormalise; see `Mome`.
 
     Raises:

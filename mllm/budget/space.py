@@ -59,7 +59,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What one medium costs: its exact soft tokens, and the rate they were asked at (0: a count was asked).
+    """The exact soft tokens of one medium, and the rate they come from (0 where the budget names a count).
 
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut or `frames` how many are shown of the video.
@@ -156,13 +156,13 @@ class MediumSpace:
         return amount.kind == "max" or amount in self.trained
 
     def is_trained_count(self, count: TokenCount) -> bool:
-        """Whether training drew what something cost. Cuts into tiles differ by image, so they are not compared."""
+        """Whether training sampled this count. Cuts into tiles differ by image, so they are not compared."""
         return self.is_trained(count.amount) and (not self.frame_counts or count.frames in self.frame_counts)
 
     def count(
         self, amount: Amount, extent: Extent, *, max_tiles: int | None = None, num_frames: int | None = None
     ) -> TokenCount:
-        """The exact cost of one medium at an amount.
+        """Counts the soft tokens of one medium at an amount, exactly.
 
         Args:
             max_tiles: of an image; as many as `tiling` allows when left out.
@@ -356,7 +356,7 @@ def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list
 
 
 def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[TokenCount]]:
-    """Costs of one medium's items at every amount it may take; a trained amount its clips are too short for is not."""
+    """Counts one medium's items at every amount it may take, except trained amounts its clips are too short for."""
     medium = extents[0].medium
     medium_space = space.media[medium]
     named = budget.amounts.get(medium)

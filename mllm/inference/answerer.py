@@ -26,7 +26,7 @@ from mllm.inference.long_audio import Window, joined, lengths_of, load_windows
 from mllm.inference.progressive import Growing
 from mllm.inference.request import DEFAULT_PROMPTS, Answer, Files, is_trained, request, tokens_by_medium, with_sound
 from mllm.inference.timing import stopwatch
-from mllm.kv_cache.system_prompt import ConstantPrompt
+from mllm.kv_cache.system_prompt import SystemPrompt
 from mllm.media import Given, MediaError, MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
@@ -71,7 +71,7 @@ class Answerer:
     loader: MediaLoader | None = None
     long_audio: LongAudio = field(default_factory=LongAudio)
     constant_prompt: bool = False
-    _constant: ConstantPrompt = field(default_factory=ConstantPrompt, init=False, repr=False, compare=False)
+    _constant: SystemPrompt = field(default_factory=SystemPrompt, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.constant_prompt and self.decoding.static_cache:

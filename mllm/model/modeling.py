@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.adapter_inputs import KEYWORD
-from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, shares_prefill
+from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once
 from mllm.kv_cache.names import cache_argument, cache_of, one_cache
 from mllm.kv_cache.shared_prefix import Prefixes
 from mllm.model.backbone import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
@@ -290,7 +290,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
         elif constant is not None:
             past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)
-        if shares_prefill(input_ids, kwargs, self.generation_config):
+        if reads_prompt_once(input_ids, kwargs, self.generation_config):
             past = prefill(
                 self,
                 input_ids,

@@ -10,7 +10,7 @@ from test_beams import ADAPTERS, LLMS, build
 from test_prefixes import CLIP, OTHER, QUESTIONS, answers
 
 from mllm.inference.answerer import Answerer, Decoding
-from mllm.kv_cache.system_prompt import ConstantPrompt
+from mllm.kv_cache.system_prompt import SystemPrompt
 
 SYSTEM = "place blue at f two now and transcribe speech to text, please."
 BATCHES = [
@@ -67,7 +67,7 @@ def inputs(rows: list[list[int]], **members: list[int]) -> dict[str, torch.Tenso
 
 
 def test_the_constant_text_is_what_batches_have_in_common() -> None:
-    model, keeper = torch.nn.Linear(1, 1), ConstantPrompt()
+    model, keeper = torch.nn.Linear(1, 1), SystemPrompt()
     base = list(range(1, 13))
 
     def found(rows: list[list[int]], **members: Any) -> tuple[int, ...] | None:

@@ -131,7 +131,7 @@ def test_embeddings_of_rows_are_those_of_their_first_row_where_they_begin_alike(
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
     prefixes = Prefixes(torch.tensor([0, 0, 1]), torch.tensor([2, 1]), mask)
     assert prefixes.first_rows.tolist() == [0, 2]
-    assert prefixes.num_own == 2
+    assert prefixes.num_unshared == 2
     shown = torch.tensor([[-1, 10, 11, 12], [-1, -1, 20, 21]])[..., None]
     text = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 8, 9]])[..., None]
     found = prefixes.on_rows(shown, text)[..., 0].tolist()
