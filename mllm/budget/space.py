@@ -229,7 +229,7 @@ class MediumSpace:
             counts = [rows * columns for rows, columns in haar_grids(extent.grid)]
             if amount.value not in counts:
                 whole = ", ".join(map(str, counts))
-                raise ValueError(f"{self.medium}={amount} is no whole map in Haar order: allowed are counts {whole}")
+                raise ValueError(f"{self.medium}={amount} is no whole grid in Haar order: allowed are counts {whole}")
         return TokenCount(int(amount.value))
 
     def _count_stream(self, amount: Amount, extent: Extent) -> TokenCount:

@@ -19,7 +19,7 @@ from mllm.checkpoints.pretrained import load_encoder, load_llm, unsharded
 from mllm.checkpoints.sources import digest_of, place_of, resolve_source
 from mllm.checkpoints.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 from mllm.compressors import Query
-from mllm.compressors.query_init import read_places
+from mllm.compressors.query_init import initialise_as_pyramid
 from mllm.config.model import FRAME_SETTINGS, MediumConfig, ModelConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.media import DEFAULT_LIMITS, MediaLimits
@@ -68,7 +68,7 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
         raise ValueError("query_start=pyramid needs compressor: query; leave it out")
     if is_sharded(compressor):
         raise ValueError("query_start=pyramid cannot be found under ZeRO-3, which keeps no query whole; use ZeRO-2")
-    read_places(compressor, torch.Generator().manual_seed(seed))
+    initialise_as_pyramid(compressor, torch.Generator().manual_seed(seed))
 
 
 def build_processor(settings: ModelConfig, *, limits: MediaLimits = DEFAULT_LIMITS) -> ElasticProcessor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm.compressors import Compressor, Query, build_compressor
-from mllm.compressors.area_pooling import grid_cover, own_grid_cover
-from mllm.compressors.query import own_positions, sincos_positions
+from mllm.compressors.area_pooling import grid_cover, item_grid_cover
+from mllm.compressors.query import item_positions, sincos_positions
 
 SIZE, OUT = 16, 6
 GRIDS = [(2, 7), (4, 4), (1, 3), (5, 3), (3, 5)]
@@ -52,7 +52,7 @@ def test_the_cells_on_an_own_grid_are_those_on_that_grid_bit_for_bit(grid: tuple
     length = grid[0] * grid[1]
     tokens = torch.arange(1, length + 1)
     expected, area = grid_cover(tokens, grid, max_tokens=length)
-    cover, own_area = own_grid_cover(tokens, torch.tensor([grid] * length), num_features=length + 5, max_tokens=length)
+    cover, own_area = item_grid_cover(tokens, torch.tensor([grid] * length), num_features=length + 5, max_tokens=length)
     is_cell = torch.arange(length) < tokens[:, None]
     assert torch.equal(cover[..., :length][is_cell], expected[is_cell])
     assert not cover[..., length:][is_cell].any()
@@ -64,7 +64,7 @@ def test_positions_are_those_that_torch_resizes(table_grid: tuple[int, int], gri
     table = sincos_positions(table_grid, SIZE, torch.device("cpu"))
     image = table.unflatten(0, table_grid).permute(2, 0, 1)[None]
     expected = functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)[0].flatten(1).T
-    found = own_positions(table, table_grid, torch.tensor([grid]), num_features=grid[0] * grid[1] + 3)[0]
+    found = item_positions(table, table_grid, torch.tensor([grid]), num_features=grid[0] * grid[1] + 3)[0]
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
     assert found.isfinite().all()
 
