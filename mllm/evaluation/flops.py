@@ -311,7 +311,7 @@ def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: 
     return num_layers * (2 * length * weights + 4 * length * length * size)
 
 
-def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+def _vision_encoder(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     """A ViT that is cut behind the layer that is read."""
     layer = settings.get("feature_layer", -2)
     depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
@@ -383,12 +383,12 @@ def _halved(pixels: int) -> int:
 
 
 _ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
-    "clip_vision_model": _vision_tower,
-    "siglip_vision_model": _vision_tower,
-    "siglip2_vision_model": _vision_tower,
-    "dinov2": _vision_tower,
-    "dinov2_with_registers": _vision_tower,
-    "dinov3_vit": _vision_tower,
+    "clip_vision_model": _vision_encoder,
+    "siglip_vision_model": _vision_encoder,
+    "siglip2_vision_model": _vision_encoder,
+    "dinov2": _vision_encoder,
+    "dinov2_with_registers": _vision_encoder,
+    "dinov3_vit": _vision_encoder,
     "whisper": _whisper,
     "hubert": _wave,
     "wav2vec2": _wave,

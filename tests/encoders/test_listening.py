@@ -13,7 +13,7 @@ from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
+from mllm.encoders import AVHubertEncoder, backbone_config, wrap_encoder
 from mllm.model.trainables import set_trainables
 from mllm.transforms.filterbank import num_stacked_frames, stacked_filterbank
 
@@ -27,7 +27,7 @@ def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> N
     sounds = [torch.randn(length).numpy() * 0.1 for length in (9000, 5000, 401)]
     frames = [torch.from_numpy(stacked_filterbank(sound)) for sound in sounds]
     expected = [network(audio=own[None])[0] for own in frames]
-    listener = wrap_encoder(AVHubertEncoder(tower_config(LIPS, "audio")), {}).eval()
+    listener = wrap_encoder(AVHubertEncoder(backbone_config(LIPS, "audio")), {}).eval()
     listener.backbone.load_state_dict(network.state_dict(), strict=False)
     batch = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True, padding_value=7.0)
     features, counts = listener(batch, torch.tensor([len(sound) for sound in sounds]))

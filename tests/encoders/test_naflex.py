@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import Siglip2Config, Siglip2VisionConfig, Siglip2VisionModel
 
-from mllm.encoders import backbone_class, build_encoder, encoder_facts, tower_config, wrap_encoder
+from mllm.encoders import backbone_class, backbone_config, build_encoder, encoder_facts, wrap_encoder
 from mllm.encoders.naflex import NaFlexEncoder
 
 CONFIG = Siglip2VisionConfig(
@@ -60,7 +60,7 @@ def test_the_setting_bounds_the_patches_and_the_size_is_no_setting() -> None:
     encoder = build_encoder("image", CONFIG, {"max_num_patches": 40})
     assert isinstance(encoder, NaFlexEncoder)
     assert (facts.max_patches, facts.grid) == (encoder.max_patches, encoder.grid) == (40, (6, 6))
-    assert tower_config(Siglip2Config(vision_config=CONFIG.to_dict())).model_type == "siglip2_vision_model"
+    assert backbone_config(Siglip2Config(vision_config=CONFIG.to_dict())).model_type == "siglip2_vision_model"
     assert backbone_class(CONFIG) is Siglip2VisionModel
     for settings, words in [({"max_num_patches": 0}, "at least 1"), ({"image_size": 64}, "allowed: max_num_patches")]:
         with pytest.raises(ValueError, match=words):
