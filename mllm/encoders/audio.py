@@ -120,7 +120,7 @@ class WaveformEncoder(Encoder):
         return self.backbone.encoder(projected, attention_mask=is_frame).last_hidden_state, num_frames
 
     def _convolve(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """Convolves (N, L) -> (N, C, T) as the backbone's feature extractor does, but for padding under a group norm."""
+        """Convolves (N, L) -> (N, C, T) as the backbone does, but for padding under a group norm."""
         hidden = values[:, None]
         for (kernel, stride), layer in zip(self._kernels, self.backbone.feature_extractor.conv_layers, strict=True):
             lengths = (lengths - kernel) // stride + 1

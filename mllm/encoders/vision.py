@@ -160,7 +160,8 @@ def cut(backbone: PreTrainedModel, feature_layer: int, final_norm: bool) -> None
     depth = feature_layer if feature_layer > 0 else num_layers + 1 + feature_layer
     if feature_layer == 0 or not 1 <= depth <= num_layers:
         raise ValueError(
-            f"feature_layer={feature_layer} is not a layer of this encoder; allowed: 1..{num_layers} or -{num_layers}..-1"
+            f"feature_layer={feature_layer} is not a layer of this encoder; "
+            f"allowed: 1..{num_layers} or -{num_layers}..-1"
         )
     del layers[depth:]
     if not final_norm:

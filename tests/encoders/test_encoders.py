@@ -52,7 +52,7 @@ WHISPER: dict = {
     "eos_token_id": 0,
     "decoder_start_token_id": 0,
 }
-LAYOUTS = {
+VISION_CONFIGS = {
     "clip": CLIPVisionConfig(**IMAGE),
     "siglip": SiglipVisionConfig(**IMAGE),
     "dinov2": Dinov2Config(**{key: value for key, value in IMAGE.items() if key != "intermediate_size"}),
@@ -72,7 +72,7 @@ LIPS = AVHubertConfig(
 LISTENING = backbone_config(LIPS, "audio")
 NAFLEX = Siglip2VisionConfig(**TRUNK, patch_size=8, num_patches=25)
 CONFIGS = {
-    **LAYOUTS,
+    **VISION_CONFIGS,
     "siglip2": NAFLEX,
     **WAVES,
     "whisper": WhisperConfig(**WHISPER),
@@ -106,10 +106,10 @@ def test_the_smallest_input_reaches_every_weight_that_can_train(name: str) -> No
     assert all(name.endswith("mask_token") for name in unused), "only what DINO's pre-training hides patches with"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", VISION_CONFIGS)
 @torch.no_grad()
 def test_a_tower_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(name: str) -> None:
-    config = LAYOUTS[name]
+    config = VISION_CONFIGS[name]
     torch.manual_seed(0)
     whole = backbone_class(config)(config).eval()
     images = torch.randn(2, 3, 40, 40)
@@ -148,23 +148,23 @@ def test_the_final_norm_can_be_kept() -> None:
     assert not hasattr(whole, "head")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", VISION_CONFIGS)
 def test_another_image_size_gives_another_grid(name: str) -> None:
     settings = {"image_size": [48, 32]}
-    encoder = build_encoder("image", LAYOUTS[name], settings).eval()
-    assert encoder.grid == encoder_facts(LAYOUTS[name], settings).grid == (6, 4)
+    encoder = build_encoder("image", VISION_CONFIGS[name], settings).eval()
+    assert encoder.grid == encoder_facts(VISION_CONFIGS[name], settings).grid == (6, 4)
     assert encoder(torch.zeros(1, 3, 48, 32)).shape == (1, 24, 32)
     with pytest.raises(ValueError, match=r"images are \(40, 40\) pixels"):
         encoder(torch.zeros(1, 3, 40, 40))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", VISION_CONFIGS)
 @pytest.mark.parametrize("size", [(24, 64), (44, 43)])
 @torch.no_grad()
 def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name: str, size: tuple[int, int]) -> None:
-    """Positions are the encoder's own, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); what fills no patch is cut."""
+    """Positions are those of the encoder, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); the rest is cut."""
     torch.manual_seed(0)
-    whole = backbone_class(LAYOUTS[name])(LAYOUTS[name]).eval()
+    whole = backbone_class(VISION_CONFIGS[name])(VISION_CONFIGS[name]).eval()
     images = torch.randn(2, 3, *size)
     options = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
     hidden = whole(images, output_hidden_states=True, **options).hidden_states[-2]
@@ -179,15 +179,15 @@ def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name
 
 def test_a_size_is_refused_for_patches_and_patches_for_a_size() -> None:
     with pytest.raises(ValueError, match=r"max_num_patches goes with siglip2_vision_model, not with clip_vision_model"):
-        build_encoder("image", LAYOUTS["clip"], {"max_num_patches": 64})
+        build_encoder("image", VISION_CONFIGS["clip"], {"max_num_patches": 64})
     with pytest.raises(ValueError, match="smaller than one patch"):
-        build_encoder("image", LAYOUTS["clip"], {"image_size": [4, 40]})
+        build_encoder("image", VISION_CONFIGS["clip"], {"image_size": [4, 40]})
 
 
 @pytest.mark.parametrize("feature_layer", [0, 4, -4])
 def test_layers_that_do_not_exist_are_refused(feature_layer: int) -> None:
     with pytest.raises(ValueError, match=r"allowed: 1\.\.3 or -3\.\.-1"):
-        build_encoder("image", LAYOUTS["clip"], {"feature_layer": feature_layer})
+        build_encoder("image", VISION_CONFIGS["clip"], {"feature_layer": feature_layer})
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
+from mllm.inference.decoding import has_no_end
 from mllm.media import load_audio
 
 OWN = tiny.settings(("image", "audio"))
@@ -251,7 +252,7 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
     num_cut = sum(end not in ids for ids in before)
     assert num_cut < 6
     assert sum(row["num_cut"] for row in results.rows if row["kind"] is None) == num_cut
-    assert (answerer.is_cut([1, end]), answerer.is_cut([end, 1])) == (False, True)
+    assert (has_no_end([1, end], [end]), has_no_end([end, 1], [end])) == (False, True)
 
 
 def test_a_rank_that_ended_early_is_noticed(answerer, samples, tmp_path) -> None:

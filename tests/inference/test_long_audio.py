@@ -27,7 +27,7 @@ from mllm.evaluation.comparison import compare
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
-from mllm.inference.long_audio import joined, load_windows
+from mllm.inference.long_audio import join_answers, load_windows
 from mllm.inference.windows import join_transcripts, window_times
 from mllm.media import Audio, MediaError
 from mllm.model.trainables import set_trainables
@@ -179,8 +179,8 @@ def test_an_answer_in_windows_is_cut_where_one_of_them_is(answerer: Answerer, fo
     windows = load_windows(sample, answerer.processor, CHUNK)
     ((answers,),) = answerer.answer_windows([sample], windows, [[Budget.parse("audio=/4")]])
     ended = [dataclasses.replace(answer, is_cut=False) for answer in answers]
-    assert not joined(windows, ended).is_cut
-    assert joined(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
+    assert not join_answers(windows, ended).is_cut
+    assert join_answers(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
 
 
 def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folder: Path, capsys) -> None:
