@@ -195,7 +195,7 @@ def write(results: Sequence[Measured], facts: Mapping[str, Any], folder: Path) -
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Plots milliseconds by phase of each budget, and how much quicker it is than the largest, measured and by FLOPs."""
+    """Plots milliseconds by phase of each budget, and the gain over the first budget, measured and by FLOPs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

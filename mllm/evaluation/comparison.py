@@ -19,8 +19,7 @@ from mllm.evaluation.answer_store import FINGERPRINT, write_whole
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import RESULTS, cut_notes
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
-from mllm.evaluation.vision_comparison import COLUMNS as VISION_TASKS
-from mllm.evaluation.vision_comparison import VisionComparison, vision_comparison
+from mllm.evaluation.vision_comparison import VisionComparison, columns_by_task, vision_comparison
 from mllm.utils.run_paths import CHECKPOINT_NAME, CONFIG, PROCESSOR, results_folder
 
 MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
@@ -125,7 +124,7 @@ def compare(folders: Sequence[str]) -> Comparison:
                 used[key].setdefault(str(content["facts"][key]), set()).add(name)
     made.differences = [_difference(key, own) for key, own in used.items() if len(own) > 1]
     if not made.blocks and made.vision is None:
-        tasks = ", ".join(VISION_TASKS)
+        tasks = ", ".join(columns_by_task())
         raise ValueError(f"the results hold nothing to compare: no asr, vsr or avsr at a rate, and none of {tasks}")
     return made
 

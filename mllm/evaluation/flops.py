@@ -155,7 +155,7 @@ def attention_flops(text: Any, *, num_tokens: int, past_tokens: int = 0) -> int:
 
 
 def train_factor(*, llm_trains: bool = False, checkpointing: bool = False) -> int:
-    """Tells how many forward passes of the LLM a training step costs: 2 if it is frozen (adapters are small), else 3."""
+    """Tells how many forward passes of the LLM a training step costs: 2 if it is frozen, else 3 (adapters are small)."""
     return (3 if llm_trains else 2) + int(checkpointing)
 
 
@@ -243,7 +243,7 @@ def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int)
 
 
 def _hybrid(settings: Mapping[str, Any], item: Item, size: int, out_size: int) -> int:
-    """Counts the anchors, the most queries of any count up to this one, which read anchors and features, and the rest."""
+    """Counts the anchors, the most queries that any count up to this one has, and the projector."""
     sizes, _ = hybrid_sizes(settings)
     queries = max(num_queries(count, sizes) for count in range(1, item.num_tokens + 1))
     anchors, read = max(one for one in sizes if one <= item.num_tokens), item.num_features

@@ -121,7 +121,7 @@ class Sweep:
         """Refuses a budget that a row cannot be answered at.
 
         Raises:
-            ValueError: the row cannot meet it, is longer with it than the LLM reads, or it is untrained and not allowed.
+            ValueError: the row cannot meet it, is longer with it than the LLM reads, or it is untrained and refused.
         """
         space = self.answerer.processor.space
         counts = row.token_counts(budget, space)
