@@ -155,7 +155,7 @@ def attention_flops(text: Any, *, num_tokens: int, past_tokens: int = 0) -> int:
 
 
 def train_factor(*, llm_trains: bool = False, checkpointing: bool = False) -> int:
-    """Tells how many forward passes of the LLM a training step costs: 2 if it is frozen, else 3 (adapters are small)."""
+    """Tells how many forward passes of the LLM a training step costs: 2 if it is frozen, else 3; adapters are small."""
     return (3 if llm_trains else 2) + int(checkpointing)
 
 

@@ -55,7 +55,7 @@ class VisionComparison:
     def plotted(self) -> list[dict[str, Any]]:
         """Makes rows for a plot: the share of each column, by model."""
         return [
-            {**result, "label": f"{model} {column.title}", "metric": "score", "value": column.share(result)}
+            {**result, "label": f"{model} {column.title}", "metric": "score", "value": column.fraction(result)}
             | {"low": None, "high": None, "kind": None}
             for model, table in self.tables.items()
             for row in table.rows

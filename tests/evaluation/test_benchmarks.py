@@ -249,7 +249,7 @@ def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder
 def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> None:
     from mllm.checkpoints.load import load
     from mllm.evaluation.answer_store import AnswerStore
-    from mllm.evaluation.run import conclude, run_share
+    from mllm.evaluation.run import conclude, run_part
     from mllm.evaluation.sweep import Sweep
     from mllm.inference.answerer import Answerer, Decoding
 
@@ -262,7 +262,7 @@ def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> Non
         for rank in range(num_ranks):
             store = AnswerStore(output, rank=rank)
             store.claim({"model": "tiny"})
-            run_share(Sweep(answerer, store), work, rank=rank, num_ranks=num_ranks)
+            run_part(Sweep(answerer, store), work, rank=rank, num_ranks=num_ranks)
         conclude(work, AnswerStore(output), seed=0, with_plot=False)
     names = [MARKDOWN, DATA, "results.json", f"{SUBMITTED}/test/vizwiz-image=1.json"]
     assert [(tmp_path / "one" / name).read_bytes() for name in names] == [

@@ -16,7 +16,7 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.answer_store import ANSWERS, HYPOTHESES, AnswerStore
 from mllm.evaluation.plot import PLOT
 from mllm.evaluation.report import CSV, RESULTS, cut_notes
-from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
+from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_part
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
@@ -150,7 +150,7 @@ def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path
     encoded = []
     handle = answerer.model.model.vision_tower.register_forward_hook(lambda _, given, __: encoded.append(len(given[0])))
     work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
-    run_share(Sweep(answerer, _claimed(tmp_path)), work)
+    run_part(Sweep(answerer, _claimed(tmp_path)), work)
     handle.remove()
     assert encoded == [3, 1]  # four images, batches of three, each encoded once for three budgets
 
@@ -163,7 +163,7 @@ def test_no_pass_has_more_rows_than_allowed(answerer, samples, tmp_path, max_row
         lambda _, args, given: rows.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     store = _claimed(tmp_path)
-    run_share(Sweep(answerer, store, max_rows=max_rows), work)
+    run_part(Sweep(answerer, store, max_rows=max_rows), work)
     first.remove()
     assert [number for number, positions in rows if positions > 1] == passes
     assert len(store.read()) == 12
@@ -184,7 +184,7 @@ def test_questions_about_one_image_meet_and_share_its_encoding(answerer, samples
     for rank in range(2):
         store = AnswerStore(tmp_path / "shared", rank=rank)
         store.claim({"model": "tiny"})
-        run_share(Sweep(answerer, store), work, rank=rank, num_ranks=2)
+        run_part(Sweep(answerer, store), work, rank=rank, num_ranks=2)
     handle.remove()
     assert seen["images"] == 2
     lines = AnswerStore(tmp_path / "shared").read().values()
@@ -207,7 +207,7 @@ def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ra
     for rank in range(num_ranks):
         store = AnswerStore(tmp_path / "shared", rank=rank)
         store.claim({"model": "tiny"})
-        run_share(Sweep(answerer, store, allow_untrained=True), work, rank=rank, num_ranks=num_ranks)
+        run_part(Sweep(answerer, store, allow_untrained=True), work, rank=rank, num_ranks=num_ranks)
     shared = conclude(work, AnswerStore(tmp_path / "shared"), seed=0, facts=alone.facts, with_plot=False)
     assert shared == alone
     for name in (HYPOTHESES, RESULTS, CSV):
@@ -215,7 +215,7 @@ def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ra
     # Another number of ranks goes on where these stopped.
     done = []
     again = Sweep(answerer, AnswerStore(tmp_path / "shared"), allow_untrained=True)
-    run_share(again, work, progress=lambda *counts: done.append(counts))
+    run_part(again, work, progress=lambda *counts: done.append(counts))
     assert done[-1] == (27, 27)
 
 
@@ -258,7 +258,7 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
 def test_a_rank_that_ended_early_is_noticed(answerer, samples, tmp_path) -> None:
     work = plan({"test": samples}, BUDGETS, space=answerer.processor.space, allow_untrained=True)
     store = _claimed(tmp_path)
-    run_share(Sweep(answerer, store, allow_untrained=True), work, rank=1, num_ranks=2)
+    run_part(Sweep(answerer, store, allow_untrained=True), work, rank=1, num_ranks=2)
     with pytest.raises(RuntimeError, match="answers are missing, the first is Key"):
         conclude(work, store, seed=0)
 
@@ -282,7 +282,7 @@ def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_pat
     ]
     assert media[0].equal(media[1])
     assert not media[0].equal(media[2])
-    run_share(Sweep(answerer, _claimed(tmp_path), noise=noise), work)
+    run_part(Sweep(answerer, _claimed(tmp_path), noise=noise), work)
     results = conclude(work, AnswerStore(tmp_path), seed=0, with_plot=False)
     assert [row["snr_db"] for row in results.rows] == [None, 0.0, -5.0]
     assert {row["num_samples"] for row in results.rows} == {2}

@@ -1,4 +1,4 @@
-"""A table to the bytes of an .xlsx file with one sheet, which is all that MMBench's server wants of the format.
+"""Writes a table as the bytes of an .xlsx file with one sheet, which is all that MMBench's server wants of the format.
 
 Knows texts, whole numbers and the parts such a file must have. Does not know benchmarks.
 """
@@ -32,7 +32,7 @@ _PARTS = {
 
 
 def xlsx_of(rows: Iterable[Sequence[str | int | None]]) -> bytes:
-    """The file; the same rows give the same bytes.
+    """Writes the file; the same rows give the same bytes.
 
     Characters that XML cannot hold are written as the format writes them, `_x0007_`, and texts are cut at
     `MAX_CELL_CHARACTERS`, as the format demands.
