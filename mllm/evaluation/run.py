@@ -65,7 +65,7 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
     state = PartialState()
     answerer = _answerer(settings, state.device)
     allowed, space = settings.allow_untrained, answerer.processor.space
-    work = plan(samples, settings.asked_budgets, space=space, snrs_db=settings.snr_db, allow_untrained=allowed)
+    work = plan(samples, settings.parsed_budgets, space=space, snrs_db=settings.snr_db, allow_untrained=allowed)
     store = AnswerStore(settings.output_folder, rank=state.process_index)
     if state.is_main_process:
         store.claim(fingerprint_of(settings, whole))

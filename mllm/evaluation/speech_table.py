@@ -184,7 +184,7 @@ def tables(blocks: Sequence[Block]) -> list[Table]:
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """Writes the blocks as Markdown: WER and CER, the lowest of a column bold if there are several models, and costs."""
+    """Writes the blocks as Markdown: WER and CER, the lowest of a column bold among several models, and costs."""
     parts = []
     for block in blocks:
         titles = [column.title for column in block.columns]
