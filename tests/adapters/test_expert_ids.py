@@ -38,17 +38,21 @@ VARIANTS = {"mss": SCALES, "st": None, "ms": None}
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def made(request: pytest.FixtureRequest):
-    own = settings(request.param, VARIANTS[request.param])
-    return tiny.model(own), tiny.processor(own)
+    config = settings(request.param, VARIANTS[request.param])
+    return tiny.model(config), tiny.processor(config)
 
 
 def test_ids_say_what_a_row_holds_and_costs() -> None:
-    own = settings("mss", SCALES)
-    inputs = tiny.processor(own).expand(tiny.batch(tiny.processor(own), ROWS), [BUDGETS], left_padding=False).inputs
+    config = settings("mss", SCALES)
+    inputs = (
+        tiny.processor(config).expand(tiny.batch(tiny.processor(config), ROWS), [BUDGETS], left_padding=False).inputs
+    )
     assert inputs["scale_ids"].tolist() == SCALE_IDS
     assert "task_ids" not in inputs
-    own = settings("t")
-    inputs = tiny.processor(own).expand(tiny.batch(tiny.processor(own), ROWS), [BUDGETS], left_padding=False).inputs
+    config = settings("t")
+    inputs = (
+        tiny.processor(config).expand(tiny.batch(tiny.processor(config), ROWS), [BUDGETS], left_padding=False).inputs
+    )
     assert inputs["task_ids"].tolist() == TASK_IDS
     assert "scale_ids" not in inputs
 
@@ -76,7 +80,7 @@ def test_batched_generation_equals_single(made, options: dict) -> None:
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, disable_compile=True, **options)
         end = processor.tokenizer.eos_token_id
         answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        return [own[: own.index(end)] if end in own else own for own in answers]
+        return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
     number = options.get("num_return_sequences", 1)
     together = generate(ROWS, BUDGETS)
@@ -85,8 +89,8 @@ def test_batched_generation_equals_single(made, options: dict) -> None:
 
 
 def test_a_rate_without_an_expert_is_refused_with_those_trained() -> None:
-    own = settings("ss", SCALES)
-    processor = tiny.processor(own)
+    config = settings("ss", SCALES)
+    processor = tiny.processor(config)
     batch = tiny.batch(processor, ROWS[2:3])
     with pytest.raises(
         ValueError, match=r"sample 'row0': .* no expert for the scale audio=/5; trained are audio=/4 \|"
@@ -135,8 +139,8 @@ def test_ids_for_an_adapter_that_has_no_experts_are_refused() -> None:
 
 
 def test_a_run_is_loaded_bit_for_bit_and_exported_per_task(tmp_path: Path) -> None:
-    own = settings("st", own=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
-    model, processor = build(own)
+    config = settings("st", config=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
+    model, processor = build(config)
     names = set_trainables(model)
     assert [n for n in names if "lora" in n] == sorted(
         f"model.language_model.layers.{layer}.self_attn.{target}.lora_{side}"

@@ -51,10 +51,10 @@ def test_each_prefix_rebuilds_the_pooled_map(grid: tuple[int, int]) -> None:
     """At the count of every map the span is exactly the average pooling to that map, and the whole is the grid."""
     features = patches(grid)
     compressor = Pool(projectors=identity(), grid=grid, order="haar")
-    maps = features.transpose(1, 2).unflatten(2, grid)
+    grids = features.transpose(1, 2).unflatten(2, grid)
     for rows, columns in haar_grids(grid):
         prefix = soft_tokens(compressor, features, [rows * columns] * 2, rows * columns)
-        pooled = functional.avg_pool2d(maps, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
+        pooled = functional.avg_pool2d(grids, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
         torch.testing.assert_close(inverse_haar(prefix, grid), pooled, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(inverse_haar(haar(features, grid), grid), features, rtol=1e-5, atol=1e-5)
 

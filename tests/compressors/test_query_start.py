@@ -44,11 +44,11 @@ def test_each_query_reads_the_mean_of_its_cell(grid: tuple[int, int], queries: t
     compressor = query_of(grid, queries)
     left = initialise_as_pyramid(compressor, torch.Generator().manual_seed(0))
     assert float(left.max()) < 0.3  # nats, of 2.8 and more at the released start
-    maps = torch.randn(1, *grid, 64, generator=torch.Generator().manual_seed(1))
-    normed = compressor.ln_v(maps)
+    grids = torch.randn(1, *grid, 64, generator=torch.Generator().manual_seed(1))
+    normed = compressor.ln_v(grids)
     cells = pyramid_cells(compressor.num_queries, grid)
     with torch.no_grad():
-        read = compressor._read(maps.flatten(1, 2))[0]
+        read = compressor._read(grids.flatten(1, 2))[0]
         means = torch.stack([normed[0, t:b, s:e].flatten(0, 1).mean(0) for t, b, s, e in cells])
     alike = torch.nn.functional.cosine_similarity(read[:, None], means[None], dim=-1)
     assert alike.argmax(1).tolist() == list(range(len(cells)))
@@ -71,8 +71,8 @@ def test_the_search_is_in_float32_and_only_its_result_is_rounded() -> None:
     precise = copy.deepcopy(rough).float()
     left = initialise_as_pyramid(rough, torch.Generator().manual_seed(0))
     left_precise = initialise_as_pyramid(precise, torch.Generator().manual_seed(0))
-    for name, own in precise.named_parameters():
-        assert rough.get_parameter(name).equal(own.bfloat16()), name
+    for name, weight in precise.named_parameters():
+        assert rough.get_parameter(name).equal(weight.bfloat16()), name
     assert left.dtype == torch.float32
     assert not left.equal(left_precise)
     torch.testing.assert_close(left, left_precise, rtol=0, atol=0.05)

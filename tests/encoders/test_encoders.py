@@ -66,18 +66,18 @@ WAVES = {
     "wavlm": WavLMConfig(**WAVE),
     "wavlm_large": WavLMConfig(**WAVE, **STABLE),
 }
-LIPS = AVHubertConfig(
+AV_HUBERT = AVHubertConfig(
     **TRUNK, resnet_channels=(4, 8, 16, 32), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4
 )
-LISTENING = backbone_config(LIPS, "audio")
+AV_HUBERT_AUDIO = backbone_config(AV_HUBERT, "audio")
 NAFLEX = Siglip2VisionConfig(**TRUNK, patch_size=8, num_patches=25)
 CONFIGS = {
     **VISION_CONFIGS,
     "siglip2": NAFLEX,
     **WAVES,
     "whisper": WhisperConfig(**WHISPER),
-    "lips": LIPS,
-    "listening": LISTENING,
+    "lips": AV_HUBERT,
+    "listening": AV_HUBERT_AUDIO,
 }
 
 
@@ -234,9 +234,9 @@ def test_waveforms_too_short_for_one_frame_are_refused() -> None:
 
 
 def test_videos_without_frames_are_refused() -> None:
-    assert encoder_facts(LIPS).num_frames(7) == 7
+    assert encoder_facts(AV_HUBERT).num_frames(7) == 7
     with pytest.raises(ValueError, match="at least 1 frame"):
-        encoder_facts(LIPS).num_frames(0)
+        encoder_facts(AV_HUBERT).num_frames(0)
 
 
 @pytest.mark.parametrize("name", ["clip", "wavlm", "whisper", "lips"])
@@ -263,9 +263,9 @@ def test_backbones_and_media_that_do_not_fit_are_refused_by_name() -> None:
 def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
     both = SiglipConfig(vision_config=IMAGE)
     assert backbone_config(both).model_type == "siglip_vision_model"
-    assert backbone_config(LIPS) is LIPS
-    assert backbone_config(LIPS, "video") is LIPS
-    assert LISTENING.to_dict() == {**LIPS.to_dict(), "model_type": "av_hubert_audio"}
+    assert backbone_config(AV_HUBERT) is AV_HUBERT
+    assert backbone_config(AV_HUBERT, "video") is AV_HUBERT
+    assert AV_HUBERT_AUDIO.to_dict() == {**AV_HUBERT.to_dict(), "model_type": "av_hubert_audio"}
 
 
 def test_published_towers_have_their_published_grids() -> None:

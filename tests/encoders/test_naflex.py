@@ -23,8 +23,8 @@ def images(padding: float = 0.0) -> tuple[Tensor, Tensor]:
     """Random patches of images of every grid, padded to the largest."""
     generator = torch.Generator().manual_seed(0)
     values = torch.full((len(GRIDS), 16, 192), padding)
-    for own, (rows, columns) in zip(values, GRIDS, strict=True):
-        own[: rows * columns] = torch.randn(rows * columns, 192, generator=generator)
+    for row, (rows, columns) in zip(values, GRIDS, strict=True):
+        row[: rows * columns] = torch.randn(rows * columns, 192, generator=generator)
     return values, torch.tensor(GRIDS)
 
 
@@ -45,9 +45,9 @@ def test_it_is_the_layer_of_the_backbone_that_was_asked_for(layer: int, final_no
     whole = backbone()
     values, grids = images()
     mask = torch.arange(16) < grids.prod(1)[:, None]
-    given = {"pixel_attention_mask": mask.int(), "spatial_shapes": grids}
-    found = whole(values, output_hidden_states=True, **given)
-    expected = found.last_hidden_state if final_norm else found.hidden_states[layer]
+    shapes = {"pixel_attention_mask": mask.int(), "spatial_shapes": grids}
+    output = whole(values, output_hidden_states=True, **shapes)
+    expected = output.last_hidden_state if final_norm else output.hidden_states[layer]
     encoder = wrap_encoder(whole, {"feature_layer": layer, "final_norm": final_norm}).eval()
     features, _ = encoder(values, grids)
     torch.testing.assert_close(features[mask], expected[mask])

@@ -23,14 +23,14 @@ from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.decoding import has_no_end
 from mllm.media import load_audio
 
-OWN = tiny.settings(("image", "audio"))
+CONFIG = tiny.settings(("image", "audio"))
 BUDGETS = [Budget.parse(text) for text in ("image=16,audio=/4", "image=1,audio=/8", "image=4", "audio=/5")]
 SECONDS = {"a0": 0.5, "a1": 0.7, "a2": 0.3, "short": 0.13}  # 25, 35, 15 and 6 encoder frames
 
 
 @pytest.fixture(scope="module")
 def answerer() -> Answerer:
-    return Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=6), batch_size=3)
+    return Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=6), batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     (root / "p9.png").write_bytes(b"not an image at all")
     for name, seconds in SECONDS.items():
         soundfile.write(root / f"{name}.wav", random.normal(0, 0.1, round(16000 * seconds)).astype(np.float32), 16000)
-    found = [
+    made = [
         _sample(root, f"p{number}", "image", "what colour?", "red", "vqa", ("colour", "count")[number % 2])
         for number in (0, 1, 2, 3, 9)
     ]
-    found += [_sample(root, name, "audio", "transcribe speech to text.", "place blue at f", "asr") for name in SECONDS]
-    return found
+    made += [_sample(root, name, "audio", "transcribe speech to text.", "place blue at f", "asr") for name in SECONDS]
+    return made
 
 
 def _sample(
@@ -75,10 +75,10 @@ def evaluated(answerer: Answerer, samples: list[Sample], output: Path, *, with_p
 def test_every_sample_is_answered_at_the_budgets_that_are_for_it(answerer, samples, tmp_path) -> None:
     results = evaluated(answerer, samples, tmp_path, with_plot=True)
     lines = [json.loads(line) for line in (tmp_path / HYPOTHESES).read_text().splitlines()]
-    found = [(line["id"], line["budget"]) for line in lines]
+    answered = [(line["id"], line["budget"]) for line in lines]
     expected = [(f"p{number}", f"image={count}") for number in (0, 1, 2, 3, 9) for count in (16, 1, 4)]
     expected += [(name, f"audio=/{rate}") for name in SECONDS for rate in (4, 8, 5)]
-    assert found == expected
+    assert answered == expected
     answers = {(line["id"], line["budget"]): line for line in lines}
     for name, budget in (("p2", "image=4"), ("a1", "audio=/5")):
         sample = next(sample for sample in samples if sample.id == name)
@@ -109,7 +109,7 @@ def test_failures_are_counted_and_named_and_spoil_nothing(answerer, samples, tmp
 
 
 def test_a_conversation_the_template_refuses_is_a_failure_of_its_own(samples, tmp_path) -> None:
-    own = Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=6), batch_size=3)
+    own = Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=6), batch_size=3)
     own.processor.chat.template = (
         "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
@@ -224,10 +224,10 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
     model, asked, said = answerer.model, samples[:3], []
     generate = model.generate
 
-    def listening(**given):
-        found = generate(**given)
-        said.extend(found[:, given["input_ids"].shape[1] :].tolist())
-        return found
+    def listening(**kwargs):
+        ids = generate(**kwargs)
+        said.extend(ids[:, kwargs["input_ids"].shape[1] :].tolist())
+        return ids
 
     monkeypatch.setattr(model, "generate", listening)
 

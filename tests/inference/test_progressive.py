@@ -76,7 +76,7 @@ def test_the_image_is_encoded_once_and_only_new_tokens_are_read(image: Path) -> 
     seen: dict[str, list[int]] = {"images": [], "positions": []}
     answerer.model.model.tower("image").register_forward_pre_hook(lambda _, args: seen["images"].append(len(args[0])))
     answerer.model.get_decoder().register_forward_pre_hook(
-        lambda _, args, given: seen["positions"].append(given["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda _, args, kwargs: seen["positions"].append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     session = answerer.begin(image=image, budget="image=5")
     before, question = session.num_kept_tokens - 5, session.num_question_tokens(QUESTIONS[0])

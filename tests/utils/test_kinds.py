@@ -42,7 +42,7 @@ def test_a_name_is_given_once(name: str, message: str) -> None:
 def test_plugins_are_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("mine", f"{__name__}:plugin", group)])
-    monkeypatch.setattr("test_registry.plugin", lambda: calls.append("mine"), raising=False)
+    monkeypatch.setattr(f"{__name__}.plugin", lambda: calls.append("mine"), raising=False)
     load_plugins.cache_clear()
     try:
         assert load_plugins() == load_plugins() == ("mine",)
