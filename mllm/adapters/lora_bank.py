@@ -82,7 +82,7 @@ class LoraBank(Adapter):
         return torch.cat(used, dim=-1)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, S, I) -> (B, S, O)."""
+        """Adds what the experts of each token give to the linear layer: (B, S, I) -> (B, S, O)."""
         out = self.base_layer(inputs)
         if not self.is_enabled:
             return out

@@ -128,9 +128,9 @@ class Mome(Adapter):
         usage = torch.where(kinds[..., None], chosen[..., None, :], 0.0).sum(dim=1)  # (B, K, N)
         is_token = kinds.any(dim=-1, keepdim=True).to(probabilities.dtype)
         num_tokens = is_token.sum(dim=1).clamp(min=1)
-        usage_shares = usage.sum(dim=1) / (self.top_k * num_tokens)
+        usage_fractions = usage.sum(dim=1) / (self.top_k * num_tokens)
         means = (probabilities * is_token).sum(dim=1) / num_tokens
-        collector.add(self.num_experts * (usage_shares * means).sum(dim=-1), usage)
+        collector.add(self.num_experts * (usage_fractions * means).sum(dim=-1), usage)
 
 
 def inject_mome(
@@ -230,5 +230,5 @@ def _beside_layer(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The normalised input of an attention block."""
+    """Finds the normalised input of an attention block."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

@@ -49,7 +49,7 @@ class WhisperWindowEncoder(Encoder):
         self.frames_per_second = SAMPLE_RATE_HZ / WHISPER_SAMPLES_PER_FRAME
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Samples (N,) -> feature frames (N,)."""
+        """Counts feature frames (N,) of samples (N,)."""
         if self.released_cut:
             seconds = raw.double() / SAMPLE_RATE_HZ  # in this order, so that the cut is theirs bit for bit
             return (seconds * WHISPER_FRAMES_PER_SECOND).long().clamp(min=RELEASED_LEAST_FRAMES)
@@ -95,7 +95,7 @@ class WaveformEncoder(Encoder):
         self._kernels = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Samples (N,) -> feature frames (N,): those whose whole window lies inside the clip."""
+        """Counts feature frames (N,) of samples (N,): those whose whole window lies inside the clip."""
         for kernel, stride in self._kernels:
             raw = (raw - kernel) // stride + 1
         return raw

@@ -95,7 +95,7 @@ class ResidualBlock(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, channels, H / stride, W / stride)."""
+        """Convolves (N, C, H, W) -> (N, channels, H / stride, W / stride)."""
         shortcut = images if self.downsample is None else self.downsample(images)
         out = self.relu1(self.bn1(self.conv1(images)))
         return self.relu2(self.bn2(self.conv2(out)) + shortcut)
@@ -116,7 +116,7 @@ class ResNetTrunk(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, channels[0], H, W) -> (N, channels[3])."""
+        """Convolves and averages (N, channels[0], H, W) -> (N, channels[3])."""
         return self.layer4(self.layer3(self.layer2(self.layer1(images)))).mean(dim=(2, 3))
 
 
@@ -134,7 +134,7 @@ class VideoResNet(nn.Module):
         self.trunk = ResNetTrunk(channels)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(N, T, 1, H, W) -> (N, T, channels[3])."""
+        """Reads each frame: (N, T, 1, H, W) -> (N, T, channels[3])."""
         features = self.frontend3D(video.transpose(1, 2)).transpose(1, 2)  # (N, T, C, H / 4, W / 4)
         return self.trunk(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
@@ -148,7 +148,7 @@ class VideoFeatures(nn.Module):
         self.proj = nn.Linear(channels[-1], hidden_size)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(N, T, 1, H, W) -> (N, T, D)."""
+        """Reads each frame and projects it: (N, T, 1, H, W) -> (N, T, D)."""
         return self.proj(self.resnet(video))
 
 
@@ -160,7 +160,7 @@ class AudioFeatures(nn.Module):
         self.proj = nn.Linear(audio_feature_size, hidden_size)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """(N, T, audio_feature_size) -> (N, T, D)."""
+        """Projects each frame: (N, T, audio_feature_size) -> (N, T, D)."""
         return self.proj(audio)
 
 

@@ -34,7 +34,7 @@ class AVHubertAudioEncoder(Encoder):
         self.frames_per_second = float(backbone.config.frames_per_second)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Samples (N,) -> feature frames (N,), as `num_stacked_frames` counts them."""
+        """Counts feature frames (N,) of samples (N,), as `num_stacked_frames` does."""
         frames = 1 + (-((WINDOW_SAMPLES - raw) // HOP_SAMPLES)).clamp(min=0)
         return -(-frames // NUM_STACKED)
 

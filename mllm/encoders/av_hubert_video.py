@@ -29,7 +29,7 @@ class AVHubertVideoEncoder(Encoder):
         self.frames_per_second = float(backbone.config.frames_per_second)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Video frames (N,) -> feature frames (N,): the same."""
+        """Counts feature frames (N,) of video frames (N,): as many."""
         return raw
 
     def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

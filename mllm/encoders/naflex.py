@@ -53,7 +53,7 @@ class NaFlexEncoder(Encoder):
         cut(backbone, feature_layer, final_norm)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Grids (N, 2) -> patches of each image (N,)."""
+        """Counts the patches of each image (N,) by its grid (N, 2)."""
         return raw.prod(dim=1)
 
     def forward(self, pixel_values: Tensor, grids: Tensor | None = None) -> tuple[Tensor, Tensor]:

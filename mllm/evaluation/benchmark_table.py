@@ -123,8 +123,8 @@ def table_of(rows: Sequence[Row], columns: Sequence[Column]) -> BenchmarkTable:
     by_budget: dict[str, BudgetRow] = {}
     for row in rows:
         budget_row = by_budget.setdefault(row["budget"], BudgetRow(row["budget"]))
-        place = (row["set"], row["task"])
-        budget_row.results |= {column: row for column in columns if (column.set_name, column.task) == place}
+        set_and_task = (row["set"], row["task"])
+        budget_row.results |= {column: row for column in columns if (column.set_name, column.task) == set_and_task}
     in_order = sorted(by_budget.values(), key=lambda row: row.tokens[-1:] or [0.0], reverse=True)
     return BenchmarkTable(list(columns), in_order)
 

@@ -160,10 +160,10 @@ def all_vqav2_ids(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sample
     if settings.vqav2_questions is None:
         return []
     ids = question_ids(settings.vqav2_questions)
-    own_ids = [sample.id for samples in sets.values() for sample in samples if sample.task == "vqav2"]
-    if strangers := set(own_ids) - set(map(str, ids)):
+    manifest_ids = [sample.id for samples in sets.values() for sample in samples if sample.task == "vqav2"]
+    if strangers := set(manifest_ids) - set(map(str, ids)):
         raise ValueError(f"vqav2_questions {settings.vqav2_questions} does not hold question {min(strangers)}")
-    if not own_ids:
+    if not manifest_ids:
         raise ValueError("vqav2_questions is set, but no manifest holds samples of vqav2")
     return ids
 
@@ -182,8 +182,8 @@ def check_noise(settings: EvaluationConfig) -> None:
     trained = yaml.safe_load(run_config.read_text(encoding="utf-8")).get("data", {}).get("noise")
     if trained is None:
         return
-    same_place = Path(trained).resolve() == Path(settings.noise).resolve()
-    if same_place or (Path(trained).is_file() and digest_of_file(trained) == digest_of_file(settings.noise)):
+    same_path = Path(trained).resolve() == Path(settings.noise).resolve()
+    if same_path or (Path(trained).is_file() and digest_of_file(trained) == digest_of_file(settings.noise)):
         raise ValueError(
             f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
             "few; name another recording, or set allow_training_noise"

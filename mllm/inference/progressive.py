@@ -90,16 +90,16 @@ class ProgressiveSession:
 
     @property
     def num_read_tokens(self) -> int:
-        """Tokens the LLM has read and kept, of the text before the image and its soft tokens."""
+        """Counts the tokens the LLM has read and kept, of the text before the image and its soft tokens."""
         return self._cache.get_seq_length()
 
     @property
     def num_kept_tokens(self) -> int:
-        """Tokens that every question at the present budget shares: those that are read, and those it will read."""
+        """Counts the tokens that every question at the present budget shares: those read, and those it will read."""
         return self.num_read_tokens + self._unread.shape[1]
 
     def num_question_tokens(self, text: str | None = None) -> int:
-        """Tokens of the text behind the image, which every question reads for itself."""
+        """Counts the tokens of the text behind the image, which every question reads for itself."""
         return len(self._prompt(text)[0]) - self.num_kept_tokens
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def requests_about(
 
 def samples_about(files: Mapping[str, Files], texts: Sequence[str | None], processor: ElasticProcessor) -> list[Sample]:
     """Makes a sample of each of several questions about the same media."""
-    return [asked.sample for asked in requests_about(files, texts, processor)]
+    return [each.sample for each in requests_about(files, texts, processor)]
 
 
 def read_request(

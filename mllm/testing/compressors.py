@@ -46,7 +46,7 @@ class CompressorCase:
 
     @property
     def extents(self) -> list[Extent]:
-        """The items that are made up, as budgets see them."""
+        """Lists the extents of the items that are made up."""
         medium = self.space.medium
         if self.item_grids:
             return [Extent(medium, grid=grid) for grid in self.item_grids]

@@ -43,13 +43,13 @@ def mmmu_letter(answer: str, options: Sequence[str], *, sample_id: str) -> tuple
         answer = answer.strip(edge)
     text, letters = f" {answer} ", LETTERS[: len(options)]
     for form in ("({})", " {} "):
-        places = {letter: text.rfind(form.format(letter)) for letter in letters}
-        if found := {letter: place for letter, place in places.items() if place >= 0}:
-            return max(found, key=lambda letter: found[letter]), True
+        ends = {letter: text.rfind(form.format(letter)) for letter in letters}
+        if positions := {letter: end for letter, end in ends.items() if end >= 0}:
+            return max(positions, key=lambda letter: positions[letter]), True
     if len(text.split()) >= _MIN_WORDS_TO_QUOTE:
         low = text.lower()
-        found = {a: low.rfind(option.lower()) for a, option in zip(letters, options, strict=True)}
-        if found := {letter: place for letter, place in found.items() if place >= 0}:
-            return max(found, key=lambda letter: found[letter]), True
-    draw = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8])
-    return letters[draw % len(letters)], False
+        positions = {a: low.rfind(option.lower()) for a, option in zip(letters, options, strict=True)}
+        if positions := {letter: end for letter, end in positions.items() if end >= 0}:
+            return max(positions, key=lambda letter: positions[letter]), True
+    lot = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8])
+    return letters[lot % len(letters)], False

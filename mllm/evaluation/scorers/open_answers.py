@@ -37,9 +37,9 @@ def relaxed_match(reference: str, answer: str) -> float:
     "12%" is 0.12, and so is not within reach of "12". As in the official code, a reference of 0 is compared as text,
     and blanks around a text count.
     """
-    wanted, given = _float(reference), _float(answer)
-    if given is not None and wanted:
-        return float(abs(given - wanted) / abs(wanted) <= TOLERANCE)
+    wanted, answered = _float(reference), _float(answer)
+    if answered is not None and wanted:
+        return float(abs(answered - wanted) / abs(wanted) <= TOLERANCE)
     return float(answer.lower() == reference.lower())
 
 
@@ -69,14 +69,14 @@ def _key_phrases(answer: str) -> list[str]:
     """
     whole = answer.strip().strip(".").lower()
     lines = whole.split("\n")
-    found = []
+    phrases = []
     for number, line in enumerate(lines):
         indicators = (*_INDICATORS, "=") if number == len(lines) - 1 else _INDICATORS
         rests = [line.split(indicator)[-1].strip() for indicator in indicators if indicator in line]
         shortest = _shortest(rests)
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
-            found.append(shortest)
-    return found or [whole]
+            phrases.append(shortest)
+    return phrases or [whole]
 
 
 def _shortest(rests: Sequence[str]) -> str | None:
@@ -115,8 +115,8 @@ def _distance_share(reference: str, answer: str) -> float:
 def edit_distance(one: str, two: str) -> int:
     """Counts the insertions, deletions and substitutions between two texts."""
     row = list(range(len(two) + 1))
-    for number, own in enumerate(one, start=1):
+    for number, character in enumerate(one, start=1):
         before, row = row, [number]
-        for place, other in enumerate(two, start=1):
-            row.append(min(before[place] + 1, row[-1] + 1, before[place - 1] + (own != other)))
+        for column, other in enumerate(two, start=1):
+            row.append(min(before[column] + 1, row[-1] + 1, before[column - 1] + (character != other)))
     return row[-1]

@@ -63,11 +63,11 @@ _ODD_FORMS = {
 
 
 def _contractions() -> dict[str, str]:
-    found = {form.replace("'", ""): form for form in _FULL_FORMS.split()}
+    forms = {form.replace("'", ""): form for form in _FULL_FORMS.split()}
     for form in _DOUBLE_FORMS.split():
         first, second, third = form.split("'")
-        found |= {f"{first}{second}'{third}": form, f"{first}'{second}{third}": form}
-    return found | _ODD_FORMS
+        forms |= {f"{first}{second}'{third}": form, f"{first}'{second}{third}": form}
+    return forms | _ODD_FORMS
 
 
 CONTRACTIONS = _contractions()
@@ -90,7 +90,7 @@ def agreement(references: Sequence[str], answer: str) -> float:
     """Takes the mean over annotators of min(matches among the others / 3, 1); of ten 1 to 4 give 0.3, 0.6, 0.9, 1."""
     matches = [reference == answer for reference in references]
     total = sum(matches)
-    return sum(min(1.0, (total - own) / NUM_AGREEING) for own in matches) / len(matches)
+    return sum(min(1.0, (total - match) / NUM_AGREEING) for match in matches) / len(matches)
 
 
 def evalai_accuracy(references: Sequence[str], answer: str) -> float:
@@ -112,10 +112,10 @@ def vqa_eval_accuracy(references: Sequence[str], answer: str) -> float:
         ValueError: other than ten annotators.
     """
     _check_annotators(references)
-    given, own = evalai_answer(answer), [_on_one_line(reference) for reference in references]
-    if len(set(own)) > 1:
-        given, own = vqa_eval_answer(given), [vqa_eval_answer(reference) for reference in own]
-    return agreement(own, given)
+    submitted, processed = evalai_answer(answer), [_on_one_line(reference) for reference in references]
+    if len(set(processed)) > 1:
+        submitted, processed = vqa_eval_answer(submitted), [vqa_eval_answer(reference) for reference in processed]
+    return agreement(processed, submitted)
 
 
 def _check_annotators(references: Sequence[str]) -> None:

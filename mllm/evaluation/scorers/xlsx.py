@@ -51,5 +51,5 @@ def _cell(value: str | int | None) -> str:
         return "<c/>"
     if isinstance(value, int):
         return f"<c><v>{value}</v></c>"
-    text = _UNWRITABLE.sub(lambda found: f"_x{ord(found[0]):04X}_", value[:MAX_CELL_CHARACTERS])
+    text = _UNWRITABLE.sub(lambda character: f"_x{ord(character[0]):04X}_", value[:MAX_CELL_CHARACTERS])
     return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(text)}</t></is></c>'
