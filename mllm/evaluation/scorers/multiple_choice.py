@@ -43,13 +43,13 @@ def mmmu_letter(answer: str, options: Sequence[str], *, sample_id: str) -> tuple
         answer = answer.strip(edge)
     text, letters = f" {answer} ", LETTERS[: len(options)]
     for form in ("({})", " {} "):
-        ends = {letter: text.rfind(form.format(letter)) for letter in letters}
-        if positions := {letter: end for letter, end in ends.items() if end >= 0}:
+        starts = {letter: text.rfind(form.format(letter)) for letter in letters}
+        if positions := {letter: start for letter, start in starts.items() if start >= 0}:
             return max(positions, key=lambda letter: positions[letter]), True
     if len(text.split()) >= _MIN_WORDS_TO_QUOTE:
         low = text.lower()
         positions = {a: low.rfind(option.lower()) for a, option in zip(letters, options, strict=True)}
-        if positions := {letter: end for letter, end in positions.items() if end >= 0}:
+        if positions := {letter: start for letter, start in positions.items() if start >= 0}:
             return max(positions, key=lambda letter: positions[letter]), True
     lot = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8])
     return letters[lot % len(letters)], False
