@@ -239,7 +239,8 @@ class Answerer:
         parsed = [Budget.of(budget) for budget in budgets]
         answers: list[Answer] = []
         for start in range(0, len(samples), self.batch_size):
-            rows, row_budgets = (part[start : start + self.batch_size] for part in (samples, parsed))
+            stop = start + self.batch_size
+            rows, row_budgets = samples[start:stop], parsed[start:stop]
             budgets_of_media: dict[Hashable, list[Budget]] = {}
             for sample, budget in zip(rows, row_budgets, strict=True):
                 budgets_of_media.setdefault(sample.media_key, []).append(budget)
