@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.config.model import MediumConfig
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.inference.answerer import Answerer
-from mllm.inference.progressive import Growing
+from mllm.inference.progressive import ProgressiveSession
+from mllm.inference.reading import read_request
 
 STARTS = (16, 64, 128)
 MOST = 256
@@ -42,9 +43,10 @@ GOAL_START, GOAL = 64, 1.3
 QUESTION = "how many objects are there, and what is the colour of the one that is left of the largest square?"
 
 
-def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[Growing], Tensor]]:
+def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[ProgressiveSession], Tensor]]:
     """First logits of an answer at the largest budget, given a session at a smaller one."""
-    samples, media, asked = answerer.read_request({"image": image}, [QUESTION], f"image={MOST}")
+    questions = read_request({"image": image}, [QUESTION], f"image={MOST}", answerer.processor)
+    samples, media, asked = questions.samples, questions.windows[0].media, questions.budget
     batch = answerer.processor.batch(samples, [media], for_training=False)
     expanded = answerer.processor.expand(batch, [[asked]], left_padding=True).inputs
     inputs = {key: value.to(answerer.model.device) for key, value in expanded.items()}
@@ -52,22 +54,22 @@ def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[Growing], Te
     with torch.no_grad():
         features = {"image": model.model.encode("image", inputs["pixel_values"])}
 
-    def grown(session: Growing) -> Tensor:
+    def grown(session: ProgressiveSession) -> Tensor:
         session.extend(asked)
         return session.logits(QUESTION)
 
     @torch.no_grad()
-    def scratch(_: Growing) -> Tensor:
+    def scratch(_: ProgressiveSession) -> Tensor:
         return model(**inputs, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     @torch.no_grad()
-    def encoded(_: Growing) -> Tensor:
+    def encoded(_: ProgressiveSession) -> Tensor:
         return model(**inputs, features=features, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     return {"from scratch": scratch, "from its features": encoded, "grown": grown}
 
 
-def predicted(config: Any, session: Growing, num_prompt_tokens: int) -> tuple[float, float]:
+def predicted(config: Any, session: ProgressiveSession, num_prompt_tokens: int) -> tuple[float, float]:
     """Ratios of FLOPs: from scratch, and from its features, to grown."""
     patches = 576
     whole = request_cost(config, [Item("image", patches, MOST)], num_prompt_tokens=num_prompt_tokens, num_new_tokens=1)
@@ -91,7 +93,7 @@ def compare(given: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome
     outcomes = []
     for start in STARTS:
 
-        def begin(start: int = start) -> Growing:
+        def begin(start: int = start) -> ProgressiveSession:
             session = answerer.begin(image=image, budget=f"image={start}")
             session.logits(QUESTION)
             return session

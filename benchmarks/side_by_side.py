@@ -21,7 +21,7 @@ from turns import in_turns, ratio_of, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.checkpoints.build import config_of_parts, member_names, put_adapters, space_settings
+from mllm.checkpoints.build import config_of_parts, expert_names, put_adapters, space_settings
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.evaluation.flops import llm_flops
@@ -94,7 +94,7 @@ def build_processor(settings: ModelConfig, encoders: Mapping[str, PreTrainedConf
         }
         for medium, config in encoders.items()
     }
-    elastic = {"chat_format": "plain", "media": media, "members": member_names(settings)}
+    elastic = {"chat_format": "plain", "media": media, "experts": expert_names(settings)}
     return ElasticProcessor(TOKENIZER, elastic=elastic)
 
 

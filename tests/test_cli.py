@@ -250,7 +250,7 @@ def test_the_same_settings_come_from_the_command_line_and_from_code() -> None:
     ]
     _, settings = parse(words)
     assert settings.manifest == ["a.jsonl", "b.jsonl"]
-    assert [str(budget) for budget in settings.asked_budgets] == ["image=1", "image=2"]
+    assert [str(budget) for budget in settings.parsed_budgets] == ["image=1", "image=2"]
 
 
 @pytest.fixture(scope="module")

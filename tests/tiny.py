@@ -107,7 +107,7 @@ def settings(
 
 def processor(own: ModelConfig) -> ElasticProcessor:
     """The processor of a tiny model; it reads real files."""
-    from mllm.checkpoints.build import frames_entry, member_names, space_settings
+    from mllm.checkpoints.build import expert_names, frames_entry, space_settings
 
     configs = encoder_configs()
     preprocessors = {
@@ -130,7 +130,7 @@ def processor(own: ModelConfig) -> ElasticProcessor:
     }
     if own.shows_frames:
         media["video"] = frames_entry(own, media["image"])
-    return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media, "members": member_names(own)})
+    return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media, "experts": expert_names(own)})
 
 
 def model(own: ModelConfig, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:

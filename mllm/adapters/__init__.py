@@ -46,11 +46,11 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)  # pyright: ignore[reportCallIssue]
 
 
-def select_members(module: nn.Module, *, scale_id: int | None, task_id: int | None) -> None:
+def select_experts(module: nn.Module, *, scale_id: int | None, task_id: int | None) -> None:
     """Keep of every bank only what one scale and task use, as a plain LoRA, in place; nothing where there is none.
 
     Raises:
-        ValueError: ids that name no member.
+        ValueError: ids that name no expert.
     """
     if any(isinstance(layer, LoraBank) for layer in module.modules()):
         to_lora(module, scale_id=scale_id, task_id=task_id)

@@ -1,8 +1,8 @@
-"""How what the rows are reaches the adapters inside an unmodified decoder.
+"""Passes per-row scale and task ids to the adapters inside an unmodified decoder.
 
 Knows decoder layers by their `self_attn`. Does not know what an adapter computes.
 
-The model passes one `AdapterInputs` as the keyword `adapter_inputs` of the LLM. Decoders of transformers hand unknown
+The model passes one `AdapterInputs` as the keyword `adapter_inputs` of the LLM. Decoders of transformers pass unknown
 keywords on to each layer and each layer to its `self_attn`, and there a hook takes it out and gives it to the adapters
 of that layer. The hook is on `self_attn` and not on the layer, because a layer's activations may be computed again in
 the backward pass: transformers checkpoints a layer's `forward`, so hooks of the layer would not run again, while those
@@ -22,17 +22,17 @@ from mllm.packing.plan import SegmentPlan
 
 KEYWORD = "adapter_inputs"
 KINDS_WITH_INPUTS = ("lora_bank", "mome")
-"""Kinds of adapters that need to know the rows."""
+"""Kinds of adapters whose computation depends on the rows."""
 TOKEN_KINDS = ("text", *MEDIA)
-"""What a token can be; its kind is the place in this list."""
+"""What a token can be; its kind is an index into this list."""
 NUM_KINDS = len(TOKEN_KINDS)
 
 
 @dataclass
 class Collector:
-    """What the adapters of one forward pass report, layer by layer, until it is taken.
+    """Gathers what the adapters of one forward pass report, layer by layer, until it is taken.
 
-    What a layer reports when it is computed again in the backward pass comes too late and is dropped.
+    A layer that is computed again in the backward pass reports too late, and that report is dropped.
     """
 
     balance: list[Tensor] = field(default_factory=list)
@@ -42,13 +42,13 @@ class Collector:
     is_open: bool = True
 
     def add(self, balance: Tensor, usage: Tensor) -> None:
-        """Report of one layer."""
+        """Takes in the report of one layer."""
         if self.is_open:
             self.balance.append(balance)
             self.usage.append(usage)
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Everything reported; nothing is kept and nothing more is taken in."""
+        """Returns everything reported, forgets it, and takes in nothing more."""
         taken = self.balance, self.usage
         self.balance, self.usage, self.is_open = [], [], False
         return taken
@@ -56,12 +56,12 @@ class Collector:
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """What adapters need to know of the rows of one forward pass.
+    """Holds what adapters need to know of the rows of one forward pass.
 
     Args:
-        scale_ids: (B,) or (B, S) int64, see `mllm.adapters.expert_ids`; nothing where the adapter has no scales.
-        task_ids: the same for tasks.
-        kinds: (B, S) int64, places in `TOKEN_KINDS`, -1 on padding; nothing where no adapter reports.
+        scale_ids: (B,) or (B, S) int64, see `mllm.adapters.expert_ids`; None where the adapter has no scales.
+        task_ids: (B,) or (B, S) int64, the same for tasks.
+        kinds: (B, S) int64, indices into `TOKEN_KINDS`, -1 on padding; None where no adapter reports.
         collector: takes what adapters report.
         plan: how the rows lie where they are packed; B is then 1 in the shapes above, and reports are by row.
     """
@@ -74,7 +74,7 @@ class AdapterInputs:
 
 
 class Adapter(nn.Module):
-    """Base of the adapters that need to know the rows: `inputs` is set by the hook right before they run."""
+    """Base of the adapters that depend on the rows: the hook sets `inputs` right before they run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class Adapter(nn.Module):
         self.is_enabled = True
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch on or off; off is the frozen LLM bit for bit."""
+        """Switches the adapter on or off; off is the frozen LLM bit for bit."""
         self.is_enabled = enabled
 
 
 def decoder_layers(llm: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder.
+    """Lists the layers of a decoder.
 
     Raises:
         ValueError: an LLM whose layers do not all have a `self_attn` and an `mlp`.
@@ -102,13 +102,13 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
 
 
 def connect(layer: nn.Module, adapters: Sequence[Adapter]) -> None:
-    """Let a layer's attention hand what it gets to the adapters of that layer."""
+    """Lets the attention of a layer pass the adapter inputs it gets to the adapters of that layer."""
     attention: Any = layer.self_attn
     attention.served_adapters = tuple(adapters)  # a tuple, so that they are not registered as its children
-    attention.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    attention.register_forward_pre_hook(_pass_adapter_inputs, with_kwargs=True)
 
 
-def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _pass_adapter_inputs(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     inputs = kwargs.pop(KEYWORD, None) or AdapterInputs()
     for adapter in attention.served_adapters:
         adapter.inputs = inputs

@@ -1,9 +1,9 @@
-"""Which members of an adapter a row uses: names of scales and tasks, and the ids that stand for them.
+"""Tells which experts of an adapter a row uses: names of scales and tasks, and the ids that stand for them.
 
-Knows budgets and media. Does not know torch, modules or how a member is computed.
+Knows budgets and media. Does not know modules or how an expert is computed.
 
-A scale is what every medium of a row costs, `audio=/4,video=/2`; a task is which media a row holds (`asr`, `vsr`,
-`avsr`), or the task its sample names. An id is a place in the list of names, or -1 for a row without media.
+A scale is the budget of a row by medium, `audio=/4,video=/2`; a task is which media a row holds (`asr`, `vsr`,
+`avsr`), or the task its sample names. An id is an index into the list of names, or -1 for a row without media.
 """
 
 import itertools
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.budget import MEDIA, Amount, Budget, Cost, Space
+from mllm.budget import MEDIA, Amount, Budget, Space, TokenCount
 
-NOBODY = -1
-"""The id of a row that only the shared member serves."""
+NO_EXPERT = -1
+"""The id of a row that only the shared expert serves."""
 TASKS_OF_MEDIA = {("audio",): "asr", ("video",): "vsr", ("audio", "video"): "avsr"}
-"""What a row is called by the media it holds, unless its sample's own task is one of the adapter's."""
+"""The task of a row by the media it holds, unless its sample names one of the adapter's tasks."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "ms": ("shared",),
     "ss": ("scale",),
@@ -25,12 +25,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "t": ("task",),
     "st": ("shared", "task"),
 }
-"""Members by variant: Llama-MTSK (arXiv 2503.06362) has scales, Omni-AVSR (arXiv 2511.07253) has tasks."""
+"""Kinds of experts by variant: Llama-MTSK (arXiv 2503.06362) has scales, Omni-AVSR (arXiv 2511.07253) has tasks."""
 MOST_SCALES = 64
 
 
 def kinds_of(variant: str) -> tuple[str, ...]:
-    """The kinds of members of a variant.
+    """Tells which kinds of experts a variant has.
 
     Raises:
         ValueError: an unknown variant.
@@ -40,80 +40,80 @@ def kinds_of(variant: str) -> tuple[str, ...]:
     return VARIANTS[variant]
 
 
-def num_members(settings: Mapping[str, Any]) -> int:
-    """How many LoRAs a bank of these settings stacks."""
+def num_experts(settings: Mapping[str, Any]) -> int:
+    """Counts the LoRA experts that a bank of this config stacks."""
     return ("shared" in kinds_of(settings["variant"])) + len(settings["scales"]) + len(settings["tasks"])
 
 
 @dataclass(frozen=True)
-class Members:
-    """Names of the scales and the tasks that have a member of their own; none of a kind where there are no such."""
+class ExpertNames:
+    """Names the scales and the tasks that have an expert each; a tuple is empty where the adapter has no such kind."""
 
     scales: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any] | None) -> "Members":
-        """Read the block of an adapter; of what the config holds only the names matter here."""
-        own = settings or {}
-        return cls(tuple(own.get("scales") or ()), tuple(own.get("tasks") or ()))
+    def from_settings(cls, settings: Mapping[str, Any] | None) -> "ExpertNames":
+        """Reads the names from the config of an adapter; everything else in it is left alone."""
+        names = settings or {}
+        return cls(tuple(names.get("scales") or ()), tuple(names.get("tasks") or ()))
 
-    def scale_id(self, costs: Sequence[tuple[str, Cost]]) -> int:
-        """The scale of a row whose media cost this much.
+    def scale_id(self, counts: Sequence[tuple[str, TokenCount]]) -> int:
+        """Finds the scale of a row whose media have these token counts.
 
         Raises:
-            ValueError: a scale without a member, or items of one medium at different amounts.
+            ValueError: a scale without an expert, or items of one medium at different amounts.
         """
-        if not costs:
-            return NOBODY
+        if not counts:
+            return NO_EXPERT
         amounts: dict[str, Amount] = {}
-        for medium, cost in costs:
-            amount = cost.amount
+        for medium, count in counts:
+            amount = count.amount
             if amounts.setdefault(medium, amount) != amount:
-                raise ValueError(f"{medium} costs both {amounts[medium]} and {amount}; a row has one scale")
+                raise ValueError(f"{medium} has both {amounts[medium]} and {amount}; a row has one scale")
         name = str(Budget({medium: amounts[medium] for medium in MEDIA if medium in amounts}))
         if name not in self.scales:
-            raise ValueError(f"the adapter has no member for the scale {name}; trained are {' | '.join(self.scales)}")
+            raise ValueError(f"the adapter has no expert for the scale {name}; trained are {' | '.join(self.scales)}")
         return self.scales.index(name)
 
     def task_id(self, task: str, media: Sequence[str]) -> int:
-        """The task of a row: its sample's own where that is one of the tasks, else by the media it holds.
+        """Finds the task of a row: the one its sample names where the adapter has it, else by the media it holds.
 
         Raises:
-            ValueError: a task without a member.
+            ValueError: a task without an expert.
         """
         present = tuple(medium for medium in MEDIA if medium in media)
         name = task if task in self.tasks else TASKS_OF_MEDIA.get(present, "+".join(present))
         if not name:
-            return NOBODY
+            return NO_EXPERT
         if name not in self.tasks:
-            raise ValueError(f"the adapter has no member for the task {name}; trained are {', '.join(self.tasks)}")
+            raise ValueError(f"the adapter has no expert for the task {name}; trained are {', '.join(self.tasks)}")
         return self.tasks.index(name)
 
 
-NO_MEMBERS = Members()
+NO_EXPERT_NAMES = ExpertNames()
 
 
 def scales_of(names: Sequence[str], space: Space) -> list[str]:
-    """The scales of an adapter as they are written in a config: those named, or every combination of the space.
+    """Lists the scales of an adapter as a config writes them: those named, or every combination of the space.
 
     Raises:
         ValueError: a scale that is not one of the space's, or more of them than a bank should hold.
     """
     budgets = [Budget.parse(name) for name in names]
     if not budgets:
-        trained = [own.trained for own in space.media.values()]
+        trained = [medium_space.trained for medium_space in space.media.values()]
         budgets = [Budget(dict(zip(space.media, point, strict=True))) for point in itertools.product(*trained)]
     for budget in budgets:
         if not budget.amounts or budget.total_tokens is not None or not space.is_trained(budget):
             raise ValueError(f"adapter.scales holds {str(budget)!r}, which is not a point of the trained space")
     if len(budgets) > MOST_SCALES:
-        raise ValueError(f"adapter.scales would be {len(budgets)} members; name at most {MOST_SCALES} of them")
+        raise ValueError(f"adapter.scales would be {len(budgets)} experts; name at most {MOST_SCALES} of them")
     return list(dict.fromkeys(str(budget) for budget in budgets))
 
 
 def tasks_of(names: Sequence[str], space: Space) -> list[str]:
-    """The tasks of an adapter: those named, or those of every set of media the model takes."""
+    """Lists the tasks of an adapter: those named, or those of every set of media the model takes."""
     if names:
         return list(dict.fromkeys(names))
     return [task for media, task in TASKS_OF_MEDIA.items() if set(media) <= set(space.media)]

@@ -1,4 +1,4 @@
-"""LoRA by PEFT, put into a module without wrapping it, so that the model stays the class it is.
+"""Puts LoRA by PEFT into a module without wrapping it, so that the model stays the class it is.
 
 Knows linear layers by name. Does not know which model they belong to.
 Source: Hu et al., LoRA (arXiv 2106.09685).
@@ -12,14 +12,14 @@ from torch import nn
 def inject(
     module: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0, seed: int = 0
 ) -> None:
-    """Add LoRA beside the named linear layers.
+    """Adds LoRA beside the named linear layers.
 
     Args:
         rank: the inner size itself, not a divisor.
         alpha: the update is scaled by alpha / rank.
         targets: last parts of module names, such as `q_proj`.
         dropout: of the input of the update; packed and sequential passes are equal only at 0.
-        seed: of the initial values.
+        seed: random seed of the initial values.
 
     Raises:
         ValueError: a rank below 1, or a target that no linear layer is named after.
@@ -35,7 +35,7 @@ def inject(
 
 
 def check_targets(module: nn.Module, rank: int, targets: Sequence[str]) -> None:
-    """Refuse what no linear layer can be given.
+    """Refuses a rank or targets that no linear layer can be given.
 
     Raises:
         ValueError: a rank below 1, or a target that no linear layer is named after.
@@ -48,14 +48,14 @@ def check_targets(module: nn.Module, rank: int, targets: Sequence[str]) -> None:
 
 
 def is_adapted(layer: nn.Module) -> bool:
-    """Whether a layer is one of PEFT's."""
+    """Tells whether a layer is one of PEFT's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(layer, BaseTunerLayer)
 
 
 def merge(module: nn.Module) -> None:
-    """Fold the updates into the weights and put the plain layers back."""
+    """Folds the updates into the weights and puts the plain layers back."""
     for name, layer in list(module.named_modules()):
         if is_adapted(layer):
             layer.merge()  # pyright: ignore[reportCallIssue]

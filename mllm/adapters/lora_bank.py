@@ -1,11 +1,11 @@
-"""A bank of LoRAs beside a linear layer: a shared one, one per scale and one per task, chosen by ids in the data.
+"""Puts a bank of LoRA experts beside a linear layer: a shared one, one per scale and one per task, chosen by row ids.
 
 Knows linear layers and ids. Does not know what a scale or a task is, nor who gives a row its id.
 
-All members are one stacked parameter, so that every process touches all of them in every step, whatever its rows are:
-the update is one product over the concatenated ranks, in which the ranks of members a token does not use are zeroed.
+All experts are one stacked parameter, so that every process touches all of them in every step, whatever its rows are:
+the update is one product over the concatenated ranks, in which the ranks of experts a token does not use are zeroed.
 
-Shapes: B rows, S positions, E members, r rank, I and O the sizes of the linear layer.
+Shapes: B rows, S positions, E experts, r rank, I and O the sizes of the linear layer.
 Sources: Llama-MTSK (arXiv 2503.06362), Omni-AVSR (arXiv 2511.07253).
 """
 
@@ -22,15 +22,16 @@ from mllm.adapters.lora import check_targets, inject
 
 
 class LoraBank(Adapter):
-    """A frozen linear layer with stacked LoRAs beside it.
+    """Adds to a frozen linear layer what the experts of each token give; all experts are stacked in two parameters.
 
-    Members stand in the order shared, scales, tasks. A token uses the shared one and those its ids name.
+    Experts stand in the order shared, scales, tasks. A token uses the shared one and those its ids name.
 
     Args:
         base_layer: kept as it is.
-        has_shared: whether there is a member that every token uses.
-        num_scales, num_tasks: members of each kind.
-        rank: of each member. alpha: the update is scaled by alpha / rank.
+        has_shared: whether there is an expert that every token uses.
+        num_scales, num_tasks: experts of each kind.
+        rank: inner size of each expert.
+        alpha: the update is scaled by alpha / rank.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class LoraBank(Adapter):
         self.base_layer = base_layer
         self.has_shared, self.num_scales, self.num_tasks = has_shared, num_scales, num_tasks
         self.rank, self.scaling = rank, alpha / rank
-        members = int(has_shared) + num_scales + num_tasks
+        num_experts = int(has_shared) + num_scales + num_tasks
         device = base_layer.weight.device
-        self.lora_A = nn.Parameter(torch.empty(members, rank, base_layer.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(members, base_layer.out_features, rank, device=device))
-        for member in self.lora_A:
-            nn.init.kaiming_uniform_(member, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(torch.empty(num_experts, rank, base_layer.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, base_layer.out_features, rank, device=device))
+        for expert in self.lora_A:
+            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
 
-    def members_used(self, scale_ids: Tensor | None, task_ids: Tensor | None, shape: torch.Size) -> Tensor:
-        """Which members each token uses.
+    def experts_used(self, scale_ids: Tensor | None, task_ids: Tensor | None, shape: torch.Size) -> Tensor:
+        """Tells which experts each token uses.
 
         Args:
             scale_ids, task_ids: (B,) or (B, S); -1 uses none.
@@ -73,7 +74,7 @@ class LoraBank(Adapter):
             if not count:
                 continue
             if ids is None:
-                raise ValueError(f"the adapter has members per {name}, but {name}_ids were not given")
+                raise ValueError(f"the adapter has experts per {name}, but {name}_ids were not given")
             ids = ids.to(device)
             ids = ids[:, None] if ids.dim() == 1 else ids  # (B, 1) or (B, S)
             one_hot = ids[..., None] == torch.arange(count, device=device)
@@ -81,31 +82,33 @@ class LoraBank(Adapter):
         return torch.cat(used, dim=-1)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, S, I) -> (B, S, O)."""
+        """Adds what the experts of each token give to the linear layer: (B, S, I) -> (B, S, O)."""
         out = self.base_layer(inputs)
         if not self.is_enabled:
             return out
-        used = self.members_used(self.inputs.scale_ids, self.inputs.task_ids, inputs.shape[:-1])
-        down = self.lora_A.flatten(0, 1)  # (E r, I)
-        up = self.lora_B.transpose(0, 1).flatten(1)  # (O, E r)
-        inner = functional.linear(inputs.to(down.dtype), down)
-        inner = inner.masked_fill(~used.repeat_interleave(self.rank, dim=-1), 0.0)
-        return (out + self.scaling * functional.linear(inner, up)).to(out.dtype)
+        used = self.experts_used(self.inputs.scale_ids, self.inputs.task_ids, inputs.shape[:-1])
+        # One product over all ranks side by side, then zeros where a token does not use an expert: every expert is
+        # touched in every step, as DDP and ZeRO demand, and no shape depends on the rows.
+        down_RI = self.lora_A.flatten(0, 1)  # R = E * r
+        up_OR = self.lora_B.transpose(0, 1).flatten(1)
+        inner_BSR = functional.linear(inputs.to(down_RI.dtype), down_RI)
+        inner_BSR = inner_BSR.masked_fill(~used.repeat_interleave(self.rank, dim=-1), 0.0)
+        return (out + self.scaling * functional.linear(inner_BSR, up_OR)).to(out.dtype)
 
-    def chosen(self, scale_id: int | None, task_id: int | None) -> list[int]:
-        """Places of the members that a token with these ids uses.
+    def expert_indices(self, scale_id: int | None, task_id: int | None) -> list[int]:
+        """Lists the experts that a token with these ids uses, by their place in the stack.
 
         Raises:
-            ValueError: an id that is missing or beyond the members of its kind.
+            ValueError: an id that is missing or beyond the experts of its kind.
         """
-        places = [0] if self.has_shared else []
-        start = len(places)
-        for name, own, count in (("scale", scale_id, self.num_scales), ("task", task_id, self.num_tasks)):
-            if count and (own is None or not 0 <= own < count):
-                raise ValueError(f"the adapter has {count} members per {name}; {name} {own} is none of them")
-            places += [start + own] if count and own is not None else []
+        indices = [0] if self.has_shared else []
+        start = len(indices)
+        for name, expert_id, count in (("scale", scale_id, self.num_scales), ("task", task_id, self.num_tasks)):
+            if count and (expert_id is None or not 0 <= expert_id < count):
+                raise ValueError(f"the adapter has {count} experts per {name}; {name} {expert_id} is none of them")
+            indices += [start + expert_id] if count and expert_id is not None else []
             start += count
-        return places
+        return indices
 
 
 def inject_bank(
@@ -119,12 +122,12 @@ def inject_bank(
     tasks: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Put a bank beside the named linear layers of every decoder layer.
+    """Puts a bank beside the named linear layers of every decoder layer.
 
     Args:
         module: the LLM's decoder.
         variant: see `mllm.adapters.expert_ids.VARIANTS`.
-        scales, tasks: names of the members of each kind.
+        scales, tasks: names of the experts of each kind.
         rank, alpha, targets, seed: as those of LoRA.
 
     Raises:
@@ -135,14 +138,14 @@ def inject_bank(
     check_targets(module, rank, targets)
     for kind, names in (("scale", scales), ("task", tasks)):
         if (kind in kinds) != bool(names):
-            raise ValueError(f"adapter.{kind}s is {list(names)}, but variant {variant} has members of {kinds}")
+            raise ValueError(f"adapter.{kind}s is {list(names)}, but variant {variant} has experts of {kinds}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in decoder_layers(module):
             linears = [
-                (name, own)
-                for name, own in layer.named_modules()
-                if isinstance(own, nn.Linear) and name.rsplit(".", 1)[-1] in targets
+                (name, submodule)
+                for name, submodule in layer.named_modules()
+                if isinstance(submodule, nn.Linear) and name.rsplit(".", 1)[-1] in targets
             ]
             banks = []
             for name, linear in linears:
@@ -163,26 +166,26 @@ def inject_bank(
 
 @torch.no_grad()
 def to_lora(module: nn.Module, *, scale_id: int | None = None, task_id: int | None = None) -> dict[str, object]:
-    """Replace every bank by PEFT's LoRA of what one scale and task use, in place; exact, the ranks are concatenated.
+    """Replaces every bank by PEFT's LoRA of what one scale and task use, in place; exact, the ranks are concatenated.
 
     Returns:
-        The settings of that LoRA: rank, alpha and targets.
+        The config of that LoRA: kind, rank, alpha and targets.
 
     Raises:
-        ValueError: ids that name no member.
+        ValueError: ids that name no expert.
     """
-    banks = {name: own for name, own in module.named_modules() if isinstance(own, LoraBank)}
+    banks = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraBank)}
     assert banks
-    places = next(iter(banks.values())).chosen(scale_id, task_id)
+    indices = next(iter(banks.values())).expert_indices(scale_id, task_id)
     targets = sorted({name.rsplit(".", 1)[-1] for name in banks})
     first = next(iter(banks.values()))
-    rank = first.rank * len(places)
+    rank = first.rank * len(indices)
     for name, bank in banks.items():
         module.set_submodule(name, bank.base_layer)
     settings = {"kind": "lora", "rank": rank, "alpha": first.scaling * rank, "targets": targets}
     inject(module, rank=rank, alpha=first.scaling * rank, targets=targets)
     for name, bank in banks.items():
         layer = module.get_submodule(name)
-        layer.lora_A["default"].weight.copy_(bank.lora_A[places].flatten(0, 1))  # pyright: ignore
-        layer.lora_B["default"].weight.copy_(bank.lora_B[places].transpose(0, 1).flatten(1))  # pyright: ignore
+        layer.lora_A["default"].weight.copy_(bank.lora_A[indices].flatten(0, 1))  # pyright: ignore
+        layer.lora_B["default"].weight.copy_(bank.lora_B[indices].transpose(0, 1).flatten(1))  # pyright: ignore
     return settings

@@ -1,6 +1,6 @@
-"""Mixture of Matryoshka Experts: small experts beside a frozen block, shared ones and routed ones.
+"""Puts a Mixture of Matryoshka Experts beside a frozen block: small experts, some shared and some routed.
 
-Knows decoder layers and ids of scales. Does not know what a scale is, or what becomes of the balance loss.
+Knows decoder layers and ids of scales. Does not know what a scale is, or how the balance loss is used.
 
     out = sum of the shared experts + sum over the top k routed experts of gate * expert
     expert = Linear(H, W) -> GELU -> Linear(W, H)        gate = softmax over the routed experts, not renormalised
@@ -28,11 +28,13 @@ PLACEMENTS = ("attention", "ffn", "layer")
 
 
 class Mome(Adapter):
-    """The experts and the router of one decoder layer.
+    """Computes the experts and the router of one decoder layer.
 
     Args:
         hidden_size: H.
-        num_experts: N. num_shared: experts every token uses. top_k: routed experts a token uses.
+        num_experts: N.
+        num_shared: experts every token uses.
+        top_k: routed experts a token uses.
         bottleneck: W.
         renormalise: let the gates of a token's experts sum to 1.
         num_routers: 1, or one per scale.
@@ -53,19 +55,19 @@ class Mome(Adapter):
         super().__init__()
         self.num_experts, self.num_shared, self.top_k = num_experts, num_shared, top_k
         self.renormalise, self.num_routers = renormalise, num_routers
-        experts = num_shared + num_experts
+        num_all = num_shared + num_experts
         self.router = nn.Parameter(torch.empty(num_routers, num_experts, hidden_size, device=device))
-        self.down = nn.Parameter(torch.empty(experts, bottleneck, hidden_size, device=device))
-        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck, device=device))
-        self.up = nn.Parameter(torch.zeros(experts, hidden_size, bottleneck, device=device))
-        self.up_bias = nn.Parameter(torch.zeros(experts, hidden_size, device=device))
+        self.down = nn.Parameter(torch.empty(num_all, bottleneck, hidden_size, device=device))
+        self.down_bias = nn.Parameter(torch.zeros(num_all, bottleneck, device=device))
+        self.up = nn.Parameter(torch.zeros(num_all, hidden_size, bottleneck, device=device))
+        self.up_bias = nn.Parameter(torch.zeros(num_all, hidden_size, device=device))
         for stacked in (self.router, self.down):
-            for one in stacked:
-                nn.init.kaiming_uniform_(one, a=math.sqrt(5))
-        self.waiting: Tensor | None = None
+            for matrix in stacked:
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        self.layer_input: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, S, H) -> what to add, (B, S, H)."""
+        """Computes what is added to the block's output: (B, S, H) -> (B, S, H)."""
         if hidden.device.type == "cpu":  # most CPUs cannot multiply bfloat16 and take up to 80 times as long over it
             with torch.autocast("cpu", enabled=False):
                 return self._forward(hidden, torch.float32)
@@ -83,25 +85,29 @@ class Mome(Adapter):
             gates = gates * (self._scale_ids()[..., None] >= 0)
         if self.inputs.collector is not None:
             self._report(self.inputs.collector, probabilities, chosen)
-        weights = torch.cat([gates.new_ones(*gates.shape[:-1], self.num_shared), gates], dim=-1)  # (B, S, M)
+        # Shared experts have the gate 1. Since a gate scales a whole expert, it may stand on the bottleneck instead of
+        # the output: all experts are then two products of matrices, and no (B, S, M, H) tensor is ever made.
+        gates_BSM = torch.cat([gates.new_ones(*gates.shape[:-1], self.num_shared), gates], dim=-1)
         down, up = self.down.flatten(0, 1).to(dtype), self.up.transpose(0, 1).flatten(1).to(dtype)
         inner = functional.gelu(functional.linear(values, down, self.down_bias.flatten().to(dtype)))
-        weights = weights.to(inner.dtype)
-        inner = inner.unflatten(-1, self.down.shape[:2]) * weights[..., None]
-        out = functional.linear(inner.flatten(-2), up) + weights @ self.up_bias.to(weights.dtype)
+        gates_BSM = gates_BSM.to(inner.dtype)
+        inner_BSMW = inner.unflatten(-1, self.down.shape[:2]) * gates_BSM[..., None]
+        out = functional.linear(inner_BSMW.flatten(-2), up) + gates_BSM @ self.up_bias.to(gates_BSM.dtype)
         return out.to(hidden.dtype)
 
     def _probabilities(self, values: Tensor) -> Tensor:
-        """(B, S, N), in float32."""
+        """Computes the probabilities of the routed experts, (B, S, N) in float32."""
         logits = functional.linear(values, self.router.flatten(0, 1).to(values.dtype)).float()
         if self.num_routers > 1:
+            # All routers are computed and each row keeps that of its scale; a row of no scale takes the first here,
+            # and its gates are zeroed by the caller.
             logits = logits.unflatten(-1, (self.num_routers, self.num_experts))
-            places = self._scale_ids().clamp(min=0)[..., None, None].expand(*logits.shape[:2], 1, self.num_experts)
-            logits = logits.gather(2, places).squeeze(2)
+            router_ids = self._scale_ids().clamp(min=0)[..., None, None].expand(*logits.shape[:2], 1, self.num_experts)
+            logits = logits.gather(2, router_ids).squeeze(2)
         return logits.softmax(dim=-1)
 
     def _scale_ids(self) -> Tensor:
-        """(B, 1) or (B, S)."""
+        """Returns the scale ids as (B, 1) or (B, S)."""
         ids = self.inputs.scale_ids
         if ids is None:
             raise ValueError("the adapter has a router per scale, but scale_ids were not given")
@@ -109,9 +115,9 @@ class Mome(Adapter):
         return ids[:, None] if ids.dim() == 1 else ids
 
     def _report(self, collector: Collector, probabilities: Tensor, chosen: Tensor) -> None:
-        """The balance loss of each row, 1 where its tokens use all experts alike, and which experts were chosen.
+        """Reports the balance loss of each row, 1 where its tokens use all experts alike, and which experts they chose.
 
-        N times the sum over experts of (share of the choices) * (mean probability), over the tokens of a row.
+        The loss is N times the sum over experts of (share of the choices) * (mean probability), over a row's tokens.
         """
         assert self.inputs.kinds is not None
         kinds = self.inputs.kinds.to(chosen.device)
@@ -122,9 +128,9 @@ class Mome(Adapter):
         usage = torch.where(kinds[..., None], chosen[..., None, :], 0.0).sum(dim=1)  # (B, K, N)
         is_token = kinds.any(dim=-1, keepdim=True).to(probabilities.dtype)
         num_tokens = is_token.sum(dim=1).clamp(min=1)
-        shares = usage.sum(dim=1) / (self.top_k * num_tokens)
+        usage_fractions = usage.sum(dim=1) / (self.top_k * num_tokens)
         means = (probabilities * is_token).sum(dim=1) / num_tokens
-        collector.add(self.num_experts * (shares * means).sum(dim=-1), usage)
+        collector.add(self.num_experts * (usage_fractions * means).sum(dim=-1), usage)
 
 
 def inject_mome(
@@ -137,13 +143,13 @@ def inject_mome(
     seed: int = 0,
     **experts: Any,
 ) -> None:
-    """Put experts beside a block of every decoder layer.
+    """Puts experts beside a block of every decoder layer.
 
     Args:
         module: the LLM's decoder.
         placement: see `PLACEMENTS`.
         disjoint_routers: a router per scale, of those named by `scales`, instead of one for all.
-        balance_weight: what the balance loss is multiplied by; used by the trainer, and only checked here.
+        balance_weight: factor of the balance loss; used by the trainer, and only checked here.
         experts: num_experts, num_shared, top_k, bottleneck and renormalise; see `Mome`.
 
     Raises:
@@ -162,7 +168,7 @@ def inject_mome(
             )
             layer.mome = mome
             connect(layer, [mome])
-            _place(layer, mome, placement)
+            _hook_up(layer, mome, placement)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(".mome." in name)
 
@@ -186,7 +192,7 @@ def _check(
 # The hooks stand on blocks inside the layer, so that they run again where its activations are computed again.
 
 
-def _place(layer: Any, mome: Mome, placement: str) -> None:
+def _hook_up(layer: Any, mome: Mome, placement: str) -> None:
     if placement == "attention":
         layer.self_attn.register_forward_hook(_beside_attention, with_kwargs=True)
         return
@@ -214,15 +220,15 @@ def _beside_ffn(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def _keep_input(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mome = attention.served_adapters[0]
-    mome.waiting = _hidden(args, kwargs) if mome.is_enabled else None
+    mome.layer_input = _hidden(args, kwargs) if mome.is_enabled else None
 
 
 def _beside_layer(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     mome = block.served_adapters[0]
-    waiting, mome.waiting = mome.waiting, None
-    return output if waiting is None else output + mome(waiting)
+    layer_input, mome.layer_input = mome.layer_input, None
+    return output if layer_input is None else output + mome(layer_input)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The normalised input of an attention block."""
+    """Finds the normalised input of an attention block."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

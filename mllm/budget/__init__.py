@@ -1,7 +1,7 @@
 """Budgets: how they are written, which a model is trained on, what they cost in tokens, and which a step samples."""
 
 from mllm.budget.grammar import MEDIA, Amount, Budget, BudgetInput
-from mllm.budget.space import COMPRESSIONS, SETTINGS, Compression, Cost, Extent, MediumSpace, Space, count_tokens
+from mllm.budget.space import COMPRESSIONS, SETTINGS, Compression, Extent, MediumSpace, Space, TokenCount, count_tokens
 
 __all__ = [
     "COMPRESSIONS",
@@ -11,9 +11,9 @@ __all__ = [
     "Budget",
     "BudgetInput",
     "Compression",
-    "Cost",
     "Extent",
     "MediumSpace",
     "Space",
+    "TokenCount",
     "count_tokens",
 ]

@@ -24,10 +24,10 @@ __all__ = [
     "Budget",
     "BudgetInput",
     "Compression",
-    "Cost",
     "Extent",
     "MediumSpace",
     "Space",
+    "TokenCount",
     "count_tokens",
 ]
 
@@ -58,8 +58,8 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one medium costs: its exact soft tokens, and the rate they were asked at (0: a count was asked).
+class TokenCount:
+    """The exact soft tokens of one medium, and the rate they come from (0 where the budget names a count).
 
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut or `frames` how many are shown of the video.
@@ -155,14 +155,14 @@ class MediumSpace:
         """Whether training drew this very amount; `max` always is."""
         return amount.kind == "max" or amount in self.trained
 
-    def is_trained_cost(self, cost: Cost) -> bool:
-        """Whether training drew what something cost. Cuts into tiles differ by image, so they are not compared."""
-        return self.is_trained(cost.amount) and (not self.frame_counts or cost.frames in self.frame_counts)
+    def is_trained_count(self, count: TokenCount) -> bool:
+        """Whether training sampled this count. Cuts into tiles differ by image, so they are not compared."""
+        return self.is_trained(count.amount) and (not self.frame_counts or count.frames in self.frame_counts)
 
-    def cost(
+    def count(
         self, amount: Amount, extent: Extent, *, max_tiles: int | None = None, num_frames: int | None = None
-    ) -> Cost:
-        """The exact cost of one medium at an amount.
+    ) -> TokenCount:
+        """Counts the soft tokens of one medium at an amount, exactly.
 
         Args:
             max_tiles: of an image; as many as `tiling` allows when left out.
@@ -177,15 +177,15 @@ class MediumSpace:
         if not self.between and chosen not in self.trained:
             raise ValueError(f"{self.medium}={amount} was not trained and this model serves only: {self.allowed()}")
         if extent.grid is None:
-            return self._stream_cost(chosen, extent)
-        one = self._grid_cost(chosen, extent)
+            return self._count_stream(chosen, extent)
+        one = self._count_grid(chosen, extent)
         if self.frame_counts:
-            return self._frames_cost(one.tokens, extent, num_frames)
+            return self._count_frames(one.tokens, extent, num_frames)
         if self.tiling is None:
             return one
-        return self._tiles_cost(self.tiling, one.tokens, extent, max_tiles)
+        return self._count_tiles(self.tiling, one.tokens, extent, max_tiles)
 
-    def _tiles_cost(self, tiling: Tiling, each: int, extent: Extent, max_tiles: int | None) -> Cost:
+    def _count_tiles(self, tiling: Tiling, each: int, extent: Extent, max_tiles: int | None) -> TokenCount:
         image, tile, grid = extent.image_pixels, extent.tile_pixels, extent.grid
         assert image is not None
         assert tile is not None
@@ -195,9 +195,9 @@ class MediumSpace:
             tokens = tiling.num_tokens(tiles, each, image=image, tile=tile, grid=grid)
         except ValueError as error:
             raise ValueError(f"{self.medium}={each} cannot be met: {error}") from error
-        return Cost(tokens, each=each, tiles=tiles)
+        return TokenCount(tokens, each=each, tiles=tiles)
 
-    def _frames_cost(self, each: int, extent: Extent, num_frames: int | None) -> Cost:
+    def _count_frames(self, each: int, extent: Extent, num_frames: int | None) -> TokenCount:
         shown = extent.num_images if num_frames is None else num_frames
         if extent.num_images % shown:
             allowed = ", ".join(str(n) for n in range(1, extent.num_images + 1) if extent.num_images % n == 0)
@@ -205,7 +205,7 @@ class MediumSpace:
                 f"frames={shown} cannot be met: {extent.num_images} frames were taken from the video; "
                 f"allowed are {allowed}"
             )
-        return Cost(shown * each, each=each, frames=shown)
+        return TokenCount(shown * each, each=each, frames=shown)
 
     def _rate_of(self, amount: Amount, extent: Extent) -> Amount:
         if extent.frames_per_second is None:
@@ -220,7 +220,7 @@ class MediumSpace:
             )
         return Amount("rate", rate)
 
-    def _grid_cost(self, amount: Amount, extent: Extent) -> Cost:
+    def _count_grid(self, amount: Amount, extent: Extent) -> TokenCount:
         most = self.max_tokens if self.compressor in ("query", "hybrid") else extent.length
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
@@ -229,10 +229,10 @@ class MediumSpace:
             counts = [rows * columns for rows, columns in haar_grids(extent.grid)]
             if amount.value not in counts:
                 whole = ", ".join(map(str, counts))
-                raise ValueError(f"{self.medium}={amount} is no whole map in Haar order: allowed are counts {whole}")
-        return Cost(int(amount.value))
+                raise ValueError(f"{self.medium}={amount} is no whole grid in Haar order: allowed are counts {whole}")
+        return TokenCount(int(amount.value))
 
-    def _stream_cost(self, amount: Amount, extent: Extent) -> Cost:
+    def _count_stream(self, amount: Amount, extent: Extent) -> TokenCount:
         frames, value = extent.num_frames, int(amount.value)
         if amount.kind == "rate" and self.compressor == "query":
             if self.window_frames % value or self.window_frames // value > self.max_tokens:
@@ -242,18 +242,18 @@ class MediumSpace:
                     if self.window_frames % rate == 0 and self.window_frames // rate <= self.max_tokens
                 ]
                 raise ValueError(f"{self.medium}={amount} cannot be met: allowed are {', '.join(rates)}")
-            return Cost(-(-frames // self.window_frames) * (self.window_frames // value), value)
+            return TokenCount(-(-frames // self.window_frames) * (self.window_frames // value), value)
         if amount.kind == "rate":
             if frames < value:
                 raise ValueError(
                     f"{self.medium}={amount}: a clip of {frames} frames is too short, it would leave no token"
                 )
-            return Cost(frames // value, value)
+            return TokenCount(frames // value, value)
         if self.compressor != "pool":
             raise ValueError(f"{self.medium}={amount}: a {self.compressor} compressor on a stream serves rates only")
         if value > frames:
             raise ValueError(f"{self.medium}={amount}: a clip of {frames} frames cannot give more tokens than frames")
-        return Cost(value)
+        return TokenCount(value)
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class Space:
             raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of images")
 
 
-def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> list[Cost]:
+def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> list[TokenCount]:
     """The exact soft tokens of every medium of one request, in order. The only place where tokens are counted.
 
     Under `total<=N`, media that the budget does not name may take any of their trained amounts, images any cap on
@@ -325,47 +325,47 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
             raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
     space.check(budget)
     if budget.total_tokens is None:
-        return [_cost_of(extent, budget, space) for extent in extents]
+        return [_count_of(extent, budget, space) for extent in extents]
     return _best_split(extents, budget, space)
 
 
-def _cost_of(extent: Extent, budget: Budget, space: Space) -> Cost:
+def _count_of(extent: Extent, budget: Budget, space: Space) -> TokenCount:
     amount = budget.amounts.get(extent.medium, Amount("max"))
-    own = space.media[extent.medium]
-    return own.cost(amount, extent, max_tiles=budget.max_tiles, num_frames=budget.num_frames)
+    medium_space = space.media[extent.medium]
+    return medium_space.count(amount, extent, max_tiles=budget.max_tiles, num_frames=budget.num_frames)
 
 
-def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list[Cost]:
+def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list[TokenCount]:
     present = [medium for medium in MEDIA if any(extent.medium == medium for extent in extents)]
     by_medium = {m: _choices([e for e in extents if e.medium == m], budget, space) for m in present}
-    best: dict[str, list[Cost]] | None = None
+    best: dict[str, list[TokenCount]] | None = None
     best_key: tuple[int, ...] = ()
     smallest = 0
     for split in itertools.product(*by_medium.values()):
-        sums = [sum(cost.tokens for cost in costs) for costs in split]
+        sums = [sum(count.tokens for count in counts) for counts in split]
         smallest = min(smallest or sum(sums), sum(sums))
-        key = (sum(sums), *sums, *(sum(cost.num_images for cost in costs) for costs in split))
+        key = (sum(sums), *sums, *(sum(count.num_images for count in counts) for counts in split))
         if sum(sums) <= (budget.total_tokens or 0) and key > best_key:
             best, best_key = dict(zip(present, split, strict=True)), key
     if not extents:
         return []
     if best is None:
         raise ValueError(f"{budget} cannot be met: the smallest split of this request takes {smallest} tokens")
-    queues = {medium: iter(costs) for medium, costs in best.items()}
+    queues = {medium: iter(counts) for medium, counts in best.items()}
     return [next(queues[extent.medium]) for extent in extents]
 
 
-def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[Cost]]:
-    """Costs of one medium's items at every amount it may take; a trained amount its clips are too short for is not."""
+def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[TokenCount]]:
+    """Counts one medium's items at every amount it may take, except trained amounts its clips are too short for."""
     medium = extents[0].medium
-    own = space.media[medium]
+    medium_space = space.media[medium]
     named = budget.amounts.get(medium)
     found, refusals = [], []
-    for amount in own.trained if named is None else (named,):
-        for change in _changes(extents, budget, own):
+    for amount in medium_space.trained if named is None else (named,):
+        for change in _changes(extents, budget, medium_space):
             asked = replace(budget, amounts={medium: amount}, **change)
             try:
-                found.append([_cost_of(extent, asked, space) for extent in extents])
+                found.append([_count_of(extent, asked, space) for extent in extents])
             except ValueError as error:
                 refusals.append(error)
     if not found:
@@ -373,16 +373,16 @@ def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[C
     return found
 
 
-def _changes(extents: Sequence[Extent], budget: Budget, own: MediumSpace) -> Iterator[dict[str, int]]:
+def _changes(extents: Sequence[Extent], budget: Budget, space: MediumSpace) -> Iterator[dict[str, int]]:
     """The caps on tiles, or the frames, that a medium's items may take under `total<=`; one empty change otherwise."""
-    if own.tiling is not None:
+    if space.tiling is not None:
         caps: set[int] = set()
         for extent in extents:
             assert extent.image_pixels is not None
             assert extent.tile_pixels is not None
-            caps.update(own.tiling.choices(extent.image_pixels, extent.tile_pixels, budget.max_tiles))
+            caps.update(space.tiling.choices(extent.image_pixels, extent.tile_pixels, budget.max_tiles))
         yield from ({"max_tiles": cap} for cap in sorted(caps, reverse=True))
-    elif own.frame_counts and budget.num_frames is None:
+    elif space.frame_counts and budget.num_frames is None:
         most = min(extent.num_images for extent in extents)
         shared = (n for n in range(most, 0, -1) if all(extent.num_images % n == 0 for extent in extents))
         yield from ({"num_frames": count} for count in shared)

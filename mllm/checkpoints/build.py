@@ -19,7 +19,7 @@ from mllm.checkpoints.pretrained import load_encoder, load_llm, unsharded
 from mllm.checkpoints.sources import digest_of, place_of, resolve_source
 from mllm.checkpoints.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 from mllm.compressors import Query
-from mllm.compressors.query_init import read_places
+from mllm.compressors.query_init import initialise_as_pyramid
 from mllm.config.model import FRAME_SETTINGS, MediumConfig, ModelConfig
 from mllm.encoders import AVHubertAudioConfig, encoder_facts, wrap_encoder
 from mllm.media import DEFAULT_LIMITS, MediaLimits
@@ -68,7 +68,7 @@ def _read_places(compressor: nn.Module, *, seed: int) -> None:
         raise ValueError("query_start=pyramid needs compressor: query; leave it out")
     if is_sharded(compressor):
         raise ValueError("query_start=pyramid cannot be found under ZeRO-3, which keeps no query whole; use ZeRO-2")
-    read_places(compressor, torch.Generator().manual_seed(seed))
+    initialise_as_pyramid(compressor, torch.Generator().manual_seed(seed))
 
 
 def build_processor(settings: ModelConfig, *, limits: MediaLimits = DEFAULT_LIMITS) -> ElasticProcessor:
@@ -91,7 +91,7 @@ def build_processor(settings: ModelConfig, *, limits: MediaLimits = DEFAULT_LIMI
     _check_one_size(settings)
     if settings.shows_frames:
         media["video"] = frames_entry(settings, media["image"])
-    elastic = {"chat_format": settings.chat_format, "media": media, "members": member_names(settings)}
+    elastic = {"chat_format": settings.chat_format, "media": media, "experts": expert_names(settings)}
     if settings.released_behaviour:
         elastic["shares_lengths"] = True
     if settings.names_images:
@@ -159,10 +159,10 @@ def config_of_parts(
 
 
 def adapter_settings(settings: ModelConfig) -> dict[str, Any] | None:
-    """What shapes the adapter, as the config keeps it: with the names of its members where it has some.
+    """What shapes the adapter, as the config keeps it: with the names of its experts where it has some.
 
     Raises:
-        ValueError: scales or tasks for a variant without such members, or scales that are not of the trained space.
+        ValueError: scales or tasks for a variant without such experts, or scales that are not of the trained space.
     """
     if settings.adapter is None:
         return None
@@ -181,13 +181,13 @@ def adapter_settings(settings: ModelConfig) -> dict[str, Any] | None:
     for kind, names_of in (("scale", scales_of), ("task", tasks_of)):
         key = f"{kind}s"
         if kind not in kinds and values[key]:
-            raise ValueError(f"adapter.{key} is {values[key]}, but variant {values['variant']} has members of {kinds}")
+            raise ValueError(f"adapter.{key} is {values[key]}, but variant {values['variant']} has experts of {kinds}")
         values[key] = names_of(values[key], space) if kind in kinds else []
     return values
 
 
-def member_names(settings: ModelConfig) -> dict[str, list[str]]:
-    """The scales and the tasks that have a member of the adapter, as the processor keeps them."""
+def expert_names(settings: ModelConfig) -> dict[str, list[str]]:
+    """The scales and the tasks that have a expert of the adapter, as the processor keeps them."""
     adapter = adapter_settings(settings) or {}
     return {key: adapter[key] for key in ("scales", "tasks") if adapter.get(key)}
 

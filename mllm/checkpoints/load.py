@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mllm.adapters import merge_adapters, select_members
+from mllm.adapters import merge_adapters, select_experts
 from mllm.checkpoints.build import assemble
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
@@ -153,11 +153,11 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     settings = model.config.adapter or {}
     depends_on_rows = settings.get("scales") or settings.get("tasks")
     if depends_on_rows or settings.get("kind", "lora") not in ("lora", "lora_bank"):
-        members = " with members per scale or task" if depends_on_rows else ""
+        members = " with experts per scale or task" if depends_on_rows else ""
         raise ValueError(
             f"merge_adapter is true, but an adapter of kind {settings.get('kind', 'lora')}{members} depends on the rows"
         )
-    select_members(model.model.language_model, scale_id=None, task_id=None)
+    select_experts(model.model.language_model, scale_id=None, task_id=None)
     merge_adapters(model.model.language_model)
     model.config.adapter = None
 
@@ -206,7 +206,7 @@ def export(
     `AutoModelForImageTextToText` and `AutoProcessor` load it after `import mllm`.
 
     Args:
-        scale, task: of an adapter with members per scale or task, the ones whose answers the checkpoint gives; every
+        scale, task: of an adapter with experts per scale or task, the ones whose answers the checkpoint gives; every
             row is then served by them, whatever it costs.
         out: a folder that is not there yet, or is empty.
         checkpoint, sources: as in `load`.
@@ -219,13 +219,13 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; export writes to a new folder, so that no file of another model stays")
     model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
-    select_members(
+    select_experts(
         model.model.language_model,
-        scale_id=_place("scale", scale, processor.members.scales),
-        task_id=_place("task", task, processor.members.tasks),
+        scale_id=_place("scale", scale, processor.expert_names.scales),
+        task_id=_place("task", task, processor.expert_names.tasks),
     )
     merge_adapters(model)
-    processor.use_members({})
+    processor.use_expert_names({})
     model.config.adapter = None
     for own in (model.config.media or {}).values():
         own.pop("encoder_adapter", None)
@@ -250,9 +250,9 @@ def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor)
 
 
 def _place(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:
-    """The place of a member; what is asked and what there is must go together."""
+    """The place of an expert; what is asked and what there is must go together."""
     if name is None and not known:
         return None
     if name not in known:
-        raise ValueError(f"{kind} is {name}; the adapter has members for: {' | '.join(known) or f'no {kind}'}")
+        raise ValueError(f"{kind} is {name}; the adapter has experts for: {' | '.join(known) or f'no {kind}'}")
     return known.index(name)

@@ -34,7 +34,7 @@ from transformers.utils.hub import cached_file
 
 from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
 from mllm.checkpoints.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
-from mllm.encoders import ENCODERS, backbone_class, tower_config
+from mllm.encoders import ENCODERS, backbone_class, backbone_config
 
 NAMED_TENSORS = 4
 """How many tensors of each kind a message names before it counts the others."""
@@ -104,7 +104,7 @@ def encoder_config(reference: str, medium: str) -> PreTrainedConfig:
     """
     whole = read_config(reference)
     _encoder_layout(reference, whole)
-    return tower_config(whole, medium)
+    return backbone_config(whole, medium)
 
 
 def _encoder_layout(reference: str, whole: PreTrainedConfig) -> Layout:

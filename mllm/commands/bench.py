@@ -1,4 +1,4 @@
-"""`mllm bench`: what each budget of one's own model costs on one's own machine."""
+"""Runs `mllm bench`: measures what each budget of a model costs on this machine."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,46 +15,46 @@ SUMMARY = "measure what each budget of a model costs here: tokens, FLOPs, cache,
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Answer the same requests at several budgets, in turn, and tell what each of them costs."""
+    """Answer the same requests at several budgets, in turn, and show what each of them costs."""
 
     model: str
     """Run folder, a checkpoint in one, or an exported model."""
     checkpoint: str | None = None
-    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     budgets: list[str] | str = field(default_factory=list)
-    """List, or one text with `;` between budgets; those that were trained, at most 8, when left out."""
+    """Budgets as a list, or as one text with `;` between them; when left out those that were trained, at most 8."""
     image: list[str] = field(default_factory=list)
-    """An image of the request; may be given several times. Without any file the media are made up."""
+    """An image file of the request; may be given several times. Without any file the media are made up."""
     audio: list[str] = field(default_factory=list)
-    """A sound of the request."""
+    """An audio file of the request; may be given several times."""
     video: list[str] = field(default_factory=list)
-    """A video of the request."""
+    """A video file of the request; may be given several times."""
     media: list[Literal["image", "audio", "video"]] = field(default_factory=list)
-    """Media that are made up; all that the budgets name, or else all that the model takes, when left out."""
+    """Media that are made up; when left out all that the budgets name, or else all that the model takes."""
     seconds: float = 6.0
-    """Length of made-up sounds and videos."""
+    """Length of made-up audio and videos, in seconds."""
     text: str | None = None
     """The question; a usual one when left out."""
     batch_size: int = 1
-    """Requests that are answered together."""
+    """Number of requests that are answered together."""
     new_tokens: int = 16
-    """Tokens that are decoded, always as many."""
+    """Number of tokens that are decoded for every answer, whatever the model says."""
     num_beams: int = 1
-    """1 is greedy."""
+    """Number of beams; 1 is greedy."""
     repeats: int = 7
-    """Of every budget."""
+    """Number of measurements of every budget."""
     warmup: int = 1
-    """Rounds before those, which do not count."""
+    """Number of rounds before those, which are not counted."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Pixels, seconds and bytes beyond which a file is refused."""
     out: str | None = None
-    """Folder that gets bench.json and bench.png; only shown when left out."""
+    """Folder that gets bench.json and bench.png; when left out results are only shown."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen parts."""
+    """Data type of the frozen parts."""
     threads: int | None = None
-    """CPU threads; as many as torch takes when left out."""
+    """Number of CPU threads; when left out as many as torch takes."""
     use_cpu: bool = False
     """Run on the CPU although there is a GPU."""
 
@@ -68,7 +68,7 @@ class Settings:
         self.read_budgets()  # refuses what is no budget before anything is loaded
 
     def read_budgets(self) -> list[Budget]:
-        """Read the budgets, each once.
+        """Reads the budgets, each once.
 
         Raises:
             ValueError: one that is none.
@@ -78,7 +78,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Measure, show, and write where asked."""
+    """Measures and shows the costs, and writes them if there is a folder to write to."""
     from pathlib import Path
 
     import torch
@@ -134,7 +134,7 @@ def _media(settings: Settings, processor: Any) -> Any:
 
 
 def _facts(settings: Settings, model: Any) -> dict[str, Any]:
-    """What the figures depend on beside the budgets."""
+    """Gathers what the figures depend on beside the budgets."""
     import torch
 
     on_gpu = model.device.type == "cuda"
@@ -151,7 +151,7 @@ def _facts(settings: Settings, model: Any) -> dict[str, Any]:
 
 
 def _table(results: "list[Measured]", facts: dict[str, Any]) -> Any:
-    """One line per budget; times are medians with the middle half of the repeats."""
+    """Makes a table with a line per budget; times are medians with the middle half of the repeats."""
     from rich.table import Table
 
     title = f"{facts['model']}: {facts['device']}, {facts['dtype']}, batch {facts['batch_size']}"

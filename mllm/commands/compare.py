@@ -1,4 +1,4 @@
-"""`mllm compare`: results of several models in one table, as the papers of speech and of vision print it."""
+"""Runs `mllm compare`: shows results of several models in one table, as the papers of speech and of vision do."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ POSITIONAL = "folders"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Lay evaluations of several models side by side."""
+    """Show evaluations of several models side by side."""
 
     folders: list[str]
     """Run folders or evaluations inside them, DIR or NAME=DIR; those of one name make one line, as where a model was
@@ -23,21 +23,21 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Read, show, and write where asked."""
+    """Reads and shows the results, and writes them if there is a folder to write to."""
     from mllm.commands.terminal import console, plain_table
     from mllm.evaluation.comparison import compare
     from mllm.evaluation.speech_table import notes_of, tables
 
-    made = compare(settings.folders)
-    blocks = made.blocks
+    comparison = compare(settings.folders)
+    blocks = comparison.blocks
     for shown in tables(blocks):
         console().print(shown)
-    vision = made.vision
+    vision = comparison.vision
     if vision is not None:
         console().print(plain_table(vision.titles, vision.cells, num_names=2))
-    for note in (*notes_of(blocks), *(vision.notes if vision is not None else []), *made.notes):
+    for note in (*notes_of(blocks), *(vision.notes if vision is not None else []), *comparison.notes):
         console().print(note, soft_wrap=True)
     if settings.out is not None:
-        made.write(Path(settings.out))
+        comparison.write(Path(settings.out))
         console().print(f"written to {settings.out}")
     return 0

@@ -1,4 +1,4 @@
-"""`mllm evaluate`: manifests and budgets to a table, files and a plot."""
+"""Runs `mllm evaluate`: evaluates a model on manifests at budgets, and shows tables."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
-SUMMARY = "error rates and accuracies of a model over budgets: table, JSON, CSV, plot"
+SUMMARY = "evaluate a model over budgets: error rates and accuracies as table, JSON, CSV and plot"
 MAX_FAILURES_SHOWN = 10
 
 
 def run(settings: Settings) -> int:
-    """Evaluate, show the table, and name what failed."""
+    """Evaluates, shows the tables, and names what failed."""
     from mllm.commands.terminal import console, progress_bar, quiet_loading
     from mllm.evaluation.report import cut_notes, table
     from mllm.evaluation.run import evaluate
@@ -54,16 +54,16 @@ def _show_benchmarks(settings: Settings, results: "Results") -> None:
     from mllm.evaluation.benchmark_table import benchmark_table
     from mllm.evaluation.benchmarks import MARKDOWN, SUBMITTED, unjudged_notes
 
-    found = benchmark_table(results.rows)
-    if found is None:
+    made = benchmark_table(results.rows)
+    if made is None:
         return
     out = console()
-    out.print(plain_table(found.titles, found.cells, title=f"{results.facts['model']}"))
-    for note in (*found.notes, *unjudged_notes(results.rows)):
+    out.print(plain_table(made.titles, made.cells, title=f"{results.facts['model']}"))
+    for note in (*made.notes, *unjudged_notes(results.rows)):
         out.print(note, soft_wrap=True)
     out.print(f"oracle and failures: {settings.output_folder / MARKDOWN}", soft_wrap=True)
     for file in sorted((settings.output_folder / SUBMITTED).rglob("*.*")):
-        out.print(f"to hand in: {file}", soft_wrap=True)
+        out.print(f"to submit: {file}", soft_wrap=True)
 
 
 def _tell_failures(results: "Results") -> int:

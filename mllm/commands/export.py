@@ -1,4 +1,4 @@
-"""`mllm export`: a run folder to a standalone checkpoint."""
+"""Runs `mllm export`: writes the model of a run folder as a standalone checkpoint."""
 
 from dataclasses import dataclass, field
 
@@ -14,17 +14,17 @@ class Settings:
     out: str
     """Folder to write, new or empty."""
     scale: str | None = None
-    """Of an adapter with members per scale, the one to merge, e.g. audio=/4,video=/2."""
+    """Scale whose experts to merge, for an adapter with experts per scale, e.g. audio=/4,video=/2."""
     checkpoint: str | None = None
-    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     task: str | None = None
-    """Of an adapter with members per task, the one to merge, e.g. avsr."""
+    """Task whose experts to merge, for an adapter with experts per task, e.g. avsr."""
 
 
 def run(settings: Settings) -> int:
-    """Export."""
+    """Exports the model."""
     from mllm.checkpoints.load import export
     from mllm.commands.terminal import console, quiet_loading
 

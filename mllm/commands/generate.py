@@ -1,4 +1,4 @@
-"""`mllm generate`: files and a question to an answer, word by word; or several questions about the same files."""
+"""Runs `mllm generate`: answers a question about files, word by word, or several questions about the same files."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from mllm.media import MediaLimits
 if TYPE_CHECKING:
     from mllm.inference.answerer import Answer
 
-SUMMARY = "answer a question about images, sounds and videos at a budget"
+SUMMARY = "answer a question about images, audio and videos at a budget"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,40 +23,41 @@ class Settings(LongAudioOptions):
     model: str
     """Run folder, a checkpoint in one, or an exported model."""
     checkpoint: str | None = None
-    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     text: list[str] = field(default_factory=list)
     """The question. Given several times, all are answered, a line each; the files are encoded and read once for all."""
     image: list[str] = field(default_factory=list)
-    """An image; may be given several times."""
+    """An image file; may be given several times."""
     audio: list[str] = field(default_factory=list)
-    """A sound, or a video whose sound is meant; may be given several times. If the budget names audio and there is
-    none, the sound of the videos is taken."""
+    """An audio file, or a video whose audio is meant; may be given several times. If the budget names audio and there
+    is none, the audio of the videos is used."""
     video: list[str] = field(default_factory=list)
-    """A video; may be given several times."""
+    """A video file; may be given several times."""
     budget: str = ""
-    """Soft tokens, e.g. "image=64", "audio=/4,video=/2" or "total<=256"; the most the model was trained on when left
-    out."""
+    """Soft tokens, e.g. "image=64", "audio=/4,video=/2" or "total<=256"; when left out the most the model was trained
+    on."""
     num_beams: int = 1
-    """1 is greedy; beams are deterministic. The LLM's own generation config, which may sample, is not followed."""
+    """Number of beams; 1 is greedy. Beams are deterministic, and the LLM's generation config, which may sample, is not
+    followed."""
     length_penalty: float = 1.0
-    """Of beams: sums of log-probabilities are divided by length to this power."""
+    """Power of the length that a beam's sum of log-probabilities is divided by."""
     max_new_tokens: int = 64
-    """The answer ends there at the latest."""
+    """Most tokens of an answer."""
     temperature: float | None = None
-    """Draws words at this temperature instead of taking the best."""
+    """Temperature to sample at, instead of taking the best token."""
     seed: int = 0
-    """Of what is drawn."""
+    """Random seed for sampling."""
     timing: bool = False
-    """Also tell the milliseconds of encoder, prefill and decoding. The request is run once before, unseen: the first
-    time also pays for what a process does only once."""
+    """Also print the milliseconds of encoder, prefill and decoding. The request is run once before without being
+    measured, since the first one also pays for what a process does only once."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Pixels, seconds and bytes beyond which a file is refused."""
     max_mismatch_seconds: float | None = 0.08
-    """A sound and a video of one name may differ in length by so much; null never compares."""
+    """Most seconds by which an audio and a video of one name may differ in length; null never compares."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen parts."""
+    """Data type of the frozen parts."""
     merge_adapter: bool = False
     """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
     rows."""
@@ -73,7 +74,7 @@ class Settings(LongAudioOptions):
 
 
 def run(settings: Settings) -> int:
-    """Answer, and tell what was used."""
+    """Answers, and says what was used."""
     from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, quiet_loading
     from mllm.inference.answerer import Answerer, Decoding
@@ -120,7 +121,7 @@ def run(settings: Settings) -> int:
 
 
 def facts(answers: Sequence["Answer"]) -> list[str]:
-    """Lines about answers to questions about the same files: tokens of each, and the timing of all if there is one."""
+    """Writes lines about answers to questions about the same files: the tokens of each, and the timing of all."""
     lines = []
     for answer in answers:
         used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
@@ -138,7 +139,7 @@ def facts(answers: Sequence["Answer"]) -> list[str]:
 
 
 def _writer() -> Callable[[str], None]:
-    """Writes pieces as they come, the blank before the first of them left out."""
+    """Makes a function that writes pieces as they come, without the blank before the first of them."""
     begun = False
 
     def write(piece: str) -> None:

@@ -1,4 +1,4 @@
-"""`mllm lmms-eval`: lmms-eval's benchmarks at several budgets, each question encoded once."""
+"""Runs `mllm lmms-eval`: lmms-eval's benchmarks at several budgets, each question encoded once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from mllm.config.model import check_at_least
 from mllm.utils.extras import install_line
 from mllm.utils.run_paths import results_folder
 
-SUMMARY = "benchmarks of lmms-eval (extra lmms) over budgets, in one table"
+SUMMARY = "run benchmarks of lmms-eval (extra lmms) over budgets, in one table"
 RESULTS = "lmms_eval"
 """The folder of results inside a model's folder."""
 
@@ -25,46 +25,46 @@ class Settings:
     budgets: str | list[str]
     """Budgets, as a list or parted by ";", e.g. "image=64;image=16;image=4"."""
     include_path: str | None = None
-    """Folder of tasks of your own."""
+    """Folder with your tasks, beside those of lmms-eval."""
     out: str | None = None
     """Folder of the results; when left out `lmms_eval` inside the model's folder, or of a checkpoint
     `lmms_eval-checkpoint-...` inside its run."""
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Number of questions of each task, from the first; all when left out."""
     num_fewshot: int | None = None
-    """Examples before each question; what the task says when left out."""
+    """Number of examples before each question; when left out what the task says."""
     gen_kwargs: str | None = None
-    """Instead of what tasks say of decoding, e.g. "max_new_tokens=32,num_beams=3"."""
+    """Decoding, instead of what tasks say, e.g. "max_new_tokens=32,num_beams=3"."""
     batch_size: int = 1
-    """Questions answered together; each is answered at all budgets at once."""
+    """Number of questions answered together; each is answered at all budgets at once."""
     log_samples: bool = False
     """Also write every question and answer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen parts."""
+    """Data type of the frozen parts."""
     use_cpu: bool = False
     """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
-        if not self.asked_budgets:
+        if not self.parsed_budgets:
             raise ValueError("budgets is empty; name at least one, such as image=64")
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one")
         check_at_least(self, ("batch_size", "limit"))
 
     @property
-    def asked_budgets(self) -> list[str]:
-        """The budgets, each once."""
+    def parsed_budgets(self) -> list[str]:
+        """Returns the budgets, each once."""
         texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
         return [str(budget) for budget in dict.fromkeys(Budget.parse(text) for text in texts if text.strip())]
 
     @property
     def output_folder(self) -> Path:
-        """Where results go."""
+        """Returns the folder of the results."""
         return Path(self.out) if self.out is not None else results_folder(self.model, RESULTS)
 
 
 def run(settings: Settings) -> int:
-    """Evaluate at each budget, show one table, and write everything."""
+    """Evaluates at each budget, shows one table, and writes everything."""
     from mllm.commands.terminal import console, plain_table, quiet_loading
 
     try:
@@ -77,7 +77,7 @@ def run(settings: Settings) -> int:
     quiet_loading()
     chat = ElasticChat(
         pretrained=settings.model,
-        budget=settings.asked_budgets,
+        budget=settings.parsed_budgets,
         batch_size=settings.batch_size,
         device="cpu" if settings.use_cpu else None,
         dtype=settings.dtype,

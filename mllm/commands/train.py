@@ -27,8 +27,9 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
     from mllm.data.skipped import TooManyBadSamples
     from mllm.training.interruption import how_to_go_on
-    from mllm.training.run import SETTINGS, train
+    from mllm.training.run import train
     from mllm.utils.distributed import finish_launch
+    from mllm.utils.run_paths import SETTINGS
 
     own = without_extras(RunConfig, settings)
     try:

@@ -118,7 +118,7 @@ def _check_haar(key: str, space: MediumSpace, settings: Mapping[str, Any], grid:
     counts = [rows * columns for rows, columns in haar_grids(grid)]
     if wrong := [budget for budget in _values(space.trained) if budget not in counts]:
         raise ValueError(
-            f"{key}.budgets: {wrong[0]} tokens are no whole map of a grid of {grid[0]}x{grid[1]} in Haar order; "
+            f"{key}.budgets: {wrong[0]} tokens are no whole grid of a grid of {grid[0]}x{grid[1]} in Haar order; "
             f"allowed: {', '.join(map(str, counts))}"
         )
 

@@ -1,11 +1,11 @@
-"""Which features each soft token of an area pooling averages: exact covers of a stream or of a grid.
+"""Works out which features each soft token of an area pooling averages: exact covers of a stream or of a grid.
 
 Knows lengths and counts. Does not know what the features are.
 
-A soft token owns a cell: a stretch of a stream or a rectangle of a grid, whose borders may cut through features. All
-cells of an item have the same area and together they tile what they cover, so every feature has the same say. A cover
-holds, per cell and feature, the share (0..1) of the feature that lies inside the cell. Borders are kept as integers in
-units small enough for all of them, hence nothing is rounded.
+A soft token has a cell: a stretch of a stream or a rectangle of a grid, whose borders may cut through features. All
+cells of an item have the same area and together they tile what they cover, so every feature has the same weight. A
+cover holds, per cell and feature, the part (0..1) of the feature that lies inside the cell. Borders are kept as
+integers in units small enough for all of them, hence nothing is rounded.
 
 Shapes: N items, K cells, T features, a grid of H x W patches in reading order.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 def stream_cover(
     lengths: Tensor, tokens: Tensor, rates: Tensor, *, num_features: int, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Cells of a stream: windows of `rates` features, or, at rate 0, `tokens` equal stretches of the whole item.
+    """Covers streams: cells are windows of `rates` features, or, at rate 0, `tokens` equal stretches of the item.
 
     Args:
         lengths, tokens, rates: (N,) int64; see `Compressor.forward`.
@@ -27,7 +27,7 @@ def stream_cover(
         max_tokens: K.
 
     Returns:
-        cover (N, K, T) and the features per cell (N,), float32. Cells beyond an item's own count mean nothing.
+        cover (N, K, T) and the features per cell (N,), float32. Cells beyond an item's count are undefined.
     """
     by_rate = rates > 0
     # In units of 1/unit feature a cell is `width` long: r features at a rate, else length/tokens features.
@@ -38,11 +38,11 @@ def stream_cover(
     unit, width = unit.to(dtype), width.to(dtype)
     start = torch.arange(max_tokens, device=lengths.device, dtype=dtype) * width[:, None]
     feature = torch.arange(num_features, device=lengths.device, dtype=dtype)
-    return _shares(start, start + width[:, None], unit[:, None], feature), width / unit
+    return _overlap(start, start + width[:, None], unit[:, None], feature), width / unit
 
 
 def grid_cover(tokens: Tensor, grid: tuple[int, int], *, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Cells of a grid: rows of rectangles, in reading order.
+    """Covers one grid shared by all items: cells are rows of rectangles, in reading order.
 
     The n cells of an item form R rows (see `grid_rows`). Row i holds the cells floor(i*n/R) .. floor((i+1)*n/R) - 1, so
     rows differ by at most one cell and the longer rows are spread evenly. A row is as high as its number of cells
@@ -55,45 +55,49 @@ def grid_cover(tokens: Tensor, grid: tuple[int, int], *, max_tokens: int) -> tup
         max_tokens: K.
 
     Returns:
-        cover (N, K, H*W) and the patches per cell (N,), float32. Cells beyond an item's own count mean nothing.
+        cover (N, K, H*W) and the patches per cell (N,), float32. Cells beyond an item's count are undefined.
     """
     height, width = grid
     count = tokens.clamp(min=1)[:, None]
     cells = _grid_cells(count, grid_rows(count[:, 0], grid)[:, None], max_tokens)
     down, across = (torch.arange(size, device=tokens.device) for size in grid)
-    vertical = _shares(height * cells.first, height * cells.after, count, down)  # in units of 1/n of a patch
+    vertical = _overlap(height * cells.first, height * cells.after, count, down)  # in units of 1/n of a patch
     left, right = width * cells.column, width * (cells.column + 1)  # in units of 1/columns of a patch
-    horizontal = _shares(left, right, cells.columns, across)
+    horizontal = _overlap(left, right, cells.columns, across)
     cover = vertical[..., :, None] * horizontal[..., None, :]
     return cover.flatten(2), height * width / count[:, 0]
 
 
-def own_grid_cover(tokens: Tensor, grids: Tensor, *, num_features: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Cells of items that have a grid each; every item's are those of `grid_cover` on its own grid.
+def item_grid_cover(tokens: Tensor, grids: Tensor, *, num_features: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Covers items that have a grid each; the cells of an item are those of `grid_cover` on its grid.
 
     Args:
-        tokens: (N,) int64, cells of each item, 1..H*W of its own grid.
+        tokens: (N,) int64, cells of each item, 1..H*W of its grid.
         grids: (N, 2) int64, rows and columns of each item.
         num_features: T, patches of the item that has most.
         max_tokens: K.
 
     Returns:
-        cover (N, K, T), zero on what is beyond an item's own patches, and the patches per cell (N,), float32.
+        cover (N, K, T), zero beyond an item's patches, and the patches per cell (N,), float32.
     """
     height, width = grids[:, :1], grids[:, 1:]
     count = tokens.clamp(min=1)[:, None]
     cells = _grid_cells(count, _rows_of(count, height, width, most=num_features)[:, None], max_tokens)
     patch = torch.arange(num_features, device=tokens.device)
     down, across = (patch // width)[:, None], (patch % width)[:, None]  # (N, 1, T); rows below the last are in no cell
-    vertical = _shares(height * cells.first, height * cells.after, count, down)
-    horizontal = _shares(width * cells.column, width * (cells.column + 1), cells.columns, across)
+    vertical = _overlap(height * cells.first, height * cells.after, count, down)
+    horizontal = _overlap(width * cells.column, width * (cells.column + 1), cells.columns, across)
     area = height * width * count.reciprocal()  # rounded as in `grid_cover`, where torch divides a number by a tensor
     return vertical * horizontal, area[:, 0]
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """Of each cell of a grid (N, K): the first cell of its row and the one after it, its column, columns of its row."""
+    """Where each cell of a grid lies: all tensors are (N, K).
+
+    `first` and `after` are the first cell of its row and the one behind the row, `column` is its place in the row and
+    `columns` the number of cells in the row.
+    """
 
     first: Tensor
     after: Tensor
@@ -103,13 +107,14 @@ class _Cells:
 
 def _grid_cells(count: Tensor, rows: Tensor, max_tokens: int) -> _Cells:
     cell = torch.arange(max_tokens, device=count.device)
+    # Row i begins at cell floor(i * n / R); this is the only i with first <= cell < after, without a search.
     row = ((cell + 1) * rows - 1) // count
     first, after = row * count // rows, (row + 1) * count // rows
     return _Cells(first, after, cell - first, after - first)
 
 
 def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How many rows the cells of a grid form.
+    """Counts the rows that the cells of a grid form.
 
     Whole patches win: if the cells can be equal blocks of whole patches at most twice as long as they are wide, the
     squarest such blocks are taken, and of two equally square ones those in fewer rows. Otherwise the cells are as
@@ -126,10 +131,11 @@ def grid_rows(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _rows_of(count: Tensor, height: Tensor | int, width: Tensor | int, *, most: int) -> Tensor:
-    """`grid_rows` of counts (N, 1) on one grid, or on one of at most `most` rows each (N, 1)."""
+    """Does what `grid_rows` does for counts (N, 1), on one grid or on one of at most `most` rows each (N, 1)."""
     # R >= r + 1 exactly where sqrt(n * H / W) is above r + 1/2.
     below = 2 * torch.arange(most, device=count.device) + 1
     nearest = (below.square() * width < 4 * count * height).sum(dim=1).clamp(min=1).minimum(count[:, 0])
+    # Every number of rows is tried at once, since a search would make the host wait for the device.
     rows = torch.arange(1, most + 1, device=count.device)
     columns = (count // rows).clamp(min=1)
     whole = (rows * columns == count) & (height % rows == 0) & (width % columns == 0)
@@ -141,16 +147,16 @@ def _rows_of(count: Tensor, height: Tensor | int, width: Tensor | int, *, most: 
 
 
 def average(features: Tensor, cover: Tensor, area: Tensor) -> Tensor:
-    """Mean of the features under each cell: (N, T, D), (N, K, T), (N,) -> (N, K, D).
+    """Averages the features under each cell: (N, T, D), (N, K, T), (N,) -> (N, K, D).
 
-    Shares are summed before the division, so that whole features keep the weight 1 in any precision.
+    The sum comes before the division, so that whole features keep the weight 1 in any precision.
     """
     sums = torch.bmm(cover.to(features.dtype), features)
     return (sums / area[:, None, None]).to(features.dtype)
 
 
-def _shares(start: Tensor, end: Tensor, unit: Tensor, feature: Tensor) -> Tensor:
-    """Share of feature t, which spans [t * unit, (t + 1) * unit), inside [start, end).
+def _overlap(start: Tensor, end: Tensor, unit: Tensor, feature: Tensor) -> Tensor:
+    """Computes which part of feature t, which spans [t * unit, (t + 1) * unit), lies inside [start, end).
 
     start, end, unit: (N, K). feature: (T,) or (N, 1, T), the numbers t. Returns (N, K, T).
     """

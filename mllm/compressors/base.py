@@ -1,6 +1,6 @@
-"""What every compressor shares: the call, and what holds for the padding on both of its sides.
+"""Defines what every compressor shares: its call, and zeros where its inputs and outputs are padded.
 
-Knows features and counts. Does not know media, encoders, budgets as words, or the LLM.
+Knows features and counts. Does not know media, encoders, how budgets are written, or the LLM.
 
 Shapes: N items, T features of the longest item, D feature size, K soft tokens asked for, H the LLM's hidden size.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class Compressor(nn.Module):
-    """Features to soft tokens as wide as the LLM, at a budget that may differ between the items of a batch.
+    """Turns features into soft tokens as wide as the LLM, at a budget that may differ between the items of a batch.
 
     `nested` says how the tokens of a smaller budget relate to those of a larger one: `prefix` (they are its first
     ones), `pooled` (they are means over the same features) or `none`.
@@ -32,13 +32,13 @@ class Compressor(nn.Module):
         max_tokens: int,
         grids: Tensor | None = None,
     ) -> Tensor:
-        """Compress each item at its own budget.
+        """Compresses each item at its budget.
 
         The budgets are those of `count_tokens`, which refuses what cannot be met; nothing is checked again here, since
         looking at the numbers would make the host wait for the device.
 
         Args:
-            features: (N, T, D); what follows an item's own length does not matter.
+            features: (N, T, D); what lies beyond an item's length does not matter.
             lengths: (N,) int64, true features of each item.
             tokens: (N,) int64, soft tokens of each item.
             rates: (N,) int64, features per soft token; 0 where a count was asked for.
@@ -47,21 +47,36 @@ class Compressor(nn.Module):
                 take it that can be built for such (`build_compressor`).
 
         Returns:
-            (N, K, H), zero beyond each item's own count.
+            (N, K, H), zero beyond each item's count.
         """
         raise NotImplementedError
 
-    def read_items(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """What is made of features (N, T, D) whatever the budget is; `serve` takes it. Nothing by default."""
+    def prepare(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Does the part of the work that is the same at every budget; by default none.
+
+        Args:
+            features: (N, T, D).
+            lengths: (N,) int64.
+
+        Returns:
+            (N, T, any size), for `compress_prepared`.
+        """
         return features
 
-    def serve(
-        self, read: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int, **given: Any
+    def compress_prepared(
+        self,
+        prepared: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
     ) -> Tensor:
-        """The rest of `forward`, given what `read_items` made."""
-        return self(read, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens, **given)
+        """Does the rest of `forward` with the result of `prepare`."""
+        return self(prepared, lengths, tokens=tokens, rates=rates, max_tokens=max_tokens, grids=grids)
 
-    def compress_runs(
+    def compress_spans(
         self,
         features: Tensor,
         lengths: Tensor,
@@ -70,46 +85,53 @@ class Compressor(nn.Module):
         tokens: Tensor,
         rates: Tensor,
         groups: Sequence[tuple[int, int]],
-        **given: Tensor,
+        grids: Tensor | None = None,
     ) -> Tensor:
-        """Compress runs of which several may be of one item, at different budgets; what they share is done once.
+        """Compresses spans of which several may be of one item, at different budgets; shared work is done once.
 
         Args:
-            features, lengths: of N items.
-            index: (R,) the item of each run.
-            tokens, rates: (R,).
-            groups: how many runs follow each other that are computed together, and an upper bound of their tokens.
-            given: `grids` of the items, where images keep their shape.
+            features: (N, T, D) of N items.
+            lengths: (N,) int64.
+            index: (R,) the item of each span.
+            tokens: (R,) soft tokens of each span.
+            rates: (R,) features per soft token of each span.
+            groups: how many neighbouring spans are computed together, and an upper bound of their tokens.
+            grids: (N, 2) of the items, where images keep their shape.
 
         Returns:
-            (R, K, H) with K the largest bound, zero beyond each run's own count.
+            (R, K, H) with K the largest bound, zero beyond each span's count.
         """
-        read, parts, routings, start = self.read_items(features, lengths), [], [], 0
-        longest = max(most for _, most in groups)
+        prepared, parts, routings, start = self.prepare(features, lengths), [], [], 0
+        max_tokens = max(bound for _, bound in groups)
         bank: Any = getattr(self, "projectors", None)
-        for count, most in groups:
-            own, start = slice(start, start + count), start + count
-            items = index[own]
-            shapes = {name: value[items] for name, value in given.items()}
-            soft = self.serve(
-                read[items], lengths[items], tokens=tokens[own], rates=rates[own], max_tokens=most, **shapes
+        for count, bound in groups:
+            group, start = slice(start, start + count), start + count
+            items = index[group]
+            soft = self.compress_prepared(
+                prepared[items],
+                lengths[items],
+                tokens=tokens[group],
+                rates=rates[group],
+                max_tokens=bound,
+                grids=None if grids is None else grids[items],
             )
-            parts.append(functional.pad(soft, (0, 0, 0, longest - most)))
+            parts.append(functional.pad(soft, (0, 0, 0, max_tokens - bound)))
+            # The bank remembers the routing of its last call only, and there is one call per group.
             if bank is not None and (routing := bank.take_routing()) is not None:
-                routings.append(functional.pad(routing, (0, 0, 0, longest - routing.shape[1])))
+                routings.append(functional.pad(routing, (0, 0, 0, max_tokens - routing.shape[1])))
         if bank is not None and routings:
             bank.routing = torch.cat(routings)
         return torch.cat(parts)
 
 
-def without_padding(features: Tensor, lengths: Tensor) -> Tensor:
-    """(N, T, D) with zeros beyond each item's own length, whatever stood there."""
+def zero_padding_features(features: Tensor, lengths: Tensor) -> Tensor:
+    """Puts zeros beyond each item's length, whatever stood there: (N, T, D) -> (N, T, D)."""
     is_feature = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
     return features.masked_fill(~is_feature[..., None], 0.0)
 
 
-def own_tokens(soft: Tensor, tokens: Tensor, max_tokens: int) -> Tensor:
-    """(N, k, H) with k <= K -> (N, K, H), zero beyond each item's own count."""
+def zero_padding_tokens(soft: Tensor, tokens: Tensor, max_tokens: int) -> Tensor:
+    """Puts zeros beyond each item's count, and pads to `max_tokens`: (N, k, H) with k <= K -> (N, K, H)."""
     is_token = torch.arange(max_tokens, device=soft.device) < tokens[:, None]
     soft = functional.pad(soft, (0, 0, 0, max_tokens - soft.shape[1]))
     return soft.masked_fill(~is_token[..., None], 0.0)

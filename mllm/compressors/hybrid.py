@@ -1,19 +1,19 @@
-"""Pooled anchors and nested queries in one: a coarse map of the image, then queries for what it leaves out.
+"""Joins pooled anchors and nested queries: a coarse grid of the image, then queries for what it leaves out.
 
 Knows features, counts and the grid. Does not know the LLM, or who chose the budget.
 
-Of n soft tokens the first are anchors: means over the cells of the largest map that is not above n, of those this model
-has (say 1, 16 and 64 cells). The rest are queries, in their order. A query first reads the anchors of its item, then
-the features, and so can ask for what the anchors do not show.
+Of n soft tokens the first are anchors: means over the cells of the largest coarse grid that is not above n, of those
+this model has (say 1, 16 and 64 cells). The rest are queries, in their order. A query first reads the anchors of its
+item, then the features, and so can ask for what the anchors do not show.
 
-Within one size of the map a smaller count is a prefix of a larger one. Between two sizes nothing is: the first tokens
-are then other means, and the queries have read other anchors.
+Within one size of the coarse grid a smaller count is a prefix of a larger one. Between two sizes none is: the first
+tokens are then other means, and the queries have read other anchors.
 
 Shapes: N items, T features, D feature size, A anchors of the largest map in use, Q queries in use, n soft tokens of an
 item, H the LLM's hidden size.
 Source: PARCEL (arXiv 2605.30126), of which no code is public: anchors of 4 x 4 below 64 tokens and of 8 x 8 up to 256,
 nested queries, self-attention of queries and anchors, then cross-attention to the features. Here queries read anchors
-without seeing each other, for otherwise no count would be a prefix of another; below the smallest map there is one
+without seeing each other, for otherwise no count would be a prefix of another; below the smallest grid there is one
 anchor, so that every count from 1 on can be met; anchors stay means, as in M3 (arXiv 2405.17430), whatever the queries
 do; and there is one layer of each attention, without a feed-forward, as in MQT (arXiv 2405.19315), but with residuals.
 """
@@ -27,18 +27,18 @@ from transformers import initialization as init
 
 from mllm.budget.nesting import num_queries
 from mllm.compressors.area_pooling import average, grid_cover
-from mllm.compressors.base import Compressor, own_tokens
+from mllm.compressors.base import Compressor, zero_padding_tokens
 from mllm.compressors.query import CrossAttention, sincos_positions
 
 
 class Hybrid(Compressor):
-    """Soft tokens of a grid: anchors, then queries; one projector for both.
+    """Makes soft tokens of a grid: anchors, then queries, and one projector for both.
 
     Args:
         in_size: D.
         projector: D -> H.
         grid: (rows, columns) of the features.
-        anchors: sizes of the pooled map in ascending order, the first of them 1.
+        anchors: sizes of the coarse grid in ascending order, the first of them 1.
         max_tokens: the largest count of an item.
         num_heads: of both attentions, dividing D.
 
@@ -70,14 +70,14 @@ class Hybrid(Compressor):
         self.query = nn.Parameter(torch.empty(self._queries_up_to(max_tokens), in_size))
         self.anchor_attn = CrossAttention(size=in_size, num_heads=num_heads)
         self.feature_attn = CrossAttention(size=in_size, num_heads=num_heads)
-        self.ln_query, self.ln_anchor, self.ln_told, self.ln_feature = (
+        self.ln_query, self.ln_anchor, self.ln_query_read, self.ln_feature = (
             nn.LayerNorm(in_size, eps=1e-6) for _ in range(4)
         )
         if not self.query.is_meta:
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Queries as in MQT."""
+        """Initialises the queries as MQT does."""
         init.trunc_normal_(self.query, std=0.02)
 
     def forward(
@@ -92,8 +92,8 @@ class Hybrid(Compressor):
     ) -> Tensor:
         """See `Compressor.forward`; every item has the same grid.
 
-        In training a query is read even where every count is that of a map, since every process has to touch every
-        weight in every step.
+        In training a query is read even where every count is that of a coarse grid, since every process has to touch
+        every weight in every step.
         """
         assert grids is None
         num_tokens = min(max_tokens, self.max_tokens)
@@ -103,36 +103,38 @@ class Hybrid(Compressor):
         read = pooled = average(features, cover, area)
         if most_queries := max(self._queries_up_to(num_tokens), int(self.training)):
             positions = sincos_positions(self.grid, features.shape[2], features.device).to(features.dtype)
-            places = average(positions.expand(len(features), -1, -1), cover, area)
+            anchor_positions = average(positions.expand(len(features), -1, -1), cover, area)
             is_anchor = torch.arange(most_anchors, device=tokens.device) < num_anchors[:, None]
-            told = self._read_anchors(self.query[:most_queries], pooled, places, is_anchor)
-            read = torch.cat([pooled, self._read_features(told, features, positions)], dim=1)
+            queried = self._read_anchors(self.query[:most_queries], pooled, anchor_positions, is_anchor)
+            read = torch.cat([pooled, self._read_features(queried, features, positions)], dim=1)
+        # `read` holds most_anchors anchors, of which an item may have fewer, and then the queries; its tokens are its
+        # anchors and, right behind them, as many queries as are left.
         token = torch.arange(num_tokens, device=tokens.device)
-        shift = (most_anchors - num_anchors)[:, None]  # from an item's own anchors to its queries
+        shift = (most_anchors - num_anchors)[:, None]  # from an item's last anchor to the first query
         index = torch.where(token < num_anchors[:, None], token, token + shift).clamp(max=read.shape[1] - 1)
         rows = torch.arange(len(read), device=read.device)[:, None]
-        return own_tokens(self.projector(read[rows, index]), tokens, max_tokens)
+        return zero_padding_tokens(self.projector(read[rows, index]), tokens, max_tokens)
 
     def _num_anchors(self, tokens: Tensor) -> Tensor:
-        """Cells of each item's map (N,), found on the device."""
+        """Counts the anchors of each item (N,) on the device, without a look-up on the host."""
         count = torch.ones_like(tokens)
         for smaller, size in pairwise(self.anchors):
             count = count + (tokens >= size) * (size - smaller)
         return count
 
     def _queries_up_to(self, num_tokens: int) -> int:
-        """The most queries among the counts up to this one."""
+        """Returns the most queries that any count up to this one has."""
         return max(num_queries(count, self.anchors) for count in range(1, num_tokens + 1))
 
-    def _read_anchors(self, query: Tensor, pooled: Tensor, places: Tensor, is_anchor: Tensor) -> Tensor:
-        """(Q, D), anchors and their positions (N, A, D), those that exist (N, A) -> (N, Q, D).
+    def _read_anchors(self, query: Tensor, pooled: Tensor, anchor_positions: Tensor, is_anchor: Tensor) -> Tensor:
+        """Lets queries read anchors: (Q, D), anchors and positions (N, A, D), those that exist (N, A) -> (N, Q, D).
 
         Positions are added behind the norm, so that large features do not drown them.
         """
         anchors = self.ln_anchor(pooled)
-        return query + self.anchor_attn(self.ln_query(query)[None], anchors + places, anchors, is_anchor)
+        return query + self.anchor_attn(self.ln_query(query)[None], anchors + anchor_positions, anchors, is_anchor)
 
     def _read_features(self, query: Tensor, features: Tensor, positions: Tensor) -> Tensor:
-        """(N, Q, D), (N, T, D) and positions (T, D) -> (N, Q, D)."""
+        """Lets queries read features: (N, Q, D), (N, T, D) and positions (T, D) -> (N, Q, D)."""
         values = self.ln_feature(features)
-        return query + self.feature_attn(self.ln_told(query), values + positions, values)
+        return query + self.feature_attn(self.ln_query_read(query), values + positions, values)

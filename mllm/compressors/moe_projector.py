@@ -1,13 +1,13 @@
-"""A mixture of projectors: each soft token goes through a few of several, chosen by a router.
+"""Sends each soft token through a few of several projectors, chosen by a router.
 
-Knows sizes and single tokens. Does not know budgets, media, or what becomes of the losses that keep its experts in use.
+Knows sizes and single tokens. Does not know budgets, media, or how the losses that keep its experts in use are weighed.
 
     out = sum over the top k experts of gate * projector      gates = softmax over the experts, those k made to sum to 1
 
 Every expert runs on every token, so that every process touches every weight in every step.
 
 Shapes: N items, K soft tokens, D feature size, H the LLM's hidden size, E experts; B rows, S positions.
-Source: Llama-SMoP (arXiv 2505.14336), with experts and router of each medium's own.
+Source: Llama-SMoP (arXiv 2505.14336), with separate experts and routers per medium.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class MixtureProjector(nn.Module):
-    """Projectors of one shape and their router.
+    """Mixes projectors of one shape by their router.
 
     Args:
         experts: E of them.
@@ -38,7 +38,10 @@ class MixtureProjector(nn.Module):
         self.routing: Tensor | None = None
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, K, D) -> (N, K, H). In training `routing` (N, K, 2E + 1) is left behind for `routing_losses`."""
+        """Projects (N, K, D) -> (N, K, H). In training `routing` (N, K, 2E + 1) is kept for `routing_losses`.
+
+        `routing` holds, per token, E probabilities, E marks of the chosen experts, and the logsumexp of the logits.
+        """
         logits = self.gate(features).float()
         probabilities = logits.softmax(dim=-1)
         top = probabilities.topk(self.top_k, dim=-1)
@@ -50,13 +53,13 @@ class MixtureProjector(nn.Module):
         return (out * gates[..., None, :]).sum(dim=-1)
 
     def take_routing(self) -> Tensor | None:
-        """What the last forward pass left behind; nothing is kept."""
+        """Returns the routing of the last forward pass, and forgets it."""
         routing, self.routing = self.routing, None
         return routing
 
 
 def routing_losses(routing: Tensor, is_token: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """How unevenly the tokens of each row use the experts, and how large their logits have grown.
+    """Measures how unevenly the tokens of each row use the experts, and how large their logits have grown.
 
     The balance is E times the sum over experts of (share of the choices) * (mean probability), 1 where they are used
     alike (Switch Transformer, arXiv 2101.03961); the other is the mean of logsumexp(logits)^2 (ST-MoE, 2202.08906).

@@ -1,4 +1,4 @@
-"""The learned token that ends a row of tiles or of their tokens.
+"""Learns the token that ends a row of tiles or of their tokens.
 
 Knows the LLM's hidden size. Does not know tiles or where it is put (`mllm.processing.token_order`).
 """
@@ -16,9 +16,9 @@ class Newline(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal, as long as an embedding of standard deviation 1 / sqrt(H)."""
+        """Draws from a normal distribution of standard deviation 1 / sqrt(H), as an embedding has it."""
         nn.init.normal_(self.vector, std=len(self.vector) ** -0.5)
 
     def forward(self) -> Tensor:
-        """(H,). A copy, and by a call, so that sharded parameters are gathered for it."""
+        """Returns the vector (H,): a copy, and by a call, so that sharded parameters are gathered for it."""
         return self.vector.clone()

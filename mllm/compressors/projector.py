@@ -1,4 +1,4 @@
-"""Projectors: from the size of a compressor's features to the LLM's hidden size.
+"""Projects a compressor's features to the LLM's hidden size.
 
 Knows sizes, and which budget an item has. Does not know how features were compressed.
 
@@ -44,15 +44,15 @@ class Projector(nn.Sequential):
 
 
 class ProjectorBank(nn.ModuleList):
-    """One projector for all budgets, or one per trained budget.
+    """Holds one projector for all budgets, or one per trained budget.
 
-    With one per budget every projector runs on every item and each item keeps the output of its own. That is a few
-    small matrix products more than needed; in return every process touches every weight in every step (what DDP and
-    ZeRO demand), nothing asks the device for numbers, and items of different budgets may share a batch.
+    With one per budget every projector runs on every item and each item keeps the output of the right one. That is a
+    few small matrix products more than needed; in return every process touches every weight in every step (what DDP
+    and ZeRO demand), nothing asks the device for numbers, and items of different budgets may share a batch.
 
     Args:
         projectors: one, or one per budget; each a `Projector` or a mixture of them.
-        budgets: the rate (or count) each projector is for; nothing where one serves all.
+        budgets: the rate (or count) each projector is for; empty where one serves all.
     """
 
     def __init__(self, projectors: Sequence[nn.Module], *, budgets: tuple[int, ...] = ()) -> None:
@@ -61,8 +61,8 @@ class ProjectorBank(nn.ModuleList):
         self.budgets = budgets
         self.routing: Tensor | None = None
 
-    def forward(self, features: Tensor, asked: Tensor) -> Tensor:
-        """(N, K, D) -> (N, K, H), item i through the projector of the budget `asked[i]` (zero if there is none)."""
+    def forward(self, features: Tensor, item_budgets: Tensor) -> Tensor:
+        """Projects (N, K, D) -> (N, K, H), item i by the projector of `item_budgets[i]` (zero if there is none)."""
         if not self.budgets:
             out = self[0](features)
             self.routing = _routing(self[0])
@@ -70,14 +70,14 @@ class ProjectorBank(nn.ModuleList):
         chosen = torch.zeros((), device=features.device, dtype=features.dtype)
         self.routing = None
         for budget, projector in zip(self.budgets, self, strict=True):
-            chosen = chosen + keep_asked(projector(features), asked, budget)
+            chosen = chosen + keep_budget(projector(features), item_budgets, budget)
             if (routing := _routing(projector)) is not None:
-                routing = keep_asked(routing, asked, budget)
+                routing = keep_budget(routing, item_budgets, budget)
                 self.routing = routing if self.routing is None else self.routing + routing
         return chosen
 
     def take_routing(self) -> Tensor | None:
-        """(N, K, 2E + 1) of the last pass in training, where the projectors are mixtures; nothing is kept."""
+        """Returns the routing (N, K, 2E + 1) of the last pass in training, for mixtures, and forgets it."""
         routing, self.routing = self.routing, None
         return routing
 
@@ -86,6 +86,6 @@ def _routing(projector: nn.Module) -> Tensor | None:
     return projector.take_routing() if isinstance(projector, MixtureProjector) else None
 
 
-def keep_asked(soft: Tensor, asked: Tensor, budget: int) -> Tensor:
-    """(N, K, H) with zeros for the items whose budget is another one."""
-    return soft.masked_fill((asked != budget)[:, None, None], 0.0)
+def keep_budget(soft: Tensor, item_budgets: Tensor, budget: int) -> Tensor:
+    """Puts zeros where an item's budget is another one: (N, K, H) -> (N, K, H)."""
+    return soft.masked_fill((item_budgets != budget)[:, None, None], 0.0)

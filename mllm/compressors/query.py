@@ -1,4 +1,4 @@
-"""Matryoshka query transformer: learned queries read the features, and the first m of them are a budget of m.
+"""Reads features with learned queries, of which the first m are a budget of m: the Matryoshka query transformer.
 
 Knows features, counts and positions on a grid or inside a window. Does not know which medium this is.
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
 
-from mllm.compressors.base import Compressor, own_tokens, without_padding
+from mllm.compressors.base import Compressor, zero_padding_features, zero_padding_tokens
 from mllm.compressors.folded_attention import FoldCache, Folded, can_fold
 
 Keys = Literal["position", "content"]
@@ -38,18 +38,18 @@ class CrossAttention(nn.Module):
         _reset_unless_meta(self)
 
     def reset_parameters(self) -> None:
-        """The released initialisation of what is no Linear."""
+        """Initialises what is no Linear as the released code does."""
         init.xavier_uniform_(self.in_proj_weight)
         init.zeros_(self.in_proj_bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Lets queries read values.
 
         Args:
             query: (N or 1, M, C).
             key: (N or 1, T, C).
             value: (N, T, C).
-            mask: (N, T) bool, true where a feature may be read; nothing where all may.
+            mask: (N, T) bool, true where a feature may be read; None where all may.
 
         Returns:
             (N, M, C).
@@ -69,11 +69,11 @@ class CrossAttention(nn.Module):
 
 
 class Query(Compressor):
-    """Soft token i is what learned query i reads; queries do not see each other, so the first m never change with m.
+    """Makes soft token i of what learned query i reads; queries do not see each other, so the first m stay the same.
 
     `keys="position"` is MQT as released: keys are positions only, hence the attention is the same for every input and
     the whole is a learned, fixed pooling; in eval mode without gradients a grid is read with constants that are folded
-    once, see `folding.py`. `keys="content"` adds the features themselves to the keys.
+    once, see `folded_attention.py`. `keys="content"` adds the features themselves to the keys.
 
     Streams are read window by window: W frames, of which the last window of a clip may own fewer; a rate of r frames
     per token takes the first W / r queries of every window.
@@ -82,10 +82,10 @@ class Query(Compressor):
         in_size: D.
         out_size: H.
         query_grid: (rows, columns) of the queries, M in all; (1, M) for streams.
-        feature_grid: (rows, columns) of the patches, each item's own where `forward` is told `grids`; (1, W) for
+        feature_grid: (rows, columns) of the patches; `forward` takes `grids` where each item has its own; (1, W) for
             streams.
         keys: what the queries look for.
-        size: C; nothing means D, as released.
+        size: C; None means D, as released.
         num_heads: heads of the attention, dividing C.
         windowed: the features are a stream, read in windows of W frames.
 
@@ -128,7 +128,7 @@ class Query(Compressor):
         _reset_unless_meta(self)
 
     def reset_parameters(self) -> None:
-        """The released initialisation of the bare parameters."""
+        """Initialises the bare parameters as the released code does."""
         init.trunc_normal_(self.query, std=0.02)
         init.normal_(self.proj, std=self.proj.shape[1] ** -0.5)
         init.copy_(self.pos_embed, sincos_positions(self.query_grid, self.pos_embed.shape[1], self.pos_embed.device))
@@ -145,26 +145,26 @@ class Query(Compressor):
     ) -> Tensor:
         """See `Compressor.forward`."""
         if self.windowed:
-            read = self._read_windows(without_padding(features, lengths), lengths, rates, max_tokens)
+            read = self._read_windows(zero_padding_features(features, lengths), lengths, rates, max_tokens)
         elif grids is not None:
             mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
-            positions = own_positions(self.pos_embed, self.query_grid, grids, num_features=features.shape[1])
-            read = self._read(without_padding(features, lengths), mask, positions, num_queries=max_tokens)
+            positions = item_positions(self.pos_embed, self.query_grid, grids, num_features=features.shape[1])
+            read = self._read(zero_padding_features(features, lengths), mask, positions, num_queries=max_tokens)
         elif self.keys == "position" and not self.training and can_fold(weights := tuple(self.parameters())):
             folded = self._folds.get(weights, self._fold)
             normed = functional.layer_norm(self.kv_proj(features), (self.query.shape[1],), eps=self.ln_v.eps)
-            return own_tokens(folded(normed, max_tokens), tokens, max_tokens)
+            return zero_padding_tokens(folded(normed, max_tokens), tokens, max_tokens)
         else:
             read = self._read(features, num_queries=max_tokens)
-        return own_tokens(read @ self.proj, tokens, max_tokens)
+        return zero_padding_tokens(read @ self.proj, tokens, max_tokens)
 
     def values(self, features: Tensor) -> Tensor:
-        """What a query would read that looked at one feature alone: (N, T, D) -> (N, T, C)."""
+        """Computes what a query would read that looked at one feature alone: (N, T, D) -> (N, T, C)."""
         weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
         return self.attn.out_proj(functional.linear(self.ln_v(self.kv_proj(features)), weight, bias))
 
     def train(self, mode: bool = True) -> Self:
-        """As ever; what was folded is forgotten."""
+        """Switches the mode as `nn.Module` does, and forgets what was folded."""
         self._folds.clear()
         return super().train(mode)
 
@@ -185,10 +185,11 @@ class Query(Compressor):
         *,
         num_queries: int | None = None,
     ) -> Tensor:
-        """What the first queries read, all M by default.
+        """Lets the first queries, all M by default, read features.
 
         Args:
-            features: (N, T, D). mask: (N, T), those that exist.
+            features: (N, T, D).
+            mask: (N, T), those that exist.
             positions: (N, T, C) of the features, where they differ from item to item.
 
         Returns:
@@ -202,7 +203,7 @@ class Query(Compressor):
         return self.attn(query[None], key, self.ln_v(states), mask)
 
     def _read_windows(self, features: Tensor, lengths: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
-        """(N, T, D) -> (N, k, C): of each window, in order, what its first W / rate queries read."""
+        """Reads each window with its first W / rate queries and puts the results in order: (N, T, D) -> (N, k, C)."""
         window_frames = self.feature_grid[1]
         num_windows = -(-features.shape[1] // window_frames)
         features = functional.pad(features, (0, 0, 0, num_windows * window_frames - features.shape[1]))
@@ -211,6 +212,8 @@ class Query(Compressor):
         mask = is_frame.unflatten(1, (num_windows, window_frames)).flatten(0, 1)
         mask = mask | ~mask.any(dim=1, keepdim=True)  # a softmax over nothing is NaN; windows of padding are cut below
         read = self._read(windows, mask).unflatten(0, (-1, num_windows)).flatten(1, 2)  # (N, windows * M, C)
+        # Every window is read with all M queries, since items of different rates share a batch. Token t of an item is
+        # query t % m of window t // m, where m is the number of queries its rate uses; a gather picks those.
         per_window = (window_frames // rates.clamp(min=1)).clamp(max=self.num_queries)[:, None]
         token = torch.arange(min(max_tokens, read.shape[1]), device=features.device)
         index = token // per_window * self.num_queries + token % per_window
@@ -218,7 +221,7 @@ class Query(Compressor):
         return read[rows, index.clamp(max=read.shape[1] - 1)]
 
     def key_positions(self) -> Tensor:
-        """Positions of the features (T, C): those of the queries, resized from their grid as the released code does."""
+        """Resizes the positions of the queries to the grid of the features, as the released code does: (T, C)."""
         if self.query_grid == self.feature_grid:
             return self.pos_embed
         table = self.pos_embed.float().unflatten(0, self.query_grid).permute(2, 0, 1)[None]  # (1, C, rows, columns)
@@ -235,8 +238,8 @@ def _reset_unless_meta(module: "CrossAttention | Query") -> None:
         module.reset_parameters()
 
 
-def own_positions(table: Tensor, table_grid: tuple[int, int], grids: Tensor, *, num_features: int) -> Tensor:
-    """Positions of a table resized to each item's own grid, as `interpolate` does it in mode `bicubic` for one grid.
+def item_positions(table: Tensor, table_grid: tuple[int, int], grids: Tensor, *, num_features: int) -> Tensor:
+    """Resizes a table of positions to each item's grid, as `interpolate` does in mode `bicubic` for one grid.
 
     Args:
         table: (rows * columns, C) positions on `table_grid`.
@@ -244,8 +247,10 @@ def own_positions(table: Tensor, table_grid: tuple[int, int], grids: Tensor, *, 
         num_features: T.
 
     Returns:
-        (N, T, C); what is beyond an item's own patches means nothing.
+        (N, T, C); values beyond an item's patches are undefined.
     """
+    # Bicubic interpolation is separable: the weight of a table entry is that of its row times that of its column. So
+    # grids that differ from item to item need two small tables of weights and one product, instead of a loop.
     patch = torch.arange(num_features, device=table.device)
     down = _cubic_weights(patch // grids[:, 1:], table_grid[0], grids[:, :1])
     across = _cubic_weights(patch % grids[:, 1:], table_grid[1], grids[:, 1:])
@@ -253,25 +258,25 @@ def own_positions(table: Tensor, table_grid: tuple[int, int], grids: Tensor, *, 
     return (weights.flatten(2) @ table.float()).to(table.dtype)
 
 
-def _cubic_weights(place: Tensor, size: int, own_size: Tensor) -> Tensor:
-    """How much each of `size` values weighs at a place of a line of `own_size`: (N, T), (N, 1) -> (N, T, size).
+def _cubic_weights(position: Tensor, table_size: int, item_size: Tensor) -> Tensor:
+    """Weighs each of `table_size` values at a position of a line of `item_size`: (N, T), (N, 1) -> (N, T, table_size).
 
     Cubic convolution with the constant -0.75 over four neighbours; the outermost values stand for those outside.
     """
-    source = (place + 0.5) * (size / own_size) - 0.5
-    left = source.floor()
-    weights = torch.zeros(*place.shape, size, device=place.device)
+    table_position = (position + 0.5) * (table_size / item_size) - 0.5
+    left = table_position.floor()
+    weights = torch.zeros(*position.shape, table_size, device=position.device)
     for offset in (-1, 0, 1, 2):
-        distance = (source - left - offset).abs()
+        distance = (table_position - left - offset).abs()
         near = (1.25 * distance - 2.25) * distance * distance + 1
         far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
-        neighbour = (left.long() + offset).clamp(0, size - 1)
+        neighbour = (left.long() + offset).clamp(0, table_size - 1)
         weights = weights.scatter_add(2, neighbour[..., None], torch.where(distance <= 1, near, far)[..., None])
     return weights
 
 
 def sincos_positions(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:
-    """Sine-cosine positions in reading order, (rows * columns, size): half for the column, half for the row.
+    """Makes sine-cosine positions in reading order, (rows * columns, size): half for the column, half for the row.
 
     A grid of one row gives all of `size` to the column.
     """

@@ -1,4 +1,4 @@
-"""Stacking: neighbouring features side by side in one soft token, one projector per rate.
+"""Stacks neighbouring features side by side in one soft token, with one projector per rate.
 
 Knows features and the rates (or grid counts) it was built for. Does not know which medium this is.
 
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mllm.compressors.base import Compressor, own_tokens, without_padding
-from mllm.compressors.projector import ProjectorBank, keep_asked
+from mllm.compressors.base import Compressor, zero_padding_features, zero_padding_tokens
+from mllm.compressors.projector import ProjectorBank, keep_budget
 
 
 class Stack(Compressor):
-    """r features of each full window, or of each block of the grid, concatenated and projected.
+    """Concatenates and projects r features of each full window, or of each block of the grid.
 
     A projector's input is r * D wide, so there is one per budget by nature and no budget between the trained ones. All
     of them run on every item; see `ProjectorBank` for why.
 
     Args:
         projectors: one per budget: a rate r for streams, a count n for grids.
-        grid_rows: rows of blocks at each budget, for grids; nothing for streams.
+        grid_rows: rows of blocks at each budget, for grids; empty for streams.
         grid: (rows, columns) of the features, for grids.
     """
 
@@ -37,21 +37,31 @@ class Stack(Compressor):
         self.grid_rows = grid_rows
         self.grid = grid
 
-    def forward(self, features: Tensor, lengths: Tensor, *, tokens: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
-        """See `Compressor.forward`."""
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        tokens: Tensor,
+        rates: Tensor,
+        max_tokens: int,
+        grids: Tensor | None = None,
+    ) -> Tensor:
+        """See `Compressor.forward`; every item has the same grid."""
+        assert grids is None
         if not self.grid_rows:
-            features = without_padding(features, lengths)
-        asked = tokens if self.grid_rows else rates
+            features = zero_padding_features(features, lengths)
+        item_budgets = tokens if self.grid_rows else rates
         num_tokens = min(max_tokens, features.shape[1])
         soft = torch.zeros((), device=features.device, dtype=features.dtype)
         for index, (budget, projector) in enumerate(zip(self.projectors.budgets, self.projectors, strict=True)):
             windows = self._blocks(features, index) if self.grid_rows else _windows(features, budget)
-            own = own_tokens(projector(windows[:, :num_tokens]), tokens, num_tokens)
-            soft = soft + keep_asked(own, asked, budget)
-        return own_tokens(soft, tokens, max_tokens)
+            projected = zero_padding_tokens(projector(windows[:, :num_tokens]), tokens, num_tokens)
+            soft = soft + keep_budget(projected, item_budgets, budget)
+        return zero_padding_tokens(soft, tokens, max_tokens)
 
     def _blocks(self, features: Tensor, index: int) -> Tensor:
-        """(N, H*W, D) -> (N, n, r * D): blocks in reading order, and so the patches inside a block."""
+        """Cuts a grid into blocks, (N, H*W, D) -> (N, n, r * D): they and the patches in them are in reading order."""
         (height, width), rows = self.grid, self.grid_rows[index]
         columns = self.projectors.budgets[index] // rows
         blocks = features.unflatten(1, (rows, height // rows, columns, width // columns))
@@ -59,7 +69,10 @@ class Stack(Compressor):
 
 
 def _windows(features: Tensor, rate: int) -> Tensor:
-    """(N, T, D) -> (N, T // r, r * D), one window at least: a batch too short for it still touches the weights."""
+    """Cuts streams into windows, (N, T, D) -> (N, T // r, r * D).
+
+    There is at least one window, so that a batch too short for any still touches the weights.
+    """
     features = functional.pad(features, (0, 0, 0, max(rate - features.shape[1], 0)))
     longest = features.shape[1] // rate
     return features[:, : longest * rate].unflatten(1, (longest, rate)).flatten(2)

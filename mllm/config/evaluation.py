@@ -100,7 +100,7 @@ class EvaluationConfig(LongAudioOptions):
         if self.length_penalty != 1.0 and self.num_beams == 1:
             raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
         self._check_name()
-        if not self.asked_budgets:
+        if not self.parsed_budgets:
             raise ValueError("budgets is empty; name at least one, such as audio=/4")
         if not self.snr_db:
             raise ValueError("snr_db is empty; null stands for no noise")
@@ -116,7 +116,7 @@ class EvaluationConfig(LongAudioOptions):
             raise ValueError(f"name must be that of a folder, and none of {', '.join(TAKEN_NAMES)}; got {self.name!r}")
 
     @property
-    def asked_budgets(self) -> list[Budget]:
+    def parsed_budgets(self) -> list[Budget]:
         """The budgets, read, each once."""
         texts = self.budgets.split(";") if isinstance(self.budgets, str) else self.budgets
         return list(dict.fromkeys(Budget.parse(text) for text in texts))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 TASKS = {"audio": "asr", "video": "vsr", "audiovisual": "avsr"}
-"""Tasks by the names in the released files, in the order of a bank's members."""
+"""Tasks by the names in the released files, in the order of a bank's experts."""
 LETTERS = {"Q": "q_proj", "V": "v_proj"}
 _LLM_LORA = re.compile(r"llm\.model\.layers\.(\d+)\.self_attn\.lora_(?:down|up)_[QV](_shared|\.\w+|)\.weight")
 _VIDEO_LORA = re.compile(r"video_encoder\.encoder\.layers\.(\d+)\.self_attn\.lora_(?:down|up)_[QV]\.weight")

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mllm.encoders.audio import SETTINGS as AUDIO_SETTINGS
 from mllm.encoders.audio import wave_class, wave_facts, whisper_class, whisper_facts, wrap_wave, wrap_whisper
 from mllm.encoders.av_hubert import AVHubertAudioConfig, AVHubertConfig, AVHubertEncoder, register_av_hubert
-from mllm.encoders.av_hubert_audio import listening_facts, wrap_listening
-from mllm.encoders.av_hubert_video import lip_class, lip_facts, wrap_lips
+from mllm.encoders.av_hubert_audio import av_hubert_audio_facts, wrap_av_hubert_audio
+from mllm.encoders.av_hubert_video import av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
 from mllm.encoders.naflex import SETTINGS as NAFLEX_SETTINGS
 from mllm.encoders.naflex import naflex_facts, wrap_naflex
@@ -31,11 +31,11 @@ __all__ = [
     "Encoder",
     "EncoderFacts",
     "backbone_class",
+    "backbone_config",
     "build_encoder",
     "encoder_facts",
     "freeze",
     "register_av_hubert",
-    "tower_config",
     "wrap_encoder",
 ]
 
@@ -67,13 +67,13 @@ ENCODERS = {
     "hubert": _WAVE,
     "wav2vec2": _WAVE,
     "wavlm": _WAVE,
-    "av_hubert": Family("video", lip_class, lip_facts, wrap_lips),
-    "av_hubert_audio": Family("audio", lip_class, listening_facts, wrap_listening),
+    "av_hubert": Family("video", av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video),
+    "av_hubert_audio": Family("audio", av_hubert_class, av_hubert_audio_facts, wrap_av_hubert_audio),
 }
 """By the `model_type` of the backbone's config."""
 
 
-def tower_config(config: PreTrainedConfig, medium: str | None = None) -> PreTrainedConfig:
+def backbone_config(config: PreTrainedConfig, medium: str | None = None) -> PreTrainedConfig:
     """What of a source's config an encoder is built from; most configs are it as they are.
 
     It is the vision half of an image-and-text config (CLIP, SigLIP), and AV-HuBERT's as a listener where `medium`, the

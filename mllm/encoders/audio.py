@@ -1,7 +1,7 @@
-"""Audio encoders of transformers: sound at 16 kHz in, feature frames and their true number out.
+"""Encodes audio at 16 kHz into feature frames and their true number, by audio encoders of transformers.
 
-Knows raw audio as the two families want it: a log-mel window of fixed length (Whisper), or the waveform (HuBERT and its
-kin). Does not know files, resampling, what compresses the frames, or the LLM.
+Knows raw audio as the two families want it: a log-mel window of fixed length (Whisper), or the waveform (HuBERT, WavLM
+and wav2vec 2.0). Does not know files, resampling, what compresses the frames, or the LLM.
 
 Shapes: N clips, L samples of the longest clip, T feature frames of the longest clip (of the window, for Whisper), C
 channels inside the waveform's convolutions, D feature size.
@@ -29,13 +29,13 @@ RELEASED_LEAST_FRAMES = 25
 WAVE_CLASSES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
 
 
-class WhisperFeatures(Encoder):
-    """Whisper's encoder, its output counted to the true length of each clip.
+class WhisperWindowEncoder(Encoder):
+    """Runs Whisper's encoder and counts its output to the true length of each clip.
 
-    Whisper reads a whole window (30 s in the published models), silence included, whatever the clip. A clip of L
-    samples owns the first L // 320 frames, the count of Llama-AVSR and its successors (50 frames per second, a partial
+    Whisper reads a whole window (30 s in the published models), silence included, whatever the clip. The first L // 320
+    frames belong to a clip of L samples, the count of Llama-AVSR and its successors (50 frames per second, a partial
     frame dropped); unlike there it does not depend on the longest clip of the batch. Training drops no layer at random;
-    see `WaveEncoder`.
+    see `WaveformEncoder`.
 
     Args:
         released_cut: count as their code does, see `released_frames`.
@@ -49,16 +49,14 @@ class WhisperFeatures(Encoder):
         self.frames_per_second = SAMPLE_RATE_HZ / WHISPER_SAMPLES_PER_FRAME
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Samples (N,) -> feature frames (N,)."""
+        """Counts feature frames (N,) of samples (N,)."""
         if self.released_cut:
-            seconds = (
-                raw.double() / SAMPLE_RATE_HZ
-            )  # in this order: what is cut to a whole number is theirs bit for bit
+            seconds = raw.double() / SAMPLE_RATE_HZ  # in this order, so that the cut is theirs bit for bit
             return (seconds * WHISPER_FRAMES_PER_SECOND).long().clamp(min=RELEASED_LEAST_FRAMES)
         return raw // WHISPER_SAMPLES_PER_FRAME
 
     def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode whole windows.
+        """Encodes whole windows.
 
         Args:
             values: (N, mel bins, 2 * T) log-mel, silence after the clip's end.
@@ -70,17 +68,17 @@ class WhisperFeatures(Encoder):
         return self.backbone(values).last_hidden_state, self.lengths(lengths)
 
     def smallest_input(self) -> tuple[Tensor, Tensor]:
-        """One window that holds a single frame."""
+        """Makes one window that holds a single frame."""
         config = self.backbone.config
         window = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
         return window, torch.tensor([WHISPER_SAMPLES_PER_FRAME])
 
 
-class WaveEncoder(Encoder):
-    """HuBERT, WavLM or wav2vec 2.0 on waveforms of different lengths.
+class WaveformEncoder(Encoder):
+    """Runs HuBERT, WavLM or wav2vec 2.0 on waveforms of different lengths.
 
     A clip's features do not depend on its batch mates: what follows its end is silenced and masked, and the group norm
-    of the base models, which averages over time, averages over the clip's own frames.
+    of the base models, which averages over time, averages over the clip's frames alone.
 
     Two habits of these models in training are left out: masking frames at random, since augmentation belongs to the
     data, and dropping whole layers at random, which leaves a process without gradients that the others wait for.
@@ -97,13 +95,13 @@ class WaveEncoder(Encoder):
         self._kernels = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Samples (N,) -> feature frames (N,): those whose whole window lies inside the clip."""
+        """Counts feature frames (N,) of samples (N,): those whose whole window lies inside the clip."""
         for kernel, stride in self._kernels:
             raw = (raw - kernel) // stride + 1
         return raw
 
     def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode waveforms.
+        """Encodes waveforms.
 
         Args:
             values: (N, L) samples at 16 kHz; what follows a clip's end does not matter.
@@ -122,7 +120,7 @@ class WaveEncoder(Encoder):
         return self.backbone.encoder(projected, attention_mask=is_frame).last_hidden_state, num_frames
 
     def _convolve(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """(N, L) -> (N, C, T), as the backbone's feature extractor, except for padded clips under a group norm."""
+        """Convolves (N, L) -> (N, C, T) as the backbone does, but for padding under a group norm."""
         hidden = values[:, None]
         for (kernel, stride), layer in zip(self._kernels, self.backbone.feature_extractor.conv_layers, strict=True):
             lengths = (lengths - kernel) // stride + 1
@@ -134,13 +132,14 @@ class WaveEncoder(Encoder):
         return hidden
 
     def smallest_input(self) -> tuple[Tensor, Tensor]:
-        """Silence of a single frame."""
+        """Makes silence of a single frame."""
         num_samples = _samples_of_one_frame(self._kernels)
         return torch.zeros(1, num_samples), torch.tensor([num_samples])
 
 
 def _norm_over_clip(hidden: Tensor, lengths: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """A group norm with one channel per group, (N, C, T), that takes its statistics from each clip's own frames."""
+    """Applies a group norm with one channel per group to (N, C, T), with the statistics of each clip's frames alone."""
+    # In float32, as the norm of torch computes it; the mean over frames is taken by hand since padding must not count.
     is_frame = (torch.arange(hidden.shape[2], device=hidden.device) < lengths[:, None])[:, None]
     values = hidden.float()
     mean = (values * is_frame).sum(dim=2, keepdim=True) / lengths[:, None, None]
@@ -157,7 +156,7 @@ def _samples_of_one_frame(kernels: tuple[tuple[int, int], ...]) -> int:
 
 
 def released_frames(num_samples: int) -> int:
-    """Frames that Llama-AVSR, Llama-MTSK and Omni-AVSR keep of a clip.
+    """Counts the frames that Llama-AVSR, Llama-MTSK and Omni-AVSR keep of a clip.
 
     Never below 25, silence where the clip is shorter; and where a product of floats falls short of a whole number, one
     frame less than the clip has (28 of 9280 samples, which are 29).
@@ -166,7 +165,7 @@ def released_frames(num_samples: int) -> int:
 
 
 def whisper_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """The facts of a Whisper encoder; `num_frames` refuses clips below one frame and beyond the window."""
+    """Returns the facts of a Whisper encoder; `num_frames` refuses clips below one frame and beyond the window."""
     longest = config.max_source_positions
     is_released = bool(settings.get("released_cut", False))
 
@@ -191,7 +190,7 @@ def whisper_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Enco
 
 
 def wave_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """The facts of a waveform encoder; `num_frames` refuses clips below one frame.
+    """Returns the facts of a waveform encoder; `num_frames` refuses clips below one frame.
 
     Raises:
         ValueError: a config with a length adapter behind the encoder, which this project does not read, or settings of
@@ -217,21 +216,21 @@ def wave_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Encoder
 
 
 def whisper_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Whisper without its decoder."""
+    """Returns the class of Whisper without its decoder."""
     return WhisperEncoder
 
 
 def wave_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class of a waveform config."""
+    """Returns the transformers class of a waveform config."""
     return getattr(transformers, WAVE_CLASSES[config.model_type])
 
 
-def wrap_whisper(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WhisperFeatures:
-    """Whisper's encoder as an encoder of this project."""
+def wrap_whisper(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WhisperWindowEncoder:
+    """Wraps Whisper's encoder as an encoder of this project."""
     cut = bool(settings.get("released_cut", False))
-    return WhisperFeatures(backbone=backbone, released_cut=cut)  # pyright: ignore[reportArgumentType]
+    return WhisperWindowEncoder(backbone=backbone, released_cut=cut)  # pyright: ignore[reportArgumentType]
 
 
-def wrap_wave(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WaveEncoder:
-    """A waveform encoder; it has no settings."""
-    return WaveEncoder(backbone=backbone)
+def wrap_wave(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WaveformEncoder:
+    """Wraps a waveform encoder; no key of a config shapes it."""
+    return WaveformEncoder(backbone=backbone)

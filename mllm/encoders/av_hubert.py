@@ -1,4 +1,4 @@
-"""AV-HuBERT: an encoder that reads lips (and, in the released checkpoints, listens) at 25 feature frames per second.
+"""Encodes lip crops and audio by AV-HuBERT, at 25 feature frames per second.
 
 Knows gray lip crops, stacked filterbank frames and the true length of each clip.
 Does not know how the crops were cut, what compresses its features, or which LLM reads them.
@@ -73,7 +73,7 @@ class AVHubertConfig(PreTrainedConfig):
 
 @strict
 class AVHubertAudioConfig(AVHubertConfig):
-    """The same encoder, wanted for sound: what `tower_config` makes of an AV-HuBERT that an `audio` block names."""
+    """The same encoder, used for audio: what `backbone_config` makes of an AV-HuBERT that an `audio` block names."""
 
     model_type = "av_hubert_audio"
 
@@ -95,7 +95,7 @@ class ResidualBlock(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, channels, H / stride, W / stride)."""
+        """Convolves (N, C, H, W) -> (N, channels, H / stride, W / stride)."""
         shortcut = images if self.downsample is None else self.downsample(images)
         out = self.relu1(self.bn1(self.conv1(images)))
         return self.relu2(self.bn2(self.conv2(out)) + shortcut)
@@ -116,12 +116,12 @@ class ResNetTrunk(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, channels[0], H, W) -> (N, channels[3])."""
+        """Convolves and averages (N, channels[0], H, W) -> (N, channels[3])."""
         return self.layer4(self.layer3(self.layer2(self.layer1(images)))).mean(dim=(2, 3))
 
 
-class LipResNet(nn.Module):
-    """3-D convolution over five frames, then ResNet-18 on each frame by itself."""
+class VideoResNet(nn.Module):
+    """Convolves over five frames, then runs ResNet-18 on each frame by itself."""
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -134,38 +134,38 @@ class LipResNet(nn.Module):
         self.trunk = ResNetTrunk(channels)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(N, T, 1, H, W) -> (N, T, channels[3])."""
-        maps = self.frontend3D(video.transpose(1, 2)).transpose(1, 2)  # (N, T, C, H / 4, W / 4)
-        return self.trunk(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
+        """Reads each frame: (N, T, 1, H, W) -> (N, T, channels[3])."""
+        features = self.frontend3D(video.transpose(1, 2)).transpose(1, 2)  # (N, T, C, H / 4, W / 4)
+        return self.trunk(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
 
 class VideoFeatures(nn.Module):
-    """The video half of the trunk's input."""
+    """Makes the video half of the trunk's input."""
 
     def __init__(self, channels: tuple[int, ...], hidden_size: int) -> None:
         super().__init__()
-        self.resnet = LipResNet(channels)
+        self.resnet = VideoResNet(channels)
         self.proj = nn.Linear(channels[-1], hidden_size)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(N, T, 1, H, W) -> (N, T, D)."""
+        """Reads each frame and projects it: (N, T, 1, H, W) -> (N, T, D)."""
         return self.proj(self.resnet(video))
 
 
 class AudioFeatures(nn.Module):
-    """The audio half of the trunk's input: filterbank frames, four stacked to one feature frame."""
+    """Makes the audio half of the trunk's input of filterbank frames, four stacked to one feature frame."""
 
     def __init__(self, audio_feature_size: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Linear(audio_feature_size, hidden_size)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """(N, T, audio_feature_size) -> (N, T, D)."""
+        """Projects each frame: (N, T, audio_feature_size) -> (N, T, D)."""
         return self.proj(audio)
 
 
 class AVHubertEncoder(PreTrainedModel):
-    """Lip crops and/or filterbank frames to features; a clip's features do not depend on its batch mates in `eval()`.
+    """Encodes lip crops, filterbank frames or both; in `eval()` a clip's features do not depend on its batch mates.
 
     In `train()` the batch norms use the statistics of the batch, padded frames (which are zeros) included.
     """
@@ -215,7 +215,7 @@ class AVHubertEncoder(PreTrainedModel):
     def forward(
         self, video: Tensor | None = None, audio: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Encode a batch of clips.
+        """Encodes a batch of clips.
 
         Args:
             video: (N, T, 1, H, W) gray lip crops, normalised, or None.
@@ -224,29 +224,29 @@ class AVHubertEncoder(PreTrainedModel):
                 What the input holds beyond them does not matter.
 
         Returns:
-            features (N, T, D); beyond a clip's own length they mean nothing.
+            features (N, T, D); they are undefined beyond a clip's length.
 
         Raises:
             ValueError: neither medium is given, they differ in their number of clips or frames, or audio is given to
-                an encoder that has lost its audio path (see `LipEncoder`).
+                an encoder that has lost its audio path (see `AVHubertVideoEncoder`).
         """
-        given = [medium for medium in (audio, video) if medium is not None]
-        if not given:
+        present = [medium for medium in (audio, video) if medium is not None]
+        if not present:
             raise ValueError("AV-HuBERT needs video, audio or both, got neither")
-        if given[0].shape[:2] != given[-1].shape[:2]:
+        if present[0].shape[:2] != present[-1].shape[:2]:
             raise ValueError(
                 "video and audio must hold the same clips and frames (N, T), "
-                f"got {tuple(given[-1].shape[:2])} and {tuple(given[0].shape[:2])}"
+                f"got {tuple(present[-1].shape[:2])} and {tuple(present[0].shape[:2])}"
             )
         is_frame = None
         if lengths is not None:
-            is_frame = torch.arange(given[0].shape[1], device=given[0].device) < lengths[:, None]
+            is_frame = torch.arange(present[0].shape[1], device=present[0].device) < lengths[:, None]
         halves = self._halves(video, audio, is_frame if self.config.masks_front_end else None)
         hidden = self.dropout_input(self.post_extract_proj(self.layer_norm(torch.cat(halves, dim=-1))))
         return self.encoder(hidden, attention_mask=is_frame).last_hidden_state
 
     def _halves(self, video: Tensor | None, audio: Tensor | None, is_frame: Tensor | None) -> list[Tensor]:
-        """Audio and video features (N, T, D); a medium that is absent contributes zeros."""
+        """Computes audio and video features (N, T, D); a medium that is absent contributes zeros."""
         features: list[Tensor | None] = []
         for medium, extractor in ((audio, self.feature_extractor_audio), (video, self.feature_extractor_video)):
             if medium is not None and is_frame is not None:
@@ -256,12 +256,12 @@ class AVHubertEncoder(PreTrainedModel):
                 kept = "video" if extractor is self.feature_extractor_audio else "audio"
                 raise ValueError(f"this AV-HuBERT was cut to read {kept} alone; the other medium must be None")
             features.append(None if medium is None or extractor is None else extractor(medium))
-        present = next(half for half in features if half is not None)
-        return [torch.zeros_like(present) if half is None else half for half in features]
+        template = next(half for half in features if half is not None)
+        return [torch.zeros_like(template) if half is None else half for half in features]
 
 
 def register_av_hubert() -> None:
-    """Make `AutoConfig` and `AutoModel` know AV-HuBERT; calling it again changes nothing."""
+    """Makes `AutoConfig` and `AutoModel` know AV-HuBERT; calling it again changes nothing."""
     AutoConfig.register(AVHubertConfig.model_type, AVHubertConfig, exist_ok=True)
     AutoModel.register(AVHubertConfig, AVHubertEncoder, exist_ok=True)
     AutoConfig.register(AVHubertAudioConfig.model_type, AVHubertAudioConfig, exist_ok=True)

@@ -1,8 +1,8 @@
-"""AV-HuBERT as the audio encoder: filterbank frames in, 25 features per second out.
+"""Uses AV-HuBERT as an audio encoder: filterbank frames in, 25 features per second out.
 
 The video half of its input is zeros.
 
-Knows filterbank frames and the true length of each sound in samples. `av_hubert.py` holds the network,
+Knows filterbank frames and the true length of each clip in samples. `av_hubert.py` holds the network,
 `transforms/filterbank.py` makes the frames.
 
 Shapes: N clips, T stacked filterbank frames of the longest clip, D feature size.
@@ -21,8 +21,8 @@ from mllm.encoders.base import Encoder, EncoderFacts
 from mllm.transforms.filterbank import HOP_SAMPLES, NUM_STACKED, WINDOW_SAMPLES, num_stacked_frames
 
 
-class ListeningEncoder(Encoder):
-    """AV-HuBERT on sound alone.
+class AVHubertAudioEncoder(Encoder):
+    """Runs AV-HuBERT on audio alone.
 
     The backbone loses its video path: it could never train, and would keep processes that train together waiting.
     """
@@ -34,12 +34,12 @@ class ListeningEncoder(Encoder):
         self.frames_per_second = float(backbone.config.frames_per_second)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Samples (N,) -> feature frames (N,), as `num_stacked_frames` counts them."""
+        """Counts feature frames (N,) of samples (N,), as `num_stacked_frames` does."""
         frames = 1 + (-((WINDOW_SAMPLES - raw) // HOP_SAMPLES)).clamp(min=0)
         return -(-frames // NUM_STACKED)
 
     def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode clips.
+        """Encodes clips.
 
         Args:
             values: (N, T, 104) stacked filterbank frames; what follows a clip's end does not matter.
@@ -52,17 +52,17 @@ class ListeningEncoder(Encoder):
         return self.backbone(audio=values, lengths=num_frames), num_frames
 
     def smallest_input(self) -> tuple[Tensor, Tensor]:
-        """One frame of a sound of one sample."""
+        """Makes one frame of a clip of one sample."""
         return torch.zeros(1, 1, self.backbone.config.audio_feature_size), torch.tensor([1])
 
 
-def listening_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """The facts of AV-HuBERT as an audio encoder."""
+def av_hubert_audio_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+    """Returns the facts of AV-HuBERT as an audio encoder."""
     return EncoderFacts(
         "audio", config.hidden_size, frames_per_second=float(config.frames_per_second), num_frames=num_stacked_frames
     )
 
 
-def wrap_listening(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> ListeningEncoder:
-    """AV-HuBERT as an audio encoder of this project; it has no settings."""
-    return ListeningEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]
+def wrap_av_hubert_audio(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> AVHubertAudioEncoder:
+    """Wraps AV-HuBERT as an audio encoder of this project; no key of a config shapes it."""
+    return AVHubertAudioEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""AV-HuBERT as the video encoder: lip crops in, one feature per video frame out.
+"""Uses AV-HuBERT as a video encoder: lip crops in, one feature per video frame out.
 
 Knows clips and their true lengths. Does not know how crops are made; `av_hubert.py` holds the network.
 
@@ -16,8 +16,8 @@ from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.encoders.base import Encoder, EncoderFacts
 
 
-class LipEncoder(Encoder):
-    """AV-HuBERT on video alone; the audio half of its input is zeros, as in the published lip-reading systems.
+class AVHubertVideoEncoder(Encoder):
+    """Runs AV-HuBERT on video alone; the audio half of its input is zeros, as in the published lip-reading systems.
 
     The backbone loses its audio path: it could never train, and would keep processes that train together waiting.
     """
@@ -29,11 +29,11 @@ class LipEncoder(Encoder):
         self.frames_per_second = float(backbone.config.frames_per_second)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Video frames (N,) -> feature frames (N,): the same."""
+        """Counts feature frames (N,) of video frames (N,): as many."""
         return raw
 
     def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode clips.
+        """Encodes clips.
 
         Args:
             values: (N, T, 1, H, W) normalised gray lip crops; what follows a clip's end does not matter.
@@ -45,12 +45,12 @@ class LipEncoder(Encoder):
         return self.backbone(video=values, lengths=lengths), lengths
 
     def smallest_input(self) -> tuple[Tensor, Tensor]:
-        """Two blank frames: the batch norms of an encoder that trains need more than one value."""
+        """Makes two blank frames: the batch norms of an encoder that trains need more than one value."""
         return torch.zeros(1, 2, 1, 32, 32), torch.tensor([2])
 
 
-def lip_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """The facts of a lip encoder."""
+def av_hubert_video_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+    """Returns the facts of AV-HuBERT as a video encoder."""
 
     def num_frames(num_video_frames: int) -> int:
         if num_video_frames < 1:
@@ -62,11 +62,11 @@ def lip_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderF
     )
 
 
-def lip_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """AV-HuBERT."""
+def av_hubert_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Returns the class of AV-HuBERT."""
     return AVHubertEncoder
 
 
-def wrap_lips(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> LipEncoder:
-    """AV-HuBERT as an encoder of this project; it has no settings."""
-    return LipEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]
+def wrap_av_hubert_video(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> AVHubertVideoEncoder:
+    """Wraps AV-HuBERT as a video encoder of this project; no key of a config shapes it."""
+    return AVHubertVideoEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]

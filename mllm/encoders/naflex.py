@@ -1,4 +1,4 @@
-"""SigLIP 2 with native aspect ratio (NaFlex) as an encoder: an image in its own shape, one feature per patch.
+"""Encodes images in their native aspect ratio by SigLIP 2 (NaFlex), one feature per patch.
 
 Knows the backbone's packed patches and its mask. Does not know how an image was brought to its number of patches, what
 compresses the patches, or the LLM.
@@ -23,7 +23,7 @@ SETTINGS = ("max_num_patches",)
 
 
 class NaFlexEncoder(Encoder):
-    """The patch features of one hidden layer of a tower whose images keep their shape.
+    """Reads the patch features of one hidden layer of a backbone whose images keep their shape.
 
     `grid` is that of a square image; the true one comes with each image. Position embeddings are resized image by
     image by the backbone, which reads their shapes on the host.
@@ -31,10 +31,10 @@ class NaFlexEncoder(Encoder):
     Args:
         backbone: a `Siglip2VisionModel`; it is changed in place.
         feature_layer, final_norm: as for `VisionEncoder`.
-        max_num_patches: most patches of an image; nothing means as many as the backbone was trained on.
+        max_num_patches: most patches of an image; None means as many as the backbone was trained on.
 
     Raises:
-        ValueError: a layer that the tower does not have, or no patches.
+        ValueError: a layer that the backbone does not have, or no patches.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class NaFlexEncoder(Encoder):
         cut(backbone, feature_layer, final_norm)
 
     def lengths(self, raw: Tensor) -> Tensor:
-        """Grids (N, 2) -> patches of each image (N,)."""
+        """Counts the patches of each image (N,) by its grid (N, 2)."""
         return raw.prod(dim=1)
 
     def forward(self, pixel_values: Tensor, grids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Encode images, padded to the one with most patches.
+        """Encodes images, padded to the one with most patches.
 
         Args:
             pixel_values: (N, P, values of a patch) normalised pixels, patches in reading order.
             grids: (N, 2) rows and columns of each image.
 
         Returns:
-            (N, P, D) features, whatever beyond an image's own, and its own patches (N,).
+            (N, P, D) features, undefined beyond an image's patches, and the number of its patches (N,).
 
         Raises:
             ValueError: images without their grids.
@@ -73,22 +73,22 @@ class NaFlexEncoder(Encoder):
             raise ValueError("pixel_values came without image_grids, the rows and columns of each image")
         lengths = self.lengths(grids)
         mask = torch.arange(pixel_values.shape[1], device=lengths.device) < lengths[:, None]
-        found = self.backbone(pixel_values, pixel_attention_mask=mask.to(torch.int32), spatial_shapes=grids)
-        return found.last_hidden_state, lengths
+        output = self.backbone(pixel_values, pixel_attention_mask=mask.to(torch.int32), spatial_shapes=grids)
+        return output.last_hidden_state, lengths
 
     def smallest_input(self) -> tuple[Tensor, Tensor]:
-        """One blank image of one patch."""
+        """Makes one blank image of one patch."""
         return torch.zeros(1, 1, self._patch_values), torch.ones(1, 2, dtype=torch.int64)
 
 
 def naflex_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """The facts of a NaFlex tower; `settings` may hold `max_num_patches`."""
-    most = _max_patches(config, settings.get("max_num_patches"))
-    return EncoderFacts("image", config.hidden_size, grid=square_grid(most), max_patches=most)
+    """Returns the facts of a NaFlex encoder; `settings` may hold `max_num_patches`."""
+    max_patches = _max_patches(config, settings.get("max_num_patches"))
+    return EncoderFacts("image", config.hidden_size, grid=square_grid(max_patches), max_patches=max_patches)
 
 
 def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFlexEncoder:
-    """A NaFlex tower as an encoder, shaped by a config.
+    """Wraps a NaFlex backbone as an encoder, shaped by a config.
 
     Raises:
         ValueError: `image_size`, which its images do not have.
@@ -106,13 +106,13 @@ def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFle
 
 
 def square_grid(max_patches: int) -> tuple[int, int]:
-    """Rows and columns of a square image of at most so many patches."""
+    """Returns rows and columns of a square image of at most so many patches."""
     side = math.isqrt(max_patches)
     return side, side
 
 
-def _max_patches(config: PreTrainedConfig, asked: int | None) -> int:
-    most = config.num_patches if asked is None else asked
-    if most < 1:
-        raise ValueError(f"max_num_patches is {most}; it must be at least 1")
-    return most
+def _max_patches(config: PreTrainedConfig, max_num_patches: int | None) -> int:
+    max_patches = config.num_patches if max_num_patches is None else max_num_patches
+    if max_patches < 1:
+        raise ValueError(f"max_num_patches is {max_patches}; it must be at least 1")
+    return max_patches

@@ -1,6 +1,6 @@
-"""Vision towers of transformers as encoders: an image of fixed size in, one feature per patch out.
+"""Encodes images of a fixed size by vision models of transformers, one feature per patch.
 
-Knows which hidden layer to read, which tokens of a tower are no patches, and the grid the patches form.
+Knows which hidden layer to read, which tokens of a model are no patches, and the grid the patches form.
 Does not know how an image got its size, what compresses the patches, or the LLM.
 
 Shapes: N images, h x w pixels, T = rows x columns patches in reading order, D feature size.
@@ -21,8 +21,8 @@ SETTINGS = ("feature_layer", "final_norm", "image_size")
 
 
 @dataclass(frozen=True)
-class TowerLayout:
-    """Where a family of vision towers keeps its parts."""
+class BackboneLayout:
+    """Tells where a family of vision models keeps its parts."""
 
     class_name: str
     layers: str
@@ -32,30 +32,30 @@ class TowerLayout:
     """Whether `forward` must be told that the image does not have the size of the position table."""
 
 
-TOWERS = {
-    "clip_vision_model": TowerLayout("CLIPVisionModel", "encoder.layers", "post_layernorm", True, True),
-    "siglip_vision_model": TowerLayout("SiglipVisionModel", "encoder.layers", "post_layernorm", False, True),
-    "siglip2_vision_model": TowerLayout("Siglip2VisionModel", "encoder.layers", "post_layernorm", False, False),
-    "dinov2": TowerLayout("Dinov2Model", "encoder.layer", "layernorm", True, False),
-    "dinov2_with_registers": TowerLayout("Dinov2WithRegistersModel", "encoder.layer", "layernorm", True, False),
-    "dinov3_vit": TowerLayout("DINOv3ViTModel", "model.layer", "norm", True, False),
+LAYOUTS = {
+    "clip_vision_model": BackboneLayout("CLIPVisionModel", "encoder.layers", "post_layernorm", True, True),
+    "siglip_vision_model": BackboneLayout("SiglipVisionModel", "encoder.layers", "post_layernorm", False, True),
+    "siglip2_vision_model": BackboneLayout("Siglip2VisionModel", "encoder.layers", "post_layernorm", False, False),
+    "dinov2": BackboneLayout("Dinov2Model", "encoder.layer", "layernorm", True, False),
+    "dinov2_with_registers": BackboneLayout("Dinov2WithRegistersModel", "encoder.layer", "layernorm", True, False),
+    "dinov3_vit": BackboneLayout("DINOv3ViTModel", "model.layer", "norm", True, False),
 }
 
 
 class VisionEncoder(Encoder):
-    """The patch features of one hidden layer of a vision tower.
+    """Reads the patch features of one hidden layer of a vision model.
 
-    The tower is cut behind that layer: what follows would cost time and memory, and could never train.
+    The model is cut behind that layer: what follows would cost time and memory, and could never train.
 
     Args:
-        backbone: a model of one of the families in `TOWERS`; it is changed in place.
+        backbone: a model of one of the families in `LAYOUTS`; it is changed in place.
         feature_layer: which hidden states to read, counted as transformers does: 1 is the output of the first layer,
             -1 that of the last, -2 (LLaVA, MQT, M3) that of the last but one.
-        final_norm: send what is read through the tower's own final norm (PaliGemma's choice, with -1).
-        image_size: pixels (h, w) of the images; nothing means the size in the backbone's config.
+        final_norm: send what is read through the model's final norm (PaliGemma's choice, with -1).
+        image_size: pixels (h, w) of the images; None means the size in the backbone's config.
 
     Raises:
-        ValueError: a layer that the tower does not have.
+        ValueError: a layer that the encoder does not have.
     """
 
     def __init__(
@@ -68,49 +68,51 @@ class VisionEncoder(Encoder):
     ) -> None:
         super().__init__(backbone)
         config = backbone.config
-        layout = TOWERS[config.model_type]
-        own_size = _pair(config.image_size)
-        self.image_size = image_size or own_size
+        layout = LAYOUTS[config.model_type]
+        trained_size = _pair(config.image_size)
+        self.image_size = image_size or trained_size
         self.grid = grid_of(self.image_size, _pair(config.patch_size))
         self.hidden_size: int = config.hidden_size
         self._num_extra_tokens = int(layout.has_class_token) + getattr(config, "num_register_tokens", 0)
-        resized = layout.interpolates and self.image_size != own_size
+        resized = layout.interpolates and self.image_size != trained_size
         self._options = {"interpolate_pos_encoding": True} if resized else {}
         cut(backbone, feature_layer, final_norm)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, h, w) normalised pixels -> (N, T, D) patch features in reading order.
+        """Encodes (N, 3, h, w) normalised pixels as (N, T, D) patch features in reading order.
 
         Raises:
             ValueError: images of another size.
         """
         if tuple(pixel_values.shape[-2:]) != self.image_size:
-            raise ValueError(f"images are {tuple(pixel_values.shape[-2:])} pixels; this tower reads {self.image_size}")
+            raise ValueError(
+                f"images are {tuple(pixel_values.shape[-2:])} pixels; this encoder reads {self.image_size}"
+            )
         hidden = self.backbone(pixel_values, **self._options).last_hidden_state
         return hidden[:, self._num_extra_tokens :]
 
     def smallest_input(self) -> tuple[Tensor, None]:
-        """One blank image."""
+        """Makes one blank image."""
         return torch.zeros(1, 3, *self.image_size), None
 
 
 def vision_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """The facts of a vision tower; `settings` may hold `image_size`."""
+    """Returns the facts of a vision encoder; `settings` may hold `image_size`."""
     size = image_size_of(settings) or _pair(config.image_size)
     grid = grid_of(size, _pair(config.patch_size))
     return EncoderFacts("image", config.hidden_size, grid=grid, image_pixels=size)
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class of a vision config."""
-    return getattr(transformers, TOWERS[config.model_type].class_name)
+    """Returns the transformers class of a vision config."""
+    return getattr(transformers, LAYOUTS[config.model_type].class_name)
 
 
 def wrap_vision(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> VisionEncoder:
-    """A vision tower as an encoder, shaped by the keys `SETTINGS` of a config.
+    """Wraps a vision model as an encoder, shaped by the keys `SETTINGS` of a config.
 
     Raises:
-        ValueError: `max_num_patches`, which goes with towers whose images keep their shape.
+        ValueError: `max_num_patches`, which goes with encoders whose images keep their shape.
     """
     if settings.get("max_num_patches") is not None:
         name = backbone.config.model_type
@@ -124,13 +126,13 @@ def wrap_vision(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> Visio
 
 
 def image_size_of(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The (h, w) a config asks for, or nothing."""
+    """Returns the (h, w) that a config asks for, or None."""
     size = settings.get("image_size")
     return None if size is None else _pair(size)
 
 
 def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of whole patches in an image.
+    """Counts the rows and columns of whole patches in an image.
 
     Raises:
         ValueError: an image smaller than a patch.
@@ -147,18 +149,19 @@ def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
 
 
 def cut(backbone: PreTrainedModel, feature_layer: int, final_norm: bool) -> None:
-    """Drop everything behind the hidden layer that is read, in place.
+    """Drops everything behind the hidden layer that is read, in place.
 
     Raises:
-        ValueError: a layer that the tower does not have.
+        ValueError: a layer that the encoder does not have.
     """
-    layout = TOWERS[backbone.config.model_type]
+    layout = LAYOUTS[backbone.config.model_type]
     layers: Any = backbone.get_submodule(layout.layers)
     num_layers = len(layers)
     depth = feature_layer if feature_layer > 0 else num_layers + 1 + feature_layer
     if feature_layer == 0 or not 1 <= depth <= num_layers:
         raise ValueError(
-            f"feature_layer={feature_layer} is not a layer of this tower; allowed: 1..{num_layers} or -{num_layers}..-1"
+            f"feature_layer={feature_layer} is not a layer of this encoder; "
+            f"allowed: 1..{num_layers} or -{num_layers}..-1"
         )
     del layers[depth:]
     if not final_norm:

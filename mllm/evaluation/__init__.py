@@ -1,1 +1,1 @@
-"""Samples at many budgets to a table and a plot: the work list, answers on disk, metrics by task, the report."""
+"""Evaluates a model at many budgets: the work list, answers on disk, metrics by task, tables and plots."""

@@ -1,8 +1,8 @@
-"""Answers on disk: one line per (sample, budget), written as soon as it is there, so that a sweep can be resumed.
+"""Keeps answers on disk: one line per (sample, budget), written at once, so that a sweep can be resumed.
 
 Knows lines, ranks and a fingerprint. Does not know models, metrics or media.
 
-    out/fingerprint.json     what the answers depend on; answers of anything else are refused
+    out/fingerprint.json     everything the answers depend on; answers of anything else are refused
     out/answers/0.jsonl      appended by rank 0, and so on; read by every later run, whatever its number of ranks
     out/hypotheses.jsonl     all answers in the order of the manifests, written at the end
 """
@@ -22,7 +22,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Key(NamedTuple):
-    """Which answer a line is: the set, the sample in it, the noise and the budget."""
+    """Identifies the answer of a line: the set, the sample in it, the noise and the budget."""
 
     set_name: str
     sample_id: str
@@ -34,12 +34,12 @@ Line = dict[str, Any]
 
 
 def key_of(line: Mapping[str, Any]) -> Key:
-    """The key of a line."""
+    """Reads the key of a line."""
     return Key(line["set"], line["id"], line["snr_db"], line["budget"])
 
 
 def digest_of_file(path: str | Path) -> str:
-    """SHA-256 of a file."""
+    """Computes the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -48,11 +48,11 @@ def digest_of_file(path: str | Path) -> str:
 
 
 class AnswerStore:
-    """The answers of one output folder, seen by one rank.
+    """Reads and writes the answers of one output folder, for one rank.
 
     Args:
         folder: shared by all ranks.
-        rank: whose file is appended to.
+        rank: the process whose file is appended to.
     """
 
     def __init__(self, folder: str | Path, *, rank: int = 0) -> None:
@@ -60,7 +60,7 @@ class AnswerStore:
         self.path = self.folder / ANSWERS / f"{rank}.jsonl"
 
     def claim(self, fingerprint: Mapping[str, Any]) -> None:
-        """Make the folder this evaluation's, or find that it is; one rank does this before the others begin.
+        """Claims the folder for this evaluation, or finds that it is; one rank does this before the others begin.
 
         Raises:
             ValueError: the folder holds answers that depend on something else; what differs is named.
@@ -78,14 +78,14 @@ class AnswerStore:
             )
 
     def append(self, lines: Iterable[Line]) -> None:
-        """Add lines, and see them on the disk."""
+        """Appends lines, and waits until they are on the disk."""
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> dict[Key, Line]:
-        """The lines of all ranks by key. Of several, an answer beats a failure and a later failure an earlier one.
+        """Reads the lines of all ranks by key; an answer beats a failure, and a later failure an earlier one.
 
         Raises:
             ValueError: a line that is no JSON, other than the last of a file, which a killed run may leave half
@@ -100,7 +100,7 @@ class AnswerStore:
         return lines
 
     def repair(self) -> None:
-        """Cut a half-written last line of this rank's file, so that what is appended begins on a line of its own."""
+        """Cuts a half-written last line of this rank's file, so that what is appended begins on a new line."""
         if not self.path.exists():
             return
         with self.path.open("rb+") as file:
@@ -109,14 +109,14 @@ class AnswerStore:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is whole."""
+    """Writes a file that appears under its name only when it is whole."""
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """What differs between two values of JSON, by dotted keys; of digests only that they do."""
+    """Says what differs between two values of JSON, by dotted keys; of digests only that they do."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             yield from _differences(before.get(name), now.get(name), f"{key}.{name}".removeprefix("."))

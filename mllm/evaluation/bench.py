@@ -1,4 +1,4 @@
-"""What a model's budgets cost on this machine: tokens, FLOPs, cache, memory, and measured milliseconds by phase.
+"""Measures what a model's budgets cost on this machine: tokens, FLOPs, cache, memory, and milliseconds by phase.
 
 Knows a model that answers, and clocks. Does not know files, references or metrics.
 
@@ -35,9 +35,9 @@ _IMAGE_PIXELS, _LIP_PIXELS = 512, 96
 
 @dataclass
 class Measured:
-    """One budget: what its requests are, what the FLOP model says of one of them, and what every repeat took.
+    """One budget: an answer to its request, what the FLOP model says of it, and how long every repeat took.
 
-    `cost` is None for a model without a formula, `peak_bytes` are 0 where the device does not tell.
+    `cost` is None for a model without a formula, `peak_bytes` is 0 where the device does not tell.
     """
 
     budget: Budget
@@ -47,12 +47,12 @@ class Measured:
     peak_bytes: int = 0
 
     def milliseconds(self, phase: str) -> list[float]:
-        """Of every repeat; a phase, or `total_ms`."""
+        """Lists the milliseconds of every repeat, of one phase or of `total_ms`."""
         names = PHASES if phase == "total_ms" else (phase,)
         return [sum(getattr(timing, name) for name in names) for timing in self.timings]
 
     def facts(self) -> dict[str, Any]:
-        """Plain values: medians, the middle half, and every repeat."""
+        """Gathers plain values: medians, the middle half, and every repeat."""
         answer = self.answer
         out: dict[str, Any] = {
             "budget": str(self.budget),
@@ -72,45 +72,34 @@ class Measured:
         return out
 
 
-class _Steady(Answerer):
-    """Answers that never end by themselves, so that every budget decodes equally long."""
-
-    @property
-    def end_ids(self) -> list[int]:
-        """No token ends an answer."""
-        return []
-
-
 def default_budgets(processor: ElasticProcessor, media: Sequence[str]) -> list[Budget]:
-    """All trained budgets of requests with these media; of more than 8, the two ends and some between."""
+    """Lists all trained budgets of requests with these media; of more than 8, the two ends and some between."""
     every = Sampler(processor.space, "all").possible(media)
     if len(every) <= MOST_BUDGETS:
         return every
-    return [every[round(place)] for place in np.linspace(0, len(every) - 1, MOST_BUDGETS)]
+    return [every[round(index)] for index in np.linspace(0, len(every) - 1, MOST_BUDGETS)]
 
 
 def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: float) -> list[LoadedMedia]:
-    """Noise in place of files: what a model computes takes as long whatever it sees.
+    """Makes noise in place of files: what a model computes takes as long whatever it sees.
 
     Raises:
-        ValueError: a medium the model does not take, or a sound longer than its encoder's window.
+        ValueError: a medium the model does not take, or audio longer than its encoder's window.
     """
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     makers: dict[str, Callable[[], Any]] = {
-        "image": lambda: Image.fromarray(chance.integers(0, 256, (_IMAGE_PIXELS, _IMAGE_PIXELS, 3), np.uint8)),
-        "audio": lambda: Audio(chance.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32), 16_000),
-        "video": lambda: Video(
-            chance.integers(0, 256, (round(25 * seconds), _LIP_PIXELS, _LIP_PIXELS), np.uint8), 25.0
-        ),
+        "image": lambda: Image.fromarray(rng.integers(0, 256, (_IMAGE_PIXELS, _IMAGE_PIXELS, 3), np.uint8)),
+        "audio": lambda: Audio(rng.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32), 16_000),
+        "video": lambda: Video(rng.integers(0, 256, (round(25 * seconds), _LIP_PIXELS, _LIP_PIXELS), np.uint8), 25.0),
     }
     return [processor.transform(medium, makers[medium]()) for medium in media]
 
 
 def requests(processor: ElasticProcessor, loaded: Sequence[LoadedMedia], text: str | None, batch_size: int) -> Batch:
-    """A batch of one request several times, none of which shares anything with another."""
+    """Makes a batch of one request several times, none of which shares anything with another."""
     media = tuple(dict.fromkeys(item.medium for item in loaded))
-    asked = text or processor.prompts.get(media) or DEFAULT_PROMPTS.get(media, "what is this?")
-    parts = (*(Media(item.medium, "none") for item in loaded), Text(asked))  # type: ignore[arg-type]
+    question = text or processor.prompts.get(media) or DEFAULT_PROMPTS.get(media, "what is this?")
+    parts = (*(Media(item.medium, "none") for item in loaded), Text(question))  # type: ignore[arg-type]
     samples = [Sample(f"request {number}", (Message("user", parts),), task="generate") for number in range(batch_size)]
     copies = [[replace(item, values=item.values.clone()) for item in loaded] for _ in samples]
     return processor.batch(samples, copies, for_training=False)
@@ -127,38 +116,39 @@ def bench(
     warmup: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Measured]:
-    """Measure every budget.
+    """Measures every budget.
 
     Args:
         decoding: `max_new_tokens` are decoded, not fewer.
-        repeats: of every budget.
+        repeats: measurements of every budget.
         warmup: rounds before those, which do not count.
 
     Raises:
         ValueError: a budget that the requests cannot meet.
     """
-    answerer = _Steady(model, processor, decoding)
+    # Every budget must decode equally long. `generate` asks the model's config where it is told of no end.
+    answerer = Answerer(model, processor, replace(decoding, ignores_end=True))
     before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    found: dict[Budget, Measured] = {}
+    measured: dict[Budget, Measured] = {}
     try:
         for number in range(warmup + repeats):
             turned = [*budgets[number % len(budgets) :], *budgets[: number % len(budgets)]]
-            for place, budget in enumerate(turned):
+            for num_done, budget in enumerate(turned, start=1):
                 answer, peak_bytes = _run(answerer, batch, budget)
                 if number >= warmup:
-                    if budget not in found:
-                        found[budget] = Measured(budget, answer, _cost(answerer, batch, budget, answer))
+                    if budget not in measured:
+                        measured[budget] = Measured(budget, answer, _cost(answerer, batch, budget, answer))
                     assert answer.timing is not None
-                    found[budget].timings.append(answer.timing)
-                    found[budget].peak_bytes = max(found[budget].peak_bytes, peak_bytes)
-                progress(number * len(budgets) + place + 1, (warmup + repeats) * len(budgets))
+                    measured[budget].timings.append(answer.timing)
+                    measured[budget].peak_bytes = max(measured[budget].peak_bytes, peak_bytes)
+                progress(number * len(budgets) + num_done, (warmup + repeats) * len(budgets))
     finally:
         model.generation_config.eos_token_id = before
-    return [found[budget] for budget in budgets]
+    return [measured[budget] for budget in budgets]
 
 
 def _run(answerer: Answerer, batch: Batch, budget: Budget) -> tuple[Answer, int]:
-    """The first answer of one run, with the timing of all, and the most memory that the device held meanwhile."""
+    """Answers once: returns the first answer, with the timing of all, and the most memory that the device held."""
     device = answerer.model.device
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -175,8 +165,8 @@ def _cost(answerer: Answerer, batch: Batch, budget: Budget, answer: Answer) -> R
         return None
     sides = {"video": tuple(batch.values["video_values"].shape[-2:])} if "video_values" in batch.values else {}
     items = [
-        Item(run.extent.medium, run.extent.length, cost.tokens, *sides.get(run.extent.medium, ()))
-        for run, cost in zip(row.runs, row.costs(budget, answerer.processor.space), strict=True)
+        Item(run.extent.medium, run.extent.length, count.tokens, *sides.get(run.extent.medium, ()))
+        for run, count in zip(row.runs, row.token_counts(budget, answerer.processor.space), strict=True)
     ]
     return request_cost(
         config,
@@ -189,7 +179,7 @@ def _cost(answerer: Answerer, batch: Batch, budget: Budget, answer: Answer) -> R
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile."""
+    """Computes the lower quartile, the median and the upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -197,7 +187,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def write(results: Sequence[Measured], facts: Mapping[str, Any], folder: Path) -> None:
-    """Write `bench.json`, and `bench.png` where matplotlib is installed."""
+    """Writes `bench.json` and `bench.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"facts": dict(facts), "budgets": [one.facts() for one in results]}
     (folder / RESULTS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -205,28 +195,28 @@ def write(results: Sequence[Measured], facts: Mapping[str, Any], folder: Path) -
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Milliseconds by phase of each budget, and how much quicker than the largest one, measured and by FLOPs."""
+    """Plots milliseconds by phase of each budget, and the gain over the first budget, measured and by FLOPs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 0.45 * len(results) + 2), layout="constrained")
     FigureCanvasAgg(figure)  # needs no display
     times, gains = figure.subplots(1, 2, sharey=True)
-    names, places = [str(one.budget) or "text" for one in results], np.arange(len(results))
+    names, heights = [str(one.budget) or "text" for one in results], np.arange(len(results))
     left = np.zeros(len(results))
     for phase in PHASES:
         medians = np.array([statistics.median(one.milliseconds(phase)) for one in results])
-        times.barh(places, medians, left=left, label=phase.removesuffix("_ms"))
+        times.barh(heights, medians, left=left, label=phase.removesuffix("_ms"))
         left += medians
-    times.set_yticks(places, names)
+    times.set_yticks(heights, names)
     times.invert_yaxis()
     times.set_xlabel("milliseconds (medians)")
     times.legend(frameon=False)
     totals = [statistics.median(one.milliseconds("total_ms")) for one in results]
-    gains.plot([totals[0] / one for one in totals], places, "o-", label="measured")
+    gains.plot([totals[0] / one for one in totals], heights, "o-", label="measured")
     if all(one.cost is not None for one in results):
         flops = [one.cost.total for one in results if one.cost is not None]
-        gains.plot([flops[0] / one for one in flops], places, "s--", label="FLOP model")
+        gains.plot([flops[0] / one for one in flops], heights, "s--", label="FLOP model")
     gains.set_xlabel("times the speed of the first budget")
     gains.legend(frameon=False)
     gains.grid(alpha=0.3)

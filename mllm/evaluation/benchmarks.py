@@ -1,4 +1,4 @@
-"""Results on vision benchmarks, written: the table, what an oracle would give, what failed, and what servers judge.
+"""Writes results on vision benchmarks: the table, what an oracle would give, what failed, and what servers judge.
 
     out/benchmarks.md      table, oracle, failures
     out/benchmarks.json    the same with everything the results hold
@@ -35,7 +35,7 @@ MAX_FAILURES_SHOWN = 200
 
 @dataclass
 class BenchmarkReport:
-    """Everything that is told about the benchmarks of an evaluation."""
+    """Everything that is reported about the benchmarks of an evaluation."""
 
     results: Results
     table: BenchmarkTable
@@ -43,17 +43,17 @@ class BenchmarkReport:
 
     @cached_property
     def oracles(self) -> list[oracle.Oracle]:
-        """Of every benchmark that has one."""
+        """Computes the oracle of every benchmark that has one."""
         return oracle.oracles_of(self.lines, self.table.columns)
 
     @property
     def oracle_head(self) -> list[str]:
-        """The first line of the table of oracles."""
+        """Returns the first line of the table of oracles."""
         return ["benchmark", "oracle", *ORACLE_TOKENS, "all wrong", "best budget"]
 
     @property
     def oracle_cells(self) -> list[list[str]]:
-        """A line per number; the best single budget stands beside it."""
+        """Returns a line per number; the best single budget stands beside it."""
         return [
             [
                 title,
@@ -68,25 +68,25 @@ class BenchmarkReport:
         ]
 
     def _best(self, title: str) -> str:
-        found = [
+        values = [
             (column.value(row), budget.budget)
             for budget in reversed(self.table.rows)
-            for column, row in budget.found.items()
+            for column, row in budget.results.items()
             if column.title == title
         ]
-        known = [(value, budget) for value, budget in found if value is not None]
-        if not known:
+        present = [(value, budget) for value, budget in values if value is not None]
+        if not present:
             return "-"
-        value, budget = max(known, key=lambda one: one[0])
+        value, budget = max(present, key=lambda one: one[0])
         return f"{value:.1f} at {budget or 'max'}"
 
     @property
     def unread(self) -> list[str]:
-        """Answers in which no option was found; many of them mean that a score tells little about seeing."""
+        """Counts answers in which no option was found; many of them mean that a score tells little about seeing."""
         return _counted(self.results.rows, "num_unread", "name no option")
 
     def write(self, folder: Path, *, with_plot: bool = True) -> None:
-        """`benchmarks.md`, `benchmarks.json` and `benchmarks.png`."""
+        """Writes `benchmarks.md`, `benchmarks.json` and `benchmarks.png`."""
         write_whole(folder / MARKDOWN, self.to_markdown())
         content = {
             "rows": benchmark_table.to_data(self.table),
@@ -97,7 +97,7 @@ class BenchmarkReport:
             plot_pareto(self._plotted(), folder / PLOT, axes=AXES, with_front=True)
 
     def to_markdown(self) -> str:
-        """Table, notes, oracle and failures."""
+        """Writes table, notes, oracle and failures as Markdown."""
         parts = [f"# {self.results.facts.get('model', 'results')}", markdown_table(self.table.titles, self.table.cells)]
         judged = [row for row in self.results.rows if row["task"] in BENCHMARKS]
         cut = cut_notes(judged, self.results.facts.get("max_new_tokens"))
@@ -108,32 +108,34 @@ class BenchmarkReport:
                 "Each question at the smallest budget that answers it best, and mean soft tokens per question, with "
                 "those that no budget answers right billed at the largest and at the smallest. How many need which:"
             )
-            parts.append("\n".join(_shares(one) for one in self.oracles))
+            parts.append("\n".join(_budget_counts(one) for one in self.oracles))
         return "\n\n".join([*parts, *self._failures()]) + "\n"
 
     def _failures(self) -> list[str]:
-        own = [line for line in self.lines if "error" in line and line["task"] in BENCHMARKS]
-        if not own:
+        failed = [line for line in self.lines if "error" in line and line["task"] in BENCHMARKS]
+        if not failed:
             return []
-        named = [f"- {one['set']} {one['id']} at {one['budget'] or 'max'}: {one['error']['reason']}" for one in own]
+        named = [
+            f"- {line['set']} {line['id']} at {line['budget'] or 'max'}: {line['error']['reason']}" for line in failed
+        ]
         more = len(named) - MAX_FAILURES_SHOWN
         rest = [f"- and {more} more, in results.json"] if more > 0 else []
-        return [f"## Failed: {len(own)}, counted as wrong", "\n".join(named[:MAX_FAILURES_SHOWN] + rest)]
+        return [f"## Failed: {len(failed)}, counted as wrong", "\n".join(named[:MAX_FAILURES_SHOWN] + rest)]
 
     def _plotted(self) -> list[dict[str, Any]]:
-        made = []
+        points = []
         for row in self.table.rows:
-            for column, found in row.found.items():
-                made.append(_point(column.title, found, column.share(found)))
-            first = next(iter(row.found.values()))
+            for column, result in row.results.items():
+                points.append(_point(column.title, result, column.fraction(result)))
+            first = next(iter(row.results.values()))
             if (average := row.average(self.table.columns)) is not None:
-                made.append(_point("average", {**first, **_means(list(row.found.values()))}, average / 100))
-        order = {title: place for place, title in enumerate([*self.table.titles, "average"])}
-        return sorted(made, key=lambda one: order[one["label"]])
+                points.append(_point("average", {**first, **_means(list(row.results.values()))}, average / 100))
+        order = {title: number for number, title in enumerate([*self.table.titles, "average"])}
+        return sorted(points, key=lambda one: order[one["label"]])
 
 
 def unjudged_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say how many answers have no reference; the number in the table is of the others alone."""
+    """Says how many answers have no reference; the number in the table is of the others alone."""
     return _counted(rows, "num_unjudged", "have no reference and are not judged")
 
 
@@ -146,7 +148,7 @@ def _counted(rows: Sequence[Mapping[str, Any]], key: str, words: str) -> list[st
 
 
 def report_of(results: Results, lines: Sequence[Line]) -> BenchmarkReport | None:
-    """The report, or None where nothing was a benchmark."""
+    """Makes the report, or None where nothing was a benchmark."""
     table = benchmark_table.benchmark_table(results.rows)
     return None if table is None else BenchmarkReport(results, table, lines)
 
@@ -154,10 +156,10 @@ def report_of(results: Results, lines: Sequence[Line]) -> BenchmarkReport | None
 def write_submissions(
     folder: Path, lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample], *, all_ids: Sequence[int] = ()
 ) -> list[Path]:
-    """Write what servers judge, a file per set and budget, and say where it lies.
+    """Writes what servers judge, a file per set and budget, and returns the paths.
 
     Args:
-        folder: of the results.
+        folder: where the results are.
         samples: by set and id.
         all_ids: every question of VQAv2's test set, which its server wants an answer to.
     """
@@ -185,15 +187,15 @@ def _is_submitted(line: Line, sample: Sample) -> bool:
     return is_for_server(sample) or (submission.is_always and all(key in sample.meta for key in submission.meta))
 
 
-def _point(label: str, row: Mapping[str, Any], share: float | None) -> dict[str, Any]:
+def _point(label: str, row: Mapping[str, Any], fraction: float | None) -> dict[str, Any]:
     kept = {key: row[key] for key in ("task", "set", "snr_db", "budget", "is_trained", "soft_tokens")}
     tflops = None if row["gflops"] is None else row["gflops"] / 1000
-    own = {"label": label, "kind": None, "metric": "score", "value": share, "low": None, "high": None}
-    return {**kept, **own, "tflops": tflops}
+    values = {"label": label, "kind": None, "metric": "score", "value": fraction, "low": None, "high": None}
+    return {**kept, **values, "tflops": tflops}
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Over sets, for the average; what one of them lacks is not told."""
+    """Takes means over sets, for the average; None for what one of them lacks."""
 
     def mean(key: str) -> float | None:
         values = [row[key] for row in rows]
@@ -206,6 +208,6 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shares(one: oracle.Oracle) -> str:
+def _budget_counts(one: oracle.Oracle) -> str:
     counts = ", ".join(f"{budget or 'max'}: {count}" for budget, count in one.smallest.items())
     return f"- {one.set_name} ({one.task}): {counts}, none: {one.num_all_wrong}"

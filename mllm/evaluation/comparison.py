@@ -19,8 +19,7 @@ from mllm.evaluation.answer_store import FINGERPRINT, write_whole
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import RESULTS, cut_notes
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
-from mllm.evaluation.vision_comparison import COLUMNS as VISION_TASKS
-from mllm.evaluation.vision_comparison import VisionComparison, vision_comparison
+from mllm.evaluation.vision_comparison import VisionComparison, columns_by_task, vision_comparison
 from mllm.utils.run_paths import CHECKPOINT_NAME, CONFIG, PROCESSOR, results_folder
 
 MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
@@ -30,15 +29,15 @@ SAME = (
     *("num_beams", "length_penalty", "max_new_tokens", "dtype"),
     *("long_audio", "window_seconds", "overlap_seconds"),
 )
-"""What should be the same for all, and is told where it is not."""
+"""Settings that should be the same for all models; a note says where they are not."""
 
 
 @dataclass
 class Comparison:
     """Rows of results by model, and how they came about.
 
-    `differences` say how models were answered differently, which the table cannot show, and `cut` how many answers had
-    not ended.
+    `differences` say which settings of the evaluations differ, which the table cannot show, and `cut` how many answers
+    had not ended.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
@@ -47,7 +46,7 @@ class Comparison:
 
     @property
     def blocks(self) -> list[Block]:
-        """The rows laid out.
+        """Lays the rows out.
 
         Raises:
             ValueError: see `blocks_of`.
@@ -56,7 +55,7 @@ class Comparison:
 
     @property
     def vision(self) -> VisionComparison | None:
-        """What is no speech laid out, or None where there is nothing.
+        """Lays the vision results out, or returns None where there are none.
 
         Raises:
             ValueError: see `vision_comparison`.
@@ -65,11 +64,11 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What is said below the tables."""
+        """Returns what is said below the tables."""
         return [*self.differences, *self.cut]
 
     def write(self, folder: Path, *, with_plot: bool = True) -> None:
-        """Write `speech.md`, `speech.json` and `speech.png`, and `benchmarks` likewise, each where it has a table."""
+        """Writes `speech.md`, `speech.json` and `speech.png`, and `benchmarks` likewise, each where it has a table."""
         folder.mkdir(parents=True, exist_ok=True)
         notes = "".join(f"\n{note}\n" for note in self.notes)
         if blocks := self.blocks:
@@ -98,7 +97,7 @@ class Comparison:
 
 
 def compare(folders: Sequence[str]) -> Comparison:
-    """Lay results of several models side by side.
+    """Lays results of several models side by side.
 
     Args:
         folders: `DIR` or `NAME=DIR`: a folder of results, or a run or a checkpoint of one, of which the evaluation
@@ -112,32 +111,32 @@ def compare(folders: Sequence[str]) -> Comparison:
     """
     if not folders:
         raise ValueError("folders is empty; name at least one folder of results")
-    made, known = Comparison(), {}
+    comparison, digests = Comparison(), {}
     used: dict[str, dict[str, set[str]]] = {key: {} for key in SAME}
     for folder in folders:
         name, path = _named(folder)
         content = json.loads((path / RESULTS).read_text(encoding="utf-8"))
-        _check_samples(path, content["facts"], known)
-        made.rows.setdefault(name, []).extend(content["rows"])
-        made.cut += cut_notes(content["rows"], content["facts"].get("max_new_tokens"), model=name)
+        _check_samples(path, content["facts"], digests)
+        comparison.rows.setdefault(name, []).extend(content["rows"])
+        comparison.cut += cut_notes(content["rows"], content["facts"].get("max_new_tokens"), model=name)
         for key in SAME:
             if key in content["facts"]:
                 used[key].setdefault(str(content["facts"][key]), set()).add(name)
-    made.differences = [_difference(key, own) for key, own in used.items() if len(own) > 1]
-    if not made.blocks and made.vision is None:
-        tasks = ", ".join(VISION_TASKS)
+    comparison.differences = [_difference(key, models) for key, models in used.items() if len(models) > 1]
+    if not comparison.blocks and comparison.vision is None:
+        tasks = ", ".join(columns_by_task())
         raise ValueError(f"the results hold nothing to compare: no asr, vsr or avsr at a rate, and none of {tasks}")
-    return made
+    return comparison
 
 
 def comparison_of(rows: Sequence[Row], model: str, *, max_new_tokens: int | None = None) -> Comparison | None:
-    """One model's own table, or None where its results hold no speech."""
+    """Makes the table of one model, or None where its results hold no speech."""
     speech = [row for row in rows if column_of(row) is not None]
     return Comparison({model: speech}, cut=cut_notes(speech, max_new_tokens)) if speech else None
 
 
 def short_name(path: str | Path) -> str:
-    """What a model is called in a table: the last folder of its path that says something; a checkpoint with its run."""
+    """Names a model in a table: the last folder of its path that says something; a checkpoint with its run."""
     parts = [part for part in Path(path).parts if part not in (EVALUATION, "/", ".", "..")]
     if not parts:
         return str(path)
@@ -149,17 +148,17 @@ def _named(folder: str) -> tuple[str, Path]:
     name, equals, rest = folder.partition("=")
     path = Path(rest if equals else folder)
     inner = results_folder(path, EVALUATION)
-    found = [own for own in (path, inner) if (own / RESULTS).is_file()]
-    found = found[:1] or sorted(file.parent for file in inner.glob(f"*/{RESULTS}"))
-    if not found:
+    folders = [candidate for candidate in (path, inner) if (candidate / RESULTS).is_file()]
+    folders = folders[:1] or sorted(file.parent for file in inner.glob(f"*/{RESULTS}"))
+    if not folders:
         raise FileNotFoundError(f"{path} holds no {RESULTS}; evaluate the model first")
-    if len(found) > 1:
-        raise ValueError(f"{path} holds several evaluations; name one of {', '.join(map(str, found))}")
-    return (name if equals else _name_of(path)), found[0]
+    if len(folders) > 1:
+        raise ValueError(f"{path} holds several evaluations; name one of {', '.join(map(str, folders))}")
+    return (name if equals else _name_of(path)), folders[0]
 
 
 def _name_of(path: Path) -> str:
-    """The model's name, and that of the evaluation where one of several of a model is named."""
+    """Names the model, and the evaluation as well where it is one of several of a model."""
     around, run = path.parent, path.parent.parent
     is_run = (run / CONFIG).is_file() or (run / PROCESSOR).is_file()
     if is_run and (around.name == EVALUATION or CHECKPOINT_NAME.fullmatch(around.name.removeprefix(f"{EVALUATION}-"))):
@@ -167,16 +166,18 @@ def _name_of(path: Path) -> str:
     return short_name(path)
 
 
-def _check_samples(folder: Path, facts: Mapping[str, Any], known: dict[str, tuple]) -> None:
-    """Numbers on different samples say nothing about each other."""
+def _check_samples(folder: Path, facts: Mapping[str, Any], digests: dict[str, tuple]) -> None:
+    """Refuses results on different samples, whose numbers say nothing about each other."""
     mark = folder / FINGERPRINT
     manifests = json.loads(mark.read_text()).get("manifests", {}) if mark.is_file() else {}
     for name, digest in manifests.items():
-        own = (digest, facts.get("limit"))
-        before, where = known.setdefault(name, (own, folder))
-        if before != own:
-            what = "limits" if before[0] == digest else "manifests"
-            raise ValueError(f"{where} and {folder} have different {what} behind the set {name!r}; evaluate them alike")
+        facts_of_set = (digest, facts.get("limit"))
+        before, where = digests.setdefault(name, (facts_of_set, folder))
+        if before != facts_of_set:
+            difference = "limits" if before[0] == digest else "manifests"
+            raise ValueError(
+                f"{where} and {folder} have different {difference} behind the set {name!r}; evaluate them alike"
+            )
 
 
 def _difference(key: str, models: Mapping[str, set[str]]) -> str:

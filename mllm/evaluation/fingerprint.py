@@ -1,7 +1,8 @@
 """Tells whether answers that are kept are still those that would be given: everything an answer depends on, in brief.
 
 Everything counts unless it stands in one of the lists here, which say why it does not: each file of the model's folder,
-each setting, each sample. So a setting that is added counts until somebody has thought about it (a test asks them to).
+each key of the config, each sample. So a key that is added counts until somebody has thought about it (a test asks them
+to).
 The media files themselves are not read again; whoever changes one deletes its answers.
 """
 
@@ -47,7 +48,7 @@ UNREAD_FILES = (
 
 
 def fingerprint_of(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """Gather what the answers depend on, as plain values.
+    """Gathers what the answers depend on, as plain values.
 
     Args:
         sets: all samples of each manifest by its short name, whatever `settings.limit` is.
@@ -68,7 +69,7 @@ def fingerprint_of(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sampl
 
 
 def files_of_model(folder: Path) -> list[Path]:
-    """List the files of a run, a checkpoint or an exported model that loading it may read, by name.
+    """Lists the files of a run, a checkpoint or an exported model that loading it may read, by name.
 
     Frozen parts in other folders are named in config.json with their digests, which loading compares.
     """
@@ -76,8 +77,8 @@ def files_of_model(folder: Path) -> list[Path]:
     run = run_of(folder)
     if run != folder and not (folder / PROCESSOR).is_file():
         # A checkpoint is used with the processor of its run, whose finished model is another one.
-        own = {CONFIG, TRAINABLES, *(file.name for file in files)}
-        files += [file for file in _read_in(run) if file.name not in own]
+        checkpoint_names = {CONFIG, TRAINABLES, *(file.name for file in files)}
+        files += [file for file in _read_in(run) if file.name not in checkpoint_names]
     return sorted(files, key=lambda file: file.name)
 
 
@@ -87,14 +88,14 @@ def _read_in(folder: Path) -> list[Path]:
 
 
 def _undigested_parts(settings: EvaluationConfig) -> dict[str, str]:
-    """Where parts are taken from whose weights loading cannot compare, since no digest of them was noted."""
+    """Lists where parts come from whose weights loading cannot compare, since no digest of them was noted."""
     noted = json.loads((settings.model_folder / CONFIG).read_text(encoding="utf-8")).get("sources") or {}
-    return {part: place for part, place in settings.sources.items() if not noted.get(part, {}).get("sha256")}
+    return {part: source for part, source in settings.sources.items() if not noted.get(part, {}).get("sha256")}
 
 
 def _digest_of_set(settings: EvaluationConfig, path: str, samples: Sequence[Sample]) -> str:
-    """Of the file, where it is a manifest; else of what was read, as texts and answers may stand in other files."""
+    """Digests the file, if it is a manifest; else what was read, as texts and answers may stand in other files."""
     if settings.reader.format == "manifest":
         return digest_of_file(path)
-    own = [(sample.id, sample.task, sample.kind, sample.messages, sample.meta) for sample in samples]
-    return hashlib.sha256(repr(own).encode()).hexdigest()
+    contents = [(sample.id, sample.task, sample.kind, sample.messages, sample.meta) for sample in samples]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()

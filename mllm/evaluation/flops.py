@@ -1,6 +1,6 @@
-"""What a request costs at a budget, from the config alone: FLOPs by part and bytes of key-value cache.
+"""Computes what a request costs at a budget, from the config alone: FLOPs by part and bytes of key-value cache.
 
-Knows config fields and counts. Does not know torch, weights, files or time.
+Knows config fields and counts. Does not know weights, files or time.
 
 A multiply-add is two FLOPs. Counted are matrix products, convolutions and attention; norms, activations, softmax and
 rotations are not. Attention over text counts the pairs a causal mask lets through, n p + n (n + 1) / 2 for n tokens
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.adapters.expert_ids import num_members
-from mllm.budget import Cost, Extent
+from mllm.adapters.expert_ids import num_experts
+from mllm.budget import Extent, TokenCount
 from mllm.budget.nesting import hybrid_sizes, num_queries
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,8 +24,8 @@ class Item:
     """One encoded medium of a request.
 
     `num_features` are the encoder's patches or frames, `num_tokens` the soft tokens made of them (0 for a frame that is
-    not shown, which the compressor never sees), `height_pixels` and
-    `width_pixels` the size of a video's frames (images have the size their config says).
+    not shown, which the compressor never sees), `height_pixels` and `width_pixels` the size of a video's frames (images
+    have the size their config says).
     """
 
     medium: str
@@ -35,19 +35,19 @@ class Item:
     width_pixels: int = 0
 
 
-def items_of(extent: Extent, cost: Cost, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
-    """The encoded items of one medium: an image's thumbnail and tiles, a video's frames, or the medium itself.
+def items_of(extent: Extent, count: TokenCount, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
+    """Lists the encoded items of one medium: an image's thumbnail and tiles, a video's frames, or the medium itself.
 
     Every frame that was taken from a video is encoded, and only those that are shown are compressed.
 
     Args:
-        frame_pixels: height and width of the frames of a lip video.
+        frame_pixels: height and width of the frames of a video that is read as a stream.
     """
     if extent.grid is None:
         size = (int(frame_pixels[0]), int(frame_pixels[1])) if extent.medium == "video" else (0, 0)
-        return [Item(extent.medium, extent.length, cost.tokens, *size)]
-    shown = [Item("image", extent.length, cost.each or cost.tokens)] * cost.num_images
-    hidden = extent.num_images - cost.frames if cost.frames else 0
+        return [Item(extent.medium, extent.length, count.tokens, *size)]
+    shown = [Item("image", extent.length, count.each or count.tokens)] * count.num_images
+    hidden = extent.num_images - count.frames if count.frames else 0
     return shown + [Item("image", extent.length, 0)] * hidden
 
 
@@ -63,7 +63,7 @@ class RequestCost:
 
     @property
     def total(self) -> int:
-        """All FLOPs."""
+        """Sums all FLOPs."""
         return self.encoder + self.compressor + self.prefill + self.decode
 
 
@@ -76,7 +76,7 @@ def request_cost(
     num_beams: int = 1,
     dtype: str = "float32",
 ) -> RequestCost:
-    """The cost of answering one request, as `generate` runs it: encode once, read the prompt once, decode every beam.
+    """Computes the cost of a request as `generate` runs it: encode once, read the prompt once, decode every beam.
 
     Beams read the last token of the prompt each for itself (see `mllm.kv_cache.beam`); it counts as prefill.
 
@@ -116,7 +116,7 @@ def request_cost(
 def llm_flops(
     text: Any, *, num_tokens: int, past_tokens: int = 0, num_logits: int = 0, adapter: Mapping[str, Any] | None = None
 ) -> int:
-    """FLOPs of one forward pass of a dense decoder over `num_tokens` tokens that follow `past_tokens` cached ones.
+    """Counts the FLOPs of a forward pass of a dense decoder over `num_tokens` tokens behind `past_tokens` cached ones.
 
     Args:
         text: config of the LLM: attention with grouped keys and values and a gated feed-forward block.
@@ -133,7 +133,7 @@ def llm_flops(
 
 
 def published_flops(text: Any, *, num_tokens: int, adapter: Mapping[str, Any] | None = None) -> int:
-    """FLOPs of a prompt as Llama-MTSK (arXiv 2503.06362) prints them: twice the parameters at work, times the tokens.
+    """Counts the FLOPs of a prompt as Llama-MTSK (arXiv 2503.06362) does: twice the parameters, times the tokens.
 
     The parameters are those of layers, norms and head, and of the adapter; the input embedding, which is only looked
     up, is left out, and the head counts even where it shares the embedding's weights. Biases are left out. Attention
@@ -149,18 +149,18 @@ def published_flops(text: Any, *, num_tokens: int, adapter: Mapping[str, Any] | 
 
 
 def attention_flops(text: Any, *, num_tokens: int, past_tokens: int = 0) -> int:
-    """FLOPs of attention in all layers: scores and weighted sums over the pairs of a causal mask."""
+    """Counts the FLOPs of attention in all layers: scores and weighted sums over the pairs of a causal mask."""
     pairs = num_tokens * past_tokens + num_tokens * (num_tokens + 1) // 2
     return text.num_hidden_layers * 4 * text.num_attention_heads * _head_size(text) * pairs
 
 
 def train_factor(*, llm_trains: bool = False, checkpointing: bool = False) -> int:
-    """Training step over forward pass of the LLM: 2 when it is frozen (adapters are small), 3 when it learns."""
+    """Tells how many forward passes of the LLM a training step costs: 2 if it is frozen, else 3; adapters are small."""
     return (3 if llm_trains else 2) + int(checkpointing)
 
 
 def kv_bytes_per_token(text: Any, *, dtype: str = "float32") -> int:
-    """Bytes of key-value cache per token of context.
+    """Counts the bytes of key-value cache per token of context.
 
     Raises:
         ValueError: an unknown dtype.
@@ -171,7 +171,7 @@ def kv_bytes_per_token(text: Any, *, dtype: str = "float32") -> int:
 
 
 def encoder_flops(config: Any, item: Item, settings: Mapping[str, Any] | None = None) -> int:
-    """FLOPs of encoding one item.
+    """Counts the FLOPs of encoding one item.
 
     Args:
         config: of the encoder's backbone.
@@ -186,7 +186,7 @@ def encoder_flops(config: Any, item: Item, settings: Mapping[str, Any] | None = 
 
 
 def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, out_size: int) -> int:
-    """FLOPs of compressing one item to `item.num_tokens` soft tokens, its projectors included.
+    """Counts the FLOPs of compressing one item to `item.num_tokens` soft tokens, its projectors included.
 
     A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
     Everything else is as it runs when answering: on streams `query` reads with all its queries whatever the budget; on
@@ -218,7 +218,7 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
 
 
 def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
-    """FLOPs per token."""
+    """Counts the FLOPs of the projector per token."""
     hidden_size = settings.get("projector_size", out_size)
     one = in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size)
     experts = settings.get("projector_experts")
@@ -226,24 +226,24 @@ def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
 
 
 def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int) -> int:
-    """One cross-attention of all queries, over an image or over every window of a stream, and the projection."""
+    """Counts the cross-attention of all queries, over an image or every window of a stream, and the projection."""
     queries, size = settings["num_queries"], settings.get("query_size") or in_size
     window = item.num_features if item.medium == "image" else settings["window_frames"]
     windows = -(-item.num_features // window)
     read = windows * window
     content = settings.get("keys", "position") == "content"
-    given = 0 if size == in_size else read * in_size * size
+    input_projection = 0 if size == in_size else read * in_size * size
     if item.medium == "image":
         queries = min(queries, item.num_tokens)
         if not content:
-            return 2 * (given + _folded(settings, read, queries, size) + queries * size * out_size)
+            return 2 * (input_projection + _folded(settings, read, queries, size) + queries * size * out_size)
     keys = read if content else window
     weights = (queries + keys + read + windows * queries) * size * size  # queries, keys, values, output
-    return 2 * (weights + given + 2 * queries * read * size + item.num_tokens * size * out_size)
+    return 2 * (weights + input_projection + 2 * queries * read * size + item.num_tokens * size * out_size)
 
 
 def _hybrid(settings: Mapping[str, Any], item: Item, size: int, out_size: int) -> int:
-    """The map, the queries that any count up to this one has, which read anchors and features, and the projector."""
+    """Counts the anchors, the most queries that any count up to this one has, and the projector."""
     sizes, _ = hybrid_sizes(settings)
     queries = max(num_queries(count, sizes) for count in range(1, item.num_tokens + 1))
     anchors, read = max(one for one in sizes if one <= item.num_tokens), item.num_features
@@ -258,14 +258,14 @@ def _hybrid(settings: Mapping[str, Any], item: Item, size: int, out_size: int) -
 
 
 def _folded(settings: Mapping[str, Any], length: int, num_tokens: int, size: int) -> int:
-    """Multiply-adds of pooling a grid with folded attention: values first, or per head first, whichever is fewer."""
+    """Counts multiply-adds of pooling a grid with folded attention, in the order of products that has fewer."""
     heads = settings.get("query_heads") or max(size // 64, 1)
     values_first = length * size * size + num_tokens * length * size
     return min(values_first, num_tokens * heads * length * size + num_tokens * size * size)
 
 
 def _linears(text: Any) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers of one decoder layer, by the last part of their names."""
+    """Lists inputs and outputs of the linear layers of one decoder layer, by the last part of their names."""
     if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ValueError(f"{text.model_type} is a mixture of experts; the cost formula covers dense decoders")
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
@@ -293,8 +293,8 @@ def _adapter_weights(text: Any, adapter: Mapping[str, Any] | None) -> int:
         experts = adapter["num_shared"] + adapter["num_experts"]
         routers = max(len(adapter["scales"]), 1) * adapter["num_experts"]
         return text.hidden_size * (experts * (2 * adapter["bottleneck"] + 1) + routers)
-    members = 1 if kind == "lora" else num_members(adapter)  # a bank computes all of its members for every token
-    return sum(members * adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
+    count = 1 if kind == "lora" else num_experts(adapter)  # a bank computes all of its experts for every token
+    return sum(count * adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
 
 
 def _head_size(text: Any) -> int:
@@ -306,13 +306,13 @@ def _hidden_size(config: Any) -> int:
 
 
 def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: bool = False) -> int:
-    """Encoder layers with full attention over `length` positions."""
+    """Counts encoder layers with full attention over `length` positions."""
     weights = 4 * size * size + (3 if gated else 2) * size * inner
     return num_layers * (2 * length * weights + 4 * length * length * size)
 
 
-def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
-    """A ViT that is cut behind the layer that is read."""
+def _vision_encoder(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+    """Counts a ViT that is cut behind the layer that is read."""
     layer = settings.get("feature_layer", -2)
     depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
     size, patch = config.hidden_size, config.patch_size
@@ -326,14 +326,14 @@ def _vision_tower(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
 
 
 def _whisper(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
-    """The whole window, whatever the clip."""
+    """Counts the whole window, whatever the clip."""
     window, size = config.max_source_positions, config.d_model
     convolutions = 2 * 3 * size * (config.num_mel_bins * 2 * window + size * window)
     return convolutions + _transformer(config.encoder_layers, size, config.encoder_ffn_dim, window)
 
 
 def _wave(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
-    """HuBERT and its kin. The waveform is taken as the shortest that gives so many frames."""
+    """Counts HuBERT, WavLM and wav2vec 2.0. The waveform is taken as the shortest that gives so many frames."""
     frames, convolutions = item.num_features, 0
     channels = [1, *config.conv_dim]
     for index in reversed(range(len(config.conv_dim))):
@@ -345,7 +345,7 @@ def _wave(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
 
 
 def _av_hubert(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
-    """The lip half: 3-D convolution, ResNet-18 on each frame, and the trunk over zeros and video side by side."""
+    """Counts the video half: 3-D convolution, ResNet-18 on each frame, and the trunk over zeros and video."""
     frames, size, widths = item.num_features, config.hidden_size, config.resnet_channels
     height, width = _halved(item.height_pixels), _halved(item.width_pixels)
     per_frame = 2 * height * width * widths[0] * 5 * 7 * 7
@@ -363,14 +363,14 @@ def _av_hubert(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
 
 
 def _av_hubert_audio(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
-    """The other half: one matrix on each frame, and the trunk over sound and zeros side by side."""
+    """Counts the audio half: one matrix on each frame, and the trunk over audio and zeros side by side."""
     size = config.hidden_size
     projections = 2 * config.audio_feature_size * size + 2 * 2 * size * size
     return item.num_features * projections + _hubert_trunk(config, item.num_features)
 
 
 def _hubert_trunk(config: Any, frames: int) -> int:
-    """Positional convolution (an even kernel computes one frame that is dropped) and layers."""
+    """Counts the positional convolution (an even kernel computes one frame that is dropped) and the layers."""
     size, kernel = config.hidden_size, config.num_conv_pos_embeddings
     outputs = frames + (1 if kernel % 2 == 0 else 0)
     positions = 2 * outputs * size * (size // config.num_conv_pos_embedding_groups) * kernel
@@ -378,17 +378,17 @@ def _hubert_trunk(config: Any, frames: int) -> int:
 
 
 def _halved(pixels: int) -> int:
-    """Pixels left by a convolution or pooling of stride 2 that is padded to its kernel."""
+    """Counts the pixels left by a convolution or pooling of stride 2 that is padded to its kernel."""
     return (pixels + 1) // 2
 
 
 _ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
-    "clip_vision_model": _vision_tower,
-    "siglip_vision_model": _vision_tower,
-    "siglip2_vision_model": _vision_tower,
-    "dinov2": _vision_tower,
-    "dinov2_with_registers": _vision_tower,
-    "dinov3_vit": _vision_tower,
+    "clip_vision_model": _vision_encoder,
+    "siglip_vision_model": _vision_encoder,
+    "siglip2_vision_model": _vision_encoder,
+    "dinov2": _vision_encoder,
+    "dinov2_with_registers": _vision_encoder,
+    "dinov3_vit": _vision_encoder,
     "whisper": _whisper,
     "hubert": _wave,
     "wav2vec2": _wave,

@@ -1,4 +1,4 @@
-"""What an answer is worth: word and character error rates, VQA accuracies, and how sure one can be of them.
+"""Computes metrics: word and character error rates, VQA accuracies, and how sure one can be of them.
 
 Knows strings and counts. Does not know torch, files, models or budgets.
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NUM_BOOTSTRAP_DRAWS = 1000
+NUM_BOOTSTRAP_RESAMPLES = 1000
 CONFIDENCE = 0.95
 MIN_ANNOTATORS = 4
 """With fewer answers than this the leave-one-out accuracy cannot reach 1."""
@@ -39,17 +39,17 @@ class ErrorCounts:
 
     @property
     def errors(self) -> int:
-        """All edits."""
+        """Sums all edits."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float | None:
-        """Errors per reference unit, above 1 when much was inserted; None when the references hold nothing."""
+        """Returns errors per reference unit, above 1 when much was inserted; None when the references are empty."""
         return self.errors / self.reference_units if self.reference_units else None
 
 
 def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Word errors of one utterance. An empty reference has no words, so each word of the hypothesis is an insertion."""
+    """Counts word errors of one utterance. With an empty reference each word of the hypothesis is an insertion."""
     import jiwer
 
     counts = jiwer.process_words(_plain(reference), _plain(hypothesis))
@@ -58,7 +58,7 @@ def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
 
 
 def character_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Character errors of one utterance; the single space between two words counts as a character, as in jiwer."""
+    """Counts character errors of one utterance; the single space between words counts as a character, as in jiwer."""
     import jiwer
 
     counts = jiwer.process_characters(_plain(reference), _plain(hypothesis))
@@ -67,7 +67,7 @@ def character_errors(reference: str, hypothesis: str) -> ErrorCounts:
 
 
 def corpus(counts: Iterable[ErrorCounts]) -> ErrorCounts:
-    """Counts of a whole corpus."""
+    """Adds up the counts of a whole corpus."""
     return sum(counts, ErrorCounts())
 
 
@@ -76,10 +76,10 @@ def bootstrap_interval(
     denominators: Sequence[float],
     *,
     seed: int,
-    num_draws: int = NUM_BOOTSTRAP_DRAWS,
+    num_resamples: int = NUM_BOOTSTRAP_RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float] | None:
-    """Percentile interval of sum(numerators) / sum(denominators) when the samples are drawn again with replacement.
+    """Computes the percentile interval of sum(numerators) / sum(denominators) over samples drawn with replacement.
 
     Args:
         numerators, denominators: one of each per sample, e.g. its errors and its reference words.
@@ -100,21 +100,21 @@ def bootstrap_interval(
         return None
     generator = np.random.default_rng(seed)
     rates = []
-    for _ in range(num_draws):
-        drawn = generator.integers(len(above), size=len(above))
-        if (units := below[drawn].sum()) > 0:  # a draw of nothing but empty references has no rate
-            rates.append(above[drawn].sum() / units)
+    for _ in range(num_resamples):
+        resampled = generator.integers(len(above), size=len(above))
+        if (units := below[resampled].sum()) > 0:  # nothing but empty references has no rate
+            rates.append(above[resampled].sum() / units)
     low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def exact_match(reference: str, answer: str) -> float:
-    """1 when both agree after GQA's rule (lower case, no final full stop) and with single spaces, else 0."""
+    """Returns 1 when both agree after GQA's rule (lower case, no final full stop) and with single spaces, else 0."""
     return float(_short_answer(reference) == _short_answer(answer))
 
 
 def soft_accuracy(references: Sequence[str], answer: str) -> float:
-    """VQA accuracy against several annotators: the mean over annotators of min(matches among the others / 3, 1).
+    """Computes VQA accuracy against several annotators: the mean of min(matches among the others / 3, 1).
 
     Of ten annotators 1, 2, 3, 4 that agree give 0.3, 0.6, 0.9, 1. The official processing of punctuation, articles and
     number words is not applied.
@@ -127,14 +127,14 @@ def soft_accuracy(references: Sequence[str], answer: str) -> float:
             f"{len(references)} answers are too few for the leave-one-out VQA accuracy; give one, or at least "
             f"{MIN_ANNOTATORS}"
         )
-    given = _short_answer(answer)
-    matches = [_short_answer(reference) == given for reference in references]
+    answered = _short_answer(answer)
+    matches = [_short_answer(reference) == answered for reference in references]
     total = sum(matches)
-    return sum(min((total - own) / 3, 1.0) for own in matches) / len(matches)
+    return sum(min((total - match) / 3, 1.0) for match in matches) / len(matches)
 
 
 def vqa_accuracy(references: Sequence[str], answer: str) -> float:
-    """`exact_match` for one reference, `soft_accuracy` for several.
+    """Computes `exact_match` for one reference, `soft_accuracy` for several.
 
     Raises:
         ValueError: no reference, or too few for the soft accuracy.

@@ -1,4 +1,4 @@
-"""What choosing the budget per question could give at best: the smallest budget at which each is answered right.
+"""Computes what choosing the budget per question could give at best: the smallest that answers each question right.
 
 Knows lines of answers and benchmarks. Does not know how they came about.
 
@@ -13,17 +13,19 @@ from typing import Any
 
 from mllm.evaluation.answer_store import Line
 from mllm.evaluation.benchmark_table import Column
-from mllm.evaluation.scorers.registry import BENCHMARKS, worths_of_units
+from mllm.evaluation.scorers.registry import BENCHMARKS, scores_of_questions
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """Of one set of one benchmark.
+    """The oracle of one set of one benchmark.
 
-    values: as the benchmark's columns print them, when each question is answered at its budget.
-    smallest: how many questions need which budget, cheapest first. num_all_wrong: how many none answers right.
-    tokens, tokens_all_wrong_smallest: mean soft tokens per question where those are billed at the largest and at the
-    smallest budget.
+    Args:
+        num_all_wrong: questions that no budget answers right.
+        smallest: how many questions need which budget, cheapest first.
+        values: as the benchmark's columns print them, when each question is answered at its budget.
+        tokens: mean soft tokens per question, where those that are all wrong are billed at the largest budget.
+        tokens_all_wrong_smallest: the same where they are billed at the smallest.
     """
 
     set_name: str
@@ -37,17 +39,17 @@ class Oracle:
 
 
 def oracles_of(lines: Sequence[Line], columns: Sequence[Column]) -> list[Oracle]:
-    """The oracle of each benchmark that was answered at two budgets or more and whose answers are known."""
+    """Computes the oracle of each benchmark answered at two budgets or more whose answers are known."""
     sets: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         if line["task"] in BENCHMARKS and line["references"]:
             sets.setdefault((line["set"], line["task"]), []).append(line)
-    found = []
-    for (set_name, task), own in sets.items():
-        mine = [column for column in columns if (column.set_name, column.task) == (set_name, task)]
-        if (oracle := _oracle(set_name, task, own, mine)) is not None:
-            found.append(oracle)
-    return found
+    oracles = []
+    for (set_name, task), set_lines in sets.items():
+        set_columns = [column for column in columns if (column.set_name, column.task) == (set_name, task)]
+        if (oracle := _oracle(set_name, task, set_lines, set_columns)) is not None:
+            oracles.append(oracle)
+    return oracles
 
 
 def _oracle(set_name: str, task: str, lines: Sequence[Line], columns: Sequence[Column]) -> Oracle | None:
@@ -55,17 +57,20 @@ def _oracle(set_name: str, task: str, lines: Sequence[Line], columns: Sequence[C
     by_budget = _by_budget(lines)
     if len(by_budget) < 2:
         return None
-    worths = {budget: worths_of_units(benchmark, own) for budget, own in by_budget.items()}
-    tokens = {budget: _tokens_of_units(task, own) for budget, own in by_budget.items()}
+    scores = {budget: scores_of_questions(benchmark, budget_lines) for budget, budget_lines in by_budget.items()}
+    tokens = {budget: _tokens_of_questions(task, budget_lines) for budget, budget_lines in by_budget.items()}
     cheapest, dearest = next(iter(by_budget)), list(by_budget)[-1]
-    chosen = {unit: _smallest_best(worths, unit) for unit in worths[cheapest]}
-    all_wrong = [unit for unit, budget in chosen.items() if budget is None]
+    chosen = {question: _smallest_best(scores, question) for question in scores[cheapest]}
+    all_wrong = [question for question, budget in chosen.items() if budget is None]
 
-    def mean_tokens(of_all_wrong: str) -> float:
-        return sum(tokens[budget or of_all_wrong][unit] for unit, budget in chosen.items()) / len(chosen)
+    def mean_tokens(budget_of_all_wrong: str) -> float:
+        return sum(tokens[budget or budget_of_all_wrong][question] for question, budget in chosen.items()) / len(chosen)
 
     picked = [
-        line for budget, own in by_budget.items() for line in own if (chosen[benchmark.unit(line)] or dearest) == budget
+        line
+        for budget, budget_lines in by_budget.items()
+        for line in budget_lines
+        if (chosen[benchmark.question(line)] or dearest) == budget
     ]
     total = benchmark.score(_in_order_of(by_budget[cheapest], picked))
     numbers = {"value": total.value, **total.details}
@@ -82,13 +87,13 @@ def _oracle(set_name: str, task: str, lines: Sequence[Line], columns: Sequence[C
 
 
 def _by_budget(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Lines by budget, cheapest first; one at which nothing could be answered has no cost and is left out."""
-    found: dict[str, list[Line]] = {}
+    """Groups lines by budget, cheapest first; one at which nothing could be answered has no cost and is left out."""
+    lines_of_budget: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(line["budget"], []).append(line)
-    means = {budget: _mean_tokens(own) for budget, own in found.items()}
-    known = [budget for budget in found if means[budget] is not None]
-    return {budget: found[budget] for budget in sorted(known, key=lambda budget: means[budget] or 0.0)}
+        lines_of_budget.setdefault(line["budget"], []).append(line)
+    means = {budget: _mean_tokens(budget_lines) for budget, budget_lines in lines_of_budget.items()}
+    known = [budget for budget in lines_of_budget if means[budget] is not None]
+    return {budget: lines_of_budget[budget] for budget in sorted(known, key=lambda budget: means[budget] or 0.0)}
 
 
 def _mean_tokens(lines: Sequence[Line]) -> float | None:
@@ -96,20 +101,21 @@ def _mean_tokens(lines: Sequence[Line]) -> float | None:
     return sum(spent) / len(spent) if spent else None
 
 
-def _tokens_of_units(task: str, lines: Sequence[Line]) -> dict[str, float]:
-    """Mean soft tokens per attempt at each question; what failed is billed as the others are on average."""
+def _tokens_of_questions(task: str, lines: Sequence[Line]) -> dict[str, float]:
+    """Computes mean soft tokens per attempt at each question; failures are billed as the others are on average."""
     usual = _mean_tokens(lines) or 0.0
     spent: dict[str, list[float]] = {}
     for line in lines:
-        own = usual if "error" in line else sum(line["tokens"].values())
-        spent.setdefault(BENCHMARKS[task].unit(line), []).append(own)
-    return {unit: sum(own) / len(own) for unit, own in spent.items()}
+        tokens = usual if "error" in line else sum(line["tokens"].values())
+        spent.setdefault(BENCHMARKS[task].question(line), []).append(tokens)
+    return {question: sum(tokens) / len(tokens) for question, tokens in spent.items()}
 
 
-def _smallest_best(worths: Mapping[str, Mapping[str, float]], unit: str) -> str | None:
-    """The cheapest budget with the best that any reaches, which is what "right" means for graded answers."""
-    best = max(own[unit] for own in worths.values())
-    return next((budget for budget, own in worths.items() if own[unit] == best), None) if best > 0 else None
+def _smallest_best(scores: Mapping[str, Mapping[str, float]], question: str) -> str | None:
+    """Finds the cheapest budget with the best score of any, which is what "right" means for graded answers."""
+    best = max(of_questions[question] for of_questions in scores.values())
+    reaching = (budget for budget, of_questions in scores.items() if of_questions[question] == best)
+    return next(reaching) if best > 0 else None
 
 
 def _in_order_of(lines: Sequence[Line], picked: Sequence[Line]) -> list[Line]:
@@ -118,7 +124,7 @@ def _in_order_of(lines: Sequence[Line], picked: Sequence[Line]) -> list[Line]:
 
 
 def to_data(oracle: Oracle) -> dict[str, Any]:
-    """For programs."""
+    """Returns an oracle for programs."""
     return {
         "set": oracle.set_name,
         "task": oracle.task,

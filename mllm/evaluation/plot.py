@@ -1,4 +1,4 @@
-"""The Pareto plot: each metric against soft tokens and against FLOPs, one line per task and kind.
+"""Draws the Pareto plot: each metric against soft tokens and against FLOPs, one line per task and kind.
 
 Knows rows of results. matplotlib is imported when a plot is drawn.
 """
@@ -21,12 +21,12 @@ def plot_pareto(
     axes: Mapping[str, str] = AXES,
     with_front: bool = False,
 ) -> bool:
-    """Draw the plot; budgets that were not trained have hollow marks.
+    """Draws the plot; budgets that were not trained have hollow marks.
 
     Args:
-        rows: of results; where they have a `model`, lines are named by it too, and by their `label` alone if they have
-            one.
-        axes: keys of the rows and how they are called, one column of plots each.
+        rows: rows of results; where they have a `model`, lines are named by it too, and by their `label` alone if they
+            have one.
+        axes: keys of the rows and their labels, one column of plots each.
         with_front: ring what no cheaper budget of its line reaches; higher is better.
 
     Returns:
@@ -35,43 +35,43 @@ def plot_pareto(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = [row for row in rows if row["value"] is not None and row["soft_tokens"]]
-    if not drawn:
+    plotted = [row for row in rows if row["value"] is not None and row["soft_tokens"]]
+    if not plotted:
         return False
-    metrics = list(dict.fromkeys(row["metric"] for row in drawn))
-    columns = [key for key in axes if any(row.get(key) is not None for row in drawn)]
+    metrics = list(dict.fromkeys(row["metric"] for row in plotted))
+    columns = [key for key in axes if any(row.get(key) is not None for row in plotted)]
     if not columns:
         return False
     size = (5.2 * len(columns) + 2.4, 4.2 * len(metrics))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # needs no display
     grid = figure.subplots(len(metrics), len(columns), squeeze=False)
-    for metric, places in zip(metrics, grid, strict=True):
-        own = [row for row in drawn if row["metric"] == metric]
-        for key, axis in zip(columns, places, strict=True):
-            lines = _draw(axis, own, key)
+    for metric, axes_of_metric in zip(metrics, grid, strict=True):
+        metric_rows = [row for row in plotted if row["metric"] == metric]
+        for key, axis in zip(columns, axes_of_metric, strict=True):
+            lines = _plot_lines(axis, metric_rows, key)
             axis.set_xlabel(axes[key])
             if with_front:
                 _ring_fronts(axis, lines, key)
-        better = "higher" if scorer_of(own[0]["task"]).higher_is_better else "lower"
-        places[0].set_ylabel(f"{metric.upper() if metric == 'wer' else metric} in % ({better} is better)")
-        places[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        better = "higher" if scorer_of(metric_rows[0]["task"]).higher_is_better else "lower"
+        axes_of_metric[0].set_ylabel(f"{metric.upper() if metric == 'wer' else metric} in % ({better} is better)")
+        axes_of_metric[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
     return True
 
 
 def front(rows: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
-    """The Pareto front of one line: rows with a higher value than everything that costs no more, cheapest first."""
-    found: list[Mapping[str, Any]] = []
+    """Finds the Pareto front of one line: rows with a higher value than all that cost no more, cheapest first."""
+    best: list[Mapping[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row[key], -row["value"])):
-        if not found or row["value"] > found[-1]["value"]:
-            found.append(row)
-    return found
+        if not best or row["value"] > best[-1]["value"]:
+            best.append(row)
+    return best
 
 
 def _ring_fronts(axis: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> None:
-    for number, own in enumerate(lines.values()):
-        best = front(own, key)
+    for number, line_rows in enumerate(lines.values()):
+        best = front(line_rows, key)
         axis.plot(
             [row[key] for row in best],
             [100 * row["value"] for row in best],
@@ -84,7 +84,7 @@ def _ring_fronts(axis: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]], ke
     axis.set_title("ringed: better than every cheaper budget", fontsize=9)
 
 
-def _draw(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
+def _plot_lines(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     with_set = len({row["set"] for row in rows}) > 1
     with_kinds = {row["task"] for row in rows if row["kind"] is not None}
@@ -92,29 +92,29 @@ def _draw(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, l
         if row.get(key) is not None:
             name = _name(row, with_set=with_set, with_kinds=row["task"] in with_kinds)
             lines.setdefault(name, []).append(row)
-    for number, (name, own) in enumerate(lines.items()):
-        own = sorted(own, key=lambda row: row[key])
+    for number, (name, line_rows) in enumerate(lines.items()):
+        line_rows = sorted(line_rows, key=lambda row: row[key])
         color, marker = f"C{number % 10}", _MARKERS[(number + number // 10) % len(_MARKERS)]
-        places, values = [row[key] for row in own], [100 * row["value"] for row in own]
-        axis.plot(places, values, color=color, marker=marker, markersize=5, label=name)
-        hollow = [(x, y) for x, y, row in zip(places, values, own, strict=True) if not row["is_trained"]]
+        costs, values = [row[key] for row in line_rows], [100 * row["value"] for row in line_rows]
+        axis.plot(costs, values, color=color, marker=marker, markersize=5, label=name)
+        hollow = [(x, y) for x, y, row in zip(costs, values, line_rows, strict=True) if not row["is_trained"]]
         if hollow:
             axis.plot(*zip(*hollow, strict=True), color=color, marker=marker, markerfacecolor="white", linestyle="none")
-        if all(row["low"] is not None for row in own):
-            bounds = [[100 * row[bound] for row in own] for bound in ("low", "high")]
-            axis.fill_between(places, *bounds, color=color, alpha=0.12, linewidth=0)
-    if found := sorted({row[key] for own in lines.values() for row in own}):
-        _scale(axis, found)
+        if all(row["low"] is not None for row in line_rows):
+            bounds = [[100 * row[bound] for row in line_rows] for bound in ("low", "high")]
+            axis.fill_between(costs, *bounds, color=color, alpha=0.12, linewidth=0)
+    if all_costs := sorted({row[key] for line_rows in lines.values() for row in line_rows}):
+        _scale(axis, all_costs)
     axis.grid(alpha=0.3)
     axis.set_ylim(bottom=0)
     return lines
 
 
-def _scale(axis: Any, places: Sequence[float]) -> None:
-    """Logarithmic where the places span much, with plain numbers at the ticks."""
+def _scale(axis: Any, costs: Sequence[float]) -> None:
+    """Makes the axis logarithmic where costs span much, with plain numbers at the ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    span = places[-1] / places[0]
+    span = costs[-1] / costs[0]
     if span < 4:
         return
     base = 2 if span < 1000 else 10

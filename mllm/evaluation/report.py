@@ -1,4 +1,4 @@
-"""Results: rows of numbers from lines of answers, and their forms for eyes, programs and spreadsheets.
+"""Makes results: rows of numbers from lines of answers, and their forms for eyes, programs and spreadsheets.
 
 Knows lines and scores. Does not know models or plots.
 """
@@ -26,7 +26,7 @@ _TFLOPS = {"published_tflops": "published", "attention_tflops": "attention"}
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     `rows` hold one metric each: what it is of (`set`, `task`, `kind` or None for all kinds, `snr_db`,
     `budget`), `metric`, `value`, `low`, `high` (95 % bootstrap), and means per sample: `soft_tokens`, `gflops`, ...
@@ -38,7 +38,7 @@ class Results:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """`results.json` and `results.csv`, each whole or not at all."""
+        """Writes `results.json` and `results.csv`, each whole or not at all."""
         content = {"facts": dict(self.facts), "rows": self.rows, "failures": self.failures}
         write_whole(folder / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         text = io.StringIO()
@@ -50,11 +50,11 @@ class Results:
 
 
 def summarise(lines: Sequence[Line], *, seed: int, facts: Mapping[str, Any] | None = None) -> Results:
-    """Score lines by set, task, kind, noise and budget, and over all kinds where a task allows it.
+    """Scores lines by set, task, kind, noise and budget, and over all kinds where a task allows it.
 
     Args:
         lines: answers and failures.
-        seed: of the bootstrap intervals.
+        seed: random seed of the bootstrap intervals.
     """
     rows = []
     for group in _groups(lines):
@@ -89,7 +89,7 @@ class _Group:
 
 
 def _groups(lines: Sequence[Line]) -> list[_Group]:
-    """Lines by what a row is of, tasks and kinds in their order of appearance, dearest budgets first."""
+    """Groups lines by what a row is of, tasks and kinds in their order of appearance, dearest budgets first."""
     groups: dict[tuple, _Group] = {}
     kinds = {(line["set"], line["task"]): set() for line in lines}
     for line in lines:
@@ -102,14 +102,14 @@ def _groups(lines: Sequence[Line]) -> list[_Group]:
         for kind in versions:
             names = {**{key: line[key] for key in _GROUP}, "kind": kind}
             groups.setdefault(tuple(names.values()), _Group(names, [])).lines.append(line)
-    places: dict[tuple, int] = {}
+    rank: dict[tuple, int] = {}
     for key in groups:
-        places.setdefault(key[:-1], len(places))
+        rank.setdefault(key[:-1], len(rank))
 
     def order(group: _Group) -> tuple:
         spent = [sum(line["tokens"].values()) for line in group.lines if "error" not in line]
         key = tuple(group.names.values())
-        return places[key[:-1]], -sum(spent) / max(len(spent), 1)
+        return rank[key[:-1]], -sum(spent) / max(len(spent), 1)
 
     return sorted(groups.values(), key=order)
 
@@ -134,19 +134,19 @@ def _means(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _mean_tflops(flops: Sequence[int]) -> float | None:
-    """To six digits, wherever they stand: toy models count in millionths."""
+    """Rounds the mean to six significant digits: toy models count in millionths."""
     return float(f"{sum(flops) / len(flops) / 1e12:.6g}") if flops else None
 
 
 def _tokens_per_second(lines: Sequence[Line]) -> float | None:
-    """Soft tokens of sounds and videos over the seconds they last; None where there are none."""
+    """Divides the soft tokens of audio and video by the seconds they last; None where there are none."""
     timed = [line for line in lines if line["seconds"]]
     seconds = sum(line["seconds"] for line in timed)
     return round(sum(sum(line["tokens"].values()) for line in timed) / seconds, 2) if seconds else None
 
 
 def table(results: Results) -> Table:
-    """The rows for a terminal; rates and accuracies in percent."""
+    """Shows the rows in a terminal; rates and accuracies in percent."""
     shown = Table(title=f"{results.facts.get('model', 'results')}", title_justify="left", pad_edge=False)
     with_set = len({row["set"] for row in results.rows}) > 1
     with_noise = any(row["snr_db"] is not None for row in results.rows)
@@ -168,19 +168,19 @@ def table(results: Results) -> Table:
 
 
 def cut_notes(rows: Sequence[Mapping[str, Any]], max_new_tokens: int | None, *, model: str = "") -> list[str]:
-    """Say how many answers had not ended at `max_new_tokens`; a line per set, task and noise that has any.
+    """Says how many answers had not ended at `max_new_tokens`; a line per set, task and noise that has any.
 
     Args:
-        rows: of results; those of kinds are left out where there is one over all kinds.
+        rows: rows of results; those of kinds are left out where there is one over all kinds.
         model: named where the lines stand beside those of others.
     """
-    places: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
+    groups: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        own = places.setdefault(tuple(row[key] for key in ("set", "task", "snr_db")), {})
-        own.setdefault(row["budget"], []).append(row)
+        of_budgets = groups.setdefault(tuple(row[key] for key in ("set", "task", "snr_db")), {})
+        of_budgets.setdefault(row["budget"], []).append(row)
     notes = []
-    for (set_name, task, snr_db), budgets in places.items():
-        cut = {budget: _num_cut(own) for budget, own in budgets.items()}
+    for (set_name, task, snr_db), budgets in groups.items():
+        cut = {budget: _num_cut(of_budgets) for budget, of_budgets in budgets.items()}
         if num_cut := sum(cut.values()):
             noise = "" if snr_db is None else f" at {snr_db:g} dB"
             counts = ", ".join(f"{count} at {budget or 'max'}" for budget, count in cut.items() if count)

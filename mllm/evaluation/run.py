@@ -1,6 +1,6 @@
-"""An evaluation from settings to results on disk, on any number of processes.
+"""Runs an evaluation from its config to results on disk, on any number of processes.
 
-Knows settings, ranks and the order of steps. The steps are in `planning`, `sweep`, `report` and `plot`.
+Knows configs, ranks and the order of steps. The steps are in `work_list`, `sweep`, `report` and `plot`.
 """
 
 import json
@@ -29,15 +29,15 @@ from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio
 from mllm.transforms.noise import MixNoise
-from mllm.utils.run_paths import run_of
+from mllm.utils.run_paths import SETTINGS, run_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
-"""Called with how many answers of this rank's share are done, and how many there are."""
+"""Called with how many answers of this rank are done, and how many there are."""
 
 
 def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) -> Results | None:
-    """Evaluate a model and write `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
+    """Evaluates a model and writes `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
 
     Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do; where vision
     benchmarks were, `benchmarks.md`, `benchmarks.json` and `benchmarks.png` do, and `submissions` is for servers.
@@ -59,13 +59,13 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
     check_noise(settings)
     noise = read_noise(settings)
     whole = read_sets(settings)
-    samples = {name: own[: settings.limit] for name, own in whole.items()}
+    samples = {name: set_samples[: settings.limit] for name, set_samples in whole.items()}
     all_ids = all_vqav2_ids(settings, samples)
     prepare_launch(use_cpu=settings.use_cpu, deepspeed=False)
     state = PartialState()
     answerer = _answerer(settings, state.device)
     allowed, space = settings.allow_untrained, answerer.processor.space
-    work = plan(samples, settings.asked_budgets, space=space, snrs_db=settings.snr_db, allow_untrained=allowed)
+    work = plan(samples, settings.parsed_budgets, space=space, snrs_db=settings.snr_db, allow_untrained=allowed)
     store = AnswerStore(settings.output_folder, rank=state.process_index)
     if state.is_main_process:
         store.claim(fingerprint_of(settings, whole))
@@ -84,7 +84,7 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
         allow_untrained=allowed,
         max_rows=settings.max_rows,
     )
-    run_share(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
+    run_part(sweep, work, rank=state.process_index, num_ranks=state.num_processes, progress=progress)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -92,7 +92,7 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
 
 
 def _answerer(settings: EvaluationConfig, device: Any) -> Answerer:
-    """The model that is evaluated, on its device."""
+    """Loads the model that is evaluated, on its device."""
     from mllm.checkpoints.load import load
     from mllm.inference.answerer import Decoding
 
@@ -130,62 +130,60 @@ def evaluate_model(
     with_plot: bool = True,
     allow_untrained: bool = False,
 ) -> Results:
-    """Evaluate a model that is at hand, in this process alone; writes what `evaluate` writes.
+    """Evaluates a model that is at hand, in this process alone; writes what `evaluate` writes.
 
     Args:
         fingerprint: whatever tells this model and these samples from others; answers of another one are refused.
         with_plot: drawing takes seconds.
-        allow_untrained: answer at amounts that training did not draw.
+        allow_untrained: answer at amounts that training did not sample.
     """
     work = plan(sets, budgets, space=answerer.processor.space, allow_untrained=allow_untrained)
     store = AnswerStore(output)
     store.claim(fingerprint)
-    run_share(Sweep(answerer, store, seed=seed, allow_untrained=allow_untrained), work)
+    run_part(Sweep(answerer, store, seed=seed, allow_untrained=allow_untrained), work)
     facts = {**fingerprint, **_cost_facts(answerer.model.config)}
     return conclude(work, store, seed=seed, facts=facts, with_plot=with_plot)
 
 
 def read_sets(settings: EvaluationConfig) -> dict[str, list[Sample]]:
-    """Read all samples of every manifest, by its short name."""
+    """Reads all samples of every manifest, by its short name."""
     named = zip(settings.set_names, settings.manifest, strict=True)
     return {name: read_data(path, settings.root, settings.reader) for name, path in named}
 
 
 def all_vqav2_ids(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sample]]) -> list[int]:
-    """Every question of VQAv2's test set, where a file of them is named.
+    """Lists every question of VQAv2's test set, where a file of them is named.
 
     Raises:
-        ValueError: it holds none, or not those that are asked.
+        ValueError: it holds none, or not those of the manifests.
     """
     if settings.vqav2_questions is None:
         return []
     ids = question_ids(settings.vqav2_questions)
-    asked = [sample.id for samples in sets.values() for sample in samples if sample.task == "vqav2"]
-    if strangers := set(asked) - set(map(str, ids)):
+    manifest_ids = [sample.id for samples in sets.values() for sample in samples if sample.task == "vqav2"]
+    if strangers := set(manifest_ids) - set(map(str, ids)):
         raise ValueError(f"vqav2_questions {settings.vqav2_questions} does not hold question {min(strangers)}")
-    if not asked:
+    if not manifest_ids:
         raise ValueError("vqav2_questions is set, but no manifest holds samples of vqav2")
     return ids
 
 
 def check_noise(settings: EvaluationConfig) -> None:
-    """Refuse to measure under the very noise that the model was trained with, unless that is asked for.
+    """Refuses to measure under the very noise that the model was trained with, unless that is allowed.
 
     Only a run folder knows what it was trained with; an exported model does not.
 
     Raises:
         ValueError: the same file, or a copy of it.
     """
-    from mllm.training.run import SETTINGS
-
-    own = run_of(settings.model) / SETTINGS
-    if settings.noise is None or settings.allow_training_noise or not own.is_file():
+    run_config = run_of(settings.model) / SETTINGS
+    if settings.noise is None or settings.allow_training_noise or not run_config.is_file():
         return
-    trained = yaml.safe_load(own.read_text(encoding="utf-8")).get("data", {}).get("noise")
+    trained = yaml.safe_load(run_config.read_text(encoding="utf-8")).get("data", {}).get("noise")
     if trained is None:
         return
-    same_place = Path(trained).resolve() == Path(settings.noise).resolve()
-    if same_place or (Path(trained).is_file() and digest_of_file(trained) == digest_of_file(settings.noise)):
+    same_path = Path(trained).resolve() == Path(settings.noise).resolve()
+    if same_path or (Path(trained).is_file() and digest_of_file(trained) == digest_of_file(settings.noise)):
         raise ValueError(
             f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
             "few; name another recording, or set allow_training_noise"
@@ -193,7 +191,7 @@ def check_noise(settings: EvaluationConfig) -> None:
 
 
 def read_noise(settings: EvaluationConfig) -> Audio | None:
-    """The noise to measure under.
+    """Reads the noise to measure under.
 
     Raises:
         ValueError: it is silent throughout, or cannot be read.
@@ -208,10 +206,10 @@ def read_noise(settings: EvaluationConfig) -> Audio | None:
     return noise
 
 
-def run_share(
+def run_part(
     sweep: Sweep, work: Sequence[Work], *, rank: int = 0, num_ranks: int = 1, progress: Progress | None = None
 ) -> None:
-    """Answer one rank's share, telling `progress` about it."""
+    """Answers the part of one rank, telling `progress` about it."""
     total = sum(len(item.budgets) for item in work[rank::num_ranks])
     done = 0
 
@@ -233,7 +231,7 @@ def conclude(
     with_plot: bool = True,
     all_ids: Sequence[int] = (),
 ) -> Results:
-    """Gather the answers of all ranks, score them and write everything; for `all_ids` see `write_submissions`.
+    """Gathers the answers of all ranks, scores them and writes everything; for `all_ids` see `write_submissions`.
 
     Raises:
         RuntimeError: answers are missing, because a rank ended early.
@@ -258,7 +256,7 @@ def conclude(
 
 
 def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
-    """One line per sample, noise and budget of the work list, in its order.
+    """Gathers one line per sample, noise and budget of the work list, in its order.
 
     Raises:
         RuntimeError: some are missing.
@@ -277,8 +275,8 @@ def _facts(settings: EvaluationConfig, config: Any) -> dict[str, Any]:
         *("manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise"),
         *("long_audio", "window_seconds", "overlap_seconds"),
     )
-    own = {key: getattr(settings, key) for key in keys}
-    return {"model": str(settings.model_folder), **own, **_cost_facts(config)}
+    values = {key: getattr(settings, key) for key in keys}
+    return {"model": str(settings.model_folder), **values, **_cost_facts(config)}
 
 
 def _cost_facts(config: Any) -> dict[str, Any]:

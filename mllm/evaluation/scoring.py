@@ -1,6 +1,6 @@
-"""Answers to numbers: the metric of each task, over groups of lines.
+"""Turns answers into numbers: the metric of each task, over groups of lines.
 
-Knows lines of `hypotheses.py` and metrics. Does not know models, files or how numbers are shown.
+Knows lines of `answer_store.py` and metrics. Does not know models, files or how numbers are shown.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Scorer:
 
 
 def score_speech(lines: Sequence[Line], seed: int) -> Score:
-    """Corpus WER and CER, each with its errors and its interval."""
+    """Computes corpus WER and CER, each with its errors and its interval."""
     pairs = [(line["references"][0], line["hypothesis"]) for line in lines]
     words = [word_errors(reference, hypothesis) for reference, hypothesis in pairs]
     characters = [character_errors(reference, hypothesis) for reference, hypothesis in pairs]
@@ -63,13 +63,13 @@ def score_speech(lines: Sequence[Line], seed: int) -> Score:
 
 
 def _interval(counts: Sequence[ErrorCounts], seed: int) -> tuple[float | None, float | None]:
-    """Bootstrap interval of a corpus rate; utterances are drawn again."""
-    found = bootstrap_interval([one.errors for one in counts], [one.reference_units for one in counts], seed=seed)
-    return found or (None, None)
+    """Computes the bootstrap interval of a corpus rate, resampling utterances."""
+    interval = bootstrap_interval([one.errors for one in counts], [one.reference_units for one in counts], seed=seed)
+    return interval or (None, None)
 
 
 def score_vqa(lines: Sequence[Line], seed: int) -> Score:
-    """Mean VQA accuracy; exact match where a sample has one answer."""
+    """Computes the mean VQA accuracy; exact match where a sample has one answer."""
     values = [vqa_accuracy(line["references"], line["hypothesis"]) for line in lines]
     low, high = bootstrap_interval(values, [1] * len(values), seed=seed) or (None, None)
     return Score("accuracy", sum(values) / len(values) if values else None, low, high, {})
@@ -91,17 +91,18 @@ SCORERS = {
     "vsr": _SPEECH,
     "avsr": _SPEECH,
     "vqa": Scorer(score_vqa, has_overall=True, higher_is_better=True),
-    **{name: _benchmark_scorer(benchmark) for name, benchmark in BENCHMARKS.items()},
 }
-"""By the `task` of a sample."""
+"""By the `task` of a sample, for those that are no benchmark."""
 
 
 def scorer_of(task: str) -> Scorer:
-    """The scorer of a task.
+    """Finds the scorer of a task.
 
     Raises:
         ValueError: a task that has none.
     """
+    if task in BENCHMARKS:
+        return _benchmark_scorer(BENCHMARKS[task])
     if task not in SCORERS:
-        raise ValueError(f"there is no metric for task {task!r}; allowed: {', '.join(SCORERS)}")
+        raise ValueError(f"there is no metric for task {task!r}; allowed: {', '.join([*SCORERS, *BENCHMARKS])}")
     return SCORERS[task]

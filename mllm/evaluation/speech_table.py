@@ -1,11 +1,11 @@
-"""The table of the speech papers: models in rows, a column per task and rates, a block per set and noise.
+"""Lays out the table of the speech papers: a row per model, a column per task and rates, a block per set and noise.
 
     | model    | ASR (4) | ASR (16) | VSR (2) | VSR (5) | AVSR (4,2) | AVSR (4,5) | AVSR (16,2) | AVSR (16,5) | avg |
 
 Knows rows of results. Does not know folders, models or plots.
 
-The average is the unweighted mean of the columns, and is told only where all of them are there. Lips do not hear noise:
-what they read stands in every block of their set.
+The average is the unweighted mean of the columns, and is left out unless all of them are there. Noise does not change
+what is read from video alone: such results stand in every block of their set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ class Column:
 
     @property
     def title(self) -> str:
-        """As papers write it: `AVSR (4,2)`; rates without their stroke."""
+        """Writes the title as papers do: `AVSR (4,2)`, rates without their stroke."""
         return f"{self.task.upper()} ({','.join(str(amount).removeprefix('/') for amount in self.amounts)})"
 
     @property
-    def place(self) -> tuple:
-        """Tasks in their order, rates from fine to coarse, before everything that is no rate."""
+    def order(self) -> tuple:
+        """Sorts tasks in their order, rates from fine to coarse, before everything that is no rate."""
         return TASKS.index(self.task), tuple(
             (amount.kind != "rate", amount.kind, amount.value) for amount in self.amounts
         )
@@ -52,33 +52,33 @@ class Column:
 
 @dataclass
 class Block:
-    """What was found on one set in one noise: rows of results by model and column."""
+    """The results on one set in one noise: rows of results by model and column."""
 
     set_name: str
     kind: str | None
     snr_db: float | None
-    found: dict[str, dict[Column, Row]] = field(default_factory=dict)
+    results: dict[str, dict[Column, Row]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """The set, its kind, and the noise."""
+        """Names the set, its kind, and the noise."""
         noise = "clean" if self.snr_db is None else f"SNR {self.snr_db:g} dB"
         return ", ".join(filter(None, (self.set_name, self.kind, noise)))
 
     @property
     def columns(self) -> list[Column]:
-        """Every column that any model has."""
-        return sorted({column for own in self.found.values() for column in own}, key=lambda column: column.place)
+        """Lists every column that any model has."""
+        return sorted({column for cells in self.results.values() for column in cells}, key=lambda column: column.order)
 
     def average(self, model: str, key: str) -> float | None:
-        """Mean of all columns, or None where the model lacks one."""
-        values = [self.found[model].get(column, {}).get(key) for column in self.columns]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
+        """Takes the mean of all columns, or returns None where the model lacks one."""
+        values = [self.results[model].get(column, {}).get(key) for column in self.columns]
+        present = [value for value in values if value is not None]
+        return sum(present) / len(present) if present and len(present) == len(values) else None
 
 
 def column_of(row: Row) -> Column | None:
-    """The column of a row of results, or None for what is no speech."""
+    """Finds the column of a row of results, or returns None for what is no speech."""
     if row["task"] not in TASKS:
         return None
     budget = Budget.parse(row["budget"])
@@ -88,7 +88,7 @@ def column_of(row: Row) -> Column | None:
 
 
 def blocks_of(rows_by_model: Mapping[str, Sequence[Row]]) -> list[Block]:
-    """Rows of results laid out: sets and kinds in their order of appearance, clean speech before noise.
+    """Lays rows of results out: sets and kinds in their order of appearance, clean speech before noise.
 
     Raises:
         ValueError: a model has two results for one cell.
@@ -101,43 +101,43 @@ def blocks_of(rows_by_model: Mapping[str, Sequence[Row]]) -> list[Block]:
                 continue
             key = (row["set"], row["kind"], row["snr_db"])
             block = blocks.setdefault(key, Block(*key))
-            own = block.found.setdefault(model, {})
-            if column in own:
+            cells = block.results.setdefault(model, {})
+            if column in cells:
                 raise ValueError(f"{model} has two results for {column.title} of {block.title}; name the models apart")
-            own[column] = row
-    _share_lips(list(blocks.values()))
-    places = {key[:2]: place for place, key in reversed(list(enumerate(blocks)))}
+            cells[column] = row
+    _repeat_video_rows(list(blocks.values()))
+    rank = {key[:2]: number for number, key in reversed(list(enumerate(blocks)))}
 
     def order(block: Block) -> tuple:
         quiet = block.snr_db is None
-        return places[block.set_name, block.kind], not quiet, 0 if quiet else -block.snr_db  # pyright: ignore
+        return rank[block.set_name, block.kind], not quiet, 0 if quiet else -block.snr_db  # pyright: ignore
 
-    return sorted((block for block in blocks.values() if not _is_only_lips_of(block, blocks)), key=order)
+    return sorted((block for block in blocks.values() if not _only_repeats_video(block, blocks)), key=order)
 
 
-def _share_lips(blocks: Sequence[Block]) -> None:
+def _repeat_video_rows(blocks: Sequence[Block]) -> None:
     for clean in blocks:
         for noisy in blocks:
             if clean.snr_db is not None or noisy.snr_db is None:
                 continue
             if (clean.set_name, clean.kind) == (noisy.set_name, noisy.kind):
-                for model, own in clean.found.items():
-                    seen = {column: row for column, row in own.items() if column.task == "vsr"}
-                    if seen and model in noisy.found:
-                        noisy.found[model].update(seen)
+                for model, cells in clean.results.items():
+                    video_cells = {column: row for column, row in cells.items() if column.task == "vsr"}
+                    if video_cells and model in noisy.results:
+                        noisy.results[model].update(video_cells)
 
 
-def _is_only_lips_of(block: Block, blocks: Mapping[tuple, Block]) -> bool:
-    """Whether a clean block holds nothing but what its noisy ones show as well."""
+def _only_repeats_video(block: Block, blocks: Mapping[tuple, Block]) -> bool:
+    """Tells whether a clean block holds nothing but what its noisy ones show as well."""
     noisy = [key for key in blocks if key[:2] == (block.set_name, block.kind) and key[2] is not None]
     return block.snr_db is None and bool(noisy) and all(column.task == "vsr" for column in block.columns)
 
 
 def cells_of(block: Block, model: str, key: str) -> list[str]:
-    """A model's line: its values in percent with their marks, and the average."""
+    """Writes a model's line: its values in percent with their marks, and the average."""
     cells = []
     for column in block.columns:
-        row = block.found[model].get(column)
+        row = block.results[model].get(column)
         cells.append("-" if row is None else _percent(row.get(key)) + _marks(row))
     return [*cells, _percent(block.average(model, key))]
 
@@ -151,47 +151,47 @@ def _percent(value: float | None) -> str:
 
 
 def costs_of(block: Block) -> list[list[str]]:
-    """Lines of what the prompts of each model cost, those that are known."""
+    """Writes lines of what the prompts of each model cost, where that is known."""
     lines = []
-    for model, own in block.found.items():
+    for model, cells in block.results.items():
         for name, (key, form) in COSTS.items():
-            values = [own.get(column, {}).get(key) for column in block.columns]
+            values = [cells.get(column, {}).get(key) for column in block.columns]
             if any(value is not None for value in values):
                 lines.append([f"{model}: {name}", *("-" if v is None else form.format(v) for v in values), ""])
     return lines
 
 
 def notes_of(blocks: Sequence[Block]) -> list[str]:
-    """What the marks in the tables mean, those that occur."""
-    marks = "".join(_marks(row) for block in blocks for own in block.found.values() for row in own.values())
+    """Explains the marks in the tables, those that occur."""
+    marks = "".join(_marks(row) for block in blocks for cells in block.results.values() for row in cells.values())
     return [f"{mark} {words}" for mark, words in NOTES.items() if mark in marks]
 
 
 def tables(blocks: Sequence[Block]) -> list[Table]:
-    """The blocks for a terminal: WER, and below it what the prompts cost."""
-    made = []
+    """Shows the blocks in a terminal: WER, and below it what the prompts cost."""
+    tables_made = []
     for block in blocks:
         shown = Table(title=f"WER %: {block.title}", title_justify="left", pad_edge=False)
         shown.add_column("model")
         for title in (*(column.title for column in block.columns), "avg"):
             shown.add_column(title, justify="right")
-        for model in block.found:
+        for model in block.results:
             shown.add_row(model, *cells_of(block, model, "value"))
         shown.add_section()
         for line in costs_of(block):
             shown.add_row(*line)
-        made.append(shown)
-    return made
+        tables_made.append(shown)
+    return tables_made
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """The blocks as Markdown: WER and CER, the lowest of a column bold where there are several models, and costs."""
+    """Writes the blocks as Markdown: WER and CER, the lowest of a column bold among several models, and costs."""
     parts = []
     for block in blocks:
         titles = [column.title for column in block.columns]
         parts.append(f"### {block.title}")
         for name, key in METRICS.items():
-            lines = [[model, *cells_of(block, model, key)] for model in block.found]
+            lines = [[model, *cells_of(block, model, key)] for model in block.results]
             parts.append(markdown_table([name, *titles, "avg"], _with_bold(lines)))
         if costs := costs_of(block):
             parts.append(markdown_table(["prompt", *titles, ""], costs))
@@ -200,18 +200,18 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def _with_bold(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    made = [list(line) for line in lines]
-    for place in range(1, len(made[0])):
-        values = [line[place].strip(UNTRAINED + FAILED) for line in made]
+    bold = [list(line) for line in lines]
+    for number in range(1, len(bold[0])):
+        values = [line[number].strip(UNTRAINED + FAILED) for line in bold]
         numbers = [float(value) for value in values if value != "-"]
-        for line, value in zip(made, values, strict=True):
+        for line, value in zip(bold, values, strict=True):
             if len(numbers) > 1 and value != "-" and float(value) == min(numbers):
-                line[place] = f"**{line[place]}**"
-    return made
+                line[number] = f"**{line[number]}**"
+    return bold
 
 
 def to_data(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    """The blocks for programs: whole rows of results by model and column, and averages."""
+    """Returns the blocks for programs: whole rows of results by model and column, and averages."""
     return [
         {
             "title": block.title,
@@ -221,10 +221,10 @@ def to_data(blocks: Sequence[Block]) -> list[dict[str, Any]]:
             "columns": [column.title for column in block.columns],
             "models": {
                 model: {
-                    "cells": {column.title: dict(own[column]) for column in block.columns if column in own},
+                    "cells": {column.title: dict(cells[column]) for column in block.columns if column in cells},
                     "averages": {name: block.average(model, key) for name, key in METRICS.items()},
                 }
-                for model, own in block.found.items()
+                for model, cells in block.results.items()
             },
         }
         for block in blocks

@@ -1,4 +1,4 @@
-"""Runs the work list: every sample is read and encoded once and answered at all its budgets together.
+"""Works off the work list: every sample is read and encoded once and answered at all its budgets together.
 
 Samples of a batch that hold the same files share them: these are loaded and encoded once for all their questions, and
 what the prompts begin with alike is read once (see `mllm.kv_cache.shared_prefix`). Work is ordered so that such samples
@@ -22,8 +22,8 @@ from mllm.evaluation.flops import Item, attention_flops, items_of, published_flo
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.work_list import Work, references_of, untrained_message
 from mllm.inference.answerer import Answer, Answerer, is_trained
-from mllm.inference.grouping import alike, number_in_pass
-from mllm.inference.long_audio import Window, joined, load_windows
+from mllm.inference.grouping import group_by, number_per_batch
+from mllm.inference.long_audio import Window, join_answers, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing.batch import Row, check_length
 from mllm.processing.processor import LoadedMedia
@@ -38,7 +38,7 @@ class Loaded:
     work: Work
     media: list[LoadedMedia]
     windows: list[Window] = field(default_factory=list)
-    """Of a sound that comes in several; `media` are those of the first."""
+    """The windows of long audio, one otherwise; `media` are those of the first."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Sweep:
     Args:
         answerer: with its decoding and batch size.
         store: of this rank.
-        noise: mixed into sounds of work with a ratio.
-        seed: of the noise, which is a function of seed, sample and ratio.
+        noise: mixed into the audio of work with a ratio.
+        seed: random seed of the noise, which is a function of seed, sample and ratio.
         loader: decodes files; the default one when None.
-        allow_untrained: answer at amounts that training did not draw; refused otherwise, sample by sample where only
+        allow_untrained: answer at amounts that training did not sample; refused otherwise, sample by sample where only
             the sample tells what an amount is.
         max_rows: most rows of one `generate`, a row being a sample at one budget.
     """
@@ -67,97 +67,107 @@ class Sweep:
     """Called with the number of answers that have been added."""
 
     def run(self, work: Sequence[Work], *, rank: int = 0, num_ranks: int = 1) -> None:
-        """Answer this rank's share of the work list, leaving out what has been answered. Failures are tried again."""
+        """Answers this rank's part of the work list, leaving out what has been answered. Failures are tried again."""
         self.store.repair()
         done = {key for key, line in self.store.read().items() if "error" not in line}
-        own = []
-        for item in _share(work, rank, num_ranks):
+        open_work = []
+        for item in _work_of_rank(work, rank, num_ranks):
             pending = tuple(budget for budget in item.budgets if item.key(budget) not in done)
             self.on_progress(len(item.budgets) - len(pending))
             if pending:
-                own.append(Work(item.set_name, item.sample, item.snr_db, pending))
-        for batch in _batches(own, self.answerer.batch_size, self.max_rows):
+                open_work.append(Work(item.set_name, item.sample, item.snr_db, pending))
+        for batch in _batches(open_work, self.answerer.batch_size, self.max_rows):
             lines = list(self._answer(batch))
             self.store.append(lines)
             self.on_progress(len(lines))
 
     def _answer(self, batch: Sequence[Work]) -> Iterator[Line]:
-        loaded, wanted = [], []
-        known: dict[Hashable, list[Window]] = {}
+        """Loads the media of a batch, turns what cannot be answered into failures, and answers the rest."""
+        loaded, budgets_of_items = [], []
+        windows_of_media: dict[Hashable, list[Window]] = {}
         for work in batch:
             try:
-                if work.media_key not in known:
-                    known[work.media_key] = self._load(work)
-                windows = known[work.media_key]
+                if work.media_key not in windows_of_media:
+                    windows_of_media[work.media_key] = self._load(work)
+                windows = windows_of_media[work.media_key]
                 item = Loaded(work, windows[0].media, windows)
                 row = self._rows([item])[0]
             except ValueError as error:
                 yield from (_failure(work, budget, error) for budget in work.budgets)
                 continue
-            met = []
+            possible = []
             for budget in work.budgets:
                 try:
                     self._check(row, budget)
-                    met.append(budget)
+                    possible.append(budget)
                 except ValueError as error:
                     yield _failure(work, budget, error)
             loaded.append(item)
-            wanted.append(tuple(met))
-        for budgets in dict.fromkeys(wanted):
+            budgets_of_items.append(tuple(possible))
+        # A budget that one sample cannot meet must not cost the others theirs, so items are grouped by what they can.
+        for budgets in dict.fromkeys(budgets_of_items):
             if budgets:
-                same = [item for item, own in zip(loaded, wanted, strict=True) if own == budgets]
-                yield from self._answer_at(same, budgets)
+                items = [item for item, possible in zip(loaded, budgets_of_items, strict=True) if possible == budgets]
+                yield from self._answer_at(items, budgets)
 
     def _answer_at(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
-        """Answer at the same budgets: together, but for those that come in windows, whose questions share them."""
+        """Answers at the same budgets: together, but for those that come in windows, whose questions share them."""
         if whole := [item for item in items if len(item.windows) == 1]:
             yield from self._answer_together(whole, budgets)
         split = [item for item in items if len(item.windows) > 1]
-        for own in alike(split, lambda item: item.work.media_key):
-            yield from self._answer_windows(own, budgets)
+        for same_media in group_by(split, lambda item: item.work.media_key):
+            yield from self._answer_windows(same_media, budgets)
 
     def _check(self, row: Row, budget: Budget) -> None:
-        """Raises: ValueError for a budget the row cannot meet, at which it is longer than the LLM reads, or that
-        was not trained and is not allowed."""
+        """Refuses a budget that a row cannot be answered at.
+
+        Raises:
+            ValueError: the row cannot meet it, is longer with it than the LLM reads, or it is untrained and refused.
+        """
         space = self.answerer.processor.space
-        costs = row.costs(budget, space)
-        check_length(row, costs, self.answerer.processor.context_tokens)
-        if not self.allow_untrained and not is_trained([run.extent for run in row.runs], costs, space):
+        counts = row.token_counts(budget, space)
+        check_length(row, counts, self.answerer.processor.context_tokens)
+        if not self.allow_untrained and not is_trained([run.extent for run in row.runs], counts, space):
             raise ValueError(f"sample {row.sample_id!r}: {untrained_message(budget, space)}")
 
     def _answer_together(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
         samples, media = [item.work.sample for item in items], [item.media for item in items]
         batch = self.answerer.processor.batch(samples, media, for_training=False)
-        draws = [[budget] * len(items) for budget in budgets]
-        for answers in self.answerer.answer_draws(batch, draws, max_rows=self.max_rows):
+        of_rows = [[budget] * len(items) for budget in budgets]
+        for answers in self.answerer.answer_in_parts(batch, of_rows, max_rows=self.max_rows):
             for item, row, answer in zip(items, batch.rows, answers, strict=True):
                 yield self._line(item, row, answer)
 
     def _answer_windows(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
-        """One line per budget and sample about a sound that comes in windows, the same for all; see `_joined_line`."""
+        """Yields one line per budget and sample about long audio that is the same for all; see `_joined_line`."""
         samples, windows = [item.work.sample for item in items], items[0].windows
-        draws = [[budget] * len(items) for budget in budgets]
-        found = self.answerer.answer_windows(samples, windows, draws, max_rows=self.max_rows)
-        for place, item in enumerate(items):
+        of_samples = [[budget] * len(items) for budget in budgets]
+        by_budget = self.answerer.answer_windows(samples, windows, of_samples, max_rows=self.max_rows)
+        for number, item in enumerate(items):
             rows = self._rows([Loaded(item.work, window.media) for window in windows])
-            for answers in found:
-                yield self._joined_line(item, rows, answers[place])
+            for answers in by_budget:
+                yield self._joined_line(item, rows, answers[number])
 
     def _joined_line(self, item: Loaded, rows: Sequence[Row], answers: Sequence[Answer]) -> Line:
-        """The line of a sample that was answered window by window; its tokens and cost are those of all windows."""
+        """Makes the line of a sample that was answered window by window; tokens and cost are those of all windows."""
         lines = [
             self._line(Loaded(item.work, window.media), row, answer)
             for window, row, answer in zip(item.windows, rows, answers, strict=True)
         ]
         costs = [line["cost"] for line in lines]
-        whole = self._line(item, rows[0], joined(item.windows, answers))
-        cost = None if None in costs else {key: sum(own[key] for own in costs) for key in costs[0]}
+        whole = self._line(item, rows[0], join_answers(item.windows, answers))
+        cost = None if None in costs else {key: sum(of_window[key] for of_window in costs) for key in costs[0]}
         return whole | {"seconds": round(item.windows[-1].stop, 3), "cost": cost}
 
     def _load(self, work: Work) -> list[Window]:
-        noise, how = self._noise_of(work), self.answerer.long_audio
-        processor = self.answerer.processor
-        return load_windows(work.sample, processor, how, loader=self.loader, noise=noise, budgets=work.budgets)
+        return load_windows(
+            work.sample,
+            self.answerer.processor,
+            self.answerer.long_audio,
+            loader=self.loader,
+            noise=self._noise_of(work),
+            budgets=work.budgets,
+        )
 
     def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
         ratio = work.snr_db
@@ -166,7 +176,7 @@ class Sweep:
         assert self.noise is not None
         mix = MixNoise(self.noise, ratio)
         generator = random_generator(self.seed, 0, work.sample.id, f"evaluation noise {ratio:g}")
-        return lambda sound: mix(sound, generator)
+        return lambda audio: mix(audio, generator)
 
     def _rows(self, items: Sequence[Loaded]) -> Sequence[Row]:
         samples: list[Sample] = [item.work.sample for item in items]
@@ -187,18 +197,18 @@ class Sweep:
         }
 
     def _cost(self, item: Loaded, row: Row, answer: Answer) -> dict[str, int] | None:
-        """FLOPs by part and bytes of cache, of the sample asked alone; None for a model that has no formula.
+        """Computes FLOPs by part and bytes of cache, of the sample asked alone; None for a model without a formula.
 
         What it shared with other questions about its media is counted whole, so that no figure depends on company.
         """
         config = self.answerer.model.config
         if cost_problem(config) is not None:
             return None
-        spent = row.costs(answer.budget, self.answerer.processor.space)
+        counts = row.token_counts(answer.budget, self.answerer.processor.space)
         items = [
-            own
-            for run, cost, medium in zip(row.runs, spent, item.media, strict=True)
-            for own in items_of(run.extent, cost, frame_pixels=medium.values.shape[-2:])
+            encoded
+            for run, count, medium in zip(row.runs, counts, item.media, strict=True)
+            for encoded in items_of(run.extent, count, frame_pixels=medium.values.shape[-2:])
         ]
         cost = request_cost(
             config,
@@ -220,7 +230,7 @@ class Sweep:
 
 
 def _seconds(row: Row) -> float | None:
-    """How long the longest sound or video of a row lasts."""
+    """Tells how long the longest audio or video of a row lasts."""
     lasts = [
         float(run.extent.length / run.extent.frames_per_second) for run in row.runs if run.extent.frames_per_second
     ]
@@ -228,7 +238,7 @@ def _seconds(row: Row) -> float | None:
 
 
 def cost_problem(config: Any) -> str | None:
-    """Why the cost of this model cannot be told, or None."""
+    """Says why the cost of this model cannot be computed, or returns None."""
     try:
         request_cost(
             config, [Item(medium, 64, 1) for medium in config.encoder_configs], num_prompt_tokens=1, num_new_tokens=1
@@ -238,31 +248,33 @@ def cost_problem(config: Any) -> str | None:
     return None
 
 
-def _share(work: Sequence[Work], rank: int, num_ranks: int) -> Iterator[Work]:
-    """Every so-manieth set of files with all that is asked about them, in the order of the work."""
-    places: dict[Hashable, int] = {}
-    return (item for item in work if places.setdefault(item.media_key, len(places)) % num_ranks == rank)
+def _work_of_rank(work: Sequence[Work], rank: int, num_ranks: int) -> Iterator[Work]:
+    """Deals out the work by files, so that all questions about a file go to one rank, in the order of the work."""
+    number_of_media: dict[Hashable, int] = {}
+    return (
+        item for item in work if number_of_media.setdefault(item.media_key, len(number_of_media)) % num_ranks == rank
+    )
 
 
 def _batches(work: Sequence[Work], size: int, max_rows: int | None = None) -> Iterator[list[Work]]:
-    """Work of the same media and budgets together, questions about the same files side by side, else in its order.
+    """Batches work of the same media and budgets, questions about the same files side by side, else in its order.
 
     At most `size` samples, and no more rows than `max_rows` unless a single sample has more budgets than that.
     """
-    places: dict[Hashable, int] = {}
+    number_of_media: dict[Hashable, int] = {}
     for item in work:
-        places.setdefault(item.media_key, len(places))
+        number_of_media.setdefault(item.media_key, len(number_of_media))
 
-    def alike(item: Work) -> tuple:
+    def batch_key(item: Work) -> tuple:
         return item.media, tuple(map(str, item.budgets))
 
-    def place(item: Work) -> tuple:
-        return *alike(item), places[item.media_key]
+    def order(item: Work) -> tuple:
+        return *batch_key(item), number_of_media[item.media_key]
 
-    for _, group in groupby(sorted(work, key=place), key=alike):
+    for _, group in groupby(sorted(work, key=order), key=batch_key):
         items = list(group)
-        own = number_in_pass(size, len(items[0].budgets), max_rows)
-        yield from (items[start : start + own] for start in range(0, len(items), own))
+        count = number_per_batch(size, len(items[0].budgets), max_rows)
+        yield from (items[start : start + count] for start in range(0, len(items), count))
 
 
 def _facts(work: Work, budget: Budget) -> Line:

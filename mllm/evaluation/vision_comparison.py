@@ -1,8 +1,10 @@
-"""Vision results of several models in one table: a row per model and budget, a column per benchmark, their average.
+"""Lays out vision results of several models: a row per model and budget, a column per benchmark, their average.
 
     | model | budget    | soft tokens | GQA  | POPE (F1) | avg  |
 
-Beside the benchmarks, `vqa` (a manifest of one's own) has a column. Knows rows of results. Does not know folders.
+Beside the benchmarks, `vqa` (any other manifest of questions) has a column.
+
+Knows rows of results. Does not know folders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +16,11 @@ from mllm.evaluation.benchmark_table import BenchmarkTable, Row, columns_of, ove
 from mllm.evaluation.scorers import registry
 from mllm.utils.markdown import markdown_table
 
-COLUMNS = {
-    **{name: benchmark.columns for name, benchmark in registry.BENCHMARKS.items()},
-    "vqa": (registry.Column("VQA"),),
-}
-"""By task."""
+
+def columns_by_task() -> dict[str, tuple[registry.Column, ...]]:
+    """Lists the columns of each task that can be compared."""
+    benchmarks = {task: benchmark.columns for task, benchmark in registry.BENCHMARKS.items()}
+    return {**benchmarks, "vqa": (registry.Column("VQA"),)}
 
 
 @dataclass
@@ -29,54 +31,55 @@ class VisionComparison:
 
     @property
     def titles(self) -> list[str]:
-        """The first line of the table."""
+        """Returns the first line of the table."""
         return ["model", *next(iter(self.tables.values())).titles]
 
     @property
     def cells(self) -> list[list[str]]:
-        """Everything below it: models in their order, each from its dearest budget to its cheapest."""
+        """Returns everything below it: models in their order, each from its dearest budget to its cheapest."""
         return [[model, *line] for model, table in self.tables.items() for line in table.cells]
 
     @property
     def notes(self) -> list[str]:
-        """What the marks of these cells mean."""
+        """Explains the marks of these cells."""
         return list(dict.fromkeys(note for table in self.tables.values() for note in table.notes))
 
     def to_markdown(self) -> str:
-        """Table and notes."""
+        """Writes table and notes as Markdown."""
         return "\n\n".join([markdown_table(self.titles, self.cells), *self.notes]) + "\n"
 
     def to_data(self) -> dict[str, Any]:
-        """The rows of each model for programs."""
+        """Returns the rows of each model for programs."""
         return {model: benchmark_table.to_data(table) for model, table in self.tables.items()}
 
     @property
     def plotted(self) -> list[dict[str, Any]]:
-        """Rows for a plot: the share of each column, by model."""
+        """Makes rows for a plot: the share of each column, by model."""
         return [
-            {**found, "label": f"{model} {column.title}", "metric": "score", "value": column.share(found)}
+            {**result, "label": f"{model} {column.title}", "metric": "score", "value": column.fraction(result)}
             | {"low": None, "high": None, "kind": None}
             for model, table in self.tables.items()
             for row in table.rows
-            for column, found in row.found.items()
+            for column, result in row.results.items()
         ]
 
 
 def vision_comparison(rows_by_model: Mapping[str, Sequence[Row]]) -> VisionComparison | None:
-    """Lay the vision results of models side by side, or None where there are none.
+    """Lays the vision results of models side by side, or None where there are none.
 
     Raises:
         ValueError: a model has two results for one cell.
     """
-    own = {model: _vision_rows(model, rows) for model, rows in rows_by_model.items()}
-    columns = columns_of([row for rows in own.values() for row in rows], COLUMNS)
-    tables = {model: table_of(rows, columns) for model, rows in own.items() if rows}
+    vision_rows = {model: _vision_rows(model, rows) for model, rows in rows_by_model.items()}
+    columns = columns_of([row for rows in vision_rows.values() for row in rows], columns_by_task())
+    tables = {model: table_of(rows, columns) for model, rows in vision_rows.items() if rows}
     return VisionComparison(tables) if tables else None
 
 
 def _vision_rows(model: str, rows: Iterable[Row]) -> list[Row]:
-    """Rows over all kinds; what was asked in noise is a set of its own."""
-    named = [{**row, "set": _set_of(row), "snr_db": None} for row in rows if row["task"] in COLUMNS]
+    """Picks the rows over all kinds; what was answered in noise is another set."""
+    tasks = columns_by_task()
+    named = [{**row, "set": _set_of(row), "snr_db": None} for row in rows if row["task"] in tasks]
     seen: set[tuple] = set()
     for row in named:
         key = (row["set"], row["task"], row["kind"], row["budget"])
@@ -84,7 +87,7 @@ def _vision_rows(model: str, rows: Iterable[Row]) -> list[Row]:
             cell = f"{row['task']} of {row['set']} at {row['budget'] or 'max'}"
             raise ValueError(f"{model} has two results for {cell}; name the models apart")
         seen.add(key)
-    return overall_rows(named, COLUMNS)
+    return overall_rows(named, tasks)
 
 
 def _set_of(row: Row) -> str:

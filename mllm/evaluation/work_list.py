@@ -1,4 +1,4 @@
-"""Which sample is answered at which budgets: the work list, checked before anything runs.
+"""Plans which sample is answered at which budgets: the work list, checked before anything runs.
 
 Knows samples, budgets and the model's space. Does not know models or files.
 """
@@ -17,7 +17,7 @@ from mllm.evaluation.scoring import scorer_of
 
 @dataclass(frozen=True)
 class Work:
-    """One sample under one noise, and the budgets it is to be answered at."""
+    """One sample under one noise, and the budgets to answer it at."""
 
     set_name: str
     sample: Sample
@@ -25,17 +25,17 @@ class Work:
     budgets: tuple[Budget, ...]
 
     def key(self, budget: Budget) -> Key:
-        """Where the answer at a budget is kept."""
+        """Makes the key of the answer at a budget."""
         return Key(self.set_name, self.sample.id, self.snr_db, str(budget))
 
     @property
     def media_key(self) -> Hashable:
-        """Equal for work whose media sound and look the same; noise is made for each sample anew."""
+        """Returns what is equal for work of the same media; noise is made for each sample anew."""
         return self.sample.media_key if self.snr_db is None else (self.sample.id, self.set_name, self.snr_db)
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Media of the sample in order of appearance."""
+        """Lists the media of the sample in order of appearance."""
         return tuple(part.medium for part in self.sample.media)
 
 
@@ -47,10 +47,10 @@ def plan(
     snrs_db: Sequence[float | None] = (None,),
     allow_untrained: bool = False,
 ) -> list[Work]:
-    """The work list, in the order of the sets.
+    """Makes the work list, in the order of the sets.
 
     A sample is answered at every budget that names a medium it holds, cut down to the media it holds, each once; noise
-    is for samples with sound. Tokens per second are seen to be trained or not when a sample is at hand, not here.
+    is for samples with audio. Tokens per second are seen to be trained or not when a sample is at hand, not here.
 
     Raises:
         ValueError: an amount that was not trained unless `allow_untrained`, a task without a metric, answers that
@@ -70,21 +70,21 @@ def plan(
         _check_answers(name, samples)
         for sample in samples:
             _check(name, sample, space)
-            own = [(budget, _cut(budget, sample)) for budget in budgets if _is_for(budget, sample)]
-            if not own:
+            suited = [(budget, _cut(budget, sample)) for budget in budgets if _is_for(budget, sample)]
+            if not suited:
                 held = " and ".join(sorted({part.medium for part in sample.media}))
                 raise ValueError(f"sample {sample.id!r} of {name} holds {held}, which none of the budgets names")
-            used |= {budget for budget, _ in own}
-            asked = tuple(dict.fromkeys(cut for _, cut in own))
-            hears = any(part.medium == "audio" for part in sample.media)
-            work += [Work(name, sample, snr_db, asked) for snr_db in (snrs_db if hears else (None,))]
+            used |= {budget for budget, _ in suited}
+            sample_budgets = tuple(dict.fromkeys(cut for _, cut in suited))
+            has_audio = any(part.medium == "audio" for part in sample.media)
+            work += [Work(name, sample, snr_db, sample_budgets) for snr_db in (snrs_db if has_audio else (None,))]
     if idle := [budget for budget in budgets if budget not in used]:
         raise ValueError(f"budget {str(idle[0])!r} is for no sample: none holds a medium it names")
     return work
 
 
 def references_of(sample: Sample) -> list[str]:
-    """What is right: `meta.answers` where a sample has several, else its last message; nothing where a server judges.
+    """Lists the right answers: `meta.answers` if there are several, else the last message; none if a server judges.
 
     Raises:
         ValueError: `meta.answers` is no list of texts, or there is no last message of the assistant's.
@@ -102,12 +102,12 @@ def references_of(sample: Sample) -> list[str]:
 
 
 def is_for_server(sample: Sample) -> bool:
-    """Whether a server judges the sample: a benchmark's, without an answer, in a form that can be handed in."""
+    """Tells whether a server judges the sample: a benchmark's, without an answer, in a form that can be submitted."""
     return sample.messages[-1].role != "assistant" and sample.task in BENCHMARKS and sample.task in SUBMISSIONS
 
 
 def untrained_message(budget: Budget, space: Space) -> str:
-    """What is said of a budget that is refused because training did not draw it."""
+    """Words the refusal of a budget that training did not sample."""
     trained = "; ".join(f"{m}: {', '.join(map(str, space.media[m].trained))}" for m in budget.amounts)
     if budget.num_frames is not None:
         trained += f"; frames: {', '.join(map(str, space.media['video'].frame_counts))}"
@@ -164,5 +164,5 @@ def _is_for(budget: Budget, sample: Sample) -> bool:
 
 def _cut(budget: Budget, sample: Sample) -> Budget:
     held = {part.medium for part in sample.media}
-    own = budget.only(held)
-    return own if held else replace(own, total_tokens=None)
+    cut = budget.only(held)
+    return cut if held else replace(cut, total_tokens=None)

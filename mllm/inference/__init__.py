@@ -1,1 +1,1 @@
-"""Questions about media answered at a budget."""
+"""Answers questions about media at a budget."""

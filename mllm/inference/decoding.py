@@ -1,6 +1,6 @@
-"""How the tokens of an answer are chosen, as the arguments of transformers' `generate`.
+"""Decides how the tokens of an answer are chosen, and says it as the arguments of transformers' `generate`.
 
-Knows options and their limits. Does not know models, media or budgets.
+Knows options, their limits, and which tokens end an answer. Does not know media or budgets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,8 @@ import torch
 from transformers import TextStreamer
 
 from mllm.config.model import check_at_least
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.processing.processor import ElasticProcessor
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Decoding:
         length_penalty: beams are compared by the sum of their log-probabilities over length to this power; above 0
             favours long answers.
         temperature: samples at this temperature instead; needs `num_beams` 1.
-        seed: of the samples.
+        seed: random seed of the samples.
         static_cache: keep keys and values in a cache whose size is fixed at the start. On CUDA transformers then
             compiles the decoding step and replays it as a graph; on a CPU only the cache changes. Every row reads its
             own prompt, and needs `num_beams` 1.
+        ignores_end: decode `max_new_tokens` whatever the model says, as measurements of time need it.
 
     Raises:
         ValueError: numbers out of range, or sampling with beams.
@@ -39,6 +42,7 @@ class Decoding:
     seed: int = 0
     length_penalty: float = 1.0
     static_cache: bool = False
+    ignores_end: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(self, ("num_beams", "max_new_tokens"))
@@ -60,7 +64,7 @@ class Decoding:
         suppressed_ids: Sequence[int],
         streamer: TextStreamer | None = None,
     ) -> dict[str, Any]:
-        """Arguments of `generate`, every one that could make a checkpoint's own config change the answer included."""
+        """Lists the arguments of `generate`, with every one by which a checkpoint's config could change the answer."""
         sampled = self.temperature is not None
         options: dict[str, Any] = {
             "num_beams": self.num_beams,
@@ -87,8 +91,8 @@ class Decoding:
         return options
 
     @contextmanager
-    def chance(self) -> Iterator[None]:
-        """Samples come from the seed, and nobody else's random numbers move."""
+    def seeded(self) -> Iterator[None]:
+        """Lets samples come from the seed, and moves nobody else's random numbers."""
         if self.temperature is None:
             yield
             return
@@ -97,14 +101,56 @@ class Decoding:
             yield
 
 
-class Pieces(TextStreamer):
-    """Hands finished words on instead of printing them."""
+def end_ids_of(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, decoding: Decoding | None = None
+) -> list[int]:
+    """Lists the tokens that end an answer: the tokenizer's and those of the LLM's generation config."""
+    if decoding is not None and decoding.ignores_end:
+        return []
+    ids = model.generation_config.eos_token_id
+    ends = [processor.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    return sorted({token for token in ends if token is not None})
+
+
+def up_to_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Cuts an answer behind its end token; what follows waited for the batch mates."""
+    return ids[: next((number + 1 for number, token in enumerate(ids) if token in end_ids), len(ids))]
+
+
+def has_no_end(ids: list[int], end_ids: Sequence[int]) -> bool:
+    """Tells whether an answer of `up_to_end` has no end, because it is as long as answers may be."""
+    return not ids or ids[-1] not in end_ids
+
+
+def generate_options(
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    decoding: Decoding,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Lists the arguments of `generate` for one model.
+
+    Args:
+        on_text: called with the pieces of a greedy or sampled answer as they come.
+    """
+    # A soft token's position is no word, and there would be no soft token to put there; nor are marks around it.
+    new_token_ids = (model.config.new_tokens or {}).values()
+    return decoding.options(
+        end_ids=end_ids_of(model, processor, decoding),
+        pad_id=processor.pad_id,
+        suppressed_ids=sorted({*processor.placeholder_ids.values(), *new_token_ids}),
+        streamer=None if on_text is None else WordStreamer(processor.tokenizer, on_text),
+    )
+
+
+class WordStreamer(TextStreamer):
+    """Passes finished words on instead of printing them."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each piece, which may be empty."""
+        """Passes on each piece that transformers finishes, unless it is empty."""
         if text:
             self.on_text(text)

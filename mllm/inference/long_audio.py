@@ -1,7 +1,7 @@
-"""Load a sample whose sound is longer than its encoder's window as windows, and join the answers about them.
+"""Loads a sample whose audio is longer than its encoder's window as windows, and joins the answers about them.
 
-Knows samples, loaded media and answers. Does not know models; where windows lie and how words meet is
-`inference/windows.py`.
+Knows samples, loaded media and answers. Does not know how answers come about; where windows lie and
+how words meet is in `inference/windows.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,28 +32,28 @@ class Window:
 def load_windows(
     sample: Sample,
     processor: ElasticProcessor,
-    how: LongAudio,
+    long_audio: LongAudio,
     *,
     loader: Reader | None = None,
     noise: Callable[[Audio], Audio] | None = None,
     budgets: Sequence[Budget] = (),
     given: Sequence[InMemoryMedium | None] = (),
 ) -> list[Window]:
-    """Load a sample; in windows where its one sound, alone or with the lips of the same clip, is too long.
+    """Loads a sample; in windows where its one audio, alone or with the video of the same clip, is too long.
 
-    Noise is mixed into the whole sound before it is cut, so that its ratio is that of the whole.
+    Noise is mixed into the whole audio before it is cut, so that its ratio is that of the whole.
 
     Args:
-        how: what becomes of a long sound.
+        long_audio: how to read audio that is too long.
         loader, noise, budgets, given: as in `ElasticProcessor.load_media`.
 
     Raises:
         MediaError, ValueError: as `ElasticProcessor.load_media`, and lengths that do not go with the encoder.
     """
-    if how.mode == "refuse" or not _can_be_cut(sample, processor):
+    if long_audio.mode == "refuse" or not _can_be_cut(sample, processor):
         whole = processor.load_media(sample, loader=loader, noise=noise, budgets=budgets, in_memory=given)
         return [Window(0.0, 0.0, whole)]
-    window, overlap = lengths_of(how, processor)
+    window, overlap = lengths_of(long_audio, processor)
     raws = processor.read_media(sample, loader, in_memory=given)
     try:
         raws = [noise(raw) if noise is not None and isinstance(raw, Audio) else raw for raw in raws]
@@ -61,41 +61,43 @@ def load_windows(
         raise ValueError(f"sample {sample.id!r}: {error}") from error
     seconds = next(raw.seconds for raw in raws if isinstance(raw, Audio))
     return [
-        Window(*at, processor.prepare_media(sample, [_cut(raw, *at) for raw in raws], budgets=budgets, in_memory=given))
-        for at in window_times(seconds, window, overlap)
+        Window(
+            *span, processor.prepare_media(sample, [_cut(raw, *span) for raw in raws], budgets=budgets, in_memory=given)
+        )
+        for span in window_times(seconds, window, overlap)
     ]
 
 
-def lengths_of(how: LongAudio, processor: ElasticProcessor) -> tuple[float, float]:
-    """Seconds of a window and of an overlap of a model's sounds.
+def lengths_of(long_audio: LongAudio, processor: ElasticProcessor) -> tuple[float, float]:
+    """Tells the seconds of a window and of an overlap of a model's audio.
 
     Raises:
-        ValueError: a model that takes no sounds, or as `LongAudio.lengths`.
+        ValueError: a model that takes no audio, or as `LongAudio.lengths`.
     """
     if "audio" not in processor.placeholder_ids:
         allowed = ", ".join(processor.placeholder_ids) or "text only"
-        raise ValueError(f"long_audio is {how.mode}, but this model does not take audio; it takes {allowed}")
-    return how.lengths(processor.window_seconds)
+        raise ValueError(f"long_audio is {long_audio.mode}, but this model does not take audio; it takes {allowed}")
+    return long_audio.lengths(processor.window_seconds)
 
 
 def _cut(raw: Audio | Video, start: float, stop: float) -> Audio | Video:
-    """The stretch of a sound or of lips from one second to another."""
+    """Cuts the stretch of an audio or a video from one second to another."""
     if isinstance(raw, Audio):
-        first, last = (round(at * raw.sample_rate_hz) for at in (start, stop))
+        first, last = (round(second * raw.sample_rate_hz) for second in (start, stop))
         return Audio(raw.samples[first:last], raw.sample_rate_hz)
-    first, last = (round(at * raw.frames_per_second) for at in (start, stop))
+    first, last = (round(second * raw.frames_per_second) for second in (start, stop))
     return Video(raw.frames[first:last], raw.frames_per_second)
 
 
 def _can_be_cut(sample: Sample, processor: ElasticProcessor) -> bool:
-    """Whether there is one sound, and nothing beside it but the lips of the same clip."""
+    """Tells whether there is one audio, and nothing beside it but the video of the same clip."""
     media = [part.medium for part in sample.media]
     is_clip = sorted(media) == ["audio", "video"] and bool(clip_pairs(sample)) and "video" not in processor.sampling
     return media == ["audio"] or is_clip
 
 
-def joined(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer:
-    """One answer of those about each window; tokens and milliseconds are those of all together."""
+def join_answers(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer:
+    """Joins the answers about each window; tokens and milliseconds are those of all together."""
     overlaps = [before.stop - after.start for before, after in pairwise(windows)]
     tokens = {medium: sum(answer.tokens.get(medium, 0) for answer in answers) for medium in MEDIA}
     timings = [answer.timing for answer in answers if answer.timing is not None]

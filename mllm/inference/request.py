@@ -1,17 +1,18 @@
-"""One request about files as a sample, and what an answer to it says.
+"""Turns one request about files into a sample, and defines what an answer to it tells.
 
-Knows files, samples and budgets. Does not know models or how tokens are chosen.
+Knows files, samples, budgets and timings. Does not know how an answer comes about.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mllm.budget import MEDIA, Budget, Cost, Extent, Space
+from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount
 from mllm.inference.timing import Timing
 from mllm.media import MediaInput, is_file, items_of
 from mllm.processing.requests import Request, read_request
 
-# What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
+# The question where the user gives none, by media; those of speech are the published systems' and the synthetic
+# corpus'.
 DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
     ("image",): "describe the picture.",
     ("audio",): "transcribe speech to text.",
@@ -24,12 +25,12 @@ Files = MediaInput | Sequence[MediaInput]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what it was given.
+    """What the model said to one request, and what it used for it.
 
     `tokens` are the soft tokens used, by medium; `is_trained` is false where a medium's budget was not in the trained
     space. `num_prompt_tokens` is the whole prompt, of which the first `num_shared_tokens` were read once together with
     other questions about the same media, and `num_new_tokens` counts the end token. `timing` is that of the whole
-    batch, where it was asked for. `is_cut` is true where the model had not ended when `max_new_tokens` were there.
+    batch, where it was measured. `is_cut` is true where the model had not ended when `max_new_tokens` were there.
     """
 
     text: str
@@ -66,24 +67,26 @@ def request(
     return read_request(media, prompts[present] if text is None else text, separator=separator)
 
 
-def with_sound(media: Mapping[str, Files], budget: Budget) -> dict[str, Files]:
-    """Add the sound of the videos where a budget speaks of audio and none was given."""
+def with_audio_of_videos(media: Mapping[str, Files], budget: Budget) -> dict[str, Files]:
+    """Adds the audio of the videos where a budget names audio and the request holds none."""
     if "audio" not in budget.amounts or items_of("audio", media.get("audio")):
         return dict(media)
     files = [file for file in items_of("video", media.get("video")) if is_file(file)]
     return {**media, "audio": files}
 
 
-def tokens_by_medium(extents: Sequence[Extent], costs: Sequence[Cost]) -> dict[str, int]:
-    """Soft tokens of a request by medium, in the order of `MEDIA`."""
+def tokens_by_medium(extents: Sequence[Extent], counts: Sequence[TokenCount]) -> dict[str, int]:
+    """Sums the soft tokens of a request by medium, in the order of `MEDIA`."""
     sums: dict[str, int] = {}
     for medium in MEDIA:
-        own = [cost.tokens for extent, cost in zip(extents, costs, strict=True) if extent.medium == medium]
-        if own:
-            sums[medium] = sum(own)
+        tokens = [count.tokens for extent, count in zip(extents, counts, strict=True) if extent.medium == medium]
+        if tokens:
+            sums[medium] = sum(tokens)
     return sums
 
 
-def is_trained(extents: Sequence[Extent], costs: Sequence[Cost], space: Space) -> bool:
-    """Whether training drew what every medium of a request costs, however the budget put it."""
-    return all(space.media[extent.medium].is_trained_cost(cost) for extent, cost in zip(extents, costs, strict=True))
+def is_trained(extents: Sequence[Extent], counts: Sequence[TokenCount], space: Space) -> bool:
+    """Tells whether training sampled the count of every medium of a request, however the budget put it."""
+    return all(
+        space.media[extent.medium].is_trained_count(count) for extent, count in zip(extents, counts, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""How long the phases of one `generate` take.
+"""Measures how long the phases of one `generate` take.
 
 Knows a model and when its LLM is called. Does not know requests, prompts or answers.
 """
@@ -26,7 +26,7 @@ class Timing:
     decode_ms: float
 
 
-PHASES = tuple(own.name for own in fields(Timing))
+PHASES = tuple(phase.name for phase in fields(Timing))
 
 
 class Watch:
@@ -39,20 +39,20 @@ class Watch:
         self.marks: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
-        """Keep the first time a name is marked."""
+        """Keeps the first time a name is marked."""
         if name not in self.marks:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
             self.marks[name] = time.perf_counter()
 
     def count_call(self) -> None:
-        """Called at the end of each call of the LLM."""
+        """Counts a call of the LLM that has ended."""
         self.calls_left -= 1
         if self.calls_left == 0:
             self.mark("prefilled")
 
     def timing(self) -> Timing | None:
-        """The three phases, once everything is marked."""
+        """Returns the three phases, once everything is marked."""
         if not self.active:
             return None
         times = [self.marks[name] for name in ("start", "embedded", "prefilled", "end")]

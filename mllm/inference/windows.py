@@ -1,6 +1,6 @@
-"""Cut a long recording into overlapping windows, and join their transcripts so that no word stands twice.
+"""Cuts a long recording into overlapping windows, and joins their transcripts so that no word stands twice.
 
-Knows seconds and words. Does not know sounds or models.
+Knows seconds and words. Does not know media or models.
 """
 
 import math
@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 GRID_SECONDS = 0.04
-"""Windows begin on this grid, that of video frames at 25 per second, so that sound and lips are cut alike."""
+"""Windows begin on this grid, that of video frames at 25 per second, so that audio and video are cut alike."""
 WORDS_PER_SECOND = 8
 """Faster than anybody talks: an overlap cannot hold more words (or characters where a script has no spaces)."""
 _MATCH, _OTHER, _GAP = 2, -1, -1
@@ -24,7 +24,7 @@ _UNSPACED = (
 
 
 def window_times(seconds: float, window: float, overlap: float) -> list[tuple[float, float]]:
-    """Start and stop, in seconds, of the fewest equally long windows that cover a recording with such overlaps.
+    """Lists start and stop, in seconds, of the fewest equally long windows that cover a recording with such overlaps.
 
     Windows are spread evenly, so that the last is no shorter than the others; one that holds everything is the only
     one. Starts lie on a grid of 0.04 seconds, so an overlap may be shorter by that.
@@ -40,7 +40,7 @@ def window_times(seconds: float, window: float, overlap: float) -> list[tuple[fl
 
 
 def join_transcripts(texts: Sequence[str], overlap_seconds: float) -> str:
-    """Join what is said in windows that overlap, each word of an overlap once.
+    """Joins what is said in windows that overlap, each word of an overlap once.
 
     The end of one text is aligned with the beginning of the next: equal words count for it, others and gaps against it,
     so that a word that was cut in two at the edge of a window does no harm. The texts are joined at the equal word
@@ -67,7 +67,7 @@ def join_transcripts(texts: Sequence[str], overlap_seconds: float) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """A text in words, or characters of scripts without spaces, each with the spaces before it."""
+    """Splits a text into words, or characters of scripts without spaces, each with the spaces before it."""
     words: list[str] = []
     spaces, is_open = "", False  # whether the last word takes further letters
     for letter in text.strip():
@@ -87,13 +87,13 @@ def _is_unspaced(letter: str) -> bool:
 
 
 def _key(word: str) -> str:
-    """What two words have in common when they are the same: letters and marks, whatever their case."""
+    """Reduces a word to what is compared: letters, marks and numbers, whatever their case."""
     bare = "".join(letter for letter in word.strip().casefold() if unicodedata.category(letter)[0] in "LMN")
     return unicodedata.normalize("NFC", bare) or word.strip()
 
 
 def _seam(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int] | None:
-    """How many words of the tail are kept and how many of the head are left out; None where nothing is in common."""
+    """Counts the words of the tail that are kept and those of the head that are left out; None without common words."""
     ends, begins = [_key(word) for word in tail], [_key(word) for word in head]
     # best[i][j]: the best alignment of words of the tail that end at i with the first j of the head. The tail may begin
     # anywhere at no cost; what it ends with, and what the head begins with, has to be aligned or paid for.
@@ -114,11 +114,12 @@ def _seam(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int] | None:
     stop = max(range(len(begins) + 1), key=lambda j: best[-1][j])
     if best[-1][stop] <= 0:
         return None
-    places, i, j = [], len(ends), stop
+    # Walk back along the best alignment, and remember where its equal words stand.
+    pairs, i, j = [], len(ends), stop
     while j > 0:
         step = steps[i][j]
-        places.append((i, j) if step == "both" and ends[i - 1] == begins[j - 1] else None)
+        pairs.append((i, j) if step == "both" and ends[i - 1] == begins[j - 1] else None)
         i, j = i - (step in ("both", "up")), j - (step in ("both", "left"))
-    middle = (len(places) - 1) / 2
-    equal = [(abs(number - middle), place) for number, place in enumerate(places) if place is not None]
+    middle = (len(pairs) - 1) / 2
+    equal = [(abs(number - middle), pair) for number, pair in enumerate(pairs) if pair is not None]
     return min(equal)[1]

@@ -1,1 +1,1 @@
-"""Key-value caches that several rows, beams or requests share."""
+"""Keeps key-value caches that several rows, beams or requests share."""

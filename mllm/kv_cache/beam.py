@@ -1,4 +1,4 @@
-"""Beam search whose prompt is read once: the key-value cache of a batch, spread over its beams for `generate`.
+"""Reads the prompt of a beam search once: spreads the key-value cache of a batch over its beams for `generate`.
 
 Knows caches and the arguments of transformers' `generate`. Does not know media, budgets or how beams are chosen: the
 search is the library's own, fed with a cache that already holds the prompt up to its last token.
@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from mllm.kv_cache.names import CACHE_NAMES, cache_argument
 
 GROWTH_TOKENS = 64
-"""Room for new tokens is made this many at a time, so that the prompt's part is hardly ever copied."""
+"""New tokens get room this many at a time, so that the prompt's part is hardly ever copied."""
 _FORBIDS_SHARING = (
     *CACHE_NAMES,
     "position_ids",
@@ -38,7 +38,10 @@ _FORBIDS_SHARING = (
 
 
 class BeamLayer(DynamicLayer):
-    """One layer's cache: the prompt's part, equal for all copies of a row, and behind it what each copy wrote itself.
+    """One layer's cache: the prompt's part, equal for all copies of a row, and behind it what each copy wrote.
+
+    Keys and values lie in stores with room at the end, of which `keys` and `values` are views: appending writes in
+    place, and reordering beams moves only what was written behind the prompt.
 
     Args:
         prompt: cache of the prompt, (B, G, S, D).
@@ -58,7 +61,7 @@ class BeamLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B * C, G, n, D), and return everything there is."""
+        """Appends (B * C, G, n, D), and returns everything there is."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self._stores[0].shape[-2]:
@@ -71,17 +74,17 @@ class BeamLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from what row `beam_idx[i]`, a copy of the same row of the batch, wrote."""
-        own = slice(self.num_prompt_tokens, self.get_seq_length())
+        """Lets row i go on from what row `beam_idx[i]`, a copy of the same row of the batch, wrote."""
+        written = slice(self.num_prompt_tokens, self.get_seq_length())
         for store in self._stores:
-            store[..., own, :] = store[..., own, :].index_select(0, beam_idx.to(store.device))
+            store[..., written, :] = store[..., written, :].index_select(0, beam_idx.to(store.device))
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (store[..., :length, :] for store in self._stores)
 
 
 def _with_room(states: Tensor, copies: int, num_new_tokens: int = 0) -> Tensor:
-    """States (B, G, S, D) in a store of (B * C, G, more, D)."""
+    """Copies states (B, G, S, D) into a store of (B * C, G, more, D)."""
     rows, heads, length, size = states.shape
     store = states.new_empty(rows * copies, heads, length + max(GROWTH_TOKENS, num_new_tokens), size)
     store.unflatten(0, (rows, copies))[..., :length, :] = states[:, None]
@@ -89,42 +92,46 @@ def _with_room(states: Tensor, copies: int, num_new_tokens: int = 0) -> Tensor:
 
 
 def spread(cache: DynamicCache, copies: int) -> DynamicCache:
-    """The cache of B rows as one of B * C rows. Layers with a sliding window are repeated as transformers does it."""
-    for place, layer in enumerate(cache.layers):
+    """Turns the cache of B rows into one of B * C rows. Sliding-window layers are repeated, as transformers does.
+
+    Returns:
+        The same cache, whose layers have been replaced.
+    """
+    for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
-            cache.layers[place] = BeamLayer(layer, copies)
+            cache.layers[number] = BeamLayer(layer, copies)
         else:
             layer.batch_repeat_interleave(copies)  # pyright: ignore[reportAttributeAccessIssue] (every layer has it)
     return cache
 
 
 def num_copies(options: Mapping[str, Any], generation_config: Any) -> int:
-    """Rows `generate` makes of each row of a batch.
+    """Counts the rows that `generate` makes of each row of a batch.
 
     Args:
         options: of `generate`.
         generation_config: the model's own, for what they leave open.
     """
-    return max(_asked(key, options, generation_config) or 1 for key in ("num_beams", "num_return_sequences"))
+    return max(_option(key, options, generation_config) or 1 for key in ("num_beams", "num_return_sequences"))
 
 
-def shares_prefill(input_ids: Tensor | None, options: Mapping[str, Any], generation_config: Any) -> bool:
-    """Whether reading the prompt once gives what these options of `generate` ask for."""
+def reads_prompt_once(input_ids: Tensor | None, options: Mapping[str, Any], generation_config: Any) -> bool:
+    """Tells whether reading the prompt once gives what these options of `generate` ask for."""
     if input_ids is None or input_ids.shape[1] < 2 or options.get("attention_mask") is None:
         return False
     return num_copies(options, generation_config) > 1 and allows_sharing(options, generation_config)
 
 
 def allows_sharing(options: Mapping[str, Any], generation_config: Any) -> bool:
-    """Whether these options of `generate` leave the cache to us and do not ask to see the pass over the prompt."""
-    if _asked("use_cache", options, generation_config) is False:
+    """Tells whether these options of `generate` leave the cache to us and need not see the pass over the prompt."""
+    if _option("use_cache", options, generation_config) is False:
         return False
-    forbidding = [_asked(key, options, generation_config) for key in _FORBIDS_SHARING]
+    forbidding = [_option(key, options, generation_config) for key in _FORBIDS_SHARING]
     return all(value is None or value is False for value in forbidding)
 
 
-def _asked(key: str, options: Mapping[str, Any], generation_config: Any) -> Any:
-    """An option as `generate` reads it: its argument, else that of the config it is given, else the model's own."""
+def _option(key: str, options: Mapping[str, Any], generation_config: Any) -> Any:
+    """Reads an option as `generate` does: its argument, else the config passed to it, else the model's own config."""
     values = (options.get(key), getattr(options.get("generation_config"), key, None))
     return next((value for value in values if value is not None), getattr(generation_config, key, None))
 
@@ -140,7 +147,7 @@ def prefill(
     past: DynamicCache | None = None,
     **row_inputs: Tensor | None,
 ) -> DynamicCache:
-    """Read all prompts up to their last token, which `generate` then reads with every copy for the first logits.
+    """Reads all prompts up to their last token, which `generate` then reads with every copy for the first logits.
 
     Args:
         input_ids: (B, S), padded on the left. attention_mask: (B, S).
@@ -152,15 +159,15 @@ def prefill(
         A cache of S - 1 positions for B * C rows.
     """
     positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-    given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    prompt = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     cache = DynamicCache(config=model.config) if past is None else past
-    left = slice(cache.get_seq_length(), -1)
-    if input_ids[:, left].shape[1] == 0:
+    unread = slice(cache.get_seq_length(), -1)
+    if input_ids[:, unread].shape[1] == 0:
         return spread(cache, copies)
     model(
-        **{key: value[:, left] for key, value in given.items()},
+        **{key: value[:, unread] for key, value in prompt.items()},
         attention_mask=attention_mask[:, :-1],
-        position_ids=positions[:, left],
+        position_ids=positions[:, unread],
         use_cache=True,
         logits_to_keep=1,
         **cache_argument(cache),

@@ -1,4 +1,4 @@
-"""What transformers calls the key-value cache: `past_key_values` up to 5.23, `cache` from 5.24 on.
+"""Finds out what transformers calls the key-value cache: `past_key_values` up to 5.23, `cache` from 5.24 on.
 
 `generate`, `forward` of decoders and their layers, and model outputs share one name. The library is asked for it here,
 once; everybody else says `**cache_argument(cache)` and `cache_of(outputs)`. The older name still works in 5.24 and
@@ -16,7 +16,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def _name_in(function: Any) -> str:
-    """The name under which a function of the library takes the cache.
+    """Finds the name under which a function of the library takes the cache.
 
     Raises:
         ImportError: it takes it under no name known here.
@@ -36,17 +36,17 @@ CACHE_NAME = _name_in(_library.prepare_inputs_for_generation)
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """Give a cache, or None, as the keyword argument of the library's functions and outputs."""
+    """Gives a cache, or None, as the keyword argument of the library's functions and outputs."""
     return {CACHE_NAME: cache}
 
 
 def cache_of(outputs: Any) -> Any:
-    """Take the cache from the outputs of a model of the library, or of ours."""
+    """Takes the cache from the outputs of a model of the library, or of ours."""
     return getattr(outputs, CACHE_NAME)
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
-    """Take the cache of a call that may name it either way.
+    """Takes the cache of a call that may name it either way.
 
     Raises:
         ValueError: it was given under both names.

@@ -1,4 +1,4 @@
-"""Prompts that begin alike are read once: rows that ask different questions about the same media share their beginning.
+"""Reads the shared beginning of prompts once: rows that ask different questions about the same media share it.
 
 Knows ids, positions and key-value caches. Does not know media, budgets or how tokens are chosen.
 
@@ -24,37 +24,43 @@ from mllm.kv_cache.names import cache_argument
 
 
 def group_rows(rows: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Which rows begin alike.
+    """Groups rows that begin alike.
 
     Args:
         rows: ids of every row, without padding.
-        keys: rows of different keys are never together; None is together with nobody.
+        keys: rows of different keys are never together; a row whose key is None is a group of its own.
 
     Returns:
         The group of every row, in order of appearance; and how many ids all rows of a group begin with.
     """
-    places: dict[Hashable, int] = {}
-    index = [places.setdefault((row,) if key is None else (None, key), len(places)) for row, key in enumerate(keys)]
-    groups: list[list[Sequence[int]]] = [[] for _ in places]
-    for place, row in zip(index, rows, strict=True):
-        groups[place].append(row)
+    group_of_key: dict[Hashable, int] = {}
+    # A row without a key gets its number as one, in a tuple that no real key, which is a pair, can equal.
+    index = [
+        group_of_key.setdefault((row,) if key is None else (None, key), len(group_of_key))
+        for row, key in enumerate(keys)
+    ]
+    groups: list[list[Sequence[int]]] = [[] for _ in group_of_key]
+    for group, row in zip(index, rows, strict=True):
+        groups[group].append(row)
     return index, [num_common(group) for group in groups]
 
 
 def num_common(rows: Sequence[Sequence[int]]) -> int:
-    """How many ids all rows begin with."""
+    """Counts the ids that all rows begin with."""
     limit = min(map(len, rows))
-    own = [tuple(row[:limit]) for row in rows]
-    first, last = min(own), max(own)  # whatever differs anywhere differs between these two
-    return next((place for place in range(limit) if first[place] != last[place]), limit)
+    beginnings = [tuple(row[:limit]) for row in rows]
+    # In lexical order, whatever differs anywhere differs between the first and the last.
+    first, last = min(beginnings), max(beginnings)
+    return next((position for position in range(limit) if first[position] != last[position]), limit)
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Where the rows of a batch, padded on the left, find their shared beginnings.
+    """Tells where the rows of a batch, padded on the left, find their shared beginnings.
 
     Args:
-        index: (B,) group of each row. lengths: (G,) tokens its rows begin with alike.
+        index: (B,) group of each row.
+        lengths: (G,) tokens that the rows of each group begin with alike.
         attention_mask: (B, S).
     """
 
@@ -74,25 +80,31 @@ class Prefixes:
         return self.attention_mask.sum(dim=1)
 
     @property
-    def num_own(self) -> int:
+    def num_unshared(self) -> int:
         """W: positions at the end that every row reads for itself; at least the last, which gives the first logits."""
         return max(int((self.row_lengths - self.lengths[self.index]).max()), 1)
 
     def on_rows(self, embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Embeddings of all rows: beginnings from the first rows of their groups, the rest from the text.
+        """Assembles the embeddings of all rows: beginnings from the first rows of their groups, the rest from the text.
 
         Args:
-            embeds: (G, S, H) of the first rows. text_embeds: (B, S, H).
+            embeds: (G, S, H) of the first rows.
+            text_embeds: (B, S, H).
+
+        Returns:
+            (B, S, H).
         """
         size = text_embeds.shape[1]
-        starts = size - self.row_lengths
-        places = torch.arange(size, device=starts.device) - starts[:, None]  # of every token in its prompt
-        is_shared = (places >= 0) & (places < self.lengths[self.index][:, None])
-        source = (places + starts[self.first_rows][self.index][:, None]).clamp(0, size - 1)
-        return torch.where(is_shared[..., None], embeds[self.index[:, None], source], text_embeds)
+        starts_B = size - self.row_lengths  # where each row begins behind its padding
+        token_BS = torch.arange(size, device=starts_B.device) - starts_B[:, None]  # which token of its prompt
+        is_shared_BS = (token_BS >= 0) & (token_BS < self.lengths[self.index][:, None])
+        # The same token of the group's first row, which may be padded by another amount. Positions that are not shared
+        # are clamped only so that the lookup is in range; `where` drops what it finds there.
+        source_BS = (token_BS + starts_B[self.first_rows][self.index][:, None]).clamp(0, size - 1)
+        return torch.where(is_shared_BS[..., None], embeds[self.index[:, None], source_BS], text_embeds)
 
     def read(self, model: Any, embeds: Tensor, *, constant: Any = None, **row_inputs: Tensor | None) -> DynamicCache:
-        """Read every beginning once.
+        """Lets the LLM read every shared beginning once.
 
         Args:
             model: takes embeddings, a mask, positions and a cache.
@@ -103,51 +115,56 @@ class Prefixes:
         Returns:
             A cache of S - W positions for B rows. Its layers keep everything, also those of a sliding window.
         """
-        size, first = embeds.shape[1], self.first_rows
-        kept = self.row_lengths - self.num_own
-        counts = torch.zeros_like(self.lengths).scatter_reduce(0, self.index, kept, "amax").clamp(min=1)
-        width = int(counts.max())
-        # Beginnings padded on the left: (G, P) places in the prompts, and in the rows they are taken from.
-        places = torch.arange(width, device=embeds.device) - (width - counts)[:, None]
-        source = (places + (size - self.row_lengths[first])[:, None]).clamp(min=0)
-        mask = (places >= 0).to(self.attention_mask.dtype)
-        own_inputs = {key: value if value is None else value[first] for key, value in row_inputs.items()}
-        cache = DynamicCache() if constant is None else constant.on_rows(model, mask, **own_inputs)
-        left = slice(cache.get_seq_length(), None)
+        size, first_rows_G = embeds.shape[1], self.first_rows
+        # A row leaves its last W positions to itself, so a group reads as far as its longest row asks it to. That may
+        # be a little beyond the shared tokens of a shorter row; `spread_to_rows` then takes a shorter piece for it.
+        num_cached_B = self.row_lengths - self.num_unshared
+        counts_G = torch.zeros_like(self.lengths).scatter_reduce(0, self.index, num_cached_B, "amax").clamp(min=1)
+        width = int(counts_G.max())
+        # The beginnings are padded on the left to P positions: which token of the prompt stands at each, and where that
+        # token lies in the row it is taken from.
+        token_GP = torch.arange(width, device=embeds.device) - (width - counts_G)[:, None]
+        source_GP = (token_GP + (size - self.row_lengths[first_rows_G])[:, None]).clamp(min=0)
+        mask_GP = (token_GP >= 0).to(self.attention_mask.dtype)
+        group_inputs = {key: value if value is None else value[first_rows_G] for key, value in row_inputs.items()}
+        cache = DynamicCache() if constant is None else constant.on_rows(model, mask_GP, **group_inputs)
+        unread = slice(cache.get_seq_length(), None)
         model(
-            inputs_embeds=embeds.gather(1, source[:, left, None].expand(-1, -1, embeds.shape[2])),
-            attention_mask=mask,
-            position_ids=places.clamp(min=0)[:, left],
+            inputs_embeds=embeds.gather(1, source_GP[:, unread, None].expand(-1, -1, embeds.shape[2])),
+            attention_mask=mask_GP,
+            position_ids=token_GP.clamp(min=0)[:, unread],
             use_cache=True,
             logits_to_keep=1,
             **cache_argument(cache),
-            **own_inputs,
+            **group_inputs,
         )
-        return self.hand_out(cache, counts)
+        return self.spread_to_rows(cache, counts_G)
 
-    def hand_out(self, cache: DynamicCache, counts: Tensor) -> DynamicCache:
-        """The cache of G beginnings, padded on the left, as one of S - W positions for B rows, in place.
+    def spread_to_rows(self, cache: DynamicCache, counts: Tensor) -> DynamicCache:
+        """Turns the cache of G beginnings, padded on the left, into one of S - W positions for B rows, in place.
 
         Args:
             counts: (G,) tokens of each beginning.
         """
         width = cache.get_seq_length()
-        num_cached = self.attention_mask.shape[1] - self.num_own
-        kept = self.row_lengths - self.num_own
-        shift = torch.arange(num_cached, device=counts.device) - (num_cached - kept)[:, None]
-        places = (shift + (width - counts)[self.index][:, None]).clamp(0, width - 1)
+        num_cached = self.attention_mask.shape[1] - self.num_unshared
+        kept_B = self.row_lengths - self.num_unshared
+        # Position p of a row holds token p - padding of its prompt; the same token of its group stands behind the
+        # group's padding. Padding of the row points at the edge, and the attention mask hides it.
+        token_BS = torch.arange(num_cached, device=counts.device) - (num_cached - kept_B)[:, None]
+        source_BS = (token_BS + (width - counts)[self.index][:, None]).clamp(0, width - 1)
         for layer in cache.layers:
-            _hand_out(layer, self.index, places)
+            _spread_layer(layer, self.index, source_BS)
         return cache
 
 
-def _hand_out(layer: Any, index: Tensor, places: Tensor) -> None:
-    """One layer's cache of G beginnings, given to B rows: position p of row b is position `places[b, p]` of its own."""
+def _spread_layer(layer: Any, index: Tensor, source: Tensor) -> None:
+    """Gives one layer's cache of G beginnings to B rows: position p of row b takes `source[b, p]` of its group."""
     assert type(layer) is DynamicLayer
     assert layer.keys is not None
     assert layer.values is not None
     # (G, heads, P, D) -> (B, S - W, heads, D) -> heads in front again, and contiguous.
     layer.keys, layer.values = (
-        states.transpose(1, 2)[index[:, None].to(states.device), places.to(states.device)].transpose(1, 2).contiguous()
+        states.transpose(1, 2)[index[:, None].to(states.device), source.to(states.device)].transpose(1, 2).contiguous()
         for states in (layer.keys, layer.values)
     )

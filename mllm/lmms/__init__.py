@@ -1,7 +1,7 @@
-"""lmms-eval's benchmarks on our models: a chat model for its registry, and one run over several budgets.
+"""Runs lmms-eval's benchmarks on our models: a chat model for its registry, and one run over several budgets.
 
-Only `model.py` and `sweep.py` import lmms-eval, which the extra `lmms` installs. The rest knows what lmms-eval hands
-to a chat model (conversations with decoded media, generation arguments) and nothing of its tasks or scores.
+Only `model.py` and `sweep.py` import lmms-eval, which the extra `lmms` installs. The rest knows what lmms-eval passes
+to a chat model (conversations with decoded media, generation arguments), and does not know its tasks or scores.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ MODEL_NAME = "mllm"
 
 
 def manifest() -> "ModelManifest":
-    """What the entry point in the group `lmms_eval.models` names: `lmms-eval --model mllm` finds the model by it."""
+    """Makes what an entry point in the group `lmms_eval.models` names, so that `lmms-eval --model mllm` finds it."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id=MODEL_NAME, chat_class_path="mllm.lmms.model.ElasticChat")

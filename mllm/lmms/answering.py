@@ -1,4 +1,4 @@
-"""Answers to lmms-eval's requests at several budgets, the media of each request decoded and encoded once.
+"""Answers lmms-eval's requests at several budgets; the media of each request are decoded and encoded once.
 
 Knows a model, its processor and budgets. Imports nothing of lmms-eval; does not know tasks or scores.
 """
@@ -19,7 +19,7 @@ JOIN = "+"
 
 @dataclass(frozen=True)
 class Request:
-    """One thing asked: a name for messages, how it is answered, and what gives the conversation when its turn comes."""
+    """One request: a name for messages, how to answer it, and what makes its conversation when its turn comes."""
 
     name: str
     generation: Generation
@@ -27,7 +27,7 @@ class Request:
 
 
 def read_budget(text: object, processor: ElasticProcessor) -> Budget:
-    """A budget of `--model_args`, where a comma would end the argument: `image=64+audio=/4`.
+    """Reads a budget of `--model_args`, where a comma would end the argument: `image=64+audio=/4`.
 
     Raises:
         ValueError: none at all, one that cannot be read, a medium the model does not take, or a count that its grid of
@@ -44,20 +44,20 @@ def read_budget(text: object, processor: ElasticProcessor) -> Budget:
             )
         facts = processor.facts[medium]
         if facts.grid is not None and facts.max_patches is None:
-            processor.space.media[medium].cost(amount, Extent(medium, grid=facts.grid))
+            processor.space.media[medium].count(amount, Extent(medium, grid=facts.grid))
     return budget
 
 
 @dataclass
 class BudgetedAnswers:
-    """Answers of one model at several budgets.
+    """Answers requests with one model at several budgets.
 
     Args:
         model: in eval mode, on the device it is to run on.
         processor: the one that belongs to it.
-        budgets: every request is answered at each of them, in one pass.
-        batch_size: requests of one pass; its rows are that times the number of budgets.
-        loader: what reads files, where requests name some.
+        budgets: every request is answered at each of them, in one batch.
+        batch_size: requests of one batch; its rows are that times the number of budgets.
+        loader: reads the files that requests name.
     """
 
     model: ElasticForConditionalGeneration = field(repr=False)
@@ -67,11 +67,11 @@ class BudgetedAnswers:
     loader: MediaLoader = field(default_factory=lambda: MediaLoader(gray=True))
 
     def __call__(self, requests: Sequence[Request], progress: Callable[[int], object]) -> list[list[Answer]]:
-        """Answer requests, those that are decoded alike together.
+        """Answers requests, those that are decoded alike together.
 
         Args:
             requests: in any order.
-            progress: told how many were answered, after every pass.
+            progress: called with how many were answered, after every batch.
 
         Returns:
             Per request, one answer per budget.
@@ -79,18 +79,19 @@ class BudgetedAnswers:
         Raises:
             MediaError, ValueError: a request that cannot be answered, or not at one of the budgets; it is named.
         """
-        places: dict[Generation, list[int]] = {}
-        for place, request in enumerate(requests):
-            places.setdefault(request.generation, []).append(place)
+        numbers_of: dict[Generation, list[int]] = {}
+        for number, request in enumerate(requests):
+            numbers_of.setdefault(request.generation, []).append(number)
         answers: dict[int, list[Answer]] = {}
-        for generation, own in places.items():
-            for start in range(0, len(own), self.batch_size):
-                chosen = own[start : start + self.batch_size]
-                answers |= zip(chosen, self._pass([requests[place] for place in chosen], generation), strict=True)
+        for generation, numbers in numbers_of.items():
+            for start in range(0, len(numbers), self.batch_size):
+                chosen = numbers[start : start + self.batch_size]
+                batch = [requests[number] for number in chosen]
+                answers |= zip(chosen, self._answer_batch(batch, generation), strict=True)
                 progress(len(chosen))
-        return [answers[place] for place in range(len(requests))]
+        return [answers[number] for number in range(len(requests))]
 
-    def _pass(self, requests: Sequence[Request], generation: Generation) -> list[list[Answer]]:
+    def _answer_batch(self, requests: Sequence[Request], generation: Generation) -> list[list[Answer]]:
         samples, media = [], []
         for request in requests:
             sample, sources = read_conversation(request.name, request.messages(), separator=self.processor.separator)
@@ -98,8 +99,8 @@ class BudgetedAnswers:
             media.append([self._load(medium, source, request.name) for medium, source in sources])
         batch = self.processor.batch(samples, media, for_training=False)
         answerer = Answerer(self.model, self.processor, generation.decoding)
-        draws = answerer.answer_batch(batch, [[budget] * len(samples) for budget in self.budgets])
-        return [list(answers) for answers in zip(*draws, strict=True)]
+        by_budget = answerer.answer_batch(batch, [[budget] * len(samples) for budget in self.budgets])
+        return [list(answers) for answers in zip(*by_budget, strict=True)]
 
     def _load(self, medium: str, source: Any, name: str) -> LoadedMedia:
         try:

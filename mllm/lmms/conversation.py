@@ -1,6 +1,6 @@
-"""What lmms-eval asks a chat model, in our terms: conversations with their media decoded, and how to decode answers.
+"""Translates what lmms-eval asks a chat model: conversations with their media decoded, and how to decode answers.
 
-Knows the plain values that lmms-eval's tasks hand over. Imports nothing of lmms-eval; does not know models or budgets.
+Knows the plain values that lmms-eval's tasks pass. Imports nothing of lmms-eval; does not know models or budgets.
 """
 
 import logging
@@ -17,7 +17,7 @@ from mllm.inference.answerer import Decoding
 from mllm.media import Audio, MediaLoader, resample, to_rgb
 
 DEFAULT_NEW_TOKENS = 1024
-"""Where a task names no `max_new_tokens`; what lmms-eval's own chat models take."""
+"""Most new tokens where a task names no `max_new_tokens`; lmms-eval's own chat models take as many."""
 FOR_OTHERS = ("image_aspect_ratio",)
 """Arguments that some tasks carry for the preprocessing of one family of models; here the run decides that."""
 ALLOWED = (
@@ -31,25 +31,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """How one request is to be answered: how tokens are chosen, and the texts before which an answer is cut."""
+    """How to answer one request: how tokens are chosen, and the texts before which an answer is cut."""
 
     decoding: Decoding
     stops: tuple[str, ...] = ()
 
     def cut(self, text: str) -> str:
-        """An answer up to the first of the stops."""
-        ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        """Cuts an answer before the first of the stops."""
+        ends = [end for stop in self.stops if (end := text.find(stop)) >= 0]
         return text[: min(ends, default=len(text))].strip()
 
 
 def read_generation(arguments: Mapping[str, Any], *, repeat: int = 0) -> Generation:
-    """The `generation_kwargs` of a task, as they stand after `--gen_kwargs`.
+    """Reads the `generation_kwargs` of a task, as they stand after `--gen_kwargs`.
 
     Greedy, or beams, unless the task samples: that needs a `temperature` above 0 and no `do_sample: false`. `top_p` and
     `top_k` say nothing where nothing is sampled, and are refused where they would.
 
     Args:
-        repeat: which answer to the same request this is; of the seed.
+        repeat: which answer to the same request this is; it changes the seed.
 
     Raises:
         ValueError: an argument that is not known here, or that asks for what this model does not do.
@@ -92,7 +92,7 @@ def _tell_once(key: str, value: str) -> None:
 def read_conversation(
     name: str, messages: Sequence[Mapping[str, Any]], *, separator: str = ""
 ) -> tuple[Sample, list[tuple[str, Any]]]:
-    """A conversation in lmms-eval's form, a list of {role, content: [{type, text | url}, ...]}.
+    """Reads a conversation in lmms-eval's form, a list of {role, content: [{type, text | url}, ...]}.
 
     Args:
         name: for messages.
@@ -109,8 +109,8 @@ def read_conversation(
     for message in messages:
         content = message["content"]
         parts: list[Part] = []
-        for given in [content] if isinstance(content, str) else content:
-            part = _read_part(given, sources)
+        for raw_part in [content] if isinstance(content, str) else content:
+            part = _read_part(raw_part, sources)
             after_medium = bool(parts) and isinstance(parts[-1], Media)
             if isinstance(part, Text) and after_medium and not part.text.startswith(separator):
                 part = Text(f"{separator}{part.text}")
@@ -133,9 +133,9 @@ def _read_part(part: str | Mapping[str, Any], sources: list[tuple[str, Any]]) ->
 
 
 def read_medium(medium: str, source: Any, loader: MediaLoader) -> Any:
-    """What a data set holds of one medium, decoded: a path, an image of Pillow's, or sound as samples and rate.
+    """Decodes what a data set holds of one medium: a path, an image of Pillow's, or audio as samples and rate.
 
-    Sound may be a mapping of `array` and `sampling_rate` or a decoder of torchcodec's; channels are averaged.
+    Audio may be a mapping of `array` and `sampling_rate` or a decoder of torchcodec's; channels are averaged.
 
     Raises:
         MediaError: a file that is missing or cannot be read.
@@ -145,15 +145,15 @@ def read_medium(medium: str, source: Any, loader: MediaLoader) -> Any:
         return loader(medium, source)
     if medium == "image" and isinstance(source, Image.Image):
         return to_rgb(ImageOps.exif_transpose(source))
-    if medium == "audio" and (sound := _sound_of(source)) is not None:
-        samples, rate_hz = sound
+    if medium == "audio" and (audio := _audio_of(source)) is not None:
+        samples, rate_hz = audio
         channels = np.asarray(samples, dtype=np.float32)
         mono = channels if channels.ndim == 1 else channels.mean(axis=int(np.argmin(channels.shape)))
         return Audio(resample(mono, rate_hz, loader.sample_rate_hz), loader.sample_rate_hz)
     raise ValueError(f"{medium} comes as {type(source).__name__}, which is not read; give a path to a file")
 
 
-def _sound_of(source: Any) -> tuple[Any, int] | None:
+def _audio_of(source: Any) -> tuple[Any, int] | None:
     if isinstance(source, Mapping) and {"array", "sampling_rate"} <= set(source):
         return source["array"], int(source["sampling_rate"])
     if (decode := getattr(source, "get_all_samples", None)) is not None:

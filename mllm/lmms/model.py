@@ -1,4 +1,4 @@
-"""The chat model that lmms-eval runs: `lmms-eval --model mllm --model_args pretrained=RUN,budget=image=64`.
+"""Defines the chat model that lmms-eval runs: `lmms-eval --model mllm --model_args pretrained=RUN,budget=image=64`.
 
 Knows lmms-eval's model class and its requests. Does not know tasks or scores. Nothing is caught here: a request that
 cannot be answered ends the evaluation, instead of counting as an empty answer.
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 class ElasticChat(lmms):
-    """An elastic model at one budget, or at several of which `reported` says whose answers are given.
+    """Answers with an elastic model at one budget, or at several, of which `reported` says whose answers are given.
 
     Args:
         pretrained: run folder or exported model.
-        budget: what each image, sound or video may cost, with `+` for the comma: `image=64+audio=/4`; or
-            several, all answered in the pass that encodes.
+        budget: soft tokens of each image, audio or video, with `+` for the comma: `image=64+audio=/4`; or several, all
+            answered in the batch that encodes.
         batch_size: requests answered together.
         device: where to run; the GPU if there is one. With several processes each takes its own.
-        dtype: of the frozen parts.
+        dtype: data type of the frozen parts.
         attention: attention implementation of the LLM.
-        unknown: refused.
+        unknown: any other argument is refused.
 
     Raises:
         ValueError: an argument that is missing or not known, or a budget that the model cannot meet.
@@ -58,7 +58,7 @@ class ElasticChat(lmms):
     ) -> None:
         super().__init__()
         _check_arguments(pretrained, batch_size, dtype, unknown)
-        self.device = torch.device(device if device not in (None, "cuda") else _own_device())
+        self.device = torch.device(device if device not in (None, "cuda") else _device_of_rank())
         model, processor = load(pretrained, dtype=dtype, device=self.device, attention=attention)
         texts = list(budget) if isinstance(budget, list | tuple) else [budget]
         budgets = [read_budget(text, processor) for text in texts]
@@ -70,7 +70,7 @@ class ElasticChat(lmms):
         self._known: dict[Key, list[Answer]] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The answers at the reported budget; those at the others are kept for when it is their turn.
+        """Gives the answers at the reported budget; those at the others are kept for when it is their turn.
 
         Raises:
             MediaError, ValueError: a request that cannot be answered.
@@ -78,8 +78,8 @@ class ElasticChat(lmms):
         keyed = self._keyed(requests)
         new = {key: request for key, request in keyed if key not in self._known}
         with tqdm(total=len(new), desc="mllm", disable=self.rank != 0 or not new) as bar:
-            found = self.answers(list(new.values()), bar.update)
-        self._known |= zip(new, found, strict=True)
+            answers = self.answers(list(new.values()), bar.update)
+        self._known |= zip(new, answers, strict=True)
         results = []
         for key, request in keyed:
             answer = self._known[key][self.reported]
@@ -88,7 +88,7 @@ class ElasticChat(lmms):
         return results
 
     def soft_tokens(self) -> dict[str, float]:
-        """Mean soft tokens of a request at the reported budget so far, by medium."""
+        """Computes the mean soft tokens of a request at the reported budget so far, by medium."""
         used = [known[self.reported].tokens for known in self._known.values()]
         media = dict.fromkeys(medium for tokens in used for medium in tokens)
         return {medium: sum(tokens.get(medium, 0) for tokens in used) / len(used) for medium in media}
@@ -98,23 +98,31 @@ class ElasticChat(lmms):
         keyed = []
         for instance in requests:
             context, to_messages, arguments, doc_id, task, split = instance.args
-            own: Key = (task, split, doc_id, context, repr(sorted(arguments.items())))
-            repeat = seen[own] = seen.get(own, -1) + 1
+            key: Key = (task, split, doc_id, context, repr(sorted(arguments.items())))
+            repeat = seen[key] = seen.get(key, -1) + 1
             document = self.task_dict[task][split]
             request = Request(
                 name=f"{task} {split} {doc_id}",
                 generation=read_generation(arguments, repeat=repeat),
-                messages=lambda to_messages=to_messages, document=document, place=doc_id: to_messages(document[place]),
+                messages=lambda to_messages=to_messages, document=document, id=doc_id: to_messages(document[id]),
             )
-            keyed.append(((*own, repeat), request))
+            keyed.append(((*key, repeat), request))
         return keyed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Raises: NotImplementedError; lmms-eval asks chat models for answers and never for likelihoods."""
+        """Refuses: lmms-eval asks chat models for answers and never for likelihoods.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("mllm answers (generate_until); it is not asked for likelihoods as a chat model")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Raises: NotImplementedError; each request is one conversation here."""
+        """Refuses: each request is one conversation here.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("mllm answers one conversation at a time; tasks of several rounds are not served")
 
 
@@ -134,5 +142,5 @@ def _check_arguments(pretrained: str, batch_size: int | str, dtype: str, unknown
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(allowed)}")
 
 
-def _own_device() -> str:
+def _device_of_rank() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""lmms-eval's tasks at several budgets in one run: the first evaluation answers at all of them, the others look up.
+"""Runs lmms-eval's tasks at several budgets at once: the first evaluation answers at all of them, the others look up.
 
 Knows lmms-eval's evaluator and what it returns. Does not know how a request is answered.
 """
@@ -21,7 +21,7 @@ RESULTS, SAMPLES = "results.json", "samples.jsonl"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What lmms-eval found at one budget; `soft_tokens` are the mean of a request, by medium."""
+    """The results of lmms-eval at one budget; `soft_tokens` are the mean of a request, by medium."""
 
     budget: str
     is_trained: bool
@@ -29,7 +29,7 @@ class Evaluated:
     results: dict[str, Any]
 
     def scores(self) -> Iterator[tuple[str, str, float]]:
-        """Task, metric and value of every score that is a number."""
+        """Yields task, metric and value of every score that is a number."""
         for task, values in self.results["results"].items():
             for name, value in values.items():
                 metric, _, filtered = name.partition(",")
@@ -40,12 +40,12 @@ class Evaluated:
 def sweep(
     chat: ElasticChat, *, tasks: Sequence[str], include_path: str | None = None, **options: Any
 ) -> Iterator[Evaluated]:
-    """Evaluate at each of the model's budgets.
+    """Evaluates at each of the model's budgets.
 
     Args:
         chat: a model with its budgets.
         tasks: names of tasks, groups or tags; a `*` stands for anything.
-        include_path: a folder of tasks of one's own.
+        include_path: a folder with tasks beside those of lmms-eval.
         options: passed on to lmms-eval's `simple_evaluate`.
 
     Yields:
@@ -58,17 +58,19 @@ def sweep(
     names = manager.match_tasks(list(tasks))
     if missing := [task for task in tasks if task not in names and "*" not in task] or (not names and list(tasks)):
         raise ValueError(f"lmms-eval has no task {missing[0]!r}; `lmms-eval tasks list` names those it has")
-    for place, budget in enumerate(chat.answers.budgets):
-        chat.reported = place
+    for number, budget in enumerate(chat.answers.budgets):
+        chat.reported = number
         # `model_args` only label the results where the model is given as an object.
-        found = simple_evaluate(model=chat, model_args=f"budget={budget}", tasks=names, task_manager=manager, **options)
-        if found is not None:
+        results = simple_evaluate(
+            model=chat, model_args=f"budget={budget}", tasks=names, task_manager=manager, **options
+        )
+        if results is not None:
             trained = chat.answers.processor.space.is_trained(budget)
-            yield Evaluated(str(budget), trained, chat.soft_tokens(), found)
+            yield Evaluated(str(budget), trained, chat.soft_tokens(), results)
 
 
 def write(evaluated: Sequence[Evaluated], folder: Path) -> None:
-    """Write the results of all budgets, and the answers to every question where they were kept."""
+    """Writes the results of all budgets, and the answers to every question where they were kept."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for one in evaluated:
@@ -82,7 +84,7 @@ def write(evaluated: Sequence[Evaluated], folder: Path) -> None:
 
 
 def table_rows(evaluated: Sequence[Evaluated]) -> list[list[str]]:
-    """A head and a row per score, one column per budget; the last row is what the budgets cost."""
+    """Makes a head and a row per score, one column per budget; the last row is what the budgets cost."""
     names = list(dict.fromkeys((task, metric) for one in evaluated for task, metric, _ in one.scores()))
     columns = [{(task, metric): value for task, metric, value in one.scores()} for one in evaluated]
     head = ["task", "metric", *(one.budget + ("" if one.is_trained else " (untrained)") for one in evaluated)]

@@ -150,7 +150,7 @@ class ElasticModel(ElasticPreTrainedModel):
             rates: (R,) frames per token, 0 where a count was asked; nothing for images.
             index: (R,) the encoded item of each run; nothing means one run per item.
             max_tokens: an upper bound of `num_tokens` known on the host.
-            groups: see `Compressor.compress_runs`, which then computes runs with an index.
+            groups: see `Compressor.compress_spans`, which then computes runs with an index.
 
         Returns:
             (R, K, H) with K = max_tokens, zero beyond each run's own count.
@@ -164,7 +164,7 @@ class ElasticModel(ElasticPreTrainedModel):
             assert index is not None
             rates = torch.zeros_like(num_tokens) if rates is None else rates
             compressor = cast(Compressor, self.compressors[medium])
-            return compressor.compress_runs(
+            return compressor.compress_spans(
                 values, lengths, index, tokens=num_tokens, rates=rates, groups=groups, **own
             )
         if index is not None:
@@ -331,7 +331,7 @@ class ElasticModel(ElasticPreTrainedModel):
             plan: of packed rows.
 
         Raises:
-            ValueError: ids for an adapter that has no members.
+            ValueError: ids for an adapter that has no experts.
         """
         kind = (self.config.adapter or {}).get("kind", "lora")
         if kind not in KINDS_WITH_INPUTS:

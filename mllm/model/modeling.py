@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.adapters.adapter_inputs import KEYWORD
-from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, shares_prefill
+from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once
 from mllm.kv_cache.names import cache_argument, cache_of, one_cache
 from mllm.kv_cache.shared_prefix import Prefixes
 from mllm.model.backbone import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
@@ -147,7 +147,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 images are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
-            scale_ids, task_ids: (B,) which members of the adapter each row uses; -1 for the shared one alone.
+            scale_ids, task_ids: (B,) which experts of the adapter each row uses; -1 for the shared one alone.
             adapter_report: give the adapter's `balance` and `expert_usage`, where it has experts; as in training by
                 default. What a mixture of projectors reports is given in training.
             plan: how rows are packed; the shapes above then have B = 1, `scale_ids` and `task_ids` are (1, S), and
@@ -290,7 +290,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
         elif constant is not None:
             past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)
-        if shares_prefill(input_ids, kwargs, self.generation_config):
+        if reads_prompt_once(input_ids, kwargs, self.generation_config):
             past = prefill(
                 self,
                 input_ids,

@@ -5,7 +5,7 @@ Everything here happens on the host, before the transfer.
 
 Two soft tokens are the same if they are of the same encoded item and, for a compressor whose budgets are prefixes of
 each other, the same one of it; for every other compressor the budget must be the same too. Rows that are served by
-different members of an adapter share nothing.
+different experts of an adapter share nothing.
 
 Shapes: B rows, S positions, R placeholder runs, L tokens of the packed row, K soft tokens of the longest run.
 """
@@ -33,7 +33,7 @@ def pack(
         inputs: as `expand` gives them, padded on the right.
 
     Returns:
-        The inputs of the packed pass: `input_ids` (1, L), ids of members (1, L), and the media with the runs that are
+        The inputs of the packed pass: `input_ids` (1, L), ids of experts (1, L), and the media with the runs that are
         still needed; and the plan, which the model takes beside them.
     """
     ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy() != 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mllm.adapters.expert_ids import NO_MEMBERS, NOBODY, Members
-from mllm.budget import MEDIA, Budget, Cost, Extent, Space, count_tokens
+from mllm.adapters.expert_ids import NO_EXPERT, NO_EXPERT_NAMES, ExpertNames
+from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount, count_tokens
 from mllm.budget.tiling import Tiles
 from mllm.kv_cache.shared_prefix import group_rows
 from mllm.processing.placeholders import IGNORED_LABEL, expand_placeholders, pad_rows
@@ -50,7 +50,7 @@ class Row:
     runs: tuple[Run, ...] = ()
     task: str = ""
 
-    def costs(self, budget: Budget, space: Space) -> list[Cost]:
+    def token_counts(self, budget: Budget, space: Space) -> list[TokenCount]:
         """What each medium of this row costs at a budget.
 
         Raises:
@@ -69,7 +69,7 @@ class Row:
         Raises:
             ValueError: a medium that lies there, whole or in part; the sample is named.
         """
-        most = iter(self.costs(space.largest(), space))
+        most = iter(self.token_counts(space.largest(), space))
         length = 0
         for place, token in enumerate(self.ids):
             is_medium = token in placeholders
@@ -114,7 +114,7 @@ class Expanded:
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    costs: list[list[Cost]]
+    token_counts: list[list[TokenCount]]
 
     def targets(self) -> Targets:
         """Positions whose next token is to be learned; the head runs there and nowhere else."""
@@ -130,7 +130,7 @@ def expand(
     placeholder_ids: Mapping[str, int],
     pad_id: int,
     left_padding: bool,
-    members: Members = NO_MEMBERS,
+    expert_names: ExpertNames = NO_EXPERT_NAMES,
     share_prefixes: bool = False,
 ) -> Expanded:
     """Expand a batch to one or more budgets per row.
@@ -140,20 +140,20 @@ def expand(
         budgets: per draw, one budget per row. A budget may name media a row does not hold.
         placeholder_ids: by medium.
         left_padding: prompts are padded on the left, training rows on the right.
-        members: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
+        expert_names: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
         share_prefixes: rows that show the same items at the same cost in the same place, behind the same text, are
             grouped for `generate`: they get `prefix_index` (B,) and `prefix_lengths` (G,), and what is said of media is
             said of the first row of each group alone. Nothing is added where no two rows are alike.
 
     Raises:
         ValueError: a budget a row cannot meet, or placeholders that do not match the media, or a scale or task that
-            the adapter has no member for; the sample is named.
+            the adapter has no expert for; the sample is named.
     """
     placeholders = frozenset(placeholder_ids.values())
     ids, labels, costs, scale_ids, task_ids = [], [], [], [], []
     runs: list[list[Placed]] = []
     for row, budget in ((r, b) for draw in budgets for r, b in zip(batch.rows, draw, strict=True)):
-        spent = row.costs(budget, space)
+        spent = row.token_counts(budget, space)
         row_ids, row_labels = expand_placeholders(
             row.ids, row.labels, placeholders, [cost.tokens for cost in spent], row.sample_id
         )
@@ -161,7 +161,7 @@ def expand(
         labels.append(row_labels)
         costs.append(spent)
         runs.append(_placed(row, spent, space))
-        own_ids = _member_ids(row, spent, members)
+        own_ids = _expert_ids(row, spent, expert_names)
         scale_ids.append(own_ids[0])
         task_ids.append(own_ids[1])
     prefixes = {}
@@ -174,13 +174,13 @@ def expand(
         **batch.values,
         **_media_inputs([run for own in runs for run in own]),
         **prefixes,
-        **({"scale_ids": torch.tensor(scale_ids)} if members.scales else {}),
-        **({"task_ids": torch.tensor(task_ids)} if members.tasks else {}),
+        **({"scale_ids": torch.tensor(scale_ids)} if expert_names.scales else {}),
+        **({"task_ids": torch.tensor(task_ids)} if expert_names.tasks else {}),
     }
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
 
 
-def check_length(row: Row, costs: Sequence[Cost], context_tokens: int | None) -> None:
+def check_length(row: Row, costs: Sequence[TokenCount], context_tokens: int | None) -> None:
     """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a run of soft tokens.
 
     Raises:
@@ -223,11 +223,11 @@ def _prefixes(ids: Sequence[Sequence[int]], keys: Sequence[Hashable], runs: list
     return {"prefix_index": torch.tensor(index), "prefix_lengths": torch.tensor(lengths)}
 
 
-def _member_ids(row: Row, costs: Sequence[Cost], members: Members) -> tuple[int, int]:
+def _expert_ids(row: Row, costs: Sequence[TokenCount], expert_names: ExpertNames) -> tuple[int, int]:
     media = [run.extent.medium for run in row.runs]
     try:
-        scale_id = members.scale_id(list(zip(media, costs, strict=True))) if members.scales else NOBODY
-        task_id = members.task_id(row.task, media) if members.tasks else NOBODY
+        scale_id = expert_names.scale_id(list(zip(media, costs, strict=True))) if expert_names.scales else NO_EXPERT
+        task_id = expert_names.task_id(row.task, media) if expert_names.tasks else NO_EXPERT
     except ValueError as error:
         raise ValueError(f"sample {row.sample_id!r}: {error}") from error
     return scale_id, task_id
@@ -238,12 +238,12 @@ class Placed:
     """A run at its cost: the encoded items it shows, and the order of their tokens where they do not follow in turn."""
 
     run: Run
-    cost: Cost
+    cost: TokenCount
     items: list[int]
     order: Tensor | None
 
 
-def _placed(row: Row, costs: Sequence[Cost], space: Space) -> list[Placed]:
+def _placed(row: Row, costs: Sequence[TokenCount], space: Space) -> list[Placed]:
     placed = []
     for run, cost in zip(row.runs, costs, strict=True):
         try:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from mllm.adapters.expert_ids import Members
+from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.data.av_pairs import clip_pairs
@@ -59,7 +59,7 @@ class ElasticProcessor(ProcessorCalls):
         tokenizer: a fast tokenizer that holds the placeholder tokens.
         elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
             (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), the tokens
-            around its run (`span`), and how many `frames` of a video are encoded like images. `members` are the
+            around its run (`span`), and how many `frames` of a video are encoded like images. `experts` are the
             scales and tasks of an adapter that has some, `prompts` what is asked about media (`audio+video`) when
             nothing is, and with `shares_lengths` every clip of a batch counts as long as the longest and training rows
             are not masked, as in the released AVSR code. `context_tokens` is how much the LLM reads; longer rows are
@@ -80,7 +80,7 @@ class ElasticProcessor(ProcessorCalls):
         self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in media}
         self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
         self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
-        self.use_members(self.elastic.get("members", {}))
+        self.use_expert_names(self.elastic.get("experts", {}))
         self.prompts = {tuple(name.split("+")): text for name, text in self.elastic.get("prompts", {}).items()}
         self.context_tokens: int | None = self.elastic.get("context_tokens")
         self.shares_lengths = bool(self.elastic.get("shares_lengths", False))
@@ -102,10 +102,10 @@ class ElasticProcessor(ProcessorCalls):
         """The medium whose encoder, compressor and placeholder a medium uses."""
         return "image" if medium in self.sampling else medium
 
-    def use_members(self, members: Mapping[str, list[str]]) -> None:
+    def use_expert_names(self, members: Mapping[str, list[str]]) -> None:
         """Give rows ids of these scales and tasks of the adapter from now on."""
-        self.elastic = {**self.elastic, "members": dict(members)}
-        self.members = Members.from_settings(members)
+        self.elastic = {**self.elastic, "experts": dict(members)}
+        self.expert_names = ExpertNames.from_settings(members)
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
@@ -391,10 +391,10 @@ class ElasticProcessor(ProcessorCalls):
             placeholder_ids=self.placeholder_ids,
             pad_id=self.pad_id,
             left_padding=left_padding,
-            members=self.members,
+            expert_names=self.expert_names,
             share_prefixes=share_prefixes,
         )
-        for row, costs in zip(itertools.cycle(batch.rows), expanded.costs, strict=False):
+        for row, costs in zip(itertools.cycle(batch.rows), expanded.token_counts, strict=False):
             check_length(row, costs, self.context_tokens)
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)

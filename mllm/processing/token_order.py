@@ -12,13 +12,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mllm.budget import Cost, Extent
+from mllm.budget import Extent, TokenCount
 from mllm.budget.tiling import Size, Tiles, Tiling, kept_map, map_of
 
 NEWLINE = -1
 
 
-def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> list[int]:
+def shown_items(extent: Extent, cost: TokenCount, tilings: Sequence[Tiles] = ()) -> list[int]:
     """Say which of the encoded images of one medium item are shown, counted from its first.
 
     Frames are taken evenly, from the middle of each stretch that one of them stands for.
@@ -47,7 +47,7 @@ def shown_items(extent: Extent, cost: Cost, tilings: Sequence[Tiles] = ()) -> li
     return [*thumbnail, *range(start, start + cost.tiles.count)]
 
 
-def order_of(extent: Extent, cost: Cost, tiling: Tiling | None) -> Tensor:
+def order_of(extent: Extent, cost: TokenCount, tiling: Tiling | None) -> Tensor:
     """Return the order of one medium's soft tokens, (n, 2) int64; pieces are numbered as `shown_items` gives them."""
     each = cost.each or cost.tokens
     if cost.tiles is None or tiling is None:

@@ -168,7 +168,7 @@ def make_lesson(
         shares=torch.zeros(len(passes)).index_add(0, targets.rows, supervision.weights),
         names=names,
         counts=torch.bincount(budgets, minlength=len(names)).tolist(),
-        soft_tokens=sum(cost.tokens for costs in expanded.costs for cost in costs),
+        soft_tokens=sum(cost.tokens for costs in expanded.token_counts for cost in costs),
         tokens=_num_tokens(expanded),
     )
 

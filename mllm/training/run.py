@@ -45,9 +45,8 @@ from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.utils.distributed import check_world, prepare_launch
-from mllm.utils.run_paths import CONFIG, run_of
+from mllm.utils.run_paths import CONFIG, SETTINGS, run_of
 
-SETTINGS = "settings.yaml"
 logger = logging.getLogger(__name__)
 
 

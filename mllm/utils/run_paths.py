@@ -11,6 +11,8 @@ from pathlib import Path
 
 CONFIG = "config.json"
 PROCESSOR = "processor_config.json"
+SETTINGS = "settings.yaml"
+"""The config a run was started with, every default filled in."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{8,})")
 NEWEST = "auto"
 """What is written for the newest checkpoint, wherever one is asked for."""

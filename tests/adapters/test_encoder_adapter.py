@@ -59,8 +59,8 @@ def test_it_learns_inside_a_tower_that_stays_as_it_is(parts: dict[str, str]) -> 
     statistics = {name: value.clone() for name, value in model.model.video_tower.named_buffers()}
     stir(model)
     logits(model, processor).sum().backward()
-    given = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert inside <= given <= set(names)
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert inside <= with_gradient <= set(names)
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.named_parameters() if name in inside)
     assert all(value.equal(statistics[name]) for name, value in model.model.video_tower.named_buffers())
 

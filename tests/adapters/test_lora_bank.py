@@ -1,4 +1,4 @@
-"""The bank: each row is served by its own members, also when activations are computed again."""
+"""The bank: each row is served by its own experts, also when activations are computed again."""
 
 import copy
 
@@ -55,11 +55,11 @@ def embeddings(rows: int = 3, seed: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("config_class", LLMS)
 @torch.no_grad()
-def test_each_row_is_served_by_its_own_members(config_class) -> None:
+def test_each_row_is_served_by_its_own_experts(config_class) -> None:
     llm, embeds = banked(config_class), embeddings()
     together = run(llm, embeds, 0, 2, -1)
-    for row, own in enumerate((0, 2, -1)):
-        torch.testing.assert_close(together[row], run(llm, embeds[row : row + 1], own)[0], rtol=1e-4, atol=1e-5)
+    for row, scale_id in enumerate((0, 2, -1)):
+        torch.testing.assert_close(together[row], run(llm, embeds[row : row + 1], scale_id)[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together[1], run(llm, embeds[1:2], 1)[0], atol=1e-3)
 
 
@@ -69,9 +69,9 @@ def test_ids_may_differ_from_token_to_token() -> None:
     values = embeddings()
     bank.inputs = AdapterInputs(scale_ids=torch.tensor([[0, 1, 2, -1, 0, 1, 2]] * 3))
     mixed = bank(values)
-    for place, own in enumerate([0, 1, 2, -1]):
-        bank.inputs = AdapterInputs(scale_ids=torch.full((3,), own))
-        torch.testing.assert_close(mixed[:, place], bank(values)[:, place])
+    for position, scale_id in enumerate([0, 1, 2, -1]):
+        bank.inputs = AdapterInputs(scale_ids=torch.full((3,), scale_id))
+        torch.testing.assert_close(mixed[:, position], bank(values)[:, position])
 
 
 @pytest.mark.parametrize("config_class", LLMS)
@@ -120,12 +120,12 @@ def test_one_scale_or_task_is_exactly_a_plain_lora_and_merges(variant: str, rank
     torch.testing.assert_close(llm(inputs_embeds=embeds).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_member_has_a_gradient_whatever_the_rows_are() -> None:
+def test_every_expert_has_a_gradient_whatever_the_rows_are() -> None:
     llm = banked(variant="st").train()
     run(llm, embeddings(), 1, 1, 1).sum().backward()
-    trained = {name: own for name, own in llm.named_parameters() if own.requires_grad}
+    trained = {name: weight for name, weight in llm.named_parameters() if weight.requires_grad}
     assert {name.rpartition(".")[2] for name in trained} == {"lora_A", "lora_B"}
-    assert all(own.grad is not None for own in trained.values())
+    assert all(weight.grad is not None for weight in trained.values())
 
 
 @torch.no_grad()
@@ -140,11 +140,14 @@ def test_decoding_with_a_cache_and_left_padding_equals_one_pass() -> None:
         inputs_embeds=embeds[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5], adapter_inputs=inputs
     )
     outs = []
-    for place in (5, 6):
+    for position in (5, 6):
         out = llm(
-            inputs_embeds=embeds[:, place : place + 1], attention_mask=mask[:, : place + 1],
-            position_ids=positions[:, place : place + 1], adapter_inputs=inputs, **cache_argument(cache_of(first)),
-        )  # fmt: skip
+            inputs_embeds=embeds[:, position : position + 1],
+            attention_mask=mask[:, : position + 1],
+            position_ids=positions[:, position : position + 1],
+            adapter_inputs=inputs,
+            **cache_argument(cache_of(first)),
+        )
         outs.append(out.last_hidden_state)
     torch.testing.assert_close(torch.cat(outs, 1), whole[:, 5:], rtol=1e-4, atol=1e-5)
     alone = run(llm, embeds[:1, 3:], 0)
@@ -162,16 +165,16 @@ def test_decoding_with_a_cache_and_left_padding_equals_one_pass() -> None:
     ],
 )
 def test_settings_that_make_no_bank_are_refused(change: dict, message: str) -> None:
-    own = {"kind": "lora_bank", "variant": "mss", "rank": 3, "alpha": 6, "targets": ["q_proj"], "scales": SCALES}
+    config = {"kind": "lora_bank", "variant": "mss", "rank": 3, "alpha": 6, "targets": ["q_proj"], "scales": SCALES}
     with pytest.raises(ValueError, match=message):
-        build_adapter(decoder(), {**own, **change})
+        build_adapter(decoder(), {**config, **change})
 
 
-def test_missing_ids_and_absent_members_are_refused() -> None:
+def test_missing_ids_and_absent_experts_are_refused() -> None:
     llm = banked()
-    with pytest.raises(ValueError, match="members per scale, but scale_ids were not given"):
+    with pytest.raises(ValueError, match="experts per scale, but scale_ids were not given"):
         llm(inputs_embeds=embeddings())
-    with pytest.raises(ValueError, match="3 members per scale; scale 3 is none of them"):
+    with pytest.raises(ValueError, match="3 experts per scale; scale 3 is none of them"):
         to_lora(llm, scale_id=3)
 
 
@@ -183,8 +186,8 @@ def test_a_decoder_without_self_attention_layers_is_refused() -> None:
         )
 
 
-def test_a_bank_counts_its_members_in_order() -> None:
+def test_a_bank_counts_its_experts_in_order() -> None:
     bank = LoraBank(nn.Linear(4, 6), has_shared=True, num_scales=2, num_tasks=3, rank=2, alpha=4)
     assert bank.lora_A.shape == (6, 2, 4)
     assert bank.lora_B.shape == (6, 6, 2)
-    assert bank.chosen(1, 2) == [0, 2, 5]
+    assert bank.expert_indices(1, 2) == [0, 2, 5]

@@ -21,7 +21,7 @@ from mllm.checkpoints.load import export, load, save_run
 from mllm.config.model import AdapterConfig
 from mllm.model.trainables import set_trainables
 
-OWN = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}
+MOME = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}
 BANK = {"kind": "lora_bank", "variant": "ms", "rank": 3, "alpha": 6, "targets": ["q_proj", "v_proj"]}
 PLACEMENTS = ["attention", "ffn", "layer"]
 
@@ -37,22 +37,22 @@ def awake(module: nn.Module) -> nn.Module:
 
 def with_experts(config_class: type = LlamaConfig, placement: str = "layer", **changes) -> nn.Module:
     llm = decoder(config_class)
-    build_adapter(llm, {**OWN, "placement": placement, **changes})
+    build_adapter(llm, {**MOME, "placement": placement, **changes})
     return awake(llm)
 
 
 def reference(mome: Mome, hidden: Tensor, router: int = 0) -> Tensor:
     """The paper's formula, token by token and expert by expert."""
     out = torch.zeros_like(hidden)
-    for place in range(hidden.shape[0]):
-        one = hidden[place]
+    for row in range(hidden.shape[0]):
+        one = hidden[row]
         scores = functional.softmax(mome.router[router] @ one, dim=0)
         top = scores.topk(mome.top_k).indices.tolist()
         total = scores[top].sum() if mome.renormalise else 1.0
         gates = [1.0] * mome.num_shared + [scores[n] / total if n in top else 0.0 for n in range(mome.num_experts)]
         for expert, gate in enumerate(gates):
             inner = functional.gelu(mome.down[expert] @ one + mome.down_bias[expert])
-            out[place] += gate * (mome.up[expert] @ inner + mome.up_bias[expert])
+            out[row] += gate * (mome.up[expert] @ inner + mome.up_bias[expert])
     return out
 
 
@@ -128,7 +128,7 @@ def test_untrained_and_disabled_experts_are_the_frozen_llm_bit_for_bit(config_cl
     with adapters_disabled(llm):
         assert torch.equal(llm(inputs_embeds=embeds).last_hidden_state, expected)
     untrained = decoder(config_class)
-    build_adapter(untrained, {**OWN, "placement": placement})
+    build_adapter(untrained, {**MOME, "placement": placement})
     assert torch.equal(untrained(inputs_embeds=embeds).last_hidden_state, expected)
 
 
@@ -143,7 +143,7 @@ def test_the_balance_loss_of_the_first_of_two_forwards_is_right_under_checkpoint
         rows = AdapterInputs(torch.tensor(ids), kinds=torch.ones(3, 7, dtype=torch.int64), collector=collector)
         out = llm(inputs_embeds=embeds, adapter_inputs=rows, use_cache=False).last_hidden_state
         balance, usage = collector.take()
-        assert [own.shape for own in usage] == [(3, 4, 5)] * 2
+        assert [counts.shape for counts in usage] == [(3, 4, 5)] * 2
         return out, torch.stack(balance).mean(dim=0)
 
     for llm in (plain, checkpointed):
@@ -151,7 +151,7 @@ def test_the_balance_loss_of_the_first_of_two_forwards_is_right_under_checkpoint
         out, balance = run(llm, [0, 0, 0])
         run(llm, [1, 1, 1])
         (out.square().mean() + balance.sum()).backward()
-        assert all(layer.mome.waiting is None for layer in llm.layers)
+        assert all(layer.mome.layer_input is None for layer in llm.layers)
     expected = dict(plain.named_parameters())
     for name, parameter in checkpointed.named_parameters():
         if ".mome." in name:
@@ -180,7 +180,7 @@ def test_balance_is_one_where_experts_are_used_alike_and_leaves_padding_out() ->
     assert report([-1, -1, -1, 0])[0] == pytest.approx(4.0)  # one expert does it all
 
 
-@pytest.mark.parametrize("adapter", [{**OWN, "placement": "layer"}, BANK], ids=["mome", "lora_bank"])
+@pytest.mark.parametrize("adapter", [{**MOME, "placement": "layer"}, BANK], ids=["mome", "lora_bank"])
 def test_beside_a_frozen_llm_in_bfloat16_what_trains_is_float32(adapter: dict) -> None:
     llm, embeds = decoder().to(torch.bfloat16), embeddings().to(torch.bfloat16)
     build_adapter(llm, adapter)
@@ -195,14 +195,14 @@ def test_beside_a_frozen_llm_in_bfloat16_what_trains_is_float32(adapter: dict) -
     assert trained
     assert all(parameter.dtype == torch.float32 and parameter.grad is not None for parameter in trained)
     balance, usage = collector.take()
-    assert all(own.dtype == torch.float32 for own in balance)
-    assert all(own.sum() == 3 * 7 * 2 for own in usage)
+    assert all(reported.dtype == torch.float32 for reported in balance)
+    assert all(reported.sum() == 3 * 7 * 2 for reported in usage)
 
 
 def settings(placement: str, parts: dict[str, str] | None = None):
-    own = tiny.settings_on(parts, ("audio", "video")) if parts else tiny.settings(("audio", "video"))
-    adapter = AdapterConfig(placement=placement, **OWN)  # pyright: ignore
-    return replace(own, adapter=adapter)
+    config = tiny.settings_on(parts, ("audio", "video")) if parts else tiny.settings(("audio", "video"))
+    adapter = AdapterConfig(placement=placement, **MOME)  # pyright: ignore
+    return replace(config, adapter=adapter)
 
 
 ROWS = [
@@ -216,8 +216,8 @@ BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/5", "")]
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()
 def test_a_row_in_a_mixed_batch_equals_the_row_alone_and_is_reported(placement: str) -> None:
-    own = settings(placement)
-    model, made = awake(tiny.model(own)), tiny.processor(own)
+    config = settings(placement)
+    model, made = awake(tiny.model(config)), tiny.processor(config)
     inputs = made.expand(tiny.batch(made, ROWS), [BUDGETS], left_padding=False).inputs
     out = model(**inputs, adapter_report=True)
     assert out.expert_usage.shape == (2, 3, 4, 5)
@@ -234,8 +234,8 @@ def test_a_row_in_a_mixed_batch_equals_the_row_alone_and_is_reported(placement: 
 
 
 def test_a_run_is_loaded_bit_for_bit_and_cannot_be_exported(tmp_path: Path) -> None:
-    own = settings("layer", tiny.write_parts(tmp_path / "parts"))
-    model, processor = build(own)
+    config = settings("layer", tiny.write_parts(tmp_path / "parts"))
+    model, processor = build(config)
     names = set_trainables(model)
     assert [name for name in names if "layers.0" in name and "compressors" not in name] == [
         f"model.language_model.layers.0.mome.{part}" for part in ("down", "down_bias", "router", "up", "up_bias")
@@ -264,14 +264,14 @@ def test_a_run_is_loaded_bit_for_bit_and_cannot_be_exported(tmp_path: Path) -> N
 )
 def test_settings_that_make_no_experts_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_adapter(decoder(), {**OWN, "placement": "layer", **change})
+        build_adapter(decoder(), {**MOME, "placement": "layer", **change})
 
 
 def test_weights_in_bfloat16_give_what_those_in_float32_give() -> None:
     torch.manual_seed(0)
     mome = Mome(32, num_experts=5, num_shared=1, top_k=2, bottleneck=3)
-    for own in mome.parameters():
-        own.data.normal_(std=0.3)
+    for weight in mome.parameters():
+        weight.data.normal_(std=0.3)
     mome.to(torch.bfloat16)
     hidden = torch.randn(2, 7, 32, dtype=torch.bfloat16)
     out = mome(hidden)

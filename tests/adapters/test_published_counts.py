@@ -41,7 +41,7 @@ def test_active_parameters_of_the_scales_of_mtsk(llm: str, rank: int, one: float
         made = adapted(llm, {**settings, "variant": variant, "scales": scales})
         banks = [part for part in made.modules() if isinstance(part, LoraBank)]
         active = [
-            stack[place] for bank in banks for place in bank.chosen(0 if scales else None, None)
+            stack[index] for bank in banks for index in bank.expert_indices(0 if scales else None, None)
             for stack in (bank.lora_A, bank.lora_B)
         ]  # fmt: skip
         assert millions(active) == pytest.approx(expected, abs=0.006)
@@ -56,15 +56,15 @@ def test_parameters_of_mome(llm: str, bottleneck: int, active: float, total: flo
     settings = {"placement": "layer", "num_experts": 23, "num_shared": 1, "top_k": 4, "bottleneck": bottleneck}
     made = adapted(llm, {"kind": "mome", **settings})
     momes = [part for part in made.modules() if isinstance(part, Mome)]
-    stacks = [own for mome in momes for name, own in mome.named_parameters() if name != "router"]
+    stacks = [weight for mome in momes for name, weight in mome.named_parameters() if name != "router"]
     routers = [mome.router for mome in momes]
-    assert millions([*routers, *(own[:5] for own in stacks)]) == pytest.approx(active, abs=0.006)
+    assert millions([*routers, *(weight[:5] for weight in stacks)]) == pytest.approx(active, abs=0.006)
     assert millions([*routers, *stacks]) == pytest.approx(total, abs=0.006)
 
 
 def published_kind(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """What trains, but for the four rows of the marks around media, which the papers do not count."""
-    return (own for name, own in model.named_parameters() if own.requires_grad and name != NEW_TOKENS)
+    return (weight for name, weight in model.named_parameters() if weight.requires_grad and name != NEW_TOKENS)
 
 
 @pytest.mark.parametrize(("name", "published"), [("s", 38.29), ("t", 51.92), ("st", 58.74)])
@@ -86,10 +86,10 @@ def test_parameters_of_omni_avsr(name: str, published: float) -> None:
     ],
 )
 def test_parameters_of_llama_avsr(rates: dict[str, int], lora: EncoderAdapterConfig | None, published: float) -> None:
-    own = read(ROOT / "configs" / "llama_avsr.yaml").model
+    config = read(ROOT / "configs" / "llama_avsr.yaml").model
     media: dict[str, MediumConfig | None] = {"audio": None, "video": None}
     for medium, rate in rates.items():
-        media[medium] = replace(own.media[medium], budgets=[f"/{rate}"], encoder_adapter=lora)
-    model = build_on_meta(replace(own, llm=f"meta-llama/{LLMS['8B']}", **media))  # pyright: ignore
+        media[medium] = replace(config.media[medium], budgets=[f"/{rate}"], encoder_adapter=lora)
+    model = build_on_meta(replace(config, llm=f"meta-llama/{LLMS['8B']}", **media))  # pyright: ignore
     set_trainables(model)
     assert millions(published_kind(model)) == pytest.approx(published, abs=0.006)

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from mllm.budget import Amount, Budget, Cost, Extent, Space, count_tokens
+from mllm.budget import Amount, Budget, Extent, Space, TokenCount, count_tokens
 
 SPACE = Space.from_settings(
     {
@@ -64,8 +64,8 @@ def test_a_medium_that_is_not_named_gets_the_largest() -> None:
 
 
 def test_rates_drop_the_remainder_and_seconds_are_rates() -> None:
-    assert count_tokens([AUDIO], Budget.parse("audio=/16"), SPACE) == [Cost(6, 16)]
-    assert count_tokens([AUDIO], Budget.parse("audio=12.5/s"), SPACE) == [Cost(25, 4)]
+    assert count_tokens([AUDIO], Budget.parse("audio=/16"), SPACE) == [TokenCount(6, 16)]
+    assert count_tokens([AUDIO], Budget.parse("audio=12.5/s"), SPACE) == [TokenCount(25, 4)]
 
 
 def test_between_the_trained_ones_where_the_compressor_can() -> None:
@@ -107,7 +107,7 @@ def test_queries_on_a_stream_come_per_window() -> None:
         {"audio": {"compressor": "query", "budgets": ["/4", "/16"], "window_frames": 16, "num_queries": 8}}
     )
     extent = Extent("audio", num_frames=33, frames_per_second=50.0)  # two whole windows and one frame of a third
-    assert count_tokens([extent], Budget.parse("audio=/4"), space) == [Cost(12, 4)]
+    assert count_tokens([extent], Budget.parse("audio=/4"), space) == [TokenCount(12, 4)]
     with pytest.raises(ValueError, match=r"allowed are /2, /4, /8, /16"):
         count_tokens([extent], Budget.parse("audio=/5"), space)
     with pytest.raises(ValueError, match="serves rates only"):

@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from mllm.budget import Budget, Cost, Extent, Space, count_tokens
+from mllm.budget import Budget, Extent, Space, TokenCount, count_tokens
 from mllm.budget.tiling import LLAVA_NEXT, Tiles, Tiling, map_of, pooled_rows
 from mllm.compressors.area_pooling import grid_rows
 from mllm.processing.token_order import NEWLINE, order_of, shown_items
@@ -105,7 +105,7 @@ def test_tokens_and_their_order_are_those_of_llava_next(size: tuple[int, int], e
 
 def test_a_thumbnail_alone_ends_with_a_newline() -> None:
     (cost,) = count_tokens([extent((480, 640))], Budget.parse("image=9,tiles<=0"), space())
-    assert cost == Cost(10, each=9, tiles=Tiles(0, 0, True))
+    assert cost == TokenCount(10, each=9, tiles=Tiles(0, 0, True))
     assert order_of(extent((480, 640)), cost, Tiling()).tolist() == [*([0, n] for n in range(9)), [NEWLINE, 0]]
 
 
@@ -233,8 +233,8 @@ def test_pixels_of_the_tiles_are_those_of_llava_next() -> None:
 
 def test_cuts_of_one_image_share_the_thumbnail() -> None:
     tilings = (Tiles(2, 2, True), Tiles(1, 2, True))
-    places = [shown_items(extent((480, 640)), Cost(9, each=9, tiles=tiles), tilings) for tiles in tilings]
+    places = [shown_items(extent((480, 640)), TokenCount(9, each=9, tiles=tiles), tilings) for tiles in tilings]
     assert places == [[0, 1, 2, 3, 4], [0, 5, 6]]
-    assert shown_items(extent((480, 640)), Cost(9, each=9, tiles=Tiles(0, 0, True)), tilings) == [0]
+    assert shown_items(extent((480, 640)), TokenCount(9, each=9, tiles=Tiles(0, 0, True)), tilings) == [0]
     with pytest.raises(ValueError, match="was loaded as 2x2, 1x2 and its budget cuts it into 1x3: load media with"):
-        shown_items(extent((480, 640)), Cost(9, each=9, tiles=Tiles(1, 3, True)), tilings)
+        shown_items(extent((480, 640)), TokenCount(9, each=9, tiles=Tiles(1, 3, True)), tilings)

@@ -195,7 +195,7 @@ def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> 
         model, inputs = tiny.model(own), tiny.processor(own)(text="how many objects?")
         expected = model(**inputs).logits
         if tasks:
-            with pytest.raises(ValueError, match=r"merge_adapter is true, but .* members per scale or task depends"):
+            with pytest.raises(ValueError, match=r"merge_adapter is true, but .* experts per scale or task depends"):
                 merge_llm_adapter(model)
         else:
             merge_llm_adapter(model)

@@ -119,7 +119,7 @@ def test_heads_are_one_per_64_as_in_the_released_model() -> None:
         ({**M3, "keys": "content"}, (24, 24), "media.image.keys does not apply to compressor 'pool'; allowed: project"),
         ({**MQT, "projector_norm": True}, (24, 24), "projector_norm does not apply to compressor 'query'"),
         ({**M3, "order": "zigzag"}, (24, 24), "media.image.order='zigzag' is not one of: raster, haar"),
-        ({**M3, "order": "haar"}, (24, 24), "1 tokens are no whole map .* in Haar order; allowed: 9, 18, 36, 72, 144"),
+        ({**M3, "order": "haar"}, (24, 24), "1 tokens are no whole grid .* in Haar order; allowed: 9, 18, 36, 72, 144"),
         ({**HAAR, "per_budget_projector": True}, (24, 24), "would break the nesting of order 'haar'"),
         ({"compressor": "pool", "budgets": ["/4"], "order": "haar"}, None, "is an order of grids, and this is a str"),
         ({**M3, "budgets": ["/4"]}, (24, 24), r"budgets are rates \(/4\); compressor 'pool' on a grid takes counts"),

@@ -9,7 +9,7 @@ from torch.nn import functional
 from mllm.budget import Amount, Budget, Extent, MediumSpace
 from mllm.budget.nesting import haar_grids
 from mllm.compressors import Pool, Projector, ProjectorBank
-from mllm.compressors.haar import haar, haar_map
+from mllm.compressors.haar import haar, inverse_haar
 from mllm.inference.answerer import Answerer, Decoding
 
 GRID = (24, 24)
@@ -51,12 +51,12 @@ def test_each_prefix_rebuilds_the_pooled_map(grid: tuple[int, int]) -> None:
     """At the count of every map the span is exactly the average pooling to that map, and the whole is the grid."""
     features = patches(grid)
     compressor = Pool(projectors=identity(), grid=grid, order="haar")
-    maps = features.transpose(1, 2).unflatten(2, grid)
+    grids = features.transpose(1, 2).unflatten(2, grid)
     for rows, columns in haar_grids(grid):
         prefix = soft_tokens(compressor, features, [rows * columns] * 2, rows * columns)
-        pooled = functional.avg_pool2d(maps, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(haar_map(prefix, grid), pooled, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(haar_map(haar(features, grid), grid), features, rtol=1e-5, atol=1e-5)
+        pooled = functional.avg_pool2d(grids, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(inverse_haar(prefix, grid), pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inverse_haar(haar(features, grid), grid), features, rtol=1e-5, atol=1e-5)
 
 
 def test_the_maps_of_m3_come_out_as_its_pooling_gives_them() -> None:
@@ -64,7 +64,7 @@ def test_the_maps_of_m3_come_out_as_its_pooling_gives_them() -> None:
     raster = Pool(projectors=identity(), grid=GRID)
     for count in (9, 36, 144, 576):
         expected = soft_tokens(raster, features, [count] * 2, count)
-        torch.testing.assert_close(haar_map(haar(features, GRID)[:, :count], GRID), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inverse_haar(haar(features, GRID)[:, :count], GRID), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("project_first", [False, True])
@@ -81,18 +81,18 @@ def test_small_budgets_are_prefixes_also_in_a_mixed_batch(project_first: bool) -
 
 
 def test_a_prefix_that_is_no_map_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match="10 tokens in Haar order are no whole map; allowed: 9, 18, 36"):
-        haar_map(torch.zeros(1, 10, SIZE), GRID)
+    with pytest.raises(ValueError, match="10 tokens in Haar order are no whole grid; allowed: 9, 18, 36"):
+        inverse_haar(torch.zeros(1, 10, SIZE), GRID)
     space = MediumSpace.from_settings("image", {"compressor": "pool", "budgets": [576, 9], "order": "haar"})
     extent = Extent("image", grid=GRID)
-    assert [space.cost(Amount.parse(text), extent).tokens for text in ("max", "9", "72")] == [576, 9, 72]
+    assert [space.count(Amount.parse(text), extent).tokens for text in ("max", "9", "72")] == [576, 9, 72]
     for text in ("1", "10", "100"):
         with pytest.raises(
-            ValueError, match=f"image={text} is no whole map in Haar order: allowed are counts 9, 18, 36"
+            ValueError, match=f"image={text} is no whole grid in Haar order: allowed are counts 9, 18, 36"
         ):
-            space.cost(Amount.parse(text), extent)
+            space.count(Amount.parse(text), extent)
     with pytest.raises(ValueError, match=r"image=577 cannot be met: allowed are counts 1\.\.576"):
-        space.cost(Amount.parse("577"), extent)
+        space.count(Amount.parse("577"), extent)
 
 
 def test_a_model_in_haar_order_answers_alone_as_in_a_batch() -> None:
@@ -106,5 +106,5 @@ def test_a_model_in_haar_order_answers_alone_as_in_a_batch() -> None:
         for row, budget in zip(rows, budgets, strict=True)
     ]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
-    with pytest.raises(ValueError, match="image=5 is no whole map in Haar order: allowed are counts 1, 2, 4, 8"):
+    with pytest.raises(ValueError, match="image=5 is no whole grid in Haar order: allowed are counts 1, 2, 4, 8"):
         answerer.answer_batch(tiny.batch(answerer.processor, rows), [[Budget.parse("image=5")] * 2])

@@ -23,33 +23,33 @@ def mixture(*, top_k: int = 2) -> MixtureProjector:
 
 
 def test_each_token_goes_through_its_own_best_experts() -> None:
-    own = mixture()
+    mixed = mixture()
     features = torch.randn(2, 3, 6)
-    out = own(features)
+    out = mixed(features)
     for item in range(2):
-        for place in range(3):
-            token = features[item, place]
-            scores = torch.softmax(own.gate.weight @ token, dim=0)
+        for position in range(3):
+            token = features[item, position]
+            scores = torch.softmax(mixed.gate.weight @ token, dim=0)
             best = sorted(range(4), key=lambda expert: -scores[expert].item())[:2]
             total = sum(scores[expert] for expert in best)
-            expected = sum(scores[expert] / total * own.experts[expert](token) for expert in best)
-            torch.testing.assert_close(out[item, place], expected)
+            expected = sum(scores[expert] / total * mixed.experts[expert](token) for expert in best)
+            torch.testing.assert_close(out[item, position], expected)
 
 
 def test_all_experts_used_is_the_softmax_mixture_and_one_expert_is_a_projector() -> None:
     features = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
-    own = mixture(top_k=1)
-    best = own.gate(features).argmax(dim=-1)[0]
-    expected = torch.stack([own.experts[int(expert)](features[0, place]) for place, expert in enumerate(best)])
-    torch.testing.assert_close(own(features)[0], expected)
+    mixed = mixture(top_k=1)
+    best = mixed.gate(features).argmax(dim=-1)[0]
+    expected = torch.stack([mixed.experts[int(expert)](features[0, position]) for position, expert in enumerate(best)])
+    torch.testing.assert_close(mixed(features)[0], expected)
 
 
 def test_the_losses_are_of_the_tokens_of_a_row_alone() -> None:
-    own = mixture().train()
-    own(torch.randn(2, 5, 6))
-    routing = own.take_routing()
+    mixed = mixture().train()
+    mixed(torch.randn(2, 5, 6))
+    routing = mixed.take_routing()
     assert routing is not None
-    assert own.take_routing() is None
+    assert mixed.take_routing() is None
     is_token = torch.tensor([[True, True, False, True, False], [False] * 5])
     balance, squares = routing_losses(routing, is_token, top_k=2)
     tokens = routing[0, is_token[0]]
@@ -57,8 +57,8 @@ def test_the_losses_are_of_the_tokens_of_a_row_alone() -> None:
     expected = 4 * sum((chosen[:, expert].sum() / (2 * 3)) * probabilities[:, expert].mean() for expert in range(4))
     torch.testing.assert_close(balance, torch.stack([expected, torch.zeros(())]))
     torch.testing.assert_close(squares, torch.stack([(logarithms**2).mean(), torch.zeros(())]))
-    own.eval()(torch.randn(1, 2, 6))
-    assert own.take_routing() is None
+    mixed.eval()(torch.randn(1, 2, 6))
+    assert mixed.take_routing() is None
 
 
 def test_an_even_use_of_the_experts_is_one() -> None:
@@ -80,9 +80,9 @@ def test_a_mixture_per_budget_reports_the_routing_of_the_asked_one(per_budget: b
     for item, (tokens, rate) in enumerate(((4, 2), (2, 4))):
         alone = {"tokens": torch.tensor([tokens]), "rates": torch.tensor([rate])}
         compressor(features[item : item + 1], lengths[:1], **alone, max_tokens=tokens)
-        own = compressor.projectors.take_routing()
-        torch.testing.assert_close(routing[item, :tokens], own[0, :tokens])
-        assert (own[0, :tokens, 4:8].sum(dim=-1) == 2).all()
+        mixed = compressor.projectors.take_routing()
+        torch.testing.assert_close(routing[item, :tokens], mixed[0, :tokens])
+        assert (mixed[0, :tokens, 4:8].sum(dim=-1) == 2).all()
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -71,8 +71,8 @@ def test_counts_between_are_the_integral_over_equal_stretches(count: int) -> Non
 def test_grids_that_divide_are_avg_pool2d(grid: tuple[int, int], count: int) -> None:
     images = torch.randn(2, grid[0] * grid[1], SIZE, generator=torch.Generator().manual_seed(0))
     stride = round((grid[0] * grid[1] / count) ** 0.5)
-    maps = images.transpose(1, 2).unflatten(2, grid)
-    expected = functional.avg_pool2d(maps, stride).flatten(2).transpose(1, 2)
+    grids = images.transpose(1, 2).unflatten(2, grid)
+    expected = functional.avg_pool2d(grids, stride).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pool_grid(images, count, grid), expected)
     if count == grid[0] * grid[1]:
         assert torch.equal(pool_grid(images, count, grid), images)
@@ -112,9 +112,9 @@ def test_cells_of_any_count_tile_the_grid_with_equal_areas(grid: tuple[int, int]
     most = grid[0] * grid[1]
     for counts in torch.arange(1, most + 1).split(32):
         cover, area = grid_cover(counts, grid, max_tokens=int(counts.max()))
-        for count, shares, patches in zip(counts.tolist(), cover, area, strict=True):
-            torch.testing.assert_close(shares[:count].sum(dim=0), torch.ones(most))
-            torch.testing.assert_close(shares[:count].sum(dim=1), patches.expand(count))
+        for count, cell_cover, patches in zip(counts.tolist(), cover, area, strict=True):
+            torch.testing.assert_close(cell_cover[:count].sum(dim=0), torch.ones(most))
+            torch.testing.assert_close(cell_cover[:count].sum(dim=1), patches.expand(count))
     rows = grid_rows(torch.arange(1, most + 1), grid)
     assert rows.min() == 1
     assert rows.max() == grid[0]

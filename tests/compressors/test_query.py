@@ -125,10 +125,10 @@ def test_an_item_in_a_mixed_batch_equals_the_item_alone(keys: str) -> None:
     """Different rates and lengths, whole windows of padding, NaN in it, and room for more tokens than anyone has."""
     compressor = stream_query(keys)
     batch, lengths = clips(21, 3, 16)
-    asked = [(12, 2), (2, 4), (2, 8)]
-    together = compressor(batch, lengths, **costs(*asked), max_tokens=30)
+    budgets = [(12, 2), (2, 4), (2, 8)]
+    together = compressor(batch, lengths, **costs(*budgets), max_tokens=30)
     assert together.shape == (3, 30, OUT)
-    for row, (length, cost) in enumerate(zip(lengths.tolist(), asked, strict=True)):
+    for row, (length, cost) in enumerate(zip(lengths.tolist(), budgets, strict=True)):
         alone = compressor(batch[row : row + 1, :length], lengths[row : row + 1], **costs(cost), max_tokens=cost[0])
         torch.testing.assert_close(together[row, : cost[0]], alone[0])
         assert not together[row, cost[0] :].any()
@@ -284,10 +284,10 @@ def test_folded_constants_are_never_stale(change) -> None:
         torch.testing.assert_close(read_image(compressor, images, 9), before)
         assert compressor._folds._kept is kept  # folded once
     change(compressor)
-    own = images.to(compressor.proj.dtype)
-    expected = read_image(compressor, own, 9).detach()
+    typed_images = images.to(compressor.proj.dtype)
+    expected = read_image(compressor, typed_images, 9).detach()
     with torch.no_grad():
-        after = read_image(compressor, own, 9)
+        after = read_image(compressor, typed_images, 9)
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert after.dtype != before.dtype or not torch.allclose(after, before)
 

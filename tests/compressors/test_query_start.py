@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mllm.compressors import Query
-from mllm.compressors.query_init import pyramid_cells, read_places
+from mllm.compressors.query_init import initialise_as_pyramid, pyramid_cells
 
 
 def query_of(grid: tuple[int, int], queries: tuple[int, int], **changes) -> Query:
@@ -42,13 +42,13 @@ def test_all_cells_lie_in_the_grid_and_none_repeats_while_there_are_others(grid:
 @pytest.mark.parametrize(("grid", "queries"), [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((4, 6), (3, 4))])
 def test_each_query_reads_the_mean_of_its_cell(grid: tuple[int, int], queries: tuple[int, int]) -> None:
     compressor = query_of(grid, queries)
-    left = read_places(compressor, torch.Generator().manual_seed(0))
+    left = initialise_as_pyramid(compressor, torch.Generator().manual_seed(0))
     assert float(left.max()) < 0.3  # nats, of 2.8 and more at the released start
-    maps = torch.randn(1, *grid, 64, generator=torch.Generator().manual_seed(1))
-    normed = compressor.ln_v(maps)
+    grids = torch.randn(1, *grid, 64, generator=torch.Generator().manual_seed(1))
+    normed = compressor.ln_v(grids)
     cells = pyramid_cells(compressor.num_queries, grid)
     with torch.no_grad():
-        read = compressor._read(maps.flatten(1, 2))[0]
+        read = compressor._read(grids.flatten(1, 2))[0]
         means = torch.stack([normed[0, t:b, s:e].flatten(0, 1).mean(0) for t, b, s, e in cells])
     alike = torch.nn.functional.cosine_similarity(read[:, None], means[None], dim=-1)
     assert alike.argmax(1).tolist() == list(range(len(cells)))
@@ -59,7 +59,7 @@ def test_it_is_the_same_for_the_same_seed_and_leaves_positions_alone() -> None:
     one, two = query_of((4, 4), (2, 2)), query_of((4, 4), (2, 2))
     for compressor in (one, two):
         before = compressor.pos_embed.clone()
-        read_places(compressor, torch.Generator().manual_seed(3))
+        initialise_as_pyramid(compressor, torch.Generator().manual_seed(3))
         assert compressor.pos_embed.equal(before)
     assert one.query.equal(two.query)
     assert one.attn.in_proj_weight.equal(two.attn.in_proj_weight)
@@ -69,10 +69,10 @@ def test_the_search_is_in_float32_and_only_its_result_is_rounded() -> None:
     """Exactly what float32 weights with the same (rounded) positions get, rounded; the divergence is that behind it."""
     rough = query_of((8, 8), (4, 4)).to(torch.bfloat16)
     precise = copy.deepcopy(rough).float()
-    left = read_places(rough, torch.Generator().manual_seed(0))
-    left_precise = read_places(precise, torch.Generator().manual_seed(0))
-    for name, own in precise.named_parameters():
-        assert rough.get_parameter(name).equal(own.bfloat16()), name
+    left = initialise_as_pyramid(rough, torch.Generator().manual_seed(0))
+    left_precise = initialise_as_pyramid(precise, torch.Generator().manual_seed(0))
+    for name, weight in precise.named_parameters():
+        assert rough.get_parameter(name).equal(weight.bfloat16()), name
     assert left.dtype == torch.float32
     assert not left.equal(left_precise)
     torch.testing.assert_close(left, left_precise, rtol=0, atol=0.05)
@@ -81,7 +81,7 @@ def test_the_search_is_in_float32_and_only_its_result_is_rounded() -> None:
 def test_weights_that_are_frozen_can_be_given_it() -> None:
     frozen, trained = query_of((4, 4), (2, 2)).requires_grad_(False), query_of((4, 4), (2, 2))
     for compressor in (frozen, trained):
-        read_places(compressor, torch.Generator().manual_seed(3))
+        initialise_as_pyramid(compressor, torch.Generator().manual_seed(3))
         assert all(parameter.grad is None for parameter in compressor.parameters())
     assert frozen.query.equal(trained.query)
     assert not frozen.query.requires_grad
@@ -90,4 +90,4 @@ def test_weights_that_are_frozen_can_be_given_it() -> None:
 def test_streams_and_content_keys_are_refused() -> None:
     for compressor in (query_of((1, 8), (1, 4), windowed=True), query_of((4, 4), (2, 2), keys="content")):
         with pytest.raises(ValueError, match=r"query_start=pyramid goes with images and keys=position"):
-            read_places(compressor, torch.Generator())
+            initialise_as_pyramid(compressor, torch.Generator())

@@ -73,8 +73,8 @@ def test_square_blocks_are_the_pixel_shuffle() -> None:
     projectors = bank(4, in_sizes=(SIZE * 4,))
     compressor = Stack(projectors=projectors, grid_rows=(2,), grid=(4, 4))
     image = torch.randn(1, 16, SIZE)
-    maps = functional.pixel_unshuffle(image.transpose(1, 2).unflatten(2, (4, 4)), 2)[0]  # (D * 4, 2, 2)
-    blocks = maps.unflatten(0, (SIZE, 4)).transpose(0, 1).flatten(0, 1).flatten(1).T
+    grids = functional.pixel_unshuffle(image.transpose(1, 2).unflatten(2, (4, 4)), 2)[0]  # (D * 4, 2, 2)
+    blocks = grids.unflatten(0, (SIZE, 4)).transpose(0, 1).flatten(0, 1).flatten(1).T
     soft = compressor(image, torch.tensor([16]), tokens=torch.tensor([4]), rates=torch.tensor([0]), max_tokens=4)
     torch.testing.assert_close(soft[0], projectors[0](blocks))
 

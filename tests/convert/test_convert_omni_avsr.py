@@ -152,7 +152,7 @@ def test_what_was_trained_and_what_was_frozen_come_from_the_checkpoint(st_run: A
     layer = model.model.video_tower.backbone.encoder.layers[0].attention.q_proj
     assert layer.scaling == {"default": 2.0}
     assert model.model.language_model.layers[0].self_attn.q_proj.scaling == 0.125
-    assert processor.members.tasks == ("asr", "vsr", "avsr")
+    assert processor.expert_names.tasks == ("asr", "vsr", "avsr")
     assert processor.prompts["audio", "video"] == "Transcribe speech and video to text."
 
 

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
 from mllm.encoders import AVHubertConfig, AVHubertEncoder, build_encoder, freeze, register_av_hubert, wrap_encoder
-from mllm.encoders.av_hubert import LipResNet
+from mllm.encoders.av_hubert import VideoResNet
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 # Published counts (tensors, parameters) include these four tensors of the pre-training task, which no encoder needs:
@@ -139,7 +139,7 @@ def test_names_are_the_published_ones_after_renaming() -> None:
 
 def test_the_resnet_halves_the_crop_five_times_and_keeps_every_frame() -> None:
     with torch.device("meta"):
-        resnet = LipResNet((64, 128, 256, 512))
+        resnet = VideoResNet((64, 128, 256, 512))
         maps = resnet.frontend3D(torch.zeros(1, 1, 7, 88, 88))
         assert maps.shape == (1, 64, 7, 22, 22)
         assert resnet.trunk.layer1(maps[0].transpose(0, 1)).shape == (7, 64, 22, 22)

@@ -25,10 +25,10 @@ from mllm.encoders import (
     ENCODERS,
     AVHubertConfig,
     backbone_class,
+    backbone_config,
     build_encoder,
     encoder_facts,
     freeze,
-    tower_config,
     wrap_encoder,
 )
 
@@ -52,7 +52,7 @@ WHISPER: dict = {
     "eos_token_id": 0,
     "decoder_start_token_id": 0,
 }
-TOWERS = {
+VISION_CONFIGS = {
     "clip": CLIPVisionConfig(**IMAGE),
     "siglip": SiglipVisionConfig(**IMAGE),
     "dinov2": Dinov2Config(**{key: value for key, value in IMAGE.items() if key != "intermediate_size"}),
@@ -66,18 +66,18 @@ WAVES = {
     "wavlm": WavLMConfig(**WAVE),
     "wavlm_large": WavLMConfig(**WAVE, **STABLE),
 }
-LIPS = AVHubertConfig(
+AV_HUBERT = AVHubertConfig(
     **TRUNK, resnet_channels=(4, 8, 16, 32), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4
 )
-LISTENING = tower_config(LIPS, "audio")
+AV_HUBERT_AUDIO = backbone_config(AV_HUBERT, "audio")
 NAFLEX = Siglip2VisionConfig(**TRUNK, patch_size=8, num_patches=25)
 CONFIGS = {
-    **TOWERS,
+    **VISION_CONFIGS,
     "siglip2": NAFLEX,
     **WAVES,
     "whisper": WhisperConfig(**WHISPER),
-    "lips": LIPS,
-    "listening": LISTENING,
+    "lips": AV_HUBERT,
+    "listening": AV_HUBERT_AUDIO,
 }
 
 
@@ -106,10 +106,10 @@ def test_the_smallest_input_reaches_every_weight_that_can_train(name: str) -> No
     assert all(name.endswith("mask_token") for name in unused), "only what DINO's pre-training hides patches with"
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", VISION_CONFIGS)
 @torch.no_grad()
 def test_a_tower_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(name: str) -> None:
-    config = TOWERS[name]
+    config = VISION_CONFIGS[name]
     torch.manual_seed(0)
     whole = backbone_class(config)(config).eval()
     images = torch.randn(2, 3, 40, 40)
@@ -148,23 +148,23 @@ def test_the_final_norm_can_be_kept() -> None:
     assert not hasattr(whole, "head")
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", VISION_CONFIGS)
 def test_another_image_size_gives_another_grid(name: str) -> None:
     settings = {"image_size": [48, 32]}
-    encoder = build_encoder("image", TOWERS[name], settings).eval()
-    assert encoder.grid == encoder_facts(TOWERS[name], settings).grid == (6, 4)
+    encoder = build_encoder("image", VISION_CONFIGS[name], settings).eval()
+    assert encoder.grid == encoder_facts(VISION_CONFIGS[name], settings).grid == (6, 4)
     assert encoder(torch.zeros(1, 3, 48, 32)).shape == (1, 24, 32)
     with pytest.raises(ValueError, match=r"images are \(40, 40\) pixels"):
         encoder(torch.zeros(1, 3, 40, 40))
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", VISION_CONFIGS)
 @pytest.mark.parametrize("size", [(24, 64), (44, 43)])
 @torch.no_grad()
 def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name: str, size: tuple[int, int]) -> None:
-    """Positions are the tower's own, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); what fills no patch is cut."""
+    """Positions are those of the encoder, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); the rest is cut."""
     torch.manual_seed(0)
-    whole = backbone_class(TOWERS[name])(TOWERS[name]).eval()
+    whole = backbone_class(VISION_CONFIGS[name])(VISION_CONFIGS[name]).eval()
     images = torch.randn(2, 3, *size)
     options = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
     hidden = whole(images, output_hidden_states=True, **options).hidden_states[-2]
@@ -179,15 +179,15 @@ def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name
 
 def test_a_size_is_refused_for_patches_and_patches_for_a_size() -> None:
     with pytest.raises(ValueError, match=r"max_num_patches goes with siglip2_vision_model, not with clip_vision_model"):
-        build_encoder("image", TOWERS["clip"], {"max_num_patches": 64})
+        build_encoder("image", VISION_CONFIGS["clip"], {"max_num_patches": 64})
     with pytest.raises(ValueError, match="smaller than one patch"):
-        build_encoder("image", TOWERS["clip"], {"image_size": [4, 40]})
+        build_encoder("image", VISION_CONFIGS["clip"], {"image_size": [4, 40]})
 
 
 @pytest.mark.parametrize("feature_layer", [0, 4, -4])
 def test_layers_that_do_not_exist_are_refused(feature_layer: int) -> None:
     with pytest.raises(ValueError, match=r"allowed: 1\.\.3 or -3\.\.-1"):
-        build_encoder("image", TOWERS["clip"], {"feature_layer": feature_layer})
+        build_encoder("image", VISION_CONFIGS["clip"], {"feature_layer": feature_layer})
 
 
 @torch.no_grad()
@@ -234,9 +234,9 @@ def test_waveforms_too_short_for_one_frame_are_refused() -> None:
 
 
 def test_videos_without_frames_are_refused() -> None:
-    assert encoder_facts(LIPS).num_frames(7) == 7
+    assert encoder_facts(AV_HUBERT).num_frames(7) == 7
     with pytest.raises(ValueError, match="at least 1 frame"):
-        encoder_facts(LIPS).num_frames(0)
+        encoder_facts(AV_HUBERT).num_frames(0)
 
 
 @pytest.mark.parametrize("name", ["clip", "wavlm", "whisper", "lips"])
@@ -262,10 +262,10 @@ def test_backbones_and_media_that_do_not_fit_are_refused_by_name() -> None:
 
 def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
     both = SiglipConfig(vision_config=IMAGE)
-    assert tower_config(both).model_type == "siglip_vision_model"
-    assert tower_config(LIPS) is LIPS
-    assert tower_config(LIPS, "video") is LIPS
-    assert LISTENING.to_dict() == {**LIPS.to_dict(), "model_type": "av_hubert_audio"}
+    assert backbone_config(both).model_type == "siglip_vision_model"
+    assert backbone_config(AV_HUBERT) is AV_HUBERT
+    assert backbone_config(AV_HUBERT, "video") is AV_HUBERT
+    assert AV_HUBERT_AUDIO.to_dict() == {**AV_HUBERT.to_dict(), "model_type": "av_hubert_audio"}
 
 
 def test_published_towers_have_their_published_grids() -> None:

@@ -13,36 +13,42 @@ from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.encoders import AVHubertEncoder, tower_config, wrap_encoder
+from mllm.encoders import AVHubertEncoder, backbone_config, wrap_encoder
 from mllm.model.trainables import set_trainables
 from mllm.transforms.filterbank import num_stacked_frames, stacked_filterbank
 
-LIPS = tiny.encoder_configs()["video"]
+AV_HUBERT = tiny.encoder_configs()["video"]
 
 
 @torch.no_grad()
 def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> None:
     torch.manual_seed(0)
-    network = AVHubertEncoder(LIPS).eval()
-    sounds = [torch.randn(length).numpy() * 0.1 for length in (9000, 5000, 401)]
-    frames = [torch.from_numpy(stacked_filterbank(sound)) for sound in sounds]
-    expected = [network(audio=own[None])[0] for own in frames]
-    listener = wrap_encoder(AVHubertEncoder(tower_config(LIPS, "audio")), {}).eval()
+    network = AVHubertEncoder(AV_HUBERT).eval()
+    clips = [torch.randn(length).numpy() * 0.1 for length in (9000, 5000, 401)]
+    frames = [torch.from_numpy(stacked_filterbank(sound)) for sound in clips]
+    expected = [network(audio=features_alone[None])[0] for features_alone in frames]
+    listener = wrap_encoder(AVHubertEncoder(backbone_config(AV_HUBERT, "audio")), {}).eval()
     listener.backbone.load_state_dict(network.state_dict(), strict=False)
     batch = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True, padding_value=7.0)
-    features, counts = listener(batch, torch.tensor([len(sound) for sound in sounds]))
-    assert counts.tolist() == [num_stacked_frames(len(sound)) for sound in sounds] == [len(own) for own in expected]
-    for item, own in enumerate(expected):
-        torch.testing.assert_close(features[item, : len(own)], own, rtol=1e-4, atol=1e-5)
+    features, counts = listener(batch, torch.tensor([len(sound) for sound in clips]))
+    assert (
+        counts.tolist()
+        == [num_stacked_frames(len(sound)) for sound in clips]
+        == [len(features_alone) for features_alone in expected]
+    )
+    for item, features_alone in enumerate(expected):
+        torch.testing.assert_close(features[item, : len(features_alone)], features_alone, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="cut to read audio alone"):
         listener.backbone(video=torch.zeros(1, 2, 1, 32, 32))
 
 
 def listening_settings(folder: Path) -> ModelConfig:
     parts = tiny.write_parts(folder)
-    own = tiny.settings_on(parts, ("audio", "video"))
-    assert own.audio is not None
-    return dataclasses.replace(own, audio=dataclasses.replace(own.audio, encoder=parts["video"], budgets=["/2", "/4"]))
+    features_alone = tiny.settings_on(parts, ("audio", "video"))
+    assert features_alone.audio is not None
+    return dataclasses.replace(
+        features_alone, audio=dataclasses.replace(features_alone.audio, encoder=parts["video"], budgets=["/2", "/4"])
+    )
 
 
 def test_one_folder_serves_lips_and_sound_and_a_run_is_the_same_after_loading(tmp_path: Path) -> None:
@@ -63,7 +69,9 @@ def test_one_folder_serves_lips_and_sound_and_a_run_is_the_same_after_loading(tm
 
 
 def test_normalised_twice_is_refused(tmp_path: Path) -> None:
-    own = listening_settings(tmp_path)
-    assert own.audio is not None
+    features_alone = listening_settings(tmp_path)
+    assert features_alone.audio is not None
     with pytest.raises(ValueError, match="normalize_audio does not go with AV-HuBERT"):
-        build(dataclasses.replace(own, audio=dataclasses.replace(own.audio, normalize_audio=True)))
+        build(
+            dataclasses.replace(features_alone, audio=dataclasses.replace(features_alone.audio, normalize_audio=True))
+        )

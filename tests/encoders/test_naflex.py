@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import Siglip2Config, Siglip2VisionConfig, Siglip2VisionModel
 
-from mllm.encoders import backbone_class, build_encoder, encoder_facts, tower_config, wrap_encoder
+from mllm.encoders import backbone_class, backbone_config, build_encoder, encoder_facts, wrap_encoder
 from mllm.encoders.naflex import NaFlexEncoder
 
 CONFIG = Siglip2VisionConfig(
@@ -23,8 +23,8 @@ def images(padding: float = 0.0) -> tuple[Tensor, Tensor]:
     """Random patches of images of every grid, padded to the largest."""
     generator = torch.Generator().manual_seed(0)
     values = torch.full((len(GRIDS), 16, 192), padding)
-    for own, (rows, columns) in zip(values, GRIDS, strict=True):
-        own[: rows * columns] = torch.randn(rows * columns, 192, generator=generator)
+    for row, (rows, columns) in zip(values, GRIDS, strict=True):
+        row[: rows * columns] = torch.randn(rows * columns, 192, generator=generator)
     return values, torch.tensor(GRIDS)
 
 
@@ -45,9 +45,9 @@ def test_it_is_the_layer_of_the_backbone_that_was_asked_for(layer: int, final_no
     whole = backbone()
     values, grids = images()
     mask = torch.arange(16) < grids.prod(1)[:, None]
-    given = {"pixel_attention_mask": mask.int(), "spatial_shapes": grids}
-    found = whole(values, output_hidden_states=True, **given)
-    expected = found.last_hidden_state if final_norm else found.hidden_states[layer]
+    shapes = {"pixel_attention_mask": mask.int(), "spatial_shapes": grids}
+    output = whole(values, output_hidden_states=True, **shapes)
+    expected = output.last_hidden_state if final_norm else output.hidden_states[layer]
     encoder = wrap_encoder(whole, {"feature_layer": layer, "final_norm": final_norm}).eval()
     features, _ = encoder(values, grids)
     torch.testing.assert_close(features[mask], expected[mask])
@@ -60,7 +60,7 @@ def test_the_setting_bounds_the_patches_and_the_size_is_no_setting() -> None:
     encoder = build_encoder("image", CONFIG, {"max_num_patches": 40})
     assert isinstance(encoder, NaFlexEncoder)
     assert (facts.max_patches, facts.grid) == (encoder.max_patches, encoder.grid) == (40, (6, 6))
-    assert tower_config(Siglip2Config(vision_config=CONFIG.to_dict())).model_type == "siglip2_vision_model"
+    assert backbone_config(Siglip2Config(vision_config=CONFIG.to_dict())).model_type == "siglip2_vision_model"
     assert backbone_class(CONFIG) is Siglip2VisionModel
     for settings, words in [({"max_num_patches": 0}, "at least 1"), ({"image_size": 64}, "allowed: max_num_patches")]:
         with pytest.raises(ValueError, match=words):

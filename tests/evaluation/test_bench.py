@@ -13,8 +13,8 @@ from mllm.inference.answerer import Decoding
 
 
 def test_every_budget_decodes_equally_long_in_turn_and_costs_what_the_model_says() -> None:
-    own = tiny.settings(("image", "audio"))
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiny.settings(("image", "audio"))
+    model, processor = tiny.model(config), tiny.processor(config)
     batch = requests(processor, made_up_media(processor, ["image"], 0.8), None, 2)
     budgets = [Budget.parse(text) for text in ("image=64", "image=4", "image=1")]
     seen: list[int] = []
@@ -74,9 +74,9 @@ def test_the_command_shows_and_writes(run: Path, tmp_path: Path, capsys, monkeyp
     shown = capsys.readouterr().out
     assert "image=16" in shown
     assert "image=2 (untrained)" in shown
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [row["tokens"] for row in found["budgets"]] == [{"image": 16}, {"image": 2}]
-    assert found["facts"]["batch_size"] == 2
+    written = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["tokens"] for row in written["budgets"]] == [{"image": 16}, {"image": 2}]
+    assert written["facts"]["batch_size"] == 2
     assert (tmp_path / "out" / "bench.png").stat().st_size > 1_000
     clips = ["--seconds", "0.8", "--media", "audio", "--media", "video", "--num-beams", "2"]
     assert main([*words, *clips]) == 0

@@ -28,13 +28,13 @@ TOKENS = {"image=64": 64, "image=16": 16, "image=1": 1}
 
 
 def line(task: str, number: object, budget: str, reference: str, said: str | None, **facts) -> dict:
-    own = {"set": task, "id": str(number), "snr_db": None, "budget": budget, "task": task, "kind": None}
-    own |= {"references": [reference] * 10 if task in ("textvqa", "vqav2") else [reference], "meta": {}, **facts}
+    values = {"set": task, "id": str(number), "snr_db": None, "budget": budget, "task": task, "kind": None}
+    values |= {"references": [reference] * 10 if task in ("textvqa", "vqav2") else [reference], "meta": {}, **facts}
     if said is None:
-        return own | {"error": {"kind": "missing", "reason": "no such file"}}
+        return values | {"error": {"kind": "missing", "reason": "no such file"}}
     cost = dict.fromkeys(("total", "encoder", "prefill", "decode", "kv_bytes", "published", "attention"), 10**9)
     spent = {"tokens": {"image": TOKENS[budget]}, "prompt_tokens": 100, "new_tokens": 2, "seconds": None}
-    return own | {"hypothesis": said, "is_trained": budget != "image=16", "cost": cost, **spent}
+    return values | {"hypothesis": said, "is_trained": budget != "image=16", "cost": cost, **spent}
 
 
 def gqa_lines(**said: dict[str, str | None]) -> list[dict]:
@@ -42,23 +42,23 @@ def gqa_lines(**said: dict[str, str | None]) -> list[dict]:
     return [line("gqa", name, budget, "yes", one[budget]) for name, one in said.items() for budget in TOKENS]
 
 
-def told(*answers: str | None) -> dict[str, str | None]:
+def note(*answers: str | None) -> dict[str, str | None]:
     return dict(zip(TOKENS, answers, strict=True))
 
 
 def report(lines: list[dict]):
-    found = report_of(summarise(lines, seed=0, facts={"model": "tiny"}), lines)
-    assert found is not None
-    return found
+    made = report_of(summarise(lines, seed=0, facts={"model": "tiny"}), lines)
+    assert made is not None
+    return made
 
 
 def test_the_oracle_bills_what_is_always_wrong_both_ways() -> None:
     lines = gqa_lines(
-        cheap=told("Yes.", "yes", "yes"),
-        middle=told("yes", "yes", "no"),
-        odd=told("no", "no", "yes"),
-        never=told("no", "no", "no"),
-        broken=told(None, None, None),
+        cheap=note("Yes.", "yes", "yes"),
+        middle=note("yes", "yes", "no"),
+        odd=note("no", "no", "yes"),
+        never=note("no", "no", "no"),
+        broken=note(None, None, None),
     )
     one = report(lines).oracles[0]
     assert one == Oracle(
@@ -76,15 +76,15 @@ def test_the_oracle_bills_what_is_always_wrong_both_ways() -> None:
 def test_the_oracle_takes_graded_answers_at_their_best_and_units_as_wholes() -> None:
     votes = ["red"] * 2 + ["dark"] * 8  # 0.6 and 1
     lines = [
-        line("textvqa", "a", budget, "", said, references=votes) for budget, said in told("dark", "red", "no").items()
+        line("textvqa", "a", budget, "", said, references=votes) for budget, said in note("dark", "red", "no").items()
     ]
     lines += [
-        line("textvqa", "b", budget, "", said, references=votes) for budget, said in told("no", "red", "red").items()
+        line("textvqa", "b", budget, "", said, references=votes) for budget, said in note("no", "red", "red").items()
     ]
     one = report(lines).oracles[0]
     assert (one.values["TextVQA"], one.tokens) == (pytest.approx(80), (64 + 1) / 2)
     # MMBench: a question is right where all its rotations are, at one budget.
-    turns = {7: told("A", "A", "B"), 1_000_007: told("A", "B", "A")}
+    turns = {7: note("A", "A", "B"), 1_000_007: note("A", "B", "A")}
     lines = [
         line("mmbench", index, budget, "A", said, meta={"options": ["x", "y"], "index": index})
         for index, own in turns.items()
@@ -110,7 +110,7 @@ def test_pope_is_scored_as_f1_under_the_oracle_too() -> None:
 
 
 def test_the_table_is_that_of_the_papers() -> None:
-    lines = gqa_lines(a=told("yes", "no", None), b=told("yes", "yes", "no"))
+    lines = gqa_lines(a=note("yes", "no", None), b=note("yes", "yes", "no"))
     for budget in TOKENS:
         for kind, number in (("color", 1), ("color", 2), ("code_reasoning", 3), ("code_reasoning", 4)):
             facts = {"kind": kind, "meta": {"image": kind}}
@@ -135,7 +135,7 @@ def test_the_table_is_that_of_the_papers() -> None:
 
 
 def test_one_benchmark_twice_is_told_apart_by_set() -> None:
-    lines = gqa_lines(a=told("yes", "no", "no"))
+    lines = gqa_lines(a=note("yes", "no", "no"))
     made = report([*lines, *({**one, "set": "again"} for one in lines)])
     assert made.table.titles == ["budget", "soft tokens", "GQA (gqa)", "GQA (again)", "avg"]
 
@@ -197,30 +197,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in (7, 1_000_007)
     ]
     write_manifest(root / "mmbench_test.jsonl", mmbench)
-    given = ["data", "import", "vizwiz", "--root", str(root)]
-    assert main([*given, str(root / "val.json"), "--out", str(root / "val.jsonl")]) == 0
-    assert main([*given, str(root), "--out", str(root / "test.jsonl")]) == 0
+    arguments = ["data", "import", "vizwiz", "--root", str(root)]
+    assert main([*arguments, str(root / "val.json"), "--out", str(root / "val.jsonl")]) == 0
+    assert main([*arguments, str(root), "--out", str(root / "test.jsonl")]) == 0
     return made
 
 
 def words_for(folder: Path, output: Path, *names: str) -> list[str]:
-    given = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3", "--out", str(output)]
+    arguments = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3", "--out", str(output)]
     for name in names:
-        given += ["--manifest", str(folder / "vizwiz" / f"{name}.jsonl")]
-    return given
+        arguments += ["--manifest", str(folder / "vizwiz" / f"{name}.jsonl")]
+    return arguments
 
 
 def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder: Path, tmp_path: Path, capsys) -> None:
-    given = words_for(folder, tmp_path, "val", "pope", "test", "mmbench_test")
-    given += ["--budgets", "image=16;image=1;image=5", "--allow_untrained"]
-    assert main(given) == 1  # an image is none
+    arguments = words_for(folder, tmp_path, "val", "pope", "test", "mmbench_test")
+    arguments += ["--budgets", "image=16;image=1;image=5", "--allow_untrained"]
+    assert main(arguments) == 1  # an image is none
     shown = capsys.readouterr()
     assert "failed: val 3.png at image=16: " in shown.err
     assert "VizWiz (val)" in shown.out
     assert "POPE (F1)" in shown.out
     text = (tmp_path / MARKDOWN).read_text()
-    for told in (shown.out, text):
-        assert "answers to val (vizwiz) were cut at max_new_tokens 3: 3 at image=16, 3 at image=5, 3 at image=1" in told
+    for note in (shown.out, text):
+        assert "answers to val (vizwiz) were cut at max_new_tokens 3: 3 at image=16, 3 at image=5, 3 at image=1" in note
     assert "| budget | soft tokens | VizWiz (val) | POPE (F1) | VizWiz (test) | MMBench | avg |" in text
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| image=")]
     assert [(row[0].strip("| "), row[1]) for row in rows] == [("image=16", "16"), ("image=5*", "5"), ("image=1", "1")]
@@ -242,14 +242,14 @@ def test_one_command_gives_the_table_the_oracle_and_the_files_for_servers(folder
     assert [row["image"] for row in handed_in] == ["0.png", "1.png", "2.png"]
     # What was answered is not answered again, and the files are the same.
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.suffix in (".md", ".json", ".xlsx")}
-    assert main(given) == 1
+    assert main(arguments) == 1
     assert {file: file.read_bytes() for file in before} == before
 
 
 def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> None:
     from mllm.checkpoints.load import load
     from mllm.evaluation.answer_store import AnswerStore
-    from mllm.evaluation.run import conclude, run_share
+    from mllm.evaluation.run import conclude, run_part
     from mllm.evaluation.sweep import Sweep
     from mllm.inference.answerer import Answerer, Decoding
 
@@ -262,7 +262,7 @@ def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> Non
         for rank in range(num_ranks):
             store = AnswerStore(output, rank=rank)
             store.claim({"model": "tiny"})
-            run_share(Sweep(answerer, store), work, rank=rank, num_ranks=num_ranks)
+            run_part(Sweep(answerer, store), work, rank=rank, num_ranks=num_ranks)
         conclude(work, AnswerStore(output), seed=0, with_plot=False)
     names = [MARKDOWN, DATA, "results.json", f"{SUBMITTED}/test/vizwiz-image=1.json"]
     assert [(tmp_path / "one" / name).read_bytes() for name in names] == [
@@ -272,7 +272,7 @@ def test_two_processes_leave_the_same_files(folder: Path, tmp_path: Path) -> Non
 
 def test_official_files_are_evaluated_without_importing_them(folder: Path, tmp_path: Path, capsys) -> None:
     source = folder / "vizwiz" / "val.json"
-    given = [
+    arguments = [
         "evaluate",
         "--model",
         str(folder / "run"),
@@ -282,8 +282,8 @@ def test_official_files_are_evaluated_without_importing_them(folder: Path, tmp_p
         "--out",
         str(tmp_path),
     ]
-    given += ["--manifest", str(source), "--reader.format", "vizwiz", "--limit", "2", "--budgets", "image=1"]
-    assert main(given) == 0
+    arguments += ["--manifest", str(source), "--reader.format", "vizwiz", "--limit", "2", "--budgets", "image=1"]
+    assert main(arguments) == 0
     assert "VizWiz" in capsys.readouterr().out
 
 
@@ -296,9 +296,9 @@ def test_one_question_without_an_answer_is_left_out_and_told(folder: Path, tmp_p
     assert main([*words_for(folder, tmp_path, "gqa"), "--budgets", "image=1"]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (row["value"], row["num_samples"], row["num_unjudged"]) == (0.0, 3, 1)
-    told = "1 answers of gqa (gqa) at image=1 have no reference and are not judged"
-    assert told in (tmp_path / MARKDOWN).read_text()
-    assert told in capsys.readouterr().out
+    note = "1 answers of gqa (gqa) at image=1 have no reference and are not judged"
+    assert note in (tmp_path / MARKDOWN).read_text()
+    assert note in capsys.readouterr().out
     assert not (tmp_path / SUBMITTED).exists()
 
 
@@ -307,19 +307,19 @@ def test_answers_are_not_kept_when_the_processor_changed_and_a_name_keeps_both(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
-    given = ["evaluate", "--model", str(run), "--manifest", str(folder / "vizwiz" / "pope.jsonl"), "--use-cpu"]
-    given += ["--limit", "2", "--budgets", "image=1", "--max-new-tokens", "2"]
-    assert main(given) == 0
+    arguments = ["evaluate", "--model", str(run), "--manifest", str(folder / "vizwiz" / "pope.jsonl"), "--use-cpu"]
+    arguments += ["--limit", "2", "--budgets", "image=1", "--max-new-tokens", "2"]
+    assert main(arguments) == 0
     first = (run / "evaluation" / "hypotheses.jsonl").read_bytes()
     file = run / "processor_config.json"
     changed = json.loads(file.read_text())
     changed["elastic"]["chat_format"] = "vicuna_v1"
     file.write_text(json.dumps(changed))
-    assert main(given) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "model.processor_config.json has changed" in error
     assert "--name NAME" in error
-    assert main([*given, "--name", "vicuna"]) == 0
+    assert main([*arguments, "--name", "vicuna"]) == 0
     assert (run / "evaluation" / "vicuna" / "hypotheses.jsonl").read_bytes() != first
     assert (run / "evaluation" / "hypotheses.jsonl").read_bytes() == first
     results = [str(run / "evaluation"), str(run / "evaluation" / "vicuna")]
@@ -343,9 +343,9 @@ def test_what_cannot_be_judged_is_refused_before_anything_runs(folder: Path, tmp
     ):
         with pytest.raises(ValueError, match=message):
             plan({"t": samples}, [Budget.parse("image=1")], space=space)
-    given = [*words_for(folder, tmp_path / "x", "test"), "--budgets", "image=1"]
+    arguments = [*words_for(folder, tmp_path / "x", "test"), "--budgets", "image=1"]
     (tmp_path / "all.jsonl").write_text('{"question_id": 1}\n')
-    assert main([*given, "--vqav2_questions", str(tmp_path / "all.jsonl")]) == 2
+    assert main([*arguments, "--vqav2_questions", str(tmp_path / "all.jsonl")]) == 2
     assert "no manifest holds samples of vqav2" in capsys.readouterr().err
 
 
@@ -354,8 +354,8 @@ def test_vqav2_is_handed_in_whole(folder: Path, tmp_path: Path) -> None:
     shown = Message("user", (Media("image", "val/0.png"), Text(f"What?{SHORT}")))
     write_manifest(root / "dev.jsonl", [Sample("20", (shown,), "vqav2", meta={"unanswered": True})])
     (tmp_path / "all.jsonl").write_text('{"question_id": 10}\n{"question_id": 20}\n')
-    given = [*words_for(folder, tmp_path / "out", "dev"), "--budgets", "image=1"]
-    assert main([*given, "--vqav2_questions", str(tmp_path / "all.jsonl")]) == 0
+    arguments = [*words_for(folder, tmp_path / "out", "dev"), "--budgets", "image=1"]
+    assert main([*arguments, "--vqav2_questions", str(tmp_path / "all.jsonl")]) == 0
     handed_in = json.loads((tmp_path / "out" / SUBMITTED / "dev" / "vqav2-image=1.json").read_text())
     assert [row["question_id"] for row in handed_in] == [10, 20]
     assert handed_in[0]["answer"] == ""

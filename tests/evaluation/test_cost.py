@@ -216,9 +216,9 @@ def test_beams_and_answers_cost_what_generate_runs() -> None:
     config = tiny.model(tiny.settings(("image",))).config
     one = request_cost(config, [], num_prompt_tokens=20, num_new_tokens=4, dtype="bfloat16")
     three = request_cost(config, [], num_prompt_tokens=20, num_new_tokens=4, num_beams=3, dtype="bfloat16")
-    own = {"num_logits": 1, "adapter": config.adapter}
-    shared = llm_flops(config.text_config, num_tokens=19, **own)
-    assert three.prefill == shared + 3 * llm_flops(config.text_config, num_tokens=1, past_tokens=19, **own)
+    options = {"num_logits": 1, "adapter": config.adapter}
+    shared = llm_flops(config.text_config, num_tokens=19, **options)
+    assert three.prefill == shared + 3 * llm_flops(config.text_config, num_tokens=1, past_tokens=19, **options)
     assert three.decode == 3 * one.decode
     assert one.kv_bytes == 23 * 2 * 2 * 2 * 8 * 2
     assert one.decode == llm_flops(
@@ -245,8 +245,8 @@ def test_published_teraflops_of_the_8b_speech_model() -> None:
     lora = {"kind": "lora", "rank": 64, "targets": ["q_proj", "v_proj"]}
     counts = (757, 257, 182, 163, 88)  # ten seconds at (1,1), (4,2), (4,5), (16,2), (16,5), and seven tokens of text
     assert published_flops(config, num_tokens=1, adapter=lora) == 2 * (8_030_261_248 - 128256 * 4096 + 27_262_976)
-    found = [f"{published_flops(config, num_tokens=count, adapter=lora) / 1e12:.2f}" for count in counts]
-    assert found == ["11.40", "3.87", "2.74", "2.46", "1.33"]
+    teraflops = [f"{published_flops(config, num_tokens=count, adapter=lora) / 1e12:.2f}" for count in counts]
+    assert teraflops == ["11.40", "3.87", "2.74", "2.46", "1.33"]
     with_attention = llm_flops(config, num_tokens=757) - llm_flops(config, num_tokens=1) * 757
     assert attention_flops(config, num_tokens=757) - 757 * attention_flops(config, num_tokens=1) == with_attention
 
@@ -284,5 +284,5 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _pool_padding_flops(settings: Mapping[str, Any], max_tokens: int) -> int:
     sizes = {"in_size": 16, "out_size": 32}
-    asked = compressor_flops(settings, Item("image", 64, 4), **sizes)
-    return compressor_flops(settings, Item("image", 64, max_tokens), **sizes) - asked
+    flops = compressor_flops(settings, Item("image", 64, 4), **sizes)
+    return compressor_flops(settings, Item("image", 64, max_tokens), **sizes) - flops

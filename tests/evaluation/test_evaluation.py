@@ -16,20 +16,21 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.answer_store import ANSWERS, HYPOTHESES, AnswerStore
 from mllm.evaluation.plot import PLOT
 from mllm.evaluation.report import CSV, RESULTS, cut_notes
-from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_share
+from mllm.evaluation.run import check_noise, conclude, evaluate_model, run_part
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
+from mllm.inference.decoding import has_no_end
 from mllm.media import load_audio
 
-OWN = tiny.settings(("image", "audio"))
+CONFIG = tiny.settings(("image", "audio"))
 BUDGETS = [Budget.parse(text) for text in ("image=16,audio=/4", "image=1,audio=/8", "image=4", "audio=/5")]
 SECONDS = {"a0": 0.5, "a1": 0.7, "a2": 0.3, "short": 0.13}  # 25, 35, 15 and 6 encoder frames
 
 
 @pytest.fixture(scope="module")
 def answerer() -> Answerer:
-    return Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=6), batch_size=3)
+    return Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=6), batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,12 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     (root / "p9.png").write_bytes(b"not an image at all")
     for name, seconds in SECONDS.items():
         soundfile.write(root / f"{name}.wav", random.normal(0, 0.1, round(16000 * seconds)).astype(np.float32), 16000)
-    found = [
+    made = [
         _sample(root, f"p{number}", "image", "what colour?", "red", "vqa", ("colour", "count")[number % 2])
         for number in (0, 1, 2, 3, 9)
     ]
-    found += [_sample(root, name, "audio", "transcribe speech to text.", "place blue at f", "asr") for name in SECONDS]
-    return found
+    made += [_sample(root, name, "audio", "transcribe speech to text.", "place blue at f", "asr") for name in SECONDS]
+    return made
 
 
 def _sample(
@@ -74,10 +75,10 @@ def evaluated(answerer: Answerer, samples: list[Sample], output: Path, *, with_p
 def test_every_sample_is_answered_at_the_budgets_that_are_for_it(answerer, samples, tmp_path) -> None:
     results = evaluated(answerer, samples, tmp_path, with_plot=True)
     lines = [json.loads(line) for line in (tmp_path / HYPOTHESES).read_text().splitlines()]
-    found = [(line["id"], line["budget"]) for line in lines]
+    answered = [(line["id"], line["budget"]) for line in lines]
     expected = [(f"p{number}", f"image={count}") for number in (0, 1, 2, 3, 9) for count in (16, 1, 4)]
     expected += [(name, f"audio=/{rate}") for name in SECONDS for rate in (4, 8, 5)]
-    assert found == expected
+    assert answered == expected
     answers = {(line["id"], line["budget"]): line for line in lines}
     for name, budget in (("p2", "image=4"), ("a1", "audio=/5")):
         sample = next(sample for sample in samples if sample.id == name)
@@ -108,7 +109,7 @@ def test_failures_are_counted_and_named_and_spoil_nothing(answerer, samples, tmp
 
 
 def test_a_conversation_the_template_refuses_is_a_failure_of_its_own(samples, tmp_path) -> None:
-    own = Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=6), batch_size=3)
+    own = Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=6), batch_size=3)
     own.processor.chat.template = (
         "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
@@ -149,7 +150,7 @@ def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path
     encoded = []
     handle = answerer.model.model.vision_tower.register_forward_hook(lambda _, given, __: encoded.append(len(given[0])))
     work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
-    run_share(Sweep(answerer, _claimed(tmp_path)), work)
+    run_part(Sweep(answerer, _claimed(tmp_path)), work)
     handle.remove()
     assert encoded == [3, 1]  # four images, batches of three, each encoded once for three budgets
 
@@ -162,7 +163,7 @@ def test_no_pass_has_more_rows_than_allowed(answerer, samples, tmp_path, max_row
         lambda _, args, given: rows.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     store = _claimed(tmp_path)
-    run_share(Sweep(answerer, store, max_rows=max_rows), work)
+    run_part(Sweep(answerer, store, max_rows=max_rows), work)
     first.remove()
     assert [number for number, positions in rows if positions > 1] == passes
     assert len(store.read()) == 12
@@ -183,7 +184,7 @@ def test_questions_about_one_image_meet_and_share_its_encoding(answerer, samples
     for rank in range(2):
         store = AnswerStore(tmp_path / "shared", rank=rank)
         store.claim({"model": "tiny"})
-        run_share(Sweep(answerer, store), work, rank=rank, num_ranks=2)
+        run_part(Sweep(answerer, store), work, rank=rank, num_ranks=2)
     handle.remove()
     assert seen["images"] == 2
     lines = AnswerStore(tmp_path / "shared").read().values()
@@ -206,7 +207,7 @@ def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ra
     for rank in range(num_ranks):
         store = AnswerStore(tmp_path / "shared", rank=rank)
         store.claim({"model": "tiny"})
-        run_share(Sweep(answerer, store, allow_untrained=True), work, rank=rank, num_ranks=num_ranks)
+        run_part(Sweep(answerer, store, allow_untrained=True), work, rank=rank, num_ranks=num_ranks)
     shared = conclude(work, AnswerStore(tmp_path / "shared"), seed=0, facts=alone.facts, with_plot=False)
     assert shared == alone
     for name in (HYPOTHESES, RESULTS, CSV):
@@ -214,7 +215,7 @@ def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ra
     # Another number of ranks goes on where these stopped.
     done = []
     again = Sweep(answerer, AnswerStore(tmp_path / "shared"), allow_untrained=True)
-    run_share(again, work, progress=lambda *counts: done.append(counts))
+    run_part(again, work, progress=lambda *counts: done.append(counts))
     assert done[-1] == (27, 27)
 
 
@@ -223,10 +224,10 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
     model, asked, said = answerer.model, samples[:3], []
     generate = model.generate
 
-    def listening(**given):
-        found = generate(**given)
-        said.extend(found[:, given["input_ids"].shape[1] :].tolist())
-        return found
+    def listening(**kwargs):
+        ids = generate(**kwargs)
+        said.extend(ids[:, kwargs["input_ids"].shape[1] :].tolist())
+        return ids
 
     monkeypatch.setattr(model, "generate", listening)
 
@@ -251,13 +252,13 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
     num_cut = sum(end not in ids for ids in before)
     assert num_cut < 6
     assert sum(row["num_cut"] for row in results.rows if row["kind"] is None) == num_cut
-    assert (answerer.is_cut([1, end]), answerer.is_cut([end, 1])) == (False, True)
+    assert (has_no_end([1, end], [end]), has_no_end([end, 1], [end])) == (False, True)
 
 
 def test_a_rank_that_ended_early_is_noticed(answerer, samples, tmp_path) -> None:
     work = plan({"test": samples}, BUDGETS, space=answerer.processor.space, allow_untrained=True)
     store = _claimed(tmp_path)
-    run_share(Sweep(answerer, store, allow_untrained=True), work, rank=1, num_ranks=2)
+    run_part(Sweep(answerer, store, allow_untrained=True), work, rank=1, num_ranks=2)
     with pytest.raises(RuntimeError, match="answers are missing, the first is Key"):
         conclude(work, store, seed=0)
 
@@ -281,7 +282,7 @@ def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_pat
     ]
     assert media[0].equal(media[1])
     assert not media[0].equal(media[2])
-    run_share(Sweep(answerer, _claimed(tmp_path), noise=noise), work)
+    run_part(Sweep(answerer, _claimed(tmp_path), noise=noise), work)
     results = conclude(work, AnswerStore(tmp_path), seed=0, with_plot=False)
     assert [row["snr_db"] for row in results.rows] == [None, 0.0, -5.0]
     assert {row["num_samples"] for row in results.rows} == {2}

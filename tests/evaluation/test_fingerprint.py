@@ -22,7 +22,7 @@ from mllm.evaluation.run import read_sets
 from mllm.media import MediaLimits
 from mllm.model.trainables import set_trainables
 
-OWN = tiny.settings(("image", "audio"))
+CONFIG = tiny.settings(("image", "audio"))
 CHANGES: dict[str, dict[str, Any]] = {
     "root": {"root": "."},
     "max_mismatch_seconds": {"max_mismatch_seconds": None},
@@ -70,9 +70,9 @@ READER: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, a manifest, LLaVA's JSON and a noise."""
     root = tmp_path_factory.mktemp("fingerprint")
-    model = tiny.model(OWN)
+    model = tiny.model(CONFIG)
     set_trainables(model)
-    save_run(model, tiny.processor(OWN), root / "run")
+    save_run(model, tiny.processor(CONFIG), root / "run")
     (root / "run" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     messages = (Message("user", (Media("image", "a.png"), Text("what?"))), Message("assistant", (Text("red"),)))
     write_manifest(root / "m.jsonl", [Sample("a", messages, "vqa")])
@@ -83,8 +83,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(folder: Path, **changes: Any) -> EvaluationConfig:
-    own = {"model": str(folder / "run"), "manifest": [str(folder / "m.jsonl")], "budgets": "image=1"}
-    return EvaluationConfig(**{**own, **changes})
+    values = {"model": str(folder / "run"), "manifest": [str(folder / "m.jsonl")], "budgets": "image=1"}
+    return EvaluationConfig(**{**values, **changes})
 
 
 def found(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_settings_read_budgets_and_name_sets() -> None:
     own = EvaluationConfig(
         model="runs/x", manifest=["a/test.jsonl", "b/val.jsonl"], budgets="audio=/4; image=4;audio=/4"
     )
-    assert [str(budget) for budget in own.asked_budgets] == ["audio=/4", "image=4"]
+    assert [str(budget) for budget in own.parsed_budgets] == ["audio=/4", "image=4"]
     assert own.set_names == ["test", "val"]
     assert own.output_folder == Path("runs/x/evaluation")
     same = EvaluationConfig(model="m", manifest=["a/test.jsonl", "b/test.jsonl"], budgets=[""])

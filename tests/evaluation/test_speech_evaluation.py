@@ -58,9 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(folder: Path, output: Path, *more: str) -> list[str]:
-    given = ["evaluate", "--model", str(folder / "run"), "--manifest", str(folder / "media" / "test.jsonl")]
-    given += ["--budgets", BUDGETS, "--noise", str(folder / "noise.wav"), "--snr_db", "null", "--snr_db", "0"]
-    return [*given, "--num_beams", "3", "--max_new_tokens", "5", "--out", str(output), "--use_cpu", *more]
+    arguments = ["evaluate", "--model", str(folder / "run"), "--manifest", str(folder / "media" / "test.jsonl")]
+    arguments += ["--budgets", BUDGETS, "--noise", str(folder / "noise.wav"), "--snr_db", "null", "--snr_db", "0"]
+    return [*arguments, "--num_beams", "3", "--max_new_tokens", "5", "--out", str(output), "--use_cpu", *more]
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,25 @@ def test_tasks_rates_and_noise_end_in_the_papers_table(folder: Path, one_process
 
 def test_generate_with_beams_says_what_evaluate_writes(folder: Path, one_process: Path, capsys) -> None:
     lines = [json.loads(line) for line in (one_process / HYPOTHESES).read_text().splitlines()]
-    asked = ["generate", "--model", str(folder / "run"), "--text", "transcribe.", "--max_new_tokens", "5", "--use_cpu"]
+    request = [
+        "generate",
+        "--model",
+        str(folder / "run"),
+        "--text",
+        "transcribe.",
+        "--max_new_tokens",
+        "5",
+        "--use_cpu",
+    ]
     for sample, budget in (("u3-avsr", "audio=/8,video=/2"), ("u5-asr", "audio=/4")):
         media = TASKS[sample[3:]]
         files = [f"--{medium}={folder / 'media' / f'{sample[1]}.{_ENDINGS[medium]}'}" for medium in media]
-        assert main([*asked, *files, "--budget", budget, "--num_beams", "3"]) == 0
-        found = next(line for line in lines if (line["id"], line["budget"], line["snr_db"]) == (sample, budget, None))
-        assert capsys.readouterr().out.strip() == found["hypothesis"]
-    assert main([*asked, "--length_penalty", "2"]) == 2
+        assert main([*request, *files, "--budget", budget, "--num_beams", "3"]) == 0
+        line_found = next(
+            line for line in lines if (line["id"], line["budget"], line["snr_db"]) == (sample, budget, None)
+        )
+        assert capsys.readouterr().out.strip() == line_found["hypothesis"]
+    assert main([*request, "--length_penalty", "2"]) == 2
     assert "length_penalty is 2.0 with num_beams 1; it compares beams" in capsys.readouterr().err
 
 
@@ -120,23 +131,23 @@ def test_zero_decibels_are_zero_decibels(folder: Path, tmp_path: Path) -> None:
 
 
 def test_rates_that_were_not_trained_are_refused_unless_allowed(folder: Path, tmp_path: Path, capsys) -> None:
-    given = words(folder, tmp_path / "out")
-    given[given.index(BUDGETS)] = "audio=/5,video=/2"
-    assert main(given) == 2
+    arguments = words(folder, tmp_path / "out")
+    arguments[arguments.index(BUDGETS)] = "audio=/5,video=/2"
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "budget 'audio=/5,video=/2' was not trained (audio: /4, /8; video: /2, /5); allow_untrained" in error
     assert not (tmp_path / "out").exists()
-    assert main([*given, "--allow_untrained", "--limit", "3"]) == 0
+    assert main([*arguments, "--allow_untrained", "--limit", "3"]) == 0
     shown = capsys.readouterr().out
     assert "ASR (5)" in shown
     assert "* a rate that was not trained" in shown
     text = (tmp_path / "out" / MARKDOWN).read_text()
     assert "* a rate that was not trained" in text
     # Tokens per second are a rate only where the sample tells the frames: it is refused there, and named.
-    given[given.index("audio=/5,video=/2")] = "audio=10/s"
-    given[given.index(str(tmp_path / "out"))] = str(tmp_path / "per_second")
-    given[given.index(str(folder / "media" / "test.jsonl"))] = str(_only_asr(folder, tmp_path))
-    assert main(given) == 1
+    arguments[arguments.index("audio=/5,video=/2")] = "audio=10/s"
+    arguments[arguments.index(str(tmp_path / "out"))] = str(tmp_path / "per_second")
+    arguments[arguments.index(str(folder / "media" / "test.jsonl"))] = str(_only_asr(folder, tmp_path))
+    assert main(arguments) == 1
     assert "failed: asr u0-asr at audio=10/s: sample 'u0-asr': budget 'audio=10/s' was not" in capsys.readouterr().err
 
 
@@ -149,9 +160,9 @@ def _only_asr(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("seed", range(2))
 def test_any_split_of_the_answers_merges_to_the_same_numbers(one_process: Path, tmp_path: Path, seed: int) -> None:
     lines = [json.loads(line) for line in (one_process / HYPOTHESES).read_text().splitlines()]
-    chance = random.Random(seed)
-    shuffled = chance.sample(lines, len(lines))
-    num_ranks = chance.randint(2, 6)
+    rng = random.Random(seed)
+    shuffled = rng.sample(lines, len(lines))
+    num_ranks = rng.randint(2, 6)
     for rank in range(num_ranks):
         store = AnswerStore(tmp_path, rank=rank)
         store.claim({})
@@ -194,8 +205,8 @@ def test_two_processes_find_what_one_finds(folder: Path, one_process: Path, tmp_
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, one_process: Path, tmp_path: Path) -> None:
-    given, answers = words(folder, tmp_path / "out", "--batch_size", "1"), tmp_path / "out" / ANSWERS / "0.jsonl"
-    process = start("-m", "mllm", *given)
+    arguments, answers = words(folder, tmp_path / "out", "--batch_size", "1"), tmp_path / "out" / ANSWERS / "0.jsonl"
+    process = start("-m", "mllm", *arguments)
     deadline = time.monotonic() + 200
     while not (answers.exists() and answers.read_text().count("\n") > 8):
         assert time.monotonic() < deadline
@@ -207,6 +218,6 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, one_process: Pat
     kept = kept[: kept.rindex("\n") + 1]
     assert 8 < kept.count("\n") < 84
     assert (tmp_path / "out" / FINGERPRINT).exists()
-    assert main(given) == 0
+    assert main(arguments) == 0
     assert answers.read_text().startswith(kept)  # nothing is answered again
     assert_same_results(one_process, tmp_path / "out")

@@ -45,7 +45,7 @@ def row(task: str, budget: str, percent: float | None, **changes: Any) -> dict[s
 
 def rows_of(values: list[float], **changes: Any) -> list[dict[str, Any]]:
     """The eight rows of a model, the last column first: the table has an order of its own."""
-    made = [row(*own, value, **changes) for own, value in zip(BUDGETS.values(), values, strict=True)]
+    made = [row(*names, value, **changes) for names, value in zip(BUDGETS.values(), values, strict=True)]
     return made[::-1]
 
 
@@ -90,8 +90,8 @@ def test_every_noise_is_a_block_and_lips_do_not_hear_it() -> None:
     blocks = blocks_of({"m": [*louder, *noisy, *rows_of(values)]})
     assert [block.title for block in blocks] == ["lrs2, clean", "lrs2, SNR 0 dB", "lrs2, SNR -5 dB"]
     assert cells_of(blocks[1], "m", "value") == ["9.0", "9.0", "27.8", "29.5", *["9.0"] * 4, "13.9"]
-    lips = [own for own in rows_of(values) if own["task"] == "vsr"]
-    assert [block.title for block in blocks_of({"m": [*noisy, *lips]})] == ["lrs2, SNR 0 dB"]
+    video_rows = [own for own in rows_of(values) if own["task"] == "vsr"]
+    assert [block.title for block in blocks_of({"m": [*noisy, *video_rows]})] == ["lrs2, SNR 0 dB"]
 
 
 def test_what_is_not_comparable_is_marked_and_has_no_average() -> None:
@@ -126,8 +126,8 @@ def test_answers_that_had_not_ended_are_told_below_the_table(tmp_path: Path) -> 
 def test_models_of_several_runs_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elastic = write(tmp_path / "omni" / "evaluation", rows_of(PUBLISHED["Omni-ST"][0]))
     separate = [
-        f"Llama-AVSR={write(tmp_path / f'separate{place}', [row(*own, value)], num_beams=1)}"
-        for place, (own, value) in enumerate(zip(BUDGETS.values(), PUBLISHED["Llama-AVSR"][0], strict=True))
+        f"Llama-AVSR={write(tmp_path / f'separate{number}', [row(*names, value)], num_beams=1)}"
+        for number, (names, value) in enumerate(zip(BUDGETS.values(), PUBLISHED["Llama-AVSR"][0], strict=True))
     ]
     assert main(["compare", elastic, *separate, "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out

@@ -48,9 +48,9 @@ def test_models_stand_below_each_other_with_their_budgets(tmp_path: Path, capsys
         "| elastic | image=16* | 16 | 55.0 | 70.0 | 62.5 |",
         "| fixed | image=16 | 16 | 57.5 | 71.0† | 64.2 |",
     ]
-    for told in (text, shown):
-        assert "3 answers of fixed to gqa (gqa) were cut at max_new_tokens 16: 3 at image=16" in told
-        assert "*: a budget that was not trained" in told
+    for text_shown in (text, shown):
+        assert "3 answers of fixed to gqa (gqa) were cut at max_new_tokens 16: 3 at image=16" in text_shown
+        assert "*: a budget that was not trained" in text_shown
     data = json.loads((tmp_path / "out" / VISION_DATA).read_text())
     assert data["models"]["fixed"][0]["cells"]["GQA"]["value"] == pytest.approx(57.5)
     with Image.open(tmp_path / "out" / VISION_PLOT) as plot:

@@ -19,13 +19,13 @@ from mllm.budget import Budget
 from mllm.inference.answerer import DEFAULT_PROMPTS, Answerer, Decoding, request
 from mllm.media import MediaError, load_video
 
-OWN = tiny.settings()
+CONFIG = tiny.settings()
 
 
 @pytest.fixture(scope="module")
 def answerer() -> Answerer:
     # Sharpened, so that a random model has clear favourites and rounding cannot decide between them.
-    return Answerer(tiny.model(OWN, seed=3), tiny.processor(OWN), Decoding(max_new_tokens=12))
+    return Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=12))
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_files_are_asked_about_in_order_with_a_default_question(folder: Path) ->
     ]
     assert sample.root == folder.resolve()
     assert names["an image.png"] == str(folder / "an image.png")
-    asked, *_ = request({"video": "x.mp4", "audio": ["y.wav"]})
-    assert asked.messages[0].text == DEFAULT_PROMPTS["audio", "video"]
+    request_made, *_ = request({"video": "x.mp4", "audio": ["y.wav"]})
+    assert request_made.messages[0].text == DEFAULT_PROMPTS["audio", "video"]
     with pytest.raises(ValueError, match="no default question about image and audio together"):
         request({"image": "x.png", "audio": "y.wav"})
     with pytest.raises(ValueError, match="nothing to answer"):
@@ -216,15 +216,15 @@ def test_decoding_refuses_what_makes_no_sense(values: dict, message: str) -> Non
 def test_media_at_hand_are_answered_about_as_their_files(answerer: Answerer, folder: Path) -> None:
     file, tone = folder / "a file.png", folder / "sounds" / "tone.wav"
     samples, rate = soundfile.read(tone, dtype="int16")
-    asked: dict[str, Any] = {"text": "what is it?", "budget": "image=5,audio=/8"}
-    expected = answerer.answer(image=file, audio=tone, **asked)
+    request_made: dict[str, Any] = {"text": "what is it?", "budget": "image=5,audio=/8"}
+    expected = answerer.answer(image=file, audio=tone, **request_made)
     for image, audio in (
         (Image.open(file), (samples, rate)),
         (np.asarray(Image.open(file)), {"array": samples, "sampling_rate": rate}),
         (file.read_bytes(), tone.read_bytes()),
         ([file], [samples]),
     ):
-        answer = answerer.answer(image=image, audio=audio, **asked)
+        answer = answerer.answer(image=image, audio=audio, **request_made)
         assert (answer.text, answer.tokens) == (expected.text, expected.tokens)
     several = answerer.answer_questions(["what is it?", "why?"], image=[Image.open(file), file])
     assert [answer.tokens for answer in several] == [{"image": 128}] * 2

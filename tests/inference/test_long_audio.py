@@ -27,7 +27,7 @@ from mllm.evaluation.comparison import compare
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import plan
 from mllm.inference.answerer import Answerer, Decoding
-from mllm.inference.long_audio import joined, load_windows
+from mllm.inference.long_audio import join_answers, load_windows
 from mllm.inference.windows import join_transcripts, window_times
 from mllm.media import Audio, MediaError
 from mllm.model.trainables import set_trainables
@@ -50,15 +50,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = build(tiny.settings_on(parts))
     set_trainables(model, ("compressors", "adapter"))
     save_run(model, processor, made / "run")
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     clock = np.arange(1600) / 16_000
-    pitches, levels = chance.uniform(100, 4000, 26), chance.uniform(0.001, 0.5, 26)
+    pitches, levels = rng.uniform(100, 4000, 26), rng.uniform(0.001, 0.5, 26)
     tones = [level * np.sin(6.28 * pitch * clock) for pitch, level in zip(pitches, levels, strict=True)]
-    sound = np.concatenate(tones) + chance.normal(0, 0.001, 26 * 1600)
-    soundfile.write(made / "long.wav", sound.astype(np.float32), 16_000, subtype="FLOAT")
+    samples = np.concatenate(tones) + rng.normal(0, 0.001, 26 * 1600)
+    soundfile.write(made / "long.wav", samples.astype(np.float32), 16_000, subtype="FLOAT")
     tiny.write_media(made, seconds=SECONDS, seed=1)
     (made / "long.mp4").write_bytes((made / "1.mp4").read_bytes())
-    soundfile.write(made / "short.wav", sound[:8000].astype(np.float32), 16_000, subtype="FLOAT")
+    soundfile.write(made / "short.wav", samples[:8000].astype(np.float32), 16_000, subtype="FLOAT")
     return made
 
 
@@ -125,8 +125,8 @@ def test_noise_is_mixed_into_the_whole_before_it_is_cut(answerer: Answerer, fold
     noise = Audio(np.random.default_rng(5).normal(0, 0.1, 50_000).astype(np.float32), 16_000)
     (whole,) = answerer.processor.read_media(sample)
     mixed = MixNoise(noise, 0.0)(whole, random_generator(0, 0, "a", "x"))
-    chance = random_generator(0, 0, "a", "x")
-    windows = load_windows(sample, answerer.processor, CHUNK, noise=lambda sound: MixNoise(noise, 0.0)(sound, chance))
+    rng = random_generator(0, 0, "a", "x")
+    windows = load_windows(sample, answerer.processor, CHUNK, noise=lambda sound: MixNoise(noise, 0.0)(sound, rng))
     for window in windows:
         piece = Audio(mixed.samples[round(window.start * 16_000) : round(window.stop * 16_000)], 16_000)
         np.testing.assert_array_equal(window.media[0].values, answerer.processor.transform("audio", piece).values)
@@ -149,8 +149,8 @@ def test_a_long_sound_at_hand_is_cut_as_its_file_is(answerer: Answerer, folder: 
     of_file = answerer.answer(audio=folder / "long.wav", budget="audio=/4")
     asked = {"array": samples, "sampling_rate": rate}
     for form in (samples, (samples, rate), asked, Audio(samples, rate), data, io.BytesIO(data)):
-        found = answerer.answer(audio=form, budget="audio=/4")
-        assert dataclasses.replace(found, budget=of_file.budget) == of_file, type(form)
+        answer_found = answerer.answer(audio=form, budget="audio=/4")
+        assert dataclasses.replace(answer_found, budget=of_file.budget) == of_file, type(form)
     questions = ["what is said?", "who speaks?"]
     both = [answerer.answer_questions(questions, audio=form) for form in (folder / "long.wav", samples)]
     assert both[0] == both[1]
@@ -180,8 +180,8 @@ def test_an_answer_in_windows_is_cut_where_one_of_them_is(answerer: Answerer, fo
     windows = load_windows(sample, answerer.processor, CHUNK)
     ((answers,),) = answerer.answer_windows([sample], windows, [[Budget.parse("audio=/4")]])
     ended = [dataclasses.replace(answer, is_cut=False) for answer in answers]
-    assert not joined(windows, ended).is_cut
-    assert joined(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
+    assert not join_answers(windows, ended).is_cut
+    assert join_answers(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
 
 
 def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folder: Path, capsys) -> None:
@@ -209,9 +209,9 @@ def watched(answerer: Answerer) -> Iterator[tuple[list[int], list[int]]]:
     encoded: list[int] = []
     rows: list[int] = []
 
-    def note(_: object, __: object, given: dict) -> None:
-        if given["inputs_embeds"].shape[1] > 1:
-            rows.append(len(given["inputs_embeds"]))
+    def note(_: object, __: object, kwargs: dict) -> None:
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            rows.append(len(kwargs["inputs_embeds"]))
 
     hooks = [
         answerer.model.model.tower("audio").register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
@@ -236,10 +236,10 @@ def test_each_window_is_encoded_once_for_all_questions(answerer: Answerer, folde
     budgets = ["audio=/4", "audio=/8"]
     apart = [answerer.answer_samples([one], [at])[0] for one, at in zip(samples, budgets, strict=True)]
     with watched(answerer) as (encoded, rows):
-        found = answerer.answer_samples(samples, budgets)
+        answer_found = answerer.answer_samples(samples, budgets)
     assert sum(encoded) == 3
     assert max(rows) <= answerer.batch_size
-    assert [(one.text, one.tokens) for one in found] == [(one.text, one.tokens) for one in apart]
+    assert [(one.text, one.tokens) for one in answer_found] == [(one.text, one.tokens) for one in apart]
 
 
 def swept(answerer: Answerer, folder: Path, texts: list[str], out: Path, max_rows: int | None) -> list[dict]:
@@ -255,14 +255,14 @@ def swept(answerer: Answerer, folder: Path, texts: list[str], out: Path, max_row
     return list(store.read().values())
 
 
-@pytest.mark.parametrize(("max_rows", "passes"), [(None, [6]), (4, [4, 2]), (3, [2] * 3), (1, [1] * 6)])
+@pytest.mark.parametrize(("max_rows", "batches"), [(None, [6]), (4, [4, 2]), (3, [2] * 3), (1, [1] * 6)])
 def test_a_sweep_over_windows_keeps_to_max_rows(
-    answerer: Answerer, folder: Path, tmp_path: Path, max_rows: int | None, passes: list[int]
+    answerer: Answerer, folder: Path, tmp_path: Path, max_rows: int | None, batches: list[int]
 ) -> None:
     """Of three windows at two budgets; a pass holds whole windows at all budgets where it can."""
     with watched(answerer) as (_, rows):
         lines = swept(answerer, folder, ["what is said?"], tmp_path, max_rows)
-    assert rows == passes
+    assert rows == batches
     for line in lines:
         expected = answerer.answer("what is said?", audio=folder / "long.wav", budget=line["budget"])
         assert (line["hypothesis"], line["tokens"]) == (expected.text, expected.tokens)

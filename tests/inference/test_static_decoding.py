@@ -48,8 +48,8 @@ def test_a_step_is_one_graph_and_finds_the_same_ids(adapter: str, llm: str) -> N
     expected = model.generate(**inputs, **options)
     torch._dynamo.reset()
     counters.clear()
-    found = model.generate(**inputs, **options, cache_implementation="static", compile_config=whole_graph())
-    assert torch.equal(found, expected)
+    static_ids = model.generate(**inputs, **options, cache_implementation="static", compile_config=whole_graph())
+    assert torch.equal(static_ids, expected)
     assert not counters["graph_break"]
     assert 1 <= counters["stats"]["unique_graphs"] <= 2, "it is captured anew for every token"
 
@@ -61,6 +61,8 @@ def test_a_static_cache_gives_the_same_answers(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"image": tmp_path / tiny.write_media(tmp_path)["image"], "budget": "image=16"}
     questions = ("how many objects?", "what is the letter here?")
     expected = answerer.answer_questions(questions, **asked)
-    assert [found.text for found in static.answer_questions(questions, **asked)] == [own.text for own in expected]
+    assert [static_ids.text for static_ids in static.answer_questions(questions, **asked)] == [
+        own.text for own in expected
+    ]
     with pytest.raises(ValueError, match="static_cache is true with num_beams 3"):
         Decoding(3, static_cache=True)

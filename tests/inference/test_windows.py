@@ -22,41 +22,41 @@ def test_windows_cover_everything_with_their_overlaps_and_none_is_too_long(windo
         assert len(times) == 1 or len(times) * (window - overlap) < seconds + window  # no more of them than are needed
 
 
-def windows_of(words: list[str], chance: np.random.Generator, least: int) -> list[list[str]]:
+def windows_of(words: list[str], rng: np.random.Generator, least: int) -> list[list[str]]:
     """The words of windows that have at least so many in common with their neighbours."""
     parts, start = [], 0
     while True:
-        stop = start + int(chance.integers(2 * least + 1, 2 * least + 9))
+        stop = start + int(rng.integers(2 * least + 1, 2 * least + 9))
         parts.append(words[start:stop])
         if stop >= len(words):
             return parts
-        start = stop - int(chance.integers(least, 2 * least + 1))
+        start = stop - int(rng.integers(least, 2 * least + 1))
 
 
 def test_what_was_cut_with_overlaps_is_joined_to_what_it_was() -> None:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(300):
-        words = [f"w{number}" for number in range(int(chance.integers(1, 60)))]
-        parts = windows_of(words, chance, 1)
+        words = [f"w{number}" for number in range(int(rng.integers(1, 60)))]
+        parts = windows_of(words, rng, 1)
         assert join_transcripts([" ".join(part) for part in parts], 2.0) == " ".join(words)
 
 
 def test_words_that_common_speech_repeats_stand_once() -> None:
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     common = ["the", "a", "of", "to", "and", "cat", "dog", "ran", "sat", "blue", "red", "now"]
     wrong = 0
     for _ in range(300):
-        words = [str(word) for word in chance.choice(common, int(chance.integers(20, 60)))]
-        parts = windows_of(words, chance, 4)
+        words = [str(word) for word in rng.choice(common, int(rng.integers(20, 60)))]
+        parts = windows_of(words, rng, 4)
         wrong += join_transcripts([" ".join(part) for part in parts], 2.0) != " ".join(words)
     assert wrong <= 3  # where by chance another overlap fits as well as the true one
 
 
 def test_words_cut_in_two_at_the_edges_and_words_misheard_do_no_harm() -> None:
-    chance = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     for _ in range(300):
-        words = [f"word{number}" for number in range(int(chance.integers(10, 60)))]
-        parts = windows_of(words, chance, 4)
+        words = [f"word{number}" for number in range(int(rng.integers(10, 60)))]
+        parts = windows_of(words, rng, 4)
         for before, after in itertools.pairwise(parts):
             before[-1] = before[-1][:3]
             after[0] = after[0][-2:]
@@ -64,9 +64,9 @@ def test_words_cut_in_two_at_the_edges_and_words_misheard_do_no_harm() -> None:
 
 
 def test_every_word_comes_from_a_window_in_its_order_and_nothing_outside_an_overlap_is_lost() -> None:
-    chance = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     for _ in range(300):
-        parts = [[f"{number}.{place}" for place in range(int(chance.integers(0, 9)))] for number in range(4)]
+        parts = [[f"{number}.{word_number}" for word_number in range(int(rng.integers(0, 9)))] for number in range(4)]
         flat = [word for part in parts for word in part]
         assert join_transcripts([" ".join(part) for part in parts], 2.0).split() == flat
 

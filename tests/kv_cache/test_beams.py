@@ -58,15 +58,15 @@ SPEECH_BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/8
 MIXED_BUDGETS = [Budget.parse(text) for text in ("image=16", "audio=/4,video=/5", "", "image=5,audio=/8")]
 
 
-def build(own: ModelConfig, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
+def build(config: ModelConfig, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
     """As `tiny.model`, on any LLM, and with an adapter that does something."""
     configs = tiny.encoder_configs()
-    ids = {medium: tiny.TOKENIZER.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium]) for medium in own.media}
+    ids = {medium: tiny.TOKENIZER.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium]) for medium in config.media}
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        parts = {medium: configs[medium] for medium in own.media}
+        parts = {medium: configs[medium] for medium in config.media}
         model = ElasticForConditionalGeneration(
-            config_of_parts(own, text_config=llm, encoder_configs=parts, placeholder_ids=ids)
+            config_of_parts(config, text_config=llm, encoder_configs=parts, placeholder_ids=ids)
         )
         put_adapters(model, seed=1)
         for parameter in model.parameters():  # so that every layer matters and a random model has favourites
@@ -139,8 +139,8 @@ def made():
 @torch.no_grad()
 def test_options_mean_what_they_mean_in_the_library(made, options: dict[str, Any]) -> None:
     model, processor = made
-    found = answers(model, processor, ROWS, MIXED_BUDGETS, **options)
-    assert found == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **options)
+    ids_found = answers(model, processor, ROWS, MIXED_BUDGETS, **options)
+    assert ids_found == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **options)
 
 
 @torch.no_grad()
@@ -149,10 +149,10 @@ def test_answers_that_end_early_do_so_in_a_batch(made) -> None:
     free = answers(model, processor, ROWS, MIXED_BUDGETS)
     ends = [free[0][2], free[1][5], tiny.TOKENIZER.eos_token_id]
     ended = {"eos_token_id": ends, "pad_token_id": processor.pad_id, "length_penalty": 0.0}
-    found = answers(model, processor, ROWS, MIXED_BUDGETS, **ended)
-    assert found == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **ended)
+    ids_found = answers(model, processor, ROWS, MIXED_BUDGETS, **ended)
+    assert ids_found == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **ended)
     # A row that waits for its batch mates is filled up behind its end, with an end where the pad id is 0.
-    ended_at = [_cut(ids, *ends) for ids in found]
+    ended_at = [_cut(ids, *ends) for ids in ids_found]
     assert len({len(ids) for ids in ended_at}) > 1
     rows = [([row], [budget]) for row, budget in zip(ROWS, MIXED_BUDGETS, strict=True)]
     assert ended_at == [_cut(answers(model, processor, *row, **ended)[0], *ends) for row in rows]
@@ -163,7 +163,7 @@ def test_the_prompt_is_read_by_as_many_rows_as_there_are_prompts(made) -> None:
     model, processor = made
     seen = []
     handle = model.get_decoder().register_forward_hook(
-        lambda _, __, given, out: seen.append(tuple(out.last_hidden_state.shape[:2])), with_kwargs=True
+        lambda _, __, kwargs, out: seen.append(tuple(out.last_hidden_state.shape[:2])), with_kwargs=True
     )
     try:
         inputs = processor.expand(tiny.batch(processor, ROWS), [MIXED_BUDGETS], left_padding=True).inputs
@@ -185,8 +185,8 @@ def test_a_prompt_that_ends_in_soft_tokens_is_read_to_its_end(made) -> None:
     soft = (inputs["input_ids"][0] == model.config.placeholder_ids["image"]).nonzero().max() + 1
     inputs = {key: value[:, :soft] if value.dim() == 2 else value for key, value in inputs.items()}
     options = {"num_beams": 4, "max_new_tokens": 12, "do_sample": False}
-    found = model.generate(**inputs, **options)[:, soft:]
-    assert found.tolist() == library_ids(model, inputs, **options)[:, soft:].tolist()
+    ids_found = model.generate(**inputs, **options)[:, soft:]
+    assert ids_found.tolist() == library_ids(model, inputs, **options)[:, soft:].tolist()
 
 
 def test_a_layer_holds_what_a_growing_one_holds() -> None:
@@ -205,8 +205,8 @@ def test_a_layer_holds_what_a_growing_one_holds() -> None:
     assert isinstance(caches[1].layers[0], BeamLayer)
     for step in range(GROWTH_TOKENS + 5):
         new = states(12, 1)
-        expected, found = [cache.update(*new, 0) for cache in caches]
-        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+        expected, ids_found = [cache.update(*new, 0) for cache in caches]
+        assert all(torch.equal(one, other) for one, other in zip(expected, ids_found, strict=True))
         assert caches[1].get_seq_length() == 8 + step
         # Copies of a row change places among themselves and with nobody else.
         order = (torch.randint(4, (3, 4), generator=generator) + 4 * torch.arange(3)[:, None]).flatten()

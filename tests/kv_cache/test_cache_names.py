@@ -55,8 +55,8 @@ def test_our_forward_goes_on_from_a_cache_under_either_name(model: ElasticForCon
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first = cache_of(model(input_ids=IDS[:, :-1], use_cache=True))
-        given: dict[str, Any] = {name: first}
-        second = model(input_ids=IDS[:, -1:], use_cache=True, **given)
+        cache_kwargs: dict[str, Any] = {name: first}
+        second = model(input_ids=IDS[:, -1:], use_cache=True, **cache_kwargs)
     torch.testing.assert_close(second.logits[:, -1], whole)
     assert cache_of(second).get_seq_length() == IDS.shape[1]
 

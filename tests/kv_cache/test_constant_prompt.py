@@ -10,7 +10,7 @@ from test_beams import ADAPTERS, LLMS, build
 from test_prefixes import CLIP, OTHER, QUESTIONS, answers
 
 from mllm.inference.answerer import Answerer, Decoding
-from mllm.kv_cache.system_prompt import ConstantPrompt
+from mllm.kv_cache.system_prompt import SystemPrompt
 
 SYSTEM = "place blue at f two now and transcribe speech to text, please."
 BATCHES = [
@@ -51,27 +51,27 @@ def read(answerer: Answerer, rows: list[Any]) -> tuple[list[Any], int]:
     """Answers, and how many positions the LLM has read."""
     seen: list[int] = []
     hook = answerer.model.get_decoder().register_forward_pre_hook(
-        lambda _, args, given: seen.append(given["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
-    found = answers(answerer, rows, [SPEECH_BUDGET])
+    answered = answers(answerer, rows, [SPEECH_BUDGET])
     hook.remove()
-    return found, sum(seen)
+    return answered, sum(seen)
 
 
-def inputs(rows: list[list[int]], **members: list[int]) -> dict[str, torch.Tensor]:
+def inputs(rows: list[list[int]], **expert_ids: list[int]) -> dict[str, torch.Tensor]:
     size = max(map(len, rows))
     padded = [[0] * (size - len(row)) + row for row in rows]
     masks = [[0] * (size - len(row)) + [1] * len(row) for row in rows]
-    named = {key: torch.tensor(ids) for key, ids in members.items()}
+    named = {key: torch.tensor(ids) for key, ids in expert_ids.items()}
     return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(masks), **named}
 
 
 def test_the_constant_text_is_what_batches_have_in_common() -> None:
-    model, keeper = torch.nn.Linear(1, 1), ConstantPrompt()
+    model, keeper = torch.nn.Linear(1, 1), SystemPrompt()
     base = list(range(1, 13))
 
-    def found(rows: list[list[int]], **members: Any) -> tuple[int, ...] | None:
-        text = keeper.of_batch(model, inputs(rows, **members), {99})
+    def found(rows: list[list[int]], **expert_ids: Any) -> tuple[int, ...] | None:
+        text = keeper.of_batch(model, inputs(rows, **expert_ids), {99})
         return None if text is None else text.ids
 
     assert found([[*base, 50, 99, 60], [*base, 51, 99]]) == tuple(base)

@@ -43,14 +43,14 @@ def test_answers_are_those_of_each_question_alone(llm: str, adapter: str, num_be
     own = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
     answerer = Answerer(build(own, LLMS[llm]), tiny.processor(own), Decoding(num_beams, max_new_tokens=6))
     budgets = ["audio=/4,video=/2", "audio=/8,video=/5"]
-    draws = answers(answerer, ROWS, budgets)
+    by_budget = answers(answerer, ROWS, budgets)
     for number, row in enumerate(ROWS):
-        answer, budget = draws[number % 2][number], budgets[number % 2]
+        answer, budget = by_budget[number % 2][number], budgets[number % 2]
         alone = answers(answerer, [row], [budget])[0][0]
         assert answer == replace(alone, num_shared_tokens=answer.num_shared_tokens)
     alike = [True, True, True, False, True, True, False, True, True]
-    assert [[answer.num_shared_tokens > 0 for answer in found] for found in draws] == [alike, alike]
-    assert len({answer.text for answer in draws[0]}) > 2
+    assert [[answer.num_shared_tokens > 0 for answer in answered] for answered in by_budget] == [alike, alike]
+    assert len({answer.text for answer in by_budget[0]}) > 2
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def answerer() -> Answerer:
     return Answerer(tiny.model(own, seed=3), tiny.processor(own), Decoding(max_new_tokens=12))
 
 
-def count_passes(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, Any]:
+def count_forwards(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, Any]:
     """Images that are encoded, and rows and positions of the LLM's passes."""
     seen: dict[str, Any] = {"images": 0, "passes": []}
     model = answerer.model
@@ -68,7 +68,7 @@ def count_passes(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, 
             lambda _, args: seen.update(images=seen["images"] + len(args[0]))
         ),
         model.get_decoder().register_forward_pre_hook(
-            lambda _, args, given: seen["passes"].append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
+            lambda _, args, kwargs: seen["passes"].append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
         ),
     ]
     answers(answerer, rows, [budget])
@@ -80,27 +80,27 @@ def count_passes(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, 
 def test_the_image_is_encoded_once_and_its_tokens_are_read_once(answerer: Answerer) -> None:
     image = tiny.random_media("image")
     rows = [([image, question], "a") for question in QUESTIONS]
-    found = answers(answerer, rows, ["image=64"])[0]
-    own = [answer.num_prompt_tokens - answer.num_shared_tokens for answer in found]
-    seen = count_passes(answerer, rows, "image=64")
+    answered = answers(answerer, rows, ["image=64"])[0]
+    own = [answer.num_prompt_tokens - answer.num_shared_tokens for answer in answered]
+    seen = count_forwards(answerer, rows, "image=64")
     assert seen["images"] == 1
-    assert found[0].num_shared_tokens >= 64
-    longest = max(answer.num_prompt_tokens for answer in found)
+    assert answered[0].num_shared_tokens >= 64
+    longest = max(answer.num_prompt_tokens for answer in answered)
     assert seen["passes"][:2] == [(1, longest - max(own)), (4, max(own))]
 
 
 def test_equal_files_that_are_read_twice_are_two_images(answerer: Answerer) -> None:
     rows = [([tiny.random_media("image"), question], "a") for question in QUESTIONS]
-    assert count_passes(answerer, rows, "image=4")["images"] == 4
+    assert count_forwards(answerer, rows, "image=4")["images"] == 4
     assert {answer.num_shared_tokens for answer in answers(answerer, rows, ["image=4"])[0]} == {0}
 
 
 def test_the_same_question_twice_and_questions_that_begin_alike(answerer: Answerer) -> None:
     image = tiny.random_media("image")
     rows = [([image, text], "a") for text in ("what is it?", "what is it?", "what is the letter?")]
-    found = answers(answerer, rows, ["image=16"])[0]
-    assert found[0].text == found[1].text
-    assert [answer.text for answer in found] == [answers(answerer, [row], ["image=16"])[0][0].text for row in rows]
+    answered = answers(answerer, rows, ["image=16"])[0]
+    assert answered[0].text == answered[1].text
+    assert [answer.text for answer in answered] == [answers(answerer, [row], ["image=16"])[0][0].text for row in rows]
 
 
 def test_a_question_far_longer_than_the_others_changes_nothing(answerer: Answerer) -> None:
@@ -131,11 +131,11 @@ def test_embeddings_of_rows_are_those_of_their_first_row_where_they_begin_alike(
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
     prefixes = Prefixes(torch.tensor([0, 0, 1]), torch.tensor([2, 1]), mask)
     assert prefixes.first_rows.tolist() == [0, 2]
-    assert prefixes.num_own == 2
+    assert prefixes.num_unshared == 2
     shown = torch.tensor([[-1, 10, 11, 12], [-1, -1, 20, 21]])[..., None]
     text = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 8, 9]])[..., None]
-    found = prefixes.on_rows(shown, text)[..., 0].tolist()
-    assert found == [[0, 10, 11, 3], [10, 11, 6, 7], [0, 0, 20, 9]]
+    answered = prefixes.on_rows(shown, text)[..., 0].tolist()
+    assert answered == [[0, 10, 11, 3], [10, 11, 6, 7], [0, 0, 20, 9]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import DEFAULT_NEW_TOKENS, Generation, read_conversation, read_generation, read_medium
 from mllm.media import Audio, MediaError, MediaLoader
 
-OWN = tiny.settings()
+CONFIG = tiny.settings()
 
 
 def test_decoding_arguments_mean_what_tasks_mean() -> None:
@@ -104,7 +104,7 @@ def test_media_are_read_in_every_form_that_data_sets_have(tmp_path: Path) -> Non
 
 
 def test_budgets_are_read_with_a_plus_and_refused_at_once() -> None:
-    made = tiny.processor(OWN)
+    made = tiny.processor(CONFIG)
     assert read_budget("image=16+audio=/4+total<=99", made) == Budget.parse("image=16,audio=/4,total<=99")
     with pytest.raises(ValueError, match=r"budget is missing.*budget=image=64\+audio=/4\+video=/2"):
         read_budget("", made)
@@ -117,7 +117,7 @@ def test_budgets_are_read_with_a_plus_and_refused_at_once() -> None:
 
 
 def test_every_request_is_answered_at_every_budget_as_alone(tmp_path: Path) -> None:
-    made, model = tiny.processor(OWN), tiny.model(OWN, seed=3)
+    made, model = tiny.processor(CONFIG), tiny.model(CONFIG, seed=3)
     paths = [str(tmp_path / tiny.write_media(tmp_path, seed=seed)["image"]) for seed in range(3)]
     budgets = [Budget.parse(text) for text in ("image=64", "image=1", "image=5")]
     lengths = [8, 3, 8]  # two ways of decoding
@@ -126,11 +126,11 @@ def test_every_request_is_answered_at_every_budget_as_alone(tmp_path: Path) -> N
         turn = {"role": "user", "content": [{"type": "image", "url": path}, {"type": "text", "text": "what is it?"}]}
         return Request(path, read_generation({"max_new_tokens": length}), lambda: [turn])
 
-    passes: list[int] = []
+    batch_sizes: list[int] = []
     requests = [request(path, length) for path, length in zip(paths, lengths, strict=True)]
-    found = BudgetedAnswers(model, made, budgets, batch_size=2)(requests, passes.append)
-    assert passes == [2, 1]
-    for path, length, answers in zip(paths, lengths, found, strict=True):
+    answers_found = BudgetedAnswers(model, made, budgets, batch_size=2)(requests, batch_sizes.append)
+    assert batch_sizes == [2, 1]
+    for path, length, answers in zip(paths, lengths, answers_found, strict=True):
         answerer = Answerer(model, made, Decoding(max_new_tokens=length))
         for budget, answer in zip(budgets, answers, strict=True):
             alone = answerer("what is it?", image=path, budget=budget)
@@ -141,4 +141,4 @@ def test_every_request_is_answered_at_every_budget_as_alone(tmp_path: Path) -> N
         lambda: [{"role": "user", "content": [{"type": "image", "url": str(tmp_path / "none.png")}]}],
     )
     with pytest.raises(ValueError, match="missing"):
-        BudgetedAnswers(model, made, budgets)([missing], passes.append)
+        BudgetedAnswers(model, made, budgets)([missing], batch_sizes.append)

@@ -19,6 +19,7 @@ from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
+from mllm.inference.decoding import generate_options
 from mllm.model.trainables import NEW_TOKENS, set_trainables, trainable_names
 from mllm.training.optimization import named_groups
 from mllm.training.run import train
@@ -153,11 +154,10 @@ def test_an_export_answers_alike_and_never_says_a_mark(world: World, tmp_path: P
         exported.lm_head.weight.data[place] *= 1e4
         exported.lm_head.weight.data[place + 1] = -exported.lm_head.weight.data[place]
         answerer = Answerer(exported, again, decoding=Decoding(max_new_tokens=4))
-        suppressed = answerer.options()["suppress_tokens"]
-        assert {place, place + 1} <= set(suppressed)
-        assert "sound" not in answerer.processor.tokenizer.decode(
-            exported.generate(**inputs, **answerer.options())[0, inputs["input_ids"].shape[1] :]
-        )
+        options = generate_options(exported, again, answerer.decoding)
+        assert {place, place + 1} <= set(options["suppress_tokens"])
+        ids = exported.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert "sound" not in again.tokenizer.decode(ids)
 
 
 def _budget(text: str) -> Budget:

@@ -77,7 +77,7 @@ def test_the_prompt_holds_the_tokens_of_every_tile_in_their_order(folder: Path, 
         embeds = model.model.embed(expanded.inputs["input_ids"], expanded.inputs)
         is_soft = expanded.inputs["input_ids"] == processor.placeholder_ids["image"]
         expected = []
-        for row, costs in zip(batch.rows, expanded.costs, strict=True):
+        for row, costs in zip(batch.rows, expanded.token_counts, strict=True):
             for run, cost in zip(row.runs, costs, strict=True):
                 shown = batch.values["pixel_values"][run.item : run.item + cost.num_images]
                 parts = [
@@ -192,7 +192,7 @@ def test_a_total_over_a_video_takes_the_most_tokens_and_then_the_most_frames(fol
     row = processor.batch([sample(folder, "clip.mp4")], [[loaded]], for_training=False).rows[0]
     for total in range(1, 70):
         result = [(f * n, f) for f in (1, 2, 4) for n in (1, 4, 16) if f * n <= total]
-        (cost,) = row.costs(Budget.parse(f"total<={total}"), processor.space)
+        (cost,) = row.token_counts(Budget.parse(f"total<={total}"), processor.space)
         assert (cost.tokens, cost.frames) == max(result)
 
 
@@ -238,7 +238,7 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
     model, processor = tiny.model(config), tiny.processor(config)
     asked_for = Budget.parse(budget)
     batch = asked(processor, [sample(folder, "0.png" if "image" in budget else "clip.mp4")], [budget])
-    (cost,) = batch.rows[0].costs(asked_for, processor.space)
+    (cost,) = batch.rows[0].token_counts(asked_for, processor.space)
     extent = batch.rows[0].runs[0].extent
     counted = request_cost(model.config, items_of(extent, cost), num_prompt_tokens=9, num_new_tokens=1)
     inputs = processor.expand(batch, [[asked_for]], left_padding=True).inputs
@@ -304,6 +304,8 @@ def test_every_sample_of_a_batch_may_have_its_own_cap(folder: Path) -> None:
     samples = [sample(folder, "0.png", "2.png", name="a"), sample(folder, "1.png", name="b")]
     caps = [Budget.parse("total<=60"), Budget.parse("total<=200")]
     loaded = [processor.load_media(one, budgets=[cap]) for one, cap in zip(samples, caps, strict=True)]
-    costs = processor.expand(processor.batch(samples, loaded, for_training=False), [caps], left_padding=True).costs
-    first, second = (sum(cost.tokens for cost in part) for part in costs)
+    costs = processor.expand(
+        processor.batch(samples, loaded, for_training=False), [caps], left_padding=True
+    ).token_counts
+    first, second = (sum(cost.tokens for cost in own) for own in costs)
     assert 30 < first <= 60 < second <= 200

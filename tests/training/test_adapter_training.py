@@ -10,7 +10,7 @@ import worker
 from harness import log_rows, make_trainer, run_settings
 from test_distributed import CONFIGS, assert_same_run, launch
 
-from mllm.adapters.expert_ids import Members
+from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
 from mllm.config.model import AdapterConfig, ModelConfig
@@ -80,12 +80,12 @@ def test_a_draw_without_a_member_stops_the_run_before_its_first_step() -> None:
     own = tiny.processor(model_settings("mss"))
     samples = [Sample("both", (Message("user", (Media("audio", "a"), Media("video", "b"))),), task="avsr")]
     draws = Sampler(own.space, "random")
-    check_members(samples, draws, Members(scales=tuple(SCALES)))
-    check_members(samples, draws, Members())
+    check_members(samples, draws, ExpertNames(scales=tuple(SCALES)))
+    check_members(samples, draws, ExpertNames())
     with pytest.raises(ValueError, match=r"audio=/8,video=/5 for samples such as 'both', and adapter.scales"):
-        check_members(samples, draws, Members(scales=tuple(SCALES[:-1])))
+        check_members(samples, draws, ExpertNames(scales=tuple(SCALES[:-1])))
     points = Sampler(own.space, "points", points=(Budget.parse("audio=/4,video=/2"),))
-    check_members(samples, points, Members(scales=("audio=/4,video=/2",)))
+    check_members(samples, points, ExpertNames(scales=("audio=/4,video=/2",)))
 
 
 def mixture_settings() -> ModelConfig:

@@ -71,9 +71,11 @@ def test_the_simulation_counts_what_the_passes_of_a_run_hold(config: Path) -> No
                 runs = tuple(Run(extent, 0) for extent in extents_of(samples[key.index], processor))
                 row = Row("x", prompt.ids, prompt.labels, runs)
                 for own in drawn_passes([row], draws, step):
-                    costs = row.costs(own.budget, processor.space)
+                    costs = row.token_counts(own.budget, processor.space)
                     drawn += len(row.ids) - len(runs) + sum(cost.tokens for cost in costs)
-                fixed += len(row.ids) - len(runs) + sum(cost.tokens for cost in row.costs(budget, processor.space))
+                fixed += (
+                    len(row.ids) - len(runs) + sum(cost.tokens for cost in row.token_counts(budget, processor.space))
+                )
             assert loads["as drawn"].tokens[step][rank] == drawn
             assert loads[str(budget)].tokens[step][rank] == fixed
     facts = loads["as drawn"].facts()

@@ -1,1 +1,1 @@
-"""What an answer is worth by the rules of vision benchmarks, quirks included."""
+"""Scores answers by the rules of vision benchmarks, quirks included."""

@@ -1,4 +1,4 @@
-"""Multiple choice: which option an answer names, as LLaVA's scripts, SEED-Bench and MMMU read it.
+"""Reads which option an answer to a multiple-choice question names, as LLaVA's scripts, SEED-Bench and MMMU do.
 
 Knows strings. Does not know files or samples.
 """
@@ -17,7 +17,7 @@ _MIN_WORDS_TO_QUOTE = 6
 
 
 def llava_letter(answer: str, num_options: int) -> str | None:
-    """Read the option by the rules of LLaVA for ScienceQA: "B", "B. a cat" or one "The answer is B."; None otherwise.
+    """Reads the option by the rules of LLaVA for ScienceQA: "B", "B. a cat" or one "The answer is B."; None otherwise.
 
     Any sign may follow the letter in the third form, but one must. A letter beyond the options is what was answered
     all the same: it is returned, names no option and is as wrong as None. What stands behind it is not looked at.
@@ -33,7 +33,7 @@ def llava_letter(answer: str, num_options: int) -> str | None:
 
 
 def mmmu_letter(answer: str, options: Sequence[str], *, sample_id: str) -> tuple[str, bool]:
-    """The option by the rules of MMMU, and whether it was found rather than drawn by lot.
+    """Reads the option by the rules of MMMU, and tells whether it was found rather than drawn by lot.
 
     In this order: "(B)", then " B ", then in answers of more than five words the text of an option; of several the one
     that stands last. Where nothing is found the official code draws an option at random; here the draw is a function
@@ -43,13 +43,13 @@ def mmmu_letter(answer: str, options: Sequence[str], *, sample_id: str) -> tuple
         answer = answer.strip(edge)
     text, letters = f" {answer} ", LETTERS[: len(options)]
     for form in ("({})", " {} "):
-        places = {letter: text.rfind(form.format(letter)) for letter in letters}
-        if found := {letter: place for letter, place in places.items() if place >= 0}:
-            return max(found, key=lambda letter: found[letter]), True
+        starts = {letter: text.rfind(form.format(letter)) for letter in letters}
+        if positions := {letter: start for letter, start in starts.items() if start >= 0}:
+            return max(positions, key=lambda letter: positions[letter]), True
     if len(text.split()) >= _MIN_WORDS_TO_QUOTE:
         low = text.lower()
-        found = {a: low.rfind(option.lower()) for a, option in zip(letters, options, strict=True)}
-        if found := {letter: place for letter, place in found.items() if place >= 0}:
-            return max(found, key=lambda letter: found[letter]), True
-    draw = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8])
-    return letters[draw % len(letters)], False
+        positions = {a: low.rfind(option.lower()) for a, option in zip(letters, options, strict=True)}
+        if positions := {letter: start for letter, start in positions.items() if start >= 0}:
+            return max(positions, key=lambda letter: positions[letter]), True
+    lot = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8])
+    return letters[lot % len(letters)], False

@@ -1,4 +1,6 @@
-"""The benchmarks by name: how one answer is judged, how answers become the number that papers print, and where.
+"""Defines the benchmarks: how one answer is judged, how answers become the number that papers print, and where.
+
+A package outside adds its own by `register_benchmark`; samples whose `task` is its name are then judged by it.
 
 Knows lines of answers (`id`, `kind`, `references`, `meta`, and `hypothesis` or `error`). Does not know files or models.
 
@@ -14,6 +16,7 @@ from mllm.evaluation.scorers.multiple_choice import LETTERS, llava_letter, mmmu_
 from mllm.evaluation.scorers.open_answers import anls, gqa_match, mmmu_open_match, relaxed_match
 from mllm.evaluation.scorers.short_answers import NUM_ANNOTATORS, evalai_accuracy, vqa_eval_accuracy
 from mllm.evaluation.scorers.yes_no import Detection, mme_answer, pope_answer
+from mllm.utils.registry import Registry
 
 Line = Mapping[str, Any]
 MME_COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
@@ -35,7 +38,7 @@ MMBENCH_ROTATION = 1_000_000
 
 @dataclass(frozen=True)
 class Total:
-    """A number over lines; `parts` are numerator and denominator of each unit where it is the ratio of their sums."""
+    """A number over lines; `parts` are numerator and denominator of each question where it is a ratio of sums."""
 
     value: float | None
     parts: list[tuple[float, float]] = field(default_factory=list)
@@ -59,26 +62,32 @@ class Column:
 class Benchmark:
     """One benchmark.
 
-    worth: of an answer that is there, 0 to 1. unit: what counts as one question; it is worth its worst answer.
-    references: the numbers of references that are allowed, None for any but none. reads: whether an answer could be
-    read at all, where that is asked.
+    Args:
+        metric: what its number is called.
+        columns: of the table.
+        judge_answer: scores an answer that is there, 0 to 1.
+        question: names the question a line belongs to; the score of a question is that of its worst answer.
+        total: makes the number of all lines.
+        num_references: how many a line must have, None for any number but none.
+        meta: keys of `meta` that a line must have.
+        reads: tells whether an answer could be read at all, where that can be told.
     """
 
     metric: str
     columns: tuple[Column, ...]
-    worth: Callable[[Line], float]
-    unit: Callable[[Line], str] = lambda line: line["id"]
-    total: Callable[["Benchmark", Sequence[Line]], Total] = lambda own, lines: mean_of_units(own, lines)
+    judge_answer: Callable[[Line], float]
+    question: Callable[[Line], str] = lambda line: line["id"]
+    total: Callable[["Benchmark", Sequence[Line]], Total] = lambda benchmark, lines: mean_of_questions(benchmark, lines)
     num_references: int | None = 1
     meta: tuple[str, ...] = ()
     reads: Callable[[Line], bool] | None = None
 
     def judge(self, line: Line) -> float:
-        """What a line is worth; 0 where it failed."""
-        return 0.0 if "error" in line else self.worth(line)
+        """Scores a line, 0 to 1; what failed gets 0."""
+        return 0.0 if "error" in line else self.judge_answer(line)
 
     def score(self, lines: Sequence[Line]) -> Total:
-        """Compute the number of the lines that have references; None where none has, as where a server judges."""
+        """Computes the number of the lines that have references; None where none has, as where a server judges."""
         judged = [line for line in lines if line["references"]]
         if not judged:
             return Total(None)
@@ -90,40 +99,44 @@ class Benchmark:
         return total
 
     def check(self, references: Sequence[str], meta: Mapping[str, Any]) -> None:
-        """Raises: ValueError for what could not be judged: other numbers of answers, or facts that are not there."""
+        """Refuses what could not be judged.
+
+        Raises:
+            ValueError: another number of answers, or facts that are not there.
+        """
         if missing := [key for key in self.meta if key not in meta]:
             raise ValueError(f"meta.{missing[0]} is missing")
         if references and self.num_references not in (None, len(references)):
             raise ValueError(f"{len(references)} answers; {self.columns[0].title} has {self.num_references}")
 
 
-def mean_of_units(own: Benchmark, lines: Sequence[Line]) -> Total:
-    """The mean over units of their worst answers."""
-    worths = list(worths_of_units(own, lines).values())
-    return Total(sum(worths) / len(worths), [(worth, 1) for worth in worths])
+def mean_of_questions(benchmark: Benchmark, lines: Sequence[Line]) -> Total:
+    """Takes the mean over questions of their worst answers."""
+    scores = list(scores_of_questions(benchmark, lines).values())
+    return Total(sum(scores) / len(scores), [(score, 1) for score in scores])
 
 
-def worths_of_units(own: Benchmark, lines: Sequence[Line]) -> dict[str, float]:
-    """What each question is worth."""
-    worths: dict[str, float] = {}
+def scores_of_questions(benchmark: Benchmark, lines: Sequence[Line]) -> dict[str, float]:
+    """Scores each question by its worst answer."""
+    scores: dict[str, float] = {}
     for line in lines:
-        unit = own.unit(line)
-        worths[unit] = min(own.judge(line), worths.get(unit, 1.0))
-    return worths
+        question = benchmark.question(line)
+        scores[question] = min(benchmark.judge(line), scores.get(question, 1.0))
+    return scores
 
 
-def _pope_total(own: Benchmark, lines: Sequence[Line]) -> Total:
-    """F1 and its companions, of a category, or their means over categories; a failed answer is the wrong one."""
-    found = [_detection([line for line in lines if line["kind"] == kind]) for kind in _kinds(lines)]
-    means = {key: sum(one.rates[key] for one in found) / len(found) for key in found[0].rates}
-    if len(found) > 1:
+def _pope_total(benchmark: Benchmark, lines: Sequence[Line]) -> Total:
+    """Computes F1 and its companions of a category, or their means over categories; a failed answer is wrong."""
+    detections = [_detection([line for line in lines if line["kind"] == kind]) for kind in _kinds(lines)]
+    means = {key: sum(one.rates[key] for one in detections) / len(detections) for key in detections[0].rates}
+    if len(detections) > 1:
         return Total(means["f1"], details=means)
     parts = [_f1_part(line) for line in lines]
     return Total(means["f1"], parts, means)
 
 
 def _label(line: Line) -> str:
-    """The label "yes" or "no"; people write them in any case."""
+    """Reads the label "yes" or "no"; people write them in any case."""
     return line["references"][0].strip().lower()
 
 
@@ -142,19 +155,19 @@ def _f1_part(line: Line) -> tuple[float, float]:
     return 2.0 * (label == said == "yes"), float(label == "yes") + float(said == "yes")
 
 
-def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
-    """Accuracy plus the share of images with all answers right, summed over subtasks; in hundreds, 20 + 8 at most."""
+def _mme_total(benchmark: Benchmark, lines: Sequence[Line]) -> Total:
+    """Sums accuracy and the share of images with all answers right over subtasks; in hundreds, 20 + 8 at most."""
     scores: dict[Any, tuple[float, float]] = {}
     parts: list[tuple[float, float]] = []
     for kind in _kinds(lines):
-        mine = [line for line in lines if line["kind"] == kind]
+        lines_of_kind = [line for line in lines if line["kind"] == kind]
         images: dict[str, list[float]] = {}
-        for line in mine:
-            images.setdefault(line["meta"]["image"], []).append(own.judge(line))
-        accuracy = sum(own.judge(line) for line in mine) / len(mine)
-        plus = sum(min(worths) for worths in images.values()) / len(images)
+        for line in lines_of_kind:
+            images.setdefault(line["meta"]["image"], []).append(benchmark.judge(line))
+        accuracy = sum(benchmark.judge(line) for line in lines_of_kind) / len(lines_of_kind)
+        plus = sum(min(of_image) for of_image in images.values()) / len(images)
         scores[kind] = (accuracy, plus)
-        parts = [(sum(worths) / len(worths) + min(worths), 1.0) for worths in images.values()]
+        parts = [(sum(of_image) / len(of_image) + min(of_image), 1.0) for of_image in images.values()]
     sums = {kind: sum(score) for kind, score in scores.items()}
     details: dict[str, Any] = {
         name: sum(value for kind, value in sums.items() if kind in kinds) if set(sums) & set(kinds) else None
@@ -165,12 +178,12 @@ def _mme_total(own: Benchmark, lines: Sequence[Line]) -> Total:
     return Total(sum(sums.values()), parts if len(scores) == 1 else [], details)
 
 
-def _seed_total(own: Benchmark, lines: Sequence[Line]) -> Total:
-    """Accuracy over all questions, and over those on images and those on videos."""
-    total = mean_of_units(own, lines)
+def _seed_total(benchmark: Benchmark, lines: Sequence[Line]) -> Total:
+    """Computes accuracy over all questions, and over those on images and those on videos."""
+    total = mean_of_questions(benchmark, lines)
     for name in ("image", "video"):
-        mine = [own.judge(line) for line in lines if line["meta"]["data_type"] == name]
-        total.details[name] = sum(mine) / len(mine) if mine else None
+        scores = [benchmark.judge(line) for line in lines if line["meta"]["data_type"] == name]
+        total.details[name] = sum(scores) / len(scores) if scores else None
     return total
 
 
@@ -190,7 +203,7 @@ def _reads_letter(line: Line) -> bool:
     return (_letter(line) or " ") in LETTERS[: len(line["meta"]["options"])]
 
 
-def _mmmu_worth(line: Line) -> float:
+def _judge_mmmu(line: Line) -> float:
     if not line["meta"]["options"]:
         return mmmu_open_match(line["references"], line["hypothesis"])
     letter, _ = mmmu_letter(line["hypothesis"], line["meta"]["options"], sample_id=line["id"])
@@ -202,15 +215,15 @@ def _mmmu_reads(line: Line) -> bool:
     return not options or mmmu_letter(line["hypothesis"], options, sample_id=line["id"])[1]
 
 
-def _mmbench_unit(line: Line) -> str:
+def _mmbench_question(line: Line) -> str:
     return str(line["meta"]["index"] % MMBENCH_ROTATION)
 
 
-def _mme_worth(line: Line) -> float:
+def _judge_mme(line: Line) -> float:
     return float(mme_answer(line["hypothesis"]) == _label(line))
 
 
-BENCHMARKS: dict[str, Benchmark] = {
+_BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(
         "accuracy",
         (Column("VQAv2"),),
@@ -236,7 +249,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mme": Benchmark(
         "mme",
         (Column("MME-P", "perception", 20.0), Column("MME-C", "cognition", 8.0)),
-        _mme_worth,
+        _judge_mme,
         total=_mme_total,
         meta=("image",),
         reads=lambda line: mme_answer(line["hypothesis"]) != "other",
@@ -245,7 +258,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "circular accuracy",
         (Column("MMBench"),),
         _names_right_letter,
-        unit=_mmbench_unit,
+        question=_mmbench_question,
         meta=("options", "index"),
         reads=_reads_letter,
     ),
@@ -276,7 +289,17 @@ BENCHMARKS: dict[str, Benchmark] = {
         num_references=None,
     ),
     "mmmu": Benchmark(
-        "accuracy", (Column("MMMU"),), _mmmu_worth, num_references=None, meta=("options",), reads=_mmmu_reads
+        "accuracy", (Column("MMMU"),), _judge_mmmu, num_references=None, meta=("options",), reads=_mmmu_reads
     ),
 }
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark", _BENCHMARKS)
 """By the `task` of a sample."""
+
+
+def register_benchmark(task: str, benchmark: Benchmark) -> None:
+    """Adds a benchmark of a package outside, for samples of a task; see `mllm.utils.registry`.
+
+    Raises:
+        ValueError: the task has a benchmark already.
+    """
+    BENCHMARKS.register(task, benchmark)

@@ -1,4 +1,4 @@
-"""Short answers compared as VQAv2, VizWiz and TextVQA compare them: processing, then agreement among annotators.
+"""Compares short answers as VQAv2, VizWiz and TextVQA do: processing, then agreement among annotators.
 
     EvalAI    lower case, "'s" apart, punctuation, full stops, number words, articles, contractions; TextVQA and VizWiz
     VQA eval  the same without the first two, and nothing at all where all annotators said the same; VQAv2
@@ -63,11 +63,11 @@ _ODD_FORMS = {
 
 
 def _contractions() -> dict[str, str]:
-    found = {form.replace("'", ""): form for form in _FULL_FORMS.split()}
+    forms = {form.replace("'", ""): form for form in _FULL_FORMS.split()}
     for form in _DOUBLE_FORMS.split():
         first, second, third = form.split("'")
-        found |= {f"{first}{second}'{third}": form, f"{first}'{second}{third}": form}
-    return found | _ODD_FORMS
+        forms |= {f"{first}{second}'{third}": form, f"{first}'{second}{third}": form}
+    return forms | _ODD_FORMS
 
 
 CONTRACTIONS = _contractions()
@@ -75,26 +75,26 @@ CONTRACTIONS = _contractions()
 
 @lru_cache(MAX_KEPT_TEXTS)
 def evalai_answer(text: str) -> str:
-    """An answer as the processor of EvalAI leaves it, with which LLaVA prepares submissions and scores TextVQA."""
+    """Processes an answer as EvalAI does; LLaVA prepares submissions and scores TextVQA with it."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vqa_eval_answer(text)
 
 
 @lru_cache(MAX_KEPT_TEXTS)
 def vqa_eval_answer(text: str) -> str:
-    """An answer as the official code of VQA compares it: punctuation, then numbers, articles and contractions."""
+    """Processes an answer as the official code of VQA does: punctuation, then numbers, articles and contractions."""
     return _plain_words(_without_punctuation(_on_one_line(text)))
 
 
 def agreement(references: Sequence[str], answer: str) -> float:
-    """The mean over annotators of min(matches among the others / 3, 1): 0.3, 0.6, 0.9, 1 of ten; texts as they are."""
+    """Takes the mean over annotators of min(matches among the others / 3, 1); of ten 1 to 4 give 0.3, 0.6, 0.9, 1."""
     matches = [reference == answer for reference in references]
     total = sum(matches)
-    return sum(min(1.0, (total - own) / NUM_AGREEING) for own in matches) / len(matches)
+    return sum(min(1.0, (total - match) / NUM_AGREEING) for match in matches) / len(matches)
 
 
 def evalai_accuracy(references: Sequence[str], answer: str) -> float:
-    """Accuracy of TextVQA and VizWiz: everything is processed.
+    """Computes the accuracy of TextVQA and VizWiz: everything is processed.
 
     Raises:
         ValueError: other than ten annotators.
@@ -104,7 +104,7 @@ def evalai_accuracy(references: Sequence[str], answer: str) -> float:
 
 
 def vqa_eval_accuracy(references: Sequence[str], answer: str) -> float:
-    """Accuracy of VQAv2 of what is handed in, which is what EvalAI's processor leaves of the answer.
+    """Computes the accuracy of VQAv2 of what is submitted, which is what EvalAI's processor leaves of the answer.
 
     Where all annotators said the same, neither side is processed again.
 
@@ -112,10 +112,10 @@ def vqa_eval_accuracy(references: Sequence[str], answer: str) -> float:
         ValueError: other than ten annotators.
     """
     _check_annotators(references)
-    given, own = evalai_answer(answer), [_on_one_line(reference) for reference in references]
-    if len(set(own)) > 1:
-        given, own = vqa_eval_answer(given), [vqa_eval_answer(reference) for reference in own]
-    return agreement(own, given)
+    submitted, processed = evalai_answer(answer), [_on_one_line(reference) for reference in references]
+    if len(set(processed)) > 1:
+        submitted, processed = vqa_eval_answer(submitted), [vqa_eval_answer(reference) for reference in processed]
+    return agreement(processed, submitted)
 
 
 def _check_annotators(references: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
-"""Answers to the files that servers judge: VQAv2, VizWiz, GQA, MMBench, DocVQA and MMMU, each in its official form.
+"""Writes answers as the files that servers judge: VQAv2, VizWiz, GQA, MMBench, DocVQA and MMMU, in official form.
 
-Knows answers and forms of files. Does not know folders or models. What failed is handed in as an empty answer.
+Knows answers and forms of files. Does not know folders or models. What failed is submitted as an empty answer.
 """
 
 import json
@@ -15,7 +15,7 @@ from mllm.evaluation.scorers.xlsx import xlsx_of
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said to one question; `meta` is its sample's."""
+    """The answer to one question; `meta` is that of its sample."""
 
     id: str
     text: str
@@ -26,8 +26,11 @@ class Answer:
 class Submission:
     """The file of one server.
 
-    make: its content. meta: what of a sample it needs. is_always: whether it is worth having although answers are
-    known here.
+    Args:
+        suffix: of its name.
+        make: writes its content.
+        meta: keys of a sample's `meta` that it needs.
+        is_always: whether to write it although answers are known here.
     """
 
     suffix: str
@@ -36,7 +39,11 @@ class Submission:
     is_always: bool = False
 
     def check(self, answer: Answer) -> None:
-        """Raises: ValueError for a sample that could not be handed in."""
+        """Refuses a sample that could not be submitted.
+
+        Raises:
+            ValueError: facts are missing, or its id is not one of the server's.
+        """
         if missing := [key for key in self.meta if key not in answer.meta]:
             raise ValueError(f"meta.{missing[0]} is missing, which the server wants")
         try:
@@ -50,7 +57,7 @@ def _json(content: Any) -> bytes:
 
 
 def _vqav2(answers: Sequence[Answer], all_ids: Sequence[int]) -> bytes:
-    """Every question of the test set, those that were not asked with an empty answer."""
+    """Lists every question of the test set, those that are in no manifest with an empty answer."""
     said = {int(answer.id): evalai_answer(answer.text) for answer in answers}
     if all_ids and (strangers := said.keys() - set(all_ids)):
         raise ValueError(
@@ -73,7 +80,7 @@ def _docvqa(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
 
 
 def _mmmu(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
-    """Letters where there are options, whole answers otherwise; MMMU's lot is drawn by the question's id."""
+    """Writes letters where there are options, else whole answers; MMMU's lot is drawn by the question's id."""
     return _json({answer.id: _mmmu_said(answer) for answer in answers})
 
 
@@ -83,7 +90,7 @@ def _mmmu_said(answer: Answer) -> str:
 
 
 def _mmbench(answers: Sequence[Answer], _: Sequence[int]) -> bytes:
-    """The table of questions without hints, images and categories, and with a column of predictions."""
+    """Writes the table of questions without hints, images and categories, and with a column of predictions."""
     columns = ("question", "A", "B", "C", "D")
     has_answers = any("answer" in answer.meta["row"] for answer in answers)
     rows: list[list[str | int | None]] = [["index", *columns, "prediction", *(["answer"] if has_answers else [])]]

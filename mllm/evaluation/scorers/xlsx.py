@@ -1,4 +1,4 @@
-"""A table to the bytes of an .xlsx file with one sheet, which is all that MMBench's server wants of the format.
+"""Writes a table as the bytes of an .xlsx file with one sheet, which is all that MMBench's server wants of the format.
 
 Knows texts, whole numbers and the parts such a file must have. Does not know benchmarks.
 """
@@ -32,7 +32,7 @@ _PARTS = {
 
 
 def xlsx_of(rows: Iterable[Sequence[str | int | None]]) -> bytes:
-    """The file; the same rows give the same bytes.
+    """Writes the file; the same rows give the same bytes.
 
     Characters that XML cannot hold are written as the format writes them, `_x0007_`, and texts are cut at
     `MAX_CELL_CHARACTERS`, as the format demands.
@@ -51,5 +51,5 @@ def _cell(value: str | int | None) -> str:
         return "<c/>"
     if isinstance(value, int):
         return f"<c><v>{value}</v></c>"
-    text = _UNWRITABLE.sub(lambda found: f"_x{ord(found[0]):04X}_", value[:MAX_CELL_CHARACTERS])
+    text = _UNWRITABLE.sub(lambda character: f"_x{ord(character[0]):04X}_", value[:MAX_CELL_CHARACTERS])
     return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(text)}</t></is></c>'

@@ -1,4 +1,4 @@
-"""Yes or no: how POPE and MME read an answer, and what they count.
+"""Reads answers of yes or no as POPE and MME do, and counts what they count.
 
 Knows strings and counts. Does not know files or samples.
 """
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 
 def pope_answer(text: str) -> str:
-    """POPE's rule: "no" where the first sentence holds one of the words No, no, not; else "yes", whatever it says."""
+    """Applies POPE's rule: "no" where the first sentence holds the word No, no or not; else "yes", whatever it says."""
     first = text.split(".")[0].replace(",", "")
     return "no" if {"No", "no", "not"} & set(first.split(" ")) else "yes"
 
 
 def mme_answer(text: str) -> str:
-    """MME's rule: "yes" or "no" where the first four characters hold it, in any case; else "other", which is wrong."""
+    """Applies MME's rule: "yes" or "no" where the first four characters hold it, in any case; else "other"."""
     start = text.strip().lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Counts of yes and no, "yes" being positive."""
+    """The counts of yes and no, "yes" being positive."""
 
     true_positives: int
     false_positives: int
@@ -30,18 +30,18 @@ class Detection:
 
     @classmethod
     def of(cls, labels: Sequence[str], answers: Sequence[str]) -> "Detection":
-        """Counts of answers, "yes" or "no", against labels in the same order."""
+        """Counts answers, "yes" or "no", against labels in the same order."""
         pairs = list(zip(labels, answers, strict=True))
         return cls(*(pairs.count(pair) for pair in (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))))
 
     @property
     def total(self) -> int:
-        """All answers."""
+        """Counts all answers."""
         return self.true_positives + self.false_positives + self.true_negatives + self.false_negatives
 
     @property
     def rates(self) -> dict[str, float]:
-        """accuracy, precision, recall, f1 and yes_ratio, the share of answers that are "yes"; 0 of nothing is 0."""
+        """Computes accuracy, precision, recall, f1 and yes_ratio, the part of answers that are "yes"; 0 / 0 is 0."""
         yes, positives = self.true_positives + self.false_positives, self.true_positives + self.false_negatives
         return {
             "accuracy": _share(self.true_positives + self.true_negatives, self.total),

@@ -164,7 +164,7 @@ def _able(batch: Batch, readout: Readout, processor: ElasticProcessor) -> Batch:
     def meets(row: Row) -> bool:
         try:
             for budget in (readout.largest, readout.smallest):
-                row.costs(budget, processor.space)
+                row.token_counts(budget, processor.space)
         except ValueError:  # too short for it: found and left out of training likewise, when it is loaded
             return False
         return True

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mllm.budget import Budget
 from mllm.compressors import Compressor, MixtureProjector, Pool, ProjectorBank, Query
-from mllm.compressors.base import without_padding
+from mllm.compressors.base import zero_padding_features
 
 PINV_RTOL = 1e-3
 """Directions that a projection shrinks by more than this are not used to carry a bias."""
@@ -96,7 +96,7 @@ class QueryReadout(Readout):
     def summed(self, read: Tensor, counts: Tensor, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """See `Readout`."""
         values = cast(Query, self.compressor).values(features)
-        return without_padding(values, lengths).sum(1), lengths
+        return zero_padding_features(values, lengths).sum(1), lengths
 
     def carried(self, weight: Tensor, bias: Tensor) -> Tensor:
         """See `Readout`: what lies in the span of the projection."""

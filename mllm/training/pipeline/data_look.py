@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from mllm.adapters.expert_ids import Members
+from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import Sampler
 from mllm.checkpoints.build import build_processor
@@ -68,7 +68,7 @@ def look_over(settings: RunConfig, run: Path, *, fits_captions: bool) -> LookedO
     if unknown := sorted(set(settings.train.task_weights) - set(tasks)):
         raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     processor = build_processor(settings.model, limits=data.limits)
-    check_members(samples, build_sampler(settings, processor.space), processor.members)
+    check_members(samples, build_sampler(settings, processor.space), processor.expert_names)
     for name, own in found.samples.items():
         kept = run / "survey" / f"{name}.json"
         surveyed = _surveyed(own, processor, data, kept, data.max_bad_fraction if name == "train" else 0.0)
@@ -119,8 +119,8 @@ def check_files(samples: Sequence[Sample], name: str, max_bad_fraction: float) -
     logger.warning("%s and are left out:\n%s", told, "\n".join(lines))
 
 
-def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -> None:
-    """See that every scale some step may draw for some sample has a member of the adapter, before the first step.
+def check_members(samples: Sequence[Sample], draws: Sampler, members: ExpertNames) -> None:
+    """See that every scale some step may draw for some sample has a expert of the adapter, before the first step.
 
     Raises:
         ValueError: one that has none; it is named, with a sample.
@@ -133,7 +133,7 @@ def check_members(samples: Sequence[Sample], draws: Sampler, members: Members) -
             if budget.total_tokens is None and str(Budget(budget.amounts)) not in members.scales:
                 raise ValueError(
                     f"sampler.mode {draws.mode} may draw {budget} for samples such as {sample_id!r}, and adapter.scales"
-                    f" has no such member; it has {' | '.join(members.scales)}"
+                    f" has no such expert; it has {' | '.join(members.scales)}"
                 )
 
 

@@ -215,5 +215,5 @@ def encode(
             batch = replace(batch, rows=rows)
         for row in batch.rows:
             for budget in budgets:
-                check_length(row, row.costs(budget, processor.space), processor.context_tokens)
+                check_length(row, row.token_counts(budget, processor.space), processor.context_tokens)
     return {"batch": batch} if watch is None else {"batch": batch, "seconds": watch.take()}

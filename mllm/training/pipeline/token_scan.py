@@ -112,7 +112,7 @@ class Looked:
         """All tokens at a budget; a medium it does not name is at its largest, one too short for it counts one."""
         row = Row("", (), (), tuple(Run(extent, 0) for extent in self.extents))
         try:
-            soft = sum(max(cost.tokens, 1) for cost in row.costs(budget, space))
+            soft = sum(max(cost.tokens, 1) for cost in row.token_counts(budget, space))
         except ValueError:  # too short for its budgets: found and left out when it is loaded
             soft = sum(_soft(own, budget.amounts.get(own.medium, Amount("max")), space) for own in self.extents)
         return max(self.text_tokens + soft, 1)  # a cut through media leaves less: refused when it is loaded
@@ -291,7 +291,7 @@ def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
 def _soft(extent: Extent, amount: Amount, space: Space) -> int:
     """Soft tokens of one medium; at least one."""
     try:
-        return max(space.media[extent.medium].cost(amount, extent).tokens, 1)
+        return max(space.media[extent.medium].count(amount, extent).tokens, 1)
     except ValueError:  # too short for its budgets: found and left out when it is loaded
         return 1
 

@@ -54,11 +54,11 @@ def test_quirks_of_the_official_processing_are_kept() -> None:
     assert vqa_eval_answer("the cat's 1,000 e-mails") == "cat's 1000 emails"  # a comma in a number: nothing is a blank
 
 
-@pytest.mark.parametrize(("agreeing", "worth"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_annotators_are_left_out_one_at_a_time(agreeing: int, worth: float) -> None:
+@pytest.mark.parametrize(("agreeing", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_annotators_are_left_out_one_at_a_time(agreeing: int, score: float) -> None:
     references = ["yes"] * agreeing + [f"no {number}" for number in range(10 - agreeing)]
-    assert agreement(references, "yes") == pytest.approx(worth)
-    assert evalai_accuracy(references, "Yes.") == pytest.approx(worth)
+    assert agreement(references, "yes") == pytest.approx(score)
+    assert evalai_accuracy(references, "Yes.") == pytest.approx(score)
 
 
 def test_vqav2_leaves_references_alone_that_all_agree() -> None:
@@ -109,7 +109,7 @@ def test_letters_are_read_as_mmmu_does() -> None:
     drawn = [mmmu_letter("green pear", options, sample_id=str(number)) for number in range(60)]  # too short to quote
     assert drawn == [mmmu_letter("green pear", options, sample_id=str(number)) for number in range(60)]
     assert {letter for letter, _ in drawn} == {"A", "B", "C"}
-    assert not any(found for _, found in drawn)
+    assert not any(is_found for _, is_found in drawn)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_yes_and_no() -> None:
         "other",
         "no",
     ]
-    found = Detection.of(["yes", "yes", "no", "no", "no"], ["yes", "no", "yes", "no", "no"])
+    detection = Detection.of(["yes", "yes", "no", "no", "no"], ["yes", "no", "yes", "no", "no"])
     rates = {"accuracy": 0.6, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.4}
-    assert found.rates == rates
+    assert detection.rates == rates
     assert Detection.of(["yes"], ["no"]).rates["precision"] == 0

@@ -2,12 +2,12 @@
 
 import pytest
 
-from mllm.evaluation.scorers.registry import BENCHMARKS, MME_COGNITION, MME_PERCEPTION, worths_of_units
+from mllm.evaluation.scorers.registry import BENCHMARKS, MME_COGNITION, MME_PERCEPTION, scores_of_questions
 
 
 def line(number: object, reference: str, said: str | None, *, kind: str | None = None, **meta) -> dict:
-    own = {"id": str(number), "kind": kind, "references": [reference], "meta": meta}
-    return own | ({"error": {"kind": "missing", "reason": "x"}} if said is None else {"hypothesis": said})
+    values = {"id": str(number), "kind": kind, "references": [reference], "meta": meta}
+    return values | ({"error": {"kind": "missing", "reason": "x"}} if said is None else {"hypothesis": said})
 
 
 def test_mmbench_is_right_only_in_all_rotations() -> None:
@@ -22,7 +22,7 @@ def test_mmbench_is_right_only_in_all_rotations() -> None:
         line(10, "A", "what?", options=options, index=10),
     ]
     total = BENCHMARKS["mmbench"].score(lines)
-    assert worths_of_units(BENCHMARKS["mmbench"], lines) == {"7": 1, "8": 0, "9": 0, "10": 0}
+    assert scores_of_questions(BENCHMARKS["mmbench"], lines) == {"7": 1, "8": 0, "9": 0, "10": 0}
     assert (total.value, total.details) == (0.25, {"num_unread": 1})
 
 
@@ -82,10 +82,10 @@ def test_one_line_without_a_reference_is_left_out_and_counted() -> None:
 def test_labels_are_the_same_in_any_case(written) -> None:
     rows = [(1, "yes", "Yes", "a"), (2, "no", "No", "a"), (3, "yes", "no", "b"), (4, "no", None, "b")]
     for name, facts in (("pope", {}), ("mme", {"image": "x"})):
-        own = [line(number, written(label), said, kind=kind, **facts) for number, label, said, kind in rows]
+        lines = [line(number, written(label), said, kind=kind, **facts) for number, label, said, kind in rows]
         plain = [line(number, label, said, kind=kind, **facts) for number, label, said, kind in rows]
-        assert BENCHMARKS[name].score(own) == BENCHMARKS[name].score(plain)
-        assert worths_of_units(BENCHMARKS[name], own) == {"1": 1, "2": 1, "3": 0, "4": 0}
+        assert BENCHMARKS[name].score(lines) == BENCHMARKS[name].score(plain)
+        assert scores_of_questions(BENCHMARKS[name], lines) == {"1": 1, "2": 1, "3": 0, "4": 0}
 
 
 def test_mmmu_and_letters_count_what_could_not_be_read() -> None:

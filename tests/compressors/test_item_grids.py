@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm.compressors import Compressor, Query, build_compressor
-from mllm.compressors.area_pooling import grid_cover, own_grid_cover
-from mllm.compressors.query import own_positions, sincos_positions
+from mllm.compressors.area_pooling import grid_cover, item_grid_cover
+from mllm.compressors.query import item_positions, sincos_positions
 
 SIZE, OUT = 16, 6
 GRIDS = [(2, 7), (4, 4), (1, 3), (5, 3), (3, 5)]
@@ -42,8 +42,8 @@ def images() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     grids = torch.tensor(GRIDS)
     values = torch.full((len(GRIDS), 18, SIZE), float("nan"))
-    for own, length in zip(values, grids.prod(1).tolist(), strict=True):
-        own[:length] = torch.randn(length, SIZE, generator=generator)
+    for row, length in zip(values, grids.prod(1).tolist(), strict=True):
+        row[:length] = torch.randn(length, SIZE, generator=generator)
     return values, grids.prod(1), grids
 
 
@@ -52,11 +52,13 @@ def test_the_cells_on_an_own_grid_are_those_on_that_grid_bit_for_bit(grid: tuple
     length = grid[0] * grid[1]
     tokens = torch.arange(1, length + 1)
     expected, area = grid_cover(tokens, grid, max_tokens=length)
-    cover, own_area = own_grid_cover(tokens, torch.tensor([grid] * length), num_features=length + 5, max_tokens=length)
+    cover, item_area = item_grid_cover(
+        tokens, torch.tensor([grid] * length), num_features=length + 5, max_tokens=length
+    )
     is_cell = torch.arange(length) < tokens[:, None]
     assert torch.equal(cover[..., :length][is_cell], expected[is_cell])
     assert not cover[..., length:][is_cell].any()
-    assert torch.equal(area, own_area)
+    assert torch.equal(area, item_area)
 
 
 @pytest.mark.parametrize(("table_grid", "grid"), product([(3, 3), (4, 6), (1, 5)], [(3, 3), (7, 2), (16, 16), (1, 1)]))
@@ -64,9 +66,9 @@ def test_positions_are_those_that_torch_resizes(table_grid: tuple[int, int], gri
     table = sincos_positions(table_grid, SIZE, torch.device("cpu"))
     image = table.unflatten(0, table_grid).permute(2, 0, 1)[None]
     expected = functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)[0].flatten(1).T
-    found = own_positions(table, table_grid, torch.tensor([grid]), num_features=grid[0] * grid[1] + 3)[0]
-    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
-    assert found.isfinite().all()
+    resized = item_positions(table, table_grid, torch.tensor([grid]), num_features=grid[0] * grid[1] + 3)[0]
+    torch.testing.assert_close(resized[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+    assert resized.isfinite().all()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -80,8 +82,8 @@ def test_a_image_in_a_batch_is_the_image_alone_on_its_grid(name: str) -> None:
     assert soft.shape == (len(GRIDS), 20, OUT)
     for row, (length, count) in enumerate(zip(lengths.tolist(), tokens.tolist(), strict=True)):
         fixed = on_one_grid(compressor, GRIDS[row])
-        own = {"tokens": tokens[row : row + 1], "rates": rates[:1], "max_tokens": count}
-        alone = fixed(values[row : row + 1, :length], lengths[row : row + 1], **own)
+        budget = {"tokens": tokens[row : row + 1], "rates": rates[:1], "max_tokens": count}
+        alone = fixed(values[row : row + 1, :length], lengths[row : row + 1], **budget)
         torch.testing.assert_close(soft[row, :count], alone[0], rtol=1e-4, atol=1e-5)
         assert not soft[row, count:].any()
 

@@ -12,6 +12,7 @@ from test_beams import LLMS, build
 from mllm.budget import Budget
 from mllm.config.model import AdapterConfig
 from mllm.inference.answerer import Answerer, Decoding
+from mllm.inference.reading import read_request
 
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "query": {"compressor": "query", "budgets": [2, 5, 16]},
@@ -28,15 +29,16 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(image: dict[str, Any], *, llm: str = "llama", adapter: Any = None, decoding: Any = None) -> Answerer:
-    own = replace(tiny.settings(("image",), adapter=False, image=image), adapter=adapter)
-    return Answerer(build(own, LLMS[llm]), tiny.processor(own), decoding or Decoding(max_new_tokens=6))
+    config = replace(tiny.settings(("image",), adapter=False, image=image), adapter=adapter)
+    return Answerer(build(config, LLMS[llm]), tiny.processor(config), decoding or Decoding(max_new_tokens=6))
 
 
 def from_scratch(answerer: Answerer, image: Path, text: str, budget: str) -> torch.Tensor:
     """The first logits of a prompt that is read in one pass."""
-    samples, media, asked = answerer.read_request({"image": image}, [text], budget)
+    questions = read_request({"image": image}, [text], budget, answerer.processor)
+    samples, media, budget_read = questions.samples, questions.windows[0].media, questions.budget
     batch = answerer.processor.batch(samples, [media], for_training=False)
-    inputs = answerer.processor.expand(batch, [[asked]], left_padding=True).inputs
+    inputs = answerer.processor.expand(batch, [[budget_read]], left_padding=True).inputs
     with torch.no_grad():
         return answerer.model(**inputs).logits[0, -1]
 
@@ -53,8 +55,8 @@ def test_a_grown_budget_is_that_budget(name: str, llm: str, image: Path) -> None
         for text in QUESTIONS:
             expected = from_scratch(answerer, image, text, budget)
             assert (session.logits(text) - expected).abs().max() <= 1e-5 * expected.abs().max()
-            found, alone = session.answer(text), answerer.answer(text, image=image, budget=budget)
-            assert found == replace(alone, num_shared_tokens=session.num_read_tokens)
+            answer, alone = session.answer(text), answerer.answer(text, image=image, budget=budget)
+            assert answer == replace(alone, num_shared_tokens=session.num_read_tokens)
     assert str(session.budget) == budgets[-1]
 
 
@@ -74,7 +76,7 @@ def test_the_image_is_encoded_once_and_only_new_tokens_are_read(image: Path) -> 
     seen: dict[str, list[int]] = {"images": [], "positions": []}
     answerer.model.model.tower("image").register_forward_pre_hook(lambda _, args: seen["images"].append(len(args[0])))
     answerer.model.get_decoder().register_forward_pre_hook(
-        lambda _, args, given: seen["positions"].append(given["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda _, args, kwargs: seen["positions"].append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     session = answerer.begin(image=image, budget="image=5")
     before, question = session.num_kept_tokens - 5, session.num_question_tokens(QUESTIONS[0])
@@ -101,7 +103,7 @@ def test_what_cannot_grow_is_refused_with_a_reason(image: Path) -> None:
         pooled.extend("image=16")
     scales = AdapterConfig(kind="lora_bank", variant="ss", rank=4, alpha=8)
     by_scale = make(COMPRESSORS["query"], adapter=scales).begin(image=image, budget="image=2")
-    with pytest.raises(ValueError, match="a member per scale"):
+    with pytest.raises(ValueError, match="an expert per scale"):
         by_scale.extend("image=16")
 
 

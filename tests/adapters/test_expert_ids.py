@@ -1,4 +1,4 @@
-"""Ids come from what a row holds and costs, and reach its members whatever stands beside it in the batch."""
+"""Ids come from what a row holds and costs, and reach its experts whatever stands beside it in the batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from mllm.adapters.expert_ids import Members, scales_of
+from mllm.adapters.expert_ids import ExpertNames, scales_of
 from mllm.adapters.lora_bank import LoraBank
-from mllm.budget import Budget, Cost, Space
+from mllm.budget import Budget, Space, TokenCount
 from mllm.checkpoints.build import adapter_settings, build
 from mllm.checkpoints.load import TRAINABLES, export, load, save_run
 from mllm.config.model import AdapterConfig, ModelConfig
@@ -38,17 +38,21 @@ VARIANTS = {"mss": SCALES, "st": None, "ms": None}
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def made(request: pytest.FixtureRequest):
-    own = settings(request.param, VARIANTS[request.param])
-    return tiny.model(own), tiny.processor(own)
+    config = settings(request.param, VARIANTS[request.param])
+    return tiny.model(config), tiny.processor(config)
 
 
 def test_ids_say_what_a_row_holds_and_costs() -> None:
-    own = settings("mss", SCALES)
-    inputs = tiny.processor(own).expand(tiny.batch(tiny.processor(own), ROWS), [BUDGETS], left_padding=False).inputs
+    config = settings("mss", SCALES)
+    inputs = (
+        tiny.processor(config).expand(tiny.batch(tiny.processor(config), ROWS), [BUDGETS], left_padding=False).inputs
+    )
     assert inputs["scale_ids"].tolist() == SCALE_IDS
     assert "task_ids" not in inputs
-    own = settings("t")
-    inputs = tiny.processor(own).expand(tiny.batch(tiny.processor(own), ROWS), [BUDGETS], left_padding=False).inputs
+    config = settings("t")
+    inputs = (
+        tiny.processor(config).expand(tiny.batch(tiny.processor(config), ROWS), [BUDGETS], left_padding=False).inputs
+    )
     assert inputs["task_ids"].tolist() == TASK_IDS
     assert "scale_ids" not in inputs
 
@@ -76,7 +80,7 @@ def test_batched_generation_equals_single(made, options: dict) -> None:
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, disable_compile=True, **options)
         end = processor.tokenizer.eos_token_id
         answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        return [own[: own.index(end)] if end in own else own for own in answers]
+        return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
     number = options.get("num_return_sequences", 1)
     together = generate(ROWS, BUDGETS)
@@ -84,28 +88,28 @@ def test_batched_generation_equals_single(made, options: dict) -> None:
         assert together[index * number : (index + 1) * number] == generate([row], [budget])
 
 
-def test_a_rate_without_a_member_is_refused_with_those_trained() -> None:
-    own = settings("ss", SCALES)
-    processor = tiny.processor(own)
+def test_a_rate_without_an_expert_is_refused_with_those_trained() -> None:
+    config = settings("ss", SCALES)
+    processor = tiny.processor(config)
     batch = tiny.batch(processor, ROWS[2:3])
     with pytest.raises(
-        ValueError, match=r"sample 'row0': .* no member for the scale audio=/5; trained are audio=/4 \|"
+        ValueError, match=r"sample 'row0': .* no expert for the scale audio=/5; trained are audio=/4 \|"
     ):
         processor.expand(batch, [[Budget.parse("audio=/5")]], left_padding=False)
     processor = tiny.processor(settings("ss"))
-    with pytest.raises(ValueError, match=r"no member for the scale audio=/4; trained are audio=/4,video=/2 \|"):
+    with pytest.raises(ValueError, match=r"no expert for the scale audio=/4; trained are audio=/4,video=/2 \|"):
         processor.expand(batch, [[Budget.parse("audio=/4")]], left_padding=False)
 
 
 def test_the_task_of_a_sample_comes_before_the_media_it_holds() -> None:
-    members = Members(tasks=("translate", "asr"))
-    assert members.task_id("translate", ["audio"]) == 0
-    assert members.task_id("anything", ["audio"]) == 1
-    assert members.task_id("anything", []) == -1
-    with pytest.raises(ValueError, match="no member for the task avsr; trained are translate, asr"):
-        members.task_id("anything", ["video", "audio"])
-    with pytest.raises(ValueError, match="audio costs both /4 and /8"):
-        Members(scales=("audio=/4",)).scale_id([("audio", Cost(2, 4)), ("audio", Cost(1, 8))])
+    experts = ExpertNames(tasks=("translate", "asr"))
+    assert experts.task_id("translate", ["audio"]) == 0
+    assert experts.task_id("anything", ["audio"]) == 1
+    assert experts.task_id("anything", []) == -1
+    with pytest.raises(ValueError, match="no expert for the task avsr; trained are translate, asr"):
+        experts.task_id("anything", ["video", "audio"])
+    with pytest.raises(ValueError, match="audio has both /4 and /8"):
+        ExpertNames(scales=("audio=/4",)).scale_id([("audio", TokenCount(2, 4)), ("audio", TokenCount(1, 8))])
 
 
 def test_scales_are_points_of_the_space_and_few() -> None:
@@ -114,7 +118,7 @@ def test_scales_are_points_of_the_space_and_few() -> None:
     with pytest.raises(ValueError, match=r"adapter.scales holds 'audio=/5', which is not a point"):
         scales_of(["audio=/5"], space)
     many = Space.from_settings({"image": {"compressor": "query", "budgets": list(range(1, 100)), "num_queries": 99}})
-    with pytest.raises(ValueError, match=r"adapter.scales would be 99 members"):
+    with pytest.raises(ValueError, match=r"adapter.scales would be 99 experts"):
         scales_of([], many)
 
 
@@ -125,18 +129,18 @@ def test_a_key_of_another_kind_is_refused() -> None:
         AdapterConfig(kind="lora_bank", variant="ms", dropout=0.1)
     with pytest.raises(ValueError, match=r"adapter.variant is missing"):
         AdapterConfig(kind="lora_bank")
-    with pytest.raises(ValueError, match=r"adapter.scales is .* but variant ms has members of"):
+    with pytest.raises(ValueError, match=r"adapter.scales is .* but variant ms has experts of"):
         adapter_settings(settings("ms", SCALES))
 
 
-def test_ids_for_an_adapter_that_has_no_members_are_refused() -> None:
+def test_ids_for_an_adapter_that_has_no_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="scale_ids and task_ids go with lora_bank or mome, not lora"):
         tiny.model(tiny.settings(SPEECH))(input_ids=torch.tensor([[3, 4]]), scale_ids=torch.tensor([0]))
 
 
 def test_a_run_is_loaded_bit_for_bit_and_exported_per_task(tmp_path: Path) -> None:
-    own = settings("st", own=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
-    model, processor = build(own)
+    config = settings("st", config=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
+    model, processor = build(config)
     names = set_trainables(model)
     assert [n for n in names if "lora" in n] == sorted(
         f"model.language_model.layers.{layer}.self_attn.{target}.lora_{side}"
@@ -163,7 +167,7 @@ def test_a_run_is_loaded_bit_for_bit_and_exported_per_task(tmp_path: Path) -> No
         assert not any(isinstance(part, LoraBank) for part in exported[0].modules())
         torch.testing.assert_close(logits(*exported, [row]), logits(*loaded, [row]), rtol=1e-4, atol=1e-4)
     for wrong in (None, "ocr"):
-        with pytest.raises(ValueError, match=rf"task is {wrong}; the adapter has members for: asr \| vsr \| avsr"):
+        with pytest.raises(ValueError, match=rf"task is {wrong}; the adapter has experts for: asr \| vsr \| avsr"):
             export(tmp_path / "run", tmp_path / "no", task=wrong)
-    with pytest.raises(ValueError, match="scale is audio=/4; the adapter has members for: no scale"):
+    with pytest.raises(ValueError, match="scale is audio=/4; the adapter has experts for: no scale"):
         export(tmp_path / "run", tmp_path / "no", task="asr", scale="audio=/4")
