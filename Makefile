@@ -37,7 +37,7 @@ $(VENV)/dev.stamp: $(LOCK) | $(BIN)/python
 	$(BIN)/python $(INSTALL) requirements/dev.txt
 	@touch $@ $(VENV)/demo.stamp
 
-## make demo       train and evaluate an elastic model on the built-in world: table, plot and checkpoint in runs/demo
+## make demo       train and evaluate an elastic model on the synthetic corpus: table, plot and checkpoint in runs/demo
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m mllm demo --out runs/demo
 

@@ -39,7 +39,7 @@ VERBS = {
     "prepare lips": "mllm.commands.prepare_lips",
     "init": "mllm.commands.init",
     "doctor": "mllm.commands.doctor",
-    "world pretrain": "mllm.commands.world_pretrain",
+    "synthetic pretrain": "mllm.commands.synthetic_pretrain",
 }
 DEBUG = "--debug"
 

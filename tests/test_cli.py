@@ -193,7 +193,7 @@ def test_settings_are_checked_where_asserts_are_left_out(verb: tuple[str, ...], 
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
         (["data"], "there is no command 'data'; did you mean data check or data balance or data import?"),
-        (["world", "pretrian"], "did you mean world pretrain?"),
+        (["synthetic", "pretrian"], "did you mean synthetic pretrain?"),
         (["qqqqqq"], "there are train, generate, evaluate"),
         (["generate", "--model", "x"], "nothing to answer"),
         (["generate", "--model", "nowhere", "--text", "a"], "nowhere holds no model"),

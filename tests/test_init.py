@@ -34,8 +34,8 @@ def test_the_file_is_a_config_whose_model_builds_and_serves_its_budgets(
     own = written(tmp_path, *words, *(["--built_in"] if built_in else []))
     assert list(own.model.media) == [medium for medium in MEDIA if medium in media]
     if built_in:
-        assert own.model.llm == "world:llm"
-        assert all(one.encoder.startswith(("world:", "image")) for one in own.model.media.values())
+        assert own.model.llm == "synthetic:llm"
+        assert all(one.encoder.startswith(("synthetic:", "image")) for one in own.model.media.values())
     assert own.train.out == "runs/own"
     model = build_on_meta(own.model)
     names = set_trainables(model, own.parts)

@@ -1,6 +1,6 @@
 """Real models at toy size, random weights, no files: what most tests build on.
 
-A 2-layer Llama on the built-in world's tokenizer, a CLIP tower on an 8x8 grid, Whisper on 1-second windows, and a lip
+A 2-layer Llama on the synthetic tokenizer, a CLIP tower on an 8x8 grid, Whisper on 1-second windows, and a lip
 encoder with a handful of channels.
 """
 

@@ -1,4 +1,4 @@
-"""`mllm demo`: the main job on the built-in world or on real weights, from nothing to a table and a plot."""
+"""`mllm demo`: the main job on the synthetic corpus or on real weights, from nothing to a table and a plot."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ __all__ = ["SUMMARY", "Settings", "run"]
 
 OWN = ("full", "real", "about", "judge")
 """Keys of the command itself, not of a demo."""
-SUMMARY = "make a small world, train one elastic model on it, evaluate it at every budget"
+SUMMARY = "Make a small synthetic corpus, train one elastic model on it and evaluate it at every budget."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from mllm.inference.timing import Timing
 from mllm.media import MediaInput, is_file, several
 from mllm.processing.requests import Request, read_request
 
-# What is asked when nothing is, by media; those of speech are the published systems' (and the built-in world's).
+# What is asked when nothing is, by media; those of speech are the published systems' (and the synthetic corpus's).
 DEFAULT_PROMPTS: dict[tuple[str, ...], str] = {
     ("image",): "describe the picture.",
     ("audio",): "transcribe speech to text.",

@@ -23,7 +23,7 @@ from mllm.data.numbered_images import named_images
 from mllm.model.splice import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
 
-# `plain` is what the built-in world's LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
+# `plain` is what the synthetic LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
 # conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the image, its
 # caption and a line break, which is learned in place of an end of turn; `avsr` is how Llama-AVSR, Llama-MTSK and
 # Omni-AVSR put sound, lips, prompt and transcript side by side, without a space between them. `chat` stands for the

@@ -1,4 +1,4 @@
-"""The tokenizer of the built-in world: byte-level BPE in which every word of the world is one token.
+"""The tokenizer of the synthetic corpus: byte-level BPE in which every word of the synthetic corpus is one token.
 
 Knows the words of the sentences, scenes, questions, prompts and phones. Does not know media or models.
 
@@ -37,7 +37,7 @@ def phone_word(phone: str) -> str:
 
 
 def lexicon() -> list[str]:
-    """Every word of the world, sorted; each is one token with a space before it."""
+    """Every word of the synthetic corpus, sorted; each is one token with a space before it."""
     words = {*LEXICON, *SHAPES, *COLUMN_WORDS, *ROW_WORDS, *_OTHER_WORDS}
     words.update(word for answers in ANSWERS.values() for word in answers)
     words.update(word for prompt in SPEECH_TASKS for word in prompt.rstrip(".").split())

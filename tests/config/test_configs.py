@@ -53,8 +53,8 @@ def read(path: Path) -> RunConfig:
 
 
 def part_config(reference: str) -> PreTrainedConfig:
-    """Published values of a real part, kept in tests/fixtures; the built-in world's parts are at hand."""
-    if reference.startswith("world:"):
+    """Published values of a real part, kept in tests/fixtures; the synthetic parts are at hand."""
+    if reference.startswith("synthetic:"):
         return AutoConfig.from_pretrained(resolve_source(reference))
     name = LIKE.get(reference) or Path(reference).name.lower()
     values = json.loads((ROOT / "tests" / "fixtures" / f"{name}.json").read_text())
@@ -65,7 +65,7 @@ def build_on_meta(settings: ModelConfig) -> ElasticForConditionalGeneration:
     text = part_config(settings.llm)
     media = settings.encoded_media
     marks = [token for own in media.values() for token in own.span]
-    if settings.llm.startswith("world:"):
+    if settings.llm.startswith("synthetic:"):
         marks = []  # its tokenizer knows them
     config = config_of_parts(
         settings,

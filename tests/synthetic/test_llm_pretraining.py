@@ -1,4 +1,4 @@
-"""What the world's LLM reads, how bags become embeddings, and what the shipped LLM can do."""
+"""What the synthetic LLM reads, how bags become embeddings, and what the shipped LLM can do."""
 
 import json
 from pathlib import Path

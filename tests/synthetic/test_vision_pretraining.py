@@ -1,4 +1,4 @@
-"""The labels of the world's vision tower, and what the shipped tower sees."""
+"""The labels of the synthetic vision tower, and what the shipped tower sees."""
 
 import json
 from itertools import islice

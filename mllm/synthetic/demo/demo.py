@@ -1,6 +1,6 @@
-"""The main job on the built-in world: make the corpora, train one elastic model, evaluate it at every budget.
+"""The main job on the synthetic corpus: make the corpora, train one elastic model, evaluate it at every budget.
 
-Knows the world, training and evaluation, and in which order they come. Does not know how any of them works.
+Knows the synthetic corpus, training and evaluation, and in which order they come. Does not know how any of them works.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The long demo of images: elastic models in three styles against separately trained ones of one count of tokens.
 
-Knows the world's image corpus, training and evaluation, and which models are compared. Does not know how any works.
+Knows the synthetic image corpus, training and evaluation, and which models are compared. Does not know how any works.
 
     out/images/            the corpus, shared by all models
     out/features/            what the frozen encoder makes of it

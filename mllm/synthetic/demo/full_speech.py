@@ -1,6 +1,6 @@
 """The long demo of speech: elastic speech models against separately trained ones of a fixed rate, with several seeds.
 
-Knows the world's speech corpus, training and evaluation, and which models are compared. Does not know how any works.
+Knows the synthetic speech corpus, training and evaluation, and which models are compared. Does not know how any works.
 
     out/speech/              the corpus, shared by all models
     out/features/            what the frozen encoders make of it

@@ -1,4 +1,4 @@
-"""Train the audio encoder of the built-in world: transformers' own Whisper encoder, tiny, on self-made speech.
+"""Train the audio encoder of the synthetic parts: transformers' own Whisper encoder, tiny, on self-made speech.
 
 Knows the synthesiser's voices, babble and the Whisper front end. Does not know LLMs, compressors or corpora on disk.
 

@@ -1,4 +1,4 @@
-"""Examines the world's LLM on text it has not read: questions on scenes, and phones to sentences.
+"""Examines the synthetic LLM on text it has not read: questions on scenes, and phones to sentences.
 
 Knows the held-out split, greedy decoding and the scores. Does not know how the LLM was trained.
 """

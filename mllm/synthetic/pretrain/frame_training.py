@@ -1,4 +1,4 @@
-"""Frame-wise phone training, shared by the audio and the lip encoder of the built-in world.
+"""Frame-wise phone training, shared by the audio and the lip encoder of the synthetic parts.
 
 Knows an encoder, the phone of every frame, and how to log a run. Does not know how frames are made from sound or lips.
 

@@ -1,4 +1,4 @@
-"""The head start of the world's LLM: what any large LLM has long learnt, put into the initial weights of a small one.
+"""The head start of the synthetic LLM: what any large LLM has long learnt, put into the initial weights of a small one.
 
 Knows the weights of a Llama with attention biases and the words for places. Does not know what the LLM will read.
 

@@ -1,4 +1,4 @@
-"""Train the lip encoder of the built-in world: the AV-HuBERT architecture, small, on drawn mouths.
+"""Train the lip encoder of the synthetic parts: the AV-HuBERT architecture, small, on drawn mouths.
 
 Knows the drawn lips and what the encoder wants to be fed. Does not know sound, LLMs, compressors or corpora on disk.
 

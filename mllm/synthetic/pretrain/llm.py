@@ -1,4 +1,4 @@
-"""Pre-trains the small LLM of the built-in world on text, sharp and blurred, and saves it as a Hugging Face checkpoint.
+"""Pre-trains the small synthetic LLM on text, sharp and blurred, and saves it as a Hugging Face checkpoint.
 
 Knows the optimizer, the batches and when to examine. Does not know images, sound or encoders; what the LLM reads is
 in `pretraining_text.py`. Run once; the result is shipped in `assets/llm` and stays frozen.

@@ -1,4 +1,4 @@
-"""Makes the frozen parts of the built-in world, the ones that lie in `assets`, from nothing.
+"""Makes the frozen synthetic parts, the ones that lie in `assets`, from nothing.
 
 Knows the four trainings and where each writes. Does not know how any of them works.
 """

@@ -1,4 +1,4 @@
-"""What the world's LLM reads before it is frozen: sequences of sharp words and blurred ones, made on the fly.
+"""What the synthetic LLM reads before it is frozen: sequences of sharp words and blurred ones, made on the fly.
 
 Knows the tokenizer, scenes, questions, sentences and phone timings, all of one split. Does not know the model.
 
@@ -108,10 +108,10 @@ def speak_sentences(count: int, *, split: str, seed: int) -> list[Spoken]:
 
 
 class PretrainingText:
-    """Draws sequences of any kind from one split of the world.
+    """Draws sequences of any kind from one split of the synthetic corpus.
 
     Args:
-        tokenizer: the world's tokenizer.
+        tokenizer: the synthetic tokenizer.
         spoken: the utterances that speech sequences are made of.
         split: the split of the scenes.
         seed: of all draws.

@@ -1,4 +1,4 @@
-"""Pre-trains the small vision tower of the built-in world on dense labels: what stands in every patch of a scene.
+"""Pre-trains the small synthetic vision tower on dense labels: what stands in every patch of a scene.
 
 Knows scenes, a CLIP vision model and its labels. Does not know questions, the LLM or budgets.
 Run once; the result is shipped in `assets/vision` and stays frozen. Features are the patch tokens of the last layer.

@@ -1,4 +1,4 @@
-"""Sentences of the built-in world, and which split each of them belongs to.
+"""Sentences of the synthetic corpus, and which split each of them belongs to.
 
 Knows a small lexicon and two grammars: GRID-style commands ("place blue at f two now") and an open grammar of everyday
 sentences. Does not know who speaks them, how they sound or what is trained on them.

@@ -137,7 +137,7 @@ def _loader():
         import espeakng_loader
     except ImportError as error:
         raise ImportError(
-            "the built-in world speaks with eSpeak NG, and the package 'espeakng_loader' is not installed; "
+            "the synthetic corpus speaks with eSpeak NG, and the package 'espeakng_loader' is not installed; "
             f"install it with: {install_line('demo')}"
         ) from error
     return espeakng_loader

@@ -1,4 +1,4 @@
-"""Who speaks in the built-in world: voices, and which split each of them belongs to.
+"""Who speaks in the synthetic corpus: voices, and which split each of them belongs to.
 
 Knows the names of the synthesiser's voices. Does not know how they are made to sound, or what they say.
 

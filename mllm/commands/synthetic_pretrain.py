@@ -1,10 +1,10 @@
-"""`mllm world pretrain`: makes the frozen parts of the built-in world again."""
+"""`mllm synthetic pretrain`: makes the frozen synthetic parts again."""
 
 from mllm.synthetic.pretrain.run import PretrainConfig as Settings
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
-SUMMARY = "make the frozen parts of the built-in world again (hours)"
+SUMMARY = "make the frozen synthetic parts again (hours)"
 
 
 def run(settings: Settings) -> int:
