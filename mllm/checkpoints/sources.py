@@ -37,7 +37,7 @@ def inside_run(part: str, source: Mapping[str, str]) -> dict[str, str]:
 
 
 def place_of(reference: str) -> dict[str, str]:
-    """Note where a local folder is, so that a run finds it from another folder; nothing of a hub name or synthetic part."""
+    """Note where a local folder is, so that a run finds it from another; nothing for a hub name or `synthetic:`."""
     is_local = not reference.startswith((SYNTHETIC_PREFIX, RUN_PREFIX)) and Path(reference).is_dir()
     return {"folder": os.path.abspath(reference)} if is_local else {}
 
