@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SUMMARY = "read a released AV-HuBERT (.pt, pre-trained or fine-tuned) and write its encoder as safetensors"
+SUMMARY = "Read a released AV-HuBERT (.pt, pre-trained or fine-tuned) and write its encoder as safetensors."
 POSITIONAL = "file"
 
 

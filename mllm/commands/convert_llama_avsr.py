@@ -2,7 +2,7 @@
 
 from mllm.commands.convert_avsr import Settings, convert
 
-SUMMARY = "read a released Llama-AVSR (.pt, .pth, .ckpt or .safetensors) and write it as a run folder"
+SUMMARY = "Read a released Llama-AVSR (.pt, .pth, .ckpt or .safetensors) and write it as a run folder."
 POSITIONAL = "file"
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 

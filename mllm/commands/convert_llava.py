@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mllm.convert.llava_options import SYSTEMS, Options
 
-SUMMARY = "read a released LLaVA-1.5 (a folder as downloaded, or one file) and write it as a run folder"
+SUMMARY = "Read a released LLaVA-1.5 (a folder as downloaded, or one file) and write it as a run folder."
 POSITIONAL = "checkpoint"
 
 

@@ -2,7 +2,7 @@
 
 from mllm.commands.convert_llava import POSITIONAL, Settings, convert_system
 
-SUMMARY = "read a released MQT-LLaVA (a folder as downloaded, or one file) and write it as a run folder"
+SUMMARY = "Read a released MQT-LLaVA (a folder as downloaded, or one file) and write it as a run folder."
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 

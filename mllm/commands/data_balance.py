@@ -8,7 +8,7 @@ from mllm.commands.options import without_extras
 from mllm.config.model import check_at_least
 from mllm.config.run import RunConfig
 
-SUMMARY = "tell how evenly a run's batches load several ranks, at every budget"
+SUMMARY = "Tell how evenly a run's batches load several ranks, at every budget."
 POSITIONAL = "manifest"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from mllm.config.data import Format, ReaderConfig
 from mllm.media import MediaLimits, MediaLoader
 
-SUMMARY = "report every bad row of a manifest, or of data in another format, with its line"
+SUMMARY = "Report every bad row of a manifest, or of data in another format, with its line."
 POSITIONAL = "manifest"
 
 

@@ -10,7 +10,7 @@ from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, Re
 if TYPE_CHECKING:
     from mllm.data.findings import Listing
 
-SUMMARY = "make a manifest of conversations, clips or a vision benchmark in another form"
+SUMMARY = "Make a manifest of conversations, clips or a vision benchmark in another form."
 POSITIONAL = ("format", "source")
 
 

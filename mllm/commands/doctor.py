@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mllm.utils.environment import Report
 
-SUMMARY = "versions, whether they were tested, devices, what is missing or broken, and how to repair it"
+SUMMARY = "Tell versions and devices, whether they were tested, what is missing or broken, and how to repair it."
 _STYLES = {"ok": "green", "missing": "yellow", "newer": "yellow", "older": "yellow", "broken": "red"}
 
 

@@ -6,7 +6,7 @@ from mllm.commands.options import without_extras
 from mllm.config.model import check_at_least
 from mllm.config.run import RunConfig
 
-SUMMARY = "encode a run's samples once, so that training reads features"
+SUMMARY = "Encode a run's samples once, so that training reads features."
 
 
 @dataclass(frozen=True, kw_only=True)

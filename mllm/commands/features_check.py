@@ -6,7 +6,7 @@ from pathlib import Path
 from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 
-SUMMARY = "tell what a folder of features holds, and what is missing or broken"
+SUMMARY = "Tell what a folder of features holds, and what is missing or broken."
 POSITIONAL = "folder"
 
 

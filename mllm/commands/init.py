@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-SUMMARY = "write a run config for your own media, on small models of the hub or on the built-in parts"
+SUMMARY = "Write a run config for your own media, on small models of the hub or on the synthetic parts."
 POSITIONAL = "out"
 
 _HUB = {

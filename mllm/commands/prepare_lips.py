@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
-SUMMARY = "cut mouth crops and 16 kHz sound out of recordings of talking people"
+SUMMARY = "Cut mouth crops and 16 kHz audio out of recordings of talking people."
 POSITIONAL = "source"
 MAX_SHOWN = 10
 

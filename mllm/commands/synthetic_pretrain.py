@@ -4,7 +4,7 @@ from mllm.synthetic.pretrain.run import PretrainConfig as Settings
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
-SUMMARY = "make the frozen synthetic parts again (hours)"
+SUMMARY = "Train the frozen synthetic parts again, which takes hours."
 
 
 def run(settings: Settings) -> int:

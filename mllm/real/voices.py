@@ -21,8 +21,8 @@ import soundfile
 
 from mllm.media.audio import resample
 from mllm.real.packages import fetch_debian, package_file
-from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, sound_of
-from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, samples_of
+from mllm.synthetic.speech.voices import random_speaker
 
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 SYNTHESISERS = ("piper", "flite", "espeak")
@@ -114,5 +114,5 @@ def _flite(packages: Path) -> tuple[str, dict[str, str]]:
 
 
 def _say_espeak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    speaker = draw_speaker("train", rng)
-    return sound_of(text, speaker), f"espeak-{speaker.voice}"
+    speaker = random_speaker("train", rng)
+    return samples_of(text, speaker), f"espeak-{speaker.voice}"

@@ -18,7 +18,7 @@ from mllm.synthetic.pretrain.vision import (
     NUM_BACKGROUNDS,
     NUM_OBJECT_WORDS,
     PatchReader,
-    draw_images,
+    render_images,
     patch_features,
     patch_loss,
     pretrain_vision,
@@ -33,7 +33,7 @@ def scenes():
 
 
 def test_fields_hold_the_words_of_an_object(scenes) -> None:
-    bags = draw_images(scenes[:1]).bags[0]
+    bags = render_images(scenes[:1]).bags[0]
     for thing in scenes[0].objects:
         bag = bags[thing.row * 8 + thing.column]
         told = [SCENE_WORDS[first + int(bag.narrow(0, first, number).argmax())] for first, number in FIELDS.values()]
@@ -43,7 +43,7 @@ def test_fields_hold_the_words_of_an_object(scenes) -> None:
 
 
 def test_a_perfect_reader_has_almost_no_loss_and_a_wrong_one_has(scenes) -> None:
-    bags = draw_images(scenes[:4]).bags
+    bags = render_images(scenes[:4]).bags
     reader = PatchReader(len(SCENE_WORDS) + 1)
     with torch.no_grad():
         reader.bag.weight.copy_(torch.eye(len(SCENE_WORDS), len(SCENE_WORDS) + 1))
@@ -59,13 +59,13 @@ def test_a_perfect_reader_has_almost_no_loss_and_a_wrong_one_has(scenes) -> None
 def test_the_shipped_processor_gives_the_pixels_the_tower_was_trained_on(scenes) -> None:
     processor = AutoImageProcessor.from_pretrained(ASSETS)
     pixels = processor(images=[render_scene(scene) for scene in scenes[:3]], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels, draw_images(scenes[:3]).pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels, render_images(scenes[:3]).pixels, atol=1e-5, rtol=0)
 
 
 def test_a_linear_map_reads_the_patches_of_held_out_scenes_from_the_shipped_features(scenes) -> None:
     """Ridge regression from features of 48 scenes to their bags, tried on 12 others."""
     tower = CLIPVisionModel.from_pretrained(ASSETS, dtype=torch.float32).eval()
-    images = draw_images(scenes)
+    images = render_images(scenes)
     with torch.no_grad():
         features = patch_features(tower, images.pixels)
     features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
