@@ -20,7 +20,7 @@ from mllm.synthetic.demo.full_speech import (
     run_settings,
     steps_of,
 )
-from mllm.synthetic.demo.full_speech_report import Column, comparison_rows, findings, markdown, columns, read_cells
+from mllm.synthetic.demo.full_speech_report import Column, columns, comparison_rows, findings, markdown, read_cells
 
 SETTINGS = FullDemoConfig(num_seeds=2, steps=20)
 NUM_UTTERANCES, NUM_WORDS = 100, 10

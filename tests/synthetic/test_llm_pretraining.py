@@ -15,7 +15,7 @@ from mllm.synthetic.images.scenes import Scene, SceneObject
 from mllm.synthetic.pretrain.blurred_text import BAG_WORDS
 from mllm.synthetic.pretrain.examine_llm import SCENE_PAPERS, scene_accuracy, sentence_wer
 from mllm.synthetic.pretrain.initialise_llm import PREVIOUS_HEADS, initialise
-from mllm.synthetic.pretrain.llm import collate, sample_batch, embed, llm_config, pretrain_llm
+from mllm.synthetic.pretrain.llm import collate, embed, llm_config, pretrain_llm, sample_batch
 from mllm.synthetic.pretrain.text import KINDS, PretrainingText, Spoken, speak_sentences
 from mllm.synthetic.speech.phones import PHONE_IDS
 from mllm.synthetic.tokenizer import build_tokenizer, word_id

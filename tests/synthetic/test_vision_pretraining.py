@@ -18,10 +18,10 @@ from mllm.synthetic.pretrain.vision import (
     NUM_BACKGROUNDS,
     NUM_OBJECT_WORDS,
     PatchReader,
-    render_images,
     patch_features,
     patch_loss,
     pretrain_vision,
+    render_images,
 )
 
 ASSETS = Path(mllm.synthetic.__file__).parent / "assets" / "vision"
