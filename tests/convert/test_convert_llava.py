@@ -125,7 +125,7 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     assert main(["convert", "llava-m3", str(folder), "--out", str(tmp_path / "made")]) == 0
     told = capsys.readouterr().out
     assert "averaged behind the projector, 24 inside; trained at 1, 4, 16, 64 tokens; padded to a square" in told
-    assert "LLM: in the checkpoint; vision tower: in the checkpoint" in told
+    assert "LLM: in the checkpoint; vision encoder: in the checkpoint" in told
     shutil.rmtree(folder)
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "elsewhere"))
     media = tiny.write_media(tmp_path / "media")
@@ -169,7 +169,7 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
 def test_a_tower_that_is_not_in_the_checkpoint_is_the_one_it_names(tmp_path: Path, parts: dict[str, str]) -> None:
     folder = write_folder(tmp_path / "llava", frozen(tower=False) | projector(), parts, kind="one")
     facts = convert(folder, tmp_path / "run", system="llava", options=Options())
-    assert facts[1] == f"LLM: in the checkpoint; vision tower: {parts['image']}"
+    assert facts[1] == f"LLM: in the checkpoint; vision encoder: {parts['image']}"
     assert not (tmp_path / "run" / "image").exists()
     model, _ = load(tmp_path / "run")
     own = {name: value for name, value in model.state_dict().items() if ".vision_tower." in name}
@@ -230,7 +230,7 @@ def test_a_first_stage_is_the_connector_alone(tmp_path: Path, parts: dict[str, s
     torch.save(projector(), tmp_path / "mm_projector.bin")
     chosen = Options(llm=parts["llm"], vision=parts["image"])
     facts = convert(tmp_path / "mm_projector.bin", tmp_path / "linear", system="llava", options=chosen)
-    assert facts[1] == f"LLM: {parts['llm']}; vision tower: {parts['image']}"
+    assert facts[1] == f"LLM: {parts['llm']}; vision encoder: {parts['image']}"
 
 
 @pytest.mark.parametrize(("told", "chosen"), [("pad", None), ("square", None), ("square", "pad"), (None, None)])
@@ -344,7 +344,7 @@ CHANGES = [
     ("llava", queries(), {}, {}, r"holds both of model.query_abstractor.\* and model.mm_projector.\*"),
     ("llava", {"model.embed_tokens.weight": torch.ones(9, WIDTH)}, {}, {}, "holds .* tokens, but the LLM embeds 9"),
     ("llava", {}, SCALES, {}, r"matryoshka_vis_token_scale is \[64, 16, 4, 1\] in .*; it is no LLaVA-1.5"),
-    ("llava", {}, {"mm_hidden_size": 8}, {}, "mm_hidden_size is 8 in .*, but the vision tower is 16 wide"),
+    ("llava", {}, {"mm_hidden_size": 8}, {}, "mm_hidden_size is 8 in .*, but the vision encoder is 16 wide"),
     ("llava", {}, {"model_type": "mpt"}, {}, "model_type is mpt in .*; only llava_llama or llava or llama can be"),
     ("llava", {}, {"mm_projector_type": "linear"}, {}, "is linear in .*, but the checkpoint holds a mlp2x_gelu"),
     ("llava", {}, {"mm_patch_merge_type": "spatial_unpad"}, {}, "is spatial_unpad in .*; only flat can be converted"),
@@ -359,7 +359,7 @@ QUERY_CHANGES = [
     ({"gate": torch.ones(1)}, {}, "holds unknown model.query_abstractor.gate"),
     ({"proj": torch.ones(WIDTH, FEATURES)}, {}, r"abstractor.proj has the shape \(32, 16\) .*; expected \(16, 32\)"),
     ({"query": torch.ones(15, FEATURES)}, {}, "query holds 15 queries, which form no square grid"),
-    ({"query": torch.ones(16, 12)}, {}, "query is 12 wide, but the vision tower is 16 wide"),
+    ({"query": torch.ones(16, 12)}, {}, "query is 12 wide, but the vision encoder is 16 wide"),
     ({"query": None}, {}, "misses model.query_abstractor.query, a matrix"),
     ({}, {"query_heads": 3}, "query_heads is 3, which does not divide the 16 of the queries"),
     ({}, {"budgets": [4, 4]}, r"budgets is \[4, 4\]; this checkpoint gives counts 1..16, each named once"),

@@ -11,7 +11,7 @@ from mllm.lip_crops.geometry import (
     crop,
     crop_path,
     fill_gaps,
-    share_outside,
+    fraction_outside,
     similarity_factors,
     smooth,
 )
@@ -123,8 +123,8 @@ def test_beyond_the_border_the_outermost_pixels_go_on(centre: complex, factor: c
 def test_how_much_is_outside_is_told() -> None:
     poses = np.full(30, PIXELS_PER_MILLIMETRE**-1, dtype=complex)
     within = crop_path(seen(poses, np.full(30, 100 + 100j), FACE), seen(poses, np.full(30, 100 + 100j), MOUTH))
-    assert share_outside(within, 200, 200) == 0
-    assert share_outside(within, 100, 200) == pytest.approx(0.5, abs=0.1)
+    assert fraction_outside(within, 200, 200) == 0
+    assert fraction_outside(within, 100, 200) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_image_that_is_turned_and_scaled_gives_the_same_crop() -> None:

@@ -1,4 +1,4 @@
-"""The labels of the synthetic vision tower, and what the shipped tower sees."""
+"""The labels of the synthetic vision encoder, and what the shipped encoder sees."""
 
 import json
 from itertools import islice
