@@ -1,4 +1,4 @@
-"""`mllm convert llama-mtsk`: a released Llama-MTSK to a run folder."""
+"""`mllm convert llama-mtsk` turns a released Llama-MTSK into a run folder."""
 
 from mllm.commands.convert_avsr import Settings, convert
 
@@ -8,5 +8,5 @@ __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert(settings, "llama-mtsk")

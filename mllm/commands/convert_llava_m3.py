@@ -1,4 +1,4 @@
-"""`mllm convert llava-m3`: a released LLaVA-1.5-M3 to a run folder."""
+"""`mllm convert llava-m3` turns a released LLaVA-1.5-M3 into a run folder."""
 
 from mllm.commands.convert_llava import POSITIONAL, Settings, convert_system
 
@@ -7,5 +7,5 @@ __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert_system(settings, "llava-m3")

@@ -1,4 +1,4 @@
-"""`mllm convert omni-avsr`: a released Omni-AVSR to a run folder."""
+"""`mllm convert omni-avsr` turns a released Omni-AVSR into a run folder."""
 
 from mllm.commands.convert_avsr import Settings, convert
 
@@ -8,5 +8,5 @@ __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert(settings, "omni-avsr")

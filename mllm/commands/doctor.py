@@ -1,4 +1,4 @@
-"""`mllm doctor`: what is installed, what is missing or broken, and the line that repairs it."""
+"""`mllm doctor` reports what is installed, what is missing or broken, and the line that repairs it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Examine and report; 1 when something that is required does not work. An untested release is a warning."""
+    """Examine and report; return 1 when something that is required does not work. An untested release is a warning."""
     from mllm.utils.environment import examine
 
     report = examine()

@@ -1,4 +1,4 @@
-"""`mllm prepare lips`: recordings of talking people to mouth crops and audio."""
+"""`mllm prepare lips` turns recordings of talking people into mouth crops and audio."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ MAX_SHOWN = 10
 
 
 def run(settings: Settings) -> int:
-    """Prepare, and name what could not be used; then 1."""
+    """Prepare, and name what could not be used; return 1 where there was any."""
     from mllm.commands.terminal import console, progress_bar
     from mllm.lip_crops.run import prepare
 
@@ -28,7 +28,7 @@ def run(settings: Settings) -> int:
 
 
 def summary(prepared: "Prepared", out: str) -> list[str]:
-    """Lines for the terminal: what is not used and why, counts, and what to look at."""
+    """Write lines for the terminal: what is not used and why, counts, and what to look at."""
     unused = [row for row in prepared.rows if row["status"] != "done"]
     lines = [f"{row['status']}: {row['source']}: {row['reason']}" for row in unused[:MAX_SHOWN]]
     if len(unused) > MAX_SHOWN:

@@ -1,4 +1,4 @@
-"""`mllm synthetic pretrain`: makes the frozen synthetic parts again."""
+"""`mllm synthetic pretrain` trains the frozen synthetic parts again."""
 
 from mllm.synthetic.pretrain.run import PretrainConfig as Settings
 
@@ -8,7 +8,7 @@ SUMMARY = "Train the frozen synthetic parts again, which takes hours."
 
 
 def run(settings: Settings) -> int:
-    """Train the parts and tell what each measured."""
+    """Train the parts and report what each measured."""
     from mllm.commands.terminal import console
     from mllm.synthetic.pretrain.run import pretrain
 

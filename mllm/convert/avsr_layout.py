@@ -190,8 +190,6 @@ class Loras:
                         made[f"{name}.default.weight"] = matrices[0]
                     else:
                         made[name] = torch.stack(matrices)
-                        matrices[0] if single else torch.stack(matrices)
-                    )
         return made
 
 

@@ -5,8 +5,8 @@ it.
                                     └─ queries or projector ──── DIR/trainables.safetensors
 
 A part that is not in the checkpoint (the LLM of a first stage, an encoder that is loaded from elsewhere) is named by
-its source, as after a training of ours. Knows options and the parts of a checkpoint. Everything is checked before anything
-is written. Does not know how the entries are named; that is `llava_layout.py`.
+its source, as after a training of ours. Knows options and the parts of a checkpoint. Everything is checked before
+anything is written. Does not know how the entries are named; that is `llava_layout.py`.
 """
 
 from collections.abc import Mapping
