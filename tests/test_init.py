@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_configs import build_on_meta
+from published_parts import build_on_meta
 
 from mllm.budget import Budget
 from mllm.cli import main

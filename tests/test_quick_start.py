@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_readme import README, ROOT
 
-QUICK_START = README.split("## Quick start")[1].split("\n## ")[0]
+ROOT = Path(__file__).parent.parent
+QUICK_START = (ROOT / "README.md").read_text().split("## Quick start")[1].split("\n## ")[0]
 SHORT_DEMO = (
     "demo --steps 4 --num_utterances 24 --num_test_utterances 4 --num_scenes 24 --num_test_scenes 4 --judge false"
 )

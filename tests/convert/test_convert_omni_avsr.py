@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from released_av_hubert import released
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_convert_av_hubert import released
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
