@@ -16,13 +16,13 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-lips test-lmms test-all lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-liger test-lips test-lmms test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The bare environments: .venv, and for other versions of the libraries those named after what they are for.
-ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real lock lips lmms)
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real lock liger lips lmms)
 $(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
@@ -94,6 +94,15 @@ $(VENV)-lock/stamp: | $(VENV)-lock/bin/python
 lock: $(VENV)-lock/stamp
 	PATH="$(CURDIR)/$(VENV)-lock/bin:$$PATH" $(VENV)-lock/bin/python scripts/versions.py lock
 
+$(VENV)-liger/stamp: $(LOCK) | $(VENV)-liger/bin/python
+	$(VENV)-liger/bin/python $(INSTALL) --no-project
+	$(VENV)-liger/bin/python -m pip install --quiet --editable ".[liger,test]"
+	@touch $@
+
+## make test-liger the tests of Liger's fused loss, in Triton's interpreter where there is no GPU, in an environment of their own
+test-liger: $(VENV)-liger/stamp
+	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py
+
 $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 	$(VENV)-lips/bin/python $(INSTALL) --no-project
 	$(VENV)-lips/bin/python -m pip install --quiet --editable ".[lips,demo,test]"
@@ -112,7 +121,7 @@ $(VENV)-lmms/stamp: $(LOCK) | $(VENV)-lmms/bin/python
 test-lmms: $(VENV)-lmms/stamp
 	OMP_NUM_THREADS=1 $(VENV)-lmms/bin/python -m pytest tests/lmms
 
-test-all: test test-slow test-lips test-lmms
+test-all: test test-slow test-liger test-lips test-lmms
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

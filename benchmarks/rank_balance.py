@@ -8,8 +8,8 @@ the figures are the same on every machine. Ours are those of `mllm data balance`
 The baseline fills batches in the order of length, shuffles the batches and deals them round robin, as the released AVSR
 code does (umbertocappellazzo/Omni-AVSR @7de6be2, datamodule/data_module.py, `CustomBucketDataset` and its shuffled
 loader); with `a budget per rank` every rank samples its own, as MQT-LLaVA's do by `random.choice`
-(gordonhu608/MQT-LLaVA @92c35d0, llava/model/multimodal_projector/builder.py:58-60), else all ranks sample the same. Both ways have the same
-samples, limits and counter. At every budget ours must deal out every token exactly once; the baseline repeats some
+(gordonhu608/MQT-LLaVA @92c35d0, llava/model/multimodal_projector/builder.py:58-60), else all ranks sample the same.
+Both ways have the same samples, limits and counter. At every budget ours must deal out every token exactly once; the baseline repeats some
 batches in its last step, as torch's sampler does. FLOPs predict nothing here.
 
 The samples are simulated: clips of 0.5 to 6 seconds, about as long as those of LRS3, in equal parts for three tasks, at
