@@ -9,8 +9,8 @@ The baseline fills batches in the order of length, shuffles the batches and deal
 code does (umbertocappellazzo/Omni-AVSR @7de6be2, datamodule/data_module.py, `CustomBucketDataset` and its shuffled
 loader); with `a budget per rank` every rank samples its own, as MQT-LLaVA's do by `random.choice`
 (gordonhu608/MQT-LLaVA @92c35d0, llava/model/multimodal_projector/builder.py:58-60), else all ranks sample the same.
-Both ways have the same samples, limits and counter. At every budget ours must deal out every token exactly once; the baseline repeats some
-batches in its last step, as torch's sampler does. FLOPs predict nothing here.
+Both ways have the same samples, limits and counter. At every budget ours must deal out every token exactly once; the
+baseline repeats some batches in its last step, as torch's sampler does. FLOPs predict nothing here.
 
 The samples are simulated: clips of 0.5 to 6 seconds, about as long as those of LRS3, in equal parts for three tasks, at
 rates (4, 2) to (16, 5); and images with conversations as in LLaVA's mix of 665k, 576 to 1 tokens each, also with 6 %
