@@ -43,7 +43,7 @@ demo: $(VENV)/demo.stamp
 
 ## make test       the fast tests
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 ## make test-slow  the tests that take minutes (several processes, DeepSpeed)
 test-slow: $(VENV)/dev.stamp
@@ -68,7 +68,7 @@ $(VENV)-oldest/stamp: $(LOCK) | $(VENV)-oldest/bin/python
 ## make test-oldest  the fast tests and a short demo with the oldest releases that pyproject.toml allows
 test-oldest: export PATH := $(CURDIR)/$(VENV)-oldest/bin:$(PATH)
 test-oldest: $(VENV)-oldest/stamp
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 	$(VENV)-oldest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-oldest
 
 ## make test-newest  the same with the newest releases there are, whether pyproject.toml allows them or not
@@ -79,7 +79,7 @@ test-newest: | $(VENV)-newest/bin/python
 	$(VENV)-newest/bin/python scripts/versions.py newest > $(VENV)-newest/wanted.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --requirement $(VENV)-newest/wanted.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 	$(VENV)-newest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-newest
 
 ## make newest     what is locked beside the newest releases there are, and what of it is beyond the tested range
