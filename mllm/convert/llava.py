@@ -148,11 +148,11 @@ def _llm(split: Split, folder: Path | None, released: ReleasedConfig, options: O
     """Read config and tokenizer of the LLM: from the option, from the folder where there is none, or the published
     ones."""
     source = options.llm or LLM
-    own = folder if options.llm is None and split.llm else None
-    is_in_folder = own is not None and bool(released.values)
+    beside = folder if options.llm is None and split.llm else None
+    is_in_folder = beside is not None and bool(released.values)
     text = _text_config(released) if is_in_folder else llm_config(source)
-    if own is not None and any((own / name).is_file() for name in _TOKENIZERS):
-        source = str(own)
+    if beside is not None and any((beside / name).is_file() for name in _TOKENIZERS):
+        source = str(beside)
     tokenizer = read_tokenizer(source, config=text)
     rows = len(split.llm[EMBEDDINGS]) if EMBEDDINGS in split.llm else text.vocab_size
     if len(tokenizer) > rows:
@@ -246,10 +246,10 @@ def _image_processor(source: str, released: ReleasedConfig, options: Options) ->
 def write_parts(parts: Parts, folder: Path) -> None:
     """Write the parts of the checkpoint as folders that transformers reads."""
     for part, weights in parts.weights.items():
-        own = folder / part
-        own.mkdir(parents=True)
-        parts.configs[part].save_pretrained(own)
-        write_tensors(weights, own / "model.safetensors", metadata={"format": "pt"})
+        part_folder = folder / part
+        part_folder.mkdir(parents=True)
+        parts.configs[part].save_pretrained(part_folder)
+        write_tensors(weights, part_folder / "model.safetensors", metadata={"format": "pt"})
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:
@@ -287,7 +287,7 @@ def _facts(parts: Parts, vision: Any) -> list[str]:
         how = f"averaged behind the projector, {image.projector_size} inside" if image.projector_size else "averaged"
     only = " only, other counts are untrained" if len(budgets) == 1 else ""
     margins = "padded to a square" if parts.image_processor.get("do_pad") else "cut to a square"
-    origins = {part: "in the checkpoint" if part in parts.weights else own for part, own in parts.sources.items()}
+    origins = {part: "in the checkpoint" if part in parts.weights else source for part, source in parts.sources.items()}
     return [
         f"images: {how}; trained at {shown} tokens{only}; {margins}",
         f"LLM: {origins['llm']}; vision encoder: {origins['image']}",
