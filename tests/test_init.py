@@ -47,10 +47,10 @@ def test_what_is_named_stands_in_the_file(tmp_path: Path) -> None:
     words = ["--media", "image", "--media", "audio", "--media", "video", "--llm", "my: model", "--root", "a folder"]
     words += ["--image_encoder", "google/siglip2-base-patch16-256", "--audio_encoder", "microsoft/wavlm-large"]
     words += ["--video_encoder", "lips", "--manifest", "data/my train.jsonl", "--run_folder", "o: x"]
-    own = written(tmp_path, *words)
-    assert (own.model.llm, own.data.root, own.train.out) == ("my: model", "a folder", "o: x")
-    assert own.data.train == ["data/my train.jsonl"]
-    encoders = [one.encoder for one in own.model.media.values()]
+    config = written(tmp_path, *words)
+    assert (config.model.llm, config.data.root, config.train.out) == ("my: model", "a folder", "o: x")
+    assert config.data.train == ["data/my train.jsonl"]
+    encoders = [one.encoder for one in config.model.media.values()]
     assert encoders == ["google/siglip2-base-patch16-256", "microsoft/wavlm-large", "lips"]
 
 

@@ -21,8 +21,8 @@ def released(encoder: AVHubertEncoder, prefix: str = "") -> dict[str, Tensor]:
     """The state of an encoder under the names of a released file, with what pre-training leaves in it."""
     state = {}
     for name, value in encoder.state_dict().items():
-        for own, theirs in BACK:
-            name = name.replace(own, theirs)
+        for ours, theirs in BACK:
+            name = name.replace(ours, theirs)
         if name.startswith("encoder.layers."):
             name = name.replace(".layer_norm.", ".self_attn_layer_norm.")
         state[prefix + name] = value

@@ -70,9 +70,9 @@ def draw_frame(film: Film, seconds: float) -> np.ndarray:
     if film.missing[0] <= seconds < film.missing[1]:
         return np.array(frame)
     face = draw_face(openness(seconds))
-    for place, scale in zip(film.places, film.scales, strict=True):
+    for position, scale in zip(film.places, film.scales, strict=True):
         factor = 1 / (pose(seconds) * scale)
-        start = MOUTH - factor * (place + moved(seconds))
+        start = MOUTH - factor * (position + moved(seconds))
         matrix = (factor.real, -factor.imag, start.real, factor.imag, factor.real, start.imag)
         kind = {"resample": Image.Resampling.BICUBIC}
         shape = Image.new("L", face.size, 255).transform(SIZE, Image.Transform.AFFINE, matrix, **kind)

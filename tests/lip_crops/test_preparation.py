@@ -269,17 +269,17 @@ def test_audio_lasts_as_long_as_the_frames(raw: Path) -> None:
 )
 def test_audio_is_put_where_it_belongs(offset: float, wanted: list[int], silent: int, monkeypatch) -> None:
     monkeypatch.setattr("mllm.lip_crops.recording.SAMPLES_PER_FRAME", 4)
-    found = align(np.arange(1, 7, dtype=np.float32), offset, 1)
-    assert found.samples.tolist() == wanted
-    assert found.silent_seconds == pytest.approx(silent / 16_000)
+    aligned = align(np.arange(1, 7, dtype=np.float32), offset, 1)
+    assert aligned.samples.tolist() == wanted
+    assert aligned.silent_seconds == pytest.approx(silent / 16_000)
 
 
 def test_recordings_are_found_with_all_below_but_not_what_was_made_of_them(tmp_path: Path) -> None:
     for name in ("b.mp4", "a/c.MKV", "a/d.webm", "note.txt", "out/b.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = find_recordings(tmp_path, tmp_path / "out")
-    assert [name for name, _ in found] == ["a/c", "a/d", "b"]
+    recordings = find_recordings(tmp_path, tmp_path / "out")
+    assert [name for name, _ in recordings] == ["a/c", "a/d", "b"]
     assert find_recordings(tmp_path / "b.mp4", tmp_path / "out") == [("b", tmp_path / "b.mp4")]
 
 
@@ -359,8 +359,8 @@ def test_too_long_is_said_of_the_setting_that_the_command_has(raw: Path, tmp_pat
         heard.sample_rate = 16_000
         container.mux(audio.encode(heard))
         container.mux(audio.encode())
-    told = r"the audio is longer than 0\.5 seconds \(max_seconds\) and 10 more \(limit\)"
-    with pytest.raises(MediaError, match=told) as caught:
+    message = r"the audio is longer than 0\.5 seconds \(max_seconds\) and 10 more \(limit\)"
+    with pytest.raises(MediaError, match=message) as caught:
         audio_of(path, 5, max_seconds=0.5)
     assert pickle.loads(pickle.dumps(caught.value)).limit == caught.value.limit == "audio_seconds"
     assert audio_of(path, 5, max_seconds=1.5) is not None

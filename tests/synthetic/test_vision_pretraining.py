@@ -64,10 +64,10 @@ def test_the_shipped_processor_gives_the_pixels_the_tower_was_trained_on(scenes)
 
 def test_a_linear_map_reads_the_patches_of_held_out_scenes_from_the_shipped_features(scenes) -> None:
     """Ridge regression from features of 48 scenes to their bags, tried on 12 others."""
-    tower = CLIPVisionModel.from_pretrained(ASSETS, dtype=torch.float32).eval()
+    encoder_part = CLIPVisionModel.from_pretrained(ASSETS, dtype=torch.float32).eval()
     images = render_images(scenes)
     with torch.no_grad():
-        features = patch_features(tower, images.pixels)
+        features = patch_features(encoder_part, images.pixels)
     features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
     known, asked = features[:48].flatten(0, 1), features[48:].flatten(0, 1)
     weight = torch.linalg.solve(known.T @ known + 0.1 * torch.eye(129), known.T @ images.bags[:48].flatten(0, 1))
