@@ -57,7 +57,7 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
     whisper = WhisperConfig(
         d_model=256, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=1024, decoder_layers=1
     )
-    video = AVHubertConfig(
+    av_hubert = AVHubertConfig(
         hidden_size=256,
         num_hidden_layers=5,
         num_attention_heads=4,
@@ -68,13 +68,13 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
     video = MediumConfig(encoder="random", budgets=["/2", "/5"], per_budget_projector=True)
     lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
     settings = ModelConfig(llm="random", chat_format="plain", audio=audio, video=video, adapter=lora)
-    model, processor = build(settings, {"audio": whisper, "video": video})
+    model, processor = build(settings, {"audio": whisper, "video": av_hubert})
     generator = torch.Generator().manual_seed(1)
-    audio = LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)
+    log_mel = LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)
     frames = LoadedMedia("video", torch.randn(SECONDS * 25, 1, 88, 88, generator=generator), SECONDS * 25)
     prompt, answer = words(8), words(28)
-    rows = [([audio, prompt], answer), ([frames, prompt], answer), ([audio, frames, prompt], answer)]
-    batch = rows_of(processor, rows)
+    tasks = [([log_mel, prompt], answer), ([frames, prompt], answer), ([log_mel, frames, prompt], answer)]
+    batch = rows_of(processor, tasks)
     rows = [replace(row, task=task) for row, task in zip(batch.rows, WEIGHTS, strict=True)]
     return model, processor, replace(batch, rows=rows)
 
