@@ -16,13 +16,13 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-lips test-lmms test-all lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-liger test-lips test-lmms test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The bare environments: .venv, and for other versions of the libraries those named after what they are for.
-ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real lock lips lmms)
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real lock liger lips lmms)
 $(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
@@ -37,13 +37,13 @@ $(VENV)/dev.stamp: $(LOCK) | $(BIN)/python
 	$(BIN)/python $(INSTALL) requirements/dev.txt
 	@touch $@ $(VENV)/demo.stamp
 
-## make demo       train and evaluate an elastic model on the built-in world: table, plot and checkpoint in runs/demo
+## make demo       train and evaluate an elastic model on the synthetic corpus: table, plot and checkpoint in runs/demo
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m mllm demo --out runs/demo
 
 ## make test       the fast tests
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 ## make test-slow  the tests that take minutes (several processes, DeepSpeed)
 test-slow: $(VENV)/dev.stamp
@@ -68,7 +68,7 @@ $(VENV)-oldest/stamp: $(LOCK) | $(VENV)-oldest/bin/python
 ## make test-oldest  the fast tests and a short demo with the oldest releases that pyproject.toml allows
 test-oldest: export PATH := $(CURDIR)/$(VENV)-oldest/bin:$(PATH)
 test-oldest: $(VENV)-oldest/stamp
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 	$(VENV)-oldest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-oldest
 
 ## make test-newest  the same with the newest releases there are, whether pyproject.toml allows them or not
@@ -79,7 +79,7 @@ test-newest: | $(VENV)-newest/bin/python
 	$(VENV)-newest/bin/python scripts/versions.py newest > $(VENV)-newest/wanted.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --requirement $(VENV)-newest/wanted.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 	$(VENV)-newest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-newest
 
 ## make newest     what is locked beside the newest releases there are, and what of it is beyond the tested range
@@ -93,6 +93,15 @@ $(VENV)-lock/stamp: | $(VENV)-lock/bin/python
 ## make lock       write requirements/ anew from pyproject.toml, with the newest releases it allows
 lock: $(VENV)-lock/stamp
 	PATH="$(CURDIR)/$(VENV)-lock/bin:$$PATH" $(VENV)-lock/bin/python scripts/versions.py lock
+
+$(VENV)-liger/stamp: $(LOCK) | $(VENV)-liger/bin/python
+	$(VENV)-liger/bin/python $(INSTALL) --no-project
+	$(VENV)-liger/bin/python -m pip install --quiet --editable ".[liger,test]"
+	@touch $@
+
+## make test-liger the tests of Liger's fused loss, in Triton's interpreter where there is no GPU, in an environment of their own
+test-liger: $(VENV)-liger/stamp
+	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py
 
 $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 	$(VENV)-lips/bin/python $(INSTALL) --no-project
@@ -112,7 +121,7 @@ $(VENV)-lmms/stamp: $(LOCK) | $(VENV)-lmms/bin/python
 test-lmms: $(VENV)-lmms/stamp
 	OMP_NUM_THREADS=1 $(VENV)-lmms/bin/python -m pytest tests/lmms
 
-test-all: test test-slow test-lips test-lmms
+test-all: test test-slow test-liger test-lips test-lmms
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""What autograd keeps for the backward pass at all scales: the released M3 loop, one packed pass, little memory.
+"""Measures what autograd keeps for the backward pass at all scales: the released M3 loop, one packed pass, little
+memory.
 
     python benchmarks/activation_memory.py [--threads 1]
 
@@ -17,7 +18,7 @@ from pooled_step import BUDGETS, example, m3_step
 from rich.console import Console
 from rich.table import Table
 from side_by_side import (
-    HEAD_SHARE_VOCABULARY,
+    HEAD_FRACTION_VOCABULARY,
     check_equal,
     low_memory_step,
     packed_step,
@@ -29,34 +30,34 @@ GOALS = {"packed": 2.0, "memory low": 3.0}
 
 
 def main() -> None:
-    """Check, count, print."""
-    given = options(__doc__, None)
+    """Check, count and print."""
+    arguments = options(__doc__, None)
     outcomes = []
     table = Table(title="saved for the backward pass, losses and gradients equal to 1e-5", title_justify="left")
     for name in ("vocabulary", "layers", "step", "MB", "less", "goal"):
         table.add_column(name, justify="left" if name in ("layers", "step") else "right")
-    for vocabulary in (HEAD_SHARE_VOCABULARY, 32_000):
+    for vocabulary in (HEAD_FRACTION_VOCABULARY, 32_000):
         model, processor, batch = example(vocab_size=vocabulary)
         runs = {
             "M3 loop": partial(m3_step, model, processor, batch),
             "packed": partial(packed_step, model, processor, batch, BUDGETS),
             "memory low": partial(low_memory_step, model, processor, batch, BUDGETS),
         }
-        weights = {own.untyped_storage().data_ptr() for own in model.parameters()}
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         for layers in ("kept", "computed again"):
             if layers == "computed again":
                 model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
             worst = check_equal(model, runs)
-            kept = {name: saved_megabytes(run, weights) for name, run in runs.items()}
-            for name, own in kept.items():
-                less, goal = kept["M3 loop"] / own, GOALS.get(name)
-                table.add_row(str(vocabulary), layers, name, f"{own:.1f}", f"{less:.2f}x", goal_text(goal))
-                if goal is not None and vocabulary == HEAD_SHARE_VOCABULARY:
+            saved = {name: saved_megabytes(run, weights) for name, run in runs.items()}
+            for name, megabytes in saved.items():
+                less, goal = saved["M3 loop"] / megabytes, GOALS.get(name)
+                table.add_row(str(vocabulary), layers, name, f"{megabytes:.1f}", f"{less:.2f}x", goal_text(goal))
+                if goal is not None and vocabulary == HEAD_FRACTION_VOCABULARY:
                     what = f"saved for the backward pass, {name}, layers {layers}"
                     check = f"losses equal, gradients within {worst:.0e}"
                     outcomes.append(Outcome(what, "loop of M3", less, check, goal=goal))
     Console(width=120).print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

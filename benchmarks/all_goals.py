@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, and one table of what they found beside their goals.
+"""Runs every benchmark, one after the other, and writes one table of what they measured beside their goals.
 
     python benchmarks/all_goals.py [--repeats 5] [--only pooled_step rank_balance] [--out runs/bench]
 
@@ -20,19 +20,19 @@ FOLDER = Path(__file__).parent
 
 
 def benchmarks() -> list[str]:
-    """Names of all files here that can be run, but this one."""
+    """List the names of all files here that can be run, but this one."""
     runnable = (path for path in sorted(FOLDER.glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8"))
     return [path.stem for path in runnable if path != Path(__file__)]
 
 
 def command_of(name: str, results: Path, repeats: int | None) -> list[str]:
-    """What runs a benchmark."""
-    own = [sys.executable, str(FOLDER / f"{name}.py"), "--results", str(results)]
-    return own if repeats is None else [*own, "--repeats", str(repeats)]
+    """Build the command that runs a benchmark."""
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--results", str(results)]
+    return command if repeats is None else [*command, "--repeats", str(repeats)]
 
 
 def run_all(names: list[str], out: Path, repeats: int | None, console: Console) -> list[str]:
-    """Run benchmarks; the names of those that failed."""
+    """Run benchmarks; return the names of those that failed."""
     failed = []
     for number, name in enumerate(names, 1):
         console.print(f"{number} of {len(names)}  {name} ...", end=" ")
@@ -52,16 +52,16 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="times that count; each benchmark's own number when left out")
     parser.add_argument("--only", nargs="+", choices=benchmarks(), metavar="NAME", help="run these")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    kept = given.out / "goals.jsonl"
-    kept.unlink(missing_ok=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = arguments.out / "goals.jsonl"
+    results.unlink(missing_ok=True)
     console = Console(width=200)
-    failed = run_all(given.only or benchmarks(), given.out, given.repeats, console)
-    outcomes = read(kept)
-    (given.out / "goals.md").write_text(markdown_of(outcomes), encoding="utf-8")
+    failed = run_all(arguments.only or benchmarks(), arguments.out, arguments.repeats, console)
+    outcomes = read(results)
+    (arguments.out / "goals.md").write_text(markdown_of(outcomes), encoding="utf-8")
     console.print(table_of(outcomes))
-    console.print(f"written to {given.out / 'goals.md'}")
+    console.print(f"written to {arguments.out / 'goals.md'}")
     if failed:
         console.print(f"FAILED: {', '.join(failed)}")
     return int(bool(failed))

@@ -1,4 +1,4 @@
-"""Beam search whose prompt is read once beside the library's own; and real-time factor and memory of speech budgets.
+"""Times beam search whose prompt is read once beside the library's, and speech budgets by real-time factor and memory.
 
     python benchmarks/beam_decoding.py [--repeats 5] [--threads 1] [--rows 1] [--beams 15] [--new-tokens 25]
         [--device cpu]
@@ -8,7 +8,7 @@ layers, 512 wide, on 30-second windows. The first table compares ids and times o
 transformers' own on the same embeddings of 160-token prompts, which is what the released AVSR code calls, one row at a
 time (umbertocappellazzo/Omni-AVSR @7de6be2, modeling_OmniAVSR.py:315-319); both are run in turns, and what is shown are
 medians and the range of the middle half, and beside each ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict.
-The second tells, for every audio rate, seconds of compute per second of sound, encoder included, and the most memory
+The second tells, for every audio rate, seconds of compute per second of audio, encoder included, and the most memory
 above the weights. Decoding is bound by reading the weights and the cache, which FLOPs do not see. Times are CPU time of
 the process, or wall time on a GPU.
 """
@@ -49,12 +49,12 @@ FRAMES_PER_SECOND = 50
 PREFIX_TOKENS = 160
 PREFIX_RATE = 2
 GOAL = 2.2
-"""Of decoding behind the embeddings of a prompt; an encoder adds to both what its size takes."""
+"""The goal of decoding behind the embeddings of a prompt; an encoder adds to both what its size takes."""
 VOCABULARY = 16384
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
-    """The most memory a run holds above what is held before it."""
+    """Measure the most memory a run holds above what is held before it."""
     if device.type != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -75,7 +75,7 @@ def _resident(key: str) -> int:
 def build_model(
     device: torch.device, dtype: torch.dtype, rates: Sequence[int] = RATES
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """The model of the head of this file, and its processor."""
+    """Build the model of the head of this file, and its processor."""
     tokenizer = build_tokenizer()
     audio = WhisperConfig(
         d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, decoder_layers=1
@@ -97,34 +97,34 @@ def build_model(
     model: Any = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"audio": audio}, placeholder_ids=placeholder_ids)
     )
-    own = {
+    entry = {
         "encoder": audio.to_dict(),
         "preprocessor": {"feature_size": 80, "feature_extractor_type": "WhisperFeatureExtractor"},
         "space": space_settings(medium),
         "span": [],
     }
-    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"audio": own}})
+    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"audio": entry}})
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
 def build_batch(processor: ElasticProcessor, num_rows: int, words: int = 1) -> Batch:
-    """Rows of six seconds of random sound and a question of so many words."""
+    """Make rows of six seconds of random audio and a question of so many words."""
     generator = torch.Generator().manual_seed(1)
-    asked = (Media("audio", "none"), Text(" ".join(["transcribe"] * words)))
-    messages = (Message("user", asked), Message("assistant", (Text("place blue at f two now"),)))
+    prompt = (Media("audio", "none"), Text(" ".join(["transcribe"] * words)))
+    messages = (Message("user", prompt), Message("assistant", (Text("place blue at f two now"),)))
     samples = [Sample(f"row{number}", messages, task="asr") for number in range(num_rows)]
     media = [[LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)] for _ in samples]
     return processor.batch(samples, media, for_training=False)
 
 
 def prompts(processor: ElasticProcessor, batch: Batch, rate: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of `generate` at one rate."""
+    """Make the inputs of `generate` at one rate."""
     inputs = processor.expand(batch, [[Budget.parse(f"audio=/{rate}")] * len(batch.rows)], left_padding=True).inputs
     return {key: value.to(device) for key, value in inputs.items()}
 
 
 def prefix_prompts(processor: ElasticProcessor, num_rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Prompts of 160 tokens: 150 soft ones (rate 2), the rest words."""
+    """Make prompts of 160 tokens: 150 soft ones (rate 2), the rest words."""
     for words in range(1, PREFIX_TOKENS):
         inputs = prompts(processor, build_batch(processor, num_rows, words), PREFIX_RATE, device)
         if inputs["input_ids"].shape[1] >= PREFIX_TOKENS:
@@ -134,13 +134,13 @@ def prefix_prompts(processor: ElasticProcessor, num_rows: int, device: torch.dev
 
 @torch.no_grad()
 def embed(model: ElasticForConditionalGeneration, inputs: dict[str, Tensor]) -> Tensor:
-    """Encoder and compressor, which both searches run once."""
+    """Run encoder and compressor, which both searches run once."""
     return model.model.embed(inputs["input_ids"], {key: inputs.get(key) for key in MEDIA_KEYS})
 
 
 @torch.no_grad()
 def library(model: ElasticForConditionalGeneration, inputs: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-    """transformers' own search: embeddings made once, the prompt read by every beam."""
+    """Run transformers' own search: embeddings made once, the prompt read by every beam."""
     embeds = embed(model, inputs)
     rest = {key: value for key, value in inputs.items() if key not in (*MEDIA_KEYS, "input_ids")}
     ids = inputs["input_ids"].clamp(max=VOCABULARY - 1)
@@ -148,57 +148,66 @@ def library(model: ElasticForConditionalGeneration, inputs: dict[str, Tensor], o
     return mixin.generate(model, ids, inputs_embeds=embeds, **rest, **options)
 
 
-def predicted(config: Any, given: argparse.Namespace, length: int) -> tuple[float, float]:
-    """Ratios of FLOPs of one row, with what both do alike (encoder and compressor), and without."""
+def predicted(config: Any, arguments: argparse.Namespace, length: int) -> tuple[float, float]:
+    """Compute the ratios of FLOPs of one row, with what both do alike (encoder and compressor), and without."""
     frames = SECONDS * FRAMES_PER_SECOND
     item = Item("audio", frames, frames // PREFIX_RATE)
     ours = request_cost(
-        config, [item], num_prompt_tokens=length, num_new_tokens=given.new_tokens, num_beams=given.beams
+        config, [item], num_prompt_tokens=length, num_new_tokens=arguments.new_tokens, num_beams=arguments.beams
     )
     alike = ours.encoder + ours.compressor
     prompt = llm_flops(config.text_config, num_tokens=length, num_logits=1, adapter=config.adapter)
-    theirs = alike + given.beams * prompt + ours.decode  # every beam reads the whole prompt
+    theirs = alike + arguments.beams * prompt + ours.decode  # every beam reads the whole prompt
     return theirs / ours.total, (theirs - alike) / (ours.total - alike)
 
 
 def compare(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, given: argparse.Namespace, device: torch.device
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> tuple[Table, list[Outcome]]:
-    """The first table, and what is found for one row, as which the released code decodes.
+    """Make the first table, and the outcomes for one row, as which the released code decodes.
 
     Raises:
         SystemExit: ids differ.
     """
-    options = {"num_beams": given.beams, "max_new_tokens": given.new_tokens, "min_new_tokens": given.new_tokens}
+    options = {
+        "num_beams": arguments.beams,
+        "max_new_tokens": arguments.new_tokens,
+        "min_new_tokens": arguments.new_tokens,
+    }
     options["do_sample"] = False
-    table = Table(title=f"{given.beams} beams, {given.new_tokens} new tokens, {PREFIX_TOKENS}-token prompts")
+    table = Table(title=f"{arguments.beams} beams, {arguments.new_tokens} new tokens, {PREFIX_TOKENS}-token prompts")
     columns = ["rows", "ids", "transformers s", "prompt read once s", "encoder of both s", "decoding", "FLOPs"]
     for name in (*columns, "with encoder", "FLOPs", "peak MB", "peak MB read once"):
         table.add_column(name, justify="right")
     outcomes = []
-    for rows in given.rows:
+    for rows in arguments.rows:
         inputs = prefix_prompts(processor, rows, device)
         runs = {
             "library": partial(library, model, inputs, options),
             "shared": partial(model.generate, **inputs, **options),
         }
         length = inputs["input_ids"].shape[1]
-        expected, found = (run()[:, length:].tolist() for run in runs.values())
-        if expected != found:
+        expected, answered = (run()[:, length:].tolist() for run in runs.values())
+        if expected != answered:
             raise SystemExit("FAILED: the ids differ from those of the library")
-        seconds = in_turns(unprepared({**runs, "encoder": partial(embed, model, inputs)}), given.repeats, device)
-        own = outcomes_of(seconds, predicted(model.config, given, length), f"{given.beams} beams, {rows} row")
-        ratios = [cell for one in own for cell in (f"{one.ratio:.2f}x", f"{one.predicted:.2f}x")]
+        seconds = in_turns(unprepared({**runs, "encoder": partial(embed, model, inputs)}), arguments.repeats, device)
+        row_outcomes = outcomes_of(
+            seconds, predicted(model.config, arguments, length), f"{arguments.beams} beams, {rows} row"
+        )
+        ratios = [cell for one in row_outcomes for cell in (f"{one.ratio:.2f}x", f"{one.predicted:.2f}x")]
         peaks = [f"{peak_megabytes(run, device):.0f}" for run in runs.values()]
         table.add_row(str(rows), "equal", *map(spread, seconds.values()), *ratios, *peaks)
-        outcomes += own if rows == 1 else []
+        outcomes += row_outcomes if rows == 1 else []
     return table, outcomes
 
 
 def outcomes_of(seconds: dict[str, list[float]], flops: tuple[float, float], what: str) -> list[Outcome]:
-    """Of decoding alone, and with the encoder, which both run alike."""
+    """Make the outcomes of decoding alone, and with the encoder, which both run alike."""
     encoder = statistics.median(seconds["encoder"])
-    plain, shared = ([own - encoder for own in seconds[name]] for name in ("library", "shared"))
+    plain, shared = ([taken - encoder for taken in seconds[name]] for name in ("library", "shared"))
     against = "generate(num_beams) of transformers, as Omni-AVSR's"
     return [
         timed(what, against, plain, shared, check="ids equal", predicted=flops[1], goal=GOAL),
@@ -214,13 +223,16 @@ def outcomes_of(seconds: dict[str, list[float]], flops: tuple[float, float], wha
 
 
 def budgets(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, given: argparse.Namespace, device: torch.device
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> Table:
-    """The second table."""
-    table = Table(title=f"one {SECONDS}-second utterance, {given.new_tokens} new tokens, encoder included")
+    """Make the second table."""
+    table = Table(title=f"one {SECONDS}-second utterance, {arguments.new_tokens} new tokens, encoder included")
     for name in ("rate", "prompt tokens"):
         table.add_column(name, justify="right")
-    for beams in (1, given.beams):
+    for beams in (1, arguments.beams):
         table.add_column(f"real-time factor, {beams} beams", justify="right")
         table.add_column("peak MB", justify="right")
     batch = build_batch(processor, 1)
@@ -229,13 +241,17 @@ def budgets(
     for rate in RATES:
         inputs = prompts(processor, batch, rate, device)
         lengths[rate] = inputs["input_ids"].shape[1]
-        for beams in (1, given.beams):
-            options = {"num_beams": beams, "max_new_tokens": given.new_tokens, "min_new_tokens": given.new_tokens}
+        for beams in (1, arguments.beams):
+            options = {
+                "num_beams": beams,
+                "max_new_tokens": arguments.new_tokens,
+                "min_new_tokens": arguments.new_tokens,
+            }
             runs[f"/{rate}, {beams}"] = partial(model.generate, **inputs, **options, do_sample=False)
-    seconds = in_turns(unprepared(runs), given.repeats, device)
+    seconds = in_turns(unprepared(runs), arguments.repeats, device)
     for rate in RATES:
         cells = []
-        for beams in (1, given.beams):
+        for beams in (1, arguments.beams):
             name = f"/{rate}, {beams}"
             factors = [one / SECONDS for one in seconds[name]]
             cells += [spread(factors), f"{peak_megabytes(runs[name], device):.0f}"]
@@ -244,14 +260,14 @@ def budgets(
 
 
 def main() -> None:
-    given = options(__doc__, 5, rows=[1], beams=15, new_tokens=25, with_device=True)
-    device = torch.device(given.device)
-    model, processor = build_model(device, getattr(torch, given.dtype))
+    arguments = options(__doc__, 5, rows=[1], beams=15, new_tokens=25, with_device=True)
+    device = torch.device(arguments.device)
+    model, processor = build_model(device, getattr(torch, arguments.dtype))
     console = Console(width=160)
-    table, outcomes = compare(model, processor, given, device)
+    table, outcomes = compare(model, processor, arguments, device)
     console.print(table)
-    console.print(budgets(model, processor, given, device))
-    append(outcomes, given.results)
+    console.print(budgets(model, processor, arguments, device))
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

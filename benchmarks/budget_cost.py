@@ -1,8 +1,8 @@
-"""What a budget saves, measured beside what the FLOP model says: answers and one training step of a small model.
+"""Measures what a budget saves beside what the FLOP model says: answers and one training step of a small model.
 
     python benchmarks/budget_cost.py [--repeats 7] [--threads 1]
 
-The model has random weights: a CLIP tower with 12 x 12 patches, pooling, and a 6-layer Llama with LoRA. Budgets are
+The model has random weights: a CLIP encoder with 12 x 12 patches, pooling, and a 6-layer Llama with LoRA. Budgets are
 timed in turn, repeat by repeat, so that a slow moment of the machine hits all of them; shown are medians and the range
 of the middle half. Before anything is timed, answers and losses of all budgets together must equal those of each alone.
 The baseline is the same model at its largest budget; there is no released code to follow.
@@ -48,7 +48,7 @@ Columns = Mapping[str, tuple[Callable[[Budget], object], Callable[[Answer], int]
 
 
 def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """A model of 15 million parameters with random weights, and its processor."""
+    """Build a model of 15 million parameters with random weights, and its processor."""
     tokenizer = build_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=96, patch_size=8
@@ -73,19 +73,19 @@ def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     )
     build_adapter(model.model.language_model, model.config.adapter or {})
     set_trainables(model)
-    own = {"encoder": vision.to_dict(), "preprocessor": {}, "space": space_settings(medium), "span": []}
-    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": own}})
+    entry = {"encoder": vision.to_dict(), "preprocessor": {}, "space": space_settings(medium), "span": []}
+    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": entry}})
     return model.eval(), processor
 
 
 def build_batch(processor: ElasticProcessor, *, for_training: bool) -> Batch:
-    """Rows of one random image and a question."""
+    """Make rows of one random image and a question."""
     generator = torch.Generator().manual_seed(1)
-    asked = (
+    prompt = (
         Media("image", "none"),
         Text("what colour is the circle left of the square and how many objects are there?"),
     )
-    messages = (Message("user", asked), Message("assistant", (Text(ANSWER),)))
+    messages = (Message("user", prompt), Message("assistant", (Text(ANSWER),)))
     samples = [Sample(f"row{number}", messages, task="vqa") for number in range(NUM_ROWS)]
     media = [[LoadedMedia("image", torch.randn(3, 96, 96, generator=generator))] for _ in samples]
     return processor.batch(samples, media, for_training=for_training)
@@ -94,7 +94,7 @@ def build_batch(processor: ElasticProcessor, *, for_training: bool) -> Batch:
 def train_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
-    """Forward and backward of one step, gradients cleared; returns the loss."""
+    """Go forward and backward once, gradients cleared; return the loss."""
     lesson = make_lesson(batch, fixed_passes(batch.rows, budgets), processor)
     logits = model(**lesson.inputs, logit_positions=lesson.positions).logits
     loss = objective(logits, lesson.supervision, num_targets(batch.rows)).total
@@ -103,15 +103,15 @@ def train_step(
     return loss.item()
 
 
-def check_equality(answerer: Answerer, prompts: Batch, lessons: Batch) -> None:
-    """All budgets together give what each gives alone."""
+def check_equality(answerer: Answerer, prompts: Batch, training_rows: Batch) -> None:
+    """Check that all budgets together give what each gives alone."""
     together = answerer.answer_batch(prompts, [[budget] * NUM_ROWS for budget in BUDGETS])
     alone = [answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0] for budget in BUDGETS]
-    if [[answer.text for answer in draw] for draw in together] != [[answer.text for answer in draw] for draw in alone]:
+    if [[answer.text for answer in row] for row in together] != [[answer.text for answer in row] for row in alone]:
         raise SystemExit("FAILED: answers at all budgets together differ from those at each budget alone")
     model, processor = answerer.model, answerer.processor
-    losses = [train_step(model, processor, lessons, [budget]) for budget in BUDGETS]
-    packed = train_step(model, processor, lessons, BUDGETS)
+    losses = [train_step(model, processor, training_rows, [budget]) for budget in BUDGETS]
+    packed = train_step(model, processor, training_rows, BUDGETS)
     if abs(packed - statistics.mean(losses)) > 1e-5 * packed:
         raise SystemExit(
             f"FAILED: the loss over all budgets is {packed}, the mean of each alone {statistics.mean(losses)}"
@@ -119,14 +119,14 @@ def check_equality(answerer: Answerer, prompts: Batch, lessons: Batch) -> None:
 
 
 def request_flops(model: ElasticForConditionalGeneration, answer: Answer, num_new_tokens: int) -> RequestCost:
-    """What the FLOP model says about one row."""
+    """Count by the FLOP model one row."""
     item = Item("image", 144, answer.tokens["image"])
     return request_cost(model.config, [item], num_prompt_tokens=answer.num_prompt_tokens, num_new_tokens=num_new_tokens)
 
 
-def step_flops(model: ElasticForConditionalGeneration, lessons: Batch, answer: Answer) -> int:
-    """What the FLOP model says about one row of a step: the tower forwards, the frozen LLM forwards and back."""
-    learned = num_targets(lessons.rows) // NUM_ROWS
+def step_flops(model: ElasticForConditionalGeneration, training_rows: Batch, answer: Answer) -> int:
+    """Count by the FLOP model one row of a step: the encoder forwards, the frozen LLM forwards and back."""
+    learned = num_targets(training_rows.rows) // NUM_ROWS
     num_tokens = answer.num_prompt_tokens + learned
     llm = llm_flops(model.config.text_config, num_tokens=num_tokens, num_logits=learned, adapter=model.config.adapter)
     cost = request_flops(model, answer, 1)
@@ -134,19 +134,19 @@ def step_flops(model: ElasticForConditionalGeneration, lessons: Batch, answer: A
 
 
 def answer_exactly(answerer: Answerer, prompts: Batch, budget: Budget, num_new_tokens: int) -> list[Answer]:
-    """Answers of exactly so many tokens, so that every budget decodes equally long."""
+    """Give answers of exactly so many tokens, so that every budget decodes equally long."""
     answerer.model.generation_config.min_new_tokens = num_new_tokens
     answerer.decoding = Decoding(max_new_tokens=num_new_tokens)
     return answerer.answer_batch(prompts, [[budget] * NUM_ROWS])[0]
 
 
 def main() -> None:
-    """Check, measure, print."""
-    given = options(__doc__, 7)
+    """Check, measure and print."""
+    arguments = options(__doc__, 7)
     model, processor = build_model()
     answerer = Answerer(model, processor, Decoding(max_new_tokens=NUM_NEW_TOKENS))
-    prompts, lessons = (build_batch(processor, for_training=training) for training in (False, True))
-    check_equality(answerer, prompts, lessons)
+    prompts, training_rows = (build_batch(processor, for_training=training) for training in (False, True))
+    check_equality(answerer, prompts, training_rows)
     answers = {budget: answer_exactly(answerer, prompts, budget, 1)[0] for budget in BUDGETS}
     columns: Columns = {
         "first token": (
@@ -158,16 +158,16 @@ def main() -> None:
             lambda answer: request_flops(model, answer, NUM_NEW_TOKENS).total,
         ),
         "train step": (
-            lambda budget: train_step(model, processor, lessons, [budget]),
-            lambda answer: step_flops(model, lessons, answer),
+            lambda budget: train_step(model, processor, training_rows, [budget]),
+            lambda answer: step_flops(model, training_rows, answer),
         ),
     }
-    title = f"CPU time, {NUM_ROWS} rows, {given.threads} threads"
-    append(compare(answers, columns, title=title, repeats=given.repeats), given.results)
+    title = f"CPU time, {NUM_ROWS} rows, {arguments.threads} threads"
+    append(compare(answers, columns, title=title, repeats=arguments.repeats), arguments.results)
 
 
 def compare(answers: Mapping[Budget, Answer], columns: Columns, *, title: str, repeats: int) -> list[Outcome]:
-    """Measure and print, and tell what the smallest budget saves."""
+    """Measure and print, and make the outcomes of the smallest budget."""
     device = torch.device("cpu")
     measured = {
         name: in_turns(unprepared({str(budget): partial(run, budget) for budget in answers}), repeats, device)
@@ -183,18 +183,18 @@ def compare(answers: Mapping[Budget, Answer], columns: Columns, *, title: str, r
     for budget, answer in answers.items():
         cells = []
         for name, (_, flops) in columns.items():
-            own, most = measured[name][str(budget)], measured[name][str(first)]
+            times, most = measured[name][str(budget)], measured[name][str(first)]
             predicted = flops(answers[first]) / flops(answer)
-            speed = NUM_ROWS * flops(answer) / statistics.median(own) / 1e9
+            speed = NUM_ROWS * flops(answer) / statistics.median(times) / 1e9
             cells += [
-                milliseconds(own, digits=0),
-                f"{ratio_of(most, own):.2f}x",
+                milliseconds(times, digits=0),
+                f"{ratio_of(most, times):.2f}x",
                 f"{predicted:.2f}x",
                 f"{speed:.0f}",
             ]
             if budget == last:
                 what, check = f"{name} at {last}", "answers and loss as each alone"
-                outcomes.append(timed(what, f"at {first}", most, own, check=check, predicted=predicted))
+                outcomes.append(timed(what, f"at {first}", most, times, check=check, predicted=predicted))
         table.add_row(str(budget), *cells)
     Console(width=140).print(table)
     return outcomes

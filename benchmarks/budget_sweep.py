@@ -1,10 +1,10 @@
-"""Eight rates of one utterance answered in one batch, beside one run of encoder and `generate` per rate.
+"""Answers eight rates of one utterance in one batch, beside one run of encoder and `generate` per rate.
 
     python benchmarks/budget_sweep.py [--repeats 3] [--threads 1] [--beams 1] [--new-tokens 25] [--device cpu]
 
 The model is that of `beam_decoding.py`. The baseline does what the evaluation of Llama-MTSK and Omni-AVSR does
 (umbertocappellazzo/Omni-AVSR @7de6be2, eval_OmniAVSR.py:310-337): for each configuration one whole pass, with batches
-of one, in which the sound is encoded again. The sweep encodes once and decodes all rates as rows of one batch, as
+of one, in which the audio is encoded again. The sweep encodes once and decodes all rates as rows of one batch, as
 `mllm evaluate` does. Both run in this process in turns; their ids are
 compared first, and any difference stops the benchmark. Shown are medians and the range of the middle half, and beside
 the ratio the one that FLOPs (`mllm/evaluation/flops.py`) predict, without and with the padding of the shorter prompts.
@@ -33,8 +33,8 @@ RATES = (4, 5, 6, 8, 10, 12, 16, 20)
 GOAL = 3.0
 
 
-def predicted(config: Any, given: argparse.Namespace, lengths: list[int]) -> tuple[float, float]:
-    """Ratios of FLOPs, of the prompts as they are and of prompts padded to the longest."""
+def predicted(config: Any, arguments: argparse.Namespace, lengths: list[int]) -> tuple[float, float]:
+    """Compute the ratios of FLOPs, of the prompts as they are and of prompts padded to the longest."""
 
     def cost(rate: int, length: int) -> Any:
         frames = SECONDS * FRAMES_PER_SECOND
@@ -42,47 +42,49 @@ def predicted(config: Any, given: argparse.Namespace, lengths: list[int]) -> tup
             config,
             [Item("audio", frames, frames // rate)],
             num_prompt_tokens=length,
-            num_new_tokens=given.new_tokens,
-            num_beams=given.beams,
+            num_new_tokens=arguments.new_tokens,
+            num_beams=arguments.beams,
         )
 
-    own = [cost(rate, length) for rate, length in zip(RATES, lengths, strict=True)]
+    unpadded = [cost(rate, length) for rate, length in zip(RATES, lengths, strict=True)]
     padded = [cost(rate, max(lengths)) for rate in RATES]
-    separate = sum(one.total for one in own)
-    ratios = [separate / (own[0].encoder + sum(one.total - one.encoder for one in costs)) for costs in (own, padded)]
+    separate = sum(one.total for one in unpadded)
+    ratios = [
+        separate / (unpadded[0].encoder + sum(one.total - one.encoder for one in costs)) for costs in (unpadded, padded)
+    ]
     return ratios[0], ratios[1]
 
 
-def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
-    """Equality first, then times in turns."""
-    device = torch.device(given.device)
-    model, processor = build_model(device, getattr(torch, given.dtype), RATES)
+def compare(arguments: argparse.Namespace) -> tuple[Table, list[Outcome]]:
+    """Check equality first, then time in turns."""
+    device = torch.device(arguments.device)
+    model, processor = build_model(device, getattr(torch, arguments.dtype), RATES)
     batch = build_batch(processor, 1)
     budgets = [Budget.parse(f"audio=/{rate}") for rate in RATES]
-    options: dict[str, Any] = {"max_new_tokens": given.new_tokens, "min_new_tokens": given.new_tokens}
-    options |= {"do_sample": False, "num_beams": given.beams}
+    options: dict[str, Any] = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens}
+    options |= {"do_sample": False, "num_beams": arguments.beams}
 
-    def inputs_at(own: list[Budget]) -> dict[str, torch.Tensor]:
-        inputs = processor.expand(batch, [[budget] for budget in own], left_padding=True).inputs
+    def inputs_at(some: list[Budget]) -> dict[str, torch.Tensor]:
+        inputs = processor.expand(batch, [[budget] for budget in some], left_padding=True).inputs
         return {key: value.to(device) for key, value in inputs.items()}
 
     def separate() -> list[list[int]]:
-        found = []
+        ids = []
         for budget in budgets:
             inputs = inputs_at([budget])
-            found += library(model, inputs, options)[:, inputs["input_ids"].shape[1] :].tolist()
-        return found
+            ids += library(model, inputs, options)[:, inputs["input_ids"].shape[1] :].tolist()
+        return ids
 
     def sweep() -> list[list[int]]:
         inputs = inputs_at(budgets)
         return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
-    if given.dtype == "float32" and separate() != sweep():
+    if arguments.dtype == "float32" and separate() != sweep():
         raise SystemExit("FAILED: the ids of the sweep differ from those of separate runs")
     lengths = inputs_at(budgets)["attention_mask"].sum(dim=1).tolist()
-    times = in_turns(unprepared({"separate": separate, "sweep": sweep}), given.repeats, device)
-    ways = predicted(model.config, given, lengths)
-    size = f"{given.beams} beams, {given.new_tokens} new tokens"
+    times = in_turns(unprepared({"separate": separate, "sweep": sweep}), arguments.repeats, device)
+    ways = predicted(model.config, arguments, lengths)
+    size = f"{arguments.beams} beams, {arguments.new_tokens} new tokens"
     table = Table(title=f"{len(RATES)} rates of one {SECONDS}-second utterance, {size}")
     for column in ("separate runs s", "one batch s", "ids", "times faster", "FLOPs", "FLOPs with padding"):
         table.add_column(column, justify="right")
@@ -92,7 +94,7 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
         f"sweep over {len(RATES)} configurations",
         "a pass each, as Omni-AVSR's",
         *times.values(),
-        check=in_float32("ids equal", given.dtype),
+        check=in_float32("ids equal", arguments.dtype),
         predicted=ways[1],
         goal=GOAL,
     )
@@ -100,10 +102,10 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
 
 
 def main() -> None:
-    given = options(__doc__, 3, beams=1, new_tokens=25, with_device=True)
-    table, outcomes = compare(given)
+    arguments = options(__doc__, 3, beams=1, new_tokens=25, with_device=True)
+    table, outcomes = compare(arguments)
     Console(width=160).print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

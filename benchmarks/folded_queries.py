@@ -1,4 +1,4 @@
-"""Folded position-key queries beside the unfolded forward, at several counts of soft tokens.
+"""Times folded position-key queries beside the unfolded forward, at several counts of soft tokens.
 
     python benchmarks/folded_queries.py [--repeats 15] [--threads 1] [--out-size 4096] [--device cpu]
 
@@ -34,7 +34,7 @@ PATCHES, IN_SIZE, NUM_HEADS = 576, 1024, 16
 
 
 def build(out_size: int, device: torch.device, dtype: torch.dtype) -> Query:
-    """The released sizes; every weight is random, the initial zeros too."""
+    """Build a compressor of the released sizes; every weight is random, the initial zeros too."""
     torch.manual_seed(0)
     query = Query(in_size=IN_SIZE, out_size=out_size, query_grid=(16, 16), feature_grid=(24, 24), num_heads=NUM_HEADS)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def build(out_size: int, device: torch.device, dtype: torch.dtype) -> Query:
 
 
 def runs_of(query: Query, images: Tensor, count: int) -> dict[str, Callable[[], Tensor]]:
-    """The folded and the unfolded forward. With gradients asked for nothing is folded; none are kept for weights."""
+    """Make the folded and the unfolded forward. With gradients on nothing is folded; none are saved for weights."""
     number = len(images)
     tokens = torch.full((number,), count, device=images.device)
     lengths = torch.full_like(tokens, PATCHES)
@@ -60,7 +60,7 @@ def runs_of(query: Query, images: Tensor, count: int) -> dict[str, Callable[[], 
 
 
 def predicted(count: int, out_size: int) -> float:
-    """Ratio of FLOPs."""
+    """Compute the ratio of FLOPs."""
     settings = {"compressor": "query", "num_queries": 256, "query_heads": NUM_HEADS, "budgets": list(COUNTS)}
     item = Item("image", PATCHES, count)
     folded, unfolded = (
@@ -71,16 +71,16 @@ def predicted(count: int, out_size: int) -> float:
     return unfolded / folded
 
 
-def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
-    """Equality first, then times in turns."""
-    device = torch.device(given.device)
-    query = build(given.out_size, device, getattr(torch, given.dtype))
+def compare(arguments: argparse.Namespace) -> tuple[Table, list[Outcome]]:
+    """Check equality first, then time in turns."""
+    device = torch.device(arguments.device)
+    query = build(arguments.out_size, device, getattr(torch, arguments.dtype))
     query.requires_grad_(False)  # so that the unfolded forward keeps nothing for a backward pass
-    images = torch.randn(given.images, PATCHES, IN_SIZE, device=device, dtype=query.proj.dtype)
+    images = torch.randn(arguments.images, PATCHES, IN_SIZE, device=device, dtype=query.proj.dtype)
     with torch.no_grad():
         query._folds.get(tuple(query.parameters()), query._fold)  # the libraries' own first call
         folding = [seconds_of(query._fold, device) for _ in range(5)]
-    table = Table(title=f"{given.images} images, ms per forward; folding itself takes {milliseconds(folding)}")
+    table = Table(title=f"{arguments.images} images, ms per forward; folding itself takes {milliseconds(folding)}")
     for column in ("soft tokens", "unfolded", "folded", "times faster", "FLOPs", "largest difference"):
         table.add_column(column, justify="right")
     outcomes = []
@@ -89,11 +89,11 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
         outputs = {name: run() for name, run in runs.items()}
         assert not torch.equal(outputs["folded"], outputs["unfolded"])
         off = float((outputs["folded"] - outputs["unfolded"]).abs().max() / outputs["unfolded"].abs().max())
-        if off > (1e-5 if given.dtype == "float32" else 2e-2):
+        if off > (1e-5 if arguments.dtype == "float32" else 2e-2):
             raise SystemExit(f"{count} tokens: folded and unfolded differ by {off:.1e} of the largest output")
-        times = in_turns(unprepared(runs), given.repeats, device)
+        times = in_turns(unprepared(runs), arguments.repeats, device)
         slow, fast = times["unfolded"], times["folded"]
-        flops = predicted(count, given.out_size)
+        flops = predicted(count, arguments.out_size)
         cells = (milliseconds(slow), milliseconds(fast), f"{ratio_of(slow, fast):.2f}", f"{flops:.2f}", f"{off:.1e}")
         table.add_row(str(count), *cells)
         if count in GOALS:
@@ -105,10 +105,10 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
 
 
 def main() -> None:
-    given = options(__doc__, 15, out_size=4096, images=1, with_device=True)
-    table, outcomes = compare(given)
+    arguments = options(__doc__, 15, out_size=4096, images=1, with_device=True)
+    table, outcomes = compare(arguments)
     Console(width=140).print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight questions about one image: the image encoded and read once for all, beside once per question.
+"""Answers eight questions about one image: the image encoded and read once for all, beside once per question.
 
     python benchmarks/grouped_questions.py [--repeats 5] [--threads 1] [--questions 8] [--new-tokens 4] [--device cpu]
 
@@ -60,7 +60,7 @@ def build_model(
     medium: MediumConfig | None = None,
     adapter: AdapterConfig | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """The model of the head of this file, or with another compressor or an adapter, and its processor."""
+    """Build the model of the head of this file, or with another compressor or an adapter, and its processor."""
     tokenizer = build_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=384,
@@ -94,7 +94,7 @@ def build_model(
                 parameter.mul_(3)
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    own = {
+    entry = {
         "encoder": vision.to_dict(),
         "preprocessor": {
             "image_processor_type": "CLIPImageProcessor",
@@ -104,17 +104,17 @@ def build_model(
         "space": space_settings(medium),
         "span": [],
     }
-    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": own}})
+    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": entry}})
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
 def questions_of(number: int) -> list[str]:
-    """So many questions."""
-    return [QUESTIONS[place % len(QUESTIONS)] for place in range(number)]
+    """List so many questions."""
+    return [QUESTIONS[index % len(QUESTIONS)] for index in range(number)]
 
 
 def inputs_of(processor: ElasticProcessor, texts: list[str], count: int, *, share: bool) -> Mapping[str, Tensor]:
-    """What the model is given for questions about one image, at so many soft tokens."""
+    """Make what the model is given for questions about one image, at so many soft tokens."""
     image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(count)))
     samples = [Sample("q", (Message("user", (Media("image", "x"), Text(text))),), task="vqa") for text in texts]
     batch: Batch = processor.batch(samples, [[image]] * len(texts), for_training=False)
@@ -123,28 +123,28 @@ def inputs_of(processor: ElasticProcessor, texts: list[str], count: int, *, shar
 
 
 def predicted(config: Any, prompts: Sequence[Sequence[int]], count: int, num_new_tokens: int) -> float:
-    """Ratio of FLOPs, of prompts as long as they are."""
+    """Compute the ratio of FLOPs, of prompts as long as they are."""
     text, adapter, common = config.text_config, config.adapter, num_common(prompts)
     item = Item("image", PATCHES, count)
-    alone = [request_cost(config, [item], num_prompt_tokens=len(own), num_new_tokens=num_new_tokens) for own in prompts]
+    alone = [request_cost(config, [item], num_prompt_tokens=len(ids), num_new_tokens=num_new_tokens) for ids in prompts]
     grouped = alone[0].encoder + alone[0].compressor
     grouped += llm_flops(text, num_tokens=common, num_logits=1, adapter=adapter)
-    for own, cost in zip(prompts, alone, strict=True):
-        left = len(own) - common
+    for ids, cost in zip(prompts, alone, strict=True):
+        left = len(ids) - common
         grouped += llm_flops(text, num_tokens=left, past_tokens=common, num_logits=1, adapter=adapter) + cost.decode
     return sum(cost.total for cost in alone) / grouped
 
 
 def runs_of(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, count: int, given: argparse.Namespace
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, count: int, arguments: argparse.Namespace
 ) -> dict[str, Callable[[], list[list[int]]]]:
-    """Ids of the answers to all questions, by the way they are found."""
-    texts = questions_of(given.questions)
+    """Make the ids of the answers to all questions, by the way they are computed."""
+    texts = questions_of(arguments.questions)
 
-    def ids_of(own: list[str], *, share: bool) -> list[list[int]]:
-        inputs = inputs_of(processor, own, count, share=share)
+    def ids_of(some: list[str], *, share: bool) -> list[list[int]]:
+        inputs = inputs_of(processor, some, count, share=share)
         moved: dict[str, Tensor] = {key: value.to(model.device) for key, value in inputs.items()}
-        length = given.new_tokens
+        length = arguments.new_tokens
         ids = model.generate(**moved, do_sample=False, max_new_tokens=length, min_new_tokens=length)
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
@@ -155,34 +155,36 @@ def runs_of(
     }
 
 
-def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
-    """Equality first, then times in turns."""
-    device = torch.device(given.device)
-    model, processor = build_model(device, getattr(torch, given.dtype))
-    table = Table(title=f"{given.questions} questions about one image, {given.new_tokens} new tokens each: seconds")
+def compare(arguments: argparse.Namespace) -> tuple[Table, list[Outcome]]:
+    """Check equality first, then time in turns."""
+    device = torch.device(arguments.device)
+    model, processor = build_model(device, getattr(torch, arguments.dtype))
+    table = Table(
+        title=f"{arguments.questions} questions about one image, {arguments.new_tokens} new tokens each: seconds"
+    )
     for column in ("soft tokens", "one at a time", "one batch", "grouped", "times faster", "FLOPs", "than one batch"):
         table.add_column(column, justify="right")
     outcomes = []
     for count in COUNTS:
-        runs = runs_of(model, processor, count, given)
+        runs = runs_of(model, processor, count, arguments)
         answers = {name: run() for name, run in runs.items()}
-        if given.dtype == "float32" and any(found != answers["grouped"] for found in answers.values()):
+        if arguments.dtype == "float32" and any(ids != answers["grouped"] for ids in answers.values()):
             raise SystemExit(f"{count} tokens: the answers differ: {answers}")
-        inputs = inputs_of(processor, questions_of(given.questions), count, share=False)
+        inputs = inputs_of(processor, questions_of(arguments.questions), count, share=False)
         rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-        flops = predicted(model.config, [ids[mask].tolist() for ids, mask in rows], count, given.new_tokens)
-        times = in_turns(unprepared(runs), given.repeats, device)
+        flops = predicted(model.config, [ids[mask].tolist() for ids, mask in rows], count, arguments.new_tokens)
+        times = in_turns(unprepared(runs), arguments.repeats, device)
         alone, batched = (ratio_of(times[name], times["grouped"]) for name in ("one at a time", "one batch"))
         cells = (*map(spread, times.values()), f"{alone:.2f}", f"{flops:.2f}", f"{batched:.2f}")
         table.add_row(str(count), *cells)
         if count in GOALS:
             outcomes.append(
                 timed(
-                    f"{given.questions} questions about an image, {count} tokens",
+                    f"{arguments.questions} questions about an image, {count} tokens",
                     "one at a time, as M3's",
                     times["one at a time"],
                     times["grouped"],
-                    check=in_float32("ids equal", given.dtype),
+                    check=in_float32("ids equal", arguments.dtype),
                     predicted=flops,
                     goal=GOALS[count],
                 )
@@ -191,10 +193,10 @@ def compare(given: argparse.Namespace) -> tuple[Table, list[Outcome]]:
 
 
 def main() -> None:
-    given = options(__doc__, 5, questions=8, new_tokens=4, with_device=True)
-    table, outcomes = compare(given)
+    arguments = options(__doc__, 5, questions=8, new_tokens=4, with_device=True)
+    table, outcomes = compare(arguments)
     Console(width=140).print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An image's budget grown to 256 soft tokens after a question at fewer, beside reading the prompt of 256 anew.
+"""Grows an image's budget to 256 soft tokens after a question at fewer, beside reading the prompt of 256 anew.
 
     python benchmarks/growing_budget.py [--repeats 9] [--threads 1] [--device cpu]
 
@@ -44,7 +44,7 @@ QUESTION = "how many objects are there, and what is the colour of the one that i
 
 
 def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[ProgressiveSession], Tensor]]:
-    """First logits of an answer at the largest budget, given a session at a smaller one."""
+    """Make the first logits of an answer at the largest budget, given a session at a smaller one."""
     questions = read_request({"image": image}, [QUESTION], f"image={MOST}", answerer.processor)
     samples, media, asked = questions.samples, questions.windows[0].media, questions.budget
     batch = answerer.processor.batch(samples, [media], for_training=False)
@@ -70,7 +70,7 @@ def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[ProgressiveS
 
 
 def predicted(config: Any, session: ProgressiveSession, num_prompt_tokens: int) -> tuple[float, float]:
-    """Ratios of FLOPs: from scratch, and from its features, to grown."""
+    """Compute the ratios of FLOPs: from scratch, and from its features, to grown."""
     patches = 576
     whole = request_cost(config, [Item("image", patches, MOST)], num_prompt_tokens=num_prompt_tokens, num_new_tokens=1)
     read = session.num_read_tokens
@@ -79,11 +79,11 @@ def predicted(config: Any, session: ProgressiveSession, num_prompt_tokens: int) 
     return whole.total / new, (whole.total - whole.encoder) / new
 
 
-def compare(given: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome]]:
-    """Equality first, then times in turns."""
-    device = torch.device(given.device)
+def compare(arguments: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome]]:
+    """Check equality first, then time in turns."""
+    device = torch.device(arguments.device)
     medium = MediumConfig(encoder="random", compressor="query", budgets=[*STARTS, MOST])
-    model, processor = build_model(device, getattr(torch, given.dtype), medium)
+    model, processor = build_model(device, getattr(torch, arguments.dtype), medium)
     answerer = Answerer(model, processor)
     runs = runs_of(answerer, image)
     table = Table(title=f"from a kept cache to {MOST} soft tokens: seconds to the first logits")
@@ -98,14 +98,14 @@ def compare(given: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome
             session.logits(QUESTION)
             return session
 
-        found = {name: run(begin()) for name, run in runs.items()}
-        off = float((found["grown"] - found["from scratch"]).abs().max() / found["from scratch"].abs().max())
-        if off > (1e-5 if given.dtype == "float32" else 2e-2):
+        logits = {name: run(begin()) for name, run in runs.items()}
+        off = float((logits["grown"] - logits["from scratch"]).abs().max() / logits["from scratch"].abs().max())
+        if off > (1e-5 if arguments.dtype == "float32" else 2e-2):
             raise SystemExit(f"{start} tokens: logits of a grown budget differ by {off:.1e} of the largest")
         session = begin()
         length = session.num_read_tokens + session.num_question_tokens(QUESTION) + MOST - start
         whole, alone = predicted(model.config, session, length)
-        times = in_turns(runs, given.repeats, device, begin)
+        times = in_turns(runs, arguments.repeats, device, begin)
         scratch, encoded, grown = times.values()
         ratios = (ratio(scratch, grown), f"{whole:.2f}", ratio(encoded, grown), f"{alone:.2f}")
         table.add_row(str(start), *map(spread, times.values()), *ratios, f"{off:.1e}")
@@ -119,14 +119,14 @@ def compare(given: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome
 
 
 def main() -> None:
-    given = options(__doc__, 9, with_device=True)
+    arguments = options(__doc__, 9, with_device=True)
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
         noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(image)
-        table, outcomes = compare(given, image)
+        table, outcomes = compare(arguments, image)
     Console(width=180).print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""From the files of a talking clip to what the encoders take: time of the released way and of ours, in one process.
+"""Times the way from the files of a talking clip to what the encoders take: the released way and ours, in one process.
 
     python benchmarks/input_pipeline.py [--repeats 9] [--seconds 6] [--threads 1]
 
 The released way is that of Omni-AVSR, Llama-AVSR and auto_avsr: all frames decoded to colour (`read_video` of
 torchvision, gone from 0.26, did what `decode_to_colour` does), made float, cropped, made grey and normalised
-(Omni-AVSR datamodule/transforms.py:78-128), sound read whole (datamodule/av_dataset.py:40) and turned into a log-mel
+(Omni-AVSR datamodule/transforms.py:78-128), audio read whole (datamodule/av_dataset.py:40) and turned into a log-mel
 window of 30 seconds by transformers' extractor (modeling_OmniAVSR.py:528-537). Ours is `ElasticProcessor`'s: the
-brightness plane of the file, cropped before anything is made float, and the mel frames of the sound alone.
+brightness plane of the file, cropped before anything is made float, and the mel frames of the audio alone.
 
 Both are timed in turn, repeat by repeat, in CPU seconds; shown are medians and the range of the middle half, of the
 times and of the ratio within a repeat. Before anything is timed the mels must be equal to the last bit, and the lips
@@ -45,7 +45,8 @@ GOAL = 3.5
 
 
 def write_clip(folder: Path, seconds: float, *, colour: bool) -> Path:
-    """A face that sways, 96 pixels wide as mouth crops are, and noise beside it; the sound is `.wav` of that name."""
+    """Write a face that sways, 96 pixels wide as mouth crops are, and noise beside it; the audio is `.wav` of that
+    name."""
     image = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
     if not colour:
         image = np.repeat(to_gray(image)[..., None], 3, axis=-1)
@@ -58,14 +59,14 @@ def write_clip(folder: Path, seconds: float, *, colour: bool) -> Path:
             shown = np.ascontiguousarray(image[top : top + SIDE, left : left + SIDE])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         container.mux(stream.encode())
-    chance = np.random.default_rng(0)
-    samples = (0.1 * chance.standard_normal(round(seconds * RATE_HZ))).astype(np.float32)
+    rng = np.random.default_rng(0)
+    samples = (0.1 * rng.standard_normal(round(seconds * RATE_HZ))).astype(np.float32)
     soundfile.write(path.with_suffix(".wav"), samples, RATE_HZ, subtype="PCM_16")
     return path
 
 
 def decode_to_colour(path: Path) -> Tensor:
-    """(T, H, W, 3) uint8: every frame converted by itself, then stacked."""
+    """Decode (T, H, W, 3) uint8: every frame converted by itself, then stacked."""
     with av.open(path) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_rgb().to_ndarray() for frame in container.decode(video=0)]
@@ -73,7 +74,7 @@ def decode_to_colour(path: Path) -> Tensor:
 
 
 def released_lips(path: Path) -> Tensor:
-    """(T, 1, 88, 88): /255, centre crop, Grayscale, Normalize, each over all frames."""
+    """Make (T, 1, 88, 88): /255, centre crop, Grayscale, Normalize, each over all frames."""
     frames = decode_to_colour(path).permute(0, 3, 1, 2) / 255.0
     edge = (SIDE - CROP) // 2
     frames = frames[..., edge : edge + CROP, edge : edge + CROP]
@@ -83,23 +84,23 @@ def released_lips(path: Path) -> Tensor:
 
 
 def released_mel(path: Path, extractor: WhisperFeatureExtractor) -> Tensor:
-    """(80, 3000): the whole sound, and silence up to 30 seconds."""
+    """Make (80, 3000): the whole audio, and silence up to 30 seconds."""
     samples, rate_hz = soundfile.read(path, dtype="float32")
     return torch.from_numpy(extractor(samples, sampling_rate=rate_hz, return_tensors="np")["input_features"][0])
 
 
 def our_lips(path: Path) -> Tensor:
-    """As `mllm train` reads them, without augmentation."""
+    """Read lips as `mllm train` does, without augmentation."""
     return LipTransform(size=None, crop_size=CROP)(load_video(path, gray=True))[0]
 
 
 def our_mel(path: Path, extractor: WhisperFeatureExtractor) -> Tensor:
-    """As `mllm train` reads it."""
+    """Read audio as `mllm train` does."""
     return WhisperMel(extractor)(load_audio(path))[0]
 
 
 def check(gray: Path, colour: Path, extractor: WhisperFeatureExtractor) -> str:
-    """What the two ways differ by.
+    """Measure what the two ways differ by.
 
     Raises:
         SystemExit: mels that differ, or lips of a grey clip by more than rounding.
@@ -118,35 +119,37 @@ def check(gray: Path, colour: Path, extractor: WhisperFeatureExtractor) -> str:
 def measure(
     colour: Path, extractor: WhisperFeatureExtractor, repeats: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of every part, and of both together, released and ours."""
-    sound = colour.with_suffix(".wav")
+    """Time every part, and both together, released and ours, in seconds."""
+    audio = colour.with_suffix(".wav")
     runs = {
         "released lips": partial(released_lips, colour),
         "our lips": partial(our_lips, colour),
-        "released mel": partial(released_mel, sound, extractor),
-        "our mel": partial(our_mel, sound, extractor),
+        "released mel": partial(released_mel, audio, extractor),
+        "our mel": partial(our_mel, audio, extractor),
     }
     times = in_turns(unprepared(runs), repeats, torch.device("cpu"))
     parts = {part: (times[f"released {part}"], times[f"our {part}"]) for part in ("lips", "mel")}
-    before, after = ([math.fsum(own) for own in zip(*ways, strict=True)] for ways in zip(*parts.values(), strict=True))
+    before, after = (
+        [math.fsum(pair) for pair in zip(*ways, strict=True)] for ways in zip(*parts.values(), strict=True)
+    )
     return {**parts, "both": (before, after)}
 
 
 def main() -> None:
-    """Check, time, print."""
-    given = options(__doc__, 9, seconds=6)
+    """Check, time and print."""
+    arguments = options(__doc__, 9, seconds=6)
     extractor = WhisperFeatureExtractor()
     with tempfile.TemporaryDirectory() as name:
-        gray, colour = (write_clip(Path(name), given.seconds, colour=own) for own in (False, True))
+        gray, colour = (write_clip(Path(name), arguments.seconds, colour=is_colour) for is_colour in (False, True))
         differences = check(gray, colour, extractor)
-        times = measure(colour, extractor, given.repeats)
-    table = Table(f"clip of {given.seconds} s", "released ms", "ours ms", "times quicker", title=differences)
+        times = measure(colour, extractor, arguments.repeats)
+    table = Table(f"clip of {arguments.seconds} s", "released ms", "ours ms", "times quicker", title=differences)
     for name, (before, after) in times.items():
         table.add_row(name, milliseconds(before), milliseconds(after), ratio(before, after))
     Console(width=130).print(table)
     equal = f"mel equal bit for bit, lips within {MAX_GRAY_DIFFERENCE} of 255"
-    outcome = timed(f"input of a clip of {given.seconds} s", "Omni-AVSR's", *times["both"], check=equal, goal=GOAL)
-    append([outcome], given.results)
+    outcome = timed(f"input of a clip of {arguments.seconds} s", "Omni-AVSR's", *times["both"], check=equal, goal=GOAL)
+    append([outcome], arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What it saves to leave the silence of Whisper's window untransformed: time of a clip's log-mel features, both ways.
+"""Times a clip's log-mel features with and without the silence of Whisper's window transformed.
 
     python benchmarks/log_mel.py [--repeats 15] [--threads 1]
 
@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mllm.transforms.log_mel import whisper_log_mel
 
 SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 30.0)
-TOLD_SECONDS = 4.0
+OUTCOME_SECONDS = 4.0
 """The length whose ratio is handed on: about a sentence."""
 RATE_HZ = 16_000
 
 
 def main() -> int:
     """Compare, time, and print the table."""
-    given = options(__doc__, 15)
+    arguments = options(__doc__, 15)
     extractor = WhisperFeatureExtractor()
 
     def original(samples: np.ndarray) -> np.ndarray:
@@ -43,24 +43,24 @@ def main() -> int:
     def ours(samples: np.ndarray) -> np.ndarray:
         return whisper_log_mel(samples, extractor).numpy()
 
-    chance = np.random.default_rng(0)
-    clips = {s: (0.1 * chance.standard_normal(round(s * RATE_HZ))).astype(np.float32) for s in SECONDS}
+    rng = np.random.default_rng(0)
+    clips = {s: (0.1 * rng.standard_normal(round(s * RATE_HZ))).astype(np.float32) for s in SECONDS}
     console = Console(width=100)
     unequal = [seconds for seconds, clip in clips.items() if not np.array_equal(original(clip), ours(clip))]
     if unequal:
         console.print(f"not equal at {unequal} seconds")
         return 1
-    table = Table("seconds of sound", "transformers ms", "mllm ms", "times quicker", title="log-mel, equal bit for bit")
+    table = Table("seconds of audio", "transformers ms", "mllm ms", "times quicker", title="log-mel, equal bit for bit")
     outcomes = []
     for seconds, clip in clips.items():
         runs = {"transformers": partial(original, clip), "mllm": partial(ours, clip)}
-        before, after = in_turns(unprepared(runs), given.repeats, torch.device("cpu")).values()
+        before, after = in_turns(unprepared(runs), arguments.repeats, torch.device("cpu")).values()
         table.add_row(f"{seconds:g}", milliseconds(before), milliseconds(after), ratio(before, after))
-        if seconds == TOLD_SECONDS:
-            what = f"log-mel of {seconds:g} s of sound"
+        if seconds == OUTCOME_SECONDS:
+            what = f"log-mel of {seconds:g} s of audio"
             outcomes.append(timed(what, "transformers' extractor", before, after, check="equal bit for bit"))
     console.print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Forward and backward of a mixture of experts beside a layer: a loop over experts beside one dense product.
+"""Times a mixture of experts beside a layer, forward and backward: a loop over experts, and one dense product.
 
     python benchmarks/mixture_adapter.py [--repeats 7] [--threads 1] [--tokens 512]
 
@@ -26,17 +26,17 @@ BFLOAT16_GOAL = 2.5
 
 
 def build(dtype: torch.dtype, num_tokens: int) -> tuple[Mome, Tensor, Tensor]:
-    """The adapter, what goes in, and the gradient that comes back."""
+    """Build the adapter, what goes in, and the gradient that comes back."""
     torch.manual_seed(0)
     mome = Mome(HIDDEN_SIZE, num_experts=NUM_EXPERTS, num_shared=0, top_k=TOP_K, bottleneck=BOTTLENECK)
-    for own in (mome.up, mome.up_bias, mome.down_bias):  # zero at first
-        own.data.normal_(std=0.1)
+    for weight in (mome.up, mome.up_bias, mome.down_bias):  # zero at first
+        weight.data.normal_(std=0.1)
     hidden = torch.randn(1, num_tokens, HIDDEN_SIZE, dtype=dtype, requires_grad=True)
     return mome.to(dtype), hidden, torch.randn(1, num_tokens, HIDDEN_SIZE, dtype=dtype)
 
 
 def loop(mome: Mome, hidden: Tensor) -> Tensor:
-    """One expert after the other, each on the tokens that chose it."""
+    """Run one expert after the other, each on the tokens that chose it."""
     states = hidden[0]
     probabilities = functional.linear(states.float(), mome.router[0].float()).softmax(dim=-1)
     weights, index = probabilities.topk(TOP_K, dim=-1)
@@ -45,15 +45,15 @@ def loop(mome: Mome, hidden: Tensor) -> Tensor:
         mask = functional.one_hot(index, num_classes=NUM_EXPERTS).permute(2, 1, 0)
         hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
     for (expert,) in hit:
-        place, token = torch.where(mask[expert])
+        choice, token = torch.where(mask[expert])
         inner = functional.gelu(functional.linear(states[token], mome.down[expert], mome.down_bias[expert]))
-        given = functional.linear(inner, mome.up[expert], mome.up_bias[expert]) * weights[token, place, None]
-        out = out.index_add(0, token, given.to(out.dtype))
+        weighted = functional.linear(inner, mome.up[expert], mome.up_bias[expert]) * weights[token, choice, None]
+        out = out.index_add(0, token, weighted.to(out.dtype))
     return out[None]
 
 
 def step(way: str, mome: Mome, hidden: Tensor, upstream: Tensor) -> float:
-    """One forward and one backward pass; a number to compare."""
+    """Go forward and backward once; return a number to compare."""
     out = loop(mome, hidden) if way == "expert loop" else mome(hidden)
     hidden.grad = None
     out.backward(upstream)
@@ -61,39 +61,41 @@ def step(way: str, mome: Mome, hidden: Tensor, upstream: Tensor) -> float:
 
 
 def check(dtype: torch.dtype, num_tokens: int, rel: float) -> float:
-    """The largest relative difference of outputs and gradients.
+    """Measure the largest relative difference of outputs and gradients.
 
     Raises:
         SystemExit: it is more than `rel`.
     """
     mome, hidden, upstream = build(dtype, num_tokens)
-    found = []
+    results = []
     for way in (loop, Mome.__call__):
         mome.zero_grad()
         hidden.grad = None
         out = way(mome, hidden)
         out.backward(upstream)
-        found.append(
-            [out.detach(), *(own.grad.clone() for own in (hidden, *mome.parameters()) if own.grad is not None)]
+        results.append(
+            [out.detach(), *(one.grad.clone() for one in (hidden, *mome.parameters()) if one.grad is not None)]
         )
-    worst = max(float((ours - own).float().norm() / own.float().norm()) for own, ours in zip(*found, strict=True))
+    worst = max(
+        float((ours - theirs).float().norm() / theirs.float().norm()) for theirs, ours in zip(*results, strict=True)
+    )
     if worst > rel:
         raise SystemExit(f"FAILED: in {dtype} the two differ by {worst:.1e}")
     return worst
 
 
 def main() -> None:
-    """Check, measure, print."""
-    given = options(__doc__, 7, tokens=512)
+    """Check, measure and print."""
+    arguments = options(__doc__, 7, tokens=512)
     flops = {"expert loop": float(TOP_K), "dense": float(NUM_EXPERTS)}
     outcomes = []
     for dtype, rel, goal in ((torch.float32, 1e-5, None), (torch.bfloat16, 1e-2, BFLOAT16_GOAL)):
-        worst = check(dtype, given.tokens, rel)
-        parts = build(dtype, given.tokens)
+        worst = check(dtype, arguments.tokens, rel)
+        parts = build(dtype, arguments.tokens)
         runs = {way: partial(step, way, *parts) for way in flops}
-        seconds = alternate(parts[0], runs, given.repeats)
+        seconds = alternate(parts[0], runs, arguments.repeats)
         goals = {} if goal is None else {"dense": goal}
-        report(f"{dtype}, {given.tokens} tokens; equal within {worst:.1e}", seconds, flops, goals)
+        report(f"{dtype}, {arguments.tokens} tokens; equal within {worst:.1e}", seconds, flops, goals)
         outcomes.append(
             timed(
                 f"mixture of experts, forward and backward, {str(dtype).removeprefix('torch.')}",
@@ -105,7 +107,7 @@ def main() -> None:
                 goal=goal,
             )
         )
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

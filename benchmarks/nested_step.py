@@ -1,8 +1,9 @@
-"""A training step at eight nested budgets of an image: eight passes as MQT-LLaVA runs them beside one packed pass.
+"""Times a training step at eight nested budgets of an image: eight passes as MQT-LLaVA runs them beside one packed
+pass.
 
     python benchmarks/nested_step.py [--repeats 5] [--threads 1]
 
-MQT-LLaVA (gordonhu608/MQT-LLaVA @92c35d0) trains one drawn budget per step (llava/model/multimodal_projector/
+MQT-LLaVA (gordonhu608/MQT-LLaVA @92c35d0) trains one sampled budget per step (llava/model/multimodal_projector/
 builder.py:58-60). `8 passes` runs that step once per budget, each with CLIP, the first m queries over keys that are
 positions (builder.py:200-204), an LLM pass of its own, logits of every position in float32, and a backward pass.
 `8 passes, encoded once` is the same without running CLIP again, which the released code does not do.
@@ -44,7 +45,7 @@ GOAL = 1.9
 
 
 def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
-    """The model of the head of this file and its one sample."""
+    """Build the model of the head of this file and its one sample."""
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -65,7 +66,7 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
 def mqt_passes(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, *, encode_once: bool
 ) -> float:
-    """A forward and a backward pass per budget."""
+    """Go forward and backward once per budget."""
     total = 0.0
     known = encode(model, batch) if encode_once else None
     for budget, count in zip(BUDGETS, COUNTS, strict=True):
@@ -87,26 +88,26 @@ def mqt_passes(
 
 @torch.no_grad()
 def encode(model: ElasticForConditionalGeneration, batch: Batch) -> Tensor:
-    """CLIP."""
+    """Run CLIP."""
     return model.model.tower("image")(batch.values["pixel_values"])
 
 
 def resampled(model: ElasticForConditionalGeneration, features: Tensor, count: int) -> Tensor:
-    """The first queries, and no others, over all features."""
-    own = model.model.compressors["image"]
-    assert isinstance(own, Query)
-    states, positions = own.kv_proj(features), own.key_positions()
-    query = own.ln_q((own.query + own.pos_embed)[:count])
-    return own.attn(query[None], own.ln_k(positions)[None], own.ln_v(states)) @ own.proj
+    """Run the first queries, and no others, over all features."""
+    compressor = model.model.compressors["image"]
+    assert isinstance(compressor, Query)
+    states, positions = compressor.kv_proj(features), compressor.key_positions()
+    query = compressor.ln_q((compressor.query + compressor.pos_embed)[:count])
+    return compressor.attn(query[None], compressor.ln_k(positions)[None], compressor.ln_v(states)) @ compressor.proj
 
 
 def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
-    """FLOPs by the model of costs: what is frozen goes forward, or forward and back; the compressor learns."""
+    """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; the compressor learns."""
     config = model.config
-    own = config.media["image"]
-    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 256), own)
+    medium = config.media["image"]
+    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 256), medium)
     # In training nothing is folded, and keys that are never folded cost what position keys cost unfolded.
-    unfolded = {**own, "keys": "content"}
+    unfolded = {**medium, "keys": "content"}
     learned = [3 * compressor_flops(unfolded, Item("image", 576, n), in_size=256, out_size=512) for n in COUNTS]
     lengths = [len(batch.rows[0].ids) - 1 + count for count in COUNTS]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
@@ -122,8 +123,8 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
 
 
 def main() -> None:
-    """Check, measure, print."""
-    given = options(__doc__, 5)
+    """Check, measure and print."""
+    arguments = options(__doc__, 5)
     model, processor, batch = example()
     runs = {
         "8 passes": partial(mqt_passes, model, processor, batch, encode_once=False),
@@ -137,7 +138,9 @@ def main() -> None:
             ("8 passes, encoded once", "8 passes, encoded once", None),
         )
     ]
-    compare_steps(model, runs, given, title=f"budgets {COUNTS}", flops=predicted(model, processor, batch), pairs=pairs)
+    compare_steps(
+        model, runs, arguments, title=f"budgets {COUNTS}", flops=predicted(model, processor, batch), pairs=pairs
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks found beside their goals: handed on as lines of JSON, and shown in one table."""
+"""Hands on what benchmarks measured beside their goals, as lines of JSON, and shows all in one table."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ COLUMNS = ("what", "against", "ratio", "middle half", "FLOP model", "check", "go
 
 @dataclass(frozen=True)
 class Outcome:
-    """One ratio, of two ways that were found to give the same.
+    """One ratio, of two ways that were checked to give the same.
 
     `low` and `high` are the middle half of the ratios of single turns; what is counted, not timed, has none.
     `predicted` is the ratio of FLOPs. With `at_most` the goal is an upper limit and the ratio one of a load to its
@@ -34,13 +34,13 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is met; nothing where there is none."""
+        """Whether the goal is met; empty where there is none."""
         if self.goal is None:
             return ""
         return "met" if (self.ratio <= self.goal if self.at_most else self.ratio >= self.goal) else "missed"
 
     def cells(self) -> list[str]:
-        """What stands in each of `COLUMNS`."""
+        """List what stands in each of `COLUMNS`."""
         half = "counted" if self.low is None or self.high is None else f"{self.low:.2f}-{self.high:.2f}"
         # Loads are compared to a limit that is a few hundredths from an even one.
         ratio = f"{self.ratio:.3f}" if self.at_most else f"{self.ratio:.2f}x"
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def goal_text(goal: float | None, at_most: bool = False) -> str:
-    """A goal as tables show it."""
+    """Write a goal as tables show it."""
     if goal is None:
         return "-"
     return f"<= {goal:.2f}" if at_most else f">= {goal:.2f}x"
@@ -66,41 +66,41 @@ def timed(
     predicted: float | None = None,
     goal: float | None = None,
 ) -> Outcome:
-    """The outcome of two ways that were timed in turns."""
+    """Make the outcome of two ways that were timed in turns."""
     low, _, high = middle_half([a / b for a, b in zip(slow, fast, strict=True)])
     return Outcome(what, against, ratio_of(slow, fast), check, low, high, predicted, goal)
 
 
 def in_float32(check: str, dtype: str) -> str:
-    """A check that other dtypes are not held to."""
+    """Word a check that other dtypes are not held to."""
     return check if dtype == "float32" else f"none in {dtype}"
 
 
 def append(outcomes: Sequence[Outcome], path: Path | None) -> None:
-    """Hand outcomes on, where a file was asked for."""
+    """Hand outcomes on, where a file was named."""
     if path is None:
         return
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(own)) + "\n" for own in outcomes)
+        file.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
 
 
 def read(path: Path) -> list[Outcome]:
-    """What benchmarks appended; nothing when none has."""
+    """Read what benchmarks appended; an empty list when none has."""
     if not path.exists():
         return []
     return [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
-    """All outcomes, for the terminal."""
+    """Tabulate all outcomes for the terminal."""
     table = Table(title="goals", title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="right" if name in ("ratio", "middle half", "FLOP model", "goal") else "left")
-    for own in outcomes:
-        table.add_row(*own.cells())
+    for outcome in outcomes:
+        table.add_row(*outcome.cells())
     return table
 
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
-    """All outcomes, as a table of a Markdown page."""
+    """Tabulate all outcomes for a Markdown page."""
     return markdown_table(COLUMNS, [outcome.cells() for outcome in outcomes], of_numbers=False) + "\n"

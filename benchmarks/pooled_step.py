@@ -1,4 +1,4 @@
-"""A training step at all five scales of a pooled image: the released M3 loop beside one packed pass.
+"""Times a training step at all five scales of a pooled image: the released M3 loop beside one packed pass.
 
     python benchmarks/pooled_step.py [--repeats 5] [--threads 1]
 
@@ -47,7 +47,7 @@ GOALS = {"packed": 1.6}
 
 
 def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
-    """The model of the head of this file, `text` changed in its LLM's config, and its one sample."""
+    """Build the model of the head of this file, `text` changed in its LLM's config, and its one sample."""
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -66,7 +66,7 @@ def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProces
 
 
 def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> float:
-    """Forward passes of all scales, then one backward."""
+    """Go forward at all scales, then backward once."""
     losses, all_logits = [], []
     for budget, scale in zip(BUDGETS, SCALES, strict=True):
         expanded = processor.expand(batch, [[budget]], left_padding=False)
@@ -88,7 +88,7 @@ def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor,
 
 
 def pooled_features(model: ElasticForConditionalGeneration, pixels: Tensor, scale: int) -> Tensor:
-    """CLIP, the projector, and the mean over equal squares of the grid."""
+    """Run CLIP and the projector, and average over equal squares of the grid."""
     with torch.no_grad():
         features = model.model.tower("image")(pixels)
     compressor: Any = model.model.compressors["image"]
@@ -99,11 +99,11 @@ def pooled_features(model: ElasticForConditionalGeneration, pixels: Tensor, scal
 
 
 def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
-    """FLOPs by the model of costs: what is frozen goes forward, or forward and back; the projector learns."""
+    """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; the projector learns."""
     config = model.config
-    own = config.media["image"]
-    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), own)
-    projector = compressor_flops(own, Item("image", 576, 1), in_size=256, out_size=512)
+    medium = config.media["image"]
+    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), medium)
+    projector = compressor_flops(medium, Item("image", 576, 1), in_size=256, out_size=512)
     lengths = [len(batch.rows[0].ids) - 1 + scale for scale in SCALES]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
     lesson = make_lesson(batch, fixed_passes(batch.rows, BUDGETS), processor, packed=True)
@@ -121,8 +121,8 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
 
 
 def main() -> None:
-    """Check, measure, print."""
-    given = options(__doc__, 5)
+    """Check, measure and print."""
+    arguments = options(__doc__, 5)
     model, processor, batch = example()
     runs = {
         "M3 loop": partial(m3_step, model, processor, batch),
@@ -134,7 +134,7 @@ def main() -> None:
         for way in ("packed", "memory low")
     ]
     compare_steps(
-        model, runs, given, title=f"step at scales {SCALES}", flops=predicted(model, processor, batch), pairs=pairs
+        model, runs, arguments, title=f"step at scales {SCALES}", flops=predicted(model, processor, batch), pairs=pairs
     )
 
 

@@ -1,4 +1,4 @@
-"""What the training benchmarks share: a small model, equal gradients, interleaved times and one table.
+"""Holds what the training benchmarks share: a small model, equal gradients, interleaved times and one table.
 
 Not run by itself. Baselines are written on the weights of the same model, so that losses and gradients can be compared.
 """
@@ -36,17 +36,17 @@ from mllm.training.budget_rows import Pass, by_draw, fixed_passes, make_lesson, 
 from mllm.training.loss import Loss
 from mllm.training.step import frozen_features, run_lesson
 
-HEAD_SHARE_VOCABULARY = 6568
-"""At which the head of the LLM below is 21 % of the FLOPs of a token, as in Llama-3.2-1B."""
+HEAD_FRACTION_VOCABULARY = 6568
+"""Words at which the head of the LLM below is 21 % of the FLOPs of a token, as in Llama-3.2-1B."""
 TOKENIZER = build_tokenizer()
 CPU = torch.device("cpu")
 WORD = "the"
 
 
 def llm_config(**changes: Any) -> LlamaConfig:
-    """A Llama of 4 layers, 512 wide."""
-    own = {
-        "vocab_size": HEAD_SHARE_VOCABULARY,
+    """Configure a Llama of 4 layers, 512 wide."""
+    sizes = {
+        "vocab_size": HEAD_FRACTION_VOCABULARY,
         "hidden_size": 512,
         "intermediate_size": 1376,
         "num_hidden_layers": 4,
@@ -57,13 +57,13 @@ def llm_config(**changes: Any) -> LlamaConfig:
         "pad_token_id": TOKENIZER.pad_token_id,
         "eos_token_id": TOKENIZER.eos_token_id,
     }
-    return LlamaConfig(**{**own, **changes})
+    return LlamaConfig(**{**sizes, **changes})
 
 
 def build(
     settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig], **text: Any
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """A model with random weights, its adapter in place, and its processor."""
+    """Build a model with random weights, its adapter in place, and its processor."""
     ids = TOKENIZER.convert_tokens_to_ids
     torch.manual_seed(0)
     model = ElasticForConditionalGeneration(
@@ -75,16 +75,16 @@ def build(
         )
     )
     put_adapters(model)
-    for name, own in model.named_parameters():
+    for name, weight in model.named_parameters():
         if ".lora_B" in name:  # zero at first, so that the gradient of lora_A would be too
-            own.data.normal_(std=0.02)
+            weight.data.normal_(std=0.02)
     set_trainables(model)
     enable_packing(model.model.language_model)
     return model.train(), build_processor(settings, encoders)
 
 
 def build_processor(settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig]) -> ElasticProcessor:
-    """The processor of such a model, which needs no weights."""
+    """Build the processor of such a model, which needs no weights."""
     media = {
         medium: {
             "encoder": config.to_dict(),
@@ -99,32 +99,34 @@ def build_processor(settings: ModelConfig, encoders: Mapping[str, PreTrainedConf
 
 
 def words(count: int) -> str:
-    """A text of so many tokens."""
+    """Write a text of so many tokens."""
     return " ".join([WORD] * count)
 
 
 def rows_of(processor: ElasticProcessor, rows: Sequence[tuple[Sequence[str | LoadedMedia], str]]) -> Batch:
-    """A training batch of (user parts, answer)."""
+    """Make a training batch of (user parts, answer)."""
     samples, media = [], []
     for number, (parts, answer) in enumerate(rows):
-        asked = tuple(Text(own) if isinstance(own, str) else Media(cast(Medium, own.medium), "none") for own in parts)
-        messages = (Message("user", asked), Message("assistant", (Text(answer),)))
+        prompt = tuple(
+            Text(part) if isinstance(part, str) else Media(cast(Medium, part.medium), "none") for part in parts
+        )
+        messages = (Message("user", prompt), Message("assistant", (Text(answer),)))
         samples.append(Sample(f"row{number}", messages, task="benchmark"))
-        media.append([own for own in parts if isinstance(own, LoadedMedia)])
+        media.append([part for part in parts if isinstance(part, LoadedMedia)])
     return processor.batch(samples, media, for_training=True)
 
 
 def packed_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
-    """One forward and backward over all budgets, from the rows of a batch on; returns the loss."""
+    """Go forward and backward once over all budgets, from the rows of a batch on; return the loss."""
     return _learn(model, processor, batch, [fixed_passes(batch.rows, budgets)])
 
 
 def low_memory_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
-    """One forward and backward per budget on the same features; returns the loss."""
+    """Go forward and backward once per budget on the same features; return the loss."""
     return _learn(model, processor, batch, by_draw(fixed_passes(batch.rows, budgets)))
 
 
@@ -144,10 +146,11 @@ def _learn(
 
 
 def packed_llm_flops(config: Any, plan: SegmentPlan, *, num_logits: int) -> int:
-    """What the FLOP model says about the LLM's forward pass over a packed row."""
+    """Count by the FLOP model the LLM's forward pass over a packed row."""
     text, adapter = config.text_config, config.adapter
     body = sum(
-        llm_flops(text, num_tokens=own.length, past_tokens=own.num_visible, adapter=adapter) for own in plan.segments
+        llm_flops(text, num_tokens=segment.length, past_tokens=segment.num_visible, adapter=adapter)
+        for segment in plan.segments
     )
     return body + llm_flops(text, num_tokens=0, num_logits=num_logits)
 
@@ -155,7 +158,7 @@ def packed_llm_flops(config: Any, plan: SegmentPlan, *, num_logits: int) -> int:
 def check_equal(
     model: nn.Module, runs: Mapping[str, Callable[[], float]], *, loss_rel: float = 1e-5, gradient_rel: float = 1e-5
 ) -> float:
-    """The largest relative difference of any gradient to that of the first run.
+    """Measure the largest relative difference of any gradient to that of the first run.
 
     Raises:
         SystemExit: a loss or a gradient that differs by more.
@@ -164,21 +167,21 @@ def check_equal(
     for name, run in runs.items():
         model.zero_grad(set_to_none=True)
         losses[name] = run()
-        found = {key: own.grad.clone() for key, own in model.named_parameters() if own.grad is not None}
-        gradients[name] = {key: own for key, own in found.items() if own.any()}
+        every = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
+        gradients[name] = {key: gradient for key, gradient in every.items() if gradient.any()}
     model.zero_grad(set_to_none=True)
     first, *others = runs
-    largest = max(own.norm() for own in gradients[first].values())
+    largest = max(gradient.norm() for gradient in gradients[first].values())
     worst = 0.0
     for name in others:
         if abs(losses[name] - losses[first]) > loss_rel * abs(losses[first]):
             raise SystemExit(f"FAILED: the loss of {name} is {losses[name]}, that of {first} {losses[first]}")
         for key in gradients[first].keys() | gradients[name].keys():
             missing = torch.zeros(())
-            own, wanted = gradients[name].get(key, missing), gradients[first].get(key, missing)
-            if wanted.norm() < 1e-6 * largest and own.norm() < 1e-6 * largest:
+            gradient, wanted = gradients[name].get(key, missing), gradients[first].get(key, missing)
+            if wanted.norm() < 1e-6 * largest and gradient.norm() < 1e-6 * largest:
                 continue  # rounding in both
-            difference = float((own - wanted).norm() / wanted.norm())
+            difference = float((gradient - wanted).norm() / wanted.norm())
             if difference > gradient_rel:
                 raise SystemExit(f"FAILED: the gradient of {key} by {name} differs by {difference:.1e}")
             worst = max(worst, difference)
@@ -186,12 +189,12 @@ def check_equal(
 
 
 def alternate(model: nn.Module, runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of every run, in turns, each on a model without gradients."""
+    """Measure the CPU seconds of every run, in turns, each on a model without gradients."""
     return in_turns(unprepared(runs), repeats, CPU, prepare=lambda: model.zero_grad(set_to_none=True))
 
 
 def saved_megabytes(run: Callable[[], object], left_out: set[int]) -> float:
-    """Most megabytes that autograd keeps for backward passes at one time, every storage counted once.
+    """Measure the most megabytes that autograd keeps for backward passes at one time, every storage counted once.
 
     Args:
         left_out: addresses of storages that are not counted.
@@ -200,7 +203,7 @@ def saved_megabytes(run: Callable[[], object], left_out: set[int]) -> float:
     counts: dict[int, int] = {}
     most = 0
 
-    class Kept:
+    class Saved:
         def __init__(self, tensor: Tensor) -> None:
             nonlocal most
             self.tensor = tensor
@@ -214,7 +217,7 @@ def saved_megabytes(run: Callable[[], object], left_out: set[int]) -> float:
             if not counts[self.address]:
                 del counts[self.address], alive[self.address]
 
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         run()
     return most / 1e6
 
@@ -225,17 +228,17 @@ def report(title: str, seconds: Mapping[str, list[float]], predicted: Mapping[st
     for name in ("step", "CPU s, median (middle half)", "ratio", "spread of the ratio", "FLOP model", "goal"):
         table.add_column(name, justify="left" if name == "step" else "right")
     first = next(iter(seconds))
-    for name, own in seconds.items():
-        ratios = [before / after for before, after in zip(seconds[first], own, strict=True)]
-        ratio, flops = ratio_of(seconds[first], own), predicted[first] / predicted[name]
+    for name, times in seconds.items():
+        ratios = [before / after for before, after in zip(seconds[first], times, strict=True)]
+        ratio, flops = ratio_of(seconds[first], times), predicted[first] / predicted[name]
         goal = goal_text(goals.get(name))
-        table.add_row(name, spread(own, digits=2), f"{ratio:.2f}x", spread(ratios, digits=2), f"{flops:.2f}x", goal)
+        table.add_row(name, spread(times, digits=2), f"{ratio:.2f}x", spread(ratios, digits=2), f"{flops:.2f}x", goal)
     Console(width=140).print(table)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A way of a step beside another, by their names in the runs: a row of the table of goals."""
+    """One way of a step beside another, by their names in the runs: a row of the table of goals."""
 
     what: str
     way: str
@@ -247,7 +250,7 @@ class Compared:
 def compare_steps(
     model: nn.Module,
     runs: Mapping[str, Callable[[], float]],
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
     *,
     title: str,
     flops: Mapping[str, float],
@@ -256,25 +259,25 @@ def compare_steps(
     """Check that steps are equal, time them in turns, show both, and hand outcomes on.
 
     Args:
-        given: the options of a benchmark. flops: what the FLOP model says, by run.
+        arguments: the options of a benchmark. flops: what the FLOP model says, by run.
 
     Raises:
         SystemExit: a loss or a gradient differs.
     """
     worst = check_equal(model, runs)
-    seconds = alternate(model, runs, given.repeats)
-    goals = {own.way: own.goal for own in pairs if own.goal is not None}
-    report(f"{title}, {given.threads} threads; losses equal, gradients within {worst:.1e}", seconds, flops, goals)
+    seconds = alternate(model, runs, arguments.repeats)
+    goals = {pair.way: pair.goal for pair in pairs if pair.goal is not None}
+    report(f"{title}, {arguments.threads} threads; losses equal, gradients within {worst:.1e}", seconds, flops, goals)
     outcomes = [
         timed(
-            own.what,
-            own.against,
-            seconds[own.baseline],
-            seconds[own.way],
+            pair.what,
+            pair.against,
+            seconds[pair.baseline],
+            seconds[pair.way],
             check=f"losses equal, gradients within {worst:.0e}",
-            predicted=flops[own.baseline] / flops[own.way],
-            goal=own.goal,
+            predicted=flops[pair.baseline] / flops[pair.way],
+            goal=pair.goal,
         )
-        for own in pairs
+        for pair in pairs
     ]
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)

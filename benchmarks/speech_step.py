@@ -1,11 +1,11 @@
-"""A training step on one clip with three tasks, by sound, by lips and by both: Omni-AVSR's beside one packed pass.
+"""Times a training step on one clip with three tasks, by audio, video and both: Omni-AVSR's beside one packed pass.
 
     python benchmarks/speech_step.py [--repeats 5] [--threads 1]
 
 The baseline does what umbertocappellazzo/Omni-AVSR @7de6be2 does, on the weights of the same model: both encoders once,
 Whisper on its full window of 30 seconds (modeling_OmniAVSR.py:528-537), one rate per medium (:474, :549), then one LLM
 pass per task (:268-303) with logits of every position in float32 (Llama_LoRA.py:372-386), and one backward pass of the
-mean of the weighted losses (lightning_OmniAVSR.py:161-162). Turning sound into log-mel features on the main thread,
+mean of the weighted losses (lightning_OmniAVSR.py:161-162). Turning audio into log-mel features on the main thread,
 which it does too, is left out of both. `packed, cached` has the encoders' features already, as `data.features` keeps
 them; Omni-AVSR has no such thing.
 
@@ -53,11 +53,11 @@ GOALS = {"packed": 1.15, "packed, cached": 2.2}
 
 
 def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
-    """The model of the head of this file, and three rows that show the same clip."""
+    """Build the model of the head of this file, and three rows that show the same clip."""
     whisper = WhisperConfig(
         d_model=256, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=1024, decoder_layers=1
     )
-    lips = AVHubertConfig(
+    av_hubert = AVHubertConfig(
         hidden_size=256,
         num_hidden_layers=5,
         num_attention_heads=4,
@@ -68,24 +68,25 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
     video = MediumConfig(encoder="random", budgets=["/2", "/5"], per_budget_projector=True)
     lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
     settings = ModelConfig(llm="random", chat_format="plain", audio=audio, video=video, adapter=lora)
-    model, processor = build(settings, {"audio": whisper, "video": lips})
+    model, processor = build(settings, {"audio": whisper, "video": av_hubert})
     generator = torch.Generator().manual_seed(1)
-    sound = LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)
+    log_mel = LoadedMedia("audio", torch.randn(80, 3000, generator=generator), SECONDS * 16_000)
     frames = LoadedMedia("video", torch.randn(SECONDS * 25, 1, 88, 88, generator=generator), SECONDS * 25)
-    asked, answer = words(8), words(28)
-    batch = rows_of(processor, [([sound, asked], answer), ([frames, asked], answer), ([sound, frames, asked], answer)])
+    prompt, answer = words(8), words(28)
+    tasks = [([log_mel, prompt], answer), ([frames, prompt], answer), ([log_mel, frames, prompt], answer)]
+    batch = rows_of(processor, tasks)
     rows = [replace(row, task=task) for row, task in zip(batch.rows, WEIGHTS, strict=True)]
     return model, processor, replace(batch, rows=rows)
 
 
 def omni_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> float:
-    """One pass per task, then one backward."""
+    """Go forward once per task, then backward once."""
     soft = {medium: projected(model, batch, medium) for medium in RATES}
     losses = []
     for row in batch.rows:
         expanded = processor.expand(Batch([row], batch.values), [[BUDGET]], left_padding=False)
         ids = expanded.inputs["input_ids"]
-        masks = {medium: ids == own for medium, own in processor.placeholder_ids.items()}
+        masks = {medium: ids == placeholder for medium, placeholder in processor.placeholder_ids.items()}
         embeds = model.get_input_embeddings()(ids.masked_fill(masks["audio"] | masks["video"], 0))
         for medium, mask in masks.items():
             if mask.any():
@@ -100,18 +101,18 @@ def omni_step(model: ElasticForConditionalGeneration, processor: ElasticProcesso
 
 
 def projected(model: ElasticForConditionalGeneration, batch: Batch, medium: str) -> Tensor:
-    """The encoder, the mean over windows, and the projector of the rate."""
+    """Run the encoder, the mean over windows, and the projector of the rate."""
     with torch.no_grad():
         features = model.model.encode(medium, batch.values[f"{medium}_values"], batch.values[f"{medium}_lengths"])
-    kept = features.values[:, : int(features.lengths[0])]
-    pooled = functional.avg_pool1d(kept.transpose(1, 2), RATES[medium], RATES[medium]).transpose(1, 2)
+    spoken = features.values[:, : int(features.lengths[0])]
+    pooled = functional.avg_pool1d(spoken.transpose(1, 2), RATES[medium], RATES[medium]).transpose(1, 2)
     compressor: Any = model.model.compressors[medium]
     bank = compressor.projectors
     return bank[bank.budgets.index(RATES[medium])](pooled)
 
 
 def lesson_of(processor: ElasticProcessor, batch: Batch) -> Lesson:
-    """All three tasks in one row."""
+    """Pack all three tasks into one row."""
     passes = fixed_passes(batch.rows, [BUDGET])
     weighted = [replace(own, weight=WEIGHTS[batch.rows[own.row].task]) for own in passes]
     return make_lesson(batch, weighted, processor, packed=True)
@@ -123,20 +124,20 @@ def packed(
     batch: Batch,
     features: Mapping[str, Features] | None,
 ) -> float:
-    """One forward and one backward pass."""
-    given = {"config": model.config, "device": CPU, "features": features}
-    loss = run_lesson(model, lesson_of(processor, batch), num_targets(batch.rows), **given)[0].total
+    """Go forward and backward once."""
+    options = {"config": model.config, "device": CPU, "features": features}
+    loss = run_lesson(model, lesson_of(processor, batch), num_targets(batch.rows), **options)[0].total
     loss.backward()
     return loss.item()
 
 
 def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
-    """FLOPs by the model of costs: what is frozen goes forward, or forward and back; projectors learn."""
+    """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; projectors learn."""
     config, lesson = model.config, lesson_of(processor, batch)
     assert lesson.plan is not None
     items = {"audio": Item("audio", 300, 75), "video": Item("video", 150, 75, 88, 88)}
-    encoders = sum(encoder_flops(config.encoder_configs[m], own, config.media[m]) for m, own in items.items())
-    projectors = sum(compressor_flops(config.media[m], own, in_size=256, out_size=512) for m, own in items.items())
+    encoders = sum(encoder_flops(config.encoder_configs[m], item, config.media[m]) for m, item in items.items())
+    projectors = sum(compressor_flops(config.media[m], item, in_size=256, out_size=512) for m, item in items.items())
     lengths = [len(row.ids) + 74 * len(row.runs) for row in batch.rows]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
     ours = 2 * packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions)) + 3 * projectors
@@ -148,8 +149,8 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
 
 
 def main() -> None:
-    """Check, measure, print."""
-    given = options(__doc__, 5)
+    """Check, measure and print."""
+    arguments = options(__doc__, 5)
     model, processor, batch = example()
     features = frozen_features(model, batch, CPU)
     runs = {
@@ -164,7 +165,7 @@ def main() -> None:
     compare_steps(
         model,
         runs,
-        given,
+        arguments,
         title=f"three tasks of a clip of {SECONDS} s",
         flops=predicted(model, processor, batch),
         pairs=pairs,

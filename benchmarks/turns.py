@@ -1,4 +1,4 @@
-"""Runs timed in turns in one process, and the options that all benchmarks take, for the benchmarks beside it."""
+"""Times runs in turns in one process, and reads the options that all benchmarks take."""
 
 import argparse
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """One timed run: CPU seconds of this process, or wall seconds until the GPU is done."""
+    """Time one run: CPU seconds of this process, or wall seconds until the GPU is done."""
     if device.type == "cpu":
         start = time.process_time()
         run()
@@ -29,7 +29,7 @@ def in_turns(
     device: torch.device,
     prepare: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every run, each after a `prepare` that is not timed and whose result it is given.
+    """Time every run, each after a `prepare` that is not timed and whose result it is given.
 
     The order turns round each time; a first round that does not count warms up.
     """
@@ -44,34 +44,34 @@ def in_turns(
 
 
 def unprepared(runs: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[Any], object]]:
-    """Runs that take nothing from a `prepare`, for `in_turns`."""
+    """Wrap runs that take nothing from a `prepare`, for `in_turns`."""
     return {name: lambda _, run=run: run() for name, run in runs.items()}
 
 
 def middle_half(values: Sequence[float]) -> tuple[float, float, float]:
-    """Where a quarter, half and three quarters of the values are below."""
+    """Compute where a quarter, half and three quarters of the values are below."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
 
 def spread(values: Sequence[float], *, digits: int = 3) -> str:
-    """Median and middle half."""
+    """Write the median and the middle half."""
     low, middle, high = middle_half(values)
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def milliseconds(seconds: Sequence[float], *, digits: int = 2) -> str:
-    """Median and middle half of seconds, in milliseconds."""
+    """Write the median and the middle half of seconds, in milliseconds."""
     return spread([1000 * value for value in seconds], digits=digits)
 
 
 def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Ratio of the medians."""
+    """Compute the ratio of the medians."""
     return statistics.median(slow) / statistics.median(fast)
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
-    """Ratio of the medians, and the middle half of the ratios of each turn."""
+    """Write the ratio of the medians, and the middle half of the ratios of each turn."""
     low, _, high = middle_half([a / b for a, b in zip(slow, fast, strict=True)])
     return f"{ratio_of(slow, fast):.2f} ({low:.2f}-{high:.2f})"
 
@@ -79,10 +79,10 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
 def options(
     doc: str | None, repeats: int | None, *, with_device: bool = False, **counts: int | Sequence[int]
 ) -> argparse.Namespace:
-    """What benchmarks take on the command line; sets the number of threads.
+    """Read what benchmarks take on the command line, and set the number of threads.
 
     Args:
-        repeats: times that count, by default, at least 2; None where nothing is timed, and what is given is ignored.
+        repeats: times that count, by default, at least 2; None where nothing is timed, and the option is ignored.
         counts: further whole numbers, or lists of them, by name, with their defaults.
         with_device: also take a device and a dtype.
     """
@@ -95,8 +95,8 @@ def options(
     if with_device:
         parser.add_argument("--device", default="cpu")
         parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args()
-    if given.repeats is not None and given.repeats < 2:
-        parser.error(f"--repeats is {given.repeats}; a middle half needs at least 2")
-    torch.set_num_threads(given.threads)
-    return given
+    arguments = parser.parse_args()
+    if arguments.repeats is not None and arguments.repeats < 2:
+        parser.error(f"--repeats is {arguments.repeats}; a middle half needs at least 2")
+    torch.set_num_threads(arguments.threads)
+    return arguments

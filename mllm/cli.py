@@ -1,7 +1,6 @@
-"""The command line: finds the verb, reads its settings, runs it, and says in one line what a user did wrong, or in a
-line for each place of the data.
+"""Runs the command line: finds the command, reads its settings, runs it, and says in one line what a user did wrong.
 
-Knows the verbs by name. Loads only the file of the verb that is asked for, so that `--help` is quick.
+Knows the commands by name. Loads only the file of the command that is asked for, so that `--help` is quick.
 
 Exit codes: 0 done, 1 done but something needs attention (failed samples, a bad manifest, a broken installation),
 2 refused, 130 interrupted.
@@ -39,7 +38,7 @@ VERBS = {
     "prepare lips": "mllm.commands.prepare_lips",
     "init": "mllm.commands.init",
     "doctor": "mllm.commands.doctor",
-    "world pretrain": "mllm.commands.world_pretrain",
+    "synthetic pretrain": "mllm.commands.synthetic_pretrain",
 }
 DEBUG = "--debug"
 
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
-    """What `mllm WORDS` would run, and the settings it would run with.
+    """Find out what `mllm WORDS` would run, and the settings it would run with.
 
     Raises:
         ValueError: no such command, unknown options, values that are refused; the nearest valid name is told.
@@ -96,7 +95,7 @@ def parse(words: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
 
 
 def find_verb(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb at the beginning, of one word or two, and what follows it.
+    """Find the command at the beginning, of one word or two, and return what follows it.
 
     Raises:
         ValueError: no verb; the nearest is named.
@@ -112,7 +111,7 @@ def find_verb(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def usage() -> str:
-    """What `mllm --help` says."""
+    """Write what `mllm --help` says."""
     width = max(map(len, VERBS)) + 2
     lines = [f"  {verb:<{width}}{import_module(module).SUMMARY}" for verb, module in VERBS.items()]
     head = ["usage: mllm COMMAND [options]", "", "Multimodal LLMs with an elastic token budget.", "", "commands:"]
@@ -121,7 +120,7 @@ def usage() -> str:
 
 
 def _set_up_logging(*, debug: bool) -> None:
-    """Own messages to the terminal, on the first process only; those of transformers when they are errors."""
+    """Send our messages to the terminal, on the first process only; those of transformers when they are errors."""
     is_first = os.environ.get("RANK", "0") == "0"
     level = logging.DEBUG if debug else logging.INFO if is_first else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

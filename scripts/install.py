@@ -1,4 +1,4 @@
-"""Fill the Python that runs this with the locked versions of a file, a torch that fits the machine, and mllm.
+"""Fills the Python that runs this with the locked versions of a file, a torch that fits the machine, and mllm.
 
     .venv/bin/python scripts/install.py requirements/dev.txt
     .venv/bin/python scripts/install.py --torch cpu requirements/demo.txt
@@ -112,10 +112,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("--torch", choices=("auto", "cpu", "cuda"), default="auto", help="which build of torch")
     parser.add_argument("--no-project", action="store_true", help="leave mllm itself out")
     parser.add_argument("--no-check", action="store_true", help="let a file leave out what its packages require")
-    told = parser.parse_args(words)
+    options = parser.parse_args(words)
     try:
-        files = [file.resolve() for file in told.files]
-        install(files, torch=told.torch, project=not told.no_project, check=not told.no_check)
+        files = [file.resolve() for file in options.files]
+        install(files, torch=options.torch, project=not options.no_project, check=not options.no_check)
     except InstallError as error:
         say(f"failed: {error}")
         return 1

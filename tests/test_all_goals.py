@@ -74,8 +74,8 @@ def test_a_goal_is_met_on_its_side_and_exactly() -> None:
 
 
 def test_the_ratio_of_times_is_that_of_medians() -> None:
-    own = outcomes.timed("a", "b", [2.0, 4.0, 9.0], [1.0, 2.0, 3.0], check="equal", goal=2.0)
-    assert (own.ratio, own.low, own.high, own.verdict) == (2.0, 2.0, 2.5, "met")
+    outcome = outcomes.timed("a", "b", [2.0, 4.0, 9.0], [1.0, 2.0, 3.0], check="equal", goal=2.0)
+    assert (outcome.ratio, outcome.low, outcome.high, outcome.verdict) == (2.0, 2.0, 2.5, "met")
 
 
 def test_a_failing_benchmark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import soundfile
 import tiny
 import torch
 
-from mllm.cli import VERBS, main, parse
+from mllm.cli import VERBS, main, parse, usage
 from mllm.commands.options import nearest, parse_settings, plain_message
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.utils.environment import Finding, Report
@@ -193,7 +193,7 @@ def test_settings_are_checked_where_asserts_are_left_out(verb: tuple[str, ...], 
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
         (["data"], "there is no command 'data'; did you mean data check or data balance or data import?"),
-        (["world", "pretrian"], "did you mean world pretrain?"),
+        (["synthetic", "pretrian"], "did you mean synthetic pretrain?"),
         (["qqqqqq"], "there are train, generate, evaluate"),
         (["generate", "--model", "x"], "nothing to answer"),
         (["generate", "--model", "nowhere", "--text", "a"], "nowhere holds no model"),
@@ -211,6 +211,16 @@ def test_what_a_user_did_wrong_is_one_line_and_code_2(words: list[str], message:
 def test_debug_shows_where_an_error_comes_from() -> None:
     with pytest.raises(FileNotFoundError, match="holds no model"):
         main(["generate", "--model", "nowhere", "--text", "a", "--debug"])
+
+
+def test_every_command_says_in_a_sentence_what_it_does() -> None:
+    lines = usage().splitlines()
+    commands = lines[lines.index("commands:") + 1 : lines.index("", lines.index("commands:"))]
+    assert len(commands) == len(VERBS)
+    for line, verb in zip(commands, VERBS, strict=True):
+        name, _, sentence = line.strip().partition("  ")
+        assert name == verb
+        assert re.fullmatch(r"[A-Z].* .*[^.]\.", sentence.strip())
 
 
 def test_help_of_everything_is_quick_and_loads_nothing_heavy() -> None:

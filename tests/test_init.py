@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_configs import build_on_meta
+from published_parts import build_on_meta
 
 from mllm.budget import Budget
 from mllm.cli import main
@@ -34,8 +34,8 @@ def test_the_file_is_a_config_whose_model_builds_and_serves_its_budgets(
     own = written(tmp_path, *words, *(["--built_in"] if built_in else []))
     assert list(own.model.media) == [medium for medium in MEDIA if medium in media]
     if built_in:
-        assert own.model.llm == "world:llm"
-        assert all(one.encoder.startswith(("world:", "image")) for one in own.model.media.values())
+        assert own.model.llm == "synthetic:llm"
+        assert all(one.encoder.startswith(("synthetic:", "image")) for one in own.model.media.values())
     assert own.train.out == "runs/own"
     model = build_on_meta(own.model)
     names = set_trainables(model, own.parts)
@@ -47,10 +47,10 @@ def test_what_is_named_stands_in_the_file(tmp_path: Path) -> None:
     words = ["--media", "image", "--media", "audio", "--media", "video", "--llm", "my: model", "--root", "a folder"]
     words += ["--image_encoder", "google/siglip2-base-patch16-256", "--audio_encoder", "microsoft/wavlm-large"]
     words += ["--video_encoder", "lips", "--manifest", "data/my train.jsonl", "--run_folder", "o: x"]
-    own = written(tmp_path, *words)
-    assert (own.model.llm, own.data.root, own.train.out) == ("my: model", "a folder", "o: x")
-    assert own.data.train == ["data/my train.jsonl"]
-    encoders = [one.encoder for one in own.model.media.values()]
+    config = written(tmp_path, *words)
+    assert (config.model.llm, config.data.root, config.train.out) == ("my: model", "a folder", "o: x")
+    assert config.data.train == ["data/my train.jsonl"]
+    encoders = [one.encoder for one in config.model.media.values()]
     assert encoders == ["google/siglip2-base-patch16-256", "microsoft/wavlm-large", "lips"]
 
 

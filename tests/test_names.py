@@ -27,13 +27,13 @@ def tracked() -> list[Path]:
 def test_no_line_names_the_other_package() -> None:
     files = [file for file in tracked() if file != Path(__file__)]
     assert len(files) > 300
-    found = [
+    names = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for file in files
         for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1)
         if OTHER.search(line)
     ]
-    assert not found
+    assert not names
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_readme import README, ROOT
 
-QUICK_START = README.split("## Quick start")[1].split("\n## ")[0]
+ROOT = Path(__file__).parent.parent
+QUICK_START = (ROOT / "README.md").read_text().split("## Quick start")[1].split("\n## ")[0]
 SHORT_DEMO = (
     "demo --steps 4 --num_utterances 24 --num_test_utterances 4 --num_scenes 24 --num_test_scenes 4 --judge false"
 )
@@ -65,12 +65,12 @@ def test_what_is_typed_about_the_demo_works_as_printed(folder: Path) -> None:
 @pytest.mark.slow
 def test_ones_own_media_come_from_a_manifest_to_an_answer_as_printed(folder: Path) -> None:
     (_, manifest), (_, lines), *_ = blocks_after("With your own media")
-    own = folder / "own"
-    own.mkdir()
-    shutil.copytree(folder / "bin", own / "bin")
-    (own / "train.jsonl").write_text(" ".join(manifest.split("\n")) + "\n")
-    Image.open(ROOT / "tests" / "fixtures" / "astronaut_face.jpg").save(own / "a1.png")
-    said = [typed(own, line) for line in lines_of(lines)]
+    media_folder = folder / "own"
+    media_folder.mkdir()
+    shutil.copytree(folder / "bin", media_folder / "bin")
+    (media_folder / "train.jsonl").write_text(" ".join(manifest.split("\n")) + "\n")
+    Image.open(ROOT / "tests" / "fixtures" / "astronaut_face.jpg").save(media_folder / "a1.png")
+    said = [typed(media_folder, line) for line in lines_of(lines)]
     assert "1 good samples" in said[0]
     assert "soft tokens: image 16;" in said[-1]
-    assert (own / "runs" / "small" / "trainables.safetensors").is_file()
+    assert (media_folder / "runs" / "small" / "trainables.safetensors").is_file()

@@ -13,26 +13,26 @@ HIDDEN = {"__pycache__", "assets"}
 
 
 def files_on_disk() -> set[str]:
-    found = set()
+    names = set()
     for folder in SHOWN:
         for path in (ROOT / folder).rglob("*"):
             parts = path.relative_to(ROOT).parts
             if path.is_file() and not HIDDEN & set(parts) and path.stat().st_size > 0:
-                found.add("/".join(parts))
-    return found
+                names.add("/".join(parts))
+    return names
 
 
 def files_in_readme() -> dict[str, str]:
     """Path to phrase, read from the block under "The tree": two spaces of indent per folder."""
     block = README.split("## The tree")[1].split("```")[1]
-    found, stack = {}, []
+    names, stack = {}, []
     for line in filter(None, block.splitlines()):
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, phrase = line.strip().partition(" ")
         stack = [*stack[:depth], name.rstrip("/")]
         if not name.endswith("/"):
-            found["/".join(stack)] = phrase.strip()
-    return found
+            names["/".join(stack)] = phrase.strip()
+    return names
 
 
 def test_the_tree_in_the_readme_is_the_tree_and_every_file_has_its_phrase() -> None:
@@ -44,8 +44,8 @@ def test_the_tree_in_the_readme_is_the_tree_and_every_file_has_its_phrase() -> N
 def commands() -> list[str]:
     """Every `mllm ...` command of the README, whatever starts it."""
     lines = [line.split("#")[0].strip() for block in README.split("```")[1::2] for line in block.splitlines()]
-    found = [line for line in lines if re.match(r"(mllm|accelerate|torchrun|deepspeed) ", line)]
-    return [re.sub(r"^.*?(-m|--module) mllm ", "mllm ", line) for line in found]
+    names = [line for line in lines if re.match(r"(mllm|accelerate|torchrun|deepspeed) ", line)]
+    return [re.sub(r"^.*?(-m|--module) mllm ", "mllm ", line) for line in names]
 
 
 def test_the_readme_names_commands() -> None:
@@ -82,14 +82,14 @@ def test_every_command_of_the_readme_parses(
 
 def commands_of_docs() -> list[str]:
     """Every `mllm ...` command of the docs that is written out."""
-    found = []
+    names = []
     for page in sorted((ROOT / "docs").glob("*.md")):
         for block in page.read_text().split("```")[1::2]:
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.search(r"^(?:.*(?:-m|--module) )?(mllm .*)$", line.split(" #")[0].strip())
                 if command is not None and "..." not in line:
-                    found.append(command[1])
-    return found
+                    names.append(command[1])
+    return names
 
 
 @pytest.mark.parametrize("command", commands_of_docs())

@@ -1,10 +1,11 @@
 """Real models at toy size, random weights, no files: what most tests build on.
 
-A 2-layer Llama on the built-in world's tokenizer, a CLIP tower on an 8x8 grid, Whisper on 1-second windows, and a lip
+A 2-layer Llama on the synthetic tokenizer, a CLIP tower on an 8x8 grid, Whisper on 1-second windows, and a lip
 encoder with a handful of channels.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,19 @@ def write_media(folder: Path, *, seconds: float = 0.8, seed: int = 0) -> dict[st
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return {"image": f"{seed}.png", "audio": f"{seed}.wav", "video": f"{seed}.mp4"}
+
+
+def write_clip(video: Path, sound: Path, clip: Path) -> None:
+    """Put the frames of one file and the samples of another into one."""
+    samples, rate = soundfile.read(sound, dtype="int16")
+    with av.open(video) as frames, av.open(clip, "w") as out:
+        file, voice = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate, layout="mono")
+        file.width, file.height, file.pix_fmt = 48, 48, "yuv420p"
+        for number, frame in enumerate(frames.decode(video=0)):
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            out.mux(file.encode(frame))
+        out.mux(file.encode())
+        block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        block.sample_rate, block.pts, block.time_base = rate, 0, Fraction(1, rate)
+        out.mux(voice.encode(block))
+        out.mux(voice.encode())

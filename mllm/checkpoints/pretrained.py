@@ -41,7 +41,7 @@ NAMED_TENSORS = 4
 
 
 def read_config(reference: str) -> PreTrainedConfig:
-    """Read the config of a folder, a hub name or a world part.
+    """Read the config of a folder, a hub name or a synthetic part.
 
     Raises:
         ValueError: what transformers refuses in it, a model that only code in the folder knows, or quantised weights.

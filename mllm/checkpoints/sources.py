@@ -1,4 +1,4 @@
-"""Where the frozen parts of a model come from: a folder, a name on the hub, or a part of the built-in world.
+"""Where the frozen parts of a model come from: a folder, a name on the hub, or a synthetic part.
 
 Knows names and files. Does not know what a part computes.
 """
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from mllm.config.model import check_parts
 
-WORLD_PREFIX = "world:"
+SYNTHETIC_PREFIX = "synthetic:"
 RUN_PREFIX = "run:"
 """Before the name of a folder inside the run folder itself, which may be moved with it."""
-WORLD_PARTS = ("llm", "vision", "audio", "lips")
+SYNTHETIC_PARTS = ("llm", "vision", "audio", "lips")
 
 
 def resolve_source(reference: str) -> str:
-    """The folder of a `world:` part, a local folder as it is, or the reference itself as a hub name.
+    """The folder of a `synthetic:` part, a local folder as it is, or the reference itself as a hub name.
 
     Raises:
-        ValueError: a `world:` part that does not exist.
+        ValueError: a `synthetic:` part that does not exist.
     """
-    if not reference.startswith(WORLD_PREFIX):
+    if not reference.startswith(SYNTHETIC_PREFIX):
         return reference
-    part = reference.removeprefix(WORLD_PREFIX)
-    if part not in WORLD_PARTS:
-        raise ValueError(f"{reference!r} is no part of the built-in world; allowed: {', '.join(WORLD_PARTS)}")
+    part = reference.removeprefix(SYNTHETIC_PREFIX)
+    if part not in SYNTHETIC_PARTS:
+        raise ValueError(f"{reference!r} is no synthetic part; allowed: {', '.join(SYNTHETIC_PARTS)}")
     return str(Path(__file__).parents[1] / "synthetic" / "assets" / part)
 
 
@@ -37,8 +37,8 @@ def inside_run(part: str, source: Mapping[str, str]) -> dict[str, str]:
 
 
 def place_of(reference: str) -> dict[str, str]:
-    """Note where a local folder is, so that a run finds it from another folder; nothing of a hub name or world part."""
-    is_local = not reference.startswith((WORLD_PREFIX, RUN_PREFIX)) and Path(reference).is_dir()
+    """Note where a local folder is, so that a run finds it from another; nothing for a hub name or `synthetic:`."""
+    is_local = not reference.startswith((SYNTHETIC_PREFIX, RUN_PREFIX)) and Path(reference).is_dir()
     return {"folder": os.path.abspath(reference)} if is_local else {}
 
 
@@ -92,7 +92,7 @@ def _find(part: str, source: Mapping[str, str], run: Path) -> str:
         if not Path(reference).is_dir():
             raise _gone(part, reference)
     # Only of a folder could a digest be taken: what has none is a name on the hub.
-    if reference.startswith(WORLD_PREFIX) or not source["sha256"]:
+    if reference.startswith(SYNTHETIC_PREFIX) or not source["sha256"]:
         return reference
     places = [reference] if Path(reference).is_absolute() else []
     places += [source["folder"]] if "folder" in source else []

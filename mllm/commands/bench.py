@@ -10,7 +10,7 @@ from mllm.media import MediaLimits
 if TYPE_CHECKING:
     from mllm.evaluation.bench import Measured
 
-SUMMARY = "measure what each budget of a model costs here: tokens, FLOPs, cache, memory, time"
+SUMMARY = "Measure what each budget of a model costs here: tokens, FLOPs, cache, memory, time."
 
 
 @dataclass(frozen=True, kw_only=True)

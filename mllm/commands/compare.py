@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-SUMMARY = "show the results of several models in one table: error rates by task and rates, or scores by budget"
+SUMMARY = "Show the results of several models in one table: error rates by task and rates, or scores by budget."
 POSITIONAL = "folders"
 
 

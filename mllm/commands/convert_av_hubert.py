@@ -1,8 +1,8 @@
-"""`mllm convert av-hubert`: a released AV-HuBERT to a folder that a run config can name as its lip encoder."""
+"""`mllm convert av-hubert` turns a released AV-HuBERT into a folder that a run config can name as its lip encoder."""
 
 from dataclasses import dataclass
 
-SUMMARY = "read a released AV-HuBERT (.pt, pre-trained or fine-tuned) and write its encoder as safetensors"
+SUMMARY = "Read a released AV-HuBERT (.pt, pre-trained or fine-tuned) and write its encoder as safetensors."
 POSITIONAL = "file"
 
 
@@ -11,13 +11,13 @@ class Settings:
     """Convert an AV-HuBERT checkpoint; nothing in the file is run."""
 
     file: str
-    """The released file, e.g. large_vox_iter5.pt."""
+    """Released file, e.g. large_vox_iter5.pt."""
     out: str
     """Folder to write."""
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     from mllm.commands.terminal import console, quiet_loading
     from mllm.convert.av_hubert import convert_file, save
 

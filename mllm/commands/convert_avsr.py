@@ -1,4 +1,4 @@
-"""What `mllm convert omni-avsr`, `llama-avsr` and `llama-mtsk` share: the options and the conversion itself.
+"""Holds what `mllm convert omni-avsr`, `llama-avsr` and `llama-mtsk` share: the options and the conversion itself.
 
 Knows options and the terminal. Does not know names in checkpoints.
 """
@@ -13,13 +13,13 @@ class Settings(Options):
     """Convert a released checkpoint to a run folder; nothing in the file is run."""
 
     file: str
-    """The released file: .pt, .pth, .ckpt or .safetensors."""
+    """Released file: .pt, .pth, .ckpt or .safetensors."""
     out: str
     """Folder to write; new or empty."""
 
 
 def convert(settings: Settings, system: str) -> int:
-    """Convert a checkpoint of a system, and tell what was found."""
+    """Convert a checkpoint of a system, and report what was found."""
     from mllm.commands.terminal import quiet_loading, show_conversion
     from mllm.convert.avsr import convert_file
 

@@ -1,4 +1,4 @@
-"""`mllm convert llava`: a released LLaVA-1.5 to a run folder; MQT-LLaVA and M3 share its options.
+"""`mllm convert llava` turns a released LLaVA-1.5 into a run folder; MQT-LLaVA and M3 share its options.
 
 Knows options and the terminal. Does not know names in checkpoints.
 """
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mllm.convert.llava_options import SYSTEMS, Options
 
-SUMMARY = "read a released LLaVA-1.5 (a folder as downloaded, or one file) and write it as a run folder"
+SUMMARY = "Read a released LLaVA-1.5 (a folder as downloaded, or one file) and write it as a run folder."
 POSITIONAL = "checkpoint"
 
 
@@ -16,19 +16,19 @@ class Settings(Options):
     """Convert a released checkpoint to a run folder; nothing in its files is run."""
 
     checkpoint: str
-    """The folder as downloaded, a file (.bin, .pt, .safetensors), or what a first stage trained
-    (query_abstractor.bin, mm_projector.bin)."""
+    """Folder as downloaded, a file (.bin, .pt, .safetensors), or what a first stage trained (query_abstractor.bin,
+    mm_projector.bin)."""
     out: str
     """Folder to write; new or empty."""
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert_system(settings, "llava")
 
 
 def convert_system(settings: Settings, system: str) -> int:
-    """Convert a checkpoint of a system, and tell what was found."""
+    """Convert a checkpoint of a system, and report what was found."""
     from mllm.commands.terminal import quiet_loading, show_conversion
     from mllm.convert.llava import convert
 

@@ -1,11 +1,11 @@
-"""`mllm convert llava-m3`: a released LLaVA-1.5-M3 to a run folder."""
+"""`mllm convert llava-m3` turns a released LLaVA-1.5-M3 into a run folder."""
 
 from mllm.commands.convert_llava import POSITIONAL, Settings, convert_system
 
-SUMMARY = "read a released LLaVA-1.5-M3 (a folder as downloaded, or one file) and write it as a run folder"
+SUMMARY = "Read a released LLaVA-1.5-M3 (a folder as downloaded, or one file) and write it as a run folder."
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert_system(settings, "llava-m3")

@@ -1,11 +1,11 @@
-"""`mllm convert mqt-llava`: a released MQT-LLaVA to a run folder."""
+"""`mllm convert mqt-llava` turns a released MQT-LLaVA into a run folder."""
 
 from mllm.commands.convert_llava import POSITIONAL, Settings, convert_system
 
-SUMMARY = "read a released MQT-LLaVA (a folder as downloaded, or one file) and write it as a run folder"
+SUMMARY = "Read a released MQT-LLaVA (a folder as downloaded, or one file) and write it as a run folder."
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert_system(settings, "mqt-llava")

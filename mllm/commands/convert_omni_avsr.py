@@ -1,12 +1,12 @@
-"""`mllm convert omni-avsr`: a released Omni-AVSR to a run folder."""
+"""`mllm convert omni-avsr` turns a released Omni-AVSR into a run folder."""
 
 from mllm.commands.convert_avsr import Settings, convert
 
-SUMMARY = "read a released Omni-AVSR (.pt, .pth, .ckpt or .safetensors) and write it as a run folder"
+SUMMARY = "Read a released Omni-AVSR (.pt, .pth, .ckpt or .safetensors) and write it as a run folder."
 POSITIONAL = "file"
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
 
 def run(settings: Settings) -> int:
-    """Convert, and tell what was found."""
+    """Convert, and report what was found."""
     return convert(settings, "omni-avsr")

@@ -1,4 +1,4 @@
-"""`mllm data balance`: how evenly the batches of a run load its processes, before there are any."""
+"""`mllm data balance` reports how evenly the batches of a run load its processes, before there are any."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ from mllm.commands.options import without_extras
 from mllm.config.model import check_at_least
 from mllm.config.run import RunConfig
 
-SUMMARY = "tell how evenly a run's batches load several ranks, at every budget"
+SUMMARY = "Tell how evenly a run's batches load several ranks, at every budget."
 POSITIONAL = "manifest"
 
 
@@ -19,16 +19,16 @@ class Settings(RunConfig):
     manifest: list[str] = field(default_factory=list)
     """Manifests to look at instead of data.train."""
     ranks: int = 8
-    """Processes that share a step."""
+    """Number of processes that share a step."""
     tokens_per_batch: int | None = None
-    """Instead of data.tokens_per_batch."""
+    """Tokens per batch, in place of data.tokens_per_batch."""
     simulated_epochs: int = 1
-    """Passes over the samples."""
+    """Number of passes over the samples."""
     budgets: list[str] = field(default_factory=list)
-    """Budgets to count at beside those the run draws; the largest, the smallest and the sampler's points when left
+    """Budgets to count at beside those the run samples; the largest, the smallest and the sampler's points when left
     out."""
     json: str | None = None
-    """Also write the figures into this file."""
+    """File that the figures are written into too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,22 +48,22 @@ def run(settings: Settings) -> int:
     from mllm.training.pipeline.loaders import read_samples
     from mllm.training.run import extremes
 
-    own = without_extras(RunConfig, settings)
-    data = own.data
+    config = without_extras(RunConfig, settings)
+    data = config.data
     if settings.manifest:
         data = replace(data, train=settings.manifest)
     if settings.tokens_per_batch is not None:
         data = replace(data, tokens_per_batch=settings.tokens_per_batch)
-    own = replace(own, data=data)
-    processor = build_processor(own.model, limits=own.data.limits)
+    config = replace(config, data=data)
+    processor = build_processor(config.model, limits=data.limits)
     samples = read_samples(data.train, data)
-    draws = build_sampler(own, processor.space)
-    budgets = [Budget.parse(text) for text in settings.budgets] or extremes(draws)
+    sampler = build_sampler(config, processor.space)
+    budgets = [Budget.parse(text) for text in settings.budgets] or extremes(sampler)
     loads = simulate(
         samples,
         processor,
-        draws,
-        settings=own,
+        sampler,
+        settings=config,
         num_ranks=settings.ranks,
         epochs=settings.simulated_epochs,
         budgets=budgets,
@@ -80,19 +80,21 @@ def run(settings: Settings) -> int:
 
 
 def _table(facts: dict[str, dict[str, object]]) -> object:
-    """One line per budget; max/mean is over ranks."""
+    """Tabulate one line per budget; max/mean is over ranks."""
     from rich.table import Table
 
     table = Table(caption="max/mean: the fullest rank of a step over the mean rank; 1 is even", caption_justify="left")
     table.add_column("budget")
     for name in ("tokens/rank/step", "max/mean", "worst step", "padded max/mean", "worst", "padding", "epoch, by rank"):
         table.add_column(name, justify="right")
-    for name, own in facts.items():
-        ranks = own["tokens_per_rank"]
+    for name, load in facts.items():
+        ranks = load["tokens_per_rank"]
         assert isinstance(ranks, list)
         spread = f"{min(ranks):,}..{max(ranks):,}"
-        numbers = [f"{own[key]:.3f}" for key in ("imbalance", "worst", "padded_imbalance", "padded_worst")]
-        table.add_row(name, f"{own['mean_tokens']:,.0f}", *numbers, f"{100 * float(str(own['padding'])):.1f} %", spread)
+        numbers = [f"{load[key]:.3f}" for key in ("imbalance", "worst", "padded_imbalance", "padded_worst")]
+        table.add_row(
+            name, f"{load['mean_tokens']:,.0f}", *numbers, f"{100 * float(str(load['padding'])):.1f} %", spread
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""`mllm data check`: everything that is wrong with a manifest, in one pass."""
+"""`mllm data check` reports everything that is wrong with a manifest, in one pass."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from mllm.config.data import Format, ReaderConfig
 from mllm.media import MediaLimits, MediaLoader
 
-SUMMARY = "report every bad row of a manifest, or of data in another format, with its line"
+SUMMARY = "Report every bad row of a manifest, or of data in another format, with its line."
 POSITIONAL = "manifest"
 
 
@@ -17,16 +17,16 @@ class Settings:
     manifest: str
     """Manifest (JSONL), or a file or folder of another format."""
     format: Format | None = None
-    """The format of the data; what the recipe says, or else a manifest, when left out."""
+    """Format of the data; what the recipe says, or else a manifest, when left out."""
     root: str | None = None
     """Folder that media paths are relative to; the recipe's, or the manifest's own, when left out."""
     open: bool = False
-    """Also decode every file, which takes as long as an epoch of reading does."""
+    """Decode every file too, which takes as long as an epoch of reading does."""
     limits: MediaLimits | None = None
     """Pixels, seconds and bytes beyond which a file is refused; the recipe's, or the usual ones, when left out."""
     recipe: str | None = None
-    """Run config (YAML): also count the tokens per sample that it would learn, of 10,000 samples evenly drawn where
-    there are more; needs its LLM's tokenizer and the configs of its encoders."""
+    """Run config (YAML) whose target tokens per sample are counted too, on 10,000 samples evenly taken where there are
+    more; needs its LLM's tokenizer and the configs of its encoders."""
 
 
 def run(settings: Settings) -> int:
@@ -45,8 +45,8 @@ def run(settings: Settings) -> int:
         report = check_listing(settings.manifest, root, reader, open_media=settings.open, loader=loader)
     out = console()
     for problem in report.problems:
-        place = settings.manifest if problem.line_number is None else f"{settings.manifest}:{problem.line_number}"
-        out.print(f"{place}: {problem.message}", soft_wrap=True)
+        where = settings.manifest if problem.line_number is None else f"{settings.manifest}:{problem.line_number}"
+        out.print(f"{where}: {problem.message}", soft_wrap=True)
     out.print(report.summary(), soft_wrap=True)
     if recipe is not None and report.num_samples:
         out.print(_targets(settings.manifest, root, recipe, reader), soft_wrap=True)
@@ -54,7 +54,7 @@ def run(settings: Settings) -> int:
 
 
 def _reader(named: Format | None, recipe: Any) -> ReaderConfig:
-    """What the recipe says, unless another format is named."""
+    """Take what the recipe says, unless another format is named."""
     if recipe is not None and named in (None, recipe.data.reader.format):
         return recipe.data.reader
     return ReaderConfig(format=named or "manifest")
@@ -71,7 +71,7 @@ def _read(path: str) -> Any:
 
 
 def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderConfig) -> str:
-    """What a run of the recipe would learn from these samples, in a line.
+    """Write in a line what a run of the recipe would learn from these samples.
 
     Raises:
         ValueError: too many have no target token.
@@ -80,14 +80,14 @@ def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderConfig) -> str
     from mllm.data.readers import read_listing
     from mllm.training.pipeline.token_scan import FIRST_LOOK, check_targets, count_targets, drawn, target_report
 
-    every = read_listing(manifest, root, reader).samples  # what is wrong with the others has been told
+    every = read_listing(manifest, root, reader).samples  # what is wrong with the others has been reported
     samples = [every[number] for number in drawn(len(every), FIRST_LOOK)]
-    found = count_targets(samples, build_processor(recipe.model).chat)
-    ids, targets = [sample_id for sample_id, _ in found], [count for _, count in found]
+    counted = count_targets(samples, build_processor(recipe.model).chat)
+    ids, targets = [sample_id for sample_id, _ in counted], [count for _, count in counted]
     if not ids:
         raise ValueError("the chat format of the recipe (model.chat_format) has no place for any of the samples")
     check_targets(ids, targets, recipe.data.max_unsupervised_fraction)
     refused = len(samples) - len(ids)
     left_out = f"; the chat format has no place for {refused} more" if refused else ""
-    of = "" if len(samples) == len(every) else f" (of {len(every)}, evenly drawn)"
+    of = "" if len(samples) == len(every) else f" (of {len(every)}, evenly taken)"
     return f"{target_report(ids, targets)}{left_out}{of}"

@@ -1,4 +1,5 @@
-"""`mllm data import`: clips and vision benchmarks, in the forms others write them, to our manifest."""
+"""`mllm data import` turns clips, conversations and vision benchmarks, in the forms others write them, into our
+manifest."""
 
 import os
 from dataclasses import dataclass, field
@@ -10,52 +11,51 @@ from mllm.config.data import BENCHMARK_FORMATS, CONVERSATION_FORMATS, Format, Re
 if TYPE_CHECKING:
     from mllm.data.findings import Listing
 
-SUMMARY = "make a manifest of conversations, clips or a vision benchmark in another form"
+SUMMARY = "Make a manifest of conversations, clips or a vision benchmark in another form."
 POSITIONAL = ("format", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Make a manifest; everything that cannot be taken over is told with its line, and the rest is written."""
+    """Make a manifest; report everything that cannot be taken over with its line, and write the rest."""
 
     format: Format
-    """What the source is: conversations of LLaVA, ShareGPT, or OpenAI and ms-swift (messages), parquet files, Hugging
+    """Format of the source: conversations of LLaVA, ShareGPT, or OpenAI and ms-swift (messages), parquet files, Hugging
     Face datasets or WebDataset tars (docs/data_formats.md); a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv),
     fairseq's tsv, a list of LRS2 or a folder of LRS3, a folder of one's own clips; or a vision benchmark
     (docs/vision_evaluation.md)."""
     source: str
-    """The list or folder."""
+    """List or folder to read."""
     out: str
-    """The manifest (JSONL) to write."""
+    """Manifest (JSONL) to write."""
     root: str | None = None
     """Folder that media paths are relative to and cannot leave. When left out, the source's own folder, and paths are
     written relative to the manifest's folder where that is above it, so that whatever reads the manifest finds them."""
     tasks: str = ""
-    """Tasks parted by commas, of asr (sound), vsr (lips) and avsr (both); all that a clip's media allow when left
-    out."""
+    """Tasks, with commas between, of asr (audio), vsr (video), avsr (both); all a clip's media allow when left out."""
     text: TextForm = "as_is"
-    """Transcripts as they are, in lower case, or as words: in lower case, letters, marks and digits of every script
-    and apostrophes inside words alone."""
+    """Form of transcripts: as they are, in lower case, or as words: in lower case, letters, marks and digits of every
+    script and apostrophes inside words alone."""
     prompts: dict[SpeechTask, str] = field(default_factory=dict)
-    """What is asked, by task, instead of the prompts of Llama-AVSR and Omni-AVSR."""
+    """Questions by task, in place of the prompts of Llama-AVSR and Omni-AVSR."""
     transcripts: str | None = None
-    """Format clips: a CSV or TSV of clip and transcript. Format auto_avsr: the folder of the text files."""
+    """CSV or TSV of clip and transcript (format clips), or the folder of the text files (format auto_avsr)."""
     max_seconds: float | None = None
-    """Format lrs: a longer clip is refused, or cut where `segments` is given."""
+    """Longest clip in seconds (format lrs): a longer one is refused, or cut where `segments` is set."""
     segments: str | None = None
-    """Format lrs: a folder, relative to the root, that clips longer than max_seconds are cut into."""
+    """Folder, relative to the root, that clips longer than max_seconds are cut into (format lrs)."""
     untranscribed: str | None = None
-    """Format clips: a text file to write the clips without a transcript into, one path per line."""
+    """Text file to write the clips without a transcript into, one path per line (format clips)."""
 
     images: str | None = None
-    """Vision benchmarks: the folder of images, relative to the root, where it is not the usual one; images that
-    stand inside a table are written there."""
+    """Folder of images, relative to the root, where it is not the usual one (vision benchmarks); images that stand
+    inside a table are written there."""
     annotations: str | None = None
-    """Vision benchmarks: the file with the answers (pope: its folder), where it is not beside the questions."""
+    """File with the answers (pope: its folder), where it is not beside the questions (vision benchmarks)."""
     ocr_tokens: bool = True
-    """Format textvqa: leave the words that an OCR found in the question, as LLaVA does."""
+    """Leave the words that an OCR read in the question, as LLaVA does (format textvqa)."""
     split: str | None = None
-    """Tables (parquet, arrow): the split, where it is not train, or of a benchmark the one that papers print."""
+    """Split of tables (parquet, arrow), where it is not train, or of a benchmark the one that papers print."""
 
     def __post_init__(self) -> None:
         if self.format == "manifest":
@@ -68,7 +68,7 @@ class Settings:
 
     @property
     def reader(self) -> ReaderConfig:
-        """What the reader is told."""
+        """The config of the reader."""
         tasks = [task.strip() for task in self.tasks.split(",") if task.strip()]
         if unknown := [task for task in tasks if task not in ("asr", "vsr", "avsr")]:
             raise ValueError(f"tasks must be asr, vsr or avsr, parted by commas; got {unknown[0]!r}")
@@ -87,7 +87,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Read, tell what is wrong, write what is right; 1 when something is wrong."""
+    """Read, report what is wrong, write what is right; return 1 when something is wrong."""
     from mllm.commands.terminal import console
     from mllm.data.manifest import write_manifest
     from mllm.data.readers import default_root
@@ -134,7 +134,7 @@ def _read(settings: Settings, root: Path) -> "Listing":
 
 
 def _move_root(listing: "Listing", folder: Path) -> str | None:
-    """Make paths relative to the manifest's folder; what to say where that folder is not above them."""
+    """Make paths relative to the manifest's folder; return what to say where that folder is not above them."""
     from mllm.data.manifest import rerooted
 
     roots = {sample.root for sample in listing.samples}

@@ -1,4 +1,4 @@
-"""`mllm doctor`: what is installed, what is missing or broken, and the line that repairs it."""
+"""`mllm doctor` reports what is installed, what is missing or broken, and the line that repairs it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mllm.utils.environment import Report
 
-SUMMARY = "versions, whether they were tested, devices, what is missing or broken, and how to repair it"
+SUMMARY = "Tell versions and devices, whether they were tested, what is missing or broken, and how to repair it."
 _STYLES = {"ok": "green", "missing": "yellow", "newer": "yellow", "older": "yellow", "broken": "red"}
 
 
@@ -16,7 +16,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Examine and report; 1 when something that is required does not work. An untested release is a warning."""
+    """Examine and report; return 1 when something that is required does not work. An untested release is a warning."""
     from mllm.utils.environment import examine
 
     report = examine()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
-SUMMARY = "evaluate a model over budgets: error rates and accuracies as table, JSON, CSV and plot"
+SUMMARY = "Measure error rates and accuracies of a model over budgets: table, JSON, CSV, plot."
 MAX_FAILURES_SHOWN = 10
 
 

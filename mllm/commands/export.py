@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SUMMARY = "write a trained model as one standalone transformers checkpoint"
+SUMMARY = "Write a trained model as one standalone transformers checkpoint."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`mllm features check`: whether a folder of features is whole, and whether it is all that a run needs."""
+"""`mllm features check` reports whether a folder of features is whole, and whether it is all that a run needs."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 
-SUMMARY = "tell what a folder of features holds, and what is missing or broken"
+SUMMARY = "Tell what a folder of features holds, and what is missing or broken."
 POSITIONAL = "folder"
 
 
@@ -17,19 +17,19 @@ class Settings:
     folder: str
     """Folder of features."""
     model: ModelConfig | None = None
-    """Of a run config."""
+    """The model of a run config."""
     data: DataConfig | None = None
-    """Of a run config."""
+    """The data of a run config."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """Of a run config."""
+    """The sampler of a run config."""
     train: TrainConfig | None = None
-    """Of a run config."""
+    """The training of a run config."""
     limit: int = 20
-    """Problems that are shown."""
+    """Number of problems that are shown."""
 
     @property
     def run(self) -> RunConfig | None:
-        """The run that was given, reading from this folder."""
+        """The run of the config, reading from this folder."""
         if self.model is None or self.data is None or self.train is None:
             return None
         features = replace(self.data.features or FeatureConfig(folder=""), folder=self.folder)
@@ -42,12 +42,12 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
     from mllm.training.feature_cache.check import check_features
 
-    found = check_features(Path(settings.folder), settings.run)
+    report = check_features(Path(settings.folder), settings.run)
     out = console()
-    for line in found.facts:
+    for line in report.facts:
         out.print(line)
-    for line in found.problems[: settings.limit]:
+    for line in report.problems[: settings.limit]:
         out.print(line)
-    more = len(found.problems) - settings.limit
-    out.print(f"{len(found.problems):,} problems{f', {more:,} more' if more > 0 else ''}")
-    return 1 if found.problems else 0
+    more = len(report.problems) - settings.limit
+    out.print(f"{len(report.problems):,} problems{f', {more:,} more' if more > 0 else ''}")
+    return 1 if report.problems else 0

@@ -13,7 +13,7 @@ from mllm.media import MediaLimits
 if TYPE_CHECKING:
     from mllm.inference.answerer import Answer
 
-SUMMARY = "answer a question about images, audio and videos at a budget"
+SUMMARY = "Answer a question about images, audio and videos at a budget."
 
 
 @dataclass(frozen=True, kw_only=True)

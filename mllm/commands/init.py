@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-SUMMARY = "write a run config for your own media, on small models of the hub or on the built-in parts"
+SUMMARY = "Write a run config for your own media, on small models of the hub or on the synthetic parts."
 POSITIONAL = "out"
 
 _HUB = {
@@ -15,7 +15,7 @@ _HUB = {
     "audio": "openai/whisper-small",
 }
 _YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off")
-_BUILT_IN = {"llm": "world:llm", "image": "world:vision", "audio": "world:audio", "video": "world:lips"}
+_BUILT_IN = {"llm": "synthetic:llm", "image": "synthetic:vision", "audio": "synthetic:audio", "video": "synthetic:lips"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Settings:
     video_encoder: str | None = None
     """Folder of a lip encoder that `mllm convert av-hubert` wrote."""
     built_in: bool = False
-    """Take the small LLM and encoders of the built-in world where none is named."""
+    """Take the small LLM and encoders of the synthetic parts where none is named."""
     manifest: str = "train.jsonl"
     """Manifest to train on."""
     root: str | None = None

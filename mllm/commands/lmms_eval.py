@@ -9,7 +9,7 @@ from mllm.config.model import check_at_least
 from mllm.utils.extras import install_line
 from mllm.utils.run_paths import results_folder
 
-SUMMARY = "run benchmarks of lmms-eval (extra lmms) over budgets, in one table"
+SUMMARY = "Run benchmarks of lmms-eval (extra lmms) over budgets, into one table."
 RESULTS = "lmms_eval"
 """The folder of results inside a model's folder."""
 

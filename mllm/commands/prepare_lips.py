@@ -1,22 +1,22 @@
-"""`mllm prepare lips`: recordings of talking people to mouth crops and sound."""
+"""`mllm prepare lips` turns recordings of talking people into mouth crops and audio."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.lip_crops.settings import LipCropsConfig as Settings
+from mllm.lip_crops.config import LipCropsConfig as Settings
 
 if TYPE_CHECKING:
     from mllm.lip_crops.run import Prepared
 
 __all__ = ["POSITIONAL", "SUMMARY", "Settings", "run"]
 
-SUMMARY = "cut mouth crops and 16 kHz sound out of recordings of talking people"
+SUMMARY = "Cut mouth crops and 16 kHz audio out of recordings of talking people."
 POSITIONAL = "source"
 MAX_SHOWN = 10
 
 
 def run(settings: Settings) -> int:
-    """Prepare, and name what could not be used; then 1."""
+    """Prepare, and name what could not be used; return 1 where there was any."""
     from mllm.commands.terminal import console, progress_bar
     from mllm.lip_crops.run import prepare
 
@@ -28,7 +28,7 @@ def run(settings: Settings) -> int:
 
 
 def summary(prepared: "Prepared", out: str) -> list[str]:
-    """Lines for the terminal: what is not used and why, counts, and what to look at."""
+    """Write lines for the terminal: what is not used and why, counts, and what to look at."""
     unused = [row for row in prepared.rows if row["status"] != "done"]
     lines = [f"{row['status']}: {row['source']}: {row['reason']}" for row in unused[:MAX_SHOWN]]
     if len(unused) > MAX_SHOWN:
@@ -36,8 +36,8 @@ def summary(prepared: "Prepared", out: str) -> list[str]:
     done = prepared.with_status("done")
     counts = [f"{len(prepared.with_status(status))} {status}" for status in ("done", "skipped", "failed")]
     lines.append(f"{', '.join(counts)}; {prepared.num_new} of them now")
-    if silent := sum(not row["sound"] for row in done):
-        lines.append(f"{silent} without sound: only the crop was written")
+    if silent := sum(not row["audio"] for row in done):
+        lines.append(f"{silent} without audio: only the crop was written")
     if prepared.num_samples:
         lines.append(f"manifest: {out}/manifest.jsonl, {prepared.num_samples} rows")
     else:

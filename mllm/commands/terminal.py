@@ -1,4 +1,4 @@
-"""What verbs share of the terminal: a console, and a progress bar that only the first process shows."""
+"""Shares what commands show on the terminal: a console, tables, and a bar of progress that the first process draws."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A console that writes texts as they are; where there is no terminal its lines are long instead of broken."""
+    """Make a console that writes texts as they are; where there is no terminal its lines are long instead of broken."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -38,7 +38,7 @@ def plain_table(
 
 @contextmanager
 def progress_bar() -> Iterator["Progress"]:
-    """Inside, call the yielded function; each kind of work gets a bar of its own.
+    """Yield a function that reports progress; each kind of work gets a bar of its own.
 
     While no work is under way nothing is drawn, so that other processes may draw bars of their own.
     """
@@ -77,7 +77,7 @@ def quiet_loading() -> None:
 
 
 def show_conversion(title: str, facts: Iterable[str], folder: str) -> None:
-    """What a checkpoint was found to be, and where it is now."""
+    """Write what a checkpoint was found to be, and where it is now."""
     out = console()
     for line in (title, *facts, f"written to {folder}"):
         out.print(line, soft_wrap=True)

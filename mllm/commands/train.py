@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from mllm.commands.options import without_extras
 from mllm.config.run import RunConfig
 
-SUMMARY = "train a model over many budgets, as a run config says"
+SUMMARY = "Train a model over many budgets, as a run config says."
 
 
 @dataclass(frozen=True, kw_only=True)

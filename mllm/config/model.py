@@ -62,7 +62,7 @@ class MediumConfig:
     """How one medium becomes soft tokens."""
 
     encoder: str
-    """Folder, hub name or world part of the encoder; of videos also `image`: sampled frames, each like an image."""
+    """Folder, hub name or synthetic part of the encoder; of videos also `image`: sampled frames, each like an image."""
     compressor: Literal["pool", "query", "stack", "hybrid"] = "pool"
     """Average pooling, Matryoshka queries, frames stacked on the feature axis, or for images a pooled map and nested
     queries (after PARCEL)."""
@@ -236,7 +236,7 @@ class ModelConfig:
     """The parts of a model and where they come from."""
 
     llm: str
-    """Folder, hub name or world part of the LLM with its tokenizer."""
+    """Folder, hub name or synthetic part of the LLM with its tokenizer."""
     chat_format: Literal["plain", "llava_plain", "avsr", "vicuna_v1", "chat"] = "chat"
     """How a conversation becomes text; `chat` is the LLM's own template, llava_plain that of LLaVA's first stage."""
     released_behaviour: bool = False

@@ -1,4 +1,4 @@
-"""AV-HuBERT as its authors released it (fairseq), pre-trained or fine-tuned, to the encoder of this project.
+"""Converts AV-HuBERT as its authors released it (fairseq), pre-trained or fine-tuned, to the encoder of this project.
 
 Knows the names in the released files. Does not know how the file was read, or what the encoder is used for.
 Source: Shi et al., AV-HuBERT (arXiv 2201.02184), facebookresearch/av_hubert.
@@ -54,15 +54,15 @@ def convert_file(path: str | Path) -> Converted:
     content = read_checkpoint(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise ValueError(f"{path} holds no 'model'; it is no checkpoint of AV-HuBERT")
-    stored = {key: own for key, own in content["model"].items() if isinstance(own, StoredTensor)}
+    stored = {key: entry for key, entry in content["model"].items() if isinstance(entry, StoredTensor)}
     settings = model_settings(plain(content.get("cfg")) or {}, plain(content.get("args")) or {})
-    return convert_state({key: own.read() for key, own in stored.items() if not _is_dropped(key)}, settings, stored)
+    return convert_state({key: entry.read() for key, entry in stored.items() if not _is_dropped(key)}, settings, stored)
 
 
 def convert_state(
     state: Mapping[str, Tensor], settings: Mapping[str, Any], entries: Mapping[str, Any] | None = None
 ) -> Converted:
-    """A state dict with released names to an encoder.
+    """Convert a state dict with released names to an encoder.
 
     Args:
         state: the tensors by name.
@@ -74,26 +74,28 @@ def convert_state(
     """
     names = list(entries or state)
     is_fine_tuned = any(name.startswith(FINE_TUNED_PREFIX) for name in names)
-    kept = {_own_name(name): value for name, value in state.items() if not _is_dropped(name)}
+    weights = {_name_here(name): value for name, value in state.items() if not _is_dropped(name)}
     if missing := [key for key in NEEDED if key not in settings]:
         raise ValueError(f"the configuration in the file does not tell {missing[0]}")
-    for key, expected in EXPECTED.items():
-        if settings.get(key, expected) != expected:
-            raise ValueError(f"{key} is {settings[key]!r} in the file; only {expected!r} can be converted")
-    encoder = AVHubertEncoder(config_of(kept, settings)).eval()
-    own = encoder.state_dict()
-    for problem, found in (("misses", own.keys() - kept.keys()), ("holds unknown", kept.keys() - own.keys())):
-        if found:
-            raise ValueError(f"the checkpoint {problem} {', '.join(sorted(found)[:3])} ({len(found)} in all)")
-    if wrong := [name for name, value in kept.items() if value.shape != own[name].shape]:
-        shapes = tuple(kept[wrong[0]].shape), tuple(own[wrong[0]].shape)
+    for key, only in EXPECTED.items():
+        if settings.get(key, only) != only:
+            raise ValueError(f"{key} is {settings[key]!r} in the file; only {only!r} can be converted")
+    encoder = AVHubertEncoder(config_of(weights, settings)).eval()
+    expected = encoder.state_dict()
+    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    for problem, entries_wrong in (("misses", missing), ("holds unknown", unknown)):
+        if entries_wrong:
+            shown = ", ".join(sorted(entries_wrong)[:3])
+            raise ValueError(f"the checkpoint {problem} {shown} ({len(entries_wrong)} in all)")
+    if wrong := [name for name, value in weights.items() if value.shape != expected[name].shape]:
+        shapes = tuple(weights[wrong[0]].shape), tuple(expected[wrong[0]].shape)
         raise ValueError(f"{wrong[0]} has the shape {shapes[0]} in the checkpoint; expected {shapes[1]}")
-    encoder.load_state_dict(dict(kept))
+    encoder.load_state_dict(dict(weights))
     return Converted(encoder, is_fine_tuned, sorted(name for name in names if _is_dropped(name)))
 
 
 def config_of(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> AVHubertConfig:
-    """Sizes from the shapes of entries (by their own names), the rest from the file's configuration.
+    """Read sizes from the shapes of entries (by their names here), the rest from the file's configuration.
 
     Raises:
         ValueError: an entry that tells a size is missing or has too few axes, or sizes that do not go together.
@@ -127,13 +129,14 @@ def _size(state: Mapping[str, Tensor], name: str, axis: int) -> int:
 
 
 def model_settings(*configurations: Any) -> dict[str, Any]:
-    """The settings of the encoder, wherever a released file keeps them: they stand beside `encoder_attention_heads`."""
-    for own in configurations:
-        if isinstance(own, Mapping):
-            if NEEDED[0] in own:
-                return dict(own)
-            if found := model_settings(*own.values()):
-                return found
+    """Find the settings of the encoder, wherever a released file keeps them: they stand beside
+    `encoder_attention_heads`."""
+    for configuration in configurations:
+        if isinstance(configuration, Mapping):
+            if NEEDED[0] in configuration:
+                return dict(configuration)
+            if settings := model_settings(*configuration.values()):
+                return settings
     return {}
 
 
@@ -142,7 +145,7 @@ def _is_dropped(name: str) -> bool:
     return name.startswith(DROPPED)
 
 
-def _own_name(name: str) -> str:
+def _name_here(name: str) -> str:
     name = name.removeprefix(FINE_TUNED_PREFIX)
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)

@@ -1,4 +1,5 @@
-"""A released Llama-AVSR, Llama-MTSK or Omni-AVSR to a run folder: what trained, and beside it the frozen parts.
+"""Converts a released Llama-AVSR, Llama-MTSK or Omni-AVSR to a run folder: what trained, and the frozen parts beside
+it.
 
     released file ── split_state ── LLM, encoders ──────────── DIR/llm, DIR/audio, DIR/video   (`run:llm`, ... )
                                  └─ projectors, LoRAs ──────── DIR/trainables.safetensors
@@ -50,12 +51,12 @@ _HEAD = "llm.lm_head.weight"
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run folder is made of.
+    """Holds everything a run folder is made of.
 
     Args:
         weights: of the frozen LLM and Whisper, by part and by the names transformers gives them.
         configs: the same parts' configs. helpers: their tokenizer and feature extractor.
-        lips: the lip encoder, or nothing.
+        lips: the lip encoder, or None.
         trained: what a checkpoint of ours holds, by its names.
         facts: what was found, in words.
     """
@@ -93,7 +94,7 @@ def convert_file(path: str | Path, out: str | Path, *, system: str, options: Opt
 
 
 def read_parts(split: Split, system: System, options: Options) -> Parts:
-    """Everything in a checkpoint, checked.
+    """Read and check everything in a checkpoint.
 
     Raises:
         ValueError: entries that are missing, unknown or misshapen, or options that contradict them.
@@ -130,7 +131,7 @@ def read_parts(split: Split, system: System, options: Options) -> Parts:
 
 
 def read_tokenizer(source: str, *, rows: int) -> Any:
-    """The LLM's tokenizer with the tokens that the released training added to it.
+    """Read the LLM's tokenizer and add the tokens that the released training added to it.
 
     Args:
         rows: of the checkpoint's embeddings.
@@ -159,13 +160,13 @@ def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {f"llm.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    kept = {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and _HEAD not in kept:
+    weights = {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and _HEAD not in weights:
         expected.pop(_HEAD)
-    check_layout(kept, expected)
-    if config.tie_word_embeddings and not kept.pop(_HEAD, kept[_EMBEDDINGS]).equal(kept[_EMBEDDINGS]):
+    check_layout(weights, expected)
+    if config.tie_word_embeddings and not weights.pop(_HEAD, weights[_EMBEDDINGS]).equal(weights[_EMBEDDINGS]):
         raise ValueError(f"{_HEAD} differs from {_EMBEDDINGS}, but the config of this LLM ties them (option llm)")
-    return {name.removeprefix("llm."): value.contiguous() for name, value in kept.items()}
+    return {name.removeprefix("llm."): value.contiguous() for name, value in weights.items()}
 
 
 def _whisper(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], PreTrainedConfig]:
@@ -179,39 +180,40 @@ def _whisper(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor
 
 
 def _lips(state: Mapping[str, Tensor], options: Options) -> av_hubert.Converted:
-    own = {name.removeprefix("video_encoder."): value.float() for name, value in state.items()}
-    matrix = own.get("post_extract_proj.weight")
+    entries = {name.removeprefix("video_encoder."): value.float() for name, value in state.items()}
+    matrix = entries.get("post_extract_proj.weight")
     width = len(matrix) if matrix is not None and matrix.dim() else 0  # what is wrong with it is said below
     heads = options.video_heads or max(width // 64, 1)
     settings = {"encoder_attention_heads": heads, "layer_norm_first": options.video_norms_first}
     try:
-        return av_hubert.convert_state(own, settings)
+        return av_hubert.convert_state(entries, settings)
     except ValueError as error:
         raise ValueError(f"video_encoder: {error}") from error
 
 
-def _rates(own: Projectors, system: System, options: Options, media: list[str]) -> tuple[int, ...]:
-    """Frames per token of each projector (of the single one, all that it served).
+def _rates(projectors: Projectors, system: System, options: Options, media: list[str]) -> tuple[int, ...]:
+    """Read the frames per token of each projector (of the single one, all that it served).
 
     Raises:
         ValueError: rates that the shapes contradict, or a kind of projector this system does not have.
     """
-    if own.is_list not in system.lists:
-        found = "a list, one per rate" if own.is_list else "a single one"
-        raise ValueError(f"the {own.medium} projector is {found}; {system.title} has none such (see `mllm convert`)")
-    given = tuple(options.audio_rates if own.medium == "audio" else options.video_rates)
-    if own.is_stack:
-        if given and given != own.multiples:
-            shown = ", ".join(map(str, own.multiples))
-            raise ValueError(f"{own.medium}_rates is {list(given)}, but the projectors stack {shown} frames")
-        given = own.multiples
-    rates = given or system.published_rates(own.medium, media)
+    medium = projectors.medium
+    if projectors.is_list not in system.lists:
+        kind = "a list, one per rate" if projectors.is_list else "a single one"
+        raise ValueError(f"the {medium} projector is {kind}; {system.title} has none such (see `mllm convert`)")
+    named = tuple(options.audio_rates if medium == "audio" else options.video_rates)
+    if projectors.is_stack:
+        if named and named != projectors.multiples:
+            shown = ", ".join(map(str, projectors.multiples))
+            raise ValueError(f"{medium}_rates is {list(named)}, but the projectors stack {shown} frames")
+        named = projectors.multiples
+    rates = named or system.published_rates(medium, media)
     if min(rates) < 1 or len(set(rates)) < len(rates):
-        raise ValueError(f"{own.medium}_rates is {list(rates)}; rates are whole numbers from 1, each once")
-    if own.is_list and len(rates) != len(own.multiples):
+        raise ValueError(f"{medium}_rates is {list(rates)}; rates are whole numbers from 1, each once")
+    if projectors.is_list and len(rates) != len(projectors.multiples):
         raise ValueError(
-            f"{own.medium}_rates is {list(rates)}, but the checkpoint holds {len(own.multiples)} projectors; name one "
-            "rate each, in their order"
+            f"{medium}_rates is {list(rates)}, but the checkpoint holds {len(projectors.multiples)} projectors; name "
+            "one rate each, in their order"
         )
     return rates
 
@@ -230,12 +232,14 @@ def _medium_settings(own: Projectors, rates: tuple[int, ...], options: Options) 
     )
 
 
-def _projector_entries(own: Projectors, rates: tuple[int, ...], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our projectors stand in the order of their rates, whatever the order was there."""
+def _projector_entries(
+    projectors: Projectors, rates: tuple[int, ...], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Name our projectors, which stand in the order of their rates, whatever the order was there."""
     order = sorted(rates)
-    places = {place: order.index(rate) if own.is_list else 0 for place, rate in enumerate(rates)}
-    prefix = f"model.compressors.{own.medium}.projectors"
-    return {f"{prefix}.{places[place]}.{ours}": state[name].float() for place, name, ours in own.names()}
+    ranks = {index: order.index(rate) if projectors.is_list else 0 for index, rate in enumerate(rates)}
+    prefix = f"model.compressors.{projectors.medium}.projectors"
+    return {f"{prefix}.{ranks[index]}.{ours}": state[name].float() for index, name, ours in projectors.names()}
 
 
 def _video_lora(
@@ -273,18 +277,18 @@ def _llm_lora(
 
 
 def _scaling(loras: Loras, hidden_size: int, options: Options) -> float:
-    """What the LLM's LoRAs are multiplied by.
+    """Compute what the LLM's LoRAs are multiplied by.
 
     Raises:
-        ValueError: a reduction that does not give the inner size of the checkpoint, or none where it cannot be told.
+        ValueError: a reduction that does not give the inner size of the checkpoint, or sizes that do not tell one.
     """
-    told, rest = divmod(hidden_size, loras.inner_size)
+    quotient, rest = divmod(hidden_size, loras.inner_size)
     if options.reduction is None and rest:
         raise ValueError(
             f"the LoRAs are {loras.inner_size} inside and the LLM is {hidden_size} wide, which does not tell what it "
             "was divided by; give reduction"
         )
-    reduction = options.reduction or told
+    reduction = options.reduction or quotient
     if round(hidden_size / reduction) != loras.inner_size:
         raise ValueError(
             f"reduction is {reduction}, so the LoRAs would be {round(hidden_size / reduction)} inside, but in the "
@@ -294,7 +298,7 @@ def _scaling(loras: Loras, hidden_size: int, options: Options) -> float:
 
 
 def _check_prompts(split: Split, system: System, options: Options, tokenizer: Any) -> None:
-    """The released models ask with the embeddings in the checkpoint; ours asks with words, which must be the same.
+    """Check that the prompts' embeddings in the checkpoint are those of the words that ours will ask with.
 
     Raises:
         ValueError: prompts that are missing, unknown, or other words than those of the options; both are named.
@@ -311,9 +315,9 @@ def _check_prompts(split: Split, system: System, options: Options, tokenizer: An
             raise ValueError(
                 f"prompt_{name} has the shape {tuple(stored.shape)}; expected (1, tokens, {table.shape[1]})"
             )
-        found = stored[0].float()
-        if found.shape[0] != len(ids) or not torch.allclose(found, table[ids], rtol=1e-2, atol=1e-5):
-            nearest = torch.cdist(found, table).argmin(dim=1).tolist()
+        embedded = stored[0].float()
+        if embedded.shape[0] != len(ids) or not torch.allclose(embedded, table[ids], rtol=1e-2, atol=1e-5):
+            nearest = torch.cdist(embedded, table).argmin(dim=1).tolist()
             raise ValueError(
                 f"prompt_{name} in the checkpoint is not {words!r}; its embeddings are those of "
                 f"{tokenizer.decode(nearest)!r} (option prompt_{name})"
@@ -323,11 +327,11 @@ def _check_prompts(split: Split, system: System, options: Options, tokenizer: An
 def write_parts(parts: Parts, folder: Path) -> None:
     """Write the frozen parts as folders that transformers reads."""
     for part, weights in parts.weights.items():
-        own = folder / part
-        own.mkdir(parents=True)
-        parts.configs[part].save_pretrained(own)
-        parts.helpers[part].save_pretrained(own)
-        write_tensors(weights, own / "model.safetensors", metadata={"format": "pt"})
+        part_folder = folder / part
+        part_folder.mkdir(parents=True)
+        parts.configs[part].save_pretrained(part_folder)
+        parts.helpers[part].save_pretrained(part_folder)
+        write_tensors(weights, part_folder / "model.safetensors", metadata={"format": "pt"})
     if parts.lips is not None:
         av_hubert.save(parts.lips, folder / "video")
 
@@ -356,11 +360,11 @@ def write_run(parts: Parts, folder: Path, options: Options) -> None:
     save_run(model, processor, folder, state={name: value.contiguous() for name, value in parts.trained.items()})
 
 
-def _projector_facts(own: Projectors, rates: tuple[int, ...]) -> str:
-    how = "stacked" if own.is_stack else "averaged"
-    count = f"{len(own.multiples)} projectors" if own.is_list else "one projector"
-    norm = "with" if own.has_norm else "without"
-    return f"{own.medium}: frames {how}, {', '.join(map(str, rates))} per token, {count} {norm} LayerNorm"
+def _projector_facts(projectors: Projectors, rates: tuple[int, ...]) -> str:
+    how = "stacked" if projectors.is_stack else "averaged"
+    count = f"{len(projectors.multiples)} projectors" if projectors.is_list else "one projector"
+    norm = "with" if projectors.has_norm else "without"
+    return f"{projectors.medium}: frames {how}, {', '.join(map(str, rates))} per token, {count} {norm} LayerNorm"
 
 
 def _adapter_facts(adapter: AdapterConfig | None, media: Mapping[str, MediumConfig]) -> str:

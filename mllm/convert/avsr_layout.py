@@ -1,4 +1,4 @@
-"""How Llama-AVSR, Llama-MTSK and Omni-AVSR name what they trained, and what can be told from the shapes of it.
+"""Knows how Llama-AVSR, Llama-MTSK and Omni-AVSR name what they trained, and what the shapes of it tell.
 
 Knows names and shapes. Does not know files, options of a command, or what a run folder looks like.
 Sources: Llama-AVSR (arXiv 2409.12319), Llama-MTSK (2503.06362), Omni-AVSR (2511.07253), umbertocappellazzo/Llama-AVSR
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 TASKS = {"audio": "asr", "video": "vsr", "audiovisual": "avsr"}
-"""Tasks by the names in the released files, in the order of a bank's experts."""
+"""The tasks by the names in the released files, in the order of a bank's experts."""
 LETTERS = {"Q": "q_proj", "V": "v_proj"}
 _LLM_LORA = re.compile(r"llm\.model\.layers\.(\d+)\.self_attn\.lora_(?:down|up)_[QV](_shared|\.\w+|)\.weight")
 _VIDEO_LORA = re.compile(r"video_encoder\.encoder\.layers\.(\d+)\.self_attn\.lora_(?:down|up)_[QV]\.weight")
@@ -23,7 +23,7 @@ _PARTS = ("audio_encoder.", "video_encoder.", "audio_proj.", "video_proj.", "llm
 
 @dataclass(frozen=True)
 class Split:
-    """The entries of a checkpoint by what they belong to, under their released names."""
+    """Holds the entries of a checkpoint by what they belong to, under their released names."""
 
     llm: dict[str, Tensor] = field(default_factory=dict)
     llm_lora: dict[str, Tensor] = field(default_factory=dict)
@@ -46,31 +46,31 @@ def split_state(state: Mapping[str, Tensor]) -> Split:
     """
     if unknown := sorted(name for name in state if not name.startswith(_PARTS)):
         raise ValueError(f"the checkpoint holds unknown {', '.join(unknown[:3])} ({len(unknown)} in all)")
-    own = Split()
+    split = Split()
     for name, value in state.items():
         part = name.split(".")[0]
         if part == "llm":
-            (own.llm_lora if ".lora_" in name else own.llm)[name] = value
+            (split.llm_lora if ".lora_" in name else split.llm)[name] = value
         elif part.startswith("prompt_"):
-            own.prompts[part.removeprefix("prompt_")] = value
+            split.prompts[part.removeprefix("prompt_")] = value
         elif part == "video_encoder" and ".lora_" in name:
-            own.video_lora[name] = value
+            split.video_lora[name] = value
         else:
             medium, kind = part.split("_")
-            group = own.encoders if kind == "encoder" else own.projectors
+            group = split.encoders if kind == "encoder" else split.projectors
             group.setdefault(medium, {})[name] = value
-    if own.encoders.keys() != own.projectors.keys() or not own.encoders:
-        encoders, projectors = (", ".join(group) or "nothing" for group in (own.encoders, own.projectors))
+    if split.encoders.keys() != split.projectors.keys() or not split.encoders:
+        encoders, projectors = (", ".join(group) or "nothing" for group in (split.encoders, split.projectors))
         raise ValueError(f"the checkpoint holds encoders of {encoders} and projectors of {projectors}; both are needed")
-    table = own.llm.get("llm.model.embed_tokens.weight")
+    table = split.llm.get("llm.model.embed_tokens.weight")
     if table is None or table.dim() != 2:
         raise ValueError("the checkpoint misses llm.model.embed_tokens.weight, a matrix; it is none of these systems")
-    return own
+    return split
 
 
 @dataclass(frozen=True)
 class Projectors:
-    """What the shapes of a medium's projectors tell.
+    """Holds what the shapes of a medium's projectors tell.
 
     Args:
         medium: audio or video.
@@ -92,25 +92,25 @@ class Projectors:
         return any(multiple > 1 for multiple in self.multiples)
 
     def names(self) -> Iterator[tuple[int, str, str]]:
-        """Place, name in the checkpoint and name of our projector's entry, of every entry."""
-        for place in range(len(self.multiples)):
-            prefix = f"{self.medium}_proj." + (f"{place}." if self.is_list else "")
+        """Yield the index, the name in the checkpoint and the name of our projector's entry, of every entry."""
+        for index in range(len(self.multiples)):
+            prefix = f"{self.medium}_proj." + (f"{index}." if self.is_list else "")
             for layer in ("0", "2", "3") if self.has_norm else ("0", "2"):
                 for kind in ("weight", "bias"):
-                    yield place, f"{prefix}{layer}.{kind}", f"{layer}.{kind}"
+                    yield index, f"{prefix}{layer}.{kind}", f"{layer}.{kind}"
 
     def layout(self, feature_size: int, out_size: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of every entry."""
+        """Give names and shapes of every entry."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for place, name, own in self.names():
-            wide = {"0": (self.hidden_size, feature_size * self.multiples[place]), "2": (out_size, self.hidden_size)}
-            layer, kind = own.split(".")
+        for index, name, entry in self.names():
+            wide = {"0": (self.hidden_size, feature_size * self.multiples[index]), "2": (out_size, self.hidden_size)}
+            layer, kind = entry.split(".")
             shapes[name] = wide.get(layer, (out_size,)) if kind == "weight" else (wide.get(layer, (out_size,))[0],)
         return shapes
 
 
 def read_projectors(medium: str, state: Mapping[str, Tensor], *, feature_size: int) -> Projectors:
-    """What the projectors of a medium are.
+    """Read what the projectors of a medium are.
 
     Args:
         state: their entries by released names.
@@ -120,11 +120,11 @@ def read_projectors(medium: str, state: Mapping[str, Tensor], *, feature_size: i
         ValueError: an input that is no multiple of the encoder's size, or no projector at all.
     """
     name = f"{medium}_proj"
-    places = [int(match[1]) for entry in state if (match := _OF_LIST.fullmatch(entry))]
-    is_list, count = bool(places), max(places, default=0) + 1
+    indices = [int(match[1]) for entry in state if (match := _OF_LIST.fullmatch(entry))]
+    is_list, count = bool(indices), max(indices, default=0) + 1
     multiples = []
-    for place in range(count):
-        first = f"{name}.{place}.0.weight" if is_list else f"{name}.0.weight"
+    for index in range(count):
+        first = f"{name}.{index}.0.weight" if is_list else f"{name}.0.weight"
         if first not in state or state[first].dim() != 2:
             raise ValueError(f"the checkpoint misses {first}, a matrix")
         in_size = state[first].shape[1]
@@ -145,76 +145,79 @@ def read_projectors(medium: str, state: Mapping[str, Tensor], *, feature_size: i
 
 @dataclass(frozen=True)
 class Loras:
-    """LoRAs beside the queries and values of a stack of layers.
+    """Holds LoRAs beside the queries and values of a stack of layers.
 
     Args:
         prefix: of the names, up to the number of the layer.
         num_layers: how many layers have them.
         inner_size: the rank proper.
-        members: what follows the letter in each name: nothing or `_shared` for the shared one, `.audio` and so on.
+        experts: what follows the letter in each name: "" or `_shared` for the shared one, `.audio` and so on.
     """
 
     prefix: str
     num_layers: int
     inner_size: int
-    members: tuple[str, ...]
+    experts: tuple[str, ...]
 
-    def name(self, layer: int, direction: str, letter: str, member: str) -> str:
-        """The released name of one matrix."""
-        return f"{self.prefix}{layer}.self_attn.lora_{direction}_{letter}{member}.weight"
+    def name(self, layer: int, direction: str, letter: str, expert: str) -> str:
+        """Give the released name of one matrix."""
+        return f"{self.prefix}{layer}.self_attn.lora_{direction}_{letter}{expert}.weight"
 
     def layout(self, in_size: int, out_sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of every entry; `out_sizes` by letter."""
+        """Give names and shapes of every entry; `out_sizes` by letter."""
         shapes = {}
         for layer in range(self.num_layers):
             for letter in LETTERS:
-                for member in self.members:
-                    shapes[self.name(layer, "down", letter, member)] = (self.inner_size, in_size)
-                    shapes[self.name(layer, "up", letter, member)] = (out_sizes[letter], self.inner_size)
+                for expert in self.experts:
+                    shapes[self.name(layer, "down", letter, expert)] = (self.inner_size, in_size)
+                    shapes[self.name(layer, "up", letter, expert)] = (out_sizes[letter], self.inner_size)
         return shapes
 
     def matrices(self, state: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
-        """Our entries: PEFT's LoRA where there is one member, else those of a bank, members stacked.
+        """Make our entries: PEFT's LoRA where there is one expert, else those of a bank, experts stacked.
 
         Args:
             prefix: of our names, up to the number of the layer; a `{}` in it stands for that.
         """
-        single = len(self.members) == 1
+        single = len(self.experts) == 1
         made = {}
         for layer in range(self.num_layers):
             for letter, target in LETTERS.items():
                 for direction, side in (("down", "A"), ("up", "B")):
-                    own = [state[self.name(layer, direction, letter, member)].float() for member in self.members]
+                    matrices = [state[self.name(layer, direction, letter, expert)].float() for expert in self.experts]
                     name = f"{prefix.format(layer)}.{target}.lora_{side}"
-                    made[f"{name}.default.weight" if single else name] = own[0] if single else torch.stack(own)
+                    if single:
+                        made[f"{name}.default.weight"] = matrices[0]
+                    else:
+                        made[name] = torch.stack(matrices)
         return made
 
 
 def read_llm_loras(state: Mapping[str, Tensor], num_layers: int) -> tuple[Loras | None, str]:
-    """The LoRAs of the LLM, and the variant they are: `s`, `t` or `st`.
+    """Read the LoRAs of the LLM, and the variant they are: `s`, `t` or `st`.
 
     Raises:
-        ValueError: members that are none of these variants, or a name that is none of a LoRA.
+        ValueError: experts that are none of these variants, or a name that is none of a LoRA.
     """
     if not state:
         return None, ""
-    found = [_LLM_LORA.fullmatch(name) for name in state]
-    if None in found:
-        name = list(state)[found.index(None)]
+    matches = [_LLM_LORA.fullmatch(name) for name in state]
+    if None in matches:
+        name = list(state)[matches.index(None)]
         raise ValueError(f"the checkpoint holds unknown {name}")
-    members = {match[2] for match in found if match is not None}
+    experts = {match[2] for match in matches if match is not None}
     tasks = tuple(f".{task}" for task in TASKS)
     variants: dict[str, Sequence[str]] = {"s": ("",), "t": tasks, "st": ("_shared", *tasks)}
-    for variant, own in variants.items():
-        if set(own) == members:
-            return Loras("llm.model.layers.", num_layers, _inner_size(state), tuple(own)), variant
-    names = ", ".join(repr(member) for member in sorted(members))
+    for variant, ends in variants.items():
+        if set(ends) == experts:
+            return Loras("llm.model.layers.", num_layers, _inner_size(state), tuple(ends)), variant
+    names = ", ".join(repr(expert) for expert in sorted(experts))
     known = f"'', all of {', '.join(tasks)}, and these with '_shared'"
     raise ValueError(f"the names of the LLM's LoRAs end in {names}; known are {known}")
 
 
 def read_video_loras(state: Mapping[str, Tensor], num_layers: int) -> Loras | None:
-    """The LoRAs of the lip encoder, or nothing.
+    """Read the LoRAs of the lip encoder; None where there are none.
 
     Raises:
         ValueError: a name that is none of a LoRA.
@@ -227,8 +230,8 @@ def read_video_loras(state: Mapping[str, Tensor], num_layers: int) -> Loras | No
 
 
 def _inner_size(state: Mapping[str, Tensor]) -> int:
-    """Rows of the first matrix downwards; what is wrong with the others is said when all shapes are compared."""
-    found = next((value for name, value in state.items() if ".lora_down_" in name and value.dim() == 2), None)
-    if found is None or not len(found):
+    """Count the rows of the first matrix downwards; the others are looked at when all shapes are compared."""
+    down = next((value for name, value in state.items() if ".lora_down_" in name and value.dim() == 2), None)
+    if down is None or not len(down):
         raise ValueError(f"the checkpoint holds {min(state)}, but no matrix that goes with it (lora_down)")
-    return found.shape[0]
+    return down.shape[0]

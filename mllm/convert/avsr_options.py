@@ -1,4 +1,4 @@
-"""What the released checkpoints of Llama-AVSR, Llama-MTSK and Omni-AVSR do not hold, with the published values.
+"""Holds what released checkpoints of Llama-AVSR, Llama-MTSK and Omni-AVSR do not, with the published values.
 
 Plain dataclasses. Knows no torch, so that `--help` is quick.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class System:
-    """What the checkpoints of one system have in common.
+    """Holds what the checkpoints of one system have in common.
 
     Args:
         title: as its paper calls it.
         lists: whether a medium has a list of projectors, one per rate, or a single one.
-        variants: of the LLM's LoRAs; nothing for none at all.
+        variants: of the LLM's LoRAs; "" for none at all.
         has_prompts: whether the embeddings of the prompts are in the checkpoint.
         rates: frames per token by medium where it takes both media. rates_alone: where it takes that one alone.
     """
@@ -27,7 +27,7 @@ class System:
     rates_alone: Mapping[str, tuple[int, ...]]
 
     def published_rates(self, medium: str, media: Sequence[str]) -> tuple[int, ...]:
-        """The published rates of a medium of a checkpoint with these media."""
+        """Look up the published rates of a medium of a checkpoint with these media."""
         return (self.rates if len(media) > 1 else self.rates_alone)[medium]
 
 
@@ -61,35 +61,35 @@ SYSTEMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was used to train the checkpoint and is not in it."""
+    """Hold what was used to train the checkpoint and is not in it."""
 
     llm: str = "meta-llama/Llama-3.2-1B"
     """Folder or hub name of the LLM: its config and its tokenizer are read, its weights are in the checkpoint."""
     whisper: str = "openai/whisper-medium.en"
     """Folder or hub name of Whisper: its config and its feature extractor are read."""
     audio_rates: list[int] = field(default_factory=list)
-    """Frames per audio token, in the order of the projectors; told by the shapes where frames are stacked."""
+    """Frames per audio token, in the order of the projectors; the shapes tell them where frames are stacked."""
     video_rates: list[int] = field(default_factory=list)
-    """The same for video."""
+    """Frames per video token, likewise."""
     video_heads: int | None = None
-    """Attention heads of AV-HuBERT; by default one per 64 of its size."""
+    """Number of attention heads of AV-HuBERT; one per 64 of its size when left out."""
     video_norms_first: bool = True
     """Whether AV-HuBERT has its norms before attention, as all that were released."""
     video_scaling: float = 2.0
-    """What the update of the LoRAs inside AV-HuBERT is multiplied by."""
+    """Factor of the update of the LoRAs inside AV-HuBERT."""
     reduction: int | None = None
-    """What the released training calls --rank: the LLM's hidden size by the LoRAs' inner size; told by the shapes
-    where that is a whole number."""
+    """What the released training calls --rank: the LLM's hidden size divided by the LoRAs' inner size; the shapes tell
+    it where that is a whole number."""
     alpha: float | None = None
-    """The released --alpha: the LoRAs' update is multiplied by alpha / reduction; by default an eighth of reduction."""
+    """The released --alpha: the LoRAs' update is multiplied by alpha / reduction; by default reduction / 8."""
     prompt_audio: str = "Transcribe speech to text."
-    """What the model is asked about sound alone."""
+    """Question that the model is asked about audio alone."""
     prompt_video: str = "Transcribe video to text."
-    """What it is asked about lips alone."""
+    """Question that the model is asked about video alone."""
     prompt_audiovisual: str = "Transcribe speech and video to text."
-    """What it is asked about both."""
+    """Question that the model is asked about audio and video together."""
     normalize_audio: bool = True
-    """Zero mean and unit variance per clip before the features."""
+    """Scale each clip to zero mean and unit variance before the features."""
     released_behaviour: bool = False
     """Compute batches as the released code does: no masks, so that an answer depends on what else is in its batch."""
 

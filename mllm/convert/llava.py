@@ -1,11 +1,12 @@
-"""A released LLaVA-1.5, MQT-LLaVA or LLaVA-1.5-M3 to a run folder: the connector, and beside it the frozen parts.
+"""Converts a released LLaVA-1.5, MQT-LLaVA or LLaVA-1.5-M3 to a run folder: the connector, and the frozen parts beside
+it.
 
-    released weights ── split_state ── LLM, vision tower ─────── DIR/llm, DIR/image   (`run:llm`, `run:image`)
+    released weights ── split_state ── LLM, vision encoder ───── DIR/llm, DIR/image   (`run:llm`, `run:image`)
                                     └─ queries or projector ──── DIR/trainables.safetensors
 
-A part that is not in the checkpoint (the LLM of a first stage, a tower that is loaded from elsewhere) is named by its
-source, as after a training of ours. Knows options and the parts of a checkpoint. Everything is checked before anything
-is written. Does not know how the entries are named; that is `llava_layout.py`.
+A part that is not in the checkpoint (the LLM of a first stage, an encoder that is loaded from elsewhere) is named by
+its source, as after a training of ours. Knows options and the parts of a checkpoint. Everything is checked before
+anything is written. Does not know how the entries are named; that is `llava_layout.py`.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from mllm.checkpoints.sources import inside_run, resolve_source
 from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.model import MediumConfig, ModelConfig
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
-from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, System, Told
+from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, ReleasedConfig, System
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
 from mllm.encoders import backbone_class, encoder_facts
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -38,7 +39,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run folder is made of.
+    """Holds everything a run folder is made of.
 
     Args:
         weights: of the frozen parts that are in the checkpoint, by part and by the names transformers gives them.
@@ -83,7 +84,7 @@ def convert(path: str | Path, out: str | Path, *, system: str, options: Options)
 
 
 def read_parts(split: Split, folder: Path | None, system: System, options: Options) -> Parts:
-    """Everything in a checkpoint, checked.
+    """Read and check everything in a checkpoint.
 
     Args:
         folder: the checkpoint lies in, with what else is in it.
@@ -91,29 +92,31 @@ def read_parts(split: Split, folder: Path | None, system: System, options: Optio
     Raises:
         ValueError: entries that are missing, unknown or misshapen, or options that contradict them.
     """
-    told = Told({})
+    released = ReleasedConfig({})
     if folder is not None and (folder / "config.json").is_file():
-        told = Told(read_json(folder / "config.json"), str(folder / "config.json"))
-    _check_system(split, told, system, options)
-    sources = {"llm": options.llm or LLM, "image": options.vision or told.vision}
-    text, tokenizer = _llm(split, folder, told, options)
+        released = ReleasedConfig(read_json(folder / "config.json"), str(folder / "config.json"))
+    _check_system(split, released, system, options)
+    sources = {"llm": options.llm or LLM, "image": options.vision or released.vision}
+    text, tokenizer = _llm(split, folder, released, options)
     vision = encoder_config(sources["image"], "image")
     if vision.model_type != "clip_vision_model":
         raise ValueError(f"{sources['image']} is a {vision.model_type}; only checkpoints with CLIP can be converted")
-    told.check_size(vision.hidden_size)
+    released.check_size(vision.hidden_size)
     weights = {"llm": _llm_weights(split.llm, text)} if split.llm else {}
-    if split.tower:
-        weights["image"] = _tower_weights(split.tower, vision)
-    image, trained = _connector(split, told, text, vision)
-    image = replace(image, feature_layer=told.feature_layer if options.feature_layer is None else options.feature_layer)
-    budgets = _budgets(split, told, vision, system, options)
+    if split.vision:
+        weights["image"] = _vision_weights(split.vision, vision)
+    image, trained = _connector(split, released, text, vision)
+    image = replace(
+        image, feature_layer=released.feature_layer if options.feature_layer is None else options.feature_layer
+    )
+    budgets = _budgets(split, released, vision, system, options)
     image = replace(image, budgets=list(budgets), query_heads=_heads(split, vision, options))
     parts = Parts(
         weights,
         {"llm": text, "image": vision},
         sources,
         tokenizer,
-        _image_processor(sources["image"], told, options),
+        _image_processor(sources["image"], released, options),
         image,
         trained,
         facts=[],
@@ -121,34 +124,35 @@ def read_parts(split: Split, folder: Path | None, system: System, options: Optio
     return replace(parts, facts=_facts(parts, vision))
 
 
-def _check_system(split: Split, told: Told, system: System, options: Options) -> None:
+def _check_system(split: Split, released: ReleasedConfig, system: System, options: Options) -> None:
     """Refuse a checkpoint of another of the three systems.
 
     Raises:
         ValueError: what it is instead, and the option that contradicts it.
     """
     if split.connector != system.connector:
-        found = "queries (MQT-LLaVA)" if split.queries else "a projector (LLaVA-1.5, LLaVA-1.5-M3)"
-        raise ValueError(f"the checkpoint holds {found}; it is no {system.title} (see `mllm convert`)")
-    if told.scales and not system.scales:
-        raise ValueError(f"{SCALES_KEY} is {list(told.scales)} in {told.source}; it is no {system.title}")
-    if system.scales and told.values and not told.scales and not options.budgets:
+        kind = "queries (MQT-LLaVA)" if split.queries else "a projector (LLaVA-1.5, LLaVA-1.5-M3)"
+        raise ValueError(f"the checkpoint holds {kind}; it is no {system.title} (see `mllm convert`)")
+    if released.scales and not system.scales:
+        raise ValueError(f"{SCALES_KEY} is {list(released.scales)} in {released.source}; it is no {system.title}")
+    if system.scales and released.values and not released.scales and not options.budgets:
         raise ValueError(
-            f"{told.source} has no {SCALES_KEY}, so it is a LLaVA-1.5 that was not trained at several counts "
+            f"{released.source} has no {SCALES_KEY}, so it is a LLaVA-1.5 that was not trained at several counts "
             "(`mllm convert llava`); give budgets if it was"
         )
     if options.query_heads is not None and split.connector != "query":
         raise ValueError(f"query_heads goes with MQT-LLaVA; {system.title} has no queries")
 
 
-def _llm(split: Split, folder: Path | None, told: Told, options: Options) -> tuple[Any, Any]:
-    """Config and tokenizer of the LLM: from the option, from the folder where there is none, or the published ones."""
+def _llm(split: Split, folder: Path | None, released: ReleasedConfig, options: Options) -> tuple[Any, Any]:
+    """Read config and tokenizer of the LLM: from the option, from the folder where there is none, or the published
+    ones."""
     source = options.llm or LLM
-    own = folder if options.llm is None and split.llm else None
-    is_told = own is not None and bool(told.values)
-    text = _text_config(told) if is_told else llm_config(source)
-    if own is not None and any((own / name).is_file() for name in _TOKENIZERS):
-        source = str(own)
+    beside = folder if options.llm is None and split.llm else None
+    is_in_folder = beside is not None and bool(released.values)
+    text = _text_config(released) if is_in_folder else llm_config(source)
+    if beside is not None and any((beside / name).is_file() for name in _TOKENIZERS):
+        source = str(beside)
     tokenizer = read_tokenizer(source, config=text)
     rows = len(split.llm[EMBEDDINGS]) if EMBEDDINGS in split.llm else text.vocab_size
     if len(tokenizer) > rows:
@@ -159,10 +163,10 @@ def _llm(split: Split, folder: Path | None, told: Told, options: Options) -> tup
     return text, tokenizer
 
 
-def _text_config(told: Told) -> LlamaConfig:
-    """The Llama in a LLaVA's config.json, whose own model type transformers does not know."""
+def _text_config(released: ReleasedConfig) -> LlamaConfig:
+    """Read the Llama in a LLaVA's config.json, whose own model type transformers does not know."""
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "dtype"}
-    values = {key: value for key, value in told.values.items() if key in known}
+    values = {key: value for key, value in released.values.items() if key in known}
     return LlamaConfig(**values)
 
 
@@ -173,7 +177,7 @@ def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def _tower_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+def _vision_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         expected = backbone_class(config)._from_config(config).state_dict()
     try:
@@ -183,8 +187,10 @@ def _tower_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dic
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[MediumConfig, dict[str, Tensor]]:
-    """How images become soft tokens as far as shapes tell, and our entries for it."""
+def _connector(
+    split: Split, released: ReleasedConfig, text: Any, vision: Any
+) -> tuple[MediumConfig, dict[str, Tensor]]:
+    """Read how images become soft tokens as far as shapes tell, and our entries for it."""
     any_budget: Any = {"encoder": "", "budgets": [1]}  # both are filled in by the caller
     if split.queries:
         queries = read_queries(split.queries, feature_size=vision.hidden_size)
@@ -193,15 +199,17 @@ def _connector(split: Split, told: Told, text: Any, vision: Any) -> tuple[Medium
         return image, queries.entries(split.queries)
     projector = read_projector(split.projector)
     check_layout(split.projector, projector.layout(vision.hidden_size, text.hidden_size))
-    kind = told.values.get("mm_projector_type", projector.kind)
+    kind = released.values.get("mm_projector_type", projector.kind)
     if kind != projector.kind:
-        raise ValueError(f"mm_projector_type is {kind} in {told.source}, but the checkpoint holds a {projector.kind}")
+        raise ValueError(
+            f"mm_projector_type is {kind} in {released.source}, but the checkpoint holds a {projector.kind}"
+        )
     size = projector.hidden_size or 0
     return MediumConfig(**any_budget, project_first=True, projector_size=size), projector.entries(split.projector)
 
 
-def _budgets(split: Split, told: Told, vision: Any, system: System, options: Options) -> list[int]:
-    """The trained counts, fewest first.
+def _budgets(split: Split, released: ReleasedConfig, vision: Any, system: System, options: Options) -> list[int]:
+    """Read the trained counts, fewest first.
 
     Raises:
         ValueError: counts that this checkpoint cannot give.
@@ -214,7 +222,7 @@ def _budgets(split: Split, told: Told, vision: Any, system: System, options: Opt
         every = range(2, most + 1, 2) if split.llm else [most]
         chosen = options.budgets or list(every) or [most]
     else:
-        chosen = options.budgets or list(told.scales or system.scales) or [most]
+        chosen = options.budgets or list(released.scales or system.scales) or [most]
     if min(chosen) < 1 or max(chosen) > most or len(set(chosen)) < len(chosen):
         raise ValueError(f"budgets is {list(chosen)}; this checkpoint gives counts 1..{most}, each named once")
     return sorted(chosen)
@@ -229,19 +237,19 @@ def _heads(split: Split, vision: Any, options: Options) -> int | None:
     return heads
 
 
-def _image_processor(source: str, told: Told, options: Options) -> dict[str, Any]:
+def _image_processor(source: str, released: ReleasedConfig, options: Options) -> dict[str, Any]:
     values = read_image_processor(resolve_source(source)).to_dict()
-    padded = (options.image_aspect_ratio or told.image_aspect_ratio) == "pad"
+    padded = (options.image_aspect_ratio or released.image_aspect_ratio) == "pad"
     return values | PADDED if padded else values
 
 
 def write_parts(parts: Parts, folder: Path) -> None:
     """Write the parts of the checkpoint as folders that transformers reads."""
     for part, weights in parts.weights.items():
-        own = folder / part
-        own.mkdir(parents=True)
-        parts.configs[part].save_pretrained(own)
-        write_tensors(weights, own / "model.safetensors", metadata={"format": "pt"})
+        part_folder = folder / part
+        part_folder.mkdir(parents=True)
+        parts.configs[part].save_pretrained(part_folder)
+        write_tensors(weights, part_folder / "model.safetensors", metadata={"format": "pt"})
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:
@@ -279,8 +287,8 @@ def _facts(parts: Parts, vision: Any) -> list[str]:
         how = f"averaged behind the projector, {image.projector_size} inside" if image.projector_size else "averaged"
     only = " only, other counts are untrained" if len(budgets) == 1 else ""
     margins = "padded to a square" if parts.image_processor.get("do_pad") else "cut to a square"
-    origins = {part: "in the checkpoint" if part in parts.weights else own for part, own in parts.sources.items()}
+    origins = {part: "in the checkpoint" if part in parts.weights else source for part, source in parts.sources.items()}
     return [
         f"images: {how}; trained at {shown} tokens{only}; {margins}",
-        f"LLM: {origins['llm']}; vision tower: {origins['image']}",
+        f"LLM: {origins['llm']}; vision encoder: {origins['image']}",
     ]

@@ -1,4 +1,4 @@
-"""How LLaVA-1.5, MQT-LLaVA and LLaVA-1.5-M3 name what they hold, and what can be told from the shapes of it.
+"""Knows how LLaVA-1.5, MQT-LLaVA and LLaVA-1.5-M3 name what they hold, and what the shapes of it tell.
 
 Knows names and shapes. Does not know files, options of a command, or what a run folder looks like.
 Sources: LLaVA-1.5 (arXiv 2310.03744), MQT-LLaVA (2405.19315), M3 (2405.17430) and their released code.
@@ -16,22 +16,22 @@ PROJECTOR = "model.mm_projector."
 EMBEDDINGS = "model.embed_tokens.weight"
 _LLM = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 _CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Ends of entries that old checkpoints hold and that are computed now."""
+"""The ends of entries that old checkpoints hold and that are computed now."""
 _OURS = "model.compressors.image."
 
 
 @dataclass(frozen=True)
 class Split:
-    """The entries of a checkpoint by what they belong to: the tower's without their prefix, else as released."""
+    """Holds the entries of a checkpoint by what they belong to: the encoder's without prefix, else as released."""
 
     llm: dict[str, Tensor] = field(default_factory=dict)
-    tower: dict[str, Tensor] = field(default_factory=dict)
+    vision: dict[str, Tensor] = field(default_factory=dict)
     queries: dict[str, Tensor] = field(default_factory=dict)
     projector: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def connector(self) -> str:
-        """What stands between the tower and the LLM: `query` or `pool`."""
+        """The kind of what stands between the encoder and the LLM: `query` or `pool`."""
         return "query" if self.queries else "pool"
 
 
@@ -41,37 +41,37 @@ def split_state(state: Mapping[str, Tensor]) -> Split:
     Raises:
         ValueError: an entry of none of the parts, or not exactly one kind of connector.
     """
-    own, unknown = Split(), []
+    split, unknown = Split(), []
     for name, value in state.items():
         if name.endswith(_CONSTANTS):
             continue
         if name.startswith(TOWER):
-            own.tower[name.removeprefix(TOWER)] = value
+            split.vision[name.removeprefix(TOWER)] = value
         elif name.startswith(QUERIES):
-            own.queries[name] = value
+            split.queries[name] = value
         elif name.startswith(PROJECTOR):
-            own.projector[name] = value
+            split.projector[name] = value
         elif name.startswith(_LLM):
-            own.llm[name] = value
+            split.llm[name] = value
         else:
             unknown.append(name)
     if unknown:
         raise ValueError(f"the checkpoint holds unknown {', '.join(sorted(unknown)[:3])} ({len(unknown)} in all)")
-    if bool(own.queries) == bool(own.projector):
-        found = "both" if own.queries else "neither"
-        raise ValueError(f"the checkpoint holds {found} of {QUERIES}* and {PROJECTOR}*; exactly one is expected")
-    return own
+    if bool(split.queries) == bool(split.projector):
+        which = "both" if split.queries else "neither"
+        raise ValueError(f"the checkpoint holds {which} of {QUERIES}* and {PROJECTOR}*; exactly one is expected")
+    return split
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What the shape of MQT's queries tells."""
+    """Holds what the shape of MQT's queries tells."""
 
     num_queries: int
     size: int
 
     def layout(self, out_size: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of every entry; `out_size` is the LLM's."""
+        """Give names and shapes of every entry; `out_size` is the LLM's."""
         size = self.size
         shapes: dict[str, tuple[int, ...]] = {
             "pos_embed": (self.num_queries, size),
@@ -87,18 +87,18 @@ class Queries:
 
     @staticmethod
     def entries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our entries; the names behind the prefix are the released ones."""
+        """Name our entries; the names behind the prefix are the released ones."""
         return {f"{_OURS}{name.removeprefix(QUERIES)}": value.float() for name, value in state.items()}
 
 
 def read_queries(state: Mapping[str, Tensor], *, feature_size: int) -> Queries:
-    """What MQT's queries are.
+    """Read what MQT's queries are.
 
     Args:
-        feature_size: of the vision tower.
+        feature_size: of the vision encoder.
 
     Raises:
-        ValueError: queries that form no square or are not as wide as the tower.
+        ValueError: queries that form no square or are not as wide as the encoder.
     """
     name = f"{QUERIES}query"
     if name not in state or state[name].dim() != 2:
@@ -107,13 +107,13 @@ def read_queries(state: Mapping[str, Tensor], *, feature_size: int) -> Queries:
     if not num_queries or math.isqrt(num_queries) ** 2 != num_queries:
         raise ValueError(f"{name} holds {num_queries} queries, which form no square grid")
     if size != feature_size:
-        raise ValueError(f"{name} is {size} wide, but the vision tower is {feature_size} wide")
+        raise ValueError(f"{name} is {size} wide, but the vision encoder is {feature_size} wide")
     return Queries(num_queries, size)
 
 
 @dataclass(frozen=True)
 class PatchProjector:
-    """What the names and shapes of LLaVA's projector tell; `hidden_size` is nothing where it is a single Linear."""
+    """Holds what the names and shapes of LLaVA's projector tell; `hidden_size` is None where it is a single Linear."""
 
     hidden_size: int | None
 
@@ -123,7 +123,7 @@ class PatchProjector:
         return "linear" if self.hidden_size is None else "mlp2x_gelu"
 
     def layout(self, in_size: int, out_size: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of every entry: from the tower's size to the LLM's."""
+        """Give names and shapes of every entry: from the encoder's size to the LLM's."""
         if self.hidden_size is None:
             return {f"{PROJECTOR}weight": (out_size, in_size), f"{PROJECTOR}bias": (out_size,)}
         return {
@@ -134,13 +134,13 @@ class PatchProjector:
         }
 
     def entries(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our entries: the numbers of the layers are the released ones."""
+        """Name our entries: the numbers of the layers are the released ones."""
         prefix = f"{_OURS}projectors.0." + ("0." if self.hidden_size is None else "")
         return {f"{prefix}{name.removeprefix(PROJECTOR)}": value.float() for name, value in state.items()}
 
 
 def read_projector(state: Mapping[str, Tensor]) -> PatchProjector:
-    """What LLaVA's projector is.
+    """Read what LLaVA's projector is.
 
     Raises:
         ValueError: no matrix where its first layer should be.

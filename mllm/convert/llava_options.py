@@ -1,4 +1,4 @@
-"""What the released checkpoints of LLaVA-1.5, MQT-LLaVA and LLaVA-1.5-M3 do not hold, with the published values.
+"""Holds what released checkpoints of LLaVA-1.5, MQT-LLaVA and LLaVA-1.5-M3 do not, with the published values.
 
 Plain dataclasses. Knows no torch, so that `--help` is quick.
 """
@@ -10,17 +10,17 @@ from typing import Any, Literal
 LLM = "lmsys/vicuna-7b-v1.5"
 VISION = "openai/clip-vit-large-patch14-336"
 SCALES_KEY = "matryoshka_vis_token_scale"
-"""The key of a `config.json` that only M3's have: the counts it was trained at."""
+"""A key of `config.json` that only M3's have: the counts it was trained at."""
 
 
 @dataclass(frozen=True)
 class System:
-    """What the checkpoints of one system have in common.
+    """Holds what the checkpoints of one system have in common.
 
     Args:
         title: as its paper calls it.
         connector: `query` for Matryoshka queries, `pool` for a projector whose tokens may be averaged.
-        scales: published counts of the connector `pool`; nothing means all patches and only them.
+        scales: published counts of the connector `pool`; empty for all patches and only them.
     """
 
     title: str
@@ -37,28 +37,28 @@ SYSTEMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was used to train the checkpoint and is not in it."""
+    """Hold what was used to train the checkpoint and is not in it."""
 
     llm: str | None = None
     """Folder or hub name of the LLM: config and tokenizer, and the weights of a first stage. By default those of the
     checkpoint's folder where it has them, else lmsys/vicuna-7b-v1.5."""
     vision: str | None = None
-    """Folder or hub name of the vision tower: config and image processor, and the weights where the checkpoint holds
+    """Folder or hub name of the vision encoder: config and image processor, and the weights where the checkpoint holds
     none. By default what the checkpoint's config.json names, else openai/clip-vit-large-patch14-336."""
     feature_layer: int | None = None
-    """Which hidden states of the tower are read; by default as in config.json, else -2."""
+    """Hidden states of the encoder that are read, by index; by default as in config.json, else -2."""
     image_aspect_ratio: Literal["pad", "square"] | None = None
     """How an image becomes square: grey margins, or its middle cut out. By default as in config.json, else pad."""
     budgets: list[int] = field(default_factory=list)
-    """The counts it was trained at. By default as published: M3 as in config.json or 1, 9, 36, 144, 576; MQT every
-    even count, its first stage all queries; LLaVA all patches."""
+    """Counts it was trained at. By default as published: M3 as in config.json or 1, 9, 36, 144, 576; MQT every even
+    count, its first stage all queries; LLaVA all patches."""
     query_heads: int | None = None
-    """MQT: attention heads of the queries; by default as many as the tower has, 16 of CLIP-L."""
+    """Number of attention heads of the queries of MQT; by default as many as the encoder has, 16 of CLIP-L."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the `config.json` of a checkpoint says; nothing where it is silent or there is none.
+class ReleasedConfig:
+    """Holds what the `config.json` of a checkpoint says; defaults where it is silent or there is none.
 
     Args:
         values: all of it.
@@ -70,19 +70,19 @@ class Told:
 
     def __post_init__(self) -> None:
         for key, allowed in _ALLOWED.items():
-            found = self.values.get(key)
-            if found is not None and found not in allowed:
+            value = self.values.get(key)
+            if value is not None and value not in allowed:
                 shown = " or ".join(map(str, allowed))
-                raise ValueError(f"{key} is {found} in {self.source}; only {shown} can be converted")
+                raise ValueError(f"{key} is {value} in {self.source}; only {shown} can be converted")
 
     @property
     def vision(self) -> str:
-        """The tower it names."""
+        """The encoder it names."""
         return self.values.get("mm_vision_tower") or VISION
 
     @property
     def feature_layer(self) -> int:
-        """The hidden states of the tower that are read."""
+        """The hidden states of the encoder that are read."""
         return self.values.get("mm_vision_select_layer", -2)
 
     @property
@@ -96,14 +96,16 @@ class Told:
         return self.values.get(SCALES_KEY) or ()
 
     def check_size(self, hidden_size: int) -> None:
-        """Refuse a tower of another size.
+        """Refuse an encoder of another size.
 
         Raises:
             ValueError: both sizes.
         """
-        told = self.values.get("mm_hidden_size", hidden_size)
-        if told != hidden_size:
-            raise ValueError(f"mm_hidden_size is {told} in {self.source}, but the vision tower is {hidden_size} wide")
+        expected = self.values.get("mm_hidden_size", hidden_size)
+        if expected != hidden_size:
+            raise ValueError(
+                f"mm_hidden_size is {expected} in {self.source}, but the vision encoder is {hidden_size} wide"
+            )
 
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {

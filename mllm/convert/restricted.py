@@ -38,7 +38,7 @@ _STORAGE_TYPES = {
 
 
 class Inert:
-    """Stands for an object that was not built: `name` of its class, `arguments`, `state` and `items` it was given."""
+    """Stands for an object that was not built: `name` of its class, `arguments`, `state` and `items` it was to get."""
 
     name = ""
     arguments: tuple[Any, ...]
@@ -60,13 +60,14 @@ class Inert:
         self.items.append((key, value))
 
     def append(self, value: Any) -> None:
-        """What a list is given."""
+        """Keep what a list would be given."""
         self.items.append(value)
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """Where the numbers of one or more tensors lie: `start` is a place in a legacy file, `name` one in an archive."""
+    """Says where the numbers of one or more tensors lie: `name` is a position in a legacy file, or an entry of an
+    archive."""
 
     path: Path
     name: str
@@ -86,32 +87,36 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    places: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, tuple[int, int]]
 
     def read(self) -> Tensor:
-        """The tensor.
+        """Read the tensor.
 
         Raises:
             ValueError: it reaches beyond what the file holds.
         """
-        own = self.storage
+        storage = self.storage
         reach = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True)) + 1
-        if self.offset < 0 or min((*self.stride, 0)) < 0 or (math.prod(self.shape) and reach > own.size):
-            raise ValueError(f"{own.path}: a tensor of shape {self.shape} reaches beyond its {own.size} numbers")
-        start, num_bytes = self.places.get(own.name, (0, 0))
-        if num_bytes != own.num_bytes:
-            raise ValueError(f"{own.path}: {num_bytes} bytes for {own.name}, which should have {own.num_bytes}")
-        with own.path.open("rb") as file:
+        if self.offset < 0 or min((*self.stride, 0)) < 0 or (math.prod(self.shape) and reach > storage.size):
+            raise ValueError(
+                f"{storage.path}: a tensor of shape {self.shape} reaches beyond its {storage.size} numbers"
+            )
+        start, num_bytes = self.extents.get(storage.name, (0, 0))
+        if num_bytes != storage.num_bytes:
+            raise ValueError(
+                f"{storage.path}: {num_bytes} bytes for {storage.name}, which should have {storage.num_bytes}"
+            )
+        with storage.path.open("rb") as file:
             file.seek(start)
             raw = bytearray(file.read(num_bytes))
         if len(raw) != num_bytes:
-            raise ValueError(f"{own.path} ends before the numbers of {own.name} do")
-        flat = torch.frombuffer(raw, dtype=own.dtype) if raw else torch.zeros(0, dtype=own.dtype)
+            raise ValueError(f"{storage.path} ends before the numbers of {storage.name} do")
+        flat = torch.frombuffer(raw, dtype=storage.dtype) if raw else torch.zeros(0, dtype=storage.dtype)
         return flat.as_strided(self.shape, self.stride, self.offset).clone()
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """What a `.pt` file holds: containers, numbers, texts, `StoredTensor` and `Inert`.
+    """Read what a `.pt` file holds: containers, numbers, texts, `StoredTensor` and `Inert`.
 
     Raises:
         ValueError: no file of `torch.save`, one that is cut, or one that asks for what a reader cannot do.
@@ -124,7 +129,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A configuration as plain containers: nodes of omegaconf and namespaces become the values they hold."""
+    """Make a configuration plain containers: nodes of omegaconf and namespaces become the values they hold."""
     if isinstance(value, Inert):
         state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
         if not isinstance(state, Mapping):
@@ -134,21 +139,21 @@ def plain(value: Any) -> Any:
                 return plain(state[key])
         return plain(state)
     if isinstance(value, Mapping):
-        return {key: plain(own) for key, own in value.items() if isinstance(key, str)}
-    return [plain(own) for own in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _Tensor:
     """Takes the place of the functions that rebuild tensors. Without slots nothing can be set on it."""
 
     __slots__ = ()
-    places: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, tuple[int, int]]
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         numbers = (offset, *shape, *stride)
         if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
             raise pickle.UnpicklingError("a tensor without a storage")
-        return StoredTensor(storage, offset, tuple(shape), tuple(stride), self.places)
+        return StoredTensor(storage, offset, tuple(shape), tuple(stride), self.extents)
 
 
 class _Parameter:
@@ -163,11 +168,11 @@ class _Parameter:
 class _Reader(pickle.Unpickler):
     """Builds containers and stand-ins; the only two things it calls are its own."""
 
-    def __init__(self, file: BinaryIO, path: Path, places: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, file: BinaryIO, path: Path, extents: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(file, encoding="utf-8")
         self.path = path
         self.num_bytes: dict[str, int] = {}  # of every storage that was referred to
-        tensor = type("_PlacedTensor", (_Tensor,), {"__slots__": (), "places": places})()
+        tensor = type("_PlacedTensor", (_Tensor,), {"__slots__": (), "extents": extents})()
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): tensor,
@@ -193,23 +198,23 @@ class _Reader(pickle.Unpickler):
 
 
 def _read_archive(path: Path) -> Any:
-    """The zip format: `data.pkl`, and one uncompressed entry per storage."""
+    """Read the zip format: `data.pkl`, and one uncompressed entry per storage."""
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
-        found = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
-        if len(found) != 1:
-            raise ValueError(f"{path} is a zip archive, but none of torch.save: it holds {len(found)} data.pkl")
-        root = found[0].removesuffix("data.pkl")
-        places = {}
+        pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise ValueError(f"{path} is a zip archive, but none of torch.save: it holds {len(pickles)} data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        extents = {}
         for name, info in entries.items():
             if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
-                places[name.removeprefix(f"{root}data/")] = (_start_of(path, info), info.file_size)
-        with archive.open(found[0]) as file:
-            return _Reader(file, path, places).load()  # type: ignore[arg-type]
+                extents[name.removeprefix(f"{root}data/")] = (_start_of(path, info), info.file_size)
+        with archive.open(pickles[0]) as file:
+            return _Reader(file, path, extents).load()  # type: ignore[arg-type]
 
 
 def _start_of(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: behind its own header, whose last parts have lengths of their own."""
+    """Find where the bytes of an entry begin: behind its own header, whose last parts have lengths of their own."""
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)
         name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
@@ -217,13 +222,14 @@ def _start_of(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _read_stream(path: Path) -> Any:
-    """The old format: magic number, version, facts, the object, the names of the storages, and their bytes in turn."""
-    places: dict[str, tuple[int, int]] = {}
+    """Read the old format: magic number, version, facts, the object, the names of the storages, and their bytes in
+    turn."""
+    extents: dict[str, tuple[int, int]] = {}
     with path.open("rb") as file:
         magic, _, _ = (_Reader(file, path, {}).load() for _ in range(3))
         if magic != _LEGACY_MAGIC:
             raise ValueError(f"{path} is no checkpoint of torch.save")
-        reader = _Reader(file, path, places)
+        reader = _Reader(file, path, extents)
         content = reader.load()
         end = path.stat().st_size
         for name in _Reader(file, path, {}).load():
@@ -231,6 +237,6 @@ def _read_stream(path: Path) -> Any:
             start, size = file.tell(), reader.num_bytes[name]
             if start + size > end:
                 raise ValueError(f"{path} ends before the numbers of {name} do")
-            places[name] = (start, size)
+            extents[name] = (start, size)
             file.seek(size, 1)
         return content

@@ -1,4 +1,4 @@
-"""The tensors of a released checkpoint by name, from the kinds of files that systems are released in.
+"""Reads the tensors of a released checkpoint by name, from the kinds of files that systems are released in.
 
 Knows files. Does not know what the names mean. Nothing in a file is run.
 """
@@ -15,14 +15,14 @@ from mllm.convert.restricted import Inert, StoredTensor, read_checkpoint
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIGHTNING_PREFIX = "model."
-"""What Lightning puts before the names of the module it trains."""
+"""Lightning puts this before the names of the module it trains."""
 INDEX_SUFFIX = ".index.json"
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
-"""What hubs call the weights of a model; with the suffix of an index where they lie in several files."""
+"""The names that hubs give the weights of a model; with the suffix of an index where they lie in several files."""
 
 
 def read_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[str, Tensor]:
-    """The tensors of a file, or of a folder as hubs keep them: one file, or several and an index of what is where.
+    """Read the tensors of a file, or of a folder as hubs keep them: one file, or several and an index of what is where.
 
     Args:
         names: of files looked for in a folder, the first found wins.
@@ -43,22 +43,22 @@ def read_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[
 
 
 def _read_indexed(index: Path) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, Mapping) or not all(isinstance(file, str) for file in places.values()):
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, Mapping) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} holds no weight_map of names and files")
     state: dict[str, Tensor] = {}
-    for file in sorted(set(places.values())):
+    for file in sorted(set(files.values())):
         if Path(file).name != file:
             raise ValueError(f"{index} names {file!r}, which is no file beside it")
-        found = read_state(index.parent / file)
-        if wrong := sorted(found.keys() ^ {name for name, place in places.items() if place == file}):
+        tensors = read_state(index.parent / file)
+        if wrong := sorted(tensors.keys() ^ {name for name, holder in files.items() if holder == file}):
             raise ValueError(f"{index.name} and {file} disagree about {wrong[0]} ({len(wrong)} in all)")
-        state |= found
+        state |= tensors
     return state
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
         ValueError: anything else.
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: one that was saved as such, or the `state_dict` of a Lightning checkpoint.
+    """Read the state dict in a file: one that was saved as such, or the `state_dict` of a Lightning checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,13 +90,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds {_kind(content)} where a state dict is expected")
     if isinstance(content.get("state_dict"), Mapping):
-        content = {name.removeprefix(LIGHTNING_PREFIX): own for name, own in content["state_dict"].items()}
+        content = {name.removeprefix(LIGHTNING_PREFIX): entry for name, entry in content["state_dict"].items()}
     if not content:
         raise ValueError(f"{path} holds no tensors")
-    for name, own in content.items():
-        if not isinstance(own, StoredTensor):
-            raise ValueError(f"{path} holds {_kind(own)} at {name!r} where a tensor is expected; nothing of it was run")
-    return {name: own.read() for name, own in content.items()}
+    for name, entry in content.items():
+        if not isinstance(entry, StoredTensor):
+            raise ValueError(
+                f"{path} holds {_kind(entry)} at {name!r} where a tensor is expected; nothing of it was run"
+            )
+    return {name: entry.read() for name, entry in content.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -111,18 +113,18 @@ def _kind(value: Any) -> str:
     return f"{value.name}()" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
-def check_layout(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_layout(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a state whose names or shapes are not those expected.
 
     Raises:
         ValueError: what is missing, unknown or of another shape, by name.
     """
     for problem, names in (
-        ("misses", expected.keys() - found.keys()),
-        ("holds unknown", found.keys() - expected.keys()),
+        ("misses", expected.keys() - state.keys()),
+        ("holds unknown", state.keys() - expected.keys()),
     ):
         if names:
             raise ValueError(f"the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
     for name, shape in expected.items():
-        if tuple(found[name].shape) != tuple(shape):
-            raise ValueError(f"{name} has the shape {tuple(found[name].shape)} in the checkpoint; expected {shape}")
+        if tuple(state[name].shape) != tuple(shape):
+            raise ValueError(f"{name} has the shape {tuple(state[name].shape)} in the checkpoint; expected {shape}")

@@ -1,4 +1,4 @@
-"""One recording to one crop, its sound and a line of the report.
+"""Turns one recording into one crop, its audio and a line of the report.
 
 Knows the order of the steps: find faces, follow one, cut it out in a second pass, write, show. Frames are never all in
 memory, crops are. Does not know folders, workers or manifests.
@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mllm.lip_crops.config import LipCropsConfig
 from mllm.lip_crops.faces import FaceFinder
-from mllm.lip_crops.geometry import MEAN_FACE_MILLIMETRES, CropPath, crop, crop_path, share_outside
-from mllm.lip_crops.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedSound, frames_of, sound_of
-from mllm.lip_crops.settings import LipCropsConfig
+from mllm.lip_crops.geometry import MEAN_FACE_MILLIMETRES, CropPath, crop, crop_path, fraction_outside
+from mllm.lip_crops.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedAudio, audio_of, frames_of
 from mllm.lip_crops.sheet import draw_strip
 from mllm.lip_crops.tracks import Track, choose, follow
 from mllm.media import MediaError, to_gray, write_audio, write_video
@@ -46,17 +46,17 @@ class ClipJob:
     is_shown: bool
 
     def output(self, suffix: str) -> Path:
-        """Where the crop (.mp4) or the sound (.wav) goes."""
+        """Name where the crop (.mp4) or the audio (.wav) goes."""
         return self.out / f"{self.id}{suffix}"
 
     @property
     def strip(self) -> Path:
-        """Where this clip's part of the contact sheet goes."""
+        """The file of this clip's part of the contact sheet."""
         return strip_path(self.out, self.id)
 
 
 def strip_path(out: Path, clip_id: str) -> Path:
-    """Where the strip of a clip is."""
+    """Name the file of the strip of a clip."""
     return out / "sheets" / f"{clip_id}.png"
 
 
@@ -81,6 +81,7 @@ def prepare_clip(job: ClipJob) -> dict[str, Any]:
 
 
 def _prepare(job: ClipJob) -> tuple[Status, dict[str, Any]]:
+    # Two passes over the file: smoothing wants the faces of later frames, and all frames do not fit into memory.
     with FaceFinder() as find:
         faces, first = _find_faces(job, find)
     tracks = follow(faces)
@@ -93,21 +94,21 @@ def _prepare(job: ClipJob) -> tuple[Status, dict[str, Any]]:
         return "skipped", {"reason": reason, **facts}
     split = len(MEAN_FACE_MILLIMETRES)
     path = crop_path(track.points[:, :split], track.points[:, split:])
-    outside = share_outside(path, first.shape[1], first.shape[0])
-    facts["outside_share"] = round(outside, 4)
+    outside = fraction_outside(path, first.shape[1], first.shape[0])
+    facts["outside_fraction"] = round(outside, 4)
     crops, middle = _cut(job, path)
     if outside > job.settings.max_outside:
         reason = f"{outside:.0%} of the crops lie beyond the border; {job.settings.max_outside:.0%} are allowed"
         _show(job, middle, path, crops, reason)
         return "skipped", {"reason": reason, **facts}
-    sound = sound_of(job.path, len(crops), max_seconds=job.settings.max_seconds)
-    _write(job, crops, sound)
+    audio = audio_of(job.path, len(crops), max_seconds=job.settings.max_seconds)
+    _write(job, crops, audio)
     _show(job, middle, path, crops, f"face in {track.coverage:.0%} of {len(crops)} frames", is_used=True)
-    return "done", {**facts, **_sound_facts(sound)}
+    return "done", {**facts, **_audio_facts(audio)}
 
 
 def _find_faces(job: ClipJob, find: Finder) -> tuple[list[list[np.ndarray]], np.ndarray]:
-    """The faces of every frame, and the first frame."""
+    """Find the faces of every frame; return the first frame too."""
     faces: list[list[np.ndarray]] = []
     first = np.empty(0)
     for frame in frames_of(job.path, max_seconds=job.settings.max_seconds):
@@ -117,7 +118,7 @@ def _find_faces(job: ClipJob, find: Finder) -> tuple[list[list[np.ndarray]], np.
 
 
 def _cut(job: ClipJob, path: CropPath) -> tuple[np.ndarray, np.ndarray]:
-    """Crops (T, S, S) gray or (T, S, S, 3) RGB, and the frame in the middle of the clip."""
+    """Cut crops (T, S, S) gray or (T, S, S, 3) RGB; return the frame in the middle of the clip too."""
     crops, middle = [], np.empty(0)
     for number, frame in enumerate(frames_of(job.path, max_seconds=job.settings.max_seconds)):
         cut = crop(frame, path.factors[number], path.centres[number])
@@ -127,13 +128,13 @@ def _cut(job: ClipJob, path: CropPath) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(crops), middle
 
 
-def _write(job: ClipJob, crops: np.ndarray, sound: AlignedSound | None) -> None:
-    """Outputs appear under their names only when they are whole, the crop last."""
+def _write(job: ClipJob, crops: np.ndarray, audio: AlignedAudio | None) -> None:
+    """Write outputs that appear under their names only when they are whole, the crop last."""
     job.output(".mp4").parent.mkdir(parents=True, exist_ok=True)
     parts = [job.output(f"{suffix}.part") for suffix in (".wav", ".mp4")]
     try:
-        if sound is not None:
-            write_audio(parts[0], sound.samples, SAMPLE_RATE_HZ)
+        if audio is not None:
+            write_audio(parts[0], audio.samples, SAMPLE_RATE_HZ)
             os.replace(parts[0], job.output(".wav"))
         write_video(parts[1], crops, frames_per_second=FRAMES_PER_SECOND)
         os.replace(parts[1], job.output(".mp4"))
@@ -146,12 +147,12 @@ def _write(job: ClipJob, crops: np.ndarray, sound: AlignedSound | None) -> None:
 def _show(
     job: ClipJob, frame: np.ndarray, path: CropPath | None, crops: np.ndarray, text: str, *, is_used: bool = False
 ) -> None:
-    """A clip that is not used is always shown: it is what somebody should look at."""
+    """Draw a clip's strip, of one that is not used always: it is what somebody should look at."""
     if job.settings.sheet_clips and (job.is_shown or not is_used):
         middle = len(crops) // 2
-        place = None if path is None else (path.factors[middle], path.centres[middle])
+        square = None if path is None else (path.factors[middle], path.centres[middle])
         job.strip.parent.mkdir(parents=True, exist_ok=True)
-        draw_strip(frame, place, crops, f"{job.id}: {text}").save(job.strip)
+        draw_strip(frame, square, crops, f"{job.id}: {text}").save(job.strip)
 
 
 def _face_facts(tracks: Sequence[Track], track: Track | None) -> dict[str, Any]:
@@ -160,8 +161,8 @@ def _face_facts(tracks: Sequence[Track], track: Track | None) -> dict[str, Any]:
     return {"faces": len(tracks), "face_coverage": round(coverage, 4), **width}
 
 
-def _sound_facts(sound: AlignedSound | None) -> dict[str, Any]:
-    if sound is None:
-        return {"sound": False}
-    offset, silent = round(sound.offset_seconds, 3), round(sound.silent_seconds, 3)
-    return {"sound": True, "sound_offset_seconds": offset, "silent_seconds": silent}
+def _audio_facts(audio: AlignedAudio | None) -> dict[str, Any]:
+    if audio is None:
+        return {"audio": False}
+    offset, silent = round(audio.offset_seconds, 3), round(audio.silent_seconds, 3)
+    return {"audio": True, "audio_offset_seconds": offset, "silent_seconds": silent}

@@ -1,4 +1,4 @@
-"""Faces in images, by MediaPipe's face mesh, as the points that the crop needs.
+"""Finds faces in images, by MediaPipe's face mesh, as the points that the crop needs.
 
 Knows MediaPipe and the numbers of its mesh. Does not know clips or crops. Its models come with its package (up to
 0.10.21), so that nothing is downloaded.
@@ -72,11 +72,10 @@ class FaceFinder:
             solution.close()
 
     def __call__(self, frame: np.ndarray) -> list[np.ndarray]:
-        """Points of every face of an RGB frame, uint8 (H, W, 3)."""
+        """Find the points of every face of an RGB frame, uint8 (H, W, 3)."""
         frame = np.ascontiguousarray(frame)
-        if found := _points(self._mesh, frame):
-            return found
-        faces = []
+        if faces := _points(self._mesh, frame):
+            return faces
         for detection in (self._far.process(frame).detections or [])[:MAX_FACES]:
             left, top, side = _surroundings(detection.location_data.relative_bounding_box, *frame.shape[:2])
             piece = np.ascontiguousarray(frame[top : top + side, left : left + side])
@@ -94,14 +93,14 @@ def _points(mesh: Any, image: np.ndarray) -> list[np.ndarray]:
 
 
 def _surroundings(box: Any, height: int, width: int) -> tuple[int, int, int]:
-    """(left, top, side) in pixels of a square about a detected box, three times as large, as far as the frame goes."""
+    """Compute (left, top, side) in pixels of a square about a detected box, three times as large, inside the frame."""
     side = max(2, round(3 * max(box.width * width, box.height * height)))
     left, top = (box.xmin + box.width / 2) * width - side / 2, (box.ymin + box.height / 2) * height - side / 2
     return min(max(0, round(left)), width - 2), min(max(0, round(top)), height - 2), side
 
 
 def check_installed() -> None:
-    """Tell at once that MediaPipe is missing, without the second that importing it takes.
+    """Refuse at once when MediaPipe is missing, without the second that importing it takes.
 
     Raises:
         ImportError: it is not installed.
@@ -111,7 +110,7 @@ def check_installed() -> None:
 
 
 def import_mediapipe() -> tuple[Any, Any]:
-    """MediaPipe's modules for the face mesh and for the detection of far faces.
+    """Import MediaPipe's modules for the face mesh and for the detection of far faces.
 
     Raises:
         ImportError: not installed, or a version without it; the message has the pip line.

@@ -1,6 +1,6 @@
-"""A folder of recordings to a folder of crops: workers, what is done already, report, manifest and contact sheet.
+"""Turns a folder of recordings into a folder of crops: workers, what is done already, report, manifest, contact sheet.
 
-    out/<id>.mp4, out/<id>.wav    crop and sound, named as the recording is below the source folder
+    out/<id>.mp4, out/<id>.wav    crop and audio, named as the recording is below the source folder
     out/prepare.jsonl             one line per recording: done, skipped or failed, and why
     out/manifest.jsonl            the clips that have a transcript, asked as asr, vsr and avsr
     out/contact_sheet.png         what the crops look like; out/sheets holds its lines
@@ -22,8 +22,8 @@ from typing import Any
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.data.prompts import SPEECH_PROMPTS, SPEECH_TASKS
 from mllm.lip_crops.clip import ClipJob, prepare_clip, strip_path
+from mllm.lip_crops.config import LipCropsConfig
 from mllm.lip_crops.faces import check_installed
-from mllm.lip_crops.settings import LipCropsConfig
 from mllm.lip_crops.sheet import draw_sheet
 from mllm.media import path_problem
 from mllm.media.containers import VIDEO_SUFFIXES
@@ -34,7 +34,7 @@ REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run leaves.
+    """What a run leaves behind.
 
     Attributes:
         rows: of the report, in order of the recordings.
@@ -47,7 +47,7 @@ class Prepared:
     num_samples: int
 
     def with_status(self, status: str) -> list[dict[str, Any]]:
-        """Rows of the clips that are done, skipped or failed."""
+        """List the rows of the clips that are done, skipped or failed."""
         return [row for row in self.rows if row["status"] == status]
 
 
@@ -91,7 +91,7 @@ def prepare(settings: LipCropsConfig, *, progress: Progress | None = None) -> Pr
 
 
 def find_recordings(source: Path, out: Path) -> list[tuple[str, Path]]:
-    """(id, file) of one recording, or of all below a folder but `out`; an id is the path without its suffix.
+    """List (id, file) of one recording, or of all below a folder but `out`; an id is the path without its suffix.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -105,21 +105,21 @@ def find_recordings(source: Path, out: Path) -> list[tuple[str, Path]]:
     files = [source] if source.is_file() else sorted(_recordings_below(source, out))
     if not files:
         raise ValueError(f"{source} holds no recording; looked for {', '.join(VIDEO_SUFFIXES)}")
-    found: dict[str, Path] = {}
+    recordings: dict[str, Path] = {}
     for path in files:
         name = path.relative_to(root).with_suffix("").as_posix()
         if problem := path_problem(f"{name}.mp4"):
             raise ValueError(f"{path} cannot stand in a manifest: {problem}; rename it")
-        if name in found:
-            raise ValueError(f"{found[name]} and {path} would both become {name}.mp4; rename one")
-        found[name] = path
-    return list(found.items())
+        if name in recordings:
+            raise ValueError(f"{recordings[name]} and {path} would both become {name}.mp4; rename one")
+        recordings[name] = path
+    return list(recordings.items())
 
 
 def _recordings_below(source: Path, out: Path) -> Iterator[Path]:
-    kept_out = out.resolve()
+    outputs = out.resolve()
     for path in source.rglob("*"):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and kept_out not in path.resolve().parents:
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and outputs not in path.resolve().parents:
             yield path
 
 
@@ -133,7 +133,7 @@ def _jobs(settings: LipCropsConfig, recordings: Sequence[tuple[str, Path]]) -> l
 
 
 def _work(jobs: Sequence[ClipJob], num_workers: int, log: Path) -> Iterator[tuple[ClipJob, dict[str, Any]]]:
-    """Jobs with their rows, as they are finished.
+    """Yield jobs with their rows, as they are finished.
 
     Always in processes of their own: MediaPipe's libraries write to the terminal, which would break a progress bar.
     """
@@ -167,7 +167,7 @@ def _check_sources(jobs: Sequence[ClipJob], rows: dict[str, dict[str, Any]], out
 
 
 def _rows_of(report: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run; a last line that was cut off by its end counts as not written."""
+    """Read the rows of an earlier run; a last line that was cut off by its end counts as not written."""
     if not report.is_file():
         return []
     lines = report.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -178,7 +178,7 @@ def _rows_of(report: Path) -> list[dict[str, Any]]:
 
 
 def _stamp(job: ClipJob) -> dict[str, Any]:
-    """What tells whether a recording, or the way it is asked for, has changed since."""
+    """Tell whether a recording, or the way it is asked for, has changed since."""
     status = job.path.stat()
     return {"settings": job.settings.deciding, "source_bytes": status.st_size, "source_time": status.st_mtime}
 
@@ -188,9 +188,9 @@ def _is_made(job: ClipJob, row: dict[str, Any] | None) -> bool:
         return False
     if row.get("seconds", 0.0) > job.settings.max_seconds:  # it was made when a longer one was allowed
         return False
-    suffixes = [".mp4", ".wav"][: 1 + bool(row.get("sound"))] if row["status"] == "done" else []
-    is_drawn = not job.is_shown or job.strip.is_file()
-    return is_drawn and all(job.output(suffix).is_file() for suffix in suffixes)
+    suffixes = [".mp4", ".wav"][: 1 + bool(row.get("audio"))] if row["status"] == "done" else []
+    has_strip = not job.is_shown or job.strip.is_file()
+    return has_strip and all(job.output(suffix).is_file() for suffix in suffixes)
 
 
 def _write_report(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -200,20 +200,20 @@ def _write_report(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _samples(row: dict[str, Any]) -> Iterator[Sample]:
-    """The manifest rows of a clip: one per task its files allow; none without a transcript."""
+    """Yield the samples of a clip: one per task its files allow; none without a transcript."""
     if row["status"] != "done" or not row["transcript"]:
         return
     paths = {"audio": f"{row['id']}.wav", "video": f"{row['id']}.mp4"}
     for task, media in SPEECH_TASKS.items():
-        if "audio" in media and not row["sound"]:
+        if "audio" in media and not row["audio"]:
             continue
-        asked = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[task]))
+        prompt = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[task]))
         answer = Message("assistant", (Text(row["transcript"]),))
-        yield Sample(f"{row['id']}-{task}", (Message("user", asked), answer), task, meta={"seconds": row["seconds"]})
+        yield Sample(f"{row['id']}-{task}", (Message("user", prompt), answer), task, meta={"seconds": row["seconds"]})
 
 
 def transcript_of(recording: Path) -> str:
-    """The text in the .txt beside a recording: its line `Text:` as in LRS2 and LRS3, or else all of it; may be empty.
+    """Read the .txt beside a recording: its line `Text:` as in LRS2 and LRS3, or else all of it; may be empty.
 
     Raises:
         ValueError: the file is not UTF-8.
@@ -230,7 +230,7 @@ def transcript_of(recording: Path) -> str:
 
 
 def _write_sheet(rows: Sequence[dict[str, Any]], out: Path, most: int) -> None:
-    """Up to `most` clips that are done, then as many that are not; the sheet of an earlier run goes."""
+    """Draw up to `most` clips that are done, then as many that are not; the sheet of an earlier run goes."""
     strips: dict[bool, list[Path]] = {True: [], False: []}
     for row in rows:
         path = strip_path(out, row["id"])

@@ -1,4 +1,4 @@
-"""Faces found frame by frame to people followed through a clip, and the choice of one of them.
+"""Follows faces found frame by frame as people through a clip, and chooses one of them.
 
 Knows where faces are and how large. Does not know what finds them nor what becomes of them.
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm.lip_crops.settings import NAMED_FACES
+from mllm.lip_crops.config import NAMED_FACES
 
 _REACH = 0.5
 """How far a face may move from one frame to the next, in sizes of it."""
@@ -26,26 +26,26 @@ class Track:
 
     @property
     def coverage(self) -> float:
-        """Share of the frames in which the face was found."""
-        return float(self._found.mean())
+        """The fraction of the frames in which the face was found."""
+        return float(self._is_seen.mean())
 
     @property
     def size(self) -> float:
-        """Mean width and height together, in pixels."""
-        return float(np.mean([face_size(face) for face in self.points[self._found]]))
+        """The mean of width and height together, in pixels."""
+        return float(np.mean([face_size(face) for face in self.points[self._is_seen]]))
 
     @property
     def x(self) -> float:
-        """Mean place from left to right, in pixels."""
-        return float(np.real(self.points[self._found]).mean())
+        """The mean position from left to right, in pixels."""
+        return float(np.real(self.points[self._is_seen]).mean())
 
     @property
-    def _found(self) -> np.ndarray:
+    def _is_seen(self) -> np.ndarray:
         return np.asarray(~np.isnan(self.points).any(axis=1))
 
 
 def face_size(face: np.ndarray) -> float:
-    """Width and height of the box around the points (P,), together."""
+    """Add width and height of the box around the points (P,)."""
     return float(np.ptp(np.real(face)) + np.ptp(np.imag(face)))
 
 
@@ -59,31 +59,32 @@ def follow(faces: Sequence[Sequence[np.ndarray]]) -> list[Track]:
         In order of appearance. A cut in the film begins new tracks, since faces jump there.
     """
     people: list[dict[int, np.ndarray]] = []
-    for number, found in enumerate(faces):
+    for number, frame_faces in enumerate(faces):
         pairs = [
             (cost, person, index)
             for person, track in enumerate(people)
-            for index, face in enumerate(found)
+            for index, face in enumerate(frame_faces)
             if (cost := _cost(track, number, face)) is not None
         ]
+        # Nearest pairs first, each person and each face once: greedy, since people rarely compete for a face.
         taken_people: set[int] = set()
         taken_faces: set[int] = set()
         for _, person, index in sorted(pairs):
             if person not in taken_people and index not in taken_faces:
-                people[person][number] = found[index]
+                people[person][number] = frame_faces[index]
                 taken_people.add(person)
                 taken_faces.add(index)
-        people += [{number: face} for index, face in enumerate(found) if index not in taken_faces]
+        people += [{number: face} for index, face in enumerate(frame_faces) if index not in taken_faces]
     return [_track(person, len(faces)) for person in people]
 
 
 def choose(tracks: Sequence[Track], face: str, *, min_coverage: float) -> tuple[Track | None, str]:
-    """The person asked for among those seen long enough, or None and the reason.
+    """Choose the person asked for among those seen long enough; return None and the reason where there is none.
 
     Args:
         tracks: of `follow`.
         face: `largest`, `left`, `right`, or a number counted from the left, beginning with 0.
-        min_coverage: share of the frames a face must be found in to count.
+        min_coverage: fraction of the frames a face must be found in to count.
     """
     if not tracks:
         return None, "no face was found"
@@ -100,7 +101,7 @@ def choose(tracks: Sequence[Track], face: str, *, min_coverage: float) -> tuple[
 
 
 def _cost(track: dict[int, np.ndarray], number: int, face: np.ndarray) -> float | None:
-    """Distance from where a person was last seen, in sizes; None where it cannot be the same one."""
+    """Measure the distance from where a person was last seen, in sizes; None where it cannot be the same one."""
     last = next(reversed(track))
     size, new_size = face_size(track[last]), face_size(face)
     distance = float(abs(face.mean() - track[last].mean())) / max(size, new_size)

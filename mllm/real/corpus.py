@@ -30,14 +30,14 @@ from mllm.synthetic.speech.corpus import write_all
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 PROMPT = "Transcript:"
-"""Short: a clip is worth seven target tokens, and every token of a row costs the same time."""
+"""Short: a clip has about seven target tokens, and every token of a row costs the same time."""
 LONGEST_SECONDS = 6.0
-"""What the encoder's window holds."""
+"""The seconds that the encoder's window holds."""
 SHORTEST_SECONDS = 0.5
-"""What one soft token of the coarsest rate stands for: 25 frames of 20 milliseconds."""
-NUMBERS_SHARE = 0.05
-SYNTHESISER_SHARES = {"piper": 0.6, "flite": 0.35, "espeak": 0.05}
-"""How much of the corpus each synthesiser says: the natural ones most."""
+"""The seconds that one soft token of the coarsest rate stands for: 25 frames of 20 milliseconds."""
+NUMBERS_FRACTION = 0.05
+SYNTHESISER_PROBABILITIES = {"piper": 0.6, "flite": 0.35, "espeak": 0.05}
+"""How often each synthesiser speaks: the natural ones most."""
 SPLITS = ("train", "heldout")
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """How much is written."""
+    """Say how much is written."""
 
     num_train: int = 5000
     num_heldout: int = 60
     num_recordings: int | None = None
-    """Recordings to test on, taken evenly from all there are; all when left out."""
+    """Number of recordings to test on, taken evenly from all there are; all when left out."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,10 +90,10 @@ def write_corpus(
         ValueError: files of a package that are not those that were tested.
     """
     recordings = read_recordings(packages, longest_seconds=LONGEST_SECONDS)
-    sentences = _sentences(packages, settings, tested={found.text for found in recordings})
+    sentences = _sentences(packages, settings, tested={recording.text for recording in recordings})
     for package in FLITE_PACKAGES:  # before there are several processes that would all fetch it
         fetch_debian(package, packages)
-    jobs = {split: list(_jobs(out, split, own, settings, packages)) for split, own in sentences.items()}
+    jobs = {split: list(_jobs(out, split, texts, settings, packages)) for split, texts in sentences.items()}
     every = [job for split in SPLITS for job in jobs[split]]
     for split in (*SPLITS, "test"):
         (out / split).mkdir(parents=True, exist_ok=True)
@@ -105,50 +105,50 @@ def write_corpus(
     rows = {
         split: [
             _sample(job.path.relative_to(out), job.sentence, job.synthesiser)
-            for job in own
+            for job in split_jobs
             if SHORTEST_SECONDS <= seconds[job.path] <= LONGEST_SECONDS
         ]
-        for split, own in jobs.items()
+        for split, split_jobs in jobs.items()
     }
     if (num_left := len(every) - sum(map(len, rows.values()))) > 0:
         bounds = (SHORTEST_SECONDS, LONGEST_SECONDS)
         logger.warning("%d of %d clips do not last %g to %g seconds and are left out", num_left, len(every), *bounds)
-    rows["test"] = [_write_recording(out, found) for found in _evenly(recordings, settings.num_recordings)]
-    for split, own in rows.items():
-        write_manifest(out / f"{split}.jsonl", own)
+    rows["test"] = [_write_recording(out, recording) for recording in _evenly(recordings, settings.num_recordings)]
+    for split, samples in rows.items():
+        write_manifest(out / f"{split}.jsonl", samples)
     return {split: out / f"{split}.jsonl" for split in rows}
 
 
 def _evenly(recordings: Sequence[Recording], count: int | None) -> list[Recording]:
-    """As many recordings as are wanted, as far apart as can be."""
+    """Take as many recordings as are wanted, as far apart as can be."""
     if count is None:
         return list(recordings)
     if count > len(recordings):
         raise ValueError(f"num_recordings is {count}; there are {len(recordings)}")
-    return [recordings[place * len(recordings) // count] for place in range(count)]
+    return [recordings[index * len(recordings) // count] for index in range(count)]
 
 
 def _sentences(packages: Path, settings: CorpusConfig, *, tested: set[str]) -> dict[str, list[str]]:
-    """Sentences by split, none in two of them and none that is tested."""
+    """Choose sentences by split, none in two of them and none that is tested."""
     known = [text for text in wordnet_examples(fetch_debian("wordnet-base", packages)) if normalise(text) not in tested]
     rng = np.random.default_rng([settings.seed, 0])
-    chosen = [known[place] for place in rng.permutation(len(known))]
+    chosen = [known[index] for index in rng.permutation(len(known))]
     counts = {"train": settings.num_train, "heldout": settings.num_heldout}
     if sum(counts.values()) > len(chosen):
         raise ValueError(f"num_train + num_heldout is {sum(counts.values())}; WordNet has {len(chosen)} such sentences")
-    found = {}
+    by_split = {}
     for split, count in counts.items():
-        numbers = int(count * NUMBERS_SHARE)
-        own = [chosen.pop() for _ in range(count - numbers)] + [spoken_number(rng) for _ in range(numbers)]
-        found[split] = [own[place] for place in rng.permutation(count)]
-    return found
+        numbers = int(count * NUMBERS_FRACTION)
+        texts = [chosen.pop() for _ in range(count - numbers)] + [spoken_number(rng) for _ in range(numbers)]
+        by_split[split] = [texts[index] for index in rng.permutation(count)]
+    return by_split
 
 
 def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusConfig, packages: Path) -> Iterator[_Job]:
     for number, sentence in enumerate(sentences):
         seed = (settings.seed, 1 + SPLITS.index(split), number)
-        names, shares = zip(*SYNTHESISER_SHARES.items(), strict=True)
-        synthesiser = str(np.random.default_rng([*seed, 0]).choice(names, p=shares))
+        names, probabilities = zip(*SYNTHESISER_PROBABILITIES.items(), strict=True)
+        synthesiser = str(np.random.default_rng([*seed, 0]).choice(names, p=probabilities))
         yield _Job(out / split / f"{number:05d}.wav", sentence, synthesiser, seed, packages)
 
 
@@ -171,6 +171,6 @@ def _write_recording(out: Path, recording: Recording) -> Sample:
 
 
 def _sample(path: Path, text: str, source: str) -> Sample:
-    asked = (Media("audio", path.as_posix()), Text(PROMPT))
-    messages = (Message("user", asked), Message("assistant", (Text(normalise(text)),)))
+    prompt = (Media("audio", path.as_posix()), Text(PROMPT))
+    messages = (Message("user", prompt), Message("assistant", (Text(normalise(text)),)))
     return Sample(path.with_suffix("").as_posix(), messages, "asr", meta={"source": source})

@@ -23,12 +23,12 @@ DTYPES: Mapping[int, np.dtype] = {
     3: np.dtype("<i4"),
     4: np.dtype("<f2"),
 }
-"""What the number of a variable's type stands for; bfloat16 (5) is not read here."""
+"""The dtype that the number of a variable's type stands for; bfloat16 (5) is not read here."""
 
 
 @dataclass(frozen=True)
 class Variables:
-    """What a file holds: the name of its specification, arrays by name, and other names of some of them."""
+    """Holds what a file does: the name of its specification, arrays by name, and other names of some of them."""
 
     specification: str
     arrays: Mapping[str, np.ndarray]
@@ -60,7 +60,7 @@ class _Reader:
         self.position = 0
 
     def take(self, size: int) -> memoryview:
-        """The next bytes."""
+        """Take the next bytes."""
         if self.position + size > len(self.data):
             raise ValueError(f"the file ends at byte {len(self.data)}, and {size} more from {self.position} are needed")
         taken = memoryview(self.data)[self.position : self.position + size]
@@ -68,15 +68,15 @@ class _Reader:
         return taken
 
     def number(self, code: str) -> int:
-        """The next unsigned number of a `struct` code."""
+        """Read the next unsigned number of a `struct` code."""
         return int(struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0])
 
     def string(self) -> str:
-        """The next string, without its closing zero."""
+        """Read the next string, without its closing zero."""
         return bytes(self.take(self.number("H"))).rstrip(b"\0").decode()
 
     def variable(self) -> tuple[str, np.ndarray]:
-        """The next variable: its name and its values."""
+        """Read the next variable: its name and its values."""
         name = self.string()
         shape = tuple(self.number("I") for _ in range(self.number("B")))
         code, size = self.number("B"), self.number("I")

@@ -1,4 +1,4 @@
-"""The demo on real weights: a frozen Whisper and a frozen SmolLM2 learn to listen at four rates, tested on recordings.
+"""Runs the demo on real weights: a frozen Whisper and a frozen SmolLM2 learn to listen at four rates.
 
 Knows parts, corpus, training and evaluation, and in which order they come. Does not know how any of them works.
 """
@@ -18,38 +18,39 @@ from mllm.utils.progress import Progress
 
 if TYPE_CHECKING:
     from mllm.real.corpus import CorpusConfig
-    from mllm.real.report import Found
+    from mllm.real.report import RealFindings
 from mllm.config.model import check_at_least
 from mllm.synthetic.demo.demo import claim
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 BUDGETS = ("audio=/4", "audio=/8", "audio=/16", "audio=/25")
 NUM_PROCESSES = 2
-"""That train and evaluate side by side; the recipe's batches are meant for so many, whatever the machine has."""
+"""The processes that train and evaluate side by side; the recipe's batches are meant for so many, whatever the machine
+has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealDemoConfig:
-    """How much the demo on real weights does; the defaults took 76 minutes on 2 busy CPU cores."""
+    """Say how much the demo on real weights does; the defaults took 76 minutes on 2 busy CPU cores."""
 
     out: str = "runs/demo_real"
-    """Folder of the parts, the corpus, the run, the evaluation and the report."""
+    """Folder for the parts, the corpus, the run, the evaluation and the report."""
     seed: int = 0
     """Random seed of the corpus, the initial values, the sampled budgets and the order of samples."""
     steps: int | None = None
-    """Optimizer steps, a tenth of them warm-up at most; those of the recipe when left out."""
+    """Number of optimizer steps, a tenth of them warm-up at most; the recipe's when left out."""
     num_clips: int = 5000
-    """Synthesised clips to train on."""
+    """Number of synthesised clips to train on."""
     num_heldout_clips: int = 60
-    """Synthesised clips of other sentences to test on, beside the recordings."""
+    """Number of synthesised clips of other sentences to test on, beside the recordings."""
     num_recordings: int | None = None
-    """Real recordings to test on, taken evenly from all there are; all when left out."""
+    """Number of real recordings to test on, taken evenly from all there are; all when left out."""
 
     def __post_init__(self) -> None:
         check_at_least(self, ["num_clips", "num_heldout_clips", "num_recordings"])
 
 
-def real_demo(settings: RealDemoConfig, *, progress: Progress | None = None) -> "tuple[Found, dict[str, float]]":
+def real_demo(settings: RealDemoConfig, *, progress: Progress | None = None) -> "tuple[RealFindings, dict[str, float]]":
     """Run the demo; what is there already (parts, corpus, a trained model, answers) is not made again.
 
     Returns:
@@ -112,7 +113,7 @@ def _launch(command: str, values: dict[str, Any], config: Path) -> None:
 
 
 class _Clock:
-    """Seconds between laps."""
+    """Measures the seconds between laps."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -152,7 +153,7 @@ def corpus_settings(settings: RealDemoConfig) -> "CorpusConfig":
 
 
 def run_settings(settings: RealDemoConfig) -> Any:
-    """The recipe with the folders, the seed and the steps of this demo filled in."""
+    """Fill the folders, the seed and the steps of this demo into the recipe."""
     from mllm.config.run import read_run_settings
 
     values = yaml.safe_load(RECIPE.read_text())
@@ -172,11 +173,11 @@ def run_settings(settings: RealDemoConfig) -> Any:
 
 
 def evaluation_settings(settings: RealDemoConfig) -> EvaluationConfig:
-    """The recordings and the held-out clips at every rate of the demo."""
+    """Ask for the recordings and the held-out clips at every rate of the demo."""
     corpus = Path(settings.out) / "corpus"
     return EvaluationConfig(
         model=settings.out,
-        name="demo",  # so that a first evaluation of one's own has a place
+        name="demo",  # so that a user's first evaluation of this model has a folder left
         manifest=[str(corpus / "test.jsonl"), str(corpus / "heldout.jsonl")],
         budgets=list(BUDGETS),
         max_new_tokens=40,

@@ -1,4 +1,4 @@
-"""Find the files of packages that carry weights or recordings, and check that they are the files that were tested.
+"""Finds the files of packages that carry weights or recordings, and checks that they are the files that were tested.
 
 Knows names and digests. Does not know what is in a file.
 """
@@ -32,7 +32,7 @@ FILES: dict[str, dict[str, str]] = {
         "data/en_US-joe-medium.onnx.json": "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33",
     },
 }
-"""By package the files that are used, and their SHA-256."""
+"""The files that are used, by package, and their SHA-256."""
 
 
 def package_file(package: str, name: str) -> Path:
@@ -46,10 +46,10 @@ def package_file(package: str, name: str) -> Path:
         ImportError: the package is not installed; the message says how it is.
         ValueError: the file is not the one that was tested.
     """
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"the package {package} is not installed: {INSTALL}")
-    path = Path(found.submodule_search_locations[0]) / name
+    path = Path(spec.submodule_search_locations[0]) / name
     check_digest(path, FILES[package][name])
     return path
 
@@ -62,13 +62,13 @@ def check_digest(path: Path, expected: str) -> None:
         OSError: it cannot be read.
     """
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        raise ValueError(f"{path} is not the file that was tested: SHA-256 {found}, expected {expected}")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != expected:
+        raise ValueError(f"{path} is not the file that was tested: SHA-256 {digest}, expected {expected}")
 
 
 def digest_of_files(files: Mapping[str, Path]) -> str:
-    """SHA-256 over names and contents of files, in the order of their names."""
+    """Compute the SHA-256 over names and contents of files, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\n".encode())

@@ -38,7 +38,7 @@ DIGESTS = {
     "cards": "53d034fc091d1e17fc48c9549109559bbcaabdf4a41372862923d4a9da39177a",
     "loudspeakers": "306947f992ab82e17a2d9484f8a56ba40422c0f17ca48b9391c78101222e242c",
 }
-"""SHA-256 over the names and contents of the files of each source."""
+"""The SHA-256 over the names and contents of the files of each source."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Its length in seconds."""
         return len(self.samples) / SAMPLE_RATE_HZ
 
 
@@ -68,7 +68,7 @@ def read_recordings(folder: Path, *, longest_seconds: float) -> list[Recording]:
         ValueError: the files of a package are not those that were tested.
     """
     every = [*_prompts(folder), *_sphinx(folder), *_loudspeakers(folder)]
-    return [found for found in every if len(found.text.split()) >= LEAST_WORDS and found.seconds <= longest_seconds]
+    return [one for one in every if len(one.text.split()) >= LEAST_WORDS and one.seconds <= longest_seconds]
 
 
 def spoken(text: str) -> str | None:
@@ -126,12 +126,12 @@ def _loudspeakers(folder: Path) -> Iterator[Recording]:
 
 
 def _check(source: str, files: dict[str, Path]) -> None:
-    if (found := digest_of_files(files)) != DIGESTS[source]:
-        raise ValueError(f"the recordings of {source} are not those that were tested: SHA-256 {found}")
+    if (digest := digest_of_files(files)) != DIGESTS[source]:
+        raise ValueError(f"the recordings of {source} are not those that were tested: SHA-256 {digest}")
 
 
 def _read_g722(file: Path) -> np.ndarray:
-    """Samples (L,) float32 of a raw stream of G.722, which has no header to know it by and is at 16 kHz always."""
+    """Read the samples (L,) float32 of a raw G.722 stream, which has no header and is always at 16 kHz."""
     with av.open(str(file), format="g722") as container:
         frames = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(frames).astype(np.float32) / 32768.0

@@ -1,4 +1,4 @@
-"""What the demo on real weights found, for eyes: a table, a plot and transcripts of some recordings at every rate.
+"""Reports what the demo on real weights findings: a table, a plot and transcripts of some recordings at every rate.
 
 Knows rows and lines of an evaluation, and Whisper's own transcripts. Does not know how they came about.
 """
@@ -21,8 +21,8 @@ NUM_TRANSCRIPTS = 8
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the demo found.
+class RealFindings:
+    """Holds what the demo findings.
 
     Args:
         scores: word error rates by set and budget.
@@ -43,7 +43,7 @@ class Found:
 
     @property
     def findings(self) -> list[Finding]:
-        """Whether the model listens, and whether tokens buy words, from the point estimates."""
+        """Judge whether the model listens, and whether tokens buy words, from the point estimates."""
         values = [_value(self.scores["test", budget]) for budget in self.budgets]
         shown = ", ".join(f"{value:.1f}" for value in values)
         return [
@@ -61,10 +61,10 @@ class Found:
 
     @property
     def table(self) -> str:
-        """Word error rates in percent with 95 % intervals, as Markdown."""
+        """Tabulate word error rates in percent with 95 % intervals, as Markdown."""
         head = ["budget", "soft tokens", *[f"WER, {name}" for name in SETS.values()]]
         lines = [
-            [f"`{budget}`", f"{self.soft_tokens[budget]:.1f}", *[_percent(self.scores[own, budget]) for own in SETS]]
+            [f"`{budget}`", f"{self.soft_tokens[budget]:.1f}", *[_percent(self.scores[name, budget]) for name in SETS]]
             for budget in self.budgets
         ]
         return markdown_table(head, [*lines, ["Whisper base itself", "", _percent(self.whisper), ""]])
@@ -76,7 +76,7 @@ class Found:
         _plot(self, folder / PLOT)
 
 
-def compare(lines: Sequence[Line], whisper: Mapping[str, str], *, seed: int) -> Found:
+def compare(lines: Sequence[Line], whisper: Mapping[str, str], *, seed: int) -> RealFindings:
     """Score every rate and Whisper itself on the same recordings.
 
     Args:
@@ -96,16 +96,16 @@ def compare(lines: Sequence[Line], whisper: Mapping[str, str], *, seed: int) -> 
     means = {budget: sum(counts) / len(counts) for budget, counts in spent.items()}
     budgets = sorted(means, key=lambda budget: -means[budget])
     scores = {
-        (own, budget): score_speech([line for line in lines if (line["set"], line["budget"]) == (own, budget)], seed)
-        for own in SETS
+        (name, budget): score_speech([line for line in lines if (line["set"], line["budget"]) == (name, budget)], seed)
+        for name in SETS
         for budget in budgets
     }
     texts = {f"test/{name}": spoken_by_whisper(text) for name, text in whisper.items()}
     once = [line for line in recordings if line["budget"] == budgets[0]]
-    own_score = score_speech([{**line, "hypothesis": texts[line["id"]]} for line in once], seed)
+    whisper_score = score_speech([{**line, "hypothesis": texts[line["id"]]} for line in once], seed)
     chosen = once[:: max(len(once) // NUM_TRANSCRIPTS, 1)][:NUM_TRANSCRIPTS]
     transcripts = "\n\n".join(_transcripts(line, recordings, budgets, texts) for line in chosen)
-    return Found(scores, own_score, {budget: means[budget] for budget in budgets}, transcripts)
+    return RealFindings(scores, whisper_score, {budget: means[budget] for budget in budgets}, transcripts)
 
 
 def spoken_by_whisper(text: str) -> str:
@@ -125,13 +125,13 @@ def _transcripts(line: Line, recordings: Sequence[Line], budgets: Sequence[str],
 
 
 def _value(score: Score) -> float:
-    """A word error rate in percent; there is one, since every recording has words."""
+    """Give a word error rate in percent; there is one, since every recording has words."""
     assert score.value is not None
     return 100 * score.value
 
 
 def _interval(score: Score) -> tuple[float, float]:
-    """Its 95 % interval, in percent."""
+    """Give its 95 % interval, in percent."""
     assert score.low is not None
     assert score.high is not None
     return 100 * score.low, 100 * score.high
@@ -142,23 +142,25 @@ def _percent(score: Score) -> str:
     return f"{_value(score):.1f} ({low:.1f} to {high:.1f})"
 
 
-def _plot(found: Found, path: Path) -> None:
+def _plot(findings: RealFindings, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)  # needs no display
     axis: Any = figure.subplots()
-    places = [found.soft_tokens[budget] for budget in found.budgets]
-    for (own, name), mark in zip(SETS.items(), "os", strict=True):
-        scores = [found.scores[own, budget] for budget in found.budgets]
+    positions = [findings.soft_tokens[budget] for budget in findings.budgets]
+    for (key, name), mark in zip(SETS.items(), "os", strict=True):
+        scores = [findings.scores[key, budget] for budget in findings.budgets]
         values = [_value(score) for score in scores]
         below = [value - _interval(score)[0] for value, score in zip(values, scores, strict=True)]
         above = [_interval(score)[1] - value for value, score in zip(values, scores, strict=True)]
-        axis.errorbar(places, values, yerr=[below, above], marker=mark, capsize=3, label=name)
-    axis.axhline(_value(found.whisper), color="gray", linestyle="--", label="Whisper base itself, real")
-    for place, budget in zip(places, found.budgets, strict=True):
-        axis.annotate(budget.removeprefix("audio="), (place, 0), textcoords="offset points", xytext=(0, 4), ha="center")
+        axis.errorbar(positions, values, yerr=[below, above], marker=mark, capsize=3, label=name)
+    axis.axhline(_value(findings.whisper), color="gray", linestyle="--", label="Whisper base itself, real")
+    for position, budget in zip(positions, findings.budgets, strict=True):
+        axis.annotate(
+            budget.removeprefix("audio="), (position, 0), textcoords="offset points", xytext=(0, 4), ha="center"
+        )
     axis.set_xscale("log")
     axis.set_ylim(bottom=0)
     axis.set_xlabel("soft tokens per recording (mean)")

@@ -9,17 +9,17 @@ from scipy.signal import butter, fftconvolve, resample, sosfilt
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
 
 SPEEDS = (0.85, 1.25)
-"""Played slower or faster, which moves pitch and formants along: another person."""
+"""A recording is played slower or faster, which moves pitch and formants along: another person."""
 ECHO_SECONDS = (0.05, 0.4)
-"""Time in which the echo of a room falls by 60 dB."""
+"""The time in which the echo of a room falls by 60 dB."""
 SNR_DB = (5.0, 30.0)
 BANDS_HZ = ((100.0, 7000.0), (200.0, 3400.0), (300.0, 3400.0))
 """A good microphone, and two telephones."""
 LEVEL_RMS_DB = (-35.0, -15.0)
-CHANGED_SHARE = 1 / 3
-"""How often there is an echo, and noise, and a narrow band."""
+CHANGE_PROBABILITY = 1 / 3
+"""The probability of an echo, of noise, and of a narrow band."""
 MARGIN_SECONDS = (0.02, 0.3)
-"""Silence before and after, which the noise fills."""
+"""The silence before and after, which the noise fills."""
 
 
 def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -34,11 +34,11 @@ def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     samples = np.asarray(resample(samples, round(len(samples) / rng.uniform(*SPEEDS))))
     margins = [np.zeros(int(SAMPLE_RATE_HZ * rng.uniform(*MARGIN_SECONDS))) for _ in range(2)]
     samples = np.concatenate([margins[0], samples, margins[1]])
-    if rng.random() < CHANGED_SHARE:
+    if rng.random() < CHANGE_PROBABILITY:
         samples = _with_echo(samples, rng)
-    if rng.random() < CHANGED_SHARE:
+    if rng.random() < CHANGE_PROBABILITY:
         samples = _with_noise(samples, rng)
-    if rng.random() < CHANGED_SHARE:
+    if rng.random() < CHANGE_PROBABILITY:
         low, high = BANDS_HZ[rng.integers(len(BANDS_HZ))]
         samples = np.asarray(sosfilt(butter(4, (low, high), "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples))
     level = 10 ** (rng.uniform(*LEVEL_RMS_DB) / 20)
@@ -47,7 +47,7 @@ def change(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _with_echo(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The direct sound, then noise that dies away: a room of random walls."""
+    """Add noise that dies away to the direct sound: a room of random walls."""
     seconds = rng.uniform(*ECHO_SECONDS)
     times = np.arange(int(SAMPLE_RATE_HZ * seconds)) / SAMPLE_RATE_HZ
     response = rng.standard_normal(len(times)) * np.exp(-6.9 * times / seconds)  # exp(-6.9) is -60 dB
@@ -57,7 +57,7 @@ def _with_echo(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _with_noise(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Noise whose power falls with frequency by a random slope: from a hiss to a rumble."""
+    """Add noise whose power falls with frequency by a random slope: from a hiss to a rumble."""
     spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
     frequencies = np.maximum(np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE_HZ), 50.0)
     noise = np.fft.irfft(spectrum * frequencies ** rng.uniform(-1.0, 0.0), len(samples))

@@ -12,7 +12,7 @@ import numpy as np
 PARTS_OF_SPEECH = ("adj", "adv", "noun", "verb")
 LEAST_WORDS, MOST_WORDS = 2, 14
 MOST_CHARACTERS = 75
-"""About five seconds of speech, what the encoder's window holds with some silence."""
+"""About five seconds of speech, which the encoder's window holds with some silence."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
@@ -31,7 +31,7 @@ def normalise(text: str) -> str:
 
 
 def wordnet_examples(root: Path) -> list[str]:
-    """Example sentences of WordNet, each once and in the order of the files, as they are written there.
+    """List example sentences of WordNet, each once and in the order of the files, as they are written there.
 
     Args:
         root: the unpacked Debian package `wordnet-base`.
@@ -43,7 +43,7 @@ def wordnet_examples(root: Path) -> list[str]:
 
 
 def wordnet_definitions(root: Path) -> list[str]:
-    """First definitions of WordNet's entries, each once and in the order of the files.
+    """List first definitions of WordNet's entries, each once and in the order of the files.
 
     Raises:
         OSError: WordNet's files are not there.
@@ -85,7 +85,7 @@ def _glosses(root: Path) -> Iterator[str]:
 
 
 def _suitable(texts: Iterator[str]) -> Iterator[str]:
-    """Those that any voice reads as they are written, and that are neither too long nor a single word."""
+    """Yield those that any voice reads as they are written, and that are neither too long nor a single word."""
     seen = set()
     for text in texts:
         said = normalise(text)

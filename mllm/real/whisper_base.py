@@ -70,7 +70,7 @@ ASSUMED: Mapping[str, float | None] = {
     "decoder/start_from_zero_embedding": 0,
     "encoder/num_heads": CONFIG["encoder_attention_heads"],
 }
-"""Variables that are no weights, and the value they must have; any where it has no effect on what is computed here."""
+"""Variables that are no weights, and the value they must have; None where it has no effect on what is computed here."""
 
 
 def write_whisper_base(folder: Path) -> Path:
@@ -96,15 +96,15 @@ def write_whisper_base(folder: Path) -> Path:
 
 
 def whisper_of(data: bytes) -> WhisperForConditionalGeneration:
-    """The Whisper that a CTranslate2 file of its base size holds, in float32.
+    """Read the Whisper that a CTranslate2 file of its base size holds, in float32.
 
     Raises:
         ValueError: a variable that is missing, not known, or of another shape; each is named.
     """
-    found = read_variables(data)
-    if found.specification != "WhisperSpec":
-        raise ValueError(f"the file holds a {found.specification}; a WhisperSpec is read")
-    arrays = dict(found.arrays)
+    variables = read_variables(data)
+    if variables.specification != "WhisperSpec":
+        raise ValueError(f"the file holds a {variables.specification}; a WhisperSpec is read")
+    arrays = dict(variables.arrays)
     for name, expected in ASSUMED.items():
         value = arrays.pop(name).item()
         if expected is not None and value != expected:
@@ -163,7 +163,7 @@ def _norm(arrays: dict[str, np.ndarray], old: str, new: str) -> Iterator[tuple[s
 def _joined(
     arrays: dict[str, np.ndarray], old: str, new: str, names: tuple[str, ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The projections that one variable joins, in order."""
+    """Yield the projections that one variable joins, in order."""
     weights = np.split(arrays.pop(f"{old}/weight"), len(names))
     biases = np.split(arrays.pop(f"{old}/bias"), len(names))
     for name, weight, bias in zip(names, weights, biases, strict=True):
@@ -175,7 +175,7 @@ def _joined(
 
 
 def _generation_config(facts: Mapping[str, list[int]]) -> GenerationConfig:
-    """What `generate` of a multilingual Whisper must know, from the facts the package keeps beside the weights."""
+    """Tell `generate` of a multilingual Whisper what it must know, from the facts kept beside the weights."""
     return GenerationConfig(
         is_multilingual=True,
         # LANGUAGES ends with Cantonese, which came after this Whisper.
@@ -204,8 +204,8 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
         return folder
     encoder: Any = load_encoder(str(whisper), encoder_config(str(whisper), "audio"), dtype=torch.float16)
     positions = seconds * FRAMES_PER_SECOND
-    kept = encoder.embed_positions.weight[:positions].detach().clone()
-    encoder.embed_positions = nn.Embedding(*kept.shape, _weight=kept)
+    first = encoder.embed_positions.weight[:positions].detach().clone()
+    encoder.embed_positions = nn.Embedding(*first.shape, _weight=first)
     encoder.config.max_source_positions = encoder.max_source_positions = positions
     extractor = read_feature_extractor(str(whisper))
     WhisperFeatureExtractor(**{**extractor.to_dict(), "chunk_length": seconds}).save_pretrained(folder)
@@ -215,7 +215,7 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
 
 @torch.no_grad()
 def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
-    """What the whole Whisper writes down of every wav of a folder, greedily and in bfloat16.
+    """Transcribe every wav of a folder with the whole Whisper, greedily and in bfloat16.
 
     Args:
         folder: of the whole Whisper.
@@ -231,11 +231,11 @@ def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None
     files = sorted(clips.glob("*.wav"))
     texts: dict[str, str] = {}
     for start in range(0, len(files), CLIPS_PER_BATCH):
-        own = files[start : start + CLIPS_PER_BATCH]
-        samples = [load_audio(file, SAMPLE_RATE_HZ).samples for file in own]
+        batch = files[start : start + CLIPS_PER_BATCH]
+        samples = [load_audio(file, SAMPLE_RATE_HZ).samples for file in batch]
         inputs = extractor(samples, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features.to(model.dtype)
         ids = model.generate(inputs, language="en", task="transcribe", max_new_tokens=64)
-        for file, text in zip(own, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+        for file, text in zip(batch, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[file.stem] = text.strip()
         if progress is not None:
             progress(len(texts), len(files))

@@ -1,1 +1,1 @@
-"""The built-in world: speech, lips, images and text made on this machine, so that the main job needs no download."""
+"""Makes speech, lip videos, images and text on this machine, the built-in world: the main job needs no download."""

@@ -1,4 +1,4 @@
-"""The words in which the built-in world asks: what its LLM has read in pre-training and its demo says again.
+"""Holds the words in which the synthetic corpus asks: the synthetic LLM has read them in pre-training.
 
 Knows strings only. A sequence is `<s>`, the media of the user, the user's text, a space, the answer, `</s>`; in a
 dialogue the next user text follows that `</s>` directly, and `<s>` stands only once:

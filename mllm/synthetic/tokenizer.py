@@ -1,4 +1,4 @@
-"""The tokenizer of the built-in world: byte-level BPE in which every word of the world is one token.
+"""Builds the synthetic tokenizer, a byte-level BPE in which every word of the synthetic corpus is one token.
 
 Knows the words of the sentences, scenes, questions, prompts and phones. Does not know media or models.
 
@@ -32,12 +32,12 @@ _OTHER_WORDS = (
 
 
 def phone_word(phone: str) -> str:
-    """The word that stands for a phone in text; the underscore keeps the phone k apart from the letter k."""
+    """Give the word that stands for a phone in text; the underscore keeps the phone k apart from the letter k."""
     return f"_{phone}"
 
 
 def lexicon() -> list[str]:
-    """Every word of the world, sorted; each is one token with a space before it."""
+    """List every word of the synthetic corpus, sorted; each is one token with a space before it."""
     words = {*LEXICON, *SHAPES, *COLUMN_WORDS, *ROW_WORDS, *_OTHER_WORDS}
     words.update(word for answers in ANSWERS.values() for word in answers)
     words.update(word for prompt in SPEECH_TASKS for word in prompt.rstrip(".").split())
@@ -46,7 +46,7 @@ def lexicon() -> list[str]:
 
 
 def special_tokens() -> list[str]:
-    """BOS, EOS, padding, the markers around a medium's span and its placeholder, in the order of their ids."""
+    """List BOS, EOS, padding, the markers around a medium's span and its placeholder, in the order of their ids."""
     markers = [marker for pair in MEDIA_MARKERS.values() for marker in pair]
     return [PAD, BOS, EOS, *markers, *PLACEHOLDER_TOKENS.values()]
 
@@ -88,7 +88,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_id(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
-    """The id of a word of the lexicon or of a special token.
+    """Look up the id of a word of the lexicon or of a special token.
 
     Raises:
         ValueError: the word is not one token.

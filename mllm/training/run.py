@@ -44,7 +44,7 @@ from mllm.training.pipeline.loaders import encode, loading, train_loader, valida
 from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
-from mllm.utils.distributed import check_world, prepare_launch
+from mllm.utils.distributed import check_process_count, prepare_launch
 from mllm.utils.run_paths import CONFIG, SETTINGS, run_of
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def train(
         raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
     on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
     arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
-    check_world(arguments.world_size)
+    check_process_count(arguments.world_size)
     with _own_run(arguments.run):
         start = _start(arguments.run, resume)
         found = _with_parts_found(settings.model, start, sources or {})
@@ -175,7 +175,7 @@ def build_trainer(
         validation=_validation(settings, arguments, processor, looked, stores, metric) if data.validation else None,
         tensorboard=settings.train.tensorboard,
     )
-    check_world(trainer.accelerator.num_processes)
+    check_process_count(trainer.accelerator.num_processes)
     if settings.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer

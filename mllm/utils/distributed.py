@@ -1,4 +1,4 @@
-"""What must be in place before transformers and accelerate look at the machine, whichever launcher started us.
+"""Puts in place what transformers and accelerate look for on a machine, whichever launcher started this process.
 
 Knows environment variables and executables. Does not know models, data or settings.
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def world_size() -> int:
-    """Processes that the launcher says there are.
+    """Count the processes that the launcher says there are.
 
     Raises:
         ValueError: WORLD_SIZE is set to something that is no count.
@@ -55,7 +55,7 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     if deepspeed:
         check_deepspeed(on_cpu=on_cpu)
     if on_cpu:
-        check_world(PartialState(cpu=True).num_processes)
+        check_process_count(PartialState(cpu=True).num_processes)
         if deepspeed:
             _start_deepspeed_on_cpu()
     return on_cpu
@@ -81,7 +81,7 @@ def _start_deepspeed_on_cpu() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def check_world(num_processes: int) -> None:
+def check_process_count(num_processes: int) -> None:
     """Refuse processes that would train apart.
 
     Raises:
@@ -106,10 +106,10 @@ def check_deepspeed(*, on_cpu: bool) -> None:
     if not on_cpu:
         return
     if shutil.which("ninja") is None:
-        own = Path(sys.executable).parent
-        if not (own / "ninja").exists():
+        beside_python = Path(sys.executable).parent
+        if not (beside_python / "ninja").exists():
             raise ValueError("DeepSpeed on a CPU needs the program ninja on PATH: pip install ninja")
-        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
-        logger.info("put %s on PATH, where ninja is", own)
+        os.environ["PATH"] = f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}"
+        logger.info("put %s on PATH, where ninja is", beside_python)
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), *COMPILERS) if compiler):
         raise ValueError("DeepSpeed on a CPU compiles its communication and needs a C++ compiler, such as g++, on PATH")

@@ -1,4 +1,4 @@
-"""What is installed, whether it was tested, what is missing or broken, and the line that repairs it.
+"""Reports what is installed, whether it was tested, what is missing or broken, and the line that repairs it.
 
 Knows packages, tools and the processor. Imports nothing heavy itself: packages are tried in a process apart, so that
 one which crashes on import is a line of the report and not the end of it.
@@ -27,7 +27,7 @@ from mllm.utils.extras import DISTRIBUTION, install_line
 
 Status = Literal["ok", "missing", "broken", "newer", "older"]
 OUTSIDE: tuple[Status, ...] = ("newer", "older")
-"""What imports, but in a release that was not tested; a warning, since most such releases work."""
+"""The states of what imports, but in a release that was not tested; a warning, since most such releases work."""
 PROBE_SECONDS = 120
 
 
@@ -38,11 +38,11 @@ class Package:
     name: str
     module: str = ""
     purpose: str = ""
-    """What does not work without it; empty for what nothing works without."""
+    """What does not work without it; empty for what everything needs."""
     extra: str = ""
-    """Extra of this project that brings it."""
+    """The extra of this project that brings it."""
     apart: bool = False
-    """Other packages must change with it, so that it is installed by its extra and never by itself."""
+    """Whether other packages must change with it, so that it is installed by its extra and never by itself."""
 
     @property
     def imported(self) -> str:
@@ -50,7 +50,7 @@ class Package:
         return self.module or self.name
 
     def repair(self, tested: SpecifierSet | None) -> str:
-        """The command that installs a tested release, or, where none is known, whatever the project's own line brings.
+        """Give the command that installs a tested release, or, where none is known, what the project's own line brings.
 
         Args:
             tested: the releases this project was tested with.
@@ -90,7 +90,7 @@ OPTIONAL = (
     Package("pillow-heif", module="pillow_heif", purpose="HEIC and HEIF images, as phones take them", extra="heif"),
     Package("liger-kernel", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU", extra="liger"),
     Package("pyarrow", purpose="benchmarks and conversations kept as parquet or arrow files", extra="tables"),
-    Package("espeakng-loader", "espeakng_loader", "making the built-in world's speech", extra="demo"),
+    Package("espeakng-loader", "espeakng_loader", "making the synthetic corpus's speech", extra="demo"),
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
     Package("mediapipe", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips", apart=True),
     Package("gguf", purpose="the demo on real weights (make demo-real)", extra="real"),
@@ -119,7 +119,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `mllm doctor` says."""
+    """Holds everything `mllm doctor` says."""
 
     machine: dict[str, str]
     findings: list[Finding]
@@ -156,8 +156,8 @@ def examine(required: Sequence[Package] = REQUIRED, optional: Sequence[Package] 
     failures = try_imports([package.imported for package in required], beside_mllm=True)
     failures |= try_imports([package.imported for package in optional])
     tested = ranges_of()
-    findings = [_package_finding(own, failures, tested or {}, is_required=True) for own in required]
-    findings += [_package_finding(own, failures, tested or {}, is_required=False) for own in optional]
+    findings = [_package_finding(package, failures, tested or {}, is_required=True) for package in required]
+    findings += [_package_finding(package, failures, tested or {}, is_required=False) for package in optional]
     findings += [_tool_finding(tool, repair, purpose) for tool, (repair, purpose) in TOOLS.items()]
     return Report({**_machine(), **_devices()}, findings, is_compared=tested is not None)
 
@@ -173,11 +173,11 @@ def ranges_of(distribution: str = DISTRIBUTION) -> dict[str, SpecifierSet] | Non
         lines = requires(distribution) or []
     except PackageNotFoundError:
         return None
-    found: dict[str, SpecifierSet] = {}
+    ranges: dict[str, SpecifierSet] = {}
     requirements = [Requirement(line) for line in lines]
-    for requirement in sorted(requirements, key=lambda own: own.marker is not None):
-        found.setdefault(canonicalize_name(requirement.name), requirement.specifier)
-    return found
+    for requirement in sorted(requirements, key=lambda requirement: requirement.marker is not None):
+        ranges.setdefault(canonicalize_name(requirement.name), requirement.specifier)
+    return ranges
 
 
 def try_imports(modules: Iterable[str], *, beside_mllm: bool = False) -> dict[str, str]:
@@ -202,7 +202,7 @@ def try_imports(modules: Iterable[str], *, beside_mllm: bool = False) -> dict[st
 
 
 def _probe(what: str, arguments: Sequence[str], *, beside_mllm: bool = False) -> tuple[dict[str, str], str]:
-    """Answers of `mllm.utils.probes` in a new process, and how that process ended."""
+    """Ask `mllm.utils.probes` in a new process; return its answers and how that process ended."""
     # -P keeps the file's own folder, whose modules have common names, from being searched.
     start = ["-m", "mllm.utils.probes"] if beside_mllm else ["-P", probes.__file__]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])]))
@@ -251,15 +251,17 @@ def _package_finding(
 
 def is_older(release: str, tested: SpecifierSet) -> bool:
     """Whether a release that is not among the tested ones came before them."""
-    lowest = [Version(own.version.removesuffix(".*")) for own in tested if own.operator in (">=", "==", ">", "~=")]
+    lowest = [
+        Version(bound.version.removesuffix(".*")) for bound in tested if bound.operator in (">=", "==", ">", "~=")
+    ]
     return bool(lowest) and Version(release) < max(lowest)
 
 
 def _tool_finding(tool: str, repair: str, purpose: str) -> Finding:
     beside_python = Path(sys.executable).parent / tool
-    found = shutil.which(tool)
-    if found:
-        return Finding(tool, "ok", found, is_required=False)
+    path = shutil.which(tool)
+    if path:
+        return Finding(tool, "ok", path, is_required=False)
     if beside_python.exists():
         export = f'export PATH="{beside_python.parent}:$PATH"'
         return Finding(tool, "missing", f"{beside_python} is not on PATH; needed for {purpose}", False, export)
@@ -275,7 +277,7 @@ def _machine() -> dict[str, str]:
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The features of `CPU_FEATURES` this processor has, as Linux tells; nothing where there is no such file."""
+    """List the features of `CPU_FEATURES` this processor has, as Linux tells; none where there is no such file."""
     if not cpuinfo.is_file():
         return []
     lines = cpuinfo.read_text(errors="replace").splitlines()

@@ -1,14 +1,14 @@
-"""What a message says of an optional library that is missing: the line that installs it, which works in a clone.
+"""Writes the line that installs an optional library, for messages that say it is missing.
 
 The name `mllm` on the public index is somebody else's package, so no line may tell pip to fetch that.
 """
 
 DISTRIBUTION = "elastic-mllm"
-"""What this project is called where installed packages are listed; what is imported is `mllm`."""
+"""The name of this project where installed packages are listed; what is imported is `mllm`."""
 
 
 def install_line(extra: str) -> str:
-    """The command that installs an extra of this project.
+    """Give the command that installs an extra of this project.
 
     Args:
         extra: a key of `[project.optional-dependencies]` in pyproject.toml.

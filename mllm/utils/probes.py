@@ -1,4 +1,5 @@
-"""What `mllm doctor` asks in a process apart, which a package may end: which modules import, which devices there are.
+"""Answers what `mllm doctor` asks, in a process apart, which a package may end: which modules import, which devices
+there are.
 
 Run as a file it needs nothing of this package, so that modules can be tried with and without mllm beside them.
 """
@@ -8,11 +9,11 @@ import sys
 from collections.abc import Iterable, Sequence
 
 MARK = "mllm-doctor:"
-"""What an answer begins with, since packages may print whatever they like on import."""
+"""Answers begin with this, since packages may print whatever they like on import."""
 
 
 def answer(what: str, *arguments: str) -> None:
-    """What the process apart does: one line per answer, at once, since the next import may end it."""
+    """Answer in the process apart: one line per answer, at once, since the next import may end it."""
     for name, answer in PROBES[what](arguments):
         sys.stdout.write(f"{MARK}{json.dumps([name, answer])}\n")
         sys.stdout.flush()

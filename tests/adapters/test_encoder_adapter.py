@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_configs import part_config
+from published_parts import part_config
 
 from mllm.adapters import adapters_disabled, build_adapter
 from mllm.budget import Budget

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from tiny_models import DECODERS, decoder, embeddings
 from torch import Tensor, nn
-from transformers import AutoModel, Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig
 
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
 from mllm.adapters.adapter_inputs import AdapterInputs
@@ -13,20 +14,6 @@ from mllm.adapters.lora_bank import LoraBank, to_lora
 from mllm.kv_cache.names import cache_argument, cache_of
 
 SCALES, TASKS = ["audio=/4", "audio=/8", "audio=/16"], ["asr", "vsr"]
-LLMS = [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig]
-
-
-def decoder(config_class: type = LlamaConfig) -> nn.Module:
-    config = config_class(
-        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    llm = AutoModel.from_config(config)
-    for parameter in llm.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(4)
-    return llm.eval()
 
 
 def banked(
@@ -49,11 +36,7 @@ def run(llm: nn.Module, embeds: Tensor, *ids: int, **options) -> Tensor:
     return llm(inputs_embeds=embeds, adapter_inputs=inputs, **options).last_hidden_state
 
 
-def embeddings(rows: int = 3, seed: int = 2) -> Tensor:
-    return torch.randn(rows, 7, 32, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("config_class", LLMS)
+@pytest.mark.parametrize("config_class", DECODERS)
 @torch.no_grad()
 def test_each_row_is_served_by_its_own_experts(config_class) -> None:
     llm, embeds = banked(config_class), embeddings()
@@ -74,7 +57,7 @@ def test_ids_may_differ_from_token_to_token() -> None:
         torch.testing.assert_close(mixed[:, position], bank(values)[:, position])
 
 
-@pytest.mark.parametrize("config_class", LLMS)
+@pytest.mark.parametrize("config_class", DECODERS)
 def test_the_backward_pass_of_the_first_of_two_forwards_uses_its_own_ids(config_class) -> None:
     """Under checkpointing the layers run again after the second batch has long been through them."""
     plain, embeds = banked(config_class), embeddings()

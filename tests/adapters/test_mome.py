@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_lora_bank import LLMS, decoder, embeddings
+from tiny_models import DECODERS, decoder, embeddings
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
@@ -86,7 +86,7 @@ def test_disjoint_routers_serve_their_scale_and_text_rows_only_the_shared_expert
         mome(hidden)
 
 
-@pytest.mark.parametrize("config_class", LLMS)
+@pytest.mark.parametrize("config_class", DECODERS)
 @torch.no_grad()
 def test_layer_placement_adds_to_the_output_of_a_layer_what_its_normalised_input_gives(config_class) -> None:
     llm, frozen, embeds = with_experts(config_class), decoder(config_class), embeddings()
@@ -118,7 +118,7 @@ def test_a_block_gets_the_experts_of_its_own_input(placement: str, block: str) -
     torch.testing.assert_close(adapted, seen["output"] + llm.layers[0].mome(seen["input"]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config_class", LLMS)
+@pytest.mark.parametrize("config_class", DECODERS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()
 def test_untrained_and_disabled_experts_are_the_frozen_llm_bit_for_bit(config_class, placement: str) -> None:

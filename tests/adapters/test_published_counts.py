@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_configs import ROOT, build_on_meta, part_config, read
+from published_parts import ROOT, build_on_meta, part_config, read
 from transformers import AutoModel
 
 from mllm.adapters import build_adapter

@@ -115,8 +115,8 @@ def test_queries_on_a_stream_come_per_window() -> None:
 
 
 def test_a_cap_takes_the_largest_split_that_fits() -> None:
-    # Image 64/16/4/1, audio 25/12/6, video 26/10: by hand the largest sum at most 60 is 16 + 12 + 26 = 54 against
-    # 16 + 25 + 10 = 51 and 4 + 25 + 26 = 55.
+    # Image 64/16/4/1, audio 25/12/6, video 26/10: by hand the largest sum of at most 60 is 4 + 25 + 26 = 55, before
+    # 16 + 12 + 26 = 54 and 16 + 25 + 10 = 51.
     assert tokens("total<=60", IMAGE, AUDIO, VIDEO) == [4, 25, 26]
     assert tokens("total<=54", IMAGE, AUDIO, VIDEO) == [16, 12, 26]
     assert tokens("image=64,total<=100", IMAGE, AUDIO, VIDEO) == [64, 25, 10]

@@ -79,19 +79,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "parts"
 
 
-def run_with_yes(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python with a standard input that says yes to everything."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HOME": str(folder / "hf")}
-    return subprocess.run(
-        [sys.executable, *code.split("\0")],
-        input="yes\n" * 100,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 class Yes:
     """A standard input that says yes to everything, and remembers whether it was asked."""
 
@@ -136,23 +123,57 @@ RUN_FILES: dict[str, Callable[[Path], None]] = {
 }
 
 
+ANSWER_ALL = """
+import contextlib, io, json, sys
+from mllm.cli import main
+answers = {}
+for place, run in json.loads(sys.argv[1]).items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(["generate", "--model", run, "--text", "hello", "--max_new_tokens", "1", "--use_cpu", "true"])
+    answers[place] = code, said.getvalue()
+sys.stdout.write(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bool, int, str]]:
+    """Whether foreign code ran, the exit code, and what was said, by place: one process whose user says yes to all."""
+    root = tmp_path_factory.mktemp("runs")
+    for place, change_one in RUN_FILES.items():
+        folder = root / place
+        shutil.copytree(parts, folder / "parts")
+        sources = {name: str(folder / "parts" / name) for name in ("llm", "image", "audio")}
+        model, processor = build(tiny.settings_on(sources, ("audio",)))
+        set_trainables(model)
+        save_run(model, processor, folder / "run")
+        for written in (folder / "run", folder / "parts" / "llm", folder / "parts" / "audio"):
+            write_code(written, folder / "marker")
+        change_one(folder)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HOME": str(root / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER_ALL, json.dumps({place: str(root / place / "run") for place in RUN_FILES})],
+        input="yes\n" * 400,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    # What a process writes past Python's streams belongs to every place.
+    beside = done.stderr + "\n".join(done.stdout.splitlines()[:-1])
+    return {place: ((root / place / "marker").exists(), code, said + beside) for place, (code, said) in answers.items()}
+
+
 @pytest.mark.parametrize("place", RUN_FILES)
-def test_yes_to_mllm_generate_runs_no_code(place: str, parts: Path, tmp_path: Path) -> None:
-    shutil.copytree(parts, tmp_path / "parts")
-    own = {name: str(tmp_path / "parts" / name) for name in ("llm", "image", "audio")}
-    model, processor = build(tiny.settings_on(own, ("audio",)))
-    set_trainables(model)
-    save_run(model, processor, tmp_path / "run")
-    for folder in (tmp_path / "run", tmp_path / "parts" / "llm", tmp_path / "parts" / "audio"):
-        write_code(folder, tmp_path / "marker")
-    RUN_FILES[place](tmp_path)
-    words = f"-m mllm generate --model {tmp_path / 'run'} --text hello --max_new_tokens 1 --use_cpu true"
-    done = run_with_yes(words.replace(" ", "\0"), tmp_path)
-    assert not (tmp_path / "marker").exists(), done.stdout + done.stderr
-    assert "Do you wish to run" not in done.stdout + done.stderr
+def test_yes_to_mllm_generate_runs_no_code(place: str, answered: dict[str, tuple[bool, int, str]]) -> None:
+    has_run, code, said = answered[place]
+    assert not has_run, said
+    assert "Do you wish to run" not in said
     if place == "config of the run":
-        assert done.returncode == 0, done.stderr
+        assert code == 0, said
     else:
-        assert done.returncode == 2, done.stderr
-        told = "contains custom code" if "tokenizer" in place else "foreign code is never run"
-        assert told in " ".join(done.stderr.split())
+        assert code == 2, said
+        refusal = "contains custom code" if "tokenizer" in place else "foreign code is never run"
+        assert refusal in " ".join(said.split())

@@ -4,19 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import AutoConfig, PreTrainedConfig
+from published_parts import ROOT, build_on_meta, read
 
 from mllm.budget.sampler import Sampler
-from mllm.checkpoints.build import config_of_parts, put_adapters
-from mllm.checkpoints.sources import resolve_source
-from mllm.config.model import ModelConfig
-from mllm.config.run import RunConfig, read_run_settings
-from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import NEW_TOKENS, set_trainables
 
-ROOT = Path(__file__).parents[2]
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]
 RUNS.append(ROOT / "mllm" / "synthetic" / "demo" / "demo.yaml")
 # Millions of parameters that train. Omni-AVSR S, T and ST publish 38.29, 51.92 and 58.74. A bank holds every scale
@@ -42,42 +35,6 @@ TRAINABLE_MILLIONS = {
     "omni_st": 58.74,
     "omni_t": 51.92,
 }
-
-
-LIKE = {"checkpoints/llava-v1.5-7b/llm": "vicuna-7b-v1.5"}
-"""Parts that are converted checkpoints, and the part whose sizes they have."""
-
-
-def read(path: Path) -> RunConfig:
-    return read_run_settings(yaml.safe_load(path.read_text()))
-
-
-def part_config(reference: str) -> PreTrainedConfig:
-    """Published values of a real part, kept in tests/fixtures; the built-in world's parts are at hand."""
-    if reference.startswith("world:"):
-        return AutoConfig.from_pretrained(resolve_source(reference))
-    name = LIKE.get(reference) or Path(reference).name.lower()
-    values = json.loads((ROOT / "tests" / "fixtures" / f"{name}.json").read_text())
-    return AutoConfig.for_model(**values)
-
-
-def build_on_meta(settings: ModelConfig) -> ElasticForConditionalGeneration:
-    text = part_config(settings.llm)
-    media = settings.encoded_media
-    marks = [token for own in media.values() for token in own.span]
-    if settings.llm.startswith("world:"):
-        marks = []  # its tokenizer knows them
-    config = config_of_parts(
-        settings,
-        text_config=text,
-        encoder_configs={medium: part_config(own.encoder) for medium, own in media.items()},
-        placeholder_ids={medium: text.vocab_size + place for place, medium in enumerate(media)},
-        new_tokens={token: text.vocab_size + len(media) + place for place, token in enumerate(marks)},
-    )
-    with torch.device("meta"):
-        model = ElasticForConditionalGeneration(config)
-        put_adapters(model)
-    return model
 
 
 def test_every_config_is_here() -> None:

@@ -7,37 +7,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from released_av_hubert import released
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mllm.checkpoints.build import build
 from mllm.cli import main
-from mllm.convert.av_hubert import FINE_TUNED_PREFIX, RENAMED, convert_file, convert_state
+from mllm.convert.av_hubert import FINE_TUNED_PREFIX, convert_file, convert_state
 from mllm.encoders.av_hubert import AVHubertEncoder
 
 SETTINGS = {"encoder_attention_heads": 2, "layer_norm_first": True}
-# How the released files call what `RENAMED` renames.
-BACK = (
-    ("encoder.pos_conv_embed.conv.bias", "encoder.pos_conv.0.bias"),
-    ("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "encoder.pos_conv.0.weight_g"),
-    ("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.pos_conv.0.weight_v"),
-    (".attention.", ".self_attn."),
-    (".feed_forward.intermediate_dense.", ".fc1."),
-    (".feed_forward.output_dense.", ".fc2."),
-)
-
-
-def released(encoder: AVHubertEncoder, prefix: str = "") -> dict[str, Tensor]:
-    """The state of an encoder under the names of a released file, with what pre-training leaves in it."""
-    state = {}
-    for name, value in encoder.state_dict().items():
-        for own, theirs in BACK:
-            name = name.replace(own, theirs)
-        if name.startswith("encoder.layers."):
-            name = name.replace(".layer_norm.", ".self_attn_layer_norm.")
-        state[prefix + name] = value
-    assert len(RENAMED) == len(BACK) + 1
-    return state | {f"{prefix}mask_emb": torch.zeros(8)}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +67,6 @@ def test_the_command_writes_a_folder_that_a_run_can_name(
     assert load_file(tmp_path / "made" / "model.safetensors").keys() == encoder.state_dict().keys()
     parts = tiny.write_parts(tmp_path / "parts")
     model, _ = build(tiny.settings_on({**parts, "video": str(tmp_path / "made")}, ("video",)))
-    tower: Any = model.model.tower("video")
-    assert tower.backbone.post_extract_proj.weight.equal(encoder.post_extract_proj.weight)
+    encoder_part: Any = model.model.tower("video")
+    assert encoder_part.backbone.post_extract_proj.weight.equal(encoder.post_extract_proj.weight)
     assert main(["convert", "av-hubert", str(tmp_path / "none.pt"), "--out", str(tmp_path / "other")]) == 2

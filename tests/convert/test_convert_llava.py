@@ -93,18 +93,18 @@ def write_folder(folder: Path, state: dict[str, Tensor], parts: dict[str, str], 
     if kind == "one":
         save_file(state, folder / "model.safetensors")
         return folder
-    names, places = sorted(state), {}
-    for place, own in enumerate((names[::2], names[1::2]), start=1):
-        shard = {name: state[name] for name in own}
+    names, files = sorted(state), {}
+    for number, shard_names in enumerate((names[::2], names[1::2]), start=1):
+        shard = {name: state[name] for name in shard_names}
         if kind == "safetensors":
-            file = f"model-0000{place}-of-00002.safetensors"
+            file = f"model-0000{number}-of-00002.safetensors"
             save_file(shard, folder / file)
         else:
-            file = f"pytorch_model-0000{place}-of-00002.bin"
+            file = f"pytorch_model-0000{number}-of-00002.bin"
             torch.save(shard, folder / file)
-        places |= dict.fromkeys(own, file)
+        files |= dict.fromkeys(shard_names, file)
     whole = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
-    (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return folder
 
 
@@ -123,9 +123,9 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     state = frozen() | projector()
     folder = write_folder(tmp_path / "m3", state, parts, kind="safetensors", **SCALES)
     assert main(["convert", "llava-m3", str(folder), "--out", str(tmp_path / "made")]) == 0
-    told = capsys.readouterr().out
-    assert "averaged behind the projector, 24 inside; trained at 1, 4, 16, 64 tokens; padded to a square" in told
-    assert "LLM: in the checkpoint; vision tower: in the checkpoint" in told
+    shown = capsys.readouterr().out
+    assert "averaged behind the projector, 24 inside; trained at 1, 4, 16, 64 tokens; padded to a square" in shown
+    assert "LLM: in the checkpoint; vision encoder: in the checkpoint" in shown
     shutil.rmtree(folder)
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "elsewhere"))
     media = tiny.write_media(tmp_path / "media")
@@ -152,7 +152,7 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
     folder = write_folder(tmp_path / "m3", state, parts, kind="bin", **SCALES)
     convert(folder, tmp_path / "run", system="llava-m3", options=Options())
     model, processor = load(tmp_path / "run")
-    own = model.state_dict()
+    weights = model.state_dict()
     for name, ours in (
         ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
         ("model.layers.1.mlp.up_proj.weight", "model.language_model.layers.1.mlp.up_proj.weight"),
@@ -160,23 +160,23 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
         ("model.mm_projector.2.weight", "model.compressors.image.projectors.0.2.weight"),
         (f"{TOWER}pre_layrnorm.bias", "model.vision_tower.backbone.pre_layrnorm.bias"),
     ):
-        assert own[ours].equal(state[name].float()), name
+        assert weights[ours].equal(state[name].float()), name
     assert load_file(tmp_path / "run" / "llm" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
     assert model.config.text_config.rope_parameters["rope_theta"] == 500.0
-    assert {own.value for own in processor.space.media["image"].trained} == {1, 4, 16, 64}
+    assert {amount.value for amount in processor.space.media["image"].trained} == {1, 4, 16, 64}
 
 
 def test_a_tower_that_is_not_in_the_checkpoint_is_the_one_it_names(tmp_path: Path, parts: dict[str, str]) -> None:
     folder = write_folder(tmp_path / "llava", frozen(tower=False) | projector(), parts, kind="one")
     facts = convert(folder, tmp_path / "run", system="llava", options=Options())
-    assert facts[1] == f"LLM: in the checkpoint; vision tower: {parts['image']}"
+    assert facts[1] == f"LLM: in the checkpoint; vision encoder: {parts['image']}"
     assert not (tmp_path / "run" / "image").exists()
     model, _ = load(tmp_path / "run")
-    own = {name: value for name, value in model.state_dict().items() if ".vision_tower." in name}
+    weights = {name: value for name, value in model.state_dict().items() if ".vision_tower." in name}
     stored = load_file(Path(parts["image"]) / "model.safetensors")
     prefix = "model.vision_tower.backbone."
-    assert own
-    assert all(value.equal(stored[name.removeprefix(prefix)]) for name, value in own.items())
+    assert weights
+    assert all(value.equal(stored[name.removeprefix(prefix)]) for name, value in weights.items())
 
 
 def test_llava_is_elastic_without_training_and_says_so(
@@ -187,7 +187,7 @@ def test_llava_is_elastic_without_training_and_says_so(
     assert main(["convert", "llava", str(folder), "--out", str(tmp_path / "run")]) == 0
     assert "trained at 64 tokens only, other counts are untrained" in capsys.readouterr().out
     _, processor = load(tmp_path / "run")
-    assert [str(own) for own in processor.space.media["image"].trained] == ["64"]
+    assert [str(one) for one in processor.space.media["image"].trained] == ["64"]
     media = tiny.write_media(tmp_path / "media")
     manifest = write_manifest(tmp_path / "media", media["image"])
     words = ["evaluate", "--model", str(tmp_path / "run"), "--manifest", str(manifest), "--use-cpu"]
@@ -204,13 +204,13 @@ def test_mqt_has_every_even_count_and_its_first_tokens_do_not_change(tmp_path: P
     facts = convert(folder, tmp_path / "run", system="mqt-llava", options=Options())
     assert facts[0].startswith("images: 16 queries of 16 with 2 heads; trained at 2, 4, 6, 8, 10, 12, 14, 16 tokens")
     model, processor = load(tmp_path / "run")
-    trained = {own.value for own in processor.space.media["image"].trained}
+    trained = {amount.value for amount in processor.space.media["image"].trained}
     assert trained == set(range(2, 17, 2))
-    own = model.state_dict()
+    weights = model.state_dict()
     for name, value in state.items():
         if name.startswith("model.query_abstractor."):
             ours = name.replace("query_abstractor", "compressors.image")
-            assert own[ours].equal(value.float()), name
+            assert weights[ours].equal(value.float()), name
     features = model.model.encode("image", torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     few, many = (
         model.model.compress("image", features, num_tokens=torch.tensor([n]), max_tokens=n) for n in (3, QUERIES)
@@ -224,13 +224,13 @@ def test_a_first_stage_is_the_connector_alone(tmp_path: Path, parts: dict[str, s
     assert main(["convert", "mqt-llava", str(tmp_path / STAGE_1), *words]) == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == []
     model, processor = load(tmp_path / "run")
-    assert [own.value for own in processor.space.media["image"].trained] == [QUERIES]
+    assert [one.value for one in processor.space.media["image"].trained] == [QUERIES]
     assert model.model.compressors["image"].attn.num_heads == 4
     assert model.config.sources["llm"]["reference"] == parts["llm"]
     torch.save(projector(), tmp_path / "mm_projector.bin")
     chosen = Options(llm=parts["llm"], vision=parts["image"])
     facts = convert(tmp_path / "mm_projector.bin", tmp_path / "linear", system="llava", options=chosen)
-    assert facts[1] == f"LLM: {parts['llm']}; vision tower: {parts['image']}"
+    assert facts[1] == f"LLM: {parts['llm']}; vision encoder: {parts['image']}"
 
 
 @pytest.mark.parametrize(("told", "chosen"), [("pad", None), ("square", None), ("square", "pad"), (None, None)])
@@ -289,8 +289,8 @@ def test_a_question_stands_behind_a_line_break_as_in_the_released_prompts(
         for_training=False,
     ).rows[0]
     line_break = tiny.TOKENIZER("\nwhat?", add_special_tokens=False)["input_ids"]
-    place = list(row.ids).index(processor.placeholder_ids["image"]) + 1
-    assert list(row.ids)[place : place + len(line_break)] == line_break
+    start = list(row.ids).index(processor.placeholder_ids["image"]) + 1
+    assert list(row.ids)[start : start + len(line_break)] == line_break
     assert plain.num_prompt_tokens == len(row.ids) - 1 + PATCHES
     assert request({}, "what?", separator="\n")[0].messages[0].parts == (Text("what?"),)
 
@@ -303,8 +303,8 @@ def test_the_recipes_train_what_the_released_systems_were_trained_at() -> None:
     assert mqt["image"]["budget_range"] == [2, 256, 2]
     assert (mqt["image"]["compressor"], mqt["image"]["keys"]) == ("query", "position")
     assert mqt["llm"] == LLM  # M3 begins with the LLM of LLaVA-1.5, which its own converter reads
-    for own in (m3, mqt):
-        assert (own["image"]["encoder"], own["image"]["feature_layer"]) == (VISION, -2)
+    for published in (m3, mqt):
+        assert (published["image"]["encoder"], published["image"]["feature_layer"]) == (VISION, -2)
 
 
 class Harmful:
@@ -344,7 +344,7 @@ CHANGES = [
     ("llava", queries(), {}, {}, r"holds both of model.query_abstractor.\* and model.mm_projector.\*"),
     ("llava", {"model.embed_tokens.weight": torch.ones(9, WIDTH)}, {}, {}, "holds .* tokens, but the LLM embeds 9"),
     ("llava", {}, SCALES, {}, r"matryoshka_vis_token_scale is \[64, 16, 4, 1\] in .*; it is no LLaVA-1.5"),
-    ("llava", {}, {"mm_hidden_size": 8}, {}, "mm_hidden_size is 8 in .*, but the vision tower is 16 wide"),
+    ("llava", {}, {"mm_hidden_size": 8}, {}, "mm_hidden_size is 8 in .*, but the vision encoder is 16 wide"),
     ("llava", {}, {"model_type": "mpt"}, {}, "model_type is mpt in .*; only llava_llama or llava or llama can be"),
     ("llava", {}, {"mm_projector_type": "linear"}, {}, "is linear in .*, but the checkpoint holds a mlp2x_gelu"),
     ("llava", {}, {"mm_patch_merge_type": "spatial_unpad"}, {}, "is spatial_unpad in .*; only flat can be converted"),
@@ -359,7 +359,7 @@ QUERY_CHANGES = [
     ({"gate": torch.ones(1)}, {}, "holds unknown model.query_abstractor.gate"),
     ({"proj": torch.ones(WIDTH, FEATURES)}, {}, r"abstractor.proj has the shape \(32, 16\) .*; expected \(16, 32\)"),
     ({"query": torch.ones(15, FEATURES)}, {}, "query holds 15 queries, which form no square grid"),
-    ({"query": torch.ones(16, 12)}, {}, "query is 12 wide, but the vision tower is 16 wide"),
+    ({"query": torch.ones(16, 12)}, {}, "query is 12 wide, but the vision encoder is 16 wide"),
     ({"query": None}, {}, "misses model.query_abstractor.query, a matrix"),
     ({}, {"query_heads": 3}, "query_heads is 3, which does not divide the 16 of the queries"),
     ({}, {"budgets": [4, 4]}, r"budgets is \[4, 4\]; this checkpoint gives counts 1..16, each named once"),
@@ -383,8 +383,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(
     message: str,
 ) -> None:
     state = {**frozen(), **projector(), **changed}
-    kept = {name: value.clone() for name, value in state.items() if value is not None}
-    write_folder(tmp_path / "x", kept, parts, kind="one", **told)
+    changed_state = {name: value.clone() for name, value in state.items() if value is not None}
+    write_folder(tmp_path / "x", changed_state, parts, kind="one", **told)
     refused(tmp_path, system, Options(**chosen), message)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from released_av_hubert import released
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_convert_av_hubert import released
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,7 +43,7 @@ def frozen() -> dict[str, Tensor]:
             "audio_encoder.": WhisperEncoder(configs["audio"]).state_dict(),
             "video_encoder.": released(AVHubertEncoder(configs["video"])),
         }
-    return {prefix + name: value.clone() for prefix, own in parts.items() for name, value in own.items()}
+    return {prefix + name: value.clone() for prefix, values in parts.items() for name, value in values.items()}
 
 
 def matrices(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -53,8 +53,8 @@ def matrices(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def projectors(medium: str, multiples: list[int], *, is_list: bool, has_norm: bool) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for place, multiple in enumerate(multiples):
-        prefix = f"{medium}_proj." + (f"{place}." if is_list else "")
+    for index, multiple in enumerate(multiples):
+        prefix = f"{medium}_proj." + (f"{index}." if is_list else "")
         shapes |= {f"{prefix}0.weight": (HIDDEN, FEATURES * multiple), f"{prefix}0.bias": (HIDDEN,)}
         shapes |= {f"{prefix}2.weight": (WIDTH, HIDDEN), f"{prefix}2.bias": (WIDTH,)}
         shapes |= {f"{prefix}3.weight": (WIDTH,), f"{prefix}3.bias": (WIDTH,)} if has_norm else {}
@@ -65,10 +65,10 @@ def loras(variant: str) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(2):
         for letter, out in (("Q", 32), ("V", 16)):
-            for member in MEMBERS[variant]:
+            for expert in MEMBERS[variant]:
                 prefix = f"llm.model.layers.{layer}.self_attn.lora_"
-                shapes[f"{prefix}down_{letter}{member}.weight"] = (INNER, WIDTH)
-                shapes[f"{prefix}up_{letter}{member}.weight"] = (out, INNER)
+                shapes[f"{prefix}down_{letter}{expert}.weight"] = (INNER, WIDTH)
+                shapes[f"{prefix}up_{letter}{expert}.weight"] = (out, INNER)
     for letter in "QV":
         prefix = "video_encoder.encoder.layers.0.self_attn.lora_"
         shapes[f"{prefix}down_{letter}.weight"], shapes[f"{prefix}up_{letter}.weight"] = (2, FEATURES), (FEATURES, 2)
@@ -77,8 +77,8 @@ def loras(variant: str) -> dict[str, Tensor]:
 
 def prompts(table: Tensor) -> dict[str, Tensor]:
     words = Options().prompts
-    ids = {name: tiny.TOKENIZER(own, add_special_tokens=False)["input_ids"] for name, own in words.items()}
-    return {f"prompt_{name}": table[own][None] for name, own in ids.items()}  # pyright: ignore
+    ids = {name: tiny.TOKENIZER(values, add_special_tokens=False)["input_ids"] for name, values in words.items()}
+    return {f"prompt_{name}": table[values][None] for name, values in ids.items()}  # pyright: ignore
 
 
 def omni(variant: str = "st", audio: tuple[int, ...] = (1, 1), video: tuple[int, ...] = (1, 1)) -> dict[str, Tensor]:
@@ -121,33 +121,33 @@ def test_the_command_writes_a_run_folder_that_can_be_moved_and_asked(
     where = ["--llm", parts["llm"], "--whisper", parts["audio"], "--video-heads", "2"]
     out = str(tmp_path / "made")
     assert main(["convert", "omni-avsr", str(tmp_path / "omni.ckpt"), "--out", out, *where]) == 0
-    told = capsys.readouterr().out
-    assert "audio: frames averaged, 4, 16 per token, 2 projectors without LayerNorm" in told
-    assert "LoRA in the LLM: variant st, rank 4, scaled by 0.125; in AV-HuBERT: rank 2, scaled by 2" in told
+    shown = capsys.readouterr().out
+    assert "audio: frames averaged, 4, 16 per token, 2 projectors without LayerNorm" in shown
+    assert "LoRA in the LLM: variant st, rank 4, scaled by 0.125; in AV-HuBERT: rank 2, scaled by 2" in shown
     moved = shutil.move(out, tmp_path / "elsewhere")
     media = tiny.write_media(tmp_path / "media")
     sound = str(tmp_path / "media" / media["audio"])
-    asked = ["--audio", sound, "--budget", "audio=/16", "--max-new-tokens", "2", "--use-cpu"]
-    assert main(["generate", "--model", str(moved), *asked]) == 0
+    words = ["--audio", sound, "--budget", "audio=/16", "--max-new-tokens", "2", "--use-cpu"]
+    assert main(["generate", "--model", str(moved), *words]) == 0
     assert main(["convert", "omni-avsr", str(tmp_path / "omni.ckpt"), "--out", str(moved), *where]) == 2
     assert "is in use; name a new or an empty folder" in capsys.readouterr().err
 
 
 def test_what_was_trained_and_what_was_frozen_come_from_the_checkpoint(st_run: Any) -> None:
     state, model, processor = st_run
-    own = model.state_dict()
-    assert own["model.language_model.embed_tokens.weight"].equal(state["llm.model.embed_tokens.weight"])
-    assert own["model.audio_tower.backbone.conv1.weight"].equal(state["audio_encoder.conv1.weight"])
+    weights = model.state_dict()
+    assert weights["model.language_model.embed_tokens.weight"].equal(state["llm.model.embed_tokens.weight"])
+    assert weights["model.audio_tower.backbone.conv1.weight"].equal(state["audio_encoder.conv1.weight"])
     lips = "model.video_tower.backbone."
-    assert own[STATISTICS.replace("video_encoder.", lips)].equal(state[STATISTICS])
-    for place in range(2):
-        name = f"model.compressors.video.projectors.{place}.2.weight"
-        assert own[name].equal(state[f"video_proj.{place}.2.weight"])
-    bank = own["model.language_model.layers.1.self_attn.v_proj.lora_B"]
+    assert weights[STATISTICS.replace("video_encoder.", lips)].equal(state[STATISTICS])
+    for index in range(2):
+        name = f"model.compressors.video.projectors.{index}.2.weight"
+        assert weights[name].equal(state[f"video_proj.{index}.2.weight"])
+    bank = weights["model.language_model.layers.1.self_attn.v_proj.lora_B"]
     up = "llm.model.layers.1.self_attn.lora_up_V"
-    for member, suffix in zip(bank, MEMBERS["st"], strict=True):
-        assert member.equal(state[f"{up}{suffix}.weight"])
-    down = own[f"{lips}encoder.layers.0.attention.q_proj.lora_A.default.weight"]
+    for expert, suffix in zip(bank, MEMBERS["st"], strict=True):
+        assert expert.equal(state[f"{up}{suffix}.weight"])
+    down = weights[f"{lips}encoder.layers.0.attention.q_proj.lora_A.default.weight"]
     assert down.equal(state["video_encoder.encoder.layers.0.self_attn.lora_down_Q.weight"])
     layer = model.model.video_tower.backbone.encoder.layers[0].attention.q_proj
     assert layer.scaling == {"default": 2.0}
@@ -161,11 +161,11 @@ def test_the_prompt_of_the_checkpoint_is_what_is_asked_when_nothing_is(tmp_path:
     _, model, processor = st_run
     answerer = Answerer(model, processor, Decoding(max_new_tokens=3))
     sound = tmp_path / "media" / media["audio"]
-    asked = answerer(audio=sound, budget="audio=/4")
-    assert asked.text == answerer("Transcribe speech to text.", audio=sound, budget="audio=/4").text
+    answer = answerer(audio=sound, budget="audio=/4")
+    assert answer.text == answerer("Transcribe speech to text.", audio=sound, budget="audio=/4").text
     spans, bos = 2, 1
     words = tiny.TOKENIZER("Transcribe speech to text.", add_special_tokens=False)["input_ids"]
-    assert asked.num_prompt_tokens == bos + spans + asked.tokens["audio"] + len(words)  # pyright: ignore
+    assert answer.num_prompt_tokens == bos + spans + answer.tokens["audio"] + len(words)  # pyright: ignore
 
 
 def test_a_converted_run_that_is_saved_and_loaded_is_the_same(tmp_path: Path, st_run: Any) -> None:
@@ -174,8 +174,8 @@ def test_a_converted_run_that_is_saved_and_loaded_is_the_same(tmp_path: Path, st
     again, _ = load(tmp_path / "again")
     rows = [([tiny.random_media("audio", 32), "a"], "x"), ([tiny.random_media("video", 10), "a"], "y")]
     batch = tiny.batch(processor, rows, for_training=True)
-    own = processor.expand(batch, [[Budget.parse("audio=/4,video=/5")] * 2], left_padding=False)
-    assert again(**own.inputs).logits.equal(model(**own.inputs).logits)
+    expanded = processor.expand(batch, [[Budget.parse("audio=/4,video=/5")] * 2], left_padding=False)
+    assert again(**expanded.inputs).logits.equal(model(**expanded.inputs).logits)
 
 
 def test_every_kind_of_file_gives_the_same_state(tmp_path: Path) -> None:
@@ -185,9 +185,9 @@ def test_every_kind_of_file_gives_the_same_state(tmp_path: Path) -> None:
     torch.save({"state_dict": named, "hyper_parameters": {"rank": 32}}, tmp_path / "lightning.ckpt")
     save_file(state, tmp_path / "other.safetensors")
     for name in ("plain.pth", "lightning.ckpt", "other.safetensors"):
-        found = read_state(tmp_path / name)
-        assert found.keys() == state.keys()
-        assert all(found[key].equal(state[key]) for key in state)
+        stored = read_state(tmp_path / name)
+        assert stored.keys() == state.keys()
+        assert all(stored[key].equal(state[key]) for key in state)
 
 
 def test_llama_avsr_has_one_projector_per_medium_with_or_without_a_norm(tmp_path: Path, parts: dict[str, str]) -> None:
@@ -217,9 +217,9 @@ def test_a_checkpoint_in_bfloat16_gives_the_values_it_holds(tmp_path: Path, part
     """As the released ones are. Its LLM is kept as it is; what trains here is float32."""
     state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in omni("s").items()}
     model, _, _ = converted(tmp_path, state, parts, "omni-avsr")
-    own = model.state_dict()
-    assert own["model.compressors.audio.projectors.1.0.weight"].equal(state["audio_proj.1.0.weight"].float())
-    assert own["lm_head.weight"].equal(state["llm.model.embed_tokens.weight"].float())
+    weights = model.state_dict()
+    assert weights["model.compressors.audio.projectors.1.0.weight"].equal(state["audio_proj.1.0.weight"].float())
+    assert weights["lm_head.weight"].equal(state["llm.model.embed_tokens.weight"].float())
     with safe_open(tmp_path / "run" / "llm" / "model.safetensors", framework="pt") as file:
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
@@ -229,12 +229,12 @@ def test_mtsk_projectors_go_to_their_rates_whatever_their_order(tmp_path: Path, 
     state |= projectors("audio", [1, 1, 1], is_list=True, has_norm=True)
     state |= projectors("video", [5, 2], is_list=True, has_norm=True)
     model, processor, _ = converted(tmp_path, state, parts, "llama-mtsk", audio_rates=[16, 4, 8])
-    own = model.state_dict()
+    weights = model.state_dict()
     assert [str(amount) for amount in processor.space.media["audio"].trained] == ["/4", "/8", "/16"]
-    for place, released_place in enumerate((1, 2, 0)):
-        name = f"model.compressors.audio.projectors.{place}.3.bias"
-        assert own[name].equal(state[f"audio_proj.{released_place}.3.bias"])
-    assert own["model.compressors.video.projectors.1.0.weight"].equal(state["video_proj.0.0.weight"])
+    for index, released_place in enumerate((1, 2, 0)):
+        name = f"model.compressors.audio.projectors.{index}.3.bias"
+        assert weights[name].equal(state[f"audio_proj.{released_place}.3.bias"])
+    assert weights["model.compressors.video.projectors.1.0.weight"].equal(state["video_proj.0.0.weight"])
 
 
 class Harmful:

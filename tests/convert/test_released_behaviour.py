@@ -27,17 +27,17 @@ LENGTHS = {"audio": (40, 28), "video": (10, 6)}
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Any, Any]:
     """The switch, and a model and a processor that were saved and loaded with it."""
     folder: Path = tmp_path_factory.mktemp("parts")
-    own = tiny.settings_on(tiny.write_parts(folder / "parts"), ("audio", "video"))
-    own = replace(own, chat_format="avsr", released_behaviour=request.param)
-    model, processor = build(own)
+    config = tiny.settings_on(tiny.write_parts(folder / "parts"), ("audio", "video"))
+    config = replace(config, chat_format="avsr", released_behaviour=request.param)
+    model, processor = build(config)
     set_trainables(model)
     save_run(model, processor, folder / "run")
     return request.param, *load(folder / "run")
 
 
-def clips(place: int, *, padded: bool = False) -> list[LoadedMedia]:
+def clips(number: int, *, padded: bool = False) -> list[LoadedMedia]:
     """Sound and lips of a row; `padded` with what stands behind them in a batch, as if that were theirs."""
-    sound, lips = (tiny.random_media(medium, LENGTHS[medium][place], seed=place) for medium in ("audio", "video"))
+    sound, lips = (tiny.random_media(medium, LENGTHS[medium][number], seed=number) for medium in ("audio", "video"))
     if not padded:
         return [sound, lips]
     silence = torch.zeros(LENGTHS["video"][0] - lips.raw_length, *lips.values.shape[1:])
@@ -51,15 +51,15 @@ def logits(model: Any, processor: Any, rows: list[list[LoadedMedia]]) -> list[Te
     user = Message("user", (Media("audio", "x"), Media("video", "x"), Text("red")))
     samples = [Sample(f"row{i}", (user, Message("assistant", (Text("blue"),))), task="") for i in range(len(rows))]
     batch = processor.batch(samples, rows, for_training=True)
-    own = processor.expand(batch, [[BUDGET] * len(rows)], left_padding=False)
-    ends = [int((row != -100).nonzero().max()) + 1 for row in own.labels]
-    return [row[:end] for row, end in zip(model(**own.inputs).logits, ends, strict=True)]
+    expanded = processor.expand(batch, [[BUDGET] * len(rows)], left_padding=False)
+    ends = [int((row != -100).nonzero().max()) + 1 for row in expanded.labels]
+    return [row[:end] for row, end in zip(model(**expanded.inputs).logits, ends, strict=True)]
 
 
 def test_a_batch_equals_its_rows_alone_or_padded_to_the_longest(case: tuple[bool, Any, Any]) -> None:
     is_released, model, processor = case
     together = logits(model, processor, [clips(0), clips(1)])
-    alone = [logits(model, processor, [clips(place)])[0] for place in (0, 1)]
+    alone = [logits(model, processor, [clips(number)])[0] for number in (0, 1)]
     torch.testing.assert_close(together[0], alone[0], rtol=1e-4, atol=1e-5)
     if is_released:
         assert together[1].shape != alone[1].shape
@@ -74,8 +74,8 @@ def test_rows_of_a_training_batch_are_masked_unless_it_is_on(case: tuple[bool, A
     rows = [([tiny.random_media("audio", 40), "red"], "blue"), ([tiny.random_media("audio", 40), "red"], "blue at two")]
     for for_training in (True, False):
         batch = tiny.batch(processor, rows, for_training=for_training)
-        own = processor.expand(batch, [[Budget.parse("audio=/4")] * 2], left_padding=not for_training)
-        is_masked = bool((own.inputs["attention_mask"] == 0).any())
+        expanded = processor.expand(batch, [[Budget.parse("audio=/4")] * 2], left_padding=not for_training)
+        is_masked = bool((expanded.inputs["attention_mask"] == 0).any())
         assert is_masked == (for_training and not is_released)
 
 
@@ -85,8 +85,8 @@ def test_the_layout_is_that_of_the_released_systems(case: tuple[bool, Any, Any])
     row = tiny.batch(processor, rows, for_training=True).rows[0]
     token = tiny.TOKENIZER
     words = [token(word, add_special_tokens=False)["input_ids"] for word in ("red", "blue")]
-    places = [processor.placeholder_ids[medium] for medium in ("audio", "video")]
-    assert row.ids == [token.bos_token_id, *places, *words[0], *words[1], token.eos_token_id]  # pyright: ignore
+    placeholders = [processor.placeholder_ids[medium] for medium in ("audio", "video")]
+    assert row.ids == [token.bos_token_id, *placeholders, *words[0], *words[1], token.eos_token_id]  # pyright: ignore
     learned = [*words[1], token.eos_token_id]  # pyright: ignore
     assert row.labels == [-100] * (len(row.ids) - len(learned)) + learned
 

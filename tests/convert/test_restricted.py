@@ -122,9 +122,9 @@ def test_a_file_that_is_cut_or_something_else_is_refused(tmp_path: Path, is_arch
 
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
     tensor = read_checkpoint(write(tmp_path / "x.pt", torch.zeros(4), True))
-    wide = StoredTensor(tensor.storage, 0, (10**12,), (1,), tensor.places)
+    wide = StoredTensor(tensor.storage, 0, (10**12,), (1,), tensor.extents)
     with pytest.raises(ValueError, match=r"a tensor of shape \(1000000000000,\) reaches beyond its 4 numbers"):
         wide.read()
-    before = StoredTensor(tensor.storage, 3, (4,), (-1,), tensor.places)
+    before = StoredTensor(tensor.storage, 3, (4,), (-1,), tensor.extents)
     with pytest.raises(ValueError, match="reaches beyond"):
         before.read()

@@ -2,18 +2,16 @@
 
 import math
 import wave
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import soundfile
 import tiny
 import torch
 from PIL import Image
-from test_modeling import BUDGETS, ROWS
+from tiny_models import BUDGETS, ROWS
 
 from mllm.budget import Budget
 from mllm.inference.answerer import DEFAULT_PROMPTS, Answerer, Decoding, request
@@ -235,7 +233,7 @@ def test_media_at_hand_are_answered_about_as_their_files(answerer: Answerer, fol
 def test_a_budget_for_sound_hears_the_video(answerer: Answerer, tmp_path: Path) -> None:
     """As on the command line: there is one file, and its frames and its sound are of one clip."""
     names = tiny.write_media(tmp_path)
-    write_clip(tmp_path / "0.mp4", tmp_path / "0.wav", tmp_path / "clip.mkv")
+    tiny.write_clip(tmp_path / "0.mp4", tmp_path / "0.wav", tmp_path / "clip.mkv")
     clip = tmp_path / "clip.mkv"
     both = answerer.answer(video=clip, budget="audio=/4,video=/2")
     assert both.tokens == {"audio": 10, "video": 10}
@@ -248,22 +246,6 @@ def test_a_budget_for_sound_hears_the_video(answerer: Answerer, tmp_path: Path) 
         answerer.answer(video=frames, budget="audio=/4")
     with pytest.raises(MediaError, match=r"0\.mp4: the file has no audio stream"):
         answerer.answer(video=tmp_path / names["video"], budget="audio=/4")
-
-
-def write_clip(video: Path, sound: Path, clip: Path) -> None:
-    """Put the frames of one file and the samples of another into one."""
-    samples, rate = soundfile.read(sound, dtype="int16")
-    with av.open(video) as frames, av.open(clip, "w") as out:
-        file, voice = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate, layout="mono")
-        file.width, file.height, file.pix_fmt = 48, 48, "yuv420p"
-        for number, frame in enumerate(frames.decode(video=0)):
-            frame.pts, frame.time_base = number, Fraction(1, 25)
-            out.mux(file.encode(frame))
-        out.mux(file.encode())
-        block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        block.sample_rate, block.pts, block.time_base = rate, 0, Fraction(1, rate)
-        out.mux(voice.encode(block))
-        out.mux(voice.encode())
 
 
 @pytest.mark.parametrize("budget", [16, "16"])

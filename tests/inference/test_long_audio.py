@@ -14,7 +14,6 @@ import pytest
 import soundfile
 import tiny
 from safetensors.torch import load_file, save_file
-from test_generation import write_clip
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
@@ -168,7 +167,7 @@ def test_the_sound_and_the_lips_of_one_clip_at_hand_are_cut_alike(
     samples, rate = soundfile.read(folder / "long.wav", dtype="float32")
     soundfile.write(tmp_path / "clip.wav", samples, rate, subtype="PCM_16")
     clip = tmp_path / "clip.mkv"
-    write_clip(folder / "long.mp4", tmp_path / "clip.wav", clip)
+    tiny.write_clip(folder / "long.mp4", tmp_path / "clip.wav", clip)
     of_file = answerer.answer(video=clip, budget="audio=/4,video=/2")
     assert of_file.tokens["video"] == 3 * 12  # of three windows of 25 frames, not of 65
     assert answerer.answer(video=clip.read_bytes(), budget="audio=/4,video=/2") == of_file

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_beams import LLMS, build
+from tiny_models import LLMS, build
 
 from mllm.budget import Budget
 from mllm.config.model import AdapterConfig

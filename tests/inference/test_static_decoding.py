@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_beams import LLMS, build
+from tiny_models import LLMS, build
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 

@@ -6,47 +6,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_modeling import ROWS
-from transformers import DynamicCache, Gemma2Config, GenerationConfig, GenerationMixin, PreTrainedConfig, Qwen2Config
+from tiny_models import ADAPTERS, LLMS, ROWS, build
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 
 from mllm.budget import Budget
-from mllm.checkpoints.build import config_of_parts, put_adapters
-from mllm.config.model import AdapterConfig, ModelConfig
 from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
 from mllm.model.backbone import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing.processor import PLACEHOLDER_TOKENS
 
-SIZES = {
-    "vocab_size": len(tiny.TOKENIZER),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "tie_word_embeddings": False,
-    "eos_token_id": tiny.TOKENIZER.eos_token_id,
-    "pad_token_id": tiny.TOKENIZER.pad_token_id,
-}
-LLMS: dict[str, PreTrainedConfig] = {
-    "llama": tiny.llm_config(tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**SIZES),
-    "a sliding window shorter than the prompts": Gemma2Config(**SIZES, sliding_window=16),
-}
-ADAPTERS = {
-    "none": None,
-    "lora": AdapterConfig(rank=4, alpha=8),
-    "a bank by task": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
-    "experts with a router per scale": AdapterConfig(
-        kind="mome",
-        num_experts=5,
-        top_k=2,
-        bottleneck=4,
-        disjoint_routers=True,
-        scales=["audio=/4", "audio=/8", "video=/2", "video=/5", "audio=/4,video=/2", "audio=/8,video=/5"],
-    ),
-}
 SPEECH = [
     ([tiny.random_media("audio", 37), tiny.random_media("video", 19), "transcribe speech and video to text."], "now"),
     ([tiny.random_media("audio", 24, seed=3), "transcribe speech to text."], "place"),
@@ -56,25 +23,6 @@ SPEECH = [
 ]
 SPEECH_BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/8", "video=/5", "audio=/8,video=/5", "")]
 MIXED_BUDGETS = [Budget.parse(text) for text in ("image=16", "audio=/4,video=/5", "", "image=5,audio=/8")]
-
-
-def build(config: ModelConfig, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
-    """As `tiny.model`, on any LLM, and with an adapter that does something."""
-    configs = tiny.encoder_configs()
-    ids = {medium: tiny.TOKENIZER.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium]) for medium in config.media}
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        parts = {medium: configs[medium] for medium in config.media}
-        model = ElasticForConditionalGeneration(
-            config_of_parts(config, text_config=llm, encoder_configs=parts, placeholder_ids=ids)
-        )
-        put_adapters(model, seed=1)
-        for parameter in model.parameters():  # so that every layer matters and a random model has favourites
-            if parameter.dim() > 1:
-                parameter.data.mul_(4)
-            if not parameter.any():
-                parameter.data.normal_(std=0.1)
-    return model.eval()
 
 
 def library_ids(model: ElasticForConditionalGeneration, inputs: dict[str, Any], **options: Any) -> torch.Tensor:

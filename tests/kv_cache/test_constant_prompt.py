@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_beams import ADAPTERS, LLMS, build
-from test_prefixes import CLIP, OTHER, QUESTIONS, answers
+from tiny_models import ADAPTERS, CLIP, LLMS, OTHER, QUESTIONS, answers, build
 
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.kv_cache.system_prompt import SystemPrompt

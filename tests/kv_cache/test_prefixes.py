@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_beams import ADAPTERS, LLMS, build
+from tiny_models import ADAPTERS, CLIP, LLMS, OTHER, QUESTIONS, answers, build
 from transformers import GenerationConfig
 
 from mllm.budget import Budget
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.kv_cache.shared_prefix import Prefixes, group_rows
 
-CLIP = [tiny.random_media("audio", 37), tiny.random_media("video", 19)]
-OTHER = [tiny.random_media("audio", 41, seed=3), tiny.random_media("video", 22, seed=3)]
-QUESTIONS = ("transcribe speech and video to text.", "what was said?", "what is the letter here?", "how many objects?")
 ROWS = [
     ([*CLIP, QUESTIONS[0]], "now"),
     ([*OTHER, QUESTIONS[1]], "now"),
@@ -27,11 +24,6 @@ ROWS = [
     ([QUESTIONS[3], *CLIP], "place"),  # ends with soft tokens
     ([QUESTIONS[3], *CLIP], "place"),
 ]
-
-
-def answers(answerer: Answerer, rows: list[Any], budgets: list[str]) -> list[list[Any]]:
-    batch = tiny.batch(answerer.processor, rows)
-    return answerer.answer_batch(batch, [[Budget.parse(budget)] * len(rows) for budget in budgets])
 
 
 GREEDY = [(llm, adapter, 1) for llm in LLMS for adapter in ADAPTERS]

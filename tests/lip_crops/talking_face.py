@@ -1,7 +1,7 @@
 """A film of a talking face as a phone would make it, with everything in it known.
 
 A real face moves, turns and comes nearer; its mouth opens and closes, and a tone sounds while it is open. The file is
-stored lying on its side with a rotation in the header, at an uneven rate of about 30 frames a second, with stereo sound
+stored lying on its side with a rotation in the header, at an uneven rate of about 30 frames a second, with stereo audio
 at 44.1 kHz.
 """
 
@@ -33,10 +33,10 @@ class Film:
     """How large they are."""
     missing: tuple[float, float] = (0.0, 0.0)
     """From when to when nobody is there."""
-    has_sound: bool = True
+    has_audio: bool = True
     rotation_degrees: int = 90
-    sound_delay_seconds: float = 0.0
-    """How much later the sound stream begins; the tone still sounds while the mouth is open."""
+    audio_delay_seconds: float = 0.0
+    """How much later the audio stream begins; the tone still sounds while the mouth is open."""
 
 
 def openness(seconds: float) -> float:
@@ -70,9 +70,9 @@ def draw_frame(film: Film, seconds: float) -> np.ndarray:
     if film.missing[0] <= seconds < film.missing[1]:
         return np.array(frame)
     face = draw_face(openness(seconds))
-    for place, scale in zip(film.places, film.scales, strict=True):
+    for position, scale in zip(film.places, film.scales, strict=True):
         factor = 1 / (pose(seconds) * scale)
-        start = MOUTH - factor * (place + moved(seconds))
+        start = MOUTH - factor * (position + moved(seconds))
         matrix = (factor.real, -factor.imag, start.real, factor.imag, factor.real, start.imag)
         kind = {"resample": Image.Resampling.BICUBIC}
         shape = Image.new("L", face.size, 255).transform(SIZE, Image.Transform.AFFINE, matrix, **kind)
@@ -97,7 +97,7 @@ def write_film(path: Path, film: Film) -> Path:
         video.codec_context.time_base = video.time_base = Fraction(1, TICKS_PER_SECOND)
         if film.rotation_degrees:
             turn(video, film.rotation_degrees)
-        audio = container.add_stream("aac", rate=RATE_HZ, layout="stereo") if film.has_sound else None
+        audio = container.add_stream("aac", rate=RATE_HZ, layout="stereo") if film.has_audio else None
         for seconds in frame_times(film):
             stored = np.rot90(draw_frame(film, seconds), -film.rotation_degrees // 90)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(stored), format="rgb24")
@@ -110,13 +110,13 @@ def write_film(path: Path, film: Film) -> Path:
 
 
 def _write_tone(container: av.container.OutputContainer, audio: av.AudioStream, film: Film) -> None:
-    times = np.arange(round((film.seconds - film.sound_delay_seconds) * RATE_HZ)) / RATE_HZ + film.sound_delay_seconds
+    times = np.arange(round((film.seconds - film.audio_delay_seconds) * RATE_HZ)) / RATE_HZ + film.audio_delay_seconds
     loud = np.maximum(0, np.sin(2 * np.pi * 1.5 * times - 0.6))
     tone = (0.3 * loud * np.sin(2 * np.pi * 300 * times)).astype(np.float32)
     for start in range(0, len(tone), 1024):
         block = np.stack([tone[start : start + 1024]] * 2)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="stereo")
         frame.sample_rate, frame.time_base = RATE_HZ, Fraction(1, RATE_HZ)
-        frame.pts = start + round(film.sound_delay_seconds * RATE_HZ)
+        frame.pts = start + round(film.audio_delay_seconds * RATE_HZ)
         container.mux(audio.encode(frame))
     container.mux(audio.encode(None))

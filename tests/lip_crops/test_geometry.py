@@ -11,7 +11,7 @@ from mllm.lip_crops.geometry import (
     crop,
     crop_path,
     fill_gaps,
-    share_outside,
+    fraction_outside,
     similarity_factors,
     smooth,
 )
@@ -28,12 +28,12 @@ def random_poses(seed: int, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
     times, phases = np.arange(count) / 25, generator.uniform(0, 6, 4)
     angle = generator.uniform(-np.pi, np.pi) + 0.3 * np.sin(2 * times + phases[0])
     scale = generator.uniform(0.5, 6) * (1 + 0.15 * np.sin(1.5 * times + phases[1]))
-    place = 300 + 200j + 80 * np.sin(3 * times + phases[2]) + 50j * np.sin(2 * times + phases[3])
-    return scale * np.exp(1j * angle), place
+    position = 300 + 200j + 80 * np.sin(3 * times + phases[2]) + 50j * np.sin(2 * times + phases[3])
+    return scale * np.exp(1j * angle), position
 
 
-def seen(poses: np.ndarray, places: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    return places[:, None] + poses[:, None] * shape
+def seen(poses: np.ndarray, positions: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    return positions[:, None] + poses[:, None] * shape
 
 
 def test_gaps_become_straight_lines_and_ends_copies() -> None:
@@ -46,9 +46,9 @@ def test_gaps_become_straight_lines_and_ends_copies() -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_smoothing_is_the_mean_over_a_window_that_stays_symmetric(count: int) -> None:
     values = np.random.default_rng(count).normal(size=(count, 3)) * (1 + 2j)
-    for frame, found in enumerate(smooth(values, 6)):
+    for frame, smoothed in enumerate(smooth(values, 6)):
         margin = min(6, frame, count - 1 - frame)
-        np.testing.assert_allclose(found, values[frame - margin : frame + margin + 1].mean(axis=0), atol=1e-12)
+        np.testing.assert_allclose(smoothed, values[frame - margin : frame + margin + 1].mean(axis=0), atol=1e-12)
     steady = np.arange(count, dtype=float)
     np.testing.assert_allclose(smooth(steady), steady, atol=1e-12)  # no lag behind a steady movement
 
@@ -65,28 +65,28 @@ def test_the_similarity_is_the_least_squares_solution() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_turned_scaled_moving_and_trembling_face_comes_out_upright_in_one_place(seed: int) -> None:
-    poses, places = random_poses(seed)
+    poses, positions = random_poses(seed)
     generator = np.random.default_rng(seed)
 
     def trembling(points: np.ndarray) -> np.ndarray:
         noise = generator.normal(size=points.shape) + 1j * generator.normal(size=points.shape)
         return points + 0.7 * abs(poses)[:, None] * noise  # 0.7 mm each way
 
-    stable, mouth = trembling(seen(poses, places, FACE)), trembling(seen(poses, places, MOUTH))
+    stable, mouth = trembling(seen(poses, positions, FACE)), trembling(seen(poses, positions, MOUTH))
     lost = generator.choice(len(poses), 12, replace=False)
     stable[lost] = mouth[lost] = np.nan
     path = crop_path(stable, mouth)
-    shown = (seen(poses, places, MOUTH) - path.centres[:, None]) * path.factors[:, None]
-    kept = np.setdiff1d(np.arange(2, len(poses) - 2), lost)
-    assert np.abs(shown[kept] - MOUTH * PIXELS_PER_MILLIMETRE).max() < 2.5  # pixels of a crop of 96
-    assert np.abs(shown[kept] - MOUTH * PIXELS_PER_MILLIMETRE).mean() < 0.8
+    shown = (seen(poses, positions, MOUTH) - path.centres[:, None]) * path.factors[:, None]
+    inner = np.setdiff1d(np.arange(2, len(poses) - 2), lost)
+    assert np.abs(shown[inner] - MOUTH * PIXELS_PER_MILLIMETRE).max() < 2.5  # pixels of a crop of 96
+    assert np.abs(shown[inner] - MOUTH * PIXELS_PER_MILLIMETRE).mean() < 0.8
 
 
 def test_the_crop_follows_the_head_and_not_the_jaw() -> None:
-    poses, places = np.ones(50, dtype=complex), 200 + 100j + 40 * np.sin(np.arange(50) / 4)
+    poses, positions = np.ones(50, dtype=complex), 200 + 100j + 40 * np.sin(np.arange(50) / 4)
     jaw = 8j * (1 + np.sin(np.arange(50) * 1.7))[:, None]  # four times a second, 16 mm
-    path = crop_path(seen(poses, places, FACE), seen(poses, places, MOUTH) + jaw)
-    against_head = path.centres - places
+    path = crop_path(seen(poses, positions, FACE), seen(poses, positions, MOUTH) + jaw)
+    against_head = path.centres - positions
     assert np.ptp(against_head.real) < 1e-9
     assert np.ptp(against_head.imag[6:-6]) < 2
     assert against_head.imag.mean() == pytest.approx(8, abs=1)
@@ -123,8 +123,8 @@ def test_beyond_the_border_the_outermost_pixels_go_on(centre: complex, factor: c
 def test_how_much_is_outside_is_told() -> None:
     poses = np.full(30, PIXELS_PER_MILLIMETRE**-1, dtype=complex)
     within = crop_path(seen(poses, np.full(30, 100 + 100j), FACE), seen(poses, np.full(30, 100 + 100j), MOUTH))
-    assert share_outside(within, 200, 200) == 0
-    assert share_outside(within, 100, 200) == pytest.approx(0.5, abs=0.1)
+    assert fraction_outside(within, 200, 200) == 0
+    assert fraction_outside(within, 100, 200) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_image_that_is_turned_and_scaled_gives_the_same_crop() -> None:
@@ -139,5 +139,5 @@ def test_a_image_that_is_turned_and_scaled_gives_the_same_crop() -> None:
         start = 200 + 200j - (450 + 450j) * inverse + half
         matrix = (inverse.real, -inverse.imag, start.real, inverse.imag, inverse.real, start.imag)
         turned = image.transform((900, 900), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
-        found = crop(np.array(turned), 0.9 / pose, 450 + 450j).astype(int)
-        assert np.abs(found - wanted).mean() < 2
+        cut = crop(np.array(turned), 0.9 / pose, 450 + 450j).astype(int)
+        assert np.abs(cut - wanted).mean() < 2

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from tiny_models import BUDGETS, ROWS
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, Qwen2Config, Qwen3Config
 
 from mllm.adapters import adapters_disabled
@@ -11,16 +12,6 @@ from mllm.checkpoints.build import config_of_parts
 from mllm.model.modeling import ElasticForConditionalGeneration
 
 OWN = tiny.settings()
-ROWS = [
-    ([tiny.random_media("image"), "what colour is the circle?"], "red"),
-    ([tiny.random_media("audio", 37), tiny.random_media("video", 19), "transcribe speech and video to text."], "now"),
-    (["how many objects?"], "two"),
-    (
-        [tiny.random_media("image", seed=1), "or", tiny.random_media("image", seed=2), tiny.random_media("audio", 24)],
-        "no",
-    ),
-]
-BUDGETS = [Budget.parse(text) for text in ("image=16", "audio=/4,video=/5", "", "image=5,audio=/8")]
 
 
 @pytest.fixture(scope="module")

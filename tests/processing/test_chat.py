@@ -27,7 +27,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast, chat_format: str) -> ChatEncoder
     )
 
 
-def test_plain_is_what_the_worlds_llm_has_read(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_plain_is_what_the_synthetic_llm_has_read(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = encoder(tokenizer, "plain")([QUESTION, ANSWER, Message("user", (Text("how many?"),)), ANSWER])
     text = "<s><image><|image_token|></image> what colour is the circle? red</s> how many? red</s>"
     assert tokenizer.decode(prompt.ids, skip_special_tokens=False) == text

@@ -167,5 +167,5 @@ def test_text_that_goes_on_has_no_space_before_it(tokenizer: PreTrainedTokenizer
     going_on = without_prefix(tokenizer)
     assert going_on.convert_ids_to_tokens(going_on("cat", add_special_tokens=False)["input_ids"])[0][0] != "▁"
     assert tokenizer.convert_ids_to_tokens(tokenizer("cat", add_special_tokens=False)["input_ids"])[0][0] == "▁"
-    world = build_tokenizer()
-    assert without_prefix(world) is world
+    tokenizer = build_tokenizer()
+    assert without_prefix(tokenizer) is tokenizer

@@ -40,13 +40,13 @@ ARRAYS = {
 
 
 def test_variables_come_back_as_they_were_written() -> None:
-    found = read_variables(written(ARRAYS, {"decoder/projection/weight": "decoder/embeddings/weight"}))
-    assert found.specification == "WhisperSpec"
-    assert list(found.arrays) == list(ARRAYS)
+    variables = read_variables(written(ARRAYS, {"decoder/projection/weight": "decoder/embeddings/weight"}))
+    assert variables.specification == "WhisperSpec"
+    assert list(variables.arrays) == list(ARRAYS)
     for name, values in ARRAYS.items():
-        assert found.arrays[name].dtype == values.dtype
-        np.testing.assert_array_equal(found.arrays[name], values)
-    assert found.aliases == {"decoder/projection/weight": "decoder/embeddings/weight"}
+        assert variables.arrays[name].dtype == values.dtype
+        np.testing.assert_array_equal(variables.arrays[name], values)
+    assert variables.aliases == {"decoder/projection/weight": "decoder/embeddings/weight"}
 
 
 def test_a_file_that_is_cut_off_or_too_long_is_refused() -> None:

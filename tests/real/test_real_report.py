@@ -30,23 +30,23 @@ WHISPER = {"a": "Press 1 to mute.", "b": "Thank you!"}
 
 
 def test_rates_and_whisper_are_scored_on_the_same_recordings() -> None:
-    found = compare(LINES, WHISPER, seed=0)
-    assert found.soft_tokens == {"audio=/4": 25, "audio=/25": 4}
-    assert found.scores["test", "audio=/4"].value == 1 / 8
-    assert found.scores["test", "audio=/25"].value == 1
-    assert found.scores["heldout", "audio=/4"].value == 0
-    assert found.whisper.value == 2 / 8  # "1" is one, and two words are missing
-    assert [finding.holds for finding in found.findings] == [False, True]
-    assert "| `audio=/4` | 25.0 | 12.5 (" in found.table
-    assert "| Whisper base itself |  | 25.0 (" in found.table
-    assert "| `audio=/4` | thank you for coming |" in found.transcripts
-    assert "| said | **thank you for calling** |" in found.transcripts
+    report = compare(LINES, WHISPER, seed=0)
+    assert report.soft_tokens == {"audio=/4": 25, "audio=/25": 4}
+    assert report.scores["test", "audio=/4"].value == 1 / 8
+    assert report.scores["test", "audio=/25"].value == 1
+    assert report.scores["heldout", "audio=/4"].value == 0
+    assert report.whisper.value == 2 / 8  # "1" is one, and two words are missing
+    assert [finding.holds for finding in report.findings] == [False, True]
+    assert "| `audio=/4` | 25.0 | 12.5 (" in report.table
+    assert "| Whisper base itself |  | 25.0 (" in report.table
+    assert "| `audio=/4` | thank you for coming |" in report.transcripts
+    assert "| said | **thank you for calling** |" in report.transcripts
 
 
 def test_the_report_is_written_with_its_plot(tmp_path: Path) -> None:
-    found = compare(LINES, WHISPER, seed=0)
-    found.write(tmp_path)
-    assert found.table in (tmp_path / REPORT).read_text()
+    report = compare(LINES, WHISPER, seed=0)
+    report.write(tmp_path)
+    assert report.table in (tmp_path / REPORT).read_text()
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
 
 

@@ -58,9 +58,9 @@ def recordings(packages: Path) -> list[Recording]:
 def clips(recordings: list[Recording], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A wav of every twelfth recording, and of the three sentences of an audio book, by name."""
     folder = tmp_path_factory.mktemp("clips")
-    chosen = {own.name: own for own in [*recordings[::12], *(own for own in recordings if own.source == "librivox")]}
-    for own in chosen.values():
-        soundfile.write(folder / f"{own.name}.wav", own.samples, SAMPLE_RATE_HZ)
+    chosen = {one.name: one for one in [*recordings[::12], *(one for one in recordings if one.source == "librivox")]}
+    for one in chosen.values():
+        soundfile.write(folder / f"{one.name}.wav", one.samples, SAMPLE_RATE_HZ)
     return {name: folder / f"{name}.wav" for name in chosen}
 
 

@@ -20,22 +20,22 @@ from mllm.synthetic.demo.full_speech import (
     run_settings,
     steps_of,
 )
-from mllm.synthetic.demo.full_speech_report import Place, comparison_rows, findings, markdown, places, read_cells
+from mllm.synthetic.demo.full_speech_report import Column, columns, comparison_rows, findings, markdown, read_cells
 
 SETTINGS = FullDemoConfig(num_seeds=2, steps=20)
 NUM_UTTERANCES, NUM_WORDS = 100, 10
 
 
-def cells(**changes: int) -> dict[tuple[str, Place], Cell]:
+def cells(**changes: int) -> dict[tuple[str, Column], Cell]:
     """Cells that show everything; `changes` are errors of 1000 words by model, task, budget and noise."""
     base = {"asr": 100, "vsr": 300, "avsr": 80}
     made = {}
     for model in (SEPARATE, *ELASTIC):
-        for place in places():
-            noisy = 0 if place.snr_db is None else 200
-            errors = changes.get(f"{model}:{place.task}:{place.budget}:{place.snr_db}", base[place.task] + noisy)
+        for column in columns():
+            noisy = 0 if column.snr_db is None else 200
+            errors = changes.get(f"{model}:{column.task}:{column.budget}:{column.snr_db}", base[column.task] + noisy)
             spread = tuple(errors // NUM_UTTERANCES + (index < errors % NUM_UTTERANCES) for index in range(100))
-            made[model, place] = Cell(spread, (NUM_WORDS,) * NUM_UTTERANCES, (errors / 1000,) * 2)
+            made[model, column] = Cell(spread, (NUM_WORDS,) * NUM_UTTERANCES, (errors / 1000,) * 2)
     return made
 
 
@@ -43,7 +43,7 @@ def test_every_task_and_rate_has_a_separate_model_and_every_seed_has_all() -> No
     jobs = jobs_of(SETTINGS)
     assert len({job.name for job in jobs}) == len(jobs) == 2 * (8 + len(ELASTIC))
     budgets = [(job.task, *job.budgets) for job in jobs if job.model == SEPARATE and job.seed == 1]
-    assert sorted(budgets) == sorted((place.task, place.budget) for place in places() if place.snr_db is None)
+    assert sorted(budgets) == sorted((column.task, column.budget) for column in columns() if column.snr_db is None)
     assert {steps_of(job, SETTINGS) for job in jobs if job.model in ELASTIC} == {60}
 
 
@@ -106,7 +106,7 @@ def test_the_table_has_the_columns_of_the_papers_and_the_file_every_number() -> 
     assert any(line.startswith("| Omni ST | 10.5 (") for line in lines)
     assert any(line.startswith("| Omni ST - separate | +0.5 (") for line in lines)
     rows = comparison_rows(made)
-    assert len(rows) == 3 * len(places())
+    assert len(rows) == 3 * len(columns())
     (own,) = [row for row in rows if (row["model"], row["budget"], row["snr_db"]) == ("omni_st", "audio=/4", None)]
     assert own["tokens_per_second"] == 12.5
     assert own["minus_separate"][0] == pytest.approx(0.005)
@@ -130,7 +130,7 @@ def test_the_long_demo_at_its_smallest_makes_every_model_and_the_comparison(tmp_
     status = main(["demo", "--full", "--out", str(out), *sizes])
     settings = FullDemoConfig(out=str(out), steps=2, num_utterances=12, num_test_utterances=3, num_seeds=1)
     found = read_cells(settings)
-    assert set(found) == {(model, place) for model in (SEPARATE, *ELASTIC) for place in places()}
+    assert set(found) == {(model, column) for model in (SEPARATE, *ELASTIC) for column in columns()}
     assert all(len(cell.errors) == 3 for cell in found.values())
     assert status == int(not all(finding.holds for finding in findings(found)))
     rows = json.loads((out / "comparison.json").read_text())["rows"]

@@ -1,4 +1,4 @@
-"""What the world's LLM reads, how bags become embeddings, and what the shipped LLM can do."""
+"""What the synthetic LLM reads, how bags become embeddings, and what the shipped LLM can do."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from mllm.synthetic.images.scenes import Scene, SceneObject
 from mllm.synthetic.pretrain.blurred_text import BAG_WORDS
 from mllm.synthetic.pretrain.examine_llm import SCENE_PAPERS, scene_accuracy, sentence_wer
 from mllm.synthetic.pretrain.initialise_llm import PREVIOUS_HEADS, initialise
-from mllm.synthetic.pretrain.llm import collate, draw_batch, embed, llm_config, pretrain_llm
+from mllm.synthetic.pretrain.llm import collate, embed, llm_config, pretrain_llm, sample_batch
 from mllm.synthetic.pretrain.text import KINDS, PretrainingText, Spoken, speak_sentences
 from mllm.synthetic.speech.phones import PHONE_IDS
 from mllm.synthetic.tokenizer import build_tokenizer, word_id
@@ -48,9 +48,9 @@ ASKED = " what colour is the circle? red</s> is it day or night? night</s>"
 
 
 def test_a_scene_is_told_or_shown_and_asked(text, tokenizer) -> None:
-    told = text.draw("scene_text", scene=SCENE, questions=QUESTIONS)
+    told = text.sample("scene_text", scene=SCENE, questions=QUESTIONS)
     assert words(tokenizer, told) == "<s> night, ground brown; circle red k x2 y5." + ASKED
-    shown = text.draw("scene_bags", scene=SCENE, questions=QUESTIONS, side=2)
+    shown = text.sample("scene_bags", scene=SCENE, questions=QUESTIONS, side=2)
     assert words(tokenizer, shown) == "<s><image>****</image>" + ASKED
     assert [(kind, tokenizer.decode(shown.ids[at])) for kind, at in shown.answers] == [
         ("colour", "red"),
@@ -76,7 +76,7 @@ def test_speech_is_heard_seen_or_both_and_written_down(text, tokenizer) -> None:
 def test_sequences_are_a_function_of_the_seed(tokenizer) -> None:
     def draw(seed: int) -> list[list[int]]:
         text = PretrainingText(tokenizer, [LAY], split="train", seed=seed)
-        return [example.ids for example in draw_batch(text, 0.5, 1000)]
+        return [example.ids for example in sample_batch(text, 0.5, 1000)]
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -84,7 +84,7 @@ def test_sequences_are_a_function_of_the_seed(tokenizer) -> None:
 def test_a_batch_has_about_the_tokens_asked_for_at_every_stage(tokenizer) -> None:
     text = PretrainingText(tokenizer, [LAY], split="train", seed=0)
     for progress in (0.0, 0.5, 1.0):
-        sizes = [sum(len(example.ids) for example in draw_batch(text, progress, 3000)) for _ in range(4)]
+        sizes = [sum(len(example.ids) for example in sample_batch(text, progress, 3000)) for _ in range(4)]
         assert np.mean(sizes) == pytest.approx(3000 * 1.03, rel=0.12)
 
 
@@ -103,13 +103,13 @@ def test_hints_say_where_things_are_and_how_many_there_were_so_far(tokenizer) ->
     scene = Scene((*SCENE.objects, *others), "day", "pink")
     places = [QUESTIONS[0], Question("relation", "is the circle above the star?", "no")]
     asked = [("circle", "x2"), ("circle", "y5"), ("star", "x4"), ("star", "y3")]
-    told = hints(tokenizer, text.draw("scene_text", scene=scene, questions=places))
+    told = hints(tokenizer, text.sample("scene_text", scene=scene, questions=places))
     assert sorted(told[:3]) == [("blue", "one"), ("red", "one"), ("red", "two")]
     assert told[3:] == asked
-    shown = text.draw("scene_bags", scene=scene, questions=places, side=8)
+    shown = text.sample("scene_bags", scene=scene, questions=places, side=8)
     assert hints(tokenizer, shown) == [("*", "one"), ("*", "one"), ("*", "two"), *asked]
     assert [position - 2 for position, _ in shown.hints[:3]] == [0, 2 * 8 + 3, 4 * 8 + 1], "behind <s> and <image>"
-    assert hints(tokenizer, text.draw("scene_bags", scene=scene, questions=places, side=4)) == asked
+    assert hints(tokenizer, text.sample("scene_bags", scene=scene, questions=places, side=4)) == asked
     batch = collate([shown, shown])
     own = [(position, word) for position, word in shown.hints]
     both = own + [(position + len(shown.ids), word) for position, word in own]
@@ -120,14 +120,14 @@ def test_counting_is_a_lesson_of_its_own(tokenizer) -> None:
     text = PretrainingText(tokenizer, [], split="train", seed=0)
     shares = []
     for text.progress in (0.0, 0.5, 1.0):
-        asked = [kind for _ in range(60) for kind, _ in text.draw("scene_text").answers]
+        asked = [kind for _ in range(60) for kind, _ in text.sample("scene_text").answers]
         shares.append(asked.count("count") / len(asked))
     assert shares[1] > 0.6 > 0.4 > shares[2] > shares[0]
 
 
 def test_an_unknown_kind_is_refused(text) -> None:
     with pytest.raises(ValueError, match="'poem'; allowed: scene_text, scene_bags, phones"):
-        text.draw("poem")
+        text.sample("poem")
 
 
 def test_the_first_layer_begins_by_looking_back_and_places_in_order(tokenizer) -> None:
@@ -152,7 +152,7 @@ def test_a_bag_is_the_weighted_sum_of_its_words_and_padding_is_last(text, tokeni
     torch.manual_seed(0)
     model = LlamaForCausalLM(llm_config(tokenizer))
     table = model.get_input_embeddings().weight
-    examples = [text.draw(kind) for kind in KINDS]
+    examples = [text.sample(kind) for kind in KINDS]
     batch = collate(examples)
     embedded = embed(model, batch, torch.tensor([word_id(tokenizer, word) for word in BAG_WORDS]))
     for row, example in enumerate(examples):

@@ -67,9 +67,9 @@ def test_answers_of_a_scene_made_by_hand() -> None:
         "is the square above the circle?": "yes",
         "is the circle above the square?": "no",
     }
-    told = answers(SCENE)
-    assert {text: told[text] for text in expected} == expected
-    assert not any("star" in text for text in told), "two stars: no question may say 'the star'"
+    answered = answers(SCENE)
+    assert {text: answered[text] for text in expected} == expected
+    assert not any("star" in text for text in answered), "two stars: no question may say 'the star'"
 
 
 def test_things_in_one_column_are_not_asked_for_left_and_right() -> None:
@@ -80,14 +80,14 @@ def test_things_in_one_column_are_not_asked_for_left_and_right() -> None:
 def test_every_scene_can_be_asked_every_kind_and_answers_are_words_of_the_kind() -> None:
     generator = np.random.default_rng(0)
     for scene in islice(random_scenes("test", 0), 100):
-        asked = one_question_per_kind(scene, generator)
-        assert [question.kind for question in asked] == list(KINDS)
-        assert all(question.answer in ANSWERS[question.kind] for question in asked)
+        questions = one_question_per_kind(scene, generator)
+        assert [question.kind for question in questions] == list(KINDS)
+        assert all(question.answer in ANSWERS[question.kind] for question in questions)
 
 
 def test_a_dialogue_repeats_no_question_and_ends_when_all_are_asked() -> None:
-    asked = sample_questions(SCENE, np.random.default_rng(0), 1000)
-    assert len(asked) == len(set(asked)) == len(all_questions(SCENE))
+    questions = sample_questions(SCENE, np.random.default_rng(0), 1000)
+    assert len(questions) == len(set(questions)) == len(all_questions(SCENE))
     with pytest.raises(ValueError, match="at least 1, got 0"):
         sample_questions(SCENE, np.random.default_rng(0), 0)
 
@@ -106,8 +106,8 @@ def test_kinds_are_asked_by_their_shares_and_counts_by_their_answers() -> None:
 
 def test_yes_and_no_are_equally_frequent() -> None:
     scenes = islice(random_scenes("train", 1), 200)
-    told = Counter(q.answer for scene in scenes for q in all_questions(scene) if q.kind == "relation")
-    assert told["yes"] == told["no"]
+    answered = Counter(q.answer for scene in scenes for q in all_questions(scene) if q.kind == "relation")
+    assert answered["yes"] == answered["no"]
 
 
 def test_a_description_says_everything() -> None:
@@ -144,10 +144,10 @@ def test_the_corpus_reads_back_as_it_was_drawn(tmp_path) -> None:
     image = Image.open(tmp_path / "a" / samples[0].media[0].path)
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), np.asarray(render_scene(scene)))
-    told = answers(scene)
+    answered = answers(scene)
     for sample in samples[: len(KINDS)]:
         question, answer = sample.messages
-        assert told[question.text] == answer.text
+        assert answered[question.text] == answer.text
         assert sample.meta["scene"] == describe_scene(scene)
 
 

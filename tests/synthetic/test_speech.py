@@ -8,7 +8,7 @@ import pytest
 from mllm.synthetic.speech.phones import PHONES, phones_of_ipa
 from mllm.synthetic.speech.sentences import LEXICON, sample_sentences, split_of
 from mllm.synthetic.speech.synthesis import LEVEL_RMS, SAMPLE_RATE_HZ, phone_string, synthesise
-from mllm.synthetic.speech.voices import VOICES, Voice, draw_speaker
+from mllm.synthetic.speech.voices import VOICES, Voice, random_speaker
 
 SPLITS = ("train", "validation", "test")
 VOICE = VOICES["train"][0]
@@ -75,9 +75,9 @@ def test_the_sound_is_a_function_of_the_arguments() -> None:
 
 
 def test_speakers_come_from_the_voices_of_their_split() -> None:
-    speakers = [draw_speaker("test", np.random.default_rng(seed)) for seed in range(40)]
+    speakers = [random_speaker("test", np.random.default_rng(seed)) for seed in range(40)]
     assert {speaker.voice for speaker in speakers} <= set(VOICES["test"])
-    assert draw_speaker("test", np.random.default_rng(0)) == speakers[0]
+    assert random_speaker("test", np.random.default_rng(0)) == speakers[0]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,6 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
         sample_sentences(1, split="dev", seed=0)
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
-        draw_speaker("dev", np.random.default_rng(0))
+        random_speaker("dev", np.random.default_rng(0))
     with pytest.raises(ValueError, match="IPA symbol"):
         phones_of_ipa("ʘ")

@@ -37,8 +37,8 @@ def test_sound_and_lips_read_back_with_one_length(corpus: Path) -> None:
     samples = [sample for split in SPLITS for sample in rows(corpus, split) if sample.task == "avsr"]
     assert len(samples) == 5 + 3 + 3
     for sample in samples:
-        sound, film = (corpus / media.path for media in sample.media)
-        waveform, rate_hz = soundfile.read(sound)
+        audio, film = (corpus / media.path for media in sample.media)
+        waveform, rate_hz = soundfile.read(audio)
         assert (rate_hz, waveform.ndim) == (SAMPLE_RATE_HZ, 1)
         with av.open(str(film)) as container:
             stream = container.streams.video[0]
@@ -52,8 +52,8 @@ def test_sound_and_lips_read_back_with_one_length(corpus: Path) -> None:
 
 def test_rows_ask_with_the_prompt_of_their_media(corpus: Path) -> None:
     for sample in rows(corpus, "test"):
-        asked, answer = sample.messages
-        assert tuple(media.medium for media in sample.media) == SPEECH_TASKS[asked.text]
+        question, answer = sample.messages
+        assert tuple(media.medium for media in sample.media) == SPEECH_TASKS[question.text]
         assert answer.text
     assert [sample.task for sample in rows(corpus, "test")] == ["asr", "vsr", "avsr"] * 3
 

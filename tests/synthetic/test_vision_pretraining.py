@@ -1,4 +1,4 @@
-"""The labels of the world's vision tower, and what the shipped tower sees."""
+"""The labels of the synthetic vision encoder, and what the shipped encoder sees."""
 
 import json
 from itertools import islice
@@ -18,10 +18,10 @@ from mllm.synthetic.pretrain.vision import (
     NUM_BACKGROUNDS,
     NUM_OBJECT_WORDS,
     PatchReader,
-    draw_images,
     patch_features,
     patch_loss,
     pretrain_vision,
+    render_images,
 )
 
 ASSETS = Path(mllm.synthetic.__file__).parent / "assets" / "vision"
@@ -33,7 +33,7 @@ def scenes():
 
 
 def test_fields_hold_the_words_of_an_object(scenes) -> None:
-    bags = draw_images(scenes[:1]).bags[0]
+    bags = render_images(scenes[:1]).bags[0]
     for thing in scenes[0].objects:
         bag = bags[thing.row * 8 + thing.column]
         told = [SCENE_WORDS[first + int(bag.narrow(0, first, number).argmax())] for first, number in FIELDS.values()]
@@ -43,7 +43,7 @@ def test_fields_hold_the_words_of_an_object(scenes) -> None:
 
 
 def test_a_perfect_reader_has_almost_no_loss_and_a_wrong_one_has(scenes) -> None:
-    bags = draw_images(scenes[:4]).bags
+    bags = render_images(scenes[:4]).bags
     reader = PatchReader(len(SCENE_WORDS) + 1)
     with torch.no_grad():
         reader.bag.weight.copy_(torch.eye(len(SCENE_WORDS), len(SCENE_WORDS) + 1))
@@ -59,15 +59,15 @@ def test_a_perfect_reader_has_almost_no_loss_and_a_wrong_one_has(scenes) -> None
 def test_the_shipped_processor_gives_the_pixels_the_tower_was_trained_on(scenes) -> None:
     processor = AutoImageProcessor.from_pretrained(ASSETS)
     pixels = processor(images=[render_scene(scene) for scene in scenes[:3]], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels, draw_images(scenes[:3]).pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels, render_images(scenes[:3]).pixels, atol=1e-5, rtol=0)
 
 
 def test_a_linear_map_reads_the_patches_of_held_out_scenes_from_the_shipped_features(scenes) -> None:
     """Ridge regression from features of 48 scenes to their bags, tried on 12 others."""
-    tower = CLIPVisionModel.from_pretrained(ASSETS, dtype=torch.float32).eval()
-    images = draw_images(scenes)
+    encoder_part = CLIPVisionModel.from_pretrained(ASSETS, dtype=torch.float32).eval()
+    images = render_images(scenes)
     with torch.no_grad():
-        features = patch_features(tower, images.pixels)
+        features = patch_features(encoder_part, images.pixels)
     features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
     known, asked = features[:48].flatten(0, 1), features[48:].flatten(0, 1)
     weight = torch.linalg.solve(known.T @ known + 0.1 * torch.eye(129), known.T @ images.bags[:48].flatten(0, 1))

@@ -8,28 +8,16 @@ import tiny
 import torch
 import worker
 from harness import log_rows, make_trainer, run_settings
-from test_distributed import CONFIGS, assert_same_run, launch
+from launches import CONFIGS, assert_same_run, launch
+from row_adapters import ADAPTERS, ALL, SCALES, model_settings
 
 from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import Budget
 from mllm.budget.sampler import Sampler
-from mllm.config.model import AdapterConfig, ModelConfig
-from mllm.config.run import SamplerConfig
+from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample
 from mllm.training.budget_rows import drawn_passes
 from mllm.training.pipeline.data_look import check_members
-
-SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]
-ADAPTERS = {
-    "mss": AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
-    "st": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
-    "mome": AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
-}
-ALL = SamplerConfig(mode="all")
-
-
-def model_settings(name: str) -> ModelConfig:
-    return dataclasses.replace(tiny.settings(("audio", "video")), adapter=ADAPTERS[name])
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))

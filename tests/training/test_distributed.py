@@ -4,43 +4,17 @@ Each test starts a launcher once and compares files: weights, moments and the lo
 process has begun: checkpoints know neither the number of processes nor the ZeRO stage.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import worker
-from harness import log_rows
+from launches import CONFIGS, assert_same_run, launch
 from safetensors.torch import load_file
 
-from mllm.training.checkpoint import OPTIMIZER, TRAINABLES
+from mllm.training.checkpoint import TRAINABLES
 from mllm.training.run_folder import read_checkpoint
-
-TESTS = Path(__file__).parent
-CONFIGS = TESTS.parent.parent / "configs"
-BIN = Path(sys.executable).parent
-
-
-def launch(*arguments: str | Path, timeout: int = 300) -> None:
-    """Run the worker on two processes."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent.parent, TESTS.parent, TESTS))),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "worker.py"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +34,6 @@ def launch_all(tmp_path: Path, one_process: Path, *options: str | Path) -> None:
     for name in worker.SCENARIOS:
         assert_same_run(one_process / ("even" if name == "resumed" else name), tmp_path / name)
         assert read_checkpoint(tmp_path / name / "checkpoint-00000004").facts["processes"] == 2
-
-
-def assert_same_run(one: Path, two: Path, *, tolerance: float = 1e-4, weights_atol: float = 1e-5) -> None:
-    """Weights, moments and logged losses of two runs agree."""
-    for name in ("checkpoint-00000002", "checkpoint-00000004"):
-        for file in (TRAINABLES, OPTIMIZER):
-            expected, found = load_file(one / name / file), load_file(two / name / file)
-            assert expected.keys() == found.keys()
-            atol = weights_atol if file == TRAINABLES else 1e-5
-            for key, value in expected.items():
-                torch.testing.assert_close(
-                    found[key], value, rtol=tolerance, atol=atol, msg=lambda m, k=key: f"{k}: {m}"
-                )
-    rows = [[row for row in log_rows(run) if "loss" in row] for run in (one, two)]
-    assert len(rows[0]) == 4
-    for expected_row, row in zip(*rows, strict=True):
-        assert expected_row.keys() == row.keys()
-        assert row == pytest.approx(expected_row, rel=1e-4)
 
 
 @pytest.mark.slow

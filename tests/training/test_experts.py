@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from harness import make_trainer, run_settings
 from PIL import Image
-from test_adapter_training import ALL, model_settings
+from row_adapters import ALL, model_settings
 
 from mllm.adapters.adapter_inputs import TOKEN_KINDS
 from mllm.training.experts import COUNTS, ExpertUsage, draw_experts, read_counts

@@ -11,13 +11,13 @@ from mllm.utils import distributed
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes \(WORLD_SIZE\), but accelerate sees 1"):
-        distributed.check_world(1)
-    distributed.check_world(2)
+        distributed.check_process_count(1)
+    distributed.check_process_count(2)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'; it must be a number of processes"):
-        distributed.check_world(1)
+        distributed.check_process_count(1)
     monkeypatch.delenv("WORLD_SIZE")
-    distributed.check_world(1)
+    distributed.check_process_count(1)
 
 
 def test_deepspeed_needs_ninja_and_a_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

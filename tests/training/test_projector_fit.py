@@ -7,32 +7,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from caption_fit import WORDS, fit
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
 from mllm.config.model import ModelConfig
-from mllm.training.initialization.projector_fit import RIDGES, Fit, fit_projectors
+from mllm.training.initialization.projector_fit import RIDGES, fit_projectors
 
-WORDS = ["red circle", "the blue square", "a cat; on the mat.", "two", "left of the cat", "green and white", "no cross"]
 LINEAR = {"projector_size": 0}
-
-
-def fit(
-    settings: ModelConfig,
-    media: list[str],
-    *,
-    batch_size: int = 3,
-    rows: range = range(14),
-    rank: int = 0,
-    world: int = 1,
-) -> tuple[Any, list[Fit]]:
-    """Fit a toy model to captions of random media; row i shows the kind `media[i % len]`."""
-    model, processor = tiny.model(settings), tiny.processor(settings)
-    pairs = [([tiny.random_media(media[i % len(media)], 20 + i, seed=i)], WORDS[i % 7]) for i in rows]
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    made = [{"batch": tiny.batch(processor, batch, for_training=True)} for batch in batches[rank::world]]
-    loader: Any = DataLoader(made, batch_size=None)  # pyright: ignore[reportArgumentType]
-    return model, fit_projectors(model, processor, loader, own=len(made))
 
 
 def plain_ridge(x: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from caption_fit import fit
 from harness import make_trainer, run_settings
 from safetensors.torch import save_file
-from test_projector_fit import fit
 
 from mllm.config.model import AdapterConfig
 from mllm.config.run import RunConfig, SamplerConfig

@@ -49,7 +49,7 @@ def test_both_builds_of_torch_are_one_release_and_no_other_file_has_it() -> None
     assert f"\ntorch==={locked_torch()} " in (FOLDER / "torch.txt").read_text()
     for name in ("build", "demo", "dev", "oldest"):
         held = pinned(FOLDER / f"{name}.txt")
-        assert not [own for own in held if own.startswith(("torch", "triton", "nvidia-", "cuda-"))]
+        assert not [one for one in held if one.startswith(("torch", "triton", "nvidia-", "cuda-"))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

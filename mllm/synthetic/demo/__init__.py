@@ -1,1 +1,1 @@
-"""The main job on the synthetic corpus, from nothing to a table: the short demo and the long ones."""
+"""Runs the main job on the synthetic corpus, from an empty folder to a table: the short demo and the long ones."""

@@ -1,4 +1,4 @@
-"""What the reports of the long demos share: cells with intervals, their table, their plot, and the files of both.
+"""Holds what the reports of the long demos share: cells with intervals, their table, their plot, and their files.
 
 Knows answers on disk, counts of errors, Markdown and matplotlib. Does not know what is counted, or of which models.
 
@@ -7,7 +7,7 @@ Knows answers on disk, counts of errors, Markdown and matplotlib. Does not know 
     out/comparison.png      the plot
 
 A cell is what one table entry is made of. Its error rate is that of all seeds together, errors over units; its interval
-draws samples again (each with its answers of all seeds). A difference draws the same samples for both sides.
+resamples the test samples (each with its answers of all seeds). A difference resamples the same ones for both sides.
 """
 
 import json
@@ -30,7 +30,8 @@ Estimate = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Cell:
-    """Errors and units (words, questions) of each test sample, all seeds together, and the error rate of each seed."""
+    """A cell holds errors and units (words, questions) of each test sample, all seeds together, and the rate of each
+    seed."""
 
     errors: tuple[int, ...]
     units: tuple[int, ...]
@@ -38,28 +39,28 @@ class Cell:
 
     @property
     def value(self) -> float:
-        """The error rate."""
+        """The error rate, errors over units."""
         return sum(self.errors) / sum(self.units)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, by the bootstrap over samples."""
-        found = bootstrap_interval(self.errors, self.units, seed=0)
-        assert found is not None
-        return found
+        """The 95 % interval of the error rate, by the bootstrap over samples."""
+        interval = bootstrap_interval(self.errors, self.units, seed=0)
+        assert interval is not None
+        return interval
 
     def minus(self, other: "Cell") -> Estimate:
-        """How much higher this error rate is, of the same samples drawn for both."""
+        """Compute how much higher this error rate is than another's, resampling the same samples for both."""
         assert self.units == other.units
-        gaps = [own - its for own, its in zip(self.errors, other.errors, strict=True)]
-        found = bootstrap_interval(gaps, self.units, seed=0)
-        assert found is not None
-        return self.value - other.value, *found
+        differences = [here - there for here, there in zip(self.errors, other.errors, strict=True)]
+        interval = bootstrap_interval(differences, self.units, seed=0)
+        assert interval is not None
+        return self.value - other.value, *interval
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a long demo found: rows of plain values, findings, tables and a plot."""
+    """A comparison is what a long demo found: rows of plain values, findings, tables and a plot."""
 
     rows: list[dict[str, Any]]
     findings: list[Finding]
@@ -67,7 +68,7 @@ class Comparison:
     figure: "Figure"
 
     def write(self, out: Path) -> None:
-        """Leave it in the folder of the demo."""
+        """Write it into the folder of the demo."""
         whole = {"rows": self.rows, "findings": [asdict(finding) for finding in self.findings]}
         write_whole(out / "comparison.json", json.dumps(whole, indent=1) + "\n")
         write_whole(out / "comparison.md", self.markdown)
@@ -75,7 +76,7 @@ class Comparison:
 
 
 def answers(out: str, name: str) -> Iterator[dict[str, Any]]:
-    """The answers of one model of a demo.
+    """Read the answers of one model of a demo.
 
     Raises:
         ValueError: a sample could not be answered; the file is named.
@@ -88,13 +89,13 @@ def answers(out: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def pooled_cell(counts: Mapping[tuple[int, str], tuple[int, int]]) -> Cell:
-    """A cell of errors and units by seed and sample (an utterance, a scene: what the bootstrap draws)."""
+    """Make a cell of errors and units by seed and sample (an utterance, a scene: what the bootstrap resamples)."""
     seeds = sorted({seed for seed, _ in counts})
     samples = sorted({sample for _, sample in counts})
     by_sample = [[counts[seed, sample] for seed in seeds] for sample in samples]
     by_seed = [_rate(counts[seed, sample] for sample in samples) for seed in seeds]
-    errors = tuple(sum(one for one, _ in own) for own in by_sample)
-    return Cell(errors, tuple(sum(units for _, units in own) for own in by_sample), tuple(by_seed))
+    errors = tuple(sum(errors for errors, _ in pairs) for pairs in by_sample)
+    return Cell(errors, tuple(sum(units for _, units in pairs) for pairs in by_sample), tuple(by_seed))
 
 
 def _rate(counts: Iterable[tuple[int, int]]) -> float:
@@ -103,7 +104,7 @@ def _rate(counts: Iterable[tuple[int, int]]) -> float:
 
 
 def gap_text(gap: Estimate) -> str:
-    """A difference in points, with its interval."""
+    """Write a difference in points, with its interval."""
     value, low, high = (100 * one for one in gap)
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
@@ -115,7 +116,7 @@ def table(title: str, columns: Sequence[str], lines: Mapping[str, Sequence[str]]
 
 
 def empty_figure(width: float, height: float, *, dpi: int) -> "Figure":
-    """A figure of so many inches."""
+    """Make an empty figure of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -125,10 +126,10 @@ def empty_figure(width: float, height: float, *, dpi: int) -> "Figure":
 
 
 def draw_line(
-    axis: Any, places: Sequence[float], values: Sequence[Estimate], *, bars: bool = True, **style: Any
+    axis: Any, positions: Sequence[float], values: Sequence[Estimate], *, bars: bool = True, **style: Any
 ) -> None:
-    """Values in percent, with their intervals where there are `bars`, as matplotlib's `style` says."""
+    """Draw values in percent, with their intervals where there are `bars`, as matplotlib's `style` says."""
     below = [100 * (value - low) for value, low, _ in values]
     above = [100 * (high - value) for value, _, high in values]
     middles = [100 * value for value, _, _ in values]
-    axis.errorbar(places, middles, yerr=[below, above] if bars else None, capsize=2, **style)
+    axis.errorbar(positions, middles, yerr=[below, above] if bars else None, capsize=2, **style)

@@ -1,6 +1,6 @@
-"""The main job on the built-in world: make the corpora, train one elastic model, evaluate it at every budget.
+"""Runs the main job on the synthetic corpus: make the corpora, train one elastic model, evaluate it at every budget.
 
-Knows the world, training and evaluation, and in which order they come. Does not know how any of them works.
+Knows the synthetic corpus, training and evaluation, and in which order they come. Does not know how any of them works.
 """
 
 import json
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """How much the demo does; the defaults take about 6 minutes on 2 idle CPU cores."""
+    """Say how much the demo does; the defaults take about 6 minutes on 2 idle CPU cores."""
 
     out: str = "runs/demo"
-    """Folder of the corpora, the run, the evaluation and the plot."""
+    """Folder for the corpora, the run, the evaluation and the plot."""
     seed: int = 0
-    """Of the corpora, the initial values, the draws and the order of samples."""
+    """Random seed of the corpora, the initial values, the sampled budgets and the order of samples."""
     steps: int | None = None
-    """Optimizer steps, a tenth of them warm-up at most; those of the recipe when left out."""
+    """Number of optimizer steps, a tenth of them warm-up at most; the recipe's when left out."""
     num_utterances: int = 1500
-    """Spoken sentences to train on."""
+    """Number of spoken sentences to train on."""
     num_scenes: int = 2500
-    """Images to train on, with eight questions each."""
+    """Number of images to train on, with eight questions each."""
     num_test_utterances: int = 150
-    """Spoken sentences to test on, by voices that were not trained on."""
+    """Number of spoken sentences to test on, by voices that were not trained on."""
     num_test_scenes: int = 300
-    """Images to test on, with a question of every kind."""
+    """Number of images to test on, with a question of every kind."""
 
     def __post_init__(self) -> None:
         check_at_least(self, [field.name for field in fields(self) if field.name not in ("out", "seed", "steps")])
@@ -84,7 +84,7 @@ def demo(settings: DemoConfig, *, progress: Progress | None = None) -> dict[str,
 
 
 def write_corpora(out: Path, settings: DemoConfig, *, progress: Progress) -> None:
-    """Make the speech and the image corpus, each unless it is there whole; its manifest of test is written last."""
+    """Make the speech and the image corpus, each unless it is there whole; its test manifest is written last."""
     seed = settings.seed
     if not (out / "speech" / "test.jsonl").exists():
         write_speech(out / "speech", settings.num_utterances, settings.num_test_utterances, seed, progress)
@@ -114,7 +114,7 @@ def write_images(folder: Path, num_train: int, num_test: int, seed: int, progres
 
 
 def run_settings(settings: DemoConfig) -> Any:
-    """The recipe with the folders, the seed and the steps of this demo filled in."""
+    """Fill the folders, the seed and the steps of this demo into the recipe."""
     from mllm.config.run import read_run_settings
 
     values = yaml.safe_load(RECIPE.read_text())
@@ -133,11 +133,11 @@ def run_settings(settings: DemoConfig) -> Any:
 
 
 def evaluation_settings(settings: DemoConfig) -> EvaluationConfig:
-    """The test sets at every budget of the demo; sound comes in quiet and in babble of other voices at 0 dB."""
+    """Ask for the test sets at every budget of the demo, with audio in quiet and in babble of other voices at 0 dB."""
     corpus = Path(settings.out) / "corpus"
     return EvaluationConfig(
         model=settings.out,
-        name="demo",  # so that a first evaluation of one's own has a place
+        name="demo",  # so that a user's first evaluation of this model has a folder left
         manifest=[str(corpus / "speech" / "test.jsonl"), str(corpus / "images" / "test.jsonl")],
         budgets=list(BUDGETS),
         noise=str(corpus / "speech" / "noise" / "test.wav"),
@@ -159,10 +159,10 @@ def claim(out: Path, settings: Any, *, ignored: Sequence[str] = ("out",)) -> Non
     Raises:
         ValueError: it was made with other settings; they are named.
     """
-    own = {key: value for key, value in asdict(settings).items() if key not in ignored}
+    config = {key: value for key, value in asdict(settings).items() if key not in ignored}
     mark = out / "demo.json"
-    if mark.exists() and (before := json.loads(mark.read_text())) != own:
-        changed = ", ".join(f"{key} was {before.get(key)}" for key in own if before.get(key) != own[key])
+    if mark.exists() and (before := json.loads(mark.read_text())) != config:
+        changed = ", ".join(f"{key} was {before.get(key)}" for key in config if before.get(key) != config[key])
         raise ValueError(f"{out} holds a demo of other settings ({changed}); choose another --out or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(own, indent=1) + "\n")
+    mark.write_text(json.dumps(config, indent=1) + "\n")

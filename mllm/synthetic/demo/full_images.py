@@ -1,13 +1,13 @@
-"""The long demo of images: elastic models in three styles against separately trained ones of one count of tokens.
+"""Runs the long demo of images: elastic models in three styles against separate ones of one count of tokens each.
 
-Knows the world's image corpus, training and evaluation, and which models are compared. Does not know how any works.
+Knows the synthetic image corpus, training and evaluation, and which models are compared. Does not know how any works.
 
-    out/images/            the corpus, shared by all models
+    out/images/              the corpus, shared by all models
     out/features/            what the frozen encoder makes of it
     out/<model>/<seed>/      a run and its evaluation
-    out/comparison.*         see `images_report.py`
+    out/comparison.*         see `full_images_report.py`
 
-How they are trained side by side is in `full_jobs.py`.
+How they are trained side by side is in `jobs.py`.
 """
 
 from dataclasses import dataclass
@@ -26,31 +26,31 @@ STYLES: dict[str, dict[str, Any]] = {
     "haar": {"compressor": "pool", "order": "haar"},
     "mqt": {"compressor": "query", "num_queries": COUNTS[0], "query_start": "pyramid"},
 }
-"""What makes soft tokens: pooled maps, the same maps nested as prefixes, or Matryoshka queries."""
+"""What makes soft tokens in each style: pooled grids, the same grids nested as prefixes, or Matryoshka queries."""
 COMPRESSOR_RATES = {"mqt": 2e-4}
 """Learning rates of compressors that need a smaller one than the rest: queries are four matrices deep, not one."""
 STEPS_OF_ELASTIC = len(COUNTS)
-"""Steps of an elastic model for each step of a separate one: it draws each count as often as they do."""
+"""An elastic model takes so many steps for each step of a separate one: it samples each count as often as they do."""
 ROWS_PER_STEP = 12
 """Dialogues of each step, the same number whatever an image costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullImagesConfig(LongDemoConfig):
-    """How much the long demo of images does; the defaults take less than an hour on 2 CPU cores."""
+    """Say how much the long demo of images does; the defaults take less than an hour on 2 CPU cores."""
 
     out: str = "runs/demo_full_images"
     steps: int = 200
-    """Optimizer steps of a separately trained model; an elastic one takes four times as many."""
+    """Number of optimizer steps of a separately trained model; an elastic one takes four times as many."""
     num_scenes: int = 2500
-    """Images to train on, with eight questions each."""
+    """Number of images to train on, with eight questions each."""
     num_test_scenes: int = 200
-    """Images to test on, with a question of every kind."""
+    """Number of images to test on, with a question of every kind."""
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One model to train and evaluate: at all counts (no `count`), or at one."""
+    """One model to train and evaluate, at all counts (`count` is None) or at one."""
 
     style: str
     seed: int
@@ -74,19 +74,19 @@ def full_images(settings: FullImagesConfig, *, progress: Progress | None = None)
 
 
 def image_jobs(settings: FullImagesConfig) -> list[ImageJob]:
-    """Every model at every seed, seed by seed, in each the longest first."""
+    """List every model at every seed, seed by seed, in each the longest first."""
     return [ImageJob(style, seed, count) for seed in settings.seeds for count in (None, *COUNTS) for style in STYLES]
 
 
 def write_corpus(settings: FullImagesConfig, progress: Progress) -> None:
-    """The image corpus."""
+    """Write the image corpus unless it is there."""
     folder = Path(settings.out) / "images"
     if not (folder / "test.jsonl").exists():
         write_images(folder, settings.num_scenes, settings.num_test_scenes, settings.seed, progress)
 
 
 def run_settings(job: ImageJob, settings: FullImagesConfig) -> Any:
-    """The demo's recipe on images alone, in the job's style and at its counts."""
+    """Reduce the demo's recipe to images alone, in the job's style and at its counts."""
     from mllm.config.run import read_run_settings
 
     steps = settings.steps * (STEPS_OF_ELASTIC if job.count is None else 1)
@@ -106,7 +106,7 @@ def run_settings(job: ImageJob, settings: FullImagesConfig) -> Any:
 
 
 def evaluation_settings(job: ImageJob, settings: FullImagesConfig) -> EvaluationConfig:
-    """The test questions at each of the job's counts."""
+    """Ask the test questions at each of the job's counts."""
     return EvaluationConfig(
         model=str(Path(settings.out) / job.name),
         manifest=[str(Path(settings.out) / "images" / "test.jsonl")],

@@ -1,9 +1,9 @@
-"""What the long demo of images found: accuracy per kind of question and count of tokens, elastic and separate.
+"""Reports what the long demo of images found: accuracy per kind of question and count, elastic beside separate.
 
 Knows answers on disk and whether they are right. Does not know how models were made.
 
-The plot shows accuracy against soft tokens. A cell is one kind of question (or all) at one count; what the bootstrap
-draws are scenes, each with its questions of that kind. Which files there are, and what a cell is, see `full_cells.py`.
+The plot shows accuracy against soft tokens. A cell is one kind of question (or all) at one count; the bootstrap
+resamples scenes, each with its questions of that kind. Which files there are, and what a cell is, see `cells.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ Cells = Mapping[Key, Cell]
 
 
 def read_cells(settings: FullImagesConfig) -> dict[Key, Cell]:
-    """Wrong answers and questions of all models, from the answers in their folders.
+    """Count wrong answers and questions of all models, from the answers in their folders.
 
     Raises:
         ValueError: an evaluation with samples that could not be answered; the folder is named.
@@ -48,24 +48,25 @@ def read_cells(settings: FullImagesConfig) -> dict[Key, Cell]:
             wrong = int(line["hypothesis"].strip() != line["references"][0].strip())
             tokens, scene = int(line["budget"].partition("=")[2]), line["id"].removesuffix(f"-{line['kind']}")
             for kind in (line["kind"], ALL):
-                own = counts.setdefault((job.style, job.count is None, kind, tokens), {})
-                before = own.get((job.seed, scene), (0, 0))
-                own[job.seed, scene] = before[0] + wrong, before[1] + 1
-    return {key: pooled_cell(own) for key, own in counts.items()}
+                by_scene = counts.setdefault((job.style, job.count is None, kind, tokens), {})
+                before = by_scene.get((job.seed, scene), (0, 0))
+                by_scene[job.seed, scene] = before[0] + wrong, before[1] + 1
+    return {key: pooled_cell(by_scene) for key, by_scene in counts.items()}
 
 
 def compare(settings: FullImagesConfig) -> Comparison:
-    """What all answers show."""
+    """Compare elastic and separate models by all their answers."""
     cells = read_cells(settings)
-    return Comparison([_row(cells, *key) for key in cells], findings(cells), markdown(cells), draw(cells))
+    return Comparison([_row(cells, *key) for key in cells], findings(cells), markdown(cells), plot_accuracies(cells))
 
 
 def findings(cells: Cells) -> list[Finding]:
-    """Whether each elastic model is as good as separate ones, and whether detail needs tokens and a glance does not."""
-    found = []
+    """Judge whether each elastic model is as good as separate ones, and whether detail needs tokens and a glance does
+    not."""
+    judged = []
     for style in STYLES:
         gaps = [_gap(cells, style, ALL, count)[0] for count in COUNTS]
-        found.append(
+        judged.append(
             Finding(
                 f"{NAMES[style]}: elastic within one point of separate models at each count, or better",
                 ", ".join(f"{count}: {100 * gap:+.1f}" for count, gap in zip(COUNTS, gaps, strict=True)),
@@ -74,25 +75,25 @@ def findings(cells: Cells) -> list[Finding]:
         )
         detail = [_mean(cells, style, DETAIL_KINDS, count) for count in reversed(COUNTS)]
         coarse = [_mean(cells, style, COARSE_KINDS, count) for count in reversed(COUNTS)]
-        found.append(
+        judged.append(
             Finding(
                 f"{NAMES[style]}, elastic: questions of detail need tokens (accuracy at 1, 4, 16, 64)",
                 ", ".join(f"{100 * value:.1f}" for value in detail),
                 detail[0] < detail[1] < detail[2] < detail[3],
             )
         )
-        found.append(
+        judged.append(
             Finding(
                 f"{NAMES[style]}, elastic: questions about the whole image do not (accuracy at 1, 4, 16, 64)",
                 ", ".join(f"{100 * value:.1f}" for value in coarse),
                 max(coarse) - min(coarse) <= 0.05,
             )
         )
-    return found
+    return judged
 
 
 def markdown(cells: Cells) -> str:
-    """A table per style: kinds of questions by counts, elastic beside separate; then the differences with intervals."""
+    """Write a table per style: kinds of questions by counts, elastic beside separate, then gaps with intervals."""
     parts = []
     for style in STYLES:
         lines = {}
@@ -101,14 +102,14 @@ def markdown(cells: Cells) -> str:
             lines[kind] = [f"{100 * a:.1f} / {100 * b:.1f}" for a, b in pairs]
         lines["elastic - separate"] = [gap_text(_gap(cells, style, ALL, count)) for count in COUNTS]
         seeds = [cells[style, True, ALL, count].by_seed for count in COUNTS]
-        lines["seeds, elastic"] = [f"{100 * (1 - max(own)):.1f}-{100 * (1 - min(own)):.1f}" for own in seeds]
+        lines["seeds, elastic"] = [f"{100 * (1 - max(rates)):.1f}-{100 * (1 - min(rates)):.1f}" for rates in seeds]
         columns = ["accuracy %, elastic / separate", *(f"{count} tokens" for count in COUNTS)]
         parts.append(table(NAMES[style], columns, lines))
     return "\n".join(parts)
 
 
-def draw(cells: Cells) -> "Figure":
-    """A panel per kind of question: accuracy against soft tokens, a line per style, separate models dashed."""
+def plot_accuracies(cells: Cells) -> "Figure":
+    """Plot a panel per kind of question: accuracy against soft tokens, a line per style, separate models dashed."""
     figure = empty_figure(13, 6.5, dpi=100)
     colors = dict(zip(STYLES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     axes = figure.subplots(2, 4).flatten().tolist()
@@ -149,7 +150,7 @@ def _accuracy(cell: Cell) -> Estimate:
 
 
 def _gap(cells: Cells, style: str, kind: str, count: int) -> Estimate:
-    """How much higher the elastic accuracy is: errors the other way round."""
+    """Compute how much higher the elastic accuracy is: errors the other way round."""
     return cells[style, False, kind, count].minus(cells[style, True, kind, count])
 
 

@@ -1,13 +1,13 @@
-"""The long demo of speech: elastic speech models against separately trained ones of a fixed rate, with several seeds.
+"""Runs the long demo of speech: elastic models against separately trained ones of a fixed rate, with several seeds.
 
-Knows the world's speech corpus, training and evaluation, and which models are compared. Does not know how any works.
+Knows the synthetic speech corpus, training and evaluation, and which models are compared. Does not know how any works.
 
     out/speech/              the corpus, shared by all models
     out/features/            what the frozen encoders make of it
     out/<model>/<seed>/      a run and its evaluation
-    out/comparison.*         see `full_report.py`
+    out/comparison.*         see `full_speech_report.py`
 
-How they are trained side by side is in `full_jobs.py`.
+How they are trained side by side is in `jobs.py`.
 """
 
 from dataclasses import dataclass
@@ -32,27 +32,29 @@ ELASTIC = {
 """The adapters of the models that are trained for all tasks and rates at once."""
 SEPARATE = "separate"
 STEPS_OF_ELASTIC = len(SPEECH_TASKS)
-"""Steps of an elastic model for each step of a separate one: it sees every task's rows as often as they do."""
+"""An elastic model takes so many steps for each step of a separate one: it sees every task's rows as often."""
 VERSIONS = 3
-"""Of each training sample, with other noise in its sound; frozen encoders read each once for all models and seeds."""
+"""Versions of each training sample, with other noise in its audio; frozen encoders read each once for all models and
+seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullDemoConfig(LongDemoConfig):
-    """How much the long demo does; the defaults take less than an hour on 2 CPU cores."""
+    """Say how much the long demo does; the defaults take less than an hour on 2 CPU cores."""
 
     out: str = "runs/demo_full"
     steps: int = 270
-    """Optimizer steps of a separately trained model; an elastic one, for three tasks, takes three times as many."""
+    """Number of optimizer steps of a separately trained model; an elastic one, for three tasks, takes three times as
+    many."""
     num_utterances: int = 2000
-    """Spoken sentences to train on."""
+    """Number of spoken sentences to train on."""
     num_test_utterances: int = 200
-    """Spoken sentences to test on, by voices that were not trained on."""
+    """Number of spoken sentences to test on, by voices that were not trained on."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train and evaluate: at all tasks and rates (no task), or at one."""
+    """One model to train and evaluate, at all tasks and rates (`task` is None) or at one."""
 
     model: str
     seed: int
@@ -68,7 +70,7 @@ class Job:
 
     @property
     def tasks(self) -> list[str]:
-        """What it is trained and tested on."""
+        """The tasks it is trained and tested on."""
         return list(SPEECH_TASKS) if self.task is None else [self.task]
 
     @property
@@ -76,8 +78,8 @@ class Job:
         """Its rates by medium."""
         if self.task is None:
             return {"audio": list(AUDIO_RATES), "video": list(VIDEO_RATES)}
-        own = {"audio": self.audio_rate, "video": self.video_rate}
-        return {medium: [rate] for medium, rate in own.items() if rate is not None}
+        rates = {"audio": self.audio_rate, "video": self.video_rate}
+        return {medium: [rate] for medium, rate in rates.items() if rate is not None}
 
     @property
     def budgets(self) -> list[str]:
@@ -99,20 +101,20 @@ def full_demo(settings: FullDemoConfig, *, progress: Progress | None = None) -> 
 
 
 def jobs_of(settings: FullDemoConfig) -> list[Job]:
-    """Every model at every seed, the longest first."""
+    """List every model at every seed, the longest first."""
     elastic = [Job(model, seed) for seed in settings.seeds for model in ELASTIC]
     return elastic + [job for seed in settings.seeds for job in separate_jobs(seed)]
 
 
 def separate_jobs(seed: int) -> list[Job]:
-    """One model for each task and combination of rates."""
+    """List one model for each task and combination of rates."""
     both = [Job(SEPARATE, seed, "avsr", audio, video) for audio in AUDIO_RATES for video in VIDEO_RATES]
     audio = [Job(SEPARATE, seed, "asr", audio_rate=rate) for rate in AUDIO_RATES]
     return both + [Job(SEPARATE, seed, "vsr", video_rate=rate) for rate in VIDEO_RATES] + audio
 
 
 def write_corpus(settings: FullDemoConfig, progress: Progress) -> None:
-    """The speech corpus, and of each split a manifest per task beside the whole one."""
+    """Write the speech corpus, and of each split a manifest per task beside the whole one."""
     folder = Path(settings.out) / "speech"
     last = folder / "test-avsr.jsonl"
     if last.exists():
@@ -121,11 +123,11 @@ def write_corpus(settings: FullDemoConfig, progress: Progress) -> None:
     for split in ("train", "test"):
         samples = read_manifest(folder / f"{split}.jsonl", folder)
         for task in SPEECH_TASKS:
-            write_manifest(folder / f"{split}-{task}.jsonl", [own for own in samples if own.task == task])
+            write_manifest(folder / f"{split}-{task}.jsonl", [sample for sample in samples if sample.task == task])
 
 
 def run_settings(job: Job, settings: FullDemoConfig) -> Any:
-    """The demo's recipe without images, at the job's tasks, rates and adapter."""
+    """Reduce the demo's recipe to speech, at the job's tasks, rates and adapter."""
     from mllm.config.run import read_run_settings
 
     steps = steps_of(job, settings)
@@ -151,12 +153,12 @@ def run_settings(job: Job, settings: FullDemoConfig) -> Any:
 
 
 def steps_of(job: Job, settings: FullDemoConfig) -> int:
-    """Optimizer steps of a job."""
+    """Count the optimizer steps of a job."""
     return settings.steps * (STEPS_OF_ELASTIC if job.task is None else 1)
 
 
 def evaluation_settings(job: Job, settings: FullDemoConfig) -> EvaluationConfig:
-    """The job's tasks at its budgets; those with sound in quiet and in babble, lips alone once."""
+    """Ask for the job's tasks at its budgets; those with audio in quiet and in babble, video alone once."""
     speech = Path(settings.out) / "speech"
     hears = "audio" in job.rates
     return EvaluationConfig(

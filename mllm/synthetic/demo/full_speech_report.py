@@ -1,9 +1,9 @@
-"""What the long demo found: error rates of elastic and separate models, cell by cell, and how far they are apart.
+"""Reports what the long demo of speech found: error rates of elastic and separate models, cell by cell, and their gaps.
 
 Knows answers on disk and word errors. Does not know how models were made.
 
 The plot shows error rates against soft tokens per second of speech. A cell is one task at one budget and one noise;
-what the bootstrap draws are utterances. Which files there are, and what a cell is, see `full_cells.py`.
+the bootstrap resamples utterances. Which files there are, and what a cell is, see `cells.py`.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ MARGIN = 0.01
 
 
 @dataclass(frozen=True)
-class Place:
-    """A column of the table in a block of one noise: task and budget."""
+class Column:
+    """A column of the table: a task and a budget, in the block of one noise."""
 
     task: str
     budget: str
@@ -44,130 +44,130 @@ class Place:
 
     @property
     def words(self) -> str:
-        """As the papers write it: task and rates."""
+        """The column's title, as the papers write it: task and rates."""
         rates = [str(amount.value) for amount in Budget.parse(self.budget).amounts.values()]
         return f"{self.task.upper()} ({','.join(rates)})"
 
     @property
     def tokens_per_second(self) -> float:
-        """Soft tokens that a second of speech costs."""
+        """The soft tokens that a second of speech costs."""
         amounts = Budget.parse(self.budget).amounts
         return sum(FRAMES_PER_SECOND[medium] / float(amount.value) for medium, amount in amounts.items())
 
 
-Cells = Mapping[tuple[str, Place], Cell]
+Cells = Mapping[tuple[str, Column], Cell]
 
 
-def places() -> list[Place]:
-    """Every cell there is for a model: blocks of noise, in each the columns of the papers."""
+def columns() -> list[Column]:
+    """List every column there is for a model: blocks of noise, in each the columns of the papers."""
     speech = [("asr", f"audio=/{rate}") for rate in AUDIO_RATES]
-    lips = [("vsr", f"video=/{rate}") for rate in VIDEO_RATES]
+    video = [("vsr", f"video=/{rate}") for rate in VIDEO_RATES]
     both = [("avsr", f"audio=/{audio},video=/{video}") for audio in AUDIO_RATES for video in VIDEO_RATES]
     return [
-        Place(task, budget, ratio)
+        Column(task, budget, ratio)
         for ratio in SNRS_DB
-        for task, budget in (*speech, *(lips if ratio is None else []), *both)
+        for task, budget in (*speech, *(video if ratio is None else []), *both)
     ]
 
 
-def read_cells(settings: FullDemoConfig) -> dict[tuple[str, Place], Cell]:
-    """The cells of all models, from the answers in their folders.
+def read_cells(settings: FullDemoConfig) -> dict[tuple[str, Column], Cell]:
+    """Count the errors of all models, from the answers in their folders.
 
     Raises:
         ValueError: an evaluation with samples that could not be answered; the folder is named.
     """
-    counts: dict[tuple[str, Place], dict[tuple[int, str], tuple[int, int]]] = {}
+    counts: dict[tuple[str, Column], dict[tuple[int, str], tuple[int, int]]] = {}
     for job in jobs_of(settings):
         for line in answers(settings.out, job.name):
-            own = word_errors(line["references"][0], line["hypothesis"])
-            key = job.model, _place(line)
-            counts.setdefault(key, {})[job.seed, line["id"]] = own.errors, own.reference_units
-    return {key: pooled_cell(own) for key, own in counts.items()}
+            count = word_errors(line["references"][0], line["hypothesis"])
+            key = job.model, _column_of(line)
+            counts.setdefault(key, {})[job.seed, line["id"]] = count.errors, count.reference_units
+    return {key: pooled_cell(by_sample) for key, by_sample in counts.items()}
 
 
 def compare(settings: FullDemoConfig) -> Comparison:
-    """What all answers show."""
+    """Compare elastic and separate models by all their answers."""
     cells = read_cells(settings)
-    return Comparison(comparison_rows(cells), findings(cells), markdown(cells), draw(cells))
+    return Comparison(comparison_rows(cells), findings(cells), markdown(cells), plot_error_rates(cells))
 
 
 def comparison_rows(cells: Cells) -> list[dict[str, Any]]:
-    """Cells as plain values, with the differences of the elastic models from the separate ones."""
+    """Write cells as plain values, with the differences of the elastic models from the separate ones."""
     rows = []
-    for place in places():
+    for column in columns():
         for model in MODELS:
-            own = cells[model, place]
-            low, high = own.interval
-            row = {"model": model, **asdict(place), "tokens_per_second": place.tokens_per_second}
-            row |= {"wer": own.value, "low": low, "high": high, "by_seed": list(own.by_seed)}
+            cell = cells[model, column]
+            low, high = cell.interval
+            row = {"model": model, **asdict(column), "tokens_per_second": column.tokens_per_second}
+            row |= {"wer": cell.value, "low": low, "high": high, "by_seed": list(cell.by_seed)}
             if model != SEPARATE:
-                row["minus_separate"] = own.minus(cells[SEPARATE, place])
+                row["minus_separate"] = cell.minus(cells[SEPARATE, column])
             rows.append(row)
     return rows
 
 
 def findings(cells: Cells) -> list[Finding]:
-    """Whether the elastic models are as good as separate ones in quiet, and whether lips help in noise."""
-    found = []
+    """Judge whether the elastic models are as good as separate ones in quiet, and whether video helps in noise."""
+    judged = []
     for model in ELASTIC:
         gaps = [
-            (place, cells[model, place].value - cells[SEPARATE, place].value)
-            for place in places()
-            if place.snr_db is None
+            (column, cells[model, column].value - cells[SEPARATE, column].value)
+            for column in columns()
+            if column.snr_db is None
         ]
-        found.append(
+        judged.append(
             Finding(
                 f"{NAMES[model]} is within one point of separate models at each rate in quiet (WER minus theirs)",
-                ", ".join(f"{place.words} {100 * gap:+.1f}" for place, gap in gaps),
+                ", ".join(f"{column.words} {100 * gap:+.1f}" for column, gap in gaps),
                 all(gap <= MARGIN for _, gap in gaps),
             )
         )
     for model in MODELS:
-        for ratio in (own for own in SNRS_DB if own is not None):
+        for ratio in (snr_db for snr_db in SNRS_DB if snr_db is not None):
             hears, sees = {}, {}
-            for place in places():
-                if place.snr_db == ratio:
-                    audio = str(Budget.parse(place.budget).amounts["audio"])
-                    (hears if place.task == "asr" else sees).setdefault(audio, []).append(cells[model, place].value)
-            found.append(
+            for column in columns():
+                if column.snr_db == ratio:
+                    audio = str(Budget.parse(column.budget).amounts["audio"])
+                    (hears if column.task == "asr" else sees).setdefault(audio, []).append(cells[model, column].value)
+            judged.append(
                 Finding(
                     f"{NAMES[model]}: with lips fewer errors than without at {ratio:g} dB (worst of AVSR, ASR)",
                     ", ".join(f"audio={rate} {100 * max(sees[rate]):.1f} {100 * hears[rate][0]:.1f}" for rate in hears),
                     all(max(sees[rate]) < hears[rate][0] for rate in hears),
                 )
             )
-    return found
+    return judged
 
 
 def markdown(cells: Cells) -> str:
-    """A table per noise, laid out as the papers do: models by tasks and rates, with intervals and the seeds."""
+    """Write a table per noise, laid out as the papers do: models by tasks and rates, with intervals and the seeds."""
     parts = []
     for ratio in SNRS_DB:
-        own = [place for place in places() if place.snr_db == ratio]
-        lines = {NAMES[model]: [_words(cells[model, place]) for place in own] for model in MODELS}
+        block = [column for column in columns() if column.snr_db == ratio]
+        lines = {NAMES[model]: [_words(cells[model, column]) for column in block] for model in MODELS}
         for model in ELASTIC:
-            gaps = [cells[model, place].minus(cells[SEPARATE, place]) for place in own]
+            gaps = [cells[model, column].minus(cells[SEPARATE, column]) for column in block]
             lines[f"{NAMES[model]} - separate"] = [gap_text(gap) for gap in gaps]
         title = "Quiet" if ratio is None else f"{ratio:g} dB"
-        parts.append(table(title, ["WER %", *(place.words for place in own)], lines))
+        parts.append(table(title, ["WER %", *(column.words for column in block)], lines))
     return "\n".join(parts)
 
 
-def draw(cells: Cells) -> "Figure":
-    """A panel per task: error rate against soft tokens per second, a line per model and noise, with intervals."""
+def plot_error_rates(cells: Cells) -> "Figure":
+    """Plot a panel per task: error rate against soft tokens per second, a line per model and noise, with intervals."""
     figure = empty_figure(13, 4.5, dpi=110)
     colors = dict(zip(MODELS, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
     styles = dict(zip(SNRS_DB, ("-", "--", ":"), strict=True))
     for task, axis in zip(("asr", "vsr", "avsr"), figure.subplots(1, 3), strict=True):
         for model in MODELS:
             for ratio in SNRS_DB:
-                own = sorted(
-                    (place for place in places() if (place.task, place.snr_db) == (task, ratio)),
-                    key=lambda place: place.tokens_per_second,
+                block = sorted(
+                    (column for column in columns() if (column.task, column.snr_db) == (task, ratio)),
+                    key=lambda column: column.tokens_per_second,
                 )
-                if own:
-                    values = [(cell.value, *cell.interval) for cell in (cells[model, place] for place in own)]
-                    seconds = [place.tokens_per_second for place in own]
+                if block:
+                    values = [(cell.value, *cell.interval) for cell in (cells[model, column] for column in block)]
+                    seconds = [column.tokens_per_second for column in block]
                     draw_line(axis, seconds, values, color=colors[model], linestyle=styles[ratio], marker="o")
         axis.set(title=task.upper(), xlabel="soft tokens per second", ylabel="word error rate, %")
         axis.grid(alpha=0.3)
@@ -180,8 +180,8 @@ def draw(cells: Cells) -> "Figure":
     return figure
 
 
-def _place(line: Mapping[str, Any]) -> Place:
-    return Place(line["task"], line["budget"], None if line["task"] == "vsr" else line["snr_db"])
+def _column_of(line: Mapping[str, Any]) -> Column:
+    return Column(line["task"], line["budget"], None if line["task"] == "vsr" else line["snr_db"])
 
 
 def _words(cell: Cell) -> str:

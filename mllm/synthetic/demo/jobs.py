@@ -1,4 +1,4 @@
-"""Trains and evaluates many models, each in a worker process with one thread; what the long demos share.
+"""Trains and evaluates many models, each in a worker process with one thread, for the long demos.
 
 Knows the demo's recipe, runs, evaluations and processes. Does not know which models there are or why.
 
@@ -28,25 +28,25 @@ from mllm.utils.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class LongDemoConfig:
-    """What the settings of all long demos hold; the rest are sizes of a corpus."""
+    """Hold what the configs of all long demos share; the rest are sizes of a corpus."""
 
     out: str
-    """Folder of the corpus, the runs, and the comparison."""
+    """Folder for the corpus, the runs, and the comparison."""
     seed: int = 0
-    """Of the corpus, and the first of the seeds of training."""
+    """Random seed of the corpus, and the first of the seeds of training."""
     num_seeds: int = 3
-    """How often everything is trained."""
+    """Number of seeds that everything is trained with."""
     steps: int
-    """Optimizer steps of a separately trained model."""
+    """Number of optimizer steps of a separately trained model."""
     num_workers: int | None = None
-    """Models trained at a time, one thread each; as many as there are cores when left out."""
+    """Number of models trained at a time, one thread each; as many as there are cores when left out."""
 
     def __post_init__(self) -> None:
         check_at_least(self, [field.name for field in fields(self) if field.name not in ("out", "seed")])
 
     @property
     def seeds(self) -> range:
-        """Those that everything is trained with."""
+        """The seeds that everything is trained with."""
         return range(self.seed, self.seed + self.num_seeds)
 
 
@@ -100,7 +100,7 @@ def run_demo(
 def recipe(
     settings: LongDemoConfig, name: str, *, seed: int, steps: int, num_reports: int, versions: int
 ) -> dict[str, Any]:
-    """The demo's recipe as a run of a long demo: seeds, steps, features and folder; the rest is the caller's.
+    """Turn the demo's recipe into a run of a long demo: seeds, steps, features and folder; the rest is the caller's.
 
     Args:
         name: folder of the run below that of the demo.
@@ -119,14 +119,14 @@ def recipe(
 
 
 def encode_all(run: Any, *, num_workers: int, progress: Progress) -> None:
-    """What the frozen encoders make of a run's training set, once for all models that name the same features."""
+    """Encode a run's training set with the frozen encoders, once for all models that name the same features."""
     folder = Path(run.data.features.folder)
     done = folder / "whole"
     if done.exists():
         return
     num_rows = sum(Path(manifest).read_bytes().count(b"\n") for manifest in run.data.train)
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_encode_share, run, rank, num_workers) for rank in range(num_workers)}
+        waiting = {pool.submit(_encode_part, run, rank, num_workers) for rank in range(num_workers)}
         for _ in _finished(pool, waiting):
             rows = sum(file.read_bytes().count(b"\n") for file in folder.glob("index-*.jsonl"))
             progress("encoding", rows, num_rows * run.data.features.versions)
@@ -148,7 +148,7 @@ def run_all(works: Sequence[Work], *, num_workers: int, progress: Progress) -> f
     return time.monotonic() - started
 
 
-def _encode_share(run: Any, rank: int, num_ranks: int) -> None:
+def _encode_part(run: Any, rank: int, num_ranks: int) -> None:
     import torch
 
     from mllm.training.feature_cache.building import make_features
@@ -172,7 +172,7 @@ def _run_one(work: Work) -> None:
 
 
 def _finished(pool: ProcessPoolExecutor, waiting: set[Future[None]]) -> Iterator[None]:
-    """Every few seconds until all are done, and once more; the first failure stops all."""
+    """Yield every few seconds until all are done, and once more; the first failure stops all."""
     while waiting:
         finished, waiting = wait(waiting, timeout=5, return_when="FIRST_EXCEPTION")
         yield
@@ -183,7 +183,7 @@ def _finished(pool: ProcessPoolExecutor, waiting: set[Future[None]]) -> Iterator
 
 
 def _step(log: Path) -> int:
-    """The last step a run has reported."""
+    """Read the last step a run has reported."""
     if not log.exists():
         return 0
     lines = [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -1,4 +1,4 @@
-"""What the demo found, for eyes: a table of word error rates, one of accuracies, and what they were expected to show.
+"""Shows what the demo found: a table of word error rates, one of accuracies, and what they were expected to show.
 
 Knows rows of an evaluation. Does not know how they came about.
 """
@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something the demo should show, the numbers it was judged by, and whether it held."""
+    """A finding is something the demo should show, the numbers it was judged by, and whether it held."""
 
     claim: str
     numbers: str
@@ -25,14 +25,14 @@ class Finding:
 
 
 def speech_table(rows: Rows) -> Table:
-    """Word error rates: one line per task and budget, in quiet and at 0 dB, with 95 % intervals."""
+    """Tabulate word error rates: one line per task and budget, in quiet and at 0 dB, with 95 % intervals."""
     table = Table(title="Word error rate, % (95 % interval)", title_justify="left")
     for name in ("task", "budget", "soft tokens", *NOISES):
         table.add_column(name, justify="left" if name in ("task", "budget") else "right")
     for task in ("asr", "vsr", "avsr"):
-        own = [row for row in rows if row["task"] == task]
-        for budget in dict.fromkeys(row["budget"] for row in own):
-            cells = {row["snr_db"]: row for row in own if row["budget"] == budget}
+        of_task = [row for row in rows if row["task"] == task]
+        for budget in dict.fromkeys(row["budget"] for row in of_task):
+            cells = {row["snr_db"]: row for row in of_task if row["budget"] == budget}
             tokens = next(iter(cells.values()))["soft_tokens"]
             table.add_row(task, budget, f"{tokens:.0f}", *(_cell(cells.get(ratio)) for ratio in NOISES.values()))
         table.add_section()
@@ -40,21 +40,21 @@ def speech_table(rows: Rows) -> Table:
 
 
 def image_table(rows: Rows) -> Table:
-    """Accuracies: one line per kind of question, one column per number of tokens."""
-    own = [row for row in rows if row["task"] == "vqa"]
-    budgets = sorted({row["budget"] for row in own}, key=lambda budget: int(budget.partition("=")[2]))
+    """Tabulate accuracies: one line per kind of question, one column per number of tokens."""
+    answered = [row for row in rows if row["task"] == "vqa"]
+    budgets = sorted({row["budget"] for row in answered}, key=lambda budget: int(budget.partition("=")[2]))
     table = Table(title="Accuracy on images, % (95 % interval)", title_justify="left")
     table.add_column("question")
     for budget in budgets:
         table.add_column(budget, justify="right")
     for kind in (*KINDS, None):
-        cells = {row["budget"]: row for row in own if row["kind"] == kind}
+        cells = {row["budget"]: row for row in answered if row["kind"] == kind}
         table.add_row(kind or "all", *(_cell(cells.get(budget)) for budget in budgets))
     return table
 
 
 def findings(rows: Rows) -> list[Finding]:
-    """Whether the demo shows what it is there to show, from the point estimates."""
+    """Judge whether the demo shows what it is there to show, from the point estimates."""
     audio = [_value(rows, "asr", f"audio=/{rate}") for rate in (4, 8, 16)]
     noisy = [
         _value(rows, "avsr", "audio=/4,video=/2", snr_db=0.0),
@@ -70,7 +70,7 @@ def findings(rows: Rows) -> list[Finding]:
             audio[0] < audio[1] < audio[2],
         ),
         Finding(
-            "at 0 dB sound and lips together beat either alone (WER of both, sound, lips)",
+            "at 0 dB audio and video together beat either alone (WER of both, audio, video)",
             _list(noisy),
             noisy[0] < min(noisy[1:]),
         ),
@@ -89,10 +89,10 @@ def findings(rows: Rows) -> list[Finding]:
 
 def _value(rows: Rows, task: str, budget: str, *, kind: str | None = None, snr_db: float | None = None) -> float:
     wanted = (task, kind, snr_db, budget)
-    found = [row["value"] for row in rows if (row["task"], row["kind"], row["snr_db"], row["budget"]) == wanted]
-    if len(found) != 1:
-        raise ValueError(f"the evaluation holds {len(found)} rows of {wanted}; expected one")
-    return found[0]
+    values = [row["value"] for row in rows if (row["task"], row["kind"], row["snr_db"], row["budget"]) == wanted]
+    if len(values) != 1:
+        raise ValueError(f"the evaluation holds {len(values)} rows of {wanted}; expected one")
+    return values[0]
 
 
 def _mean(rows: Rows, kinds: Sequence[str], budget: str) -> float:

@@ -1,1 +1,1 @@
-"""Synthetic scenes and questions about them, and the corpus made of them."""
+"""Makes synthetic scenes, questions about them, and the image corpus."""

@@ -3,7 +3,7 @@
 Knows scenes, questions and the manifest format. Does not know tokens, models or budgets.
 
     out/train.jsonl       one row per image, a dialogue of several questions
-    out/captions.jsonl    one row per image of train, which is told in words
+    out/captions.jsonl    one row per image of train, which is described in words
     out/validation.jsonl  one row per question, one question of every kind per image; `kind` says which
     out/test.jsonl        the same
     out/images/<split>/<number>.png
@@ -79,7 +79,7 @@ def _write_images(scenes: Sequence[Scene], out: Path, split: str) -> list[str]:
 def _samples(
     scenes: Sequence[Scene], paths: Sequence[str], split: str, generator: np.random.Generator, num_turns: int | None
 ) -> Iterator[Sample]:
-    """One dialogue per scene where `num_turns` is given, else one sample per question kind."""
+    """Yield one dialogue per scene where `num_turns` is set, else one sample per question kind."""
     for number, (scene, path) in enumerate(zip(scenes, paths, strict=True)):
         name = f"scene-{split}-{number:05d}"
         meta = {"scene": describe_scene(scene)}
@@ -93,8 +93,8 @@ def _samples(
 
 def _captions(scenes: Sequence[Scene], paths: Sequence[str]) -> Iterator[Sample]:
     for number, (scene, path) in enumerate(zip(scenes, paths, strict=True)):
-        told = Question("caption", DESCRIBE_PROMPT, describe_scene(scene))
-        yield Sample(f"caption-{number:05d}", _dialogue(path, [told]), "caption")
+        caption = Question("caption", DESCRIBE_PROMPT, describe_scene(scene))
+        yield Sample(f"caption-{number:05d}", _dialogue(path, [caption]), "caption")
 
 
 def _dialogue(path: str, questions: Sequence[Question]) -> tuple[Message, ...]:

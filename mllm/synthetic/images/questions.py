@@ -1,4 +1,4 @@
-"""Questions about a scene, their one-word answers, and a scene told in words.
+"""Makes questions about a scene, their one-word answers, and a description of the scene in words.
 
 Knows scenes. Does not know pixels, tokens, files or who is asked.
 `time` and `ground` need a glance at the whole image; `colour`, `letter` and `relation` need single objects. `count`
@@ -28,7 +28,7 @@ DETAIL_KINDS = ("colour", "letter", "relation")
 KINDS = (*COARSE_KINDS, "colour", "letter", "count", "relation")
 
 # How often each kind is asked in training dialogues: the kinds that take long to learn more often.
-TRAINING_SHARES = {"time": 0.05, "ground": 0.07, "colour": 0.18, "letter": 0.2, "count": 0.27, "relation": 0.23}
+TRAINING_WEIGHTS = {"time": 0.05, "ground": 0.07, "colour": 0.18, "letter": 0.2, "count": 0.27, "relation": 0.23}
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 ANSWERS = {
@@ -53,7 +53,7 @@ class Question:
 
 
 def all_questions(scene: Scene) -> list[Question]:
-    """Every question the scene can be asked; shapes that occur twice are not referred to."""
+    """List every question the scene can be asked; shapes that occur twice are not referred to."""
     named = _unique_shapes(scene.objects)
     return [
         Question("time", "is it day or night?", scene.time),
@@ -66,9 +66,9 @@ def all_questions(scene: Scene) -> list[Question]:
 
 
 def sample_questions(
-    scene: Scene, generator: np.random.Generator, count: int, shares: Mapping[str, float] = TRAINING_SHARES
+    scene: Scene, generator: np.random.Generator, count: int, kind_weights: Mapping[str, float] = TRAINING_WEIGHTS
 ) -> list[Question]:
-    """Up to `count` different questions, their kinds drawn by `shares`, then one of that kind.
+    """Sample up to `count` different questions: first a kind by `kind_weights`, then one question of that kind.
 
     Raises:
         ValueError: a count below one.
@@ -76,39 +76,39 @@ def sample_questions(
     if count < 1:
         raise ValueError(f"count of questions must be at least 1, got {count}")
     by_kind = _by_kind(scene, generator)
-    asked: list[Question] = []
-    weights = np.array([shares[kind] for kind in KINDS])
-    while len(asked) < count and any(by_kind.values()):
+    questions: list[Question] = []
+    weights = np.array([kind_weights[kind] for kind in KINDS])
+    while len(questions) < count and any(by_kind.values()):
         left = weights * [bool(by_kind[kind]) for kind in KINDS]
         kind = KINDS[int(np.searchsorted(np.cumsum(left), generator.random() * left.sum(), side="right"))]
-        asked.append(by_kind[kind].pop())
-    return asked
+        questions.append(by_kind[kind].pop())
+    return questions
 
 
 def one_question_per_kind(scene: Scene, generator: np.random.Generator) -> list[Question]:
-    """One question of every kind that the scene can be asked, in the order of `KINDS`."""
+    """Sample one question of every kind that the scene can be asked, in the order of `KINDS`."""
     by_kind = _by_kind(scene, generator)
     return [by_kind[kind].pop() for kind in KINDS if by_kind[kind]]
 
 
 def describe_scene(scene: Scene, order: Iterable[int] | None = None) -> str:
-    """The scene in words, complete: "day, ground brown; circle red k x3 y5; square blue m x1 y2."
+    """Describe the scene in words, completely: "day, ground brown; circle red k x3 y5; square blue m x1 y2."
 
     Args:
-        order: indices of the objects in the order in which they are told; as they stand in the scene when left out.
+        order: indices of the objects in the order of the description; the scene's own order when left out.
     """
-    told = scene.objects if order is None else tuple(scene.objects[i] for i in order)
-    parts = [f"{scene.time}, ground {scene.ground}", *(" ".join(object_words(thing)) for thing in told)]
+    objects = scene.objects if order is None else tuple(scene.objects[i] for i in order)
+    parts = [f"{scene.time}, ground {scene.ground}", *(" ".join(object_words(thing)) for thing in objects)]
     return "; ".join(parts) + "."
 
 
 def object_words(thing: SceneObject) -> tuple[str, str, str, str, str]:
-    """Shape, colour, letter, column and row of an object as words: what one patch of the image says."""
+    """Give shape, colour, letter, column and row of an object as words: what one patch of the image says."""
     return thing.shape, thing.colour, thing.letter, COLUMN_WORDS[thing.column], ROW_WORDS[thing.row]
 
 
 def _by_kind(scene: Scene, generator: np.random.Generator) -> dict[str, list[Question]]:
-    """The questions of the scene by kind, each list shuffled; the last of a list is the next to ask."""
+    """Sort the questions of the scene by kind, each list shuffled; the last of a list is the next to ask."""
     questions = all_questions(scene)
     by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
     for index in generator.permutation(len(questions)):
@@ -118,7 +118,7 @@ def _by_kind(scene: Scene, generator: np.random.Generator) -> dict[str, list[Que
 
 
 def _alternating(questions: list[Question], generator: np.random.Generator) -> list[Question]:
-    """Counts in an order that draws their answers equally often: most colours are not there, or there once."""
+    """Order counts so that their answers come equally often: most colours are not there, or there once."""
     by_answer: dict[str, list[Question]] = {}
     for question in questions:
         by_answer.setdefault(question.answer, []).append(question)
@@ -143,12 +143,12 @@ def _count_questions(objects: tuple[SceneObject, ...]) -> list[Question]:
 
 
 def _relation_questions(one: SceneObject, other: SceneObject) -> list[Question]:
-    """`left of` when the columns differ, `above` when the rows do; yes and no are equally frequent over all pairs."""
-    found = []
+    """Ask `left of` when the columns differ, `above` when the rows do; over all pairs yes comes as often as no."""
+    questions = []
     if one.column != other.column:
         answer = "yes" if one.column < other.column else "no"
-        found.append(Question("relation", f"is the {one.shape} left of the {other.shape}?", answer))
+        questions.append(Question("relation", f"is the {one.shape} left of the {other.shape}?", answer))
     if one.row != other.row:
         answer = "yes" if one.row < other.row else "no"
-        found.append(Question("relation", f"is the {one.shape} above the {other.shape}?", answer))
-    return found
+        questions.append(Question("relation", f"is the {one.shape} above the {other.shape}?", answer))
+    return questions

@@ -1,8 +1,8 @@
-"""Scenes of the image corpus: what is in one, how one is drawn at random, and how it becomes pixels.
+"""Samples scenes of the image corpus at random and renders them to pixels.
 
 Knows objects, colours, letters and the pixel font. Does not know questions, files, tokens or any model.
 
-A scene is 8 x 8 cells of 16 pixels, the patches of the world's vision tower, so that every object lies in one patch:
+A scene is 8 x 8 cells of 16 pixels, the patches of the synthetic vision tower, so that every object lies in one patch:
 64 features see every object by itself, and pooled features see fewer and fewer of them by themselves.
 
 Shapes: images are (128, 128, 3) uint8; the letter glyphs are 5 x 5 pixels.
@@ -73,7 +73,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects over a sky (`time`) and a ground of one colour that begins at cell row `horizon_row`."""
+    """A scene is objects over a sky (`time`) and a ground of one colour that begins at cell row `horizon_row`."""
 
     objects: tuple[SceneObject, ...]
     time: str
@@ -81,7 +81,8 @@ class Scene:
     horizon_row: int = HORIZON_ROWS[0]
 
     def split(self) -> str:
-        """The split this scene belongs to, by a digest of what it shows: 80 % train, 10 % validation, 10 % test.
+        """Compute the split this scene belongs to, by a digest of what it shows: 80 % train, 10 % validation, 10 %
+        test.
 
         Every corpus, whatever its seed, agrees on it, so no test scene can be in the pre-training of the LLM.
         """
@@ -91,12 +92,12 @@ class Scene:
 
 
 def random_scene(generator: np.random.Generator) -> Scene:
-    """A scene of 2 to 6 objects; at least two of its shapes occur once, so that questions can refer to them."""
+    """Sample a scene of 2 to 6 objects; at least two of its shapes occur once, so that questions can refer to them."""
     num_objects = int(generator.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     shapes = [SHAPES[i] for i in generator.permutation(len(SHAPES))[:num_objects]]
     if num_objects > 3 and generator.random() < 0.3:
         shapes[-1] = shapes[-2]
-    # Half of the scenes draw from few colours, so that "how many red objects" is not almost always zero or one.
+    # Half of the scenes have a palette of three colours: else "how many red objects" is almost always zero or one.
     palette = list(COLOURS) if generator.random() < 0.5 else [list(COLOURS)[i] for i in generator.permutation(7)[:3]]
     cells = generator.permutation(GRID_CELLS**2)[:num_objects]
     colours = generator.integers(len(palette), size=num_objects)
@@ -118,7 +119,7 @@ def random_scene(generator: np.random.Generator) -> Scene:
 
 
 def random_scenes(split: str, seed: int) -> Iterator[Scene]:
-    """Endless scenes of one split, the same for the same seed.
+    """Yield scenes of one split without end, the same for the same seed.
 
     Raises:
         ValueError: an unknown split.
@@ -133,7 +134,7 @@ def random_scenes(split: str, seed: int) -> Iterator[Scene]:
 
 
 def render_scene(scene: Scene) -> Image.Image:
-    """The image of a scene: RGB, 128 x 128 pixels."""
+    """Render a scene as an image: RGB, 128 x 128 pixels."""
     pixels = _background(scene.time, scene.ground, scene.horizon_row).copy()
     for thing in scene.objects:
         margin = (CELL_PIXELS - OBJECT_PIXELS) // 2
@@ -161,7 +162,7 @@ def _background(time: str, ground: str, horizon_row: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _object_image(shape: str, colour: str, letter: str) -> tuple[np.ndarray, np.ndarray]:
-    """The 14 x 14 image of an object and its opacity: a dark rim, the filled shape, the letter in the middle."""
+    """Render an object as 14 x 14 pixels and its opacity: a dark rim, the filled shape, the letter in the middle."""
     fill = np.array(COLOURS[colour], dtype=float)
     rim = _shape_mask(shape, OBJECT_PIXELS / 2)
     inner = _shape_mask(shape, OBJECT_PIXELS / 2 - 1.0)
@@ -175,19 +176,20 @@ def _object_image(shape: str, colour: str, letter: str) -> tuple[np.ndarray, np.
 
 @lru_cache(maxsize=64)
 def _shape_mask(shape: str, radius: float) -> np.ndarray:
-    """Coverage in 0..1 of a shape of a given radius, (14, 14, 1), drawn eight times larger and averaged down."""
+    """Compute the coverage in 0..1 of a shape of a given radius, (14, 14, 1): drawn eight times larger and averaged
+    down."""
     scale, middle = 8, OBJECT_PIXELS * 4.0
     canvas = Image.new("L", (OBJECT_PIXELS * scale, OBJECT_PIXELS * scale))
-    draw, r = ImageDraw.Draw(canvas), radius * scale
+    pen, r = ImageDraw.Draw(canvas), radius * scale
     if shape == "circle":
-        draw.ellipse((middle - r, middle - r, middle + r, middle + r), fill=255)
+        pen.ellipse((middle - r, middle - r, middle + r, middle + r), fill=255)
     else:
-        draw.polygon([(middle + r * x, middle + r * y) for x, y in _outline(shape)], fill=255)
+        pen.polygon([(middle + r * x, middle + r * y) for x, y in _outline(shape)], fill=255)
     return np.asarray(canvas.reduce(scale), dtype=float)[..., None] / 255.0
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape in units of its radius, y downwards."""
+    """List the corners of a shape in units of its radius, y downwards."""
     if shape == "star":
         angles = np.arange(10) * np.pi / 5
         radii = np.where(np.arange(10) % 2 == 0, 1.1, 0.6)

@@ -1,1 +1,1 @@
-"""Pre-training of the small frozen parts that come with the synthetic corpus."""
+"""Pre-trains the small frozen synthetic parts: two encoders of speech, one of images, and an LLM."""

@@ -1,4 +1,4 @@
-"""Train the audio encoder of the built-in world: transformers' own Whisper encoder, tiny, on self-made speech.
+"""Trains the synthetic audio encoder: transformers' own Whisper encoder, tiny, on self-made speech.
 
 Knows the synthesiser's voices, babble and the Whisper front end. Does not know LLMs, compressors or corpora on disk.
 
@@ -34,7 +34,7 @@ from mllm.synthetic.pretrain.frame_training import (
 from mllm.synthetic.speech.babble import make_babble
 from mllm.synthetic.speech.sentences import sample_sentences
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, Utterance, say
-from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.speech.voices import random_speaker
 from mllm.transforms.encoder_inputs import standardize
 from mllm.transforms.noise import MixNoise
 
@@ -77,7 +77,7 @@ def pretrain_audio(
     babble = make_babble("train", seconds=babble_seconds, seed=recipe.seed)
     mix = MixNoise(Audio(babble, SAMPLE_RATE_HZ), TRAIN_SNRS_DB)
 
-    def draw(generator: np.random.Generator) -> FrameBatch:
+    def training_batch(generator: np.random.Generator) -> FrameBatch:
         windows = [_training_window(train, mix, generator) for _ in range(recipe.batch_clips)]
         return _to_batch(windows, extractor)
 
@@ -85,13 +85,13 @@ def pretrain_audio(
         count = num_test_utterances if split == "test" else num_test_utterances // 2
         return measured_audio(split, count, seed=recipe.seed, babble_seconds=babble_seconds / 5)
 
-    result = train_and_measure(model, draw, held_out, out / "audio", recipe=recipe, log=log)
+    result = train_and_measure(model, training_batch, held_out, out / "audio", recipe=recipe, log=log)
     extractor.save_pretrained(out / "audio")
     return result
 
 
 def build_audio_encoder() -> WhisperEncoder:
-    """An untrained tiny Whisper encoder whose attention starts local, see `_start_local`."""
+    """Make an untrained tiny Whisper encoder whose attention starts local, see `_start_local`."""
     config = WhisperConfig(
         d_model=144,
         encoder_layers=4,
@@ -118,19 +118,19 @@ def build_audio_encoder() -> WhisperEncoder:
 
 
 def speak(split: str, count: int, *, seed: int) -> list[Utterance]:
-    """`count` sentences of a split, each by a random speaker of it."""
+    """Speak `count` sentences of a split, each by a random speaker of it."""
     generator = np.random.default_rng([seed, count])
     sentences = sample_sentences(count, split=split, seed=seed)
-    return [say(sentence, draw_speaker(split, generator)) for sentence in sentences]
+    return [say(sentence, random_speaker(split, generator)) for sentence in sentences]
 
 
 def build_extractor() -> WhisperFeatureExtractor:
-    """Whisper's log-mel for windows of 5 s."""
+    """Make Whisper's log-mel extractor for windows of 5 s."""
     return WhisperFeatureExtractor(feature_size=80, sampling_rate=SAMPLE_RATE_HZ, chunk_length=WINDOW_SECONDS)
 
 
 def measured_audio(split: str, count: int, *, seed: int, babble_seconds: float = 60) -> dict[str, list[FrameBatch]]:
-    """Utterances of a held-out split, alone in their windows, by noise level ("clean", "10 dB", ...)."""
+    """Make the utterances of a held-out split, alone in their windows, by noise level ("clean", "10 dB", ...)."""
     extractor = build_extractor()
     utterances = speak(split, count, seed=seed)
     babble = Audio(make_babble(split, seconds=babble_seconds, seed=seed), SAMPLE_RATE_HZ)
@@ -168,7 +168,7 @@ def _start_local(encoder: WhisperEncoder) -> None:
 
 
 def _rotation(angles: Tensor, size: int) -> Tensor:
-    """Takes the first (sine, cosine) pairs out of a Whisper position and turns each; (2 * pairs, size)."""
+    """Make weights (2 * pairs, size) that take the first (sine, cosine) pairs of a Whisper position and turn each."""
     pairs, first_cosine = len(angles), size // 2
     pair = torch.arange(pairs)
     weight = torch.zeros(2 * pairs, size)
@@ -181,7 +181,8 @@ Window = tuple[np.ndarray, np.ndarray]  # samples (L,) of at most one window, la
 
 
 def _training_window(train: Sequence[Utterance], mix: MixNoise, generator: np.random.Generator) -> Window:
-    """One utterance, or as many as fill the window (so that late positions are trained too); noise, level and tilt."""
+    """Make one utterance, or as many as fill the window (so that late positions are trained too), with noise, level and
+    tilt."""
     fills_window = generator.random() < 0.65
     pieces: list[np.ndarray] = []
     labels = np.full(_WINDOW_FRAMES, IGNORED)

@@ -1,4 +1,4 @@
-"""Blurred text: positions that hold several words at once, the way a pooled soft token holds several patches or frames.
+"""Makes blurred text: positions that hold several words at once, the way a pooled soft token holds several patches.
 
 Knows words, scenes, phones and pooling. Does not know token ids, embeddings or models: a bag is a row of weights over
 `BAG_WORDS`, and whoever reads it multiplies by the embeddings of these words.
@@ -39,7 +39,7 @@ MANNERS = (
 
 
 def scene_bags(scene: Scene) -> np.ndarray:
-    """The bag of every patch of an image, (64, K) in raster order: an object's five words, or sky or ground."""
+    """Make the bag of every patch of an image, (64, K) in raster order: an object's five words, or sky or ground."""
     bags = np.zeros((GRID_CELLS**2, len(BAG_WORDS)), np.float32)
     horizon = scene.horizon_row * GRID_CELLS
     bags[:horizon, _INDEX[scene.time]] = BACKGROUND_WEIGHT
@@ -53,7 +53,7 @@ def scene_bags(scene: Scene) -> np.ndarray:
 
 
 def pool_grid(bags: np.ndarray, side: int) -> np.ndarray:
-    """Area mean of the (64, K) bags of an image over side x side windows, (side * side, K).
+    """Average the (64, K) bags of an image over side x side windows, (side * side, K).
 
     Windows are those of adaptive average pooling: window i reaches from floor(8 i / side) to ceil(8 (i + 1) / side).
 
@@ -68,7 +68,7 @@ def pool_grid(bags: np.ndarray, side: int) -> np.ndarray:
 
 
 def pool_stream(frames: np.ndarray, rate: int) -> np.ndarray:
-    """Mean of every `rate` consecutive frames, (F // rate, K); the remainder is dropped.
+    """Average every `rate` consecutive frames, (F // rate, K); the remainder is dropped.
 
     Raises:
         ValueError: a rate below one, or fewer frames than one window.
@@ -80,18 +80,19 @@ def pool_stream(frames: np.ndarray, rate: int) -> np.ndarray:
 
 
 def phone_frames(phones: Sequence[int] | np.ndarray, ends_seconds: np.ndarray, frames_per_second: float) -> np.ndarray:
-    """Index into `phones` of the phone spoken in the middle of every frame, (F,)."""
+    """Look up the index into `phones` of the phone spoken in the middle of every frame, (F,)."""
     num_frames = int(ends_seconds[-1] * frames_per_second)
     middles = (np.arange(num_frames) + 0.5) / frames_per_second
     return np.minimum(np.searchsorted(ends_seconds, middles, side="right"), len(phones) - 1)
 
 
 def heard_phones(phones: np.ndarray, noise: float, generator: np.random.Generator) -> np.ndarray:
-    """What an ear makes of each phone: weights (len(phones), P), rows sum to one.
+    """Make what an ear hears of each phone: weights (len(phones), P), rows sum to one.
 
     With probability `noise` a phone is lost: it is swapped for another, mostly one of its manner, or smeared over its
     manner or over everything. The rest keep at least 80 % of their weight.
     """
+    # `away` is the weight a phone loses; where it goes (`smear`) is thrown for each phone by itself.
     weights = np.zeros((len(phones), NUM_PHONES), np.float32)
     rows = np.arange(len(phones))
     lost = generator.random(len(phones)) < noise
@@ -105,26 +106,26 @@ def heard_phones(phones: np.ndarray, noise: float, generator: np.random.Generato
 
 
 def seen_phones(phones: np.ndarray, noise: float, generator: np.random.Generator) -> np.ndarray:
-    """What an eye makes of each phone: weights (len(phones), P) over its viseme; with `noise` over another viseme."""
+    """Make what an eye sees of each phone: weights (len(phones), P) over its viseme; with `noise` over another one."""
     misread = generator.random(len(phones)) < noise
     shown = np.where(misread, generator.integers(NUM_PHONES, size=len(phones)), phones)
-    own = generator.uniform(0.0, 0.6, len(phones)).astype(np.float32)[:, None]
-    return own * np.eye(NUM_PHONES, dtype=np.float32)[shown] + (1.0 - own) * class_means(VISEMES)[shown]
+    certainty = generator.uniform(0.0, 0.6, len(phones)).astype(np.float32)[:, None]
+    return certainty * np.eye(NUM_PHONES, dtype=np.float32)[shown] + (1.0 - certainty) * class_means(VISEMES)[shown]
 
 
 def swap_phones(phones: np.ndarray, noise: float, generator: np.random.Generator) -> np.ndarray:
-    """Phones of which each is swapped for another with probability `noise`, (len(phones),)."""
+    """Swap each phone for another with probability `noise`, (len(phones),)."""
     return np.where(generator.random(len(phones)) < noise, _swap(phones, generator), phones)
 
 
 def smooth_frames(frames: np.ndarray, spread: float) -> np.ndarray:
-    """Every frame mixed with its neighbours: articulation and receptive fields reach over the borders of phones."""
+    """Mix every frame with its neighbours: articulation and receptive fields reach over the borders of phones."""
     padded = np.pad(frames, ((1, 1), (0, 0)), mode="edge")
     return (1.0 - spread) * frames + spread * 0.5 * (padded[:-2] + padded[2:])
 
 
 def degrade_bags(bags: np.ndarray, generator: np.random.Generator, noise: float) -> np.ndarray:
-    """Bags as an untidy projector would make them: other lengths, leaks between positions, and noise on every word."""
+    """Degrade bags as an untidy projector would: other lengths, leaks between positions, and noise on every word."""
     leak = noise * generator.random()
     bags = (1.0 - leak) * bags + leak * bags.mean(axis=0)
     bags = unit_bags(bags) * np.exp(0.5 * noise * generator.standard_normal()).astype(np.float32)
@@ -132,22 +133,23 @@ def degrade_bags(bags: np.ndarray, generator: np.random.Generator, noise: float)
 
 
 def unit_bags(bags: np.ndarray) -> np.ndarray:
-    """Bags of euclidean length `BAG_LENGTH`, so that a mean of many words is as loud as a few words."""
+    """Scale bags to the euclidean length `BAG_LENGTH`, so that a mean of many words is as loud as a few words."""
     return BAG_LENGTH * bags / np.maximum(np.linalg.norm(bags, axis=1, keepdims=True), 1e-6)
 
 
 @lru_cache(maxsize=8)
 def class_means(classes: tuple[str, ...]) -> np.ndarray:
-    """(P, P): row p is uniform over the phones in the class of p."""
+    """Make the matrix (P, P) whose row p is uniform over the phones in the class of p."""
     means = np.zeros((NUM_PHONES, NUM_PHONES), np.float32)
-    for members in classes:
-        ids = [PHONE_IDS[phone] for phone in members.split()]
+    for alike in classes:
+        ids = [PHONE_IDS[phone] for phone in alike.split()]
         means[np.ix_(ids, ids)] = 1.0 / len(ids)
     return means
 
 
 def _swap(phones: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Another phone for each: seven times in ten one of the same manner, else any."""
+    """Choose another phone for each: seven times in ten one of the same manner, else any."""
+    # Inverse transform sampling for all phones at once: the first member whose cumulative weight passes a uniform.
     cumulative = np.cumsum(class_means(MANNERS)[phones], axis=1)
     alike = (cumulative < generator.random((len(phones), 1))).sum(axis=1)
     anything = generator.integers(NUM_PHONES, size=len(phones))

@@ -1,4 +1,4 @@
-"""Examines the world's LLM on text it has not read: questions on scenes, and phones to sentences.
+"""Examines the synthetic LLM on text it has not read: questions on scenes, and phones to sentences.
 
 Knows the held-out split, greedy decoding and the scores. Does not know how the LLM was trained.
 """
@@ -47,7 +47,7 @@ def examine(
     num_scenes: int = 80,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy in percent per question kind ("text/colour") and word error rate in percent ("wer/audio4").
+    """Measure accuracy in percent per question kind ("text/colour") and word error rate in percent ("wer/audio4").
 
     Every question is asked by itself, one of each kind per scene.
     """
@@ -65,20 +65,20 @@ def examine(
 def scene_accuracy(
     model: LlamaForCausalLM, text: PretrainingText, kind: str, num_scenes: int, **settings
 ) -> dict[str, float]:
-    """Percent of right answers per question kind on `num_scenes` scenes of the split of `text`."""
+    """Measure the percent of right answers per question kind on `num_scenes` scenes of the split of `text`."""
     right: dict[str, list[bool]] = {question: [] for question in KINDS}
     for _ in range(num_scenes // 20):
         scenes = [next(text.scenes) for _ in range(20)]
-        asked = [(scene, question) for scene in scenes for question in one_question_per_kind(scene, text.generator)]
-        examples = [text.draw(kind, scene=scene, questions=[question], **settings) for scene, question in asked]
+        pairs = [(scene, question) for scene in scenes for question in one_question_per_kind(scene, text.generator)]
+        examples = [text.sample(kind, scene=scene, questions=[question], **settings) for scene, question in pairs]
         guesses = _decode(model, text, examples, max_new_tokens=1)
-        for (_, question), guess in zip(asked, guesses, strict=True):
+        for (_, question), guess in zip(pairs, guesses, strict=True):
             right[question.kind].append(guess == question.answer)
     return {question: round(100.0 * float(np.mean(marks)), 1) for question, marks in right.items() if marks}
 
 
 def sentence_wer(model: LlamaForCausalLM, text: PretrainingText, media: tuple[str, ...], **settings) -> float:
-    """Corpus word error rate in percent of greedy decoding over all utterances of `text`."""
+    """Measure the corpus word error rate in percent of greedy decoding over all utterances of `text`."""
     hypotheses: list[str] = []
     for start in range(0, len(text.spoken), 50):
         examples = [text.speech(utterance, media, **settings) for utterance in text.spoken[start : start + 50]]
@@ -89,7 +89,7 @@ def sentence_wer(model: LlamaForCausalLM, text: PretrainingText, media: tuple[st
 
 @torch.no_grad()
 def _decode(model: LlamaForCausalLM, text: PretrainingText, examples: list[Example], max_new_tokens: int) -> list[str]:
-    """Greedy answers to examples that are cut before their (only) answer and padded on the left."""
+    """Decode answers greedily, to examples that are cut before their (only) answer and padded on the left."""
     table = model.model.embed_tokens.weight
     bag_ids = torch.tensor([word_id(text.tokenizer, word) for word in BAG_WORDS])
     ends = [example.answers[0][1] for example in examples]
@@ -99,8 +99,8 @@ def _decode(model: LlamaForCausalLM, text: PretrainingText, examples: list[Examp
         inputs[row, longest - end :] = F.embedding(torch.tensor(example.ids[:end]), table)
         mask[row, longest - end :] = 1
         if example.bags:
-            places = torch.tensor(example.bag_positions) + (longest - end)
-            inputs[row, places] = torch.from_numpy(np.concatenate(example.bags)) @ table[bag_ids]
+            positions = torch.tensor(example.bag_positions) + (longest - end)
+            inputs[row, positions] = torch.from_numpy(np.concatenate(example.bags)) @ table[bag_ids]
     generator: Any = model  # its type stubs do not know that a Llama can generate
     ids = generator.generate(
         inputs_embeds=inputs,

@@ -1,4 +1,5 @@
-"""What the trainings of the LLM and of the vision tower write alike: a log of JSON objects, and weights in half.
+"""Writes what the trainings of the LLM and of the vision encoder leave alike: a log of JSON objects, weights in
+float16.
 
 Knows files and versions. Does not know what is trained or how.
 """
@@ -17,7 +18,7 @@ from mllm.checkpoints.tensor_files import write_model
 
 
 def header(model: nn.Module, **facts: Any) -> dict[str, Any]:
-    """The first line of a log: facts of the run, and with what it was made."""
+    """Make the first line of a log: facts of the run, and with what it was made."""
     return {
         **facts,
         "num_parameters": sum(p.numel() for p in model.parameters()),

@@ -1,6 +1,6 @@
-"""Frame-wise phone training, shared by the audio and the lip encoder of the built-in world.
+"""Trains an encoder to name the phone of each frame, for the synthetic audio and the synthetic lip encoder.
 
-Knows an encoder, the phone of every frame, and how to log a run. Does not know how frames are made from sound or lips.
+Knows an encoder, the phone of every frame, and how to log a run. Does not know how frames are made from audio or video.
 
 Shapes: N clips, T frames of the longest clip, D feature size, P phones.
 The loss is the cross-entropy of each frame's phone against the synthesiser's own timing; frames beyond a clip's end
@@ -33,7 +33,7 @@ PHONE_HEAD_FILE = "phone_head.safetensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast: AdamW with a linear warm-up and a cosine to zero."""
+    """Say how long and how fast: AdamW with a linear warm-up and a cosine to zero."""
 
     steps: int
     seed: int
@@ -47,14 +47,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """`inputs` are what the encoder takes by name; labels (N, T) int64."""
+    """Hold `inputs`, what the encoder takes by name, and labels (N, T) int64."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
 
 
 class PhoneClassifier(nn.Module):
-    """An encoder and the linear layer that names the phone of each frame; the layer is shipped for measuring only."""
+    """Puts a linear layer on an encoder that names the phone of each frame; it is shipped for measuring only."""
 
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class PhoneClassifier(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, len(PHONES))
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Scores (N, T, P)."""
+        """Compute scores (N, T, P)."""
         features = self.encoder(**inputs)
         return self.head(features if isinstance(features, Tensor) else features.last_hidden_state)
 
 
 class RunLog:
-    """One JSON object per line: what the run was, its losses, its accuracies, and seconds since its start."""
+    """Writes one JSON object per line: what the run was, its losses, its accuracies, and seconds since its start."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,8 @@ class RunLog:
 
 
 def frame_phones(phones: Sequence[Phone], num_frames: int, *, frames_per_second: float, centre: float) -> np.ndarray:
-    """The phone class of every frame: of frame i, the phone spoken at (i + centre) / frames_per_second; (T,) int64."""
+    """Look up the phone class of every frame, (T,) int64: of frame i, the phone spoken at (i + centre) /
+    frames_per_second."""
     ends = np.array([end for _, _, end in phones])
     times = (np.arange(num_frames) + centre) / frames_per_second
     spoken = np.minimum(np.searchsorted(ends, times, side="right"), len(phones) - 1)
@@ -93,13 +94,13 @@ def frame_phones(phones: Sequence[Phone], num_frames: int, *, frames_per_second:
 
 def train_frames(
     model: PhoneClassifier,
-    draw_batch: Callable[[np.random.Generator], FrameBatch],
+    sample_batch: Callable[[np.random.Generator], FrameBatch],
     validate: Callable[[], dict[str, float]],
     *,
     recipe: Recipe,
     log: RunLog,
 ) -> None:
-    """Train in place; step i draws its batch from a generator made of (seed, i)."""
+    """Train in place; the batch of step i is sampled by a generator made of (seed, i)."""
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98)
     )
@@ -108,7 +109,7 @@ def train_frames(
     losses: list[Tensor] = []
     model.train()
     for step in range(1, recipe.steps + 1):
-        batch = draw_batch(np.random.default_rng([recipe.seed, step]))
+        batch = sample_batch(np.random.default_rng([recipe.seed, step]))
         scores = model(batch.inputs)
         loss = nn.functional.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
         loss.backward()
@@ -127,7 +128,7 @@ def train_frames(
 
 def train_and_measure(
     model: PhoneClassifier,
-    draw_batch: Callable[[np.random.Generator], FrameBatch],
+    sample_batch: Callable[[np.random.Generator], FrameBatch],
     held_out: Callable[[str], Mapping[str, Sequence[FrameBatch]]],
     folder: Path,
     *,
@@ -143,7 +144,7 @@ def train_and_measure(
         frame accuracy in percent on the test split, by name.
     """
     validation = held_out("validation")
-    train_frames(model, draw_batch, lambda: frame_accuracies(model, validation), recipe=recipe, log=log)
+    train_frames(model, sample_batch, lambda: frame_accuracies(model, validation), recipe=recipe, log=log)
     log.write(event="validation", step=recipe.steps, **frame_accuracies(model, validation))
     result = frame_accuracies(model, held_out("test"))
     log.write(event="test", weights_bytes=save_encoder(model, folder), **result)
@@ -151,13 +152,13 @@ def train_and_measure(
 
 
 def frame_accuracies(model: PhoneClassifier, batches: Mapping[str, Sequence[FrameBatch]]) -> dict[str, float]:
-    """`frame_accuracy` by name."""
-    return {name: frame_accuracy(model, own) for name, own in batches.items()}
+    """Compute `frame_accuracy` by name."""
+    return {name: frame_accuracy(model, held_out) for name, held_out in batches.items()}
 
 
 @torch.no_grad()
 def frame_accuracy(model: PhoneClassifier, batches: Sequence[FrameBatch]) -> float:
-    """Percent of the frames that are spoken (silence is left out) whose phone the model names."""
+    """Compute the percent of spoken frames (silence is left out) whose phone the model names."""
     model.eval()
     right = total = 0
     for batch in batches:

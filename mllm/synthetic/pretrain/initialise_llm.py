@@ -1,4 +1,4 @@
-"""The head start of the world's LLM: what any large LLM has long learnt, put into the initial weights of a small one.
+"""Gives the synthetic LLM a head start: what any large LLM has long learnt, put into initial weights of a small one.
 
 Knows the weights of a Llama with attention biases and the words for places. Does not know what the LLM will read.
 
@@ -22,7 +22,7 @@ from mllm.synthetic.tokenizer import word_id
 # (distance to the word looked at, sharpness) of the heads of the first layer; an object is told in five words.
 PREVIOUS_HEADS = ((1.0, 33.0), (1.0, 33.0), (2.0, 20.0), (3.0, 20.0), (4.0, 20.0), (2.5, 6.0))
 COPY_STRENGTH = 0.7  # of a word that such a head copies, relative to the word itself
-PLACE_STEP = 0.1  # between neighbouring columns or rows, where a word has a length of about 0.8
+COORDINATE_STEP = 0.1  # between neighbouring columns or rows, where a word has a length of about 0.8
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def initialise(model: LlamaForCausalLM, tokenizer: Any) -> None:
             # Smaller where a layer writes into the residual stream, so that bags are not drowned at the start.
             weight.mul_(1.0 / math.sqrt(2 * model.config.num_hidden_layers))
     look_back(model)
-    order_places(model.model.embed_tokens.weight, tokenizer)
+    order_coordinates(model.model.embed_tokens.weight, tokenizer)
     part_answers(model.model.embed_tokens.weight, tokenizer)
 
 
@@ -48,6 +48,7 @@ def look_back(model: LlamaForCausalLM) -> None:
     frequencies: Tensor = model.model.rotary_emb.inv_freq
     for projection in (attention.q_proj, attention.k_proj):
         projection.weight.zero_()
+    # Queries and keys come from the biases alone: the same at every position until the rotary embedding turns them.
     biases = zip(*(_rotary_biases(frequencies, *head) for head in PREVIOUS_HEADS), strict=True)
     for projection, bias in zip((attention.q_proj, attention.k_proj), biases, strict=True):
         projection.bias.copy_(torch.cat(bias))
@@ -58,19 +59,19 @@ def look_back(model: LlamaForCausalLM) -> None:
 
 
 def _rotary_biases(frequencies: Tensor, distance: float, sharpness: float) -> tuple[Tensor, Tensor]:
-    """The constant query and key of a head whose score is largest `distance` positions back."""
+    """Compute the constant query and key of a head whose score is largest `distance` positions back."""
     angles = distance * frequencies
     key = torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])
     return math.sqrt(sharpness) * torch.cat([angles.cos(), -angles.sin()]), math.sqrt(sharpness) * key
 
 
 @torch.no_grad()
-def order_places(table: Tensor, tokenizer: Any) -> None:
+def order_coordinates(table: Tensor, tokenizer: Any) -> None:
     """Move the embeddings (V, H) of column and row words along one direction each, in their order."""
     directions, _ = torch.linalg.qr(torch.randn(table.shape[1], 2))
     for words, direction in zip((COLUMN_WORDS, ROW_WORDS), directions.T, strict=True):
-        for place, word in enumerate(words):
-            table[word_id(tokenizer, word)] += PLACE_STEP * (place - (len(words) - 1) / 2) * direction
+        for rank, word in enumerate(words):
+            table[word_id(tokenizer, word)] += COORDINATE_STEP * (rank - (len(words) - 1) / 2) * direction
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Train the lip encoder of the built-in world: the AV-HuBERT architecture, small, on drawn mouths.
+"""Trains the synthetic lip encoder: the AV-HuBERT architecture, small, on drawn mouths.
 
-Knows the drawn lips and what the encoder wants to be fed. Does not know sound, LLMs, compressors or corpora on disk.
+Knows the drawn lips and what the encoder wants to be fed. Does not know audio, LLMs, compressors or corpora on disk.
 
     pretrain_lips(Path("out"), recipe=LIP_RECIPE)
 
@@ -32,7 +32,7 @@ from mllm.synthetic.pretrain.frame_training import (
 from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.synthetic.speech.sentences import sample_sentences
 from mllm.synthetic.speech.synthesis import say
-from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.speech.voices import random_speaker
 from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD
 
 LIP_RECIPE = Recipe(steps=1400, seed=0, batch_clips=12, learning_rate=2e-3, warmup_steps=100, validate_every_steps=250)
@@ -41,7 +41,7 @@ CROP_PIXELS = 44
 
 @dataclass(frozen=True)
 class Clip:
-    """Lip images (T, H, W) uint8 and the phone class of each (T,) int64."""
+    """One clip: lip images (T, H, W) uint8 and the phone class of each (T,) int64."""
 
     frames: np.ndarray
     labels: np.ndarray
@@ -66,18 +66,18 @@ def pretrain_lips(
     model = PhoneClassifier(build_lip_encoder())
     train = film("train", num_utterances, seed=recipe.seed)
 
-    def draw(generator: np.random.Generator) -> FrameBatch:
+    def training_batch(generator: np.random.Generator) -> FrameBatch:
         return to_batch([_augment(clip, generator) for clip in _clips_of_like_length(train, recipe, generator)])
 
     def held_out(split: str) -> dict[str, list[FrameBatch]]:
         count = num_test_utterances if split == "test" else num_test_utterances // 2
         return measured_lips(split, count, seed=recipe.seed)
 
-    return train_and_measure(model, draw, held_out, out / "lips", recipe=recipe, log=log)
+    return train_and_measure(model, training_batch, held_out, out / "lips", recipe=recipe, log=log)
 
 
 def build_lip_encoder() -> AVHubertEncoder:
-    """An untrained AV-HuBERT of 0.7 M parameters."""
+    """Make an untrained AV-HuBERT of 0.7 M parameters."""
     config = AVHubertConfig(
         hidden_size=128,
         num_hidden_layers=3,
@@ -95,11 +95,11 @@ def build_lip_encoder() -> AVHubertEncoder:
 
 
 def film(split: str, count: int, *, seed: int) -> list[Clip]:
-    """`count` sentences of a split, each by a random speaker of it, as labelled lip images, shortest first."""
+    """Film `count` sentences of a split, each by a random speaker of it, as labelled lip images, shortest first."""
     generator = np.random.default_rng([seed, count])
     clips = []
     for sentence in sample_sentences(count, split=split, seed=seed):
-        speaker = draw_speaker(split, generator)
+        speaker = random_speaker(split, generator)
         utterance = say(sentence, speaker)
         frames = draw_lips(utterance.phones, face_seed=speaker.face_seed)
         labels = frame_phones(utterance.phones, len(frames), frames_per_second=LIP_FRAMES_PER_SECOND, centre=0.5)
@@ -108,7 +108,7 @@ def film(split: str, count: int, *, seed: int) -> list[Clip]:
 
 
 def measured_lips(split: str, count: int, *, seed: int) -> dict[str, list[FrameBatch]]:
-    """Films of a held-out split, the middle of every image, under the name "frame_accuracy"."""
+    """Film a held-out split, the middle of every image, under the name "frame_accuracy"."""
     cut = []
     for clip in film(split, count, seed=seed):
         edge = (clip.frames.shape[1] - CROP_PIXELS) // 2
@@ -118,7 +118,7 @@ def measured_lips(split: str, count: int, *, seed: int) -> dict[str, list[FrameB
 
 
 def to_batch(clips: Sequence[Clip]) -> FrameBatch:
-    """Clips already cut to `CROP_PIXELS` as the encoder's input, padded to the longest."""
+    """Make clips already cut to `CROP_PIXELS` the encoder's input, padded to the longest."""
     longest = max(len(clip.frames) for clip in clips)
     video = torch.zeros(len(clips), longest, 1, CROP_PIXELS, CROP_PIXELS)
     labels = torch.full((len(clips), longest), IGNORED)
@@ -130,14 +130,14 @@ def to_batch(clips: Sequence[Clip]) -> FrameBatch:
 
 
 def _clips_of_like_length(train: Sequence[Clip], recipe: Recipe, generator: np.random.Generator) -> list[Clip]:
-    """Random clips out of a random eighth of the sorted ones, so that little of a batch is padding."""
+    """Pick random clips out of a random eighth of the sorted ones, so that little of a batch is padding."""
     span = max(recipe.batch_clips, len(train) // 8)
     start = int(generator.integers(len(train) - span + 1))
     return [train[index] for index in start + generator.choice(span, recipe.batch_clips, replace=False)]
 
 
 def _augment(clip: Clip, generator: np.random.Generator) -> Clip:
-    """A random crop, mirrored half of the time, with other brightness, contrast and a little noise."""
+    """Crop at random, mirror half of the time, and change brightness, contrast and a little noise."""
     slack = clip.frames.shape[1] - CROP_PIXELS
     top, left = generator.integers(0, slack + 1, 2)
     frames = clip.frames[:, top : top + CROP_PIXELS, left : left + CROP_PIXELS].astype(np.float32)

@@ -1,7 +1,7 @@
-"""Pre-trains the small LLM of the built-in world on text, sharp and blurred, and saves it as a Hugging Face checkpoint.
+"""Pre-trains the small synthetic LLM on text, sharp and blurred, and saves it as a Hugging Face checkpoint.
 
-Knows the optimizer, the batches and when to examine. Does not know images, sound or encoders; what the LLM reads is
-in `pretraining_text.py`. Run once; the result is shipped in `assets/llm` and stays frozen.
+Knows the optimizer, the batches and when to examine. Does not know images, audio or encoders; what the LLM reads is
+in `text.py`. Run once; the result is shipped in `assets/llm` and stays frozen.
 
 Shapes: B sequences, T tokens of the longest, n bags and h hints of the batch, K bag words, H model width.
 """
@@ -37,8 +37,8 @@ WARM_UP_STEPS = 150
 HINT_LAYERS = 3  # layers after which hints should be known; the two behind them are left to use them
 HINT_WEIGHT = 0.15  # of a hint, against 1 for a word to predict; falls to nothing in the last fifth of the training
 # Tokens per kind of sequence, relative, at the start and at the end of training: looking things up is learnt first.
-EARLY_SHARES = dict(zip(KINDS, (0.33, 0.36, 0.06, 0.07, 0.05, 0.12, 0.01), strict=True))
-LATE_SHARES = dict(zip(KINDS, (0.2, 0.22, 0.05, 0.16, 0.1, 0.26, 0.01), strict=True))
+EARLY_TOKEN_FRACTIONS = dict(zip(KINDS, (0.33, 0.36, 0.06, 0.07, 0.05, 0.12, 0.01), strict=True))
+LATE_TOKEN_FRACTIONS = dict(zip(KINDS, (0.2, 0.22, 0.05, 0.16, 0.1, 0.26, 0.01), strict=True))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
 
 
 def llm_config(tokenizer: Any) -> LlamaConfig:
-    """The shipped architecture: 5 layers of width 192, about 2.4 million parameters, embeddings tied."""
+    """Give the shipped architecture: 5 layers of width 192, about 2.4 million parameters, embeddings tied."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -118,11 +118,11 @@ def pretrain_llm(
     progress = _Progress(steps, time_limit_seconds, started)
     step, losses = done, []
     while not progress.is_over(step):
-        share = progress.share(step)
+        done_fraction = progress.fraction(step)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LEARNING_RATE * _schedule(share) * min(1.0, (step + 1 - done) / WARM_UP_STEPS)
-        examples = draw_batch(text, share, tokens_per_step)
-        hint_weight = HINT_WEIGHT * min(1.0, max(0.0, 5.0 * (1.0 - share)))
+            group["lr"] = PEAK_LEARNING_RATE * _schedule(done_fraction) * min(1.0, (step + 1 - done) / WARM_UP_STEPS)
+        examples = sample_batch(text, done_fraction, tokens_per_step)
+        hint_weight = HINT_WEIGHT * min(1.0, max(0.0, 5.0 * (1.0 - done_fraction)))
         losses.append(_train_step(model, optimizer, examples, bag_ids, hint_weight))
         step += 1
         if step % examine_every_steps == 0 or progress.is_over(step):
@@ -137,16 +137,16 @@ def pretrain_llm(
     return results
 
 
-def draw_batch(text: PretrainingText, share: float, num_tokens: int) -> list[Example]:
-    """Sequences of mixed kinds until `num_tokens` are reached; `share` (0..1) of the training is done."""
+def sample_batch(text: PretrainingText, done: float, num_tokens: int) -> list[Example]:
+    """Sample sequences of mixed kinds until `num_tokens` are reached; `done` (0..1) of the training is over."""
     generator = text.generator
-    text.progress = min(share, 1.0)
+    text.progress = min(done, 1.0)
     examples: list[Example] = []
     for kind in KINDS:
-        wanted = num_tokens * ((1 - share) * EARLY_SHARES[kind] + share * LATE_SHARES[kind])
+        wanted = num_tokens * ((1 - done) * EARLY_TOKEN_FRACTIONS[kind] + done * LATE_TOKEN_FRACTIONS[kind])
         while wanted > 0:
-            example = text.draw(kind)
-            # The last one is kept in proportion to what is still wanted, so that shares hold on average.
+            example = text.sample(kind)
+            # The last one is kept in proportion to what is still wanted, so that the fractions hold on average.
             if wanted < len(example.ids) and generator.random() > wanted / len(example.ids):
                 break
             examples.append(example)
@@ -178,7 +178,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def embed(model: LlamaForCausalLM, batch: Batch, bag_ids: Tensor) -> Tensor:
-    """Input embeddings (B, T, H): of words where a word stands, the weighted sum over the bag's words elsewhere."""
+    """Compute input embeddings (B, T, H): of words where a word stands, the weighted sum over the bag's words
+    elsewhere."""
     table = model.model.embed_tokens.weight
     embedded = F.embedding(batch.ids, table)
     mixed = batch.bags @ table[bag_ids]
@@ -188,19 +189,20 @@ def embed(model: LlamaForCausalLM, batch: Batch, bag_ids: Tensor) -> Tensor:
 def _train_step(
     model: LlamaForCausalLM, optimizer, examples: list[Example], bag_ids: Tensor, hint_weight: float
 ) -> float:
-    """One optimizer step over sequences of similar length at a time; returns the loss per unit of weight."""
+    """Take one optimizer step over sequences of similar length at a time; return the loss per unit of weight."""
     total_weight = sum(sum(example.weights) for example in examples)
     total = 0.0
+    # The weight of the whole step divides every group's loss, so that gradients add up as if there were one batch.
     for group in _by_length(examples):
         batch = collate(group)
         out = model.model(
             inputs_embeds=embed(model, batch, bag_ids), use_cache=False, output_hidden_states=hint_weight > 0
         )
         weights = batch.weights[:, 1:]
-        asked = weights > 0
-        logits = model.lm_head(out.last_hidden_state[:, :-1][asked])
-        nll = F.cross_entropy(logits, batch.ids[:, 1:][asked], reduction="none")
-        loss = (nll * weights[asked]).sum() / total_weight
+        is_target = weights > 0
+        logits = model.lm_head(out.last_hidden_state[:, :-1][is_target])
+        nll = F.cross_entropy(logits, batch.ids[:, 1:][is_target], reduction="none")
+        loss = (nll * weights[is_target]).sum() / total_weight
         total += float(loss.detach())
         if hint_weight > 0:
             loss = loss + hint_weight * _hint_loss(model, out.hidden_states[HINT_LAYERS], batch) / total_weight
@@ -212,9 +214,10 @@ def _train_step(
 
 
 def _hint_loss(model: LlamaForCausalLM, hidden: Tensor, batch: Batch) -> Tensor:
-    """How badly a layer's hidden states (B, T, H), read as if they were the last, tell the words of the hints."""
-    told = model.lm_head(model.model.norm(hidden.flatten(0, 1)[batch.hint_positions]))
-    return F.cross_entropy(told, batch.hint_ids, reduction="sum")
+    """Measure how badly a layer's hidden states (B, T, H), read as if they were the last, predict the words of the
+    hints."""
+    logits = model.lm_head(model.model.norm(hidden.flatten(0, 1)[batch.hint_positions]))
+    return F.cross_entropy(logits, batch.hint_ids, reduction="sum")
 
 
 def _by_length(examples: list[Example], max_padded_tokens: int = 800) -> Iterator[list[Example]]:
@@ -229,7 +232,7 @@ def _by_length(examples: list[Example], max_padded_tokens: int = 800) -> Iterato
 
 
 def _start(out: Path, tokenizer: Any, seed: int, resume: bool) -> tuple[LlamaForCausalLM, int, float]:
-    """The model to train, and how many steps and seconds it has behind it."""
+    """Make the model to train, and say how many steps and seconds it has behind it."""
     if resume:
         last = json.loads((out / LOG).read_text().splitlines()[-1])
         begun: Any = load_checked(LlamaForCausalLM, str(out), llm_config(tokenizer), dtype=torch.float32)
@@ -247,26 +250,26 @@ def _optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), eps=1e-8, foreach=True)
 
 
-def _schedule(share: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+def _schedule(done: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
 @dataclass
 class _Progress:
-    """How much of the training is done: by steps, or by time where that is the tighter limit."""
+    """Tracks how much of the training is done: by steps, or by time where that is the tighter limit."""
 
     steps: int
     time_limit_seconds: float | None
     started: float
 
-    def share(self, step: int) -> float:
+    def fraction(self, step: int) -> float:
         by_steps = (step + 1) / self.steps
         if self.time_limit_seconds is None:
             return by_steps
         return max(by_steps, (time.monotonic() - self.started) / self.time_limit_seconds)
 
     def is_over(self, step: int) -> bool:
-        return step >= self.steps or self.share(step - 1) >= 1.0
+        return step >= self.steps or self.fraction(step - 1) >= 1.0
 
 
 def _save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Makes the frozen parts of the built-in world, the ones that lie in `assets`, from nothing.
+"""Makes the frozen synthetic parts, the ones that lie in `assets`, from nothing.
 
 Knows the four trainings and where each writes. Does not know how any of them works.
 """
@@ -13,18 +13,18 @@ Part = Literal["audio", "lips", "vision", "llm"]
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Which parts are made, and where they go; the shipped ones came from the defaults."""
+    """Say which parts are made, and where they go; the shipped ones came from the defaults."""
 
     out: str
     """Folder that gets a folder per part and a log beside or in it."""
     parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
-    """Parts to make."""
+    """Parts to train."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Random seed of the initial weights and of the text, speech, lips and images."""
     llm_steps: int = 12000
-    """Steps of the LLM's schedule."""
+    """Number of steps of the LLM's schedule."""
     llm_seconds: float | None = None
-    """Finish the LLM's schedule within this time even when fewer steps fit into it."""
+    """Finish the LLM's schedule within this time in seconds, even when fewer steps fit into it."""
 
     def __post_init__(self) -> None:
         if not self.parts:

@@ -1,4 +1,4 @@
-"""What the world's LLM reads before it is frozen: sequences of sharp words and blurred ones, made on the fly.
+"""Makes what the synthetic LLM reads before it is frozen: sequences of sharp words and blurred ones, made on the fly.
 
 Knows the tokenizer, scenes, questions, sentences and phone timings, all of one split. Does not know the model.
 
@@ -18,8 +18,8 @@ noisy ones, and from descriptions, in which nearly every word is looked up by th
 Comparing places takes two look-ups and then a comparison, and until all three are there none of them is rewarded: it
 stayed at chance for 3,900 steps, and so did telling two red things from one. So an example also holds hints, words
 that the middle of the model should know at a position: at a thing that is compared, where it is; at a thing that is
-told or shown by itself, how many of its colour there were so far. Then comparing is learnt within 150 steps of nothing
-else and counting within 400; thinly mixed with everything else both wait, hence the lessons (`_LESSONS`).
+described or shown by itself, how many of its colour there were so far. Then comparing is learnt within 150 steps of
+nothing else and counting within 400; thinly mixed with everything else both wait, hence the curriculum (`_CURRICULUM`).
 
 Shapes: T tokens of a sequence, n bags in it, K bag words.
 """
@@ -33,7 +33,7 @@ import numpy as np
 
 from mllm.synthetic.images.questions import (
     NUMBERS,
-    TRAINING_SHARES,
+    TRAINING_WEIGHTS,
     Question,
     describe_scene,
     object_words,
@@ -45,7 +45,7 @@ from mllm.synthetic.prompts import DESCRIBE_PROMPT, MEDIA_MARKERS, SPEECH_PROMPT
 from mllm.synthetic.speech.phones import PHONE_IDS, PHONES
 from mllm.synthetic.speech.sentences import sample_sentences
 from mllm.synthetic.speech.synthesis import say
-from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.speech.voices import random_speaker
 from mllm.synthetic.tokenizer import phone_word
 
 KINDS = ("scene_text", "scene_bags", "phones", "audio", "video", "audio_video", "sentence")
@@ -53,11 +53,11 @@ AUDIO_FRAMES_PER_SECOND, VIDEO_FRAMES_PER_SECOND = 50.0, 25.0
 AUDIO_RATES, VIDEO_RATES, GRID_SIDES = (4, 8, 16), (2, 5), (8, 4, 2, 1)
 _OTHER_AUDIO_RATES, _OTHER_VIDEO_RATES, _OTHER_SIDES = (2, 5, 6, 10, 12), (1, 3, 4, 8), (3, 5, 6, 7)
 _TEXT_WEIGHT, _END_WEIGHT = 0.03, 0.1
-# What is asked until which part of the training is done: one hard lesson after the other, each of them dense.
-_LESSONS = (
+# Weights of question kinds until which part of the training is done: one hard kind after the other, each of them dense.
+_CURRICULUM = (
     (0.4, {"time": 0.05, "ground": 0.08, "colour": 0.2, "letter": 0.22, "count": 0.1, "relation": 0.35}),
     (0.7, {"time": 0.01, "ground": 0.02, "colour": 0.04, "letter": 0.05, "count": 0.8, "relation": 0.08}),
-    (1.0, TRAINING_SHARES),
+    (1.0, TRAINING_WEIGHTS),
 )
 _ANSWER_WEIGHTS = {"count": 2.0, "relation": 2.0}  # the hardest ones
 
@@ -93,7 +93,7 @@ class Spoken:
 
 
 def speak_sentences(count: int, *, split: str, seed: int) -> list[Spoken]:
-    """`count` sentences of a split, each synthesised once by a voice of that split; only the timings are kept.
+    """Synthesise `count` sentences of a split, each once by a voice of that split; only the timings are kept.
 
     Raises:
         ImportError: the synthesiser is not installed.
@@ -101,20 +101,20 @@ def speak_sentences(count: int, *, split: str, seed: int) -> list[Spoken]:
     generator = np.random.default_rng([seed, 11])
     spoken = []
     for sentence in sample_sentences(count, split=split, seed=seed):
-        utterance = say(sentence, draw_speaker(split, generator))
+        utterance = say(sentence, random_speaker(split, generator))
         phones = np.array([PHONE_IDS[symbol] for symbol, _, _ in utterance.phones])
         spoken.append(Spoken(sentence, phones, np.array([end for _, _, end in utterance.phones])))
     return spoken
 
 
 class PretrainingText:
-    """Draws sequences of any kind from one split of the world.
+    """Samples sequences of any kind from one split of the synthetic corpus.
 
     Args:
-        tokenizer: the world's tokenizer.
+        tokenizer: the synthetic tokenizer.
         spoken: the utterances that speech sequences are made of.
         split: the split of the scenes.
-        seed: of all draws.
+        seed: of everything that is sampled.
     """
 
     def __init__(self, tokenizer, spoken: Sequence[Spoken], *, split: str, seed: int) -> None:
@@ -126,8 +126,8 @@ class PretrainingText:
         self.progress = 1.0
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
-    def draw(self, kind: str, **settings) -> Example:
-        """One sequence.
+    def sample(self, kind: str, **settings) -> Example:
+        """Sample one sequence.
 
         Args:
             kind: one of `KINDS`.
@@ -147,7 +147,13 @@ class PretrainingText:
         return self.speech(utterance, ("audio", "video") if kind == "audio_video" else (kind,), **settings)
 
     def speech(self, utterance: Spoken, media: tuple[str, ...], **settings) -> Example:
-        """Media of one utterance, the prompt, the sentence. `media` is ("phones",) or of "audio", "video"."""
+        """Put together the media of one utterance, the prompt and the sentence.
+
+        Args:
+            utterance: what is shown.
+            media: ("phones",), or some of "audio", "video".
+            settings: as those of `sample`.
+        """
         example = self._begin()
         shown = ("audio",) if media == ("phones",) else media
         for medium in shown:
@@ -168,37 +174,37 @@ class PretrainingText:
         scene = scene or next(self.scenes)
         example = self._begin()
         if kind == "scene_text":
-            self._tell_scene(example, scene)
+            self._add_description(example, scene)
         else:
             opening, closing = MEDIA_MARKERS["image"]
             example.add(self.encode(opening), 0.0)
-            self._show_scene(example, scene, side, noise)
+            self._add_image(example, scene, side, noise)
             example.add(self.encode(closing), 0.0)
         if questions is None:
-            is_told = side is None and self.generator.random() < 0.5 - 0.4 * self.progress
-            if is_told:
+            is_described = side is None and self.generator.random() < 0.5 - 0.4 * self.progress
+            if is_described:
                 self._describe(example, scene)
-            fewest = 4 if is_told else 10
+            fewest = 4 if is_described else 10
             count = int(self.generator.integers(fewest, fewest + 6))
-            shares = next(shares for end, shares in _LESSONS if self.progress <= end)
-            questions = sample_questions(scene, self.generator, count, shares)
+            weights = next(weights for end, weights in _CURRICULUM if self.progress <= end)
+            questions = sample_questions(scene, self.generator, count, weights)
         self._ask(example, scene, questions)
         return example
 
     def _describe(self, example: Example, scene: Scene) -> None:
         """Ask for a description and give it, the objects in random order: which one is next cannot be known."""
-        self._tell(example, DESCRIBE_PROMPT, 0.0)
+        self._add_words(example, DESCRIBE_PROMPT, 0.0)
         for index in self.generator.permutation(len(scene.objects)):
             shape, *rest, row = object_words(scene.objects[index])
-            self._tell(example, shape, _TEXT_WEIGHT)
-            self._tell(example, " ".join(rest), 1.0)
+            self._add_words(example, shape, _TEXT_WEIGHT)
+            self._add_words(example, " ".join(rest), 1.0)
             ids = self.encode(f"{row};")
             example.add(ids[:1], 1.0)
             example.add(ids[1:], _TEXT_WEIGHT)
         example.add([self.tokenizer.eos_token_id], _END_WEIGHT)
 
     def _ask(self, example: Example, scene: Scene, questions: Sequence[Question]) -> None:
-        """Questions and answers, with the places of the things that are compared as hints."""
+        """Add questions and answers, with the cells of the things that are compared as hints."""
         things = {thing.shape: thing for thing in scene.objects}
         for question in questions:
             for word in question.text.split():
@@ -211,30 +217,30 @@ class PretrainingText:
             example.add(self.encode(question.answer), _ANSWER_WEIGHTS.get(question.kind, 1.0))
             example.add([self.tokenizer.eos_token_id], _END_WEIGHT)
 
-    def _tell(self, example: Example, text: str, weight: float) -> None:
+    def _add_words(self, example: Example, text: str, weight: float) -> None:
         for word in text.split():
             example.add(self.encode(word), weight)
 
-    def _tell_scene(self, example: Example, scene: Scene) -> None:
-        """The scene in words, its objects in random order."""
+    def _add_description(self, example: Example, scene: Scene) -> None:
+        """Add the scene in words, its objects in random order."""
         order = self.generator.permutation(len(scene.objects)).tolist()
         beginning, *parts = describe_scene(scene, order).split("; ")
-        self._tell(example, f"{beginning};", 0.0)
+        self._add_words(example, f"{beginning};", 0.0)
         positions = []
         for index, part in enumerate(parts):
             positions.append(len(example.ids) + 1)  # the colour is the second word
-            self._tell(example, part if index + 1 == len(parts) else f"{part};", 0.0)
+            self._add_words(example, part if index + 1 == len(parts) else f"{part};", 0.0)
         self._hint_counts(example, [scene.objects[index] for index in order], positions)
 
-    def _show_scene(self, example: Example, scene: Scene, side: int | None, noise: float | None) -> None:
-        """Bags of the pooled image, or, as the easiest images, of its objects and of everything, in order."""
+    def _add_image(self, example: Example, scene: Scene, side: int | None, noise: float | None) -> None:
+        """Add bags of the pooled image, or, as the easiest images, of its objects and of everything, in order."""
         noise = self._noise(0.4) * min(1.0, 3.0 * self.progress) if noise is None else noise
         bags = blur.scene_bags(scene)
         start = len(example.ids)
         things = sorted(scene.objects, key=_cell)
         if side is None and self.generator.random() < 0.75 - 0.65 * self.progress:
             bags = np.concatenate([bags[[_cell(thing) for thing in things]], bags.mean(axis=0)[None]])
-            self._hint_counts(example, things, [start + place for place in range(len(things))])
+            self._hint_counts(example, things, [start + index for index in range(len(things))])
         else:
             side = self._pick(GRID_SIDES, _OTHER_SIDES, (0.3, 0.34, 0.22, 0.14)) if side is None else side
             bags = blur.pool_grid(bags, side)
@@ -243,7 +249,7 @@ class PretrainingText:
         example.add_bags(blur.degrade_bags(bags, self.generator, noise))
 
     def _hint_counts(self, example: Example, things: Sequence[SceneObject], positions: Sequence[int]) -> None:
-        """At each of the things, in order, how many of its colour there were so far."""
+        """Hint at each of the things, in order, how many of its colour there were so far."""
         seen = Counter[str]()
         for thing, position in zip(things, positions, strict=True):
             seen[thing.colour] += 1
@@ -276,25 +282,25 @@ class PretrainingText:
     def _begin(self, text: str = "", weight: float = 0.0, *, end: bool = False) -> Example:
         example = Example()
         example.add([self.tokenizer.bos_token_id], 0.0)
-        self._tell(example, text, weight)
+        self._add_words(example, text, weight)
         if end:
             example.add([self.tokenizer.eos_token_id], weight)
         return example
 
     def _noise(self, most: float) -> float:
-        """None in three draws of ten, else uniform up to `most`."""
+        """Sample a noise level: zero three times in ten, else uniform up to `most`."""
         return 0.0 if self.generator.random() < 0.3 else float(self.generator.uniform(0.0, most))
 
-    def _pick(self, usual: tuple[int, ...], others: tuple[int, ...], shares: tuple[float, ...]) -> int:
-        """One of the usual values by their shares, or, once in eight, one of the others."""
+    def _pick(self, usual: tuple[int, ...], others: tuple[int, ...], probabilities: tuple[float, ...]) -> int:
+        """Sample one of the usual values by their probabilities, or, once in eight, one of the others."""
         if self.generator.random() < 0.125:
             return int(self.generator.choice(others))
-        return int(self.generator.choice(usual, p=shares))
+        return int(self.generator.choice(usual, p=probabilities))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _cell(thing: SceneObject) -> int:
-    """Index of the patch that an object lies in."""
+    """Compute the index of the patch that an object lies in."""
     return thing.row * GRID_CELLS + thing.column

@@ -1,9 +1,9 @@
-"""Pre-trains the small vision tower of the built-in world on dense labels: what stands in every patch of a scene.
+"""Pre-trains the small synthetic vision encoder on dense labels: what stands in every patch of a scene.
 
 Knows scenes, a CLIP vision model and its labels. Does not know questions, the LLM or budgets.
 Run once; the result is shipped in `assets/vision` and stays frozen. Features are the patch tokens of the last layer.
 
-Besides the classes of every patch the tower predicts the patch's bag of words (`blurred_text.scene_bags`) by a linear
+Besides the classes of every patch the encoder predicts the patch's bag of words (`blurred_text.scene_bags`) by a linear
 map. Being linear, it also holds for means of patches: pooled features say what pooled bags say.
 
 Shapes: B images, 64 patches each, D feature size, K scene words.
@@ -59,7 +59,7 @@ class Images:
 
 
 class PatchReader(nn.Module):
-    """The linear maps that are trained on top of the tower and thrown away after it."""
+    """Holds the linear maps that are trained on top of the encoder and thrown away after it."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PatchReader(nn.Module):
 
 
 def vision_config() -> CLIPVisionConfig:
-    """The shipped architecture: 3 layers of width 128 on 64 patches of 16 pixels, about 0.6 million parameters."""
+    """Give the shipped architecture: 3 layers of width 128 on 64 patches of 16 pixels, about 0.6 million parameters."""
     return CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -90,7 +90,7 @@ def pretrain_vision(
     learning_rate: float = 2e-3,
     examine_every_steps: int = 200,
 ) -> dict[str, float]:
-    """Train the tower and write it to `out` in float16 with its image processor's config and `log_vision.jsonl`.
+    """Train the encoder and write it to `out` in float16 with its image processor's config and `log_vision.jsonl`.
 
     Args:
         out: folder for the checkpoint; an interim one is written at every examination.
@@ -106,55 +106,56 @@ def pretrain_vision(
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     torch.manual_seed(seed)
-    tower, reader = CLIPVisionModel(vision_config()).train(), PatchReader(vision_config().hidden_size)
-    parameters = [*tower.parameters(), *reader.parameters()]
+    encoder, reader = CLIPVisionModel(vision_config()).train(), PatchReader(vision_config().hidden_size)
+    parameters = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     batches = image_batches("train", seed, batch_size)
     results: dict[str, float] = {}
     with (out / "log_vision.jsonl").open("w") as log:
         facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-        write_line(log, header(tower, **facts))
+        write_line(log, header(encoder, **facts))
         for step in range(1, steps + 1):
-            share = step / steps
+            done = step / steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(share / 0.05, 0.5 * (1.0 + math.cos(math.pi * share)))
-            loss = patch_loss(reader, patch_features(tower, (batch := next(batches)).pixels), batch.bags)
+                group["lr"] = learning_rate * min(done / 0.05, 0.5 * (1.0 + math.cos(math.pi * done)))
+            loss = patch_loss(reader, patch_features(encoder, (batch := next(batches)).pixels), batch.bags)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % examine_every_steps == 0 or step == steps:
-                results = examine_tower(tower.eval(), reader, seed=seed)
-                tower.train()
+                results = examine_encoder(encoder.eval(), reader, seed=seed)
+                encoder.train()
                 row = {"step": step, "seconds": round(time.monotonic() - started), "loss": round(float(loss), 4)}
                 write_line(log, row | results)
                 logger.info("step %d loss %.4f %s", step, row["loss"], json.dumps(results))
-                save_tower(tower, out)
+                save_encoder(encoder, out)
     return results
 
 
 def image_batches(split: str, seed: int, batch_size: int) -> Iterator[Images]:
-    """Endless batches of new scenes of one split."""
+    """Yield batches of new scenes of one split without end."""
     scenes = random_scenes(split, seed)
     while True:
-        yield draw_images(list(islice(scenes, batch_size)))
+        yield render_images(list(islice(scenes, batch_size)))
 
 
-def draw_images(scenes: list[Scene]) -> Images:
+def render_images(scenes: list[Scene]) -> Images:
     """Render scenes, scale their pixels to -1..1, and put the bags of their patches beside them."""
     pixels = torch.from_numpy(np.stack([np.asarray(render_scene(scene)) for scene in scenes]))
     bags = torch.from_numpy(np.stack([scene_bags(scene)[:, len(PHONES) :] for scene in scenes]))
     return Images((pixels.permute(0, 3, 1, 2).float() / 255.0 - PIXEL_MEAN) / PIXEL_STD, bags)
 
 
-def patch_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """(B, 64, D): the patch tokens of the last layer, without the class token."""
-    return tower(pixel_values=pixels).last_hidden_state[:, 1:]
+def patch_features(encoder: CLIPVisionModel, pixels: Tensor) -> Tensor:
+    """Compute the patch tokens of the last layer, (B, 64, D), without the class token."""
+    return encoder(pixel_values=pixels).last_hidden_state[:, 1:]
 
 
 def patch_loss(reader: PatchReader, features: Tensor, bags: Tensor) -> Tensor:
-    """Cross entropy of the classes, squared error of the bags, and a pull of the features to unit size."""
+    """Sum the cross entropy of the classes, the squared error of the bags, and a pull of the features to unit size."""
     logits, is_object = reader.classes(features), bags[..., :NUM_OBJECT_WORDS].sum(dim=-1) > 0
+    # An object's five fields are classified apart: the words of one field share a softmax.
     classes = sum(
         F.cross_entropy(
             logits[is_object].narrow(1, first, number), bags[is_object].narrow(1, first, number).argmax(dim=-1)
@@ -162,37 +163,38 @@ def patch_loss(reader: PatchReader, features: Tensor, bags: Tensor) -> Tensor:
         for first, number in FIELDS.values()
     )
     background = F.cross_entropy(logits[..., NUM_OBJECT_WORDS:].flatten(0, 1), _background_of(bags).flatten())
+    # Objects are few: averaged by themselves, their bags count as much as those of all the background.
     error = (reader.bag(features) - bags).square().sum(dim=-1)
     size = (features.square().mean(dim=-1).sqrt() - 1.0).square().mean()
     return classes + background + error[is_object].mean() + error[~is_object].mean() + 0.1 * size
 
 
 @torch.no_grad()
-def examine_tower(
-    tower: CLIPVisionModel, reader: PatchReader, *, split: str = "validation", num_scenes: int = 192, seed: int = 0
+def examine_encoder(
+    encoder: CLIPVisionModel, reader: PatchReader, *, split: str = "validation", num_scenes: int = 192, seed: int = 0
 ) -> dict[str, float]:
-    """Percent of object patches of which each field is read, of all patches whose background is, and of the variance of
-    the bags that a linear map explains at 64, 16, 4 and 1 pooled features."""
+    """Measure the percent of object patches of which each field is read, of all patches whose background is, and of the
+    variance of the bags that a linear map explains at 64, 16, 4 and 1 pooled features."""
     batch = next(image_batches(split, seed, num_scenes))
-    features = patch_features(tower, batch.pixels)
+    features = patch_features(encoder, batch.pixels)
     logits, is_object = reader.classes(features), batch.bags[..., :NUM_OBJECT_WORDS].sum(dim=-1) > 0
     results = {}
     for name, (first, number) in FIELDS.items():
-        told, said = (values[is_object].narrow(1, first, number).argmax(-1) for values in (logits, batch.bags))
-        results[name] = round(100.0 * float((told == said).float().mean()), 2)
+        predicted, label = (values[is_object].narrow(1, first, number).argmax(-1) for values in (logits, batch.bags))
+        results[name] = round(100.0 * float((predicted == label).float().mean()), 2)
     right = logits[..., NUM_OBJECT_WORDS:].argmax(-1) == _background_of(batch.bags)
     results["background"] = round(100.0 * float(right.float().mean()), 2)
     for side in (8, 4, 2, 1):
-        told, said = _pooled(reader.bag(features), side), _pooled(batch.bags, side)
-        error = (told - said).square().sum() / (said - said.mean(dim=(0, 1))).square().sum()
+        predicted, label = _pooled(reader.bag(features), side), _pooled(batch.bags, side)
+        error = (predicted - label).square().sum() / (label - label.mean(dim=(0, 1))).square().sum()
         results[f"bags{side * side}_explained"] = round(100.0 * (1.0 - float(error)), 2)
     results["feature_rms"] = round(float(features.square().mean().sqrt()), 3)
     return results
 
 
-def save_tower(tower: CLIPVisionModel, out: Path) -> None:
+def save_encoder(encoder: CLIPVisionModel, out: Path) -> None:
     """Write weights in float16, the config, and the config of an image processor that keeps 128 x 128 pixels."""
-    save_half(tower, out)
+    save_half(encoder, out)
     CLIPImageProcessor(
         size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
         do_center_crop=False,
@@ -202,7 +204,7 @@ def save_tower(tower: CLIPVisionModel, out: Path) -> None:
 
 
 def _background_of(bags: Tensor) -> Tensor:
-    """(B, 64): which sky or ground a patch shows, or the number of them where an object stands."""
+    """Look up (B, 64) which sky or ground a patch shows, or the number of them where an object stands."""
     is_object = bags[..., :NUM_OBJECT_WORDS].sum(dim=-1) > 0
     return torch.where(is_object, NUM_BACKGROUNDS, bags[..., NUM_OBJECT_WORDS:].argmax(dim=-1))
 

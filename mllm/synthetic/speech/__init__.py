@@ -1,1 +1,1 @@
-"""Synthetic speech and lips, and the corpus made of them."""
+"""Makes synthetic speech, drawn lips, and the speech corpus."""

@@ -1,4 +1,4 @@
-"""Babble: five people speaking at once, as noise for the speech corpus.
+"""Makes babble, five people speaking at once, as noise for the speech corpus.
 
 Knows voices and sentences. Does not know how noise is mixed into speech: `mllm.transforms.noise` does
 that, at an exact ratio.
@@ -12,14 +12,14 @@ import numpy as np
 
 from mllm.synthetic.speech.sentences import sample_sentences
 from mllm.synthetic.speech.synthesis import LEVEL_RMS, SAMPLE_RATE_HZ, say
-from mllm.synthetic.speech.voices import draw_speaker
+from mllm.synthetic.speech.voices import random_speaker
 
 NUM_BABBLERS = 5
 _BABBLE_STREAM = 1_000_003  # keeps the sentences of the babble apart from those of a corpus made with the same seed
 
 
 def make_babble(split: str, *, seconds: float, seed: int) -> np.ndarray:
-    """Five people of one split speaking at once, without a pause.
+    """Make five people of one split speak at once, without a pause.
 
     Returns:
         float32 (seconds * 16,000,), each speaker at the same level, their sum at the level of one utterance.
@@ -36,14 +36,14 @@ def make_babble(split: str, *, seconds: float, seed: int) -> np.ndarray:
 
 
 def _monologue(split: str, num_samples: int, *, seed: int, babbler: int) -> np.ndarray:
-    """Different speakers of a split one after the other until the time is filled."""
+    """Let different speakers of a split speak one after the other until the time is filled."""
     stream = _BABBLE_STREAM * (seed + 1) + babbler
     generator = np.random.default_rng(stream)
     pieces: list[np.ndarray] = []
     missing = num_samples
     sentences = iter(sample_sentences(num_samples // SAMPLE_RATE_HZ + 2, split=split, seed=stream))  # each > 1 second
     while missing > 0:
-        speaker = draw_speaker(split, generator)
+        speaker = random_speaker(split, generator)
         spoken = say(next(sentences), speaker)
         pieces.append(spoken.samples)
         missing -= len(spoken.samples)

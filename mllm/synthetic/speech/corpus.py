@@ -1,10 +1,10 @@
-"""Writes the speech corpus: sound as wav, lips as mp4, and manifests that ask for the words.
+"""Writes the speech corpus: audio as wav, lips as mp4, and manifests that ask for the words.
 
 Knows sentences, voices, lips, noise and the manifest format. Does not know tokens, models or budgets.
 
-    out/<split>.jsonl                  three rows per utterance: task `asr` (sound), `vsr` (lips), `avsr` (both)
+    out/<split>.jsonl                  three rows per utterance: task `asr` (audio), `vsr` (video), `avsr` (both)
     out/speech/<split>/<number>.wav    16 kHz mono, without noise
-    out/speech/<split>/<number>.mp4    25 frames per second, H.264, without sound
+    out/speech/<split>/<number>.mp4    25 frames per second, H.264, without audio
     out/noise/<split>.wav              babble of that split, for noise that is mixed in while training or evaluating
 
 Sentences and whole voices are parted by split; faces are everyone's own. The same arguments write the same samples and
@@ -28,21 +28,21 @@ from mllm.synthetic.speech.babble import make_babble
 from mllm.synthetic.speech.lips import LIP_FRAMES_PER_SECOND, draw_lips
 from mllm.synthetic.speech.sentences import SPLITS, sample_sentences
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ, say
-from mllm.synthetic.speech.voices import Speaker, draw_speaker
+from mllm.synthetic.speech.voices import Speaker, random_speaker
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SpeechCorpusConfig:
-    """How much is written, and how it looks and sounds."""
+    """Say how much is written, and how it looks and sounds."""
 
     num_train: int = 1500
     num_validation: int = 60
     num_test: int = 150
     seed: int = 0
     babble_seconds: float = 40.0
-    """Of the noise of each split."""
+    """Seconds of babble of each split."""
     size_pixels: int = 48
     color: bool = False
 
@@ -54,7 +54,7 @@ class SpeechCorpusConfig:
             raise ValueError(f"size_pixels must be even for H.264, got {self.size_pixels}")
 
     def count(self, split: str) -> int:
-        """Utterances of a split."""
+        """Count the utterances of a split."""
         return {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}[split]
 
 
@@ -111,12 +111,12 @@ def write_speech_corpus(
 def _jobs(out: Path, split: str, settings: SpeechCorpusConfig) -> Iterator[_Job]:
     sentences = sample_sentences(settings.count(split), split=split, seed=settings.seed)
     for number, sentence in enumerate(sentences):
-        speaker = draw_speaker(split, np.random.default_rng([settings.seed, SPLITS.index(split), number]))
+        speaker = random_speaker(split, np.random.default_rng([settings.seed, SPLITS.index(split), number]))
         yield _Job(out, split, f"speech/{split}/{number:05d}", sentence, speaker, settings)
 
 
 def write_all(write: Callable[[T], float], jobs: Sequence[T], num_workers: int) -> Iterator[float]:
-    """Write every clip, in `num_workers` processes or in this one; yields their seconds in order."""
+    """Write every clip, in `num_workers` processes or in this one; yield their seconds in order."""
     if num_workers == 1:
         yield from map(write, jobs)
         return
@@ -145,11 +145,11 @@ def _write_babble(out: Path, split: str, settings: SpeechCorpusConfig) -> None:
 
 
 def _samples(job: _Job, seconds: float) -> Iterator[Sample]:
-    """The rows of one utterance: one per task."""
+    """Yield the samples of one utterance: one per task."""
     meta = {"voice": str(job.speaker.voice), "seconds": round(seconds, 3)}
     name = job.stem.removeprefix("speech/").replace("/", "-")
     paths = {"audio": f"{job.stem}.wav", "video": f"{job.stem}.mp4"}
     for task, media in SPEECH_TASKS.items():
-        asked = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[media]))
-        messages = (Message("user", asked), Message("assistant", (Text(job.sentence),)))
+        prompt = (*(Media(medium, paths[medium]) for medium in media), Text(SPEECH_PROMPTS[media]))
+        messages = (Message("user", prompt), Message("assistant", (Text(job.sentence),)))
         yield Sample(f"{name}-{task}", messages, task, meta=meta)

@@ -1,11 +1,11 @@
-"""Moving lips for spoken phones: phone timings and a face seed in, images out.
+"""Draws moving lips for spoken phones: phone timings and a face seed in, images out.
 
-Knows how mouths move and how to draw one. Does not know sound, sentences, files or models.
+Knows how mouths move and how to draw one. Does not know audio, sentences, files or models.
 
     frames = draw_lips(utterance.phones, face_seed=speaker.face_seed)                 uint8 (T, 48, 48), gray, 25 fps
     frames = draw_lips(utterance.phones, face_seed=..., size=96, color=True)          uint8 (T, 96, 96, 3)
 
-The frames are a function of the phones and the face seed. T is `num_lip_frames(seconds)`, the sound's length rounded to
+The frames are a function of the phones and the face seed. T is `num_lip_frames(seconds)`, the audio's length rounded to
 whole frames. Lips are ambiguous on purpose: phones share mouth shapes, neighbours blend over about 100 ms, every phone
 falls short of its shape by a random part and jitters; crisp shapes would be read almost without error.
 
@@ -60,7 +60,7 @@ _DIPHTHONGS = {"ey": ("eh", "iy"), "ay": ("aa", "iy"), "ow": ("ao", "uw"), "aw":
 
 @dataclass(frozen=True)
 class _Face:
-    """What a speaker's mouth region looks like; lengths are in half image widths, colours are RGB 0 to 255."""
+    """Says what a speaker's mouth region looks like; lengths are in half image widths, colours are RGB 0 to 255."""
 
     centre: np.ndarray
     cos: float
@@ -82,15 +82,15 @@ class _Face:
 
 
 def num_lip_frames(seconds: float) -> int:
-    """Images that go with a sound of this length: within half a frame (20 ms) of it."""
+    """Count the images that go with audio of this length: within half a frame (20 ms) of it."""
     return max(1, round(seconds * LIP_FRAMES_PER_SECOND))
 
 
 def draw_lips(phones: Sequence[Phone], *, face_seed: int, size: int = 48, color: bool = False) -> np.ndarray:
-    """Images of a mouth that speaks.
+    """Draw images of a mouth that speaks.
 
     Args:
-        phones: (symbol, start_seconds, end_seconds) of the whole sound.
+        phones: (symbol, start_seconds, end_seconds) of the whole utterance.
         face_seed: whose mouth it is; any integer that is not negative.
         size: H = W in pixels, at least 16.
         color: RGB instead of gray; the gray image is the luminance of the RGB one.
@@ -115,8 +115,9 @@ def draw_lips(phones: Sequence[Phone], *, face_seed: int, size: int = 48, color:
 
 
 def _move(phones: Sequence[Phone], generator: np.random.Generator) -> np.ndarray:
-    """Mouth parameters of every frame (T, 6)."""
+    """Compute the mouth parameters of every frame (T, 6)."""
     seconds = phones[-1][2]
+    # A step function of mouth shapes, one step per phone (two per diphthong), is what the face aims at.
     targets, ends = [], []
     for symbol, start, end in phones:
         parts = _DIPHTHONGS.get(symbol, (symbol,))
@@ -127,6 +128,7 @@ def _move(phones: Sequence[Phone], generator: np.random.Generator) -> np.ndarray
             ends.append(start + (end - start) * index / len(parts))
     ticks = (np.arange(int(np.ceil(seconds * _TRACK_HZ)) + 1) + 0.5) / _TRACK_HZ
     track = np.array(targets)[np.minimum(np.searchsorted(ends, ticks, side="right"), len(targets) - 1)]
+    # Smoothing it lets neighbours blend, as tongues and jaws cannot jump.
     window = np.hanning(2 * round(_BLEND_SECONDS * _TRACK_HZ / 2) + 3)[1:-1]
     window /= window.sum()
     padded = np.pad(track, ((len(window) // 2,) * 2, (0, 0)), mode="edge")
@@ -163,13 +165,13 @@ def _make_face(face_seed: int) -> _Face:
 
 
 def _draw(mouth: np.ndarray, face: _Face, *, size: int, color: bool) -> np.ndarray:
-    """Layers from the skin inwards, each a soft mask (T, H, W) over what was drawn before."""
+    """Draw layers from the skin inwards, each a soft mask (T, H, W) over those before it."""
     x, y = _face_grid(face, size)  # (H, W)
     opening, width, rounding, teeth, tongue, tuck = (column[:, None, None].astype(np.float32) for column in mouth.T)
     half_width = face.half_width * (0.80 + 0.40 * width - 0.34 * rounding)
     across = x / half_width
     arch = np.clip(1 - across * across, 0, 1)
-    root = np.sqrt(arch)
+    root = np.sqrt(arch)  # 1 in the middle of the mouth, 0 at its corners
     half_open = face.opening * opening
     plump = 1 + 0.5 * rounding
     inner_top = -0.65 * half_open * root
@@ -202,7 +204,7 @@ def _draw(mouth: np.ndarray, face: _Face, *, size: int, color: bool) -> np.ndarr
 
 
 def _face_grid(face: _Face, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres in the face's own coordinates: the mouth at (0, 0), turned, scaled; each (H, W)."""
+    """Compute pixel centres in the face's own coordinates: the mouth at (0, 0), turned, scaled; each (H, W)."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     right, down = axis[None, :] - face.centre[0], axis[:, None] - face.centre[1] + 0.1
     x = (face.cos * right + face.sin * down) * face.zoom
@@ -211,12 +213,12 @@ def _face_grid(face: _Face, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _between(y: np.ndarray, top: np.ndarray, bottom: np.ndarray, edge: float) -> np.ndarray:
-    """1 where top < y < bottom, 0 outside, linear over an edge."""
+    """Make a mask that is 1 where top < y < bottom, 0 outside, linear over an edge."""
     return np.clip(np.minimum(y - top, bottom - y) * edge + 0.5, 0, 1)
 
 
 def _skin_light(face: _Face, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """Light, nose shadow, pores and moustache on the skin; the same in every frame (H, W)."""
+    """Compute light, nose shadow, pores and moustache on the skin; the same in every frame (H, W)."""
     texture = np.random.default_rng(face.texture_seed).normal(0, 1, (size, size)).astype(np.float32)
     light = 1 + face.shade[0] * x + face.shade[1] * y + 0.015 * texture
     light -= 0.25 * np.exp(-(((y + 0.85) / 0.12) ** 2)) * np.exp(-((x / 0.22) ** 2))

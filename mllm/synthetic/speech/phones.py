@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (the synthesiser writes its phones in IPA, whose letters look like ASCII ones)
-"""The phone inventory of the built-in world: 43 symbols that every voice's speech is written in.
+"""Names the 43 phones in which the speech of every synthetic voice is written.
 
 Knows the names of the phones (ARPABET, lower case, plus `oh` as in British "dog") and how the synthesiser's own IPA
 symbols map onto them. Does not know about audio, timing or faces.
@@ -31,10 +31,10 @@ _STRESS_MARKS = str.maketrans("", "", "ˈˌ")
 
 
 def phones_of_ipa(symbol: str) -> tuple[str, ...]:
-    """The phones of the inventory that one IPA symbol of the synthesiser stands for; stress is dropped.
+    """Look up the phones of the inventory that one IPA symbol of the synthesiser stands for; stress is dropped.
 
     Raises:
-        ValueError: the symbol occurs in no accent this world speaks.
+        ValueError: the symbol occurs in no accent of the synthetic voices.
     """
     bare = symbol.translate(_STRESS_MARKS)
     if bare in _IPA:

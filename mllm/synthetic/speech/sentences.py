@@ -1,4 +1,4 @@
-"""Sentences of the built-in world, and which split each of them belongs to.
+"""Makes the sentences of the synthetic corpus, and says which split each of them belongs to.
 
 Knows a small lexicon and two grammars: GRID-style commands ("place blue at f two now") and an open grammar of everyday
 sentences. Does not know who speaks them, how they sound or what is trained on them.
@@ -17,7 +17,7 @@ import hashlib
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
-COMMAND_SHARE = 0.4  # of all sentences; the rest is open grammar
+COMMAND_FRACTION = 0.4  # of all sentences; the rest is open grammar
 _TRAIN_PERCENT = 80
 _VALIDATION_PERCENT = 10
 
@@ -71,15 +71,15 @@ LEXICON: tuple[str, ...] = tuple(
 
 
 def random_sentence(generator: np.random.Generator) -> str:
-    """One sentence, of any split: a command with probability `COMMAND_SHARE`, else a sentence of the open grammar."""
-    if generator.random() < COMMAND_SHARE:
+    """Sample one sentence of any split: a command with probability `COMMAND_FRACTION`, else one of the open grammar."""
+    if generator.random() < COMMAND_FRACTION:
         return " ".join(_pick(slot, generator) for slot in _COMMAND_SLOTS)
     parts = _pick(_PATTERNS, generator).split()
     return " ".join(_pick(_CLASSES[part], generator) if part in _CLASSES else part for part in parts)
 
 
 def split_of(sentence: str) -> str:
-    """The split of a sentence: a function of its text, so the same sentence never stands in two splits."""
+    """Compute the split of a sentence, a function of its text, so that no sentence stands in two splits."""
     percent = int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:8], "big") % 100
     if percent < _TRAIN_PERCENT:
         return "train"
@@ -87,7 +87,7 @@ def split_of(sentence: str) -> str:
 
 
 def sample_sentences(count: int, *, split: str, seed: int) -> list[str]:
-    """`count` different sentences of one split, the same for the same seed.
+    """Sample `count` different sentences of one split, the same for the same seed.
 
     Raises:
         ValueError: an unknown split, or a negative count.
@@ -97,12 +97,12 @@ def sample_sentences(count: int, *, split: str, seed: int) -> list[str]:
     if count < 0:
         raise ValueError(f"count of sentences must not be negative, got {count}")
     generator = np.random.default_rng([seed, SPLITS.index(split)])
-    found: dict[str, None] = {}  # a dict keeps the order in which they were drawn
-    while len(found) < count:
+    sampled: dict[str, None] = {}  # a dict keeps the order in which they were sampled
+    while len(sampled) < count:
         sentence = random_sentence(generator)
         if split_of(sentence) == split:
-            found[sentence] = None
-    return list(found)
+            sampled[sentence] = None
+    return list(sampled)
 
 
 def _pick(words: tuple[str, ...], generator: np.random.Generator) -> str:

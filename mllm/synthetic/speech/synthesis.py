@@ -1,4 +1,4 @@
-"""Speech synthesis with phone timings, by eSpeak NG through the `espeakng_loader` wheel.
+"""Synthesises speech with phone timings, by eSpeak NG through the `espeakng_loader` wheel.
 
 Knows how to drive the C library. Does not know what is said, who is in which split, or what a face looks like.
 
@@ -97,12 +97,12 @@ def synthesise(text: str, voice: Voice, *, speaking_rate_wpm: int = 170, pitch: 
 
 
 def say(text: str, speaker: Speaker) -> Utterance:
-    """`synthesise` with the voice, the rate and the pitch of a speaker."""
+    """Call `synthesise` with the voice, the rate and the pitch of a speaker."""
     return synthesise(text, speaker.voice, speaking_rate_wpm=speaker.speaking_rate_wpm, pitch=speaker.pitch)
 
 
-def sound_of(text: str, speaker: Speaker) -> np.ndarray:
-    """Speak any text: samples (L,) as `say` gives them, without phones, which foreign words have others of.
+def samples_of(text: str, speaker: Speaker) -> np.ndarray:
+    """Speak any text: samples (L,) as `say` gives them, without phones, since foreign words have phones of their own.
 
     Raises:
         ImportError, ValueError: as `synthesise`.
@@ -111,12 +111,12 @@ def sound_of(text: str, speaker: Speaker) -> np.ndarray:
 
 
 def phone_string(phones: Sequence[Phone]) -> tuple[str, ...]:
-    """The phones in order, without silences and timings."""
+    """List the phones in order, without silences and timings."""
     return tuple(symbol for symbol, _, _ in phones if symbol != SILENCE)
 
 
 def _speak(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Samples (L,) with silence before and after, and the library's (sample position, symbol) of every phone."""
+    """Make samples (L,) with silence before and after, and the library's (sample position, symbol) of every phone."""
     if not text.strip():
         raise ValueError("text to speak is empty")
     _check_range("speaking_rate_wpm", rate_wpm, LOWEST_RATE_WPM, HIGHEST_RATE_WPM)
@@ -137,14 +137,14 @@ def _loader():
         import espeakng_loader
     except ImportError as error:
         raise ImportError(
-            "the built-in world speaks with eSpeak NG, and the package 'espeakng_loader' is not installed; "
+            "the synthetic corpus speaks with eSpeak NG, and the package 'espeakng_loader' is not installed; "
             f"install it with: {install_line('demo')}"
         ) from error
     return espeakng_loader
 
 
 def _run_library(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """int16 samples at the synthesiser's rate, and (sample position, symbol) of every phone."""
+    """Make int16 samples at the synthesiser's rate, and (sample position, symbol) of every phone."""
     loader = _loader()
     _check_variant(voice, Path(loader.get_data_path()))
     library = ctypes.CDLL(loader.get_library_path())
@@ -185,7 +185,7 @@ def _run_library(text: str, voice: Voice, rate_wpm: int, pitch: int) -> tuple[np
 
 
 def _check_variant(voice: Voice, data_path: Path) -> None:
-    """The library would speak an unknown variant in its plain voice, and a held-out voice would then not be one."""
+    """Refuse unknown variants: the library would speak them in its plain voice, which is no held-out voice."""
     if not (data_path / "voices" / "!v" / voice.variant).is_file():
         raise ValueError(
             f"the synthesiser has no voice variant {voice.variant!r}; see mllm.synthetic.speech.voices.VOICES"
@@ -208,7 +208,7 @@ def _resample(raw: np.ndarray) -> np.ndarray:
 
 @cache
 def _low_pass(down: int) -> np.ndarray:
-    """The filter `resample_poly` would design anew in every call, which takes longer than to apply it."""
+    """Make the filter that `resample_poly` would design anew in every call, which takes longer than to apply it."""
     num_taps = 20 * down + 1
     ideal = np.sinc((np.arange(num_taps) - 10 * down) / down) * np.kaiser(num_taps, 5.0)
     return (ideal / ideal.sum()).astype(np.float32)
@@ -219,7 +219,7 @@ def _level(samples: np.ndarray) -> np.ndarray:
 
 
 def _intervals(events: list[tuple[int, str]], seconds: float) -> tuple[Phone, ...]:
-    """Each phone lasts until the next starts; a symbol for several phones is parted evenly; silence fills the ends."""
+    """Let each phone last until the next starts; split a symbol for several evenly; fill the ends with silence."""
     starts = [LEAD_SECONDS + position / _SYNTHESISER_RATE_HZ for position, _ in events]
     last_end = seconds - LEAD_SECONDS
     timed: list[Phone] = [(SILENCE, 0.0, starts[0] if starts else seconds)]
@@ -234,7 +234,8 @@ def _intervals(events: list[tuple[int, str]], seconds: float) -> tuple[Phone, ..
 
 
 def _with_room_for_final_l(events: list[tuple[int, str]], bounds_seconds: list[float]) -> list[float]:
-    """A vowel and an "l" at the end of a clause are reported as one sound and an "l" of no length: it gets a third."""
+    """Give a third of the sound to a final "l": it and the vowel before it are reported as one, and the "l" of no
+    length."""
     roomy = list(bounds_seconds)
     for index, (_, symbol) in enumerate(events):
         if symbol == "l" and index and bounds_seconds[index] == bounds_seconds[index + 1]:

@@ -1,9 +1,9 @@
-"""Who speaks in the built-in world: voices, and which split each of them belongs to.
+"""Says who speaks in the synthetic corpus: voices, and which split each of them belongs to.
 
 Knows the names of the synthesiser's voices. Does not know how they are made to sound, or what they say.
 
     VOICES["test"]                      -> voices that are heard in the test split only
-    draw_speaker("train", generator)    -> a voice of that split with a pitch, a speaking rate and a face of its own
+    random_speaker("train", generator)    -> a voice of that split with a pitch, a speaking rate and a face of its own
 
 A whole voice is held out, not only a speaker: no pitch and no rate of a test voice is heard in training. Kin voices
 (the several "steph" or "iven" of the synthesiser) are one family, and a family stands in one split.
@@ -30,7 +30,7 @@ LOWEST_PITCH, HIGHEST_PITCH = 0, 99
 
 @dataclass(frozen=True)
 class Voice:
-    """An accent (a language name of the synthesiser) and a variant (its timbre)."""
+    """A voice is an accent (a language name of the synthesiser) and a variant (its timbre)."""
 
     accent: str
     variant: str
@@ -41,7 +41,7 @@ class Voice:
 
 @dataclass(frozen=True)
 class Speaker:
-    """One person: a voice, how it is used, and the seed of the face."""
+    """A speaker is one person: a voice, how it is used, and the seed of the face."""
 
     voice: Voice
     pitch: int  # 0..99, 50 is the voice's own
@@ -56,8 +56,8 @@ VOICES: dict[str, tuple[Voice, ...]] = {
 }
 
 
-def draw_speaker(split: str, generator: np.random.Generator) -> Speaker:
-    """A random speaker of a split.
+def random_speaker(split: str, generator: np.random.Generator) -> Speaker:
+    """Sample a random speaker of a split.
 
     Raises:
         ValueError: an unknown split.

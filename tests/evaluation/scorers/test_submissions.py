@@ -5,6 +5,7 @@ import json
 import zipfile
 from xml.etree import ElementTree
 
+import openpyxl
 import pytest
 
 from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
@@ -60,7 +61,6 @@ def test_mmbench_is_a_sheet_with_predictions() -> None:
 
 
 def test_the_sheet_opens_as_one() -> None:
-    openpyxl = pytest.importorskip("openpyxl")
     sheet = openpyxl.load_workbook(io.BytesIO(xlsx_of([["index", "a"], [7, " <b>\n"], [8, None]]))).active
     assert [[cell.value for cell in row] for row in sheet.iter_rows()] == [["index", "a"], [7, " <b>\n"], [8, None]]
 

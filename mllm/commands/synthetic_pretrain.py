@@ -1,14 +1,14 @@
-"""`mllm world pretrain`: makes the frozen parts of the built-in world again."""
+"""`mllm synthetic pretrain` trains the frozen synthetic parts again."""
 
 from mllm.synthetic.pretrain.run import PretrainConfig as Settings
 
 __all__ = ["SUMMARY", "Settings", "run"]
 
-SUMMARY = "make the frozen parts of the built-in world again (hours)"
+SUMMARY = "Train the frozen synthetic parts again, which takes hours."
 
 
 def run(settings: Settings) -> int:
-    """Train the parts and tell what each measured."""
+    """Train the parts and report what each measured."""
     from mllm.commands.terminal import console
     from mllm.synthetic.pretrain.run import pretrain
 

@@ -1,4 +1,4 @@
-"""What `mllm prepare lips` is told.
+"""Holds what a user writes for `mllm prepare lips`.
 
 Knows which values make sense. Imports nothing that computes.
 """
@@ -11,7 +11,7 @@ NAMED_FACES = ("largest", "left", "right")
 
 @dataclass(frozen=True, kw_only=True)
 class LipCropsConfig:
-    """Cut 96 x 96 mouth crops at 25 frames a second and 16 kHz sound out of recordings of talking people.
+    """Cut 96 x 96 mouth crops at 25 frames a second and 16 kHz audio out of recordings of talking people.
 
     A folder is searched with all below it. A .txt beside a recording is its transcript; clips that have one stand in
     manifest.jsonl. Clips that are done are left alone when the command runs again.
@@ -20,23 +20,24 @@ class LipCropsConfig:
     source: str
     """A recording, or a folder of them."""
     out: str
-    """Folder to write: crops and sound as in the source folder, prepare.jsonl, manifest.jsonl, contact_sheet.png."""
+    """Folder to write: crops and audio as in the source folder, prepare.jsonl, manifest.jsonl, contact_sheet.png."""
     face: str = "largest"
-    """Which person, where there are several: largest, left, right, or a number counted from the left, from 0."""
+    """Which of several people is cut out: largest, left, right, or a number counted from the left, from 0."""
     color: bool = False
-    """RGB crops instead of gray ones; the lip encoder reads gray either way."""
+    """Write RGB crops instead of gray ones; the lip encoder reads gray either way."""
     max_seconds: float = 120.0
-    """A longer recording fails: what reads crops takes no longer ones, unless its limits.video_seconds is raised."""
+    """Longest recording in seconds; a longer one fails, since what reads crops takes none unless its
+    limits.video_seconds is raised."""
     min_frames: int = 12
-    """A clip with fewer frames at 25 a second is skipped."""
+    """Fewest frames, at 25 a second, of a clip that is not skipped."""
     min_face_coverage: float = 0.75
-    """The face must be found in this share of the frames, 0 to 1; in the others it is interpolated."""
+    """Fraction of the frames, 0 to 1, in which the face must be found; in the others it is interpolated."""
     max_outside: float = 0.2
-    """A clip whose crops lie beyond the border of the image by more than this share, 0 to 1, is skipped."""
+    """Largest fraction of the crops, 0 to 1, that may lie beyond the border of the image; else the clip is skipped."""
     workers: int = 1
-    """Processes that work side by side."""
+    """Number of processes that work side by side."""
     sheet_clips: int = 40
-    """Clips shown on the contact sheet, evenly chosen; as many skipped ones follow. 0 makes none."""
+    """Number of clips on the contact sheet, evenly chosen, followed by as many skipped ones; 0 makes no sheet."""
 
     def __post_init__(self) -> None:
         if self.face not in NAMED_FACES and not (self.face.isascii() and self.face.isdigit()):
@@ -53,6 +54,6 @@ class LipCropsConfig:
 
     @property
     def deciding(self) -> dict[str, str | bool | int | float]:
-        """What decides how a clip comes out; a clip made with other values is made again."""
+        """The values that decide how a clip comes out; a clip made with others is made again."""
         names = ("face", "color", "min_frames", "min_face_coverage", "max_outside")
         return {name: getattr(self, name) for name in names}

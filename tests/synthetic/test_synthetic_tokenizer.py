@@ -1,4 +1,4 @@
-"""The tokenizer of the built-in world: one token per word, any text, the same text back."""
+"""The tokenizer of the synthetic corpus: one token per word, any text, the same text back."""
 
 import pytest
 
