@@ -37,7 +37,7 @@ def load_windows(
     loader: Reader | None = None,
     noise: Callable[[Audio], Audio] | None = None,
     budgets: Sequence[Budget] = (),
-    given: Sequence[InMemoryMedium | None] = (),
+    in_memory: Sequence[InMemoryMedium | None] = (),
 ) -> list[Window]:
     """Loads a sample; in windows where its one audio, alone or with the video of the same clip, is too long.
 
@@ -45,16 +45,16 @@ def load_windows(
 
     Args:
         long_audio: how to read audio that is too long.
-        loader, noise, budgets, given: as in `ElasticProcessor.load_media`.
+        loader, noise, budgets, in_memory: as in `ElasticProcessor.load_media`.
 
     Raises:
         MediaError, ValueError: as `ElasticProcessor.load_media`, and lengths that do not go with the encoder.
     """
     if long_audio.mode == "refuse" or not _can_be_cut(sample, processor):
-        whole = processor.load_media(sample, loader=loader, noise=noise, budgets=budgets, in_memory=given)
+        whole = processor.load_media(sample, loader=loader, noise=noise, budgets=budgets, in_memory=in_memory)
         return [Window(0.0, 0.0, whole)]
     window, overlap = lengths_of(long_audio, processor)
-    raws = processor.read_media(sample, loader, in_memory=given)
+    raws = processor.read_media(sample, loader, in_memory=in_memory)
     try:
         raws = [noise(raw) if noise is not None and isinstance(raw, Audio) else raw for raw in raws]
     except ValueError as error:
@@ -62,7 +62,8 @@ def load_windows(
     seconds = next(raw.seconds for raw in raws if isinstance(raw, Audio))
     return [
         Window(
-            *span, processor.prepare_media(sample, [_cut(raw, *span) for raw in raws], budgets=budgets, in_memory=given)
+            *span,
+            processor.prepare_media(sample, [_cut(raw, *span) for raw in raws], budgets=budgets, in_memory=in_memory),
         )
         for span in window_times(seconds, window, overlap)
     ]

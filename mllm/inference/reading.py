@@ -13,7 +13,7 @@ from mllm.inference.long_audio import Window, load_windows
 from mllm.inference.request import DEFAULT_PROMPTS, Files, request, with_audio_of_videos
 from mllm.media import MediaError, MediaLoader
 from mllm.processing.processor import ElasticProcessor
-from mllm.processing.requests import Request, fitting
+from mllm.processing.requests import Request, fitting_budget
 
 
 class Questions(NamedTuple):
@@ -62,10 +62,10 @@ def read_request(
     budget = Budget.of(budget)
     requests = requests_about(with_audio_of_videos(files, budget), texts, processor)
     samples, (_, names, media_at_hand) = [request.sample for request in requests], requests[0]
-    fitting(budget, samples)
+    fitting_budget(budget, samples)
     try:
         windows = load_windows(
-            samples[0], processor, long_audio or LongAudio(), loader=loader, budgets=[budget], given=media_at_hand
+            samples[0], processor, long_audio or LongAudio(), loader=loader, budgets=[budget], in_memory=media_at_hand
         )
     except MediaError as error:
         name = names.get(error.path, error.path)
