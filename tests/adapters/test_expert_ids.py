@@ -139,7 +139,7 @@ def test_ids_for_an_adapter_that_has_no_experts_are_refused() -> None:
 
 
 def test_a_run_is_loaded_bit_for_bit_and_exported_per_task(tmp_path: Path) -> None:
-    config = settings("st", config=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
+    config = settings("st", own=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
     model, processor = build(config)
     names = set_trainables(model)
     assert [n for n in names if "lora" in n] == sorted(
