@@ -214,7 +214,7 @@ def test_decoding_refuses_what_makes_no_sense(values: dict, message: str) -> Non
 
 
 def test_media_at_hand_are_answered_about_as_their_files(answerer: Answerer, folder: Path) -> None:
-    file, tone = folder / "a file.png", folder / "sounds" / "tone.wav"
+    file, tone = folder / "an image.png", folder / "sounds" / "tone.wav"
     samples, rate = soundfile.read(tone, dtype="int16")
     asked: dict[str, Any] = {"text": "what is it?", "budget": "image=5,audio=/8"}
     expected = answerer.answer(image=file, audio=tone, **asked)
@@ -269,4 +269,4 @@ def write_clip(video: Path, sound: Path, clip: Path) -> None:
 @pytest.mark.parametrize("budget", [16, "16"])
 def test_a_bare_number_is_no_budget(answerer: Answerer, folder: Path, budget: Any) -> None:
     with pytest.raises(ValueError, match=r'budget is \S+, which does not say of what; write the medium: "image=16"'):
-        answerer.answer("what is it?", image=folder / "a file.png", budget=budget)
+        answerer.answer("what is it?", image=folder / "an image.png", budget=budget)
