@@ -35,7 +35,7 @@ from mllm.training.feature_cache.features import (
     pass_features_through,
     share_of,
 )
-from mllm.training.feature_cache.store import FeatureStore, ShardWriter, claim
+from mllm.training.feature_cache.store import FeatureStore, ShardWriter, claim, key_of
 from mllm.training.pipeline.loaders import loading
 from mllm.training.run import train
 
@@ -306,7 +306,7 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
     model, processor = build(own.model)
     fingerprint = form_of(model.config, processor, own, augmented=False).fingerprint
     for sample in read_manifest(manifest, world):
-        fed = [store.key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
+        fed = [key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
         assert [kept.key for kept in store.entries[sample.id, 0]] == fed
 
 
