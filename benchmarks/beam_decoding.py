@@ -37,7 +37,7 @@ from mllm.checkpoints.build import config_of_parts, space_settings
 from mllm.config.model import MediumConfig, ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, llm_flops, request_cost
-from mllm.model.backbone import MEDIA_KEYS
+from mllm.model.media_arguments import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia

@@ -36,8 +36,8 @@ from mllm.model.trainables import set_trainables
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.synthetic.tokenizer import build_tokenizer
-from mllm.training.budget_rows import fixed_passes, make_lesson, num_targets
-from mllm.training.loss import objective
+from mllm.training.loss import loss_of_logits
+from mllm.training.step import fixed_views, make_training_batch, num_targets
 
 BUDGETS = [Budget.parse(f"image={count}") for count in (144, 36, 9, 1)]
 NUM_ROWS = 4
@@ -95,9 +95,9 @@ def train_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
     """Go forward and backward once, gradients cleared; return the loss."""
-    lesson = make_lesson(batch, fixed_passes(batch.rows, budgets), processor)
-    logits = model(**lesson.inputs, logit_positions=lesson.positions).logits
-    loss = objective(logits, lesson.supervision, num_targets(batch.rows)).total
+    training_batch = make_training_batch(batch, fixed_views(batch.rows, budgets), processor)
+    logits = model(**training_batch.inputs, logit_positions=training_batch.positions).logits
+    loss = loss_of_logits(logits, training_batch.targets, num_targets(batch.rows)).total
     loss.backward()
     model.zero_grad(set_to_none=True)
     return loss.item()

@@ -36,7 +36,7 @@ from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flo
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.budget_rows import fixed_passes, make_lesson
+from mllm.training.step import fixed_views, make_training_batch
 
 COUNTS = (256, 144, 64, 36, 16, 8, 4, 2)
 BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]
@@ -89,7 +89,7 @@ def mqt_passes(
 @torch.no_grad()
 def encode(model: ElasticForConditionalGeneration, batch: Batch) -> Tensor:
     """Run CLIP."""
-    return model.model.tower("image")(batch.values["pixel_values"])
+    return model.model.encoder("image")(batch.values["pixel_values"])
 
 
 def resampled(model: ElasticForConditionalGeneration, features: Tensor, count: int) -> Tensor:
@@ -111,9 +111,9 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
     learned = [3 * compressor_flops(unfolded, Item("image", 576, n), in_size=256, out_size=512) for n in COUNTS]
     lengths = [len(batch.rows[0].ids) - 1 + count for count in COUNTS]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
-    lesson = make_lesson(batch, fixed_passes(batch.rows, BUDGETS), processor, packed=True)
-    assert lesson.plan is not None
-    packed = packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions))
+    training_batch = make_training_batch(batch, fixed_views(batch.rows, BUDGETS), processor, packed=True)
+    assert training_batch.plan is not None
+    packed = packed_llm_flops(config, training_batch.plan, num_logits=len(training_batch.positions))
     alone = sum(learned) + 2 * sum(passes)
     return {
         "8 passes": 8 * encoder + alone,

@@ -38,7 +38,7 @@ from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flo
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.budget_rows import fixed_passes, make_lesson
+from mllm.training.step import fixed_views, make_training_batch
 
 SCALES = (576, 144, 36, 9, 1)
 BUDGETS = [Budget.parse(f"image={scale}") for scale in SCALES]
@@ -90,7 +90,7 @@ def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor,
 def pooled_features(model: ElasticForConditionalGeneration, pixels: Tensor, scale: int) -> Tensor:
     """Run CLIP and the projector, and average over equal squares of the grid."""
     with torch.no_grad():
-        features = model.model.tower("image")(pixels)
+        features = model.model.encoder("image")(pixels)
     compressor: Any = model.model.compressors["image"]
     projected = compressor.projectors[0](features)
     grid = projected.transpose(1, 2).unflatten(2, (24, 24))
@@ -106,11 +106,13 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
     projector = compressor_flops(medium, Item("image", 576, 1), in_size=256, out_size=512)
     lengths = [len(batch.rows[0].ids) - 1 + scale for scale in SCALES]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
-    lesson = make_lesson(batch, fixed_passes(batch.rows, BUDGETS), processor, packed=True)
-    assert lesson.plan is not None
-    packed = 2 * packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions))
+    training_batch = make_training_batch(batch, fixed_views(batch.rows, BUDGETS), processor, packed=True)
+    assert training_batch.plan is not None
+    packed = 2 * packed_llm_flops(config, training_batch.plan, num_logits=len(training_batch.positions))
     alone = sum(
-        llm_flops(config.text_config, num_tokens=n, num_logits=sum(lesson.counts) // 5, adapter=config.adapter)
+        llm_flops(
+            config.text_config, num_tokens=n, num_logits=sum(training_batch.target_counts) // 5, adapter=config.adapter
+        )
         for n in lengths
     )
     return {

@@ -33,14 +33,14 @@ from turns import options
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.config.model import MediumConfig, ModelConfig
 from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
-from mllm.training.pipeline.balance import Load, drawn_tokens, simulate
-from mllm.training.pipeline.token_scan import Looked, look_all
-from mllm.training.run import build_sampler
+from mllm.training.pipeline.balance import AS_SAMPLED, RankLoad, sampled_tokens, simulate
+from mllm.training.pipeline.dataset import build_sampler
+from mllm.training.pipeline.token_scan import SampleTokens, measure_samples
 
 GOAL = 1.05
 TOKENS_PER_BATCH = 4096
@@ -49,7 +49,7 @@ IMAGE_BUDGETS = [Budget.parse(f"image={count}") for count in COUNTS]
 AUDIO_RATES, VIDEO_RATES = (4, 16), (2, 5)
 SPEECH_BUDGETS = [Budget.parse(f"audio=/{a},video=/{v}") for a, v in itertools.product(AUDIO_RATES, VIDEO_RATES)]
 TASK_MEDIA: dict[str, tuple[Medium, ...]] = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}
-BUDGET_PER_RANK, SAME_BUDGETS = "a budget per rank", "as drawn"
+BUDGET_PER_RANK = "a budget per rank"
 TOKENS_PER_SECOND = 4.0
 """Tokens of a second of speech that is written down."""
 
@@ -123,36 +123,43 @@ def filled(lengths: Sequence[int], *, max_tokens: int, max_rows: int) -> list[li
 
 
 def at_random(
-    looked: Sequence[Looked], sampler: Sampler, *, data: DataConfig, num_ranks: int, budgets: Sequence[Budget]
-) -> dict[str, Load]:
+    measured: Sequence[SampleTokens],
+    sampler: BudgetSampler,
+    *,
+    data: DataConfig,
+    num_ranks: int,
+    budgets: Sequence[Budget],
+) -> dict[str, RankLoad]:
     """Count the loads of batches that are shuffled and dealt round robin, by who samples the budget, and at each
     budget."""
     space = sampler.space
-    largest = [one.tokens(space.largest(), space) for one in looked]
+    largest = [one.tokens(space.largest(), space) for one in measured]
     batches = filled(largest, max_tokens=data.tokens_per_batch, max_rows=data.max_rows)
     np.random.default_rng(0).shuffle(batches)
     batches += batches[: -len(batches) % num_ranks]  # what torch's DistributedSampler does
-    fixed = costs_at(looked, budgets, sampler)
-    loads = {name: Load() for name in (BUDGET_PER_RANK, SAME_BUDGETS, *fixed)}
+    fixed = costs_at(measured, budgets, sampler)
+    loads = {name: RankLoad() for name in (BUDGET_PER_RANK, AS_SAMPLED, *fixed)}
     for step, start in enumerate(range(0, len(batches), num_ranks)):
         dealt = batches[start : start + num_ranks]
-        for name in (BUDGET_PER_RANK, SAME_BUDGETS):
-            costs = np.zeros(len(looked), np.int64)
+        for name in (BUDGET_PER_RANK, AS_SAMPLED):
+            costs = np.zeros(len(measured), np.int64)
             for rank, batch in enumerate(dealt):
                 number = step * num_ranks + rank if name == BUDGET_PER_RANK else step
-                costs[batch] = [drawn_tokens(looked[index], sampler, number) for index in batch]
+                costs[batch] = [sampled_tokens(measured[index], sampler, number) for index in batch]
             loads[name].add(costs, dealt, num_ranks)
         for name, costs in fixed.items():
             loads[name].add(costs, dealt, num_ranks)
     return loads
 
 
-def costs_at(looked: Sequence[Looked], budgets: Sequence[Budget], sampler: Sampler) -> dict[str, np.ndarray]:
+def costs_at(
+    measured: Sequence[SampleTokens], budgets: Sequence[Budget], sampler: BudgetSampler
+) -> dict[str, np.ndarray]:
     """Count the tokens of every sample at each budget."""
-    return {str(budget): np.array([one.tokens(budget, sampler.space) for one in looked]) for budget in budgets}
+    return {str(budget): np.array([one.tokens(budget, sampler.space) for one in measured]) for budget in budgets}
 
 
-def worst(loads: Mapping[str, Load], *, padded: bool = False) -> float:
+def worst(loads: Mapping[str, RankLoad], *, padded: bool = False) -> float:
     """Compute fullest over mean rank at the budget, or the sampled budgets all ranks share, where it is worst."""
     key = "padded_imbalance" if padded else "imbalance"
     return max(float(str(load.facts()[key])) for name, load in loads.items() if name != BUDGET_PER_RANK)
@@ -166,17 +173,17 @@ def compare(name: str, samples: Sequence[Sample], case: Case, num_ranks: int, ta
     """
     processor = build_processor(case.settings.model, case.encoders)
     sampler = build_sampler(case.settings, processor.space)
-    looked = look_all(samples, processor)
+    measured = measure_samples(samples, processor)
     shared = {"num_ranks": num_ranks, "budgets": case.budgets}
-    theirs = at_random(looked, sampler, data=case.settings.data, **shared)
-    ours = simulate(samples, processor, sampler, settings=case.settings, epochs=1, **shared)
-    for budget, costs in costs_at(looked, case.budgets, sampler).items():
+    theirs = at_random(measured, sampler, data=case.settings.data, **shared)
+    ours = simulate(samples, processor, sampler, config=case.settings, epochs=1, **shared)
+    for budget, costs in costs_at(measured, case.budgets, sampler).items():
         if np.sum(ours[budget].tokens) != costs.sum():
             raise SystemExit(f"FAILED: {name}: an epoch at {budget} is not every sample once")
     of_random_budgets = float(str(theirs[BUDGET_PER_RANK].facts()["imbalance"]))
     for way, loads in (("at random", theirs), ("dealt out", ours)):
         of_own_budgets = f"{of_random_budgets:.3f}" if way == "at random" else ""
-        steps = str(len(loads[SAME_BUDGETS].tokens))
+        steps = str(len(loads[AS_SAMPLED].tokens))
         table.add_row(name, way, steps, of_own_budgets, f"{worst(loads):.3f}", f"{worst(loads, padded=True):.3f}")
     return Outcome(
         f"fullest over mean of {num_ranks} ranks, {name}",

@@ -25,16 +25,25 @@ from mllm.checkpoints.build import config_of_parts, expert_names, put_adapters, 
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.evaluation.flops import llm_flops
-from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration, Features
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing
 from mllm.packing.plan import SegmentPlan
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
 from mllm.synthetic.tokenizer import build_tokenizer
-from mllm.training.budget_rows import Pass, by_draw, fixed_passes, make_lesson, num_targets
-from mllm.training.loss import Loss
-from mllm.training.step import frozen_features, run_lesson
+from mllm.training.loss import ChunkedTargetLoss
+from mllm.training.step import (
+    BudgetView,
+    TrainingBatch,
+    fixed_views,
+    forward,
+    frozen_features,
+    make_training_batch,
+    num_targets,
+    split_by_budget,
+    total_loss,
+)
 
 HEAD_FRACTION_VOCABULARY = 6568
 """Words at which the head of the LLM below is 21 % of the FLOPs of a token, as in Llama-3.2-1B."""
@@ -120,29 +129,43 @@ def packed_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
     """Go forward and backward once over all budgets, from the rows of a batch on; return the loss."""
-    return _learn(model, processor, batch, [fixed_passes(batch.rows, budgets)])
+    return _learn(model, processor, batch, [fixed_views(batch.rows, budgets)])
 
 
 def low_memory_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
     """Go forward and backward once per budget on the same features; return the loss."""
-    return _learn(model, processor, batch, by_draw(fixed_passes(batch.rows, budgets)))
+    return _learn(model, processor, batch, split_by_budget(fixed_views(batch.rows, budgets)))
 
 
 def _learn(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, groups: Sequence[list[Pass]]
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    batch: Batch,
+    groups: Sequence[list[BudgetView]],
 ) -> float:
     features = frozen_features(model, batch, CPU)
-    total = 0.0
-    for group in groups:
-        lesson = make_lesson(batch, group, processor, packed=True)
-        loss: Loss = run_lesson(
-            model, lesson, num_targets(batch.rows), config=model.config, device=CPU, features=features
-        )[0]
-        loss.total.backward()
-        total += loss.total.item()
-    return total
+    return sum(
+        learn(model, make_training_batch(batch, group, processor, packed=True), num_targets(batch.rows), features)
+        for group in groups
+    )
+
+
+def learn(
+    model: ElasticForConditionalGeneration,
+    training_batch: TrainingBatch,
+    targets: int,
+    features: Mapping[str, Features] | None,
+) -> float:
+    """Run forward, loss and backward as the trainer does; return the loss."""
+    target_loss = ChunkedTargetLoss(
+        training_batch.targets, targets, vocabulary_size=model.config.get_text_config().vocab_size
+    )
+    outputs = forward(model, training_batch, target_loss, device=CPU, features=features)
+    loss = total_loss(outputs, training_batch, config=model.config, num_targets=targets).total
+    loss.backward()
+    return loss.item()
 
 
 def packed_llm_flops(config: Any, plan: SegmentPlan, *, num_logits: int) -> int:

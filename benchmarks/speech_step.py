@@ -26,6 +26,7 @@ from side_by_side import (
     Compared,
     build,
     compare_steps,
+    learn,
     packed_llm_flops,
     rows_of,
     words,
@@ -38,12 +39,10 @@ from turns import options
 from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
 from mllm.encoders import AVHubertConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
-from mllm.model.backbone import Features
-from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration, Features
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.budget_rows import Lesson, fixed_passes, make_lesson, num_targets
-from mllm.training.step import frozen_features, run_lesson
+from mllm.training.step import TrainingBatch, fixed_views, frozen_features, make_training_batch, num_targets
 
 SECONDS = 6
 RATES = {"audio": 4, "video": 2}
@@ -111,11 +110,11 @@ def projected(model: ElasticForConditionalGeneration, batch: Batch, medium: str)
     return bank[bank.budgets.index(RATES[medium])](pooled)
 
 
-def lesson_of(processor: ElasticProcessor, batch: Batch) -> Lesson:
+def training_batch_of(processor: ElasticProcessor, batch: Batch) -> TrainingBatch:
     """Pack all three tasks into one row."""
-    passes = fixed_passes(batch.rows, [BUDGET])
-    weighted = [replace(own, weight=WEIGHTS[batch.rows[own.row].task]) for own in passes]
-    return make_lesson(batch, weighted, processor, packed=True)
+    views = fixed_views(batch.rows, [BUDGET])
+    weighted = [replace(view, weight=WEIGHTS[batch.rows[view.row].task]) for view in views]
+    return make_training_batch(batch, weighted, processor, packed=True)
 
 
 def packed(
@@ -125,22 +124,19 @@ def packed(
     features: Mapping[str, Features] | None,
 ) -> float:
     """Go forward and backward once."""
-    options = {"config": model.config, "device": CPU, "features": features}
-    loss = run_lesson(model, lesson_of(processor, batch), num_targets(batch.rows), **options)[0].total
-    loss.backward()
-    return loss.item()
+    return learn(model, training_batch_of(processor, batch), num_targets(batch.rows), features)
 
 
 def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
     """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; projectors learn."""
-    config, lesson = model.config, lesson_of(processor, batch)
-    assert lesson.plan is not None
+    config, training_batch = model.config, training_batch_of(processor, batch)
+    assert training_batch.plan is not None
     items = {"audio": Item("audio", 300, 75), "video": Item("video", 150, 75, 88, 88)}
     encoders = sum(encoder_flops(config.encoder_configs[m], item, config.media[m]) for m, item in items.items())
     projectors = sum(compressor_flops(config.media[m], item, in_size=256, out_size=512) for m, item in items.items())
-    lengths = [len(row.ids) + 74 * len(row.runs) for row in batch.rows]
+    lengths = [len(row.ids) + 74 * len(row.spans) for row in batch.rows]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
-    ours = 2 * packed_llm_flops(config, lesson.plan, num_logits=len(lesson.positions)) + 3 * projectors
+    ours = 2 * packed_llm_flops(config, training_batch.plan, num_logits=len(training_batch.positions)) + 3 * projectors
     return {
         "Omni-AVSR's": encoders + 3 * projectors / 2 + 2 * sum(passes),
         "packed": encoders + ours,

@@ -1,14 +1,13 @@
 """mllm: multimodal LLMs with an elastic token budget.
 
-Importing this is cheap: nothing of torch or transformers is loaded until it is used. From then on transformers' Auto
-classes know the model type `elastic`.
+Importing this is cheap and changes nothing: torch and transformers are loaded when something is used. `mllm.register()`
+makes transformers' Auto classes know the model type `elastic`.
 """
 
 from importlib import import_module
 from typing import Any
 
 from mllm.budget import Budget, Space
-from mllm.checkpoints import auto_classes
 
 __version__ = "0.1.0"
 
@@ -20,14 +19,16 @@ _LAZY = {
     "export": "mllm.checkpoints.load",
     "load": "mllm.checkpoints.load",
     "register": "mllm.checkpoints.auto_classes",
+    "train": "mllm.training.run",
 }
 
 __all__ = ["Budget", "Space", "__version__", *_LAZY]
-
-auto_classes.install()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'mllm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from mllm.utils.broken_packages import hide_broken_packages
+
+    hide_broken_packages()  # what is named above imports transformers, which fails with broken packages
     return getattr(import_module(_LAZY[name]), name)

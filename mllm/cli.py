@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run, settings = parse(words)
         _set_up_logging(debug=debug)
+        from mllm.utils.broken_packages import hide_broken_packages
+
+        hide_broken_packages()  # before a command imports transformers
         return run(settings)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

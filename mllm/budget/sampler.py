@@ -1,8 +1,8 @@
-"""Which budgets one optimizer step trains: a pure function of (seed, step), the same on every rank.
+"""Samples which budgets one optimizer step trains: a pure function of (seed, step), the same on every rank.
 
 Knows a space of budgets. Does not know torch, batches, models or losses.
 
-Modes: `all` trains every combination (M3, Llama-MTSK), `random` draws (MQT-LLaVA, Omni-AVSR), `sandwich` is the
+Modes: `all` trains every combination (M3, Llama-MTSK), `random` samples (MQT-LLaVA, Omni-AVSR), `sandwich` is the
 largest as teacher, random ones between, and the smallest (slimmable networks), `points` an explicit list.
 """
 
@@ -18,7 +18,7 @@ Mode = Literal["all", "random", "sandwich", "points"]
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampledBudget:
     """One budget of a step, its weight in the loss, and whether the others learn from its answers."""
 
     budget: Budget
@@ -27,14 +27,14 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """Draws the budgets of a step.
+class BudgetSampler:
+    """Samples the budgets of a step.
 
     Args:
-        space: what may be drawn.
+        space: what may be sampled.
         mode: see the file's docstring.
         num_draws: budgets per step; `random` takes 1 by default, `sandwich` 3, `points` all of its points.
-        seed: draws are a function of (seed, step, draw, medium) alone.
+        seed: what is sampled is a function of (seed, step, number of the budget, medium) alone.
         points: budgets of the mode `points`, every one naming only media of the space.
 
     Raises:
@@ -63,44 +63,46 @@ class Sampler:
             if missing := point.media - set(self.space.media):
                 raise ValueError(f"sampler.points names {min(missing)}, which the space does not hold")
 
-    def __call__(self, step: int, media: Iterable[str] | None = None) -> list[Draw]:
-        """The draws of a step.
+    def __call__(self, step: int, media: Iterable[str] | None = None) -> list[SampledBudget]:
+        """Sample the budgets of a step.
 
         Args:
             step: optimizer step; all its micro-batches train the same budgets.
-            media: media present in the batch. Others are left out and what then coincides is drawn once, so that a
-                batch of images is not run once per audio rate. A medium's draws do not depend on this.
+            media: media present in the row. Others are left out and budgets that then coincide come once, so that an
+                image is not run once per audio rate. What is sampled for a medium does not depend on this.
         """
         present = [medium for medium in self.space.media if media is None or medium in set(media)]
-        return _merge([self._restrict(draw, present) for draw in self._draws(step, present)])
+        return _merge([_restrict(sampled, present) for sampled in self._sample(step, present)])
 
     def possible(self, media: Iterable[str]) -> list[Budget]:
-        """Every budget that some step may draw for a batch of these media."""
+        """List every budget that some step may sample for a row of these media."""
         present = [medium for medium in self.space.media if medium in set(media)]
-        draws = [Draw(point) for point in self.points] or self._product(present)
-        return list(dict.fromkeys(self._restrict(draw, present).budget for draw in draws))
+        budgets = [SampledBudget(point) for point in self.points] or self._product(present)
+        return list(dict.fromkeys(_restrict(sampled, present).budget for sampled in budgets))
 
-    def _product(self, present: Sequence[str]) -> list[Draw]:
+    def _product(self, present: Sequence[str]) -> list[SampledBudget]:
         trained = [self.space.media[medium].trained for medium in present]
         frames = (self.space.frame_counts if "video" in present else ()) or (None,)
         return [
-            Draw(Budget(dict(zip(present, point, strict=True)), num_frames=count))
+            SampledBudget(Budget(dict(zip(present, point, strict=True)), num_frames=count))
             for point, count in itertools.product(itertools.product(*trained), frames)
         ]
 
-    def _draws(self, step: int, present: Sequence[str]) -> list[Draw]:
+    def _sample(self, step: int, present: Sequence[str]) -> list[SampledBudget]:
         if self.mode == "all":
             return self._product(present)
         if self.mode == "points":
             order = random.Random(f"{self.seed}:{step}:points").sample(range(len(self.points)), len(self.points))
             kept = sorted(order[: self.num_draws or len(self.points)])
-            return [Draw(self.points[index]) for index in kept]
+            return [SampledBudget(self.points[index]) for index in kept]
         if self.mode == "random":
-            return [Draw(self._random(step, index)) for index in range(self.num_draws or 1)]
-        between = [Draw(self._random(step, index)) for index in range((self.num_draws or 3) - 2)]
-        return [Draw(self.space.largest(), is_teacher=True), *between, Draw(self.space.smallest())]
+            return [SampledBudget(self._random(step, index)) for index in range(self.num_draws or 1)]
+        between = [SampledBudget(self._random(step, index)) for index in range((self.num_draws or 3) - 2)]
+        largest, smallest = self.space.largest(), self.space.smallest()
+        return [SampledBudget(largest, is_teacher=True), *between, SampledBudget(smallest)]
 
     def _random(self, step: int, index: int) -> Budget:
+        # Every medium has a generator of its own, so that adding a medium changes nothing for the others.
         frames = self.space.frame_counts
         return Budget(
             {
@@ -110,19 +112,18 @@ class Sampler:
             num_frames=random.Random(f"{self.seed}:{step}:{index}:frames").choice(frames) if frames else None,
         )
 
-    @staticmethod
-    def _restrict(draw: Draw, present: Sequence[str]) -> Draw:
-        return Draw(draw.budget.only(present), draw.weight, draw.is_teacher)
+
+def _restrict(sampled: SampledBudget, present: Sequence[str]) -> SampledBudget:
+    return SampledBudget(sampled.budget.only(present), sampled.weight, sampled.is_teacher)
 
 
-def _merge(draws: Sequence[Draw]) -> list[Draw]:
-    """Draws of the same budget become one that weighs their sum, so the expected loss stays what the mode says."""
-    merged: dict[Budget, Draw] = {}
-    for draw in draws:
-        before = merged.get(draw.budget)
-        merged[draw.budget] = (
-            draw
-            if before is None
-            else Draw(draw.budget, before.weight + draw.weight, before.is_teacher or draw.is_teacher)
-        )
+def _merge(budgets: Sequence[SampledBudget]) -> list[SampledBudget]:
+    """Merge equal budgets into one that weighs their sum, so the expected loss stays what the mode says."""
+    merged: dict[Budget, SampledBudget] = {}
+    for sampled in budgets:
+        before = merged.get(sampled.budget)
+        if before is not None:
+            weight, is_teacher = before.weight + sampled.weight, before.is_teacher or sampled.is_teacher
+            sampled = SampledBudget(sampled.budget, weight, is_teacher)
+        merged[sampled.budget] = sampled
     return list(merged.values())

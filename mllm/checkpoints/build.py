@@ -280,7 +280,7 @@ def put_adapters(model: ElasticForConditionalGeneration, *, seed: int = 0) -> No
     """Put the adapters that a model's config names into its encoders and its LLM, in place; they are in float32."""
     for medium, own in (model.config.media or {}).items():
         if own.get("encoder_adapter"):
-            build_adapter(model.model.tower(medium).backbone, {**own["encoder_adapter"], "seed": seed})
+            build_adapter(model.model.encoder(medium).backbone, {**own["encoder_adapter"], "seed": seed})
     if model.config.adapter is not None:
         build_adapter(model.model.language_model, {**model.config.adapter, "seed": seed})
     keep_in_float32(parameter for name, parameter in model.named_parameters() if part_of(name) == "adapter")

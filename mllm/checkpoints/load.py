@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mllm.adapters import merge_adapters, select_experts
+from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
@@ -28,6 +29,7 @@ from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
 from mllm.processing.processor import ElasticProcessor
+from mllm.utils.files import aside_of, flush_to_disk
 from mllm.utils.run_paths import NEWEST, PROCESSOR, model_folder, run_of
 
 TRAINABLES = "trainables.safetensors"
@@ -46,7 +48,7 @@ def save_run(
         state: the trainables when they do not lie whole in the model (ZeRO-3); the model's own otherwise.
     """
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.writing")
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     model.config.sources = seen_from(model.config.sources or {}, folder)
@@ -74,8 +76,7 @@ def save_trainables(state: Mapping[str, Tensor], path: Path) -> None:
     if empty := sorted(name for name, value in state.items() if value.numel() == 0):
         raise ValueError(f"refusing to save {empty[0]}, which has size 0: it was not gathered from its shards")
     write_tensors(state, path, metadata={"format": "pt"})
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    flush_to_disk(path)
 
 
 def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
@@ -128,6 +129,7 @@ def load(
         ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
             adapter that cannot be merged.
     """
+    register()
     allowed = MediaLimits.of(limits)
     own = model_folder(folder, checkpoint)
     model, processor = _load(own, dtype=read_dtype(dtype), attention=attention, sources=sources)

@@ -34,7 +34,7 @@ from transformers.utils.hub import cached_file
 
 from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
 from mllm.checkpoints.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
-from mllm.encoders import ENCODERS, backbone_class, backbone_config
+from mllm.encoders import ENCODERS, backbone_class, backbone_config, register_av_hubert
 
 NAMED_TENSORS = 4
 """How many tensors of each kind a message names before it counts the others."""
@@ -60,6 +60,7 @@ def read_config(reference: str) -> PreTrainedConfig:
             f"the config of {reference} says {refused[0]}={values[refused[0]]!r}; only plain weights in {WEIGHTS}, or "
             f"in the files that {WEIGHTS_INDEX} names, are read"
         )
+    register_av_hubert()
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except StrictDataclassError as error:

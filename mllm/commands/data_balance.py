@@ -43,10 +43,9 @@ def run(settings: Settings) -> int:
 
     from mllm.checkpoints.build import build_processor
     from mllm.commands.terminal import console
-    from mllm.training.pipeline.balance import simulate
-    from mllm.training.pipeline.data_look import build_sampler
+    from mllm.training.pipeline.balance import AS_SAMPLED, simulate
+    from mllm.training.pipeline.dataset import build_sampler, extreme_budgets
     from mllm.training.pipeline.loaders import read_samples
-    from mllm.training.run import extremes
 
     config = without_extras(RunConfig, settings)
     data = config.data
@@ -58,18 +57,18 @@ def run(settings: Settings) -> int:
     processor = build_processor(config.model, limits=data.limits)
     samples = read_samples(data.train, data)
     sampler = build_sampler(config, processor.space)
-    budgets = [Budget.parse(text) for text in settings.budgets] or extremes(sampler)
+    budgets = [Budget.parse(text) for text in settings.budgets] or extreme_budgets(sampler)
     loads = simulate(
         samples,
         processor,
         sampler,
-        settings=config,
+        config=config,
         num_ranks=settings.ranks,
         epochs=settings.simulated_epochs,
         budgets=budgets,
     )
     facts = {name: load.facts() for name, load in loads.items()}
-    steps = len(loads["as drawn"].tokens)
+    steps = len(loads[AS_SAMPLED].tokens)
     console().print(f"{len(samples)} samples, {settings.ranks} ranks, {steps} steps")
     for line in (_table(facts), *_advice(facts, grouped=data.group_by_media)):
         console().print(line)

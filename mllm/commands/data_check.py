@@ -78,10 +78,16 @@ def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderConfig) -> str
     """
     from mllm.checkpoints.build import build_processor
     from mllm.data.readers import read_listing
-    from mllm.training.pipeline.token_scan import FIRST_LOOK, check_targets, count_targets, drawn, target_report
+    from mllm.training.pipeline.token_scan import (
+        FIRST_SCAN,
+        check_targets,
+        count_targets,
+        evenly_sampled,
+        target_report,
+    )
 
     every = read_listing(manifest, root, reader).samples  # what is wrong with the others has been reported
-    samples = [every[number] for number in drawn(len(every), FIRST_LOOK)]
+    samples = [every[number] for number in evenly_sampled(len(every), FIRST_SCAN)]
     counted = count_targets(samples, build_processor(recipe.model).chat)
     ids, targets = [sample_id for sample_id, _ in counted], [count for _, count in counted]
     if not ids:

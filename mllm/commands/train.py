@@ -29,7 +29,7 @@ def run(settings: Settings) -> int:
     from mllm.training.interruption import how_to_go_on
     from mllm.training.run import train
     from mllm.utils.distributed import finish_launch
-    from mllm.utils.run_paths import SETTINGS
+    from mllm.utils.run_paths import RUN_CONFIG
 
     own = without_extras(RunConfig, settings)
     try:
@@ -39,7 +39,7 @@ def run(settings: Settings) -> int:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             folder = Path(own.train.out)
-            console(stderr=True).print(how_to_go_on(folder, folder / SETTINGS), soft_wrap=True, highlight=False)
+            console(stderr=True).print(how_to_go_on(folder, folder / RUN_CONFIG), soft_wrap=True, highlight=False)
         return 130
     finish_launch()
     console(stderr=True).print(f"trained: {folder}")

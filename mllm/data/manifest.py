@@ -23,6 +23,7 @@ from mllm.budget import MEDIA
 from mllm.data.json_lines import numbered_lines, read_object, unwritable
 from mllm.data.prompts import Medium
 from mllm.media.paths import path_problem
+from mllm.utils.files import written_whole
 
 ROLES = ("system", "user", "assistant")
 
@@ -141,24 +142,18 @@ def write_manifest(path: str | os.PathLike[str], samples: Iterable[Sample]) -> N
     Raises:
         ValueError: a sample that `read_manifest` would refuse, or an id used twice.
     """
-    target = Path(path)
-    aside = target.with_name(target.name + ".part")
     ids: set[str] = set()
-    try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for sample in samples:
-                row = _row_of(sample)
-                # Looked through as if it had been read: what is written here must be readable wherever it goes.
-                problems = _Inspector().row_problems(row)
-                if sample.id in ids:
-                    problems.append("id: used twice")
-                if problems:
-                    raise ValueError(f"sample {sample.id!r}: " + "; ".join(problems))
-                ids.add(sample.id)
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(path) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
+        for sample in samples:
+            row = _row_of(sample)
+            # Looked through as if it had been read: what is written here must be readable wherever it goes.
+            problems = _Inspector().row_problems(row)
+            if sample.id in ids:
+                problems.append("id: used twice")
+            if problems:
+                raise ValueError(f"sample {sample.id!r}: " + "; ".join(problems))
+            ids.add(sample.id)
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def rerooted(sample: Sample, folder: Path) -> Sample:

@@ -7,13 +7,14 @@ Knows lines, ranks and a fingerprint. Does not know models, metrics or media.
     out/hypotheses.jsonl     all answers in the order of the manifests, written at the end
 """
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from mllm.utils.files import cut_half_line, write_text_whole
 
 FINGERPRINT = "fingerprint.json"
 HYPOTHESES = "hypotheses.jsonl"
@@ -38,15 +39,6 @@ def key_of(line: Mapping[str, Any]) -> Key:
     return Key(line["set"], line["id"], line["snr_db"], line["budget"])
 
 
-def digest_of_file(path: str | Path) -> str:
-    """Computes the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class AnswerStore:
     """Reads and writes the answers of one output folder, for one rank.
 
@@ -68,7 +60,7 @@ class AnswerStore:
         (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
         file = self.folder / FINGERPRINT
         if not file.exists():
-            write_whole(file, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
+            write_text_whole(file, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
             return
         now = json.loads(json.dumps(dict(fingerprint)))
         if changed := list(_differences(json.loads(file.read_text()), now)):
@@ -101,18 +93,7 @@ class AnswerStore:
 
     def repair(self) -> None:
         """Cuts a half-written last line of this rank's file, so that what is appended begins on a new line."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears under its name only when it is whole."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+        cut_half_line(self.path)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mllm.budget import Budget
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, RequestCost, request_cost
 from mllm.evaluation.sweep import cost_problem
@@ -74,7 +74,7 @@ class Measured:
 
 def default_budgets(processor: ElasticProcessor, media: Sequence[str]) -> list[Budget]:
     """Lists all trained budgets of requests with these media; of more than 8, the two ends and some between."""
-    every = Sampler(processor.space, "all").possible(media)
+    every = BudgetSampler(processor.space, "all").possible(media)
     if len(every) <= MOST_BUDGETS:
         return every
     return [every[round(index)] for index in np.linspace(0, len(every) - 1, MOST_BUDGETS)]
@@ -165,8 +165,8 @@ def _cost(answerer: Answerer, batch: Batch, budget: Budget, answer: Answer) -> R
         return None
     sides = {"video": tuple(batch.values["video_values"].shape[-2:])} if "video_values" in batch.values else {}
     items = [
-        Item(run.extent.medium, run.extent.length, count.tokens, *sides.get(run.extent.medium, ()))
-        for run, count in zip(row.runs, row.token_counts(budget, answerer.processor.space), strict=True)
+        Item(span.extent.medium, span.extent.length, count.tokens, *sides.get(span.extent.medium, ()))
+        for span, count in zip(row.spans, row.token_counts(budget, answerer.processor.space), strict=True)
     ]
     return request_cost(
         config,

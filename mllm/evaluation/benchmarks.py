@@ -18,13 +18,14 @@ from urllib.parse import quote
 
 from mllm.data.manifest import Sample
 from mllm.evaluation import benchmark_table, oracle
-from mllm.evaluation.answer_store import Line, write_whole
+from mllm.evaluation.answer_store import Line
 from mllm.evaluation.benchmark_table import BenchmarkTable
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import Results, cut_notes
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
 from mllm.evaluation.work_list import is_for_server
+from mllm.utils.files import write_text_whole
 from mllm.utils.markdown import markdown_table
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
@@ -87,12 +88,12 @@ class BenchmarkReport:
 
     def write(self, folder: Path, *, with_plot: bool = True) -> None:
         """Writes `benchmarks.md`, `benchmarks.json` and `benchmarks.png`."""
-        write_whole(folder / MARKDOWN, self.to_markdown())
+        write_text_whole(folder / MARKDOWN, self.to_markdown())
         content = {
             "rows": benchmark_table.to_data(self.table),
             "oracles": [oracle.to_data(one) for one in self.oracles],
         }
-        write_whole(folder / DATA, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text_whole(folder / DATA, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         if with_plot:
             plot_pareto(self._plotted(), folder / PLOT, axes=AXES, with_front=True)
 

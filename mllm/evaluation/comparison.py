@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.evaluation import EVALUATION
-from mllm.evaluation.answer_store import FINGERPRINT, write_whole
+from mllm.evaluation.answer_store import FINGERPRINT
 from mllm.evaluation.plot import plot_pareto
 from mllm.evaluation.report import RESULTS, cut_notes
 from mllm.evaluation.speech_table import Block, Row, blocks_of, column_of, to_data, to_markdown
 from mllm.evaluation.vision_comparison import VisionComparison, columns_by_task, vision_comparison
+from mllm.utils.files import write_text_whole
 from mllm.utils.run_paths import CHECKPOINT_NAME, CONFIG, PROCESSOR, results_folder
 
 MARKDOWN, DATA, PLOT = "speech.md", "speech.json", "speech.png"
@@ -72,19 +73,19 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         notes = "".join(f"\n{note}\n" for note in self.notes)
         if blocks := self.blocks:
-            write_whole(folder / MARKDOWN, to_markdown(blocks) + notes)
+            write_text_whole(folder / MARKDOWN, to_markdown(blocks) + notes)
             self._write_data(folder / DATA, blocks=to_data(blocks))
             if with_plot:
                 plot_pareto(self._plotted(), folder / PLOT, axes=AXES)
         if (vision := self.vision) is not None:
-            write_whole(folder / VISION_MARKDOWN, vision.to_markdown() + notes)
+            write_text_whole(folder / VISION_MARKDOWN, vision.to_markdown() + notes)
             self._write_data(folder / VISION_DATA, models=vision.to_data())
             if with_plot:
                 plot_pareto(vision.plotted, folder / VISION_PLOT)
 
     def _write_data(self, file: Path, **content: Any) -> None:
         content |= {"differences": self.differences, "cut": self.cut}
-        write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _plotted(self) -> list[Row]:
         names = len(self.rows) > 1

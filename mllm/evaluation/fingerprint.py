@@ -16,7 +16,7 @@ from typing import Any
 from mllm.checkpoints.load import TRAINABLES
 from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Sample
-from mllm.evaluation.answer_store import digest_of_file
+from mllm.utils.files import digest_of_file
 from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
 
 BY_CONTENT = ("model", "checkpoint", "sources", "manifest", "noise", "seed")

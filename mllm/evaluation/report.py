@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.table import Table
 
-from mllm.evaluation.answer_store import Line, write_whole
+from mllm.evaluation.answer_store import Line
 from mllm.evaluation.scoring import scorer_of
+from mllm.utils.files import write_text_whole
 
 RESULTS = "results.json"
 CSV = "results.csv"
@@ -40,13 +41,13 @@ class Results:
     def write(self, folder: Path) -> None:
         """Writes `results.json` and `results.csv`, each whole or not at all."""
         content = {"facts": dict(self.facts), "rows": self.rows, "failures": self.failures}
-        write_whole(folder / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text_whole(folder / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         text = io.StringIO()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(folder / CSV, text.getvalue())
+        write_text_whole(folder / CSV, text.getvalue())
 
 
 def summarise(lines: Sequence[Line], *, seed: int, facts: Mapping[str, Any] | None = None) -> Results:

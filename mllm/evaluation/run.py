@@ -17,7 +17,7 @@ from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.data.vision.short_answers import question_ids
-from mllm.evaluation.answer_store import HYPOTHESES, AnswerStore, Line, digest_of_file, write_whole
+from mllm.evaluation.answer_store import HYPOTHESES, AnswerStore, Line
 from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.fingerprint import fingerprint_of
@@ -29,7 +29,8 @@ from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio
 from mllm.transforms.noise import MixNoise
-from mllm.utils.run_paths import SETTINGS, run_of
+from mllm.utils.files import digest_of_file, write_text_whole
+from mllm.utils.run_paths import RUN_CONFIG, run_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -176,7 +177,7 @@ def check_noise(settings: EvaluationConfig) -> None:
     Raises:
         ValueError: the same file, or a copy of it.
     """
-    run_config = run_of(settings.model) / SETTINGS
+    run_config = run_of(settings.model) / RUN_CONFIG
     if settings.noise is None or settings.allow_training_noise or not run_config.is_file():
         return
     trained = yaml.safe_load(run_config.read_text(encoding="utf-8")).get("data", {}).get("noise")
@@ -237,7 +238,7 @@ def conclude(
         RuntimeError: answers are missing, because a rank ended early.
     """
     lines = gather(work, store)
-    write_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text_whole(store.folder / HYPOTHESES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     results = summarise(lines, seed=seed, facts=facts)
     results.write(store.folder)
     model, limit = short_name(str(results.facts.get("model", "model"))), results.facts.get("max_new_tokens")

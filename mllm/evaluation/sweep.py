@@ -25,7 +25,7 @@ from mllm.inference.answerer import Answer, Answerer, is_trained
 from mllm.inference.grouping import group_by, number_per_batch
 from mllm.inference.long_audio import Window, join_answers, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
-from mllm.processing.batch import Row, check_length
+from mllm.processing.batch import EncodedSample, check_length
 from mllm.processing.processor import LoadedMedia
 from mllm.transforms.noise import MixNoise
 from mllm.utils.random_generator import random_generator
@@ -118,7 +118,7 @@ class Sweep:
         for same_media in group_by(split, lambda item: item.work.media_key):
             yield from self._answer_windows(same_media, budgets)
 
-    def _check(self, row: Row, budget: Budget) -> None:
+    def _check(self, row: EncodedSample, budget: Budget) -> None:
         """Refuses a budget that a row cannot be answered at.
 
         Raises:
@@ -127,7 +127,7 @@ class Sweep:
         space = self.answerer.processor.space
         counts = row.token_counts(budget, space)
         check_length(row, counts, self.answerer.processor.context_tokens)
-        if not self.allow_untrained and not is_trained([run.extent for run in row.runs], counts, space):
+        if not self.allow_untrained and not is_trained([span.extent for span in row.spans], counts, space):
             raise ValueError(f"sample {row.sample_id!r}: {untrained_message(budget, space)}")
 
     def _answer_together(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
@@ -148,7 +148,7 @@ class Sweep:
             for answers in by_budget:
                 yield self._joined_line(item, rows, answers[number])
 
-    def _joined_line(self, item: Loaded, rows: Sequence[Row], answers: Sequence[Answer]) -> Line:
+    def _joined_line(self, item: Loaded, rows: Sequence[EncodedSample], answers: Sequence[Answer]) -> Line:
         """Makes the line of a sample that was answered window by window; tokens and cost are those of all windows."""
         lines = [
             self._line(Loaded(item.work, window.media), row, answer)
@@ -178,12 +178,12 @@ class Sweep:
         generator = random_generator(self.seed, 0, work.sample.id, f"evaluation noise {ratio:g}")
         return lambda audio: mix(audio, generator)
 
-    def _rows(self, items: Sequence[Loaded]) -> Sequence[Row]:
+    def _rows(self, items: Sequence[Loaded]) -> Sequence[EncodedSample]:
         samples: list[Sample] = [item.work.sample for item in items]
         media = [item.media for item in items]
         return self.answerer.processor.batch(samples, media, for_training=False, with_values=False).rows
 
-    def _line(self, item: Loaded, row: Row, answer: Answer) -> Line:
+    def _line(self, item: Loaded, row: EncodedSample, answer: Answer) -> Line:
         return {
             **_facts(item.work, answer.budget),
             "hypothesis": answer.text,
@@ -196,7 +196,7 @@ class Sweep:
             "cost": self._cost(item, row, answer),
         }
 
-    def _cost(self, item: Loaded, row: Row, answer: Answer) -> dict[str, int] | None:
+    def _cost(self, item: Loaded, row: EncodedSample, answer: Answer) -> dict[str, int] | None:
         """Computes FLOPs by part and bytes of cache, of the sample asked alone; None for a model without a formula.
 
         What it shared with other questions about its media is counted whole, so that no figure depends on company.
@@ -207,8 +207,8 @@ class Sweep:
         counts = row.token_counts(answer.budget, self.answerer.processor.space)
         items = [
             encoded
-            for run, count, medium in zip(row.runs, counts, item.media, strict=True)
-            for encoded in items_of(run.extent, count, frame_pixels=medium.values.shape[-2:])
+            for span, count, medium in zip(row.spans, counts, item.media, strict=True)
+            for encoded in items_of(span.extent, count, frame_pixels=medium.values.shape[-2:])
         ]
         cost = request_cost(
             config,
@@ -229,10 +229,10 @@ class Sweep:
         }
 
 
-def _seconds(row: Row) -> float | None:
+def _seconds(row: EncodedSample) -> float | None:
     """Tells how long the longest audio or video of a row lasts."""
     lasts = [
-        float(run.extent.length / run.extent.frames_per_second) for run in row.runs if run.extent.frames_per_second
+        float(span.extent.length / span.extent.frames_per_second) for span in row.spans if span.extent.frames_per_second
     ]
     return round(max(lasts), 3) if lasts else None
 

@@ -315,8 +315,8 @@ class Answerer:
             Answer(
                 text=text.strip(),
                 budget=budget,
-                tokens=tokens_by_medium([run.extent for run in row.runs], counts),
-                is_trained=is_trained([run.extent for run in row.runs], counts, self.processor.space),
+                tokens=tokens_by_medium([span.extent for span in row.spans], counts),
+                is_trained=is_trained([span.extent for span in row.spans], counts, self.processor.space),
                 num_prompt_tokens=length,
                 num_new_tokens=len(new),
                 timing=watch.timing(),

@@ -25,10 +25,10 @@ from mllm.inference.request import Answer, Files, is_trained, tokens_by_medium
 from mllm.kv_cache.beam import spread
 from mllm.kv_cache.names import cache_argument
 from mllm.media import MediaLoader
-from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS
+from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import as_weights_of
-from mllm.processing.batch import Row
+from mllm.processing.batch import EncodedSample
 from mllm.processing.processor import ElasticProcessor
 
 MEDIUM = "image"
@@ -147,7 +147,7 @@ class ProgressiveSession:
             )
         end_ids = end_ids_of(self._model, processor, decoding)
         new = up_to_end(ids_with_prompt[0, len(ids) :].tolist(), end_ids)
-        extents = [run.extent for run in row.runs]
+        extents = [span.extent for span in row.spans]
         return Answer(
             text=processor.batch_decode([new], skip_special_tokens=True)[0].strip(),
             budget=self.budget,
@@ -185,7 +185,7 @@ class ProgressiveSession:
     def _words(self, ids: Sequence[int]) -> Tensor:
         """Embeds n ids, (1, n, H)."""
         device = self._model.device
-        return self._model.model.words(torch.tensor([ids], dtype=torch.int64, device=device))
+        return self._model.model.embed_text(torch.tensor([ids], dtype=torch.int64, device=device))
 
     def _expert_inputs(self) -> dict[str, Tensor]:
         return {key: torch.tensor([id_], device=self._model.device) for key, id_ in self._expert_ids.items()}
@@ -216,7 +216,7 @@ class ProgressiveSession:
             self._unread = self._unread[:, :0]
         return output.logits[0, -1], cache
 
-    def _prompt(self, text: str | None) -> tuple[list[int], Row]:
+    def _prompt(self, text: str | None) -> tuple[list[int], EncodedSample]:
         """Makes the ids of a question, with the pad id for each soft token, and its row."""
         processor = self._processor
         samples = samples_about(self._files, [text], processor)

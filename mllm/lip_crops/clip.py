@@ -8,7 +8,6 @@ Shapes: T frames, H rows and W columns of a frame, S side of a crop.
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from mllm.lip_crops.recording import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, AlignedA
 from mllm.lip_crops.sheet import draw_strip
 from mllm.lip_crops.tracks import Track, choose, follow
 from mllm.media import MediaError, to_gray, write_audio, write_video
+from mllm.utils.files import written_whole
 
 Status = Literal["done", "skipped", "failed"]
 Finder = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -131,17 +131,11 @@ def _cut(job: ClipJob, path: CropPath) -> tuple[np.ndarray, np.ndarray]:
 def _write(job: ClipJob, crops: np.ndarray, audio: AlignedAudio | None) -> None:
     """Write outputs that appear under their names only when they are whole, the crop last."""
     job.output(".mp4").parent.mkdir(parents=True, exist_ok=True)
-    parts = [job.output(f"{suffix}.part") for suffix in (".wav", ".mp4")]
-    try:
-        if audio is not None:
-            write_audio(parts[0], audio.samples, SAMPLE_RATE_HZ)
-            os.replace(parts[0], job.output(".wav"))
-        write_video(parts[1], crops, frames_per_second=FRAMES_PER_SECOND)
-        os.replace(parts[1], job.output(".mp4"))
-    finally:
-        for part in parts:
-            with suppress(FileNotFoundError):
-                part.unlink()
+    if audio is not None:
+        with written_whole(job.output(".wav")) as aside:
+            write_audio(aside, audio.samples, SAMPLE_RATE_HZ)
+    with written_whole(job.output(".mp4")) as aside:
+        write_video(aside, crops, frames_per_second=FRAMES_PER_SECOND)
 
 
 def _show(

@@ -27,6 +27,7 @@ from mllm.lip_crops.faces import check_installed
 from mllm.lip_crops.sheet import draw_sheet
 from mllm.media import path_problem
 from mllm.media.containers import VIDEO_SUFFIXES
+from mllm.utils.files import write_text_whole
 from mllm.utils.progress import Progress
 
 REPORT, MANIFEST, SHEET, LOG = "prepare.jsonl", "manifest.jsonl", "contact_sheet.png", "prepare.log"
@@ -194,9 +195,7 @@ def _is_made(job: ClipJob, row: dict[str, Any] | None) -> bool:
 
 
 def _write_report(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    write_text_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _samples(row: dict[str, Any]) -> Iterator[Sample]:

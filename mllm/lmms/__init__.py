@@ -16,4 +16,7 @@ def manifest() -> "ModelManifest":
     """Makes what an entry point in the group `lmms_eval.models` names, so that `lmms-eval --model mllm` finds it."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    from mllm.utils.broken_packages import hide_broken_packages
+
+    hide_broken_packages()
     return ModelManifest(model_id=MODEL_NAME, chat_class_path="mllm.lmms.model.ElasticChat")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.budget import MEDIA, Space
+from mllm.encoders.av_hubert import register_av_hubert
 
 # Names that generation utilities and serving engines look for.
 CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "video_config"}
@@ -56,6 +57,7 @@ class ElasticConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        register_av_hubert()
         for key in self.sub_configs:
             value = getattr(self, key)
             if isinstance(value, dict):

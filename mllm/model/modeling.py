@@ -1,34 +1,364 @@
-"""The elastic model with the LLM's head, as a native transformers model.
+"""Builds the elastic model as a native transformers model: encoders, compressors, an unmodified decoder LLM, its head.
 
-Knows tensors and counts. Does not know paths, text, budgets as words, or which budgets a step draws.
-`model/backbone.py` draws the forward pass.
+Knows tensors and counts. Does not know paths, text, budgets as words, or which budgets a step samples.
+`generate` is in `generation.py`.
 
-Shapes: B rows, S positions, N encoded media items, R placeholder runs, P positions whose logits are wanted, T frames of
-the longest clip, H the LLM's hidden size, V its vocabulary.
+Shapes: B rows, S positions, N encoded media items, R spans of placeholders, T features of the longest item, K soft
+tokens of the longest span, D an encoder's feature size, H the LLM's hidden size, V its vocabulary, P positions whose
+logits are wanted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from mllm.adapters.adapter_inputs import KEYWORD
-from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once
-from mllm.kv_cache.names import cache_argument, cache_of, one_cache
-from mllm.kv_cache.shared_prefix import Prefixes
-from mllm.model.backbone import MEDIA_KEYS, VALUE_KEYS, ElasticModel, Features
-from mllm.model.base import ElasticPreTrainedModel
-from mllm.model.configuration import ElasticConfig
+from mllm.budget import SETTINGS as SPACE_SETTINGS
+from mllm.budget.tiling import Tiling
+from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
+from mllm.compressors import Compressor, Newline, build_compressor
+from mllm.encoders import SETTINGS as ENCODER_SETTINGS
+from mllm.encoders import build_encoder
+from mllm.kv_cache.names import CACHE_NAMES, cache_argument, cache_of, one_cache
+from mllm.model.configuration import TOWER_NAMES, ElasticConfig
+from mllm.model.expert_losses import adapter_inputs_of, routing_losses_of
+from mllm.model.generation import ElasticGenerationMixin
+from mllm.model.media_arguments import MEDIA_KEYS, SIZE_KEYS, VALUE_KEYS
+from mllm.model.new_tokens import NewTokens
+from mllm.model.precision import as_weights_of
+from mllm.model.splice import check_placeholders, merge, place_in_order
+from mllm.model.trainables import is_sharded
 from mllm.packing.attention import KEYWORD as PLAN_KEYWORD
 from mllm.packing.attention import PackedAttention, is_enabled, packed_mask
 from mllm.packing.plan import SegmentPlan
 
-Reader = Callable[[Callable[[Tensor], Tensor], Tensor], dict[str, Tensor]]
-"""Takes the head and hidden states (P, H); gives a `loss` and whatever else is wanted, by name."""
+
+@dataclass(frozen=True)
+class Features:
+    """Holds what an encoder gave: values (N, T, D), true lengths (N,); grids (N, 2) where they differ."""
+
+    values: Tensor
+    lengths: Tensor
+    grids: Tensor | None = None
+
+
+class ElasticPreTrainedModel(PreTrainedModel):
+    """Holds what the two model classes share: the config class, and the initialisation of compressors."""
+
+    config_class = ElasticConfig
+    config: ElasticConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
+    supports_gradient_checkpointing = True
+    # Of an export that is loaded in half precision; see `mllm.model.precision`.
+    _keep_in_fp32_modules_strict = ["compressors", "newline", "new_tokens"]  # noqa: RUF012 (read by transformers)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012 (read by transformers)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        is_ours = type(module).__module__.startswith(("mllm.compressors", "mllm.model.new_tokens"))
+        if is_ours and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
+
+
+class ElasticModel(ElasticPreTrainedModel):
+    """Runs encoders, compressors and the decoder, without the head.
+
+        pixel_values ─ vision_tower ─┐
+        audio_values ─ audio_tower ──┼─ features (N, T, D) ─ compressors[medium] ─ soft tokens (R, K, H) ─┐
+        video_values ─ video_tower ──┘   once per item            by each span's own count                │
+        input_ids ─ embed_text ───────────────────────────────────────────────────────── merge ── language_model
+
+    A span is one stretch of placeholders in `input_ids`. `*_index` says which encoded item a span shows, so several
+    rows, or several budgets of one row, share one encoding; without it span i shows item i. The tiles of an image are
+    items and spans of their own; `image_layout` then says which token of which span each placeholder stands for, or
+    that it is the learned newline.
+    """
+
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        assert text is not None
+        assert config.media is not None
+        self.language_model = AutoModel.from_config(text, trust_remote_code=False)
+        for medium, encoder_config in config.encoder_configs.items():
+            _check_settings(medium, config.media[medium])
+            setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, config.media[medium]))
+        self.compressors = nn.ModuleDict(
+            {
+                medium: build_compressor(
+                    medium,
+                    config.media[medium],
+                    in_size=self.encoder(medium).hidden_size,
+                    out_size=text.hidden_size,
+                    grid=getattr(self.encoder(medium), "grid", None),
+                    max_patches=getattr(self.encoder(medium), "max_patches", None),
+                )
+                for medium in config.encoder_configs
+            }
+        )
+        tiling = _tiling(config)
+        self.newline = Newline(text.hidden_size) if tiling is not None and tiling.newline else None
+        self.new_tokens = _new_tokens(config)
+        self.post_init()
+
+    def encoder(self, medium: str) -> Any:
+        """Return the encoder of a medium."""
+        return getattr(self, TOWER_NAMES[medium])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """Embed token ids (B, S) as (B, S, H): by the LLM's own embedding, and new tokens by their own rows."""
+        embed = self.get_input_embeddings()
+        return embed(input_ids) if self.new_tokens is None else self.new_tokens(input_ids, embed)
+
+    def encode(self, medium: str, values: Tensor, lengths: Tensor | None = None) -> Features:
+        """Run a medium's encoder once; without gradient unless something in it trains.
+
+        Args:
+            values: raw input of the encoder, items first; of any floating dtype.
+            lengths: (N,) true raw lengths of a stream; (N, 2) grids of images that keep their shape.
+
+        Returns:
+            Features in the dtype of the medium's compressor.
+        """
+        encoder = self.encoder(medium)
+        trains = any(parameter.requires_grad for parameter in encoder.parameters())
+        values = as_weights_of(encoder, values)
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            if medium == "image" and lengths is None:
+                features = encoder(values)
+                counts = features.new_full(features.shape[:1], features.shape[1], dtype=torch.int64)
+            else:
+                features, counts = encoder(values, lengths)
+            features = as_weights_of(self.compressors[medium], features)
+        return Features(features, counts, grids=lengths if medium == "image" else None)
+
+    def compress(
+        self,
+        medium: str,
+        features: Features,
+        *,
+        num_tokens: Tensor,
+        rates: Tensor | None = None,
+        index: Tensor | None = None,
+        max_tokens: int,
+        groups: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
+        """Compress features to the soft tokens of every span at its own budget.
+
+        Args:
+            num_tokens: (R,) soft tokens of each span.
+            rates: (R,) frames per token, 0 where a count was asked for; None for images.
+            index: (R,) the encoded item of each span; None means one span per item.
+            max_tokens: an upper bound of `num_tokens` known on the host.
+            groups: see `Compressor.compress_spans`, which then computes spans with an index.
+
+        Returns:
+            (R, K, H) with K = max_tokens, zero beyond each span's own count.
+        """
+        values, lengths = features.values, features.lengths
+        grids = {} if features.grids is None else {"grids": features.grids}
+        rates = torch.zeros_like(num_tokens) if rates is None else rates
+        if groups and is_sharded(self.compressors[medium]):
+            # Weights are gathered at every call, and all processes must call equally often: those without groups, once.
+            max_tokens, groups = max(most for _, most in groups), ()
+        if groups:
+            assert index is not None
+            compressor = cast(Compressor, self.compressors[medium])
+            return compressor.compress_spans(
+                values, lengths, index, tokens=num_tokens, rates=rates, groups=groups, **grids
+            )
+        if index is not None:
+            values, lengths = values[index], lengths[index]
+            grids = {name: grid[index] for name, grid in grids.items()}
+        return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens, **grids)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        num_image_tokens: Tensor,
+        image_index: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Compute soft tokens of images: `pooler_output` is a list of (n_i, H), one per span."""
+        return self._features_output("image", pixel_values, image_grids, num_image_tokens, None, image_index)
+
+    def get_audio_features(
+        self,
+        audio_values: Tensor,
+        audio_lengths: Tensor,
+        num_audio_tokens: Tensor,
+        audio_rates: Tensor | None = None,
+        audio_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Compute soft tokens of audio clips: `pooler_output` is a list of (n_i, H), one per span."""
+        return self._features_output("audio", audio_values, audio_lengths, num_audio_tokens, audio_rates, audio_index)
+
+    def get_video_features(
+        self,
+        video_values: Tensor,
+        video_lengths: Tensor,
+        num_video_tokens: Tensor,
+        video_rates: Tensor | None = None,
+        video_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Compute soft tokens of videos: `pooler_output` is a list of (n_i, H), one per span."""
+        return self._features_output("video", video_values, video_lengths, num_video_tokens, video_rates, video_index)
+
+    def _features_output(
+        self,
+        medium: str,
+        values: Tensor,
+        lengths: Tensor | None,
+        num_tokens: Tensor,
+        rates: Tensor | None,
+        index: Tensor | None,
+    ) -> BaseModelOutputWithPooling:
+        features = self.encode(medium, values, lengths)
+        counts = num_tokens.tolist()
+        soft = self.compress(medium, features, num_tokens=num_tokens, rates=rates, index=index, max_tokens=max(counts))
+        spans = [tokens[:count] for tokens, count in zip(soft, counts, strict=True)]
+        return BaseModelOutputWithPooling(last_hidden_state=features.values, pooler_output=spans)  # pyright: ignore
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        media: Mapping[str, Tensor | None],
+        *,
+        plan: SegmentPlan | None = None,
+        features: Mapping[str, Features] | None = None,
+    ) -> Tensor:
+        """Embed text and put the soft tokens of all media in their places.
+
+        Args:
+            input_ids: (B, S), one placeholder id per soft token.
+            media: the media arguments of `forward` by name.
+            plan: where soft tokens go in a packed row.
+            features: what `encode` gave before, by medium; the others are encoded.
+
+        Returns:
+            (B, S, H).
+
+        Raises:
+            ValueError: placeholders without soft tokens, or the reverse.
+        """
+        placeholder_ids = self.config.placeholder_ids or {}
+        masks = {medium: input_ids == placeholder_ids[medium] for medium in self.compressors}
+        text_ids = input_ids
+        for mask in masks.values():  # a placeholder id may lie beyond the LLM's vocabulary
+            text_ids = text_ids.masked_fill(mask, 0)
+        embeds = self.embed_text(text_ids)
+        for medium, mask in masks.items():
+            values = media.get(VALUE_KEYS[medium])
+            num_tokens = media.get(f"num_{medium}_tokens")
+            layout = media.get(f"{medium}_layout") if plan is None else plan.layouts.get(medium)
+            self._check(medium, input_ids, num_tokens, layout)
+            if values is not None and num_tokens is not None:
+                known = (features or {}).get(medium) or self.encode(medium, values, media.get(SIZE_KEYS[medium]))
+                soft = self.compress(
+                    medium,
+                    known,
+                    num_tokens=num_tokens,
+                    rates=media.get(f"{medium}_rates"),
+                    index=media.get(f"{medium}_index"),
+                    max_tokens=self._most_tokens(medium, known, input_ids.shape[1]),
+                    groups=() if plan is None else plan.groups[medium],
+                )
+                if layout is None:
+                    embeds = merge(embeds, mask, soft, num_tokens)
+                else:
+                    newline = None if self.newline is None or medium != "image" else self.newline()
+                    embeds = place_in_order(embeds, mask, soft, layout, newline)
+            elif self.training and _is_distributed():
+                embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
+        is_placed = media.get("image_layout") is not None if plan is None else "image" in plan.layouts
+        if self.newline is not None and not is_placed and self.training and _is_distributed():
+            embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
+        return embeds
+
+    def _most_tokens(self, medium: str, features: Features, length: int) -> int:
+        """Bound the tokens of one item from above, so that many short spans in a long row stay small."""
+        if medium != "image":
+            return length
+        queries = (self.config.media or {})[medium].get("num_queries", 0)
+        return min(length, max(features.values.shape[1], queries))
+
+    def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None, layout: Tensor | None) -> None:
+        # On a device the host has checked the batch before the transfer; asking again would make the host wait.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            counts = torch.zeros(0, dtype=torch.int64) if num_tokens is None else num_tokens
+            counts = counts if layout is None else len(layout)
+            check_placeholders(input_ids, (self.config.placeholder_ids or {})[medium], counts, medium)
+
+    def _touch(self, medium: str) -> Tensor:
+        """Compute a scalar that depends on every parameter of a branch this rank has no input for.
+
+        Without it a rank that lacks a medium skips the branch's collectives, and the others wait for ever.
+        """
+        encoder = self.encoder(medium)
+        parameter = next(encoder.parameters())
+        values, lengths = encoder.smallest_input()
+        features = self.encode(
+            medium, values.to(parameter.device), None if lengths is None else lengths.to(parameter.device)
+        )
+        one = features.lengths.new_ones(1)
+        soft = self.compress(medium, features, num_tokens=one, rates=None, max_tokens=1)
+        return soft.sum()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        features: Mapping[str, Features] | None = None,
+        plan: SegmentPlan | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Embed, splice and run the decoder. The media arguments are those of `ElasticForConditionalGeneration`."""
+        media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds; got neither")
+            inputs_embeds = self.embed(input_ids, media, plan=plan, features=features)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **cache_argument(one_cache(cache, past_key_values)),
+            **kwargs,
+        )
+
+
+class TargetLoss(Protocol):
+    """Computes the loss of hidden states inside the forward pass, so that their logits need not all exist at once.
+
+    It has to run there: where weights are sharded, the head can be read only while the wrapped model runs.
+    """
+
+    def __call__(self, head: Callable[[Tensor], Tensor], hidden_PH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss, a scalar to differentiate, and the detached losses summed by budget (K,)."""
+        ...
 
 
 @dataclass
@@ -39,28 +369,20 @@ class ElasticOutput(CausalLMOutputWithPast):
         auxiliary: what is to be made small beside the loss, by name, each (B,); `auxiliary_weights` says how much it
             counts. `balance`: how unevenly a row's tokens use the experts, the mean over layers; 1 is even.
             `<medium>_balance`, `<medium>_z`: the same of a mixture of projectors, and how large its logits are.
-        read: what a `reader` gave beside the loss.
         expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.adapter_inputs.TOKEN_KINDS`) chose each
-        of
-            the N routed experts in each of the L layers.
+            of the N routed experts in each of the L layers.
+        budget_losses: (K,) with a `target_loss`, what it gave beside the loss.
+        target_states: (P, H) with a `target_loss`, the hidden states that it was given, detached.
     """
 
     auxiliary: dict[str, Tensor] | None = None
     expert_usage: Tensor | None = None
-    read: dict[str, Tensor] | None = None
+    budget_losses: Tensor | None = None
+    target_states: Tensor | None = None
 
 
-def auxiliary_weights(config: ElasticConfig) -> dict[str, float]:
-    """What each of a model's auxiliary losses is multiplied by, by name; see `ElasticOutput`."""
-    weights = {"balance": (config.adapter or {}).get("balance_weight", 0.0)}
-    for medium, settings in (config.media or {}).items():
-        weights[f"{medium}_balance"] = settings.get("projector_balance_weight", 0.01)
-        weights[f"{medium}_z"] = settings.get("projector_z_weight", 0.001)
-    return weights
-
-
-class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
-    """The elastic model with the LLM's own head. See `ElasticModel` for the drawing of the forward pass.
+class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationMixin):
+    """Puts the LLM's own head on the elastic model. See `ElasticModel` for the drawing of the forward pass.
 
     Raises:
         ValueError: an LLM whose head scales its logits in a way this class does not reproduce.
@@ -92,7 +414,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         return self.model.language_model
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., H), as the LLM's own class computes them."""
+        """Compute logits (..., V) of hidden states (..., H), as the LLM's own class computes them."""
         lm_head: Any = self.lm_head
         logits = lm_head(hidden)
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
@@ -129,22 +451,22 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         plan: SegmentPlan | None = None,
         packed_attention: PackedAttention = "sdpa",
         features: Mapping[str, Features] | None = None,
-        reader: Reader | None = None,
+        target_loss: TargetLoss | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> ElasticOutput:
-        """One pass over rows that may differ in media and in budgets.
+        """Run rows that may differ in media and in budgets.
 
         Args:
-            input_ids: (B, S), one placeholder id per soft token of a run.
+            input_ids: (B, S), one placeholder id per soft token of a span.
             labels: (B, S), -100 where nothing is to be learned; gives `loss`, the mean over target tokens (or their
                 sum over `num_items_in_batch` when the trainer passes that).
             logits_to_keep: logits of the last n positions only, or of the given ones; 0 keeps all.
             logit_positions: (P,) flat positions in B*S; the logits are then (P, V) and nothing else is computed.
             pixel_values: (N, 3, h, w); or (N, P, values of a patch) with image_grids (N, 2), the rows and columns of
                 each image, where images keep their shape. num_image_tokens: (R,). image_index: (R,) item of each
-                run. image_layout: (P, 2) of each placeholder the run and the place in it, or -1 for a newline, where
-                images are cut into tiles.
+                span. image_layout: (P, 2) of each placeholder the span and the position in it, or -1 for a newline,
+                where images are cut into tiles.
             audio_values: (N, ...) with audio_lengths (N,) in raw samples; num_audio_tokens, audio_rates: (R,).
             video_values: (N, T, 1, h, w) with video_lengths (N,) in frames; num_video_tokens, video_rates: (R,).
             scale_ids, task_ids: (B,) which experts of the adapter each row uses; -1 for the shared one alone.
@@ -154,7 +476,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
                 reports are by row. See `mllm.packing.pack`.
             packed_attention: what computes the attention of packed rows.
             features: by medium what `ElasticModel.encode` gave; those media are not encoded.
-            reader: makes the loss of the hidden states at `logit_positions`; there are no logits then.
+            target_loss: computes the loss of the hidden states at `logit_positions`; there are no logits then.
             cache, past_key_values: keys and values of what was read before: two names of one argument, since `generate`
                 calls it `cache` from transformers 5.24 on.
 
@@ -180,11 +502,17 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         }
         num_items = kwargs.pop("num_items_in_batch", None)
         with_report = self.training if adapter_report is None else adapter_report
-        rows = self.model.adapter_inputs(
-            input_ids, attention_mask, scale_ids, task_ids, with_report=with_report, plan=plan
+        adapter_inputs = adapter_inputs_of(
+            self.config,
+            input_ids,
+            attention_mask,
+            scale_ids=scale_ids,
+            task_ids=task_ids,
+            with_report=with_report,
+            plan=plan,
         )
-        if rows is not None:
-            kwargs[KEYWORD] = rows
+        if adapter_inputs is not None:
+            kwargs[KEYWORD] = adapter_inputs
         if plan is not None:
             if not is_enabled(self.model.language_model):
                 raise ValueError("packed rows need an LLM prepared by mllm.packing.attention.enable_packing")
@@ -208,15 +536,19 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
         elif isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
             hidden = hidden[:, kept]
-        read = {} if reader is None else reader(self.head, hidden)
-        logits = self.head(hidden) if reader is None else None
-        loss = read.pop("loss", None)
+        logits = loss = budget_losses = target_states = None
+        if target_loss is not None:
+            loss, budget_losses = target_loss(self.head, hidden)
+            target_states = hidden.detach()
+        else:
+            logits = self.head(hidden)
         if labels is not None:
             assert logits is not None
-            vocab_size = logits.shape[-1]
-            loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
-        balance, usage = rows.collector.take() if rows is not None and rows.collector is not None else ([], [])
-        auxiliary = self.model.routing_losses(input_ids, media, plan)
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items)
+        collector = None if adapter_inputs is None else adapter_inputs.collector
+        balance, usage = ([], []) if collector is None else collector.take()
+        placeholder_ids = self.config.placeholder_ids or {}
+        auxiliary = routing_losses_of(self.model.compressors, placeholder_ids, input_ids, media, plan)
         if balance:
             auxiliary["balance"] = torch.stack(balance).mean(dim=0)
         return ElasticOutput(
@@ -226,106 +558,29 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             auxiliary=auxiliary or None,
             expert_usage=torch.stack(usage) if usage else None,
-            read=read or None,
+            budget_losses=budget_losses,
+            target_states=target_states,
             **cache_argument(cache_of(outputs)),
         )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As transformers does it, but ids that assisted decoding guesses after an embedded prompt are embedded too."""
-        parent: Any = super()
-        if inputs_embeds is not None and is_first_iteration:
-            guessed = input_ids[:, inputs_embeds.shape[1] :]
-            inputs_embeds = torch.cat([inputs_embeds, self.model.words(guessed)], dim=1)
-        return parent.prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
 
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`; media are encoded once per item and prompts read once per row, whatever the beams.
-
-        Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
-        the prompt included. In the returned ids a placeholder, and a new token behind the LLM's vocabulary, reads as
-        the pad id, or 0 where there is none. Options that ask for another cache, or to see the pass over the prompt,
-        make every beam read it (see `mllm.kv_cache.beam`).
-
-        With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
-        equal ids, which are read once (see `mllm.kv_cache.shared_prefix`); the media arguments are then those of the
-        first row of each group alone.
-
-        With `constant_prompt`, every row begins with that text, which has been read before (see
-        `mllm.kv_cache.system_prompt`).
-
-        Raises:
-            ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
-        """
-        media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
-        input_ids = kwargs.pop("input_ids", inputs)
-        constant = kwargs.pop("constant_prompt", None)
-        prefixes = _prefixes_of(kwargs, self.generation_config)
-        if constant is not None:
-            _check_sharing("constant_prompt", kwargs, self.generation_config)
-        is_soft = None
-        if prefixes is not None or any(media[key] is not None for key in VALUE_KEYS.values()):
-            placeholders = list((self.config.placeholder_ids or {}).values())
-            is_soft = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
-            shown = input_ids if prefixes is None else input_ids[prefixes.first_rows]
-            kwargs["inputs_embeds"] = self.model.embed(shown, media)
-            text_ids = input_ids.masked_fill(is_soft, 0)
-            # The logits have no place for a new token behind the LLM's vocabulary, and what looks ids up in them (a
-            # penalty for repetition) must not look for one; like a soft token it is there as an embedding alone.
-            is_soft = is_soft | (input_ids >= self.config.get_text_config().vocab_size)
-            input_ids = input_ids.masked_fill(is_soft, self.generation_config.pad_token_id or 0)
-        row_inputs = {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
-        past = None
-        if prefixes is not None:
-            past = prefixes.read(self, kwargs["inputs_embeds"], constant=constant, **row_inputs)
-            text_embeds = self.model.words(text_ids)
-            kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
-        elif constant is not None:
-            past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)
-        if reads_prompt_once(input_ids, kwargs, self.generation_config):
-            past = prefill(
-                self,
-                input_ids,
-                kwargs["attention_mask"],
-                inputs_embeds=kwargs.get("inputs_embeds"),
-                copies=num_copies(kwargs, self.generation_config),
-                past=past,
-                **row_inputs,
-            )
-        if past is not None:
-            kwargs |= cache_argument(past)
-            if is_soft is not None and not is_soft[:, past.get_seq_length() :].any():
-                del kwargs["inputs_embeds"]  # what is left of the prompts is text; B * C embeddings need not be made
-        parent: Any = super()
-        return parent.generate(input_ids, **kwargs)
+def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
+    """A key that no reader of the block knows would be ignored in silence."""
+    allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS, "encoder_adapter")
+    if unknown := sorted(set(settings) - set(allowed)):
+        raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
 
 
-def _prefixes_of(options: dict[str, Any], generation_config: Any) -> Prefixes | None:
-    """What `generate` was told of rows that begin alike, taken out of its options.
-
-    Raises:
-        ValueError: options of `generate` that ask for another cache, or to see the pass over the prompt.
-    """
-    index, lengths = options.pop("prefix_index", None), options.pop("prefix_lengths", None)
-    if index is None:
-        return None
-    if lengths is None:
-        raise ValueError("prefix_index goes with prefix_lengths")
-    _check_sharing("prefix_index", options, generation_config)
-    return Prefixes(index, lengths, options["attention_mask"])
+def _new_tokens(config: ElasticConfig) -> NewTokens | None:
+    text: Any = config.text_config
+    ids = tuple((config.new_tokens or {}).values())
+    std = getattr(text, "initializer_range", 0.02)
+    return NewTokens(ids, size=text.hidden_size, std=std) if ids else None
 
 
-def _check_sharing(key: str, options: dict[str, Any], generation_config: Any) -> None:
-    if options.get("attention_mask") is None or not allows_sharing(options, generation_config):
-        raise ValueError(
-            f"{key} goes with attention_mask, and with use_cache and the library's own dynamic cache; leave it out to "
-            "read every prompt by itself"
-        )
+def _tiling(config: ElasticConfig) -> Tiling | None:
+    return Tiling.from_settings("image", (config.media or {}).get("image", {}))
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

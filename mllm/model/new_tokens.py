@@ -1,11 +1,11 @@
-"""Rows for the tokens that a model adds to a frozen LLM's vocabulary, such as the marks around a medium.
+"""Embeds the tokens that a model adds to a frozen LLM's vocabulary, such as the marks around a medium.
 
 Knows token ids and an embedding. Does not know text, media, or what the tokens are for.
 
 The LLM's own table stays as it is, bit for bit: a new token never reads it, whether the table is too short for its id
 or has a spare row there that nobody ever trained. Only the rows here learn, and only they are saved. They stand on the
 input side alone. A head, tied or not, keeps its old weight and its old number of logits, because a new token marks what
-people hand in and is never an answer; so nothing about the LLM's answers changes but what it reads. An exported model
+people put in and is never an answer; so nothing about the LLM's answers changes but what it reads. An exported model
 keeps its rows here too: in the LLM's table they would give a tied head logits that it must never choose.
 
 Shapes: N new tokens, B rows, S positions, H the LLM's hidden size.
@@ -37,7 +37,7 @@ class NewTokens(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the rows as the LLM's own were drawn before they were trained."""
+        """Initialise the rows as the LLM's own were before they were trained."""
         init.normal_(self.rows, std=self.std)
 
     def forward(self, input_ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
@@ -54,8 +54,8 @@ class NewTokens(nn.Module):
         is_new = number > 0
         embeds = embed(input_ids.masked_fill(is_new, 0))
         # Read also where there is no new token: every process has to touch every weight in every step.
-        own = functional.embedding((number - 1).clamp(min=0), self.rows).to(embeds.dtype)
-        return torch.where(is_new[..., None], own, embeds)
+        new_embeds = functional.embedding((number - 1).clamp(min=0), self.rows).to(embeds.dtype)
+        return torch.where(is_new[..., None], new_embeds, embeds)
 
 
 def mean_of_pieces(pieces: Tensor) -> Tensor:

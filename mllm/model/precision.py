@@ -1,15 +1,15 @@
-"""Which dtype every part of a model is kept and computed in: the one place that decides.
+"""Decides which dtype every part of a model is kept and computed in: the one place that does.
 
 Knows dtypes of weights. Does not know media, budgets or devices.
 
     media ── encoder ── features ── compressor ── soft tokens ──┐
-             asked                  float32                     ├── LLM, as asked; its adapters, float32
+             as named               float32                     ├── LLM, as named; its adapters, float32
                                     rows of new tokens, newline ┘
                                     float32
 
-`model.dtype` and `--dtype` ask for the dtype of what is frozen. What is added to it (compressors, newline, rows of new
+`model.dtype` and `--dtype` name the dtype of what is frozen. What is added to it (compressors, newline, rows of new
 tokens, adapters) is kept in float32 always: it is small, it trains, and small steps are lost in bfloat16. A whole part
-that trains (`train.parts` names it) is in float32 while it trains and as asked afterwards.
+that trains (`train.parts` names it) is in float32 while it trains and as named afterwards.
 
 What passes from one part to the next takes on the dtype of the weights that read it, once, where it arrives: media
 values and features in `ElasticModel.encode`, soft tokens and newline in `mllm.model.splice`, rows of new tokens in
@@ -31,17 +31,17 @@ DTYPES = {
 """The dtypes that frozen parts can have, by every name they go by."""
 
 
-def read_dtype(given: str | torch.dtype) -> torch.dtype:
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Read a dtype, from torch or by its name.
 
     Raises:
         ValueError: another one.
     """
-    found = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) else given
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype is {given!r}; allowed: {', '.join(DTYPES)}")
-    assert found is not None
-    return found
+    known = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if known not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    assert known is not None
+    return known
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

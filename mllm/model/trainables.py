@@ -1,4 +1,4 @@
-"""What trains: the one place that decides, lists and counts it.
+"""Decides what trains, lists it and counts it: the one place that does.
 
 Knows parameter names. Does not know why they should learn.
 """
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ZeRO-3 keeps a part of each weight on each process."""
+    """Tell whether ZeRO-3 keeps a part of each weight on each process."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of a module can be read, also where ZeRO-3 shards them; every process calls this."""
+    """Let the weights of a module be read inside, also where ZeRO-3 shards them; every process calls this."""
     if not is_sharded(module):
         yield
         return
@@ -42,7 +42,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter")) -> list[str]:
     """Let exactly the named parts learn, freeze everything else, and log the list with counts.
 
-    The rows of new tokens learn whatever is named: nobody has trained them, and frozen ones would never say a thing.
+    The rows of new tokens learn whatever is named: nobody has trained them, and frozen ones would never mean a thing.
 
     Args:
         model: an `ElasticForConditionalGeneration`, its adapter already in place.
@@ -56,10 +56,10 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
     """
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"train.parts holds {sorted(unknown)}; allowed: {', '.join(PARTS)}")
-    for medium, tower in TOWER_NAMES.items():
-        if medium not in parts and hasattr(model.model, tower):
-            freeze(getattr(model.model, tower))
-    for name, parameter in model.named_parameters():  # an adapter inside a frozen tower learns all the same
+    for medium, encoder in TOWER_NAMES.items():
+        if medium not in parts and hasattr(model.model, encoder):
+            freeze(getattr(model.model, encoder))
+    for name, parameter in model.named_parameters():  # an adapter inside a frozen encoder learns all the same
         parameter.requires_grad_(part_of(name) in parts or name == NEW_TOKENS)
     names = trainable_names(model)
     if not names:
@@ -70,28 +70,28 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
 
 
 def trainable_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that learn, sorted."""
+    """List the names of the parameters that learn, sorted."""
     return sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def part_of(name: str) -> str:
-    """The part (see `PARTS`) that a parameter belongs to, by its name."""
+    """Find the part (see `PARTS`) that a parameter belongs to, by its name."""
     if ".lora_" in name or ".mome." in name:
         return "adapter"
     if name == NEW_TOKENS or name.startswith(("model.compressors.", "model.newline.")):
         return "compressors"
-    for medium, tower in TOWER_NAMES.items():
-        if name.startswith(f"model.{tower}."):
+    for medium, encoder in TOWER_NAMES.items():
+        if name.startswith(f"model.{encoder}."):
             return medium
     return "llm"
 
 
 def _log(model: nn.Module) -> None:
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, list[int]] = {}  # trained and all, by part
     for name, parameter in model.named_parameters():
-        total = counts.setdefault(part_of(name), [0, 0])
-        total[0] += parameter.numel() if parameter.requires_grad else 0
-        total[1] += parameter.numel()
+        count = counts.setdefault(part_of(name), [0, 0])
+        count[0] += parameter.numel() if parameter.requires_grad else 0
+        count[1] += parameter.numel()
         if parameter.requires_grad:
             logger.debug("trains: %s %s", name, tuple(parameter.shape))
     for part, (trained, everything) in counts.items():

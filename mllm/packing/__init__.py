@@ -1,1 +1,1 @@
-"""Many rows laid out in one, with every beginning that rows share held once."""
+"""Lays many rows out in one, with every beginning that rows share held once."""

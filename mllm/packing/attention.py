@@ -1,11 +1,11 @@
-"""Attention over a packed row: each segment sees itself causally and the ranges before it that its plan names.
+"""Computes attention over a packed row: each segment sees itself causally and the ranges before it that its plan names.
 
 Knows a `SegmentPlan`, queries, keys and values. Does not know rows, budgets or which decoder asks.
 
-The LLM gets the plan as the keyword `segment_plan`, which decoders of transformers hand on to every layer and each
+The LLM gets the plan as the keyword `segment_plan`, which decoders of transformers pass on to every layer and each
 layer to this function, in the backward pass of a layer that is computed again as well. Without a plan this is
 transformers' own `sdpa`. The mask that transformers would make of positions that begin anew is never made: a packed
-pass brings a mask of four dimensions, which is taken as it is; for `sdpa` it holds nothing, for `flex` it is the block
+row brings a mask of four dimensions, which is taken as it is; for `sdpa` it holds nothing, for `flex` it is the block
 mask.
 
 Shapes: h heads, L tokens of the packed row, d size of a head, n tokens of a segment, v tokens it sees before itself.
@@ -42,7 +42,7 @@ def segment_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function transformers calls in every layer; (1, h, L, d) each -> (1, L, h, d)."""
+    """Attend as transformers asks in every layer; (1, h, L, d) each -> (1, L, h, d)."""
     if segment_plan is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -63,64 +63,63 @@ def segment_attention(
 def by_segment(
     query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, *, dropout: float = 0.0, scaling: float | None = None
 ) -> Tensor:
-    """One scaled dot product attention per segment; (1, h, L, d) each -> (1, L, h, d).
+    """Attend by one scaled dot product attention per segment; (1, h, L, d) each -> (1, L, h, d).
 
     What segments see before themselves is gathered for all of them at once, and everything is split once: the
     gradient of a slice is as large as what it was cut from, that of a split is not.
     """
-    lengths = [own.length for own in plan.segments]
+    lengths = [segment.length for segment in plan.segments]
     queries = query.split(lengths, dim=2)
-    own = [states.split(lengths, dim=2) for states in (key, value)]
-    sizes = [own.length + own.num_visible for own in plan.segments if own.visible]
-    seen = [_gather(states, plan.attended, sizes) for states in (key, value)]
-    out, number = [], 0
-    for index, (segment, asked) in enumerate(zip(plan.segments, queries, strict=True)):
+    own_keys, own_values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+    sizes = [segment.length + segment.num_visible for segment in plan.segments if segment.visible]
+    visible_keys, visible_values = (iter(_gather(states, plan.attended, sizes)) for states in (key, value))
+    out = []
+    for index, (segment, segment_query) in enumerate(zip(plan.segments, queries, strict=True)):
         if segment.visible:
-            keys, values, mask = seen[0][number], seen[1][number], _bottom_right(segment, query.device)
-            number += 1
-        else:
-            keys, values, mask = own[0][index], own[1][index], None
+            keys, values, mask = next(visible_keys), next(visible_values), _bottom_right(segment, query.device)
+        else:  # no mask is needed, which lets the fastest kernels run
+            keys, values, mask = own_keys[index], own_values[index], None
         out.append(
             functional.scaled_dot_product_attention(
-                asked, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+                segment_query, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             ).transpose(1, 2)
         )
     return torch.cat(out, dim=1)
 
 
-def _gather(states: Tensor, places: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """(1, h, L, d) -> for each segment the states it sees, (1, h, v + n, d)."""
+def _gather(states: Tensor, token_numbers: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Gather for each segment the states it sees: (1, h, L, d) -> (1, h, v + n, d) each."""
     if not sizes:
         return ()
-    taken = states[0].transpose(0, 1).index_select(0, places)
-    return tuple(part.transpose(0, 1)[None] for part in taken.split(sizes))
+    gathered = states[0].transpose(0, 1).index_select(0, token_numbers)
+    return tuple(part.transpose(0, 1)[None] for part in gathered.split(sizes))
 
 
 def _bottom_right(segment: Segment, device: torch.device) -> Tensor:
-    """(n, v + n) bool: everything before the segment, and of itself what a causal mask lets through."""
+    """Build the mask (n, v + n): everything before the segment, and of itself what a causal mask lets through."""
     columns = segment.num_visible + segment.length
     return torch.ones(segment.length, columns, dtype=torch.bool, device=device).tril(segment.num_visible)
 
 
 def packed_mask(plan: SegmentPlan, device: torch.device, attention: PackedAttention) -> Any:
-    """What stands for the attention mask of a packed pass, once for all layers."""
+    """Make what stands for the attention mask of a packed row, once for all layers."""
     if attention == "sdpa":
         return torch.empty(0, 0, 0, 0, device=device)
     return create_block_mask(mask_function(plan, device), None, None, plan.num_tokens, plan.num_tokens, device=device)
 
 
 def mask_function(plan: SegmentPlan, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The plan as flex attention asks for it: may the query at one place see the key at another."""
+    """Return the plan as flex attention asks for it: may the query at one position see the key at another."""
     owners, limits = plan.owners().to(device), plan.limits().to(device)
 
-    def is_seen(row: Tensor, head: Tensor, asking: Tensor, asked: Tensor) -> Tensor:
-        return (asked <= asking) & (asked < limits[owners[asking], owners[asked]])
+    def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key < limits[owners[query], owners[key]])
 
     return is_seen
 
 
 def obstacle(llm: PreTrainedModel) -> str | None:
-    """Why an LLM cannot read packed rows, or nothing: its tokens may meet in full, causal attention only."""
+    """Say why an LLM cannot read packed rows, or None: its tokens may meet in full, causal attention only."""
     text: Any = llm.config
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -148,7 +147,7 @@ def enable_packing(llm: PreTrainedModel) -> None:
 
 
 def is_enabled(llm: PreTrainedModel) -> bool:
-    """Whether an LLM reads packed rows."""
+    """Tell whether an LLM reads packed rows."""
     return llm.config._attn_implementation == IMPLEMENTATION
 
 

@@ -1,4 +1,4 @@
-"""Many rows laid out in one, with every beginning that rows share held once: who may see what, and where each row lies.
+"""Plans how many rows lie in one, every beginning that rows share held once: who may see what, where each row lies.
 
 Knows rows as sequences of keys, equal where the tokens are equal. Does not know what a token is, the model or budgets.
 
@@ -52,18 +52,18 @@ class SegmentPlan:
         segments: in the order of the packed row, which they tile.
         rows: (B, S) int64, where each token of each row lies, -1 on padding.
         position_ids: (1, L) int64, each token's position in its own row.
-        maker: (L,) int64, the row that each token was placed for; others may share it.
+        source_rows: (L,) int64, the row that each token was placed for; others may share it.
         attended: (A,) int64, for all segments that see something before themselves the places they see, themselves
             included, after each other.
-        layouts: by medium, (n, 2) int64: for each placeholder of the packed row in turn its run, or -1 for a newline,
-            and its place in that.
-        groups: by medium, how many runs follow each other that are of similar length, and the longest of them.
+        layouts: by medium, (n, 2) int64: for each placeholder of the packed row in turn its span, or -1 for a
+            newline, and its number in that.
+        groups: by medium, how many spans follow each other that are of similar length, and the longest of them.
     """
 
     segments: tuple[Segment, ...]
     rows: Tensor
     position_ids: Tensor
-    maker: Tensor
+    source_rows: Tensor
     attended: Tensor
     layouts: dict[str, Tensor] = field(default_factory=dict)
     groups: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -74,40 +74,40 @@ class SegmentPlan:
         return self.segments[-1].stop
 
     def to(self, device: torch.device) -> "SegmentPlan":
-        """The same on a device."""
+        """Return the same on a device."""
         return replace(
             self,
             rows=self.rows.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
-            maker=self.maker.to(device, non_blocking=True),
+            source_rows=self.source_rows.to(device, non_blocking=True),
             attended=self.attended.to(device, non_blocking=True),
-            layouts={medium: own.to(device, non_blocking=True) for medium, own in self.layouts.items()},
+            layouts={medium: layout.to(device, non_blocking=True) for medium, layout in self.layouts.items()},
         )
 
     def unpack(self, packed: Tensor, fill: float = 0) -> Tensor:
-        """What stands at the tokens of the packed row, (1, L, ...), by row: (B, S, ...), `fill` on padding."""
+        """Bring values at the tokens of the packed row, (1, L, ...), back into rows: (B, S, ...), `fill` on padding."""
         by_row = packed[0][self.rows.clamp(min=0)]
         is_padding = (self.rows < 0).view(*self.rows.shape, *[1] * (by_row.dim() - 2))
         return by_row.masked_fill(is_padding, fill)
 
     def owners(self) -> Tensor:
-        """(L,) the segment each token lies in; on the host."""
-        return torch.repeat_interleave(torch.tensor([own.length for own in self.segments]))
+        """Number the segment each token lies in, (L,); on the host."""
+        return torch.repeat_interleave(torch.tensor([segment.length for segment in self.segments]))
 
     def limits(self) -> Tensor:
-        """(G, G) up to which place segment g may see segment h, itself to its end; on the host."""
-        starts = [own.start for own in self.segments]
+        """Say up to which token segment g may see segment h, (G, G), itself to its end; on the host."""
+        starts = [segment.start for segment in self.segments]
         limits = torch.zeros(len(starts), len(starts), dtype=torch.int64)
-        for index, own in enumerate(self.segments):
-            limits[index, index] = own.stop
-            for start, stop in own.visible:
+        for index, segment in enumerate(self.segments):
+            limits[index, index] = segment.stop
+            for start, stop in segment.visible:  # every visible range begins where a segment does
                 limits[index, starts.index(start)] = stop
         return limits
 
     def dense_mask(self) -> Tensor:
-        """(L, L) bool, true where the token of a row of the mask may see that of its column; on the host."""
-        owners, limits, place = self.owners(), self.limits(), torch.arange(self.num_tokens)
-        return (place <= place[:, None]) & (place < limits[owners[:, None], owners])
+        """Build the mask (L, L), true where the token of its row may see that of its column; on the host."""
+        owners, limits, token = self.owners(), self.limits(), torch.arange(self.num_tokens)
+        return (token <= token[:, None]) & (token < limits[owners[:, None], owners])
 
 
 def plan_rows(
@@ -126,23 +126,25 @@ def plan_rows(
     names = {group: index for index, group in enumerate(dict.fromkeys(groups))}
     order = sorted(range(len(rows)), key=lambda row: (-names[groups[row]], list(rows[row])), reverse=True)
     segments: list[Segment] = []
-    makers: list[int] = []
+    segment_rows: list[int] = []
+    # The path of a row: the ranges of the packed row that hold its tokens, in order.
     paths: dict[int, list[Range]] = {}
     path: list[Range] = []
-    before: int | None = None
+    previous: int | None = None
     for row in order:
-        shared = 0
-        if before is not None and groups[before] == groups[row]:
+        num_shared = 0
+        if previous is not None and groups[previous] == groups[row]:
             # Sorted so, no row placed before has a longer beginning in common with this one than the last has.
-            shared = _num_alike(rows[before], rows[row])
-        path = _first(path, shared if shared >= least_shared else 0)
+            num_shared = _num_alike(rows[previous], rows[row])
+        path = _first(path, num_shared if num_shared >= least_shared else 0)
+        # A row that is the whole beginning of the last one adds nothing.
         if rest := len(rows[row]) - sum(stop - start for start, stop in path):
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + rest, tuple(path)))
             path = [*path, (start, start + rest)]
-            makers.append(row)
-        paths[row], before = path, row
-    return _with_tensors(segments, makers, [paths[row] for row in range(len(rows))])
+            segment_rows.append(row)
+        paths[row], previous = path, row
+    return _with_tensors(segments, segment_rows, [paths[row] for row in range(len(rows))])
 
 
 def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:
@@ -152,7 +154,7 @@ def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _first(path: Sequence[Range], num_tokens: int) -> list[Range]:
-    """The ranges of the first tokens of a path."""
+    """Cut a path after its first tokens."""
     kept: list[Range] = []
     for start, stop in path:
         if num_tokens <= 0:
@@ -162,23 +164,27 @@ def _first(path: Sequence[Range], num_tokens: int) -> list[Range]:
     return kept
 
 
-def _with_tensors(segments: Sequence[Segment], makers: Sequence[int], paths: Sequence[Sequence[Range]]) -> SegmentPlan:
-    places = [_places(path) for path in paths]
+def _with_tensors(
+    segments: Sequence[Segment], segment_rows: Sequence[int], paths: Sequence[Sequence[Range]]
+) -> SegmentPlan:
+    token_numbers = [_numbers_in(path) for path in paths]
     positions = np.zeros(segments[-1].stop, dtype=np.int64)
-    for own in places:
-        positions[own] = np.arange(len(own))
-    rows = np.full((len(places), max(map(len, places))), -1, dtype=np.int64)
-    for row, own in zip(rows, places, strict=True):
-        row[: len(own)] = own
-    attended = [_places([*own.visible, (own.start, own.stop)]) for own in segments if own.visible]
+    for of_row in token_numbers:
+        positions[of_row] = np.arange(len(of_row))  # rows that share a token have it at the same position
+    rows = np.full((len(token_numbers), max(map(len, token_numbers))), -1, dtype=np.int64)
+    for row, of_row in zip(rows, token_numbers, strict=True):
+        row[: len(of_row)] = of_row
+    attended = [_numbers_in([*one.visible, (one.start, one.stop)]) for one in segments if one.visible]
+    lengths = torch.tensor([segment.length for segment in segments])
     return SegmentPlan(
         segments=tuple(segments),
         rows=torch.from_numpy(rows),
         position_ids=torch.from_numpy(positions)[None],
-        maker=torch.tensor(makers).repeat_interleave(torch.tensor([own.length for own in segments])),
+        source_rows=torch.tensor(segment_rows).repeat_interleave(lengths),
         attended=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *attended])),
     )
 
 
-def _places(path: Sequence[Range]) -> np.ndarray:
+def _numbers_in(path: Sequence[Range]) -> np.ndarray:
+    """List the numbers of all tokens in ranges, in order."""
     return np.concatenate([np.arange(start, stop) for start, stop in path])

@@ -1,10 +1,10 @@
-"""From encoded conversations and budgets to the inputs of one forward pass.
+"""Expands encoded conversations at given budgets to the inputs of one forward pass.
 
-Knows rows, extents and budgets; decides how many placeholders each run gets and which encoded item it shows.
+Knows rows, extents and budgets; decides how many placeholders each span gets and which encoded item it shows.
 Does not know files, tokenizers or the model. Everything here happens on the host, before the transfer.
 
-Shapes: B rows, S positions, R placeholder runs, P target tokens, G groups of rows. With several budgets per row the
-rows stand budget by budget: row `d * B + b` is row b at budget d.
+Shapes: B rows, S positions, R spans of placeholders, P target tokens, G groups of rows. With several budgets per row
+the rows stand budget by budget: row `d * B + b` is row b at budget d.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -22,83 +22,83 @@ from mllm.processing.token_order import NEWLINE, order_of, shown_items
 
 
 @dataclass(frozen=True)
-class Run:
+class MediaSpan:
     """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
-    encoded in. `tower` names the encoder where it is another medium's.
+    encoded in. `encoded_as` names the medium whose encoder is used where it is another one's.
     """
 
     extent: Extent
     item: int
     tilings: tuple[Tiles, ...] = ()
-    tower: str = ""
+    encoded_as: str = ""
 
     @property
     def encoder(self) -> str:
-        """The medium whose encoder its items went through."""
-        return self.tower or self.extent.medium
+        """Return the medium whose encoder its items went through."""
+        return self.encoded_as or self.extent.medium
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedSample:
     """One conversation with a single placeholder id per medium, its media in order of appearance, and its task."""
 
     sample_id: str
     ids: Sequence[int]
     labels: Sequence[int]
-    runs: tuple[Run, ...] = ()
+    spans: tuple[MediaSpan, ...] = ()
     task: str = ""
 
     def token_counts(self, budget: Budget, space: Space) -> list[TokenCount]:
-        """What each medium of this row costs at a budget.
+        """Count what each medium of this row costs at a budget.
 
         Raises:
             ValueError: the budget cannot be met; the sample is named.
         """
-        named = {run.extent.medium for run in self.runs}
+        named = {span.extent.medium for span in self.spans}
         fitting = budget.only(named | (budget.media - set(space.media)))
         try:
-            return count_tokens([run.extent for run in self.runs], fitting, space)
+            return count_tokens([span.extent for span in self.spans], fitting, space)
         except ValueError as error:
             raise ValueError(f"sample {self.sample_id!r}: {error}") from error
 
-    def cut(self, max_tokens: int, space: Space, placeholders: frozenset[int]) -> "Row":
-        """The row without what would lie behind `max_tokens` with every medium at its largest budget.
+    def cut(self, max_tokens: int, space: Space, placeholders: frozenset[int]) -> "EncodedSample":
+        """Cut off what would lie behind `max_tokens` with every medium at its largest budget.
 
         Raises:
             ValueError: a medium that lies there, whole or in part; the sample is named.
         """
-        most = iter(self.token_counts(space.largest(), space))
+        largest_counts = iter(self.token_counts(space.largest(), space))
         length = 0
-        for place, token in enumerate(self.ids):
+        for index, token in enumerate(self.ids):
             is_medium = token in placeholders
-            length += next(most).tokens if is_medium else 1
+            length += next(largest_counts).tokens if is_medium else 1
             if length > max_tokens:
-                if any(later in placeholders for later in self.ids[place:]):
+                if any(later in placeholders for later in self.ids[index:]):
                     raise ValueError(
                         f"sample {self.sample_id!r}: a medium lies behind data.max_sample_tokens {max_tokens}"
                     )
-                return replace(self, ids=self.ids[:place], labels=self.labels[:place])
+                return replace(self, ids=self.ids[:index], labels=self.labels[:index])
         return self
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows and the encoder inputs of their media: `pixel_values`, `audio_values`, `audio_lengths`, ..."""
+    """Holds rows and the encoder inputs of their media: `pixel_values`, `audio_values`, `audio_lengths`, ..."""
 
-    rows: Sequence[Row]
+    rows: Sequence[EncodedSample]
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def media(self) -> set[str]:
-        """Media that occur in the batch."""
-        return {run.extent.medium for row in self.rows for run in row.runs}
+        """List the media that occur in the batch."""
+        return {span.extent.medium for row in self.rows for span in row.spans}
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Where a training pass needs logits, flat over (B, S), and what they should say.
+    """Says where a training step needs logits, flat over (B, S), and what they should say.
 
     positions, ids, rows: (P,) int64; `rows` says which row of the expanded batch each target belongs to.
     """
@@ -110,14 +110,14 @@ class Targets:
 
 @dataclass(frozen=True)
 class Expanded:
-    """The inputs of one forward pass, and what each row of it cost."""
+    """Holds the inputs of one forward pass, and what each row of it costs."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
     token_counts: list[list[TokenCount]]
 
     def targets(self) -> Targets:
-        """Positions whose next token is to be learned; the head runs there and nowhere else."""
+        """Find the positions whose next token is to be learned; the head runs there and nowhere else."""
         rows, columns = torch.nonzero(self.labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
         return Targets(rows * self.labels.shape[1] + columns, self.labels[rows, columns + 1], rows)
 
@@ -137,7 +137,7 @@ def expand(
 
     Args:
         batch: rows with single placeholders.
-        budgets: per draw, one budget per row. A budget may name media a row does not hold.
+        budgets: one list per sampled budget, with one budget per row. A budget may name media a row does not hold.
         placeholder_ids: by medium.
         left_padding: prompts are padded on the left, training rows on the right.
         expert_names: scales and tasks of the adapter; rows then get `scale_ids` and `task_ids` (B,).
@@ -151,28 +151,28 @@ def expand(
     """
     placeholders = frozenset(placeholder_ids.values())
     ids, labels, costs, scale_ids, task_ids = [], [], [], [], []
-    runs: list[list[Placed]] = []
-    for row, budget in ((r, b) for draw in budgets for r, b in zip(batch.rows, draw, strict=True)):
-        spent = row.token_counts(budget, space)
+    spans: list[list[PlacedSpan]] = []
+    for row, budget in ((row, budget) for each in budgets for row, budget in zip(batch.rows, each, strict=True)):
+        row_counts = row.token_counts(budget, space)
         row_ids, row_labels = expand_placeholders(
-            row.ids, row.labels, placeholders, [cost.tokens for cost in spent], row.sample_id
+            row.ids, row.labels, placeholders, [count.tokens for count in row_counts], row.sample_id
         )
         ids.append(row_ids)
         labels.append(row_labels)
-        costs.append(spent)
-        runs.append(_placed(row, spent, space))
-        own_ids = _expert_ids(row, spent, expert_names)
+        costs.append(row_counts)
+        spans.append(_placed_spans(row, row_counts, space))
+        own_ids = _expert_ids(row, row_counts, expert_names)
         scale_ids.append(own_ids[0])
         task_ids.append(own_ids[1])
     prefixes = {}
     if share_prefixes:
-        keys = [_prefix_key(*of, placeholders) for of in zip(ids, runs, scale_ids, task_ids, strict=True)]
-        prefixes = _prefixes(ids, keys, runs)
+        keys = [_prefix_key(*of, placeholders) for of in zip(ids, spans, scale_ids, task_ids, strict=True)]
+        prefixes = _prefixes(ids, keys, spans)
     inputs = {
         "input_ids": pad_rows(ids, pad_id, left=left_padding),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, left=left_padding),
         **batch.values,
-        **_media_inputs([run for own in runs for run in own]),
+        **_media_inputs([span for of_row in spans for span in of_row]),
         **prefixes,
         **({"scale_ids": torch.tensor(scale_ids)} if expert_names.scales else {}),
         **({"task_ids": torch.tensor(task_ids)} if expert_names.tasks else {}),
@@ -180,14 +180,14 @@ def expand(
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
 
 
-def check_length(row: Row, costs: Sequence[TokenCount], context_tokens: int | None) -> None:
-    """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a run of soft tokens.
+def check_length(row: EncodedSample, costs: Sequence[TokenCount], context_tokens: int | None) -> None:
+    """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a span of soft tokens.
 
     Raises:
         ValueError: with the sample, its length and what is allowed.
     """
     soft = sum(cost.tokens for cost in costs)
-    length = len(row.ids) - len(row.runs) + soft
+    length = len(row.ids) - len(row.spans) + soft
     if context_tokens is not None and length > context_tokens:
         raise ValueError(
             f"sample {row.sample_id!r} is {length} tokens long, {soft} of them soft, and the LLM reads at most "
@@ -197,34 +197,36 @@ def check_length(row: Row, costs: Sequence[TokenCount], context_tokens: int | No
 
 def _prefix_key(
     ids: Sequence[int],
-    runs: Sequence["Placed"],
+    spans: Sequence["PlacedSpan"],
     scale_id: int,
     task_id: int,
     placeholders: frozenset[int],
 ) -> Hashable:
-    """What rows have in common that begin alike, up to behind their last soft token; None without media."""
-    if not runs:
+    """Describe what rows have in common that begin alike, up to behind their last soft token; None without media."""
+    if not spans:
         return None
-    end = max(place for place, token in enumerate(ids) if token in placeholders) + 1
-    items = tuple((own.run.encoder, tuple(own.items), own.cost) for own in runs)
+    end = max(index for index, token in enumerate(ids) if token in placeholders) + 1
+    items = tuple((placed.span.encoder, tuple(placed.items), placed.cost) for placed in spans)
     return tuple(ids[:end]), items, scale_id, task_id
 
 
-def _prefixes(ids: Sequence[Sequence[int]], keys: Sequence[Hashable], runs: list[list["Placed"]]) -> dict[str, Tensor]:
-    """The groups of rows; takes the runs of all rows but the first of each group out of `runs`."""
+def _prefixes(
+    ids: Sequence[Sequence[int]], keys: Sequence[Hashable], spans: list[list["PlacedSpan"]]
+) -> dict[str, Tensor]:
+    """Group rows that begin alike; takes the spans of all rows but the first of each group out of `spans`."""
     index, lengths = group_rows(ids, keys)
     if len(lengths) == len(index):
         return {}
     seen: set[int] = set()
     for row, group in enumerate(index):
         if group in seen:
-            runs[row] = []
+            spans[row] = []
         seen.add(group)
     return {"prefix_index": torch.tensor(index), "prefix_lengths": torch.tensor(lengths)}
 
 
-def _expert_ids(row: Row, costs: Sequence[TokenCount], expert_names: ExpertNames) -> tuple[int, int]:
-    media = [run.extent.medium for run in row.runs]
+def _expert_ids(row: EncodedSample, costs: Sequence[TokenCount], expert_names: ExpertNames) -> tuple[int, int]:
+    media = [span.extent.medium for span in row.spans]
     try:
         scale_id = expert_names.scale_id(list(zip(media, costs, strict=True))) if expert_names.scales else NO_EXPERT
         task_id = expert_names.task_id(row.task, media) if expert_names.tasks else NO_EXPERT
@@ -234,55 +236,56 @@ def _expert_ids(row: Row, costs: Sequence[TokenCount], expert_names: ExpertNames
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A run at its cost: the encoded items it shows, and the order of their tokens where they do not follow in turn."""
+class PlacedSpan:
+    """Holds a span at its cost: the encoded items it shows, and the order of their tokens unless that is plain."""
 
-    run: Run
+    span: MediaSpan
     cost: TokenCount
     items: list[int]
     order: Tensor | None
 
 
-def _placed(row: Row, costs: Sequence[TokenCount], space: Space) -> list[Placed]:
+def _placed_spans(row: EncodedSample, costs: Sequence[TokenCount], space: Space) -> list[PlacedSpan]:
     placed = []
-    for run, cost in zip(row.runs, costs, strict=True):
+    for span, cost in zip(row.spans, costs, strict=True):
         try:
-            items = [run.item + place for place in shown_items(run.extent, cost, run.tilings)]
+            items = [span.item + number for number in shown_items(span.extent, cost, span.tilings)]
         except ValueError as error:
             raise ValueError(f"sample {row.sample_id!r}: {error}") from error
-        tiling = space.media[run.extent.medium].tiling
-        placed.append(Placed(run, cost, items, None if tiling is None else order_of(run.extent, cost, tiling)))
+        tiling = space.media[span.extent.medium].tiling
+        placed.append(PlacedSpan(span, cost, items, None if tiling is None else order_of(span.extent, cost, tiling)))
     return placed
 
 
-def _media_inputs(runs: Sequence[Placed]) -> dict[str, Tensor]:
-    """Counts, rates and items of each medium's encoded items; the items are left out where run i simply shows item i.
+def _media_inputs(spans: Sequence[PlacedSpan]) -> dict[str, Tensor]:
+    """Count tokens and name items of every span; the items are left out where span i simply shows item i.
 
-    Images that are cut into tiles also need `image_layout` (P, 2): for every placeholder of the batch the run and the
-    place in it, or `NEWLINE`.
+    Images that are cut into tiles also need `image_layout` (P, 2): for every placeholder of the batch the span of one
+    encoded item and the position in it, or `NEWLINE`.
     """
     inputs: dict[str, Tensor] = {}
     for medium in MEDIA:
-        own = [placed for placed in runs if placed.run.encoder == medium]
-        if not own:
+        of_medium = [placed for placed in spans if placed.span.encoder == medium]
+        if not of_medium:
             continue
-        each = [(item, placed.cost) for placed in own for item in placed.items]
-        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.each or cost.tokens for _, cost in each])
+        # A span of several encoded images is as many spans to the model, each with its own count.
+        items_and_counts = [(item, placed.cost) for placed in of_medium for item in placed.items]
+        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.each or cost.tokens for _, cost in items_and_counts])
         if medium != "image":
-            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in each])
-        items = [item for item, _ in each]
+            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in items_and_counts])
+        items = [item for item, _ in items_and_counts]
         if items != list(range(len(items))):
             inputs[f"{medium}_index"] = torch.tensor(items)
-        if any(placed.order is not None for placed in own):
-            inputs[f"{medium}_layout"] = _layout(own)
+        if any(placed.order is not None for placed in of_medium):
+            inputs[f"{medium}_layout"] = _layout(of_medium)
     return inputs
 
 
-def _layout(own: Sequence[Placed]) -> Tensor:
-    """The orders of all runs after each other, their pieces numbered through the batch."""
+def _layout(spans: Sequence[PlacedSpan]) -> Tensor:
+    """Concatenate the orders of all spans, the encoded items numbered through the batch."""
     first, orders = 0, []
-    for placed in own:
-        order = order_of(placed.run.extent, placed.cost, None) if placed.order is None else placed.order
+    for placed in spans:
+        order = order_of(placed.span.extent, placed.cost, None) if placed.order is None else placed.order
         shift = torch.tensor([first, 0])
         orders.append(torch.where(order[:, :1] == NEWLINE, order, order + shift))
         first += len(placed.items)
@@ -290,6 +293,6 @@ def _layout(own: Sequence[Placed]) -> Tensor:
 
 
 def with_items(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs, with the item of every run said."""
+    """Name the item of every span in inputs that may leave it out."""
     counts = {m: inputs[f"num_{m}_tokens"] for m in MEDIA if f"num_{m}_tokens" in inputs}
-    return {f"{medium}_index": torch.arange(len(own)) for medium, own in counts.items()} | dict(inputs)
+    return {f"{medium}_index": torch.arange(len(num_tokens)) for medium, num_tokens in counts.items()} | dict(inputs)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import MEDIA, Budget, Extent, Space
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Message, Sample
-from mllm.encoders import EncoderFacts, encoder_facts
+from mllm.encoders import EncoderFacts, encoder_facts, register_av_hubert
 from mllm.media import (
     DEFAULT_LIMITS,
     Audio,
@@ -32,7 +32,7 @@ from mllm.media import (
     decode_in_memory,
     resolve_media,
 )
-from mllm.processing.batch import Batch, Expanded, Row, Run, check_length, expand
+from mllm.processing.batch import Batch, EncodedSample, Expanded, MediaSpan, check_length, expand
 from mllm.processing.chat import ChatEncoder, Prompt
 from mllm.processing.chat_template import with_media_parts
 from mllm.processing.media_inputs import (
@@ -123,13 +123,18 @@ class ElasticProcessor(ProcessorCalls):
     def facts(self) -> dict[str, EncoderFacts]:
         """What the encoders publish, by medium."""
         media = self.elastic["media"]
-        return {m: encoder_facts(AutoConfig.for_model(**s["encoder"]), s["space"]) for m, s in media.items()}
+        return {m: encoder_facts(self._encoder_configs[m], s["space"]) for m, s in media.items()}
+
+    @cached_property
+    def _encoder_configs(self) -> dict[str, PreTrainedConfig]:
+        register_av_hubert()
+        return {m: AutoConfig.for_model(**s["encoder"]) for m, s in self.elastic["media"].items()}
 
     @cached_property
     def transforms(self) -> dict[str, MediaTransform]:
         """What makes an encoder's input of a decoded file, by medium."""
         media = self.elastic["media"]
-        configs = {m: AutoConfig.for_model(**s["encoder"]) for m, s in media.items()}
+        configs = self._encoder_configs
         return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
 
     @property
@@ -370,10 +375,12 @@ class ElasticProcessor(ProcessorCalls):
                     f"sample {sample.id!r} speaks of {', '.join(prompt.media) or 'no media'}, but has {got}"
                 )
             try:
-                runs = tuple(Run(self.extent(item), numbers(item), item.tilings, item.encoded_as) for item in items)
+                spans = tuple(
+                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as) for item in items
+                )
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
-            rows.append(Row(sample.id, prompt.ids, prompt.labels, runs, sample.task))
+            rows.append(EncodedSample(sample.id, prompt.ids, prompt.labels, spans, sample.task))
         return Batch(rows, stack_media(numbers.items if with_values else ()))
 
     def expand(

@@ -10,7 +10,6 @@ too, word for word, is left out of training.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from mllm.real.sentences import normalise, spoken_number, wordnet_examples
 from mllm.real.voices import FLITE_PACKAGES, say
 from mllm.synthetic.speech.corpus import write_all
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
+from mllm.utils.files import written_whole
 
 PROMPT = "Transcript:"
 """Short: a clip has about seven target tokens, and every token of a row costs the same time."""
@@ -158,9 +158,8 @@ def _write_clip(job: _Job) -> float:
         return float(soundfile.info(job.path).duration)
     clean, _ = say(job.sentence, job.synthesiser, np.random.default_rng([*job.seed, 1]), packages=job.packages)
     samples = change(clean, np.random.default_rng([*job.seed, 2]))
-    aside = job.path.with_suffix(".writing")
-    write_audio(aside, samples, SAMPLE_RATE_HZ)
-    os.replace(aside, job.path)
+    with written_whole(job.path) as aside:
+        write_audio(aside, samples, SAMPLE_RATE_HZ)
     return len(samples) / SAMPLE_RATE_HZ
 
 

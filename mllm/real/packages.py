@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mllm.utils.extras import install_line
+from mllm.utils.files import digest_of_file
 
 INSTALL = f"`make test-real` and `make demo-real` do so in an environment of their own; by hand: {install_line('real')}"
 
@@ -61,8 +62,7 @@ def check_digest(path: Path, expected: str) -> None:
         ValueError: its SHA-256 differs.
         OSError: it cannot be read.
     """
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = digest_of_file(path)
     if digest != expected:
         raise ValueError(f"{path} is not the file that was tested: SHA-256 {digest}, expected {expected}")
 

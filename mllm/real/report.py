@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm.evaluation.answer_store import Line, write_whole
+from mllm.evaluation.answer_store import Line
 from mllm.evaluation.scoring import Score, score_speech
 from mllm.real.sentences import DIGITS, normalise
 from mllm.synthetic.demo.report import Finding
+from mllm.utils.files import write_text_whole
 from mllm.utils.markdown import markdown_table
 
 REPORT, PLOT = "report.md", "rates.png"
@@ -72,7 +73,7 @@ class RealFindings:
     def write(self, folder: Path) -> None:
         """Write the table with the transcripts, and the plot."""
         text = f"{self.table}\n\n![Word error rate against soft tokens]({PLOT})\n\n{self.transcripts}\n"
-        write_whole(folder / REPORT, text)
+        write_text_whole(folder / REPORT, text)
         _plot(self, folder / PLOT)
 
 

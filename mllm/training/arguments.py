@@ -1,4 +1,4 @@
-"""From our settings to transformers' TrainingArguments, with what the elastic trainer needs beside them.
+"""Makes transformers' TrainingArguments of a run config, with what the elastic trainer needs beside them.
 
 Knows both vocabularies. Does not know models or data; it must come before any model is made, since ZeRO-3 shards
 weights while they are loaded.
@@ -21,7 +21,7 @@ _AT_THE_END = 2**31
 
 @dataclass
 class ElasticArguments(TrainingArguments):
-    """TrainingArguments, and what only this trainer reads."""
+    """Adds to TrainingArguments what only this trainer reads."""
 
     part_learning_rates: dict[str, float] = field(default_factory=dict)
     task_weights: dict[str, float] = field(default_factory=dict)
@@ -40,14 +40,14 @@ class ElasticArguments(TrainingArguments):
         return Path(self.output_dir)
 
 
-def build_arguments(settings: RunConfig, *, on_cpu: bool) -> ElasticArguments:
-    """The arguments of a run. Where it is given in epochs, `max_steps` and the warm-up are put in once
-    the data is known.
+def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
+    """Build the arguments of a run. Where it lasts for epochs, `max_steps` and the warm-up are put in once the data is
+    known.
 
     Raises:
         ValueError: a loss kernel that cannot run here.
     """
-    train = settings.train
+    train = config.train
     if train.loss_kernel == "liger":
         check_liger(on_cpu=on_cpu)
     return ElasticArguments(
@@ -65,7 +65,7 @@ def build_arguments(settings: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         logging_strategy="steps",
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,  # what is not finite is refused, never averaged away
-        eval_strategy="steps" if settings.data.validation else "no",
+        eval_strategy="steps" if config.data.validation else "no",
         eval_steps=train.validate_every or _AT_THE_END,
         save_strategy="steps",
         save_steps=train.save_every or _AT_THE_END,
@@ -81,7 +81,7 @@ def build_arguments(settings: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         part_learning_rates={str(part): rate for part, rate in train.part_learning_rates.items()},
         task_weights=train.task_weights,
         sink_weight=train.sink_weight,
-        distillation=distillation_of(settings.sampler),
+        distillation=distillation_of(config.sampler),
         packing=train.packing,
         packed_attention=train.packed_attention,
         memory=train.memory,
@@ -90,7 +90,7 @@ def build_arguments(settings: RunConfig, *, on_cpu: bool) -> ElasticArguments:
 
 
 def distillation_of(sampler: SamplerConfig) -> Distillation | None:
-    """What smaller budgets learn from the largest, in the mode that has a teacher."""
+    """Say how much smaller budgets learn from the largest, in the mode that has a teacher."""
     if not sampler.distills:
         return None
     return Distillation(

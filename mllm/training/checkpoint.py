@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, and which one a run resumes from.
+"""Writes and reads training checkpoints, and chooses which one a run resumes from.
 
 Knows tensors by name, plain state, and the files they go to. Does not know the trainer, DeepSpeed or the model.
 
@@ -7,10 +7,10 @@ Knows tensors by name, plain state, and the files they go to. Does not know the 
     training.json            learning rates and the state of the schedule
     trainer_state.json       transformers' step, log history and so on
     config.json              the model's config, with the references and digests of its frozen parts
-    manifest.json            sizes and digests of all of these, and the facts of the run (`folders.py`)
+    manifest.json            sizes and digests of all of these, and the facts of the run (`run_folder.py`)
 
-Nothing here is a pickle and none is ever read. There is no state of random generators: every draw is a function of the
-seed and of what it is for (`trainer.py`, `mllm.utils.random_generator`).
+Nothing here is a pickle and none is ever read. There is no state of random generators: every random number is a
+function of the seed and of what it is for (`trainer.py`, `mllm.utils.random_generator`).
 """
 
 import json
@@ -38,7 +38,6 @@ _FREE = {
     "train": {
         *("out", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
         *("validation_budgets", "tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
-        "output",  # what `out` is called in checkpoints of before
         "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },
@@ -49,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything a checkpoint holds, whole and on the CPU.
+    """Holds everything that goes into a checkpoint, whole and on the CPU.
 
     Args:
         trainables: what trains, by name.
@@ -70,7 +69,7 @@ def save_checkpoint(run: Path, step: int, state: TrainingState, *, facts: dict[s
 
     Raises:
         ValueError: an empty tensor, by name.
-        OSError: see `folders.write_checkpoint`; older checkpoints are untouched.
+        OSError: see `run_folder.write_checkpoint`; older checkpoints are untouched.
     """
 
     def write(folder: Path) -> None:
@@ -86,20 +85,20 @@ def save_checkpoint(run: Path, step: int, state: TrainingState, *, facts: dict[s
 
 
 def load_progress(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Moments and plain state of a checkpoint that `read_checkpoint` has found whole."""
+    """Load moments and plain state of a checkpoint that `read_checkpoint` has found whole."""
     return load_file(folder / OPTIMIZER), json.loads((folder / TRAINING).read_text(encoding="utf-8"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name."""
+    """Read the tensors of a file by name."""
     return load_file(path)
 
 
 def choose_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint a run starts from, or nothing for a fresh start.
+    """Choose the checkpoint a run starts from, or None for a fresh start.
 
     Args:
-        resume: nothing, `auto` for the newest complete one (a fresh start where there is none), or its folder.
+        resume: None, `auto` for the newest complete one (a fresh start where there is none), or its folder.
 
     Raises:
         ValueError: a fresh start where there are checkpoints, none of them complete, a folder that is not a complete
@@ -146,10 +145,10 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, now: facts of the run that wrote the checkpoint and of this one: `settings`, `processes`, `sources`.
 
     Raises:
-        ValueError: a setting that decides what a step learns has changed, or a frozen part has; every key is named.
+        ValueError: a key that decides what a step learns has changed, or a frozen part has; every key is named.
     """
     # The same weights at another place are the same parts.
-    same = [part for part, own in now["sources"].items() if _is_same(before["sources"].get(part, {}), own)]
+    same = [part for part, source in now["sources"].items() if _is_same(before["sources"].get(part, {}), source)]
     moved = {"model.llm" if part == "llm" else f"model.{part}.encoder" for part in same}
     changed = [
         line
@@ -162,7 +161,9 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed.append(
             f"processes x train.accumulation was {micro_batches[0]} and is {micro_batches[1]} micro-batches per step"
         )
-    old, new = ({part: own for part, own in facts["sources"].items() if part not in same} for facts in (before, now))
+    old, new = (
+        {part: source for part, source in facts["sources"].items() if part not in same} for facts in (before, now)
+    )
     changed += [f"frozen part {line}" for line in differences(old, new)]
     if changed:
         raise ValueError(f"this is not the run the checkpoint belongs to: {'; '.join(changed)}")

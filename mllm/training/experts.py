@@ -1,9 +1,9 @@
-"""Which experts of an adapter the tokens chose: counted in training, written to the run folder, drawn as a heat map.
+"""Counts which experts of an adapter the tokens chose, writes the counts to the run folder, plots them as a heat map.
 
 Knows counts by budget, layer, kind of token and expert. Does not know how experts are chosen.
 
 `experts.jsonl` has one row per report, `{"step": ..., "counts": {"audio=/4": [...]}}`, the counts (L, K, N).
-Shapes: B passes, L layers, K kinds of tokens (`TOKEN_KINDS`), N routed experts.
+Shapes: B views, L layers, K kinds of tokens (`TOKEN_KINDS`), N routed experts.
 """
 
 import json
@@ -24,65 +24,67 @@ PLOT = "experts.png"
 
 
 class ExpertUsage:
-    """Counts since the last report; they stay on the device until they are asked for."""
+    """Adds up counts since the last report; they stay on the device until they are reported."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Tensor] = {}
 
     def add(self, names: Sequence[str], budgets: Tensor, usage: Tensor) -> None:
-        """Add the counts of one pass.
+        """Add the counts of one training batch.
 
         Args:
-            names: of the budgets of the pass.
-            budgets: (B,) int64, which of them each row was run at.
+            names: of the budgets of the batch.
+            budgets: (B,) int64, which of them each view is at.
             usage: (L, B, K, N).
         """
         shape = (usage.shape[0], len(names), *usage.shape[2:])
         by_budget = torch.zeros(shape, dtype=torch.float64, device=usage.device)
         by_budget.index_add_(1, budgets.to(usage.device), usage.double())
-        for place, name in enumerate(names):
+        for number, name in enumerate(names):
             before = self.counts.get(name)
-            self.counts[name] = by_budget[:, place] if before is None else before + by_budget[:, place]
+            self.counts[name] = by_budget[:, number] if before is None else before + by_budget[:, number]
 
     def report(self, accelerator: Accelerator, step: int, run: Path) -> None:
         """Write the counts of all processes and begin again; a collective."""
         total: dict[str, np.ndarray] = {}
-        for part in gather_json(accelerator, {name: own.round().long().tolist() for name, own in self.counts.items()}):
-            for name, counts in part.items():
+        on_this_process = {name: counts.round().long().tolist() for name, counts in self.counts.items()}
+        for of_process in gather_json(accelerator, on_this_process):
+            for name, counts in of_process.items():
                 total[name] = total.get(name, 0) + np.array(counts)
         self.counts = {}
         if accelerator.is_main_process:
-            row = {"step": step, "counts": {name: own.tolist() for name, own in sorted(total.items())}}
+            row = {"step": step, "counts": {name: counts.tolist() for name, counts in sorted(total.items())}}
             with (run / COUNTS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 
 def read_counts(path: Path) -> dict[str, np.ndarray]:
-    """The counts (L, K, N) of a whole run by budget; a step that a resumed run repeated counts once."""
-    rows = {own["step"]: own["counts"] for own in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    """Read the counts (L, K, N) of a whole run by budget; a step that a resumed run repeated counts once."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    counts_by_step = {row["step"]: row["counts"] for row in rows}
     total: dict[str, np.ndarray] = {}
-    for counts in rows.values():
-        for name, own in counts.items():
-            total[name] = total.get(name, 0) + np.array(own)
+    for counts_by_budget in counts_by_step.values():
+        for name, counts in counts_by_budget.items():
+            total[name] = total.get(name, 0) + np.array(counts)
     return total
 
 
-def draw_experts(counts: Mapping[str, np.ndarray], path: Path) -> None:
-    """Draw one map of layers by experts for every kind of token and budget: the share of the tokens, 1 / N is even."""
+def plot_experts(counts: Mapping[str, np.ndarray], path: Path) -> None:
+    """Plot a map of layers by experts for every kind of token and budget: fractions of the tokens, 1 / N is even."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = [place for place in range(len(TOKEN_KINDS)) if any(own[:, place].any() for own in counts.values())]
+    kinds = [kind for kind in range(len(TOKEN_KINDS)) if any(of_budget[:, kind].any() for of_budget in counts.values())]
     figure = Figure(figsize=(2.6 * len(counts) + 1.5, 2.4 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)  # needs no display
     grid = figure.subplots(len(kinds), len(counts), squeeze=False)
     image: Any = None
     for kind, axes in zip(kinds, grid, strict=True):
-        for (name, own), axis in zip(sorted(counts.items()), axes, strict=True):
-            shares = own[:, kind] / np.maximum(own[:, kind].sum(axis=1, keepdims=True), 1)
-            image = axis.imshow(shares, vmin=0.0, vmax=1.0, aspect="auto")
+        for (name, of_budget), axis in zip(sorted(counts.items()), axes, strict=True):
+            fractions = of_budget[:, kind] / np.maximum(of_budget[:, kind].sum(axis=1, keepdims=True), 1)
+            image = axis.imshow(fractions, vmin=0.0, vmax=1.0, aspect="auto")
             axis.set_title(f"{TOKEN_KINDS[kind]} at {name}", fontsize="small")
             axis.set_xlabel("expert", fontsize="small")
             axis.set_ylabel("layer", fontsize="small")
-    figure.colorbar(image, ax=grid, label="share of the choices")
+    figure.colorbar(image, ax=grid, label="fraction of the choices")
     figure.savefig(path, dpi=120)

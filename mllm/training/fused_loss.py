@@ -1,6 +1,6 @@
-"""The same loss by Liger's fused kernel: hidden states and the head's matrix to cross-entropies, without all logits.
+"""Computes the same loss by Liger's fused kernel, from hidden states and the head's matrix, without all logits.
 
-Knows Liger, the head and what targets are worth. Does not know lessons, settings or the trainer.
+Knows Liger, the head and the weights of targets. Does not know training batches, configs or the trainer.
 
 Liger multiplies by the head's matrix a few targets at a time, and overwrites their logits with the gradients. Targets
 weigh differently, so a loss per target is asked for; its gradients are computed in the backward pass, from logits that
@@ -8,10 +8,11 @@ are made again, since what has been summed over targets cannot be weighed any mo
 the loss was right and the gradients were not, so older versions are refused. In bfloat16 the weights are rounded too.
 Liger waits for the device once in each direction, for a count of targets that a loss per target does not use.
 
-Shapes: P target tokens, H hidden size, V vocabulary, K budgets; see `objective.py`.
+Shapes: P target tokens, H hidden size, V vocabulary, K budgets; see `loss.py`.
 Source: Liger Kernel (arXiv 2410.10989).
 """
 
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from mllm.training.loss import Head, Supervision, weighted
+from mllm.training.loss import Head, WeightedTargets, weighted_loss
 from mllm.utils.extras import install_line
 
 VERSIONS = ">=0.8.2,<0.9"
@@ -27,7 +28,7 @@ VERSIONS = ">=0.8.2,<0.9"
 
 
 def check_liger(*, on_cpu: bool) -> None:
-    """See that Liger is there and has a GPU to run on.
+    """Check that Liger is there and has a GPU to run on.
 
     Raises:
         ValueError: no GPU, or Liger is missing, broken or of another version; says how to get it.
@@ -51,7 +52,7 @@ def check_liger(*, on_cpu: bool) -> None:
 
 
 def plain_head(model: Any) -> nn.Linear:
-    """The head of a model, if the kernel computes the same logits: one whole matrix and nothing after it.
+    """Return the head of a model, if the kernel computes the same logits: one whole matrix and nothing after it.
 
     Args:
         model: an `ElasticForConditionalGeneration`.
@@ -75,30 +76,41 @@ def plain_head(model: Any) -> nn.Linear:
     return head
 
 
-def read_fused(
-    head: Head, hidden: Tensor, *, linear: nn.Linear, supervision: Supervision, num_targets: int | Tensor
-) -> dict[str, Tensor]:
-    """What `read_hidden` gives without distillation.
+@dataclass(frozen=True)
+class FusedTargetLoss:
+    """Computes what `ChunkedTargetLoss` does without distillation, by Liger's kernel.
 
     Args:
-        head: hidden states (n, H) -> logits (n, V); used where there are no targets only.
-        hidden: (P, H).
-        linear: the same as a layer, see `plain_head`.
-
-    Raises:
-        ValueError: a head that has been put in shards meanwhile.
+        targets: of the hidden states.
+        num_targets: target tokens of the optimizer step, see `loss_of_logits`.
+        linear: the head as a layer, see `plain_head`.
     """
-    _check_whole(linear)
-    if len(hidden) == 0:  # a kernel cannot be started for nothing, but the head must have its gradient of nothing
-        per_token = head(hidden).float().sum(dim=-1)
-    else:
-        per_token = _import_liger()(hidden, linear.weight, supervision.ids, reduction="none", accum_dtype=torch.float32)
-    loss = weighted(per_token.detach(), per_token, supervision, num_targets)
-    return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
+
+    targets: WeightedTargets
+    num_targets: int | Tensor
+    linear: nn.Linear
+
+    def __call__(self, head: Head, hidden_PH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the cross-entropy summed per budget (K,); `head` is used where there are no targets only.
+
+        Raises:
+            ValueError: a head that has been put in shards meanwhile.
+        """
+        _check_whole(self.linear)
+        if (
+            len(hidden_PH) == 0
+        ):  # a kernel cannot be started for nothing, but the head must have its gradient of nothing
+            per_token = head(hidden_PH).float().sum(dim=-1)
+        else:
+            kernel = _import_liger()
+            weight, ids = self.linear.weight, self.targets.ids
+            per_token = kernel(hidden_PH, weight, ids, reduction="none", accum_dtype=torch.float32)
+        loss = weighted_loss(per_token.detach(), per_token, self.targets, self.num_targets)
+        return loss.total, loss.budget_losses
 
 
 def _check_whole(head: nn.Linear) -> None:
-    """ZeRO-3 gathers weights when their layer is called, and the kernel takes the matrix without calling it."""
+    """Refuse a head in shards: ZeRO-3 gathers weights when their layer is called, which the kernel does not do."""
     if hasattr(head.weight, "ds_id"):
         raise ValueError("train.loss_kernel is liger, but ZeRO-3 keeps the head in shards; use ZeRO-2, or torch")
 

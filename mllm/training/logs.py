@@ -1,4 +1,4 @@
-"""What a run reports: loss per budget, tokens per second, and where it is written.
+"""Reports what a run does: loss per budget, tokens per second, to a file, tensorboard and a progress bar.
 
 Knows numbers by name. Does not know how they come about.
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mllm.training.budget_rows import Lesson
+from mllm.training.step import TrainingBatch
 from mllm.training.throughput import bottleneck
 
 LOG = "log.jsonl"
@@ -25,59 +25,61 @@ logger = logging.getLogger(__name__)
 
 
 class Tally:
-    """Sums over the passes since the last report. Losses stay on the device until they are asked for."""
+    """Adds up losses and tokens since the last report. Losses stay on the device until they are reported."""
 
     def __init__(self) -> None:
-        self.sums: list[tuple[Sequence[str], Tensor]] = []
-        self.soft_tokens = 0
-        self.tokens = 0
-        self.counts: dict[str, int] = {}
+        self.budget_losses: list[tuple[Sequence[str], Tensor]] = []
+        self.num_soft_tokens = 0
+        self.num_tokens = 0
+        self.target_counts: dict[str, int] = {}
         self.auxiliary: dict[str, list[tuple[Sequence[str], Tensor]]] = {}
         self.started = time.monotonic()
 
-    def add(self, lesson: Lesson, sums: Tensor, auxiliary: Mapping[str, Tensor] | None = None) -> None:
-        """One pass over a lesson with its loss summed per budget (K,), and its auxiliary losses, see `Loss`."""
-        self.sums.append((lesson.names, sums))
-        for name, own in (auxiliary or {}).items():
-            self.auxiliary.setdefault(name, []).append((lesson.names, own))
-        for name, count in zip(lesson.names, lesson.counts, strict=True):
-            self.counts[name] = self.counts.get(name, 0) + count
-        self.soft_tokens += lesson.soft_tokens
-        self.tokens += lesson.tokens
+    def add(
+        self, training_batch: TrainingBatch, budget_losses: Tensor, auxiliary: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Add one training batch with its loss summed per budget (K,), and its auxiliary losses, see `Loss`."""
+        self.budget_losses.append((training_batch.names, budget_losses))
+        for kind, losses in (auxiliary or {}).items():
+            self.auxiliary.setdefault(kind, []).append((training_batch.names, losses))
+        for name, count in zip(training_batch.names, training_batch.target_counts, strict=True):
+            self.target_counts[name] = self.target_counts.get(name, 0) + count
+        self.num_soft_tokens += training_batch.num_soft_tokens
+        self.num_tokens += training_batch.num_tokens
 
     def losses(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean loss per target token by budget over all processes; a collective."""
-        own: dict[str, list[float]] = {name: [0.0, float(count)] for name, count in self.counts.items()}
-        for names, sums in self.sums:
-            for name, value in zip(names, sums.tolist(), strict=True):
-                own[name][0] += value
-        return _means(accelerator, own)
+        """Average the loss per target token by budget over all processes; a collective."""
+        sums_and_counts = {name: [0.0, float(count)] for name, count in self.target_counts.items()}
+        for names, budget_losses in self.budget_losses:
+            for name, value in zip(names, budget_losses.tolist(), strict=True):
+                sums_and_counts[name][0] += value
+        return _means(accelerator, sums_and_counts)
 
     def auxiliary_losses(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean of each auxiliary loss per pass that has one, by budget, over all processes; a collective."""
-        own: dict[str, list[float]] = {}
-        for kind, passes in self.auxiliary.items():
-            for names, sums_and_counts in passes:
-                for name, value, count in zip(names, *sums_and_counts.tolist(), strict=True):
-                    entry = own.setdefault(f"{kind}/{name}", [0.0, 0.0])
+        """Average each auxiliary loss over the views that have one, by budget, over all processes; a collective."""
+        sums_and_counts: dict[str, list[float]] = {}
+        for kind, reports in self.auxiliary.items():
+            for names, losses in reports:
+                for name, value, count in zip(names, *losses.tolist(), strict=True):
+                    entry = sums_and_counts.setdefault(f"{kind}/{name}", [0.0, 0.0])
                     entry[0] += value
                     entry[1] += count
-        return _means(accelerator, own)
+        return _means(accelerator, sums_and_counts)
 
     def report(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
-        """Losses, and what `steps` steps cost, over all processes; a collective."""
+        """Report losses, and what `steps` steps cost, over all processes; a collective."""
         logs = {f"loss/{name}": value for name, value in self.losses(accelerator).items()}
         logs |= self.auxiliary_losses(accelerator)
-        costs = gather_json(accelerator, [self.tokens, self.soft_tokens])
+        costs = gather_json(accelerator, [self.num_tokens, self.num_soft_tokens])
         logs["tokens_per_second"] = sum(tokens for tokens, _ in costs) / max(time.monotonic() - self.started, 1e-9)
         logs["soft_tokens_per_step"] = sum(soft for _, soft in costs) / max(steps, 1)
         return logs
 
 
-def _means(accelerator: Accelerator, own: dict[str, list[float]]) -> dict[str, float]:
-    """Sum over count of every name, over all processes."""
+def _means(accelerator: Accelerator, sums_and_counts: dict[str, list[float]]) -> dict[str, float]:
+    """Divide sum by count of every name, over all processes."""
     total: dict[str, list[float]] = {}
-    for part in gather_json(accelerator, own):
+    for part in gather_json(accelerator, sums_and_counts):
         for name, (value, count) in part.items():
             entry = total.setdefault(name, [0.0, 0.0])
             entry[0] += value
@@ -86,7 +88,7 @@ def _means(accelerator: Accelerator, own: dict[str, list[float]]) -> dict[str, f
 
 
 def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
-    """The plain values of all processes, by rank. They travel as JSON in tensors: nothing is unpickled."""
+    """Gather the plain values of all processes, by rank. They travel as JSON in tensors: nothing is unpickled."""
     if accelerator.num_processes == 1:
         return [value]
     text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=accelerator.device)
@@ -171,7 +173,7 @@ class RunFlow(TrainerCallback):
 
 
 class RunProgress(ProgressCallback):
-    """transformers' progress bar with the loss beside it, instead of every report above it."""
+    """Shows transformers' progress bar with the loss beside it, instead of every report above it."""
 
     def on_log(
         self,
@@ -193,7 +195,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int:
-    """The step of a row; -1 for one that a kill cut short."""
+    """Read the step of a row; -1 for one that a kill cut short."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -1,9 +1,10 @@
-"""The loss of a pass over many budgets: cross-entropy per target token, and distillation from the largest budget.
+"""Computes the loss of a training batch: cross-entropy per target token, and distillation from the largest budget.
 
-Knows logits at label positions and what each of them is worth. Does not know rows, budgets as words, or the model.
+Knows hidden states at label positions, the head, and the weight of each target. Does not know rows, budgets as words,
+or the model.
 
-Shapes: P target tokens of all passes of a micro-batch, V vocabulary, K budgets that occur in it.
-A pass is one row at one budget; the targets of a row are the same, in the same order, in each of its passes.
+A view is one row at one budget; the targets of a row are the same, in the same order, in each of its views.
+Shapes: B views, P target tokens of all views of a micro-batch, H hidden size, V vocabulary, K budgets that occur in it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +16,19 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 1 << 30
-"""Logits beyond so many bytes in float32 are made and read piece by piece."""
+"""Logits beyond so many bytes in float32 are computed and compared piece by piece."""
 Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Supervision:
-    """What the logits should say, and what each of them is worth.
+class WeightedTargets:
+    """What the logits should say, and the weight of each of them.
 
     Args:
         ids: (P,) the right tokens.
-        weights: (P,) float, the weight of the target's pass; the weights of the passes of a row sum to 1.
-        budgets: (P,) int64, which of the K budgets the target's pass was run at.
-        teachers: (P,) int64, the same target in the pass that teaches; its own index where nothing does.
+        weights: (P,) float, the weight of the target's view; the weights of the views of a row sum to 1.
+        budgets: (P,) int64, which of the K budgets the target's view is at.
+        teachers: (P,) int64, the same target in the view that teaches; its own index where none does.
         num_budgets: K.
         students: (P,) bool, which targets have a teacher; when left out those whose teacher is another target here.
     """
@@ -46,22 +47,22 @@ class Supervision:
             return self.students
         return self.teachers != torch.arange(len(self.teachers), device=self.teachers.device)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Supervision":
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "WeightedTargets":
         values = (self.ids, self.weights, self.budgets, self.teachers)
-        return Supervision(*map(change, values), num_budgets=self.num_budgets, students=change(self.is_student))
+        return WeightedTargets(*map(change, values), num_budgets=self.num_budgets, students=change(self.is_student))
 
-    def to(self, device: torch.device) -> "Supervision":
-        """The same on a device."""
+    def to(self, device: torch.device) -> "WeightedTargets":
+        """Return the same on a device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
-    def part(self, kept: slice) -> "Supervision":
-        """Some of the targets; teachers are counted as before."""
+    def part(self, kept: slice) -> "WeightedTargets":
+        """Return some of the targets; teachers are counted as before."""
         return self._map(lambda value: value[kept])
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much of a student's loss comes from its teacher, and how soft both distributions are made."""
+    """Says how much of a student's loss comes from its teacher, and how soft both distributions are made."""
 
     weight: float
     temperature: float = 1.0
@@ -69,29 +70,82 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss to differentiate; detached, for the log, the cross-entropy summed per budget (K,), and what was added.
+    """Holds the loss to differentiate and, detached for the log, what it is made of.
 
-    `auxiliary` (2, K) by name: the sum of an auxiliary loss over the passes at each budget, and how many had one.
-    `usage` counts the choices of experts (see the model's `expert_usage`); nothing where the adapter has no experts.
+    Args:
+        total: a scalar.
+        budget_losses: (K,) the cross-entropy summed per budget.
+        auxiliary: (2, K) by name: the sum of an auxiliary loss over the views at each budget, and how many had one.
     """
 
     total: Tensor
-    sums: Tensor
+    budget_losses: Tensor
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
-    usage: Tensor | None = None
 
 
-def objective(
-    logits: Tensor, supervision: Supervision, num_targets: int | Tensor, distillation: Distillation | None = None
+@dataclass(frozen=True)
+class ChunkedTargetLoss:
+    """Computes the loss of hidden states, whose logits are never all there at once where they would be large.
+
+    They are then made piece by piece, and again in the backward pass. A `mllm.model.modeling.TargetLoss`.
+
+    Args:
+        targets: of the hidden states.
+        num_targets: target tokens of the optimizer step, see `loss_of_logits`.
+        distillation: None learns from the labels alone.
+        teacher_states: (P', H) hidden states that `targets.teachers` counts in; those of the same call when left out.
+        chunk_bytes: most bytes of the logits of a piece, in float32.
+        vocabulary_size: V.
+    """
+
+    targets: WeightedTargets
+    num_targets: int | Tensor
+    vocabulary_size: int
+    distillation: Distillation | None = None
+    teacher_states: Tensor | None = None
+    chunk_bytes: int = CHUNK_BYTES
+
+    def __call__(self, head: Head, hidden_PH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the cross-entropy summed per budget (K,); see `TargetLoss`."""
+        chunk_size = max(self.chunk_bytes // (4 * self.vocabulary_size), 1)
+        fits = chunk_size >= len(hidden_PH)
+        if fits and (self.teacher_states is None or self.distillation is None):
+            loss = loss_of_logits(head(hidden_PH), self.targets, self.num_targets, self.distillation)
+            return loss.total, loss.budget_losses
+        teacher_states = hidden_PH.detach() if self.teacher_states is None else self.teacher_states
+
+        def token_losses(chunk_nH: Tensor, targets: WeightedTargets) -> tuple[Tensor, Tensor]:
+            teacher_logits = None
+            if self.distillation is not None:
+                with torch.no_grad():
+                    teacher_logits = head(teacher_states[targets.teachers]).float()
+            return _token_losses(head(chunk_nH).float(), teacher_logits, targets, self.distillation)
+
+        pieces = []
+        for start in range(0, max(len(hidden_PH), 1), chunk_size):
+            kept = slice(start, start + chunk_size)
+            chunk_nH, targets = hidden_PH[kept], self.targets.part(kept)
+            pieces.append(
+                token_losses(chunk_nH, targets)
+                if fits
+                else checkpoint(token_losses, chunk_nH, targets, use_reentrant=False)
+            )
+        cross_entropy, per_token = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        loss = weighted_loss(cross_entropy, per_token, self.targets, self.num_targets)
+        return loss.total, loss.budget_losses
+
+
+def loss_of_logits(
+    logits: Tensor, targets: WeightedTargets, num_targets: int | Tensor, distillation: Distillation | None = None
 ) -> Loss:
-    """Weighted mean over the passes of the mean over target tokens.
+    """Compute the weighted mean over the views of the mean over target tokens.
 
-    `num_targets` counts the targets of the whole optimizer step once, whatever the number of passes: over all its
+    `num_targets` counts the targets of the whole optimizer step once, whatever the number of views: over all its
     micro-batches and processes. So the sum of this loss over micro-batches and processes is the loss of one process
     that saw them all.
 
     With distillation a student's loss is `(1 - weight) * CE + weight * temperature^2 * KL(teacher || student)`, the
-    teacher's logits being those of this very pass, detached. Sources: Hinton et al. (arXiv 1503.02531); in-place
+    teacher's logits being those of this very step, detached. Sources: Hinton et al. (arXiv 1503.02531); in-place
     distillation of slimmable networks (arXiv 1903.05134).
 
     Args:
@@ -99,76 +153,31 @@ def objective(
         num_targets: target tokens of the optimizer step.
     """
     logits = logits.float()
-    taught = logits.detach()[supervision.teachers] if distillation is not None else None
-    cross_entropy, per_token = _token_losses(logits, taught, supervision, distillation)
-    return weighted(cross_entropy, per_token, supervision, num_targets)
-
-
-def read_hidden(
-    head: Head,
-    hidden: Tensor,
-    *,
-    supervision: Supervision,
-    num_targets: int | Tensor,
-    distillation: Distillation | None = None,
-    teachers: Tensor | None = None,
-    vocabulary: int,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> dict[str, Tensor]:
-    """The same loss of hidden states, whose logits are never all there at once where they would be large.
-
-    They are then made piece by piece, and again in the backward pass.
-
-    Args:
-        head: hidden states (n, H) -> logits (n, V).
-        hidden: (P, H).
-        teachers: (P', H) hidden states that `supervision.teachers` counts in; these here when left out.
-        vocabulary: V.
-        chunk_bytes: most bytes of the logits of a piece, in float32.
-
-    Returns:
-        `loss`; `sums` (K,) as `Loss` has them; `hidden` as given, detached.
-    """
-    size = max(chunk_bytes // (4 * vocabulary), 1)
-    if size >= len(hidden) and (teachers is None or distillation is None):
-        loss = objective(head(hidden), supervision, num_targets, distillation)
-        return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
-    known = hidden.detach() if teachers is None else teachers
-
-    def read(piece: Tensor, own: Supervision) -> tuple[Tensor, Tensor]:
-        taught = None
-        if distillation is not None:
-            with torch.no_grad():
-                taught = head(known[own.teachers]).float()
-        return _token_losses(head(piece).float(), taught, own, distillation)
-
-    parts = []
-    for start in range(0, max(len(hidden), 1), size):
-        piece, own = hidden[start : start + size], supervision.part(slice(start, start + size))
-        parts.append(read(piece, own) if size >= len(hidden) else checkpoint(read, piece, own, use_reentrant=False))
-    cross_entropy, per_token = (torch.cat(own) for own in zip(*parts, strict=True))
-    loss = weighted(cross_entropy, per_token, supervision, num_targets)
-    return {"loss": loss.total, "sums": loss.sums, "hidden": hidden.detach()}
+    teacher_logits = logits.detach()[targets.teachers] if distillation is not None else None
+    cross_entropy, per_token = _token_losses(logits, teacher_logits, targets, distillation)
+    return weighted_loss(cross_entropy, per_token, targets, num_targets)
 
 
 def _token_losses(
-    logits: Tensor, taught: Tensor | None, supervision: Supervision, distillation: Distillation | None
+    logits: Tensor, teacher_logits: Tensor | None, targets: WeightedTargets, distillation: Distillation | None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, detached, and what is learned from, both (P,)."""
-    per_token = functional.cross_entropy(logits, supervision.ids, reduction="none")
+    """Compute the cross-entropy, detached, and what is learned from, both (P,)."""
+    per_token = functional.cross_entropy(logits, targets.ids, reduction="none")
     cross_entropy = per_token.detach()
     if distillation is not None and distillation.weight > 0:
-        assert taught is not None
-        per_token = _distill(per_token, logits, taught, supervision, distillation)
+        assert teacher_logits is not None
+        per_token = _distill(per_token, logits, teacher_logits, targets, distillation)
     return cross_entropy, per_token
 
 
-def weighted(cross_entropy: Tensor, per_token: Tensor, supervision: Supervision, num_targets: int | Tensor) -> Loss:
-    """The loss of targets: their cross-entropy, detached, and what is learned from, both (P,)."""
-    sums = cross_entropy.new_zeros(supervision.num_budgets).index_add(0, supervision.budgets, cross_entropy)
+def weighted_loss(
+    cross_entropy: Tensor, per_token: Tensor, targets: WeightedTargets, num_targets: int | Tensor
+) -> Loss:
+    """Weigh the losses of targets: their cross-entropy, detached, and what is learned from, both (P,)."""
+    budget_losses = cross_entropy.new_zeros(targets.num_budgets).index_add(0, targets.budgets, cross_entropy)
     # Where nothing is to be learned in the whole step the loss is 0, not 0 / 0.
     divisor = torch.as_tensor(num_targets, device=per_token.device).clamp(min=1)
-    return Loss((supervision.weights * per_token).sum() / divisor, sums)
+    return Loss((targets.weights * per_token).sum() / divisor, budget_losses)
 
 
 def with_auxiliary(
@@ -176,34 +185,35 @@ def with_auxiliary(
     values: Mapping[str, Tensor],
     weights: Mapping[str, float],
     *,
-    budgets: Tensor,
-    shares: Tensor,
+    view_budgets: Tensor,
+    view_weights: Tensor,
     num_targets: int | Tensor,
 ) -> Loss:
-    """The loss with the auxiliary losses of its passes added.
+    """Add the auxiliary losses of views to a loss.
 
-    Those of a pass are worth its share of the targets, so that the sum over micro-batches and processes is again the
-    loss of one process that saw them all.
+    Those of a view are weighed as its targets are together, so that the sum over micro-batches and processes is again
+    the loss of one process that saw them all.
 
     Args:
-        values: (B,) of each pass, by name; 0 where a pass has none.
+        values: (B,) of each view, by name; 0 where a view has none.
         weights: by name. Sources: MoME (arXiv 2510.04136), whose balance weighs 0.01; see `sink` for another.
-        budgets: (B,) which of the K budgets each pass was run at.
-        shares: (B,) the weights of each pass's targets, summed.
-        num_targets: target tokens of the optimizer step, as `objective` takes them.
+        view_budgets: (B,) which of the K budgets each view is at.
+        view_weights: (B,) the weights of each view's targets, summed.
+        num_targets: target tokens of the optimizer step, as `loss_of_logits` takes them.
     """
     total, logged = loss.total, {}
-    for name, own in values.items():
-        own = own.float()
-        divisor = torch.as_tensor(num_targets, device=own.device).clamp(min=1)
-        total = total + weights[name] * (own * shares).sum() / divisor
-        known = torch.stack([own.detach(), (own.detach() != 0).float()])
-        logged[name] = known.new_zeros(2, len(loss.sums)).index_add(1, budgets, known)
+    for name, value in values.items():
+        value = value.float()
+        divisor = torch.as_tensor(num_targets, device=value.device).clamp(min=1)
+        total = total + weights[name] * (value * view_weights).sum() / divisor
+        value_and_count = torch.stack([value.detach(), (value.detach() != 0).float()])
+        empty = value_and_count.new_zeros(2, len(loss.budget_losses))
+        logged[name] = empty.index_add(1, view_budgets, value_and_count)
     return replace(loss, total=total, auxiliary=loss.auxiliary | logged)
 
 
 def sink(hidden_states: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
-    """How much the tokens of a row look like its first one: squared cosines, the mean over them and the layers.
+    """Measure how much the tokens of a row look like its first one: squared cosines, the mean over them and the layers.
 
     Source: Llama-AVSR's `--add-sink-loss` (arXiv 2510.22603), which weighs it 10,000.
 
@@ -223,11 +233,12 @@ def sink(hidden_states: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
 
 
 def _distill(
-    cross_entropy: Tensor, logits: Tensor, taught: Tensor, supervision: Supervision, distillation: Distillation
+    cross_entropy: Tensor, logits: Tensor, teacher_logits: Tensor, targets: WeightedTargets, distillation: Distillation
 ) -> Tensor:
-    students = (logits / distillation.temperature).log_softmax(dim=-1)
-    targets = (taught / distillation.temperature).log_softmax(dim=-1)
-    divergence = functional.kl_div(students, targets, reduction="none", log_target=True).sum(dim=-1)
+    student = (logits / distillation.temperature).log_softmax(dim=-1)
+    teacher = (teacher_logits / distillation.temperature).log_softmax(dim=-1)
+    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
     weight = distillation.weight
+    # The square makes up for gradients that shrink with it (Hinton et al.).
     mixed = (1 - weight) * cross_entropy + weight * distillation.temperature**2 * divergence
-    return torch.where(supervision.is_student, mixed, cross_entropy)
+    return torch.where(targets.is_student, mixed, cross_entropy)

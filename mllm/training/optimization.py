@@ -1,4 +1,4 @@
-"""The optimizer of what trains: its groups, what every step checks, and its state as named tensors.
+"""Groups what trains for the optimizer, checks its gradients at every step, and names the optimizer's state.
 
 Knows parameters by name. Does not know files; DeepSpeed's shards are in `sharding.py`.
 """
@@ -18,7 +18,7 @@ _SEPARATOR = "|"
 def named_groups(
     model: nn.Module, *, learning_rate: float, part_learning_rates: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of what trains, by learning rate and weight decay.
+    """Group what trains for the optimizer, by learning rate and weight decay.
 
     Returns:
         Groups `{names, params, lr, weight_decay}`. Matrices decay; vectors (biases, norms, rows of new tokens) do not.
@@ -56,14 +56,14 @@ def check_gradients(parameters: Sequence[nn.Parameter], step: int) -> None:
 
 
 def moments_of(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors on the CPU.
+    """Name the tensors of the optimizer's state, on the CPU.
 
     Args:
         names: of the parameters, by group in the optimizer's order.
     """
     tensors: dict[str, Tensor] = {}
-    for group, own in zip(optimizer.param_groups, names, strict=True):
-        for name, parameter in zip(own, group["params"], strict=True):
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        for name, parameter in zip(group_names, group["params"], strict=True):
             for moment, value in optimizer.state[parameter].items():
                 tensors[f"{moment}{_SEPARATOR}{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors
@@ -78,10 +78,10 @@ def set_moments(
         ValueError: the state of another set of parameters, or of another shape; the names are given.
     """
     by_name = split_moments(tensors)
-    check_names([name for own in names for name in own], by_name)
+    flat = [name for group_names in names for name in group_names]
+    check_names(flat, by_name)
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    flat = [name for own in names for name in own]
     for name, parameter in zip(flat, parameters, strict=True):
         check_shapes(name, by_name[name], tuple(parameter.shape))
     state["state"] = {index: dict(by_name[name]) for index, name in enumerate(flat)}
@@ -89,7 +89,7 @@ def set_moments(
 
 
 def split_moments(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Moments by parameter name."""
+    """Sort moments by parameter name."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         moment, _, name = key.partition(_SEPARATOR)
@@ -98,14 +98,14 @@ def split_moments(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
 
 
 def join_moment(moment: str, name: str) -> str:
-    """The name of one moment of one parameter in a file."""
+    """Name one moment of one parameter in a file."""
     return f"{moment}{_SEPARATOR}{name}"
 
 
-def check_names(expected: Sequence[str], found: Mapping[str, Any]) -> None:
+def check_names(expected: Sequence[str], present: Mapping[str, Any]) -> None:
     """Refuse an optimizer state that is not exactly that of the expected parameters."""
-    problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
-    problems += [f"unexpected {name}" for name in sorted(set(found) - set(expected))]
+    problems = [f"missing {name}" for name in sorted(set(expected) - set(present))]
+    problems += [f"unexpected {name}" for name in sorted(set(present) - set(expected))]
     if problems:
         raise ValueError(f"the optimizer state does not fit what trains: {'; '.join(problems)}")
 

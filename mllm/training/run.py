@@ -1,9 +1,9 @@
-"""A training run from its settings to its folder: launch, look at the data, build, train, save.
+"""Trains a run from its config to its folder: launch, load the data, build the model, train, save.
 
 Knows the order of things and the files of a run. Does not know how any of it is done.
 
     runs/demo/  settings.yaml  config.json  trainables.safetensors  tokenizer files   what was trained, and how
-                checkpoint-00000500/ ...   log.jsonl   tensorboard/   skipped-0.jsonl   survey/
+                checkpoint-00000500/ ...   log.jsonl   tensorboard/   skipped-0.jsonl   token_scan/
                 experts.jsonl   experts.png   where the adapter has experts
 """
 
@@ -16,42 +16,62 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from mllm.budget import Budget
-from mllm.budget.sampler import Sampler
+from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load_trainables, save_run
 from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
 from mllm.config.model import ModelConfig
-from mllm.config.run import RunConfig, settings_yaml
+from mllm.config.run import RunConfig, read_run_settings, settings_yaml
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import samples_that_share
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32
-from mllm.model.trainables import is_sharded, set_trainables
+from mllm.model.trainables import is_sharded, set_trainables, trainable_names
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
-from mllm.training.experts import COUNTS, PLOT, draw_experts, read_counts
+from mllm.training.experts import COUNTS, PLOT, plot_experts, read_counts
 from mllm.training.feature_cache.building import FeatureSamples, Stores, filled_stores
 from mllm.training.feature_cache.features import FeatureDataset, pass_features_through
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
-from mllm.training.interruption import StopWhenAsked, stopping_on_interrupt
-from mllm.training.pipeline.data_look import LookedOver, build_sampler, look_over
+from mllm.training.interruption import StopOnRequest, stopping_on_interrupt
+from mllm.training.pipeline.batches import RankSlots
+from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.utils.distributed import check_process_count, prepare_launch
-from mllm.utils.run_paths import CONFIG, SETTINGS, run_of
+from mllm.utils.run_paths import CONFIG, RUN_CONFIG, run_of
 
 logger = logging.getLogger(__name__)
 
 
+def read_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """Read a run config: an object as it is, plain values, or the path of a YAML file.
+
+    Raises:
+        ValueError: an unknown key, a value of another type, or a contradiction; the key is named.
+        OSError: the file cannot be read.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return read_run_settings(config)
+    values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{config} holds no keys; a run config has the blocks model, data and train")
+    return read_run_settings(values)
+
+
 def train(
-    settings: RunConfig,
+    config: RunConfig | Mapping[str, Any] | str | Path,
     *,
     resume: str | None = None,
     sources: Mapping[str, str] | None = None,
@@ -60,7 +80,8 @@ def train(
     """Train a run; every process of a launcher calls this.
 
     Args:
-        resume: nothing for a fresh start, `auto` for the newest complete checkpoint, or the folder of one.
+        config: a run config, plain values, or the path of a YAML file.
+        resume: None for a fresh start, `auto` for the newest complete checkpoint, or the folder of one.
         sources: with resume, where frozen parts are now, by part, if they were moved.
         metric: measures answers at each validation, by name.
 
@@ -72,40 +93,68 @@ def train(
         FloatingPointError: the loss or the gradient is no longer a number.
         KeyboardInterrupt: the user interrupted it; see `interruption.py`.
     """
-    if metric is not None and settings.data.features is not None:
+    register()
+    config = read_config(config)
+    if metric is not None and config.data.features is not None:
         raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
-    on_cpu = prepare_launch(use_cpu=settings.train.use_cpu, deepspeed=settings.train.deepspeed is not None)
-    arguments = build_arguments(settings, on_cpu=on_cpu)  # before the model: ZeRO-3 shards weights while they load
-    check_process_count(arguments.world_size)
-    with _own_run(arguments.run):
-        start = _start(arguments.run, resume)
-        found = _with_parts_found(settings.model, start, sources or {})
-        looked = look_over(dataclasses.replace(settings, model=found), arguments.run, fits_captions=start is None)
-        model, processor = build(found, limits=settings.data.limits)
-        model.config.sources = _sources_of(settings.model, model.config.sources or {}, arguments.run)
-        names = set_trainables(model, settings.parts)
-        keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
-        arguments.facts = {"settings": dataclasses.asdict(settings), "sources": identities(model.config.sources or {})}
+    arguments = launch(config)  # before the model: ZeRO-3 shards weights while they load
+    with _locked(arguments.run):
+        start = _checkpoint_to_start_from(arguments.run, resume)
+        model_config = _with_parts_located(config.model, start, sources or {})
+        located = dataclasses.replace(config, model=model_config)
+        data = load_dataset(located, fits_captions=start is None)
+        model, processor = build_model(located)
+        model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
         if start is not None:
-            check_continues(start.facts, {**arguments.facts, "processes": arguments.world_size})
+            check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
         if arguments.should_save:
-            (arguments.run / SETTINGS).write_text(settings_yaml(settings), encoding="utf-8")
+            (arguments.run / RUN_CONFIG).write_text(settings_yaml(config), encoding="utf-8")
             processor.save_pretrained(arguments.run)  # now: the checkpoints of a run that dies can be used with it
-        if settings.train.start_from is not None and start is None:
-            start_from(model, settings.train.start_from)
-        trainer = build_trainer(settings, arguments, model, processor, looked, metric=metric)
+        if config.train.start_from is not None and start is None:
+            start_from(model, config.train.start_from)
+        trainer = build_trainer(config, model, processor, data, arguments=arguments, metric=metric)
         if start is not None and start.step >= arguments.max_steps:
             logger.info("%s is the last step already; nothing is trained", start.folder)
-            load_trainables(model, start.folder / TRAINABLES, names)
+            load_trainables(model, start.folder / TRAINABLES, trainable_names(model))
         else:
             _fit(trainer, start)
-        trainables = trainer.trainables()
-        if arguments.should_save:
-            save_run(model, processor, arguments.run, state=trainables)
-            if (counts := arguments.run / COUNTS).exists():
-                draw_experts(read_counts(counts), arguments.run / PLOT)
-        PartialState().wait_for_everyone()
+        save(trainer)
     return arguments.run
+
+
+def launch(config: RunConfig) -> ElasticArguments:
+    """Make the processes of a launcher one training, and its trainer's arguments; call it before any model is made.
+
+    Raises:
+        ValueError: processes that did not find each other, or a loss kernel or DeepSpeed that cannot run here.
+    """
+    on_cpu = prepare_launch(use_cpu=config.train.use_cpu, deepspeed=config.train.deepspeed is not None)
+    arguments = build_arguments(config, on_cpu=on_cpu)
+    check_process_count(arguments.world_size)
+    return arguments
+
+
+def build_model(config: RunConfig) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """Build the model and processor of a run: frozen parts, new compressors and adapter; what learns is set.
+
+    Raises:
+        ValueError: parts that do not fit together; the key is named.
+        OSError: a part that cannot be read.
+    """
+    model, processor = build(config.model, limits=config.data.limits)
+    set_trainables(model, config.parts)
+    keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return model, processor
+
+
+def save(trainer: ElasticTrainer) -> None:
+    """Write what a trainer has trained to its run folder, so that `mllm.load` reads it; every process calls this."""
+    run, trainables = trainer.args.run, trainer.trainables()
+    if trainer.args.should_save:
+        save_run(trainer.elastic, trainer.processor, run, state=trainables)
+        if (run / COUNTS).exists():
+            plot_experts(read_counts(run / COUNTS), run / PLOT)
+    PartialState().wait_for_everyone()
 
 
 def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
@@ -114,170 +163,179 @@ def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
     Raises:
         KeyboardInterrupt: it was interrupted before that; with one process, there is a checkpoint of the step.
     """
-    stop = StopWhenAsked()
+    stop = StopOnRequest()
     trainer.add_callback(stop)
     with stopping_on_interrupt(stop, num_processes=trainer.args.world_size):
         trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
-    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+    if stop.is_requested and trainer.state.global_step < trainer.args.max_steps:
         raise KeyboardInterrupt
 
 
 def build_trainer(
-    settings: RunConfig,
-    arguments: ElasticArguments,
-    model: Any,
+    config: RunConfig,
+    model: ElasticForConditionalGeneration,
     processor: ElasticProcessor,
-    looked: LookedOver,
+    data: TrainingData,
     *,
+    arguments: ElasticArguments | None = None,
     metric: Metric | None = None,
 ) -> ElasticTrainer:
-    """The trainer of a run whose data have been looked over: its projectors fitted to captions, its batches, its draws,
-    its validation.
+    """Build the trainer of a run: fit its projectors to captions, make its batches, budgets and validation.
+
+    Args:
+        model: of `build_model`.
+        data: of `load_dataset`.
+        arguments: of `launch`; made when left out.
+        metric: measures answers at each validation, by name.
     """
-    run, data, draws = arguments.run, settings.data, build_sampler(settings, processor.space)
-    samples, surveyed = looked.samples["train"], looked.surveys["train"]
-    watch, stores = Stopwatch(), None
-    groups = samples_that_share(samples) if data.share_media else None
-    fits = "captions" in looked.samples  # not in a resumed run
+    arguments = arguments or launch(config)
+    arguments.facts = _facts(config, model)
+    sampler = build_sampler(config, processor.space)
+    watch, stores, slots = Stopwatch(), None, _slots(arguments)
+    samples = data.samples["train"]
+    groups = samples_that_share(samples) if config.data.share_media else None
+    fits = "captions" in data.samples  # not in a resumed run
     if fits:
-        _check_fits(settings, model)
-    if data.features is None:
-        load = loading(data, processor, augmented=True, budgets=extremes(draws), watch=watch)
-        rows = ManifestDataset(samples, load=load, seed=settings.train.seed, groups=groups)
+        _check_fits(config, model)
+    if config.data.features is None:
+        budgets = extreme_budgets(sampler)
+        load = loading(config.data, processor, augmented=True, budgets=budgets, watch=watch)
+        dataset = ManifestDataset(samples, load=load, seed=config.train.seed, groups=groups)
     else:
-        stores = _features(settings, arguments, model, processor, looked.for_features())
-        rows = FeatureDataset(samples, stores.train, watch, groups=groups)
+        stores = _feature_stores(config, arguments, model, processor, data.for_features())
+        dataset = FeatureDataset(samples, stores.train, watch, groups=groups)
     if fits:
-        _fit_projectors(settings, arguments, model, processor, looked, stores)
-    encoded = partial(encode, processor=processor, budgets=extremes(draws), watch=watch)
-    batches = train_loader(
-        rows,
-        surveyed,
-        settings=data,
-        encode=partial(encoded, max_sample_tokens=data.max_sample_tokens),
-        run=run,
-        seed=settings.train.seed,
-        lanes={
-            "process_index": arguments.process_index,
-            "num_processes": arguments.world_size,
-            "accumulation": settings.train.accumulation,
-        },
+        _fit_projectors(config, arguments, model, processor, data, stores)
+    encode_rows = partial(
+        encode,
+        processor=processor,
+        budgets=extreme_budgets(sampler),
+        watch=watch,
+        max_sample_tokens=config.data.max_sample_tokens,
     )
-    if settings.train.epochs is not None:
-        arguments.max_steps = batches.batch_sampler.steps(settings.train.epochs)  # type: ignore[union-attr]
-        arguments.warmup_steps = settings.train.count_warmup_steps(arguments.max_steps)
+    batches = train_loader(
+        dataset,
+        data.scans["train"],
+        config=config.data,
+        encode=encode_rows,
+        run=arguments.run,
+        seed=config.train.seed,
+        slots=slots,
+    )
+    if config.train.epochs is not None:
+        arguments.max_steps = batches.batch_sampler.steps(config.train.epochs)  # type: ignore[union-attr]
+        arguments.warmup_steps = config.train.count_warmup_steps(arguments.max_steps)
     trainer = ElasticTrainer(
         model,
         arguments,
         processor=processor,
-        sampler=draws,
+        sampler=sampler,
         batches=batches,
-        validation=_validation(settings, arguments, processor, looked, stores, metric) if data.validation else None,
-        tensorboard=settings.train.tensorboard,
+        validation=_validation(config, arguments, processor, data, stores, metric) if config.data.validation else None,
+        tensorboard=config.train.tensorboard,
     )
     check_process_count(trainer.accelerator.num_processes)
-    if settings.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer
 
 
-def _features(
-    settings: RunConfig,
+def _facts(config: RunConfig, model: ElasticForConditionalGeneration) -> dict[str, Any]:
+    """Describe what a checkpoint's run was, so that another one is not taken for its continuation."""
+    return {"settings": dataclasses.asdict(config), "sources": identities(model.config.sources or {})}
+
+
+def _slots(arguments: ElasticArguments) -> RankSlots:
+    return RankSlots(arguments.process_index, arguments.world_size, arguments.gradient_accumulation_steps)
+
+
+def _feature_stores(
+    config: RunConfig,
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
     samples: FeatureSamples,
 ) -> Stores:
-    """The features of the samples, made by all processes; the model's encoders are gone afterwards."""
+    """Make the features of the samples, by all processes; the model's encoders are gone afterwards."""
     if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
-    ranks = {"rank": arguments.process_index, "num_ranks": arguments.world_size}
-    with tqdm(desc="encoding", disable=not settings.train.progress or arguments.process_index > 0) as bar:
+    rank, num_ranks = arguments.process_index, arguments.world_size
+    with tqdm(desc="encoding", disable=not config.train.progress or rank > 0) as bar:
 
-        def note(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         model.to(arguments.device)
-        stores = filled_stores(settings, model, processor, samples, **ranks, progress=note)
+        stores = filled_stores(config, model, processor, samples, rank=rank, num_ranks=num_ranks, progress=report)
     PartialState().wait_for_everyone()
     stores.read_indices()
     pass_features_through(model, stores.form.pooled)
     return stores
 
 
-def extremes(draws: Sampler) -> list[Budget]:
-    """Budgets that a sample must meet so that it meets whatever is drawn."""
-    largest, smallest = draws.space.largest(), draws.space.smallest()
-    between = [dataclasses.replace(largest, num_frames=count) for count in draws.space.frame_counts[1:-1]]
-    return list(draws.points) or [largest, *between, smallest]
-
-
 def _validation(
-    settings: RunConfig,
+    config: RunConfig,
     arguments: ElasticArguments,
     processor: ElasticProcessor,
-    looked: LookedOver,
+    data: TrainingData,
     stores: Stores | None,
     metric: Metric | None,
 ) -> Validation:
-    data = settings.data
-    asked = [Budget.parse(text) for text in settings.train.validation_budgets]
-    budgets = asked or extremes(build_sampler(settings, processor.space))
-    samples = looked.samples["validation"]
+    named = [Budget.parse(text) for text in config.train.validation_budgets]
+    budgets = named or extreme_budgets(build_sampler(config, processor.space))
+    samples = data.samples["validation"]
     if stores is None:
-        rows = ManifestDataset(samples, load=loading(data, processor, augmented=False, budgets=budgets))
+        dataset = ManifestDataset(samples, load=loading(config.data, processor, augmented=False, budgets=budgets))
     else:
         assert stores.validation is not None
-        rows = FeatureDataset(samples, stores.validation)
-    batches, own = validation_loader(
-        rows,
-        looked.surveys["validation"],
-        settings=data,
+        dataset = FeatureDataset(samples, stores.validation)
+    batches, num_counted = validation_loader(
+        dataset,
+        data.scans["validation"],
+        config=config.data,
         processor=processor,
         budgets=budgets,
-        process_index=arguments.process_index,
-        num_processes=arguments.world_size,
+        slots=_slots(arguments),
     )
-    return Validation(batches, own, budgets, metric)
+    return Validation(batches, num_counted, budgets, metric)
 
 
-def _check_fits(settings: RunConfig, model: Any) -> None:
-    """Raises: ValueError where projectors cannot be fitted to captions."""
-    if "compressors" not in settings.parts:
-        raise ValueError(f"data.captions fits projectors, but train.parts {list(settings.parts)} keeps them frozen")
+def _check_fits(config: RunConfig, model: Any) -> None:
+    """Refuse captions where projectors cannot be fitted to them."""
+    if "compressors" not in config.parts:
+        raise ValueError(f"data.captions fits projectors, but train.parts {list(config.parts)} keeps them frozen")
     if is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
 
 
 def _fit_projectors(
-    settings: RunConfig,
+    config: RunConfig,
     arguments: ElasticArguments,
     model: Any,
     processor: ElasticProcessor,
-    looked: LookedOver,
+    data: TrainingData,
     stores: Stores | None,
 ) -> None:
     """Start the projectors at what captions say; see `projector_fit.py`."""
-    samples = looked.samples["captions"]
+    samples = data.samples["captions"]
     if stores is None:
-        rows = ManifestDataset(samples, load=loading(settings.data, processor, augmented=False))
+        dataset = ManifestDataset(samples, load=loading(config.data, processor, augmented=False))
     else:
-        rows = FeatureDataset(samples, stores.train)
-    batches, own = validation_loader(
-        rows,
-        looked.surveys["captions"],
-        settings=settings.data,
+        dataset = FeatureDataset(samples, stores.train)
+    batches, num_counted = validation_loader(
+        dataset,
+        data.scans["captions"],
+        config=config.data,
         processor=processor,
         budgets=[],
-        process_index=arguments.process_index,
-        num_processes=arguments.world_size,
+        slots=_slots(arguments),
     )
-    fit_projectors(model.to(arguments.device), processor, batches, own=own)
+    fit_projectors(model.to(arguments.device), processor, batches, num_counted=num_counted)
 
 
 @contextlib.contextmanager
-def _own_run(run: Path) -> Iterator[None]:
+def _locked(run: Path) -> Iterator[None]:
     """Hold the run folder, by the main process for all, and tidy what a kill left in it."""
     if not PartialState().is_main_process:
         yield
@@ -287,32 +345,37 @@ def _own_run(run: Path) -> Iterator[None]:
         yield
 
 
-def _with_parts_found(own: ModelConfig, start: Checkpoint | None, sources: Mapping[str, str]) -> ModelConfig:
-    """The model of a run that goes on, with its frozen parts where they are now.
+def _with_parts_located(config: ModelConfig, start: Checkpoint | None, sources: Mapping[str, str]) -> ModelConfig:
+    """Name the frozen parts of a run that goes on where they are now.
 
     Raises:
         ValueError: sources without a run to go on with, or a part that the model has not.
-        FileNotFoundError: a part that is neither where the settings say nor where it was.
+        FileNotFoundError: a part that is neither where the config says nor where it was.
     """
     if start is None:
         if sources:
             raise ValueError("sources goes with resume; a fresh run takes its parts from model.llm and the encoders")
-        return own
-    lost = {p: named for p, named in own.sources.items() if not Path(resolve_source(named)).is_dir()} | dict(sources)
+        return config
+    lost = {part: name for part, name in config.sources.items() if not Path(resolve_source(name)).is_dir()}
+    lost |= dict(sources)
     known = json.loads((start.folder / CONFIG).read_text(encoding="utf-8")).get("sources") or {}
-    waiting = {p: known[p] for p in lost if p in known and (p in sources or known[p]["reference"] == lost[p])}
-    found = find_parts(waiting, run_of(start.folder), sources)
-    return own.with_sources({part: one["reference"] for part, one in found.items()})
+    searched = {
+        part: known[part]
+        for part in lost
+        if part in known and (part in sources or known[part]["reference"] == lost[part])
+    }
+    located = find_parts(searched, run_of(start.folder), sources)
+    return config.with_sources({part: source["reference"] for part, source in located.items()})
 
 
-def _sources_of(own: ModelConfig, sources: Mapping[str, Mapping[str, str]], run: Path) -> dict[str, dict[str, str]]:
-    """Where the parts of a model are, under the names that the settings give them and as seen from the run."""
-    named = own.sources
-    return seen_from({part: {**one, "reference": named[part]} for part, one in sources.items()}, run)
+def _sources_of(config: ModelConfig, sources: Mapping[str, Mapping[str, str]], run: Path) -> dict[str, dict[str, str]]:
+    """Say where the parts of a model are, under the names that the config gives them and as seen from the run."""
+    names = config.sources
+    return seen_from({part: {**source, "reference": names[part]} for part, source in sources.items()}, run)
 
 
-def _start(run: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to start from, the same on every process."""
+def _checkpoint_to_start_from(run: Path, resume: str | None) -> Checkpoint | None:
+    """Choose the checkpoint to start from, the same on every process."""
     start = choose_checkpoint(run, resume)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:

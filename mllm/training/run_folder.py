@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: checkpoints that survive a kill at any instant, and the lock of a run.
+"""Writes checkpoint folders that are whole or not there, whenever a run is killed, and holds the lock of a run.
 
 Knows files, digests and step numbers. Does not know tensors or what a file holds.
 
@@ -8,7 +8,6 @@ the newest complete checkpoint is whole. Digests catch what reads back without a
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mllm.utils.files import aside_of, digest_of_file, flush_to_disk
 from mllm.utils.run_paths import CHECKPOINT_NAME, checkpoint_path, list_checkpoints
 
 try:
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: where it is, the step it holds, and what its manifest says beside the files."""
+    """Describes a complete checkpoint: where it is, the step it holds, what its manifest says beside the files."""
 
     folder: Path
     step: int
@@ -56,7 +56,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], facts:
             bytes are free.
     """
     final = checkpoint_path(run, step)
-    aside = run / f".{final.name}.writing"
+    aside = aside_of(final)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -64,12 +64,12 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], facts:
         files = {file.name: _seal(file) for file in sorted(aside.iterdir())}
         manifest = {"step": step, "facts": facts, "files": files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(aside / MANIFEST)
-        _flush(aside)
+        flush_to_disk(aside / MANIFEST)
+        flush_to_disk(aside)
         if final.exists():  # left by a run that was resumed from an older step
             _delete(final)
         os.replace(aside, final)
-        _flush(run)
+        flush_to_disk(run)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], facts:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint after a check of every byte of it.
+    """Read what a checkpoint is, after a check of every byte of it.
 
     Raises:
         ValueError: not a checkpoint, or one that is incomplete or damaged; the file is named.
@@ -97,16 +97,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for name, sealed in files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is incomplete: {name} is missing")
-        if (found := _digest(folder / name)) != sealed:
+        if (now := _size_and_digest(folder / name)) != sealed:
             raise ValueError(
-                f"{folder} is damaged: {name} has {found['bytes']} bytes and SHA-256 {found['sha256'][:12]}..., "
+                f"{folder} is damaged: {name} has {now['bytes']} bytes and SHA-256 {now['sha256'][:12]}..., "
                 f"written were {sealed['bytes']} and {sealed['sha256'][:12]}..."
             )
     return Checkpoint(folder, step, facts)
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, or nothing; newer ones that are refused are logged with the reason."""
+    """Find the newest complete checkpoint of a run; newer ones that are refused are logged with the reason."""
     for folder in reversed(list_checkpoints(run)):
         try:
             return read_checkpoint(folder)
@@ -156,22 +156,12 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def _seal(file: Path) -> dict[str, Any]:
-    _flush(file)
-    return _digest(file)
+    flush_to_disk(file)
+    return _size_and_digest(file)
 
 
-def _digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _size_and_digest(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": digest_of_file(file)}
 
 
 def _delete(folder: Path) -> None:

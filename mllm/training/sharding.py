@@ -1,4 +1,4 @@
-"""What trains and its moments under DeepSpeed ZeRO: gathered from the shards whole, and put back into them.
+"""Gathers what trains and its moments whole from the shards of DeepSpeed ZeRO, and puts them back.
 
 Knows DeepSpeed's engine. Does not know files or what a parameter is for.
 
@@ -19,7 +19,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather_trainables(engine: Any) -> dict[str, Tensor]:
-    """The float32 master values of what trains, whole, on the CPU.
+    """Gather the float32 master values of what trains, whole, on the CPU.
 
     Raises:
         ValueError: a parameter that came back empty; it is named.
@@ -36,7 +36,7 @@ def gather_trainables(engine: Any) -> dict[str, Tensor]:
 
 
 def gather_moments(engine: Any) -> dict[str, Tensor]:
-    """AdamW's moments and step count of every trained parameter, whole, on the CPU."""
+    """Gather AdamW's moments and step count of every trained parameter, whole, on the CPU."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = next(iter(_adam(engine).state.values()))["step"]
@@ -57,10 +57,10 @@ def scatter(engine: Any, trainables: Mapping[str, Tensor], moments: Mapping[str,
     Raises:
         ValueError: names or shapes that are not those of the model, or an optimizer other than torch's AdamW.
     """
-    own, by_name = _trained(engine), split_moments(moments)
-    check_names(list(own), trainables)
-    check_names(list(own), by_name)
-    for name, parameter in own.items():
+    parameters, by_name = _trained(engine), split_moments(moments)
+    check_names(list(parameters), trainables)
+    check_names(list(parameters), by_name)
+    for name, parameter in parameters.items():
         check_shapes(name, {"value": trainables[name], **by_name[name]}, _shape(parameter))
         if set(by_name[name]) != {*_MOMENTS, "step"}:
             raise ValueError(f"the optimizer state of {name} is {sorted(by_name[name])}, not that of AdamW")
@@ -69,25 +69,25 @@ def scatter(engine: Any, trainables: Mapping[str, Tensor], moments: Mapping[str,
     for flat in _flat_partitions(zero):
         adam.state[flat] = {"step": step.clone(), **{moment: torch.zeros_like(flat) for moment in _MOMENTS}}
     put = _put_stage3 if hasattr(zero, "fp32_partitioned_groups_flat") else _put_stage2
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         put(zero, adam, parameter, trainables[name], by_name[name])
 
 
 def _put_stage2(zero: Any, adam: Any, parameter: Any, value: Tensor, moments: Mapping[str, Tensor]) -> None:
-    """Every process holds the whole parameter, and a piece of the flat float32 master of its group."""
+    """Copy to where every process holds the whole parameter, and a piece of its group's flat float32 master."""
     parameter.data.copy_(value)
     mapping = parameter._hp_mapping
     if mapping is None:  # this process's piece of the group holds nothing of this parameter
         return
     source, target = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    for place, whole in ((flat.data, value), *((adam.state[flat][m], moments[m]) for m in _MOMENTS)):
+    for piece_of, whole in ((flat.data, value), *((adam.state[flat][m], moments[m]) for m in _MOMENTS)):
         piece = whole.flatten().narrow(0, source.start, source.numel)
-        place.narrow(0, target.start, target.numel).copy_(piece)
+        piece_of.narrow(0, target.start, target.numel).copy_(piece)
 
 
 def _put_stage3(zero: Any, adam: Any, parameter: Any, value: Tensor, moments: Mapping[str, Tensor]) -> None:
-    """Every process holds an equal piece of the parameter, the last one padded."""
+    """Copy to where every process holds an equal piece of the parameter, the last one padded."""
     from deepspeed import zero as zero_api
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -99,7 +99,7 @@ def _put_stage3(zero: Any, adam: Any, parameter: Any, value: Tensor, moments: Ma
 
 
 def _piece(parameter: Any, whole: Tensor) -> Tensor:
-    """This process's piece of a whole tensor under ZeRO-3."""
+    """Cut this process's piece out of a whole tensor under ZeRO-3."""
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
     padded = torch.zeros(size * torch.distributed.get_world_size())
     padded[: whole.numel()] = whole.flatten()

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: waiting for batches, encoders, the rest of the model, and what is left; and why.
+"""Measures where the time of a run goes: waiting for batches, encoders, the rest of the model, and what is left.
 
 Knows clocks, and the names of parts. Does not know what a part does, data or the optimizer.
 
@@ -22,7 +22,7 @@ from mllm.transforms.augmentation import Augmentation
 
 PARTS = ("waiting", "encoding", "model", "other")
 WORK = ("decode", "transform", "collate")
-WAITING_SHARE = 0.1
+MAX_WAITING_FRACTION = 0.1
 """A run that waits longer than this for its batches is told what would help."""
 
 
@@ -42,13 +42,13 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """The seconds so far; from now on they count from 0."""
+        """Return the seconds so far; from now on they count from 0."""
         taken, self.seconds = self.seconds, {}
         return taken
 
 
 class TimedReader:
-    """A loader of files whose time is taken."""
+    """Times a loader of files."""
 
     def __init__(self, reader: Any, watch: Stopwatch) -> None:
         self.reader = reader
@@ -56,18 +56,18 @@ class TimedReader:
         self.max_mismatch_seconds = reader.max_mismatch_seconds
 
     def __call__(self, medium: str, path: Any) -> Any:
-        """As the reader."""
+        """Do as the reader does."""
         with self.watch.measure("decode"):
             return self.reader(medium, path)
 
     def frames(self, path: Any, sampling: Any) -> Any:
-        """As the reader."""
+        """Do as the reader does."""
         with self.watch.measure("decode"):
             return self.reader.frames(path, sampling)
 
 
 class TimedLoad:
-    """`ElasticProcessor.load_media` with its time taken: `decode` is reading files, `transform` the rest."""
+    """Times `ElasticProcessor.load_media`: `decode` is reading files, `transform` the rest."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class TimedLoad:
         self.watch = watch
 
     def __call__(self, sample: Sample, *, generator: Any) -> list[LoadedMedia]:
-        """The media of a sample; changed by chance where there is a generator and an augmentation."""
+        """Load the media of a sample, augmented where there is a generator and an augmentation."""
         before = self.watch.seconds.get("decode", 0.0)
         with self.watch.measure("transform"):
             loaded = self.processor.load_media(
@@ -100,24 +100,24 @@ class TimedLoad:
 
 
 class Pace:
-    """The clock of a training process.
+    """Keeps the time of a training process.
 
     Args:
-        towers: the encoders; their forward passes are timed, on a GPU by events of its own, without waiting for it.
+        encoders: their forward passes are timed, on a GPU by events of its own, without waiting for it.
     """
 
-    def __init__(self, towers: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, encoders: Sequence[nn.Module] = ()) -> None:
         self.watch = Stopwatch()
         self.work: dict[str, float] = {}
         self.started = time.perf_counter()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._begun: Any = None
-        for tower in towers:
-            tower.register_forward_pre_hook(self._begin)
-            tower.register_forward_hook(self._end)
+        for encoder in encoders:
+            encoder.register_forward_pre_hook(self._begin)
+            encoder.register_forward_hook(self._end)
 
     def batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """The batches of an iterator, the wait for each taken; what their making took is added up."""
+        """Yield the batches of an iterator, timing the wait for each; what their making took is added up."""
         while True:
             with self.watch.measure("waiting"):
                 batch = next(iterator, None)
@@ -128,12 +128,12 @@ class Pace:
             yield batch
 
     def take(self) -> dict[str, float]:
-        """Seconds by part since the last time, and of work in the processes that prepare batches."""
-        own, whole = self.watch.take(), time.perf_counter() - self.started
-        own["encoding"] = own.get("encoding", 0.0) + self._encoding_on_gpu()
-        seconds = {name: own.get(name, 0.0) for name in ("waiting", "encoding")}
-        seconds["model"] = max(own.get("step", 0.0) - seconds["encoding"], 0.0)
-        seconds["other"] = max(whole - seconds["waiting"] - own.get("step", 0.0), 0.0)
+        """Return seconds by part since the last time, and of work in the processes that prepare batches."""
+        measured, whole = self.watch.take(), time.perf_counter() - self.started
+        measured["encoding"] = measured.get("encoding", 0.0) + self._encoding_on_gpu()
+        seconds = {name: measured.get(name, 0.0) for name in ("waiting", "encoding")}
+        seconds["model"] = max(measured.get("step", 0.0) - seconds["encoding"], 0.0)
+        seconds["other"] = max(whole - seconds["waiting"] - measured.get("step", 0.0), 0.0)
         work, self.work, self.started = self.work, {}, time.perf_counter()
         return {f"seconds/{name}": value for name, value in seconds.items()} | {
             f"worker_seconds/{name}": work[name] for name in WORK if name in work
@@ -165,13 +165,14 @@ class Pace:
 
 
 def mean_of(processes: Sequence[Mapping[str, float]], num_steps: int) -> dict[str, float]:
-    """Seconds per step, mean over processes."""
-    names = dict.fromkeys(name for own in processes for name in own)
-    return {name: sum(own.get(name, 0.0) for own in processes) / len(processes) / max(num_steps, 1) for name in names}
+    """Average seconds per step over processes."""
+    names = dict.fromkeys(name for seconds in processes for name in seconds)
+    totals = {name: sum(seconds.get(name, 0.0) for seconds in processes) for name in names}
+    return {name: total / len(processes) / max(num_steps, 1) for name, total in totals.items()}
 
 
 def bottleneck(rows: Sequence[Mapping[str, float]], num_workers: int) -> str:
-    """One line: where the time went, over the reports of a run, and what the run waited for.
+    """Say in one line where the time went, over the reports of a run, and what the run waited for.
 
     Args:
         rows: reports, each with `steps`, how many it is of, and the seconds per step.
@@ -185,10 +186,12 @@ def bottleneck(rows: Sequence[Mapping[str, float]], num_workers: int) -> str:
     parts = {name: totals.get(f"seconds/{name}", 0.0) for name in PARTS}
     if not (whole := sum(parts.values())):
         return ""
-    shares = ", ".join(f"{name} {100 * parts[name] / whole:.0f} %" for name in sorted(parts, key=lambda n: -parts[n]))
-    line = f"time of a step: {shares}"
+    fractions = ", ".join(
+        f"{name} {100 * parts[name] / whole:.0f} %" for name in sorted(parts, key=lambda n: -parts[n])
+    )
+    line = f"time of a step: {fractions}"
     work = {name: totals[f"worker_seconds/{name}"] for name in WORK if f"worker_seconds/{name}" in totals}
-    if parts["waiting"] < WAITING_SHARE * whole or not work:
+    if parts["waiting"] < MAX_WAITING_FRACTION * whole or not work:
         return f"{line}; the bottleneck is {_words(parts)}"
     slowest = max(work, key=lambda name: work[name])
     line += f"; the bottleneck is data, and {slowest} is {100 * work[slowest] / sum(work.values()):.0f} % of its work"

@@ -1,10 +1,10 @@
-"""The training loop: transformers' Trainer, with many budgets per step.
+"""Trains one set of weights at many budgets: transformers' Trainer with a step of its own.
 
-Knows the model, its processor, draws and batches. Does not know files of samples or metrics of answers.
+Knows the model, its processor, sampled budgets and batches. Does not know files of samples or metrics of answers.
 
-One micro-batch: rows -> passes (every row at the step's budgets) -> expanded and packed on the host -> one transfer ->
-one forward through the wrapped model, encoders once -> logits at label positions only -> one loss -> one backward. With
-little memory the passes go in groups, one budget of every row each: one forward and one backward per group, all on the
+`training_step` is one micro-batch: rows at the step's budgets -> expanded and packed on the host -> one transfer -> one
+forward through the wrapped model, encoders once, logits at label positions only -> one loss -> one backward. With
+little memory the views go in groups, one budget of every row each: one forward and one backward per group, all on the
 same features. Losses and gradients are the same.
 
 Every random number of a step is a function of (seed, step, micro-batch, process), and the batches are a function of
@@ -27,21 +27,34 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from mllm.budget import Budget
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.load import load_trainables, trainable_state
-from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.modeling import ElasticForConditionalGeneration, TargetLoss
 from mllm.model.trainables import trainable_names
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
-from mllm.training.budget_rows import Lesson, by_draw, drawn_passes, fixed_passes, make_lesson, num_targets
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
-from mllm.training.fused_loss import plain_head
+from mllm.training.fused_loss import FusedTargetLoss, plain_head
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
-from mllm.training.loss import Loss
+from mllm.training.loss import ChunkedTargetLoss, Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
-from mllm.training.step import frozen_features, prepare_packing, run_lesson
+from mllm.training.step import (
+    Teacher,
+    TrainingBatch,
+    expand_views,
+    fixed_views,
+    forward,
+    frozen_features,
+    make_training_batch,
+    num_targets,
+    pack_views,
+    prepare_packing,
+    sampled_views,
+    split_by_budget,
+    total_loss,
+)
 from mllm.training.throughput import Pace, mean_of
 
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
@@ -50,15 +63,15 @@ Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[s
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run validates on: batches of this process, budgets, and metrics the caller brings.
+    """Holds what a run validates on: batches of this process, budgets, and metrics the caller brings.
 
     Args:
         batches: the same number on every process; where there are fewer, the last ones repeat and are not counted.
-        own: how many of them count.
+        num_counted: how many of them count.
     """
 
     batches: DataLoader[Any]
-    own: int
+    num_counted: int
     budgets: Sequence[Budget]
     metric: Metric | None = None
 
@@ -70,14 +83,13 @@ class ElasticTrainer(Trainer):
         model: what trains has `requires_grad`, and nothing else has.
         args: see `build_arguments`.
         processor: expands rows to budgets.
-        sampler: the draws of a step.
+        sampler: samples the budgets of a step.
         batches: micro-batches of this process, each `{"batch": Batch}`, without a length.
-        validation: nothing to leave it out.
+        validation: None to leave it out.
         tensorboard: also log there.
     """
 
     args: ElasticArguments
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -85,7 +97,7 @@ class ElasticTrainer(Trainer):
         args: ElasticArguments,
         *,
         processor: ElasticProcessor,
-        sampler: Sampler,
+        sampler: BudgetSampler,
         batches: DataLoader[Any],
         validation: Validation | None = None,
         tensorboard: bool = False,
@@ -103,17 +115,17 @@ class ElasticTrainer(Trainer):
             self.add_callback(RunProgress)
         self.elastic = model
         self.processor = processor
-        self.draws = sampler
+        self.sampler = sampler
         self.batches = batches
         self.validation = validation
-        self.names: list[list[str]] = []
+        self.parameter_names: list[list[str]] = []
         self.tally = Tally()
         self.experts = ExpertUsage()
-        self.pace = Pace([model.model.tower(medium) for medium in model.model.compressors])
+        self.pace = Pace([model.model.encoder(medium) for medium in model.model.compressors])
         self.packs = args.packing and prepare_packing(model, processor)
         self.fused_head = plain_head(model) if args.loss_kernel == "liger" else None
         self._reported_step = 0
-        self._micro_batch = (-1, 0)
+        self._seeded_step, self._micro_batch = -1, 0
 
     def checkpoint_activations(self) -> None:
         """Compute the LLM's layers again in the backward pass; frozen encoders keep nothing to begin with."""
@@ -125,82 +137,112 @@ class ElasticTrainer(Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The micro-batches of this process; they are split over processes already."""
+        """Return the micro-batches of this process; they are split over processes already."""
         return self.batches
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of a step; the wait for them is taken."""
+        """Get the micro-batches of a step, timing the wait for them."""
         return super().get_batch_samples(self.pace.batches(epoch_iterator), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
-        """Target tokens of the optimizer step: over its micro-batches and all processes, once per token."""
-        own = sum(num_targets(sample["batch"].rows) for sample in batch_samples)
-        counted = self.accelerator.gather(torch.tensor([own], device=device))
-        return cast(Tensor, counted).sum()
+        """Count target tokens of the optimizer step: over its micro-batches and all processes, once per token."""
+        on_this_process = sum(num_targets(sample["batch"].rows) for sample in batch_samples)
+        counts = self.accelerator.gather(torch.tensor([on_this_process], device=device))
+        return cast(Tensor, counts).sum()
 
     # ---- one micro-batch ----
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and one backward; seeded by what it is."""
-        step = self.state.global_step
-        micro_batch = self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0
-        self._micro_batch = (step, micro_batch)
-        seed_of = np.random.SeedSequence([self.args.seed, step, micro_batch, self.args.process_index])
-        torch.manual_seed(int(seed_of.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        with self.pace.watch.measure("step"):
-            return super().training_step(model, inputs, num_items_in_batch)
+        """Sample budgets, expand, pack, run forward, compute the loss, run backward: one micro-batch at its budgets.
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of a micro-batch at the step's draws, scaled so that the mean over processes is the whole.
+        Returns:
+            The detached loss, scaled so that the mean over processes is that of the whole step.
 
         Raises:
             FloatingPointError: a loss that is infinite or no number, before anything learns from it.
         """
         assert num_items_in_batch is not None
         batch: Batch = inputs["batch"]
-        passes = drawn_passes(batch.rows, self.draws, self.state.global_step, self.args.task_weights)
-        groups = by_draw(passes) if self.args.memory == "low" else [passes]
-        features = frozen_features(self.elastic, batch, self.args.device) if len(groups) > 1 else {}
-        first: Lesson | None = None
-        teachers: Tensor | None = None
-        total = torch.zeros((), device=self.args.device)
-        for number, group in enumerate(groups):
-            is_last = number + 1 == len(groups)
-            lesson = make_lesson(batch, group, self.processor, packed=self.packs, taught_by=first)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss, hidden = self._run(
-                    model,
-                    lesson,
-                    num_items_in_batch,
-                    distillation=self.args.distillation,
-                    teachers=teachers,
-                    features=features,
-                )
-                self._count(batch, lesson, loss)
-                own = loss.total * self.accelerator.num_processes
-                if not is_last:
-                    self.accelerator.backward(own)
-                    own = own.detach()
-                total = total + own
-            if number == 0:
-                first, teachers = lesson, hidden
-        return (total, {}) if return_outputs else total
+        args, step, device = self.args, self.state.global_step, self.args.device
+        self._seed_micro_batch(step)
+        model.train()
+        with self.pace.watch.measure("step"):
+            views = sampled_views(batch.rows, self.sampler, step, args.task_weights)
+            groups = split_by_budget(views) if args.memory == "low" else [views]
+            features = frozen_features(self.elastic, batch, device) if len(groups) > 1 else {}
+            teacher: Teacher | None = None
+            step_loss = torch.zeros((), device=device)
+            for number, group in enumerate(groups, start=1):
+                expanded = expand_views(batch, group, self.processor)
+                training_batch = pack_views(expanded, group, self.processor, packed=self.packs, teacher=teacher)
+                # Processes exchange gradients once per micro-batch, in the last backward.
+                with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
+                    outputs = forward(
+                        model,
+                        training_batch,
+                        self._target_loss(training_batch, num_items_in_batch, teacher),
+                        device=device,
+                        features=features,
+                        packed_attention=args.packed_attention,
+                        output_hidden_states=args.sink_weight > 0,
+                    )
+                    loss = total_loss(
+                        outputs,
+                        training_batch,
+                        config=self.elastic.config,
+                        num_targets=num_items_in_batch,
+                        sink_weight=args.sink_weight,
+                    )
+                    self._record(batch, training_batch, loss, outputs.expert_usage)
+                    # Gradients are averaged over processes; the loss is a sum over them.
+                    scaled = loss.total * self.accelerator.num_processes
+                    # DeepSpeed would divide by the accumulation once more, though the loss is of the whole step.
+                    self.accelerator.backward(scaled, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+                teacher = teacher or Teacher(training_batch.starts, cast(Tensor, outputs.target_states))
+                step_loss += scaled.detach()
+                del outputs  # with a sink loss it holds all hidden states, which the next group needs the memory of
+        return step_loss
 
-    def _count(self, batch: Batch, lesson: Lesson, loss: Loss) -> None:
+    def _seed_micro_batch(self, step: int) -> None:
+        """Seed dropout by what the micro-batch is, not by what ran before it."""
+        self._micro_batch = self._micro_batch + 1 if self._seeded_step == step else 0
+        self._seeded_step = step
+        sequence = np.random.SeedSequence([self.args.seed, step, self._micro_batch, self.args.process_index])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _target_loss(
+        self, training_batch: TrainingBatch, num_targets: Tensor | int, teacher: Teacher | None = None
+    ) -> TargetLoss:
+        """Return what computes the loss of a batch's targets: the cross-entropy, distilled as the config says.
+
+        Raises:
+            ValueError: distillation, which compares logits, with a fused head.
+        """
+        targets = training_batch.targets.to(self.args.device)
+        distillation = self.args.distillation if self.elastic.training else None
+        if self.fused_head is not None:
+            if distillation is not None:
+                raise ValueError("train.loss_kernel liger makes no logits for distillation to compare; use torch")
+            return FusedTargetLoss(targets, num_targets, self.fused_head)
+        return ChunkedTargetLoss(
+            targets,
+            num_targets,
+            vocabulary_size=self.elastic.config.get_text_config().vocab_size,
+            distillation=distillation,
+            teacher_states=None if teacher is None else teacher.states,
+        )
+
+    def _record(
+        self, batch: Batch, training_batch: TrainingBatch, loss: Loss, expert_usage: Tensor | None = None
+    ) -> None:
         """Keep what the log will say.
 
         Raises:
-            FloatingPointError: as `compute_loss`.
+            FloatingPointError: as `training_step`.
         """
         if not torch.isfinite(loss.total.detach()):
             rows = ", ".join(dict.fromkeys(row.sample_id for row in batch.rows))
@@ -208,27 +250,14 @@ class ElasticTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is {loss.total.item()} for samples {rows}; nothing was "
                 "updated"
             )
-        self.tally.add(lesson, loss.sums, loss.auxiliary)
-        if loss.usage is not None:
-            self.experts.add(lesson.names, lesson.pass_budgets, loss.usage)
-
-    def _run(self, model: nn.Module, lesson: Lesson, targets: Tensor | int, **given: Any) -> tuple[Loss, Tensor]:
-        return run_lesson(
-            model,
-            lesson,
-            targets,
-            config=self.elastic.config,
-            device=self.args.device,
-            packed_attention=self.args.packed_attention,
-            sink_weight=self.args.sink_weight if model.training else 0.0,
-            fused_head=self.fused_head,
-            **given,
-        )
+        self.tally.add(training_batch, loss.budget_losses, loss.auxiliary)
+        if expert_usage is not None:
+            self.experts.add(training_batch.names, training_batch.view_budgets, expert_usage)
 
     # ---- the optimizer ----
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """AdamW over what trains, by part and kind."""
+        """Make AdamW over what trains, by part and kind."""
         if self.optimizer is None:
             groups = named_groups(
                 self.elastic,
@@ -236,7 +265,7 @@ class ElasticTrainer(Trainer):
                 part_learning_rates=self.args.part_learning_rates,
                 weight_decay=self.args.weight_decay,
             )
-            self.names = [group.pop("names") for group in groups]
+            self.parameter_names = [group.pop("names") for group in groups]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
             if not self.is_deepspeed_enabled:  # there the gradients are in shards and never None
@@ -252,19 +281,27 @@ class ElasticTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss per budget over the validation samples of all processes, and the caller's metrics."""
+        """Compute the loss per budget over the validation samples of all processes, and the caller's metrics."""
         assert self.validation is not None
         wrapped = cast(nn.Module, self.model_wrapped if self.is_deepspeed_enabled else self.elastic)
         wrapped.eval()
         tally = Tally()
         for index, inputs in enumerate(self.validation.batches):
             batch: Batch = inputs["batch"]
-            passes = fixed_passes(batch.rows, self.validation.budgets)
-            lesson = make_lesson(batch, passes, self.processor, packed=self.packs)
+            views = fixed_views(batch.rows, self.validation.budgets)
+            training_batch = make_training_batch(batch, views, self.processor, packed=self.packs)
+            target_loss = self._target_loss(training_batch, num_targets(batch.rows))
             with torch.no_grad(), self.accelerator.autocast():  # not around the loader, which computes features too
-                loss, _ = self._run(wrapped, lesson, num_targets(batch.rows))
-            if index < self.validation.own:
-                tally.add(lesson, loss.sums)
+                outputs = forward(
+                    wrapped,
+                    training_batch,
+                    target_loss,
+                    device=self.args.device,
+                    packed_attention=self.args.packed_attention,
+                )
+            if index < self.validation.num_counted:
+                assert outputs.budget_losses is not None
+                tally.add(training_batch, outputs.budget_losses)
         losses = tally.losses(self.accelerator)
         metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
@@ -276,7 +313,7 @@ class ElasticTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report, with the losses per budget and the costs since the last report where it is one of training."""
+        """Report; a report of training gets the losses per budget and the costs since the last one."""
         if "loss" in logs:
             steps = self.state.global_step - self._reported_step
             logs |= self.tally.report(self.accelerator, steps)
@@ -290,7 +327,7 @@ class ElasticTrainer(Trainer):
     # ---- checkpoints ----
 
     def trainables(self) -> dict[str, Tensor]:
-        """What trains, whole, on the CPU; a collective under DeepSpeed."""
+        """Gather what trains, whole, on the CPU; a collective under DeepSpeed."""
         if self.is_deepspeed_enabled and self.deepspeed is not None:
             from mllm.training.sharding import gather_trainables
 
@@ -322,7 +359,7 @@ class ElasticTrainer(Trainer):
             from mllm.training.sharding import gather_moments
 
             return gather_moments(self.deepspeed)
-        return moments_of(_plain(self.optimizer), self.names)
+        return moments_of(_plain(self.optimizer), self.parameter_names)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model and make the optimizer, then put a checkpoint back into both."""
@@ -340,7 +377,7 @@ class ElasticTrainer(Trainer):
             scatter(self.deepspeed, read_tensors(folder / TRAINABLES), moments)
         else:
             load_trainables(self.elastic, folder / TRAINABLES, trainable_names(self.elastic))
-            set_moments(_plain(self.optimizer), self.names, moments)
+            set_moments(_plain(self.optimizer), self.parameter_names, moments)
         groups = cast(Optimizer, self.optimizer).param_groups
         for group, rate in zip(groups, plain["learning_rates"], strict=True):
             group["lr"] = rate
@@ -348,12 +385,12 @@ class ElasticTrainer(Trainer):
         schedule.load_state_dict({**schedule.state_dict(), **plain["schedule"]})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing yet: weights are put back together with the optimizer, once the model is wrapped."""
+        """Do nothing yet: weights are put back together with the optimizer, once the model is wrapped."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: there is no generator state, see the file's docstring."""
+        """Do nothing: there is no generator state, see the file's docstring."""
 
 
 def _plain(optimizer: Any) -> Optimizer:
-    """torch's optimizer, which accelerate has wrapped."""
+    """Return torch's optimizer, which accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)

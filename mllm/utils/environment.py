@@ -184,7 +184,7 @@ def try_imports(modules: Iterable[str], *, beside_mllm: bool = False) -> dict[st
     """Import modules in a process apart.
 
     Args:
-        beside_mllm: after mllm itself, whose import hooks are then in place.
+        beside_mllm: as mllm imports them, with broken torchaudio and torchvision hidden from transformers.
 
     Returns:
         What went wrong, by module; those that import are left out. A module that ends the process is named, and the

@@ -49,4 +49,8 @@ PROBES = {"imports": _import_each, "devices": _describe_devices}
 
 
 if __name__ == "__main__":
+    if __spec__ is not None:  # run as a module of mllm: modules are then imported as mllm imports them
+        from mllm.utils.broken_packages import hide_broken_packages
+
+        hide_broken_packages()
     answer(*sys.argv[1:])

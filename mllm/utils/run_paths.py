@@ -1,4 +1,4 @@
-"""Where things lie in the folder of a run, finished or not: its model, its checkpoints, what belongs to both.
+"""Finds things in the folder of a run, finished or not: its model, its checkpoints, what belongs to both.
 
 Knows names of files and folders. Does not know what is in them.
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 CONFIG = "config.json"
 PROCESSOR = "processor_config.json"
-SETTINGS = "settings.yaml"
-"""The config a run was started with, every default filled in."""
+RUN_CONFIG = "settings.yaml"
+"""The run config with every default filled in, as a training run writes it."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{8,})")
 NEWEST = "auto"
 """What is written for the newest checkpoint, wherever one is asked for."""

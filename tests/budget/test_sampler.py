@@ -3,7 +3,7 @@
 import pytest
 
 from mllm.budget import Budget, Space
-from mllm.budget.sampler import Mode, Sampler
+from mllm.budget.sampler import BudgetSampler, Mode
 
 SPACE = Space.from_settings(
     {
@@ -14,12 +14,12 @@ SPACE = Space.from_settings(
 )
 
 
-def budgets(sampler: Sampler, step: int, *media: str) -> list[str]:
+def budgets(sampler: BudgetSampler, step: int, *media: str) -> list[str]:
     return [str(draw.budget) for draw in sampler(step, media or None)]
 
 
 def test_all_trains_every_combination_of_what_is_present() -> None:
-    sampler = Sampler(SPACE, "all")
+    sampler = BudgetSampler(SPACE, "all")
     assert budgets(sampler, 3, "audio", "video") == [
         "audio=/4,video=/2",
         "audio=/4,video=/5",
@@ -31,24 +31,24 @@ def test_all_trains_every_combination_of_what_is_present() -> None:
 
 
 def test_random_is_the_same_whatever_else_is_in_the_batch() -> None:
-    sampler = Sampler(SPACE, "random", seed=7)
+    sampler = BudgetSampler(SPACE, "random", seed=7)
     for step in range(20):
         whole = sampler(step)[0].budget.amounts
         assert sampler(step, ["video"])[0].budget.amounts == {"video": whole["video"]}
-        assert Sampler(SPACE, "random", seed=7)(step) == sampler(step)
+        assert BudgetSampler(SPACE, "random", seed=7)(step) == sampler(step)
 
 
 def test_random_covers_the_space_evenly_and_depends_on_the_seed() -> None:
-    sampler = Sampler(SPACE, "random", seed=1)
+    sampler = BudgetSampler(SPACE, "random", seed=1)
     seen = [budgets(sampler, step, "image")[0] for step in range(3000)]
     counts = [seen.count(f"image={n}") for n in (1, 4, 16)]
     assert sum(counts) == 3000
     assert all(900 < count < 1100 for count in counts)
-    assert seen[:50] != [budgets(Sampler(SPACE, "random", seed=2), step, "image")[0] for step in range(50)]
+    assert seen[:50] != [budgets(BudgetSampler(SPACE, "random", seed=2), step, "image")[0] for step in range(50)]
 
 
 def test_sandwich_is_the_largest_as_teacher_random_ones_and_the_smallest() -> None:
-    draws = Sampler(SPACE, "sandwich", num_draws=4)(5)
+    draws = BudgetSampler(SPACE, "sandwich", num_draws=4)(5)
     assert draws[0].budget == SPACE.largest()
     assert draws[0].is_teacher
     assert draws[-1].budget == SPACE.smallest()
@@ -57,7 +57,7 @@ def test_sandwich_is_the_largest_as_teacher_random_ones_and_the_smallest() -> No
 
 
 def test_equal_draws_become_one_that_weighs_their_sum() -> None:
-    sampler = Sampler(SPACE, "sandwich", num_draws=6)
+    sampler = BudgetSampler(SPACE, "sandwich", num_draws=6)
     for step in range(10):
         draws = sampler(step, ["video"])  # only two budgets there
         assert [str(draw.budget) for draw in draws] == ["video=/2", "video=/5"]
@@ -67,8 +67,8 @@ def test_equal_draws_become_one_that_weighs_their_sum() -> None:
 
 def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
     points = [Budget.parse(text) for text in ("image=16,audio=/4", "image=4,audio=/4", "image=1,audio=/16")]
-    assert [draw.budget for draw in Sampler(SPACE, "points", points=points)(0)] == points
-    some = Sampler(SPACE, "points", num_draws=2, points=points)
+    assert [draw.budget for draw in BudgetSampler(SPACE, "points", points=points)(0)] == points
+    some = BudgetSampler(SPACE, "points", num_draws=2, points=points)
     seen = {tuple(budgets(some, step)) for step in range(60)}
     assert len(seen) == 3
 
@@ -85,7 +85,7 @@ def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
 )
 def test_contradictions_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sampler(SPACE, **arguments)
+        BudgetSampler(SPACE, **arguments)
 
 
 @pytest.mark.parametrize("mode", ["all", "random", "sandwich"])
@@ -96,9 +96,11 @@ def test_what_is_possible_is_what_some_step_draws(mode: Mode) -> None:
             "video": {"compressor": "pool", "budgets": ["/2", "/5"]},
         }
     )
-    sampler = Sampler(space, mode)
+    sampler = BudgetSampler(space, mode)
     for media in (["audio"], ["video"], ["video", "audio"]):
         drawn = {draw.budget for step in range(60) for draw in sampler(step, media)}
         assert drawn == set(sampler.possible(media))
-    points = Sampler(space, "points", points=(Budget.parse("audio=/4,video=/2"), Budget.parse("audio=/4,video=/5")))
+    points = BudgetSampler(
+        space, "points", points=(Budget.parse("audio=/4,video=/2"), Budget.parse("audio=/4,video=/5"))
+    )
     assert [str(budget) for budget in points.possible(["audio"])] == ["audio=/4"]

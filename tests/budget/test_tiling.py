@@ -61,8 +61,8 @@ def test_counts_without_a_map_are_refused_with_those_that_have_one() -> None:
 
 
 def test_the_best_size_is_the_one_of_transformers() -> None:
-    chance = np.random.default_rng(0)
-    sizes = [*IMAGES, *((int(h), int(w)) for h, w in chance.integers(20, 3000, (300, 2)))]
+    rng = np.random.default_rng(0)
+    sizes = [*IMAGES, *((int(h), int(w)) for h, w in rng.integers(20, 3000, (300, 2)))]
     free = Tiling(kind="free", max_tiles=9)
     for tiling in (Tiling(), Tiling(pinpoints=tuple(map(tuple, PINPOINTS))), free):
         resolutions = [(rows * 336, columns * 336) for rows, columns in tiling.shapes(TILE)]
@@ -150,10 +150,10 @@ def test_free_tiles_never_exceed_their_cap(size: tuple[int, int]) -> None:
 def test_a_total_takes_the_most_tokens_and_then_the_most_tiles() -> None:
     """Against every cap and every trained amount, for one and for several images."""
     own = space(kind="free", max_tiles=6)
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for _ in range(25):
-        extents = [extent((int(h), int(w))) for h, w in chance.integers(100, 2000, (chance.integers(1, 4), 2))]
-        total = int(chance.integers(8, 4000))
+        extents = [extent((int(h), int(w))) for h, w in rng.integers(100, 2000, (rng.integers(1, 4), 2))]
+        total = int(rng.integers(8, 4000))
         found = []
         for cap in range(7):
             for each in (1, 9, 36, 144, 576):
@@ -218,9 +218,9 @@ def test_a_cap_that_leaves_nothing_is_refused() -> None:
 
 
 def test_pixels_of_the_tiles_are_those_of_llava_next() -> None:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for size in ((50, 70), (100, 30), (64, 64), (21, 90)):
-        image = Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         tiles = Tiling().choose(size, (32, 32))
         made = cut(image, [tiles], tile=(32, 32), thumbnail=True)
         square = {"height": 32, "width": 32}

@@ -1,4 +1,4 @@
-"""An exported model is used by transformers alone: the script below knows `import mllm` and nothing else of ours."""
+"""An exported model works in transformers alone: the script below calls `mllm.register()` and nothing else of ours."""
 
 import json
 import os
@@ -23,6 +23,8 @@ QUESTION = "what colour is the circle?"
 SCRIPT = """
 import json, sys
 import mllm
+mllm.register()
+mllm.register()
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from published_parts import ROOT, build_on_meta, read
 
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.model.trainables import NEW_TOKENS, set_trainables
 
 RUNS = [*sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in path.read_text())]
@@ -59,7 +59,7 @@ def test_the_model_of_a_config_builds_at_real_size(path: Path) -> None:
     millions = sum(p.numel() for n, p in model.named_parameters() if n in set(names)) / 1e6
     if (expected := TRAINABLE_MILLIONS[path.stem]) is not None:
         assert millions == pytest.approx(expected, abs=0.02)
-    sampler = Sampler(
+    sampler = BudgetSampler(
         model.config.space, settings.sampler.mode, num_draws=settings.sampler.num_draws, points=settings.sampler.budgets
     )
     assert sampler(0)
@@ -85,7 +85,7 @@ def test_the_first_stage_of_mqt_trains_the_published_query_transformer() -> None
     model = build_on_meta(settings.model)
     names = set(set_trainables(model, settings.parts))
     assert sum(p.numel() for n, p in model.named_parameters() if n in names) == 8_923_136
-    assert Sampler(model.config.space, "all")(0)[0].budget.amounts["image"].value == 256
+    assert BudgetSampler(model.config.space, "all")(0)[0].budget.amounts["image"].value == 256
     second = build_on_meta(read(ROOT / "configs" / "mqt_stage2.yaml").model)
     shapes = {name: value.shape for name, value in second.named_parameters()}
     assert all(shapes[name] == value.shape for name, value in model.named_parameters() if name in names)
@@ -99,7 +99,7 @@ def test_m3_can_train_its_tower_as_the_paper_says() -> None:
     assert both > own
     counts = [amount.value for amount in model.config.space.media["image"].trained]
     assert counts == [576, 144, 36, 9, 1]
-    assert len(Sampler(model.config.space, "all")(0)) == 5
+    assert len(BudgetSampler(model.config.space, "all")(0)) == 5
 
 
 @pytest.mark.parametrize("name", ["mqt_stage1", "mqt_stage2", "m3", "m3_lora", "frozen_llm_lora", "frozen_llm_mome"])

@@ -67,6 +67,6 @@ def test_the_command_writes_a_folder_that_a_run_can_name(
     assert load_file(tmp_path / "made" / "model.safetensors").keys() == encoder.state_dict().keys()
     parts = tiny.write_parts(tmp_path / "parts")
     model, _ = build(tiny.settings_on({**parts, "video": str(tmp_path / "made")}, ("video",)))
-    encoder_part: Any = model.model.tower("video")
+    encoder_part: Any = model.model.encoder("video")
     assert encoder_part.backbone.post_extract_proj.weight.equal(encoder.post_extract_proj.weight)
     assert main(["convert", "av-hubert", str(tmp_path / "none.pt"), "--out", str(tmp_path / "other")]) == 2

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreT
 from mllm.budget import Budget, Extent
 from mllm.checkpoints.load import load
 from mllm.cli import main
-from mllm.processing.batch import Batch, Expanded, Row, Run
+from mllm.processing.batch import Batch, EncodedSample, Expanded, MediaSpan
 from mllm.processing.processor import ElasticProcessor
 
 
@@ -58,11 +58,11 @@ class Released:
         budgets = [[Budget.parse(f"image={count}")] * len(batch.rows)]
         return self.processor.expand(batch, budgets, left_padding=not for_training)
 
-    def _row(self, ids: Sequence[int], labels: Sequence[int], item: int) -> Row:
+    def _row(self, ids: Sequence[int], labels: Sequence[int], item: int) -> EncodedSample:
         marker, own = self.golden.facts["image_token"], self.processor.placeholder_ids["image"]
         grid = self.processor.facts["image"].grid
         ours = [own if token_id == marker else token_id for token_id in ids]
-        return Row(f"row{item}", ours, labels, (Run(Extent("image", grid=grid), item),))
+        return EncodedSample(f"row{item}", ours, labels, (MediaSpan(Extent("image", grid=grid), item),))
 
     def assert_golden(self, found: Tensor, name: str) -> None:
         """Equal where the golden array is a number."""

@@ -12,9 +12,9 @@ from released_llava import (
     convert_golden,
 )
 
-from mllm.budget.sampler import Sampler
-from mllm.training.budget_rows import drawn_passes, make_lesson, num_targets
-from mllm.training.loss import objective
+from mllm.budget.sampler import BudgetSampler
+from mllm.training.loss import loss_of_logits
+from mllm.training.step import make_training_batch, num_targets, sampled_views
 
 GOLDEN = Golden.read("m3")
 
@@ -38,12 +38,12 @@ def test_golden_greedy_ids(own: Released) -> None:
 
 def test_golden_training_loss(own: Released) -> None:
     """One forward pass over every scale gives the mean of the released code's passes, and it can be learned from."""
-    batch, sampler = own.rows(), Sampler(own.processor.space, mode="all")
-    passes = drawn_passes(batch.rows, sampler, step=0)
+    batch, sampler = own.rows(), BudgetSampler(own.processor.space, mode="all")
+    passes = sampled_views(batch.rows, sampler, step=0)
     assert len(passes) == len(batch.rows) * len(own.counts)
-    lesson = make_lesson(batch, passes, own.processor)
-    logits = own.model(**lesson.inputs, logit_positions=lesson.positions).logits
-    loss = objective(logits, lesson.supervision, num_targets(batch.rows))
+    training_batch = make_training_batch(batch, passes, own.processor)
+    logits = own.model(**training_batch.inputs, logit_positions=training_batch.positions).logits
+    loss = loss_of_logits(logits, training_batch.targets, num_targets(batch.rows))
     assert float(loss.total.detach()) == pytest.approx(GOLDEN.facts["results"]["train_loss"], rel=1e-4, abs=1e-4)
     loss.total.backward()
     weight = own.model.model.compressors["image"].projectors[0][0].weight

@@ -213,7 +213,7 @@ def watched(answerer: Answerer) -> Iterator[tuple[list[int], list[int]]]:
             rows.append(len(kwargs["inputs_embeds"]))
 
     hooks = [
-        answerer.model.model.tower("audio").register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
+        answerer.model.model.encoder("audio").register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
         answerer.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True),
     ]
     try:

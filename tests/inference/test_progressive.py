@@ -74,7 +74,7 @@ def test_beams_and_samples_are_those_of_the_answerer(decoding: Decoding, image: 
 def test_the_image_is_encoded_once_and_only_new_tokens_are_read(image: Path) -> None:
     answerer = make(COMPRESSORS["query"])
     seen: dict[str, list[int]] = {"images": [], "positions": []}
-    answerer.model.model.tower("image").register_forward_pre_hook(lambda _, args: seen["images"].append(len(args[0])))
+    answerer.model.model.encoder("image").register_forward_pre_hook(lambda _, args: seen["images"].append(len(args[0])))
     answerer.model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen["positions"].append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )

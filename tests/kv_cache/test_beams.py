@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 
 from mllm.budget import Budget
 from mllm.kv_cache.beam import GROWTH_TOKENS, BeamLayer, spread
-from mllm.model.backbone import MEDIA_KEYS
+from mllm.model.media_arguments import MEDIA_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration
 
 SPEECH = [

@@ -56,7 +56,7 @@ def count_forwards(answerer: Answerer, rows: list[Any], budget: str) -> dict[str
     seen: dict[str, Any] = {"images": 0, "passes": []}
     model = answerer.model
     hooks = [
-        model.model.tower("image").register_forward_pre_hook(
+        model.model.encoder("image").register_forward_pre_hook(
             lambda _, args: seen.update(images=seen["images"] + len(args[0]))
         ),
         model.get_decoder().register_forward_pre_hook(

@@ -174,7 +174,8 @@ def test_the_media_of_a_question_are_encoded_once_for_all_budgets(run: Path, tas
 
     chat = ElasticChat(pretrained=str(run), budget=list(BUDGETS), batch_size=2, device="cpu")
     encoded = []
-    chat.answers.model.model.tower("image").register_forward_hook(lambda _, values, __: encoded.append(len(values[0])))
+    encoder = chat.answers.model.model.encoder("image")
+    encoder.register_forward_hook(lambda _, values, __: encoded.append(len(values[0])))
     results_found = list(sweep(chat, tasks=[NAME], include_path=str(tasks), batch_size=2, log_samples=False))
     assert len(results_found) == len(BUDGETS)
     assert sum(encoded) == NUM_DOCS

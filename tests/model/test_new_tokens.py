@@ -94,8 +94,8 @@ def test_only_the_rows_of_new_tokens_move_and_they_are_saved(world: World) -> No
     assert saved.keys() == set(trainable_names(model))
     rows = saved[NEW_TOKENS]
     assert rows.shape == (2, 32)
-    assert rows.equal(model.model.words(torch.tensor([ids]))[0])
-    assert (rows - start.model.words(torch.tensor([ids]))[0]).norm(dim=1).min() > 1e-2
+    assert rows.equal(model.model.embed_text(torch.tensor([ids]))[0])
+    assert (rows - start.model.embed_text(torch.tensor([ids]))[0]).norm(dim=1).min() > 1e-2
     assert model.get_input_embeddings().weight.equal(world.table)
     assert model.lm_head.weight.shape == world.table.shape
     tied = model.config.text_config.tie_word_embeddings
@@ -311,7 +311,7 @@ def test_a_second_stage_takes_rows_over_by_their_tokens(plain: World, tmp_path: 
     models = [load(folder)[0] for folder in (first, second)]
     assert list(models[1].config.new_tokens) == ["<look>", "</look>", "<sound>", "</sound>"]
     for token in SPAN["span"]:
-        rows = [model.model.words(torch.tensor([[model.config.new_tokens[token]]])) for model in models]
+        rows = [model.model.embed_text(torch.tensor([[model.config.new_tokens[token]]])) for model in models]
         torch.testing.assert_close(*rows, atol=1e-6, rtol=0.0)
     none = tiny.settings_on(plain.parts, ("audio",))
     with pytest.raises(ValueError, match=r"it has a row for the new token </sound>, which is none here; set the span"):

@@ -107,7 +107,7 @@ def test_every_image_has_a_grid_of_its_own_shape_and_the_budget_counts_by_it(wor
     samples = [sample(name, world) for name in SHAPES]
     media = [processor.load_media(one) for one in samples]
     batch = processor.batch(samples, media, for_training=False)
-    grids = {row.sample_id: row.runs[0].extent.grid for row in batch.rows}
+    grids = {row.sample_id: row.spans[0].extent.grid for row in batch.rows}
     assert grids == {"wide": (2, 9), "tall": (6, 3), "square": (4, 4)}  # as many patches as fit in 20, in the own shape
     assert batch.values["image_grids"].tolist() == [list(grid) for grid in grids.values()]
     assert batch.values["pixel_values"].shape == (3, 18, 192)
@@ -185,7 +185,7 @@ def test_captions_give_one_start_however_the_shapes_are_batched(world: Path, nam
             for at in range(0, len(captions), size)
         ]
         loader: Any = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
-        fit_projectors(model, processor, loader, own=len(batches))
+        fit_projectors(model, processor, loader, num_counted=len(batches))
         starts.append({key: value for key, value in model.state_dict().items() if "compressors" in key})
     untouched = build(settings(world, **COMPRESSORS[name]))[0].state_dict()
     assert any(not torch.equal(value, untouched[key]) for key, value in starts[0].items())
@@ -198,7 +198,7 @@ def test_captions_give_one_start_however_the_shapes_are_batched(world: Path, nam
 def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str, size: tuple[int, int]) -> None:
     model, processor = build(settings(world, tower, image_size=list(size)))
     grid = (size[0] // 8, size[1] // 8)
-    assert processor.facts["image"].grid == model.model.tower("image").grid == grid
+    assert processor.facts["image"].grid == model.model.encoder("image").grid == grid
     assert isinstance(processor.transforms["image"], ImageTransform)
     for name in SHAPES:
         (loaded,) = processor.load_media(sample(name, world))

@@ -36,7 +36,7 @@ from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, writ
 from mllm.encoders import AVHubertConfig, backbone_class
 from mllm.inference.answerer import Answerer
 from mllm.model.precision import dtype_of
-from mllm.model.splice import merge, place
+from mllm.model.splice import merge, place_in_order
 from mllm.model.trainables import NEW_TOKENS
 from mllm.training.feature_cache.features import pass_features_through
 from mllm.training.run import train
@@ -253,7 +253,7 @@ def test_a_run_in_bfloat16_is_nearly_that_in_float32(world: Path, tmp_path: Path
     saved = load_file(tmp_path / "bfloat16" / TRAINABLES)
     assert {value.dtype for value in saved.values()} == {torch.float32}
     half, processor = load(tmp_path / "bfloat16", dtype="bfloat16")
-    assert dtype_of(half.model.tower("image" if name == "frames pool" else medium)) == torch.bfloat16
+    assert dtype_of(half.model.encoder("image" if name == "frames pool" else medium)) == torch.bfloat16
     assert half.get_input_embeddings().weight.dtype == half.lm_head.weight.dtype == torch.bfloat16
     own = dict(half.named_parameters())
     assert all(own[name].equal(value) for name, value in saved.items()), "what was trained is not rounded"
@@ -332,7 +332,7 @@ def test_soft_tokens_take_on_the_dtype_of_the_words_they_stand_among() -> None:
     words, soft, newline = torch.zeros(1, 4, 2, dtype=torch.bfloat16), torch.full((1, 2, 2), 1 / 3), torch.ones(2)
     is_soft = torch.tensor([[False, True, True, True]])
     layout = torch.tensor([[0, 0], [0, 1], [-1, 0]])
-    placed = place(words, is_soft, soft, layout, newline)
+    placed = place_in_order(words, is_soft, soft, layout, newline)
     assert placed.dtype == torch.bfloat16
     assert placed[0, 1:, 0].tolist() == [torch.tensor(1 / 3).bfloat16().item()] * 2 + [1.0]
     merged = merge(words, is_soft & (torch.arange(4) < 3), soft, torch.tensor([2]))

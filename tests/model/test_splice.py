@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm.model.splice import check_runs, merge
+from mllm.model.splice import check_placeholders, merge
 from mllm.processing.placeholders import pad_rows
 
 AUDIO = 90
@@ -38,4 +38,4 @@ def test_merge_gives_gradient_to_the_tokens_used_and_to_the_text_beside_them() -
 
 def test_a_batch_that_does_not_fit_names_both_counts() -> None:
     with pytest.raises(ValueError, match="2 audio placeholders in the text for 3 audio soft tokens in samples a, b"):
-        check_runs(torch.tensor([[AUDIO, 1], [AUDIO, 2]]), AUDIO, torch.tensor([3]), "audio", ["a", "b"])
+        check_placeholders(torch.tensor([[AUDIO, 1], [AUDIO, 2]]), AUDIO, torch.tensor([3]), "audio", ["a", "b"])

@@ -13,16 +13,30 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from mllm.budget import Budget
-from mllm.budget.sampler import Draw
+from mllm.budget.sampler import SampledBudget
 from mllm.config.model import AdapterConfig, ModelConfig, TilingConfig
-from mllm.model.modeling import ElasticForConditionalGeneration, auxiliary_weights
+from mllm.model.expert_losses import auxiliary_weights
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing, obstacle
 from mllm.processing.batch import Batch
 from mllm.processing.processor import LoadedMedia
-from mllm.training.budget_rows import Pass, _passes, by_draw, fixed_passes, make_lesson, num_targets
-from mllm.training.loss import Loss
-from mllm.training.step import frozen_features, run_lesson
+from mllm.training.loss import ChunkedTargetLoss, Loss
+from mllm.training.step import (
+    BudgetView,
+    Teacher,
+    TrainingBatch,
+    _views,
+    expand_views,
+    fixed_views,
+    forward,
+    frozen_features,
+    make_training_batch,
+    num_targets,
+    pack_views,
+    split_by_budget,
+    total_loss,
+)
 
 SYSTEM = "you are told what to do and you do just that"
 SPEECH = {"audio": {"per_budget_projector": True}, "video": {"compressor": "pool", "per_budget_projector": True}}
@@ -102,16 +116,16 @@ def build(own: ModelConfig, **text: Any) -> ElasticForConditionalGeneration:
     return model.train()
 
 
-def plain(model: ElasticForConditionalGeneration, batch: Batch, passes: Sequence[Pass], processor: Any) -> Tensor:
+def plain(model: ElasticForConditionalGeneration, batch: Batch, views: Sequence[BudgetView], processor: Any) -> Tensor:
     """The loss by one ordinary forward pass per row and budget; gradients are left in the model."""
     total = torch.zeros(())
     weights = auxiliary_weights(model.config)
-    for own in passes:
+    for own in views:
         row = batch.rows[own.row]
         expanded = processor.expand(Batch([row], batch.values), [[own.budget]], left_padding=False)
         inputs = dict(expanded.inputs)
         for medium in batch.media:  # the items of other rows are encoded too, and not shown
-            shown = [run.item for run in row.runs if run.extent.medium == medium]
+            shown = [span.item for span in row.spans if span.extent.medium == medium]
             if shown and f"{medium}_index" not in inputs:
                 first, count = shown[0], len(inputs[f"num_{medium}_tokens"])
                 items = shown if len(shown) == count else [*range(first, first + count)]
@@ -144,51 +158,60 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, rel: f
     assert not set(expected) - set(found)
 
 
-def packed(model: ElasticForConditionalGeneration, batch: Batch, passes: Sequence[Pass], processor: Any) -> Loss:
-    lesson = make_lesson(batch, passes, processor, packed=True)
-    assert lesson.plan is not None
-    assert lesson.inputs["input_ids"].shape == (1, lesson.plan.num_tokens)
-    device = torch.device("cpu")
-    loss, _ = run_lesson(model, lesson, num_targets(batch.rows), config=model.config, device=device)
+def run(model: Any, training_batch: TrainingBatch, targets: int, **options: Any) -> tuple[Loss, Any]:
+    """Forward and loss without a trainer."""
+    target_loss = ChunkedTargetLoss(
+        training_batch.targets, targets, vocabulary_size=model.config.get_text_config().vocab_size
+    )
+    outputs = forward(model, training_batch, target_loss, device=torch.device("cpu"), **options)
+    return total_loss(outputs, training_batch, config=model.config, num_targets=targets), outputs
+
+
+def packed(
+    model: ElasticForConditionalGeneration, batch: Batch, views: Sequence[BudgetView], processor: Any
+) -> tuple[Loss, Any]:
+    training_batch = make_training_batch(batch, views, processor, packed=True)
+    assert training_batch.plan is not None
+    assert training_batch.inputs["input_ids"].shape == (1, training_batch.plan.num_tokens)
+    loss, outputs = run(model, training_batch, num_targets(batch.rows))
     loss.total.backward()
-    return loss
+    return loss, outputs
 
 
-def compare(own: ModelConfig, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[Pass]]:
+def compare(own: ModelConfig, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[BudgetView]]:
     model, processor = build(own, **text), tiny.processor(own)
     batch = tiny.batch(processor, rows, for_training=True)
-    passes = fixed_passes(batch.rows, [Budget.parse(budget) for budget in budgets])
-    expected = plain(model, batch, passes, processor)
+    views = fixed_views(batch.rows, [Budget.parse(budget) for budget in budgets])
+    expected = plain(model, batch, views, processor)
     wanted = gradients(model)
-    loss = packed(model, batch, passes, processor)
+    loss, _ = packed(model, batch, views, processor)
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model), wanted)
-    return model, (processor, batch, wanted), passes
+    return model, (processor, batch, wanted), views
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: str) -> None:
     own, rows, budgets = CASES[name]()
-    model, (processor, batch, wanted), passes = compare(own, rows, budgets)
+    model, (processor, batch, wanted), views = compare(own, rows, budgets)
     if name in ("mqt", "haar"):  # everything is taken from one run per image
-        lesson = make_lesson(batch, passes, processor, packed=True)
-        assert lesson.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
+        training_batch = make_training_batch(batch, views, processor, packed=True)
+        assert training_batch.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
     if name == "omni":  # every clip is encoded once, and sound is read once per rate for two tasks
         assert [len(batch.values[f"{medium}_values"]) for medium in ("audio", "video")] == [2, 2]
-        plan = make_lesson(batch, passes, processor, packed=True).plan
+        plan = make_training_batch(batch, views, processor, packed=True).plan
         assert plan is not None
         shared = int((plan.rows >= 0).sum()) - plan.num_tokens
         assert shared >= 2 * 5, "soft tokens of the shorter sound at /4"
-    # The same, one group of passes after the other, on features that are encoded once.
+    # The same, one group of views after the other, on features that are encoded once.
     features = frozen_features(model, batch, torch.device("cpu"))
     assert set(features) == batch.media
     total = 0.0
     first = None
-    for group in by_draw(passes):
-        lesson = make_lesson(batch, group, processor, packed=True, taught_by=first)
-        first = first or lesson
-        given: dict[str, Any] = {"config": model.config, "device": torch.device("cpu"), "features": features}
-        loss, _ = run_lesson(model, lesson, num_targets(batch.rows), **given)
+    for group in split_by_budget(views):
+        training_batch = pack_views(expand_views(batch, group, processor), group, processor, packed=True, teacher=first)
+        loss, outputs = run(model, training_batch, num_targets(batch.rows), features=features)
+        first = first or Teacher(training_batch.starts, outputs.target_states)
         loss.total.backward()
         total += loss.total.item()
     assert_same(gradients(model), wanted)
@@ -213,21 +236,19 @@ def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterConfi
     if checkpointing:
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = tiny.batch(processor, rows, for_training=True)
-    passes = fixed_passes(batch.rows, [Budget.parse(budget) for budget in budgets])
-    expected = plain(model, batch, passes, processor)
+    views = fixed_views(batch.rows, [Budget.parse(budget) for budget in budgets])
+    expected = plain(model, batch, views, processor)
     wanted = gradients(model)
-    loss = packed(model, batch, passes, processor)
+    loss, outputs = packed(model, batch, views, processor)
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model), wanted)
-    lesson = make_lesson(batch, passes, processor, packed=True)
-    shares = lesson.plan.num_tokens < sum(int((row >= 0).sum()) for row in lesson.plan.rows)
+    training_batch = make_training_batch(batch, views, processor, packed=True)
+    shares = training_batch.plan.num_tokens < sum(int((row >= 0).sum()) for row in training_batch.plan.rows)
     assert shares
-    if loss.usage is not None:
-        padded, _ = run_lesson(
-            model, make_lesson(batch, passes, processor), 9, config=model.config, device=torch.device("cpu")
-        )
-        assert padded.usage is not None
-        assert torch.equal(loss.usage, padded.usage)
+    if outputs.expert_usage is not None:
+        _, padded = run(model, make_training_batch(batch, views, processor), 9)
+        assert padded.expert_usage is not None
+        assert torch.equal(outputs.expert_usage, padded.expert_usage)
 
 
 def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -> None:
@@ -238,17 +259,17 @@ def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -
         rows = [([clip, "say it"], "yes it is"), ([seen, "say it"], "yes it is"), ([clip, seen, "say it"], "yes it is")]
         model, processor = build(own), tiny.processor(own)
         batch = tiny.batch(processor, rows, for_training=True)
-        both = [dataclasses.replace(run, item=0) for run in batch.rows[2].runs]
+        both = [dataclasses.replace(span, item=0) for span in batch.rows[2].spans]
         of_task = [(both[0],), (both[1],), tuple(both)]
-        shared = [dataclasses.replace(row, runs=runs) for row, runs in zip(batch.rows, of_task, strict=True)]
+        shared = [dataclasses.replace(row, spans=runs) for row, runs in zip(batch.rows, of_task, strict=True)]
         batch = Batch(shared, {key: value[:1] for key, value in batch.values.items()})
-        passes = fixed_passes(batch.rows, [Budget.parse("audio=/4,video=/2")])
-        expected = plain(model, batch, passes, processor)
+        views = fixed_views(batch.rows, [Budget.parse("audio=/4,video=/2")])
+        expected = plain(model, batch, views, processor)
         wanted = gradients(model)
-        assert packed(model, batch, passes, processor).total.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert packed(model, batch, views, processor)[0].total.item() == pytest.approx(expected.item(), rel=1e-5)
         assert_same(gradients(model), wanted)
-        lesson = make_lesson(batch, passes, processor, packed=True)
-        assert lesson.inputs["num_audio_tokens"].tolist() == [lesson.inputs["num_audio_tokens"][0]]
+        training_batch = make_training_batch(batch, views, processor, packed=True)
+        assert training_batch.inputs["num_audio_tokens"].tolist() == [training_batch.inputs["num_audio_tokens"][0]]
 
 
 def test_mixtures_of_projectors_report_by_row() -> None:
@@ -267,13 +288,13 @@ def test_mixtures_of_projectors_report_by_row() -> None:
 def test_images_in_tiles_are_packed_with_their_newlines(image: dict[str, Any]) -> None:
     own = tiny.settings(("image",), image=image)
     processor = tiny.processor(own)
-    chance = np.random.default_rng(0)  # even images would leave gradients that are nothing but rounding
+    rng = np.random.default_rng(0)  # even images would leave gradients that are nothing but rounding
     sizes = ((90, 130, 3), (60, 200, 3))
-    cuts = [Image.fromarray(chance.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+    cuts = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
     rows = [([SYSTEM, processor.transform("image", cut), "what"], "red") for cut in cuts]
-    model, (_, batch, _), passes = compare(own, rows, ["image=16", "image=4"])
+    model, (_, batch, _), views = compare(own, rows, ["image=16", "image=4"])
     if model.model.newline is not None:
-        plan = make_lesson(batch, passes, processor, packed=True).plan
+        plan = make_training_batch(batch, views, processor, packed=True).plan
         assert plan is not None
         assert (plan.layouts["image"][:, 0] < 0).any()
 
@@ -290,7 +311,9 @@ def test_other_decoders_read_packed_rows(config: type[LlamaConfig]) -> None:
 
     rows = [[5, 6, 7, 8, 9], [5, 6, 7, 1], [5, 2, 3]]
     plan = plan_rows(rows, least_shared=1)
-    ids = torch.tensor([[rows[row][column] for row, column in zip(plan.maker, plan.position_ids[0], strict=True)]])
+    ids = torch.tensor(
+        [[rows[row][column] for row, column in zip(plan.source_rows, plan.position_ids[0], strict=True)]]
+    )
     mask = packed_mask(plan, ids.device, "sdpa")
     out = llm.model(ids, attention_mask=mask, position_ids=plan.position_ids, segment_plan=plan, use_cache=False)
     for row, places in zip(rows, plan.rows, strict=True):
@@ -309,26 +332,28 @@ def test_what_cannot_be_packed_is_refused_with_the_reason() -> None:
     own, rows, budgets = m3()
     model, processor = tiny.model(own), tiny.processor(own)
     batch = tiny.batch(processor, rows, for_training=True)
-    lesson = make_lesson(batch, fixed_passes(batch.rows, [Budget.parse(budgets[0])]), processor, packed=True)
+    training_batch = make_training_batch(
+        batch, fixed_views(batch.rows, [Budget.parse(budgets[0])]), processor, packed=True
+    )
     with pytest.raises(ValueError, match="enable_packing"):
-        model(**lesson.inputs, plan=lesson.plan)
+        model(**training_batch.inputs, plan=training_batch.plan)
 
 
 def test_rows_that_are_not_packed_are_read_as_before() -> None:
     own, rows, budgets = m3()
     model, processor = tiny.model(own), tiny.processor(own)
     batch = tiny.batch(processor, rows, for_training=True)
-    lesson = make_lesson(batch, fixed_passes(batch.rows, [Budget.parse(budgets[1])]), processor)
+    training_batch = make_training_batch(batch, fixed_views(batch.rows, [Budget.parse(budgets[1])]), processor)
     with torch.no_grad():
-        before = model(**lesson.inputs).logits
+        before = model(**training_batch.inputs).logits
         enable_packing(model.model.language_model)
-        assert torch.equal(model(**lesson.inputs).logits, before)
+        assert torch.equal(model(**training_batch.inputs).logits, before)
 
 
 def test_groups_hold_one_budget_of_every_row_and_learn_from_the_first() -> None:
     largest, smallest = Budget.parse("image=64"), Budget.parse("image=1")
-    passes = _passes([[Draw(largest, is_teacher=True), Draw(smallest)], [Draw(Budget())]])
-    groups = by_draw(passes)
+    views = _views([[SampledBudget(largest, is_teacher=True), SampledBudget(smallest)], [SampledBudget(Budget())]])
+    groups = split_by_budget(views)
     assert [[(own.row, own.name, own.teacher) for own in group] for group in groups] == [
         [(0, "image=64", 0), (1, "text", 1)],
         [(0, "image=1", 0)],

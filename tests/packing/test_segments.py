@@ -15,18 +15,18 @@ ROWS = [[1, 2, 3, 4, 5, 6], [1, 2, 8, 9], [1, 2, 3, 7], [5, 5, 5], [1, 2, 3, 4, 
 
 def random_rows(seed: int) -> list[list[int]]:
     """Rows that branch at random places, of each other and of nothing."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     rows: list[list[int]] = []
-    for _ in range(chance.randint(1, 9)):
-        start = chance.choice([*rows, []])
-        start = start[: chance.randint(0, len(start))]
-        rows.append([*start, *[chance.randint(0, 2) for _ in range(chance.randint(0 if start else 1, 7))]])
+    for _ in range(rng.randint(1, 9)):
+        start = rng.choice([*rows, []])
+        start = start[: rng.randint(0, len(start))]
+        rows.append([*start, *[rng.randint(0, 2) for _ in range(rng.randint(0 if start else 1, 7))]])
     return rows
 
 
 def held_by(plan: SegmentPlan, rows: list[list[int]]) -> list[int]:
     """What stands in the packed row, by who it was placed for."""
-    return [rows[row][column] for row, column in zip(plan.maker, plan.position_ids[0], strict=True)]
+    return [rows[row][column] for row, column in zip(plan.source_rows, plan.position_ids[0], strict=True)]
 
 
 def test_each_common_beginning_stands_once() -> None:

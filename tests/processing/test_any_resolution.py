@@ -78,13 +78,13 @@ def test_the_prompt_holds_the_tokens_of_every_tile_in_their_order(folder: Path, 
         is_soft = expanded.inputs["input_ids"] == processor.placeholder_ids["image"]
         expected = []
         for row, costs in zip(batch.rows, expanded.token_counts, strict=True):
-            for run, cost in zip(row.runs, costs, strict=True):
-                shown = batch.values["pixel_values"][run.item : run.item + cost.num_images]
+            for span, cost in zip(row.spans, costs, strict=True):
+                shown = batch.values["pixel_values"][span.item : span.item + cost.num_images]
                 parts = [
                     model.model.get_image_features(tile[None], torch.tensor([cost.each])).pooler_output[0]
                     for tile in shown
                 ]
-                for piece, index in order_of(run.extent, cost, processor.tiling).tolist():
+                for piece, index in order_of(span.extent, cost, processor.tiling).tolist():
                     expected.append(model.model.newline.vector if piece == NEWLINE else parts[piece][index])
     torch.testing.assert_close(embeds[is_soft], torch.stack(expected), rtol=1e-5, atol=1e-6)
 
@@ -239,7 +239,7 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
     asked_for = Budget.parse(budget)
     batch = asked(processor, [sample(folder, "0.png" if "image" in budget else "clip.mp4")], [budget])
     (cost,) = batch.rows[0].token_counts(asked_for, processor.space)
-    extent = batch.rows[0].runs[0].extent
+    extent = batch.rows[0].spans[0].extent
     counted = request_cost(model.config, items_of(extent, cost), num_prompt_tokens=9, num_new_tokens=1)
     inputs = processor.expand(batch, [[asked_for]], left_padding=True).inputs
     with torch.no_grad():

@@ -26,4 +26,4 @@ def fit(
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     made = [{"batch": tiny.batch(processor, batch, for_training=True)} for batch in batches[rank::world]]
     loader: Any = DataLoader(made, batch_size=None)  # pyright: ignore[reportArgumentType]
-    return model, fit_projectors(model, processor, loader, own=len(made))
+    return model, fit_projectors(model, processor, loader, num_counted=len(made))

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.budget import Budget
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.pretrained import unsharded
 from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
@@ -40,11 +40,11 @@ class Rows(Dataset[tuple[Sample, list[LoadedMedia]]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, list[LoadedMedia]]:
         epoch, index = key
-        chance = random_generator(self.seed, epoch, str(index), "noise")
+        rng = random_generator(self.seed, epoch, str(index), "noise")
         loaded = []
         for place, medium in enumerate(self.kinds[index]):
             clean = tiny.random_media(medium, 20 + 3 * (index % 4), seed=100 * index + place)
-            noise = torch.from_numpy(chance.standard_normal(tuple(clean.values.shape), dtype="float32"))
+            noise = torch.from_numpy(rng.standard_normal(tuple(clean.values.shape), dtype="float32"))
             loaded.append(dataclasses.replace(clean, values=clean.values + 0.1 * noise))
         parts = (*(Media(medium, "x") for medium in self.kinds[index]), Text(f"question {index}"))
         answer = ANSWERS[index % len(ANSWERS)]
@@ -53,7 +53,7 @@ class Rows(Dataset[tuple[Sample, list[LoadedMedia]]]):
 
 
 class Dealt:
-    """Micro-batches of every epoch in turn, dealt out to the processes; like `RoundBatches`, but given."""
+    """Micro-batches of every epoch in turn, dealt out to the processes; like `RankBatches`, but given."""
 
     def __init__(self, of_epoch: Callable[[int], Sequence[Sequence[int]]], rank: int, num_processes: int) -> None:
         self.of_epoch, self.rank, self.num_processes = of_epoch, rank, num_processes
@@ -119,7 +119,7 @@ def make_trainer(
         loader = DataLoader(data, batch_sampler=keys, collate_fn=collate)
         validation = Validation(loader, len(keys) - (rank + 1 == world), budgets)
     space = processor.space
-    draws = Sampler(
+    draws = BudgetSampler(
         space, settings.sampler.mode, settings.sampler.num_draws, settings.train.seed, tuple(settings.sampler.budgets)
     )
     loader = DataLoader(data, batch_sampler=own, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from row_adapters import ADAPTERS, ALL, SCALES, model_settings
 
 from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import Budget
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample
-from mllm.training.budget_rows import drawn_passes
-from mllm.training.pipeline.data_look import check_members
+from mllm.training.pipeline.dataset import check_experts
+from mllm.training.step import sampled_views
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
@@ -49,7 +49,7 @@ def test_the_loss_holds_the_balance_of_every_pass_by_its_share_of_the_targets(tm
     batch = next(iter(trainer.batches))["batch"]
     targets = sum(label != -100 for row in batch.rows for label in row.labels)
     expected, balances = 0.0, {}
-    for own in drawn_passes(batch.rows, trainer.draws, 0):
+    for own in sampled_views(batch.rows, trainer.sampler, 0):
         rows = dataclasses.replace(batch, rows=[batch.rows[own.row]])
         expanded = trainer.processor.expand(rows, [[own.budget]], left_padding=False)
         with torch.no_grad():
@@ -67,13 +67,13 @@ def test_the_loss_holds_the_balance_of_every_pass_by_its_share_of_the_targets(tm
 def test_a_draw_without_a_member_stops_the_run_before_its_first_step() -> None:
     own = tiny.processor(model_settings("mss"))
     samples = [Sample("both", (Message("user", (Media("audio", "a"), Media("video", "b"))),), task="avsr")]
-    draws = Sampler(own.space, "random")
-    check_members(samples, draws, ExpertNames(scales=tuple(SCALES)))
-    check_members(samples, draws, ExpertNames())
+    sampler = BudgetSampler(own.space, "random")
+    check_experts(samples, sampler, ExpertNames(scales=tuple(SCALES)))
+    check_experts(samples, sampler, ExpertNames())
     with pytest.raises(ValueError, match=r"audio=/8,video=/5 for samples such as 'both', and adapter.scales"):
-        check_members(samples, draws, ExpertNames(scales=tuple(SCALES[:-1])))
-    points = Sampler(own.space, "points", points=(Budget.parse("audio=/4,video=/2"),))
-    check_members(samples, points, ExpertNames(scales=("audio=/4,video=/2",)))
+        check_experts(samples, sampler, ExpertNames(scales=tuple(SCALES[:-1])))
+    points = BudgetSampler(own.space, "points", points=(Budget.parse("audio=/4,video=/2"),))
+    check_experts(samples, points, ExpertNames(scales=("audio=/4,video=/2",)))
 
 
 def mixture_settings() -> ModelConfig:

@@ -12,11 +12,12 @@ from mllm.budget import Budget
 from mllm.cli import main
 from mllm.config.run import read_run_settings
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
-from mllm.training.budget_rows import drawn_passes
 from mllm.training.pipeline.balance import simulate
-from mllm.training.pipeline.data_look import build_sampler
-from mllm.training.pipeline.loaders import media_groups, round_batches
-from mllm.training.pipeline.token_scan import extents_of, survey
+from mllm.training.pipeline.batches import RankSlots
+from mllm.training.pipeline.dataset import build_sampler
+from mllm.training.pipeline.loaders import media_groups, rank_batches
+from mllm.training.pipeline.token_scan import extents_of, scan_tokens
+from mllm.training.step import sampled_views
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run config over tiny parts, and clips of stated lengths beside conversations without media."""
     folder = tmp_path_factory.mktemp("balance")
     parts = tiny.write_parts(folder / "parts")
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     samples = []
     for number in range(300):
         media = [(Media("audio", "none.wav"),), (Media("audio", "none.wav"), Media("video", "none.mp4")), ()]
         own = media[number % 3 if number % 20 else 2]
-        answer = " ".join(["word"] * int(chance.integers(1, 6)) * (1 if own else 5))
+        answer = " ".join(["word"] * int(rng.integers(1, 6)) * (1 if own else 5))
         messages = (Message("user", (*own, Text("what?"))), Message("assistant", (Text(answer),)))
-        meta = {"seconds": float(np.clip(chance.lognormal(-1.5, 0.4), 0.2, 0.9))}
+        meta = {"seconds": float(np.clip(rng.lognormal(-1.5, 0.4), 0.2, 0.9))}
         samples.append(Sample(f"s{number}", messages, task="asr", meta=meta))
     write_manifest(folder / "train.jsonl", samples)
     medium = {"compressor": "pool", "budgets": ["/2", "/5"], "crop_pixels": 32}
@@ -50,37 +51,36 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def test_the_simulation_counts_what_the_passes_of_a_run_hold(config: Path) -> None:
+def test_the_simulation_counts_what_the_views_of_a_run_hold(config: Path) -> None:
     from mllm.checkpoints.build import build_processor
-    from mllm.processing.batch import Row, Run
+    from mllm.processing.batch import EncodedSample, MediaSpan
 
     settings = read_run_settings(yaml.safe_load(config.read_text()))
     processor = build_processor(settings.model)
     samples = read_manifest(config.parent / "train.jsonl", config.parent)
     draws = build_sampler(settings, processor.space)
     budget = Budget.parse("audio=/8,video=/5")
-    loads = simulate(samples, processor, draws, settings=settings, num_ranks=2, epochs=1, budgets=[budget])
-    surveyed = survey(samples, processor)
+    loads = simulate(samples, processor, draws, config=settings, num_ranks=2, epochs=1, budgets=[budget])
+    scan = scan_tokens(samples, processor)
     for rank in range(2):
-        lanes = {"process_index": rank, "num_processes": 2, "accumulation": 2}
-        batches = iter(round_batches(samples, surveyed, settings=settings.data, seed=0, lanes=lanes))
+        batches = iter(rank_batches(samples, scan, config=settings.data, seed=0, slots=RankSlots(rank, 2, 2)))
         for step in range(3):
             drawn = fixed = 0
             for key in [*next(batches), *next(batches)]:
                 prompt = processor.chat(samples[key.index].messages)
-                runs = tuple(Run(extent, 0) for extent in extents_of(samples[key.index], processor))
-                row = Row("x", prompt.ids, prompt.labels, runs)
-                for own in drawn_passes([row], draws, step):
+                runs = tuple(MediaSpan(extent, 0) for extent in extents_of(samples[key.index], processor))
+                row = EncodedSample("x", prompt.ids, prompt.labels, runs)
+                for own in sampled_views([row], draws, step):
                     costs = row.token_counts(own.budget, processor.space)
                     drawn += len(row.ids) - len(runs) + sum(cost.tokens for cost in costs)
                 fixed += (
                     len(row.ids) - len(runs) + sum(cost.tokens for cost in row.token_counts(budget, processor.space))
                 )
-            assert loads["as drawn"].tokens[step][rank] == drawn
+            assert loads["as sampled"].tokens[step][rank] == drawn
             assert loads[str(budget)].tokens[step][rank] == fixed
-    facts = loads["as drawn"].facts()
+    facts = loads["as sampled"].facts()
     assert 1 <= facts["imbalance"] <= facts["worst"]  # type: ignore[operator]
-    assert sum(surveyed.smallest) < sum(surveyed.tokens)
+    assert sum(scan.min_tokens) < sum(scan.max_tokens)
     assert len(set(media_groups(samples))) == 3
 
 
@@ -92,8 +92,8 @@ def test_the_command_shows_every_budget_and_grouping_evens_them_out(config: Path
         assert main([*words, "--data.group_by_media", grouped, "--json", str(kept)]) == 0
         assert "audio=/8,video=/5" in capsys.readouterr().out
         found[grouped] = json.loads(kept.read_text())
-        assert found[grouped].keys() == {"steps", "as drawn", "audio=/2,video=/2", "audio=/8,video=/5"}
-        assert sum(found[grouped]["as drawn"]["tokens_per_rank"]) > 0
+        assert found[grouped].keys() == {"steps", "as sampled", "audio=/2,video=/2", "audio=/8,video=/5"}
+        assert sum(found[grouped]["as sampled"]["tokens_per_rank"]) > 0
     smallest = {key: own["audio=/8,video=/5"]["imbalance"] for key, own in found.items()}
     assert smallest["true"] <= 1.05
     assert main([*words, str(config.parent / "train.jsonl"), "--budgets", "audio=/2"]) == 0

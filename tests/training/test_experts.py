@@ -11,7 +11,7 @@ from PIL import Image
 from row_adapters import ALL, model_settings
 
 from mllm.adapters.adapter_inputs import TOKEN_KINDS
-from mllm.training.experts import COUNTS, ExpertUsage, draw_experts, read_counts
+from mllm.training.experts import COUNTS, ExpertUsage, plot_experts, read_counts
 
 
 def test_counts_are_summed_by_budget_and_a_repeated_step_counts_once(tmp_path: Path) -> None:
@@ -48,6 +48,6 @@ def test_every_token_of_a_run_chooses_top_k_experts_in_every_layer(tmp_path: Pat
 
 def test_the_heat_map_has_a_panel_per_kind_and_budget(tmp_path: Path) -> None:
     counts = {"audio=/4": np.ones((2, 4, 5), int), "video=/2": np.ones((2, 4, 5), int)}
-    draw_experts(counts, tmp_path / "experts.png")
+    plot_experts(counts, tmp_path / "experts.png")
     image = np.asarray(Image.open(tmp_path / "experts.png").convert("RGB"))
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20

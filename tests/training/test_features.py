@@ -32,8 +32,8 @@ from mllm.training.feature_cache.features import (
     KeptFeatures,
     fill_store,
     form_of,
+    part_of_rank,
     pass_features_through,
-    share_of,
 )
 from mllm.training.feature_cache.store import FeatureStore, ShardWriter, claim, key_of
 from mllm.training.pipeline.loaders import loading
@@ -170,14 +170,14 @@ def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(world: Path, 
     two, _ = filled(world, tmp_path / "two", ranks=2)
     assert {shard.name for shard in two.shards.values()} == {path.name for path in (tmp_path / "two").glob("*.safete*")}
     assert sum(shard.num_items for shard in two.shards.values()) == sum(s.num_items for s in one.shards.values())
-    shares = [share_of(samples, rank, 2) for rank in range(2)]
+    shares = [part_of_rank(samples, rank, 2) for rank in range(2)]
     assert sorted(sample.id for share in shares for sample in share) == sorted(sample.id for sample in samples)
     index = tmp_path / "one" / "index-0.jsonl"
     lines = index.read_text().splitlines(keepends=True)
     index.write_text("".join(lines[:7]) + lines[7][:20])  # a kill in the middle of a line, and of a shard
-    (tmp_path / "one" / "audio-0-00001.part").write_bytes(b"half a shard")
+    (tmp_path / "one" / ".audio-0-00001.safetensors.writing").write_bytes(b"half a shard")
     continued, _ = filled(world, tmp_path / "one")
-    assert not list((tmp_path / "one").glob("*.part"))
+    assert not list((tmp_path / "one").glob(".*.writing"))
     for sample in samples:
         for version in range(2):
             if sample.id != "broken":
@@ -344,7 +344,7 @@ def test_features_pass_through_as_if_they_had_just_been_made() -> None:
         before[medium] = model.model.encode(medium, own.values[None], lengths)
     pass_features_through(model, {})
     for medium, own in given.items():
-        tower = model.model.tower(medium)
+        tower = model.model.encoder(medium)
         assert isinstance(tower, KeptFeatures)
         lengths = None if medium == "image" else torch.tensor([own.raw_length])
         found = model.model.encode(medium, before[medium].values, lengths)
@@ -382,7 +382,7 @@ def test_pooled_features_give_the_same_soft_tokens(world: Path, tmp_path: Path) 
         form = Form({}, "float32", pooled)
         rows = [form.of(one.values[0, : int(one.lengths)], medium) for one in whole]
         assert [len(own) for own in rows] == [int(one.lengths) // pooled[medium] for one in whole]
-        kept = KeptFeatures(model.model.tower(medium), pooled[medium])
+        kept = KeptFeatures(model.model.encoder(medium), pooled[medium])
         stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         values, counts = kept(stacked, torch.tensor([item.raw_length for item in items]))
         for rate in rates:

@@ -35,13 +35,13 @@ def save(run: Path, step: int, facts: dict | None = None) -> Path:
 KILLS = """
 import os, sys
 from pathlib import Path
-from mllm.training import folders
+from mllm.training import run_folder
 
 def save(run, step):
     def write(folder):
         for name in ("state.json", "weights"):
             (folder / name).write_bytes(b"\\x01" * 4000 + str(step).encode())
-    folders.write_checkpoint(run, step, write, {})
+    run_folder.write_checkpoint(run, step, write, {})
 
 def count_calls(run, fatal, after):
     calls = 0
@@ -61,7 +61,7 @@ def count_calls(run, fatal, after):
         for name in names.split():
             watch(owner, name)
     save(run, 2)
-    folders.delete_old(run, keep=1)
+    run_folder.delete_old(run, keep=1)
     return calls
 
 call, after, killed = 1, False, True

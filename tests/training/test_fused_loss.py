@@ -19,8 +19,8 @@ from mllm.config.model import ModelConfig
 from mllm.config.run import SamplerConfig
 from mllm.training import fused_loss
 from mllm.training.arguments import build_arguments
-from mllm.training.fused_loss import VERSIONS, check_liger, plain_head, read_fused
-from mllm.training.loss import Distillation, Supervision, read_hidden
+from mllm.training.fused_loss import VERSIONS, FusedTargetLoss, check_liger, plain_head
+from mllm.training.loss import ChunkedTargetLoss, Distillation, WeightedTargets
 
 SMALL = tiny.settings(("audio",))
 
@@ -38,15 +38,15 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def supervision_of(num_targets: int, vocabulary: int, device: torch.device) -> Supervision:
+def targets_of(num_targets: int, vocabulary: int, device: torch.device) -> WeightedTargets:
     """Targets of three budgets, each of a weight of its own, some of them 0."""
-    chance = torch.Generator().manual_seed(0)
-    weights = torch.rand(num_targets, generator=chance)
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.rand(num_targets, generator=rng)
     weights[::5] = 0
-    return Supervision(
-        ids=torch.randint(vocabulary, (num_targets,), generator=chance),
+    return WeightedTargets(
+        ids=torch.randint(vocabulary, (num_targets,), generator=rng),
         weights=weights,
-        budgets=torch.randint(3, (num_targets,), generator=chance),
+        budgets=torch.randint(3, (num_targets,), generator=rng),
         teachers=torch.arange(num_targets),
         num_budgets=3,
     ).to(device)
@@ -58,25 +58,25 @@ def supervision_of(num_targets: int, vocabulary: int, device: torch.device) -> S
 def test_loss_sums_and_gradients_are_those_of_logits(
     device: torch.device, num_targets: int, size: int, vocabulary: int, head_trains: bool
 ) -> None:
-    chance = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     linear = nn.Linear(size, vocabulary, bias=False, device=device).requires_grad_(head_trains)
-    linear.weight.data.copy_(torch.randn(vocabulary, size, generator=chance) / size**0.5)
-    hidden = torch.randn(num_targets, size, generator=chance).to(device).requires_grad_()
-    given = {"supervision": supervision_of(num_targets, vocabulary, device), "num_targets": torch.tensor(7)}
+    linear.weight.data.copy_(torch.randn(vocabulary, size, generator=rng) / size**0.5)
+    hidden = torch.randn(num_targets, size, generator=rng).to(device).requires_grad_()
+    targets, in_step = targets_of(num_targets, vocabulary, device), torch.tensor(7)
     inputs = [hidden, linear.weight] if head_trains else [hidden]
-    expected = read_hidden(linear, hidden, vocabulary=vocabulary, **given)  # type: ignore[arg-type]
-    read = read_fused(linear, hidden, linear=linear, **given)  # type: ignore[arg-type]
-    assert read.keys() == expected.keys()
-    assert not read["sums"].requires_grad
-    for key, value in expected.items():
-        torch.testing.assert_close(read[key], value, rtol=1e-5, atol=1e-6)
+    expected = ChunkedTargetLoss(targets, in_step, vocabulary_size=vocabulary)(linear, hidden)
+    fused_loss = FusedTargetLoss(targets, in_step, linear)
+    fused = fused_loss(linear, hidden)
+    assert not fused[1].requires_grad
+    for found, value in zip(fused, expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
     # scaled as accumulation and processes scale a loss
-    gradients = [torch.autograd.grad(3 * own["loss"], inputs) for own in (read, expected)]
+    gradients = [torch.autograd.grad(3 * loss, inputs) for loss, _ in (fused, expected)]
     for own, value in zip(*gradients, strict=True):
         torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
     with torch.no_grad():
-        validated = read_fused(linear, hidden, linear=linear, **given)  # type: ignore[arg-type]
-    torch.testing.assert_close(validated["sums"], expected["sums"])
+        _, validated = fused_loss(linear, hidden)
+    torch.testing.assert_close(validated, expected[1])
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "low"}, {"packing": False, "parts": ["compressors", "llm"]}])
@@ -114,12 +114,12 @@ def plain_llm() -> ModelConfig:
 
 def test_nothing_to_learn_is_a_loss_of_nothing_and_a_gradient_of_nothing() -> None:
     nothing, linear = torch.zeros(0, dtype=torch.int64), nn.Linear(3, 7, bias=False)
-    supervision = Supervision(nothing, torch.zeros(0), nothing, nothing, 1)
+    targets = WeightedTargets(nothing, torch.zeros(0), nothing, nothing, 1)
     hidden = torch.zeros(0, 3, requires_grad=True)
-    read = read_fused(linear, hidden, linear=linear, supervision=supervision, num_targets=0)
-    read["loss"].backward()
-    assert read["loss"].item() == 0
-    assert read["sums"].tolist() == [0]
+    loss, budget_losses = FusedTargetLoss(targets, 0, linear)(linear, hidden)
+    loss.backward()
+    assert loss.item() == 0
+    assert budget_losses.tolist() == [0]
     assert linear.weight.grad is not None
     assert not linear.weight.grad.any()
 
@@ -176,9 +176,9 @@ def test_a_head_in_shards_is_refused() -> None:
     model.lm_head.weight.ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="ZeRO-3 keeps the head in shards; use ZeRO-2, or torch"):
         plain_head(model)
-    given = {"supervision": supervision_of(2, 7, torch.device("cpu")), "num_targets": 2}
+    targets = targets_of(2, 7, torch.device("cpu"))
     with pytest.raises(ValueError, match="ZeRO-3 keeps the head in shards"):
-        read_fused(model.lm_head, torch.zeros(2, 3), linear=model.lm_head, **given)  # type: ignore[arg-type]
+        FusedTargetLoss(targets, 2, model.lm_head)(model.lm_head, torch.zeros(2, 3))
 
 
 def test_distillation_is_refused(tmp_path: Path) -> None:

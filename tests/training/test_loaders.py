@@ -18,8 +18,9 @@ from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import samples_that_share
 from mllm.media import write_video
 from mllm.processing.batch import Batch
+from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.loaders import build_augmentation, encode, loading, read_samples, train_loader
-from mllm.training.pipeline.token_scan import survey
+from mllm.training.pipeline.token_scan import scan_tokens
 from mllm.transforms.augmentation import TimeMask
 
 MODEL = {"llm": "l", "audio": {"encoder": "e", "budgets": ["/4"]}}
@@ -84,13 +85,13 @@ def test_augmentation_is_what_the_data_block_says(tmp_path: Path) -> None:
 
 def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None:
     """A CSV, masks, noise and mirroring: epochs differ, and the number of workers does not matter."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     (tmp_path / "c").mkdir()
     for number in range(3):
-        frames = chance.integers(0, 255, (25, 40, 40), dtype=np.uint8)
+        frames = rng.integers(0, 255, (25, 40, 40), dtype=np.uint8)
         write_video(tmp_path / f"c/{number}.mp4", frames)
-        soundfile.write(tmp_path / f"c/{number}.wav", chance.normal(0, 0.1, 15_500), 16_000)
-    soundfile.write(tmp_path / "noise.wav", chance.normal(0, 0.1, 8_000), 16_000)
+        soundfile.write(tmp_path / f"c/{number}.wav", rng.normal(0, 0.1, 15_500), 16_000)
+    soundfile.write(tmp_path / "noise.wav", rng.normal(0, 0.1, 8_000), 16_000)
     (tmp_path / "l.csv").write_text("".join(f"c,{n}.mp4,25,0,place blue, now\n" for n in range(3)))
     processor = tiny.processor(tiny.settings(("audio", "video")))
 
@@ -107,15 +108,14 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
             max_rows=1,
         )
         samples = read_samples(settings.train, settings)
-        lanes = {"process_index": 0, "num_processes": 1, "accumulation": 1}
         loader = train_loader(
             ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0),
-            survey(samples, processor),
-            settings=settings,
+            scan_tokens(samples, processor),
+            config=settings,
             encode=partial(encode, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")]),
             run=tmp_path / "run",
             seed=0,
-            lanes=lanes,
+            slots=RankSlots(),
         )
         found = [batch["batch"] for batch in islice(loader, 6)]
         return [{"id": batch.rows[0].sample_id, **batch.values} for batch in found]
@@ -132,11 +132,11 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
 
 def test_tasks_of_a_clip_share_its_media_where_asked(tmp_path: Path) -> None:
     """Every clip is decoded, augmented and encoded once for its three tasks; the rows say the same as without."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     (tmp_path / "c").mkdir()
     for number in range(4):
-        write_video(tmp_path / f"c/{number}.mp4", chance.integers(0, 255, (25, 40, 40), dtype=np.uint8))
-        soundfile.write(tmp_path / f"c/{number}.wav", chance.normal(0, 0.1, 16_000), 16_000)
+        write_video(tmp_path / f"c/{number}.mp4", rng.integers(0, 255, (25, 40, 40), dtype=np.uint8))
+        soundfile.write(tmp_path / f"c/{number}.wav", rng.normal(0, 0.1, 16_000), 16_000)
     (tmp_path / "l.csv").write_text("".join(f"c,{n}.mp4,25,0,place blue, now\n" for n in range(4)))
     processor = tiny.processor(tiny.settings(("audio", "video")))
 
@@ -153,12 +153,12 @@ def test_tasks_of_a_clip_share_its_media_where_asked(tmp_path: Path) -> None:
         groups = samples_that_share(samples) if share_media else None
         loader = train_loader(
             ManifestDataset(samples, load=loading(settings, processor, augmented=True), seed=0, groups=groups),
-            survey(samples, processor),
-            settings=settings,
+            scan_tokens(samples, processor),
+            config=settings,
             encode=partial(encode, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")]),
             run=tmp_path / f"run{share_media}",
             seed=0,
-            lanes={"process_index": 0, "num_processes": 1, "accumulation": 1},
+            slots=RankSlots(),
         )
         return [batch["batch"] for batch in islice(loader, 2)]
 
@@ -168,7 +168,7 @@ def test_tasks_of_a_clip_share_its_media_where_asked(tmp_path: Path) -> None:
         assert sum(len(batch.values["video_values"]) for batch in batches) == count
     for batch in shared:
         assert [row.task for row in batch.rows] == ["asr", "vsr", "avsr"] * 2
-        items = [[run.item for run in row.runs] for row in batch.rows]
+        items = [[span.item for span in row.spans] for row in batch.rows]
         assert items == [[0], [0], [0, 0], [1], [1], [1, 1]]
     ids = [{row.sample_id: list(row.ids) for batch in batches for row in batch.rows} for batches in (shared, apart)]
     assert ids[0] == ids[1]

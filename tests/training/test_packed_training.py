@@ -1,4 +1,4 @@
-"""The real trainer with passes packed, padded, and one budget at a time: the same run."""
+"""The real trainer with views packed, padded, and one budget at a time: the same run."""
 
 import dataclasses
 import logging

@@ -148,7 +148,7 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
         rows = [([own], " ".join(names[w] for w in shown(start + i))) for i, own in enumerate(images)]
         batches.append({"batch": tiny.batch(processor, rows, for_training=True)})
     loader: Any = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
-    [report] = fit_projectors(model, processor, loader, own=len(batches))
+    [report] = fit_projectors(model, processor, loader, num_counted=len(batches))
     assert report.explained > 0.99
     table = model.get_input_embeddings().weight.detach()
     soft = model.model.compressors["image"].projectors[0](directions + model.model.vision_tower.bias)
@@ -212,4 +212,4 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     )
     loader: Any = DataLoader([{"batch": two}], batch_size=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"'row0' of data.captions shows 2 media items; a caption has one"):
-        fit_projectors(tiny.model(settings), tiny.processor(settings), loader, own=1)
+        fit_projectors(tiny.model(settings), tiny.processor(settings), loader, num_counted=1)

@@ -29,8 +29,8 @@ from mllm.config.run import (
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.training.checkpoint import OPTIMIZER
 from mllm.training.optimization import split_moments
-from mllm.training.pipeline.batches import RoundBatches
-from mllm.training.pipeline.token_scan import survey
+from mllm.training.pipeline.batches import RankBatches, RankSlots
+from mllm.training.pipeline.token_scan import scan_tokens
 from mllm.training.run import train
 from mllm.training.run_folder import newest_checkpoint, run_lock
 
@@ -179,21 +179,23 @@ def test_what_stops_a_run_before_it_trains(world: Path, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_a_survey_knows_the_tokens_of_every_sample_at_the_largest_budget(world: Path, tmp_path: Path) -> None:
+def test_a_token_scan_knows_the_tokens_of_every_sample_at_the_largest_budget(world: Path, tmp_path: Path) -> None:
     from mllm.budget import Budget
     from mllm.data.manifest import read_manifest
 
     processor = tiny.processor(tiny.settings(video={"crop_pixels": 32}))
     samples = read_manifest(world / "train.jsonl", world)[:5]
-    found = survey(samples, processor, kept=tmp_path / "survey.json")
+    found = scan_tokens(samples, processor, cache_file=tmp_path / "scan.json")
     for index in (1, 3):  # those whose lengths are read from the headers
         batch = processor.batch(samples[index : index + 1], [processor.load_media(samples[index])], for_training=True)
         inputs = processor.expand(batch, [[Budget()]], left_padding=False).inputs
-        assert found.tokens[index] == inputs["input_ids"].shape[1]
-        assert found.targets[index] == sum(label != -100 for label in batch.rows[0].labels)
-    (tmp_path / "survey.json").write_text((tmp_path / "survey.json").read_text().replace("[", "[1000, ", 1))
-    assert survey(samples, processor, kept=tmp_path / "survey.json").tokens[0] == 1000  # read, not made again
-    assert survey(samples[:4], processor, kept=tmp_path / "survey.json").tokens == found.tokens[:4]
+        assert found.max_tokens[index] == inputs["input_ids"].shape[1]
+        assert found.num_targets[index] == sum(label != -100 for label in batch.rows[0].labels)
+    (tmp_path / "scan.json").write_text((tmp_path / "scan.json").read_text().replace("[", "[1000, ", 1))
+    assert (
+        scan_tokens(samples, processor, cache_file=tmp_path / "scan.json").max_tokens[0] == 1000
+    )  # read, not made again
+    assert scan_tokens(samples[:4], processor, cache_file=tmp_path / "scan.json").max_tokens == found.max_tokens[:4]
 
 
 def test_a_step_holds_the_same_batches_however_it_is_split() -> None:
@@ -201,18 +203,14 @@ def test_a_step_holds_the_same_batches_however_it_is_split() -> None:
 
     def steps(num_processes: int, accumulation: int) -> list[list[tuple]]:
         own = [
-            iter(
-                RoundBatches(
-                    lengths, max_tokens=64, accumulation=accumulation, process_index=p, num_processes=num_processes
-                )
-            )
-            for p in range(num_processes)
+            iter(RankBatches(lengths, max_tokens=64, slots=RankSlots(rank, num_processes, accumulation)))
+            for rank in range(num_processes)
         ]
-        rounds = [[next(batches) for _ in range(accumulation) for batches in own] for _ in range(30)]
-        return [[tuple(batch) for batch in batches] for batches in rounds]
+        batches_of_steps = [[next(batches) for _ in range(accumulation) for batches in own] for _ in range(30)]
+        return [[tuple(batch) for batch in batches] for batches in batches_of_steps]
 
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
-    batches = RoundBatches(lengths, max_tokens=64, accumulation=4)
+    batches = RankBatches(lengths, max_tokens=64, slots=RankSlots(accumulation=4))
     assert batches.steps(1) < 30 <= batches.steps(20)
     first = [key.index for step in steps(1, 4)[: batches.steps(1)] for batch in step for key in batch]
     assert set(first) == set(range(50))

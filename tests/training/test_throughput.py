@@ -15,8 +15,9 @@ from mllm.budget import Budget
 from mllm.config.run import DataConfig
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.loaders import encode, loading, train_loader
-from mllm.training.pipeline.token_scan import survey
+from mllm.training.pipeline.token_scan import scan_tokens
 from mllm.training.throughput import Pace, Stopwatch, bottleneck, mean_of
 
 
@@ -83,14 +84,14 @@ def test_batches_tell_how_long_they_took(tmp_path: Path, num_workers: int) -> No
     processor, watch = tiny.processor(tiny.settings()), Stopwatch()
     loader = train_loader(
         ManifestDataset(samples, load=loading(settings, processor, augmented=True, watch=watch), seed=0),
-        survey(samples, processor),
-        settings=settings,
+        scan_tokens(samples, processor),
+        config=settings,
         encode=lambda own, media: encode(
             own, media, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")], watch=watch
         ),
         run=tmp_path / "run",
         seed=0,
-        lanes={"process_index": 0, "num_processes": 1, "accumulation": 1},
+        slots=RankSlots(),
     )
     for batch in islice(loader, 4):
         assert batch["seconds"].keys() == {"decode", "transform", "collate"}

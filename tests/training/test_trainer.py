@@ -11,8 +11,8 @@ from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
 from mllm.budget import Budget
 from mllm.config.run import SamplerConfig
-from mllm.training.budget_rows import drawn_passes
 from mllm.training.optimization import check_gradients
+from mllm.training.step import sampled_views
 from mllm.training.trainer import ElasticTrainer
 
 ALL = SamplerConfig(mode="all")
@@ -26,16 +26,16 @@ def plain_loss(trainer: ElasticTrainer, batch, step: int) -> tuple[float, dict[s
     """The loss of a step by one ordinary forward pass per row and budget, and per budget."""
     total, by_budget, counts = 0.0, {}, {}
     targets = sum(label != -100 for row in batch.rows for label in row.labels)
-    for own in drawn_passes(batch.rows, trainer.draws, step):
+    for own in sampled_views(batch.rows, trainer.sampler, step):
         row = batch.rows[own.row]
-        kept = {medium: [run.item for run in row.runs if run.extent.medium == medium] for medium in batch.media}
+        kept = {medium: [span.item for span in row.spans if span.extent.medium == medium] for medium in batch.media}
         values = {
             key: value[kept[key.split("_")[0].replace("pixel", "image")]]
             for key, value in batch.values.items()
             if kept[key.split("_")[0].replace("pixel", "image")]
         }
-        runs = tuple(dataclasses.replace(run, item=kept[run.extent.medium].index(run.item)) for run in row.runs)
-        alone = dataclasses.replace(batch, rows=[dataclasses.replace(row, runs=runs)], values=values)
+        runs = tuple(dataclasses.replace(span, item=kept[span.extent.medium].index(span.item)) for span in row.spans)
+        alone = dataclasses.replace(batch, rows=[dataclasses.replace(row, spans=runs)], values=values)
         expanded = trainer.processor.expand(alone, [[own.budget]], left_padding=False)
         with torch.no_grad():
             mean = trainer.model(**expanded.inputs, labels=expanded.labels).loss.item()
@@ -164,7 +164,10 @@ def test_parts_have_their_own_learning_rate_and_only_matrices_decay(tmp_path: Pa
     )
     trainer = make_trainer(settings)
     groups = trainer.create_optimizer().param_groups
-    named = {(group["lr"], group["weight_decay"]): names for group, names in zip(groups, trainer.names, strict=True)}
+    named = {
+        (group["lr"], group["weight_decay"]): names
+        for group, names in zip(groups, trainer.parameter_names, strict=True)
+    }
     assert set(named) == {(0.5, 0.1), (0.25, 0.1), (0.25, 0.0)}
     assert all(".lora_" in name for name in named[0.5, 0.1])
     assert all(name.endswith(".bias") for name in named[0.25, 0.0])
@@ -218,7 +221,7 @@ def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_p
     trainer.model.eval()
     sums, count, seen = {}, 0, []
     for inputs in trainer.validation.batches:
-        if len(seen) == trainer.validation.own:
+        if len(seen) == trainer.validation.num_counted:
             break
         seen.append(inputs)
         for budget in trainer.validation.budgets:
@@ -236,14 +239,14 @@ def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_p
 
 def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
     from mllm.budget import Extent, Space
-    from mllm.budget.sampler import Sampler
-    from mllm.processing.batch import Row, Run
+    from mllm.budget.sampler import BudgetSampler
+    from mllm.processing.batch import EncodedSample, MediaSpan
 
     space = Space.from_settings({"image": {"budgets": [1, 4]}, "audio": {"budgets": ["/4", "/8"]}})
-    image = Row("image", [1], [1], (Run(Extent("image", grid=(8, 8)), 0),))
-    sound = Row("sound", [1], [1], (Run(Extent("audio", num_frames=20), 0),))
-    passes = drawn_passes([image, sound, Row("text", [1], [1])], Sampler(space, "all"), step=0)
-    assert [(own.row, own.name, own.weight) for own in passes] == [
+    image = EncodedSample("image", [1], [1], (MediaSpan(Extent("image", grid=(8, 8)), 0),))
+    sound = EncodedSample("sound", [1], [1], (MediaSpan(Extent("audio", num_frames=20), 0),))
+    views = sampled_views([image, sound, EncodedSample("text", [1], [1])], BudgetSampler(space, "all"), step=0)
+    assert [(view.row, view.name, view.weight) for view in views] == [
         (0, "image=4", 0.5),
         (0, "image=1", 0.5),
         (1, "audio=/4", 0.5),
@@ -251,9 +254,9 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
         (2, "text", 1.0),
     ]
     spoken = dataclasses.replace(sound, task="vsr")
-    weighted = drawn_passes([image, spoken], Sampler(space, "all"), 0, {"vsr": 1.5})
+    weighted = sampled_views([image, spoken], BudgetSampler(space, "all"), 0, {"vsr": 1.5})
     assert [own.weight for own in weighted] == [0.5, 0.5, 0.75, 0.75]
-    sandwich = drawn_passes([sound], Sampler(space, "sandwich"), step=3)
+    sandwich = sampled_views([sound], BudgetSampler(space, "sandwich"), step=3)
     assert sum(own.weight for own in sandwich) == pytest.approx(1)
     assert {own.teacher for own in sandwich} == {0}
     assert sandwich[0].budget == Budget.parse("audio=/4")

@@ -31,16 +31,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Parts of a tiny model, images of several sizes, a clip, two files nobody can read, and manifests."""
     folder = tmp_path_factory.mktemp("world")
     tiny.write_parts(folder / "parts")
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     samples = []
     for number, (height, width) in enumerate(((90, 130), (60, 200), (150, 140), (40, 40))):
-        pixels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         samples.append(said(f"image{number}", f"answer {number}", f"{number}.png"))
     samples.append(said("two", "both", "0.png", "3.png"))
     write_manifest(folder / "images.jsonl", samples)
-    write_video(folder / "clip.mp4", chance.integers(0, 256, (12, 48, 48, 3), dtype=np.uint8))
-    write_video(folder / "short.mp4", chance.integers(0, 256, (2, 48, 48, 3), dtype=np.uint8))
+    write_video(folder / "clip.mp4", rng.integers(0, 256, (12, 48, 48, 3), dtype=np.uint8))
+    write_video(folder / "short.mp4", rng.integers(0, 256, (2, 48, 48, 3), dtype=np.uint8))
     clips = [said(f"clip{number}", f"answer {number}", "clip.mp4") for number in range(3)]
     write_manifest(folder / "clips.jsonl", [*clips, samples[0]])
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:900])

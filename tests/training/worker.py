@@ -36,7 +36,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "micro_batches": 2,
     },
 }
-# One budget at a time: processes then run different numbers of passes, and DeepSpeed does not go with it.
+# One budget at a time: processes then run different numbers of views, and DeepSpeed does not go with it.
 LOW_SCENARIOS: dict[str, dict[str, Any]] = {"low": {**SCENARIOS["skewed"], "train": {"memory": "low"}}}
 # Rows that all processes but one lack the members of: each holds one task and one scale.
 ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
@@ -113,7 +113,7 @@ def main() -> None:
             continue
         settings = scenario_settings(name, given.folder, 2, deepspeed=given.deepspeed)
         trainer = run_scenario(name, settings)
-        draws = [str(draw.budget) for step in range(50) for draw in trainer.draws(step)]
+        draws = [str(draw.budget) for step in range(50) for draw in trainer.sampler(step)]
         (given.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(draws))
     finish_launch()
 

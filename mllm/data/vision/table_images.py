@@ -5,11 +5,11 @@ Knows bytes and names. Does not decode images.
 
 import hashlib
 import io
-import os
 from pathlib import Path
 
 from mllm.media import path_problem
 from mllm.media.limits import sniff
+from mllm.utils.files import written_whole
 
 FOLDER = "images"
 
@@ -45,10 +45,6 @@ class ImageFolder:
         file = self.root / name
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f".{file.name}.{os.getpid()}")
-            try:
+            with written_whole(file, concurrent=True) as aside:
                 aside.write_bytes(content)
-                os.replace(aside, file)
-            finally:
-                aside.unlink(missing_ok=True)
         return name

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm.evaluation.answer_store import HYPOTHESES, write_whole
+from mllm.evaluation.answer_store import HYPOTHESES
 from mllm.evaluation.metrics import bootstrap_interval
 from mllm.synthetic.demo.report import Finding
+from mllm.utils.files import write_text_whole
 from mllm.utils.markdown import markdown_table
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Comparison:
     def write(self, out: Path) -> None:
         """Write it into the folder of the demo."""
         whole = {"rows": self.rows, "findings": [asdict(finding) for finding in self.findings]}
-        write_whole(out / "comparison.json", json.dumps(whole, indent=1) + "\n")
-        write_whole(out / "comparison.md", self.markdown)
+        write_text_whole(out / "comparison.json", json.dumps(whole, indent=1) + "\n")
+        write_text_whole(out / "comparison.md", self.markdown)
         self.figure.savefig(out / "comparison.png")
 
 

@@ -1,1 +1,1 @@
-"""Features of frozen encoders, computed once and kept on disk."""
+"""Encodes samples once with frozen encoders, and keeps the features on disk."""

@@ -1,6 +1,6 @@
-"""Features of a run made: how much they will take, and by how many processes.
+"""Makes the features of a run: estimates how much they take, and encodes them by one or several processes.
 
-Knows a run's settings, its store, disks and processes. Does not know shards or encoders.
+Knows a run's config, its store, disks and processes. Does not know shards or encoders.
 """
 
 import logging
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from mllm.model.trainables import set_trainables
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.features import REMEMBERED_FILES, Form, fill_store, form_of
 from mllm.training.feature_cache.store import FeatureStore, claim
+from mllm.training.feature_cache.worker import encode_share
 from mllm.training.pipeline.loaders import loading, read_samples
 from mllm.training.pipeline.token_scan import extents_of
 from mllm.utils.progress import Progress
 
 SECONDS_TO_END = 10.0
-"""That a process is given to end by itself."""
+"""Before a process that is to end is killed."""
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 VALIDATION = "validation"
 """Folder inside data.features.folder for the samples of data.validation, whose ids may be those of others."""
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be made, at most: items whose encoder input turns out equal are kept once.
+    """Estimates what is still to be made, at most: items whose encoder input turns out equal are kept once.
 
     `num_samples` counts versions, `rows` are features by medium, `free_bytes` are those of the disk.
     """
@@ -69,7 +70,7 @@ class Estimate:
 def estimate(
     store: FeatureStore, samples: Sequence[Sample], processor: ElasticProcessor, form: Form, sizes: dict[str, int]
 ) -> Estimate:
-    """How much the features take that are not there yet, from the headers of the files.
+    """Estimate how much the features take that are not there yet, from the headers of the files.
 
     Args:
         sizes: D by medium.
@@ -78,12 +79,12 @@ def estimate(
     missing = store.missing(samples)
     rows = dict.fromkeys(sizes, 0)
     seen: set[tuple[Any, ...]] = set()
-    looked: dict[str, tuple[Extent, ...]] = {}
+    extents: dict[str, tuple[Extent, ...]] = {}
     for sample, version in missing:
-        if sample.id not in looked:
-            looked[sample.id] = extents_of(sample, processor)
-        for part, extent in zip(sample.media, looked[sample.id], strict=True):
-            # A sound beside its video may be cut to its length, and is then another one.
+        if sample.id not in extents:
+            extents[sample.id] = extents_of(sample, processor)
+        for part, extent in zip(sample.media, extents[sample.id], strict=True):
+            # Audio beside its video may be cut to its length, and is then another one.
             item = (sample.root, part.path, len(sample.media))
             item = item if part.medium in fixed else (*item, sample.id, version)
             if item not in seen:
@@ -95,7 +96,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class Stores:
-    """The features of a run: of the samples it trains on, of those it validates on if it does, and their form."""
+    """Holds the features of a run: of the samples it trains on, of those it validates on if it does, and their form."""
 
     train: FeatureStore
     validation: FeatureStore | None
@@ -110,22 +111,22 @@ class Stores:
 
 @dataclass
 class FeatureSamples:
-    """The samples whose features a run reads: `train`, captions included, augmented, and `validation` as they are."""
+    """Lists the samples whose features a run reads: `train` with captions, augmented, and `validation` as they are."""
 
     train: list[Sample]
     validation: list[Sample] = field(default_factory=list)
 
 
 def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sample]:
-    """The samples that a run trains on, and of its captions those that are not among them.
+    """List the samples that a run trains on, and of its captions those that are not among them.
 
     Raises:
         ValueError: two that show different files have one id, by which features are kept.
     """
     known = {sample.id: sample for sample in samples}
     for caption in captions:
-        own = known.get(caption.id)
-        if own is not None and (own.root, own.media) != (caption.root, caption.media):
+        sample = known.get(caption.id)
+        if sample is not None and (sample.root, sample.media) != (caption.root, caption.media):
             raise ValueError(
                 f"the id {caption.id!r} is one sample in data.train and another in data.captions, and data.features "
                 "keeps features by id"
@@ -134,7 +135,7 @@ def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sam
 
 
 def filled_stores(
-    settings: RunConfig,
+    config: RunConfig,
     model: Any,
     processor: ElasticProcessor,
     samples: FeatureSamples,
@@ -143,30 +144,30 @@ def filled_stores(
     num_ranks: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Stores:
-    """Fill the stores of a run with this process's share.
+    """Fill the stores of a run with this process's part.
 
     Args:
-        progress: is told how many of how many samples and versions of this share are done, of both stores together.
+        progress: is called with how many of how many samples and versions of this part are done, in both stores.
 
     Raises:
         ValueError: a folder holds features of something else, or the disk is too small for what is missing.
     """
     before = 0
 
-    def note(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if progress is not None:
             progress(before + done, before + total)
 
-    share = {"rank": rank, "num_ranks": num_ranks, "progress": note}
-    train, form, before = _filled(settings, model, processor, samples.train, augmented=True, **share)
+    fill = partial(_filled, config, model, processor, rank=rank, num_ranks=num_ranks, progress=report)
+    train, form, before = fill(samples.train, augmented=True)
     if not samples.validation:
         return Stores(train, None, form)
-    validation = _filled(settings, model, processor, samples.validation, augmented=False, **share)[0]
+    validation, _, _ = fill(samples.validation, augmented=False)
     return Stores(train, validation, form)
 
 
 def _filled(
-    settings: RunConfig,
+    config: RunConfig,
     model: Any,
     processor: ElasticProcessor,
     samples: list[Sample],
@@ -176,41 +177,43 @@ def _filled(
     num_ranks: int,
     progress: Callable[[int, int], None],
 ) -> tuple[FeatureStore, Form, int]:
-    """One store, its form, and how many samples and versions this process has encoded."""
-    store = _store_of(settings, augmented=augmented)
-    form = form_of(model.config, processor, settings, augmented=augmented)
+    """Fill one store; also return its form, and how many samples and versions this process has encoded."""
+    store = _store_of(config, augmented=augmented)
+    form = form_of(model.config, processor, config, augmented=augmented)
     if rank == 0:
         claim(store.folder, form.fingerprint)
         store.read_index()
-        found = estimate(store, samples, processor, form, sizes_of(model))
-        if found.num_samples:
-            logger.info("%s", found)
-            found.check(store.folder)
-    load = loading(settings.data, processor, augmented=augmented, remembered_files=REMEMBERED_FILES)
+        estimated = estimate(store, samples, processor, form, sizes_of(model))
+        if estimated.num_samples:
+            logger.info("%s", estimated)
+            estimated.check(store.folder)
+    load = loading(config.data, processor, augmented=augmented, remembered_files=REMEMBERED_FILES)
     encoded = fill_store(store, model, samples, load, form=form, rank=rank, num_ranks=num_ranks, progress=progress)
     return store, form, encoded
 
 
-def _store_of(settings: RunConfig, *, augmented: bool) -> FeatureStore:
-    own = settings.data.features
-    assert own is not None
-    folder = Path(own.folder)
-    return FeatureStore(folder, own.versions, own.seed) if augmented else FeatureStore(folder / VALIDATION, 1, None)
+def _store_of(config: RunConfig, *, augmented: bool) -> FeatureStore:
+    features = config.data.features
+    assert features is not None
+    folder = Path(features.folder)
+    if not augmented:
+        return FeatureStore(folder / VALIDATION, 1, None)
+    return FeatureStore(folder, features.versions, features.seed)
 
 
 def sizes_of(model: Any) -> dict[str, int]:
-    """D by medium."""
-    return {medium: model.model.tower(medium).hidden_size for medium in model.model.compressors}
+    """List D by medium."""
+    return {medium: model.model.encoder(medium).hidden_size for medium in model.model.compressors}
 
 
 def make_features(
-    settings: RunConfig,
+    config: RunConfig,
     *,
     rank: int = 0,
     num_ranks: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureStore:
-    """Make a share of the features a run reads, without training; any number of processes may each make theirs.
+    """Make a part of the features a run reads, without training; any number of processes may each make theirs.
 
     Returns:
         The store of the samples that are trained on.
@@ -220,46 +223,46 @@ def make_features(
     """
     import torch
 
-    data = settings.data  # read before the model is built: a mistake shows at once
-    train, captions, validation = (read_samples(own, data) for own in (data.train, data.captions, data.validation))
+    data = config.data  # read before the model is built: a mistake shows at once
+    train, captions, validation = (read_samples(files, data) for files in (data.train, data.captions, data.validation))
     samples = FeatureSamples(with_captions(train, captions), validation)
-    model, processor = build(settings.model, limits=data.limits)
-    set_trainables(model, settings.parts)  # what is frozen stands in eval mode
-    if torch.cuda.is_available() and not settings.train.use_cpu:
+    model, processor = build(config.model, limits=data.limits)
+    set_trainables(model, config.parts)  # what is frozen stands in eval mode
+    if torch.cuda.is_available() and not config.train.use_cpu:
         model.to(f"cuda:{rank % torch.cuda.device_count()}")  # pyright: ignore[reportArgumentType]
-    ranks = {"rank": rank, "num_ranks": num_ranks}
-    return filled_stores(settings, model, processor, samples, **ranks, progress=progress).train
+    return filled_stores(config, model, processor, samples, rank=rank, num_ranks=num_ranks, progress=progress).train
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a build did: samples and versions it encoded, and the seconds that took."""
+    """Says what a build did: samples and versions it encoded, and the seconds that took."""
 
     num_samples: int
     seconds: float
 
 
-def build_features(settings: RunConfig, *, processes: int, show: Progress) -> Made:
+def build_features(config: RunConfig, *, processes: int, show: Progress) -> Made:
     """Make all features of a run, by several processes on this machine.
 
     Raises:
         ValueError: see `filled_stores`; or a process failed.
     """
-    assert settings.data.features is not None
+    assert config.data.features is not None
     started = time.monotonic()
     if processes == 1:
-        counts = [0]
+        num_done = 0
 
-        def note(done: int, total: int) -> None:
-            counts[0] = done
+        def report(done: int, total: int) -> None:
+            nonlocal num_done
+            num_done = done
             show("encoding", done, total)
 
-        make_features(settings, progress=note)
-        return Made(counts[0], time.monotonic() - started)
+        make_features(config, progress=report)
+        return Made(num_done, time.monotonic() - started)
     context = multiprocessing.get_context("spawn")  # forked processes cannot use a GPU
     shared = [(context.Value("q", 0), context.Value("q", 0)) for _ in range(processes)]
     running = [
-        context.Process(target=_share, args=(settings, rank, processes, *shared[rank])) for rank in range(processes)
+        context.Process(target=encode_share, args=(config, rank, processes, *shared[rank])) for rank in range(processes)
     ]
     with _ended_together(running):
         running[0].start()
@@ -302,28 +305,6 @@ def _ended_together(running: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def _wait_for_claim(first: Any, total: Any) -> None:
-    """Until the first process has found that folder and disk will do, or has failed."""
+    """Wait until the first process has found that folder and disk will do, or has failed."""
     while first.is_alive() and total.value == 0:
         time.sleep(0.05)
-
-
-def _share(
-    settings: RunConfig, rank: int, num_ranks: int, done: "Synchronized[int]", total: "Synchronized[int]"
-) -> None:
-    """What one process does; says how far it is."""
-    import sys
-
-    import torch
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mllm.training").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
-
-    def note(now: int, there: int) -> None:
-        done.value, total.value = now, there
-
-    try:
-        make_features(settings, rank=rank, num_ranks=num_ranks, progress=note)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"process {rank}: {error}\n")
-        sys.exit(1)

@@ -1,17 +1,16 @@
-"""What frozen encoders make of the training samples, computed once and read from disk in every epoch.
+"""Encodes training samples once with the frozen encoders, and reads the features from disk in every epoch.
 
-Knows samples, how their media are loaded, and encoders. Does not know draws or the optimizer, nor how features lie on
-disk (`feature_store.py` does).
+Knows samples, how their media are loaded, and encoders. Does not know sampled budgets or the optimizer, nor how
+features lie on disk (`store.py` does).
 
 Frozen encoders give the same features for the same input, and they are most of the cost of a step with a small LLM.
-Augmentation changes the input, so `versions` of each sample are kept, each augmented by its own chance; epoch e reads
+Augmentation changes the input, so `versions` of each sample are kept, each augmented differently; epoch e reads
 version e mod versions. With as many versions as epochs nothing but the speed changes.
 
 A stream whose compressor averages frames, at rates that are all multiples of one, may be kept averaged at that one: the
 mean of the means of equal windows is the mean.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +29,13 @@ from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
 from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import Encoder
-from mllm.model.backbone import SIZE_KEYS
 from mllm.model.configuration import TOWER_NAMES
+from mllm.model.media_arguments import SIZE_KEYS
 from mllm.processing.processor import ElasticProcessor, LoadedMedia, stack_media
-from mllm.training.feature_cache.store import FeatureStore, ShardWriter, kept_of, key_of
+from mllm.training.feature_cache.store import FeatureStore, KeptItem, ShardWriter, kept_items, key_of
 from mllm.training.run_folder import run_lock
 from mllm.training.throughput import Stopwatch
+from mllm.utils.files import digest_of_file
 from mllm.utils.random_generator import random_generator
 
 ITEMS_PER_BATCH = 16
@@ -45,7 +45,7 @@ Load = Callable[..., list[LoadedMedia]]
 
 
 class FeatureDataset(ManifestDataset):
-    """The samples of a manifest, their media taken from a store."""
+    """Holds the samples of a manifest, their media taken from a store."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FeatureDataset(ManifestDataset):
         self.watch = watch or Stopwatch()
 
     def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[list[LoadedMedia]]:
-        """The version of the epoch. What is kept once, since it was fed alike, comes once."""
+        """Load the version of the epoch. What is kept once, since its encoder input was the same, comes once."""
         known: dict[str, LoadedMedia] = {}
         with self.watch.measure("decode"):
             return [self.store.load(sample, epoch, known) for sample in samples]
@@ -71,10 +71,10 @@ def _never(sample: Sample, *, generator: np.random.Generator | None) -> Any:
 
 
 class KeptFeatures(Encoder):
-    """Stands where an encoder stood and passes its features through, so that the model need not know.
+    """Passes features through in place of the encoder that made them, so that the model need not know.
 
     Args:
-        encoder: whose features come; only how it counts is kept of it.
+        encoder: the one whose features come; only how it counts is kept of it.
         pooled_frames: frames that each row of a stream is the mean of. The row is repeated as often, so that what
             follows counts frames as ever; frames that filled no row are left out, as they fill no window either.
     """
@@ -107,13 +107,13 @@ class KeptFeatures(Encoder):
         return values, frames
 
     def smallest_input(self) -> tuple[Tensor, Tensor | None]:
-        """Features of nothing."""
+        """Return features of a smallest input."""
         return torch.zeros(1, self._smallest_rows, self.hidden_size), self._smallest_length
 
 
 @dataclass(frozen=True)
 class Form:
-    """How features are kept.
+    """Says how features are kept.
 
     Args:
         fingerprint: by medium, what they depend on.
@@ -128,14 +128,14 @@ class Form:
     num_workers: int = 0
 
     def changes(self, medium: str) -> bool:
-        """Whether the chance of a sample's version changes what the encoder is fed with; videos are cropped by it."""
-        own = self.fingerprint[medium]
-        if own.get("seed") is None:
+        """Tell whether the seed of a sample's version changes the encoder's input; videos are cropped by it."""
+        facts = self.fingerprint[medium]
+        if facts.get("seed") is None:
             return False
-        return medium == "video" or any(own.get(key) for key in ("noise", "audio_mask_samples"))
+        return medium == "video" or any(facts.get(key) for key in ("noise", "audio_mask_samples"))
 
     def of(self, features: Tensor, medium: str) -> Tensor:
-        """(T, D) float32 features as they are kept, a copy on the host; frames that fill no row are left out."""
+        """Bring (T, D) float32 features into the form they are kept in, on the host; frames that fill no row go."""
         frames = self.pooled.get(medium, 1)
         if frames > 1:
             num_rows = len(features) // frames
@@ -154,54 +154,54 @@ def fill_store(
     num_ranks: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Make what is missing in a store; every process makes its share, and reads those of the others afterwards.
+    """Make what is missing in a store; every process makes its part, and reads those of the others afterwards.
 
     Args:
         model: with its encoders, on the device they run on.
         load: loads the media of a sample by a generator, see `mllm.data.dataset.Load`.
-        progress: is told how many of how many samples and versions of this share are done.
+        progress: is called with how many of how many samples and versions of this part are done.
 
     Returns:
-        How many samples and versions were missing in this share.
+        How many samples and versions were missing in this part.
 
     Raises:
         ValueError: another process writes into the folder.
     """
     store.folder.mkdir(parents=True, exist_ok=True)
     store.read_index()
-    # A share must not depend on what others have written by now.
-    missing = store.missing(share_of(samples, rank, num_ranks))
+    # A part must not depend on what others have written by now.
+    missing = store.missing(part_of_rank(samples, rank, num_ranks))
     if missing or store.renewed:
         with run_lock(store.folder / f"lock-{rank}"):
             _Filler(model, load, form, ShardWriter(store, rank)).write(store, missing, progress)
     return len(missing)
 
 
-def share_of(samples: Sequence[Sample], rank: int, num_ranks: int) -> list[Sample]:
-    """The samples a process encodes: all that begin with one clip, whatever their task, go to one process."""
-    return [sample for sample in samples if _lane(sample, num_ranks) == rank]
+def part_of_rank(samples: Sequence[Sample], rank: int, num_ranks: int) -> list[Sample]:
+    """List the samples a process encodes: all that begin with one clip, whatever their task, go to one process."""
+    return [sample for sample in samples if _rank_of(sample, num_ranks) == rank]
 
 
-def _lane(sample: Sample, num_ranks: int) -> int:
+def _rank_of(sample: Sample, num_ranks: int) -> int:
     name = str(Path(sample.media[0].path).with_suffix("")) if sample.media else sample.id
     return crc32(name.encode()) % num_ranks
 
 
-def form_of(config: Any, processor: ElasticProcessor, settings: RunConfig, *, augmented: bool = True) -> Form:
-    """How a run keeps its features, and what they depend on beside the samples.
+def form_of(config: Any, processor: ElasticProcessor, run_config: RunConfig, *, augmented: bool = True) -> Form:
+    """Say how a run keeps its features, and what they depend on beside the samples.
 
     Args:
         augmented: of the samples it trains on; those it validates on stay as they are.
 
     Raises:
-        ValueError: a medium of `data.features.pooled` whose features must stay whole; the reason is told.
+        ValueError: a medium of `data.features.pooled` whose features must stay whole; with the reason.
     """
-    own, data = settings.data.features, settings.data
-    assert own is not None
-    # Validation reads the same rows, so that what it asks for must be made of them too.
-    points = [*settings.sampler.budgets, *(Budget.parse(text) for text in settings.train.validation_budgets)]
-    pooled = {medium: pooled_frames(medium, config, points) for medium in own.pooled}
-    noise = None if data.noise is None else hashlib.sha256(Path(data.noise).read_bytes()).hexdigest()
+    features, data = run_config.data.features, run_config.data
+    assert features is not None
+    # Validation reads the same rows, so that its budgets must be made of them too.
+    points = [*run_config.sampler.budgets, *(Budget.parse(text) for text in run_config.train.validation_budgets)]
+    pooled = {medium: pooled_frames(medium, config, points) for medium in features.pooled}
+    noise = None if data.noise is None else digest_of_file(data.noise)
     augmentation = {
         "image": {},
         "audio": {"noise": noise, "snr_db": data.snr_db, "audio_mask_samples": data.audio_mask_samples},
@@ -211,25 +211,25 @@ def form_of(config: Any, processor: ElasticProcessor, settings: RunConfig, *, au
         medium: {
             "encoder": (config.sources or {}).get(medium, {}).get("sha256"),
             "settings": {key: values[key] for key in ENCODER_SETTINGS if key in values},
-            "computed_in": settings.model.dtype,
+            "computed_in": run_config.model.dtype,
             "preprocessor": processor.elastic["media"][medium]["preprocessor"],
-            "seed": own.seed if augmented else None,
+            "seed": features.seed if augmented else None,
             "video_backend": data.video_backend,
             "max_mismatch_seconds": data.max_mismatch_seconds,
-            "dtype": own.dtype,
+            "dtype": features.dtype,
             "pooled_frames": pooled.get(medium, 1),
             **(augmentation[medium] if augmented else {}),
         }
         for medium, values in (config.media or {}).items()
     }
-    return Form(fingerprint, own.dtype, pooled, data.num_workers)
+    return Form(fingerprint, features.dtype, pooled, data.num_workers)
 
 
 def pooled_frames(medium: str, config: Any, points: Sequence[Budget]) -> int:
-    """The frames that every trained rate of a medium is a multiple of: what its features may be averaged over.
+    """Find the frames that every trained rate of a medium is a multiple of: what its features may be averaged over.
 
     Raises:
-        ValueError: there is nothing to average, or soft tokens would not be the same.
+        ValueError: no frames can be averaged, or soft tokens would not be the same.
     """
     key, values = f"data.features.pooled names {medium}", (config.media or {}).get(medium)
     if values is None:
@@ -262,17 +262,17 @@ Loaded = tuple[Sample, int, list[LoadedMedia] | str]
 
 @dataclass
 class _Wanted(Dataset[Loaded]):
-    """Versions of samples, loaded when asked for."""
+    """Loads versions of samples when they are read."""
 
-    places: Sequence[tuple[Sample, int]]
+    versions: Sequence[tuple[Sample, int]]
     load: Load
     seed: int | None
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.versions)
 
     def __getitem__(self, index: int) -> Loaded:
-        sample, version = self.places[index]
+        sample, version = self.versions[index]
         seed = self.seed
         generator = None if seed is None else random_generator(seed, version, sample.id, "augmentation")
         try:
@@ -283,7 +283,7 @@ class _Wanted(Dataset[Loaded]):
 
 @dataclass
 class _Filler:
-    """Encodes and writes the share of one process."""
+    """Encodes and writes the part of one process."""
 
     model: Any
     load: Load
@@ -294,8 +294,8 @@ class _Filler:
         self, store: FeatureStore, wanted: Sequence[tuple[Sample, int]], progress: Callable[[int, int], None] | None
     ) -> None:
         """Load, encode and write, batch by batch."""
-        for place in store.renewed:
-            self.writer.add_sample(*place, store.entries[place])
+        for key in store.renewed:
+            self.writer.add_sample(*key, store.entries[key])
         data = _Wanted(wanted, self.load, store.seed)
         batches = DataLoader(data, ITEMS_PER_BATCH, collate_fn=list, num_workers=self.form.num_workers)
         done = 0
@@ -309,28 +309,28 @@ class _Filler:
 
     def _add(self, batch: Sequence[Loaded]) -> None:
         rows: list[tuple[str, int, Any]] = []
-        new: dict[str, tuple[Any, LoadedMedia]] = {}
+        new: dict[str, tuple[KeptItem, LoadedMedia]] = {}
         for sample, version, loaded in batch:
             if isinstance(loaded, str):
                 rows.append((sample.id, version, loaded))
                 continue
             keys = [key_of(item, self.form.fingerprint[item.medium]) for item in loaded]
-            items = kept_of(sample, loaded, keys)
+            items = kept_items(sample, loaded, keys)
             rows.append((sample.id, version, items))
-            new |= {own.key: (own, item) for own, item in zip(items, loaded, strict=True)}
+            new |= {item.key: (item, media) for item, media in zip(items, loaded, strict=True)}
         new = {key: both for key, both in new.items() if key not in self.writer.known}
-        for medium in {own.medium for own, _ in new.values()}:
+        for medium in {item.medium for item, _ in new.values()}:
             self._encode(medium, [both for both in new.values() if both[0].medium == medium])
         for row in rows:
             self.writer.add_sample(*row)
 
     @torch.no_grad()
-    def _encode(self, medium: str, items: Sequence[tuple[Any, LoadedMedia]]) -> None:
-        """Features of items of one medium, together."""
-        inputs = stack_media([item for _, item in items])
-        device = next(self.model.model.tower(medium).parameters()).device
+    def _encode(self, medium: str, items: Sequence[tuple[KeptItem, LoadedMedia]]) -> None:
+        """Encode items of one medium together."""
+        inputs = stack_media([media for _, media in items])
+        device = next(self.model.model.encoder(medium).parameters()).device
         values = next(value for name, value in inputs.items() if name.endswith("values")).to(device)
         lengths = inputs.get(SIZE_KEYS[medium])
-        found = self.model.model.encode(medium, values, None if lengths is None else lengths.to(device))
-        for (own, _), features, count in zip(items, found.values, found.lengths.tolist(), strict=True):
-            self.writer.add_features(own, self.form.of(features[:count], medium))
+        encoded = self.model.model.encode(medium, values, None if lengths is None else lengths.to(device))
+        for (item, _), features, count in zip(items, encoded.values, encoded.lengths.tolist(), strict=True):
+            self.writer.add_features(item, self.form.of(features[:count], medium))

@@ -1,4 +1,4 @@
-"""Features of media on disk: shards of safetensors, and an index of which sample's media they are of.
+"""Keeps features of media on disk: shards of safetensors, and an index of which sample's media they are of.
 
 Knows files, digests, tensors by key. Does not know encoders, models, manifests' files or how features come about.
 
@@ -32,6 +32,7 @@ from mllm.data.manifest import Sample
 from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
 from mllm.media.packed import packed_bytes, packed_location
 from mllm.processing.processor import LoadedMedia
+from mllm.utils.files import cut_half_line, digest_of_file, write_text_whole, written_whole
 
 FINGERPRINT = "fingerprint.json"
 SHARD_BYTES = 2**27
@@ -39,8 +40,8 @@ FLUSH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Where the features of one media item are, the raw length they are of, and the file: its stamp and digest."""
+class KeptItem:
+    """Says where the features of one media item are, the raw length they are of, and the file's stamp and digest."""
 
     medium: str
     shard: str
@@ -55,7 +56,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of features: how many items and bytes it holds, and the digest of the bytes."""
+    """Describes a file of features: how many items and bytes it holds, and the digest of the bytes."""
 
     name: str
     num_items: int
@@ -65,12 +66,12 @@ class Shard:
 
 @dataclass
 class FeatureStore:
-    """The features in a folder.
+    """Reads the features in a folder.
 
     Args:
         folder: of all runs that share them.
         versions: of each sample.
-        seed: of the chance of each version; None never augments.
+        seed: of the augmentation of each version; None never augments.
         entries: by (sample id, version) the items of the sample in order, or why it cannot be used.
         shards: by name.
         renewed: entries whose files were found to be the same under another time.
@@ -79,13 +80,13 @@ class FeatureStore:
     folder: Path
     versions: int = 1
     seed: int | None = 0
-    entries: dict[tuple[str, int], list[Kept] | str] = field(default_factory=dict)
+    entries: dict[tuple[str, int], list[KeptItem] | str] = field(default_factory=dict)
     shards: dict[str, Shard] = field(default_factory=dict)
     renewed: list[tuple[str, int]] = field(default_factory=list)
     _open: dict[str, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, for data loader workers that are spawned."""
+        """Leave out open files, for data loader workers that are spawned."""
         return {**self.__dict__, "_open": {}}
 
     def read_index(self) -> None:
@@ -96,11 +97,11 @@ class FeatureStore:
                 if "shard" in row:
                     self.shards[row["shard"]["name"]] = Shard(**row["shard"])
                 else:
-                    found = row["error"] if "error" in row else [Kept(**own) for own in row["items"]]
-                    self.entries[row["id"], row["version"]] = found
+                    entry = row["error"] if "error" in row else [KeptItem(**item) for item in row["items"]]
+                    self.entries[row["id"], row["version"]] = entry
 
     def missing(self, samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
-        """The versions of samples that are not there, failed, or are of files that have changed since.
+        """List the versions of samples that are not there, failed, or are of files that have changed since.
 
         Entries of files that are the same but for their time take on the new time.
         """
@@ -108,39 +109,39 @@ class FeatureStore:
         for sample in samples:
             files = [_File(sample, part.path) for part in sample.media]
             for version in range(self.versions):
-                found = self.entries.get((sample.id, version))
-                if found is None or isinstance(found, str) or not _are_of(found, files):
+                items = self.entries.get((sample.id, version))
+                if items is None or isinstance(items, str) or not _are_of(items, files):
                     wanted.append((sample, version))
-                elif any(own.stamp != file.stamp for file, own in zip(files, found, strict=True)):
-                    now = [replace(own, stamp=file.stamp) for file, own in zip(files, found, strict=True)]
+                elif any(item.stamp != file.stamp for file, item in zip(files, items, strict=True)):
+                    now = [replace(item, stamp=file.stamp) for file, item in zip(files, items, strict=True)]
                     self.entries[sample.id, version] = now
                     self.renewed.append((sample.id, version))
         return wanted
 
     def load(self, sample: Sample, epoch: int, known: dict[str, LoadedMedia] | None = None) -> list[LoadedMedia]:
-        """The features of a sample in place of its media, instead of `ElasticProcessor.load_media`.
+        """Load the features of a sample in place of its media, instead of `ElasticProcessor.load_media`.
 
         Args:
-            known: by key what other samples were given, and are to be given again; what is new is added.
+            known: by key what other samples got, which they share; what is new is added.
 
         Raises:
             ValueError: the sample could not be loaded when its features were made; the reason is that of then.
         """
-        found = self.entries[sample.id, epoch % self.versions]
-        if isinstance(found, str):
-            raise ValueError(found)
+        items = self.entries[sample.id, epoch % self.versions]
+        if isinstance(items, str):
+            raise ValueError(items)
         known = {} if known is None else known
-        for own in found:
-            if own.key not in known:
-                grid = (own.grid[0], own.grid[1]) if own.grid else None
-                known[own.key] = LoadedMedia(own.medium, self.rows(own).float(), own.raw_length, grid)
-        return [known[own.key] for own in found]
+        for item in items:
+            if item.key not in known:
+                grid = (item.grid[0], item.grid[1]) if item.grid else None
+                known[item.key] = LoadedMedia(item.medium, self.rows(item).float(), item.raw_length, grid)
+        return [known[item.key] for item in items]
 
-    def rows(self, own: Kept) -> Tensor:
-        """(T, D) as they are kept; mapped from the file, not read until used."""
-        if own.shard not in self._open:
-            self._open[own.shard] = safe_open(self.folder / own.shard, framework="pt")
-        return self._open[own.shard].get_tensor(own.key)
+    def rows(self, item: KeptItem) -> Tensor:
+        """Return an item's features (T, D) as they are kept; mapped from the file, not read until used."""
+        if item.shard not in self._open:
+            self._open[item.shard] = safe_open(self.folder / item.shard, framework="pt")
+        return self._open[item.shard].get_tensor(item.key)
 
 
 class ShardWriter:
@@ -155,23 +156,23 @@ class ShardWriter:
         self.store = store
         self.rank = rank
         self.index = store.folder / f"index-{rank}.jsonl"
-        self.known = {own.key: own for found in store.entries.values() if not isinstance(found, str) for own in found}
+        entries = [entry for entry in store.entries.values() if not isinstance(entry, str)]
+        self.known = {item.key: item for items in entries for item in items}
         self._tensors: dict[str, dict[str, Tensor]] = {}
         self._lines: list[tuple[str, int, Any]] = []
         self._bytes = 0
         self._flushed = time.monotonic()
-        for file in store.folder.glob(f"*-{rank}-*.part"):  # of a kill
+        for file in store.folder.glob(f".*-{rank}-*.writing"):  # of a kill
             file.unlink()
-        _cut_half_line(self.index)
+        cut_half_line(self.index)
 
-    def add_features(self, item: Kept, features: Tensor) -> None:
+    def add_features(self, item: KeptItem, features: Tensor) -> None:
         """Keep one item's features under its key."""
-        own = self._tensors.setdefault(item.medium, {})
-        own[item.key] = features.clone()
+        self._tensors.setdefault(item.medium, {})[item.key] = features.clone()
         self._bytes += features.nbytes
         self.known[item.key] = replace(item, shard="", num_rows=len(features))
 
-    def add_sample(self, sample_id: str, version: int, items: Sequence[Kept] | str) -> None:
+    def add_sample(self, sample_id: str, version: int, items: Sequence[KeptItem] | str) -> None:
         """Note a sample whose items are known, or why it cannot be used."""
         self._lines.append((sample_id, version, items))
 
@@ -196,27 +197,29 @@ class ShardWriter:
     def _write(self, medium: str, tensors: Mapping[str, Tensor]) -> Shard:
         number = len(list(self.store.folder.glob(f"{medium}-{self.rank}-*.safetensors")))
         file = self.store.folder / f"{medium}-{self.rank}-{number:05d}.safetensors"
-        aside = file.with_suffix(".part")
-        write_tensors(tensors, aside)
-        shard = Shard(file.name, len(tensors), aside.stat().st_size, digest_of_file(aside))
-        aside.replace(file)
+        with written_whole(file) as aside:
+            write_tensors(tensors, aside)
+            shard = Shard(file.name, len(tensors), aside.stat().st_size, digest_of_file(aside))
         for key in tensors:
             self.known[key] = replace(self.known[key], shard=file.name)
         return shard
 
-    def _line(self, sample_id: str, version: int, items: Sequence[Kept] | str) -> str:
+    def _line(self, sample_id: str, version: int, items: Sequence[KeptItem] | str) -> str:
         row: dict[str, Any] = {"id": sample_id, "version": version}
         if isinstance(items, str):
             self.store.entries[sample_id, version] = items
             return json.dumps(row | {"error": items}) + "\n"
-        facts = [self.known[own.key] for own in items]
-        kept = [replace(own, shard=at.shard, num_rows=at.num_rows) for own, at in zip(items, facts, strict=True)]
+        written = [self.known[item.key] for item in items]
+        kept = [
+            replace(item, shard=facts.shard, num_rows=facts.num_rows)
+            for item, facts in zip(items, written, strict=True)
+        ]
         self.store.entries[sample_id, version] = kept
-        return json.dumps(row | {"items": [asdict(own) for own in kept]}) + "\n"
+        return json.dumps(row | {"items": [asdict(item) for item in kept]}) + "\n"
 
 
 def claim(folder: Path, fingerprint: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make a folder that of these features, or find that it is; the features of other media may be there too.
+    """Make a folder hold these features, or see that it does; the features of other media may be there too.
 
     Args:
         fingerprint: by medium, what its features depend on.
@@ -230,31 +233,29 @@ def claim(folder: Path, fingerprint: Mapping[str, Mapping[str, Any]]) -> None:
         raise ValueError(
             f"data.features.folder {folder} holds features of something else ({'; '.join(words)}); choose another"
         )
-    file = folder / FINGERPRINT
-    aside = file.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({**before, **_plain(fingerprint)}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    aside.replace(file)
+    text = json.dumps({**before, **_plain(fingerprint)}, indent=1, sort_keys=True) + "\n"
+    write_text_whole(folder / FINGERPRINT, text, concurrent=True)
 
 
 def read_fingerprint(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the features of a folder depend on, by medium; nothing where there are none yet."""
+    """Read what the features of a folder depend on, by medium; empty where there are none yet."""
     file = folder / FINGERPRINT
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What differs between the features that are there and those that are wanted, of the media that both have."""
+    """List what differs between the features that are there and those that are wanted, of the media that both have."""
     return [
-        f"{medium}.{key} was {before[medium].get(key)!r} and is {own.get(key)!r}"
-        for medium, own in _plain(now).items()
+        f"{medium}.{key} was {before[medium].get(key)!r} and is {facts.get(key)!r}"
+        for medium, facts in _plain(now).items()
         if medium in before
-        for key in sorted(before[medium].keys() | own.keys())
-        if before[medium].get(key) != own.get(key)
+        for key in sorted(before[medium].keys() | facts.keys())
+        if before[medium].get(key) != facts.get(key)
     ]
 
 
 def key_of(item: LoadedMedia, fingerprint: Mapping[str, Any]) -> str:
-    """The name of an item's features: of what its encoder is fed with, and of the encoder."""
+    """Name an item's features by what its encoder is fed with, and by the encoder."""
     digest = hashlib.blake2b(json.dumps(_plain(fingerprint), sort_keys=True).encode(), digest_size=16)
     shape = f"{tuple(item.values.shape)} {item.grid} {item.values.dtype}"
     digest.update(f"{item.medium} {item.raw_length} {shape}".encode())
@@ -262,32 +263,26 @@ def key_of(item: LoadedMedia, fingerprint: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def kept_of(sample: Sample, loaded: Sequence[LoadedMedia], keys: Sequence[str]) -> list[Kept]:
-    """The items of a sample as they go into the index; where their features are is filled in when they are written."""
+def kept_items(sample: Sample, loaded: Sequence[LoadedMedia], keys: Sequence[str]) -> list[KeptItem]:
+    """Describe the items of a sample for the index; where their features are is filled in when they are written."""
     files = [_File(sample, part.path) for part in sample.media]
     return [
-        Kept(item.medium, "", key, 0, item.raw_length, file.stamp, file.content(), item.grid)
+        KeptItem(item.medium, "", key, 0, item.raw_length, file.stamp, file.content(), item.grid)
         for item, key, file in zip(loaded, keys, files, strict=True)
     ]
 
 
-def digest_of_file(file: Path) -> str:
-    """A digest of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def digest_of_media(file: Path) -> str:
-    """A digest of a medium's bytes, which may stand inside another file."""
-    place = packed_location(str(file))
-    if place is None:
+    """Compute a digest of a medium's bytes, which may stand inside another file."""
+    packed = packed_location(str(file))
+    if packed is None:
         return digest_of_file(file)
-    return hashlib.blake2b(packed_bytes(str(file), place, DEFAULT_LIMITS.video_bytes), digest_size=16).hexdigest()
+    return hashlib.sha256(packed_bytes(str(file), packed, DEFAULT_LIMITS.video_bytes)).hexdigest()
 
 
 @dataclass
 class _File:
-    """A media file of a sample, as it is now."""
+    """Describes a media file of a sample, as it is now."""
 
     sample: Sample
     path: str
@@ -296,16 +291,16 @@ class _File:
 
     def __post_init__(self) -> None:
         try:
-            found = str(resolve_media(self.sample.root, self.path))
-            place = packed_location(found)
-            facts = os.stat(found if place is None else place.file)
+            resolved = str(resolve_media(self.sample.root, self.path))
+            packed = packed_location(resolved)
+            facts = os.stat(resolved if packed is None else packed.file)
         except (OSError, ValueError) as error:
             self.stamp = f"none: {type(error).__name__}"
         else:
             self.stamp = f"{self.path} {facts.st_size} {facts.st_mtime_ns}"
 
     def content(self) -> str:
-        """A digest of its bytes; nothing where it cannot be read."""
+        """Compute a digest of its bytes; empty where it cannot be read."""
         if self._content is None:
             try:
                 self._content = digest_of_media(resolve_media(self.sample.root, self.path))
@@ -313,43 +308,36 @@ class _File:
                 self._content = ""
         return self._content
 
-    def is_that_of(self, own: Kept) -> bool:
-        """Whether an entry was made of this file; its bytes are looked at only where only its time differs."""
-        if own.stamp == self.stamp:
+    def is_that_of(self, item: KeptItem) -> bool:
+        """Tell whether an entry was made of this file; its bytes are looked at only where only its time differs."""
+        if item.stamp == self.stamp:
             return True
-        same_size = own.stamp.rpartition(" ")[0] == self.stamp.rpartition(" ")[0]
-        return same_size and own.content != "" and own.content == self.content()
+        same_size = item.stamp.rpartition(" ")[0] == self.stamp.rpartition(" ")[0]
+        return same_size and item.content != "" and item.content == self.content()
 
 
-def _are_of(found: Sequence[Kept], files: Sequence[_File]) -> bool:
-    return len(found) == len(files) and all(file.is_that_of(own) for file, own in zip(files, found, strict=True))
+def _are_of(items: Sequence[KeptItem], files: Sequence[_File]) -> bool:
+    return len(items) == len(files) and all(file.is_that_of(item) for file, item in zip(files, items, strict=True))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Return values as JSON gives them back."""
     return json.loads(json.dumps(dict(values), default=str))
 
 
-def _cut_half_line(file: Path) -> None:
-    if file.exists():
-        with file.open("rb+") as stream:
-            content = stream.read()
-            stream.truncate(content.rfind(b"\n") + 1)
-
-
-def missing_keys(store: FeatureStore) -> Iterator[tuple[tuple[str, int], Kept, str]]:
-    """Entries whose features are not where the index says, or not of the size it says, and why."""
+def missing_keys(store: FeatureStore) -> Iterator[tuple[tuple[str, int], KeptItem, str]]:
+    """Yield entries whose features are not where the index says, or not of the size it says, and why."""
     shapes: dict[str, dict[str, int] | str] = {}
-    for name in {own.shard for found in store.entries.values() if not isinstance(found, str) for own in found}:
+    for name in {item.shard for items in store.entries.values() if not isinstance(items, str) for item in items}:
         try:
             with safe_open(store.folder / name, framework="pt") as file:
                 shapes[name] = {key: file.get_slice(key).get_shape()[0] for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # whatever is wrong with the file
             shapes[name] = f"{name} cannot be read: {error}"
-    for place, found in store.entries.items():
-        for own in found if not isinstance(found, str) else []:
-            there = shapes[own.shard]
-            if isinstance(there, str):
-                yield place, own, there
-            elif there.get(own.key) != own.num_rows:
-                yield place, own, f"{own.shard} holds {there.get(own.key, 'no')} rows of it, not {own.num_rows}"
+    for key, items in store.entries.items():
+        for item in items if not isinstance(items, str) else []:
+            num_rows = shapes[item.shard]
+            if isinstance(num_rows, str):
+                yield key, item, num_rows
+            elif num_rows.get(item.key) != item.num_rows:
+                yield key, item, f"{item.shard} holds {num_rows.get(item.key, 'no')} rows of it, not {item.num_rows}"

@@ -1,1 +1,1 @@
-"""What a run starts from: another run, or projectors fitted to captions in closed form."""
+"""Starts a run: from another run, or with projectors fitted to captions in closed form."""

@@ -1,7 +1,7 @@
 """Fits compressors to captions in closed form before the first step, so that training starts from readable soft tokens.
 
 Knows soft tokens, the LLM's word embeddings and least squares; `readouts.py` says which maps there are. Does not know
-the LLM's layers, losses or draws.
+the LLM's layers, losses or sampled budgets.
 
 From answers alone a projector must find what a patch says and how the LLM would say it at the same time, which takes
 long to begin. But a frozen encoder often holds both almost linearly. So the last linear map of each compressor is
@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
-from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
-from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing.batch import Batch, Expanded, Row
+from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
+from mllm.model.modeling import ElasticForConditionalGeneration, Features
+from mllm.processing.batch import Batch, EncodedSample, Expanded
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.initialization.readouts import Readout, opened, readouts, with_one
 
 RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 3))
-"""Penalties that are tried, as shares of the mean variance of the layer's inputs; a larger one would show all media
+"""Penalties that are tried, as multiples of the mean variance of the layer's inputs; a larger one would show all media
 alike, which is no start either."""
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fit:
-    """What one projector makes of the captions.
+    """Reports what one projector makes of the captions.
 
     Args:
         name: medium and budget of the projector.
         num_items: captions it was fitted to.
-        explained: share of the variance of *other* captions that the sums of its soft tokens explain, before they are
+        explained: fraction of the variance of *other* captions that the sums of its soft tokens explain before they are
             scaled, as cross-validation estimates it; below 0 where a constant would do better.
         ridge: the penalty that was chosen, see `RIDGES`.
     """
@@ -59,7 +59,7 @@ class Fit:
 
 
 def fit_projectors(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batches: DataLoader[Any], *, own: int
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batches: DataLoader[Any], *, num_counted: int
 ) -> list[Fit]:
     """Fit the last linear map of every compressor of the media that captions show; every process calls this.
 
@@ -68,7 +68,7 @@ def fit_projectors(
 
     Args:
         batches: captions, one medium item and one answer per row, as training rows; the same number on every process.
-        own: how many of the batches of this process count; where there are fewer, the last ones repeat.
+        num_counted: how many of the batches of this process count; where there are fewer, the last ones repeat.
 
     Returns:
         One report per projector.
@@ -81,7 +81,7 @@ def fit_projectors(
     model.eval()
     too_short: Counter[str] = Counter()
     for index, inputs in enumerate(batches):
-        if index < own:
+        if index < num_counted:
             batch: Batch = inputs["batch"]
             _check_captions(batch)
             for medium in sorted(batch.media):
@@ -92,9 +92,9 @@ def fit_projectors(
     for medium, which in sorted(set(gather_object(list(sums)))):
         readout = _readouts(model, processor, medium)[which]
         # This process may have seen none of this medium.
-        own_sums = sums.get((medium, which)) or _Sums.zeros(readout, model.device)
-        fits.append(_solve(own_sums.over_processes(), readout))
-        _tell(fits[-1])
+        of_process = sums.get((medium, which)) or _Sums.zeros(readout, model.device)
+        fits.append(_solve(of_process.over_processes(), readout))
+        _log(fits[-1])
     return fits
 
 
@@ -114,13 +114,13 @@ class _Sums:
 
     @classmethod
     def zeros(cls, readout: Readout, device: torch.device) -> "_Sums":
-        """The sums of no captions."""
+        """Return the sums of no captions."""
         in_size, out_size = readout.sizes
         shapes = (in_size + 2 + out_size,) * 2, (in_size + 1,) * 2, (2,)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def over_processes(self) -> "_Sums":
-        """The same over the captions of all processes."""
+        """Add up the sums of all processes."""
         return _Sums(*(cast(Tensor, reduce(value, "sum")) for value in (self.items, self.tokens, self.words)))
 
 
@@ -135,12 +135,12 @@ def _add(
     too_short: Counter[str] = Counter()
     device = model.get_input_embeddings().weight.device
     compressor = model.model.compressors[medium]
-    found = _readouts(model, processor, medium)
+    all_readouts = _readouts(model, processor, medium)
     with torch.no_grad(), opened(compressor):
         values = {name: value.to(device) for name, value in batch.values.items()}
         features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(SIZE_KEYS[medium]))
-        for which, readout in enumerate(found):
-            able = _able(batch, readout, processor)
+        for which, readout in enumerate(all_readouts):
+            able = _meeting(batch, readout, processor)
             if num_left := len(batch.rows) - len(able.rows):
                 too_short[str(readout.smallest)] += num_left
             if not able.rows:
@@ -158,10 +158,10 @@ def _add(
     return too_short
 
 
-def _able(batch: Batch, readout: Readout, processor: ElasticProcessor) -> Batch:
-    """The rows that can meet the budgets a projector is fitted at; the encoded items stay as they are."""
+def _meeting(batch: Batch, readout: Readout, processor: ElasticProcessor) -> Batch:
+    """Keep the rows that can meet the budgets a projector is fitted at; the encoded items stay as they are."""
 
-    def meets(row: Row) -> bool:
+    def meets(row: EncodedSample) -> bool:
         try:
             for budget in (readout.largest, readout.smallest):
                 row.token_counts(budget, processor.space)
@@ -175,17 +175,17 @@ def _able(batch: Batch, readout: Readout, processor: ElasticProcessor) -> Batch:
 def _read(
     model: Any, processor: ElasticProcessor, batch: Batch, budget: Budget, medium: str, features: Features
 ) -> tuple[Expanded, Tensor, Tensor, Features]:
-    """The rows at a budget, what the open compressor gives (N, K, D') and how much (N,), and each row's features."""
+    """Expand rows to a budget; also return what the open compressor gives (N, K, D'), counts (N,), and features."""
     expanded = processor.expand(batch, [[budget] * len(batch.rows)], left_padding=False)
-    given = {name: value.to(features.values.device) for name, value in expanded.inputs.items()}
-    index, counts = given.get(f"{medium}_index"), given[f"num_{medium}_tokens"]
+    inputs = {name: value.to(features.values.device) for name, value in expanded.inputs.items()}
+    index, counts = inputs.get(f"{medium}_index"), inputs[f"num_{medium}_tokens"]
     read = model.model.compress(
         medium,
         features,
         num_tokens=counts,
-        rates=given.get(f"{medium}_rates"),
+        rates=inputs.get(f"{medium}_rates"),
         index=index,
-        max_tokens=given["input_ids"].shape[1],
+        max_tokens=inputs["input_ids"].shape[1],
     )
     shown = features if index is None else Features(features.values[index], features.lengths[index])
     return expanded, read, counts, shown
@@ -194,12 +194,12 @@ def _read(
 def _targets(
     model: Any, processor: ElasticProcessor, expanded: Expanded, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The summed embeddings (N, H) of every answer's words, and [their number, their squared lengths] (2,)."""
-    labels, places = expanded.labels.unique(return_inverse=True)
+    """Sum the embeddings of every answer's words (N, H), and add up [their number, their squared lengths] (2,)."""
+    labels, label_numbers = expanded.labels.unique(return_inverse=True)
     # Punctuation and special tokens stand in every caption alike and say nothing about any image.
     texts = [processor.tokenizer.decode([max(label, 0)], skip_special_tokens=True) for label in labels.tolist()]
-    says = [label >= 0 and any(map(str.isalnum, text)) for label, text in zip(labels.tolist(), texts, strict=True)]
-    is_word = torch.tensor(says)[places]
+    are_words = [label >= 0 and any(map(str.isalnum, text)) for label, text in zip(labels.tolist(), texts, strict=True)]
+    is_word = torch.tensor(are_words)[label_numbers]
     embedded = model.get_input_embeddings()(expanded.labels.where(is_word, 0).to(device)).double()
     embedded = embedded * is_word.to(device)[..., None]
     return embedded.sum(1), torch.stack([is_word.sum().to(device).double(), embedded.square().sum()])
@@ -212,6 +212,7 @@ def _solve(sums: _Sums, readout: Readout) -> Fit:
     its layers read bears soft tokens that are too long better than some that are too short.
     """
     size, name = readout.sizes[0], str(readout.largest)
+    # Rows and columns of the products: D' inputs, the number of inputs (the bias), 1, and H targets.
     inputs, one = slice(0, size + 1), size + 1
     gram, cross = sums.items[inputs, inputs], sums.items[inputs, size + 2 :]
     number, total = sums.items[one, one], sums.items[one, size + 2 :]
@@ -221,10 +222,11 @@ def _solve(sums: _Sums, readout: Readout) -> Fit:
         raise ValueError(f"data.captions holds {int(number)} captions for {name}; at least two that differ are needed")
     squared = sums.items[size + 2 :, size + 2 :].trace()
     solution, ridge, missed = _chosen_ridge(gram, cross, squared, number, spread)
-    explained = 1.0 - missed / (squared - total.square().sum() / number)
+    explained = 1.0 - missed / (squared - total.square().sum() / number)  # of the variance about the mean
     solution[size] = readout.carried(solution[:size], solution[size])
-    spoken = (solution * (sums.tokens @ solution)).sum() / sums.tokens[-1, -1]
-    solution = solution * (sums.words[1] / sums.words[0] / spoken).sqrt()
+    token_square = (solution * (sums.tokens @ solution)).sum() / sums.tokens[-1, -1]
+    word_square = sums.words[1] / sums.words[0]
+    solution = solution * (word_square / token_square).sqrt()
     with torch.no_grad():
         readout.put(solution[:size], solution[size])
     return Fit(name, int(number), float(explained), ridge)
@@ -233,7 +235,7 @@ def _solve(sums: _Sums, readout: Readout) -> Fit:
 def _chosen_ridge(
     gram: Tensor, cross: Tensor, squared: Tensor, number: Tensor, spread: Tensor
 ) -> tuple[Tensor, float, Tensor]:
-    """Choose the penalty whose error on other captions is estimated to be least.
+    """Choose the penalty whose error on other captions is estimated to be least, by generalised cross-validation.
 
     Args:
         gram: (D'+1, D'+1), products of the inputs and of how many an item has, which stands for the bias and is free.
@@ -249,6 +251,7 @@ def _chosen_ridge(
         penalty.diagonal()[:-1] = ridge * number * spread
         inverse = torch.linalg.inv(gram + penalty)
         solution = inverse @ cross
+        # |targets - inputs @ solution|^2, written out so that the items themselves are not needed.
         missed = squared - 2 * (solution * cross).sum() + (solution * (gram @ solution)).sum()
         freedom = (inverse * gram).sum() / number  # the trace of their product, both being symmetric
         estimated = missed / (1 - freedom).square() if freedom < 1 else torch.full_like(missed, torch.inf)
@@ -258,7 +261,7 @@ def _chosen_ridge(
     return best
 
 
-def _tell(fit: Fit) -> None:
+def _log(fit: Fit) -> None:
     logger.info(
         "%s: fitted to %d captions, explains %.0f %% of others (estimated; ridge %.2g)",
         fit.name,
@@ -275,12 +278,12 @@ def _readouts(model: Any, processor: ElasticProcessor, medium: str) -> list[Read
 
 def _check_captions(batch: Batch) -> None:
     for row in batch.rows:
-        if len(row.runs) != 1:
+        if len(row.spans) != 1:
             raise ValueError(
-                f"sample {row.sample_id!r} of data.captions shows {len(row.runs)} media items; a caption has one"
+                f"sample {row.sample_id!r} of data.captions shows {len(row.spans)} media items; a caption has one"
             )
-        run = row.runs[0]
-        if run.extent.image_pixels is not None or run.encoder != run.extent.medium:
+        span = row.spans[0]
+        if span.extent.image_pixels is not None or span.encoder != span.extent.medium:
             raise ValueError(
                 f"sample {row.sample_id!r} of data.captions is several encoded images (tiles or frames), and "
                 "projectors are fitted to one; leave out data.captions"
@@ -288,5 +291,5 @@ def _check_captions(batch: Batch) -> None:
 
 
 def _only(batch: Batch, medium: str) -> Batch:
-    """The rows that show an item of a medium; the encoded items stay as they are."""
-    return Batch([row for row in batch.rows if row.runs[0].extent.medium == medium], batch.values)
+    """Keep the rows that show an item of a medium; the encoded items stay as they are."""
+    return Batch([row for row in batch.rows if row.spans[0].extent.medium == medium], batch.values)

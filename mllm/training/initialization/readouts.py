@@ -1,4 +1,4 @@
-"""The linear maps at the end of compressors that a fit to captions can choose, and what such a map is fed with.
+"""Finds the linear maps at the end of compressors that a fit to captions can choose, and the inputs of such a map.
 
 Knows compressors. Does not know captions, the LLM, batches or how a map is chosen.
 
@@ -24,7 +24,7 @@ PINV_RTOL = 1e-3
 
 @dataclass(frozen=True)
 class Readout:
-    """One linear map D' -> H from what a compressor made of an item to soft tokens.
+    """Wraps one linear map D' -> H from what a compressor made of an item to soft tokens.
 
     Args:
         compressor: whose map it is.
@@ -42,7 +42,7 @@ class Readout:
         raise NotImplementedError
 
     def summed(self, read: Tensor, counts: Tensor, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """All of an item as the map would be fed with it, and how many such inputs there are.
+        """Sum all of an item as the map would be fed with it, and count such inputs.
 
         Args:
             read: (N, K, D') what the open compressor gave at the largest budget, zero beyond each item's own count.
@@ -55,17 +55,17 @@ class Readout:
         return read.sum(1), counts
 
     def carried(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """(H,) of the bias, as much as `put` can give the map."""
+        """Return what of the bias (H,) `put` can give the map."""
         return bias
 
     def put(self, weight: Tensor, bias: Tensor) -> None:
-        """Let the map be x -> x @ weight + bias, (D', H) and (H,)."""
+        """Set the map to x -> x @ weight + bias, (D', H) and (H,)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ProjectorReadout(Readout):
-    """The last layer of one projector of a bank."""
+    """Wraps the last layer of one projector of a bank."""
 
     layer: nn.Linear
 
@@ -82,7 +82,7 @@ class ProjectorReadout(Readout):
 
 @dataclass(frozen=True)
 class QueryReadout(Readout):
-    """The projection behind queries, which is fitted to what a query would read of each feature alone.
+    """Wraps the projection behind queries, which is fitted to what a query would read of each feature alone.
 
     What all queries read together is no whole: some features are read by many of them and some by few.
     """
@@ -99,7 +99,7 @@ class QueryReadout(Readout):
         return zero_padding_features(values, lengths).sum(1), lengths
 
     def carried(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """See `Readout`: what lies in the span of the projection."""
+        """See `Readout`; only what lies in the range of the projection is carried."""
         return weight.T @ _before(weight, bias)
 
     def put(self, weight: Tensor, bias: Tensor) -> None:
@@ -110,7 +110,7 @@ class QueryReadout(Readout):
 
 
 def _before(weight: Tensor, bias: Tensor) -> Tensor:
-    """(D',) that a projection (D', H) makes the bias (H,) of, as nearly as it can.
+    """Find (D',) that a projection (D', H) maps to the bias (H,), as nearly as it can.
 
     Normed values span one direction less than they have numbers, so the projection nearly loses directions.
     """
@@ -118,7 +118,7 @@ def _before(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]:
-    """The maps of a compressor, one per projector.
+    """List the maps of a compressor, one per projector.
 
     Args:
         compressor: pool or stack, or query on images.
@@ -150,9 +150,9 @@ def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]
 
 @contextmanager
 def opened(compressor: Compressor) -> Iterator[None]:
-    """While this lasts the compressor gives what its maps are fed with; what follows the maps is linear.
+    """Let the compressor give what its maps are fed with, inside; what follows the maps is linear.
 
-    A grid in Haar order is then read as maps: its details are differences, which do not add up to the image.
+    A grid in Haar order is then read as plain grids: its details are differences, which do not add up to the image.
     """
     if isinstance(compressor, Query):
         proj = compressor.proj
@@ -179,5 +179,5 @@ def opened(compressor: Compressor) -> Iterator[None]:
 
 
 def with_one(tokens: Tensor) -> Tensor:
-    """(n, D') -> (n, D'+1), each with a 1 that stands for the bias."""
+    """Append to each token a 1 that stands for the bias: (n, D') -> (n, D'+1)."""
     return functional.pad(tokens, (0, 1), value=1.0)

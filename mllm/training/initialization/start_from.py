@@ -1,4 +1,4 @@
-"""What a run starts from: the trained values of another run, such as a first stage or a converted checkpoint.
+"""Starts a run from the trained values of another one, such as a first stage or a converted checkpoint.
 
 Knows run folders, names of parameters and what makes two compressors the same. Does not know how anything is trained.
 """
@@ -41,19 +41,20 @@ def start_from(model: Any, folder: str | Path) -> list[str]:
         raise FileNotFoundError(f"train.start_from {folder} is no run: there is no {TRAINABLES} in it")
     before = ElasticConfig.from_pretrained(folder)
     _check_parts(model.config, before, folder)
-    own, learning = dict(model.named_parameters()), set(trainable_names(model))
+    parameters, learning = dict(model.named_parameters()), set(trainable_names(model))
     with safe_open(folder / TRAINABLES, framework="pt") as file:
         names = sorted(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        if NEW_TOKENS in shapes and NEW_TOKENS in own:  # rows go by their tokens, and here may be more of them
-            shapes[NEW_TOKENS] = (len(own[NEW_TOKENS]), *shapes[NEW_TOKENS][1:])
-        _check_names(shapes, own, learning, folder)
+        if NEW_TOKENS in shapes and NEW_TOKENS in parameters:  # rows go by their tokens, and here may be more of them
+            shapes[NEW_TOKENS] = (len(parameters[NEW_TOKENS]), *shapes[NEW_TOKENS][1:])
+        _check_names(shapes, parameters, learning, folder)
         with torch.no_grad():
             for name in names:
                 if name == NEW_TOKENS:
-                    own[name][_rows_of(before, model.config)] = file.get_tensor(name).to(own[name])
+                    rows = _rows_of(before, model.config)
+                    parameters[name][rows] = file.get_tensor(name).to(parameters[name])
                 else:
-                    own[name].copy_(file.get_tensor(name))
+                    parameters[name].copy_(file.get_tensor(name))
     parts = ", ".join(sorted({part_of(name) for name in names}))
     logger.info("started from %s: %s (%d of %d values that train)", folder, parts, len(names), len(learning))
     return names
@@ -61,21 +62,21 @@ def start_from(model: Any, folder: str | Path) -> list[str]:
 
 def _rows_of(before: ElasticConfig, now: ElasticConfig) -> list[int]:
     """Find where the new tokens of a run have their rows in a model, which may have others beside them."""
-    own = list(now.new_tokens or {})
-    return [own.index(token) for token in before.new_tokens or {}]
+    tokens = list(now.new_tokens or {})
+    return [tokens.index(token) for token in before.new_tokens or {}]
 
 
 def _check_names(
-    shapes: dict[str, tuple[int, ...]], own: dict[str, nn.Parameter], learning: set[str], folder: Path
+    shapes: dict[str, tuple[int, ...]], parameters: dict[str, nn.Parameter], learning: set[str], folder: Path
 ) -> None:
     problems = []
     for name, shape in shapes.items():
-        if name not in own:
+        if name not in parameters:
             problems.append(f"{name} is not in this model")
-        elif hasattr(own[name], "ds_id"):
+        elif hasattr(parameters[name], "ds_id"):
             problems.append(f"{name} is sharded by ZeRO-3 already; use ZeRO-2")
-        elif tuple(own[name].shape) != shape:
-            problems.append(f"{name} has shape {shape}, here {tuple(own[name].shape)}")
+        elif tuple(parameters[name].shape) != shape:
+            problems.append(f"{name} has shape {shape}, here {tuple(parameters[name].shape)}")
         elif name not in learning:
             problems.append(f"{name} would not train and so be lost; put {part_of(name)} into train.parts")
     if problems:

@@ -1,1 +1,1 @@
-"""From manifests to the batches of a process, and what is known of them before a run."""
+"""Makes micro-batches of manifests: loads and checks the data, counts tokens, assigns samples to processes."""

@@ -1,7 +1,7 @@
-"""How evenly a run's batches load its processes, found by going through them without a model.
+"""Simulates how evenly a run's batches load its processes, by going through them without a model.
 
-Knows samples by what their headers say, a run's settings and its draws. Does not know weights or time: a cost is a
-number of tokens, all soft and text tokens of all draws of a step.
+Knows samples by what their headers say, a run's config and its sampled budgets. Does not know weights or time: a cost
+is a number of tokens, all soft and text tokens of all sampled budgets of a step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,32 +10,35 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mllm.budget import Budget
-from mllm.budget.sampler import Sampler
+from mllm.budget.sampler import BudgetSampler
 from mllm.config.run import RunConfig
 from mllm.data.manifest import Sample
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.pipeline.loaders import round_batches
-from mllm.training.pipeline.token_scan import Looked, look_all, survey_of
+from mllm.training.pipeline.batches import RankSlots
+from mllm.training.pipeline.loaders import rank_batches
+from mllm.training.pipeline.token_scan import SampleTokens, measure_samples, scan_of
+
+AS_SAMPLED = "as sampled"
 
 
 @dataclass
-class Load:
-    """Tokens of every rank in every step, as they are and with rows padded to the longest of their micro-batch."""
+class RankLoad:
+    """Counts tokens of every rank in every step, as they are and with rows padded to the longest of a micro-batch."""
 
     tokens: list[list[int]] = field(default_factory=list)
     padded: list[list[int]] = field(default_factory=list)
 
-    def add(self, costs: np.ndarray, lanes: Sequence[Sequence[int]], num_ranks: int) -> None:
-        """One step: the cost of each sample, and the samples of each lane; lane i is of rank i mod ranks."""
-        own = [costs[list(batch)] for batch in lanes]
+    def add(self, costs: np.ndarray, batches: Sequence[Sequence[int]], num_ranks: int) -> None:
+        """Add one step: the cost of each sample, the samples of each micro-batch; batch i is of rank i mod ranks."""
+        batch_costs = [costs[list(batch)] for batch in batches]
         for sums, values in (
-            (self.tokens, [int(batch.sum()) for batch in own]),
-            (self.padded, [len(batch) * int(batch.max()) for batch in own]),
+            (self.tokens, [int(costs.sum()) for costs in batch_costs]),
+            (self.padded, [len(costs) * int(costs.max()) for costs in batch_costs]),
         ):
             sums.append([sum(values[rank::num_ranks]) for rank in range(num_ranks)])
 
     def facts(self) -> dict[str, object]:
-        """What is said of a load: `imbalance` is the time a step takes (its fullest rank) over what it would take if
+        """Summarise the load: `imbalance` is the time a step takes (its fullest rank) over what it would take if
         all ranks had the same, over the epoch; `worst` that of the worst step; `padded_*` the same with padding."""
         out: dict[str, object] = {"tokens_per_rank": np.sum(self.tokens, axis=0).tolist()}
         for prefix, values in (("", np.array(self.tokens)), ("padded_", np.array(self.padded))):
@@ -50,41 +53,46 @@ class Load:
 def simulate(
     samples: Sequence[Sample],
     processor: ElasticProcessor,
-    draws: Sampler,
+    sampler: BudgetSampler,
     *,
-    settings: RunConfig,
+    config: RunConfig,
     num_ranks: int,
     epochs: int,
     budgets: Sequence[Budget],
-) -> Mapping[str, Load]:
+) -> Mapping[str, RankLoad]:
     """Go through the steps of some epochs.
 
     Returns:
-        By name: `as drawn`, every step at its own draws, which are the same on all ranks, and each budget alone.
+        By name: `as sampled`, every step at its own budgets, which are the same on all ranks, and each budget alone.
 
     Raises:
-        ValueError: samples that a run would refuse, see `Survey.check`.
+        ValueError: samples that a run would refuse, see `TokenScan.check`.
     """
-    looked, space, data = look_all(samples, processor, settings.data.max_sample_tokens), processor.space, settings.data
-    surveyed = survey_of(samples, looked, space)
-    surveyed.check(samples, max_tokens=data.tokens_per_batch, max_unsupervised_fraction=data.max_unsupervised_fraction)
-    lanes = {"num_processes": num_ranks, "accumulation": settings.train.accumulation}
-    batches = round_batches(samples, surveyed, settings=settings.data, seed=settings.train.seed, lanes=lanes)
-    fixed = {str(budget): np.array([one.tokens(budget, space) for one in looked]) for budget in budgets}
-    loads = {"as drawn": Load(), **{name: Load() for name in fixed}}
-    for step, (epoch, dealt) in enumerate(batches.batches.global_steps()):
+    space, data = processor.space, config.data
+    measured = measure_samples(samples, processor, data.max_sample_tokens)
+    scan = scan_of(samples, measured, space)
+    scan.check(
+        samples,
+        tokens_per_batch=data.tokens_per_batch,
+        max_unsupervised_fraction=data.max_unsupervised_fraction,
+    )
+    slots = RankSlots(num_ranks=num_ranks, accumulation=config.train.accumulation)
+    batches = rank_batches(samples, scan, config=data, seed=config.train.seed, slots=slots)
+    fixed = {str(budget): np.array([one.tokens(budget, space) for one in measured]) for budget in budgets}
+    loads = {AS_SAMPLED: RankLoad(), **{name: RankLoad() for name in fixed}}
+    for step, (epoch, in_step) in enumerate(batches.batches.global_steps()):
         if epoch >= epochs:
             break
-        drawn = np.zeros(len(samples), np.int64)
-        for index in (index for batch in dealt for index in batch):
-            drawn[index] = drawn_tokens(looked[index], draws, step)
-        loads["as drawn"].add(drawn, dealt, num_ranks)
+        sampled = np.zeros(len(samples), np.int64)
+        for index in (index for batch in in_step for index in batch):
+            sampled[index] = sampled_tokens(measured[index], sampler, step)
+        loads[AS_SAMPLED].add(sampled, in_step, num_ranks)
         for name, costs in fixed.items():
-            loads[name].add(costs, dealt, num_ranks)
+            loads[name].add(costs, in_step, num_ranks)
     return loads
 
 
-def drawn_tokens(one: Looked, draws: Sampler, step: int) -> int:
-    """Tokens, soft and text, of all passes of a sample in a step."""
+def sampled_tokens(one: SampleTokens, sampler: BudgetSampler, step: int) -> int:
+    """Count tokens, soft and text, of all views of a sample in a step."""
     media = {extent.medium for extent in one.extents}
-    return sum(one.tokens(draw.budget, draws.space) for draw in draws(step, media))
+    return sum(one.tokens(sampled.budget, sampler.space) for sampled in sampler(step, media))

@@ -1,28 +1,36 @@
-"""Which micro-batches a process gets over a whole run.
+"""Chooses which micro-batches a process gets over a whole run.
 
 Knows lengths of samples, epochs, processes and accumulation. Does not know what a sample is.
 
-An optimizer step takes one round of `processes x accumulation` batches, which the token-bucket sampler makes of one
-cost. How the round is split between processes and accumulation does not matter: two processes do in a step what one
-does with twice the accumulation, and a position in a run is a number of steps.
+An optimizer step takes `processes x accumulation` batches, which the token-bucket sampler makes of one cost. How they
+are split between processes and accumulation does not matter: two processes do in a step what one does with twice the
+accumulation, and a position in a run is a number of steps.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
 from mllm.data.batching import Lengths, SampleKey, TokenBucketBatchSampler
 
 
-class RoundBatches(Sampler[list[SampleKey]]):
+@dataclass(frozen=True)
+class RankSlots:
+    """Says which of all processes this one is, and how many micro-batches each takes per optimizer step."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    accumulation: int = 1
+
+
+class RankBatches(Sampler[list[SampleKey]]):
     """Batch sampler of one process. It goes on for ever and has no length: the trainer counts steps.
 
     Args:
         lengths: tokens of each sample.
-        limits: `max_tokens`, `max_rows` and `seed`, see `TokenBucketBatchSampler`.
-        accumulation: micro-batches of this process per step.
-        process_index, num_processes: this process among all.
+        slots: this process among all.
+        max_tokens, max_rows, seed: see `TokenBucketBatchSampler`.
 
     Raises:
         ValueError: a sample that no batch can hold.
@@ -32,21 +40,26 @@ class RoundBatches(Sampler[list[SampleKey]]):
         self,
         lengths: Sequence[int] | Lengths,
         *,
-        accumulation: int = 1,
-        process_index: int = 0,
-        num_processes: int = 1,
-        **limits: Any,
+        max_tokens: int,
+        max_rows: int | None = None,
+        seed: int = 0,
+        slots: RankSlots | None = None,
     ) -> None:
-        self.process_index, self.num_processes = process_index, num_processes
+        self.slots = slots or RankSlots()
         self.batches = TokenBucketBatchSampler(
-            lengths, num_processes=num_processes * accumulation, endless=True, **limits
+            lengths,
+            num_processes=self.slots.num_ranks * self.slots.accumulation,
+            endless=True,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            seed=seed,
         )
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for epoch, lanes in self.batches.global_steps():
-            for batch in lanes[self.process_index :: self.num_processes]:
+        for epoch, batches in self.batches.global_steps():
+            for batch in batches[self.slots.rank :: self.slots.num_ranks]:
                 yield [SampleKey(epoch, index) for index in batch]
 
     def steps(self, epochs: int) -> int:
-        """Optimizer steps of so many epochs."""
+        """Count optimizer steps of so many epochs."""
         return sum(self.batches.num_steps(epoch) for epoch in range(epochs))

@@ -1,6 +1,6 @@
-"""From manifests to the micro-batches of a process: files to samples to `{"batch": Batch}`.
+"""Makes the micro-batches of a process from manifests: files to samples to `{"batch": Batch}`.
 
-Knows the `data` block of a run. Does not know the model's weights, draws or the optimizer.
+Knows the `data` block of a run config. Does not know the model's weights, sampled budgets or the optimizer.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing.batch import check_length
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.interruption import ignore_interrupts
-from mllm.training.pipeline.batches import RoundBatches
-from mllm.training.pipeline.token_scan import Survey
+from mllm.training.pipeline.batches import RankBatches, RankSlots
+from mllm.training.pipeline.token_scan import TokenScan
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms.augmentation import Augmentation, TimeMask
 from mllm.transforms.noise import MixNoise
@@ -32,14 +32,14 @@ from mllm.transforms.noise import MixNoise
 SKIPPED_FILE = "skipped-{rank}.jsonl"
 
 
-def read_samples(manifests: Sequence[str], settings: DataConfig) -> list[Sample]:
-    """The samples of all manifests.
+def read_samples(manifests: Sequence[str], config: DataConfig) -> list[Sample]:
+    """Read the samples of all manifests.
 
     Raises:
         ValueError: a bad row, an id that two manifests use, or a question that is there without an answer.
         OSError: a manifest cannot be read.
     """
-    samples = [sample for path in manifests for sample in read_data(path, settings.root, settings.reader)]
+    samples = [sample for path in manifests for sample in read_data(path, config.root, config.reader)]
     seen: set[str] = set()
     for sample in samples:
         if sample.id in seen:
@@ -51,84 +51,84 @@ def read_samples(manifests: Sequence[str], settings: DataConfig) -> list[Sample]
 
 
 def train_loader(
-    data: ManifestDataset,
-    surveyed: Survey,
+    dataset: ManifestDataset,
+    scan: TokenScan,
     *,
-    settings: DataConfig,
+    config: DataConfig,
     encode: Callable[..., dict[str, Any]],
     run: Path,
     seed: int,
-    lanes: dict[str, int],
+    slots: RankSlots,
 ) -> DataLoader[Any]:
-    """Micro-batches of this process, for ever.
+    """Make the loader of this process's micro-batches, which goes on for ever.
 
     Args:
-        data: the samples and how their media are loaded.
+        dataset: the samples and how their media are loaded.
         encode: samples and their media to a batch, see `encode`; a sample that it refuses is left out.
         run: the run folder; what is left out is listed there.
-        lanes: `process_index`, `num_processes` and `accumulation`.
+        slots: this process among all.
     """
-    batches = round_batches(data.samples, surveyed, settings=settings, seed=seed, lanes=lanes)
-    skip_log = SkipLog(
-        run / SKIPPED_FILE.format(rank=lanes["process_index"]), max_bad_fraction=settings.max_bad_fraction
-    )
+    batches = rank_batches(dataset.samples, scan, config=config, seed=seed, slots=slots)
+    skip_log = SkipLog(run / SKIPPED_FILE.format(rank=slots.rank), max_bad_fraction=config.max_bad_fraction)
     collator = Collator(encode, skip_log=skip_log)
     return DataLoader(
-        data,
+        dataset,
         batch_sampler=batches,
         collate_fn=collator,
-        num_workers=settings.num_workers,
+        num_workers=config.num_workers,
         worker_init_fn=ignore_interrupts,
     )
 
 
-def round_batches(
-    samples: Sequence[Sample], surveyed: Survey, *, settings: DataConfig, seed: int, lanes: dict[str, int]
-) -> RoundBatches:
-    """Which samples are in which micro-batch of this process; see `train_loader`."""
-    kinds = media_groups(samples) if settings.group_by_media else None
-    limits = {"max_tokens": settings.tokens_per_batch, "max_rows": settings.max_rows}
-    groups = parts_that_fit(samples_that_share(samples), surveyed.tokens, **limits) if settings.share_media else ()
-    return RoundBatches(Lengths(surveyed.tokens, surveyed.smallest, kinds, groups), seed=seed, **limits, **lanes)
+def rank_batches(
+    samples: Sequence[Sample], scan: TokenScan, *, config: DataConfig, seed: int, slots: RankSlots
+) -> RankBatches:
+    """Choose which samples are in which micro-batch of this process; see `train_loader`."""
+    kinds = media_groups(samples) if config.group_by_media else None
+    limits = {"max_tokens": config.tokens_per_batch, "max_rows": config.max_rows}
+    groups = parts_that_fit(samples_that_share(samples), scan.max_tokens, **limits) if config.share_media else ()
+    return RankBatches(Lengths(scan.max_tokens, scan.min_tokens, kinds, groups), seed=seed, slots=slots, **limits)
 
 
 def validation_loader(
-    data: ManifestDataset,
-    surveyed: Survey,
+    dataset: ManifestDataset,
+    scan: TokenScan,
     *,
-    settings: DataConfig,
+    config: DataConfig,
     processor: ElasticProcessor,
     budgets: Sequence[Budget],
-    process_index: int,
-    num_processes: int,
+    slots: RankSlots,
 ) -> tuple[DataLoader[Any], int]:
-    """Validation batches of this process, clean and in order, and how many of them count; a bad sample is an error.
+    """Make the loader of this process's validation batches, clean and in order, and say how many of them count.
+
+    A bad sample is an error here.
 
     Args:
-        data: the samples and how their media are loaded, without augmentation.
+        dataset: the samples and how their media are loaded, without augmentation.
     """
     batches = TokenBucketBatchSampler(
-        surveyed.tokens,
-        max_tokens=settings.tokens_per_batch,
-        max_rows=settings.max_rows,
-        process_index=process_index,
-        num_processes=num_processes,
+        scan.max_tokens,
+        max_tokens=config.tokens_per_batch,
+        max_rows=config.max_rows,
+        process_index=slots.rank,
+        num_processes=slots.num_ranks,
         shuffle=False,
     )
-    own = partial(encode, processor=processor, budgets=budgets, max_sample_tokens=settings.max_sample_tokens)
-    collator = Collator(own)
+    collator = Collator(
+        partial(encode, processor=processor, budgets=budgets, max_sample_tokens=config.max_sample_tokens)
+    )
     loader = DataLoader(
-        data,
+        dataset,
         batch_sampler=batches,
         collate_fn=collator,
-        num_workers=settings.num_workers,
+        num_workers=config.num_workers,
         worker_init_fn=ignore_interrupts,
     )
     return loader, len(batches) - batches.num_repeated
 
 
 def loading(
-    settings: DataConfig,
+    config: DataConfig,
     processor: ElasticProcessor,
     *,
     augmented: bool,
@@ -136,10 +136,10 @@ def loading(
     remembered_files: int = 0,
     watch: Stopwatch | None = None,
 ) -> Callable[..., list[LoadedMedia]]:
-    """What loads the media of a sample; changed by chance where the settings say so.
+    """Make what loads the media of a sample, augmented as the config says.
 
     Args:
-        budgets: what samples will be asked at; images that are cut into tiles are cut as these ask.
+        budgets: those that samples will be run at; images that are cut into tiles are cut as these ask for.
         remembered_files: how many decoded files are kept for samples that follow each other and share them.
         watch: takes the time.
 
@@ -148,42 +148,37 @@ def loading(
     """
     reader = MediaLoader(
         gray=True,
-        backend=settings.video_backend,
-        max_mismatch_seconds=settings.max_mismatch_seconds,
-        limits=settings.limits,
+        backend=config.video_backend,
+        max_mismatch_seconds=config.max_mismatch_seconds,
+        limits=config.limits,
     )
     reader = RememberingLoader(reader, remembered_files) if remembered_files else reader
-    augmentation = build_augmentation(settings) if augmented else None
+    augmentation = build_augmentation(config) if augmented else None
     return TimedLoad(processor, reader, watch or Stopwatch(), augmentation=augmentation, budgets=tuple(budgets))
 
 
-def build_augmentation(settings: DataConfig) -> Augmentation:
-    """What the `data` block asks for.
+def build_augmentation(config: DataConfig) -> Augmentation:
+    """Build the augmentation that the `data` block asks for.
 
     Raises:
         ValueError: noise that is silent; the file is named.
         MediaError: noise that cannot be read.
     """
     try:
-        mix = (
-            None
-            if settings.noise is None
-            else MixNoise(load_audio(settings.noise, limits=settings.limits), settings.snr_db)
-        )
+        mix = None if config.noise is None else MixNoise(load_audio(config.noise, limits=config.limits), config.snr_db)
     except MediaError:
         raise
     except ValueError as error:
-        raise ValueError(f"data.noise {settings.noise}: {error}") from error
-    masks = [TimeMask(*mask) if mask else None for mask in (settings.audio_mask_samples, settings.video_mask_frames)]
-    return Augmentation(mix, *masks, flip_probability=settings.flip_probability)
+        raise ValueError(f"data.noise {config.noise}: {error}") from error
+    masks = [TimeMask(*mask) if mask else None for mask in (config.audio_mask_samples, config.video_mask_frames)]
+    return Augmentation(mix, *masks, flip_probability=config.flip_probability)
 
 
 def media_groups(samples: Sequence[Sample]) -> list[int]:
-    """Of each sample a number that it shares with those that have the same media: as many images, and sound or video
-    or neither."""
+    """Number samples such that those with the same media have one number: as many images, and audio or video or not."""
     numbers: dict[tuple[int, ...], int] = {}
-    kinds = [[part.medium for part in sample.media] for sample in samples]
-    keys = [(own.count("image"), "audio" in own, "video" in own) for own in kinds]
+    media = [[part.medium for part in sample.media] for sample in samples]
+    keys = [(of_sample.count("image"), "audio" in of_sample, "video" in of_sample) for of_sample in media]
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
@@ -196,11 +191,11 @@ def encode(
     max_sample_tokens: int | None = None,
     watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
-    """A micro-batch, once it is sure that every row can meet the budgets, and the seconds it took by `watch`.
+    """Make a micro-batch, once it is sure that every row can meet the budgets; with the seconds it took, by `watch`.
 
     Args:
-        budgets: the extremes of what is drawn.
-        max_sample_tokens: where longer rows are cut, every medium at its largest budget; see `Row.cut`.
+        budgets: the extremes of what is sampled.
+        max_sample_tokens: where longer rows are cut, every medium at its largest budget; see `EncodedSample.cut`.
         watch: has the time of loading.
 
     Raises:

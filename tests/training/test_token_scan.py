@@ -12,7 +12,7 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.processing.processor import LoadedMedia
 from mllm.training.pipeline import token_scan as module
 from mllm.training.pipeline.loaders import encode, media_groups
-from mllm.training.pipeline.token_scan import check_targets, count_targets, drawn, survey, target_report
+from mllm.training.pipeline.token_scan import check_targets, count_targets, evenly_sampled, scan_tokens, target_report
 
 GOOD = Sample("good", (Message("user", (Text("hi"),)), Message("assistant", (Text("hello"),))), task="test")
 IMAGE = Media("image", "a.png")
@@ -31,38 +31,38 @@ def mixed(num_good: int, num_empty: int) -> list[Sample]:
 
 def test_too_many_samples_with_nothing_to_learn_stop_the_run(processor) -> None:
     samples = mixed(98, 2)
-    limits = {"max_tokens": 100, "max_unsupervised_fraction": 0.01}
+    limits = {"tokens_per_batch": 100, "max_unsupervised_fraction": 0.01}
     with pytest.raises(ValueError, match=r"2 of 100 samples have nothing to learn .* such as 'e0', 'e1'; .* 0.01"):
-        survey(samples, processor).check(samples, **limits)
-    survey(samples, processor).check(samples, **{**limits, "max_unsupervised_fraction": 0.02})
-    survey(mixed(199, 2), processor).check(mixed(199, 2), **limits)
+        scan_tokens(samples, processor).check(samples, **limits)
+    scan_tokens(samples, processor).check(samples, **{**limits, "max_unsupervised_fraction": 0.02})
+    scan_tokens(mixed(199, 2), processor).check(mixed(199, 2), **limits)
 
 
 def test_the_report_says_how_many_targets_and_who_has_none(processor, caplog: pytest.LogCaptureFixture) -> None:
     samples = mixed(5, 7)
     caplog.set_level(logging.INFO)
-    survey(samples, processor).check(samples, max_tokens=100, max_unsupervised_fraction=0.9)
+    scan_tokens(samples, processor).check(samples, tokens_per_batch=100, max_unsupervised_fraction=0.9)
     line = "12 samples; target tokens per sample: least 0, median 0, mean 1.7, most 4; 7 without"
     assert f"{line} ('e0', 'e1', 'e2', 'e3', 'e4' and 2 more)" in caplog.text
     assert "samples per second" in caplog.text
     assert target_report(["a"], [3]).endswith("0 without")
 
 
-def test_a_large_data_set_is_stopped_at_the_first_look(
+def test_a_large_data_set_is_stopped_at_the_first_scan(
     processor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_LOOK", 50)
+    monkeypatch.setattr(module, "FIRST_SCAN", 50)
     caplog.set_level(logging.INFO)
     with pytest.raises(ValueError, match=r"\d+ of 50 samples have nothing to learn"):
-        survey(mixed(150, 150), processor, max_unsupervised_fraction=0.01)
-    assert "first look: 50 samples" in caplog.text
+        scan_tokens(mixed(150, 150), processor, max_unsupervised_fraction=0.01)
+    assert "first scan: 50 samples" in caplog.text
     assert "samples per second" not in caplog.text
 
 
 def test_what_is_drawn_is_always_the_same_and_spread() -> None:
-    assert drawn(5, 10) == [0, 1, 2, 3, 4]
-    first = drawn(1000, 100)
-    assert first == drawn(1000, 100) == sorted(set(first))
+    assert evenly_sampled(5, 10) == [0, 1, 2, 3, 4]
+    first = evenly_sampled(1000, 100)
+    assert first == evenly_sampled(1000, 100) == sorted(set(first))
     assert len(first) == 100
     assert max(first) > 900
 
@@ -70,25 +70,25 @@ def test_what_is_drawn_is_always_the_same_and_spread() -> None:
 def test_a_sample_the_format_has_no_place_for_is_named(processor) -> None:
     bad = dataclasses.replace(GOOD, id="bad", messages=(Message("user", (Media("audio", "a.wav"),)), GOOD.messages[1]))
     with pytest.raises(ValueError, match="sample 'bad': this model does not take audio"):
-        survey([GOOD, bad], processor)
+        scan_tokens([GOOD, bad], processor)
 
 
 def test_a_cut_sample_has_the_tokens_and_targets_that_a_batch_has(processor) -> None:
-    """The survey and the batch agree on what is left, at every place of the cut."""
+    """The scan and the batch agree on what is left, wherever the cut is."""
     messages = (
         *(Message("user", (IMAGE, Text("what is it?"))), Message("assistant", (Text("a red circle"),))),
         *(Message("user", (Text("sure?"),)), Message("assistant", (Text("yes it is a red circle"),))),
     )
     sample = Sample("long", messages, task="test")
     image: LoadedMedia = tiny.random_media("image")
-    whole = survey([sample], processor)
-    for limit in range(66, whole.tokens[0] + 2):
-        found = survey([sample], processor, max_sample_tokens=limit)
+    whole = scan_tokens([sample], processor)
+    for limit in range(66, whole.max_tokens[0] + 2):
+        scan = scan_tokens([sample], processor, max_sample_tokens=limit)
         row = encode([sample], [[image]], processor=processor, budgets=[], max_sample_tokens=limit)["batch"].rows[0]
-        assert found.tokens[0] == min(limit, whole.tokens[0]) == len(row.ids) - 1 + 64
-        assert found.targets[0] == sum(label != -100 for label in row.labels)
+        assert scan.max_tokens[0] == min(limit, whole.max_tokens[0]) == len(row.ids) - 1 + 64
+        assert scan.num_targets[0] == sum(label != -100 for label in row.labels)
         assert len(row.ids) == len(row.labels)
-    assert survey([sample], processor, max_sample_tokens=66).targets == [0]
+    assert scan_tokens([sample], processor, max_sample_tokens=66).num_targets == [0]
 
 
 def test_a_image_behind_the_cut_is_refused_not_cut(processor) -> None:
@@ -123,9 +123,9 @@ def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
         (sample.id, sum(label != -100 for label in prompt.labels))
         for sample, prompt in zip(samples, encoded, strict=True)
     ]
-    found = survey(samples, processor)
-    assert found.tokens == [len(prompt.ids) for prompt in encoded]
-    check_targets([sample.id for sample in samples], found.targets, 0.0)
+    scan = scan_tokens(samples, processor)
+    assert scan.max_tokens == [len(prompt.ids) for prompt in encoded]
+    check_targets([sample.id for sample in samples], scan.num_targets, 0.0)
 
 
 def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_many(
@@ -139,19 +139,23 @@ def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_
     odd = dataclasses.replace(GOOD, messages=(Message("system", (Text("Be kind."),)), *GOOD.messages))
     samples = [dataclasses.replace(GOOD, id=f"g{number}") for number in range(10)]
     samples[3:3] = [dataclasses.replace(odd, id="odd")]
-    found = survey(samples, own, kept=tmp_path / "kept.json")
-    assert found.refused == {"odd": "the chat template refuses the turns system, user, assistant: division by zero"}
-    alone = survey(samples[:1], own)
-    assert [tokens for number, tokens in enumerate(found.tokens) if number != 3] == alone.tokens * 10
-    assert survey(samples, own, kept=tmp_path / "kept.json") == found  # as it was kept
-    limits = {"max_tokens": 100, "max_unsupervised_fraction": 0.0}
+    scan = scan_tokens(samples, own, cache_file=tmp_path / "kept.json")
+    assert scan.refused == {"odd": "the chat template refuses the turns system, user, assistant: division by zero"}
+    alone = scan_tokens(samples[:1], own)
+    assert [tokens for number, tokens in enumerate(scan.max_tokens) if number != 3] == alone.max_tokens * 10
+    assert scan_tokens(samples, own, cache_file=tmp_path / "kept.json") == scan  # as it was kept
+    limits = {"tokens_per_batch": 100, "max_unsupervised_fraction": 0.0}
     caplog.set_level(logging.INFO)
-    found.check(samples, **limits, max_bad_fraction=0.01)
+    scan.check(samples, **limits, max_bad_fraction=0.01)
     assert "11 samples; target" not in caplog.text
     assert "10 samples; target" in caplog.text
-    assert found.without_refused(samples) == ([*samples[:3], *samples[4:]], survey([*samples[:3], *samples[4:]], own))
+    assert scan.without_refused(samples) == (
+        [*samples[:3], *samples[4:]],
+        scan_tokens([*samples[:3], *samples[4:]], own),
+    )
     with pytest.raises(ValueError, match=r"1 of 11 samples are refused; data.max_bad_fraction allows 0 of them"):
-        found.check(samples, **limits)
+        scan.check(samples, **limits)
     many = [dataclasses.replace(odd, id=f"o{number}") for number in range(6)]
+    mostly_good = [*samples[:1] * 500, *many]
     with pytest.raises(ValueError, match=r"6 of 506 samples are refused"):
-        survey([*samples[:1] * 500, *many], own).check([*samples[:1] * 500, *many], **limits, max_bad_fraction=0.01)
+        scan_tokens(mostly_good, own).check(mostly_good, **limits, max_bad_fraction=0.01)

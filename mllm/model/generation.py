@@ -1,0 +1,125 @@
+"""Adds transformers' `generate` to the elastic model: media encoded once, beginnings that rows share read once.
+
+Knows prompts, caches and what rows have in common. Does not know how a forward pass is computed.
+
+Shapes: B rows, G groups of rows, C new tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once
+from mllm.kv_cache.names import cache_argument
+from mllm.kv_cache.shared_prefix import Prefixes
+from mllm.model.configuration import ElasticConfig
+from mllm.model.media_arguments import MEDIA_KEYS, VALUE_KEYS
+
+
+class ElasticGenerationMixin(GenerationMixin):
+    """Generates from prompts with media, for a model whose body is an `ElasticModel`."""
+
+    config: ElasticConfig
+    model: Any
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers does it, but ids that assisted decoding guesses after an embedded prompt are embedded too."""
+        parent: Any = super()
+        if inputs_embeds is not None and is_first_iteration:
+            guessed = input_ids[:, inputs_embeds.shape[1] :]
+            inputs_embeds = torch.cat([inputs_embeds, self.model.embed_text(guessed)], dim=1)
+        return parent.prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`; media are encoded once per item and prompts read once per row, whatever the beams.
+
+        Takes the media arguments of `forward` and everything `GenerationMixin.generate` takes; returns what it does,
+        the prompt included. In the returned ids a placeholder, and a new token behind the LLM's vocabulary, reads as
+        the pad id, or 0 where there is none. Options that ask for another cache, or to see the pass over the prompt,
+        make every beam read it (see `mllm.kv_cache.beam`).
+
+        With `prefix_index` (B,) and `prefix_lengths` (G,), rows of one group show the same media and begin with so many
+        equal ids, which are read once (see `mllm.kv_cache.shared_prefix`); the media arguments are then those of the
+        first row of each group alone.
+
+        With `constant_prompt`, every row begins with that text, which has been read before (see
+        `mllm.kv_cache.system_prompt`).
+
+        Raises:
+            ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
+        """
+        media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
+        input_ids = kwargs.pop("input_ids", inputs)
+        constant = kwargs.pop("constant_prompt", None)
+        prefixes = _prefixes_of(kwargs, self.generation_config)
+        if constant is not None:
+            _check_sharing("constant_prompt", kwargs, self.generation_config)
+        is_soft = None
+        if prefixes is not None or any(media[key] is not None for key in VALUE_KEYS.values()):
+            placeholders = list((self.config.placeholder_ids or {}).values())
+            is_soft = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
+            shown = input_ids if prefixes is None else input_ids[prefixes.first_rows]
+            kwargs["inputs_embeds"] = self.model.embed(shown, media)
+            text_ids = input_ids.masked_fill(is_soft, 0)
+            # The logits have no place for a new token behind the LLM's vocabulary, and what looks ids up in them (a
+            # penalty for repetition) must not look for one; like a soft token it is there as an embedding alone.
+            is_soft = is_soft | (input_ids >= self.config.get_text_config().vocab_size)
+            input_ids = input_ids.masked_fill(is_soft, self.generation_config.pad_token_id or 0)
+        row_inputs = {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
+        past = None
+        if prefixes is not None:
+            past = prefixes.read(self, kwargs["inputs_embeds"], constant=constant, **row_inputs)
+            text_embeds = self.model.embed_text(text_ids)
+            kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
+        elif constant is not None:
+            past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)
+        if reads_prompt_once(input_ids, kwargs, self.generation_config):
+            past = prefill(
+                self,
+                input_ids,
+                kwargs["attention_mask"],
+                inputs_embeds=kwargs.get("inputs_embeds"),
+                copies=num_copies(kwargs, self.generation_config),
+                past=past,
+                **row_inputs,
+            )
+        if past is not None:
+            kwargs |= cache_argument(past)
+            if is_soft is not None and not is_soft[:, past.get_seq_length() :].any():
+                del kwargs["inputs_embeds"]  # what is left of the prompts is text; B * C embeddings need not be made
+        parent: Any = super()
+        return parent.generate(input_ids, **kwargs)
+
+
+def _prefixes_of(options: dict[str, Any], generation_config: Any) -> Prefixes | None:
+    """Take what `generate` was told of rows that begin alike out of its options.
+
+    Raises:
+        ValueError: options of `generate` that ask for another cache, or to see the pass over the prompt.
+    """
+    index, lengths = options.pop("prefix_index", None), options.pop("prefix_lengths", None)
+    if index is None:
+        return None
+    if lengths is None:
+        raise ValueError("prefix_index goes with prefix_lengths")
+    _check_sharing("prefix_index", options, generation_config)
+    return Prefixes(index, lengths, options["attention_mask"])
+
+
+def _check_sharing(key: str, options: dict[str, Any], generation_config: Any) -> None:
+    if options.get("attention_mask") is None or not allows_sharing(options, generation_config):
+        raise ValueError(
+            f"{key} goes with attention_mask, and with use_cache and the library's own dynamic cache; leave it out to "
+            "read every prompt by itself"
+        )
