@@ -1,1 +1,1 @@
-"""The elastic model: encoders, compressors and an unmodified decoder LLM, as a native transformers model."""
+"""Holds the elastic model: encoders, compressors and an unmodified decoder LLM, as a native transformers model."""

@@ -363,7 +363,7 @@ class TargetLoss(Protocol):
 
 @dataclass
 class ElasticOutput(CausalLMOutputWithPast):
-    """What the model gives, and what its adapter reports.
+    """Holds what the model gives, and what its adapter reports.
 
     Args:
         auxiliary: what is to be made small beside the loss, by name, each (B,); `auxiliary_weights` says how much it

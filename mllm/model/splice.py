@@ -1,4 +1,4 @@
-"""Where soft tokens meet text: their embeddings at the placeholders of the sequence.
+"""Puts soft tokens into text: their embeddings at the placeholders of the sequence.
 
 Knows ids, counts and tensors. Does not know media, budgets or what an id means.
 

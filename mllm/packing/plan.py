@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """How B rows lie in one packed row of L tokens.
+    """Says how B rows lie in one packed row of L tokens.
 
     Args:
         segments: in the order of the packed row, which they tile.

@@ -22,7 +22,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class WeightedTargets:
-    """What the logits should say, and the weight of each of them.
+    """Says what the logits should say, and the weight of each of them.
 
     Args:
         ids: (P,) the right tokens.

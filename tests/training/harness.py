@@ -52,8 +52,8 @@ class Rows(Dataset[tuple[Sample, list[LoadedMedia]]]):
         return Sample(f"sample{index}", messages, task="test"), loaded
 
 
-class Dealt:
-    """Micro-batches of every epoch in turn, dealt out to the processes; like `RankBatches`, but given."""
+class FixedBatches:
+    """Assigns the micro-batches of every epoch in turn to the processes; like `RankBatches`, but of fixed rows."""
 
     def __init__(self, of_epoch: Callable[[int], Sequence[Sequence[int]]], rank: int, num_processes: int) -> None:
         self.of_epoch, self.rank, self.num_processes = of_epoch, rank, num_processes
@@ -111,7 +111,7 @@ def make_trainer(
         return {"batch": processor.batch(samples, media, for_training=True)}
 
     world, rank = arguments.world_size, arguments.process_index
-    own = Dealt(of_epoch, rank, world)
+    rank_batches = FixedBatches(of_epoch, rank, world)
     validation = None
     if settings.data.validation:
         keys = [[(0, row) for row in batch] for batch in ([0, 1], [2, 3], [4], [4])[rank::world]]
@@ -122,7 +122,7 @@ def make_trainer(
     draws = BudgetSampler(
         space, settings.sampler.mode, settings.sampler.num_draws, settings.train.seed, tuple(settings.sampler.budgets)
     )
-    loader = DataLoader(data, batch_sampler=own, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+    loader = DataLoader(data, batch_sampler=rank_batches, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
     return ElasticTrainer(
         model, arguments, processor=processor, sampler=draws, batches=loader, validation=validation, tensorboard=False
     )

@@ -100,7 +100,7 @@ def fit_projectors(
 
 @dataclass
 class _Sums:
-    """What ridge regression needs to know of all captions, added up batch by batch.
+    """Adds up batch by batch what ridge regression needs to know of all captions.
 
     Args:
         items: (D'+2+H, D'+2+H), products of [summed inputs, number of inputs, 1, target] of an item.
