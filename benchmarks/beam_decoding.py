@@ -33,8 +33,10 @@ from turns import in_turns, options, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.checkpoints.build import config_of_parts, space_settings
-from mllm.config.model import MediumConfig, ModelConfig
+from mllm.checkpoints.build import config_of_parts
+from mllm.config.medium import AudioConfig, AudioEncoderConfig
+from mllm.config.model import ModelConfig
+from mllm.config.processor import ProcessorConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.model.media_arguments import MEDIA_KEYS
@@ -90,20 +92,17 @@ def build_model(
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
-    medium = MediumConfig(encoder="random", budgets=[f"/{rate}" for rate in rates])
+    encoder = AudioEncoderConfig(source="random")
+    medium = AudioConfig(encoder=encoder, budgets=[f"/{rate}" for rate in rates])
     settings = ModelConfig(llm="random", chat_format="plain", audio=medium)
     placeholder_ids = {"audio": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["audio"]))}
     torch.manual_seed(0)
     model: Any = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"audio": audio}, placeholder_ids=placeholder_ids)
     )
-    entry = {
-        "encoder": audio.to_dict(),
-        "preprocessor": {"feature_size": 80, "feature_extractor_type": "WhisperFeatureExtractor"},
-        "space": space_settings(medium),
-        "span": [],
-    }
-    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"audio": entry}})
+    extractor = {"feature_size": 80, "feature_extractor_type": "WhisperFeatureExtractor"}
+    kept = ProcessorConfig(chat_format="plain", preprocessors={"audio": extractor})
+    processor = ElasticProcessor(tokenizer, model.config, kept)
     return model.to(device=device, dtype=dtype).eval(), processor
 
 

@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.adapters import build_adapter
 from mllm.budget import Budget
-from mllm.checkpoints.build import config_of_parts, space_settings
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.checkpoints.build import config_of_parts
+from mllm.config.medium import ImageConfig, ImageEncoderConfig
+from mllm.config.model import LoraConfig, ModelConfig
+from mllm.config.processor import ProcessorConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, RequestCost, llm_flops, request_cost, train_factor
 from mllm.inference.answerer import Answer, Answerer, Decoding
@@ -63,18 +65,18 @@ def build_model() -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
-    medium = MediumConfig(encoder="random", budgets=[144, 36, 9, 1], feature_layer=-1)
-    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
+    medium = ImageConfig(encoder=ImageEncoderConfig(source="random", feature_layer=-1), budgets=[144, 36, 9, 1])
+    lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
     settings = ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora)
     placeholder_ids = {"image": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"]))}
     torch.manual_seed(0)
     model = ElasticForConditionalGeneration(
         config_of_parts(settings, text_config=text, encoder_configs={"image": vision}, placeholder_ids=placeholder_ids)
     )
-    build_adapter(model.model.language_model, model.config.adapter or {})
+    build_adapter(model.model.language_model, lora)
     set_trainables(model)
-    entry = {"encoder": vision.to_dict(), "preprocessor": {}, "space": space_settings(medium), "span": []}
-    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": entry}})
+    kept = ProcessorConfig(chat_format="plain", preprocessors={"image": {}})
+    processor = ElasticProcessor(tokenizer, model.config, kept)
     return model.eval(), processor
 
 

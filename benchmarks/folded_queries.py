@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from outcomes import Outcome, append, timed
@@ -26,6 +27,7 @@ from turns import in_turns, milliseconds, options, ratio_of, seconds_of, unprepa
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.compressors import Query
+from mllm.config.medium import ImageConfig, ImageEncoderConfig, ImageQueryConfig
 from mllm.evaluation.flops import Item, compressor_flops
 
 COUNTS = (256, 144, 64, 16, 2)
@@ -61,12 +63,17 @@ def runs_of(query: Query, images: Tensor, count: int) -> dict[str, Callable[[], 
 
 def predicted(count: int, out_size: int) -> float:
     """Compute the ratio of FLOPs."""
-    settings = {"compressor": "query", "num_queries": 256, "query_heads": NUM_HEADS, "budgets": list(COUNTS)}
+    encoder = ImageEncoderConfig(source="random")
+
+    def queries(keys: Literal["position", "content"]) -> ImageConfig:
+        compressor = ImageQueryConfig(num_queries=256, num_heads=NUM_HEADS, keys=keys)
+        return ImageConfig(encoder=encoder, compressor=compressor, budgets=list(COUNTS))
+
     item = Item("image", PATCHES, count)
     folded, unfolded = (
         # Keys that are never folded cost what position keys cost unfolded: one product per patch.
-        compressor_flops({**settings, "keys": keys}, item, in_size=IN_SIZE, out_size=out_size)
-        for keys in ("position", "content")
+        compressor_flops(block, item, in_size=IN_SIZE, out_size=out_size)
+        for block in (queries("position"), queries("content"))
     )
     return unfolded / folded
 

@@ -29,8 +29,10 @@ from turns import in_turns, options, ratio_of, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.checkpoints.build import config_of_parts, put_adapters, space_settings
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.checkpoints.build import config_of_parts, put_adapters
+from mllm.config.medium import ImageConfig, ImageEncoderConfig
+from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.processor import ProcessorConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.kv_cache.shared_prefix import num_common
@@ -57,7 +59,7 @@ QUESTIONS = (
 def build_model(
     device: torch.device,
     dtype: torch.dtype,
-    medium: MediumConfig | None = None,
+    medium: ImageConfig | None = None,
     adapter: AdapterConfig | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """Build the model of the head of this file, or with another compressor or an adapter, and its processor."""
@@ -80,7 +82,7 @@ def build_model(
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
-    medium = medium or MediumConfig(encoder="random", budgets=list(COUNTS))
+    medium = medium or ImageConfig(encoder=ImageEncoderConfig(source="random"), budgets=list(COUNTS))
     settings = ModelConfig(llm="random", chat_format="plain", image=medium, adapter=adapter)
     placeholder_ids = {"image": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["image"]))}
     torch.manual_seed(0)
@@ -94,17 +96,13 @@ def build_model(
                 parameter.mul_(3)
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    entry = {
-        "encoder": vision.to_dict(),
-        "preprocessor": {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"height": 336, "width": 336},
-            "do_center_crop": False,
-        },
-        "space": space_settings(medium),
-        "span": [],
+    resized = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": 336, "width": 336},
+        "do_center_crop": False,
     }
-    processor = ElasticProcessor(tokenizer, elastic={"chat_format": "plain", "media": {"image": entry}})
+    kept = ProcessorConfig(chat_format="plain", preprocessors={"image": resized})
+    processor = ElasticProcessor(tokenizer, model.config, kept)
     return model.to(device=device, dtype=dtype).eval(), processor
 
 

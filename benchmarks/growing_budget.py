@@ -31,7 +31,7 @@ from turns import in_turns, options, ratio, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mllm.config.model import MediumConfig
+from mllm.config.medium import ImageConfig, ImageEncoderConfig, ImageQueryConfig
 from mllm.evaluation.flops import Item, llm_flops, request_cost
 from mllm.inference.answerer import Answerer
 from mllm.inference.progressive import ProgressiveSession
@@ -82,7 +82,8 @@ def predicted(config: Any, session: ProgressiveSession, num_prompt_tokens: int) 
 def compare(arguments: argparse.Namespace, image: Path) -> tuple[Table, list[Outcome]]:
     """Check equality first, then time in turns."""
     device = torch.device(arguments.device)
-    medium = MediumConfig(encoder="random", compressor="query", budgets=[*STARTS, MOST])
+    encoder = ImageEncoderConfig(source="random")
+    medium = ImageConfig(encoder=encoder, compressor=ImageQueryConfig(), budgets=[*STARTS, MOST])
     model, processor = build_model(device, getattr(torch, arguments.dtype), medium)
     answerer = Answerer(model, processor)
     runs = runs_of(answerer, image)

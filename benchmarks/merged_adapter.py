@@ -26,7 +26,7 @@ from turns import in_turns, options, ratio, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.checkpoints.load import merge_llm_adapter
-from mllm.config.model import AdapterConfig
+from mllm.config.model import LoraConfig
 from mllm.evaluation.flops import request_cost
 
 TARGETS = {
@@ -43,7 +43,7 @@ def compare(arguments: argparse.Namespace) -> tuple[Table, list[Outcome]]:
         table.add_column(column, justify="right")
     outcomes = []
     for name, targets in TARGETS.items():
-        adapter = AdapterConfig(rank=16, alpha=16, targets=targets)
+        adapter = LoraConfig(rank=16, alpha=16, targets=targets)
         model, processor = build_model(device, getattr(torch, arguments.dtype), adapter=adapter)
         merged = copy.deepcopy(model)
         merge_llm_adapter(merged)

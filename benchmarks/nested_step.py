@@ -12,6 +12,7 @@ The model: the CLIP and LLM of `pooled_step.py`, and a query transformer of 256 
 prompt, an image, 32 of question, 32 of answer. Losses and all gradients must agree to 1e-5 before anything is timed.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,7 +32,8 @@ from transformers import CLIPVisionConfig
 from turns import options
 
 from mllm.compressors import Query
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.config.medium import ImageConfig, ImageEncoderConfig, ImageQueryConfig
+from mllm.config.model import LoraConfig, ModelConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
@@ -54,8 +56,9 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
         image_size=336,
         patch_size=14,
     )
-    medium = MediumConfig(encoder="random", compressor="query", num_queries=256, budgets=list(COUNTS))
-    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
+    encoder = ImageEncoderConfig(source="random")
+    medium = ImageConfig(encoder=encoder, compressor=ImageQueryConfig(num_queries=256), budgets=list(COUNTS))
+    lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
     model, processor = build(
         ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
     )
@@ -105,9 +108,9 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
     """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; the compressor learns."""
     config = model.config
     medium = config.media["image"]
-    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 256), medium)
+    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 256), medium.encoder)
     # In training nothing is folded, and keys that are never folded cost what position keys cost unfolded.
-    unfolded = {**medium, "keys": "content"}
+    unfolded = replace(medium, compressor=replace(medium.compressor, keys="content"))
     learned = [3 * compressor_flops(unfolded, Item("image", 576, n), in_size=256, out_size=512) for n in COUNTS]
     lengths = [len(batch.rows[0].ids) - 1 + count for count in COUNTS]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]

@@ -33,7 +33,8 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig
 from turns import options
 
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.config.medium import ImageConfig, ImageEncoderConfig, MlpConfig
+from mllm.config.model import LoraConfig, ModelConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
@@ -56,8 +57,9 @@ def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProces
         image_size=336,
         patch_size=14,
     )
-    medium = MediumConfig(encoder="random", budgets=list(SCALES), project_first=True)
-    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
+    encoder, projector = ImageEncoderConfig(source="random"), MlpConfig(before_pooling=True)
+    medium = ImageConfig(encoder=encoder, projector=projector, budgets=list(SCALES))
+    lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
     model, processor = build(
         ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}, **text
     )
@@ -102,7 +104,7 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
     """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; the projector learns."""
     config = model.config
     medium = config.media["image"]
-    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), medium)
+    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), medium.encoder)
     projector = compressor_flops(medium, Item("image", 576, 1), in_size=256, out_size=512)
     lengths = [len(batch.rows[0].ids) - 1 + scale for scale in SCALES]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]

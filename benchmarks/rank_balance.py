@@ -34,7 +34,15 @@ from turns import options
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget.sampler import BudgetSampler
-from mllm.config.model import MediumConfig, ModelConfig
+from mllm.config.medium import (
+    AudioConfig,
+    AudioEncoderConfig,
+    ImageConfig,
+    ImageEncoderConfig,
+    LipsConfig,
+    VideoConfig,
+)
+from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.encoders import AVHubertConfig
@@ -197,16 +205,16 @@ def compare(name: str, samples: Sequence[Sample], case: Case, num_ranks: int, ta
 
 def speech_case() -> Case:
     """Configure audio at rates 4 and 16, video at 2 and 5."""
-    audio, video = (
-        MediumConfig(encoder="random", budgets=[f"/{rate}" for rate in rates]) for rates in (AUDIO_RATES, VIDEO_RATES)
-    )
+    audio_rates, video_rates = ([f"/{rate}" for rate in rates] for rates in (AUDIO_RATES, VIDEO_RATES))
+    audio = AudioConfig(encoder=AudioEncoderConfig(source="random"), budgets=[*audio_rates])
+    video = VideoConfig(encoder=LipsConfig(source="random"), budgets=[*video_rates])
     model = ModelConfig(llm="random", chat_format="plain", audio=audio, video=video)
     return Case(run_settings(model), {"audio": WhisperConfig(), "video": AVHubertConfig()}, SPEECH_BUDGETS, GOAL)
 
 
 def image_case() -> Case:
     """Configure images of 24 x 24 patches, pooled."""
-    image = MediumConfig(encoder="random", budgets=list(COUNTS))
+    image = ImageConfig(encoder=ImageEncoderConfig(source="random"), budgets=list(COUNTS))
     model = ModelConfig(llm="random", chat_format="plain", image=image)
     return Case(run_settings(model), {"image": CLIPVisionConfig(image_size=336, patch_size=14)}, IMAGE_BUDGETS, GOAL)
 

@@ -21,10 +21,12 @@ from turns import in_turns, ratio_of, spread, unprepared
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
-from mllm.checkpoints.build import config_of_parts, expert_names, put_adapters, space_settings
+from mllm.checkpoints.build import config_of_parts, put_adapters
 from mllm.config.model import ModelConfig
+from mllm.config.processor import ProcessorConfig
 from mllm.data.manifest import Media, Medium, Message, Sample, Text
 from mllm.evaluation.flops import llm_flops
+from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, Features
 from mllm.model.trainables import set_trainables
 from mllm.packing.attention import enable_packing
@@ -73,16 +75,8 @@ def build(
     settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig], **text: Any
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """Build a model with random weights, its adapter in place, and its processor."""
-    ids = TOKENIZER.convert_tokens_to_ids
     torch.manual_seed(0)
-    model = ElasticForConditionalGeneration(
-        config_of_parts(
-            settings,
-            text_config=llm_config(**text),
-            encoder_configs=encoders,
-            placeholder_ids={medium: cast(int, ids(PLACEHOLDER_TOKENS[medium])) for medium in encoders},
-        )
-    )
+    model = ElasticForConditionalGeneration(build_config(settings, encoders, **text))
     put_adapters(model)
     for name, weight in model.named_parameters():
         if ".lora_B" in name:  # zero at first, so that the gradient of lora_A would be too
@@ -94,17 +88,19 @@ def build(
 
 def build_processor(settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig]) -> ElasticProcessor:
     """Build the processor of such a model, which needs no weights."""
-    media = {
-        medium: {
-            "encoder": config.to_dict(),
-            "preprocessor": {"crop_pixels": 32} if medium == "video" else {},
-            "space": space_settings(settings.media[medium]),
-            "span": [],
-        }
-        for medium, config in encoders.items()
-    }
-    elastic = {"chat_format": "plain", "media": media, "experts": expert_names(settings)}
-    return ElasticProcessor(TOKENIZER, elastic=elastic)
+    kept = ProcessorConfig(chat_format="plain", preprocessors={medium: {} for medium in encoders})
+    return ElasticProcessor(TOKENIZER, build_config(settings, encoders), kept)
+
+
+def build_config(settings: ModelConfig, encoders: Mapping[str, PreTrainedConfig], **text: Any) -> ElasticConfig:
+    """Build the config of such a model."""
+    ids = TOKENIZER.convert_tokens_to_ids
+    return config_of_parts(
+        settings,
+        text_config=llm_config(**text),
+        encoder_configs=encoders,
+        placeholder_ids={medium: cast(int, ids(PLACEHOLDER_TOKENS[medium])) for medium in encoders},
+    )
 
 
 def words(count: int) -> str:

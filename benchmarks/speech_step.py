@@ -36,7 +36,8 @@ from torch.nn import functional
 from transformers import WhisperConfig
 from turns import options
 
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.config.medium import AudioConfig, AudioEncoderConfig, LipsConfig, MlpConfig, VideoConfig
+from mllm.config.model import LoraConfig, ModelConfig
 from mllm.encoders import AVHubertConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration, Features
@@ -63,9 +64,10 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
         intermediate_size=1024,
         resnet_channels=[8, 16, 32, 64],
     )
-    audio = MediumConfig(encoder="random", budgets=["/4", "/16"], per_budget_projector=True)
-    video = MediumConfig(encoder="random", budgets=["/2", "/5"], per_budget_projector=True)
-    lora = AdapterConfig(rank=16, targets=["q_proj", "v_proj"])
+    projector, lips_encoder = MlpConfig(per_budget=True), LipsConfig(source="random", crop_pixels=32)
+    audio = AudioConfig(encoder=AudioEncoderConfig(source="random"), projector=projector, budgets=["/4", "/16"])
+    video = VideoConfig(encoder=lips_encoder, projector=projector, budgets=["/2", "/5"])
+    lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
     settings = ModelConfig(llm="random", chat_format="plain", audio=audio, video=video, adapter=lora)
     model, processor = build(settings, {"audio": whisper, "video": av_hubert})
     generator = torch.Generator().manual_seed(1)
@@ -132,7 +134,7 @@ def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcesso
     config, training_batch = model.config, training_batch_of(processor, batch)
     assert training_batch.plan is not None
     items = {"audio": Item("audio", 300, 75), "video": Item("video", 150, 75, 88, 88)}
-    encoders = sum(encoder_flops(config.encoder_configs[m], item, config.media[m]) for m, item in items.items())
+    encoders = sum(encoder_flops(config.encoder_configs[m], item, config.media[m].encoder) for m, item in items.items())
     projectors = sum(compressor_flops(config.media[m], item, in_size=256, out_size=512) for m, item in items.items())
     lengths = [len(row.ids) + 74 * len(row.spans) for row in batch.rows]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]

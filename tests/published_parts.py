@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mllm.checkpoints.build import config_of_parts, put_adapters
 from mllm.checkpoints.sources import resolve_source
 from mllm.config.model import ModelConfig
-from mllm.config.run import RunConfig, read_run_settings
+from mllm.config.run import RunConfig, read_run_config
 from mllm.model.modeling import ElasticForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ LIKE = {"checkpoints/llava-v1.5-7b/llm": "vicuna-7b-v1.5"}
 
 
 def read(path: Path) -> RunConfig:
-    return read_run_settings(yaml.safe_load(path.read_text()))
+    return read_run_config(yaml.safe_load(path.read_text()))
 
 
 def part_config(reference: str) -> PreTrainedConfig:
@@ -40,7 +40,7 @@ def build_on_meta(settings: ModelConfig) -> ElasticForConditionalGeneration:
     config = config_of_parts(
         settings,
         text_config=text,
-        encoder_configs={medium: part_config(own.encoder) for medium, own in media.items()},
+        encoder_configs={medium: part_config(own.encoder.source) for medium, own in media.items()},
         placeholder_ids={medium: text.vocab_size + place for place, medium in enumerate(media)},
         new_tokens={token: text.vocab_size + len(media) + place for place, token in enumerate(marks)},
     )

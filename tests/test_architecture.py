@@ -12,8 +12,8 @@ PACKAGE = Path(mllm.__file__).parent
 LOOSE_MODULES = {"__init__", "__main__", "cli"}
 # A package may import from those before it and from no other.
 ORDER = [
-    *("utils", "budget", "media", "transforms", "packing", "encoders", "compressors", "adapters", "testing"),
-    *("config", "kv_cache", "model", "data", "processing", "checkpoints"),
+    *("utils", "budget", "media", "config", "transforms", "packing", "encoders", "compressors", "adapters", "testing"),
+    *("kv_cache", "model", "data", "processing", "checkpoints"),
     *("convert", "inference", "training", "evaluation"),
     *("lip_crops", "lmms", "synthetic", "real", "commands", "cli"),
 ]

@@ -8,7 +8,7 @@ from published_parts import build_on_meta
 
 from mllm.budget import Budget
 from mllm.cli import main
-from mllm.config.run import RunConfig, read_run_settings
+from mllm.config.run import RunConfig, read_run_config
 from mllm.model.trainables import set_trainables
 
 
@@ -17,7 +17,7 @@ def written(tmp_path: Path, *words: str) -> RunConfig:
     assert main(["init", str(path), *words]) == 0
     text = path.read_text()
     assert text.count("#") > 10
-    return read_run_settings(yaml.safe_load(text))
+    return read_run_config(yaml.safe_load(text))
 
 
 MEDIA = ["image", "audio", "video"]
@@ -35,7 +35,7 @@ def test_the_file_is_a_config_whose_model_builds_and_serves_its_budgets(
     assert list(own.model.media) == [medium for medium in MEDIA if medium in media]
     if built_in:
         assert own.model.llm == "synthetic:llm"
-        assert all(one.encoder.startswith(("synthetic:", "image")) for one in own.model.media.values())
+        assert all(source.startswith("synthetic:") for source in own.model.sources.values())
     assert own.train.out == "runs/own"
     model = build_on_meta(own.model)
     names = set_trainables(model, own.parts)
@@ -50,7 +50,7 @@ def test_what_is_named_stands_in_the_file(tmp_path: Path) -> None:
     config = written(tmp_path, *words)
     assert (config.model.llm, config.data.root, config.train.out) == ("my: model", "a folder", "o: x")
     assert config.data.train == ["data/my train.jsonl"]
-    encoders = [one.encoder for one in config.model.media.values()]
+    encoders = [one.encoder.source for one in config.model.media.values()]
     assert encoders == ["google/siglip2-base-patch16-256", "microsoft/wavlm-large", "lips"]
 
 

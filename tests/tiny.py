@@ -13,6 +13,7 @@ import av
 import numpy as np
 import soundfile
 import torch
+from blocks import medium, merged
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -26,8 +27,10 @@ from transformers import (
 )
 
 from mllm.checkpoints.build import config_of_parts
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.config.model import LoraConfig, ModelConfig
+from mllm.config.processor import ProcessorConfig
 from mllm.encoders import AVHubertConfig, backbone_class
+from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor, LoadedMedia
@@ -36,9 +39,9 @@ from mllm.synthetic.tokenizer import build_tokenizer
 TOKENIZER: PreTrainedTokenizerFast = build_tokenizer()
 
 MEDIA: dict[str, dict[str, Any]] = {
-    "image": {"compressor": "pool", "budgets": [1, 4, 16, 64], "feature_layer": -1},
+    "image": {"encoder": {"feature_layer": -1}, "compressor": "pool", "budgets": [1, 4, 16, 64]},
     "audio": {"compressor": "pool", "budgets": ["/4", "/8"]},
-    "video": {"compressor": "stack", "budgets": ["/2", "/5"]},
+    "video": {"encoder": {"kind": "lips", "crop_pixels": 32}, "compressor": "stack", "budgets": ["/2", "/5"]},
 }
 
 
@@ -101,16 +104,24 @@ def settings(
     media: Sequence[str] = ("image", "audio", "video"), *, adapter: bool = True, **changes: dict[str, Any]
 ) -> ModelConfig:
     """Settings of a tiny model; `changes` are by medium. The sources are names of nothing."""
-    own = {m: MediumConfig(**{"encoder": "none", **MEDIA[m], **changes.get(m, {})}) for m in media}
-    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]) if adapter else None
-    return ModelConfig(llm="none", chat_format="plain", adapter=lora, **own)  # pyright: ignore[reportArgumentType]
+    own = {m: medium(m, MEDIA[m], **changes.get(m, {})) for m in media}
+    lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]) if adapter else None
+    return ModelConfig(llm="none", chat_format="plain", adapter=lora, **own)
 
 
-def processor(own: ModelConfig) -> ElasticProcessor:
-    """The processor of a tiny model; it reads real files."""
-    from mllm.checkpoints.build import expert_names, frames_entry, space_settings
+def config(own: ModelConfig, **text: Any) -> ElasticConfig:
+    """The config of a tiny model."""
+    configs, ids = encoder_configs(), TOKENIZER.convert_tokens_to_ids
+    return config_of_parts(
+        own,
+        text_config=llm_config(**text),
+        encoder_configs={m: configs[m] for m in own.encoded_media},
+        placeholder_ids={m: ids(PLACEHOLDER_TOKENS[m]) for m in own.encoded_media},
+    )
 
-    configs = encoder_configs()
+
+def processor(own: ModelConfig, *, tokenizer: Any = TOKENIZER, **elastic: Any) -> ElasticProcessor:
+    """The processor of a tiny model; it reads real files. `elastic` changes what it keeps itself."""
     preprocessors = {
         "image": {
             "image_processor_type": "CLIPImageProcessor",
@@ -118,38 +129,20 @@ def processor(own: ModelConfig) -> ElasticProcessor:
             "do_center_crop": False,
         },
         "audio": WhisperFeatureExtractor(feature_size=80, chunk_length=1).to_dict(),
-        "video": {"crop_pixels": 32},
+        "video": {},
     }
-    media = {
-        medium: {
-            "encoder": configs[medium].to_dict(),
-            "preprocessor": preprocessors[medium],
-            "space": space_settings(one),
-            "span": list(one.span),
-        }
-        for medium, one in own.encoded_media.items()
-    }
-    if own.shows_frames:
-        media["video"] = frames_entry(own, media["image"])
-    return ElasticProcessor(TOKENIZER, elastic={"chat_format": "plain", "media": media, "experts": expert_names(own)})
+    kept = {m: preprocessors[m] for m in own.encoded_media}
+    own_part = ProcessorConfig(**{"chat_format": "plain", "preprocessors": kept, **elastic})
+    return ElasticProcessor(tokenizer, config(own), own_part)
 
 
 def model(own: ModelConfig, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
     """A tiny model with random weights, its adapter in place, in eval mode."""
     from mllm.checkpoints.build import put_adapters
 
-    configs = encoder_configs()
-    ids = TOKENIZER.convert_tokens_to_ids
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = ElasticForConditionalGeneration(
-            config_of_parts(
-                own,
-                text_config=llm_config(**text),
-                encoder_configs={medium: configs[medium] for medium in own.encoded_media},
-                placeholder_ids={medium: ids(PLACEHOLDER_TOKENS[medium]) for medium in own.encoded_media},
-            )
-        )
+        made = ElasticForConditionalGeneration(config(own, **text))
         for parameter in made.parameters():  # initial values are so small that every output would be the same
             if parameter.dim() > 1:
                 parameter.data.mul_(4)
@@ -207,9 +200,9 @@ def settings_on(
     parts: dict[str, str], media: Sequence[str] = ("image", "audio", "video"), **changes: dict[str, Any]
 ) -> ModelConfig:
     """Settings of a tiny model whose frozen parts are the folders of `write_parts`; `changes` are by medium."""
-    own = {m: MediumConfig(**{"encoder": parts[m], **MEDIA[m], "crop_pixels": 32, **changes.get(m, {})}) for m in media}
-    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    return ModelConfig(llm=parts["llm"], chat_format="plain", adapter=lora, **own)  # pyright: ignore
+    own = {m: medium(m, merged(MEDIA[m], {"encoder": parts[m]}, changes.get(m, {}))) for m in media}
+    lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    return ModelConfig(llm=parts["llm"], chat_format="plain", adapter=lora, **own)
 
 
 def write_media(folder: Path, *, seconds: float = 0.8, seed: int = 0) -> dict[str, str]:

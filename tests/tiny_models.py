@@ -18,7 +18,7 @@ from transformers import (
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, put_adapters
-from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.model import LoraBankConfig, LoraConfig, ModelConfig, MomeConfig
 from mllm.inference.answerer import Answerer
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.processor import PLACEHOLDER_TOKENS
@@ -54,10 +54,9 @@ LLMS: dict[str, PreTrainedConfig] = {
 }
 ADAPTERS = {
     "none": None,
-    "lora": AdapterConfig(rank=4, alpha=8),
-    "a bank by task": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
-    "experts with a router per scale": AdapterConfig(
-        kind="mome",
+    "lora": LoraConfig(rank=4, alpha=8),
+    "a bank by task": LoraBankConfig(variant="st", rank=4, alpha=8),
+    "experts with a router per scale": MomeConfig(
         num_experts=5,
         top_k=2,
         bottleneck=4,

@@ -1,11 +1,10 @@
-"""What is trained inside the frozen LLM: how an adapter is put in, switched off and merged.
+"""Adapters are what is trained inside the frozen LLM: here one is put in, switched off and merged.
 
 Knows the kinds of adapters by name. Does not know encoders, compressors or budgets.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -13,24 +12,49 @@ from mllm.adapters import lora
 from mllm.adapters.adapter_inputs import Adapter
 from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
 from mllm.adapters.mome import inject_mome
+from mllm.config.model import AdapterConfig, EncoderAdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
 
-ADAPTERS: dict[str, Callable[..., None]] = {"lora": lora.inject, "lora_bank": inject_bank, "mome": inject_mome}
 
-
-def build_adapter(module: nn.Module, settings: Mapping[str, Any]) -> None:
+def build_adapter(module: nn.Module, config: AdapterConfig | EncoderAdapterConfig, *, seed: int = 0) -> None:
     """Put an adapter into a module in place; everything else in it is frozen by this.
 
     Args:
-        settings: `{kind: lora, ...}` with the arguments of that kind's `inject`.
+        config: of the LLM's adapter, with its scales and tasks named, or of one in an encoder.
+        seed: of the initial values.
 
     Raises:
-        ValueError: an unknown kind, or settings its `inject` refuses.
+        ValueError: what the module has no place for.
     """
-    arguments = dict(settings)
-    kind = arguments.pop("kind", "lora")
-    if kind not in ADAPTERS:
-        raise ValueError(f"adapter.kind is {kind!r}; allowed: {', '.join(ADAPTERS)}")
-    ADAPTERS[kind](module, **arguments)
+    if isinstance(config, MomeConfig):
+        inject_mome(
+            module,
+            placement=config.placement,
+            num_experts=config.num_experts,
+            num_shared=config.num_shared,
+            top_k=config.top_k,
+            bottleneck=config.bottleneck,
+            renormalise=config.renormalise,
+            balance_weight=config.balance_weight,
+            disjoint_routers=config.disjoint_routers,
+            scales=config.scales,
+            seed=seed,
+        )
+        return
+    rank, alpha, targets = config.rank, config.alpha, config.targets
+    if isinstance(config, LoraBankConfig):
+        inject_bank(
+            module,
+            variant=config.variant,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            scales=config.scales,
+            tasks=config.tasks,
+            seed=seed,
+        )
+        return
+    dropout = config.dropout if isinstance(config, LoraConfig) else 0.0
+    lora.inject(module, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
 
 
 @contextmanager

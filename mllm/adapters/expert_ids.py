@@ -7,11 +7,11 @@ A scale is the budget of a row by medium, `audio=/4,video=/2`; a task is which m
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mllm.budget import MEDIA, Amount, Budget, Space, TokenCount
+from mllm.config.model import AdapterConfig, LoraBankConfig, MomeConfig
 
 NO_EXPERT = -1
 """The id of a row that only the shared expert serves."""
@@ -40,9 +40,9 @@ def kinds_of(variant: str) -> tuple[str, ...]:
     return VARIANTS[variant]
 
 
-def num_experts(settings: Mapping[str, Any]) -> int:
-    """Counts the LoRA experts that a bank of this config stacks."""
-    return ("shared" in kinds_of(settings["variant"])) + len(settings["scales"]) + len(settings["tasks"])
+def num_experts(bank: LoraBankConfig) -> int:
+    """Counts the LoRA experts that a bank stacks."""
+    return ("shared" in kinds_of(bank.variant)) + len(bank.scales) + len(bank.tasks)
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,6 @@ class ExpertNames:
 
     scales: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any] | None) -> "ExpertNames":
-        """Reads the names from the config of an adapter; everything else in it is left alone."""
-        names = settings or {}
-        return cls(tuple(names.get("scales") or ()), tuple(names.get("tasks") or ()))
 
     def scale_id(self, counts: Sequence[tuple[str, TokenCount]]) -> int:
         """Finds the scale of a row whose media have these token counts.
@@ -94,6 +88,13 @@ class ExpertNames:
 NO_EXPERT_NAMES = ExpertNames()
 
 
+def expert_names_of(adapter: AdapterConfig | None) -> ExpertNames:
+    """Return the names of the scales and tasks that an adapter has something for."""
+    if isinstance(adapter, LoraBankConfig):
+        return ExpertNames(tuple(adapter.scales), tuple(adapter.tasks))
+    return ExpertNames(tuple(adapter.scales)) if isinstance(adapter, MomeConfig) else NO_EXPERT_NAMES
+
+
 def scales_of(names: Sequence[str], space: Space) -> list[str]:
     """Lists the scales of an adapter as a config writes them: those named, or every combination of the space.
 
@@ -106,9 +107,9 @@ def scales_of(names: Sequence[str], space: Space) -> list[str]:
         budgets = [Budget(dict(zip(space.media, point, strict=True))) for point in itertools.product(*trained)]
     for budget in budgets:
         if not budget.amounts or budget.total_tokens is not None or not space.is_trained(budget):
-            raise ValueError(f"adapter.scales holds {str(budget)!r}, which is not a point of the trained space")
+            raise ValueError(f"model.adapter.scales holds {str(budget)!r}, which is not a point of the trained space")
     if len(budgets) > MOST_SCALES:
-        raise ValueError(f"adapter.scales would be {len(budgets)} experts; name at most {MOST_SCALES} of them")
+        raise ValueError(f"model.adapter.scales would be {len(budgets)} experts; name at most {MOST_SCALES} of them")
     return list(dict.fromkeys(str(budget) for budget in budgets))
 
 

@@ -1,12 +1,10 @@
 """Budgets: how they are written, which a model is trained on, what they cost in tokens, and which a step samples."""
 
 from mllm.budget.grammar import MEDIA, Amount, Budget, BudgetInput
-from mllm.budget.space import COMPRESSIONS, SETTINGS, Compression, Extent, MediumSpace, Space, TokenCount, count_tokens
+from mllm.budget.space import Compression, Extent, MediumSpace, Space, TokenCount, count_tokens
 
 __all__ = [
-    "COMPRESSIONS",
     "MEDIA",
-    "SETTINGS",
     "Amount",
     "Budget",
     "BudgetInput",

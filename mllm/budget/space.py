@@ -1,7 +1,7 @@
-"""How many soft tokens each medium may use: the space a model was trained on, and exact counting.
+"""Counts how many soft tokens each medium may use: the space a model was trained on, and exact counting.
 
 Knows numbers only: extents (frames, grids), amounts, and the counting rules of the compressors. How a budget is written
-is in `budget/grammar.py`, how images are cut in `budget/tiling.py`.
+is in `budget/grammar.py`, how images are cut in `budget/tiling.py`, and `config/space.py` makes a space of a config.
 Does not know torch, files, tokenizers or weights. A budget is exact or refused; nothing here rounds.
 What a training step draws from a space is in `budget/sampler.py`.
 """
@@ -10,16 +10,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 from mllm.budget.grammar import MEDIA, Amount, Budget, BudgetInput
-from mllm.budget.nesting import haar_grids, hybrid_sizes
+from mllm.budget.nesting import haar_grids
 from mllm.budget.tiling import Size, Tiles, Tiling
 
 __all__ = [
-    "COMPRESSIONS",
     "MEDIA",
-    "SETTINGS",
     "Amount",
     "Budget",
     "BudgetInput",
@@ -32,7 +30,6 @@ __all__ = [
 ]
 
 Compression = Literal["query", "pool", "stack", "hybrid"]
-COMPRESSIONS: tuple[Compression, ...] = ("query", "pool", "stack", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,6 @@ class TokenCount:
         return self.tiles.num_images if self.tiles else self.frames or 1
 
 
-SETTINGS = ("compressor", "budgets", "per_budget_projector", "num_queries", "window_frames", "tiling", "frame_counts")
-"""The keys of a `media.<medium>` block that shape its space."""
-
-
 @dataclass(frozen=True)
 class MediumSpace:
     """The budgets one medium was trained on, largest first, and how its compressor counts.
@@ -107,44 +100,6 @@ class MediumSpace:
     order: Literal["raster", "haar"] = "raster"
     tiling: Tiling | None = None
     frame_counts: tuple[int, ...] = ()
-
-    @classmethod
-    def from_settings(cls, medium: str, settings: Mapping[str, Any]) -> "MediumSpace":
-        """Read the `media.<medium>` block of a config: `compressor`, `budgets`, `order` and the sizes of `query`.
-
-        `budgets` is a list of amounts, or {start, stop, step} for an arithmetic run of counts (stop included).
-
-        Raises:
-            ValueError: unknown compressor, no budgets, or budgets of mixed kinds.
-        """
-        key = f"media.{medium}"
-        compressor = settings.get("compressor", "pool")
-        if compressor not in COMPRESSIONS:
-            raise ValueError(f"{key}.compressor is {compressor!r}; allowed: {', '.join(COMPRESSIONS)}")
-        asked = settings.get("budgets") or []
-        if isinstance(asked, Mapping):
-            asked = range(asked["start"], asked["stop"] + 1, asked["step"])
-        amounts = {Amount.parse(item) for item in asked}
-        kinds = {amount.kind for amount in amounts}
-        if len(kinds) != 1 or not kinds <= {"tokens", "rate"}:
-            raise ValueError(f"{key}.budgets must be counts only or rates only, and not empty; got {list(asked)}")
-        max_tokens = int(settings.get("num_queries", 0))
-        if compressor == "hybrid":
-            if medium != "image" or kinds != {"tokens"}:
-                raise ValueError(f"{key}.compressor 'hybrid' is for images at counts; allowed: pool, query, stack")
-            _, max_tokens = hybrid_sizes(settings, key)
-        fixed = compressor == "stack" or bool(settings.get("per_budget_projector", False))
-        return cls(
-            medium=medium,
-            compressor=compressor,
-            trained=tuple(sorted(amounts, key=lambda a: a.value, reverse=kinds == {"tokens"})),
-            max_tokens=max_tokens,
-            window_frames=int(settings.get("window_frames", 0)),
-            between=not fixed,
-            order=settings.get("order", "raster"),
-            tiling=Tiling.from_settings(medium, settings),
-            frame_counts=tuple(sorted(settings.get("frame_counts") or (), reverse=True)),
-        )
 
     def allowed(self) -> str:
         """The amounts a user may ask for, in words, for messages and `--help`."""
@@ -261,13 +216,6 @@ class Space:
     """The budgets a model was trained on, by medium."""
 
     media: Mapping[str, MediumSpace]
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Mapping[str, Any]]) -> "Space":
-        """Read the `media` block of a config; see `MediumSpace.from_settings`."""
-        if unknown := set(settings) - set(MEDIA):
-            raise ValueError(f"media.{min(unknown)} is not a medium; allowed: {', '.join(MEDIA)}")
-        return cls({m: MediumSpace.from_settings(m, settings[m]) for m in MEDIA if m in settings})
 
     @property
     def frame_counts(self) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ the map with a newline: LLaVA-NeXT's order, at every number of tokens that forms
 after the other, whatever their tokens are, with a newline behind each row of tiles.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Literal
 
 Kind = Literal["pinpoints", "free"]
 Merge = Literal["spatial_unpad", "flat"]
@@ -49,7 +49,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut and put together again: the `tiling` block of `media.image`.
+    """Says how images are cut and put together again.
 
     Args:
         kind: `pinpoints` allows the sizes listed, `free` every rows x columns of at most `max_tiles`.
@@ -67,43 +67,6 @@ class Tiling:
     merge: Merge = "spatial_unpad"
     newline: bool = True
 
-    @classmethod
-    def from_settings(cls, medium: str, settings: Mapping[str, Any]) -> "Tiling | None":
-        """Read `media.<medium>.tiling`; nothing where there is no such block.
-
-        Raises:
-            ValueError: a value that is not allowed, or a merge that the compressor's tokens cannot be put through.
-        """
-        own = settings.get("tiling")
-        if own is None:
-            return None
-        key = f"media.{medium}.tiling"
-        if medium != "image":
-            raise ValueError(f"{key} is for images; leave it out of {medium}")
-        if unknown := sorted(set(own) - set(cls.__dataclass_fields__)):
-            raise ValueError(f"{key}.{unknown[0]} is not a setting; allowed: {', '.join(cls.__dataclass_fields__)}")
-        pinpoints = tuple((int(height), int(width)) for height, width in own.get("pinpoints") or ())
-        made = cls(**{**own, "pinpoints": pinpoints})
-        made._check(key)
-        order = settings.get("order") or "raster"
-        if made.merge == "spatial_unpad" and (settings.get("compressor") == "query" or order != "raster"):
-            raise ValueError(
-                f"{key}.merge spatial_unpad needs tokens that form a map in reading order, those of pool or stack; "
-                "allowed here: flat"
-            )
-        return made
-
-    def _check(self, key: str) -> None:
-        for name, value, allowed in (("kind", self.kind, get_args(Kind)), ("merge", self.merge, get_args(Merge))):
-            if value not in allowed:
-                raise ValueError(f"{key}.{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if self.kind == "free" and (self.pinpoints or self.max_tiles is None):
-            raise ValueError(f"{key}.kind free goes with max_tiles and without pinpoints")
-        if self.max_tiles is not None and self.max_tiles < 1:
-            raise ValueError(f"{key}.max_tiles is {self.max_tiles}; it must be at least 1")
-        if self.kind == "pinpoints" and not self.thumbnail and self.max_tiles is not None:
-            raise ValueError(f"{key}.max_tiles may leave no pinpoint, and there is no thumbnail; list fewer pinpoints")
-
     def shapes(self, tile: Size) -> list[Size]:
         """Rows and columns an image may be cut into, in the order that decides between equally good ones.
 
@@ -120,8 +83,8 @@ class Tiling:
             for height, width in self.pinpoints:
                 if height < 1 or width < 1 or height % tile[0] or width % tile[1]:
                     raise ValueError(
-                        f"tiling.pinpoints holds {[height, width]}, which is not made of whole tiles of {list(tile)} "
-                        "pixels, the size this encoder reads"
+                        f"model.image.tiling.pinpoints holds {[height, width]}, which is not made of whole tiles of "
+                        f"{list(tile)} pixels, the size this encoder reads"
                     )
             found = [(height // tile[0], width // tile[1]) for height, width in self.pinpoints]
         else:

@@ -9,6 +9,7 @@ the processor's files. Nothing is ever unpickled.
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ from mllm.checkpoints.build import assemble
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import write_model, write_tensors
+from mllm.config.model import LoraBankConfig, MomeConfig
 from mllm.media import MediaLimits
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -152,13 +154,11 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     Raises:
         ValueError: an adapter that depends on the rows.
     """
-    settings = model.config.adapter or {}
-    depends_on_rows = settings.get("scales") or settings.get("tasks")
-    if depends_on_rows or settings.get("kind", "lora") not in ("lora", "lora_bank"):
-        members = " with experts per scale or task" if depends_on_rows else ""
-        raise ValueError(
-            f"merge_adapter is true, but an adapter of kind {settings.get('kind', 'lora')}{members} depends on the rows"
-        )
+    adapter = model.config.adapter
+    has_experts = isinstance(adapter, LoraBankConfig) and bool(adapter.scales or adapter.tasks)
+    if has_experts or isinstance(adapter, MomeConfig):
+        experts = " with experts per scale or task" if has_experts else ""
+        raise ValueError(f"merge_adapter is true, but an adapter of kind {adapter.kind}{experts} depends on the rows")
     select_experts(model.model.language_model, scale_id=None, task_id=None)
     merge_adapters(model.model.language_model)
     model.config.adapter = None
@@ -174,8 +174,8 @@ def _load(
             f"{home} holds no {PROCESSOR}, which a run writes when it begins; go on with it once (mllm train --resume "
             f"{NEWEST})"
         )
-    processor = ElasticProcessor.from_pretrained(home, trust_remote_code=False)
     config = ElasticConfig.from_pretrained(folder)
+    processor = ElasticProcessor.from_pretrained(home, elastic_config=config, trust_remote_code=False)
     if not (folder / TRAINABLES).is_file():
         if sources:
             raise ValueError(f"sources is given, but {folder} is no run: an export holds all of its parts")
@@ -227,10 +227,11 @@ def export(
         task_id=_place("task", task, processor.expert_names.tasks),
     )
     merge_adapters(model)
-    processor.use_expert_names({})
+    processor.forget_experts()
     model.config.adapter = None
-    for own in (model.config.media or {}).values():
-        own.pop("encoder_adapter", None)
+    media = model.config.media or {}
+    for medium, block in model.config.encoded_media.items():
+        media[medium] = replace(block, encoder=replace(block.encoder, adapter=None))
     model.config.sources = {}
     model.generation_config = _greedy(model, processor)
     write_model(model, out)

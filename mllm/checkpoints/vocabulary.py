@@ -1,6 +1,6 @@
 """The tokens that a model adds to its LLM's vocabulary: placeholders of media, and marks around them.
 
-Knows settings, tokenizers and how many rows an embedding has. Does not know what a token is for in a prompt.
+Knows configs, tokenizers and how many rows an embedding has. Does not know what a token is for in a prompt.
 
 A placeholder never reaches the LLM, which gets a soft token in its place. A mark does, and is read by a row of its own
 where the LLM was never trained on it; see `mllm.model.new_tokens`.
@@ -18,7 +18,7 @@ from mllm.model.trainables import whole
 from mllm.processing.processor import PLACEHOLDER_TOKENS
 
 
-def extended_tokenizer(settings: ModelConfig, *, num_rows: int) -> Any:
+def extended_tokenizer(config: ModelConfig, *, num_rows: int) -> Any:
     """Read the LLM's tokenizer and add the placeholders and marks that it does not know.
 
     A padding token for which the LLM has no row is forgotten: nothing reads it.
@@ -29,25 +29,25 @@ def extended_tokenizer(settings: ModelConfig, *, num_rows: int) -> Any:
     Raises:
         ValueError: a beginning or an end of text that the LLM can neither read nor say.
     """
-    tokenizer = read_tokenizer(settings.llm)
+    tokenizer = read_tokenizer(config.llm)
     for kind in ("bos", "eos"):
         if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None and token_id >= num_rows:
             raise ValueError(
-                f"the tokenizer of model.llm {settings.llm} gives its {kind}_token "
+                f"the tokenizer of model.llm {config.llm} gives its {kind}_token "
                 f"{getattr(tokenizer, f'{kind}_token')!r} the id {token_id}, but the LLM embeds {num_rows} tokens; the "
                 "two do not belong together"
             )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_rows:
         tokenizer.pad_token = None
-    wanted = [PLACEHOLDER_TOKENS[medium] for medium in settings.encoded_media]
-    wanted += _marks(settings)
+    wanted = [PLACEHOLDER_TOKENS[medium] for medium in config.encoded_media]
+    wanted += _marks(config)
     known = tokenizer.get_vocab()
     if missing := [token for token in dict.fromkeys(wanted) if token not in known]:
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     return tokenizer
 
 
-def find_new_tokens(settings: ModelConfig, tokenizer: Any, *, num_rows: int) -> dict[str, int]:
+def find_new_tokens(config: ModelConfig, tokenizer: Any, *, num_rows: int) -> dict[str, int]:
     """Find the marks that the LLM was never trained on; returns their ids by their texts.
 
     Those are the ones its own tokenizer does not know, for which its embedding has no row, or a spare one, and those it
@@ -56,8 +56,8 @@ def find_new_tokens(settings: ModelConfig, tokenizer: Any, *, num_rows: int) -> 
     Args:
         tokenizer: of `extended_tokenizer`. num_rows: of the LLM's embedding.
     """
-    known = read_tokenizer(settings.llm).get_vocab()
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(_marks(settings))}
+    known = read_tokenizer(config.llm).get_vocab()
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(_marks(config))}
     return {token: token_id for token, token_id in ids.items() if token not in known or token_id >= num_rows}
 
 
@@ -79,5 +79,5 @@ def start_new_tokens(model: ElasticForConditionalGeneration, tokenizer: Any) -> 
                 new_tokens.rows[row] = mean_of_pieces(embed(torch.tensor(pieces)).float())
 
 
-def _marks(settings: ModelConfig) -> list[str]:
-    return [token for medium in settings.media.values() for token in medium.span]
+def _marks(config: ModelConfig) -> list[str]:
+    return [token for block in config.media.values() for token in block.span]

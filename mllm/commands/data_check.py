@@ -65,9 +65,9 @@ def _read(path: str) -> Any:
 
     import yaml
 
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
 
-    return read_run_settings(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    return read_run_config(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 
 
 def _targets(manifest: str, root: Any, recipe: Any, reader: ReaderConfig) -> str:

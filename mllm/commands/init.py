@@ -64,10 +64,10 @@ def run(settings: Settings) -> int:
     import yaml
 
     from mllm.commands.terminal import console
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
 
     text = config_text(settings)
-    read_run_settings(yaml.safe_load(text))  # names that make no valid config are refused before a file is there
+    read_run_config(yaml.safe_load(text))  # names that make no valid config are refused before a file is there
     path = Path(settings.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -94,7 +94,7 @@ def config_text(settings: Settings) -> str:
     root = "" if settings.root is None else f"\n  root: {_scalar(settings.root)}"
     # A template of the LLM's own is what chat models know; the built-in LLM has none.
     chat = "plain" if _is_built_in(settings, "llm") else "chat"
-    return f"""# Written by `mllm init`. `mllm train --help` tells of every key; the command line overrules this file:
+    return f"""# Written by `mllm init`. `mllm train --help` tells of the keys; the command line overrules this file:
 #   mllm train --config {settings.out} --train.learning_rate 5e-4
 model:
   llm: {_scalar(settings.llm or _default(settings, "llm"))}  # frozen; a folder or a hub name
@@ -135,36 +135,40 @@ def _default(settings: Settings, part: str) -> str:
 
 def _block(settings: Settings, medium: str) -> str:
     """The block of one medium, indented as it stands in the model's."""
-    given = getattr(settings, f"{medium}_encoder")
-    if medium == "video" and given is None and "image" in settings.media:
+    named = getattr(settings, f"{medium}_encoder")
+    if medium == "video" and named is None and "image" in settings.media:
         budgets = "[4, 16]" if settings.built_in else "[9, 36]"
         return (
-            "  video:\n    encoder: image  # frames, each encoded like an image; lips need --video_encoder\n"
-            f"    budgets: {budgets}  # soft tokens per frame\n    frames: 8  # taken from each video\n"
+            "  video:\n    encoder: {kind: frames, count: 8}  # each encoded like an image; lips need --video_encoder\n"
+            f"    budgets: {budgets}  # soft tokens per frame\n"
         )
-    encoder = _scalar(given or _default(settings, medium))
-    lines = [f"encoder: {encoder}  # frozen", *_LINES[medium](settings, given)]
+    source = _scalar(named or _default(settings, medium))
+    lines = _LINES[medium](settings, source, named is not None)
     return f"  {medium}:\n" + "".join(f"    {line}\n" for line in lines)
 
 
-def _image_lines(settings: Settings, given: str | None) -> list[str]:
-    if given is not None:
-        return ["compressor: pool", "budgets: [1, 4, 16, 64]  # soft tokens per image, all trained in one model"]
+def _image_lines(settings: Settings, source: str, is_named: bool) -> list[str]:
+    told = "# soft tokens per image, all trained in one model"
+    if is_named:
+        return [f"encoder: {source}  # frozen", "compressor: pool", f"budgets: [1, 4, 16, 64]  {told}"]
     if settings.built_in:
-        own = ["feature_layer: -1", "compressor: pool", "projector_size: 0"]
-        return [*own, "budgets: [1, 4, 16, 64]  # soft tokens per image, all trained in one model"]
-    own = ["feature_layer: -2", "compressor: pool", "project_first: true"]
-    return [*own, "budgets: [1, 9, 36, 144, 576]  # soft tokens per image, all trained in one model"]
+        encoder = f"encoder: {{source: {source}, feature_layer: -1}}  # frozen"
+        return [encoder, "compressor: pool", "projector: linear", f"budgets: [1, 4, 16, 64]  {told}"]
+    encoder = f"encoder: {{source: {source}, feature_layer: -2}}  # frozen"
+    projector = "projector: {kind: mlp, before_pooling: true}"
+    return [encoder, "compressor: pool", projector, f"budgets: [1, 9, 36, 144, 576]  {told}"]
 
 
-def _audio_lines(settings: Settings, given: str | None) -> list[str]:
-    own = ["normalize_audio: true"] if _is_built_in(settings, "audio") else []
-    return [*own, "compressor: pool", 'budgets: ["/4", "/8", "/16"]  # encoder frames per soft token']
+def _audio_lines(settings: Settings, source: str, is_named: bool) -> list[str]:
+    is_built_in = settings.built_in and not is_named
+    encoder = f"{{source: {source}, normalize: true}}" if is_built_in else source
+    budgets = 'budgets: ["/4", "/8", "/16"]  # encoder frames per soft token'
+    return [f"encoder: {encoder}  # frozen", "compressor: pool", budgets]
 
 
-def _video_lines(settings: Settings, given: str | None) -> list[str]:
-    own = ["crop_pixels: 44"] if given is None else []
-    return [*own, "compressor: pool", 'budgets: ["/2", "/5"]  # frames per soft token']
+def _video_lines(settings: Settings, source: str, is_named: bool) -> list[str]:
+    encoder = source if is_named else f"{{source: {source}, crop_pixels: 44}}"
+    return [f"encoder: {encoder}  # frozen", "compressor: pool", 'budgets: ["/2", "/5"]  # frames per soft token']
 
 
 _LINES = {"image": _image_lines, "audio": _audio_lines, "video": _video_lines}

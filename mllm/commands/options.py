@@ -1,4 +1,4 @@
-"""Command line and YAML files to a settings dataclass: jsonargparse, with messages that name the nearest key.
+"""Reads a command's config from the command line and YAML files, and names the nearest key of one that is none.
 
 Knows dataclasses and how people write options. Does not know what any of them means.
 
@@ -8,27 +8,23 @@ Later ones win. Dashes may stand for underscores, a bare flag for true, and a li
 """
 
 import dataclasses
-import json
-import re
-import types
+import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
-import yaml
+from mllm.config.nearest import nearest
+from mllm.config.reading import TEXT, Key, Text, check_keys, keys_of, parse_yaml, read
 
 Settings = TypeVar("Settings")
-_OWN = ("config", "print_config", "help")
 _BOOLEANS = ("true", "false", "yes", "no")
-_NO_REASONS = ("Parser key", "Does not validate", "Subtypes", "Errors:", "Problem with", "Given value")
 
 
 def parse_settings(
     kind: type[Settings], arguments: Sequence[str], *, program: str, positional: str | Sequence[str] | None = None
 ) -> Settings:
-    """Read settings.
+    """Read what a command is to do.
 
     Args:
         kind: a dataclass; nested dataclasses are written with dots.
@@ -41,198 +37,130 @@ def parse_settings(
         FileNotFoundError: no such config file.
         SystemExit: after `--help`.
     """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    words = _named(kind, arguments, [positional] if isinstance(positional, str) else positional or [])
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_class_arguments(kind)
-    for path in _values_of(words, "config"):
-        _check_file(kind, path)
-    try:
-        values = parser.instantiate_classes(parser.parse_args(_with_lists(kind, words)))
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(plain_message(str(error))) from error
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
-def without_extras(kind: type[Settings], settings: Settings) -> Settings:
-    """The part of a verb's settings that is the `kind` they extend."""
-    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
-def keys_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a dataclass with its type, blocks before what is in them."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        key, hint = f"{prefix}{field.name}", hints[field.name]
-        yield key, hint
-        if (block := _block_of(hint)) is not None:
-            yield from keys_of(block, f"{key}.")
-
-
-ALIASES = {
-    **dict.fromkeys(("lr", "peak_lr", "max_lr"), "learning_rate"),
-    **dict.fromkeys(("wd", "decay"), "weight_decay"),
-    **dict.fromkeys(("betas", "adam_beta1", "adam_beta2"), "adam_betas"),
-    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clip", "clip_grad_norm"), "max_grad_norm"),
-    **dict.fromkeys(("grad_accum", "gradient_accumulation_steps", "accumulate_grad_batches"), "accumulation"),
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "schedule"),
-    **dict.fromkeys(("warmup_ratio", "warmup"), "warmup_fraction"),
-    **dict.fromkeys(("iterations", "iters", "total_steps", "num_steps", "steps"), "max_steps"),
-    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "epochs"),
-    **dict.fromkeys(
-        ("bs", "batch", "batch_size", "per_device_train_batch_size", "micro_batch_size"), "tokens_per_batch"
-    ),
-    **dict.fromkeys(("bf16", "fp16", "amp", "mixed_precision"), "precision"),
-    **dict.fromkeys(("output", "output_dir", "output_path", "out_dir", "save_dir"), "out"),
-    **dict.fromkeys(("save_steps", "checkpoint_every"), "save_every"),
-    **dict.fromkeys(("save_total_limit",), "keep_checkpoints"),
-    **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
-    **dict.fromkeys(("eval_steps", "eval_every"), "validate_every"),
-    **dict.fromkeys(("eval_data", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("train_data", "dataset", "data_path"), "train"),
-    **dict.fromkeys(("resume_from", "resume_from_checkpoint"), "resume"),
-    **dict.fromkeys(("init_from", "pretrained"), "start_from"),
-    **dict.fromkeys(("r", "lora_r", "lora_rank"), "adapter.rank"),
-    **dict.fromkeys(("lora_alpha",), "adapter.alpha"),
-    **dict.fromkeys(("lora_dropout",), "adapter.dropout"),
-    **dict.fromkeys(("target_modules",), "adapter.targets"),
-    **dict.fromkeys(("vision_tower", "image_encoder"), "image.encoder"),
-    **dict.fromkeys(("audio_encoder",), "audio.encoder"),
-    **dict.fromkeys(("video_encoder",), "video.encoder"),
-    **dict.fromkeys(("attn_implementation", "attn"), "attention"),
-    **dict.fromkeys(("torch_dtype",), "dtype"),
-    **dict.fromkeys(("device", "cpu", "no_cuda"), "use_cpu"),
-    **dict.fromkeys(("model_path", "model_name_or_path", "checkpoint_path", "ckpt"), "model"),
-    **dict.fromkeys(("prompt", "question", "query"), "--text"),
-    **dict.fromkeys(("beams", "beam_size", "beam"), "num_beams"),
-    **dict.fromkeys(("max_length", "max_tokens"), "max_new_tokens"),
-}
-"""What options are called elsewhere, and the end of our name for them; for messages, they are not accepted.
-
-With dashes before it a name is the whole option: a block may have a key of that name that is something else.
-"""
-
-
-def nearest(key: str, allowed: Sequence[str]) -> str:
-    """The end of a message: the key that goes by this name elsewhere or is most similar, or all of them."""
-    block, _, word = key.rpartition(".")
-    if meant := ALIASES.get(word.lower()):
-        # First the block that was written, where it has one.
-        within = f"{block}.{meant.rpartition('.')[2]}"
-        known = [name for name in allowed if f"--{name}" == meant or name == meant or name.endswith(f".{meant}")]
-        known = [within] * (within in allowed) + known
-        if known:
-            return f"did you mean {known[0]}?"
-    # Someone who leaves a block out writes the last part right, so that is compared too.
-    last = {name.rpartition(".")[2]: name for name in reversed(allowed)}
-    found = get_close_matches(key, allowed, n=1, cutoff=0.75)
-    found = found or [last[name] for name in get_close_matches(key.rpartition(".")[2], list(last), n=1, cutoff=0.6)]
-    found = found or get_close_matches(key, allowed, n=1, cutoff=0.6)
-    return f"did you mean {found[0]}?" if found else f"allowed: {', '.join(allowed)}"
-
-
-def plain_message(message: str) -> str:
-    """What jsonargparse says, in one line and without its search through the alternatives of a type."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    if not keys and "Errors:" not in message:
-        return " ".join(message.split())
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    given = next((line.partition(": ")[2] for line in lines if line.startswith("Given value: ")), "")
-    reasons = [line for line in lines if line and not line.startswith(_NO_REASONS)]
-    known = [line for line in reasons if not re.fullmatch(r"Expected a <class '\w+'>\.?", line)]
-    classes = re.findall(r"Expected a <class '(\w+)'>", message)
-    if not known and classes:
-        known = [f"expected {' or '.join(dict.fromkeys(classes)).replace('NoneType', 'null')}, got {given}"]
-    text = "; ".join(dict.fromkeys(known)) or "is not valid"
-    text = re.sub(r"Expected a typing\.Literal(\[.*?\])\. Got value:", r"expected one of \1, got", text)
-    text = re.sub(r"Expected a <class '(\w+)'>\. Got value:", r"expected \1, got", text)
-    return " ".join(f"{'.'.join(keys)}: {text}".removeprefix(": ").split())
-
-
-def _named(kind: Any, arguments: Sequence[str], positional: Sequence[str]) -> list[str]:
-    """Arguments as `--key=value` throughout; unknown keys are refused here."""
-    types_by_key = dict(keys_of(kind))
+    keys = dict(keys_of(kind))
+    values: dict[str, Any] = {}
+    begun: set[str] = set()
     waiting = list(arguments)
-    nameless = list(positional)
-    words: list[str] = []
+    nameless = [positional] if isinstance(positional, str) else list(positional or [])
     while waiting:
         word = waiting.pop(0)
         if word in ("-h", "--help"):
-            words.append("--help")
-        elif not word.startswith("--"):
+            _show_help(kind, program, waiting[0] if waiting else "")
+        if not word.startswith("--"):
             if not nameless:
                 raise ValueError(f"unexpected {word!r}: options begin with --")
             # The last one may be given again, as every option may: later ones win.
-            words.append(f"--{nameless.pop(0) if len(nameless) > 1 else nameless[0]}={word}")
+            _assign(values, keys, nameless.pop(0) if len(nameless) > 1 else nameless[0], word, begun)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        _check_option(name, keys)
+        if not equals:
+            value = _next_value(name, keys.get(name), waiting)
+        if name == "config":
+            _merge(values, _read_file(kind, value))
+            begun.clear()
         else:
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            _check_option(key, types_by_key)
-            if not equals and not key.endswith((".help", "print_config")):
-                value = _next_value(key, types_by_key.get(key), waiting)
-                equals = "="
-            words.append(f"--{key}{equals}{value}")
-    return words
+            _assign(values, keys, name, value, begun)
+    return read(kind, values)
 
 
-def _next_value(key: str, hint: Any, waiting: list[str]) -> str:
-    """The word after an option, or true for a switch that stands alone."""
+def without_extras(kind: type[Settings], settings: Any) -> Settings:
+    """Return the part of a verb's config that is the `kind` it extends."""
+    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(typing.cast(Any, kind))})
+
+
+def _show_help(kind: Any, program: str, group: str) -> typing.NoReturn:
+    """Print the options and end.
+
+    Raises:
+        ValueError: a group that is none; the nearest is named. SystemExit: always otherwise.
+    """
+    from mllm.commands.help import help_text
+
+    sys.stdout.write(help_text(kind, program, group.removeprefix("--").replace("-", "_")))
+    raise SystemExit(0)
+
+
+def _next_value(name: str, key: Key | None, waiting: list[str]) -> str:
+    """Take the word after an option, or true for a switch that stands alone."""
     follows = waiting[0] if waiting else None
-    if hint is bool and (follows is None or follows.lower() not in _BOOLEANS):
+    if key is not None and key.hint is bool and (follows is None or follows.lower() not in _BOOLEANS):
         return "true"
     if follows is None or (follows.startswith("--") and len(follows) > 2):
-        raise ValueError(f"--{key} needs a value")
+        raise ValueError(f"--{name} needs a value")
     return waiting.pop(0)
 
 
-def _check_option(key: str, types_by_key: Mapping[str, Any]) -> None:
-    if key in (*_OWN, *types_by_key) or (key.endswith("+") and key[:-1] in types_by_key):
+def _check_option(name: str, keys: Mapping[str, Key]) -> None:
+    parent = keys.get(name.rpartition(".")[0])
+    if name == "config" or name in keys or (parent is not None and parent.holds(dict)):
         return
-    parent = key.rpartition(".")[0]
-    if (key.endswith(".help") and parent in types_by_key) or _is_mapping(types_by_key.get(parent)):
-        return
-    raise ValueError(f"unknown option --{key}; {nearest(key, ['config', *types_by_key])}")
+    raise ValueError(f"unknown option --{name}; {nearest(name, ['config', *keys])}")
 
 
-def _values_of(words: Sequence[str], key: str) -> list[str]:
-    return [word.partition("=")[2] for word in words if word.startswith(f"--{key}=")]
+def _assign(values: dict[str, Any], keys: Mapping[str, Key], name: str, text: str, begun: set[str]) -> None:
+    """Put a value where its option says.
+
+    Args:
+        begun: lists whose items the command line has begun to name, which later ones add to.
+    """
+    *blocks, last = name.split(".")
+    inner, path = values, ""
+    for block in blocks:
+        path = f"{path}.{block}".removeprefix(".")
+        inner = _open_block(inner, block, keys.get(path))
+    key = keys.get(name)
+    value = _as_list(text) if key is not None and key.holds(list) else None
+    if key is None or not key.holds(list) or key.holds(str) or value is not None or text.startswith("{"):
+        begun.discard(name)
+        # Text in place of a block is one key of it, such as its source; what else the block holds stays.
+        if key is not None and key.field.metadata.get(TEXT) == "source" and not text.startswith("{"):
+            _open_block(inner, last, key)["source"] = Text(text)
+        else:
+            inner[last] = Text(text) if value is None else value
+    elif name in begun:
+        inner[last].append(Text(text))
+    else:
+        begun.add(name)
+        inner[last] = [Text(text)]
 
 
-def _with_lists(kind: Any, words: Sequence[str]) -> list[str]:
-    """Items of a list that were given one at a time, put together where the first of them stood."""
-    items_by_key = {key: typing.get_args(hint)[0] for key, hint in keys_of(kind) if typing.get_origin(hint) is list}
-    out: list[str] = []
-    places: dict[str, int] = {}
-    items: dict[str, list[Any]] = {}
-    for word in words:
-        key, _, value = word[2:].partition("=")
-        holds_text = key in items_by_key and str in (items_by_key[key], *typing.get_args(items_by_key[key]))
-        if key not in items_by_key or (_is_list(value) if holds_text else value.startswith("[")):
-            out.append(word)
-            continue
-        if key not in places:
-            places[key] = len(out)
-            out.append("")
-        items.setdefault(key, []).append(value if holds_text else yaml.safe_load(value))
-        out[places[key]] = f"--{key}={json.dumps(items[key])}"
-    return out
+def _open_block(values: dict[str, Any], name: str, key: Key | None) -> dict[str, Any]:
+    """Return the keys of a block, which may have been given as text so far or not at all."""
+    held = values.get(name)
+    if isinstance(held, Text) and held.startswith("{"):
+        held = parse_yaml(held)
+    if isinstance(held, str) and key is not None and TEXT in key.field.metadata:
+        held = {key.field.metadata[TEXT]: held}
+    values[name] = dict(held) if isinstance(held, Mapping) else {}
+    return values[name]
 
 
-def _is_list(text: str) -> bool:
-    """Whether a value is a list; a text may begin with a bracket too."""
+def _as_list(text: str) -> list[Any] | None:
+    """Return the list that a text is; a text may begin with a bracket too."""
     if not text.startswith("["):
-        return False
+        return None
     try:
-        return isinstance(yaml.safe_load(text), list)
-    except yaml.YAMLError:
-        return False
+        value = parse_yaml(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) else None
 
 
-def _check_file(kind: Any, path: str) -> None:
-    """Refuse a config file with a key that is none, which jsonargparse would only name.
+def _merge(values: dict[str, Any], later: Mapping[str, Any]) -> None:
+    """Let the values of a later file win, key by key."""
+    for name, value in later.items():
+        held = values.get(name)
+        if isinstance(held, Mapping) and isinstance(value, Mapping):
+            values[name] = dict(held)
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
+def _read_file(kind: Any, path: str) -> Mapping[str, Any]:
+    """Read a config file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -241,30 +169,8 @@ def _check_file(kind: Any, path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {path}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
-    _check_keys(kind, values, path, "")
-
-
-def _check_keys(kind: Any, values: Mapping[Any, Any], path: str, prefix: str) -> None:
-    hints = typing.get_type_hints(kind)
-    for key, value in values.items():
-        if key not in hints:
-            every = [name for name, _ in keys_of(kind, prefix)]
-            raise ValueError(f"unknown key {prefix}{key} in {path}; {nearest(f'{prefix}{key}', every)}")
-        block = _block_of(hints[key])
-        if block is not None and isinstance(value, Mapping):
-            _check_keys(block, value, path, f"{prefix}{key}.")
-
-
-def _block_of(hint: Any) -> Any:
-    """The dataclass of a field that is one or may be one, or None."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def _is_mapping(hint: Any) -> bool:
-    return typing.get_origin(hint) is dict
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    check_keys(kind, values, where=path)
+    return values

@@ -1,16 +1,16 @@
-"""Compressors: features to soft tokens at any budget. One file per kind, and the one function that reads settings.
+"""Compressors turn features into soft tokens at any budget. One file per kind, and the function that builds them.
 
-Knows the `media.<medium>` block of a config and the sizes on both sides.
+Knows the block of a medium's config and the sizes on both sides.
 Does not know encoders, weights, or which budget a request will ask for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mllm.budget import Amount, MediumSpace
-from mllm.budget.nesting import haar_grids, hybrid_sizes
+from mllm.budget.nesting import haar_grids
 from mllm.compressors.area_pooling import grid_rows
 from mllm.compressors.base import Compressor
 from mllm.compressors.hybrid import Hybrid
@@ -20,9 +20,10 @@ from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
+from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig
+from mllm.config.medium import Projector as ProjectorBlock
 
 __all__ = [
-    "SETTINGS",
     "Compressor",
     "Hybrid",
     "MixtureProjector",
@@ -33,230 +34,207 @@ __all__ = [
     "Query",
     "Stack",
     "build_compressor",
+    "build_projector",
 ]
 
-ORDERS = ("raster", "haar")
-_MIXTURE = ("projector_top_k", "projector_balance_weight", "projector_z_weight")
-_PROJECTOR = ("projector_size", "projector_norm", "projector_activation", "projector_experts", *_MIXTURE)
-_OWN_SETTINGS = {
-    "query": ("keys", "query_size", "query_heads"),
-    "pool": ("project_first", "order", *_PROJECTOR),
-    "stack": _PROJECTOR,
-    "hybrid": ("anchors", "query_heads", "projector_size", "projector_norm", "projector_activation"),
-}
-SETTINGS = tuple(dict.fromkeys(key for keys in _OWN_SETTINGS.values() for key in keys))
-"""The keys of a `media.<medium>` block that shape a compressor, beside those that shape its space (`MediumSpace`)."""
+SIZE_PER_HEAD = 64
+"""Features per attention head, where a config leaves the number of heads open."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a compressor stands.
+
+    Args:
+        medium: for messages.
+        in_size: size of a feature.
+        out_size: the LLM's hidden size.
+        grid: (rows, columns) of the features, for images; of a square one where images keep their shape.
+    """
+
+    medium: str
+    in_size: int
+    out_size: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """Return the block's place in a config."""
+        return f"model.{self.medium}"
 
 
 def build_compressor(
     medium: str,
-    settings: Mapping[str, Any],
+    block: MediumConfig,
     *,
     in_size: int,
     out_size: int,
     grid: tuple[int, int] | None = None,
     max_patches: int | None = None,
 ) -> Compressor:
-    """A compressor with random weights; works on the meta device.
+    """Make a compressor with random weights; works on the meta device.
 
     Args:
         medium: for messages.
-        settings: the `media.<medium>` block. Read here, beside what `MediumSpace.from_settings` reads:
-            keys: `position` (as MQT, the default) or `content`, for `query`.
-            query_size, query_heads: size and heads of the queries; the encoder's size and one head per 64 of it.
-            anchors: sizes of the pooled map of `hybrid`, see `hybrid_sizes`.
-            project_first: pool behind the projector, as M3; for `pool`.
-            order: of a grid's soft tokens: `raster` or, for `pool`, `haar`, in which small budgets are prefixes.
-            projector_size: hidden size of the projector; the LLM's unless given, and null for a single Linear.
-            projector_norm: a LayerNorm behind the projector.
-            projector_activation: `gelu` or `relu`.
-            projector_experts, projector_top_k: a mixture of so many projectors, of which a token uses 2, or so many.
+        block: how the medium becomes soft tokens.
         in_size: size of a feature.
         out_size: the LLM's hidden size.
         grid: (rows, columns) of the features, for images; of a square one where images keep their shape.
         max_patches: most features of an image, where images keep their shape.
 
     Raises:
-        ValueError: settings of another compressor, or trained budgets that this one cannot meet.
+        ValueError: trained budgets that the compressor cannot meet on these features.
     """
-    space = MediumSpace.from_settings(medium, settings)
-    key = f"media.{medium}"
-    if misplaced := sorted(set(settings) & set(SETTINGS) - set(_OWN_SETTINGS[space.compressor])):
-        allowed = ", ".join(_OWN_SETTINGS[space.compressor])
-        raise ValueError(f"{key}.{misplaced[0]} does not apply to compressor {space.compressor!r}; allowed: {allowed}")
+    site = Site(medium, in_size, out_size, grid)
     if max_patches is not None:
-        _check_own_grids(key, space, settings)
-    builders = {"query": _build_query, "pool": _build_pool, "stack": _build_stack, "hybrid": _build_hybrid}
-    return builders[space.compressor](key, space, settings, (in_size, out_size), grid)
+        _check_own_grids(site, block)
+    return _BUILDERS[block.compressor.kind](site, block)
 
 
-def _build_pool(
-    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
-) -> Pool:
-    if (order := settings.get("order", "raster")) not in ORDERS:
-        raise ValueError(f"{key}.order={order!r} is not one of: {', '.join(ORDERS)}")
-    _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("tokens", "rate"))
+def build_projector(block: ProjectorBlock, *, in_size: int, out_size: int) -> Projector | MixtureProjector:
+    """Make a projector with random weights.
+
+    Args:
+        in_size: size of what it reads.
+        out_size: the LLM's hidden size.
+    """
+
+    def one() -> Projector:
+        hidden_size = None
+        activation = "gelu"
+        if isinstance(block, MlpConfig | MoeConfig):
+            activation = block.activation
+            # 0 is that of experts of a single layer
+            hidden_size = out_size if block.hidden_size == "auto" else block.hidden_size or None
+        return Projector(
+            in_size=in_size, out_size=out_size, hidden_size=hidden_size, norm=block.norm, activation=activation
+        )
+
+    if isinstance(block, MoeConfig):
+        return MixtureProjector([one() for _ in range(block.num_experts)], in_size=in_size, top_k=block.top_k)
+    return one()
+
+
+def count_heads(num_heads: int | str, size: int) -> int:
+    """Return the attention heads of queries of this size."""
+    return max(size // SIZE_PER_HEAD, 1) if isinstance(num_heads, str) else num_heads
+
+
+def _build_pool(site: Site, block: MediumConfig) -> Pool:
+    projector = block.projector
+    order: Any = getattr(block.compressor, "order", "raster")
+    _check_counts(site, block)
     if order == "haar":
-        _check_haar(key, space, settings, grid)
-    budgets = _values(space.trained) if settings.get("per_budget_projector", False) else ()
-    if "projector_experts" in settings and settings.get("project_first", False):
-        raise ValueError(f"{key}.projector_experts route soft tokens, and with project_first there are none yet")
-    projectors = [_projector(settings, *sizes) for _ in budgets or (0,)]
+        _check_haar(site, block)
+    budgets = tuple(block.values) if projector.per_budget else ()
+    projectors = [build_projector(projector, in_size=site.in_size, out_size=site.out_size) for _ in budgets or (0,)]
     return Pool(
         projectors=ProjectorBank(projectors, budgets=budgets),
-        grid=grid,
-        project_first=settings.get("project_first", False),
+        grid=site.grid,
+        project_first=getattr(projector, "before_pooling", False),
         order=order,
     )
 
 
-def _check_haar(key: str, space: MediumSpace, settings: Mapping[str, Any], grid: tuple[int, int] | None) -> None:
-    if grid is None:
-        raise ValueError(f"{key}.order='haar' is an order of grids, and this is a stream; allowed: raster")
-    if settings.get("per_budget_projector", False):
-        raise ValueError(f"{key}.per_budget_projector would break the nesting of order 'haar'; allowed: false")
-    counts = [rows * columns for rows, columns in haar_grids(grid)]
-    if wrong := [budget for budget in _values(space.trained) if budget not in counts]:
+def _check_haar(site: Site, block: MediumConfig) -> None:
+    assert site.grid is not None  # streams have no order
+    counts = [rows * columns for rows, columns in haar_grids(site.grid)]
+    if wrong := [budget for budget in block.values if budget not in counts]:
         raise ValueError(
-            f"{key}.budgets: {wrong[0]} tokens are no whole grid of a grid of {grid[0]}x{grid[1]} in Haar order; "
-            f"allowed: {', '.join(map(str, counts))}"
+            f"{site.key}.budgets: {wrong[0]} tokens are no whole grid of one of {site.grid[0]}x{site.grid[1]} in Haar "
+            f"order; allowed: {', '.join(map(str, counts))}"
         )
 
 
-def _build_stack(
-    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
-) -> Stack:
-    _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("rate",))
-    budgets = _values(space.trained)
+def _build_stack(site: Site, block: MediumConfig) -> Stack:
+    _check_counts(site, block)
+    grid, budgets = site.grid, tuple(block.values)
+
+    def joined(num_features: int) -> Projector | MixtureProjector:
+        return build_projector(block.projector, in_size=site.in_size * num_features, out_size=site.out_size)
+
     if grid is None:
-        projectors = [_projector(settings, sizes[0] * rate, sizes[1]) for rate in budgets]
-        return Stack(projectors=ProjectorBank(projectors, budgets=budgets))
+        return Stack(projectors=ProjectorBank([joined(rate) for rate in budgets], budgets=budgets))
     whole = _whole_blocks(grid)
     if wrong := [budget for budget in budgets if budget not in whole]:
         raise ValueError(
-            f"{key}.budgets: {wrong[0]} blocks of whole patches do not tile a grid of {grid[0]}x{grid[1]}; "
+            f"{site.key}.budgets: {wrong[0]} blocks of whole patches do not tile a grid of {grid[0]}x{grid[1]}; "
             f"allowed: {', '.join(map(str, whole))}"
         )
-    projectors = [_projector(settings, sizes[0] * (grid[0] * grid[1] // budget), sizes[1]) for budget in budgets]
-    bank = ProjectorBank(projectors, budgets=budgets)
+    bank = ProjectorBank([joined(grid[0] * grid[1] // budget) for budget in budgets], budgets=budgets)
     return Stack(projectors=bank, grid_rows=tuple(whole[budget] for budget in budgets), grid=grid)
 
 
-def _build_query(
-    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
-) -> Query:
-    if settings.get("per_budget_projector", False):
-        raise ValueError(f"{key}.per_budget_projector would break the nesting of compressor 'query'; allowed: false")
-    if space.max_tokens < 1:
-        raise ValueError(f"{key}.num_queries must be at least 1 for compressor 'query', got {space.max_tokens}")
-    _check_kinds(key, space, grid, allowed=("tokens",) if grid else ("rate",))
-    if grid is None:
-        query_grid, feature_grid = (1, space.max_tokens), (1, _window(key, space))
+def _build_query(site: Site, block: MediumConfig) -> Query:
+    _check_counts(site, block)
+    num_queries, compressor = block.num_queries, block.compressor
+    if site.grid is None:
+        query_grid, feature_grid = (1, num_queries), (1, compressor.window_frames)
     else:
-        query_grid, feature_grid = _query_grid(key, space.max_tokens, grid), grid
-    size = settings.get("query_size") or sizes[0]
+        query_grid, feature_grid = _query_grid(site.key, num_queries, site.grid), site.grid
     return Query(
-        in_size=sizes[0],
-        out_size=sizes[1],
+        in_size=site.in_size,
+        out_size=site.out_size,
         query_grid=query_grid,
         feature_grid=feature_grid,
-        keys=settings.get("keys", "position"),
-        size=size,
-        num_heads=settings.get("query_heads") or max(size // 64, 1),
-        windowed=grid is None,
+        keys=compressor.keys,
+        size=site.in_size,
+        num_heads=count_heads(compressor.num_heads, site.in_size),
+        windowed=site.grid is None,
     )
 
 
-def _build_hybrid(
-    key: str, space: MediumSpace, settings: Mapping[str, Any], sizes: tuple[int, int], grid: tuple[int, int] | None
-) -> Hybrid:
-    assert grid is not None  # a stream has no counts, and its space is refused
-    if settings.get("per_budget_projector", False):
-        raise ValueError(f"{key}.per_budget_projector does not go with compressor 'hybrid'; allowed: false")
-    _check_kinds(key, space, grid, allowed=("tokens",))
-    anchors, max_tokens = hybrid_sizes(settings, key)
+def _build_hybrid(site: Site, block: MediumConfig) -> Hybrid:
+    grid, anchors = site.grid, block.anchors
+    assert grid is not None  # a stream has no such compressor
+    _check_counts(site, block)
     if anchors[-1] > grid[0] * grid[1]:
-        raise ValueError(f"{key}.anchors: {anchors[-1]} cannot be pooled of a grid of {grid[0]}x{grid[1]}")
-    projector = _projector(settings, *sizes)
-    num_heads = settings.get("query_heads") or max(sizes[0] // 64, 1)
+        raise ValueError(
+            f"{site.key}.compressor.anchors: {anchors[-1]} cannot be pooled of a grid of {grid[0]}x{grid[1]}"
+        )
     return Hybrid(
-        in_size=sizes[0],
-        projector=projector,
+        in_size=site.in_size,
+        projector=build_projector(block.projector, in_size=site.in_size, out_size=site.out_size),
         grid=grid,
         anchors=anchors,
-        max_tokens=max_tokens,
-        num_heads=num_heads,
+        max_tokens=max(block.values),
+        num_heads=count_heads(block.compressor.num_heads, site.in_size),
     )
 
 
-def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> Projector | MixtureProjector:
-    def one() -> Projector:
-        return Projector(
-            in_size=in_size,
-            out_size=out_size,
-            hidden_size=settings.get("projector_size", out_size),
-            norm=settings.get("projector_norm", False),
-            activation=settings.get("projector_activation", "gelu"),
-        )
-
-    if (num_experts := settings.get("projector_experts")) is None:
-        if alone := sorted(set(settings) & set(_MIXTURE)):
-            raise ValueError(f"{alone[0]} goes with projector_experts, which is not set")
-        return one()
-    if num_experts < 1:
-        raise ValueError(f"projector_experts is {num_experts}; it must be at least 1")
-    return MixtureProjector(
-        [one() for _ in range(num_experts)], in_size=in_size, top_k=settings.get("projector_top_k", 2)
-    )
+_BUILDERS: dict[str, Callable[[Site, MediumConfig], Compressor]] = {
+    "pool": _build_pool,
+    "query": _build_query,
+    "stack": _build_stack,
+    "hybrid": _build_hybrid,
+}
 
 
-def _check_own_grids(key: str, space: MediumSpace, settings: Mapping[str, Any]) -> None:
+def _check_own_grids(site: Site, block: MediumConfig) -> None:
     """Refuse what needs one grid for all images."""
-    if space.compressor not in (allowed := ("pool", "query")):
+    kind = block.compressor.kind
+    if kind not in (allowed := ("pool", "query")):
         raise ValueError(
-            f"{key}.compressor {space.compressor!r} needs one grid, and here each image has its own; "
+            f"{site.key}.compressor.kind {kind} needs one grid, and here each image has its own; "
             f"allowed: {', '.join(allowed)}"
         )
-    if (order := settings.get("order", "raster")) != "raster":
-        raise ValueError(f"{key}.order={order!r} needs one grid, and here each image has its own; allowed: raster")
-
-
-def _values(amounts: tuple[Amount, ...]) -> tuple[int, ...]:
-    return tuple(int(amount.value) for amount in amounts)
-
-
-def _check_kinds(key: str, space: MediumSpace, grid: tuple[int, int] | None, allowed: tuple[str, ...]) -> None:
-    """Refuse trained budgets of a kind, or beyond a size, that this compressor never serves."""
-    kind = space.trained[0].kind
-    if kind not in allowed:
-        names = {"tokens": "counts (64)", "rate": "rates (/4)"}
-        what = "a grid" if grid else "a stream"
+    if (order := getattr(block.compressor, "order", "raster")) != "raster":
         raise ValueError(
-            f"{key}.budgets are {names[kind]}; compressor {space.compressor!r} on {what} takes "
-            f"{' or '.join(names[name] for name in allowed)}"
+            f"{site.key}.compressor.order {order} needs one grid, and here each image has its own; allowed: raster"
         )
-    if grid is not None:
-        most = space.max_tokens if space.compressor in ("query", "hybrid") else grid[0] * grid[1]
-        if (largest := max(_values(space.trained))) > most:
-            raise ValueError(f"{key}.budgets: {largest} tokens cannot be met; allowed are counts 1..{most}")
 
 
-def _window(key: str, space: MediumSpace) -> int:
-    """Frames per window, after a check that every trained rate divides it into no more tokens than queries."""
-    window = space.window_frames
-    if window < 1:
-        raise ValueError(f"{key}.window_frames must be at least 1 for compressor 'query' on a stream, got {window}")
-    for rate in _values(space.trained):
-        if window % rate or window // rate > space.max_tokens:
-            raise ValueError(
-                f"{key}.budgets: /{rate} must divide window_frames={window} into at most "
-                f"num_queries={space.max_tokens} tokens"
-            )
-    return window
+def _check_counts(site: Site, block: MediumConfig) -> None:
+    """Refuse counts above the features of a grid; queries may be more than those, and a config counts them."""
+    if site.grid is None or block.compressor.kind not in ("pool", "stack"):
+        return
+    most = site.grid[0] * site.grid[1]
+    if (largest := max(block.values)) > most:
+        raise ValueError(f"{site.key}.budgets: {largest} tokens cannot be met; allowed are counts 1..{most}")
 
 
 def _whole_blocks(grid: tuple[int, int]) -> dict[int, int]:
-    """Counts of equal blocks of whole patches that tile a grid, each with the rows they form; see `grid_rows`."""
+    """Find the counts of equal blocks of whole patches that tile a grid, each with the rows they form."""
     counts = torch.arange(1, grid[0] * grid[1] + 1, device="cpu")
     rows = grid_rows(counts, grid).tolist()
     return {
@@ -267,7 +245,7 @@ def _whole_blocks(grid: tuple[int, int]) -> dict[int, int]:
 
 
 def _query_grid(key: str, num_queries: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the queries: the factors of M closest to the shape of the feature grid.
+    """Find rows and columns of the queries: the factors of M closest to the shape of the feature grid.
 
     Keys take their positions from the queries', which see one axis badly if a query's cell is long and narrow (1:4).
     """
@@ -284,7 +262,7 @@ def _query_grid(key: str, num_queries: int, grid: tuple[int, int]) -> tuple[int,
         near = [count for count in range(1, 2 * num_queries) if stretch(count, best(count)) <= 4]
         near = sorted(sorted(near, key=lambda count: abs(count - num_queries))[:4])
         raise ValueError(
-            f"{key}.num_queries={num_queries} forms no grid like {grid[0]}x{grid[1]}; "
+            f"{key}.compressor.num_queries={num_queries} forms no grid like {grid[0]}x{grid[1]}; "
             f"the nearest that do: {', '.join(map(str, near))}"
         )
     return rows, num_queries // rows

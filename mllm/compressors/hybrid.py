@@ -60,7 +60,9 @@ class Hybrid(Compressor):
     ) -> None:
         super().__init__()
         if in_size % num_heads or in_size % 4:
-            raise ValueError(f"the encoder's size {in_size} must be a multiple of 4 and of query_heads={num_heads}")
+            raise ValueError(
+                f"the encoder's size {in_size} must be a multiple of 4 and of compressor.num_heads={num_heads}"
+            )
         assert anchors[0] == 1
         assert list(anchors) == sorted(set(anchors))
         self.grid = grid

@@ -30,7 +30,7 @@ class MixtureProjector(nn.Module):
         super().__init__()
         if not 1 <= top_k <= len(experts):
             raise ValueError(
-                f"projector_top_k is {top_k}; with projector_experts={len(experts)} it is 1..{len(experts)}"
+                f"projector.top_k is {top_k}; with projector.num_experts={len(experts)} it is 1..{len(experts)}"
             )
         self.experts = nn.ModuleList(experts)
         self.gate = nn.Linear(in_size, len(experts), bias=False)

@@ -34,7 +34,7 @@ class Projector(nn.Sequential):
         activation: Activation = "gelu",
     ) -> None:
         if activation not in ACTIVATIONS:
-            raise ValueError(f"projector_activation={activation!r} is not one of: {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"projector.activation={activation!r} is not one of: {', '.join(ACTIVATIONS)}")
         layers: list[nn.Module] = [nn.Linear(in_size, out_size)]
         if hidden_size is not None:
             layers = [nn.Linear(in_size, hidden_size), ACTIVATIONS[activation](), nn.Linear(hidden_size, out_size)]

@@ -112,7 +112,9 @@ class Query(Compressor):
         if keys not in KEYS:
             raise ValueError(f"keys={keys!r} is not one of: {', '.join(KEYS)}")
         if size % num_heads or size % 4:
-            raise ValueError(f"query_size={size} must be a multiple of 4 and of query_heads={num_heads}")
+            raise ValueError(
+                f"the size {size} of queries must be a multiple of 4 and of compressor.num_heads={num_heads}"
+            )
         self.keys = keys
         self.query_grid = query_grid
         self.feature_grid = feature_grid

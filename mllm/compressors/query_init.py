@@ -70,7 +70,7 @@ def initialise_as_pyramid(compressor: Query, generator: torch.Generator) -> Tens
         ValueError: content keys or a stream, whose attention does not depend on cells alone.
     """
     if compressor.windowed or compressor.keys != "position":
-        raise ValueError("query_start=pyramid goes with images and keys=position; leave it out")
+        raise ValueError("compressor.start pyramid goes with images and keys: position; leave it out")
     precise = copy.deepcopy(compressor).float().requires_grad_()
     attention = precise.attn
     size = attention.out_proj.in_features

@@ -1,13 +1,12 @@
 """What a user writes to describe a training run: the whole of a run config.
 
-Plain dataclasses, read from YAML and the command line. Knows no torch, so that `--help` is quick.
+Plain dataclasses, read from YAML, the command line and Python. Knows no torch, so that `--help` is quick.
 Contradictions are refused here, before anything is loaded; every message names the key.
 """
 
 import math
-from argparse import ArgumentError
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import yaml
@@ -16,6 +15,7 @@ from mllm.budget import MEDIA, Budget
 from mllm.budget.sampler import Mode
 from mllm.config.data import ReaderConfig
 from mllm.config.model import ModelConfig, check_at_least
+from mllm.config.reading import plain, read
 from mllm.media import MediaLimits
 
 Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
@@ -125,39 +125,37 @@ class SamplerConfig:
     """Which budgets a step trains."""
 
     mode: Mode = "random"
-    """`all` trains every combination, `random` draws, `sandwich` the largest, the smallest and random ones between,
-    `points` the list below."""
+    """Trains every combination (`all`), random ones, the largest, the smallest and random ones between (`sandwich`), or
+    the `points` listed."""
     num_draws: int | None = None
-    """Budgets per step; 1 for `random`, 3 for `sandwich` and all for `points` when left out."""
+    """Sets the budgets per step: when left out 1 of `random`, 3 of `sandwich`, all of `points`; `all` has none."""
     points: list[str] = field(default_factory=list)
-    """Budgets of the mode `points`, e.g. ["audio=/4,video=/2", "audio=/16,video=/5"]."""
+    """Lists the budgets of the mode `points`, e.g. ["audio=/4,video=/2", "audio=/16,video=/5"]."""
     distill_weight: float | None = None
-    """Mode `sandwich`: how much of a smaller budget's loss is the distance to the largest budget's answers, the rest
-    being the distance to the labels. 0.5 when left out, 0 switches it off."""
-    distill_temperature: float | None = None
-    """Mode `sandwich`: softens both distributions before they are compared; 1 when left out."""
+    """Weighs, of the mode `sandwich`, the distance of a smaller budget's answers to the largest budget's; the rest of
+    its loss is the distance to the labels. 0.5 when left out, 0 switches it off."""
 
     def __post_init__(self) -> None:
         if (self.mode == "points") != bool(self.points):
             raise ValueError(f"sampler.points go with sampler.mode points and only with it; mode is {self.mode!r}")
-        for key in ("distill_weight", "distill_temperature"):
-            if getattr(self, key) is not None and self.mode != "sandwich":
-                raise ValueError(f"sampler.{key} goes with sampler.mode sandwich only; mode is {self.mode!r}")
+        if self.distill_weight is not None and self.mode != "sandwich":
+            raise ValueError(f"sampler.distill_weight goes with sampler.mode sandwich only; mode is {self.mode!r}")
         if self.distill_weight is not None and not 0 <= self.distill_weight <= 1:
             raise ValueError(f"sampler.distill_weight is {self.distill_weight}; it must be in 0..1")
-        if self.distill_temperature is not None and self.distill_temperature <= 0:
-            raise ValueError(f"sampler.distill_temperature is {self.distill_temperature}; it must be above 0")
-        if self.distill_weight == 0 and self.distill_temperature is not None:
-            raise ValueError("sampler.distill_temperature has no effect with sampler.distill_weight 0")
+        defaults = {"random": 1, "sandwich": 3, "points": len(self.points), "all": None}
+        if self.num_draws is None:
+            object.__setattr__(self, "num_draws", defaults[self.mode])
+        if self.mode == "sandwich" and self.distill_weight is None:
+            object.__setattr__(self, "distill_weight", 0.5)
 
     @property
     def distills(self) -> bool:
-        """Whether smaller budgets learn from the largest."""
-        return self.mode == "sandwich" and self.distill_weight != 0
+        """Tell whether smaller budgets learn from the largest."""
+        return bool(self.distill_weight)
 
     @property
     def budgets(self) -> list[Budget]:
-        """The points, read."""
+        """Return the points, read."""
         return [Budget.parse(point) for point in self.points]
 
 
@@ -183,8 +181,6 @@ class TrainConfig:
     """How much the loss of a task counts, e.g. {vsr: 1.5} as in Omni-AVSR; 1 for every task that is not named."""
     sink_weight: float = 0.0
     """Weight of Llama-AVSR's sink loss, which keeps tokens from looking like the first one; there 10000, off here."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls from its peak to 0 at the last step; `constant` keeps it."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0 to its peak."""
     warmup_fraction: float | None = None
@@ -222,8 +218,6 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     validate_every: int | None = None
     """Steps between two validations; one at the end only when left out, and none without data.validation."""
-    validation_budgets: list[str] = field(default_factory=list)
-    """Budgets to validate at; the sampler's points, or the largest and the smallest, when left out."""
     tensorboard: bool = True
     """Also write the log for tensorboard, where it is installed."""
     progress: bool = True
@@ -247,8 +241,6 @@ class TrainConfig:
             raise ValueError(f"train.adam_betas is {self.adam_betas}; it must be two numbers in 0..1, 1 left out")
         if self.parts is not None and not self.parts:
             raise ValueError("train.parts is empty, so nothing would learn; leave it out for the usual parts")
-        for text in self.validation_budgets:
-            Budget.parse(text)
         if self.packed_attention == "flex" and (self.use_cpu or not self.packing):
             raise ValueError("train.packed_attention flex needs train.packing and a GPU, where its backward pass is")
         if self.loss_kernel == "liger" and self.use_cpu:
@@ -288,6 +280,8 @@ class RunConfig:
     """How long, how fast, where."""
 
     def __post_init__(self) -> None:
+        if self.train.parts is None:
+            object.__setattr__(self, "train", replace(self.train, parts=list(self._usual_parts())))
         self._check_parts()
         self._check_features()
         if self.train.loss_kernel == "liger" and self.sampler.distills:
@@ -302,28 +296,23 @@ class RunConfig:
                 f"model.dtype is {self.model.dtype}, which train.precision {self.train.precision} cannot train beside; "
                 "use float32, or bfloat16 for both"
             )
-        for key, budgets in (
-            ("sampler.points", self.sampler.points),
-            ("train.validation_budgets", self.train.validation_budgets),
-        ):
-            for budget in budgets:
-                if missing := Budget.parse(budget).media - set(self.model.media):
-                    raise ValueError(f"{key} holds {budget!r}, but model.{min(missing)} is not set")
-        for key in ("validate_every", "validation_budgets"):
-            if getattr(self.train, key) and not self.data.validation:
-                raise ValueError(f"train.{key} is set, but data.validation names no manifest")
+        for budget in self.sampler.points:
+            if missing := Budget.parse(budget).media - set(self.model.media):
+                raise ValueError(f"sampler.points holds {budget!r}, but model.{min(missing)} is not set")
+        if self.train.validate_every and not self.data.validation:
+            raise ValueError("train.validate_every is set, but data.validation names no manifest")
 
     def _check_features(self) -> None:
         if self.data.features is None:
             return
         if learning := sorted(set(self.parts) & set(MEDIA)):
             raise ValueError(f"data.features keeps what frozen encoders give, but train.parts holds {learning[0]}")
-        for medium, own in self.model.media.items():
-            if own.encoder_adapter is not None:
+        for medium, block in self.model.encoded_media.items():
+            if block.encoder.adapter is not None:
                 raise ValueError(
-                    f"data.features keeps what frozen encoders give; model.{medium} has an encoder_adapter"
+                    f"data.features keeps what frozen encoders give; model.{medium}.encoder.adapter is set"
                 )
-        if self.model.shows_frames or any(own.tiling is not None for own in self.model.media.values()):
+        if self.model.shows_frames or (self.model.image is not None and self.model.image.tiling is not None):
             raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
 
     def _check_parts(self) -> None:
@@ -337,46 +326,50 @@ class RunConfig:
         if self.model.has_adapter and "adapter" not in self.parts:
             raise ValueError("model.adapter is set, but train.parts leaves it out; it would never learn")
 
+    def _usual_parts(self) -> tuple[Part, ...]:
+        compressors: tuple[Part, ...] = ("compressors",) if self.model.media else ()
+        return (*compressors, "adapter") if self.model.has_adapter else compressors
+
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What learns."""
-        if self.train.parts is not None:
-            return tuple(dict.fromkeys(self.train.parts))
-        usual: list[Part] = ["compressors"] if self.model.media else []
-        return (*usual, *(["adapter"] if self.model.has_adapter else []))  # type: ignore[return-value]
+        """Return what learns, each part once."""
+        return tuple(dict.fromkeys(self.train.parts or ()))
 
 
-def read_run_settings(values: Mapping[str, Any]) -> RunConfig:
-    """The settings that plain values, as read from a YAML file, describe.
+def read_run_config(values: Any) -> RunConfig:
+    """Read a run config from plain values, such as those of a YAML file or a Python dict.
 
     Raises:
         ValueError: an unknown key, a value of another type, or a contradiction; the key is named.
     """
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig, "run")
-    try:
-        return parser.instantiate_classes(parser.parse_object({"run": dict(values)}))["run"]
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(str(error)) from error
+    return read(RunConfig, values)
 
 
-def settings_yaml(settings: RunConfig) -> str:
-    """The settings with every default filled in, as a config that starts the same run again."""
-    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+def config_yaml(config: RunConfig) -> str:
+    """Return a config with every default filled in, as YAML that starts the same run again.
+
+    A key that is left out of it has no value: no tiles, no limit, no checkpoint before the last.
+    """
+    return yaml.safe_dump(_without_auto(plain(config)), sort_keys=False, allow_unicode=True)
 
 
-def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys at which two nested configs differ, with both values."""
-    found = []
+def _without_auto(values: Any) -> Any:
+    """Leave out what is still "auto" in a resolved config: it concerns other parts than those in use."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: _without_auto(value) for key, value in values.items() if value != "auto"}
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the keys at which two nested configs differ, with both values."""
+    changed = []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
+            changed += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
-    return found
+            changed.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return changed
 
 
 def _named_rates(rates: dict[Part, float]) -> list[tuple[str, float]]:

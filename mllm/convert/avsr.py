@@ -11,19 +11,30 @@ Does not know how the entries are named; that is `avsr_layout.py`.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mllm.checkpoints import pretrained
-from mllm.checkpoints.build import build_processor, elastic_config, put_adapters
+from mllm.checkpoints.build import build_config, processor_of, put_adapters
 from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.checkpoints.sources import inside_run
 from mllm.checkpoints.tensor_files import write_tensors
-from mllm.config.model import AdapterConfig, EncoderAdapterConfig, MediumConfig, ModelConfig
+from mllm.config.medium import (
+    AudioConfig,
+    AudioEncoderConfig,
+    EncoderAdapterConfig,
+    LipsConfig,
+    MlpConfig,
+    PoolConfig,
+    StackConfig,
+    VideoConfig,
+    with_source,
+)
+from mllm.config.model import LoraBankConfig, LoraConfig, ModelConfig
 from mllm.convert import av_hubert
 from mllm.convert.avsr_layout import (
     TASKS,
@@ -65,8 +76,8 @@ class Parts:
     configs: dict[str, PreTrainedConfig]
     helpers: dict[str, Any]
     lips: av_hubert.Converted | None
-    media: dict[str, MediumConfig]
-    adapter: AdapterConfig | None
+    media: dict[str, AudioConfig | VideoConfig]
+    adapter: LoraConfig | LoraBankConfig | None
     trained: dict[str, Tensor]
     facts: list[str]
 
@@ -118,7 +129,7 @@ def read_parts(split: Split, system: System, options: Options) -> Parts:
         projectors = read_projectors(medium, split.projectors[medium], feature_size=sizes[medium])
         check_layout(split.projectors[medium], projectors.layout(sizes[medium], text.hidden_size))
         rates = _rates(projectors, system, options, split.media)
-        media[medium] = _medium_settings(projectors, rates, options)
+        media[medium] = _medium_config(projectors, rates, options)
         trained.update(_projector_entries(projectors, rates, split.projectors[medium]))
         facts.append(_projector_facts(projectors, rates))
     if split.video_lora:
@@ -218,17 +229,19 @@ def _rates(projectors: Projectors, system: System, options: Options, media: list
     return rates
 
 
-def _medium_settings(own: Projectors, rates: tuple[int, ...], options: Options) -> MediumConfig:
-    return MediumConfig(
-        encoder="",
-        compressor="stack" if own.is_stack else "pool",
-        budgets=[f"/{rate}" for rate in sorted(rates)],
-        per_budget_projector=own.is_list and not own.is_stack,
-        projector_size=own.hidden_size,
-        projector_norm=own.has_norm or None,
-        projector_activation="relu",
-        span=SPANS[own.medium],
-        normalize_audio=own.medium == "audio" and options.normalize_audio,
+def _medium_config(own: Projectors, rates: tuple[int, ...], options: Options) -> AudioConfig | VideoConfig:
+    """How a medium becomes soft tokens; where its encoder lies is filled in when that is written."""
+    per_budget = own.is_list and not own.is_stack
+    projector = MlpConfig(hidden_size=own.hidden_size, activation="relu", norm=own.has_norm, per_budget=per_budget)
+    budgets: list[str | int] = [f"/{rate}" for rate in sorted(rates)]
+    compressor = StackConfig() if own.is_stack else PoolConfig()
+    if own.medium == "audio":
+        encoder = AudioEncoderConfig(source="", normalize=options.normalize_audio)
+        return AudioConfig(
+            encoder=encoder, compressor=compressor, projector=projector, budgets=budgets, span=SPANS["audio"]
+        )
+    return VideoConfig(
+        encoder=LipsConfig(source=""), compressor=compressor, projector=projector, budgets=budgets, span=SPANS["video"]
     )
 
 
@@ -243,9 +256,12 @@ def _projector_entries(
 
 
 def _video_lora(
-    state: Mapping[str, Tensor], lips: av_hubert.Converted | None, settings: MediumConfig | None, options: Options
-) -> tuple[MediumConfig, dict[str, Tensor]]:
-    if lips is None or settings is None:
+    state: Mapping[str, Tensor],
+    lips: av_hubert.Converted | None,
+    video: AudioConfig | VideoConfig | None,
+    options: Options,
+) -> tuple[VideoConfig, dict[str, Tensor]]:
+    if lips is None or not isinstance(video, VideoConfig):
         raise ValueError(f"the checkpoint holds {min(state)}, but no lip encoder")
     config = lips.encoder.config
     loras = read_video_loras(state, config.num_hidden_layers)
@@ -253,12 +269,12 @@ def _video_lora(
     check_layout(state, loras.layout(config.hidden_size, dict.fromkeys("QV", config.hidden_size)))
     adapter = EncoderAdapterConfig(rank=loras.inner_size, alpha=options.video_scaling * loras.inner_size)
     entries = loras.matrices(state, prefix="model.video_tower.backbone.encoder.layers.{}.attention")
-    return replace(settings, encoder_adapter=adapter), entries
+    return replace(video, encoder=replace(video.encoder, adapter=adapter)), entries
 
 
 def _llm_lora(
     split: Split, text: Any, system: System, options: Options
-) -> tuple[AdapterConfig | None, dict[str, Tensor]]:
+) -> tuple[LoraConfig | LoraBankConfig | None, dict[str, Tensor]]:
     loras, variant = read_llm_loras(split.llm_lora, text.num_hidden_layers)
     if variant not in system.variants:
         raise ValueError(f"the LLM has a LoRA per task, which {system.title} has not; is it an Omni-AVSR?")
@@ -267,12 +283,10 @@ def _llm_lora(
     weights = {letter: split.llm[f"llm.model.layers.0.self_attn.{letter.lower()}_proj.weight"] for letter in "QV"}
     outs = {letter: weight.shape[0] for letter, weight in weights.items()}
     check_layout(split.llm_lora, loras.layout(text.hidden_size, outs))
-    bank: dict[str, Any] = {"kind": "lora_bank", "variant": variant, "tasks": list(TASKS.values())}
-    adapter = AdapterConfig(
-        rank=loras.inner_size,
-        alpha=_scaling(loras, text.hidden_size, options) * loras.inner_size,
-        **(bank if variant != "s" else {}),
-    )
+    rank, alpha = loras.inner_size, _scaling(loras, text.hidden_size, options) * loras.inner_size
+    adapter: LoraConfig | LoraBankConfig = LoraConfig(rank=rank, alpha=alpha)
+    if variant != "s":
+        adapter = LoraBankConfig(variant=cast(Any, variant), rank=rank, alpha=alpha, tasks=list(TASKS.values()))
     return adapter, loras.matrices(split.llm_lora, prefix="model.language_model.layers.{}.self_attn")
 
 
@@ -338,25 +352,24 @@ def write_parts(parts: Parts, folder: Path) -> None:
 
 def write_run(parts: Parts, folder: Path, options: Options) -> None:
     """Write config, processor and what trained; the frozen parts must lie in the folder already."""
-    media: dict[str, Any] = {m: replace(own, encoder=str(folder / m)) for m, own in parts.media.items()}
-    settings = ModelConfig(
+    media: dict[str, Any] = {m: with_source(block, str(folder / m)) for m, block in parts.media.items()}
+    model_config = ModelConfig(
         llm=str(folder / "llm"),
         chat_format="avsr",
         adapter=parts.adapter,
         released_behaviour=options.released_behaviour,
         **media,
     )
-    processor = build_processor(settings)
-    config = elastic_config(settings, processor)
+    tokenizer, config = build_config(model_config)
     config.sources = {part: inside_run(part, source) for part, source in (config.sources or {}).items()}
     prompts = {"+".join(own): options.prompts[name] for name, own in PROMPT_MEDIA.items() if {*own} <= {*media}}
-    processor = ElasticProcessor(processor.tokenizer, elastic={**processor.elastic, "prompts": prompts})
+    own = replace(processor_of(model_config, tokenizer, config).settings, prompts=prompts)
+    processor = ElasticProcessor(tokenizer, config, own)
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
     put_adapters(model)
     names = set_trainables(model)
-    own = dict(model.named_parameters())
-    check_layout(parts.trained, {name: tuple(own[name].shape) for name in names})
+    check_layout(parts.trained, {name: tuple(model.get_parameter(name).shape) for name in names})
     save_run(model, processor, folder, state={name: value.contiguous() for name, value in parts.trained.items()})
 
 
@@ -367,11 +380,11 @@ def _projector_facts(projectors: Projectors, rates: tuple[int, ...]) -> str:
     return f"{projectors.medium}: frames {how}, {', '.join(map(str, rates))} per token, {count} {norm} LayerNorm"
 
 
-def _adapter_facts(adapter: AdapterConfig | None, media: Mapping[str, MediumConfig]) -> str:
-    if adapter is None or adapter.rank is None or adapter.alpha is None:
+def _adapter_facts(adapter: LoraConfig | LoraBankConfig | None, media: Mapping[str, AudioConfig | VideoConfig]) -> str:
+    if adapter is None:
         llm = "no LoRA in the LLM"
     else:
-        kind = f"variant {adapter.variant}" if adapter.variant else "shared"
+        kind = f"variant {adapter.variant}" if isinstance(adapter, LoraBankConfig) else "shared"
         llm = f"LoRA in the LLM: {kind}, rank {adapter.rank}, scaled by {adapter.alpha / adapter.rank:g}"
-    lips = media["video"].encoder_adapter if "video" in media else None
+    lips = media["video"].encoder.adapter if "video" in media else None
     return llm + (f"; in AV-HuBERT: rank {lips.rank}, scaled by {lips.alpha / lips.rank:g}" if lips else "")

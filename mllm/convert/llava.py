@@ -18,19 +18,27 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from mllm.checkpoints.build import PADDED, build_processor, elastic_config
+from mllm.checkpoints.build import build_config, processor_of
 from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.checkpoints.sources import inside_run, resolve_source
 from mllm.checkpoints.tensor_files import write_tensors
-from mllm.config.model import MediumConfig, ModelConfig
+from mllm.config.medium import (
+    ImageConfig,
+    ImageEncoderConfig,
+    ImagePoolConfig,
+    ImageQueryConfig,
+    LinearConfig,
+    MlpConfig,
+    with_source,
+)
+from mllm.config.model import ModelConfig
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, ReleasedConfig, System
 from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
 from mllm.encoders import backbone_class, encoder_facts
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
-from mllm.processing.processor import ElasticProcessor
 from mllm.transforms.image_processors import read_image_processor
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
@@ -44,7 +52,7 @@ class Parts:
     Args:
         weights: of the frozen parts that are in the checkpoint, by part and by the names transformers gives them.
         configs: of both parts. sources: where each comes from if it is not in the checkpoint.
-        tokenizer: the LLM's. image_processor: its settings as plain values.
+        tokenizer: the LLM's.
         image: how images become soft tokens.
         trained: what a checkpoint of ours holds, by its names.
         facts: what was found, in words.
@@ -54,8 +62,7 @@ class Parts:
     configs: dict[str, PreTrainedConfig]
     sources: dict[str, str]
     tokenizer: Any
-    image_processor: dict[str, Any]
-    image: MediumConfig
+    image: ImageConfig
     trained: dict[str, Tensor]
     facts: list[str]
 
@@ -105,18 +112,25 @@ def read_parts(split: Split, folder: Path | None, system: System, options: Optio
     weights = {"llm": _llm_weights(split.llm, text)} if split.llm else {}
     if split.vision:
         weights["image"] = _vision_weights(split.vision, vision)
-    image, trained = _connector(split, released, text, vision)
-    image = replace(
-        image, feature_layer=released.feature_layer if options.feature_layer is None else options.feature_layer
+    encoder = ImageEncoderConfig(
+        source="",  # where it lies is filled in when that is written
+        feature_layer=released.feature_layer if options.feature_layer is None else options.feature_layer,
+        pad_to_square=(options.image_aspect_ratio or released.image_aspect_ratio) == "pad",
     )
-    budgets = _budgets(split, released, vision, system, options)
-    image = replace(image, budgets=list(budgets), query_heads=_heads(split, vision, options))
+    compressor, projector, trained = _connector(split, released, text, vision)
+    if isinstance(compressor, ImageQueryConfig):
+        compressor = replace(compressor, num_heads=_heads(vision, options))
+    image = ImageConfig(
+        encoder=encoder,
+        compressor=compressor,
+        projector=projector,
+        budgets=list(_budgets(split, released, vision, system, options)),
+    )
     parts = Parts(
         weights,
         {"llm": text, "image": vision},
         sources,
         tokenizer,
-        _image_processor(sources["image"], released, options),
         image,
         trained,
         facts=[],
@@ -189,14 +203,12 @@ def _vision_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> di
 
 def _connector(
     split: Split, released: ReleasedConfig, text: Any, vision: Any
-) -> tuple[MediumConfig, dict[str, Tensor]]:
-    """Read how images become soft tokens as far as shapes tell, and our entries for it."""
-    any_budget: Any = {"encoder": "", "budgets": [1]}  # both are filled in by the caller
+) -> tuple[ImagePoolConfig | ImageQueryConfig, MlpConfig | LinearConfig | None, dict[str, Tensor]]:
+    """Tell compressor and projector as far as shapes do, and our entries for them."""
     if split.queries:
         queries = read_queries(split.queries, feature_size=vision.hidden_size)
         check_layout(split.queries, queries.layout(text.hidden_size))
-        image = MediumConfig(**any_budget, compressor="query", num_queries=queries.num_queries, keys="position")
-        return image, queries.entries(split.queries)
+        return ImageQueryConfig(num_queries=queries.num_queries), None, queries.entries(split.queries)
     projector = read_projector(split.projector)
     check_layout(split.projector, projector.layout(vision.hidden_size, text.hidden_size))
     kind = released.values.get("mm_projector_type", projector.kind)
@@ -204,8 +216,10 @@ def _connector(
         raise ValueError(
             f"mm_projector_type is {kind} in {released.source}, but the checkpoint holds a {projector.kind}"
         )
-    size = projector.hidden_size or 0
-    return MediumConfig(**any_budget, project_first=True, projector_size=size), projector.entries(split.projector)
+    one: MlpConfig | LinearConfig = LinearConfig(before_pooling=True)
+    if projector.hidden_size:
+        one = MlpConfig(hidden_size=projector.hidden_size, before_pooling=True)
+    return ImagePoolConfig(), one, projector.entries(split.projector)
 
 
 def _budgets(split: Split, released: ReleasedConfig, vision: Any, system: System, options: Options) -> list[int]:
@@ -228,19 +242,11 @@ def _budgets(split: Split, released: ReleasedConfig, vision: Any, system: System
     return sorted(chosen)
 
 
-def _heads(split: Split, vision: Any, options: Options) -> int | None:
-    if not split.queries:
-        return None
+def _heads(vision: Any, options: Options) -> int:
     heads = options.query_heads or vision.num_attention_heads
     if heads < 1 or vision.hidden_size % heads:
         raise ValueError(f"query_heads is {heads}, which does not divide the {vision.hidden_size} of the queries")
     return heads
-
-
-def _image_processor(source: str, released: ReleasedConfig, options: Options) -> dict[str, Any]:
-    values = read_image_processor(resolve_source(source)).to_dict()
-    padded = (options.image_aspect_ratio or released.image_aspect_ratio) == "pad"
-    return values | PADDED if padded else values
 
 
 def write_parts(parts: Parts, folder: Path) -> None:
@@ -260,33 +266,31 @@ def write_parts(parts: Parts, folder: Path) -> None:
 def write_run(parts: Parts, folder: Path) -> None:
     """Write config, processor and the connector; the parts of the checkpoint must lie in the folder already."""
     places = {part: str(folder / part) if part in parts.weights else own for part, own in parts.sources.items()}
-    settings = ModelConfig(
-        llm=places["llm"], chat_format="vicuna_v1", image=replace(parts.image, encoder=places["image"])
+    model_config = ModelConfig(
+        llm=places["llm"], chat_format="vicuna_v1", image=with_source(parts.image, places["image"])
     )
-    processor = build_processor(settings)
-    elastic = processor.elastic
-    image = {**elastic["media"]["image"], "preprocessor": parts.image_processor}
-    processor = ElasticProcessor(processor.tokenizer, elastic={**elastic, "media": {"image": image}})
-    config = elastic_config(settings, processor)
+    tokenizer, config = build_config(model_config)
+    processor = processor_of(model_config, tokenizer, config)
     for part in parts.weights:
         config.sources = {**(config.sources or {}), part: inside_run(part, (config.sources or {})[part])}
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
     names = set_trainables(model)
-    own = dict(model.named_parameters())
-    check_layout(parts.trained, {name: tuple(own[name].shape) for name in names})
+    check_layout(parts.trained, {name: tuple(model.get_parameter(name).shape) for name in names})
     save_run(model, processor, folder, state={name: value.contiguous() for name, value in parts.trained.items()})
 
 
 def _facts(parts: Parts, vision: Any) -> list[str]:
-    image, budgets = parts.image, parts.image.budgets
+    image, budgets = parts.image, sorted(parts.image.values)
     shown = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]}, {budgets[1]}, ... {budgets[-1]}"
-    if image.compressor == "query":
-        how = f"{image.num_queries} queries of {vision.hidden_size} with {image.query_heads} heads"
+    if isinstance(image.compressor, ImageQueryConfig):
+        how = f"{image.num_queries} queries of {vision.hidden_size} with {image.compressor.num_heads} heads"
+    elif isinstance(image.projector, MlpConfig):
+        how = f"averaged behind the projector, {image.projector.hidden_size} inside"
     else:
-        how = f"averaged behind the projector, {image.projector_size} inside" if image.projector_size else "averaged"
+        how = "averaged"
     only = " only, other counts are untrained" if len(budgets) == 1 else ""
-    margins = "padded to a square" if parts.image_processor.get("do_pad") else "cut to a square"
+    margins = "padded to a square" if image.encoder.pad_to_square else "cut to a square"
     origins = {part: "in the checkpoint" if part in parts.weights else source for part, source in parts.sources.items()}
     return [
         f"images: {how}; trained at {shown} tokens{only}; {margins}",

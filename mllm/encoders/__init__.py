@@ -1,80 +1,110 @@
-"""Encoders: raw images, sound or video to features. One file per family.
+"""Encoders turn raw images, audio or video into features. One file per family.
 
-Knows transformers' model types, and the block of a config that shapes an encoder.
+Knows transformers' model types, and the `encoder` block of a medium's config.
 Does not know compressors, budgets, the LLM, or where weights come from.
 """
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mllm.encoders.audio import SETTINGS as AUDIO_SETTINGS
+from mllm.config.medium import AudioEncoderConfig, ImageEncoderConfig, LipsConfig
 from mllm.encoders.audio import wave_class, wave_facts, whisper_class, whisper_facts, wrap_wave, wrap_whisper
 from mllm.encoders.av_hubert import AVHubertAudioConfig, AVHubertConfig, AVHubertEncoder, register_av_hubert
 from mllm.encoders.av_hubert_audio import av_hubert_audio_facts, wrap_av_hubert_audio
 from mllm.encoders.av_hubert_video import av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
-from mllm.encoders.naflex import SETTINGS as NAFLEX_SETTINGS
 from mllm.encoders.naflex import naflex_facts, wrap_naflex
-from mllm.encoders.vision import SETTINGS as VISION_SETTINGS
 from mllm.encoders.vision import vision_class, vision_facts, wrap_vision
 
 __all__ = [
     "ENCODERS",
-    "SETTINGS",
     "AVHubertAudioConfig",
     "AVHubertConfig",
     "AVHubertEncoder",
     "Encoder",
+    "EncoderBlock",
     "EncoderFacts",
     "backbone_class",
     "backbone_config",
     "build_encoder",
+    "check_block",
+    "default_block",
     "encoder_facts",
     "freeze",
     "register_av_hubert",
     "wrap_encoder",
 ]
 
-SETTINGS = (*VISION_SETTINGS, *NAFLEX_SETTINGS, *AUDIO_SETTINGS)
-"""The keys of a `media.<medium>` block that shape an encoder."""
+EncoderBlock = ImageEncoderConfig | AudioEncoderConfig | LipsConfig
+BLOCKS: dict[str, type] = {"image": ImageEncoderConfig, "audio": AudioEncoderConfig, "video": LipsConfig}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of backbones becomes an encoder of a medium."""
+    """How one family of backbones becomes an encoder of a medium.
+
+    Args:
+        refused: keys of the medium's `encoder` block that this family has no use for, each with the reason.
+    """
 
     medium: str
     backbone: Callable[[PreTrainedConfig], type[PreTrainedModel]]
-    facts: Callable[[PreTrainedConfig, Mapping[str, Any]], EncoderFacts]
-    wrap: Callable[[Any, Mapping[str, Any]], Encoder]
+    facts: Callable[[PreTrainedConfig, Any], EncoderFacts]
+    wrap: Callable[[Any, Any], Encoder]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
-_VISION = Family("image", vision_class, vision_facts, wrap_vision)
-_WAVE = Family("audio", wave_class, wave_facts, wrap_wave)
+_VISION = Family(
+    "image",
+    vision_class,
+    vision_facts,
+    wrap_vision,
+    {"max_num_patches": "goes with siglip2_vision_model, whose images keep their shape; allowed: image_size"},
+)
+_NAFLEX = Family(
+    "image",
+    vision_class,
+    naflex_facts,
+    wrap_naflex,
+    {
+        "image_size": "does not go with images that keep their shape; allowed: max_num_patches",
+        "pad_to_square": "does not go with images that keep their shape; leave it out",
+    },
+)
+_WHISPER = Family("audio", whisper_class, whisper_facts, wrap_whisper)
+_RELEASED_CUT = {"released_cut": "is about Whisper's window; leave it out"}
+_WAVE = Family("audio", wave_class, wave_facts, wrap_wave, _RELEASED_CUT)
+_AV_HUBERT_AUDIO = Family(
+    "audio",
+    av_hubert_class,
+    av_hubert_audio_facts,
+    wrap_av_hubert_audio,
+    {**_RELEASED_CUT, "normalize": "does not go with AV-HuBERT, whose features are normalised; leave it out"},
+)
 
 ENCODERS = {
     "clip_vision_model": _VISION,
     "siglip_vision_model": _VISION,
-    "siglip2_vision_model": Family("image", vision_class, naflex_facts, wrap_naflex),
+    "siglip2_vision_model": _NAFLEX,
     "dinov2": _VISION,
     "dinov2_with_registers": _VISION,
     "dinov3_vit": _VISION,
-    "whisper": Family("audio", whisper_class, whisper_facts, wrap_whisper),
+    "whisper": _WHISPER,
     "hubert": _WAVE,
     "wav2vec2": _WAVE,
     "wavlm": _WAVE,
     "av_hubert": Family("video", av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video),
-    "av_hubert_audio": Family("audio", av_hubert_class, av_hubert_audio_facts, wrap_av_hubert_audio),
+    "av_hubert_audio": _AV_HUBERT_AUDIO,
 }
 """By the `model_type` of the backbone's config."""
 
 
 def backbone_config(config: PreTrainedConfig, medium: str | None = None) -> PreTrainedConfig:
-    """What of a source's config an encoder is built from; most configs are it as they are.
+    """Returns what of a source's config an encoder is built from; most configs are it as they are.
 
     It is the vision half of an image-and-text config (CLIP, SigLIP), and AV-HuBERT's as a listener where `medium`, the
     block that names it, is `audio`.
@@ -86,21 +116,50 @@ def backbone_config(config: PreTrainedConfig, medium: str | None = None) -> PreT
     return config.vision_config if hasattr(config, "vision_config") else config
 
 
-def encoder_facts(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> EncoderFacts:
-    """What an encoder publishes, from its config alone.
-
-    Args:
-        config: config of the backbone.
-        settings: the `media.<medium>` block; only the keys in `SETTINGS` are read.
+def default_block(config: PreTrainedConfig) -> EncoderBlock:
+    """Return the `encoder` block that says nothing of how a backbone is used.
 
     Raises:
         ValueError: a backbone that is none of `ENCODERS`.
     """
-    return _family(config).facts(config, settings or {})
+    return BLOCKS[_family(config).medium](source="")
+
+
+def check_block(config: PreTrainedConfig, block: EncoderBlock) -> None:
+    """Refuse keys that other families of the same medium have.
+
+    Args:
+        config: config of the backbone.
+        block: the medium's `encoder` block.
+
+    Raises:
+        ValueError: a backbone that is none of `ENCODERS`, or a key that this family has no use for.
+    """
+    family = _family(config)
+    defaults = {item.name: item.default for item in fields(block)}
+    for key, reason in family.refused.items():
+        if (value := getattr(block, key)) != defaults[key]:
+            name = f"model.{family.medium}.encoder.{key}"
+            raise ValueError(f"{name} is {value} and the encoder a {config.model_type}; it {reason}")
+
+
+def encoder_facts(config: PreTrainedConfig, block: EncoderBlock | None = None) -> EncoderFacts:
+    """Return what an encoder publishes, from its config alone.
+
+    Args:
+        config: config of the backbone.
+        block: the medium's `encoder` block; the default one when left out.
+
+    Raises:
+        ValueError: a backbone that is none of `ENCODERS`, or a key that it has no use for.
+    """
+    block = default_block(config) if block is None else block
+    check_block(config, block)
+    return _family(config).facts(config, block)
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class whose `from_pretrained` reads the backbone's weights.
+    """Return the class whose `from_pretrained` reads the backbone's weights.
 
     Raises:
         ValueError: a backbone that is none of `ENCODERS`.
@@ -108,30 +167,31 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return _family(config).backbone(config)
 
 
-def wrap_encoder(backbone: PreTrainedModel, settings: Mapping[str, Any] | None = None) -> Encoder:
-    """An encoder around a backbone that has its weights; the backbone is kept as `.backbone` and may be cut.
+def wrap_encoder(backbone: PreTrainedModel, block: EncoderBlock | None = None) -> Encoder:
+    """Make an encoder of a backbone that has its weights; the backbone is kept as `.backbone` and may be cut.
 
     Raises:
-        ValueError: a backbone that is none of `ENCODERS`, or settings it cannot meet.
+        ValueError: a backbone that is none of `ENCODERS`, or a key that it cannot meet.
     """
-    return _family(backbone.config).wrap(backbone, settings or {})
+    block = default_block(backbone.config) if block is None else block
+    check_block(backbone.config, block)
+    return _family(backbone.config).wrap(backbone, block)
 
 
-def build_encoder(medium: str, config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> Encoder:
-    """An encoder with random weights; works on the meta device.
+def build_encoder(medium: str, config: PreTrainedConfig, block: EncoderBlock | None = None) -> Encoder:
+    """Make an encoder with random weights; works on the meta device.
 
     Args:
         medium: what it is wanted for: `image`, `audio` or `video`.
         config: config of the backbone.
-        settings: the `media.<medium>` block; only the keys in `SETTINGS` are read.
+        block: the medium's `encoder` block; the default one when left out.
 
     Raises:
-        ValueError: a backbone that is none of `ENCODERS` or reads another medium, or settings it cannot meet.
+        ValueError: a backbone that is none of `ENCODERS` or reads another medium, or a key that it cannot meet.
     """
-    facts = encoder_facts(config, settings)
-    if facts.medium != medium:
-        raise ValueError(f"{config.model_type} reads {facts.medium}, not {medium}; for {medium}: {_names(medium)}")
-    return wrap_encoder(backbone_class(config)._from_config(copy.deepcopy(config)), settings)
+    if (reads := _family(config).medium) != medium:
+        raise ValueError(f"{config.model_type} reads {reads}, not {medium}; for {medium}: {_names(medium)}")
+    return wrap_encoder(backbone_class(config)._from_config(copy.deepcopy(config)), block)
 
 
 def _family(config: PreTrainedConfig) -> Family:

@@ -8,8 +8,6 @@ channels inside the waveform's convolutions, D feature size.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import transformers
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from mllm.config.medium import AudioEncoderConfig
 from mllm.encoders.base import Encoder, EncoderFacts
 
-SETTINGS = ("released_cut",)
 SAMPLE_RATE_HZ = 16_000
 # One Whisper frame: mel frames are 160 samples apart, and its second convolution keeps every other one.
 WHISPER_SAMPLES_PER_FRAME = 320
@@ -164,14 +162,13 @@ def released_frames(num_samples: int) -> int:
     return max(int(num_samples / SAMPLE_RATE_HZ * WHISPER_FRAMES_PER_SECOND), RELEASED_LEAST_FRAMES)
 
 
-def whisper_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+def whisper_facts(config: PreTrainedConfig, block: AudioEncoderConfig) -> EncoderFacts:
     """Returns the facts of a Whisper encoder; `num_frames` refuses clips below one frame and beyond the window."""
     longest = config.max_source_positions
-    is_released = bool(settings.get("released_cut", False))
 
     def num_frames(num_samples: int) -> int:
         frames = num_samples // WHISPER_SAMPLES_PER_FRAME
-        if is_released:
+        if block.released_cut:
             frames = released_frames(num_samples)
         if not 1 <= frames <= longest:
             raise ValueError(
@@ -189,15 +186,12 @@ def whisper_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Enco
     )
 
 
-def wave_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+def wave_facts(config: PreTrainedConfig, block: AudioEncoderConfig) -> EncoderFacts:
     """Returns the facts of a waveform encoder; `num_frames` refuses clips below one frame.
 
     Raises:
-        ValueError: a config with a length adapter behind the encoder, which this project does not read, or settings of
-            Whisper.
+        ValueError: a config with a length adapter behind the encoder, which this project does not read.
     """
-    if settings.get("released_cut", False):
-        raise ValueError(f"released_cut is about Whisper's window; {config.model_type} counts its frames one way only")
     if getattr(config, "add_adapter", False):
         raise ValueError(f"{config.model_type} with add_adapter=true is not supported; compressors do that work here")
     kernels = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
@@ -225,12 +219,12 @@ def wave_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return getattr(transformers, WAVE_CLASSES[config.model_type])
 
 
-def wrap_whisper(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WhisperWindowEncoder:
+def wrap_whisper(backbone: PreTrainedModel, block: AudioEncoderConfig) -> WhisperWindowEncoder:
     """Wraps Whisper's encoder as an encoder of this project."""
-    cut = bool(settings.get("released_cut", False))
-    return WhisperWindowEncoder(backbone=backbone, released_cut=cut)  # pyright: ignore[reportArgumentType]
+    released_cut = block.released_cut
+    return WhisperWindowEncoder(backbone=backbone, released_cut=released_cut)  # pyright: ignore[reportArgumentType]
 
 
-def wrap_wave(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> WaveformEncoder:
+def wrap_wave(backbone: PreTrainedModel, block: AudioEncoderConfig) -> WaveformEncoder:
     """Wraps a waveform encoder; no key of a config shapes it."""
     return WaveformEncoder(backbone=backbone)

@@ -9,13 +9,11 @@ Shapes: N clips, T stacked filterbank frames of the longest clip, D feature size
 Source: the encoder `avhubert-audio` of Llama-AVSR (arXiv 2409.12319).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mllm.config.medium import AudioEncoderConfig
 from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.encoders.base import Encoder, EncoderFacts
 from mllm.transforms.filterbank import HOP_SAMPLES, NUM_STACKED, WINDOW_SAMPLES, num_stacked_frames
@@ -56,13 +54,13 @@ class AVHubertAudioEncoder(Encoder):
         return torch.zeros(1, 1, self.backbone.config.audio_feature_size), torch.tensor([1])
 
 
-def av_hubert_audio_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+def av_hubert_audio_facts(config: PreTrainedConfig, block: AudioEncoderConfig) -> EncoderFacts:
     """Returns the facts of AV-HuBERT as an audio encoder."""
     return EncoderFacts(
         "audio", config.hidden_size, frames_per_second=float(config.frames_per_second), num_frames=num_stacked_frames
     )
 
 
-def wrap_av_hubert_audio(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> AVHubertAudioEncoder:
+def wrap_av_hubert_audio(backbone: PreTrainedModel, block: AudioEncoderConfig) -> AVHubertAudioEncoder:
     """Wraps AV-HuBERT as an audio encoder of this project; no key of a config shapes it."""
     return AVHubertAudioEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]

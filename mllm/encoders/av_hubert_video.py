@@ -5,13 +5,11 @@ Knows clips and their true lengths. Does not know how crops are made; `av_hubert
 Shapes: N clips, T frames of the longest clip, H x W pixels of a crop, D feature size.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mllm.config.medium import LipsConfig
 from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.encoders.base import Encoder, EncoderFacts
 
@@ -49,7 +47,7 @@ class AVHubertVideoEncoder(Encoder):
         return torch.zeros(1, 2, 1, 32, 32), torch.tensor([2])
 
 
-def av_hubert_video_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
+def av_hubert_video_facts(config: PreTrainedConfig, block: LipsConfig) -> EncoderFacts:
     """Returns the facts of AV-HuBERT as a video encoder."""
 
     def num_frames(num_video_frames: int) -> int:
@@ -67,6 +65,6 @@ def av_hubert_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return AVHubertEncoder
 
 
-def wrap_av_hubert_video(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> AVHubertVideoEncoder:
+def wrap_av_hubert_video(backbone: PreTrainedModel, block: LipsConfig) -> AVHubertVideoEncoder:
     """Wraps AV-HuBERT as a video encoder of this project; no key of a config shapes it."""
     return AVHubertVideoEncoder(backbone=backbone)  # pyright: ignore[reportArgumentType]

@@ -9,17 +9,14 @@ Source: SigLIP 2 (arXiv 2502.14786), as in transformers' `siglip2_vision_model`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mllm.config.medium import ImageEncoderConfig
 from mllm.encoders.base import Encoder, EncoderFacts
 from mllm.encoders.vision import cut
-
-SETTINGS = ("max_num_patches",)
 
 
 class NaFlexEncoder(Encoder):
@@ -81,28 +78,25 @@ class NaFlexEncoder(Encoder):
         return torch.zeros(1, 1, self._patch_values), torch.ones(1, 2, dtype=torch.int64)
 
 
-def naflex_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """Returns the facts of a NaFlex encoder; `settings` may hold `max_num_patches`."""
-    max_patches = _max_patches(config, settings.get("max_num_patches"))
+def naflex_facts(config: PreTrainedConfig, block: ImageEncoderConfig) -> EncoderFacts:
+    """Returns the facts of a NaFlex encoder whose images have at most as many patches as the block says."""
+    max_patches = num_patches_of(config, block)
     return EncoderFacts("image", config.hidden_size, grid=square_grid(max_patches), max_patches=max_patches)
 
 
-def wrap_naflex(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> NaFlexEncoder:
-    """Wraps a NaFlex backbone as an encoder, shaped by a config.
-
-    Raises:
-        ValueError: `image_size`, which its images do not have.
-    """
-    if settings.get("image_size") is not None:
-        raise ValueError(
-            "image_size does not go with siglip2_vision_model, whose images keep their shape; allowed: max_num_patches"
-        )
+def wrap_naflex(backbone: PreTrainedModel, block: ImageEncoderConfig) -> NaFlexEncoder:
+    """Wraps a NaFlex backbone as an encoder, shaped by a config."""
     return NaFlexEncoder(
         backbone=backbone,
-        feature_layer=settings.get("feature_layer", -2),
-        final_norm=settings.get("final_norm", False),
-        max_num_patches=settings.get("max_num_patches"),
+        feature_layer=block.feature_layer,
+        final_norm=block.final_norm,
+        max_num_patches=num_patches_of(backbone.config, block),
     )
+
+
+def num_patches_of(config: PreTrainedConfig, block: ImageEncoderConfig) -> int:
+    """Return the most patches of an image: those that a config asks for, or that the tower was trained on."""
+    return config.num_patches if block.max_num_patches == "auto" else block.max_num_patches
 
 
 def square_grid(max_patches: int) -> tuple[int, int]:

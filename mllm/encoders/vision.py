@@ -6,7 +6,6 @@ Does not know how an image got its size, what compresses the patches, or the LLM
 Shapes: N images, h x w pixels, T = rows x columns patches in reading order, D feature size.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mllm.config.medium import ImageEncoderConfig
 from mllm.encoders.base import Encoder, EncoderFacts
-
-SETTINGS = ("feature_layer", "final_norm", "image_size")
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,9 @@ class VisionEncoder(Encoder):
         return torch.zeros(1, 3, *self.image_size), None
 
 
-def vision_facts(config: PreTrainedConfig, settings: Mapping[str, Any]) -> EncoderFacts:
-    """Returns the facts of a vision encoder; `settings` may hold `image_size`."""
-    size = image_size_of(settings) or _pair(config.image_size)
+def vision_facts(config: PreTrainedConfig, block: ImageEncoderConfig) -> EncoderFacts:
+    """Returns the facts of a vision encoder that reads images of the size in the block, or of its own."""
+    size = image_size_of(block) or _pair(config.image_size)
     grid = grid_of(size, _pair(config.patch_size))
     return EncoderFacts("image", config.hidden_size, grid=grid, image_pixels=size)
 
@@ -108,27 +106,19 @@ def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return getattr(transformers, LAYOUTS[config.model_type].class_name)
 
 
-def wrap_vision(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> VisionEncoder:
-    """Wraps a vision model as an encoder, shaped by the keys `SETTINGS` of a config.
-
-    Raises:
-        ValueError: `max_num_patches`, which goes with encoders whose images keep their shape.
-    """
-    if settings.get("max_num_patches") is not None:
-        name = backbone.config.model_type
-        raise ValueError(f"max_num_patches goes with siglip2_vision_model, not with {name}; allowed: image_size")
+def wrap_vision(backbone: PreTrainedModel, block: ImageEncoderConfig) -> VisionEncoder:
+    """Wraps a vision model as an encoder, shaped by a config."""
     return VisionEncoder(
         backbone=backbone,
-        feature_layer=settings.get("feature_layer", -2),
-        final_norm=settings.get("final_norm", False),
-        image_size=image_size_of(settings),
+        feature_layer=block.feature_layer,
+        final_norm=block.final_norm,
+        image_size=image_size_of(block),
     )
 
 
-def image_size_of(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+def image_size_of(block: ImageEncoderConfig) -> tuple[int, int] | None:
     """Returns the (h, w) that a config asks for, or None."""
-    size = settings.get("image_size")
-    return None if size is None else _pair(size)
+    return None if block.image_size is None else _pair(block.image_size)
 
 
 def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:

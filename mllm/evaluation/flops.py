@@ -8,13 +8,18 @@ after p, though a kernel that ignores the mask computes n (n + p). Sliding windo
 attention. Encoders count one clip or image at its true length, without the padding of a batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mllm.adapters.expert_ids import num_experts
 from mllm.budget import Extent, TokenCount
-from mllm.budget.nesting import hybrid_sizes, num_queries
+from mllm.budget.nesting import num_queries
+from mllm.compressors import count_heads
+from mllm.config.medium import HybridConfig, LinearConfig, MediumConfig, MoeConfig, QueryConfig, StackConfig
+from mllm.config.medium import Projector as ProjectorConfig
+from mllm.config.model import AdapterConfig, LoraBankConfig, MomeConfig
+from mllm.encoders import EncoderBlock, default_block
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -90,7 +95,7 @@ def request_cost(
     Raises:
         ValueError: an LLM or encoder that has no formula here.
     """
-    text, adapter, media = config.text_config, config.adapter, config.media
+    text, adapter, media = config.text_config, config.adapter, config.encoded_media
     encoders = config.encoder_configs
     shared = num_prompt_tokens - 1 if num_beams > 1 else 0
     once = llm_flops(text, num_tokens=shared, num_logits=1, adapter=adapter) if shared else 0
@@ -99,7 +104,7 @@ def request_cost(
     later = llm_flops(text, num_tokens=rest, past_tokens=num_prompt_tokens, num_logits=rest, adapter=adapter)
     kept = num_prompt_tokens + rest
     return RequestCost(
-        encoder=sum(encoder_flops(encoders[item.medium], item, media[item.medium]) for item in items),
+        encoder=sum(encoder_flops(encoders[item.medium], item, media[item.medium].encoder) for item in items),
         compressor=sum(
             compressor_flops(
                 media[item.medium], item, in_size=_hidden_size(encoders[item.medium]), out_size=text.hidden_size
@@ -114,14 +119,14 @@ def request_cost(
 
 
 def llm_flops(
-    text: Any, *, num_tokens: int, past_tokens: int = 0, num_logits: int = 0, adapter: Mapping[str, Any] | None = None
+    text: Any, *, num_tokens: int, past_tokens: int = 0, num_logits: int = 0, adapter: AdapterConfig | None = None
 ) -> int:
     """Counts the FLOPs of a forward pass of a dense decoder over `num_tokens` tokens behind `past_tokens` cached ones.
 
     Args:
         text: config of the LLM: attention with grouped keys and values and a gated feed-forward block.
         num_logits: positions the head runs at.
-        adapter: settings of an adapter that is not merged.
+        adapter: an adapter that is not merged.
 
     Raises:
         ValueError: a mixture of experts, or a config without the fields of such a decoder.
@@ -132,7 +137,7 @@ def llm_flops(
     return text.num_hidden_layers * 2 * body * num_tokens + attention + head
 
 
-def published_flops(text: Any, *, num_tokens: int, adapter: Mapping[str, Any] | None = None) -> int:
+def published_flops(text: Any, *, num_tokens: int, adapter: AdapterConfig | None = None) -> int:
     """Counts the FLOPs of a prompt as Llama-MTSK (arXiv 2503.06362) does: twice the parameters, times the tokens.
 
     The parameters are those of layers, norms and head, and of the adapter; the input embedding, which is only looked
@@ -170,22 +175,22 @@ def kv_bytes_per_token(text: Any, *, dtype: str = "float32") -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_size(text) * BYTES_PER_VALUE[dtype]
 
 
-def encoder_flops(config: Any, item: Item, settings: Mapping[str, Any] | None = None) -> int:
+def encoder_flops(config: Any, item: Item, block: EncoderBlock | None = None) -> int:
     """Counts the FLOPs of encoding one item.
 
     Args:
         config: of the encoder's backbone.
-        settings: the `media.<medium>` block.
+        block: the medium's `encoder` block; the default one when left out.
 
     Raises:
         ValueError: a backbone without a formula here.
     """
     if config.model_type not in _ENCODERS:
         raise ValueError(f"no cost formula for encoder {config.model_type!r}; there are {', '.join(_ENCODERS)}")
-    return _ENCODERS[config.model_type](config, item, settings or {})
+    return _ENCODERS[config.model_type](config, item, default_block(config) if block is None else block)
 
 
-def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, out_size: int) -> int:
+def compressor_flops(block: MediumConfig, item: Item, *, in_size: int, out_size: int) -> int:
     """Counts the FLOPs of compressing one item to `item.num_tokens` soft tokens, its projectors included.
 
     A batch computes up to the longest prompt's length instead and throws the rest away; that padding is not counted.
@@ -194,60 +199,60 @@ def compressor_flops(settings: Mapping[str, Any], item: Item, *, in_size: int, o
     is left out; with a projector per budget every one of them runs.
 
     Args:
-        settings: the `media.<medium>` block.
+        block: how the medium becomes soft tokens.
         in_size: size of a feature.
         out_size: the LLM's hidden size.
     """
-    compressor = settings.get("compressor", "pool")
-    if compressor == "query":
-        return _query(settings, item, in_size, out_size)
-    if compressor == "hybrid":
-        return _hybrid(settings, item, in_size, out_size)
-    budgets = [int(str(budget).removeprefix("/")) for budget in settings["budgets"]]
-    if compressor == "stack":
+    compressor, projector, budgets = block.compressor, block.projector, block.values
+    if isinstance(compressor, QueryConfig):
+        return _query(block, item, in_size, out_size)
+    if isinstance(compressor, HybridConfig):
+        return _hybrid(block, item, in_size, out_size)
+    if isinstance(compressor, StackConfig):
         sizes = [item.num_features // n if item.medium == "image" else n for n in budgets]
         windows = [min(item.num_features // size, item.num_tokens) for size in sizes]
-        return sum(n * _projector(settings, in_size * r, out_size) for n, r in zip(windows, sizes, strict=True))
-    num_projectors = len(budgets) if settings.get("per_budget_projector", False) else 1
-    first = settings.get("project_first", False)
+        return sum(n * _projector(projector, in_size * r, out_size) for n, r in zip(windows, sizes, strict=True))
+    num_projectors = len(budgets) if projector.per_budget else 1
+    first = getattr(projector, "before_pooling", False)
     projected, averaged_size = (item.num_features, out_size) if first else (item.num_tokens, in_size)
     average = 2 * item.num_tokens * item.num_features * averaged_size
-    if settings.get("order", "raster") == "haar":
+    if getattr(compressor, "order", "raster") == "haar":
         average = 0  # sums and differences, no products
-    return average + num_projectors * projected * _projector(settings, in_size, out_size)
+    return average + num_projectors * projected * _projector(projector, in_size, out_size)
 
 
-def _projector(settings: Mapping[str, Any], in_size: int, out_size: int) -> int:
+def _projector(projector: ProjectorConfig, in_size: int, out_size: int) -> int:
     """Counts the FLOPs of the projector per token."""
-    hidden_size = settings.get("projector_size", out_size)
-    one = in_size * out_size if hidden_size is None else hidden_size * (in_size + out_size)
-    experts = settings.get("projector_experts")
-    return 2 * (one if experts is None else experts * (one + in_size + out_size))  # every expert runs on every token
+    hidden_size = 0 if isinstance(projector, LinearConfig) else projector.hidden_size
+    hidden_size = out_size if isinstance(hidden_size, str) else hidden_size
+    one = hidden_size * (in_size + out_size) if hidden_size else in_size * out_size
+    if isinstance(projector, MoeConfig):  # every expert runs on every token
+        return 2 * projector.num_experts * (one + in_size + out_size)
+    return 2 * one
 
 
-def _query(settings: Mapping[str, Any], item: Item, in_size: int, out_size: int) -> int:
+def _query(block: MediumConfig, item: Item, in_size: int, out_size: int) -> int:
     """Counts the cross-attention of all queries, over an image or every window of a stream, and the projection."""
-    queries, size = settings["num_queries"], settings.get("query_size") or in_size
-    window = item.num_features if item.medium == "image" else settings["window_frames"]
+    queries, size, compressor = block.num_queries, in_size, block.compressor
+    window = item.num_features if item.medium == "image" else compressor.window_frames
     windows = -(-item.num_features // window)
     read = windows * window
-    content = settings.get("keys", "position") == "content"
-    input_projection = 0 if size == in_size else read * in_size * size
+    content = compressor.keys == "content"
     if item.medium == "image":
         queries = min(queries, item.num_tokens)
         if not content:
-            return 2 * (input_projection + _folded(settings, read, queries, size) + queries * size * out_size)
+            return 2 * (_folded(compressor, read, queries, size) + queries * size * out_size)
     keys = read if content else window
     weights = (queries + keys + read + windows * queries) * size * size  # queries, keys, values, output
-    return 2 * (weights + input_projection + 2 * queries * read * size + item.num_tokens * size * out_size)
+    return 2 * (weights + 2 * queries * read * size + item.num_tokens * size * out_size)
 
 
-def _hybrid(settings: Mapping[str, Any], item: Item, size: int, out_size: int) -> int:
+def _hybrid(block: MediumConfig, item: Item, size: int, out_size: int) -> int:
     """Counts the anchors, the most queries that any count up to this one has, and the projector."""
-    sizes, _ = hybrid_sizes(settings)
+    sizes = block.anchors
     queries = max(num_queries(count, sizes) for count in range(1, item.num_tokens + 1))
     anchors, read = max(one for one in sizes if one <= item.num_tokens), item.num_features
-    projected = item.num_tokens * _projector(settings, size, out_size)
+    projected = item.num_tokens * _projector(block.projector, size, out_size)
     pooled = anchors * read * size
     if not queries:
         return 2 * pooled + projected
@@ -257,9 +262,9 @@ def _hybrid(settings: Mapping[str, Any], item: Item, size: int, out_size: int) -
     return 2 * (pooled + weights + 2 * queries * (anchors + read) * size) + projected
 
 
-def _folded(settings: Mapping[str, Any], length: int, num_tokens: int, size: int) -> int:
+def _folded(compressor: QueryConfig, length: int, num_tokens: int, size: int) -> int:
     """Counts multiply-adds of pooling a grid with folded attention, in the order of products that has fewer."""
-    heads = settings.get("query_heads") or max(size // 64, 1)
+    heads = count_heads(compressor.num_heads, size)
     values_first = length * size * size + num_tokens * length * size
     return min(values_first, num_tokens * heads * length * size + num_tokens * size * size)
 
@@ -285,16 +290,17 @@ def _linears(text: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def _adapter_weights(text: Any, adapter: Mapping[str, Any] | None) -> int:
+def _adapter_weights(text: Any, adapter: AdapterConfig | None) -> int:
     if adapter is None:
         return 0
-    kind, linears = adapter.get("kind", "lora"), _linears(text)
-    if kind == "mome":  # all experts are computed for every token, and all routers
-        experts = adapter["num_shared"] + adapter["num_experts"]
-        routers = max(len(adapter["scales"]), 1) * adapter["num_experts"]
-        return text.hidden_size * (experts * (2 * adapter["bottleneck"] + 1) + routers)
-    count = 1 if kind == "lora" else num_experts(adapter)  # a bank computes all of its experts for every token
-    return sum(count * adapter["rank"] * sum(linears[target]) for target in adapter["targets"])
+    linears = _linears(text)
+    if isinstance(adapter, MomeConfig):  # all experts are computed for every token, and all routers
+        experts = adapter.num_shared + adapter.num_experts
+        routers = max(len(adapter.scales), 1) * adapter.num_experts
+        return text.hidden_size * (experts * (2 * adapter.bottleneck + 1) + routers)
+    # A bank computes all of its LoRAs for every token.
+    count = num_experts(adapter) if isinstance(adapter, LoraBankConfig) else 1
+    return sum(count * adapter.rank * sum(linears[target]) for target in adapter.targets)
 
 
 def _head_size(text: Any) -> int:
@@ -311,9 +317,9 @@ def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: 
     return num_layers * (2 * length * weights + 4 * length * length * size)
 
 
-def _vision_encoder(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+def _vision_encoder(config: Any, item: Item, block: Any) -> int:
     """Counts a ViT that is cut behind the layer that is read."""
-    layer = settings.get("feature_layer", -2)
+    layer = block.feature_layer
     depth = layer if layer > 0 else config.num_hidden_layers + 1 + layer
     size, patch = config.hidden_size, config.patch_size
     extra = int(not config.model_type.startswith("siglip")) + getattr(config, "num_register_tokens", 0)
@@ -325,14 +331,14 @@ def _vision_encoder(config: Any, item: Item, settings: Mapping[str, Any]) -> int
     return stem + _transformer(depth, size, inner, item.num_features + extra, gated=gated)
 
 
-def _whisper(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+def _whisper(config: Any, item: Item, block: Any) -> int:
     """Counts the whole window, whatever the clip."""
     window, size = config.max_source_positions, config.d_model
     convolutions = 2 * 3 * size * (config.num_mel_bins * 2 * window + size * window)
     return convolutions + _transformer(config.encoder_layers, size, config.encoder_ffn_dim, window)
 
 
-def _wave(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+def _wave(config: Any, item: Item, block: Any) -> int:
     """Counts HuBERT, WavLM and wav2vec 2.0. The waveform is taken as the shortest that gives so many frames."""
     frames, convolutions = item.num_features, 0
     channels = [1, *config.conv_dim]
@@ -344,7 +350,7 @@ def _wave(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     return convolutions + projection + _hubert_trunk(config, item.num_features)
 
 
-def _av_hubert(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+def _av_hubert(config: Any, item: Item, block: Any) -> int:
     """Counts the video half: 3-D convolution, ResNet-18 on each frame, and the trunk over zeros and video."""
     frames, size, widths = item.num_features, config.hidden_size, config.resnet_channels
     height, width = _halved(item.height_pixels), _halved(item.width_pixels)
@@ -362,7 +368,7 @@ def _av_hubert(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
     return frames * (per_frame + projections) + _hubert_trunk(config, frames)
 
 
-def _av_hubert_audio(config: Any, item: Item, settings: Mapping[str, Any]) -> int:
+def _av_hubert_audio(config: Any, item: Item, block: Any) -> int:
     """Counts the audio half: one matrix on each frame, and the trunk over audio and zeros side by side."""
     size = config.hidden_size
     projections = 2 * config.audio_feature_size * size + 2 * 2 * size * size
@@ -382,7 +388,7 @@ def _halved(pixels: int) -> int:
     return (pixels + 1) // 2
 
 
-_ENCODERS: dict[str, Callable[[Any, Item, Mapping[str, Any]], int]] = {
+_ENCODERS: dict[str, Callable[[Any, Item, Any], int]] = {
     "clip_vision_model": _vision_encoder,
     "siglip_vision_model": _vision_encoder,
     "siglip2_vision_model": _vision_encoder,

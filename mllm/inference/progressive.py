@@ -65,7 +65,7 @@ class ProgressiveSession:
             raise ValueError("static_cache is true; a session keeps a cache that grows")
         image_space = processor.space.media.get(MEDIUM)
         if image_space is not None and image_space.tiling is not None:
-            raise ValueError("media.image.tiling cuts images into tiles, whose soft tokens do not grow at their end")
+            raise ValueError("model.image.tiling cuts images into tiles, whose soft tokens do not grow at their end")
         self._model, self._processor, self._decoding = model, processor, decoding
         self._files = {MEDIUM: image}
         questions = read_request(self._files, [""], budget, processor, loader=loader)

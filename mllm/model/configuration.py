@@ -3,36 +3,43 @@
 Knows plain values only. Does not know weights, files or how anything is computed.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.budget import MEDIA, Space
+from mllm.config.medium import AudioConfig, FramesConfig, ImageConfig, VideoConfig
+from mllm.config.model import ADAPTERS, AdapterConfig
+from mllm.config.reading import plain, read
+from mllm.config.space import space_of
 from mllm.encoders.av_hubert import register_av_hubert
 
 # Names that generation utilities and serving engines look for.
 CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "video_config"}
 TOWER_NAMES = {"image": "vision_tower", "audio": "audio_tower", "video": "video_tower"}
+BLOCKS: dict[str, type] = {"image": ImageConfig, "audio": AudioConfig, "video": VideoConfig}
+FILE = "config.json"
 
 
 class ElasticConfig(PreTrainedConfig):
-    """Everything that shapes an elastic model.
+    """Everything that shapes an elastic model, and the one place on disk where its trained space stands.
 
     Args:
         text_config: config of the LLM, any decoder that `AutoModel` builds.
         vision_config, audio_config, video_config: configs of the encoders; a medium without one is not taken.
-        media: per medium `{compressor, budgets, ...}`; the budgets are the trained space. See `MediumSpace` for what
-            counts and `mllm.compressors.build_compressor` for what shapes the compressor.
+        media: the block of each medium, of `mllm.config.medium` or as plain values; where its encoder came from is
+            left out of it and stands in `sources`.
         placeholder_ids: per medium the token id that stands once per soft token in the prompt.
-        span_ids: per medium the ids put before and after its run, or nothing.
         new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; rows are in
-            the order of the ids. See `mllm.model.new_tokens`. Runs from before there were such rows have none.
-        adapter: the adapter inside the LLM, e.g. `{kind: lora, rank: 16, alpha: 32, targets: [q_proj, v_proj]}`.
+            the order of the ids. See `mllm.model.new_tokens`.
+        adapter: the adapter inside the LLM, of `mllm.config.model` or as plain values.
         trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.model.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
 
     Raises:
-        ValueError: media without an encoder config or a placeholder id, or a space that is none.
+        ValueError: media without an encoder config or a placeholder id, or a block that is none; the key is named.
     """
 
     model_type = "elastic"
@@ -49,7 +56,6 @@ class ElasticConfig(PreTrainedConfig):
     video_config: Any = None
     media: Any = None
     placeholder_ids: Any = None
-    span_ids: Any = None
     new_tokens: Any = None
     adapter: Any = None
     sources: Any = None
@@ -62,35 +68,75 @@ class ElasticConfig(PreTrainedConfig):
             value = getattr(self, key)
             if isinstance(value, dict):
                 setattr(self, key, AutoConfig.for_model(**value))
-        self.media = self.media or {}
+        self.media = {medium: _read_medium(medium, block) for medium, block in (self.media or {}).items()}
+        if isinstance(self.adapter, Mapping):
+            self.adapter = _read_adapter(self.adapter)
         self.placeholder_ids = self.placeholder_ids or {}
-        self.span_ids = self.span_ids or {}
         # A JSON file has its keys in the order of the alphabet.
         self.new_tokens = dict(sorted((self.new_tokens or {}).items(), key=lambda item: item[1]))
         self.sources = self.sources or {}
         if self.text_config is not None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
-        self._check()
-
-    def _check(self) -> None:
-        Space.from_settings(self.media)
-        for medium in self.media:
+        for medium in self.encoded_media:
             if getattr(self, CONFIG_KEYS[medium]) is None:
-                raise ValueError(f"media.{medium} has settings, but {CONFIG_KEYS[medium]} is missing")
+                raise ValueError(f"{FILE} has media.{medium}, but {CONFIG_KEYS[medium]} is missing")
             if medium not in self.placeholder_ids:
-                raise ValueError(f"media.{medium} has settings, but placeholder_ids.{medium} is missing")
+                raise ValueError(f"{FILE} has media.{medium}, but placeholder_ids.{medium} is missing")
+        _ = self.space  # refuses frames that the compressor of images does not serve
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as they are written."""
+        values = super().to_dict()
+        values["media"] = {medium: plain(block) for medium, block in (self.media or {}).items()}
+        for block in values["media"].values():
+            block["encoder"].pop("source", None)
+        values["adapter"] = plain(self.adapter)
+        return values
 
     @property
     def space(self) -> Space:
-        """The budgets this model was trained on."""
-        return Space.from_settings(self.media)
+        """Return the budgets this model was trained on."""
+        return space_of(self.media)
+
+    @property
+    def encoded_media(self) -> dict[str, Any]:
+        """Return the blocks of the media that have an encoder of their own."""
+        media: dict[str, Any] = self.media or {}
+        return {m: media[m] for m in MEDIA if m in media and not isinstance(media[m].encoder, FramesConfig)}
 
     @property
     def encoder_configs(self) -> dict[str, PreTrainedConfig]:
-        """Encoder configs by medium, for the media this model takes."""
-        return {medium: getattr(self, CONFIG_KEYS[medium]) for medium in MEDIA if medium in (self.media or {})}
+        """Return the encoders' configs by medium, for the media that have an encoder of their own."""
+        return {medium: getattr(self, CONFIG_KEYS[medium]) for medium in self.encoded_media}
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The LLM's config, whatever part is asked for: caches and generation only ever concern the LLM."""
+        """Return the LLM's config, whatever part is asked for: caches and generation only ever concern the LLM."""
         return self.text_config
+
+
+def _read_medium(medium: str, block: Any) -> Any:
+    """Read a block and forget where its encoder came from, which `sources` tells."""
+    if medium not in BLOCKS:
+        raise ValueError(f"{FILE}: media.{medium} is not a medium; allowed: {', '.join(BLOCKS)}")
+    if isinstance(block, Mapping):
+        encoder = dict(block.get("encoder") or {})
+        if encoder.get("kind", "lips") != "frames":
+            encoder = {"source": "", **encoder}
+        try:
+            block = read(BLOCKS[medium], {**block, "encoder": encoder}, path=f"media.{medium}")
+        except ValueError as error:
+            raise ValueError(f"{FILE}: {error}") from error
+    if isinstance(block.encoder, FramesConfig):
+        return block
+    return replace(block, encoder=replace(block.encoder, source=""))
+
+
+def _read_adapter(values: Mapping[str, Any]) -> AdapterConfig:
+    kind = values.get("kind", "lora")
+    if kind not in ADAPTERS:
+        raise ValueError(f"{FILE}: adapter.kind is {kind!r}; allowed: {', '.join(ADAPTERS)}")
+    try:
+        return read(ADAPTERS[kind], values, path="adapter")
+    except ValueError as error:
+        raise ValueError(f"{FILE}: {error}") from error

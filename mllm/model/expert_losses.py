@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mllm.adapters.adapter_inputs import KINDS_WITH_INPUTS, TOKEN_KINDS, AdapterInputs, Collector
 from mllm.compressors import MixtureProjector, ProjectorBank
 from mllm.compressors.moe_projector import routing_losses
+from mllm.config.medium import MoeConfig
+from mllm.config.model import MomeConfig
 from mllm.model.configuration import ElasticConfig
 from mllm.model.splice import is_newline, merge, place_in_order
 from mllm.packing.plan import SegmentPlan
@@ -21,10 +23,11 @@ from mllm.packing.plan import SegmentPlan
 
 def auxiliary_weights(config: ElasticConfig) -> dict[str, float]:
     """List by name what each of a model's auxiliary losses is multiplied by; see `ElasticOutput`."""
-    weights = {"balance": (config.adapter or {}).get("balance_weight", 0.0)}
-    for medium, settings in (config.media or {}).items():
-        weights[f"{medium}_balance"] = settings.get("projector_balance_weight", 0.01)
-        weights[f"{medium}_z"] = settings.get("projector_z_weight", 0.001)
+    weights = {"balance": config.adapter.balance_weight if isinstance(config.adapter, MomeConfig) else 0.0}
+    for medium, block in config.encoded_media.items():
+        if isinstance(block.projector, MoeConfig):
+            weights[f"{medium}_balance"] = block.projector.balance_weight
+            weights[f"{medium}_z"] = block.projector.z_weight
     return weights
 
 
@@ -48,7 +51,7 @@ def adapter_inputs_of(
     Raises:
         ValueError: ids for an adapter that has no experts.
     """
-    kind = (config.adapter or {}).get("kind", "lora")
+    kind = "lora" if config.adapter is None else config.adapter.kind
     if kind not in KINDS_WITH_INPUTS:
         if scale_ids is not None or task_ids is not None:
             raise ValueError(f"scale_ids and task_ids go with {' or '.join(KINDS_WITH_INPUTS)}, not {kind}")

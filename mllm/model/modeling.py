@@ -18,11 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from mllm.adapters.adapter_inputs import KEYWORD
-from mllm.budget import SETTINGS as SPACE_SETTINGS
-from mllm.budget.tiling import Tiling
-from mllm.compressors import SETTINGS as COMPRESSOR_SETTINGS
 from mllm.compressors import Compressor, Newline, build_compressor
-from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import build_encoder
 from mllm.kv_cache.names import CACHE_NAMES, cache_argument, cache_of, one_cache
 from mllm.model.configuration import TOWER_NAMES, ElasticConfig
@@ -91,22 +87,22 @@ class ElasticModel(ElasticPreTrainedModel):
         assert config.media is not None
         self.language_model = AutoModel.from_config(text, trust_remote_code=False)
         for medium, encoder_config in config.encoder_configs.items():
-            _check_settings(medium, config.media[medium])
-            setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, config.media[medium]))
+            block = config.encoded_media[medium].encoder
+            setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, block))
         self.compressors = nn.ModuleDict(
             {
                 medium: build_compressor(
                     medium,
-                    config.media[medium],
+                    block,
                     in_size=self.encoder(medium).hidden_size,
                     out_size=text.hidden_size,
                     grid=getattr(self.encoder(medium), "grid", None),
                     max_patches=getattr(self.encoder(medium), "max_patches", None),
                 )
-                for medium in config.encoder_configs
+                for medium, block in config.encoded_media.items()
             }
         )
-        tiling = _tiling(config)
+        tiling = config.media["image"].tiling if "image" in config.media else None
         self.newline = Newline(text.hidden_size) if tiling is not None and tiling.newline else None
         self.new_tokens = _new_tokens(config)
         self.post_init()
@@ -298,7 +294,7 @@ class ElasticModel(ElasticPreTrainedModel):
         """Bound the tokens of one item from above, so that many short spans in a long row stay small."""
         if medium != "image":
             return length
-        queries = (self.config.media or {})[medium].get("num_queries", 0)
+        queries = self.config.encoded_media[medium].num_queries
         return min(length, max(features.values.shape[1], queries))
 
     def _check(self, medium: str, input_ids: Tensor, num_tokens: Tensor | None, layout: Tensor | None) -> None:
@@ -564,22 +560,11 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
         )
 
 
-def _check_settings(medium: str, settings: Mapping[str, Any]) -> None:
-    """A key that no reader of the block knows would be ignored in silence."""
-    allowed = (*SPACE_SETTINGS, *COMPRESSOR_SETTINGS, *ENCODER_SETTINGS, "encoder_adapter")
-    if unknown := sorted(set(settings) - set(allowed)):
-        raise ValueError(f"media.{medium}.{unknown[0]} is not a setting; allowed: {', '.join(allowed)}")
-
-
 def _new_tokens(config: ElasticConfig) -> NewTokens | None:
     text: Any = config.text_config
     ids = tuple((config.new_tokens or {}).values())
     std = getattr(text, "initializer_range", 0.02)
     return NewTokens(ids, size=text.hidden_size, std=std) if ids else None
-
-
-def _tiling(config: ElasticConfig) -> Tiling | None:
-    return Tiling.from_settings("image", (config.media or {}).get("image", {}))
 
 
 def _is_distributed() -> bool:

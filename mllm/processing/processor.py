@@ -5,6 +5,7 @@ Does not know weights, training or metrics. Everything it makes is on the host.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, PreTrainedConfig
 
-from mllm.adapters.expert_ids import ExpertNames
-from mllm.budget import MEDIA, Budget, Extent, Space
+from mllm.adapters.expert_ids import NO_EXPERT_NAMES, expert_names_of
+from mllm.budget import MEDIA, Budget, Extent
 from mllm.budget.tiling import Size, Tiles, Tiling
+from mllm.config.medium import FramesConfig, MediumConfig
+from mllm.config.processor import ProcessorConfig
+from mllm.config.reading import plain, read
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Message, Sample
-from mllm.encoders import EncoderFacts, encoder_facts, register_av_hubert
+from mllm.encoders import EncoderFacts, encoder_facts
 from mllm.media import (
     DEFAULT_LIMITS,
     Audio,
@@ -32,6 +35,7 @@ from mllm.media import (
     decode_in_memory,
     resolve_media,
 )
+from mllm.model.configuration import ElasticConfig
 from mllm.processing.batch import Batch, EncodedSample, Expanded, MediaSpan, check_length, expand
 from mllm.processing.chat import ChatEncoder, Prompt
 from mllm.processing.chat_template import with_media_parts
@@ -44,12 +48,14 @@ from mllm.processing.media_inputs import (
     refusal,
     stack_media,
 )
+from mllm.processing.preprocessing import FILE, check_files, check_has_config, preprocessor_values
 from mllm.processing.processor_calls import ProcessorCalls
 from mllm.processing.requests import SEPARATORS
 from mllm.transforms.augmentation import Augmentation, RngFor, rngs_by_purpose
 from mllm.transforms.encoder_inputs import ImageTransform, MediaTransform, build_transform
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class ElasticProcessor(ProcessorCalls):
@@ -57,55 +63,77 @@ class ElasticProcessor(ProcessorCalls):
 
     Args:
         tokenizer: a fast tokenizer that holds the placeholder tokens.
-        elastic: plain values that shape the rest: `chat_format`, and per medium under `media` the encoder's config
-            (`encoder`), how files become its input (`preprocessor`), the settings of its space (`space`), the tokens
-            around its run (`span`), and how many `frames` of a video are encoded like images. `experts` are the
-            scales and tasks of an adapter that has some, `prompts` what is asked about media (`audio+video`) when
-            nothing is, and with `shares_lengths` every clip of a batch counts as long as the longest and training rows
-            are not masked, as in the released AVSR code. `context_tokens` is how much the LLM reads; longer rows are
-            refused. `names_images` numbers the images of a conversation in the text.
+        config: of the model: its media, their encoders and budgets, and what its adapter has LoRAs or routers for. It
+            is the model's own file and not saved here.
+        elastic: what a processor has beside that, or its plain values.
 
     Raises:
-        ValueError: placeholders the tokenizer does not hold, or settings that are refused by their readers.
+        ValueError: placeholders the tokenizer does not hold, ids that are not the tokenizer's, or files made for other
+            encoders than the model's; the file and the key are named.
     """
 
-    def __init__(self, tokenizer: Any, elastic: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, config: ElasticConfig, elastic: ProcessorConfig | Mapping[str, Any], **kwargs: Any
+    ) -> None:
         super().__init__(tokenizer, **kwargs)
-        self.elastic = elastic or {"chat_format": "chat", "media": {}}
+        self.settings = elastic if isinstance(elastic, ProcessorConfig) else _read_settings(elastic)
         # What files may be, where no loader says it; a matter of the machine that reads, and saved nowhere.
         self.limits: MediaLimits = DEFAULT_LIMITS
-        media: Mapping[str, dict[str, Any]] = self.elastic["media"]
-        frames = {m: s["frames"] for m, s in media.items() if "frames" in s}
-        self.sampling = {m: FrameSampling(own["count"], own["per_second"]) for m, own in frames.items()}
-        self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in media}
-        self.span_ids = {m: [[self._token_id(token)] for token in s["span"]] for m, s in media.items() if s["span"]}
-        self.space = Space.from_settings({medium: settings["space"] for medium, settings in media.items()})
-        self.use_expert_names(self.elastic.get("experts", {}))
-        self.prompts = {tuple(name.split("+")): text for name, text in self.elastic.get("prompts", {}).items()}
-        self.context_tokens: int | None = self.elastic.get("context_tokens")
-        self.shares_lengths = bool(self.elastic.get("shares_lengths", False))
+        self.media: dict[str, MediumConfig] = dict(config.media or {})
+        self.encoder_configs = config.encoder_configs
+        self.space = config.space
+        self.context_tokens = _context_tokens(config)
+        self.expert_names = expert_names_of(config.adapter)
+        frames = {m: block.encoder for m, block in self.media.items() if isinstance(block.encoder, FramesConfig)}
+        self.sampling = {m: FrameSampling(one.count, one.frames_per_second) for m, one in frames.items()}
+        self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in self.media}
+        self.span_ids = {m: [[self._token_id(token)] for token in b.span] for m, b in self.media.items() if b.span}
+        check_files(self, config)
+        self.prompts = {tuple(name.split("+")): text for name, text in self.settings.prompts.items()}
+        self.shares_lengths = self.settings.shares_lengths
         self.chat = ChatEncoder(
             tokenizer,
-            chat_format=self.elastic["chat_format"],
+            chat_format=self.settings.chat_format,
             placeholder_ids=self.placeholder_ids,
             span_ids=self.span_ids,
-            names_images=bool(self.elastic.get("names_images", False)),
+            names_images=self.settings.names_images,
         )
         self.chat_template = with_media_parts(self.chat, separator=self.separator)
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read what is kept of a processor, and the model's config beside it.
+
+        Args:
+            kwargs: of transformers, and `elastic_config`, the config of the model where it is at hand.
+        """
+        config = kwargs.pop("elastic_config", None)
+        if config is None and os.path.isdir(pretrained_model_name_or_path):
+            check_has_config(pretrained_model_name_or_path)
+        located = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
+        values, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        config = ElasticConfig.from_pretrained(pretrained_model_name_or_path, **located) if config is None else config
+        return {**values, "config": config}, rest
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        kwargs.pop("elastic_config", None)  # no keyword of tokenizers
+        return super()._get_arguments_from_pretrained(*args, **kwargs)
 
     @property
     def separator(self) -> str:
         """What stands between media and a question in published data of the chat format."""
-        return SEPARATORS.get(self.elastic["chat_format"], "")
+        return SEPARATORS.get(self.settings.chat_format, "")
 
     def _tower(self, medium: str) -> str:
         """The medium whose encoder, compressor and placeholder a medium uses."""
         return "image" if medium in self.sampling else medium
 
-    def use_expert_names(self, members: Mapping[str, list[str]]) -> None:
-        """Give rows ids of these scales and tasks of the adapter from now on."""
-        self.elastic = {**self.elastic, "experts": dict(members)}
-        self.expert_names = ExpertNames.from_settings(members)
+    def forget_experts(self) -> None:
+        """Give rows no ids of scales and tasks from now on, for a model whose adapter has been merged."""
+        self.expert_names = NO_EXPERT_NAMES
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
@@ -121,21 +149,21 @@ class ElasticProcessor(ProcessorCalls):
 
     @cached_property
     def facts(self) -> dict[str, EncoderFacts]:
-        """What the encoders publish, by medium."""
-        media = self.elastic["media"]
-        return {m: encoder_facts(self._encoder_configs[m], s["space"]) for m, s in media.items()}
-
-    @cached_property
-    def _encoder_configs(self) -> dict[str, PreTrainedConfig]:
-        register_av_hubert()
-        return {m: AutoConfig.for_model(**s["encoder"]) for m, s in self.elastic["media"].items()}
+        """Return what the encoders publish, by medium."""
+        towers = {medium: self._tower(medium) for medium in self.media}
+        return {m: encoder_facts(self.encoder_configs[t], self.media[t].encoder) for m, t in towers.items()}
 
     @cached_property
     def transforms(self) -> dict[str, MediaTransform]:
-        """What makes an encoder's input of a decoded file, by medium."""
-        media = self.elastic["media"]
-        configs = self._encoder_configs
-        return {m: build_transform(self._tower(m), configs[m], s["preprocessor"]) for m, s in media.items()}
+        """Return what makes an encoder's input of a decoded file, by medium."""
+        towers = {medium: self._tower(medium) for medium in self.media}
+        return {m: build_transform(t, self.encoder_configs[t], self.preprocessor(m)) for m, t in towers.items()}
+
+    def preprocessor(self, medium: str) -> dict[str, Any]:
+        """Return by what files of a medium are made into encoder input, as plain values, its block's word included."""
+        tower = self._tower(medium)
+        values = self.settings.preprocessors.get(tower, {})
+        return preprocessor_values(self.media[tower].encoder, self.encoder_configs[tower], values)
 
     @property
     def window_seconds(self) -> float | None:
@@ -144,7 +172,7 @@ class ElasticProcessor(ProcessorCalls):
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved beside the tokenizer."""
-        return {"processor_class": type(self).__name__, "elastic": self.elastic}
+        return {"processor_class": type(self).__name__, "elastic": plain(self.settings)}
 
     def load_media(
         self,
@@ -334,7 +362,7 @@ class ElasticProcessor(ProcessorCalls):
         """
         facts = self.facts["image"]
         if facts.image_pixels is None:
-            raise ValueError("media.image.tiling needs an encoder that reads images of one size; leave it out")
+            raise ValueError("model.image.tiling needs an encoder that reads images of one size; leave it out")
         return Extent("image", grid=facts.grid, image_pixels=image_pixels, tile_pixels=facts.image_pixels)
 
     def batch(
@@ -416,3 +444,16 @@ def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def _numbered(rng_for: RngFor, number: int) -> RngFor:
     """Generators of one medium of a sample."""
     return lambda purpose: rng_for(f"{purpose} {number}")
+
+
+def _read_settings(values: Mapping[str, Any]) -> ProcessorConfig:
+    try:
+        return read(ProcessorConfig, values, path="elastic")
+    except ValueError as error:
+        raise ValueError(f"{FILE}: {error}") from error
+
+
+def _context_tokens(config: ElasticConfig) -> int | None:
+    """Return how much the LLM reads; longer rows are refused."""
+    limit = getattr(config.text_config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None

@@ -154,7 +154,7 @@ def corpus_settings(settings: RealDemoConfig) -> "CorpusConfig":
 
 def run_settings(settings: RealDemoConfig) -> Any:
     """Fill the folders, the seed and the steps of this demo into the recipe."""
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
 
     values = yaml.safe_load(RECIPE.read_text())
     out = Path(settings.out)
@@ -169,7 +169,7 @@ def run_settings(settings: RealDemoConfig) -> Any:
     if settings.steps is not None:
         train["max_steps"] = settings.steps
         train["warmup_steps"] = min(train["warmup_steps"], settings.steps // 10)
-    return read_run_settings(values)
+    return read_run_config(values)
 
 
 def evaluation_settings(settings: RealDemoConfig) -> EvaluationConfig:

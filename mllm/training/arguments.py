@@ -14,7 +14,6 @@ from mllm.config.run import RunConfig, SamplerConfig
 from mllm.training.fused_loss import check_liger
 from mllm.training.loss import Distillation
 
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _AT_THE_END = 2**31
 """As an interval of steps: never before the last one."""
 
@@ -60,7 +59,7 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         adam_beta1=train.adam_betas[0],
         adam_beta2=train.adam_betas[1],
         max_grad_norm=train.max_grad_norm,
-        lr_scheduler_type=_SCHEDULES[train.schedule],
+        lr_scheduler_type="cosine",
         warmup_steps=train.count_warmup_steps(train.max_steps or 1),
         logging_strategy="steps",
         logging_steps=train.log_every,
@@ -93,7 +92,4 @@ def distillation_of(sampler: SamplerConfig) -> Distillation | None:
     """Say how much smaller budgets learn from the largest, in the mode that has a teacher."""
     if not sampler.distills:
         return None
-    return Distillation(
-        weight=0.5 if sampler.distill_weight is None else sampler.distill_weight,
-        temperature=1.0 if sampler.distill_temperature is None else sampler.distill_temperature,
-    )
+    return Distillation(weight=sampler.distill_weight or 0.0)

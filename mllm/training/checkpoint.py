@@ -37,7 +37,7 @@ TRAINER_STATE = "trainer_state.json"  # the name transformers looks for
 _FREE = {
     "train": {
         *("out", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
-        *("validation_budgets", "tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
+        *("tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
         "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },
@@ -149,7 +149,7 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     # The same weights at another place are the same parts.
     same = [part for part, source in now["sources"].items() if _is_same(before["sources"].get(part, {}), source)]
-    moved = {"model.llm" if part == "llm" else f"model.{part}.encoder" for part in same}
+    moved = {"model.llm" if part == "llm" else f"model.{part}.encoder.source" for part in same}
     changed = [
         line
         for line in differences(dict(before["settings"]), dict(now["settings"]))

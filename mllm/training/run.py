@@ -20,13 +20,12 @@ import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
-from mllm.checkpoints.build import build
+from mllm.checkpoints.build import build, resolved
 from mllm.checkpoints.load import load_trainables, save_run
 from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
 from mllm.config.model import ModelConfig
-from mllm.config.run import RunConfig, read_run_settings, settings_yaml
+from mllm.config.run import RunConfig, config_yaml, read_run_config
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import samples_that_share
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -63,11 +62,11 @@ def read_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig
     if isinstance(config, RunConfig):
         return config
     if isinstance(config, Mapping):
-        return read_run_settings(config)
+        return read_run_config(config)
     values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{config} holds no keys; a run config has the blocks model, data and train")
-    return read_run_settings(values)
+    return read_run_config(values)
 
 
 def train(
@@ -101,6 +100,8 @@ def train(
     with _locked(arguments.run):
         start = _checkpoint_to_start_from(arguments.run, resume)
         model_config = _with_parts_located(config.model, start, sources or {})
+        # What is compared with a checkpoint and written to settings.yaml has a value for every key.
+        config = dataclasses.replace(config, model=resolved(model_config).with_sources(config.model.sources))
         located = dataclasses.replace(config, model=model_config)
         data = load_dataset(located, fits_captions=start is None)
         model, processor = build_model(located)
@@ -108,7 +109,7 @@ def train(
         if start is not None:
             check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
         if arguments.should_save:
-            (arguments.run / RUN_CONFIG).write_text(settings_yaml(config), encoding="utf-8")
+            (arguments.run / RUN_CONFIG).write_text(config_yaml(config), encoding="utf-8")
             processor.save_pretrained(arguments.run)  # now: the checkpoints of a run that dies can be used with it
         if config.train.start_from is not None and start is None:
             start_from(model, config.train.start_from)
@@ -282,8 +283,7 @@ def _validation(
     stores: Stores | None,
     metric: Metric | None,
 ) -> Validation:
-    named = [Budget.parse(text) for text in config.train.validation_budgets]
-    budgets = named or extreme_budgets(build_sampler(config, processor.space))
+    budgets = extreme_budgets(build_sampler(config, processor.space))
     samples = data.samples["validation"]
     if stores is None:
         dataset = ManifestDataset(samples, load=loading(config.data, processor, augmented=False, budgets=budgets))

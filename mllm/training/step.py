@@ -228,12 +228,12 @@ def prepare_packing(model: ElasticForConditionalGeneration, processor: ElasticPr
     llm = model.model.language_model
     reason = obstacle(llm)
     if processor.shares_lengths:
-        reason = "with model.shares_lengths the padding of clips counts, and packed rows have none"
+        reason = "with model.released_behaviour the padding of clips counts, and packed rows have none"
     if reason is not None:
         logger.warning("the views of a step are padded and not packed: %s", reason)
         return False
-    if (model.config.adapter or {}).get("dropout", 0):
-        logger.warning("adapter.dropout: what packed views share is dropped alike in all of them")
+    if getattr(model.config.adapter, "dropout", 0):
+        logger.warning("model.adapter.dropout: what packed views share is dropped alike in all of them")
     enable_packing(llm)
     return True
 

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.load import load_trainables, trainable_state
+from mllm.config.model import MomeConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, TargetLoss
 from mllm.model.trainables import trainable_names
 from mllm.processing.batch import Batch
@@ -319,7 +320,7 @@ class ElasticTrainer(Trainer):
             logs |= self.tally.report(self.accelerator, steps)
             logs |= mean_of(gather_json(self.accelerator, self.pace.take()), steps)
             self.tally, self._reported_step = Tally(), self.state.global_step
-            if (self.elastic.config.adapter or {}).get("kind") == "mome":
+            if isinstance(self.elastic.config.adapter, MomeConfig):
                 self.experts.report(self.accelerator, self.state.global_step, self.args.run)
         cast(Any, self.state).epoch = None  # to transformers the whole run is one epoch, which would only mislead
         super().log(logs, start_time)

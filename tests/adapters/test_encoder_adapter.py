@@ -28,7 +28,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def settings_of(parts: dict[str, str], lora: EncoderAdapterConfig | None = LORA) -> ModelConfig:
     plain = tiny.settings_on(parts, ("audio", "video"))
     assert plain.video is not None
-    return dataclasses.replace(plain, video=dataclasses.replace(plain.video, encoder_adapter=lora))
+    encoder = dataclasses.replace(plain.video.encoder, adapter=lora)
+    return dataclasses.replace(plain, video=dataclasses.replace(plain.video, encoder=encoder))
 
 
 def logits(model: Any, processor: Any) -> torch.Tensor:
@@ -96,6 +97,6 @@ def test_its_size_in_av_hubert_large_is_the_published_one() -> None:
     config = part_config("av-hubert-large")
     with torch.device("meta"):
         made = backbone_class(config)._from_config(config)
-        build_adapter(made, {"rank": 64, "alpha": 128, "targets": ["q_proj", "v_proj"]})
+        build_adapter(made, EncoderAdapterConfig(rank=64, alpha=128, targets=["q_proj", "v_proj"]))
     count = sum(parameter.numel() for name, parameter in made.named_parameters() if ".lora_" in name)
     assert count / 1e6 == pytest.approx(6.29, abs=0.005)

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from blocks import space
 
 from mllm.adapters.expert_ids import ExpertNames, scales_of
 from mllm.adapters.lora_bank import LoraBank
-from mllm.budget import Budget, Space, TokenCount
-from mllm.checkpoints.build import adapter_settings, build
+from mllm.budget import Budget, TokenCount
+from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, export, load, save_run
-from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.model import LoraBankConfig, ModelConfig
+from mllm.config.reading import read
 from mllm.model.trainables import set_trainables
 
 SPEECH = ("audio", "video")
@@ -29,7 +31,7 @@ SCALE_IDS, TASK_IDS = [4, 5, 1, 3, -1], [2, 2, 0, 1, -1]
 
 
 def settings(variant: str, scales: list[str] | None = None, own: ModelConfig | None = None) -> ModelConfig:
-    adapter = AdapterConfig(kind="lora_bank", variant=variant, rank=3, alpha=6, scales=scales)  # pyright: ignore
+    adapter = LoraBankConfig(variant=variant, rank=3, alpha=6, scales=scales or [])  # pyright: ignore
     return replace(own or tiny.settings(SPEECH), adapter=adapter)
 
 
@@ -113,24 +115,29 @@ def test_the_task_of_a_sample_comes_before_the_media_it_holds() -> None:
 
 
 def test_scales_are_points_of_the_space_and_few() -> None:
-    space = Space.from_settings({"audio": {"budgets": ["/4", "/16"]}, "video": {"budgets": ["/2", "/5"]}})
-    assert scales_of([], space) == [f"audio=/{a},video=/{v}" for a in (4, 16) for v in (2, 5)]
+    speech = space(audio={"budgets": ["/4", "/16"]}, video={"budgets": ["/2", "/5"]})
+    assert scales_of([], speech) == [f"audio=/{a},video=/{v}" for a in (4, 16) for v in (2, 5)]
     with pytest.raises(ValueError, match=r"adapter.scales holds 'audio=/5', which is not a point"):
-        scales_of(["audio=/5"], space)
-    many = Space.from_settings({"image": {"compressor": "query", "budgets": list(range(1, 100)), "num_queries": 99}})
-    with pytest.raises(ValueError, match=r"adapter.scales would be 99 experts"):
+        scales_of(["audio=/5"], speech)
+    many = space(image={"compressor": {"kind": "query", "num_queries": 99}, "budgets": list(range(1, 100))})
+    with pytest.raises(ValueError, match=r"model.adapter.scales would be 99 experts"):
         scales_of([], many)
 
 
 def test_a_key_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"adapter.variant does not go with kind lora; allowed: rank, alpha"):
-        AdapterConfig(variant="ms")
-    with pytest.raises(ValueError, match=r"adapter.dropout does not go with kind lora_bank"):
-        AdapterConfig(kind="lora_bank", variant="ms", dropout=0.1)
-    with pytest.raises(ValueError, match=r"adapter.variant is missing"):
-        AdapterConfig(kind="lora_bank")
-    with pytest.raises(ValueError, match=r"adapter.scales is .* but variant ms has experts of"):
-        adapter_settings(settings("ms", SCALES))
+    def model(**adapter: object) -> ModelConfig:
+        return read(ModelConfig, {"llm": "none", "adapter": adapter}, "model")
+
+    with pytest.raises(
+        ValueError, match=r"model.adapter.variant goes with kind lora_bank, not with lora, which takes rank"
+    ):
+        model(variant="ms")
+    with pytest.raises(ValueError, match=r"model.adapter.dropout goes with kind lora, not with lora_bank"):
+        model(kind="lora_bank", variant="ms", dropout=0.1)
+    with pytest.raises(ValueError, match=r"model.adapter.variant is missing"):
+        model(kind="lora_bank")
+    with pytest.raises(ValueError, match=r"model.adapter.scales is .* but variant ms has experts of shared alone"):
+        tiny.config(settings("ms", SCALES))
 
 
 def test_ids_for_an_adapter_that_has_no_experts_are_refused() -> None:

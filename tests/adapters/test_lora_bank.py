@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from blocks import adapter_of
 from tiny_models import DECODERS, decoder, embeddings
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -11,6 +12,7 @@ from transformers import LlamaConfig
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
 from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.adapters.lora_bank import LoraBank, to_lora
+from mllm.config.model import LoraBankConfig
 from mllm.kv_cache.names import cache_argument, cache_of
 
 SCALES, TASKS = ["audio=/4", "audio=/8", "audio=/16"], ["asr", "vsr"]
@@ -22,7 +24,10 @@ def banked(
     llm = decoder(config_class)
     names = {"mss": {"scales": SCALES}, "ss": {"scales": SCALES}, "st": {"tasks": TASKS}, "t": {"tasks": TASKS}}
     build_adapter(
-        llm, {"kind": "lora_bank", "variant": variant, "rank": 3, "alpha": 6, "targets": targets, **names[variant]}
+        llm,
+        adapter_of(
+            {"kind": "lora_bank", "variant": variant, "rank": 3, "alpha": 6, "targets": targets, **names[variant]}
+        ),
     )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in llm.named_parameters():
@@ -140,7 +145,7 @@ def test_decoding_with_a_cache_and_left_padding_equals_one_pass() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variant": "sss"}, "adapter.variant is 'sss'; allowed: ms, ss, mss"),
+        ({"variant": "sss"}, r"adapter.variant: expected one of \['ms', 'ss', 'mss'.*\], got sss"),
         ({"rank": 0}, "adapter.rank is 0"),
         ({"targets": ["c_attn"]}, "adapter.targets holds"),
         ({"scales": []}, r"adapter.scales is \[\], but variant mss"),
@@ -150,7 +155,7 @@ def test_decoding_with_a_cache_and_left_padding_equals_one_pass() -> None:
 def test_settings_that_make_no_bank_are_refused(change: dict, message: str) -> None:
     config = {"kind": "lora_bank", "variant": "mss", "rank": 3, "alpha": 6, "targets": ["q_proj"], "scales": SCALES}
     with pytest.raises(ValueError, match=message):
-        build_adapter(decoder(), {**config, **change})
+        build_adapter(decoder(), adapter_of({**config, **change}))
 
 
 def test_missing_ids_and_absent_experts_are_refused() -> None:
@@ -165,7 +170,7 @@ def test_a_decoder_without_self_attention_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="layers without self_attn or mlp"):
         build_adapter(
             nn.ModuleDict({"q_proj": nn.Linear(2, 2)}),
-            {"kind": "lora_bank", "variant": "ms", "rank": 1, "alpha": 1, "targets": ["q_proj"]},
+            LoraBankConfig(variant="ms", rank=1, alpha=1, targets=["q_proj"]),
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from blocks import adapter_of
 from tiny_models import DECODERS, decoder, embeddings
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,7 +19,6 @@ from mllm.adapters.mome import Mome
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import export, load, save_run
-from mllm.config.model import AdapterConfig
 from mllm.model.trainables import set_trainables
 
 MOME = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}
@@ -37,7 +37,7 @@ def awake(module: nn.Module) -> nn.Module:
 
 def with_experts(config_class: type = LlamaConfig, placement: str = "layer", **changes) -> nn.Module:
     llm = decoder(config_class)
-    build_adapter(llm, {**MOME, "placement": placement, **changes})
+    build_adapter(llm, adapter_of({**MOME, "placement": placement, **changes}))
     return awake(llm)
 
 
@@ -128,7 +128,7 @@ def test_untrained_and_disabled_experts_are_the_frozen_llm_bit_for_bit(config_cl
     with adapters_disabled(llm):
         assert torch.equal(llm(inputs_embeds=embeds).last_hidden_state, expected)
     untrained = decoder(config_class)
-    build_adapter(untrained, {**MOME, "placement": placement})
+    build_adapter(untrained, adapter_of({**MOME, "placement": placement}))
     assert torch.equal(untrained(inputs_embeds=embeds).last_hidden_state, expected)
 
 
@@ -183,7 +183,7 @@ def test_balance_is_one_where_experts_are_used_alike_and_leaves_padding_out() ->
 @pytest.mark.parametrize("adapter", [{**MOME, "placement": "layer"}, BANK], ids=["mome", "lora_bank"])
 def test_beside_a_frozen_llm_in_bfloat16_what_trains_is_float32(adapter: dict) -> None:
     llm, embeds = decoder().to(torch.bfloat16), embeddings().to(torch.bfloat16)
-    build_adapter(llm, adapter)
+    build_adapter(llm, adapter_of(adapter))
     llm.train()
     with torch.autocast("cpu", torch.bfloat16):
         collector = Collector()
@@ -201,8 +201,7 @@ def test_beside_a_frozen_llm_in_bfloat16_what_trains_is_float32(adapter: dict) -
 
 def settings(placement: str, parts: dict[str, str] | None = None):
     config = tiny.settings_on(parts, ("audio", "video")) if parts else tiny.settings(("audio", "video"))
-    adapter = AdapterConfig(placement=placement, **MOME)  # pyright: ignore
-    return replace(config, adapter=adapter)
+    return replace(config, adapter=adapter_of({**MOME, "placement": placement}))
 
 
 ROWS = [
@@ -255,16 +254,16 @@ def test_a_run_is_loaded_bit_for_bit_and_cannot_be_exported(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"placement": "head"}, r"adapter.placement is 'head'; allowed: attention, ffn, layer"),
+        ({"placement": "head"}, r"adapter.placement: expected one of \['attention', 'ffn', 'layer'\], got head"),
         ({"top_k": 6}, r"adapter.top_k is 6, but num_experts is 5"),
         ({"bottleneck": 0}, r"adapter.bottleneck is 0"),
-        ({"scales": ["audio=/4"]}, r"adapter.scales is .* but disjoint_routers is False"),
+        ({"scales": ["audio=/4"]}, r"adapter.scales is .* but disjoint_routers is false"),
         ({"balance_weight": -1}, r"adapter.balance_weight is -1"),
     ],
 )
 def test_settings_that_make_no_experts_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_adapter(decoder(), {**MOME, "placement": "layer", **change})
+        build_adapter(decoder(), adapter_of({**MOME, "placement": "layer", **change}))
 
 
 def test_weights_in_bfloat16_give_what_those_in_float32_give() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blocks import adapter_of
 from published_parts import ROOT, build_on_meta, part_config, read
 from transformers import AutoModel
 
@@ -25,7 +26,7 @@ def millions(parameters) -> float:
 def adapted(llm: str, adapter: dict) -> torch.nn.Module:
     with torch.device("meta"):
         made = AutoModel.from_config(part_config(LLMS[llm]))
-        build_adapter(made, adapter)
+        build_adapter(made, adapter_of(adapter))
     return made
 
 
@@ -89,7 +90,8 @@ def test_parameters_of_llama_avsr(rates: dict[str, int], lora: EncoderAdapterCon
     config = read(ROOT / "configs" / "llama_avsr.yaml").model
     media: dict[str, MediumConfig | None] = {"audio": None, "video": None}
     for medium, rate in rates.items():
-        media[medium] = replace(config.media[medium], budgets=[f"/{rate}"], encoder_adapter=lora)
+        block = config.media[medium]
+        media[medium] = replace(block, budgets=[f"/{rate}"], encoder=replace(block.encoder, adapter=lora))
     model = build_on_meta(replace(config, llm=f"meta-llama/{LLMS['8B']}", **media))  # pyright: ignore
     set_trainables(model)
     assert millions(published_kind(model)) == pytest.approx(published, abs=0.006)

@@ -3,15 +3,15 @@
 from fractions import Fraction
 
 import pytest
+from blocks import medium, space
 
 from mllm.budget import Amount, Budget, Extent, Space, TokenCount, count_tokens
+from mllm.model.configuration import ElasticConfig
 
-SPACE = Space.from_settings(
-    {
-        "image": {"compressor": "pool", "budgets": [1, 4, 16, 64]},
-        "audio": {"compressor": "pool", "budgets": ["/4", "/8", "/16"]},
-        "video": {"compressor": "stack", "budgets": ["/2", "/5"]},
-    }
+SPACE = space(
+    image={"compressor": "pool", "budgets": [1, 4, 16, 64]},
+    audio={"compressor": "pool", "budgets": ["/4", "/8", "/16"]},
+    video={"compressor": "stack", "budgets": ["/2", "/5"]},
 )
 IMAGE = Extent("image", grid=(8, 8))
 AUDIO = Extent("audio", num_frames=101, frames_per_second=50.0)
@@ -103,15 +103,14 @@ def test_a_medium_the_model_does_not_take_is_refused() -> None:
 
 
 def test_queries_on_a_stream_come_per_window() -> None:
-    space = Space.from_settings(
-        {"audio": {"compressor": "query", "budgets": ["/4", "/16"], "window_frames": 16, "num_queries": 8}}
-    )
+    windows = {"compressor": {"kind": "query", "window_frames": 16, "num_queries": 8}, "budgets": ["/4", "/16"]}
+    streamed = space(audio=windows)
     extent = Extent("audio", num_frames=33, frames_per_second=50.0)  # two whole windows and one frame of a third
-    assert count_tokens([extent], Budget.parse("audio=/4"), space) == [TokenCount(12, 4)]
+    assert count_tokens([extent], Budget.parse("audio=/4"), streamed) == [TokenCount(12, 4)]
     with pytest.raises(ValueError, match=r"allowed are /2, /4, /8, /16"):
-        count_tokens([extent], Budget.parse("audio=/5"), space)
+        count_tokens([extent], Budget.parse("audio=/5"), streamed)
     with pytest.raises(ValueError, match="serves rates only"):
-        count_tokens([extent], Budget.parse("audio=5"), space)
+        count_tokens([extent], Budget.parse("audio=5"), streamed)
 
 
 def test_a_cap_takes_the_largest_split_that_fits() -> None:
@@ -135,24 +134,25 @@ def test_a_cap_that_nothing_meets_says_what_the_smallest_is() -> None:
 
 
 def test_ties_favour_image_then_audio() -> None:
-    space = Space.from_settings(
-        {"image": {"budgets": [2, 4]}, "audio": {"budgets": [2, 4]}}  # 2 + 4 or 4 + 2
-    )
+    even = space(image={"budgets": [2, 4]}, audio={"budgets": [2, 4]})  # 2 + 4 or 4 + 2
     extents = [Extent("audio", num_frames=9, frames_per_second=50.0), Extent("image", grid=(2, 2))]
-    assert [c.tokens for c in count_tokens(extents, Budget.parse("total<=6"), space)] == [2, 4]
+    assert [c.tokens for c in count_tokens(extents, Budget.parse("total<=6"), even)] == [2, 4]
 
 
 def test_space_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"media\.image\.compressor is 'squeeze'; allowed: query, pool, stack, hybrid"):
-        Space.from_settings({"image": {"compressor": "squeeze", "budgets": [1]}})
-    with pytest.raises(ValueError, match=r"media\.audio\.budgets must be counts only or rates only"):
-        Space.from_settings({"audio": {"budgets": ["/4", 5]}})
+    with pytest.raises(
+        ValueError, match=r"model\.image\.compressor\.kind is 'squeeze'; allowed: pool, query, stack, hybrid"
+    ):
+        medium("image", {"compressor": "squeeze", "budgets": [1]})
+    with pytest.raises(ValueError, match=r"model\.audio\.budgets must be counts only or rates only"):
+        medium("audio", {"budgets": ["/4", 5]})
     with pytest.raises(ValueError, match=r"media\.smell is not a medium"):
-        Space.from_settings({"smell": {"budgets": [1]}})
+        ElasticConfig(media={"smell": {"budgets": [1]}})
 
 
 def test_a_run_of_counts_is_written_as_a_range() -> None:
-    space = Space.from_settings({"image": {"compressor": "query", "budgets": range(2, 257, 2), "num_queries": 256}})
-    assert len(space.media["image"].trained) == 128
-    assert space.largest() == Budget({"image": Amount("tokens", Fraction(256))})
-    assert space.smallest() == Budget.parse("image=2")
+    even = space(image={"compressor": "query", "budgets": {"start": 2, "stop": 256, "step": 2}})
+    assert len(even.media["image"].trained) == 128
+    assert even.media["image"].max_tokens == 256
+    assert even.largest() == Budget({"image": Amount("tokens", Fraction(256))})
+    assert even.smallest() == Budget.parse("image=2")

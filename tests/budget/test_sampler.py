@@ -1,16 +1,15 @@
 """What a step trains is a function of (seed, step) alone, and the modes do what they say."""
 
 import pytest
+from blocks import space
 
-from mllm.budget import Budget, Space
+from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler, Mode
 
-SPACE = Space.from_settings(
-    {
-        "image": {"budgets": [1, 4, 16]},
-        "audio": {"budgets": ["/4", "/16"]},
-        "video": {"compressor": "stack", "budgets": ["/2", "/5"]},
-    }
+SPACE = space(
+    image={"budgets": [1, 4, 16]},
+    audio={"budgets": ["/4", "/16"]},
+    video={"compressor": "stack", "budgets": ["/2", "/5"]},
 )
 
 
@@ -90,17 +89,12 @@ def test_contradictions_are_refused(arguments: dict, message: str) -> None:
 
 @pytest.mark.parametrize("mode", ["all", "random", "sandwich"])
 def test_what_is_possible_is_what_some_step_draws(mode: Mode) -> None:
-    space = Space.from_settings(
-        {
-            "audio": {"compressor": "pool", "budgets": ["/4", "/16"]},
-            "video": {"compressor": "pool", "budgets": ["/2", "/5"]},
-        }
-    )
-    sampler = BudgetSampler(space, mode)
+    speech = space(audio={"budgets": ["/4", "/16"]}, video={"budgets": ["/2", "/5"]})
+    sampler = BudgetSampler(speech, mode)
     for media in (["audio"], ["video"], ["video", "audio"]):
         drawn = {draw.budget for step in range(60) for draw in sampler(step, media)}
         assert drawn == set(sampler.possible(media))
     points = BudgetSampler(
-        space, "points", points=(Budget.parse("audio=/4,video=/2"), Budget.parse("audio=/4,video=/5"))
+        speech, "points", points=(Budget.parse("audio=/4,video=/2"), Budget.parse("audio=/4,video=/5"))
     )
     assert [str(budget) for budget in points.possible(["audio"])] == ["audio=/4"]

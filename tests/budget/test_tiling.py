@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import blocks
 import numpy as np
 import pytest
 import torch
@@ -33,11 +34,9 @@ IMAGES = [
 
 
 def space(**tiling: Any) -> Space:
-    return Space.from_settings(
-        {
-            "image": {"compressor": "pool", "budgets": [1, 9, 36, 144, 576], "tiling": tiling},
-            "audio": {"compressor": "pool", "budgets": ["/4", "/8", "/16"]},
-        }
+    return blocks.space(
+        image={"compressor": "pool", "budgets": [1, 9, 36, 144, 576], "tiling": tiling},
+        audio={"compressor": "pool", "budgets": ["/4", "/8", "/16"]},
     )
 
 
@@ -127,8 +126,8 @@ def test_published_totals_are_those_of_five_images_without_unpadding() -> None:
 
 
 def test_flat_tiles_stand_in_turn_with_a_newline_per_row() -> None:
-    settings = {"compressor": "query", "budgets": [2, 4], "num_queries": 4, "tiling": {"merge": "flat"}}
-    own = Space.from_settings({"image": settings})
+    settings = {"compressor": {"kind": "query", "num_queries": 4}, "budgets": [2, 4], "tiling": {"merge": "flat"}}
+    own = blocks.space(image=settings)
     (cost,) = count_tokens([extent((672, 672))], Budget.parse("image=3"), own)
     assert cost.tokens == 5 * 3 + 2
     order = order_of(extent((672, 672)), cost, own.media["image"].tiling).tolist()
@@ -183,13 +182,16 @@ def test_images_share_a_total_with_sound() -> None:
 @pytest.mark.parametrize(
     ("tiling", "message"),
     [
-        ({"kind": "squares"}, "tiling.kind is 'squares'; allowed: pinpoints, free"),
-        ({"merge": "add"}, "tiling.merge is 'add'; allowed: spatial_unpad, flat"),
-        ({"kind": "free"}, "free goes with max_tiles"),
+        ({"kind": "squares"}, "model.image.tiling.kind is 'squares'; allowed: pinpoints, free"),
+        ({"merge": "add"}, r"model.image.tiling.merge: expected one of \['spatial_unpad', 'flat'\], got add"),
+        ({"kind": "free"}, "model.image.tiling.max_tiles is missing"),
         ({"kind": "free", "max_tiles": 0}, "max_tiles is 0; it must be at least 1"),
-        ({"kind": "free", "max_tiles": 4, "pinpoints": PINPOINTS}, "without pinpoints"),
+        (
+            {"kind": "free", "max_tiles": 4, "pinpoints": PINPOINTS},
+            "model.image.tiling.pinpoints goes with kind pinpoints, not with free",
+        ),
         ({"max_tiles": 2, "thumbnail": False}, "there is no thumbnail"),
-        ({"tiles": 4}, "tiling.tiles is not a setting; allowed: kind, pinpoints"),
+        ({"tiles": 4}, "unknown key model.image.tiling.tiles; did you mean model.image.tiling.max_tiles"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiling: dict[str, Any], message: str) -> None:
@@ -198,9 +200,12 @@ def test_settings_that_make_no_sense_are_refused(tiling: dict[str, Any], message
 
 
 def test_a_merge_that_needs_a_map_refuses_queries_and_coarse_first_tokens() -> None:
-    for settings in ({"compressor": "query", "num_queries": 9}, {"compressor": "pool", "order": "haar"}):
-        with pytest.raises(ValueError, match=r"spatial_unpad needs tokens that form a map.* allowed here: flat"):
-            Space.from_settings({"image": {**settings, "budgets": [9], "tiling": {}}})
+    for settings in (
+        {"compressor": {"kind": "query", "num_queries": 9}},
+        {"compressor": {"kind": "pool", "order": "haar"}},
+    ):
+        with pytest.raises(ValueError, match=r"spatial_unpad needs tokens that form a grid.* allowed here: flat"):
+            blocks.space(image={**settings, "budgets": [9], "tiling": {}})
 
 
 def test_pinpoints_are_whole_tiles() -> None:
@@ -212,7 +217,7 @@ def test_a_cap_that_leaves_nothing_is_refused() -> None:
     bare = space(kind="pinpoints", thumbnail=False)
     with pytest.raises(ValueError, match="tiles<=1 leaves nothing of an image without a thumbnail; allowed from 2"):
         count_tokens([extent((480, 640))], Budget.parse("image=9,tiles<=1"), bare)
-    plain = Space.from_settings({"image": {"compressor": "pool", "budgets": [9]}})
+    plain = blocks.space(image={"budgets": [9]})
     with pytest.raises(ValueError, match="tiles<=1: this model does not cut images into tiles"):
         count_tokens([extent((480, 640))], Budget.parse("tiles<=1"), plain)
 

@@ -14,7 +14,7 @@ import mllm
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, export, load, merge_llm_adapter, save_run
-from mllm.config.model import AdapterConfig
+from mllm.config.model import LoraBankConfig
 from mllm.model.trainables import set_trainables, trainable_names
 
 ROWS = [
@@ -190,7 +190,7 @@ def test_a_merged_adapter_gives_the_same_logits_and_is_gone(run: Path) -> None:
 
 def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> None:
     for variant, tasks in (("s", []), ("t", ["vqa"])):
-        adapter = AdapterConfig(kind="lora_bank", variant=variant, rank=4, alpha=8, tasks=tasks)
+        adapter = LoraBankConfig(variant=variant, rank=4, alpha=8, tasks=tasks)
         own = replace(tiny.settings(("audio",), adapter=False), adapter=adapter)
         model, inputs = tiny.model(own), tiny.processor(own)(text="how many objects?")
         expected = model(**inputs).logits

@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+from blocks import one_space
 from torch import nn
 from torch.nn import functional
 
-from mllm.budget import Amount, Budget, Extent, MediumSpace
+from mllm.budget import Amount, Budget, Extent
 from mllm.budget.nesting import haar_grids
 from mllm.compressors import Pool, Projector, ProjectorBank
 from mllm.compressors.haar import haar, inverse_haar
@@ -83,7 +84,7 @@ def test_small_budgets_are_prefixes_also_in_a_mixed_batch(project_first: bool) -
 def test_a_prefix_that_is_no_map_is_refused_with_those_that_are() -> None:
     with pytest.raises(ValueError, match="10 tokens in Haar order are no whole grid; allowed: 9, 18, 36"):
         inverse_haar(torch.zeros(1, 10, SIZE), GRID)
-    space = MediumSpace.from_settings("image", {"compressor": "pool", "budgets": [576, 9], "order": "haar"})
+    space = one_space("image", {"compressor": {"kind": "pool", "order": "haar"}, "budgets": [576, 9]})
     extent = Extent("image", grid=GRID)
     assert [space.count(Amount.parse(text), extent).tokens for text in ("max", "9", "72")] == [576, 9, 72]
     for text in ("1", "10", "100"):
@@ -96,7 +97,7 @@ def test_a_prefix_that_is_no_map_is_refused_with_those_that_are() -> None:
 
 
 def test_a_model_in_haar_order_answers_alone_as_in_a_batch() -> None:
-    own = tiny.settings(("image",), image={"order": "haar"})
+    own = tiny.settings(("image",), image={"compressor": {"order": "haar"}})
     answerer = Answerer(tiny.model(own, seed=3), tiny.processor(own), Decoding(max_new_tokens=6))
     rows = [([tiny.random_media("image", seed=seed), "what colour?"], "red") for seed in (1, 2)]
     budgets = [Budget.parse("image=64"), Budget.parse("image=4")]

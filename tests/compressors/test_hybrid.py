@@ -3,19 +3,22 @@
 import pytest
 import tiny
 import torch
+from blocks import medium, merged, one_space
 from torch import Tensor
 from torch.nn import functional
 
-from mllm.budget import Budget, MediumSpace
-from mllm.budget.nesting import hybrid_sizes, num_queries
+from mllm.budget import Budget
+from mllm.budget.nesting import num_queries
 from mllm.compressors import Hybrid, build_compressor
 
-SETTINGS = {"compressor": "hybrid", "budgets": [1, 4, 10, 24], "anchors": [4, 9], "query_heads": 2}
+SETTINGS = {"compressor": {"kind": "hybrid", "anchors": [4, 9], "num_heads": 2}, "budgets": [1, 4, 10, 24]}
 
 
 def build(grid: tuple[int, int] = (6, 6), **changes) -> Hybrid:
     torch.manual_seed(1)
-    made = build_compressor("image", {**SETTINGS, **changes}, in_size=16, out_size=10, grid=grid).eval()
+    made = build_compressor(
+        "image", medium("image", merged(SETTINGS, changes)), in_size=16, out_size=10, grid=grid
+    ).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -59,7 +62,10 @@ def test_counts_are_prefixes_within_one_map_and_not_between_two() -> None:
 )
 @torch.no_grad()
 def test_anchors_are_the_pooled_map_behind_the_projector(grid: tuple[int, int], cells: tuple) -> None:
-    made, image = build(grid, anchors=[size for size, _ in cells]), torch.randn(2, grid[0] * grid[1], 16)
+    made, image = (
+        build(grid, compressor={"anchors": [size for size, _ in cells]}),
+        torch.randn(2, grid[0] * grid[1], 16),
+    )
     patches = image.unflatten(1, grid).permute(0, 3, 1, 2)
     for size, (rows, columns) in cells:
         means = functional.avg_pool2d(patches, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
@@ -98,12 +104,18 @@ def test_every_parameter_takes_part_at_every_count_in_training(count: int) -> No
 
 
 def test_sizes_by_default_and_what_they_need() -> None:
-    assert hybrid_sizes({"budgets": [256, 64, 16, 1]}) == ((1, 16, 64), 256)
-    assert hybrid_sizes({"budgets": [64, 16]}) == ((1, 16), 64)
-    assert hybrid_sizes({"budgets": [16, 4]}) == ((1,), 16)
-    assert hybrid_sizes({"budgets": {"start": 3, "stop": 22, "step": 2}}) == ((1, 16), 21)
+    for budgets, anchors, most in (
+        ([256, 64, 16, 1], (1, 16, 64), 256),
+        ([80, 65, 63], (1, 16, 64), 80),
+        ([64, 63], (1, 16), 64),
+        ([16, 15], (1,), 16),
+        ({"start": 3, "stop": 22, "step": 2}, (1, 16), 21),
+    ):
+        own = {"compressor": "hybrid", "budgets": budgets}
+        assert medium("image", own).anchors == anchors
+        assert one_space("image", own).max_tokens == most
     assert [num_queries(count, (1, 4, 9)) for count in (1, 3, 4, 8, 9, 12)] == [0, 2, 0, 4, 0, 3]
-    assert MediumSpace.from_settings("image", SETTINGS).max_tokens == 24
+    assert one_space("image", SETTINGS).max_tokens == 24
     assert len(build().query) == 15
     assert len(build(budgets=[10, 8]).query) == 4
 
@@ -111,19 +123,25 @@ def test_sizes_by_default_and_what_they_need() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"anchors": [4, 25]}, r"media.image.anchors is \[4, 25\]; allowed are counts 1..24"),
-        ({"anchors": [0]}, r"media.image.anchors is \[0\]; allowed are counts 1..24"),
-        ({"num_queries": 3}, "num_queries follows from budgets and anchors under compressor 'hybrid'; leave it out"),
+        (
+            {"compressor": {"anchors": [4, 25]}},
+            r"model.image.compressor.anchors is \[4, 25\]; allowed are counts 1..24",
+        ),
+        ({"compressor": {"anchors": [0]}}, r"model.image.compressor.anchors is \[0\]; allowed are counts 1..24"),
+        (
+            {"compressor": {"num_queries": 3}},
+            "model.image.compressor.num_queries goes with kind query, not with hybrid, which takes anchors, num_heads",
+        ),
         ({"budgets": [9, 4, 1]}, r"budgets train 0 queries behind anchors \[1, 4, 9\], and 8 tokens take 4; add 8"),
         ({"budgets": [10, 4, 1]}, r"budgets train 1 queries behind anchors \[1, 4, 9\], and 8 tokens take 4; add 8"),
         (
-            {"budgets": [2, 1], "anchors": [2]},
+            {"compressor": {"anchors": [2]}, "budgets": [2, 1]},
             r"budgets train 0 queries behind anchors \[1, 2\], and 3 tokens take 1; add 3",
         ),
-        ({"per_budget_projector": True}, "per_budget_projector does not go with compressor 'hybrid'"),
-        ({"keys": "content"}, "media.image.keys does not apply to compressor 'hybrid'; allowed: anchors, query_heads"),
-        ({"budgets": ["/4"]}, "compressor 'hybrid' is for images at counts"),
-        ({"query_heads": 3}, "must be a multiple of 4 and of query_heads=3"),
+        ({"projector": {"per_budget": True}}, "model.image.projector.per_budget does not go with compressor hybrid"),
+        ({"compressor": {"keys": "content"}}, "model.image.compressor.keys goes with kind query, not with hybrid"),
+        ({"budgets": ["/4"]}, r"model.image.budgets are rates \(/4\); images take counts"),
+        ({"compressor": {"num_heads": 3}}, "must be a multiple of 4 and of compressor.num_heads=3"),
         ({"grid": (2, 4)}, "9 cannot be pooled of a grid of 2x4"),
     ],
 )
@@ -133,10 +151,10 @@ def test_what_it_cannot_do_is_refused(changes: dict, message: str) -> None:
 
 
 def test_streams_and_a_grid_per_image_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"media\.audio\.compressor 'hybrid' is for images at counts"):
-        build_compressor("audio", {**SETTINGS, "budgets": ["/4"]}, in_size=16, out_size=10)
-    with pytest.raises(ValueError, match=r"'hybrid' needs one grid, and here each image has its own; allowed: pool"):
-        build_compressor("image", SETTINGS, in_size=16, out_size=10, grid=(6, 6), max_patches=36)
+    with pytest.raises(ValueError, match=r"model\.audio\.compressor\.kind is 'hybrid'; allowed: pool, query, stack"):
+        medium("audio", {**SETTINGS, "budgets": ["/4"]})
+    with pytest.raises(ValueError, match=r"kind hybrid needs one grid, and here each image has its own; allowed: pool"):
+        build_compressor("image", medium("image", SETTINGS), in_size=16, out_size=10, grid=(6, 6), max_patches=36)
 
 
 def test_a_whole_model_answers_at_any_count() -> None:

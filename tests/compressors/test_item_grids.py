@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from blocks import medium, merged
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,17 +18,17 @@ GRIDS = [(2, 7), (4, 4), (1, 3), (5, 3), (3, 5)]
 POOL = {"compressor": "pool", "budgets": [9, 4, 1]}
 SETTINGS = {
     "pool": POOL,
-    "pool behind the projector": {**POOL, "project_first": True},
-    "position keys": {"compressor": "query", "budgets": [9, 4, 1], "num_queries": 9},
-    "content keys": {"compressor": "query", "budgets": [9, 4, 1], "num_queries": 9, "keys": "content"},
-    "smaller queries": {"compressor": "query", "budgets": [4], "num_queries": 4, "query_size": 8, "query_heads": 2},
+    "pool behind the projector": merged(POOL, {"projector": {"before_pooling": True}}),
+    "position keys": {"compressor": {"kind": "query", "num_queries": 9}, "budgets": [9, 4, 1]},
+    "content keys": {"compressor": {"kind": "query", "num_queries": 9, "keys": "content"}, "budgets": [9, 4, 1]},
+    "two heads": {"compressor": {"kind": "query", "num_queries": 4, "num_heads": 2}, "budgets": [4]},
 }
 
 
 def build(name: str) -> Compressor:
     torch.manual_seed(0)
     sizes = {"in_size": SIZE, "out_size": OUT}
-    return build_compressor("image", SETTINGS[name], **sizes, grid=(4, 4), max_patches=16).eval()
+    return build_compressor("image", medium("image", SETTINGS[name]), **sizes, grid=(4, 4), max_patches=16).eval()
 
 
 def on_one_grid(compressor: Compressor, grid: tuple[int, int]) -> Compressor:
@@ -113,9 +114,9 @@ def test_padding_gets_no_gradient(name: str) -> None:
 
 def test_what_needs_one_grid_is_refused_when_it_is_built() -> None:
     sizes = {"in_size": SIZE, "out_size": OUT, "grid": (4, 4), "max_patches": 16}
-    with pytest.raises(ValueError, match=r"compressor 'stack' needs one grid.*allowed: pool, query"):
-        build_compressor("image", {"compressor": "stack", "budgets": [4, 1]}, **sizes)
-    with pytest.raises(ValueError, match=r"order='haar' needs one grid.*allowed: raster"):
-        build_compressor("image", {**POOL, "order": "haar"}, **sizes)
+    with pytest.raises(ValueError, match=r"compressor.kind stack needs one grid.*allowed: pool, query"):
+        build_compressor("image", medium("image", {"compressor": "stack", "budgets": [4, 1]}), **sizes)
+    with pytest.raises(ValueError, match=r"compressor.order haar needs one grid.*allowed: raster"):
+        build_compressor("image", medium("image", merged(POOL, {"compressor": {"order": "haar"}})), **sizes)
     with pytest.raises(ValueError, match="17 tokens cannot be met"):
-        build_compressor("image", {**POOL, "budgets": [17]}, **sizes)
+        build_compressor("image", medium("image", {**POOL, "budgets": [17]}), **sizes)

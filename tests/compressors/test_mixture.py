@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import medium, merged
 
 from mllm.compressors import build_compressor
 from mllm.compressors.moe_projector import MixtureProjector, routing_losses
@@ -9,10 +10,8 @@ from mllm.compressors.projector import Projector
 
 SMOP = {
     "compressor": "pool",
+    "projector": {"kind": "moe", "num_experts": 4, "norm": True, "activation": "relu"},
     "budgets": ["/2", "/4"],
-    "projector_experts": 4,
-    "projector_norm": True,
-    "projector_activation": "relu",
 }
 
 
@@ -72,7 +71,9 @@ def test_an_even_use_of_the_experts_is_one() -> None:
 @pytest.mark.parametrize("per_budget", [False, True])
 def test_a_mixture_per_budget_reports_the_routing_of_the_asked_one(per_budget: bool) -> None:
     torch.manual_seed(0)
-    compressor = build_compressor("audio", SMOP | {"per_budget_projector": per_budget}, in_size=6, out_size=8).train()
+    compressor = build_compressor(
+        "audio", medium("audio", merged(SMOP, {"projector": {"per_budget": per_budget}})), in_size=6, out_size=8
+    ).train()
     features, lengths = torch.randn(2, 8, 6), torch.tensor([8, 8])
     asked = {"tokens": torch.tensor([4, 2]), "rates": torch.tensor([2, 4])}
     compressor(features, lengths, **asked, max_tokens=4)
@@ -87,12 +88,17 @@ def test_a_mixture_per_budget_reports_the_routing_of_the_asked_one(per_budget: b
 
 def test_settings_that_do_not_fit_are_refused() -> None:
     for changes, message in (
-        ({"projector_top_k": 5}, r"projector_top_k is 5; with projector_experts=4 it is 1..4"),
-        ({"projector_experts": 0}, r"projector_experts is 0; it must be at least 1"),
-        ({"project_first": True}, r"audio.projector_experts route soft tokens"),
+        ({"projector": {"top_k": 5}}, r"model.audio.projector.top_k is 5, of 4 experts \(num_experts\)"),
+        (
+            {"projector": {"kind": "moe", "num_experts": 0}},
+            r"model.audio.projector.num_experts is 0; it must be at least 1",
+        ),
+        (
+            {"projector": {"before_pooling": True}},
+            r"model.audio.projector.before_pooling goes with kind mlp or linear, not with moe",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            build_compressor("audio", SMOP | changes, in_size=6, out_size=8)
-    alone = {key: value for key, value in SMOP.items() if key != "projector_experts"} | {"projector_top_k": 2}
-    with pytest.raises(ValueError, match="projector_top_k goes with projector_experts"):
-        build_compressor("audio", alone, in_size=6, out_size=8)
+            medium("audio", merged(SMOP, changes))
+    with pytest.raises(ValueError, match=r"model\.audio\.projector\.top_k goes with kind moe, not with mlp"):
+        medium("audio", {**SMOP, "projector": {"top_k": 2}})

@@ -190,8 +190,11 @@ def test_positions_tell_rows_from_columns() -> None:
     ("changes", "message"),
     [
         ({"keys": "both"}, "keys='both' is not one of: position, content"),
-        ({"keys": "position", "num_heads": 3}, "query_size=16 must be a multiple of 4 and of query_heads=3"),
-        ({"keys": "position", "size": 18, "num_heads": 2}, "query_size=18 must be a multiple of 4"),
+        (
+            {"keys": "position", "num_heads": 3},
+            "the size 16 of queries must be a multiple of 4 and of compressor.num_heads=3",
+        ),
+        ({"keys": "position", "size": 18, "num_heads": 2}, "the size 18 of queries must be a multiple of 4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict, message: str) -> None:

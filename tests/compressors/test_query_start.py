@@ -83,5 +83,5 @@ def test_it_is_the_same_for_the_same_seed_frozen_or_not_and_leaves_positions_alo
 
 def test_streams_and_content_keys_are_refused() -> None:
     for compressor in (query_of((1, 8), (1, 4), windowed=True), query_of((4, 4), (2, 2), keys="content")):
-        with pytest.raises(ValueError, match=r"query_start=pyramid goes with images and keys=position"):
+        with pytest.raises(ValueError, match=r"compressor.start pyramid goes with images and keys: position"):
             initialise_as_pyramid(compressor, torch.Generator())

@@ -136,5 +136,5 @@ def test_projectors_have_the_published_names(kwargs: dict, names: list[str]) -> 
 
 def test_activations_are_refused_by_name() -> None:
     assert isinstance(Projector(in_size=SIZE, out_size=OUT, hidden_size=7)[1], nn.GELU)
-    with pytest.raises(ValueError, match="projector_activation='tanh' is not one of: gelu, relu"):
+    with pytest.raises(ValueError, match=r"projector.activation='tanh' is not one of: gelu, relu"):
         Projector(in_size=SIZE, out_size=OUT, hidden_size=7, activation="tanh")  # pyright: ignore

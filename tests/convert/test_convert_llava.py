@@ -134,7 +134,8 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     for budget in ("image=16", "image=7"):
         assert main(["generate", "--model", str(moved), "--budget", budget, *asked]) == 0
     words = ["--model.llm", str(moved / "llm"), "--model.image.encoder", str(moved / "image")]
-    words += ["--model.image.budgets", "[1, 4, 16, 64]", "--model.image.project_first", "true", "--sampler.mode", "all"]
+    words += ["--model.image.budgets", "[1, 4, 16, 64]", "--model.image.projector.before_pooling", "true"]
+    words += ["--sampler.mode", "all"]
     words += ["--data.train", str(write_manifest(tmp_path / "media", media["image"])), "--data.num_workers", "0"]
     words += ["--train.out", str(tmp_path / "trained"), "--train.max_steps", "1", "--model.chat_format", "vicuna_v1"]
     words += ["--train.parts", "[compressors, llm]", "--train.use_cpu", "true"]
@@ -299,12 +300,13 @@ def test_the_recipes_train_what_the_released_systems_were_trained_at() -> None:
     configs = Path(__file__).parents[2] / "configs"
     m3, mqt = (yaml.safe_load((configs / f"{name}.yaml").read_text())["model"] for name in ("m3", "mqt_stage2"))
     assert tuple(m3["image"]["budgets"]) == SYSTEMS["llava-m3"].scales
-    assert (m3["image"]["compressor"], m3["image"]["project_first"]) == ("pool", True)
-    assert mqt["image"]["budget_range"] == [2, 256, 2]
-    assert (mqt["image"]["compressor"], mqt["image"]["keys"]) == ("query", "position")
+    assert (m3["image"]["compressor"], m3["image"]["projector"]) == ("pool", {"before_pooling": True})
+    assert mqt["image"]["budgets"] == {"start": 2, "stop": 256, "step": 2}
+    assert (mqt["image"]["compressor"]["kind"], mqt["image"]["compressor"]["keys"]) == ("query", "position")
     assert mqt["llm"] == LLM  # M3 begins with the LLM of LLaVA-1.5, which its own converter reads
     for published in (m3, mqt):
-        assert (published["image"]["encoder"], published["image"]["feature_layer"]) == (VISION, -2)
+        encoder = published["image"]["encoder"]
+        assert (encoder["source"], encoder["feature_layer"]) == (VISION, -2)
 
 
 class Harmful:

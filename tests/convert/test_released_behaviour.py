@@ -13,6 +13,7 @@ from transformers import WavLMConfig
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
+from mllm.config.medium import AudioEncoderConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import build_encoder, encoder_facts
 from mllm.encoders.audio import released_frames
@@ -98,15 +99,18 @@ def test_the_released_cut_is_theirs_to_the_frame() -> None:
     expected = [max(int(count / 16000 * 50), 25) for count in counts]
     assert [released_frames(count) for count in counts] == expected
     assert released_frames(9280) == 28  # where 9280 // 320 is 29
-    facts = encoder_facts(config, {"released_cut": True})
+    block = AudioEncoderConfig(source="", released_cut=True)
+    facts = encoder_facts(config, block)
     assert [facts.num_frames(count) for count in counts] == expected
     config.max_source_positions = 50
-    encoder: Any = build_encoder("audio", config, {"released_cut": True})
+    encoder: Any = build_encoder("audio", config, block)
     assert encoder.lengths(torch.tensor(counts)).tolist() == expected
 
 
 def test_the_switch_needs_the_layout_and_whisper() -> None:
     with pytest.raises(ValueError, match="released_behaviour needs chat_format avsr, the released layout; got plain"):
         replace(tiny.settings(("audio",)), released_behaviour=True)
-    with pytest.raises(ValueError, match="released_cut is about Whisper's window; wavlm counts its frames one way"):
-        encoder_facts(WavLMConfig(), {"released_cut": True})
+    with pytest.raises(
+        ValueError, match=r"model.audio.encoder.released_cut is True .* a wavlm; it is about Whisper's window"
+    ):
+        encoder_facts(WavLMConfig(), AudioEncoderConfig(source="", released_cut=True))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from blocks import encoder_block
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -97,7 +98,9 @@ def test_facts_from_the_config_are_those_of_the_module(name: str) -> None:
 def test_the_smallest_input_reaches_every_weight_that_can_train(name: str) -> None:
     """A process without this medium runs it, so it must pass in training mode and cover what other processes use."""
     config = CONFIGS[name]
-    encoder = build_encoder(encoder_facts(config).medium, config, {"feature_layer": 2}).train()
+    medium = encoder_facts(config).medium
+    block = encoder_block(config, {"feature_layer": 2} if medium == "image" else {})
+    encoder = build_encoder(medium, config, block).train()
     values, lengths = encoder.smallest_input()
     features = encoder(values) if lengths is None else encoder(values, lengths)[0]
     features.sum().backward()
@@ -114,7 +117,7 @@ def test_a_tower_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(nam
     whole = backbone_class(config)(config).eval()
     images = torch.randn(2, 3, 40, 40)
     hidden = whole(images, output_hidden_states=True).hidden_states
-    encoder = wrap_encoder(whole, {"feature_layer": -2}).eval()
+    encoder = wrap_encoder(whole, encoder_block(whole.config, {"feature_layer": -2})).eval()
     features = encoder(images)
     assert encoder.grid == (5, 5)
     assert features.shape == (2, 25, 32)
@@ -129,7 +132,7 @@ def test_class_tokens_go_and_patches_stay_in_reading_order() -> None:
     backbone = CLIPVisionModel(config).eval()
     for layer in backbone.encoder.layers:
         layer.self_attn.out_proj.weight.zero_()
-    encoder = wrap_encoder(backbone, {"feature_layer": 1})
+    encoder = wrap_encoder(backbone, encoder_block(backbone.config, {"feature_layer": 1}))
     images = torch.zeros(1, 3, 40, 40)
     changed = images.clone()
     changed[..., 32:, 32:] = 1.0
@@ -143,16 +146,16 @@ def test_the_final_norm_can_be_kept() -> None:
     whole = SiglipVisionModel(SiglipVisionConfig(**IMAGE)).eval()
     images = torch.randn(1, 3, 40, 40)
     normed = whole(images).last_hidden_state
-    encoder = wrap_encoder(whole, {"feature_layer": -1, "final_norm": True})
+    encoder = wrap_encoder(whole, encoder_block(whole.config, {"feature_layer": -1, "final_norm": True}))
     torch.testing.assert_close(encoder(images), normed)
     assert not hasattr(whole, "head")
 
 
 @pytest.mark.parametrize("name", VISION_CONFIGS)
 def test_another_image_size_gives_another_grid(name: str) -> None:
-    settings = {"image_size": [48, 32]}
-    encoder = build_encoder("image", VISION_CONFIGS[name], settings).eval()
-    assert encoder.grid == encoder_facts(VISION_CONFIGS[name], settings).grid == (6, 4)
+    block = encoder_block(VISION_CONFIGS[name], {"image_size": [48, 32]})
+    encoder = build_encoder("image", VISION_CONFIGS[name], block).eval()
+    assert encoder.grid == encoder_facts(VISION_CONFIGS[name], block).grid == (6, 4)
     assert encoder(torch.zeros(1, 3, 48, 32)).shape == (1, 24, 32)
     with pytest.raises(ValueError, match=r"images are \(40, 40\) pixels"):
         encoder(torch.zeros(1, 3, 40, 40))
@@ -169,7 +172,7 @@ def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name
     options = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
     hidden = whole(images, output_hidden_states=True, **options).hidden_states[-2]
     rows, columns = size[0] // 8, size[1] // 8
-    encoder = wrap_encoder(whole, {"image_size": size}).eval()
+    encoder = wrap_encoder(whole, encoder_block(whole.config, {"image_size": list(size)})).eval()
     assert encoder.grid == (rows, columns)
     features = encoder(images)
     torch.testing.assert_close(features, hidden[:, -rows * columns :])
@@ -178,16 +181,20 @@ def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name
 
 
 def test_a_size_is_refused_for_patches_and_patches_for_a_size() -> None:
-    with pytest.raises(ValueError, match=r"max_num_patches goes with siglip2_vision_model, not with clip_vision_model"):
-        build_encoder("image", VISION_CONFIGS["clip"], {"max_num_patches": 64})
+    with pytest.raises(
+        ValueError, match=r"model.image.encoder.max_num_patches is 64 .* clip_vision_model; it goes with siglip2"
+    ):
+        build_encoder("image", VISION_CONFIGS["clip"], encoder_block(VISION_CONFIGS["clip"], {"max_num_patches": 64}))
     with pytest.raises(ValueError, match="smaller than one patch"):
-        build_encoder("image", VISION_CONFIGS["clip"], {"image_size": [4, 40]})
+        build_encoder("image", VISION_CONFIGS["clip"], encoder_block(VISION_CONFIGS["clip"], {"image_size": [4, 40]}))
 
 
 @pytest.mark.parametrize("feature_layer", [0, 4, -4])
 def test_layers_that_do_not_exist_are_refused(feature_layer: int) -> None:
     with pytest.raises(ValueError, match=r"allowed: 1\.\.3 or -3\.\.-1"):
-        build_encoder("image", VISION_CONFIGS["clip"], {"feature_layer": feature_layer})
+        build_encoder(
+            "image", VISION_CONFIGS["clip"], encoder_block(VISION_CONFIGS["clip"], {"feature_layer": feature_layer})
+        )
 
 
 @torch.no_grad()
@@ -271,4 +278,5 @@ def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
 def test_published_towers_have_their_published_grids() -> None:
     assert encoder_facts(CLIPVisionConfig(image_size=336, patch_size=14)).grid == (24, 24)
     assert encoder_facts(SiglipVisionConfig(image_size=384, patch_size=16)).grid == (24, 24)
-    assert encoder_facts(Dinov2Config(image_size=518), {"image_size": 224}).grid == (16, 16)
+    dino = Dinov2Config(image_size=518)
+    assert encoder_facts(dino, encoder_block(dino, {"image_size": [224, 224]})).grid == (16, 16)

@@ -11,6 +11,7 @@ import torch
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
+from mllm.config.medium import with_source
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.encoders import AVHubertEncoder, backbone_config, wrap_encoder
@@ -27,7 +28,7 @@ def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> N
     clips = [torch.randn(length).numpy() * 0.1 for length in (9000, 5000, 401)]
     frames = [torch.from_numpy(stacked_filterbank(sound)) for sound in clips]
     expected = [network(audio=features_alone[None])[0] for features_alone in frames]
-    listener = wrap_encoder(AVHubertEncoder(backbone_config(AV_HUBERT, "audio")), {}).eval()
+    listener = wrap_encoder(AVHubertEncoder(backbone_config(AV_HUBERT, "audio"))).eval()
     listener.backbone.load_state_dict(network.state_dict(), strict=False)
     batch = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True, padding_value=7.0)
     features, counts = listener(batch, torch.tensor([len(sound) for sound in clips]))
@@ -44,11 +45,10 @@ def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> N
 
 def listening_settings(folder: Path) -> ModelConfig:
     parts = tiny.write_parts(folder)
-    features_alone = tiny.settings_on(parts, ("audio", "video"))
-    assert features_alone.audio is not None
-    return dataclasses.replace(
-        features_alone, audio=dataclasses.replace(features_alone.audio, encoder=parts["video"], budgets=["/2", "/4"])
-    )
+    config = tiny.settings_on(parts, ("audio", "video"))
+    assert config.audio is not None
+    audio = with_source(config.audio, parts["video"])
+    return dataclasses.replace(config, audio=dataclasses.replace(audio, budgets=["/2", "/4"]))
 
 
 def test_one_folder_serves_lips_and_sound_and_a_run_is_the_same_after_loading(tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_one_folder_serves_lips_and_sound_and_a_run_is_the_same_after_loading(tm
 
 
 def test_normalised_twice_is_refused(tmp_path: Path) -> None:
-    features_alone = listening_settings(tmp_path)
-    assert features_alone.audio is not None
-    with pytest.raises(ValueError, match="normalize_audio does not go with AV-HuBERT"):
-        build(
-            dataclasses.replace(features_alone, audio=dataclasses.replace(features_alone.audio, normalize_audio=True))
-        )
+    config = listening_settings(tmp_path)
+    assert config.audio is not None
+    encoder = dataclasses.replace(config.audio.encoder, normalize=True)
+    twice = dataclasses.replace(config, audio=dataclasses.replace(config.audio, encoder=encoder))
+    with pytest.raises(ValueError, match=r"model.audio.encoder.normalize is True .* it does not go with AV-HuBERT"):
+        build(twice)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import encoder_block
 from torch import Tensor
 from transformers import Siglip2Config, Siglip2VisionConfig, Siglip2VisionModel
 
@@ -30,7 +31,7 @@ def images(padding: float = 0.0) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def test_a_image_in_a_batch_is_the_image_alone_whatever_the_padding() -> None:
-    encoder = wrap_encoder(backbone(), {}).eval()
+    encoder = wrap_encoder(backbone()).eval()
     values, grids = images(padding=7.0)
     features, lengths = encoder(values, grids)
     assert lengths.tolist() == [rows * columns for rows, columns in GRIDS]
@@ -48,7 +49,7 @@ def test_it_is_the_layer_of_the_backbone_that_was_asked_for(layer: int, final_no
     shapes = {"pixel_attention_mask": mask.int(), "spatial_shapes": grids}
     output = whole(values, output_hidden_states=True, **shapes)
     expected = output.last_hidden_state if final_norm else output.hidden_states[layer]
-    encoder = wrap_encoder(whole, {"feature_layer": layer, "final_norm": final_norm}).eval()
+    encoder = wrap_encoder(whole, encoder_block(CONFIG, {"feature_layer": layer, "final_norm": final_norm})).eval()
     features, _ = encoder(values, grids)
     torch.testing.assert_close(features[mask], expected[mask])
     assert not hasattr(whole, "head")
@@ -56,14 +57,17 @@ def test_it_is_the_layer_of_the_backbone_that_was_asked_for(layer: int, final_no
 
 def test_the_setting_bounds_the_patches_and_the_size_is_no_setting() -> None:
     assert encoder_facts(CONFIG).max_patches == 16
-    facts = encoder_facts(CONFIG, {"max_num_patches": 40})
-    encoder = build_encoder("image", CONFIG, {"max_num_patches": 40})
+    facts = encoder_facts(CONFIG, encoder_block(CONFIG, {"max_num_patches": 40}))
+    encoder = build_encoder("image", CONFIG, encoder_block(CONFIG, {"max_num_patches": 40}))
     assert isinstance(encoder, NaFlexEncoder)
     assert (facts.max_patches, facts.grid) == (encoder.max_patches, encoder.grid) == (40, (6, 6))
     assert backbone_config(Siglip2Config(vision_config=CONFIG.to_dict())).model_type == "siglip2_vision_model"
     assert backbone_class(CONFIG) is Siglip2VisionModel
-    for settings, words in [({"max_num_patches": 0}, "at least 1"), ({"image_size": 64}, "allowed: max_num_patches")]:
+    for settings, words in [
+        ({"max_num_patches": 0}, "at least 1"),
+        ({"image_size": [64, 64]}, "allowed: max_num_patches"),
+    ]:
         with pytest.raises(ValueError, match=words):
-            build_encoder("image", CONFIG, settings)
+            build_encoder("image", CONFIG, encoder_block(CONFIG, settings))
     with pytest.raises(ValueError, match="without image_grids"):
         encoder(torch.zeros(1, 4, 192))

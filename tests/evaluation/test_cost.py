@@ -1,11 +1,13 @@
 """What the cost model promises: the FLOPs that torch counts, part by part, and bytes of cache one can do by hand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import blocks
 import pytest
 import tiny
 import torch
+from blocks import adapter_of, encoder_block
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -27,6 +29,7 @@ from mllm.adapters import build_adapter
 from mllm.adapters.adapter_inputs import AdapterInputs
 from mllm.budget import Budget
 from mllm.compressors import build_compressor
+from mllm.config.model import LoraConfig, MediumConfig
 from mllm.encoders import AVHubertConfig, build_encoder, encoder_facts
 from mllm.evaluation.flops import (
     Item,
@@ -101,8 +104,8 @@ EXPERTS = {"kind": "mome", "placement": "ffn", "num_experts": 5, "num_shared": 2
 def test_an_adapter_that_is_not_merged_costs_its_own_products(adapter: dict[str, Any]) -> None:
     config = LlamaConfig(**DECODER)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    build_adapter(model.model, adapter)
-    expected = llm_flops(config, num_tokens=6, num_logits=6, adapter=adapter)
+    build_adapter(model.model, adapter_of(adapter))
+    expected = llm_flops(config, num_tokens=6, num_logits=6, adapter=adapter_of(adapter))
     rows = {} if adapter["kind"] == "lora" else {"adapter_inputs": AdapterInputs(scale_ids=torch.tensor([1]))}
     assert expected + masked_pairs_flops(config, 6) == counted(lambda: model(torch.arange(6)[None], **rows))
 
@@ -118,9 +121,9 @@ def test_an_adapter_that_is_not_merged_costs_its_own_products(adapter: dict[str,
     ids=lambda config: config.model_type,
 )
 def test_vision_flops_are_those_of_the_layers_that_are_read(config: PreTrainedConfig, layer: int) -> None:
-    settings = {"feature_layer": layer}
-    encoder = build_encoder("image", _plain(config), settings).eval()
-    expected = encoder_flops(config, Item("image", 16, 4), settings)
+    block = encoder_block(config, {"feature_layer": layer})
+    encoder = build_encoder("image", _plain(config), block).eval()
+    expected = encoder_flops(config, Item("image", 16, 4), block)
     assert expected == counted(lambda: encoder(torch.zeros(1, 3, 56, 56)))
 
 
@@ -160,29 +163,30 @@ def test_lip_flops_follow_the_size_of_the_crop(height: int, width: int) -> None:
     ("medium", "settings", "budget"),
     [
         ("image", {"compressor": "pool", "budgets": [1, 4, 16]}, (5, 0)),
-        ("image", {"compressor": "pool", "budgets": [1, 4], "project_first": True, "projector_size": None}, (4, 0)),
-        ("image", {"compressor": "pool", "budgets": [1, 4], "per_budget_projector": True}, (4, 0)),
-        ("image", {"compressor": "stack", "budgets": [1, 4, 16]}, (4, 0)),
-        ("image", {"compressor": "pool", "budgets": [1, 4, 16], "order": "haar"}, (4, 0)),
-        ("image", {"compressor": "query", "budgets": [1, 4], "num_queries": 4}, (3, 0)),
-        ("image", {"compressor": "query", "budgets": [16], "num_queries": 16, "query_heads": 3}, (16, 0)),
-        ("image", {"compressor": "query", "budgets": [4], "num_queries": 4, "query_size": 8}, (4, 0)),
         (
             "image",
-            {"compressor": "query", "budgets": [4], "num_queries": 4, "keys": "content", "query_size": 8},
+            {"compressor": "pool", "projector": {"kind": "linear", "before_pooling": True}, "budgets": [1, 4]},
             (4, 0),
         ),
-        ("image", {"compressor": "hybrid", "budgets": [14], "anchors": [4, 9], "query_heads": 3}, (12, 0)),
-        ("image", {"compressor": "hybrid", "budgets": [14], "anchors": [4, 9]}, (9, 0)),
-        ("image", {"compressor": "hybrid", "budgets": [12], "anchors": [4]}, (1, 0)),
-        ("audio", {"compressor": "pool", "budgets": ["/2", "/4"], "projector_size": 20}, (4, 4)),
+        ("image", {"compressor": "pool", "projector": {"per_budget": True}, "budgets": [1, 4]}, (4, 0)),
+        ("image", {"compressor": "stack", "budgets": [1, 4, 16]}, (4, 0)),
+        ("image", {"compressor": {"kind": "pool", "order": "haar"}, "budgets": [1, 4, 16]}, (4, 0)),
+        ("image", {"compressor": {"kind": "query", "num_queries": 4}, "budgets": [1, 4]}, (3, 0)),
+        ("image", {"compressor": {"kind": "query", "num_queries": 16, "num_heads": 3}, "budgets": [16]}, (16, 0)),
+        ("image", {"compressor": {"kind": "query", "num_queries": 4}, "budgets": [4]}, (4, 0)),
+        ("image", {"compressor": {"kind": "query", "num_queries": 4, "keys": "content"}, "budgets": [4]}, (4, 0)),
+        ("image", {"compressor": {"kind": "hybrid", "anchors": [4, 9], "num_heads": 3}, "budgets": [14]}, (12, 0)),
+        ("image", {"compressor": {"kind": "hybrid", "anchors": [4, 9]}, "budgets": [14]}, (9, 0)),
+        ("image", {"compressor": {"kind": "hybrid", "anchors": [4]}, "budgets": [12]}, (1, 0)),
+        ("audio", {"compressor": "pool", "projector": {"hidden_size": 20}, "budgets": ["/2", "/4"]}, (4, 4)),
         ("audio", {"compressor": "stack", "budgets": ["/2", "/5"]}, (8, 2)),
-        ("audio", {"compressor": "query", "budgets": ["/4"], "num_queries": 2, "window_frames": 8}, (6, 4)),
+        ("audio", {"compressor": {"kind": "query", "num_queries": 2, "window_frames": 8}, "budgets": ["/4"]}, (6, 4)),
     ],
 )
 def test_compressor_flops_are_those_that_run(medium: str, settings: dict[str, Any], budget: tuple[int, int]) -> None:
     num_features, grid = (16, (4, 4)) if medium == "image" else (17, None)
-    compressor = build_compressor(medium, settings, in_size=12, out_size=24, grid=grid).eval().requires_grad_(False)
+    block = blocks.medium(medium, settings)
+    compressor = build_compressor(medium, block, in_size=12, out_size=24, grid=grid).eval().requires_grad_(False)
     tokens, rate = budget
 
     @torch.no_grad()
@@ -193,7 +197,7 @@ def test_compressor_flops_are_those_that_run(medium: str, settings: dict[str, An
 
     answer()  # folds what is constant
     run = counted(answer)
-    assert compressor_flops(settings, Item(medium, num_features, tokens), in_size=12, out_size=24) == run
+    assert compressor_flops(block, Item(medium, num_features, tokens), in_size=12, out_size=24) == run
 
 
 def test_a_request_is_the_sum_of_its_parts() -> None:
@@ -242,7 +246,7 @@ def test_published_teraflops_of_the_8b_speech_model() -> None:
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256,
     )  # fmt: skip
-    lora = {"kind": "lora", "rank": 64, "targets": ["q_proj", "v_proj"]}
+    lora = LoraConfig(rank=64, targets=["q_proj", "v_proj"])
     counts = (757, 257, 182, 163, 88)  # ten seconds at (1,1), (4,2), (4,5), (16,2), (16,5), and seven tokens of text
     assert published_flops(config, num_tokens=1, adapter=lora) == 2 * (8_030_261_248 - 128256 * 4096 + 27_262_976)
     teraflops = [f"{published_flops(config, num_tokens=count, adapter=lora) / 1e12:.2f}" for count in counts]
@@ -282,7 +286,7 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _pool_padding_flops(settings: Mapping[str, Any], max_tokens: int) -> int:
+def _pool_padding_flops(block: MediumConfig, max_tokens: int) -> int:
     sizes = {"in_size": 16, "out_size": 32}
-    flops = compressor_flops(settings, Item("image", 64, 4), **sizes)
-    return compressor_flops(settings, Item("image", 64, max_tokens), **sizes) - flops
+    flops = compressor_flops(block, Item("image", 64, 4), **sizes)
+    return compressor_flops(block, Item("image", 64, max_tokens), **sizes) - flops

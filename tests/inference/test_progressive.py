@@ -10,14 +10,14 @@ import torch
 from tiny_models import LLMS, build
 
 from mllm.budget import Budget
-from mllm.config.model import AdapterConfig
+from mllm.config.model import LoraBankConfig
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.reading import read_request
 
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "query": {"compressor": "query", "budgets": [2, 5, 16]},
-    "query with content keys": {"compressor": "query", "budgets": [2, 5, 16], "keys": "content"},
-    "haar": {"order": "haar", "budgets": [4, 16, 64]},
+    "query with content keys": {"compressor": {"kind": "query", "keys": "content"}, "budgets": [2, 5, 16]},
+    "haar": {"compressor": {"order": "haar"}, "budgets": [4, 16, 64]},
 }
 QUESTIONS = ("how many objects?", "what is the letter here?")
 
@@ -62,7 +62,7 @@ def test_a_grown_budget_is_that_budget(name: str, llm: str, image: Path) -> None
 
 @pytest.mark.parametrize("decoding", [Decoding(3, 6), Decoding(max_new_tokens=6, temperature=0.8, seed=4)])
 def test_beams_and_samples_are_those_of_the_answerer(decoding: Decoding, image: Path) -> None:
-    tasks = AdapterConfig(kind="lora_bank", variant="t", rank=4, alpha=8, tasks=["vqa", "image"])
+    tasks = LoraBankConfig(variant="t", rank=4, alpha=8, tasks=["vqa", "image"])
     answerer = make(COMPRESSORS["query"], adapter=tasks, decoding=decoding)
     session = answerer.begin(image=image, budget="image=2")
     session.extend("image=16")
@@ -101,7 +101,7 @@ def test_what_cannot_grow_is_refused_with_a_reason(image: Path) -> None:
     pooled = make({"budgets": [4, 16]}).begin(image=image, budget="image=4")
     with pytest.raises(ValueError, match=r"compressor gives pooled tokens.*order haar"):
         pooled.extend("image=16")
-    scales = AdapterConfig(kind="lora_bank", variant="ss", rank=4, alpha=8)
+    scales = LoraBankConfig(variant="ss", rank=4, alpha=8)
     by_scale = make(COMPRESSORS["query"], adapter=scales).begin(image=image, budget="image=2")
     with pytest.raises(ValueError, match="an expert per scale"):
         by_scale.extend("image=16")

@@ -12,14 +12,14 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from mllm.budget import Budget
-from mllm.config.model import AdapterConfig
+from mllm.config.model import LoraBankConfig, LoraConfig, MomeConfig
 from mllm.inference.answerer import Answerer, Decoding
 
 ADAPTERS = {
     "none": None,
-    "lora": AdapterConfig(rank=4, targets=["q_proj", "v_proj"]),
-    "lora_bank": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8, tasks=["vqa", "speech"]),
-    "mome": AdapterConfig(kind="mome", num_experts=4, top_k=2, bottleneck=4),
+    "lora": LoraConfig(rank=4, targets=["q_proj", "v_proj"]),
+    "lora_bank": LoraBankConfig(variant="st", rank=4, alpha=8, tasks=["vqa", "speech"]),
+    "mome": MomeConfig(num_experts=4, top_k=2, bottleneck=4),
 }
 NEW_TOKENS = 6
 
@@ -55,7 +55,7 @@ def test_a_step_is_one_graph_and_finds_the_same_ids(adapter: str, llm: str) -> N
 
 
 def test_a_static_cache_gives_the_same_answers(tmp_path: Path) -> None:
-    own = tiny.settings(("image",), adapter=False, image={"order": "haar", "budgets": [4, 16, 64]})
+    own = tiny.settings(("image",), adapter=False, image={"compressor": {"order": "haar"}, "budgets": [4, 16, 64]})
     answerer = Answerer(build(own, LLMS["llama"]), tiny.processor(own), Decoding(max_new_tokens=NEW_TOKENS))
     static = replace(answerer, decoding=replace(answerer.decoding, static_cache=True))
     asked: dict[str, Any] = {"image": tmp_path / tiny.write_media(tmp_path)["image"], "budget": "image=16"}

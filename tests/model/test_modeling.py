@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, G
 from mllm.adapters import adapters_disabled
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts
+from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 
 OWN = tiny.settings()
@@ -190,7 +191,7 @@ def test_generation_encodes_each_item_once_whatever_the_beams(model, made) -> No
 
 
 def test_a_setting_that_nobody_reads_is_refused() -> None:
-    config = tiny.model(tiny.settings(("image",))).config
-    config.media["image"]["projector_sise"] = 8
-    with pytest.raises(ValueError, match=r"media.image.projector_sise is not a setting; allowed: compressor, budgets"):
-        ElasticForConditionalGeneration(config)
+    values = tiny.config(tiny.settings(("image",))).to_dict()
+    values["media"]["image"]["projector"]["hiden_size"] = 8
+    with pytest.raises(ValueError, match=r"config.json: unknown key media.image.projector.hiden_size; did you mean"):
+        ElasticConfig.from_dict(values)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from blocks import medium, merged
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -29,7 +30,7 @@ from transformers.utils import is_torchvision_available
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, load, save_run
-from mllm.config.model import AdapterConfig, MediumConfig, ModelConfig
+from mllm.config.model import LoraConfig, ModelConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.inference.answerer import Answerer, Decoding
@@ -47,7 +48,7 @@ needs_torchvision = pytest.mark.skipif(
 )
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "pool": {"compressor": "pool"},
-    "query": {"compressor": "query", "num_queries": 9, "keys": "content", "query_heads": 2},
+    "query": {"compressor": {"kind": "query", "num_queries": 9, "keys": "content", "num_heads": 2}},
 }
 
 
@@ -88,9 +89,9 @@ def sample(name: str, root: Path = Path()) -> Sample:
 
 
 def settings(world: Path, tower: str = "naflex", **image: Any) -> ModelConfig:
-    own = {"encoder": str(world / tower), "budgets": [9, 4, 1], "feature_layer": -1, **image}
-    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    return ModelConfig(llm=str(world / "llm"), chat_format="plain", adapter=lora, image=MediumConfig(**own))
+    own = merged({"encoder": {"source": str(world / tower), "feature_layer": -1}, "budgets": [9, 4, 1]}, image)
+    lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    return ModelConfig(llm=str(world / "llm"), chat_format="plain", adapter=lora, image=medium("image", own))
 
 
 def lively(model: Any) -> Any:
@@ -103,7 +104,7 @@ def lively(model: Any) -> Any:
 
 
 def test_every_image_has_a_grid_of_its_own_shape_and_the_budget_counts_by_it(world: Path) -> None:
-    _, processor = build(settings(world, max_num_patches=20))
+    _, processor = build(settings(world, encoder={"encoder": {"max_num_patches": 20}}))
     samples = [sample(name, world) for name in SHAPES]
     media = [processor.load_media(one) for one in samples]
     batch = processor.batch(samples, media, for_training=False)
@@ -196,7 +197,7 @@ def test_captions_give_one_start_however_the_shapes_are_batched(world: Path, nam
 @pytest.mark.parametrize("tower", ["image", "siglip", "dinov2", pytest.param("dinov3", marks=needs_torchvision)])
 @pytest.mark.parametrize("size", [(48, 96), (32, 32)])
 def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str, size: tuple[int, int]) -> None:
-    model, processor = build(settings(world, tower, image_size=list(size)))
+    model, processor = build(settings(world, tower, encoder={"image_size": list(size)}))
     grid = (size[0] // 8, size[1] // 8)
     assert processor.facts["image"].grid == model.model.encoder("image").grid == grid
     assert isinstance(processor.transforms["image"], ImageTransform)
@@ -212,12 +213,20 @@ def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str
 @pytest.mark.parametrize(
     ("tower", "image", "words"),
     [
-        ("naflex", {"compressor": "stack"}, "compressor 'stack' needs one grid"),
-        ("naflex", {"image_size": [32, 64]}, "image_size does not go with siglip2_vision_model"),
-        ("naflex", {"max_num_patches": 4}, "9 tokens cannot be met"),
-        ("dinov2", {"max_num_patches": 64}, "max_num_patches goes with siglip2_vision_model, not with dinov2"),
-        ("image", {"image_size": [4, 64]}, "smaller than one patch"),
-        ("image", {"image_size": [64]}, r"image_size is \[height, width\]"),
+        ("naflex", {"compressor": "stack"}, "model.image.compressor.kind stack needs one grid"),
+        (
+            "naflex",
+            {"encoder": {"image_size": [32, 64]}},
+            "siglip2_vision_model; it does not go with images that keep their shape",
+        ),
+        ("naflex", {"encoder": {"max_num_patches": 4}}, "9 tokens cannot be met"),
+        (
+            "dinov2",
+            {"encoder": {"max_num_patches": 64}},
+            "model.image.encoder.max_num_patches is 64 and the encoder a dinov2; it goes with siglip2_vision_model",
+        ),
+        ("image", {"encoder": {"image_size": [4, 64]}}, "smaller than one patch"),
+        ("image", {"encoder": {"image_size": [64]}}, r"image_size is \[height, width\]"),
     ],
 )
 def test_settings_that_contradict_the_tower_are_refused_when_it_is_built(

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import av
+import blocks
 import numpy as np
 import pytest
 import soundfile
 import tiny
 import torch
+from blocks import merged
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -30,7 +32,7 @@ from transformers import (
 from mllm.budget import Budget
 from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.cli import main
-from mllm.config.model import AdapterConfig, EncoderAdapterConfig, MediumConfig, ModelConfig, TilingConfig
+from mllm.config.model import EncoderAdapterConfig, LoraBankConfig, LoraConfig, ModelConfig, MomeConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import AVHubertConfig, backbone_class
@@ -64,44 +66,44 @@ OTHERS = {
         **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 1, "resnet_channels": [4, 4, 8, 8]},
     ),
 }
-QUERY = {"compressor": "query", "budgets": [1, 4, 16], "query_heads": 2}
+QUERY = {"compressor": {"kind": "query", "num_heads": 2}, "budgets": [1, 4, 16]}
 LIPS = {"encoder": "lips"}
 RATES = {"compressor": "pool", "budgets": ["/2", "/4"]}
 # By name the medium, and what differs from `tiny.MEDIA`; `encoder` is a folder.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip pool": ("image", {}),
-    "clip pool haar": ("image", {"order": "haar", "projector_size": 0}),
-    "clip pool projected first": ("image", {"project_first": True}),
-    "clip pool per budget": ("image", {"per_budget_projector": True}),
-    "clip pool mixture": ("image", {"projector_experts": 3}),
-    "clip pool tiles": ("image", {"tiling": TilingConfig(kind="free", max_tiles=4, merge="flat")}),
+    "clip pool haar": ("image", {"compressor": {"order": "haar"}, "projector": "linear"}),
+    "clip pool projected first": ("image", {"projector": {"before_pooling": True}}),
+    "clip pool per budget": ("image", {"projector": {"per_budget": True}}),
+    "clip pool mixture": ("image", {"projector": {"kind": "moe", "num_experts": 3}}),
+    "clip pool tiles": ("image", {"tiling": {"kind": "free", "max_tiles": 4, "merge": "flat"}}),
     "clip query": ("image", QUERY),
-    "clip query content": ("image", {**QUERY, "keys": "content", "query_size": 8}),
+    "clip query content": ("image", merged(QUERY, {"compressor": {"keys": "content"}})),
     "clip stack": ("image", {"compressor": "stack"}),
-    "clip hybrid": ("image", {"compressor": "hybrid", "budgets": [4, 15, 20], "query_heads": 2}),
+    "clip hybrid": ("image", {"compressor": {"kind": "hybrid", "num_heads": 2}, "budgets": [4, 15, 20]}),
     "naflex pool": ("image", {"encoder": "naflex", "budgets": [1, 4]}),
-    "naflex query content": ("image", {**QUERY, "encoder": "naflex", "keys": "content"}),
+    "naflex query content": ("image", merged(QUERY, {"encoder": "naflex", "compressor": {"keys": "content"}})),
     "dinov2 pool": ("image", {"encoder": "dinov2"}),
     "whisper pool": ("audio", {}),
-    "whisper pool per budget": ("audio", {"per_budget_projector": True, "projector_activation": "relu"}),
-    "whisper query": ("audio", {**QUERY, "budgets": ["/4", "/8"], "window_frames": 8}),
+    "whisper pool per budget": ("audio", {"projector": {"per_budget": True, "activation": "relu"}}),
+    "whisper query": ("audio", merged(QUERY, {"compressor": {"window_frames": 8}, "budgets": ["/4", "/8"]})),
     "whisper stack": ("audio", {"compressor": "stack"}),
-    "hubert pool": ("audio", {**RATES, "encoder": "hubert"}),
-    "hubert large stack": ("audio", {**RATES, "encoder": "hubert_large", "compressor": "stack"}),
-    "wav2vec2 pool": ("audio", {**RATES, "encoder": "wav2vec2"}),
-    "wavlm pool": ("audio", {**RATES, "encoder": "wavlm"}),
-    "listening pool": ("audio", {**RATES, "encoder": "lips"}),
+    "hubert pool": ("audio", merged(RATES, {"encoder": "hubert"})),
+    "hubert large stack": ("audio", merged(RATES, {"encoder": "hubert_large", "compressor": "stack"})),
+    "wav2vec2 pool": ("audio", merged(RATES, {"encoder": "wav2vec2"})),
+    "wavlm pool": ("audio", merged(RATES, {"encoder": "wavlm"})),
+    "listening pool": ("audio", merged(RATES, {"encoder": "lips"})),
     "lips stack": ("video", LIPS),
-    "lips pool": ("video", {**LIPS, "compressor": "pool"}),
-    "lips adapted": ("video", {**LIPS, "encoder_adapter": EncoderAdapterConfig(rank=2, alpha=4)}),
-    "frames pool": ("video", {"encoder": "image", "budgets": [1, 4], "frames": 2, "compressor": "pool"}),
+    "lips pool": ("video", merged(LIPS, {"compressor": "pool"})),
+    "lips adapted": ("video", merged(LIPS, {"encoder": {"adapter": EncoderAdapterConfig(rank=2, alpha=4)}})),
+    "frames pool": ("video", {"encoder": {"kind": "frames", "count": 2}, "budgets": [1, 4]}),
     "whisper pool marks": ("audio", {"span": ["<sound>", "</sound>"]}),
     "whisper pool bank": ("audio", {}),
     "whisper pool mome": ("audio", {}),
 }
 ADAPTERS = {
-    "whisper pool bank": AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8),
-    "whisper pool mome": AdapterConfig(kind="mome", num_experts=4, top_k=2, bottleneck=4),
+    "whisper pool bank": LoraBankConfig(variant="mss", rank=4, alpha=8),
+    "whisper pool mome": MomeConfig(num_experts=4, top_k=2, bottleneck=4),
 }
 QUICK = ("clip pool", "clip query", "whisper pool marks", "hubert pool", "lips stack")
 FITTED = {
@@ -172,18 +174,17 @@ def _widen(path: Path) -> None:
 
 def model_settings(world: Path, name: str, **changes: Any) -> ModelConfig:
     medium, own = CASES[name]
-    given = {**tiny.MEDIA[medium], "crop_pixels": 32, **own}
-    given["encoder"] = str(world / given.get("encoder", medium))
-    if given["encoder"].endswith("naflex"):
-        given.pop("feature_layer", None)
-    adapter = ADAPTERS.get(name, AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]))
-    media = {medium: MediumConfig(**given)}
+    given = merged(tiny.MEDIA[medium], own)
+    encoder = given.setdefault("encoder", {})
+    encoder["source"] = str(world / encoder.get("source", medium))
+    if encoder["source"].endswith("naflex"):
+        del encoder["feature_layer"]
+    adapter = ADAPTERS.get(name, LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]))
     if name == "frames pool":
-        del given["crop_pixels"]
-        media = {
-            "image": MediumConfig(**{**tiny.MEDIA["image"], "encoder": str(world / "image")}),
-            "video": MediumConfig(**{**given, "encoder": "image"}),
-        }
+        image = merged(tiny.MEDIA["image"], {"encoder": str(world / "image")})
+        media = {"image": blocks.medium("image", image), "video": blocks.medium("video", own)}
+    else:
+        media = {medium: blocks.medium(medium, given)}
     settings: dict[str, Any] = {"adapter": adapter, "dtype": "bfloat16", **media, **changes}
     return ModelConfig(llm=str(world / "llm"), chat_format="plain", **settings)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from mllm.budget import Budget
 from mllm.budget.sampler import SampledBudget
-from mllm.config.model import AdapterConfig, ModelConfig, TilingConfig
+from mllm.config.model import AdapterConfig, LoraBankConfig, LoraConfig, ModelConfig, MomeConfig
 from mllm.model.expert_losses import auxiliary_weights
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
@@ -39,10 +39,16 @@ from mllm.training.step import (
 )
 
 SYSTEM = "you are told what to do and you do just that"
-SPEECH = {"audio": {"per_budget_projector": True}, "video": {"compressor": "pool", "per_budget_projector": True}}
-NESTED = {"compressor": "query", "num_queries": 64, "budgets": [2, 4, 8, 16, 24, 36, 48, 64], "query_heads": 2}
+SPEECH = {
+    "audio": {"projector": {"per_budget": True}},
+    "video": {"compressor": "pool", "projector": {"per_budget": True}},
+}
+NESTED = {"compressor": {"kind": "query", "num_queries": 64, "num_heads": 2}, "budgets": [2, 4, 8, 16, 24, 36, 48, 64]}
 SCALES = [f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5)]
-QUERIES = {"compressor": "query", "num_queries": 4, "window_frames": 8, "budgets": ["/2", "/4", "/8"], "query_heads": 2}
+QUERIES = {
+    "compressor": {"kind": "query", "num_queries": 4, "window_frames": 8, "num_heads": 2},
+    "budgets": ["/2", "/4", "/8"],
+}
 
 
 def image(seed: int) -> LoadedMedia:
@@ -59,7 +65,7 @@ def lips(seed: int) -> LoadedMedia:
 
 def m3() -> tuple[ModelConfig, list, list[str]]:
     """Images behind a system prompt, at all scales; pooled behind the projector."""
-    own = tiny.settings(("image",), image={"project_first": True, "budgets": [64, 16, 4, 1]})
+    own = tiny.settings(("image",), image={"projector": {"before_pooling": True}, "budgets": [64, 16, 4, 1]})
     rows = [([SYSTEM, image(i), f"question {i}"], answer) for i, answer in enumerate(["red", "two circles", "no"])]
     return own, rows, [f"image={n}" for n in (64, 16, 4, 1)]
 
@@ -73,7 +79,7 @@ def mqt() -> tuple[ModelConfig, list, list[str]]:
 
 def haar() -> tuple[ModelConfig, list, list[str]]:
     """A pooled pyramid in the order that nests."""
-    own = tiny.settings(("image",), image={"order": "haar", "budgets": [64, 16, 4]})
+    own = tiny.settings(("image",), image={"compressor": {"order": "haar"}, "budgets": [64, 16, 4]})
     return own, m3()[1], ["image=64", "image=16", "image=4"]
 
 
@@ -221,11 +227,9 @@ def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: 
 @pytest.mark.parametrize(
     "adapter",
     [
-        AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
-        AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
-        AdapterConfig(
-            kind="mome", num_experts=4, top_k=1, bottleneck=4, disjoint_routers=True, scales=SCALES, placement="layer"
-        ),
+        LoraBankConfig(variant="mss", rank=4, alpha=8, scales=SCALES),
+        MomeConfig(num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
+        MomeConfig(num_experts=4, top_k=1, bottleneck=4, disjoint_routers=True, scales=SCALES, placement="layer"),
     ],
     ids=["bank", "mome", "disjoint"],
 )
@@ -254,7 +258,7 @@ def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterConfi
 def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -> None:
     """As Omni-AVSR trains: three tasks of one clip at one pair of rates, with a member for each task."""
     clip, seen = sound(3), lips(3)
-    for adapter in (AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]),):
+    for adapter in (LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]),):
         own = dataclasses.replace(tiny.settings(("audio", "video"), **SPEECH), adapter=adapter)
         rows = [([clip, "say it"], "yes it is"), ([seen, "say it"], "yes it is"), ([clip, seen, "say it"], "yes it is")]
         model, processor = build(own), tiny.processor(own)
@@ -273,15 +277,15 @@ def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -
 
 
 def test_mixtures_of_projectors_report_by_row() -> None:
-    own = tiny.settings(("audio", "video"), audio={"projector_experts": 3, "projector_z_weight": 0.5})
+    own = tiny.settings(("audio", "video"), audio={"projector": {"kind": "moe", "num_experts": 3, "z_weight": 0.5}})
     compare(own, mtsk()[1], SCALES)
 
 
 @pytest.mark.parametrize(
     "image",
     [
-        {"tiling": TilingConfig(), "budgets": [16, 4, 1]},
-        {**NESTED, "budgets": [16, 4], "tiling": TilingConfig(kind="free", max_tiles=4, merge="flat")},
+        {"tiling": {"kind": "pinpoints"}, "budgets": [16, 4, 1]},
+        {**NESTED, "budgets": [16, 4], "tiling": {"kind": "free", "max_tiles": 4, "merge": "flat"}},
     ],
     ids=["one map", "flat"],
 )

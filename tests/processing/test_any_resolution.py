@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from blocks import medium
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.budget import Budget
-from mllm.config.model import MediumConfig, ModelConfig, TilingConfig
+from mllm.config.model import ModelConfig, VideoConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.flops import items_of, request_cost
 from mllm.inference.answerer import Answerer, Decoding
@@ -22,20 +23,20 @@ from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.processing.token_order import NEWLINE, order_of
 
-FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": TilingConfig(kind="free", max_tiles=4, merge="flat")}
-VIDEO = {"encoder": "image", "budgets": [1, 4, 16], "frames": 4, "frame_counts": [4, 2, 1]}
+FLAT = {"compressor": "query", "budgets": [2, 4, 16], "tiling": {"kind": "free", "max_tiles": 4, "merge": "flat"}}
+VIDEO = {"encoder": {"kind": "frames", "count": 4, "trained_counts": [4, 2, 1]}, "budgets": [1, 4, 16]}
 
 
 def tiled(video: bool = False, **image: Any) -> ModelConfig:
-    image_config = {"tiling": TilingConfig(), **image}
+    image_config = {"tiling": {"kind": "pinpoints"}, **image}
     made = tiny.settings(("image",), image=image_config)
     if not video:
         return made
     return ModelConfig(llm="none", chat_format="plain", adapter=made.adapter, image=made.image, video=frames())
 
 
-def frames(**changes: Any) -> MediumConfig:
-    return MediumConfig(**{**VIDEO, **changes})
+def frames(**changes: Any) -> VideoConfig:
+    return medium("video", VIDEO, **changes)
 
 
 def image(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -168,7 +169,8 @@ def test_frames_are_images_and_fewer_of_them_are_taken_evenly(folder: Path, budg
     torch.testing.assert_close(embeds[is_soft], torch.cat(expected), rtol=1e-5, atol=1e-6)
     assert processor.placeholder_ids["video"] == processor.placeholder_ids["image"]
     assert "media" in model.config.to_dict()
-    assert set(model.config.media) == {"image"}
+    assert set(model.config.encoded_media) == {"image"}
+    assert model.config.space == processor.space
 
 
 def test_frames_and_tiles_stand_in_one_batch(folder: Path) -> None:
@@ -209,7 +211,7 @@ def test_frames_that_cannot_be_shown_are_refused_with_those_that_can(folder: Pat
 
 def test_frames_per_second_take_fewer_of_a_short_clip(folder: Path) -> None:
     config = tiled()
-    video = frames(frames=8, frame_counts=None, sampling="fps", sample_fps=5.0)
+    video = frames(encoder={"count": 8, "trained_counts": [], "sampling": "fps", "frames_per_second": 5.0})
     config = ModelConfig(llm="none", chat_format="plain", image=config.image, video=video)
     (loaded,) = tiny.processor(config).load_media(sample(folder, "clip.mp4"))
     assert len(loaded.values) == 4  # 0.96 seconds
@@ -263,11 +265,19 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        ({"frames": 6}, "frame_counts holds 4; allowed are the divisors of 6 frames: 1, 2, 3, 6"),
-        ({"sampling": "fps"}, "sample_fps is None; a number above 0 goes with sampling fps"),
-        ({"compressor": "query"}, "video.compressor is 'query'; it is taken from the image block"),
-        ({"encoder": "lips"}, "video.frames is 4; it goes with a video block whose encoder is image"),
-        ({"frames": 0, "frame_counts": None}, "video.frames is 0; it must be at least 1"),
+        (
+            {"encoder": {"count": 6}},
+            "model.video.encoder.trained_counts holds 4; allowed are the divisors of 6 frames: 1, 2, 3, 6",
+        ),
+        (
+            {"encoder": {"sampling": "fps"}},
+            "model.video.encoder.frames_per_second is None; a number above 0 goes with sampling fps",
+        ),
+        ({"compressor": "query"}, "model.video.compressor.window_frames is missing"),
+        ({"compressor": "pool"}, "model.video.compressor is that of the image block where encoder.kind is frames"),
+        ({"encoder": {"kind": "lips", "count": 4}}, "model.video.encoder.count goes with kind frames, not with lips"),
+        ({"encoder": {"count": 0, "trained_counts": []}}, "model.video.encoder.count is 0; it must be at least 1"),
+        ({"budgets": ["/4"]}, r"model.video.budgets are rates \(/4\); frames take counts"),
     ],
 )
 def test_settings_of_frames_that_make_no_sense_are_refused(video: dict[str, Any], message: str) -> None:
@@ -277,14 +287,16 @@ def test_settings_of_frames_that_make_no_sense_are_refused(video: dict[str, Any]
 
 
 def test_frames_need_images() -> None:
-    with pytest.raises(ValueError, match="so frames are encoded like images; give an image block"):
+    with pytest.raises(
+        ValueError, match=r"video.encoder.kind is frames, which are encoded like images; give an image block"
+    ):
         ModelConfig(llm="none", video=frames())
 
 
 @pytest.mark.parametrize("files", [(), ("3.png",), ("clip.mp4",)], ids=["text", "thumbnail", "frames"])
 def test_a_process_without_newlines_still_touches_it(folder: Path, tmp_path: Path, files: tuple[str, ...]) -> None:
     """One process of a group: whatever its rows hold, the gradient of every trained parameter is there."""
-    config = tiled(video=True, tiling=TilingConfig(kind="free", max_tiles=4, merge="flat"))
+    config = tiled(video=True, tiling={"kind": "free", "max_tiles": 4, "merge": "flat"})
     model, processor = tiny.model(config), tiny.processor(config)
     set_trainables(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)

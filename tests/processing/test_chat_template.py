@@ -27,14 +27,10 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 def made(chat_format: str, *, names_images: bool = False, span: bool = False) -> ElasticProcessor:
     """Return a tiny processor of a chat format; `chat` has a template that writes contents as they come."""
-    processor = tiny.processor(tiny.settings(("image",)))
-    tokenizer = copy.deepcopy(processor.tokenizer)
+    config = tiny.settings(("image",), image={"span": ["<s>", "</s>"] if span else []})
+    tokenizer = copy.deepcopy(tiny.TOKENIZER)
     tokenizer.chat_template = OWN if chat_format == "chat" else None
-    media = processor.elastic["media"]
-    if span:
-        media = {"image": {**media["image"], "span": ["<s>", "</s>"]}}
-    elastic = {**processor.elastic, "chat_format": chat_format, "media": media, "names_images": names_images}
-    return ElasticProcessor(tokenizer, elastic=elastic)
+    return tiny.processor(config, tokenizer=tokenizer, chat_format=chat_format, names_images=names_images)
 
 
 @pytest.mark.parametrize("chat", CHATS)

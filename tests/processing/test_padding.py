@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from blocks import medium
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from mllm.checkpoints.build import build_processor
-from mllm.config.model import MediumConfig, ModelConfig
+from mllm.checkpoints.build import build_config, build_processor
+from mllm.config.model import ModelConfig
+from mllm.config.reading import read
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,8 +30,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def settings(parts: dict[str, str], **image: bool) -> ModelConfig:
-    medium = MediumConfig(encoder=parts["image"], budgets=[1, 4], feature_layer=-1, **image)  # type: ignore[arg-type]
-    return ModelConfig(llm=parts["llm"], chat_format="plain", image=medium)
+    encoder = merged({"encoder": {"feature_layer": -1}, "source": parts["image"]}, image)
+    own = medium("image", {"encoder": encoder, "budgets": [1, 4]})
+    return ModelConfig(llm=parts["llm"], chat_format="plain", image=own)
 
 
 def padded(image: Image.Image) -> torch.Tensor:
@@ -59,14 +62,19 @@ def test_the_encoders_own_processor_decides_otherwise(parts: dict[str, str]) -> 
 def test_it_is_kept_with_a_run(parts: dict[str, str], tmp_path: Path) -> None:
     from mllm.processing.processor import ElasticProcessor
 
-    processor = build_processor(settings(parts, pad_to_square=True))
+    config = settings(parts, pad_to_square=True)
+    processor = build_processor(config)
     processor.save_pretrained(tmp_path)
+    build_config(config)[1].save_pretrained(tmp_path)
     image = Image.effect_noise((80, 40), 90).convert("RGB")
     loaded = ElasticProcessor.from_pretrained(tmp_path)
     assert torch.equal(loaded.transform("image", image).values, processor.transform("image", image).values)
 
 
 def test_only_images_can_be_padded() -> None:
-    audio = MediumConfig(encoder="a", budgets=["/4"], pad_to_square=True)
-    with pytest.raises(ValueError, match=r"model.audio.pad_to_square is set, but only images \(image\) can be padded"):
-        ModelConfig(llm="l", audio=audio)
+    audio = {"encoder": {"source": "a", "pad_to_square": True}, "budgets": ["/4"]}
+    with pytest.raises(
+        ValueError,
+        match=r"unknown key model.audio.encoder.pad_to_square; did you mean model.image.encoder.pad_to_square",
+    ):
+        read(ModelConfig, {"llm": "l", "audio": audio}, "model")

@@ -86,6 +86,9 @@ def test_typed_placeholders_are_text(made) -> None:
 
 def test_a_processor_is_the_same_after_saving(made, sample, tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds no config.json, where the media and budgets"):
+        ElasticProcessor.from_pretrained(tmp_path)
+    tiny.config(tiny.settings()).save_pretrained(tmp_path)  # where its media and budgets stand
     again = ElasticProcessor.from_pretrained(tmp_path)
     assert again.space == made.space
     first, second = made(sample, "image=7"), again(sample, "image=7")

@@ -127,7 +127,7 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
 ) -> None:
     """With markers the LLM has no rows for, in both dtypes: every tensor of the frozen parts is the file's."""
     import mllm
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
     from mllm.inference.answerer import Answerer, Decoding
     from mllm.training.run import train
 
@@ -148,7 +148,7 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
         "data": {"train": [str(manifest)], "captions": [str(manifest)], "num_workers": 0},
         "train": {"out": str(tmp_path / "run"), "max_steps": 2, "precision": dtype, "use_cpu": True},
     }
-    train(read_run_settings(settings))
+    train(read_run_config(settings))
     model, processor = mllm.load(tmp_path / "run", dtype=dtype)
     saved = load_file(parts / encoder / "model.safetensors")
     prefix = "model.encoder." if encoder == "whisper" else ""

@@ -90,8 +90,9 @@ def make_trainer(
     rows_per_batch: int = 2,
     workers: int = 0,
     batches: Sequence[Sequence[int]] | None = None,
+    validated_at: Sequence[str] = (),
 ) -> ElasticTrainer:
-    """The real trainer on toy rows. `batches` fixes the micro-batches of every epoch."""
+    """The real trainer on toy rows. `batches` fixes the micro-batches of every epoch, `validated_at` the budgets."""
     arguments = build_arguments(settings, on_cpu=True)
     processor = tiny.processor(settings.model)
     with unsharded():
@@ -115,7 +116,7 @@ def make_trainer(
     validation = None
     if settings.data.validation:
         keys = [[(0, row) for row in batch] for batch in ([0, 1], [2, 3], [4], [4])[rank::world]]
-        budgets = [Budget.parse(text) for text in settings.train.validation_budgets]
+        budgets = [Budget.parse(text) for text in validated_at]
         loader = DataLoader(data, batch_sampler=keys, collate_fn=collate)
         validation = Validation(loader, len(keys) - (rank + 1 == world), budgets)
     space = processor.space

@@ -4,14 +4,14 @@ import dataclasses
 
 import tiny
 
-from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.model import LoraBankConfig, ModelConfig, MomeConfig
 from mllm.config.run import SamplerConfig
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "video=/5", *(f"audio=/{a},video=/{v}" for a in (4, 8) for v in (2, 5))]
 ADAPTERS = {
-    "mss": AdapterConfig(kind="lora_bank", variant="mss", rank=4, alpha=8, scales=SCALES),
-    "st": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
-    "mome": AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
+    "mss": LoraBankConfig(variant="mss", rank=4, alpha=8, scales=SCALES),
+    "st": LoraBankConfig(variant="st", rank=4, alpha=8),
+    "mome": MomeConfig(num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5),
 }
 ALL = SamplerConfig(mode="all")
 

@@ -14,6 +14,7 @@ from row_adapters import ADAPTERS, ALL, SCALES, model_settings
 from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler
+from mllm.config.medium import MoeConfig
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample
 from mllm.training.pipeline.dataset import check_experts
@@ -80,7 +81,7 @@ def mixture_settings() -> ModelConfig:
     """A mixture of projectors for sound and one projector for lips."""
     own = tiny.settings(("audio", "video"))
     assert own.audio is not None
-    audio = dataclasses.replace(own.audio, projector_experts=3, projector_balance_weight=0.5, projector_z_weight=0.25)
+    audio = dataclasses.replace(own.audio, projector=MoeConfig(num_experts=3, balance_weight=0.5, z_weight=0.25))
     return dataclasses.replace(own, audio=audio)
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from blocks import merged
 
 from mllm.budget import Budget
 from mllm.cli import main
-from mllm.config.run import read_run_settings
+from mllm.config.run import read_run_config
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.training.pipeline.balance import simulate
 from mllm.training.pipeline.batches import RankSlots
@@ -35,13 +36,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         meta = {"seconds": float(np.clip(rng.lognormal(-1.5, 0.4), 0.2, 0.9))}
         samples.append(Sample(f"s{number}", messages, task="asr", meta=meta))
     write_manifest(folder / "train.jsonl", samples)
-    medium = {"compressor": "pool", "budgets": ["/2", "/5"], "crop_pixels": 32}
+    medium = {"encoder": {"crop_pixels": 32}, "compressor": "pool", "budgets": ["/2", "/5"]}
     values = {
         "model": {
             "llm": parts["llm"],
             "chat_format": "plain",
             "audio": {"encoder": parts["audio"], "compressor": "pool", "budgets": ["/2", "/8"]},
-            "video": {"encoder": parts["video"], **medium},
+            "video": merged({"encoder": parts["video"]}, medium),
         },
         "data": {"train": [str(folder / "train.jsonl")], "tokens_per_batch": 400, "max_rows": 16},
         "sampler": {"mode": "random", "num_draws": 2},
@@ -55,7 +56,7 @@ def test_the_simulation_counts_what_the_views_of_a_run_hold(config: Path) -> Non
     from mllm.checkpoints.build import build_processor
     from mllm.processing.batch import EncodedSample, MediaSpan
 
-    settings = read_run_settings(yaml.safe_load(config.read_text()))
+    settings = read_run_config(yaml.safe_load(config.read_text()))
     processor = build_processor(settings.model)
     samples = read_manifest(config.parent / "train.jsonl", config.parent)
     draws = build_sampler(settings, processor.space)

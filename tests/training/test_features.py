@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
+from mllm.config.medium import PoolConfig
 from mllm.config.model import EncoderAdapterConfig
-from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig, settings_yaml
+from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig, config_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
 from mllm.training.feature_cache import building, features
@@ -263,8 +264,9 @@ def test_what_learns_or_answers_needs_its_encoders(world: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"frozen encoders give, but train.parts holds audio"):
         dataclasses.replace(own, train=dataclasses.replace(own.train, parts=["compressors", "adapter", "audio"]))
     assert own.model.video is not None
-    video = dataclasses.replace(own.model.video, encoder_adapter=EncoderAdapterConfig(rank=2))
-    with pytest.raises(ValueError, match=r"frozen encoders give; model.video has an encoder_adapter"):
+    encoder = dataclasses.replace(own.model.video.encoder, adapter=EncoderAdapterConfig(rank=2))
+    video = dataclasses.replace(own.model.video, encoder=encoder)
+    with pytest.raises(ValueError, match=r"frozen encoders give; model.video.encoder.adapter is set"):
         dataclasses.replace(own, model=dataclasses.replace(own.model, video=video))
     with pytest.raises(
         ValueError, match=r"metric measures answers, for which data.features leaves the run no encoders"
@@ -327,7 +329,7 @@ def test_pooled_features_serve_the_budgets_of_validation(world: Path, tmp_path: 
     own = dataclasses.replace(
         own,
         data=dataclasses.replace(own.data, validation=[str(held_out(world))]),
-        train=dataclasses.replace(own.train, validation_budgets=["audio=/6"]),
+        sampler=SamplerConfig(mode="points", points=["audio=/6"]),
     )
     config = build(own.model)[0].config
     form = form_of(config, tiny.processor(own.model), own)
@@ -361,7 +363,7 @@ def pooled_settings(world: Path, output: Path, rates: list[str], **features) -> 
     audio, video = own.model.audio, own.model.video
     assert audio is not None
     assert video is not None
-    video = dataclasses.replace(video, compressor="pool", budgets=["/2", "/4"])
+    video = dataclasses.replace(video, compressor=PoolConfig(), budgets=["/2", "/4"])
     return dataclasses.replace(
         own, model=dataclasses.replace(own.model, audio=dataclasses.replace(audio, budgets=rates), video=video)
     )
@@ -441,7 +443,7 @@ def test_the_commands_build_and_check(
 ) -> None:
     own = settings_of(world, tmp_path / "run", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2))
     config = tmp_path / "run.yaml"
-    config.write_text(settings_yaml(own))
+    config.write_text(config_yaml(own))
     build_words = ["features", "build", "--config", str(config)]
     check = ["features", "check", str(tmp_path / "kept")]
     assert main(check) == 2
@@ -490,7 +492,7 @@ def test_several_processes_build_what_one_builds(world: Path, tmp_path: Path) ->
     stores = []
     for processes in (1, 2):
         own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / str(processes)), versions=2))
-        (tmp_path / "run.yaml").write_text(settings_yaml(own))
+        (tmp_path / "run.yaml").write_text(config_yaml(own))
         words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", str(processes)]
         assert main(words) == 0
         stores.append(FeatureStore(tmp_path / str(processes), 2))
@@ -525,7 +527,7 @@ def children_of(pid: int) -> set[int]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_sigterm_to_a_build_ends_its_workers(world: Path, tmp_path: Path) -> None:
     own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), versions=400))
-    (tmp_path / "run.yaml").write_text(settings_yaml(own))
+    (tmp_path / "run.yaml").write_text(config_yaml(own))
     words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", "2"]
     build = subprocess.Popen([sys.executable, "-m", "mllm", *words], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -92,12 +92,11 @@ def test_a_run_is_the_same_run(
             model,
             sampler=SamplerConfig(mode="all"),
             validation=True,
-            validation_budgets=["audio=max,image=max,video=max"],
             max_steps=2,
             loss_kernel=kernel,
             **options,
         )
-        trainer = make_trainer(settings, kinds=EVERYTHING, rows=5)
+        trainer = make_trainer(settings, kinds=EVERYTHING, rows=5, validated_at=["audio=max,image=max,video=max"])
         trainer.train()
         weights[kernel], rows[kernel] = trainer.trainables(), log_rows(tmp_path / kernel)
     for own, expected in zip(rows["liger"], rows["torch"], strict=True):

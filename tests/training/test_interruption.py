@@ -14,7 +14,7 @@ import tiny
 from harness import log_rows
 
 from mllm.cli import main
-from mllm.config.run import DataConfig, RunConfig, TrainConfig, settings_yaml
+from mllm.config.run import DataConfig, RunConfig, TrainConfig, config_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.training.interruption import how_to_go_on
 from mllm.training.run_folder import list_checkpoints, read_checkpoint
@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=DataConfig(train=[str(made / "train.jsonl")], num_workers=2, max_rows=4),
         train=TrainConfig(out="a run", max_steps=10**6, use_cpu=True, log_every=1, tensorboard=False),
     )
-    (made / "run.yaml").write_text(settings_yaml(own))
+    (made / "run.yaml").write_text(config_yaml(own))
     return made / "run.yaml"
 
 

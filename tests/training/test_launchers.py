@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm.checkpoints.load import TRAINABLES, load
-from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig, settings_yaml
+from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig, config_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.model.trainables import NEW_TOKENS
 from mllm.training.run import train
@@ -67,7 +67,7 @@ def one_process(settings: RunConfig) -> dict[str, torch.Tensor]:
 
 def launch(settings: RunConfig, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
     """Train in two processes by a command line; the run is written to `folder / "run"`."""
-    (folder / "run.yaml").write_text(settings_yaml(settings))
+    (folder / "run.yaml").write_text(config_yaml(settings))
     command = f"{LAUNCHERS[launcher]} train --config {folder / 'run.yaml'} --train.out {folder / 'run'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = str(ROOT)

@@ -13,7 +13,7 @@ import torch
 from mllm.budget import Budget
 from mllm.cli import parse
 from mllm.config.data import ReaderConfig
-from mllm.config.run import DataConfig, read_run_settings, settings_yaml
+from mllm.config.run import DataConfig, config_yaml, read_run_config
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import samples_that_share
 from mllm.media import write_video
@@ -38,12 +38,12 @@ def test_a_run_config_may_name_lists_of_other_systems(tmp_path: Path) -> None:
         },
         "train": {"out": "o", "max_steps": 1},
     }
-    settings = read_run_settings(values)
+    settings = read_run_config(values)
     (sample,) = read_samples(settings.data.train, settings.data)
     assert [message.text for message in sample.messages] == ["read.", "well, yes"]
-    assert "format: omni_csv" in settings_yaml(settings)
+    assert "format: omni_csv" in config_yaml(settings)
     with pytest.raises(ValueError, match="omni_csv"):
-        read_run_settings({**values, "data": {"train": ["x"], "reader": {"format": "csv"}}})
+        read_run_config({**values, "data": {"train": ["x"], "reader": {"format": "csv"}}})
     folder = DataConfig(train=[str(tmp_path)], reader=ReaderConfig(format="clips"))
     with pytest.raises(ValueError, match="there is no sample in it"):  # a folder of a clip without a transcript
         read_samples(folder.train, folder)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
-from mllm.config.model import AdapterConfig, ModelConfig
+from mllm.config.model import ModelConfig, MomeConfig
 from mllm.config.run import SamplerConfig, TrainConfig
 
 ALL = SamplerConfig(mode="all")
@@ -19,11 +19,11 @@ WAYS = {
     "low": {"memory": "low"},
     "padded low": {"packing": False, "memory": "low"},
 }
-MOME = AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5)
+MOME = MomeConfig(num_experts=5, top_k=2, bottleneck=4, balance_weight=0.5)
 
 
 def nested() -> ModelConfig:
-    return tiny.settings(("image",), image={"order": "haar", "budgets": [4, 16, 64]})
+    return tiny.settings(("image",), image={"compressor": {"order": "haar"}, "budgets": [4, 16, 64]})
 
 
 def mome() -> ModelConfig:
@@ -34,7 +34,7 @@ CASES = {
     "nested": (nested, [("image",), (), ("image", "image")], ALL, {"gradient_checkpointing": True}),
     "everything": (tiny.settings, EVERYTHING, ALL, {}),
     "mome": (mome, [("audio", "video"), ("video",)], ALL, {"sink_weight": 10.0}),
-    "sandwich": (tiny.settings, EVERYTHING, SamplerConfig(mode="sandwich", distill_temperature=2.0), {}),
+    "sandwich": (tiny.settings, EVERYTHING, SamplerConfig(mode="sandwich"), {}),
     "encoder": (tiny.settings, [("image",), ("audio",)], ALL, {"parts": ["compressors", "adapter", "image"]}),
 }
 

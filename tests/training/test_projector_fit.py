@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from blocks import merged
 from caption_fit import WORDS, fit
 from torch.utils.data import DataLoader
 
@@ -14,7 +15,7 @@ from mllm.budget import Budget
 from mllm.config.model import ModelConfig
 from mllm.training.initialization.projector_fit import RIDGES, fit_projectors
 
-LINEAR = {"projector_size": 0}
+LINEAR = {"projector": "linear"}
 
 
 def plain_ridge(x: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
@@ -79,7 +80,9 @@ def test_soft_tokens_of_the_smallest_budget_are_as_long_as_words() -> None:
 
 def test_a_image_in_haar_order_is_fitted_as_the_map_it_is() -> None:
     """Details are differences and do not add up to the image; where the map's own sums are fitted, maps agree."""
-    raster, haar = ({**LINEAR, "budgets": [64, 16, 1], "order": order} for order in ("raster", "haar"))
+    raster, haar = (
+        merged(LINEAR, {"compressor": {"order": order}, "budgets": [64, 16, 1]}) for order in ("raster", "haar")
+    )
     plain, _ = fit(tiny.settings(("image",), image=raster), ["image"])
     nested, _ = fit(tiny.settings(("image",), image=haar), ["image"])
     assert nested.model.compressors["image"].order == "haar"
@@ -90,7 +93,7 @@ def test_a_image_in_haar_order_is_fitted_as_the_map_it_is() -> None:
 
 def test_queries_are_fitted_to_what_they_would_read_of_single_features() -> None:
     """The sum of single features' tokens is the ridge regression; the bias stands in the layer before."""
-    own = {"compressor": "query", "num_queries": 16, "query_start": "pyramid", "budgets": [16, 4, 1]}
+    own = {"compressor": {"kind": "query", "num_queries": 16, "start": "pyramid"}, "budgets": [16, 4, 1]}
     settings = tiny.settings(("image",), image=own)
     model, [report] = fit(settings, ["image"])
     assert report.name == "image=16"
@@ -158,7 +161,7 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
 
 @pytest.mark.parametrize("hidden", [0, 24])
 def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector(hidden: int) -> None:
-    own = {"projector_size": hidden, "budgets": ["/4", "/8"], "per_budget_projector": True}
+    own = {"projector": {"hidden_size": hidden, "per_budget": True}, "budgets": ["/4", "/8"]}
     settings = tiny.settings(("image", "audio"), audio={**tiny.MEDIA["audio"], **own}, image=LINEAR)
     before = tiny.model(settings).state_dict()
     model, reports = fit(settings, ["audio", "image"])
@@ -172,7 +175,7 @@ def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector
 
 def test_a_caption_too_short_for_a_budget_is_left_out_of_its_fit_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Row i has 20 + i frames: the first four make no token of 24."""
-    own = {**tiny.MEDIA["audio"], "projector_size": 0, "budgets": ["/4", "/24"], "per_budget_projector": True}
+    own = merged(tiny.MEDIA["audio"], {"projector": {"kind": "linear", "per_budget": True}, "budgets": ["/4", "/24"]})
     settings = tiny.settings(("audio",), audio=own)
     caplog.set_level(logging.WARNING, "mllm")
     model, reports = fit(settings, ["audio"], batch_size=2)
@@ -196,10 +199,10 @@ def test_the_fit_does_not_depend_on_batches() -> None:
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match=r"end in a linear layer, got LayerNorm; set projector_norm to false"):
-        fit(tiny.settings(("image",), image={"projector_norm": True}), ["image"])
-    with pytest.raises(ValueError, match=r"fits one projector, not a mixture; leave out projector_experts"):
-        fit(tiny.settings(("image",), image={"projector_experts": 2}), ["image"])
-    windows = {"compressor": "query", "budgets": ["/4", "/8"], "num_queries": 4, "window_frames": 16}
+        fit(tiny.settings(("image",), image={"projector": {"norm": True}}), ["image"])
+    with pytest.raises(ValueError, match=r"fits one projector, not a mixture; use projector.kind mlp"):
+        fit(tiny.settings(("image",), image={"projector": {"kind": "moe", "num_experts": 2}}), ["image"])
+    windows = {"compressor": {"kind": "query", "num_queries": 4, "window_frames": 16}, "budgets": ["/4", "/8"]}
     with pytest.raises(ValueError, match=r"cannot fit a query here; allowed: pool, stack, and query on images"):
         fit(tiny.settings(("audio",), audio=windows), ["audio"])
     with pytest.raises(ValueError, match=r"cannot fit a hybrid here; allowed: pool, stack, and query on images"):

@@ -11,7 +11,7 @@ import torch
 from harness import log_rows, make_trainer, run_settings
 from safetensors.torch import load_file, save_file
 
-from mllm.config.model import AdapterConfig
+from mllm.config.model import LoraConfig
 from mllm.config.run import RunConfig, SamplerConfig
 from mllm.training.checkpoint import (
     OPTIMIZER,
@@ -26,7 +26,7 @@ from mllm.training.trainer import ElasticTrainer
 
 def settings_in(output: Path, **train) -> RunConfig:
     """Random budgets, two micro-batches a step, noise by epoch, dropout in the adapter, over an epoch's end."""
-    lora = AdapterConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.2)
+    lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.2)
     model = dataclasses.replace(tiny.settings(("audio", "video")), adapter=lora)
     sampler = SamplerConfig(mode="random", num_draws=2)
     given = {"accumulation": 2, "save_every": 3, "keep_checkpoints": 5, "warmup_steps": 2, "log_every": 2, **train}

@@ -15,6 +15,7 @@ import yaml
 from harness import log_rows
 from safetensors.torch import load_file
 
+from mllm.checkpoints.build import resolved
 from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
 from mllm.config.run import (
@@ -23,8 +24,8 @@ from mllm.config.run import (
     RunConfig,
     SamplerConfig,
     TrainConfig,
-    read_run_settings,
-    settings_yaml,
+    config_yaml,
+    read_run_config,
 )
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.training.checkpoint import OPTIMIZER
@@ -138,7 +139,8 @@ def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) ->
     assert saved.keys() == final.keys()
     own = dict(model.named_parameters())
     assert all(torch.equal(value, final[name]) and torch.equal(value, own[name]) for name, value in saved.items())
-    assert read_run_settings(yaml.safe_load((tmp_path / "settings.yaml").read_text())) == settings
+    written = read_run_config(yaml.safe_load((tmp_path / "settings.yaml").read_text()))
+    assert written == dataclasses.replace(settings, model=resolved(settings.model))
 
     listed = [json.loads(line) for line in (tmp_path / "skipped-0.jsonl").read_text().splitlines()]
     assert {row["id"] for row in listed} == {"broken", "sample5"}
@@ -183,7 +185,7 @@ def test_a_token_scan_knows_the_tokens_of_every_sample_at_the_largest_budget(wor
     from mllm.budget import Budget
     from mllm.data.manifest import read_manifest
 
-    processor = tiny.processor(tiny.settings(video={"crop_pixels": 32}))
+    processor = tiny.processor(tiny.settings(video={"encoder": {"crop_pixels": 32}}))
     samples = read_manifest(world / "train.jsonl", world)[:5]
     found = scan_tokens(samples, processor, cache_file=tmp_path / "scan.json")
     for index in (1, 3):  # those whose lengths are read from the headers
@@ -307,7 +309,7 @@ def test_a_bad_manifest_is_told_line_by_line_on_the_terminal(world: Path, tmp_pa
     (world / "bad.jsonl").write_text("{\n" * 25)
     settings = settings_of(world, tmp_path / "run")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=[str(world / "bad.jsonl")]))
-    (tmp_path / "run.yaml").write_text(settings_yaml(settings))
+    (tmp_path / "run.yaml").write_text(config_yaml(settings))
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     shown = capsys.readouterr().err.splitlines()
     told = [line for line in shown if "not JSON" in line]

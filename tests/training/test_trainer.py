@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from blocks import space
 from harness import EVERYTHING, log_rows, make_trainer, run_settings
 
 from mllm.budget import Budget
@@ -202,11 +203,10 @@ def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_p
         tmp_path,
         tiny.settings(("audio", "video")),
         validation=True,
-        validation_budgets=["audio=/4,video=/2", "audio=/8,video=/5"],
         validate_every=2,
         max_steps=3,
     )
-    trainer = make_trainer(settings)
+    trainer = make_trainer(settings, validated_at=["audio=/4,video=/2", "audio=/8,video=/5"])
     assert trainer.validation is not None
 
     def metric(model, processor) -> dict[str, float]:
@@ -238,14 +238,14 @@ def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_p
 
 
 def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
-    from mllm.budget import Extent, Space
+    from mllm.budget import Extent
     from mllm.budget.sampler import BudgetSampler
     from mllm.processing.batch import EncodedSample, MediaSpan
 
-    space = Space.from_settings({"image": {"budgets": [1, 4]}, "audio": {"budgets": ["/4", "/8"]}})
+    both = space(image={"budgets": [1, 4]}, audio={"budgets": ["/4", "/8"]})
     image = EncodedSample("image", [1], [1], (MediaSpan(Extent("image", grid=(8, 8)), 0),))
     sound = EncodedSample("sound", [1], [1], (MediaSpan(Extent("audio", num_frames=20), 0),))
-    views = sampled_views([image, sound, EncodedSample("text", [1], [1])], BudgetSampler(space, "all"), step=0)
+    views = sampled_views([image, sound, EncodedSample("text", [1], [1])], BudgetSampler(both, "all"), step=0)
     assert [(view.row, view.name, view.weight) for view in views] == [
         (0, "image=4", 0.5),
         (0, "image=1", 0.5),
@@ -254,7 +254,7 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
         (2, "text", 1.0),
     ]
     spoken = dataclasses.replace(sound, task="vsr")
-    weighted = sampled_views([image, spoken], BudgetSampler(space, "all"), 0, {"vsr": 1.5})
+    weighted = sampled_views([image, spoken], BudgetSampler(both, "all"), 0, {"vsr": 1.5})
     assert [own.weight for own in weighted] == [0.5, 0.5, 0.75, 0.75]
     sandwich = sampled_views([sound], BudgetSampler(space, "sandwich"), step=3)
     assert sum(own.weight for own in sandwich) == pytest.approx(1)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from blocks import merged
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,7 +18,7 @@ from mllm.budget import Budget, Extent, count_tokens
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, export, load
 from mllm.cli import main
-from mllm.config.run import RunConfig, read_run_settings
+from mllm.config.run import RunConfig, read_run_config
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.media import write_video
 from mllm.training.run import train
@@ -61,7 +62,10 @@ def said(name: str, answer: str, *files: str) -> Sample:
 
 def run_settings(world: Path, output: Path, manifest: str, model: dict[str, Any], **changes: Any) -> RunConfig:
     parts = world / "parts"
-    image = {"encoder": str(parts / "image"), "budgets": [1, 4, 16], "feature_layer": -1, **model.pop("image", {})}
+    image = merged(
+        {"encoder": {"source": str(parts / "image"), "feature_layer": -1}, "budgets": [1, 4, 16]},
+        model.pop("image", {}),
+    )
     plain = {
         "model": {"llm": str(parts / "llm"), "chat_format": "plain", "image": image, "adapter": {"rank": 4}, **model},
         "data": {"train": [str(world / manifest)], "tokens_per_batch": 1500, "num_workers": 0, "max_bad_fraction": 0.5},
@@ -76,7 +80,7 @@ def run_settings(world: Path, output: Path, manifest: str, model: dict[str, Any]
         },
     }
     (output.parent / f"{output.name}.yaml").write_text(yaml.safe_dump(plain))
-    return read_run_settings(plain)
+    return read_run_config(plain)
 
 
 def logits(model: Any, processor: Any, sample: Sample, budget: str) -> torch.Tensor:
@@ -112,7 +116,7 @@ def test_a_run_on_tiles_is_what_is_loaded_and_exported(
 
 
 def test_a_run_on_frames_is_what_is_loaded(world: Path, tmp_path: Path) -> None:
-    video = {"encoder": "image", "budgets": [1, 4], "frames": 4, "frame_counts": [4, 2, 1]}
+    video = {"encoder": {"kind": "frames", "count": 4, "trained_counts": [4, 2, 1]}, "budgets": [1, 4]}
     run = train(run_settings(world, tmp_path / "run", "clips.jsonl", {"video": video}))
     model, processor = load(run)
     question = Sample("q", said("q", "a", "clip.mp4").messages, task="t", root=world)
@@ -140,7 +144,7 @@ def test_files_nobody_can_read_are_listed_and_the_run_goes_on(world: Path, tmp_p
 
 
 def test_the_command_line_trains_and_answers_at_budgets(world: Path, tmp_path: Path, capsys) -> None:
-    video = {"encoder": "image", "budgets": [1, 4], "frames": 4}
+    video = {"encoder": {"kind": "frames", "count": 4}, "budgets": [1, 4]}
     run_settings(world, tmp_path / "run", "images.jsonl", {"image": {"tiling": {}}, "video": video})
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--data.tokens_per_batch", "1500"]) == 0
     capsys.readouterr()
@@ -195,6 +199,6 @@ def test_the_command_line_refuses_in_one_line(
 @pytest.fixture(scope="module")
 def answering(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answering")
-    video = {"encoder": "image", "budgets": [1, 4], "frames": 4}
+    video = {"encoder": {"kind": "frames", "count": 4}, "budgets": [1, 4]}
     model = {"image": {"tiling": {}}, "video": video}
     return train(run_settings(world, folder / "run", "images.jsonl", model, max_steps=1))

@@ -1,5 +1,6 @@
 """Every vision recipe trains for real: its own file, on a tiny LLM and tower and LLaVA's JSON over real images."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,21 @@ import pytest
 import tiny
 import torch
 import yaml
+from blocks import merged
 from harness import log_rows
 from safetensors.torch import load_file
 
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import TRAINABLES, load, save_run
-from mllm.config.run import RunConfig, read_run_settings
+from mllm.config.run import RunConfig, read_run_config
 from mllm.model.trainables import set_trainables
 from mllm.training.run import train
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 RECIPES = ("mqt_stage1", "mqt_stage2", "m3", "m3_next_anyres", "m3_lora", "frozen_llm_lora", "frozen_llm_mome")
 SPACES: dict[str, dict[str, Any]] = {
-    "mqt_stage1": {"budgets": [16], "query_heads": 2},
-    "mqt_stage2": {"budget_range": [2, 16, 2], "query_heads": 2},
+    "mqt_stage1": {"compressor": {"num_heads": 2}, "budgets": [16]},
+    "mqt_stage2": {"compressor": {"num_heads": 2}, "budgets": {"start": 2, "stop": 16, "step": 2}},
 }
 POOLED = {"budgets": [1, 4, 16, 64]}
 
@@ -58,7 +60,8 @@ def recipe(world: Path, name: str, output: Path, **train: Any) -> RunConfig:
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     model, data = values["model"], values["data"]
     model |= {"llm": str(world / "parts" / "llm"), "dtype": "float32"}
-    model["image"] |= {"encoder": str(world / "parts" / "image"), **SPACES.get(name, POOLED)}
+    image = {"encoder": str(world / "parts" / "image")}
+    model["image"] = merged(model["image"], image, SPACES.get(name, POOLED))
     file = world / ("pairs.json" if name == "mqt_stage1" else "mixture.json")
     data |= {"train": [str(file)], "root": str(world), "max_rows": 2, "num_workers": 0}
     data |= {"max_sample_tokens": 400, "tokens_per_batch": 800}
@@ -68,7 +71,7 @@ def recipe(world: Path, name: str, output: Path, **train: Any) -> RunConfig:
     if "start_from" in values["train"] and "start_from" not in train:
         own["start_from"] = str(world / "converted")
     values["train"] |= own
-    return read_run_settings(values)
+    return read_run_config(values)
 
 
 def moved(run: Path) -> set[str]:
@@ -133,7 +136,7 @@ def test_m3_with_its_tower_trained_as_the_paper_says(world: Path, tmp_path: Path
     [
         ("m3", {"parts": ["llm"]}, "would not train and so be lost; put compressors into train.parts"),
         ("m3", {"start_from": "nowhere"}, "train.start_from nowhere is no run: there is no trainables.safetensors"),
-        ("mqt_stage2", {}, "was trained otherwise: model.image.compressor was 'pool' and is 'query'"),
+        ("mqt_stage2", {}, "was trained otherwise: model.image.compressor.kind was 'pool' and is 'query'"),
     ],
 )
 def test_what_a_run_cannot_start_from(
@@ -155,7 +158,12 @@ def test_values_without_a_place_or_of_another_shape_are_named(world: Path, tmp_p
         start_from(plain, tmp_path / "lora")
     wide = recipe(world, "m3", tmp_path).model
     wide = type(wide)(
-        **{**vars(wide), "image": type(wide.media["image"])(**{**vars(wide.media["image"]), "projector_size": 8})}
+        **{
+            **vars(wide),
+            "image": dataclasses.replace(
+                wide.image, projector=dataclasses.replace(wide.image.projector, hidden_size=8)
+            ),
+        }
     )
     other, _ = build(wide)
     set_trainables(other, ("compressors", "llm"))
@@ -173,10 +181,10 @@ def test_a_resumed_run_does_not_start_from_the_other_run_again(world: Path, tmp_
 
 def test_data_check_tells_what_a_recipe_would_learn(world: Path, tmp_path: Path, capsys: Any) -> None:
     from mllm.cli import main
-    from mllm.config.run import settings_yaml
+    from mllm.config.run import config_yaml
 
     recipe_file = tmp_path / "m3.yaml"
-    recipe_file.write_text(settings_yaml(recipe(world, "m3", tmp_path)))
+    recipe_file.write_text(config_yaml(recipe(world, "m3", tmp_path)))
     words = ["data", "check", str(world / "mixture.json"), "--recipe", str(recipe_file)]
     assert main(words) == 0
     told = capsys.readouterr().out

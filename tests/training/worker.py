@@ -15,7 +15,7 @@ from caption_fit import fit
 from harness import make_trainer, run_settings
 from safetensors.torch import save_file
 
-from mllm.config.model import AdapterConfig
+from mllm.config.model import LoraBankConfig, MomeConfig
 from mllm.config.run import RunConfig, SamplerConfig
 from mllm.training.run_folder import newest_checkpoint
 from mllm.utils.distributed import finish_launch, prepare_launch
@@ -49,11 +49,9 @@ ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
         "adapter": adapter,
     }
     for name, adapter in {
-        "st": AdapterConfig(kind="lora_bank", variant="st", rank=4, alpha=8),
-        "mss": AdapterConfig(
-            kind="lora_bank", variant="mss", rank=4, alpha=8, scales=["audio=/4", "audio=/8", "video=/2", "video=/5"]
-        ),
-        "mome": AdapterConfig(kind="mome", num_experts=5, top_k=2, bottleneck=4),
+        "st": LoraBankConfig(variant="st", rank=4, alpha=8),
+        "mss": LoraBankConfig(variant="mss", rank=4, alpha=8, scales=["audio=/4", "audio=/8", "video=/2", "video=/5"]),
+        "mome": MomeConfig(num_experts=5, top_k=2, bottleneck=4),
     }.items()
 }
 # The LLM itself learns, and at every step one process has an image and the other text alone.
@@ -95,7 +93,7 @@ def run_scenario(name: str, settings: RunConfig) -> Any:
 
 def fit_captions(folder: Path, rank: int, world: int) -> None:
     """Fit toy projectors to captions dealt out so that of two processes each lacks a medium; save the weights."""
-    settings = tiny.settings(("image", "audio"), image={"projector_size": 0})
+    settings = tiny.settings(("image", "audio"), image={"projector": "linear"})
     model, _ = fit(settings, ["image", "audio"], batch_size=1, rank=rank, world=world)
     save_file(model.model.compressors.state_dict(), folder / f"captions-{rank}-of-{world}.safetensors")
 

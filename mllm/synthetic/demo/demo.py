@@ -115,7 +115,7 @@ def write_images(folder: Path, num_train: int, num_test: int, seed: int, progres
 
 def run_settings(settings: DemoConfig) -> Any:
     """Fill the folders, the seed and the steps of this demo into the recipe."""
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
 
     values = yaml.safe_load(RECIPE.read_text())
     out = Path(settings.out)
@@ -129,7 +129,7 @@ def run_settings(settings: DemoConfig) -> Any:
     if settings.steps is not None:
         train["max_steps"] = settings.steps
         train["warmup_steps"] = min(train["warmup_steps"], settings.steps // 10)
-    return read_run_settings(values)
+    return read_run_config(values)
 
 
 def evaluation_settings(settings: DemoConfig) -> EvaluationConfig:

@@ -22,9 +22,9 @@ from mllm.utils.progress import Progress
 
 COUNTS = (64, 16, 4, 1)
 STYLES: dict[str, dict[str, Any]] = {
-    "m3": {"compressor": "pool"},
-    "haar": {"compressor": "pool", "order": "haar"},
-    "mqt": {"compressor": "query", "num_queries": COUNTS[0], "query_start": "pyramid"},
+    "m3": {"kind": "pool"},
+    "haar": {"kind": "pool", "order": "haar"},
+    "mqt": {"kind": "query", "num_queries": COUNTS[0], "start": "pyramid"},
 }
 """What makes soft tokens in each style: pooled grids, the same grids nested as prefixes, or Matryoshka queries."""
 COMPRESSOR_RATES = {"mqt": 2e-4}
@@ -87,22 +87,22 @@ def write_corpus(settings: FullImagesConfig, progress: Progress) -> None:
 
 def run_settings(job: ImageJob, settings: FullImagesConfig) -> Any:
     """Reduce the demo's recipe to images alone, in the job's style and at its counts."""
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
 
     steps = settings.steps * (STEPS_OF_ELASTIC if job.count is None else 1)
     values = recipe(settings, job.name, seed=job.seed, steps=steps, num_reports=20, versions=1)
     model, data = values["model"], values["data"]
     images = Path(settings.out) / "images"
     del model["audio"], model["video"], data["noise"], data["snr_db"]
-    style = STYLES[job.style]
-    if style["compressor"] != "pool":
-        del model["image"]["projector_size"]
-    model["image"] |= {**style, "budgets": job.counts}
+    compressor = STYLES[job.style]
+    if compressor["kind"] != "pool":
+        del model["image"]["projector"]
+    model["image"] |= {"compressor": compressor, "budgets": job.counts}
     data |= {"train": [str(images / "train.jsonl")], "captions": [str(images / "captions.jsonl")]}
     data |= {"max_rows": ROWS_PER_STEP, "tokens_per_batch": 4096}
     if job.style in COMPRESSOR_RATES:
         values["train"]["part_learning_rates"] = {"compressors": COMPRESSOR_RATES[job.style]}
-    return read_run_settings(values)
+    return read_run_config(values)
 
 
 def evaluation_settings(job: ImageJob, settings: FullImagesConfig) -> EvaluationConfig:

@@ -128,7 +128,7 @@ def write_corpus(settings: FullDemoConfig, progress: Progress) -> None:
 
 def run_settings(job: Job, settings: FullDemoConfig) -> Any:
     """Reduce the demo's recipe to speech, at the job's tasks, rates and adapter."""
-    from mllm.config.run import read_run_settings
+    from mllm.config.run import read_run_config
 
     steps = steps_of(job, settings)
     values = recipe(settings, job.name, seed=job.seed, steps=steps, num_reports=30, versions=VERSIONS)
@@ -149,7 +149,7 @@ def run_settings(job: Job, settings: FullDemoConfig) -> Any:
     data["noise"] = str(speech / "noise" / "train.wav")
     if "audio" not in job.rates:
         del data["noise"], data["snr_db"]
-    return read_run_settings(values)
+    return read_run_config(values)
 
 
 def steps_of(job: Job, settings: FullDemoConfig) -> int:

@@ -6,7 +6,7 @@ Knows the synthesiser's voices, babble and the Whisper front end. Does not know 
 
 writes a folder that `WhisperEncoder.from_pretrained` and `WhisperFeatureExtractor.from_pretrained` read, and the log of
 the run beside it. Windows are 5 s (250 frames at 50 Hz) where Whisper's are 30 s; everything else is Whisper's.
-Clips are scaled to zero mean and unit variance before the log-mel (the setting `normalize_audio` of a model).
+Clips are scaled to zero mean and unit variance before the log-mel (`normalize` of a model's audio encoder).
 Training hears the train voices only, validation the validation voices; the test voices are heard once, at the end.
 """
 

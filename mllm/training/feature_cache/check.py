@@ -81,10 +81,11 @@ def _check_for_run(
     checked: Checked, store: FeatureStore, fingerprint: dict[str, Any], config: RunConfig, *, augmented: bool
 ) -> None:
     """Check whether a run could read what is there, and list what it would have to make."""
-    from mllm.checkpoints.build import build_processor, elastic_config
+    from mllm.checkpoints.build import build_config, processor_of
 
-    processor = build_processor(config.model, limits=config.data.limits)
-    form = form_of(elastic_config(config.model, processor), processor, config, augmented=augmented)
+    tokenizer, elastic = build_config(config.model)
+    processor = processor_of(config.model, tokenizer, elastic, limits=config.data.limits)
+    form = form_of(elastic, processor, config, augmented=augmented)
     differences = fingerprint_differences(fingerprint, form.fingerprint)
     checked.problems += [f"not of this config: {words}" for words in differences]
     checked.problems += [f"not of this config: no {medium}" for medium in form.fingerprint if medium not in fingerprint]

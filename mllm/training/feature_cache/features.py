@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mllm.budget import Budget, MediumSpace
+from mllm.budget import Budget
+from mllm.config.reading import plain
 from mllm.config.run import RunConfig
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
-from mllm.encoders import SETTINGS as ENCODER_SETTINGS
 from mllm.encoders import Encoder
 from mllm.model.configuration import TOWER_NAMES
 from mllm.model.media_arguments import SIZE_KEYS
@@ -198,9 +198,8 @@ def form_of(config: Any, processor: ElasticProcessor, run_config: RunConfig, *, 
     """
     features, data = run_config.data.features, run_config.data
     assert features is not None
-    # Validation reads the same rows, so that its budgets must be made of them too.
-    points = [*run_config.sampler.budgets, *(Budget.parse(text) for text in run_config.train.validation_budgets)]
-    pooled = {medium: pooled_frames(medium, config, points) for medium in features.pooled}
+    # Validation reads the same rows, at the same points.
+    pooled = {medium: pooled_frames(medium, config, run_config.sampler.budgets) for medium in features.pooled}
     noise = None if data.noise is None else digest_of_file(data.noise)
     augmentation = {
         "image": {},
@@ -210,9 +209,9 @@ def form_of(config: Any, processor: ElasticProcessor, run_config: RunConfig, *, 
     fingerprint = {
         medium: {
             "encoder": (config.sources or {}).get(medium, {}).get("sha256"),
-            "settings": {key: values[key] for key in ENCODER_SETTINGS if key in values},
+            "settings": plain(block.encoder),
             "computed_in": run_config.model.dtype,
-            "preprocessor": processor.elastic["media"][medium]["preprocessor"],
+            "preprocessor": processor.preprocessor(medium),
             "seed": features.seed if augmented else None,
             "video_backend": data.video_backend,
             "max_mismatch_seconds": data.max_mismatch_seconds,
@@ -220,7 +219,7 @@ def form_of(config: Any, processor: ElasticProcessor, run_config: RunConfig, *, 
             "pooled_frames": pooled.get(medium, 1),
             **(augmentation[medium] if augmented else {}),
         }
-        for medium, values in (config.media or {}).items()
+        for medium, block in config.encoded_media.items()
     }
     return Form(fingerprint, features.dtype, pooled, data.num_workers)
 
@@ -231,11 +230,11 @@ def pooled_frames(medium: str, config: Any, points: Sequence[Budget]) -> int:
     Raises:
         ValueError: no frames can be averaged, or soft tokens would not be the same.
     """
-    key, values = f"data.features.pooled names {medium}", (config.media or {}).get(medium)
-    if values is None:
+    key, block = f"data.features.pooled names {medium}", config.encoded_media.get(medium)
+    if block is None:
         raise ValueError(f"{key}, but model.{medium} is not set")
-    space = MediumSpace.from_settings(medium, values)
-    if space.compressor != "pool" or values.get("project_first", False):
+    space = config.space.media[medium]
+    if space.compressor != "pool" or getattr(block.projector, "before_pooling", False):
         raise ValueError(f"{key}, whose compressor does not average what its encoder gives; leave it out")
     amounts = [*space.trained, *(point.amounts[medium] for point in points if medium in point.amounts)]
     if other := [amount for amount in amounts if amount.kind not in ("rate", "max")]:

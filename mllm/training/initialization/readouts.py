@@ -134,12 +134,14 @@ def readouts(compressor: Compressor, trained: Sequence[Budget]) -> list[Readout]
         name = type(compressor).__name__.lower()
         raise ValueError(f"data.captions cannot fit a {name} here; allowed: pool, stack, and query on images")
     if any(isinstance(projector, MixtureProjector) for projector in bank):
-        raise ValueError("data.captions fits one projector, not a mixture; leave out projector_experts or the captions")
+        raise ValueError(
+            "data.captions fits one projector, not a mixture; use projector.kind mlp, or leave out the captions"
+        )
     lasts = [cast(nn.Sequential, projector)[-1] for projector in bank]
     if others := {type(last).__name__ for last in lasts if not isinstance(last, nn.Linear)}:
         raise ValueError(
             f"data.captions needs projectors that end in a linear layer, got {', '.join(sorted(others))}; "
-            "set projector_norm to false"
+            "set projector.norm to false"
         )
     pairs = [(budget, budget) for budget in trained] if bank.budgets else [(trained[0], trained[-1])]
     return [

@@ -12,12 +12,19 @@ from safetensors import safe_open
 from torch import nn
 
 from mllm.checkpoints.load import TRAINABLES
+from mllm.config.medium import MediumConfig
+from mllm.config.reading import plain
 from mllm.config.run import differences
 from mllm.model.configuration import ElasticConfig
 from mllm.model.trainables import NEW_TOKENS, part_of, trainable_names
 
-# What may differ: the counts that are trained, how an image is cut up, and what the shapes of the values tell anyway.
-_FREE = ("budgets", "num_queries", "query_size", "projector_size", "tiling")
+# What may differ: the counts that are trained, how files become input, and what the shapes of the values tell anyway.
+_FREE = {"budgets", "tiling", "span"}
+_FREE_OF_PARTS = {
+    "encoder": {"pad_to_square", "normalize", "size_pixels", "crop_pixels"},
+    "compressor": {"num_queries", "start"},
+    "projector": {"hidden_size"},
+}
 logger = logging.getLogger(__name__)
 
 
@@ -84,16 +91,22 @@ def _check_names(
         raise ValueError(f"train.start_from {folder} does not fit: {'; '.join(problems[:5])}{more}")
 
 
+def _compared(block: MediumConfig) -> dict[str, Any]:
+    """Return what of a medium's block must be the same in both runs."""
+    values = {key: value for key, value in plain(block).items() if key not in _FREE}
+    for part, free in _FREE_OF_PARTS.items():
+        if part in values:
+            values[part] = {key: value for key, value in values[part].items() if key not in free}
+    return values
+
+
 def _check_parts(now: ElasticConfig, before: ElasticConfig, folder: Path) -> None:
     """Refuse media that were trained otherwise; another LLM is allowed and logged."""
     sources, old_sources = now.sources or {}, before.sources or {}
-    media, old_media = now.media or {}, before.media or {}
+    media, old_media = now.encoded_media, before.encoded_media
     problems = []
     for medium in sorted(media.keys() & old_media.keys()):
-        old, new = (
-            {key: value for key, value in every.items() if key not in _FREE}
-            for every in (old_media[medium], media[medium])
-        )
+        old, new = (_compared(every[medium]) for every in (old_media, media))
         problems += [f"model.{medium}.{line}" for line in differences(old, new)]
     if gone := sorted(set(before.new_tokens or {}) - set(now.new_tokens or {})):
         problems.append(f"it has a row for the new token {gone[0]}, which is none here; set the span of its medium")

@@ -11,7 +11,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mllm.budget import Amount, Budget, Extent, Space
+from mllm.config.reading import plain
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Media, Sample
 from mllm.data.skipped import too_many_bad
@@ -323,15 +324,17 @@ def _seconds(part: Media, sample: Sample, limits: MediaLimits) -> float:
 
 def _key(samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None) -> str:
     """Compute a digest of what a scan depends on: the conversations and what shapes their tokens."""
-    digest = hashlib.sha256(json.dumps(_plain(processor.elastic), sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(_shaping(processor), sort_keys=True, default=str).encode())
     digest.update(f"{len(processor.tokenizer)} {max_sample_tokens} {processor.limits}".encode())
     for sample in samples:
         digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str))).encode())
     return digest.hexdigest()
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _plain(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+def _shaping(processor: ElasticProcessor) -> list[Any]:
+    """What the tokens of a conversation depend on, as plain values."""
+    encoders = {medium: config.to_dict() for medium, config in processor.encoder_configs.items()}
+    return [plain(processor.settings), plain(processor.media), plain(vars(processor.expert_names)), encoders]
 
 
 def _read(cache_file: Path, key: str) -> TokenScan | None:
