@@ -90,8 +90,10 @@ def parse(words: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
         SystemExit: after `--help`.
     """
     from mllm.commands.options import parse_settings
+    from mllm.utils.registry import load_plugins
 
     verb, rest = find_verb(words)
+    load_plugins()  # what they add may be named in a config
     command = import_module(VERBS[verb])
     positional = getattr(command, "POSITIONAL", None)
     return command.run, parse_settings(command.Settings, rest, program=f"mllm {verb}", positional=positional)

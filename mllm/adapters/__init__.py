@@ -3,8 +3,9 @@
 Knows the kinds of adapters by name. Does not know encoders, compressors or budgets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,9 @@ from mllm.adapters import lora
 from mllm.adapters.adapter_inputs import Adapter
 from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
 from mllm.adapters.mome import inject_mome
+from mllm.config.model import ADAPTERS as CONFIGS
 from mllm.config.model import AdapterConfig, EncoderAdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
+from mllm.utils.registry import Registry
 
 
 def build_adapter(module: nn.Module, config: AdapterConfig | EncoderAdapterConfig, *, seed: int = 0) -> None:
@@ -25,36 +28,66 @@ def build_adapter(module: nn.Module, config: AdapterConfig | EncoderAdapterConfi
     Raises:
         ValueError: what the module has no place for.
     """
-    if isinstance(config, MomeConfig):
-        inject_mome(
-            module,
-            placement=config.placement,
-            num_experts=config.num_experts,
-            num_shared=config.num_shared,
-            top_k=config.top_k,
-            bottleneck=config.bottleneck,
-            renormalise=config.renormalise,
-            balance_weight=config.balance_weight,
-            disjoint_routers=config.disjoint_routers,
-            scales=config.scales,
-            seed=seed,
-        )
-        return
-    rank, alpha, targets = config.rank, config.alpha, config.targets
-    if isinstance(config, LoraBankConfig):
-        inject_bank(
-            module,
-            variant=config.variant,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            scales=config.scales,
-            tasks=config.tasks,
-            seed=seed,
-        )
-        return
+    kind = "lora" if isinstance(config, EncoderAdapterConfig) else config.kind
+    BUILDERS.find(kind, key="model.adapter.kind")(module, config, seed)
+
+
+def _build_lora(module: nn.Module, config: LoraConfig | EncoderAdapterConfig, seed: int) -> None:
     dropout = config.dropout if isinstance(config, LoraConfig) else 0.0
-    lora.inject(module, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+    lora.inject(module, rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=dropout, seed=seed)
+
+
+def _build_bank(module: nn.Module, config: LoraBankConfig, seed: int) -> None:
+    inject_bank(
+        module,
+        variant=config.variant,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        scales=config.scales,
+        tasks=config.tasks,
+        seed=seed,
+    )
+
+
+def _build_mome(module: nn.Module, config: MomeConfig, seed: int) -> None:
+    inject_mome(
+        module,
+        placement=config.placement,
+        num_experts=config.num_experts,
+        num_shared=config.num_shared,
+        top_k=config.top_k,
+        bottleneck=config.bottleneck,
+        renormalise=config.renormalise,
+        balance_weight=config.balance_weight,
+        disjoint_routers=config.disjoint_routers,
+        scales=config.scales,
+        seed=seed,
+    )
+
+
+Builder = Callable[[nn.Module, Any, int], None]
+BUILDERS: Registry[Builder] = Registry("adapter", {"lora": _build_lora, "lora_bank": _build_bank, "mome": _build_mome})
+"""What puts each kind into a module, given its config and a seed, by the `kind` of the config."""
+
+
+def register_adapter(kind: str, build: Builder, *, config: type) -> None:
+    """Add an adapter from outside, which configs then name by `model.adapter: {kind: ...}`.
+
+    Args:
+        build: puts it into a module in place, given its config and a seed; the names of its parameters begin with
+            `adapter_`, which is how they are known to train, and its layers derive from `Adapter`, so that they can be
+            switched off.
+        config: frozen dataclass of its keys, all with defaults, `kind` among them; `weights_per_layer(linears)` counts
+            the weights that every token is multiplied by in a layer, given (in, out) sizes of the layer's linear maps.
+
+    Raises:
+        ValueError: the name is taken by another adapter.
+    """
+    if CONFIGS.get(kind, config) is not config:
+        raise ValueError(f"adapter {kind!r} is taken by {CONFIGS[kind].__qualname__}; choose another name")
+    BUILDERS.register(kind, build)
+    CONFIGS[kind] = config
 
 
 @contextmanager

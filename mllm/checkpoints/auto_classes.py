@@ -20,7 +20,9 @@ def register() -> None:
     from mllm.model.configuration import ElasticConfig
     from mllm.model.modeling import ElasticForConditionalGeneration, ElasticModel
     from mllm.processing.processor import ElasticProcessor
+    from mllm.utils.registry import load_plugins
 
+    load_plugins()  # what they add may be named in the config of a folder
     register_av_hubert()
     AutoConfig.register("elastic", ElasticConfig, exist_ok=True)
     AutoModel.register(ElasticConfig, ElasticModel, exist_ok=True)

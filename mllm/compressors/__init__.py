@@ -4,7 +4,7 @@ Knows the block of a medium's config and the sizes on both sides.
 Does not know encoders, weights, or which budget a request will ask for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,13 @@ from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
+from mllm.config.medium import COMPRESSORS as CONFIGS
 from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig
 from mllm.config.medium import Projector as ProjectorBlock
+from mllm.utils.registry import Registry
 
 __all__ = [
+    "COMPRESSORS",
     "Compressor",
     "Hybrid",
     "MixtureProjector",
@@ -32,9 +35,11 @@ __all__ = [
     "Projector",
     "ProjectorBank",
     "Query",
+    "Site",
     "Stack",
     "build_compressor",
     "build_projector",
+    "register_compressor",
 ]
 
 SIZE_PER_HEAD = 64
@@ -88,7 +93,7 @@ def build_compressor(
     site = Site(medium, in_size, out_size, grid)
     if max_patches is not None:
         _check_own_grids(site, block)
-    return _BUILDERS[block.compressor.kind](site, block)
+    return COMPRESSORS.find(block.compressor.kind, key=f"{site.key}.compressor.kind")(site, block)
 
 
 def build_projector(block: ProjectorBlock, *, in_size: int, out_size: int) -> Projector | MixtureProjector:
@@ -202,12 +207,34 @@ def _build_hybrid(site: Site, block: MediumConfig) -> Hybrid:
     )
 
 
-_BUILDERS: dict[str, Callable[[Site, MediumConfig], Compressor]] = {
-    "pool": _build_pool,
-    "query": _build_query,
-    "stack": _build_stack,
-    "hybrid": _build_hybrid,
-}
+Builder = Callable[[Site, MediumConfig], Compressor]
+COMPRESSORS: Registry[Builder] = Registry(
+    "compressor", {"pool": _build_pool, "query": _build_query, "stack": _build_stack, "hybrid": _build_hybrid}
+)
+"""What builds each kind, by the `kind` of its config."""
+
+
+def register_compressor(kind: str, build: Builder, *, config: type, media: Sequence[str]) -> None:
+    """Add a compressor from outside, which configs of these media then name by `compressor: {kind: ...}`.
+
+    Args:
+        build: makes it, with random weights, of where it stands and the medium's block; on the meta device too.
+        config: frozen dataclass of its keys, all with defaults: `kind`, and as class variable `counting` the rule by
+            which its budgets are counted (`pool`, `query`, `stack` or `hybrid`). It is easiest to derive it from the
+            config of a kind that is counted alike, whose FLOPs it then has as well.
+        media: the media it is for: image, audio, video (audio and video go together, both being streams).
+
+    Raises:
+        ValueError: the name is taken by another compressor, or a medium that there is not.
+    """
+    for medium in media:
+        if medium not in CONFIGS:
+            raise ValueError(f"media names {medium!r}; allowed: {', '.join(CONFIGS)}")
+        if CONFIGS[medium].get(kind, config) is not config:
+            raise ValueError(f"compressor {kind!r} is taken in configs of {medium}; choose another name")
+    COMPRESSORS.register(kind, build)
+    for medium in media:
+        CONFIGS[medium][kind] = config
 
 
 def _check_own_grids(site: Site, block: MediumConfig) -> None:
@@ -226,7 +253,7 @@ def _check_own_grids(site: Site, block: MediumConfig) -> None:
 
 def _check_counts(site: Site, block: MediumConfig) -> None:
     """Refuse counts above the features of a grid; queries may be more than those, and a config counts them."""
-    if site.grid is None or block.compressor.kind not in ("pool", "stack"):
+    if site.grid is None or block.compressor.counting not in ("pool", "stack"):
         return
     most = site.grid[0] * site.grid[1]
     if (largest := max(block.values)) > most:

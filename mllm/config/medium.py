@@ -8,9 +8,9 @@ number once the parts are known. What depends on other keys alone has a property
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from mllm.budget import Amount
+from mllm.budget import Amount, Compression
 from mllm.budget.nesting import check_nesting, nesting_sizes
 from mllm.config.reading import ConfigError, block, kinds
 
@@ -144,6 +144,8 @@ class FramesConfig:
 class PoolConfig:
     """Average pooling, to any rate or count."""
 
+    counting: ClassVar[Compression] = "pool"
+    """The rule by which budgets are counted; a compressor from outside names the one it follows."""
     kind: Literal["pool"] = "pool"
     """Averages features."""
 
@@ -161,6 +163,7 @@ class ImagePoolConfig(PoolConfig):
 class QueryConfig:
     """Matryoshka queries (MQT), of which a budget uses the first ones."""
 
+    counting: ClassVar[Compression] = "query"
     kind: Literal["query"] = "query"
     """Reads features by queries."""
     num_queries: int | Auto = "auto"
@@ -199,6 +202,7 @@ class StreamQueryConfig(QueryConfig):
 class StackConfig:
     """Neighbouring features joined along the feature axis, with a projector per budget."""
 
+    counting: ClassVar[Compression] = "stack"
     kind: Literal["stack"] = "stack"
     """Joins features."""
 
@@ -207,6 +211,7 @@ class StackConfig:
 class HybridConfig:
     """A pooled grid and nested queries behind it (after PARCEL)."""
 
+    counting: ClassVar[Compression] = "hybrid"
     kind: Literal["hybrid"] = "hybrid"
     """Pools features and reads what that leaves out by queries."""
     anchors: list[int] | Auto = "auto"
@@ -341,6 +346,12 @@ IMAGE_COMPRESSORS: dict[str, type] = {
     "stack": StackConfig,
     "hybrid": HybridConfig,
 }
+COMPRESSORS: dict[str, dict[str, type]] = {
+    "image": IMAGE_COMPRESSORS,
+    "audio": STREAM_COMPRESSORS,
+    "video": STREAM_COMPRESSORS,
+}
+"""By medium; those of audio and video are one."""
 PROJECTORS: dict[str, type] = {"mlp": MlpConfig, "linear": LinearConfig, "moe": MoeConfig}
 TILINGS: dict[str, type] = {"pinpoints": PinpointsConfig, "free": FreeTilesConfig}
 

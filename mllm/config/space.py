@@ -33,11 +33,11 @@ def medium_space(medium: str, block: MediumConfig) -> MediumSpace:
     per_budget = bool(getattr(block.projector, "per_budget", False))
     return MediumSpace(
         medium=medium,
-        compressor=compressor.kind,
+        compressor=compressor.counting,
         trained=tuple(block.amounts),
         max_tokens=max(block.values) if is_hybrid else block.num_queries,
         window_frames=compressor.window_frames if isinstance(compressor, StreamQueryConfig) else 0,
-        between=compressor.kind != "stack" and not per_budget,
+        between=compressor.counting != "stack" and not per_budget,
         order=getattr(compressor, "order", "raster"),
         tiling=tiling_of(block) if isinstance(block, ImageConfig) else None,
     )

@@ -19,6 +19,7 @@ from mllm.encoders.av_hubert_video import av_hubert_class, av_hubert_video_facts
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
 from mllm.encoders.naflex import naflex_facts, wrap_naflex
 from mllm.encoders.vision import vision_class, vision_facts, wrap_vision
+from mllm.utils.registry import Registry
 
 __all__ = [
     "ENCODERS",
@@ -28,6 +29,7 @@ __all__ = [
     "Encoder",
     "EncoderBlock",
     "EncoderFacts",
+    "Family",
     "backbone_class",
     "backbone_config",
     "build_encoder",
@@ -36,6 +38,7 @@ __all__ = [
     "encoder_facts",
     "freeze",
     "register_av_hubert",
+    "register_encoder",
     "wrap_encoder",
 ]
 
@@ -48,6 +51,8 @@ class Family:
     """How one family of backbones becomes an encoder of a medium.
 
     Args:
+        flops: counts those of one item, given the config, an `mllm.evaluation.flops.Item` and the block; only families
+            from outside have it.
         refused: keys of the medium's `encoder` block that this family has no use for, each with the reason.
     """
 
@@ -56,6 +61,7 @@ class Family:
     facts: Callable[[PreTrainedConfig, Any], EncoderFacts]
     wrap: Callable[[Any, Any], Encoder]
     refused: Mapping[str, str] = field(default_factory=dict)
+    flops: Callable[[PreTrainedConfig, Any, Any], int] | None = None
 
 
 _VISION = Family(
@@ -86,21 +92,35 @@ _AV_HUBERT_AUDIO = Family(
     {**_RELEASED_CUT, "normalize": "does not go with AV-HuBERT, whose features are normalised; leave it out"},
 )
 
-ENCODERS = {
-    "clip_vision_model": _VISION,
-    "siglip_vision_model": _VISION,
-    "siglip2_vision_model": _NAFLEX,
-    "dinov2": _VISION,
-    "dinov2_with_registers": _VISION,
-    "dinov3_vit": _VISION,
-    "whisper": _WHISPER,
-    "hubert": _WAVE,
-    "wav2vec2": _WAVE,
-    "wavlm": _WAVE,
-    "av_hubert": Family("video", av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video),
-    "av_hubert_audio": _AV_HUBERT_AUDIO,
-}
+ENCODERS: Registry[Family] = Registry(
+    "encoder",
+    {
+        "clip_vision_model": _VISION,
+        "siglip_vision_model": _VISION,
+        "siglip2_vision_model": _NAFLEX,
+        "dinov2": _VISION,
+        "dinov2_with_registers": _VISION,
+        "dinov3_vit": _VISION,
+        "whisper": _WHISPER,
+        "hubert": _WAVE,
+        "wav2vec2": _WAVE,
+        "wavlm": _WAVE,
+        "av_hubert": Family("video", av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video),
+        "av_hubert_audio": _AV_HUBERT_AUDIO,
+    },
+)
 """By the `model_type` of the backbone's config."""
+
+
+def register_encoder(model_type: str, family: Family) -> None:
+    """Add a family of encoders from outside, which is taken wherever a config's source has this `model_type`.
+
+    The classes of its config and its model are registered with transformers' Auto classes by the package that has them.
+
+    Raises:
+        ValueError: the name is taken by another family.
+    """
+    ENCODERS.register(model_type, family)
 
 
 def backbone_config(config: PreTrainedConfig, medium: str | None = None) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from mllm.compressors import count_heads
 from mllm.config.medium import HybridConfig, LinearConfig, MediumConfig, MoeConfig, QueryConfig, StackConfig
 from mllm.config.medium import Projector as ProjectorConfig
 from mllm.config.model import AdapterConfig, LoraBankConfig, MomeConfig
-from mllm.encoders import EncoderBlock, default_block
+from mllm.encoders import ENCODERS, EncoderBlock, default_block
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -185,9 +185,12 @@ def encoder_flops(config: Any, item: Item, block: EncoderBlock | None = None) ->
     Raises:
         ValueError: a backbone without a formula here.
     """
-    if config.model_type not in _ENCODERS:
+    formula = _ENCODERS.get(config.model_type)
+    if formula is None and config.model_type in ENCODERS:
+        formula = ENCODERS[config.model_type].flops
+    if formula is None:
         raise ValueError(f"no cost formula for encoder {config.model_type!r}; there are {', '.join(_ENCODERS)}")
-    return _ENCODERS[config.model_type](config, item, default_block(config) if block is None else block)
+    return formula(config, item, default_block(config) if block is None else block)
 
 
 def compressor_flops(block: MediumConfig, item: Item, *, in_size: int, out_size: int) -> int:
@@ -298,6 +301,8 @@ def _adapter_weights(text: Any, adapter: AdapterConfig | None) -> int:
         experts = adapter.num_shared + adapter.num_experts
         routers = max(len(adapter.scales), 1) * adapter.num_experts
         return text.hidden_size * (experts * (2 * adapter.bottleneck + 1) + routers)
+    if hasattr(adapter, "weights_per_layer"):  # one from outside, see `mllm.adapters.register_adapter`
+        return adapter.weights_per_layer(linears)
     # A bank computes all of its LoRAs for every token.
     count = num_experts(adapter) if isinstance(adapter, LoraBankConfig) else 1
     return sum(count * adapter.rank * sum(linears[target]) for target in adapter.targets)

@@ -16,6 +16,8 @@ from mllm.model.configuration import TOWER_NAMES
 PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
 """What `train.parts` may name: compressors (with projectors, newline and rows of new tokens), the adapter, or a whole
 part of the model."""
+ADAPTER_MARKS = (".lora_", ".mome.", ".adapter_")
+"""What the names of an adapter's parameters hold; the last is for adapters from outside."""
 NEW_TOKENS = "model.new_tokens.rows"
 """The rows of tokens that the LLM was never trained on; see `mllm.model.new_tokens`."""
 
@@ -76,7 +78,7 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 def part_of(name: str) -> str:
     """Find the part (see `PARTS`) that a parameter belongs to, by its name."""
-    if ".lora_" in name or ".mome." in name:
+    if any(mark in name for mark in ADAPTER_MARKS):
         return "adapter"
     if name == NEW_TOKENS or name.startswith(("model.compressors.", "model.newline.")):
         return "compressors"

@@ -47,6 +47,7 @@ from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.utils.distributed import check_process_count, prepare_launch
+from mllm.utils.registry import load_plugins
 from mllm.utils.run_paths import CONFIG, RUN_CONFIG, run_of
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def read_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig
         ValueError: an unknown key, a value of another type, or a contradiction; the key is named.
         OSError: the file cannot be read.
     """
+    load_plugins()  # what they add may be named in a config
     if isinstance(config, RunConfig):
         return config
     if isinstance(config, Mapping):

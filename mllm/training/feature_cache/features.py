@@ -234,7 +234,7 @@ def pooled_frames(medium: str, config: Any, points: Sequence[Budget]) -> int:
     if block is None:
         raise ValueError(f"{key}, but model.{medium} is not set")
     space = config.space.media[medium]
-    if space.compressor != "pool" or getattr(block.projector, "before_pooling", False):
+    if block.compressor.kind != "pool" or getattr(block.projector, "before_pooling", False):
         raise ValueError(f"{key}, whose compressor does not average what its encoder gives; leave it out")
     amounts = [*space.trained, *(point.amounts[medium] for point in points if medium in point.amounts)]
     if other := [amount for amount in amounts if amount.kind not in ("rate", "max")]:
