@@ -80,7 +80,8 @@ def _resolve_adapter(model: ModelConfig) -> Any:
     for kind, names in (("scale", adapter.scales), ("task", adapter.tasks)):
         if kind not in held and names:
             raise ValueError(
-                f"model.adapter.{kind}s is {names}, but variant {adapter.variant} has experts of {', '.join(held)} alone"
+                f"model.adapter.{kind}s is {names}, but variant {adapter.variant} has experts of "
+                f"{', '.join(held)} alone"
             )
     return replace(
         adapter,
