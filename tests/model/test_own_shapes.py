@@ -104,7 +104,7 @@ def lively(model: Any) -> Any:
 
 
 def test_every_image_has_a_grid_of_its_own_shape_and_the_budget_counts_by_it(world: Path) -> None:
-    _, processor = build(settings(world, encoder={"encoder": {"max_num_patches": 20}}))
+    _, processor = build(settings(world, encoder={"max_num_patches": 20}))
     samples = [sample(name, world) for name in SHAPES]
     media = [processor.load_media(one) for one in samples]
     batch = processor.batch(samples, media, for_training=False)

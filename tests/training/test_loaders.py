@@ -57,7 +57,19 @@ def test_questions_that_a_server_judges_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_the_command_line_reaches_the_reader_and_the_masks() -> None:
-    words = ["train", "--model.llm", "l", "--data.train", "a.csv", "--train.out", "o", "--train.max_steps", "1"]
+    words = [
+        "train",
+        "--model.llm",
+        "l",
+        "--model.adapter",
+        "lora",
+        "--data.train",
+        "a.csv",
+        "--train.out",
+        "o",
+        "--train.max_steps",
+        "1",
+    ]
     own = [
         "--data.reader.format",
         "omni_csv",

@@ -161,7 +161,8 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
 
 @pytest.mark.parametrize("hidden", [0, 24])
 def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector(hidden: int) -> None:
-    own = {"projector": {"hidden_size": hidden, "per_budget": True}, "budgets": ["/4", "/8"]}
+    layers = {"kind": "mlp", "hidden_size": hidden} if hidden else {"kind": "linear"}
+    own = {"projector": {**layers, "per_budget": True}, "budgets": ["/4", "/8"]}
     settings = tiny.settings(("image", "audio"), audio={**tiny.MEDIA["audio"], **own}, image=LINEAR)
     before = tiny.model(settings).state_dict()
     model, reports = fit(settings, ["audio", "image"])
@@ -169,8 +170,8 @@ def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector
     assert [report.num_items for report in reports] == [7, 7, 7]
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     last = "0" if hidden == 0 else "2"
-    layers = [f"audio.projectors.0.{last}", f"audio.projectors.1.{last}", "image.projectors.0.0"]
-    assert changed == {f"model.compressors.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    fitted = [f"audio.projectors.0.{last}", f"audio.projectors.1.{last}", "image.projectors.0.0"]
+    assert changed == {f"model.compressors.{layer}.{part}" for layer in fitted for part in ("weight", "bias")}
 
 
 def test_a_caption_too_short_for_a_budget_is_left_out_of_its_fit_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -198,7 +199,7 @@ def test_the_fit_does_not_depend_on_batches() -> None:
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"end in a linear layer, got LayerNorm; set projector_norm to false"):
+    with pytest.raises(ValueError, match=r"end in a linear layer, got LayerNorm; set projector.norm to false"):
         fit(tiny.settings(("image",), image={"projector": {"norm": True}}), ["image"])
     with pytest.raises(ValueError, match=r"fits one projector, not a mixture; use projector.kind mlp"):
         fit(tiny.settings(("image",), image={"projector": {"kind": "moe", "num_experts": 2}}), ["image"])

@@ -256,7 +256,7 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
     spoken = dataclasses.replace(sound, task="vsr")
     weighted = sampled_views([image, spoken], BudgetSampler(both, "all"), 0, {"vsr": 1.5})
     assert [own.weight for own in weighted] == [0.5, 0.5, 0.75, 0.75]
-    sandwich = sampled_views([sound], BudgetSampler(space, "sandwich"), step=3)
+    sandwich = sampled_views([sound], BudgetSampler(both, "sandwich"), step=3)
     assert sum(own.weight for own in sandwich) == pytest.approx(1)
     assert {own.teacher for own in sandwich} == {0}
     assert sandwich[0].budget == Budget.parse("audio=/4")
