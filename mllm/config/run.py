@@ -283,8 +283,8 @@ class RunConfig:
         if self.train.parts is None:
             if not self._usual_parts():
                 raise ValueError(
-                    "nothing would learn: there is neither model.image, model.audio or model.video nor model.adapter; give "
-                    "one, or name what learns in train.parts"
+                    "nothing would learn: there is neither model.image, model.audio or model.video nor model.adapter; "
+                    "give one, or name what learns in train.parts"
                 )
             object.__setattr__(self, "train", replace(self.train, parts=list(self._usual_parts())))
         self._check_parts()
