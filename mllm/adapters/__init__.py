@@ -3,8 +3,9 @@
 Knows the kinds of adapters by name. Does not know encoders, compressors or budgets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -12,10 +13,12 @@ from mllm.adapters import lora
 from mllm.adapters.adapter_inputs import Adapter
 from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
 from mllm.adapters.mome import inject_mome
-from mllm.config.model import AdapterConfig, EncoderAdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
+from mllm.config.model import ADAPTERS as ADAPTER_CONFIGS
+from mllm.config.model import EncoderAdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
+from mllm.utils.registry import Registry
 
 
-def build_adapter(module: nn.Module, config: AdapterConfig | EncoderAdapterConfig, *, seed: int = 0) -> None:
+def build_adapter(module: nn.Module, config: Any, *, seed: int = 0) -> None:
     """Put an adapter into a module in place; everything else in it is frozen by this.
 
     Args:
@@ -23,38 +26,65 @@ def build_adapter(module: nn.Module, config: AdapterConfig | EncoderAdapterConfi
         seed: of the initial values.
 
     Raises:
-        ValueError: what the module has no place for.
+        ValueError: an unknown kind, or what the module has no place for.
     """
-    if isinstance(config, MomeConfig):
-        inject_mome(
-            module,
-            placement=config.placement,
-            num_experts=config.num_experts,
-            num_shared=config.num_shared,
-            top_k=config.top_k,
-            bottleneck=config.bottleneck,
-            renormalise=config.renormalise,
-            balance_weight=config.balance_weight,
-            disjoint_routers=config.disjoint_routers,
-            scales=config.scales,
-            seed=seed,
-        )
-        return
-    rank, alpha, targets = config.rank, config.alpha, config.targets
-    if isinstance(config, LoraBankConfig):
-        inject_bank(
-            module,
-            variant=config.variant,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            scales=config.scales,
-            tasks=config.tasks,
-            seed=seed,
-        )
-        return
+    kind = "lora" if isinstance(config, EncoderAdapterConfig) else config.kind
+    ADAPTERS.find(kind, key="model.adapter.kind")(module, config, seed)
+
+
+def register_adapter(kind: str, *, config: type, inject: "Injector") -> None:
+    """Add an adapter of another package, which a config then names by `kind`.
+
+    Args:
+        config: a dataclass of its keys, all but `kind` the package's own; `kind: Literal["..."] = "..."` among them.
+        inject: puts it into the decoder in place, of its config and a seed, and lets nothing else train; modules that
+            are an `Adapter` are switched off and on with the others. `mllm.testing` checks what it must promise.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
+    ADAPTERS.register(kind, inject)
+    ADAPTER_CONFIGS.register(kind, config)
+
+
+def _inject_lora(module: nn.Module, config: Any, seed: int) -> None:
     dropout = config.dropout if isinstance(config, LoraConfig) else 0.0
-    lora.inject(module, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+    lora.inject(module, rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=dropout, seed=seed)
+
+
+def _inject_bank(module: nn.Module, config: LoraBankConfig, seed: int) -> None:
+    inject_bank(
+        module,
+        variant=config.variant,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        scales=config.scales,
+        tasks=config.tasks,
+        seed=seed,
+    )
+
+
+def _inject_mome(module: nn.Module, config: MomeConfig, seed: int) -> None:
+    inject_mome(
+        module,
+        placement=config.placement,
+        num_experts=config.num_experts,
+        num_shared=config.num_shared,
+        top_k=config.top_k,
+        bottleneck=config.bottleneck,
+        renormalise=config.renormalise,
+        balance_weight=config.balance_weight,
+        disjoint_routers=config.disjoint_routers,
+        scales=config.scales,
+        seed=seed,
+    )
+
+
+Injector = Callable[[nn.Module, Any, int], None]
+ADAPTERS: Registry[Injector] = Registry(
+    "adapter", {"lora": _inject_lora, "lora_bank": _inject_bank, "mome": _inject_mome}
+)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from mllm.config.nearest import nearest
 from mllm.config.reading import TEXT, Key, Text, check_keys, keys_of, parse_yaml, read
+from mllm.utils.registry import load_plugins
 
 Settings = TypeVar("Settings")
 _BOOLEANS = ("true", "false", "yes", "no")
@@ -37,6 +38,7 @@ def parse_settings(
         FileNotFoundError: no such config file.
         SystemExit: after `--help`.
     """
+    load_plugins()
     keys = dict(keys_of(kind))
     values: dict[str, Any] = {}
     begun: set[str] = set()

@@ -4,7 +4,7 @@ Knows the block of a medium's config and the sizes on both sides.
 Does not know encoders, weights, or which budget a request will ask for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
-from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig
+from mllm.config.medium import IMAGE_COMPRESSORS, STREAM_COMPRESSORS, MediumConfig, MlpConfig, MoeConfig
 from mllm.config.medium import Projector as ProjectorBlock
+from mllm.utils.registry import Registry
 
 __all__ = [
     "Compressor",
@@ -32,9 +33,11 @@ __all__ = [
     "Projector",
     "ProjectorBank",
     "Query",
+    "Site",
     "Stack",
     "build_compressor",
     "build_projector",
+    "register_compressor",
 ]
 
 SIZE_PER_HEAD = 64
@@ -88,7 +91,28 @@ def build_compressor(
     site = Site(medium, in_size, out_size, grid)
     if max_patches is not None:
         _check_own_grids(site, block)
-    return _BUILDERS[block.compressor.kind](site, block)
+    return COMPRESSORS.find(block.compressor.kind, key=f"{site.key}.compressor.kind")(site, block)
+
+
+def register_compressor(kind: str, *, config: type, build: "Builder", media: Sequence[str]) -> None:
+    """Add a compressor of another package, which a config then names by `kind`.
+
+    Args:
+        config: a dataclass of its keys, all but `kind` the package's own; `kind: Literal["..."] = "..."` among them.
+        build: makes one of the place where it stands and of the block of its medium; `mllm.testing` checks what it
+            must promise. A grid is compressed to any count up to its patches, a stream to any rate.
+        media: those it compresses, of image, audio and video; audio and video go together.
+
+    Raises:
+        ValueError: a name that is taken, or a medium that is none.
+    """
+    if wrong := sorted(set(media) - {"image", "audio", "video"}):
+        raise ValueError(f"media holds {wrong[0]!r}; allowed: image, audio, video")
+    COMPRESSORS.register(kind, build)
+    if "image" in media:
+        IMAGE_COMPRESSORS.register(kind, config)
+    if {"audio", "video"} & set(media):
+        STREAM_COMPRESSORS.register(kind, config)
 
 
 def build_projector(block: ProjectorBlock, *, in_size: int, out_size: int) -> Projector | MixtureProjector:
@@ -202,12 +226,10 @@ def _build_hybrid(site: Site, block: MediumConfig) -> Hybrid:
     )
 
 
-_BUILDERS: dict[str, Callable[[Site, MediumConfig], Compressor]] = {
-    "pool": _build_pool,
-    "query": _build_query,
-    "stack": _build_stack,
-    "hybrid": _build_hybrid,
-}
+Builder = Callable[[Site, MediumConfig], Compressor]
+COMPRESSORS: Registry[Builder] = Registry(
+    "compressor", {"pool": _build_pool, "query": _build_query, "stack": _build_stack, "hybrid": _build_hybrid}
+)
 
 
 def _check_own_grids(site: Site, block: MediumConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mllm.budget import Amount
 from mllm.budget.nesting import check_nesting, nesting_sizes
 from mllm.config.reading import ConfigError, block, kinds
+from mllm.utils.registry import Registry
 
 Auto = Literal["auto"]
 
@@ -334,13 +335,14 @@ class FreeTilesConfig(TilingConfig):
 
 
 VIDEO_ENCODERS: dict[str, type] = {"lips": LipsConfig, "frames": FramesConfig}
-STREAM_COMPRESSORS: dict[str, type] = {"pool": PoolConfig, "query": StreamQueryConfig, "stack": StackConfig}
-IMAGE_COMPRESSORS: dict[str, type] = {
-    "pool": ImagePoolConfig,
-    "query": ImageQueryConfig,
-    "stack": StackConfig,
-    "hybrid": HybridConfig,
-}
+STREAM_COMPRESSORS: Registry[type] = Registry(
+    "compressor of streams", {"pool": PoolConfig, "query": StreamQueryConfig, "stack": StackConfig}
+)
+IMAGE_COMPRESSORS: Registry[type] = Registry(
+    "compressor of images",
+    {"pool": ImagePoolConfig, "query": ImageQueryConfig, "stack": StackConfig, "hybrid": HybridConfig},
+)
+"""What a config may name; `mllm.compressors.register_compressor` adds to them."""
 PROJECTORS: dict[str, type] = {"mlp": MlpConfig, "linear": LinearConfig, "moe": MoeConfig}
 TILINGS: dict[str, type] = {"pinpoints": PinpointsConfig, "free": FreeTilesConfig}
 

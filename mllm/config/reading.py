@@ -44,7 +44,7 @@ class _Mismatch(Exception):
     """A value is not of a type; another alternative of the key may fit."""
 
 
-def kinds(classes: dict[str, type], *, default: str = "", text: str = TAG) -> dict[str, Any]:
+def kinds(classes: Mapping[str, type], *, default: str = "", text: str = TAG) -> dict[str, Any]:
     """Make the metadata of a field that comes in kinds.
 
     Args:

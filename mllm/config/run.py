@@ -17,6 +17,7 @@ from mllm.config.data import ReaderConfig
 from mllm.config.model import ModelConfig, check_at_least
 from mllm.config.reading import plain, read
 from mllm.media import MediaLimits
+from mllm.utils.registry import load_plugins
 
 Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
@@ -342,6 +343,7 @@ def read_run_config(values: Any) -> RunConfig:
     Raises:
         ValueError: an unknown key, a value of another type, or a contradiction; the key is named.
     """
+    load_plugins()
     return read(RunConfig, values)
 
 

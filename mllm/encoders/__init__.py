@@ -19,6 +19,7 @@ from mllm.encoders.av_hubert_video import av_hubert_class, av_hubert_video_facts
 from mllm.encoders.base import Encoder, EncoderFacts, freeze
 from mllm.encoders.naflex import naflex_facts, wrap_naflex
 from mllm.encoders.vision import vision_class, vision_facts, wrap_vision
+from mllm.utils.registry import Registry
 
 __all__ = [
     "ENCODERS",
@@ -28,6 +29,7 @@ __all__ = [
     "Encoder",
     "EncoderBlock",
     "EncoderFacts",
+    "Family",
     "backbone_class",
     "backbone_config",
     "build_encoder",
@@ -36,6 +38,7 @@ __all__ = [
     "encoder_facts",
     "freeze",
     "register_av_hubert",
+    "register_encoder",
     "wrap_encoder",
 ]
 
@@ -86,20 +89,23 @@ _AV_HUBERT_AUDIO = Family(
     {**_RELEASED_CUT, "normalize": "does not go with AV-HuBERT, whose features are normalised; leave it out"},
 )
 
-ENCODERS = {
-    "clip_vision_model": _VISION,
-    "siglip_vision_model": _VISION,
-    "siglip2_vision_model": _NAFLEX,
-    "dinov2": _VISION,
-    "dinov2_with_registers": _VISION,
-    "dinov3_vit": _VISION,
-    "whisper": _WHISPER,
-    "hubert": _WAVE,
-    "wav2vec2": _WAVE,
-    "wavlm": _WAVE,
-    "av_hubert": Family("video", av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video),
-    "av_hubert_audio": _AV_HUBERT_AUDIO,
-}
+ENCODERS: Registry[Family] = Registry(
+    "encoder",
+    {
+        "clip_vision_model": _VISION,
+        "siglip_vision_model": _VISION,
+        "siglip2_vision_model": _NAFLEX,
+        "dinov2": _VISION,
+        "dinov2_with_registers": _VISION,
+        "dinov3_vit": _VISION,
+        "whisper": _WHISPER,
+        "hubert": _WAVE,
+        "wav2vec2": _WAVE,
+        "wavlm": _WAVE,
+        "av_hubert": Family("video", av_hubert_class, av_hubert_video_facts, wrap_av_hubert_video),
+        "av_hubert_audio": _AV_HUBERT_AUDIO,
+    },
+)
 """By the `model_type` of the backbone's config."""
 
 
@@ -114,6 +120,19 @@ def backbone_config(config: PreTrainedConfig, medium: str | None = None) -> PreT
         values.pop("model_type")
         return AVHubertAudioConfig(**values)
     return config.vision_config if hasattr(config, "vision_config") else config
+
+
+def register_encoder(model_type: str, family: Family) -> None:
+    """Add a family of backbones of another package, which is then an encoder wherever a source has its config.
+
+    Args:
+        model_type: of the backbone's config, which transformers' `AutoConfig` must know.
+        family: how it becomes an encoder of its medium; `mllm.testing` checks what that must promise.
+
+    Raises:
+        ValueError: a model type that is taken.
+    """
+    ENCODERS.register(model_type, family)
 
 
 def default_block(config: PreTrainedConfig) -> EncoderBlock:

@@ -15,6 +15,7 @@ from mllm.config.model import ADAPTERS, AdapterConfig
 from mllm.config.reading import plain, read
 from mllm.config.space import space_of
 from mllm.encoders.av_hubert import register_av_hubert
+from mllm.utils.registry import load_plugins
 
 # Names that generation utilities and serving engines look for.
 CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "video_config"}
@@ -64,6 +65,7 @@ class ElasticConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         register_av_hubert()
+        load_plugins()
         for key in self.sub_configs:
             value = getattr(self, key)
             if isinstance(value, dict):
