@@ -1,4 +1,4 @@
-"""The README is the map: its tree is the tree, its commands parse, its configs exist."""
+"""The README is short and true: its map is the tree of packages, its commands parse, what it names exists."""
 
 import re
 import shlex
@@ -8,48 +8,63 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHOWN = ("mllm", "configs", "benchmarks", "scripts", "docs")
-HIDDEN = {"__pycache__", "assets"}
+MAX_README_LINES = 200
+MAX_PAGES = 12
 
 
-def files_on_disk() -> set[str]:
-    names = set()
-    for folder in SHOWN:
-        for path in (ROOT / folder).rglob("*"):
-            parts = path.relative_to(ROOT).parts
-            if path.is_file() and not HIDDEN & set(parts) and path.stat().st_size > 0:
-                names.add("/".join(parts))
-    return names
+def packages_on_disk() -> set[str]:
+    return {path.parent.name for path in (ROOT / "mllm").glob("*/__init__.py")}
 
 
-def files_in_readme() -> dict[str, str]:
-    """Path to phrase, read from the block under "The tree": two spaces of indent per folder."""
-    block = README.split("## The tree")[1].split("```")[1]
-    names, stack = {}, []
-    for line in filter(None, block.splitlines()):
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, _, phrase = line.strip().partition(" ")
-        stack = [*stack[:depth], name.rstrip("/")]
-        if not name.endswith("/"):
-            names["/".join(stack)] = phrase.strip()
-    return names
+def packages_in_readme() -> dict[str, str]:
+    """Package to phrase, read from the table under "Map"; several packages may share a row."""
+    rows = re.findall(r"^\| (`mllm/\S+/`(?: `mllm/\S+/`)*) \| (.+) \|$", README.split("## Map")[1], re.M)
+    return {name: phrase for cell, phrase in rows for name in re.findall(r"mllm/(\w+)/", cell)}
 
 
-def test_the_tree_in_the_readme_is_the_tree_and_every_file_has_its_phrase() -> None:
-    shown = files_in_readme()
-    assert set(shown) == files_on_disk()
-    assert not [path for path, phrase in shown.items() if not phrase]
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MAX_README_LINES
+
+
+def test_the_map_of_the_readme_has_a_phrase_for_every_package() -> None:
+    shown = packages_in_readme()
+    assert set(shown) == packages_on_disk()
+    assert all(len(phrase.split()) >= 3 for phrase in shown.values())
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"\(docs/(\w+\.md)", README))
+    assert len(pages) <= MAX_PAGES
+
+
+def test_make_targets_configs_and_modules_named_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", README, re.M)[0]) - {""} <= targets
+    systems = README.split("## The systems it holds")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+\.yaml)`", systems))
+    recipes = {path.name for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("accelerate")}
+    assert named == recipes
+    assert all((ROOT / path).exists() for path in re.findall(r"`(mllm/[\w/]+)`", README))
 
 
 def commands() -> list[str]:
     """Every `mllm ...` command of the README, whatever starts it."""
     lines = [line.split("#")[0].strip() for block in README.split("```")[1::2] for line in block.splitlines()]
-    names = [line for line in lines if re.match(r"(mllm|accelerate|torchrun|deepspeed) ", line)]
-    return [re.sub(r"^.*?(-m|--module) mllm ", "mllm ", line) for line in names]
+    found = [line for line in lines if re.match(r"(mllm|accelerate|torchrun|deepspeed) ", line)]
+    return [re.sub(r"^.*?(-m|--module) mllm ", "mllm ", line) for line in found]
 
 
-def test_the_readme_names_commands() -> None:
-    assert len(commands()) >= 10
+def commands_of_docs() -> list[str]:
+    """Every `mllm ...` command that the pages and CONTRIBUTING write out."""
+    found = []
+    for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]:
+        for block in page.read_text().split("```")[1::2]:
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.search(r"^(?:.*(?:-m|--module) )?(mllm .*)$", line.split(" #")[0].strip())
+                if command is not None and "..." not in line:
+                    found.append(command[1])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +83,13 @@ def beside_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_parses(
+def test_the_readme_and_the_pages_write_out_commands() -> None:
+    assert len(commands()) >= 10
+    assert len(commands_of_docs()) >= 30
+
+
+@pytest.mark.parametrize("command", dict.fromkeys([*commands(), *commands_of_docs()]))
+def test_every_command_that_is_written_out_parses(
     command: str, beside_configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mllm.cli import parse
@@ -78,30 +98,3 @@ def test_every_command_of_the_readme_parses(
     words = shlex.split(command)
     assert words[0] == "mllm"
     parse(words[1:])
-
-
-def commands_of_docs() -> list[str]:
-    """Every `mllm ...` command of the docs that is written out."""
-    names = []
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for block in page.read_text().split("```")[1::2]:
-            for line in block.replace("\\\n", " ").splitlines():
-                command = re.search(r"^(?:.*(?:-m|--module) )?(mllm .*)$", line.split(" #")[0].strip())
-                if command is not None and "..." not in line:
-                    names.append(command[1])
-    return names
-
-
-@pytest.mark.parametrize("command", commands_of_docs())
-def test_every_command_of_the_docs_parses(command: str, beside_configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mllm.cli import parse
-
-    monkeypatch.chdir(beside_configs)
-    parse(shlex.split(command)[1:])
-
-
-def test_make_targets_and_configs_named_in_the_readme_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"^make ([a-z-]+)", README, re.M)) <= targets
-    assert all((ROOT / path).exists() for path in re.findall(r"configs/[\w.]+", README))
-    assert all((ROOT / path).exists() for path in re.findall(r"`(mllm/[\w/]+\.py)`", README))
