@@ -21,9 +21,9 @@ class Settings:
 
     format: Format
     """Format of the source: conversations of LLaVA, ShareGPT, or OpenAI and ms-swift (messages), parquet files, Hugging
-    Face datasets or WebDataset tars (docs/data_formats.md); a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv),
+    Face datasets or WebDataset tars (docs/data.md); a list of auto_avsr, Llama-AVSR or Omni-AVSR (omni_csv),
     fairseq's tsv, a list of LRS2 or a folder of LRS3, a folder of one's own clips; or a vision benchmark
-    (docs/vision_evaluation.md)."""
+    (docs/evaluation.md)."""
     source: str
     """List or folder to read."""
     out: str

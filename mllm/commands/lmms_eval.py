@@ -16,7 +16,7 @@ RESULTS = "lmms_eval"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Run tasks of lmms-eval at several budgets. Needs the extra lmms; see docs/lmms_eval.md."""
+    """Run tasks of lmms-eval at several budgets. Needs the extra lmms; see docs/evaluation.md."""
 
     model: str
     """Run folder, a checkpoint in one, or an exported model."""
