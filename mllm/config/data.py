@@ -37,7 +37,7 @@ class ReaderConfig:
     format: Format = "manifest"
     """Our own JSONL manifest; conversations of LLaVA, ShareGPT or OpenAI and ms-swift (messages), as JSON or JSONL;
     parquet files, a folder or hub name of Hugging Face datasets, or a folder of WebDataset tars, media inside; a list
-    or folder of speech clips; or a folder of a vision benchmark (docs/data_formats.md)."""
+    or folder of speech clips; or a folder of a vision benchmark (docs/data.md)."""
     tasks: list[SpeechTask] = field(default_factory=list)
     """Samples made of each clip: of its sound (asr), its lips (vsr), both (avsr); all its media allow when left out."""
     text: TextForm = "as_is"
