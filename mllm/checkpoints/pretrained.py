@@ -109,6 +109,8 @@ def encoder_config(reference: str, medium: str) -> PreTrainedConfig:
 
 
 def _encoder_layout(reference: str, whole: PreTrainedConfig) -> Layout:
+    if whole.model_type in ENCODERS and whole.model_type not in ENCODER_LAYOUTS:
+        return Layout()  # of a package outside, whose checkpoints hold the encoder alone
     if whole.model_type not in ENCODER_LAYOUTS:
         raise ValueError(
             f"{reference} is a {whole.model_type}, and no encoder is taken out of it; allowed: "

@@ -18,7 +18,7 @@ from mllm.budget.nesting import num_queries
 from mllm.compressors import count_heads
 from mllm.config.medium import HybridConfig, LinearConfig, MediumConfig, MoeConfig, QueryConfig, StackConfig
 from mllm.config.medium import Projector as ProjectorConfig
-from mllm.config.model import AdapterConfig, LoraBankConfig, MomeConfig
+from mllm.config.model import AdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
 from mllm.encoders import ENCODERS, EncoderBlock, default_block
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -303,6 +303,8 @@ def _adapter_weights(text: Any, adapter: AdapterConfig | None) -> int:
         return text.hidden_size * (experts * (2 * adapter.bottleneck + 1) + routers)
     if hasattr(adapter, "weights_per_layer"):  # one from outside, see `mllm.adapters.register_adapter`
         return adapter.weights_per_layer(linears)
+    if not isinstance(adapter, LoraConfig | LoraBankConfig):
+        raise ValueError(f"no cost formula for adapter {adapter.kind!r}, whose config has no weights_per_layer")
     # A bank computes all of its LoRAs for every token.
     count = num_experts(adapter) if isinstance(adapter, LoraBankConfig) else 1
     return sum(count * adapter.rank * sum(linears[target]) for target in adapter.targets)

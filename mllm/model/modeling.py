@@ -62,7 +62,7 @@ class ElasticPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         is_ours = type(module).__module__.startswith(("mllm.compressors", "mllm.model.new_tokens"))
-        if is_ours and hasattr(module, "reset_parameters"):
+        if (is_ours or isinstance(module, Compressor)) and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
 
 

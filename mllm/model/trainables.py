@@ -16,8 +16,10 @@ from mllm.model.configuration import TOWER_NAMES
 PARTS = ("compressors", "adapter", "llm", *TOWER_NAMES)
 """What `train.parts` may name: compressors (with projectors, newline and rows of new tokens), the adapter, or a whole
 part of the model."""
-ADAPTER_MARKS = (".lora_", ".mome.", ".adapter_")
-"""What the names of an adapter's parameters hold; the last is for adapters from outside."""
+ADAPTER_MARKS = (".lora_", ".mome.")
+"""What the names of an adapter's parameters hold."""
+OUTSIDE_MARK = ".adapter_"
+"""The same of adapters from outside, which lie in the LLM alone; encoders such as wav2vec 2.0 have such names themselves."""
 NEW_TOKENS = "model.new_tokens.rows"
 """The rows of tokens that the LLM was never trained on; see `mllm.model.new_tokens`."""
 
@@ -78,7 +80,8 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 def part_of(name: str) -> str:
     """Find the part (see `PARTS`) that a parameter belongs to, by its name."""
-    if any(mark in name for mark in ADAPTER_MARKS):
+    is_outside = OUTSIDE_MARK in name and name.startswith("model.language_model.")
+    if is_outside or any(mark in name for mark in ADAPTER_MARKS):
         return "adapter"
     if name == NEW_TOKENS or name.startswith(("model.compressors.", "model.newline.")):
         return "compressors"

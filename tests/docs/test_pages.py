@@ -86,9 +86,8 @@ def configs_of_pages() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "block"), configs_of_pages())
 def test_every_config_that_a_page_shows_is_read(page: str, block: str) -> None:
-    from mllm.config.reading import check_keys, parse_yaml, read
-
     from mllm.config.model import AudioConfig, ImageConfig, VideoConfig
+    from mllm.config.reading import check_keys, parse_yaml, read
     from mllm.config.run import RunConfig, SamplerConfig
 
     values = parse_yaml(block)
