@@ -19,7 +19,7 @@ part of the model."""
 ADAPTER_MARKS = (".lora_", ".mome.")
 """What the names of an adapter's parameters hold."""
 OUTSIDE_MARK = ".adapter_"
-"""The same of adapters from outside, which lie in the LLM alone; encoders such as wav2vec 2.0 have such names themselves."""
+"""The same of adapters from outside, in the LLM alone: encoders such as wav2vec 2.0 have such names of their own."""
 NEW_TOKENS = "model.new_tokens.rows"
 """The rows of tokens that the LLM was never trained on; see `mllm.model.new_tokens`."""
 

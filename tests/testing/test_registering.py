@@ -16,7 +16,7 @@ from mllm.compressors import Pool, Site, register_compressor
 from mllm.config import medium, model
 from mllm.config.medium import ImagePoolConfig, MediumConfig
 from mllm.config.reading import read
-from mllm.model.trainables import set_trainables
+from mllm.model.trainables import part_of, set_trainables
 
 
 class CornerPool(Pool):
@@ -117,3 +117,8 @@ def test_an_adapter_from_outside_trains_and_can_be_named() -> None:
     config = replace(tiny.settings(("image",)), adapter=adapter_of({"kind": "shift", "size": 3}))
     built = tiny.model(config)
     assert set_trainables(built, ("adapter",)) == ["model.language_model.adapter_shift"]
+
+
+def test_what_an_encoder_calls_adapter_is_the_encoders() -> None:
+    assert part_of("model.language_model.layers.0.mlp.adapter_bottleneck.down.weight") == "adapter"
+    assert part_of("model.audio_tower.backbone.encoder.layers.0.adapter_layer.linear_1.weight") == "audio"
