@@ -6,7 +6,8 @@ Knows HTTP and the forms of requests and answers. Does not know models.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,9 +51,15 @@ class Served:
     settings: Mapping[str, str | None]
 
 
-def build_app(service: Service, served: Served) -> FastAPI:
-    """Make the application."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+def build_app(
+    service: Service, served: Served, lifespan: Callable[[Any], AbstractAsyncContextManager[None]]
+) -> FastAPI:
+    """Make the application.
+
+    Args:
+        lifespan: what is done before the first request and after the last.
+    """
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     started = int(time.time())
     model = {"id": served.name, "object": "model", "created": started, "owned_by": "mllm"}
     _add_refusals(app)

@@ -4,7 +4,7 @@
     from the child:  a line of JSON, {"kind": "image" | "audio" | "video", "rate": r, "shape": [...], "size": N} or
                      {"error": kind, "reason": text, "limit": name}; N bytes
 
-Nothing is pickled on the way. `probe` in place of `decode` only reads the header, and answers {"sound", "video"}.
+Nothing is pickled on the way. `probe` in place of `decode` only reads the header, and answers {"audio", "video"}.
 
 Knows the loaders and pipes. Does not know requests; the parent's side is `serving/decoders.py`.
 """
@@ -12,7 +12,7 @@ Knows the loaders and pipes. Does not know requests; the parent's side is `servi
 import json
 import resource
 import sys
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -63,7 +63,7 @@ def decode(asked: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes
         values, rate = raw.frames, raw.frames_per_second
     kind = "image" if isinstance(raw, Image.Image) else "audio" if isinstance(raw, Audio) else "video"
     values = np.ascontiguousarray(values, DTYPES[kind])
-    return {"kind": kind, "rate": rate, "shape": values.shape}, memoryview(values).cast("B")
+    return {"kind": kind, "rate": rate, "shape": values.shape}, values.reshape(-1).view(np.uint8).data
 
 
 def probe(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -71,14 +71,15 @@ def probe(content: bytes) -> tuple[dict[str, Any], bytes]:
     with open_media(content, sys.maxsize) as file:
         found = sniff(file)
         if found is None or found[0] != "clip":
-            return {"sound": found is not None and found[0] == "sound", "video": False}, b""
+            return {"audio": found is not None and found[0] == "sound", "video": False}, b""
         streams = {}
-        for name, kind, codecs in (("sound", "audio", AUDIO_CODECS), ("video", "video", VIDEO_CODECS)):
+        kinds: tuple[tuple[Literal["audio", "video"], Any], ...] = (("audio", AUDIO_CODECS), ("video", VIDEO_CODECS))
+        for kind, codecs in kinds:
             try:
                 with open_stream("the file", file, kind, codecs):
-                    streams[name] = True
+                    streams[kind] = True
             except MediaError:
-                streams[name] = False
+                streams[kind] = False
             file.seek(0)
     return streams, b""
 

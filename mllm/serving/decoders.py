@@ -261,7 +261,7 @@ class PooledLoader(MediaLoader):
         return replace(self, is_cancelled=is_cancelled)
 
     def probe(self, content: bytes) -> dict[str, Any]:
-        """Tell whether a file holds `sound` and `video` that can be read.
+        """Tell whether a file holds `audio` and `video` that can be read.
 
         Raises:
             MediaError: it cannot be opened.

@@ -49,6 +49,7 @@ class Guard:
         self.limits = limits
         self.metrics = metrics
         self._digest = None if key is None else _digest(key.encode())
+        self._head_bytes = limits.max_header_bytes
         self.num_requests = 0
         self.num_bytes = 0
 
@@ -80,6 +81,11 @@ class Guard:
 
     async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
+        # uvicorn limits heads that come in pieces, and not one that is there at once.
+        fields = [scope["raw_path"], scope["query_string"], *(text for pair in scope["headers"] for text in pair)]
+        if sum(map(len, fields)) > self._head_bytes:
+            await _refuse(send, RequestError(431, f"the head is larger than {self._head_bytes:,} bytes"))
+            return
         if scope["path"] != OPEN_ROUTE and not self._has_key(headers):
             await _refuse(send, RequestError(401, "the key is missing or wrong; send Authorization: Bearer KEY"))
             return

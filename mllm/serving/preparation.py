@@ -143,7 +143,8 @@ class Preparer:
         self, media: Sequence[PromptMedium], budgets: Sequence[ItemBudget], loader: PooledLoader, is_whole: bool
     ) -> Windows:
         """Decode and transform media that belong together: one, or the sound and the frames of one clip."""
-        content = [{"type": own.medium, own.medium: own.content} for own in media]
+        # The same object, by which the sound and the frames of one clip are known.
+        content = [{"type": own.medium, own.medium: media[0].content} for own in media]
         request = read_chat([{"role": "user", "content": content}])
         cuts: list[Budget] = [budgets[0].budget]
         tiling = self.processor.tiling

@@ -6,7 +6,7 @@ Knows all parts of the server. Does not know the command line.
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,8 +110,7 @@ class Server:
         # Beside those that wait for a decoder there is a thread for requests that need none.
         self.service = Service(preparer, self.scheduler, self.metrics, num_threads=2 * settings.num_decoders + 1)
         self._watch(cache)
-        app = build_app(self.service, self._served(processor, policy, sources, table))
-        app.router.lifespan_context = self._lifespan
+        app = build_app(self.service, self._served(processor, policy, sources, table), self._lifespan)
         self.app = Guard(app, settings.limits, self.metrics, key=settings.key)
 
     def _served(
@@ -151,7 +150,7 @@ class Server:
         self.metrics.batch_seconds.inc(seconds)
 
     @asynccontextmanager
-    async def _lifespan(self, app: Any) -> Any:
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         self.scheduler.start()
         yield
         await asyncio.get_running_loop().run_in_executor(None, self.close)

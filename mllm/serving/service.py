@@ -114,8 +114,9 @@ class Job:
         text = runs[0].text
         if len(runs) > 1:
             text = join_transcripts([run.text for run in runs], max(overlaps, default=0.0))
-        ending = next((run.ending for run in runs if run.ending != "stop"), "stop")
-        return Choice(text, ending or "stop", runs[0].stop_text, tuple(token for run in runs for token in run.ids))
+        early = [run.ending for run in runs if run.ending is not None and run.ending != "stop"]
+        ending: Ending = early[0] if early else "stop"
+        return Choice(text, ending, runs[0].stop_text, tuple(token for run in runs for token in run.ids))
 
     def seconds(self, loader: MediaLoader) -> float:
         """Length of its sound, or of its lips where there is none."""

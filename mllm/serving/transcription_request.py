@@ -89,8 +89,7 @@ class TranscriptionReader:
             streams = loader.probe(content)
         except MediaError as error:
             raise refusal_of(error, "file") from error
-        held = {"audio": streams["sound"], "video": streams["video"]}
-        found = [medium for medium in ("audio", "video") if held[medium] and medium in self.media]
+        found = [medium for medium in ("audio", "video") if streams[medium] and medium in self.media]
         if not found:
             raise bad_request(
                 f"the file holds nothing that is transcribed here; allowed: {' and '.join(self.media)} in a known "

@@ -1,5 +1,6 @@
 """A run folder of a tiny model whose answers differ, its media, and a real server process on loopback."""
 
+import base64
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NAME = "toy"
 
 
@@ -108,3 +109,25 @@ def server(run: Path, *words: str, key: str | None = None, seconds: float = 300)
             process.kill()
             process.wait()
             raise
+
+
+TYPES = {"image": "image/png", "audio": "audio/wav", "video": "video/mp4"}
+
+
+def data_url(medium: str, content: bytes) -> str:
+    """A file as a data URL."""
+    return f"data:{TYPES[medium]};base64,{base64.b64encode(content).decode()}"
+
+
+def part(medium: str, content: bytes, **beside: Any) -> dict[str, Any]:
+    """A medium as a part of a message; `beside` goes into the object that holds it."""
+    if medium == "audio" and "url" not in beside:
+        own = {"data": base64.b64encode(content).decode(), "format": "wav", **beside}
+        return {"type": "input_audio", "input_audio": own}
+    return {"type": f"{medium}_url", f"{medium}_url": {"url": data_url(medium, content), **beside}}
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    """One message of a user; texts stand for themselves."""
+    content = [{"type": "text", "text": own} if isinstance(own, str) else own for own in parts]
+    return [{"role": "user", "content": content}]
