@@ -133,6 +133,7 @@ def requests_of(number: int, seed: int, folder: Path, *, ragged: bool) -> list[A
             "budget": ",".join(choice.choice(BUDGETS[medium]) for medium in media),
             "max_tokens": choice.randint(*RAGGED_TOKENS) if ragged else SHORT_TOKENS,
             "stream": True,
+            "ignore_eos": True,
         }
         found.append(Asked(body))
     return found
@@ -302,10 +303,11 @@ def serve_one_at_a_time(folder: str) -> None:
         }
         text = next(part["text"] for part in parts if part["type"] == "text")
         pieces: queue.Queue[str | None] = queue.Queue()
-        answerer = Answerer(model, processor, Decoding(max_new_tokens=body["max_tokens"]))
+        answerer = Answerer(model, processor, Decoding(max_new_tokens=body["max_tokens"], ignores_end=True))
 
         def answer() -> None:
             with lock:
+                model.generation_config.eos_token_id = None  # `generate` asks it where it is told of no end
                 answerer.answer(text, **media, budget=body["budget"], on_text=pieces.put)
             pieces.put(None)
 

@@ -28,6 +28,7 @@ class AnswerRules:
         seed: of what is drawn; the same seed draws the same, whoever else is in the batch.
         stop: texts that end the answer and are not part of it.
         needs_text: whether the text is wanted while it is written.
+        ignores_end: goes on behind the model's own end, as measurements need it.
         repetition_tokens: an answer whose last so many tokens are one short stretch again and again ends there; 0 never
             looks.
     """
@@ -37,6 +38,7 @@ class AnswerRules:
     seed: int = 0
     stop: tuple[str, ...] = ()
     needs_text: bool = False
+    ignores_end: bool = False
     repetition_tokens: int = 0
 
 
@@ -71,11 +73,11 @@ class AnswerRun:
         self.ids.append(token)
         if len(self.ids) == 1:
             self.on_first_token()
-        if token in ends or self._found_stop(decode):
+        if (token in ends and not self.rules.ignores_end) or self._found_stop(decode):
             self.end("stop", decode)
         elif len(self.ids) >= self.rules.max_new_tokens:
             self.end("length", decode)
-        elif repeats(self.ids, self.rules.repetition_tokens):
+        elif not self.rules.ignores_end and repeats(self.ids, self.rules.repetition_tokens):
             self.end("repetition", decode)
         elif self.rules.needs_text:
             self._send(self.text.rstrip().rstrip(_UNFINISHED).rstrip())

@@ -67,7 +67,7 @@ def _rows(
     rows = []
     for budget in budgets:
         facts = measured.get(budget)
-        cost = batch.rows[0].costs(budget, processor.space)[0]
+        cost = batch.rows[0].token_counts(budget, processor.space)[0]
         rows.append(
             {
                 "budget": str(budget),

@@ -15,7 +15,7 @@ Knows budgets, spaces and extents. Does not know HTTP, files or models.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mllm.budget import MEDIA, Amount, Budget, Cost, Extent, Space, count_tokens
+from mllm.budget import MEDIA, Amount, Budget, Extent, Space, TokenCount, count_tokens
 from mllm.serving.errors import RequestError, bad_request, refusal_of
 from mllm.serving.fields import Fields, shown
 
@@ -240,7 +240,7 @@ class BudgetPolicy:
             return named[own.detail], f"{own.where}.detail"
         return None, ""
 
-    def costs(self, extents: Sequence[Extent], asked: RequestBudget) -> list[Cost]:
+    def costs(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
         """Count the exact tokens of every medium, once its file is known.
 
         Raises:
@@ -260,13 +260,13 @@ class BudgetPolicy:
             )
         return costs
 
-    def _count(self, extent: Extent, item: ItemBudget) -> Cost:
+    def _count(self, extent: Extent, item: ItemBudget) -> TokenCount:
         try:
             return count_tokens([extent], item.budget, self.space)[0]
         except ValueError as error:
             raise refusal_of(error, item.where) from error
 
-    def _split(self, extents: Sequence[Extent], asked: RequestBudget) -> list[Cost]:
+    def _split(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
         """Share a cap on the sum out among the media; amounts that were asked for stay."""
         merged = Budget(total_tokens=asked.total_tokens)
         for item in asked.items:
@@ -292,7 +292,7 @@ class BudgetPolicy:
         media = {m: replace(own, trained=tuple(self.within(m))) for m, own in self.space.media.items()}
         return Space(media)
 
-    def _check_cap(self, extent: Extent, item: ItemBudget, cost: Cost) -> None:
+    def _check_cap(self, extent: Extent, item: ItemBudget, cost: TokenCount) -> None:
         cap = self.cap.only([extent.medium])
         cap = replace(cap, total_tokens=None)
         if not cap.media:
@@ -324,7 +324,7 @@ def _is_at_most(amount: Amount, cap: Amount) -> bool:
     return amount.value >= cap.value if amount.kind == "rate" else amount.value <= cap.value
 
 
-def amounts_of(media: Sequence[str], costs: Sequence[Cost]) -> str | None:
+def amounts_of(media: Sequence[str], costs: Sequence[TokenCount]) -> str | None:
     """The one budget that all items of a request were served at, as the grammar writes it; None where they differ."""
     amounts: dict[str, Amount] = {}
     tiles: set[int] = set()

@@ -70,6 +70,7 @@ class ChatReader:
         is_stream = fields.flag("stream")
         has_usage = self._read_usage(fields, is_stream)
         has_token_ids = fields.flag("return_token_ids")
+        ignores_end = fields.flag("ignore_eos")
         wishes = read_body_wishes(fields)
         messages = fields.get("messages")
         fields.text("user", max_chars=MAX_USER_CHARS)  # a label, which changes nothing
@@ -78,7 +79,7 @@ class ChatReader:
         turns, beside = self._turns(messages)
         media = [part for _, parts in turns for part in parts if isinstance(part, PromptMedium)]
         budget = self.policy.resolve([(medium.medium, own) for medium, own in zip(media, beside, strict=True)], wishes)
-        rules = replace(rules, needs_text=is_stream)
+        rules = replace(rules, needs_text=is_stream, ignores_end=ignores_end)
         return ChatRequest(Conversation(turns, budget), rules, num_choices, is_stream, has_usage, has_token_ids)
 
     @staticmethod

@@ -70,8 +70,8 @@ def probe(content: bytes) -> tuple[dict[str, Any], bytes]:
     """Tell which streams a file holds that can be read, by its header."""
     with open_media(content, sys.maxsize) as file:
         found = sniff(file)
-        if found is None or found[0] != "clip":
-            return {"audio": found is not None and found[0] == "sound", "video": False}, b""
+        if found is None or found[0] != "video":
+            return {"audio": found is not None and found[0] == "audio", "video": False}, b""
         streams = {}
         kinds: tuple[tuple[Literal["audio", "video"], Any], ...] = (("audio", AUDIO_CODECS), ("video", VIDEO_CODECS))
         for kind, codecs in kinds:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mllm.budget import Budget
-from mllm.inference.answerer import Answerer, Decoding
-from mllm.kv_cache.system_prompt import ConstantPrompt
+from mllm.inference.decoding import Decoding, end_ids_of, generate_options
+from mllm.kv_cache.system_prompt import SystemPrompt
 from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.batch import Batch, Row
@@ -48,9 +48,8 @@ class Engine:
         self.processor = processor
         self.decode = decoder_of(processor.tokenizer)
         self._on_encoded = on_encoded
-        self._answerer = Answerer(model, processor)
-        self._ends = frozenset(self._answerer.end_ids)
-        self._constant = ConstantPrompt()
+        self._ends = frozenset(end_ids_of(model, processor))
+        self._system_prompt = SystemPrompt()
 
     @torch.no_grad()
     def write(self, runs: Sequence[AnswerRun], is_interrupted: Callable[[int, int], bool]) -> None:
@@ -66,7 +65,7 @@ class Engine:
         features = {encoder: self._stacked(own) for encoder, own in shown.items()}
         batch = Batch(rows)
         expanded = self.processor.expand(batch, [[Budget()] * len(rows)], left_padding=True, share_prefixes=True)
-        constant = self._constant.of_batch(
+        constant = self._system_prompt.of_batch(
             self.model.model.language_model, expanded.inputs, self.processor.placeholder_ids.values()
         )
         watch = _Watch(runs, self._ends, self.decode, is_interrupted)
@@ -74,18 +73,19 @@ class Engine:
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         if any(run.rules.temperature is not None for run in runs):
             options["logits_processor"] = LogitsProcessorList([_Draws(runs)])
-        self.model.generate(
-            **{key: value.to(self.model.device) for key, value in expanded.inputs.items()},
-            features=features,
-            constant_prompt=constant,
-            **options,
-        )
+        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        # Each answer has rules of its own for its end; `generate` asks the model's config where it is told of none.
+        config = self.model.generation_config
+        ends, config.eos_token_id = config.eos_token_id, None
+        try:
+            self.model.generate(**inputs, features=features, constant_prompt=constant, **options)
+        finally:
+            config.eos_token_id = ends
 
     def _options(self, runs: Sequence[AnswerRun]) -> dict[str, Any]:
-        """The arguments of `generate` that `Answerer` uses for greedy answers, as long as the longest may still be."""
+        """Lists the arguments of `generate` that `Answerer` uses for greedy answers, up to the longest of these."""
         longest = max(run.rules.max_new_tokens - len(run.ids) for run in runs)
-        self._answerer.decoding = Decoding(max_new_tokens=longest)
-        return self._answerer.options()
+        return generate_options(self.model, self.processor, Decoding(max_new_tokens=longest, ignores_end=True))
 
     def _encode(self, items: Sequence[MediaItem]) -> None:
         """Run the encoders over items that have not been through them."""

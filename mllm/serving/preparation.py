@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mllm.budget import Budget, Cost, Space
+from mllm.budget import Budget, Space, TokenCount
 from mllm.config.long_audio import LongAudio
 from mllm.inference.long_audio import load_windows
 from mllm.processing.batch import Batch, Row
@@ -28,9 +28,9 @@ from mllm.serving.media_cache import MediaCache, MediaItem, Window, Windows
 class CountedRow(Row):
     """A conversation whose media have been counted: each item has a budget of its own."""
 
-    counted: tuple[Cost, ...] = ()
+    counted: tuple[TokenCount, ...] = ()
 
-    def costs(self, budget: Budget, space: Space) -> list[Cost]:
+    def token_counts(self, budget: Budget, space: Space) -> list[TokenCount]:
         """What was counted, whatever the budget says."""
         return list(self.counted)
 
@@ -157,7 +157,7 @@ class Preparer:
         how = self.long_audio if is_whole else LongAudio()
         try:
             windows = load_windows(
-                request.sample, self.processor, how, loader=loader, budgets=cuts, given=request.given
+                request.sample, self.processor, how, loader=loader, budgets=cuts, in_memory=request.in_memory
             )
             return tuple(
                 Window(own.start, own.stop, tuple(self._item(loaded) for loaded in own.media)) for own in windows

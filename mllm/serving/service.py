@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
-from mllm.budget import Cost
+from mllm.budget import TokenCount
 from mllm.inference.windows import join_transcripts
 from mllm.media import MediaLoader
 from mllm.serving.answering import AnswerRules, AnswerRun, Ending
@@ -114,8 +114,10 @@ class Job:
         text = runs[0].text
         if len(runs) > 1:
             text = join_transcripts([run.text for run in runs], max(overlaps, default=0.0))
-        early = [run.ending for run in runs if run.ending is not None and run.ending != "stop"]
-        ending: Ending = early[0] if early else "stop"
+        ending: Ending = "stop"
+        for run in runs:
+            if ending == "stop" and run.ending is not None:
+                ending = run.ending
         return Choice(text, ending, runs[0].stop_text, tuple(token for run in runs for token in run.ids))
 
     def seconds(self, loader: MediaLoader) -> float:
@@ -146,8 +148,8 @@ class Job:
             known_media=self._prepared.num_known_media,
         )
 
-    def _medium(self, medium: str, cost: Cost) -> MediumUsage:
-        is_trained = self._policy.space.media[medium].is_trained_cost(cost)
+    def _medium(self, medium: str, cost: TokenCount) -> MediumUsage:
+        is_trained = self._policy.space.media[medium].is_trained_count(cost)
         return MediumUsage(medium, amounts_of([medium], [cost]) or "", cost.tokens, is_trained)
 
     def _ended(self) -> None:
