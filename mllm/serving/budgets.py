@@ -240,25 +240,25 @@ class BudgetPolicy:
             return named[own.detail], f"{own.where}.detail"
         return None, ""
 
-    def costs(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
+    def counts(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
         """Count the exact tokens of every medium, once its file is known.
 
         Raises:
             RequestError: 400, a budget that cannot be met, or one above the cap.
         """
         if asked.total_tokens is not None and any(item.is_free for item in asked.items):
-            costs = self._split(extents, asked)
+            counts = self._split(extents, asked)
         else:
-            costs = [self._count(extent, item) for extent, item in zip(extents, asked.items, strict=True)]
-        for extent, item, cost in zip(extents, asked.items, costs, strict=True):
-            self._check_cap(extent, item, cost)
-        total = sum(cost.tokens for cost in costs)
+            counts = [self._count(extent, item) for extent, item in zip(extents, asked.items, strict=True)]
+        for extent, item, count in zip(extents, asked.items, counts, strict=True):
+            self._check_cap(extent, item, count)
+        total = sum(count.tokens for count in counts)
         if asked.total_tokens is not None and total > asked.total_tokens:
             whose = "this server allows" if asked.is_total_of_server else "the budget allows"
             raise bad_request(
                 f"the request takes {total} soft tokens; {whose} total<={asked.total_tokens}: ask for fewer", "budget"
             )
-        return costs
+        return counts
 
     def _count(self, extent: Extent, item: ItemBudget) -> TokenCount:
         try:
@@ -292,19 +292,19 @@ class BudgetPolicy:
         media = {m: replace(own, trained=tuple(self.within(m))) for m, own in self.space.media.items()}
         return Space(media)
 
-    def _check_cap(self, extent: Extent, item: ItemBudget, cost: TokenCount) -> None:
+    def _check_cap(self, extent: Extent, item: ItemBudget, count: TokenCount) -> None:
         cap = self.cap.only([extent.medium])
         cap = replace(cap, total_tokens=None)
         if not cap.media:
             return
         try:
             most = count_tokens([extent], cap, self.space)[0].tokens
-        except ValueError:  # a clip so short that the cap itself cannot be met: whatever it costs is below it
+        except ValueError:  # a clip so short that the cap itself cannot be met: whatever it takes is below it
             return
-        if cost.tokens > most:
+        if count.tokens > most:
             allowed = ", ".join(map(str, self.within(extent.medium)))
             raise bad_request(
-                f"{item.budget} asks for {cost.tokens} soft tokens of {extent.medium}; this server allows at most "
+                f"{item.budget} asks for {count.tokens} soft tokens of {extent.medium}; this server allows at most "
                 f"{cap}, so {allowed}",
                 item.where,
             )
@@ -324,16 +324,16 @@ def _is_at_most(amount: Amount, cap: Amount) -> bool:
     return amount.value >= cap.value if amount.kind == "rate" else amount.value <= cap.value
 
 
-def amounts_of(media: Sequence[str], costs: Sequence[TokenCount]) -> str | None:
+def amounts_of(media: Sequence[str], counts: Sequence[TokenCount]) -> str | None:
     """The one budget that all items of a request were served at, as the grammar writes it; None where they differ."""
     amounts: dict[str, Amount] = {}
     tiles: set[int] = set()
     frames: set[int] = set()
-    for medium, cost in zip(media, costs, strict=True):
-        if amounts.setdefault(medium, cost.amount) != cost.amount:
+    for medium, count in zip(media, counts, strict=True):
+        if amounts.setdefault(medium, count.amount) != count.amount:
             return None
-        tiles |= {cost.tiles.count} if cost.tiles is not None else set()
-        frames |= {cost.frames} if cost.frames else set()
+        tiles |= {count.tiles.count} if count.tiles is not None else set()
+        frames |= {count.frames} if count.frames else set()
     if len(tiles) > 1 or len(frames) > 1:
         return None
     ordered = {medium: amounts[medium] for medium in MEDIA if medium in amounts}

@@ -18,10 +18,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from mllm.budget import Budget
 from mllm.inference.decoding import Decoding, end_ids_of, generate_options
 from mllm.kv_cache.system_prompt import SystemPrompt
-from mllm.model.backbone import SIZE_KEYS, VALUE_KEYS, Features
-from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing.batch import Batch, Row
+from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
+from mllm.model.modeling import ElasticForConditionalGeneration, Features
+from mllm.processing.batch import Batch, EncodedSample
 from mllm.processing.media_inputs import stack_media
+from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
 from mllm.serving.answering import AnswerRun, decoder_of
 from mllm.serving.media_cache import MediaItem
@@ -120,24 +121,24 @@ class Engine:
         return Features(torch.cat(padded), torch.cat([one.lengths for one in own]), torch.cat(grids) if grids else None)
 
 
-def _numbered(runs: Sequence[AnswerRun]) -> tuple[list[Row], dict[str, list[MediaItem]]]:
+def _numbered(runs: Sequence[AnswerRun]) -> tuple[list[EncodedSample], dict[str, list[MediaItem]]]:
     """The rows of a batch, and by encoder the items they show, each once; a row's ids include what it has written."""
     shown: dict[str, list[MediaItem]] = {}
     places: dict[MediaItem, int] = {}
     counts: dict[str, int] = {}
-    rows: list[Row] = []
+    rows: list[EncodedSample] = []
     for run in runs:
         own = run.prompt.row
         placed = []
-        for span, item in zip(own.runs, run.prompt.items, strict=True):
+        for span, item in zip(own.spans, run.prompt.items, strict=True):
             encoder = item.loaded.encoder
             if item not in places:
                 places[item] = counts.get(encoder, 0)
                 counts[encoder] = places[item] + item.loaded.num_items
                 shown.setdefault(encoder, []).append(item)
             placed.append(replace(span, item=places[item]))
-        labels = [*own.labels, *[-100] * len(run.ids)]
-        rows.append(replace(own, ids=[*own.ids, *run.ids], labels=labels, runs=tuple(placed)))
+        labels = [*own.labels, *[IGNORED_LABEL] * len(run.ids)]
+        rows.append(replace(own, ids=[*own.ids, *run.ids], labels=labels, spans=tuple(placed)))
     return rows, shown
 
 

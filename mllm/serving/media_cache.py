@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from mllm.budget import Extent
-from mllm.model.backbone import Features
+from mllm.model.modeling import Features
 from mllm.processing.media_inputs import LoadedMedia
 
 

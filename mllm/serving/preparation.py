@@ -14,7 +14,7 @@ from typing import Any
 from mllm.budget import Budget, Space, TokenCount
 from mllm.config.long_audio import LongAudio
 from mllm.inference.long_audio import load_windows
-from mllm.processing.batch import Batch, Row
+from mllm.processing.batch import Batch, EncodedSample
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.processor import ElasticProcessor
 from mllm.processing.requests import Request, read_chat
@@ -25,7 +25,7 @@ from mllm.serving.media_cache import MediaCache, MediaItem, Window, Windows
 
 
 @dataclass(frozen=True)
-class CountedRow(Row):
+class CountedSample(EncodedSample):
     """A conversation whose media have been counted: each item has a budget of its own."""
 
     counted: tuple[TokenCount, ...] = ()
@@ -62,7 +62,7 @@ class Conversation:
 class PromptRow:
     """One row of a batch, ready for the model: a conversation about one window of its media."""
 
-    row: CountedRow
+    row: CountedSample
     items: tuple[MediaItem, ...]
     keys: tuple[str, ...]
     num_prompt_tokens: int
@@ -174,7 +174,7 @@ class Preparer:
         """A row about one window of every group."""
         by_place = dict(zip(places, [item for window in stretch for item in window.items], strict=True))
         items = tuple(by_place[place] for place in sorted(by_place))
-        costs = self.policy.costs([item.extent for item in items], asked.budget)
+        counts = self.policy.counts([item.extent for item in items], asked.budget)
         request = self._request(asked)
         try:
             with self._tokenizer_lock:
@@ -185,7 +185,7 @@ class Preparer:
                     with_values=False,
                 )
             plain = batch.rows[0]
-            row = CountedRow(plain.sample_id, plain.ids, plain.labels, plain.runs, plain.task, tuple(costs))
+            row = CountedSample(plain.sample_id, plain.ids, plain.labels, plain.spans, plain.task, tuple(counts))
             # What does not go together, such as experts for one scale only, is refused here and not in the batch.
             expanded = self.processor.expand(Batch([row]), [[Budget()]], left_padding=True)
         except ValueError as error:
@@ -193,8 +193,8 @@ class Preparer:
         length = expanded.inputs["input_ids"].shape[1]
         if length > self.max_prompt_tokens:
             raise bad_request(
-                f"the request is {length} tokens long, {sum(cost.tokens for cost in costs)} of them soft; allowed are "
-                f"{self.max_prompt_tokens}",
+                f"the request is {length} tokens long, {sum(count.tokens for count in counts)} of them soft; allowed "
+                f"are {self.max_prompt_tokens}",
                 "messages",
             )
         times = (stretch[0].start, stretch[0].stop) if stretch else (0.0, 0.0)
@@ -233,4 +233,4 @@ def _groups(media: Sequence[PromptMedium], *, has_clips: bool) -> list[list[int]
     return groups
 
 
-__all__ = ["Conversation", "CountedRow", "Prepared", "Preparer", "PromptMedium", "PromptRow"]
+__all__ = ["Conversation", "CountedSample", "Prepared", "Preparer", "PromptMedium", "PromptRow"]

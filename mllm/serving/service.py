@@ -135,22 +135,22 @@ class Job:
         media: list[MediumUsage] = []
         for prompt in self._prepared.rows:
             media += [
-                self._medium(item.loaded.medium, cost)
-                for item, cost in zip(prompt.items, prompt.row.counted, strict=True)
+                self._medium(item.loaded.medium, count)
+                for item, count in zip(prompt.items, prompt.row.counted, strict=True)
             ]
         names = [item.loaded.medium for prompt in self._prepared.rows for item in prompt.items]
-        costs = [cost for prompt in self._prepared.rows for cost in prompt.row.counted]
+        counts = [count for prompt in self._prepared.rows for count in prompt.row.counted]
         return Usage(
             prompt_tokens=sum(prompt.num_prompt_tokens for prompt in self._prepared.rows),
             completion_tokens=sum(len(run.ids) for run in self.runs),
-            budget=amounts_of(names, costs),
+            budget=amounts_of(names, counts),
             media=tuple(media),
             known_media=self._prepared.num_known_media,
         )
 
-    def _medium(self, medium: str, cost: TokenCount) -> MediumUsage:
-        is_trained = self._policy.space.media[medium].is_trained_count(cost)
-        return MediumUsage(medium, amounts_of([medium], [cost]) or "", cost.tokens, is_trained)
+    def _medium(self, medium: str, count: TokenCount) -> MediumUsage:
+        is_trained = self._policy.space.media[medium].is_trained_count(count)
+        return MediumUsage(medium, amounts_of([medium], [count]) or "", count.tokens, is_trained)
 
     def _ended(self) -> None:
         self._left -= 1

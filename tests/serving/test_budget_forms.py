@@ -29,7 +29,7 @@ def tokens(body: dict[str, Any], *media: tuple[str, dict[str, Any]], default: st
         own.append((medium, read_part_wishes(medium, [part])))
         part.done()
     asked = policy.resolve(own, wishes)
-    return [cost.tokens for cost in policy.costs([EXTENTS[medium] for medium, _ in media], asked)]
+    return [count.tokens for count in policy.counts([EXTENTS[medium] for medium, _ in media], asked)]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_settings_that_no_request_could_meet_are_refused(default: str, cap: str,
 def test_the_budget_that_was_served_is_told_where_it_is_one() -> None:
     policy = BudgetPolicy(SPACE)
     media = [("image", Wishes("a")), ("audio", Wishes("b"))]
-    costs = policy.costs([IMAGE, SOUND], policy.resolve(media, Wishes("", Budget.parse("audio=12.5/s"))))
-    assert amounts_of(["image", "audio"], costs) == "image=64,audio=/4"
-    other = policy.costs([IMAGE], policy.resolve([("image", Wishes("a", Budget.parse("image=4")))], Wishes()))
-    assert amounts_of(["image", "image"], [costs[0], other[0]]) is None
+    counts = policy.counts([IMAGE, SOUND], policy.resolve(media, Wishes("", Budget.parse("audio=12.5/s"))))
+    assert amounts_of(["image", "audio"], counts) == "image=64,audio=/4"
+    other = policy.counts([IMAGE], policy.resolve([("image", Wishes("a", Budget.parse("image=4")))], Wishes()))
+    assert amounts_of(["image", "image"], [counts[0], other[0]]) is None
