@@ -85,14 +85,15 @@ class Way:
 
 def write_model(folder: Path) -> Path:
     """Save the demo's model as it is before training; what it computes does not depend on that."""
+    import yaml
+
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
-    from mllm.commands.options import parse_settings
-    from mllm.config.run import RunConfig
+    from mllm.config.run import read_run_config
     from mllm.model.trainables import set_trainables
+    from mllm.synthetic.demo.demo import RECIPE
 
-    config = ROOT / "mllm" / "synthetic" / "demo" / "demo.yaml"
-    model, processor = build(parse_settings(RunConfig, ["--config", str(config)], program="benchmark").model)
+    model, processor = build(read_run_config(yaml.safe_load(RECIPE.read_text())).model)
     set_trainables(model)
     save_run(model, processor, folder / "model")
     return folder / "model"
