@@ -17,6 +17,7 @@ from typing import Any
 VERBS = {
     "train": "mllm.commands.train",
     "generate": "mllm.commands.generate",
+    "serve": "mllm.commands.serve",
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
     "lmms-eval": "mllm.commands.lmms_eval",

@@ -56,21 +56,25 @@ class ElasticGenerationMixin(GenerationMixin):
         With `constant_prompt`, every row begins with that text, which has been read before (see
         `mllm.kv_cache.system_prompt`).
 
+        With `features`, by medium what `ElasticModel.encode` gave, those media are not encoded again; their raw values
+        need not be given.
+
         Raises:
             ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
         """
         media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
         input_ids = kwargs.pop("input_ids", inputs)
         constant = kwargs.pop("constant_prompt", None)
+        features = kwargs.pop("features", None)
         prefixes = _prefixes_of(kwargs, self.generation_config)
         if constant is not None:
             _check_sharing("constant_prompt", kwargs, self.generation_config)
         is_soft = None
-        if prefixes is not None or any(media[key] is not None for key in VALUE_KEYS.values()):
+        if prefixes is not None or features or any(media[key] is not None for key in VALUE_KEYS.values()):
             placeholders = list((self.config.placeholder_ids or {}).values())
             is_soft = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
             shown = input_ids if prefixes is None else input_ids[prefixes.first_rows]
-            kwargs["inputs_embeds"] = self.model.embed(shown, media)
+            kwargs["inputs_embeds"] = self.model.embed(shown, media, features=features)
             text_ids = input_ids.masked_fill(is_soft, 0)
             # The logits have no place for a new token behind the LLM's vocabulary, and what looks ids up in them (a
             # penalty for repetition) must not look for one; like a soft token it is there as an embedding alone.

@@ -267,8 +267,10 @@ class ElasticModel(ElasticPreTrainedModel):
             num_tokens = media.get(f"num_{medium}_tokens")
             layout = media.get(f"{medium}_layout") if plan is None else plan.layouts.get(medium)
             self._check(medium, input_ids, num_tokens, layout)
-            if values is not None and num_tokens is not None:
-                known = (features or {}).get(medium) or self.encode(medium, values, media.get(SIZE_KEYS[medium]))
+            known = (features or {}).get(medium)
+            if num_tokens is not None and known is None and values is not None:
+                known = self.encode(medium, values, media.get(SIZE_KEYS[medium]))
+            if num_tokens is not None and known is not None:
                 soft = self.compress(
                     medium,
                     known,

@@ -90,6 +90,10 @@ OPTIONAL = (
     Package("pillow-heif", module="pillow_heif", purpose="HEIC and HEIF images, as phones take them", extra="heif"),
     Package("liger-kernel", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU", extra="liger"),
     Package("pyarrow", purpose="benchmarks and conversations kept as parquet or arrow files", extra="tables"),
+    Package("fastapi", purpose="serving a model over HTTP (mllm serve)", extra="serve"),
+    Package("uvicorn", purpose="serving a model over HTTP", extra="serve"),
+    Package("python-multipart", module="python_multipart", purpose="files sent to that server", extra="serve"),
+    Package("prometheus-client", module="prometheus_client", purpose="metrics of that server", extra="serve"),
     Package("espeakng-loader", "espeakng_loader", "making the synthetic corpus's speech", extra="demo"),
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
     Package("mediapipe", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips", apart=True),

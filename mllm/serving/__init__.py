@@ -1,0 +1,1 @@
+"""Serves a model over HTTP in the form of OpenAI's API; nothing here is imported unless a server is started."""

@@ -1,0 +1,353 @@
+"""From the forms in which clients ask for budgets to the exact tokens of every medium of a request, or a refusal.
+
+    budget               "image=64,audio=/4,total<=256", in the body (also under mm_processor_kwargs) or beside a medium
+    max_soft_tokens      64: images at so many tokens, beside one or under mm_processor_kwargs
+    media_resolution     low, medium or high, in the body or beside a medium
+    detail               low, high or auto, of an image
+
+The first of these that speaks of a medium decides, and beside a medium counts before the body. low is the smallest
+trained budget, high the largest, medium the one in the middle, auto the server's default. A server's cap may be gone
+below and never above; named budgets mean those within it.
+
+Knows budgets, spaces and extents. Does not know HTTP, files or models.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mllm.budget import MEDIA, Amount, Budget, Extent, Space, TokenCount, count_tokens
+from mllm.serving.errors import RequestError, bad_request, refusal_of
+from mllm.serving.fields import Fields, shown
+
+RESOLUTIONS = ("low", "medium", "high")
+DETAILS = ("low", "high", "auto")
+MAX_TOKENS = 1_000_000
+"""Nobody's budget is larger; a number beyond it is a mistake."""
+MAX_BUDGET_CHARS = 256
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a client says of budgets in one place: in the body, or beside one medium."""
+
+    where: str = ""
+    budget: Budget | None = None
+    max_soft_tokens: int | None = None
+    media_resolution: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class ItemBudget:
+    """The budget of one medium of a request. `is_free` leaves the amount to a cap on the sum of all media."""
+
+    medium: str
+    budget: Budget
+    where: str
+    is_free: bool = False
+
+
+@dataclass(frozen=True)
+class RequestBudget:
+    """The budgets of a request's media in order, and the most tokens that all of them may have together."""
+
+    items: tuple[ItemBudget, ...] = ()
+    total_tokens: int | None = None
+    is_total_of_server: bool = False
+
+    @property
+    def amounts_text(self) -> str:
+        """What an image that is cut into tiles is cut for: everything that may change its tiles."""
+        return ";".join([*(str(item.budget) for item in self.items), f"total<={self.total_tokens}"])
+
+
+def read_budget(fields: Fields, key: str = "budget") -> Budget | None:
+    """Read a budget, a text of the grammar or an object of amounts by medium.
+
+    Raises:
+        RequestError: 400, it is none.
+    """
+    value = fields.get(key)
+    if value is None:
+        return None
+    is_short = isinstance(value, str) and len(value) <= MAX_BUDGET_CHARS
+    is_object = isinstance(value, Mapping) and all(
+        isinstance(own, str | int) and not isinstance(own, bool) and len(str(own)) <= MAX_BUDGET_CHARS
+        for own in value.values()
+    )
+    if not is_short and not is_object:
+        raise fields.refused(key, f'is {shown(value)}; write a text such as "image=64,audio=/4"')
+    try:
+        return Budget.of(value)
+    except ValueError as error:
+        raise refusal_of(error, fields.path(key)) from error
+
+
+def read_body_wishes(fields: Fields) -> Wishes:
+    """Read what a body says of budgets.
+
+    Raises:
+        RequestError: 400, forms that are none, or two budgets that differ.
+    """
+    budget, resolution = read_budget(fields), fields.choice("media_resolution", RESOLUTIONS)
+    soft_tokens = None
+    if (values := fields.get("mm_processor_kwargs")) is not None:
+        options = Fields(values, fields.path("mm_processor_kwargs"))
+        other = read_budget(options)
+        if None not in (budget, other) and budget != other:
+            raise options.refused("budget", f"is {other}, and budget is {budget}; give one of them")
+        budget = budget if other is None else other
+        soft_tokens = options.whole("max_soft_tokens", 1, MAX_TOKENS)
+        options.done()
+    return Wishes("", budget, soft_tokens, resolution)
+
+
+def read_part_wishes(medium: str, parts: Sequence[Fields]) -> Wishes:
+    """Read what stands beside one medium of budgets, in the part itself or in the object that holds its URL.
+
+    Raises:
+        RequestError: 400, forms that are none, a key in both places, or a budget of another medium.
+    """
+    found: dict[str, object] = {}
+    for fields in parts:
+        own = {
+            "budget": read_budget(fields),
+            "max_soft_tokens": fields.whole("max_soft_tokens", 1, MAX_TOKENS) if medium == "image" else None,
+            "media_resolution": fields.choice("media_resolution", RESOLUTIONS),
+            "detail": fields.choice("detail", DETAILS) if medium == "image" else None,
+        }
+        for key, value in own.items():
+            if value is not None and key in found:
+                raise fields.refused(key, "is given twice; give it in one place")
+            found |= {} if value is None else {key: value}
+    wishes = Wishes(parts[0].where, **found)  # pyright: ignore[reportArgumentType]
+    if wishes.budget is not None and (wishes.budget.media != {medium} or wishes.budget.total_tokens is not None):
+        raise parts[0].refused("budget", f"is {str(wishes.budget)!r}; beside one medium write {medium}=N and no total")
+    return wishes
+
+
+@dataclass(frozen=True)
+class BudgetPolicy:
+    """What a server does about budgets.
+
+    Args:
+        space: the model's.
+        default: what media get that a request says nothing of; their most tokens where it does not name them.
+        cap: which requests may go below and never above.
+
+    Raises:
+        ValueError: a default or cap that the model cannot serve, or a default above the cap.
+    """
+
+    space: Space
+    default: Budget = field(default_factory=Budget)
+    cap: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        for key, budget in (("budget", self.default), ("max_budget", self.cap)):
+            try:
+                self.space.check(budget)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+        for medium, amount in self.cap.amounts.items():
+            kinds = {own.kind for own in self.space.media[medium].trained}
+            if amount.kind not in kinds:
+                raise ValueError(
+                    f"max_budget {medium}={amount} must be written as the trained budgets are: "
+                    f"{self.space.media[medium].allowed()}"
+                )
+            if not self.within(medium):
+                raise ValueError(f"max_budget {medium}={amount} is below every trained budget of {medium}")
+            named = self.default.amounts.get(medium)
+            if named is not None and named.kind == amount.kind and not _is_at_most(named, amount):
+                raise ValueError(f"budget {medium}={named} is above max_budget {medium}={amount}")
+
+    def within(self, medium: str) -> list[Amount]:
+        """The trained amounts of a medium that the cap allows, most tokens first."""
+        trained, cap = self.space.media[medium].trained, self.cap.amounts.get(medium)
+        return [amount for amount in trained if cap is None or _is_at_most(amount, cap)]
+
+    def resolve(self, media: Sequence[tuple[str, Wishes]], wishes: Wishes) -> RequestBudget:
+        """Decide the budget of every medium of a request, as far as it can be without the files.
+
+        Args:
+            media: of each medium, in order, its name and what stands beside it.
+            wishes: of the body.
+
+        Raises:
+            RequestError: 400, a medium that the model or the request does not have, or a cap on the sum with budgets
+                beside media.
+        """
+        named = wishes.budget or Budget()
+        present = {medium for medium, _ in media}
+        try:
+            for medium in sorted(present | named.media, key=MEDIA.index):
+                self.space.check(Budget({medium: Amount("max")}))
+            self.space.check(named)
+        except ValueError as error:
+            raise refusal_of(error, "budget" if named.media - present else None) from error
+        if idle := named.media - present:
+            raise bad_request(f"the budget {str(named)!r} names {min(idle)}, but the request holds none", "budget")
+        if wishes.max_soft_tokens is not None and "image" not in present:
+            raise bad_request(
+                "mm_processor_kwargs.max_soft_tokens is of images, but the request holds none",
+                "mm_processor_kwargs.max_soft_tokens",
+            )
+        if named.total_tokens is not None and (beside := [own.where for _, own in media if own.budget is not None]):
+            raise bad_request(f"total<= is over all media; give it without {beside[0]}.budget", f"{beside[0]}.budget")
+        totals = [budget.total_tokens for budget in (named, self.cap) if budget.total_tokens is not None]
+        if named.total_tokens is None and self.default.total_tokens is not None and not _says(media, wishes):
+            totals.append(self.default.total_tokens)
+        total = min(totals, default=None)
+        items = [self._item(medium, own, wishes) for medium, own in media]
+        if total is None:
+            items = [replace(own, budget=self._largest(own), is_free=False) if own.is_free else own for own in items]
+        return RequestBudget(tuple(items), total, total is not None and total != named.total_tokens)
+
+    def _item(self, medium: str, own: Wishes, body: Wishes) -> ItemBudget:
+        """The budget of one medium: the first of all that speaks of it; free where nothing does."""
+        where = own.where
+        if own.budget is not None:
+            return ItemBudget(medium, own.budget, f"{where}.budget")
+        said = (body.budget or Budget()).only([medium])
+        said = replace(said, total_tokens=None)
+        if said.amounts:
+            return ItemBudget(medium, said, "budget")
+        if body.budget is not None and body.budget.total_tokens is not None:
+            return ItemBudget(medium, said, "budget", is_free=True)
+        amount, key = self._lower_wish(medium, own, body)
+        amount = amount or self.default.amounts.get(medium)
+        caps = said if said.media else replace(self.default.only([medium]), amounts={}, total_tokens=None)
+        budget = replace(caps, amounts={} if amount is None else {medium: amount})
+        return ItemBudget(medium, budget, key or where, is_free=amount is None)
+
+    def _largest(self, item: ItemBudget) -> Budget:
+        """The most that a medium may have of which nobody speaks."""
+        return replace(item.budget, amounts={item.medium: self.within(item.medium)[0]})
+
+    def _lower_wish(self, medium: str, own: Wishes, body: Wishes) -> tuple[Amount | None, str]:
+        """What is asked in other forms than the grammar's, and under which key."""
+        if medium == "image":
+            for wishes, key in ((own, f"{own.where}.max_soft_tokens"), (body, "mm_processor_kwargs.max_soft_tokens")):
+                if wishes.max_soft_tokens is not None:
+                    return Amount.parse(wishes.max_soft_tokens), key
+        amounts = self.within(medium)
+        named = {"low": amounts[-1], "medium": amounts[len(amounts) // 2], "high": amounts[0]}
+        for wishes, key in ((own, f"{own.where}.media_resolution"), (body, "media_resolution")):
+            if wishes.media_resolution is not None:
+                return named[wishes.media_resolution], key
+        if own.detail in named:
+            return named[own.detail], f"{own.where}.detail"
+        return None, ""
+
+    def counts(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
+        """Count the exact tokens of every medium, once its file is known.
+
+        Raises:
+            RequestError: 400, a budget that cannot be met, or one above the cap.
+        """
+        if asked.total_tokens is not None and any(item.is_free for item in asked.items):
+            counts = self._split(extents, asked)
+        else:
+            counts = [self._count(extent, item) for extent, item in zip(extents, asked.items, strict=True)]
+        for extent, item, count in zip(extents, asked.items, counts, strict=True):
+            self._check_cap(extent, item, count)
+        total = sum(count.tokens for count in counts)
+        if asked.total_tokens is not None and total > asked.total_tokens:
+            whose = "this server allows" if asked.is_total_of_server else "the budget allows"
+            raise bad_request(
+                f"the request takes {total} soft tokens; {whose} total<={asked.total_tokens}: ask for fewer", "budget"
+            )
+        return counts
+
+    def _count(self, extent: Extent, item: ItemBudget) -> TokenCount:
+        try:
+            return count_tokens([extent], item.budget, self.space)[0]
+        except ValueError as error:
+            raise refusal_of(error, item.where) from error
+
+    def _split(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
+        """Share a cap on the sum out among the media; amounts that were asked for stay."""
+        merged = Budget(total_tokens=asked.total_tokens)
+        for item in asked.items:
+            amounts = dict(merged.amounts) | dict(item.budget.amounts)
+            if any(merged.amounts.get(medium, amount) != amount for medium, amount in item.budget.amounts.items()):
+                raise bad_request(
+                    f"with total<={asked.total_tokens} all items of a medium get the same budget", item.where
+                )
+            tiles, frames = item.budget.max_tiles, item.budget.num_frames
+            merged = Budget(
+                amounts,
+                merged.total_tokens,
+                merged.max_tiles if tiles is None else tiles,
+                merged.num_frames if frames is None else frames,
+            )
+        try:
+            return count_tokens(extents, merged, self._capped_space())
+        except ValueError as error:
+            raise refusal_of(error, "budget") from error
+
+    def _capped_space(self) -> Space:
+        """The space whose trained amounts are those within the cap."""
+        media = {m: replace(own, trained=tuple(self.within(m))) for m, own in self.space.media.items()}
+        return Space(media)
+
+    def _check_cap(self, extent: Extent, item: ItemBudget, count: TokenCount) -> None:
+        cap = self.cap.only([extent.medium])
+        cap = replace(cap, total_tokens=None)
+        if not cap.media:
+            return
+        try:
+            most = count_tokens([extent], cap, self.space)[0].tokens
+        except ValueError:  # a clip so short that the cap itself cannot be met: whatever it takes is below it
+            return
+        if count.tokens > most:
+            allowed = ", ".join(map(str, self.within(extent.medium)))
+            raise bad_request(
+                f"{item.budget} asks for {count.tokens} soft tokens of {extent.medium}; this server allows at most "
+                f"{cap}, so {allowed}",
+                item.where,
+            )
+
+
+def _says(media: Sequence[tuple[str, Wishes]], body: Wishes) -> bool:
+    """Whether a request speaks of budgets at all."""
+    said = [body, *(own for _, own in media)]
+    keys = ("budget", "max_soft_tokens", "media_resolution")
+    return any(getattr(own, key) is not None for own in said for key in keys) or any(
+        own.detail not in (None, "auto") for own in said
+    )
+
+
+def _is_at_most(amount: Amount, cap: Amount) -> bool:
+    """Whether an amount gives no more tokens than another of its kind."""
+    return amount.value >= cap.value if amount.kind == "rate" else amount.value <= cap.value
+
+
+def amounts_of(media: Sequence[str], counts: Sequence[TokenCount]) -> str | None:
+    """The one budget that all items of a request were served at, as the grammar writes it; None where they differ."""
+    amounts: dict[str, Amount] = {}
+    tiles: set[int] = set()
+    frames: set[int] = set()
+    for medium, count in zip(media, counts, strict=True):
+        if amounts.setdefault(medium, count.amount) != count.amount:
+            return None
+        tiles |= {count.tiles.count} if count.tiles is not None else set()
+        frames |= {count.frames} if count.frames else set()
+    if len(tiles) > 1 or len(frames) > 1:
+        return None
+    ordered = {medium: amounts[medium] for medium in MEDIA if medium in amounts}
+    return str(Budget(ordered, None, next(iter(tiles), None), next(iter(frames), None)))
+
+
+__all__ = [
+    "BudgetPolicy",
+    "ItemBudget",
+    "RequestBudget",
+    "RequestError",
+    "Wishes",
+    "amounts_of",
+    "read_body_wishes",
+    "read_budget",
+    "read_part_wishes",
+]

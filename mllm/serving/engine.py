@@ -1,0 +1,186 @@
+"""Writes many answers at once with one model: media are encoded once, and rows are read and decoded together.
+
+transformers' `generate` does the decoding. Its continuous batching takes token ids alone and no soft tokens; so that
+answers of different lengths leave and join all the same, a batch may be interrupted: those that are not done go on in
+the next one, their prompt and what they have written being read again.
+
+Knows the model, the processor and answers. Does not know HTTP, queues or files.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from mllm.budget import Budget
+from mllm.inference.decoding import Decoding, end_ids_of, generate_options
+from mllm.kv_cache.system_prompt import SystemPrompt
+from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
+from mllm.model.modeling import ElasticForConditionalGeneration, Features
+from mllm.processing.batch import Batch, EncodedSample
+from mllm.processing.media_inputs import stack_media
+from mllm.processing.placeholders import IGNORED_LABEL
+from mllm.processing.processor import ElasticProcessor
+from mllm.serving.answering import AnswerRun, decoder_of
+from mllm.serving.media_cache import MediaItem
+
+ENCODED_TOGETHER = 8
+"""Items of one call of an encoder, so that its memory is bounded."""
+
+
+class Engine:
+    """Writes answers with a model, on whichever thread calls it; one at a time.
+
+    Args:
+        on_encoded: called with every item that was encoded just now.
+    """
+
+    def __init__(
+        self,
+        model: ElasticForConditionalGeneration,
+        processor: ElasticProcessor,
+        *,
+        on_encoded: Callable[[MediaItem], None] = lambda item: None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.decode = decoder_of(processor.tokenizer)
+        self._on_encoded = on_encoded
+        self._ends = frozenset(end_ids_of(model, processor))
+        self._system_prompt = SystemPrompt()
+
+    @torch.no_grad()
+    def write(self, runs: Sequence[AnswerRun], is_interrupted: Callable[[int, int], bool]) -> None:
+        """Go on with answers until all have ended, or until they are interrupted.
+
+        Args:
+            runs: answers that have not ended.
+            is_interrupted: asked after every token with the steps so far and how many answers go on.
+        """
+        items = list(dict.fromkeys(item for run in runs for item in run.prompt.items))
+        self._encode([item for item in items if item.features is None])
+        rows, shown = _numbered(runs)
+        features = {encoder: self._stacked(own) for encoder, own in shown.items()}
+        batch = Batch(rows)
+        expanded = self.processor.expand(batch, [[Budget()] * len(rows)], left_padding=True, share_prefixes=True)
+        constant = self._system_prompt.of_batch(
+            self.model.model.language_model, expanded.inputs, self.processor.placeholder_ids.values()
+        )
+        watch = _Watch(runs, self._ends, self.decode, is_interrupted)
+        options = self._options(runs)
+        options["stopping_criteria"] = StoppingCriteriaList([watch])
+        if any(run.rules.temperature is not None for run in runs):
+            options["logits_processor"] = LogitsProcessorList([_Draws(runs)])
+        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        # Each answer has rules of its own for its end; `generate` asks the model's config where it is told of none.
+        config = self.model.generation_config
+        ends, config.eos_token_id = config.eos_token_id, None
+        try:
+            self.model.generate(**inputs, features=features, constant_prompt=constant, **options)
+        finally:
+            config.eos_token_id = ends
+
+    def _options(self, runs: Sequence[AnswerRun]) -> dict[str, Any]:
+        """Lists the arguments of `generate` that `Answerer` uses for greedy answers, up to the longest of these."""
+        longest = max(run.rules.max_new_tokens - len(run.ids) for run in runs)
+        return generate_options(self.model, self.processor, Decoding(max_new_tokens=longest, ignores_end=True))
+
+    def _encode(self, items: Sequence[MediaItem]) -> None:
+        """Run the encoders over items that have not been through them."""
+        for encoder in dict.fromkeys(item.loaded.encoder for item in items):
+            own = [item for item in items if item.loaded.encoder == encoder]
+            for start in range(0, len(own), ENCODED_TOGETHER):
+                self._encode_together(encoder, own[start : start + ENCODED_TOGETHER])
+
+    def _encode_together(self, encoder: str, items: Sequence[MediaItem]) -> None:
+        values = stack_media([item.loaded for item in items])
+        sizes = values.get(SIZE_KEYS[encoder])
+        device = self.model.device
+        found = self.model.model.encode(
+            encoder, values[VALUE_KEYS[encoder]].to(device), None if sizes is None else sizes.to(device)
+        )
+        start = 0
+        for item in items:
+            place = slice(start, start + item.loaded.num_items)
+            start = place.stop
+            # Copies, so that an item that is kept does not keep the others of its batch.
+            longest = int(found.lengths[place].max())
+            grids = None if found.grids is None else found.grids[place].clone()
+            item.keep(Features(found.values[place, :longest].clone(), found.lengths[place].clone(), grids))
+            self._on_encoded(item)
+
+    def _stacked(self, items: Sequence[MediaItem]) -> Features:
+        """The features of all items of one encoder, one after the other."""
+        own = [item.features for item in items if item.features is not None]
+        longest = max(one.values.shape[1] for one in own)
+        padded = [torch.nn.functional.pad(one.values, (0, 0, 0, longest - one.values.shape[1])) for one in own]
+        grids = [one.grids for one in own if one.grids is not None]
+        return Features(torch.cat(padded), torch.cat([one.lengths for one in own]), torch.cat(grids) if grids else None)
+
+
+def _numbered(runs: Sequence[AnswerRun]) -> tuple[list[EncodedSample], dict[str, list[MediaItem]]]:
+    """The rows of a batch, and by encoder the items they show, each once; a row's ids include what it has written."""
+    shown: dict[str, list[MediaItem]] = {}
+    places: dict[MediaItem, int] = {}
+    counts: dict[str, int] = {}
+    rows: list[EncodedSample] = []
+    for run in runs:
+        own = run.prompt.row
+        placed = []
+        for span, item in zip(own.spans, run.prompt.items, strict=True):
+            encoder = item.loaded.encoder
+            if item not in places:
+                places[item] = counts.get(encoder, 0)
+                counts[encoder] = places[item] + item.loaded.num_items
+                shown.setdefault(encoder, []).append(item)
+            placed.append(replace(span, item=places[item]))
+        labels = [*own.labels, *[IGNORED_LABEL] * len(run.ids)]
+        rows.append(replace(own, ids=[*own.ids, *run.ids], labels=labels, spans=tuple(placed)))
+    return rows, shown
+
+
+class _Watch(StoppingCriteria):
+    """Sees every token as it is chosen, and says which rows are done.
+
+    A row that has ended may be stepped on until the batch is; what comes then is nobody's.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[AnswerRun],
+        ends: frozenset[int],
+        decode: Callable[[Sequence[int]], str],
+        is_interrupted: Callable[[int, int], bool],
+    ) -> None:
+        self.runs, self.ends, self.decode, self.is_interrupted = runs, ends, decode, is_interrupted
+        self.steps = 0
+        self.is_over = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # pyright: ignore
+        if not self.is_over:  # on a GPU the library looks at what is said here one step late
+            for run, token in zip(self.runs, input_ids[:, -1].tolist(), strict=True):
+                if run.ending is None:
+                    run.take(token, self.ends, self.decode)
+            self.steps += 1
+            going_on = sum(run.ending is None for run in self.runs)
+            self.is_over = going_on == 0 or self.is_interrupted(self.steps, going_on)
+        done = [self.is_over or run.ending is not None for run in self.runs]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class _Draws(LogitsProcessor):
+    """Lets the best token of a row that is drawn be one that is drawn: logits over temperature, with Gumbel noise."""
+
+    def __init__(self, runs: Sequence[AnswerRun]) -> None:
+        self.runs = runs
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore
+        scores = scores.clone()
+        for row, run in enumerate(self.runs):
+            if run.rules.temperature is not None and run.ending is None:
+                noise = run.noise(scores.shape[-1]).to(scores.device)
+                scores[row] = scores[row] / run.rules.temperature + noise
+        return scores

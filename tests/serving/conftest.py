@@ -1,0 +1,75 @@
+"""One tiny run and one server process for all tests of the server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import tiny
+from toy_server import Running, server, write_run
+
+from mllm.checkpoints.load import load
+from mllm.inference.answerer import Answerer, Decoding
+
+NUM_FILES = 4
+MAX_NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that takes images, sounds and lips."""
+    return write_run(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    """Some real media, by medium."""
+    folder = tmp_path_factory.mktemp("media")
+    return [
+        {medium: (folder / name).read_bytes() for medium, name in tiny.write_media(folder, seed=seed).items()}
+        for seed in range(NUM_FILES)
+    ]
+
+
+@pytest.fixture(scope="session")
+def answerer(run: Path) -> Answerer:
+    """Answers as the server should."""
+    return Answerer(*load(run, device="cpu"), Decoding(max_new_tokens=MAX_NEW_TOKENS))
+
+
+@pytest.fixture(scope="session")
+def served(run: Path) -> Iterator[Running]:
+    """`mllm serve` with its usual settings, but answers as short as the answerer's."""
+    words = ["--requests.max_new_tokens", str(MAX_NEW_TOKENS), "--batching.steps_before_joining", "5"]
+    with server(run, *words) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(served: Running) -> openai.OpenAI:
+    """OpenAI's client, which asks once and not again."""
+    return openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A video with sound."""
+    import av
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    rng = np.random.default_rng(5)
+    with av.open(path, "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 48, 48, "yuv420p"  # type: ignore[attr-defined]
+        audio = container.add_stream("aac", rate=16_000, layout="mono")
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8), format="rgb24")
+            container.mux(video.encode(frame))  # type: ignore[attr-defined]
+        samples = (8000 * np.sin(np.arange(11_000) / 9)).astype("<i2")[None]
+        sound = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        sound.sample_rate = 16_000
+        container.mux(audio.encode(sound))  # type: ignore[attr-defined]
+        container.mux(video.encode())  # type: ignore[attr-defined]
+        container.mux(audio.encode())  # type: ignore[attr-defined]
+    return path.read_bytes()
