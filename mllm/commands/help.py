@@ -127,7 +127,7 @@ def docs_of(kind: Any) -> dict[str, str]:
     for one in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(one):
             continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cast(type, one)))).body
         assert isinstance(tree, ast.ClassDef)
         for statement, follows in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):

@@ -301,8 +301,8 @@ def _adapter_weights(text: Any, adapter: AdapterConfig | None) -> int:
         experts = adapter.num_shared + adapter.num_experts
         routers = max(len(adapter.scales), 1) * adapter.num_experts
         return text.hidden_size * (experts * (2 * adapter.bottleneck + 1) + routers)
-    if hasattr(adapter, "weights_per_layer"):  # one from outside, see `mllm.adapters.register_adapter`
-        return adapter.weights_per_layer(linears)
+    if (count_weights := getattr(adapter, "weights_per_layer", None)) is not None:
+        return count_weights(linears)  # of one from outside, see `mllm.adapters.register_adapter`
     if not isinstance(adapter, LoraConfig | LoraBankConfig):
         raise ValueError(f"no cost formula for adapter {adapter.kind!r}, whose config has no weights_per_layer")
     # A bank computes all of its LoRAs for every token.
