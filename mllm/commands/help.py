@@ -11,7 +11,7 @@ import textwrap
 import typing
 from dataclasses import MISSING
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mllm.config.nearest import nearest
 from mllm.config.reading import TAG, Key, fields_of, keys_of, plain
