@@ -17,10 +17,10 @@ from typing import Any
 VERBS = {
     "train": "mllm.commands.train",
     "generate": "mllm.commands.generate",
-    "serve": "mllm.commands.serve",
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
     "lmms-eval": "mllm.commands.lmms_eval",
+    "serve": "mllm.commands.serve",
     "bench": "mllm.commands.bench",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",

@@ -16,7 +16,7 @@ from mllm.utils.extras import install_line
 if TYPE_CHECKING:
     from mllm.serving.server import ServerSettings
 
-SUMMARY = "serve a model over HTTP, in the form of OpenAI's API"
+SUMMARY = "Serve a model over HTTP, in the form of OpenAI's API."
 KEY_VARIABLE = "MLLM_API_KEY"
 
 

@@ -175,7 +175,7 @@ def test_files_that_are_none_are_refused_one_by_one(guarded: Running, files: Fil
         ("image", files[0]["image"][:200], "corrupt"),
         ("audio", files[0]["audio"][:20], "corrupt|empty"),
         ("video", files[0]["video"][:-2000], "corrupt"),
-        ("audio", files[0]["image"], "neither a sound nor a video file"),
+        ("audio", files[0]["image"], "neither an audio nor a video file"),
     ):
         answer = post(guarded, body_of(part(medium, content), "what?"))
         assert answer.status_code == 400, answer.text
