@@ -239,7 +239,7 @@ sys.stderr.write(f"{{heavy}} {{time.process_time():.2f}}")
     heavy, seconds = run.stderr.rsplit(" ", 1)
     assert heavy == "[]"
     assert float(seconds) < 10  # for all of them together, on a busy machine; one takes a third of a second
-    for word in ("usage: mllm COMMAND", "data check", "Run folder, a checkpoint in one", "--train.max_steps"):
+    for word in ("usage: mllm COMMAND", "data check", "Names a run folder, a checkpoint in one", "--train.max_steps"):
         assert word in run.stdout
 
 

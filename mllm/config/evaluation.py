@@ -22,70 +22,71 @@ class EvaluationConfig(LongAudioOptions):
     """Which model is evaluated on what, at which budgets."""
 
     model: str
-    """Run folder, a checkpoint in one, or an exported model."""
+    """Names a run folder, a checkpoint in one, or an exported model."""
     checkpoint: str | None = None
-    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    """Takes a checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
+    """Tells where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     manifest: list[str]
-    """Manifests (JSONL); name several by giving this more than once."""
+    """Names a manifest (JSONL), or several where this is given more than once."""
     budgets: str | list[str]
-    """Budgets, as a list or parted by ";", e.g. "audio=/4,video=/2;audio=/16,video=/5;image=4". A budget is used for
-    the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
+    """Lists budgets, as a list or parted by ";", e.g. "audio=/4,video=/2;audio=/16,video=/5;image=4". A budget is used
+    for the samples that hold a medium it names, and each at the media it holds; an empty one asks for the largest."""
     allow_untrained: bool = False
-    """Also answer at rates and counts that training did not draw, where the model can; reports mark those rows. They
+    """Also answers at rates and counts that training did not sample, where the model can; reports mark those rows. They
     are refused otherwise."""
     name: str | None = None
-    """Name of this evaluation, for several of one model: answers, table and plot then lie in a folder of that name
+    """Names this evaluation, for several of one model: answers, table and plot then lie in a folder of that name
     inside `evaluation`."""
     out: str | None = None
-    """Folder of the answers, table and plot; when left out `evaluation` inside the model's folder, or of a checkpoint
-    `evaluation-checkpoint-...` inside its run."""
+    """Names the folder of the answers, table and plot; when left out `evaluation` inside the model's folder, or of a
+    checkpoint `evaluation-checkpoint-...` inside its run."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
-    """The form that all of these files are in."""
+    """Describes the form that all of these files are in."""
     root: str | None = None
-    """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
+    """Names the folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     limit: int | None = None
-    """Only the first so many samples of each manifest."""
+    """Takes only the first so many samples of each manifest."""
     vqav2_questions: str | None = None
-    """File of all questions of VQAv2's test set (LLaVA's or the official one); its server wants an answer to each, so
-    those that no manifest asks get an empty one in the submission."""
+    """Names the file of all questions of VQAv2's test set (LLaVA's or the official one); its server wants an answer to
+    each, so those that no manifest asks get an empty one in the submission."""
     noise: str | None = None
-    """Sound file that is mixed into every sound, for snr_db; another one than the model was trained with."""
+    """Names an audio file that is mixed into all audio, for snr_db; another one than the model was trained with."""
     allow_training_noise: bool = False
-    """Take the noise the model was trained with all the same, as the published systems do."""
+    """Takes the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
-    """Signal-to-noise ratios in decibels; null leaves the sound as it is."""
+    """Lists signal-to-noise ratios in decibels; null leaves the audio as it is."""
     limits: MediaLimits = field(default_factory=MediaLimits)
-    """Pixels, seconds and bytes beyond which a file is refused."""
+    """Refuses files with more pixels, seconds or bytes."""
     max_mismatch_seconds: float | None = 0.08
-    """A clip whose sound and video differ by more cannot be used; null never compares."""
+    """Refuses a clip whose audio and video differ by more; null never compares."""
     num_beams: int = 1
-    """1 is greedy; beams are deterministic. The LLM's own generation config, which may sample, is not followed."""
+    """Searches with so many beams; 1 is greedy, and beams are deterministic. The LLM's own generation config, which may
+    sample, is not followed."""
     length_penalty: float = 1.0
-    """Of beams: sums of log-probabilities are divided by length to this power."""
+    """Divides the log-probability of a beam by its length to this power."""
     max_new_tokens: int = 64
-    """Answers end there at the latest."""
+    """Ends answers there at the latest."""
     batch_size: int = 8
-    """Samples of one batch; each is answered at all its budgets at once."""
+    """Takes so many samples in one batch; each is answered at all its budgets at once."""
     max_rows: int | None = None
-    """Most rows of one pass, a row being a sample at one budget, where memory is short: there are fewer samples in a
-    batch then, and one with more budgets than this is encoded several times."""
+    """Caps the rows of one pass, a row being a sample at one budget, where memory is short: there are fewer samples in
+    a batch then, and one with more budgets than this is encoded several times."""
     merge_adapter: bool = False
-    """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
+    """Folds a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
     rows."""
     constant_prompt: bool = False
-    """Keep what the LLM reads of the text that all prompts begin with, from one batch to the next."""
+    """Keeps what the LLM reads of the text that all prompts begin with, from one batch to the next."""
     static_cache: bool = False
-    """Decode with a cache of a fixed size, which CUDA replays as a graph. Every row then reads its own prompt."""
+    """Decodes with a cache of a fixed size, which CUDA replays as a graph. Every row then reads its own prompt."""
     seed: int = 0
-    """Of the noise and of the bootstrap intervals."""
+    """Seeds the noise and the bootstrap intervals."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen parts."""
+    """Keeps the frozen parts in this type."""
     video_backend: Literal["pyav", "decord"] = "pyav"
-    """What decodes videos; both give the same frames."""
+    """Chooses what decodes videos; both give the same frames."""
     use_cpu: bool = False
-    """Run on the CPU although there is a GPU."""
+    """Runs on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Say what becomes of a sound that is longer than its encoder's window: refused, or cut into windows."""
+"""Says what becomes of audio that is longer than its encoder's window: refused, or cut into windows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LongAudio:
-    """What becomes of a sound that is longer than its encoder's window.
+    """What becomes of audio that is longer than its encoder's window.
 
     Args:
         mode: `refuse` it, or `chunk` it into windows that are answered about in turn.
@@ -55,15 +55,15 @@ class LongAudio:
 
 @dataclass(frozen=True, kw_only=True)
 class LongAudioOptions:
-    """The options of a command that say what becomes of a sound longer than its encoder's window."""
+    """The options of a command that say what becomes of audio longer than its encoder's window."""
 
     long_audio: Literal["refuse", "chunk"] = "refuse"
-    """A sound longer than its encoder's window is refused, or cut into windows that overlap, whose answers are joined
-    where their words meet. For speech that is transcribed."""
+    """Refuses audio longer than its encoder's window, or cuts it into windows that overlap, whose answers are joined
+    where their words meet; for speech that is transcribed."""
     window_seconds: float | None = None
-    """With chunk: shorter windows than the encoder's; needed where the encoder has none."""
+    """Sets, with chunk, shorter windows than the encoder's; needed where the encoder has none."""
     overlap_seconds: float | None = None
-    """With chunk: what two neighbouring windows have in common; a sixth of a window when left out."""
+    """Sets, with chunk, what two neighbouring windows have in common; a sixth of a window when left out."""
 
     def __post_init__(self) -> None:
         self.read_long_audio()  # refuses what contradicts itself before anything is loaded

@@ -23,19 +23,19 @@ Part = Literal["compressors", "adapter", "llm", "image", "audio", "video"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Where the features of frozen encoders are kept; see training/feature_cache/features.py."""
+    """The features of frozen encoders, kept on disk; see training/feature_cache/features.py."""
 
     folder: str
-    """Made before the first step where something is missing; runs with the same encoders and augmentation
-    may share it."""
+    """Names the folder, which is filled before the first step; runs with the same encoders and augmentation may share
+    it."""
     versions: int = 1
-    """Differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
+    """Keeps so many differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
     seed: int = 0
-    """Of their augmentation, in place of train.seed."""
+    """Seeds their augmentation, in place of train.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """How they are kept; bfloat16 takes half the space and rounds to 3 digits."""
+    """Keeps features in this type; bfloat16 takes half the space and rounds to 3 digits."""
     pooled: list[Literal["audio", "video"]] = field(default_factory=list)
-    """Media with compressor `pool` that are kept averaged at the largest rate all trained ones are multiples of: a
+    """Keeps these media, of compressor `pool`, averaged at the largest rate all trained ones are multiples of: a
     quarter of the space for /4 and /16, and the same soft tokens."""
 
     def __post_init__(self) -> None:
@@ -47,60 +47,61 @@ class DataConfig:
     """Which samples are trained on, and how they become batches."""
 
     train: list[str]
-    """Manifests (JSONL, or what data.reader.format says) to train on; media paths are relative to each manifest's own
-    folder, unless `root` is given."""
+    """Lists manifests (JSONL, or what data.reader.format says) to train on; media paths are relative to each manifest's
+    own folder, unless `root` is given."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
-    """The form that all of these files are in."""
+    """Describes the form that all of these files are in."""
     validation: list[str] = field(default_factory=list)
-    """Manifests to validate on; without one there is no validation."""
+    """Lists manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
-    """Manifests of one medium item and its description per row. Before the first step the projectors of `pool` and
-    `stack` are fitted to them in closed form, see training/initialization/projector_fit.py; without one they start at
-    random."""
+    """Lists manifests of one medium item and its description per row. Before the first step the projectors of `pool`
+    and `stack` are fitted to them in closed form, see training/initialization/projector_fit.py; without one they start
+    at random."""
     root: str | None = None
-    """Folder that the media paths of all manifests are relative to, instead of each manifest's own."""
+    """Names the folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     noise: str | None = None
-    """Sound file that is mixed into every sound, at a random place and one of the ratios snr_db."""
+    """Names an audio file that is mixed into all audio, from a random point on and at one of the ratios snr_db."""
     snr_db: list[float | None] = field(default_factory=list)
-    """Signal-to-noise ratios in decibels, of which each sample draws one; null leaves the sound as it is."""
+    """Lists signal-to-noise ratios in decibels, of which each sample gets one; null leaves the audio as it is."""
     audio_mask_samples: list[int] = field(default_factory=list)
-    """Time mask of sound, [window, stride], e.g. [6400, 16000]: in each second begun a stretch of less than 0.4 seconds
-    is silenced; none when left out."""
+    """Masks audio in time, [window, stride], e.g. [6400, 16000]: in each second begun a stretch of less than 0.4
+    seconds is silenced; nothing is when left out."""
     video_mask_frames: list[int] = field(default_factory=list)
-    """Time mask of lip videos, [window, stride], e.g. [10, 25]: frames are black there; none when left out."""
+    """Masks lip videos in time, [window, stride], e.g. [10, 25]: frames are black there; none are when left out."""
     flip_probability: float = 0.0
-    """How often a lip video is mirrored."""
+    """Mirrors so large a share of lip videos."""
     max_mismatch_seconds: float | None = 0.08
-    """A clip whose sound and video differ by more cannot be used; by less, the sound is cut or followed by silence.
-    null never compares."""
+    """Refuses a clip whose audio and video differ by more; by less, the audio is cut or followed by silence. null never
+    compares."""
     limits: MediaLimits = field(default_factory=MediaLimits)
-    """Pixels, seconds and bytes beyond which a file is refused, e.g. {video_seconds: 600}."""
+    """Refuses files with more pixels, seconds or bytes, e.g. {video_seconds: 600}."""
     features: FeatureConfig | None = None
-    """Encode every training sample once, before the first step, instead of in every epoch, and every sample of
+    """Encodes every training sample once, before the first step, instead of in every epoch, and every sample of
     data.validation; off when left out."""
     tokens_per_batch: int = 4096
-    """Most tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
+    """Caps the tokens of one micro-batch on one process, padding included, with every medium at its largest budget."""
     max_rows: int = 64
-    """Most samples of one micro-batch, however short they are."""
+    """Caps the samples of one micro-batch, however short they are."""
     max_sample_tokens: int | None = None
-    """A longer sample is cut there, counted with every medium at its largest budget, as LLaVA cuts at 2048. Media are
+    """Cuts longer samples there, counted with every medium at its largest budget, as LLaVA cuts at 2048. Media are
     never cut: a sample with one behind this point is left out. Nothing is cut when left out."""
     group_by_media: bool = False
-    """Every step takes samples with the same media only, as many images included (but for the last ones of an epoch),
-    as LLaVA parts samples with an image from those without. Then processes cost the same at small budgets too; see
-    `mllm data balance`."""
+    """Fills every step with samples of the same media only, as many images included (but for the last ones of an
+    epoch), as LLaVA parts samples with an image from those without. Then processes cost the same at small budgets too;
+    see `mllm data balance`."""
     share_media: bool = False
-    """Samples that hold the same files, such as a clip in three tasks, go into one batch, where each file is read,
+    """Puts samples that hold the same files, such as a clip in three tasks, into one batch, where each file is read,
     augmented and encoded once, and what their prompts begin with alike is computed once. Off, every sample has
     augmentation of its own, and batches are more mixed."""
     max_unsupervised_fraction: float = 0.01
-    """A run does not start when more than this share of its samples has no target token."""
+    """Refuses to start when more than this share of the samples has no target token."""
     num_workers: int = 2
-    """Processes that decode media beside each training process; 0 decodes in the training process itself."""
+    """Starts so many processes that decode media beside each training process; 0 decodes in the training process
+    itself."""
     video_backend: Literal["pyav", "decord"] = "pyav"
-    """What decodes videos; both give the same frames."""
+    """Chooses what decodes videos; both give the same frames."""
     max_bad_fraction: float = 0.01
-    """A run stops when more than this share of its samples cannot be read; the others are listed and left out."""
+    """Stops when more than this share of the samples cannot be read; the others are listed and left out."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -164,68 +165,71 @@ class TrainConfig:
     """How long, how fast and how exactly a run trains, and where it is kept."""
 
     out: str
-    """Folder of the run: checkpoints, logs and, at the end, the trained model."""
+    """Names the folder of the run: checkpoints, logs and, at the end, the trained model."""
     max_steps: int | None = None
-    """Optimizer steps of the run; or give epochs."""
+    """Trains so many optimizer steps; or give epochs."""
     epochs: int | None = None
-    """Passes over the training samples, rounded up to a whole optimizer step; or give max_steps."""
+    """Goes so often over the training samples, rounded up to a whole optimizer step; or give max_steps."""
     start_from: str | None = None
-    """Run folder whose trained values this run starts from, e.g. of a first stage or of a converted checkpoint."""
+    """Starts from the trained values of this run folder, e.g. of a first stage or of a converted checkpoint."""
     parts: list[Part] | None = None
-    """What learns; the compressors and, where there is one, the adapter when left out. A whole part by its name."""
+    """Lists what learns, a whole part by its name; the compressors and, where there is one, the adapter when left
+    out."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Sets the peak learning rate."""
     part_learning_rates: dict[Part, float] = field(default_factory=dict)
-    """Other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
+    """Sets other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
     task_weights: dict[str, float] = field(default_factory=dict)
-    """How much the loss of a task counts, e.g. {vsr: 1.5} as in Omni-AVSR; 1 for every task that is not named."""
+    """Weighs the loss of tasks, e.g. {vsr: 1.5} as in Omni-AVSR; a task that is not named has 1."""
     sink_weight: float = 0.0
-    """Weight of Llama-AVSR's sink loss, which keeps tokens from looking like the first one; there 10000, off here."""
+    """Weighs Llama-AVSR's sink loss, which keeps tokens from looking like the first one; there 10000, off here."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0 to its peak."""
+    """Lets the learning rate rise from 0 to its peak over so many steps; it falls to 0 at the last as a cosine."""
     warmup_fraction: float | None = None
-    """Instead of warmup_steps: that share of all steps, rounded up, e.g. 0.03."""
+    """Takes this share of all steps, rounded up, in place of warmup_steps, e.g. 0.03."""
     weight_decay: float = 0.0
-    """AdamW's, for matrices; biases and norms are left out of it."""
+    """Sets AdamW's weight decay of matrices; biases and norms have none."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's decay rates of the first and second moment."""
+    """Sets AdamW's decay rates of the first and second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    """Scales gradients down to this norm; 0 leaves them as they are."""
     accumulation: int = 1
-    """Micro-batches per process and optimizer step."""
+    """Takes so many micro-batches per process and optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the arithmetic (autocast); trained parameters and their moments stay in float32."""
+    """Computes in this type (autocast); trained parameters and their moments stay in float32."""
     packing: bool = True
     """Lays all passes of a micro-batch in one row without padding and computes what they share once; the same losses
     and gradients. Where the LLM's attention does not allow it, the log says so and passes are padded."""
     packed_attention: Literal["sdpa", "flex"] = "sdpa"
-    """What computes the attention of packed rows: one call per stretch of a row, or flex attention, on a GPU only."""
+    """Chooses what computes the attention of packed rows: one call per stretch of a row, or flex attention, on a GPU
+    only."""
     loss_kernel: Literal["torch", "liger"] = "torch"
-    """What computes the cross-entropy of targets: torch from their logits, or Liger's fused kernel from those of a few
-    targets at a time, on a GPU only."""
+    """Chooses what computes the cross-entropy of targets: torch from their logits, or Liger's fused kernel from those
+    of a few targets at a time, on a GPU only."""
     memory: Literal["fast", "low"] = "fast"
-    """`low` runs one forward and backward per budget, on features that are encoded once, instead of one for all: the
-    same gradients, more time, and the activations of one budget at a time."""
+    """Runs, when `low`, one forward and backward per budget, on features that are encoded once, instead of one for all:
+    the same gradients, more time, and the activations of one budget at a time."""
     gradient_checkpointing: bool = False
     """Computes the LLM's layers again in the backward pass instead of keeping their activations."""
     seed: int = 0
-    """Of draws, order of samples, augmentation and dropout."""
+    """Seeds sampled budgets, order of samples, augmentation and dropout."""
     log_every: int = 10
-    """Steps between two rows of the log."""
+    """Writes a row of the log every so many steps."""
     save_every: int | None = None
-    """Steps between two checkpoints; one at the end only when left out."""
+    """Writes a checkpoint every so many steps; one at the end only when left out."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Keeps so many of the newest checkpoints."""
     validate_every: int | None = None
-    """Steps between two validations; one at the end only when left out, and none without data.validation."""
+    """Validates every so many steps; at the end only when left out, and never without data.validation."""
     tensorboard: bool = True
-    """Also write the log for tensorboard, where it is installed."""
+    """Also writes the log for tensorboard, where it is installed."""
     progress: bool = True
-    """Show a progress bar."""
+    """Shows a progress bar."""
     use_cpu: bool = False
-    """Train on the CPU although there is a GPU."""
+    """Trains on the CPU although there is a GPU."""
     deepspeed: str | None = None
-    """DeepSpeed config (JSON) for the launchers `deepspeed` and `torchrun`; `accelerate launch` brings its own."""
+    """Names a DeepSpeed config (JSON) for the launchers `deepspeed` and `torchrun`; `accelerate launch` brings its
+    own."""
 
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.epochs is None):
@@ -273,11 +277,11 @@ class RunConfig:
     model: ModelConfig
     """The parts of the model and where they come from."""
     data: DataConfig
-    """What it is trained on."""
+    """The samples it is trained on."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """Which budgets a step trains."""
+    """The budgets that a step trains."""
     train: TrainConfig
-    """How long, how fast, where."""
+    """The length, the pace and the folder of the training."""
 
     def __post_init__(self) -> None:
         if self.train.parts is None:

@@ -224,3 +224,10 @@ def test_every_key_has_a_line_of_help() -> None:
     keys = [number for number, line in enumerate(every) if line.startswith("  --") and "FILE" not in line]
     assert len(keys) > 100
     assert all(every[number + 1].startswith("      ") for number in keys)
+
+
+def test_a_key_of_a_reader_is_named_in_full() -> None:
+    values = run_values()
+    values["data"]["reader"] = {"format": "llava", "tasks": ["asr"]}
+    with pytest.raises(ValueError, match=r"data.reader.tasks goes with the formats auto_avsr"):
+        read_run_config(values)

@@ -289,7 +289,7 @@ def test_missing_images_and_files_are_reported(tmp_path: Path, capsys: pytest.Ca
 def test_settings_of_other_formats_are_refused() -> None:
     for settings, message in (
         ({"format": "gqa", "ocr_tokens": False}, "ocr_tokens goes with the format textvqa"),
-        ({"format": "llava", "images": "x"}, "images and annotations go with vision benchmarks"),
+        ({"format": "llava", "images": "x"}, "images goes with vision benchmarks, not llava"),
         ({"format": "gqa", "split": "val"}, "split goes with the formats mmmu, ai2d"),
     ):
         with pytest.raises(ValueError, match=message):
