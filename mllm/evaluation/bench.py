@@ -20,17 +20,16 @@ from PIL import Image
 from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.evaluation.flops import Item, RequestCost, request_cost
-from mllm.evaluation.sweep import cost_problem
+from mllm.evaluation.flops import RequestCost, row_cost
 from mllm.inference.answerer import DEFAULT_PROMPTS, Answer, Answerer, Decoding
 from mllm.inference.timing import PHASES, Timing
 from mllm.media import Audio, Video
-from mllm.processing.batch import Batch
+from mllm.processing.batch import Batch, num_prompt_tokens
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 
 RESULTS, PLOT = "bench.json", "bench.png"
 MOST_BUDGETS = 8
-_IMAGE_PIXELS, _LIP_PIXELS = 512, 96
+_IMAGE_PIXELS, _FRAME_PIXELS, _LIP_PIXELS = 512, 224, 96
 
 
 @dataclass
@@ -74,10 +73,14 @@ class Measured:
 
 def default_budgets(processor: ElasticProcessor, media: Sequence[str]) -> list[Budget]:
     """Lists all trained budgets of requests with these media; of more than 8, the two ends and some between."""
-    every = BudgetSampler(processor.space, "all").possible(media)
-    if len(every) <= MOST_BUDGETS:
-        return every
-    return [every[round(index)] for index in np.linspace(0, len(every) - 1, MOST_BUDGETS)]
+    return some_of(BudgetSampler(processor.space, "all").possible(media))
+
+
+def some_of(budgets: Sequence[Budget]) -> list[Budget]:
+    """Lists those of many budgets that are worth measuring: all of up to 8, else the two ends and some between."""
+    if len(budgets) <= MOST_BUDGETS:
+        return list(budgets)
+    return [budgets[round(index)] for index in np.linspace(0, len(budgets) - 1, MOST_BUDGETS)]
 
 
 def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: float) -> list[LoadedMedia]:
@@ -90,9 +93,16 @@ def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: fl
     makers: dict[str, Callable[[], Any]] = {
         "image": lambda: Image.fromarray(rng.integers(0, 256, (_IMAGE_PIXELS, _IMAGE_PIXELS, 3), np.uint8)),
         "audio": lambda: Audio(rng.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32), 16_000),
-        "video": lambda: Video(rng.integers(0, 256, (round(25 * seconds), _LIP_PIXELS, _LIP_PIXELS), np.uint8), 25.0),
+        "video": lambda: Video(rng.integers(0, 256, _video_shape(processor, seconds), np.uint8), 25.0),
     }
     return [processor.transform(medium, makers[medium]()) for medium in media]
+
+
+def _video_shape(processor: ElasticProcessor, seconds: float) -> tuple[int, ...]:
+    """Returns the shape of lips in grey, or of the most frames in colour where frames are encoded like images."""
+    if "video" in processor.sampling:
+        return processor.sampling["video"].count, _FRAME_PIXELS, _FRAME_PIXELS, 3
+    return round(25 * seconds), _LIP_PIXELS, _LIP_PIXELS
 
 
 def requests(processor: ElasticProcessor, loaded: Sequence[LoadedMedia], text: str | None, batch_size: int) -> Batch:
@@ -137,7 +147,15 @@ def bench(
                 answer, peak_bytes = _run(answerer, batch, budget)
                 if number >= warmup:
                     if budget not in measured:
-                        measured[budget] = Measured(budget, answer, _cost(answerer, batch, budget, answer))
+                        cost = budget_cost(
+                            model,
+                            processor,
+                            batch,
+                            budget,
+                            num_new_tokens=answer.num_new_tokens,
+                            num_beams=decoding.num_beams,
+                        )
+                        measured[budget] = Measured(budget, answer, cost)
                     assert answer.timing is not None
                     measured[budget].timings.append(answer.timing)
                     measured[budget].peak_bytes = max(measured[budget].peak_bytes, peak_bytes)
@@ -159,22 +177,25 @@ def _run(answerer: Answerer, batch: Batch, budget: Budget) -> tuple[Answer, int]
     return answers[0], torch.cuda.max_memory_allocated(device) if on_gpu else 0
 
 
-def _cost(answerer: Answerer, batch: Batch, budget: Budget, answer: Answer) -> RequestCost | None:
-    config, row = answerer.model.config, batch.rows[0]
-    if cost_problem(config) is not None:
-        return None
-    sides = {"video": tuple(batch.values["video_values"].shape[-2:])} if "video_values" in batch.values else {}
-    items = [
-        Item(span.extent.medium, span.extent.length, count.tokens, *sides.get(span.extent.medium, ()))
-        for span, count in zip(row.spans, row.token_counts(budget, answerer.processor.space), strict=True)
-    ]
-    return request_cost(
-        config,
-        items,
-        num_prompt_tokens=answer.num_prompt_tokens,
-        num_new_tokens=answer.num_new_tokens,
-        num_beams=answerer.decoding.num_beams,
-        dtype=str(answerer.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+def budget_cost(
+    model: Any, processor: ElasticProcessor, batch: Batch, budget: Budget, *, num_new_tokens: int, num_beams: int = 1
+) -> RequestCost | None:
+    """Computes what the first row of a batch costs at a budget, without running it; None for a model without a formula.
+
+    Raises:
+        ValueError: a budget that the row cannot meet.
+    """
+    row = batch.rows[0]
+    counts = row.token_counts(budget, processor.space)
+    pixels = tuple(batch.values["video_values"].shape[-2:]) if "video_values" in batch.values else (0, 0)
+    return row_cost(
+        model,
+        row,
+        counts,
+        frame_pixels=[pixels] * len(row.spans),
+        num_prompt_tokens=num_prompt_tokens(row, counts),
+        num_new_tokens=num_new_tokens,
+        num_beams=num_beams,
     )
 
 

@@ -20,6 +20,7 @@ from mllm.config.medium import HybridConfig, LinearConfig, MediumConfig, MoeConf
 from mllm.config.medium import Projector as ProjectorConfig
 from mllm.config.model import AdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
 from mllm.encoders import ENCODERS, EncoderBlock, default_block
+from mllm.processing.batch import EncodedSample
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -173,6 +174,52 @@ def kv_bytes_per_token(text: Any, *, dtype: str = "float32") -> int:
     if dtype not in BYTES_PER_VALUE:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(BYTES_PER_VALUE)}")
     return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_size(text) * BYTES_PER_VALUE[dtype]
+
+
+def row_cost(
+    model: Any,
+    row: EncodedSample,
+    counts: Sequence[TokenCount],
+    *,
+    frame_pixels: Sequence[Sequence[int]],
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    num_beams: int = 1,
+) -> RequestCost | None:
+    """Computes the cost of one encoded row, asked alone; None for a model without a formula.
+
+    Args:
+        model: an `ElasticForConditionalGeneration`.
+        counts: of the row's media at its budget.
+        frame_pixels: per medium, height and width of the frames of a video that is read as a stream.
+        num_prompt_tokens, num_new_tokens, num_beams: see `request_cost`.
+    """
+    if cost_problem(model.config) is not None:
+        return None
+    items = [
+        item
+        for span, count, pixels in zip(row.spans, counts, frame_pixels, strict=True)
+        for item in items_of(span.extent, count, frame_pixels=pixels)
+    ]
+    return request_cost(
+        model.config,
+        items,
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=num_new_tokens,
+        num_beams=num_beams,
+        dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+    )
+
+
+def cost_problem(config: Any) -> str | None:
+    """Says why the cost of this model cannot be computed, or returns None."""
+    try:
+        request_cost(
+            config, [Item(medium, 64, 1) for medium in config.encoder_configs], num_prompt_tokens=1, num_new_tokens=1
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def encoder_flops(config: Any, item: Item, block: EncoderBlock | None = None) -> int:

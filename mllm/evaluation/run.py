@@ -21,10 +21,11 @@ from mllm.evaluation.answer_store import HYPOTHESES, AnswerStore, Line
 from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.fingerprint import fingerprint_of
+from mllm.evaluation.flops import cost_problem
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.scorers.registry import BENCHMARKS
-from mllm.evaluation.sweep import Sweep, cost_problem
+from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio

@@ -13,12 +13,11 @@ then be resumed.
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import AnswerStore, Line
-from mllm.evaluation.flops import Item, attention_flops, items_of, published_flops, request_cost
+from mllm.evaluation.flops import attention_flops, published_flops, row_cost
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.work_list import Work, references_of, untrained_message
 from mllm.inference.answerer import Answer, Answerer, is_trained
@@ -202,22 +201,17 @@ class Sweep:
         What it shared with other questions about its media is counted whole, so that no figure depends on company.
         """
         config = self.answerer.model.config
-        if cost_problem(config) is not None:
-            return None
-        counts = row.token_counts(answer.budget, self.answerer.processor.space)
-        items = [
-            encoded
-            for span, count, medium in zip(row.spans, counts, item.media, strict=True)
-            for encoded in items_of(span.extent, count, frame_pixels=medium.values.shape[-2:])
-        ]
-        cost = request_cost(
-            config,
-            items,
+        cost = row_cost(
+            self.answerer.model,
+            row,
+            row.token_counts(answer.budget, self.answerer.processor.space),
+            frame_pixels=[medium.values.shape[-2:] for medium in item.media],
             num_prompt_tokens=answer.num_prompt_tokens,
             num_new_tokens=answer.num_new_tokens,
             num_beams=self.answerer.decoding.num_beams,
-            dtype=str(self.answerer.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         )
+        if cost is None:
+            return None
         parts = {part: getattr(cost, part) for part in ("encoder", "compressor", "prefill", "decode")}
         prompt = answer.num_prompt_tokens
         return {
@@ -235,17 +229,6 @@ def _seconds(row: EncodedSample) -> float | None:
         float(span.extent.length / span.extent.frames_per_second) for span in row.spans if span.extent.frames_per_second
     ]
     return round(max(lasts), 3) if lasts else None
-
-
-def cost_problem(config: Any) -> str | None:
-    """Says why the cost of this model cannot be computed, or returns None."""
-    try:
-        request_cost(
-            config, [Item(medium, 64, 1) for medium in config.encoder_configs], num_prompt_tokens=1, num_new_tokens=1
-        )
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _work_of_rank(work: Sequence[Work], rank: int, num_ranks: int) -> Iterator[Work]:

@@ -180,14 +180,18 @@ def expand(
     return Expanded(inputs, pad_rows(labels, IGNORED_LABEL, left=left_padding), costs)
 
 
+def num_prompt_tokens(row: EncodedSample, counts: Sequence[TokenCount]) -> int:
+    """Count the tokens of a row whose media cost so many soft tokens each."""
+    return len(row.ids) - len(row.spans) + sum(count.tokens for count in counts)
+
+
 def check_length(row: EncodedSample, costs: Sequence[TokenCount], context_tokens: int | None) -> None:
     """Refuse a row that the LLM cannot read whole. Nothing is ever cut: it might be a span of soft tokens.
 
     Raises:
         ValueError: with the sample, its length and what is allowed.
     """
-    soft = sum(cost.tokens for cost in costs)
-    length = len(row.ids) - len(row.spans) + soft
+    soft, length = sum(cost.tokens for cost in costs), num_prompt_tokens(row, costs)
     if context_tokens is not None and length > context_tokens:
         raise ValueError(
             f"sample {row.sample_id!r} is {length} tokens long, {soft} of them soft, and the LLM reads at most "

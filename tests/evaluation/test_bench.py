@@ -1,15 +1,19 @@
 """The measurement of budgets: same work for each, every repeat kept, made-up media or files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from blocks import medium
 
 from mllm.budget import Budget
 from mllm.cli import main
-from mllm.evaluation.bench import bench, default_budgets, made_up_media, quartiles, requests
+from mllm.evaluation.bench import bench, budget_cost, default_budgets, made_up_media, quartiles, requests
+from mllm.evaluation.flops import Item, request_cost
 from mllm.inference.answerer import Decoding
+from mllm.processing.batch import num_prompt_tokens
 
 
 def test_every_budget_decodes_equally_long_in_turn_and_costs_what_the_model_says() -> None:
@@ -42,6 +46,28 @@ def test_every_budget_decodes_equally_long_in_turn_and_costs_what_the_model_says
     assert len(set(flops)) == 3
     assert model.generation_config.eos_token_id is not None
     assert quartiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_tiles_and_frames_are_costed_one_by_one_as_an_evaluation_costs_them() -> None:
+    """The same images as one-tile items: every encoded one counts, and what is not shown is not compressed."""
+    image = tiny.settings(("image",), image={"tiling": {"kind": "pinpoints"}})
+    frames = medium("video", {"encoder": {"kind": "frames", "count": 4}, "budgets": [16, 4]})
+    config = replace(image, video=frames)
+    model, processor = tiny.model(config), tiny.processor(config)
+    plain = request_cost(model.config, [Item("image", 64, 16)], num_prompt_tokens=9, num_new_tokens=3)
+    for name, budget, num_encoded, num_shown in (("image", "image=16", 5, 5), ("video", "video=16,frames=2", 4, 2)):
+        batch = requests(processor, made_up_media(processor, [name], 1.0), None, 1)
+        cost = budget_cost(model, processor, batch, Budget.parse(budget), num_new_tokens=3)
+        assert cost is not None
+        assert (cost.encoder, cost.compressor) == (num_encoded * plain.encoder, num_shown * plain.compressor)
+        (result,) = bench(
+            model, processor, batch, [Budget.parse(budget)], decoding=Decoding(max_new_tokens=3), repeats=1, warmup=0
+        )
+        assert result.cost == cost
+        row = batch.rows[0]
+        assert result.answer.num_prompt_tokens == num_prompt_tokens(
+            row, row.token_counts(Budget.parse(budget), processor.space)
+        )
 
 
 def test_budgets_left_out_are_the_trained_ones_with_both_ends() -> None:
