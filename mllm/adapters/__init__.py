@@ -84,10 +84,9 @@ def register_adapter(kind: str, build: Builder, *, config: type) -> None:
     Raises:
         ValueError: the name is taken by another adapter.
     """
-    if CONFIGS.get(kind, config) is not config:
-        raise ValueError(f"adapter {kind!r} is taken by {CONFIGS[kind].__qualname__}; choose another name")
+    CONFIGS.check_free(kind, config)
     BUILDERS.register(kind, build)
-    CONFIGS[kind] = config
+    CONFIGS.register(kind, config)
 
 
 @contextmanager

@@ -230,11 +230,10 @@ def register_compressor(kind: str, build: Builder, *, config: type, media: Seque
     for medium in media:
         if medium not in CONFIGS:
             raise ValueError(f"media names {medium!r}; allowed: {', '.join(CONFIGS)}")
-        if CONFIGS[medium].get(kind, config) is not config:
-            raise ValueError(f"compressor {kind!r} is taken in configs of {medium}; choose another name")
+        CONFIGS[medium].check_free(kind, config)
     COMPRESSORS.register(kind, build)
     for medium in media:
-        CONFIGS[medium][kind] = config
+        CONFIGS[medium].register(kind, config)
 
 
 def _check_own_grids(site: Site, block: MediumConfig) -> None:

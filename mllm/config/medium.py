@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from mllm.budget import Amount, Compression
 from mllm.budget.nesting import check_nesting, nesting_sizes
 from mllm.config.reading import ConfigError, block, kinds
+from mllm.utils.registry import Registry
 
 Auto = Literal["auto"]
 
@@ -339,14 +340,13 @@ class FreeTilesConfig(TilingConfig):
 
 
 VIDEO_ENCODERS: dict[str, type] = {"lips": LipsConfig, "frames": FramesConfig}
-STREAM_COMPRESSORS: dict[str, type] = {"pool": PoolConfig, "query": StreamQueryConfig, "stack": StackConfig}
-IMAGE_COMPRESSORS: dict[str, type] = {
-    "pool": ImagePoolConfig,
-    "query": ImageQueryConfig,
-    "stack": StackConfig,
-    "hybrid": HybridConfig,
-}
-COMPRESSORS: dict[str, dict[str, type]] = {
+STREAM_COMPRESSORS: Registry[type] = Registry(
+    "compressor", {"pool": PoolConfig, "query": StreamQueryConfig, "stack": StackConfig}
+)
+IMAGE_COMPRESSORS: Registry[type] = Registry(
+    "compressor", {"pool": ImagePoolConfig, "query": ImageQueryConfig, "stack": StackConfig, "hybrid": HybridConfig}
+)
+COMPRESSORS: dict[str, Registry[type]] = {
     "image": IMAGE_COMPRESSORS,
     "audio": STREAM_COMPRESSORS,
     "video": STREAM_COMPRESSORS,

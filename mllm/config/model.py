@@ -20,6 +20,7 @@ from mllm.config.medium import (
 )
 from mllm.config.reading import ConfigError, kinds
 from mllm.config.space import space_of
+from mllm.utils.registry import Registry
 
 __all__ = [
     "ADAPTERS",
@@ -109,7 +110,7 @@ class MomeConfig:
 
 
 AdapterConfig = LoraConfig | LoraBankConfig | MomeConfig
-ADAPTERS: dict[str, type] = {"lora": LoraConfig, "lora_bank": LoraBankConfig, "mome": MomeConfig}
+ADAPTERS: Registry[type] = Registry("adapter", {"lora": LoraConfig, "lora_bank": LoraBankConfig, "mome": MomeConfig})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class _Mismatch(Exception):
     """A value is not of a type; another alternative of the key may fit."""
 
 
-def kinds(classes: dict[str, type], *, default: str = "", text: str = TAG) -> dict[str, Any]:
+def kinds(classes: Mapping[str, type], *, default: str = "", text: str = TAG) -> dict[str, Any]:
     """Make the metadata of a field that comes in kinds.
 
     Args:
@@ -122,7 +122,7 @@ class Key:
         return any(option is kind or typing.get_origin(option) is kind for option in _options(self.hint))
 
     @property
-    def classes(self) -> dict[str, type]:
+    def classes(self) -> Mapping[str, type]:
         """The dataclasses of a block by kind; one without a name where there are no kinds, none for plain values."""
         if KINDS in self.field.metadata:
             return dict(self.field.metadata[KINDS])

@@ -50,11 +50,19 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         Raises:
             ValueError: the name is taken by another entry, or is empty.
         """
+        self.check_free(kind, entry)
+        self._kinds[kind] = entry
+
+    def check_free(self, kind: str, entry: Entry) -> None:
+        """Refuses a name that another entry has; who adds to several registries asks all of them first.
+
+        Raises:
+            ValueError: as `register`.
+        """
         if not kind:
             raise ValueError(f"the name of a {self.part} is empty; give one")
         if self._kinds.get(kind, entry) is not entry:
             raise ValueError(f"{self.part} {kind!r} is taken by {_origin(self._kinds[kind])}; choose another name")
-        self._kinds[kind] = entry
 
     def find(self, kind: str, *, key: str) -> Entry:
         """Finds a kind that a user named.

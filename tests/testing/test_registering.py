@@ -1,6 +1,5 @@
 """Parts from outside: named by `kind` in a config, built and counted; a name is never given twice."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,17 +41,11 @@ def build_corner(site: Site, block: MediumConfig) -> CornerPool:
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Take out again what a test has registered."""
-    dicts: list[dict[str, Any]] = [
-        *(medium.IMAGE_COMPRESSORS, medium.STREAM_COMPRESSORS, model.ADAPTERS),
-        *(registry._kinds for registry in (compressors.COMPRESSORS, adapters.BUILDERS, encoders.ENCODERS)),
-    ]
-    before = [dict(one) for one in dicts]
-    yield
-    for one, kinds in zip(dicts, before, strict=True):
-        one.clear()
-        one.update(kinds)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes out again what a test has registered."""
+    configs = (medium.IMAGE_COMPRESSORS, medium.STREAM_COMPRESSORS, model.ADAPTERS)
+    for registry in (*configs, compressors.COMPRESSORS, adapters.BUILDERS, encoders.ENCODERS):
+        monkeypatch.setattr(registry, "_kinds", dict(registry))
 
 
 def test_a_compressor_from_outside_is_named_counted_and_run() -> None:
@@ -91,8 +84,14 @@ def test_a_name_is_given_once() -> None:
         register_compressor("pool", build_corner, config=CornerConfig, media=["image"])
     with pytest.raises(ValueError, match=r"media names 'smell'; allowed: image, audio, video"):
         register_compressor("corner", build_corner, config=CornerConfig, media=["smell"])
-    with pytest.raises(ValueError, match="adapter 'lora' is taken by LoraConfig"):
+    with pytest.raises(ValueError, match=r"adapter 'lora' is taken by mllm\.config\.model\.LoraConfig"):
         adapters.register_adapter("lora", lambda module, config, seed: None, config=CornerConfig)
+    # A name that is free for the builder and taken by a config leaves nothing behind.
+    medium.STREAM_COMPRESSORS.register("corner", medium.PoolConfig)
+    with pytest.raises(ValueError, match=r"compressor 'corner' is taken by mllm\.config\.medium\.PoolConfig"):
+        register_compressor("corner", build_corner, config=CornerConfig, media=["image", "audio"])
+    assert "corner" not in compressors.COMPRESSORS
+    assert "corner" not in medium.IMAGE_COMPRESSORS
     with pytest.raises(ValueError, match="encoder 'whisper' is taken"):
         encoders.register_encoder("whisper", encoders.ENCODERS["hubert"])
 
