@@ -74,7 +74,6 @@ REQUIRED = (
     Package("av"),
     Package("soundfile"),
     Package("jiwer"),
-    Package("jsonargparse"),
     Package("pyyaml", module="yaml"),
     Package("packaging"),
     Package("rich"),
