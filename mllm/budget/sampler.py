@@ -26,6 +26,11 @@ class SampledBudget:
     is_teacher: bool = False
 
 
+def default_num_budgets(mode: Mode, num_points: int) -> int | None:
+    """Return the budgets per step where nobody says how many; `all` has no such number."""
+    return {"random": 1, "sandwich": 3, "points": num_points, "all": None}[mode]
+
+
 @dataclass(frozen=True)
 class BudgetSampler:
     """Samples the budgets of a step.
@@ -33,7 +38,7 @@ class BudgetSampler:
     Args:
         space: what may be sampled.
         mode: see the file's docstring.
-        num_draws: budgets per step; `random` takes 1 by default, `sandwich` 3, `points` all of its points.
+        num_budgets: budgets per step; `default_num_budgets` of them when None.
         seed: what is sampled is a function of (seed, step, number of the budget, medium) alone.
         points: budgets of the mode `points`, every one naming only media of the space.
 
@@ -43,7 +48,7 @@ class BudgetSampler:
 
     space: Space
     mode: Mode = "random"
-    num_draws: int | None = None
+    num_budgets: int | None = None
     seed: int = 0
     points: Sequence[Budget] = ()
 
@@ -52,13 +57,13 @@ class BudgetSampler:
             raise ValueError(f"sampler.mode is {self.mode!r}; allowed: {', '.join(get_args(Mode))}")
         if (self.mode == "points") != bool(self.points):
             raise ValueError(f"sampler.points go with mode points and only with it; mode is {self.mode!r}")
-        if self.mode == "all" and self.num_draws is not None:
-            raise ValueError("sampler.num_draws contradicts mode all, which trains every budget")
+        if self.mode == "all" and self.num_budgets is not None:
+            raise ValueError("sampler.num_budgets contradicts mode all, which trains every budget")
         least = 2 if self.mode == "sandwich" else 1
-        if self.num_draws is not None and self.num_draws < least:
-            raise ValueError(f"sampler.num_draws is {self.num_draws}; mode {self.mode} needs at least {least}")
-        if self.mode == "points" and (self.num_draws or 0) > len(self.points):
-            raise ValueError(f"sampler.num_draws is {self.num_draws}, but there are {len(self.points)} points")
+        if self.num_budgets is not None and self.num_budgets < least:
+            raise ValueError(f"sampler.num_budgets is {self.num_budgets}; mode {self.mode} needs at least {least}")
+        if self.mode == "points" and (self.num_budgets or 0) > len(self.points):
+            raise ValueError(f"sampler.num_budgets is {self.num_budgets}, but there are {len(self.points)} points")
         for point in self.points:
             if missing := point.media - set(self.space.media):
                 raise ValueError(f"sampler.points names {min(missing)}, which the space does not hold")
@@ -91,13 +96,15 @@ class BudgetSampler:
     def _sample(self, step: int, present: Sequence[str]) -> list[SampledBudget]:
         if self.mode == "all":
             return self._product(present)
+        num_budgets = self.num_budgets or default_num_budgets(self.mode, len(self.points))
+        assert num_budgets is not None
         if self.mode == "points":
             order = random.Random(f"{self.seed}:{step}:points").sample(range(len(self.points)), len(self.points))
-            kept = sorted(order[: self.num_draws or len(self.points)])
+            kept = sorted(order[:num_budgets])
             return [SampledBudget(self.points[index]) for index in kept]
         if self.mode == "random":
-            return [SampledBudget(self._random(step, index)) for index in range(self.num_draws or 1)]
-        between = [SampledBudget(self._random(step, index)) for index in range((self.num_draws or 3) - 2)]
+            return [SampledBudget(self._random(step, index)) for index in range(num_budgets)]
+        between = [SampledBudget(self._random(step, index)) for index in range(num_budgets - 2)]
         largest, smallest = self.space.largest(), self.space.smallest()
         return [SampledBudget(largest, is_teacher=True), *between, SampledBudget(smallest)]
 

@@ -3,7 +3,7 @@
 Knows numbers only: extents (frames, grids), amounts, and the counting rules of the compressors. How a budget is written
 is in `budget/grammar.py`, how images are cut in `budget/tiling.py`, and `config/space.py` makes a space of a config.
 Does not know torch, files, tokenizers or weights. A budget is exact or refused; nothing here rounds.
-What a training step draws from a space is in `budget/sampler.py`.
+What a training step samples from a space is in `budget/sampler.py`.
 """
 
 import itertools
@@ -12,22 +12,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from mllm.budget.grammar import MEDIA, Amount, Budget, BudgetInput
+from mllm.budget.grammar import MEDIA, Amount, Budget
 from mllm.budget.nesting import haar_grids
 from mllm.budget.tiling import Size, Tiles, Tiling
-
-__all__ = [
-    "MEDIA",
-    "Amount",
-    "Budget",
-    "BudgetInput",
-    "Compression",
-    "Extent",
-    "MediumSpace",
-    "Space",
-    "TokenCount",
-    "count_tokens",
-]
 
 Compression = Literal["query", "pool", "stack", "hybrid"]
 
@@ -234,7 +221,7 @@ class Space:
         return Budget({medium: space.trained[-1] for medium, space in self.media.items()}, num_frames=frames)
 
     def is_trained(self, budget: Budget) -> bool:
-        """Whether every amount the budget names was drawn in training; reports mark the others."""
+        """Whether every amount the budget names was sampled in training; reports mark the others."""
         frames = self.media["video"].frame_counts if "video" in self.media else ()
         if budget.num_frames not in (None, *frames):
             return False

@@ -113,7 +113,7 @@ data:
   max_rows: 8
 sampler:
   mode: random  # every step trains at budgets drawn from those above
-  num_draws: 2
+  num_budgets: 2
 train:
   out: {_scalar(run_folder)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
   epochs: 3

@@ -59,6 +59,7 @@ ALIASES = {
     ),
     **dict.fromkeys(("bf16", "fp16", "amp", "mixed_precision"), "precision"),
     **dict.fromkeys(("output", "output_dir", "output_path", "out_dir", "save_dir"), "out"),
+    **dict.fromkeys(("num_draws",), "num_budgets"),
     **dict.fromkeys(("save_steps", "checkpoint_every"), "save_every"),
     **dict.fromkeys(("save_total_limit",), "keep_checkpoints"),
     **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),

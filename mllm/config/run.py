@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from mllm.budget import MEDIA, Budget
-from mllm.budget.sampler import Mode
+from mllm.budget.sampler import Mode, default_num_budgets
 from mllm.config.data import ReaderConfig
 from mllm.config.model import ModelConfig, check_at_least
 from mllm.config.reading import plain, read
@@ -128,7 +128,7 @@ class SamplerConfig:
     mode: Mode = "random"
     """Trains every combination (`all`), random ones, the largest, the smallest and random ones between (`sandwich`), or
     the `points` listed."""
-    num_draws: int | None = None
+    num_budgets: int | None = None
     """Sets the budgets per step: when left out 1 of `random`, 3 of `sandwich`, all of `points`; `all` has none."""
     points: list[str] = field(default_factory=list)
     """Lists the budgets of the mode `points`, e.g. ["audio=/4,video=/2", "audio=/16,video=/5"]."""
@@ -143,9 +143,8 @@ class SamplerConfig:
             raise ValueError(f"sampler.distill_weight goes with sampler.mode sandwich only; mode is {self.mode!r}")
         if self.distill_weight is not None and not 0 <= self.distill_weight <= 1:
             raise ValueError(f"sampler.distill_weight is {self.distill_weight}; it must be in 0..1")
-        defaults = {"random": 1, "sandwich": 3, "points": len(self.points), "all": None}
-        if self.num_draws is None:
-            object.__setattr__(self, "num_draws", defaults[self.mode])
+        if self.num_budgets is None:
+            object.__setattr__(self, "num_budgets", default_num_budgets(self.mode, len(self.points)))
         if self.mode == "sandwich" and self.distill_weight is None:
             object.__setattr__(self, "distill_weight", 0.5)
 
@@ -272,7 +271,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run: the model, its data, the budgets it draws, and the training."""
+    """A whole run: the model, its data, the budgets it samples, and the training."""
 
     model: ModelConfig
     """The parts of the model and where they come from."""

@@ -47,7 +47,7 @@ def test_random_covers_the_space_evenly_and_depends_on_the_seed() -> None:
 
 
 def test_sandwich_is_the_largest_as_teacher_random_ones_and_the_smallest() -> None:
-    draws = BudgetSampler(SPACE, "sandwich", num_draws=4)(5)
+    draws = BudgetSampler(SPACE, "sandwich", num_budgets=4)(5)
     assert draws[0].budget == SPACE.largest()
     assert draws[0].is_teacher
     assert draws[-1].budget == SPACE.smallest()
@@ -56,7 +56,7 @@ def test_sandwich_is_the_largest_as_teacher_random_ones_and_the_smallest() -> No
 
 
 def test_equal_draws_become_one_that_weighs_their_sum() -> None:
-    sampler = BudgetSampler(SPACE, "sandwich", num_draws=6)
+    sampler = BudgetSampler(SPACE, "sandwich", num_budgets=6)
     for step in range(10):
         draws = sampler(step, ["video"])  # only two budgets there
         assert [str(draw.budget) for draw in draws] == ["video=/2", "video=/5"]
@@ -67,7 +67,7 @@ def test_equal_draws_become_one_that_weighs_their_sum() -> None:
 def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
     points = [Budget.parse(text) for text in ("image=16,audio=/4", "image=4,audio=/4", "image=1,audio=/16")]
     assert [draw.budget for draw in BudgetSampler(SPACE, "points", points=points)(0)] == points
-    some = BudgetSampler(SPACE, "points", num_draws=2, points=points)
+    some = BudgetSampler(SPACE, "points", num_budgets=2, points=points)
     seen = {tuple(budgets(some, step)) for step in range(60)}
     assert len(seen) == 3
 
@@ -77,8 +77,8 @@ def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
     [
         ({"mode": "some"}, "allowed: all, random, sandwich, points"),
         ({"mode": "points"}, "points go with mode points"),
-        ({"mode": "all", "num_draws": 2}, "contradicts mode all"),
-        ({"mode": "sandwich", "num_draws": 1}, "needs at least 2"),
+        ({"mode": "all", "num_budgets": 2}, "contradicts mode all"),
+        ({"mode": "sandwich", "num_budgets": 1}, "needs at least 2"),
         ({"mode": "random", "points": [Budget.parse("image=1")]}, "points go with mode points"),
     ],
 )

@@ -60,7 +60,10 @@ def test_the_model_of_a_config_builds_at_real_size(path: Path) -> None:
     if (expected := TRAINABLE_MILLIONS[path.stem]) is not None:
         assert millions == pytest.approx(expected, abs=0.02)
     sampler = BudgetSampler(
-        model.config.space, settings.sampler.mode, num_draws=settings.sampler.num_draws, points=settings.sampler.budgets
+        model.config.space,
+        settings.sampler.mode,
+        num_budgets=settings.sampler.num_budgets,
+        points=settings.sampler.budgets,
     )
     assert sampler(0)
 

@@ -77,7 +77,7 @@ def run_settings(
     return RunConfig(
         model=model,
         data=DataConfig(train=["none.jsonl"], validation=["none.jsonl"] if validation else []),
-        sampler=sampler or SamplerConfig(mode="random", num_draws=2),
+        sampler=sampler or SamplerConfig(mode="random", num_budgets=2),
         train=TrainConfig(out=str(output), **given),
     )
 
@@ -121,7 +121,7 @@ def make_trainer(
         validation = Validation(loader, len(keys) - (rank + 1 == world), budgets)
     space = processor.space
     draws = BudgetSampler(
-        space, settings.sampler.mode, settings.sampler.num_draws, settings.train.seed, tuple(settings.sampler.budgets)
+        space, settings.sampler.mode, settings.sampler.num_budgets, settings.train.seed, tuple(settings.sampler.budgets)
     )
     loader = DataLoader(data, batch_sampler=rank_batches, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
     return ElasticTrainer(

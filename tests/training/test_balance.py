@@ -45,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "video": merged({"encoder": parts["video"]}, medium),
         },
         "data": {"train": [str(folder / "train.jsonl")], "tokens_per_batch": 400, "max_rows": 16},
-        "sampler": {"mode": "random", "num_draws": 2},
+        "sampler": {"mode": "random", "num_budgets": 2},
         "train": {"out": str(folder / "run"), "epochs": 1, "accumulation": 2},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))

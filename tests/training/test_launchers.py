@@ -53,7 +53,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return RunConfig(
         model=tiny.settings_on(parts, audio={"span": ["<sound>", "</sound>"]}),
         data=DataConfig(train=[str(folder / "train.jsonl")], tokens_per_batch=256, max_rows=1, num_workers=0),
-        sampler=SamplerConfig(mode="random", num_draws=2),
+        sampler=SamplerConfig(mode="random", num_budgets=2),
         train=TrainConfig(out=str(folder / "one"), max_steps=3, learning_rate=0.01, progress=False, use_cpu=True),
     )
 

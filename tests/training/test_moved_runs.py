@@ -31,7 +31,7 @@ def settings_of(project: Path, run: str, **own) -> RunConfig:
             tokens_per_batch=512,
             num_workers=0,
         ),
-        sampler=SamplerConfig(mode="random", num_draws=1),
+        sampler=SamplerConfig(mode="random", num_budgets=1),
         train=TrainConfig(**{"out": run, **steps}),
     )
 

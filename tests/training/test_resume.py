@@ -28,7 +28,7 @@ def settings_in(output: Path, **train) -> RunConfig:
     """Random budgets, two micro-batches a step, noise by epoch, dropout in the adapter, over an epoch's end."""
     lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.2)
     model = dataclasses.replace(tiny.settings(("audio", "video")), adapter=lora)
-    sampler = SamplerConfig(mode="random", num_draws=2)
+    sampler = SamplerConfig(mode="random", num_budgets=2)
     given = {"accumulation": 2, "save_every": 3, "keep_checkpoints": 5, "warmup_steps": 2, "log_every": 2, **train}
     return run_settings(output, model, sampler=sampler, max_steps=6, **given)
 

@@ -74,7 +74,7 @@ def test_exactly_the_trainables_move_and_frozen_towers_do_not(tmp_path: Path) ->
 
 @pytest.mark.parametrize("mode", ["all", "random"])
 def test_the_logged_losses_are_those_of_one_pass_per_row_and_budget(tmp_path: Path, mode: str) -> None:
-    sampler = SamplerConfig(mode=mode, num_draws=None if mode == "all" else 3)  # type: ignore[arg-type]
+    sampler = SamplerConfig(mode=mode, num_budgets=None if mode == "all" else 3)  # type: ignore[arg-type]
     settings = run_settings(tmp_path, tiny.settings(), sampler=sampler, max_steps=1)
     trainer = make_trainer(settings, kinds=EVERYTHING, rows=6, batches=[[0, 1, 2, 3, 4, 5]])
     batch = next(iter(trainer.batches))["batch"]
@@ -124,7 +124,7 @@ def test_sandwich_teaches_the_smaller_budgets_in_place(tmp_path: Path) -> None:
     """Distillation alone leaves the largest budget's loss to the labels and pulls the smallest towards the largest."""
     gaps = []
     for weight in (0.0, 1.0):
-        sampler = SamplerConfig(mode="sandwich", num_draws=2, distill_weight=weight)
+        sampler = SamplerConfig(mode="sandwich", num_budgets=2, distill_weight=weight)
         settings = run_settings(
             tmp_path / str(weight),
             tiny.settings(("audio",), audio={"budgets": ["/4", "/20"]}),

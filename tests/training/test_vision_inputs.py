@@ -69,7 +69,7 @@ def run_settings(world: Path, output: Path, manifest: str, model: dict[str, Any]
     plain = {
         "model": {"llm": str(parts / "llm"), "chat_format": "plain", "image": image, "adapter": {"rank": 4}, **model},
         "data": {"train": [str(world / manifest)], "tokens_per_batch": 1500, "num_workers": 0, "max_bad_fraction": 0.5},
-        "sampler": {"mode": "random", "num_draws": 2, **changes.pop("sampler", {})},
+        "sampler": {"mode": "random", "num_budgets": 2, **changes.pop("sampler", {})},
         "train": {
             "out": str(output),
             "max_steps": 3,
@@ -132,7 +132,7 @@ def test_a_run_on_frames_is_what_is_loaded(world: Path, tmp_path: Path) -> None:
 
 
 def test_points_may_name_tiles(world: Path, tmp_path: Path) -> None:
-    points = {"mode": "points", "num_draws": None, "points": ["image=16,tiles<=2", "image=4", "image=4,tiles<=0"]}
+    points = {"mode": "points", "num_budgets": None, "points": ["image=16,tiles<=2", "image=4", "image=4,tiles<=0"]}
     settings = run_settings(world, tmp_path / "run", "images.jsonl", {"image": {"tiling": {}}}, sampler=points)
     assert (train(settings) / TRAINABLES).exists()
 

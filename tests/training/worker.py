@@ -76,7 +76,7 @@ def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any)
     train["accumulation"] = own["micro_batches"] // num_processes
     model = tiny.settings(own["media"])
     model = replace(model, adapter=own.get("adapter", model.adapter))
-    sampler = SamplerConfig(mode="random", num_draws=2)
+    sampler = SamplerConfig(mode="random", num_budgets=2)
     return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
 
 

@@ -99,7 +99,7 @@ def build_sampler(config: RunConfig, space: Space) -> BudgetSampler:
     """Build what samples the budgets of a run's steps."""
     sampler = config.sampler
     return BudgetSampler(
-        space, sampler.mode, num_draws=sampler.num_draws, seed=config.train.seed, points=tuple(sampler.budgets)
+        space, sampler.mode, num_budgets=sampler.num_budgets, seed=config.train.seed, points=tuple(sampler.budgets)
     )
 
 
