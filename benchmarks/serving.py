@@ -101,7 +101,7 @@ def write_model(folder: Path) -> Path:
 
 def media_of(kind: Sequence[str], rng: np.random.Generator, folder: Path) -> dict[str, bytes]:
     """Files of noise: 1 to 2 seconds of sound and of lips, or an image of 64 x 64."""
-    from mllm.media import write_sound, write_video
+    from mllm.media import write_audio, write_video
 
     seconds = int(rng.integers(25, 50)) / 25
     made = {}
@@ -110,7 +110,7 @@ def media_of(kind: Sequence[str], rng: np.random.Generator, folder: Path) -> dic
         if medium == "image":
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, format="png")
         elif medium == "audio":
-            write_sound(path, rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32))
+            write_audio(path, rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32))
         else:
             write_video(path, rng.integers(0, 256, (round(seconds * 25), 48, 48), dtype=np.uint8))
         made[medium] = path.read_bytes()

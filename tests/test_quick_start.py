@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from toy_server import server
 
 ROOT = Path(__file__).parent.parent
 QUICK_START = (ROOT / "README.md").read_text().split("## Quick start")[1].split("\n## ")[0]
 SHORT_DEMO = (
     "demo --steps 4 --num_utterances 24 --num_test_utterances 4 --num_scenes 24 --num_test_scenes 4 --judge false"
 )
+
+
+SERVING = (ROOT / "docs" / "serving.md").read_text().split("\n## ")[0]
 
 
 def blocks_after(words: str) -> list[tuple[str, str]]:
@@ -60,6 +64,21 @@ def test_what_is_typed_about_the_demo_works_as_printed(folder: Path) -> None:
     assert re.search(r"\{'image': 16\}\n", typed(folder, f"'{sys.executable}' quick_start.py"))
     (folder / "exported.py").write_text(exported)
     assert "generated_text" in typed(folder, f"'{sys.executable}' exported.py")
+
+
+@pytest.mark.slow
+def test_what_is_asked_of_a_server_is_answered_as_printed(folder: Path) -> None:
+    (_, start), (_, lines), (_, python) = re.findall(r"```(\w*)\n(.*?)```", SERVING, re.S)
+    assert "mllm serve --model runs/demo" in start
+    commands = re.split(r"^(?=curl )", lines, flags=re.M)[1:]
+    assert len(commands) == 3
+    with server(folder / "runs" / "demo") as running:
+        image, *speech = (typed(folder, line.replace("http://127.0.0.1:8000", running.address)) for line in commands)
+        (folder / "client.py").write_text(python.replace("http://127.0.0.1:8000", running.address))
+        said = typed(folder, f"'{sys.executable}' client.py")
+    assert '"budget":"image=16"' in image
+    assert ['"audio_tokens":' in answer or '"video_tokens":' in answer for answer in speech] == [True, True]
+    assert "audio=/8" in said
 
 
 @pytest.mark.slow

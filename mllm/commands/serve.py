@@ -133,8 +133,10 @@ def run(settings: Settings) -> int:
         sources=settings.sources,
         limits=settings.limits,
     )
-    server = Server(model, processor, own)
     out = console(stderr=True)
+    if settings.measure_budgets:
+        out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)
+    server = Server(model, processor, own)
     try:
         server.run(
             settings.host,
