@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from mllm.checkpoints.tensor_files import write_model
-from mllm.convert.restricted import StoredTensor, plain, read_checkpoint
+from mllm.convert.restricted import StoredTensor, plain, read_checkpoint, read_tensors
 from mllm.encoders.av_hubert import AVHubertConfig, AVHubertEncoder
 
 FINE_TUNED_PREFIX = "encoder.w2v_model."
@@ -56,7 +56,8 @@ def convert_file(path: str | Path) -> Converted:
         raise ValueError(f"{path} holds no 'model'; it is no checkpoint of AV-HuBERT")
     stored = {key: entry for key, entry in content["model"].items() if isinstance(entry, StoredTensor)}
     settings = model_settings(plain(content.get("cfg")) or {}, plain(content.get("args")) or {})
-    return convert_state({key: entry.read() for key, entry in stored.items() if not _is_dropped(key)}, settings, stored)
+    tensors = read_tensors({key: entry for key, entry in stored.items() if not _is_dropped(key)})
+    return convert_state(tensors, settings, stored)
 
 
 def convert_state(

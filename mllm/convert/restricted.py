@@ -5,24 +5,35 @@ tensors, nothing else: every class or function it names becomes an inert stand-i
 be made from. So a file that says `os.system("...")` yields an object called "os.system", and nothing happens.
 Tensors are read from the file when they are asked for; the optimizer's state, most of a checkpoint, never is.
 
+A small file can also ask for more memory or time than there is: bytes of a length it does not hold, tensors of more
+numbers than their storage, containers that hold each other over and over. Each is refused before it is made.
+
 Knows both formats of `torch.save`: the zip archive, and the stream that came before it (PyTorch 1.5 and older).
 Does not know what a checkpoint is for.
 """
 
+import io
 import math
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
+MAX_PROGRAM_BYTES = 32 * 2**20
+"""Of a pickle: what is in a file beside the numbers of its tensors."""
+MAX_VALUES = 50_000
+"""Of a configuration, each counted as often as it is reached."""
+MAX_AXES = 64
+MAX_SHARING = 8
+"""How many times as large as their file tensors may be; tied weights are there once and read twice."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_KEYS = (str, bytes, int, float, bool, type(None))
 _STORAGE_TYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -89,18 +100,29 @@ class StoredTensor:
     stride: tuple[int, ...]
     extents: Mapping[str, tuple[int, int]]
 
+    def check(self) -> None:
+        """Look whether its storage holds the tensor.
+
+        Raises:
+            ValueError: it reaches beyond, or has more numbers.
+        """
+        storage, num_elements = self.storage, math.prod(self.shape)
+        reach = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True)) + 1
+        # Strides of 0 let few numbers stand for many; what is trained never looks so, and would be copied out in full.
+        is_larger = num_elements > storage.size
+        if self.offset < 0 or min((*self.stride, 0)) < 0 or is_larger or (num_elements and reach > storage.size):
+            raise ValueError(
+                f"{storage.path}: a tensor of shape {self.shape} reaches beyond its {storage.size} numbers"
+            )
+
     def read(self) -> Tensor:
         """Read the tensor.
 
         Raises:
             ValueError: it reaches beyond what the file holds.
         """
+        self.check()
         storage = self.storage
-        reach = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True)) + 1
-        if self.offset < 0 or min((*self.stride, 0)) < 0 or (math.prod(self.shape) and reach > storage.size):
-            raise ValueError(
-                f"{storage.path}: a tensor of shape {self.shape} reaches beyond its {storage.size} numbers"
-            )
         start, num_bytes = self.extents.get(storage.name, (0, 0))
         if num_bytes != storage.num_bytes:
             raise ValueError(
@@ -115,6 +137,21 @@ class StoredTensor:
         return flat.as_strided(self.shape, self.stride, self.offset).clone()
 
 
+def read_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Read tensors of one file.
+
+    Raises:
+        ValueError: one that `StoredTensor.read` refuses, or together they are many times as large as the file, which
+            storages that several share can be.
+    """
+    for tensor in tensors.values():
+        tensor.check()
+    total = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
+    if tensors and total > MAX_SHARING * (path := next(iter(tensors.values())).storage.path).stat().st_size:
+        raise ValueError(f"{path}: its tensors share their numbers, and would be {total} bytes")
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
 def read_checkpoint(path: str | Path) -> Any:
     """Read what a `.pt` file holds: containers, numbers, texts, `StoredTensor` and `Inert`.
 
@@ -124,23 +161,37 @@ def read_checkpoint(path: str | Path) -> Any:
     path = Path(path)
     try:
         return _read_archive(path) if zipfile.is_zipfile(path) else _read_stream(path)
-    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError, IndexError, struct.error) as error:
+    except (pickle.UnpicklingError, struct.error, TypeError, LookupError) as error:
         raise ValueError(f"{path} is no checkpoint of torch.save, or is cut: {error}") from error
 
 
 def plain(value: Any) -> Any:
-    """Make a configuration plain containers: nodes of omegaconf and namespaces become the values they hold."""
+    """Make a configuration plain containers: nodes of omegaconf and namespaces become the values they hold.
+
+    Raises:
+        ValueError: it holds more than `MAX_VALUES`, or is nested too deeply; containers may hold each other.
+    """
+    try:
+        return _plain(value, iter(range(MAX_VALUES)))
+    except RecursionError as error:
+        raise ValueError("the configuration in the file is nested too deeply") from error
+
+
+def _plain(value: Any, values_left: Iterator[int]) -> Any:
+    if next(values_left, None) is None:
+        raise ValueError(f"the configuration in the file holds more than {MAX_VALUES:,} values")
     if isinstance(value, Inert):
         state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
         if not isinstance(state, Mapping):
-            return plain(dict(value.items)) if value.items else value.name
+            pairs = dict(pair for pair in value.items if isinstance(pair, tuple) and isinstance(pair[0], str))
+            return _plain(pairs, values_left) if value.items else value.name
         for key in ("_content", "_val"):  # a container of omegaconf, a value of omegaconf
             if key in state:
-                return plain(state[key])
-        return plain(state)
+                return _plain(state[key], values_left)
+        return _plain(state, values_left)
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item, values_left) for key, item in value.items() if isinstance(key, str)}
+    return [_plain(item, values_left) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _Tensor:
@@ -150,9 +201,13 @@ class _Tensor:
     extents: Mapping[str, tuple[int, int]]
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+        if not all(isinstance(axes, tuple | list) and len(axes) <= MAX_AXES for axes in (shape, stride)):
+            raise pickle.UnpicklingError("a tensor without axes")
         numbers = (offset, *shape, *stride)
         if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
             raise pickle.UnpicklingError("a tensor without a storage")
+        if len(shape) != len(stride) or not all(abs(number) < 2**63 for number in numbers):
+            raise pickle.UnpicklingError("a tensor of an impossible shape")
         return StoredTensor(storage, offset, tuple(shape), tuple(stride), self.extents)
 
 
@@ -165,20 +220,81 @@ class _Parameter:
         return data
 
 
-class _Reader(pickle.Unpickler):
-    """Builds containers and stand-ins; the only two things it calls are its own."""
+class _Entries(dict[Any, Any]):
+    """Takes the place of ordered dictionaries; what torch hangs on a state dict beside its entries is left out."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Ordered:
+    """Takes the place of the class of ordered dictionaries."""
+
+    __slots__ = ()
+
+    def __call__(self, pairs: Any = ()) -> _Entries:
+        entries = _Entries()
+        for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+            _check_keys((key,))
+            entries[key] = value
+        return entries
+
+
+class _Program:
+    """Hands out the bytes of one pickle, never more than there are, whatever length is asked for.
+
+    A read of a file makes room for what is asked for first, so a length of 2**62 in a pickle would end the process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._content = io.BytesIO(file.read(MAX_PROGRAM_BYTES))
+        self.readline = self._content.readline
+        self.tell = self._content.tell
+
+    def read(self, size: int) -> bytes:
+        content = self._content.read(size)
+        if len(content) < size:
+            raise EOFError(f"it ends, or is longer than {MAX_PROGRAM_BYTES} bytes, inside of {size} bytes")
+        return content
+
+
+class _Reader(pickle._Unpickler):
+    """Builds containers and stand-ins; the only things it calls are those of this file.
+
+    It is the unpickler that Python holds beside the one in C, which makes room for lengths and numbers of a file before
+    it looks whether they are there, and cannot be told what may be a key: the hash of nested tuples takes for ever.
+    """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: BinaryIO, path: Path, extents: Mapping[str, tuple[int, int]]) -> None:
-        super().__init__(file, encoding="utf-8")
+        self._file, self._start = file, file.tell()
+        self._program = _Program(file)
+        super().__init__(self._program, encoding="utf-8")
         self.path = path
         self.num_bytes: dict[str, int] = {}  # of every storage that was referred to
         tensor = type("_PlacedTensor", (_Tensor,), {"__slots__": (), "extents": extents})()
         self.known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): _Ordered(),
             ("torch._utils", "_rebuild_tensor_v2"): tensor,
             ("torch._utils", "_rebuild_tensor"): tensor,
             ("torch._utils", "_rebuild_parameter"): _Parameter(),
         }
+
+    def load(self) -> Any:
+        """Read one pickle and leave the file behind it.
+
+        Raises:
+            UnpicklingError: whatever is wrong with it.
+        """
+        try:
+            content = super().load()
+        except (EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError) as error:
+            raise pickle.UnpicklingError(str(error)) from error
+        self._file.seek(self._start + self._program.tell())
+        return content
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if module_name == "torch" and global_name in _STORAGE_TYPES:
@@ -191,10 +307,36 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any, /) -> _Storage:
         kind, dtype, name, _, size = pid[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(size) is not int or size < 0:
-            raise pickle.UnpicklingError(f"a reference to something other than a storage: {kind}")
+            raise pickle.UnpicklingError("a reference to something other than a storage")
         storage = _Storage(self.path, str(name), dtype, size)
         self.num_bytes[storage.name] = storage.num_bytes
         return storage
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    for key in keys:
+        if type(key) not in _KEYS and not (isinstance(key, Inert) or _is_flat(key)):
+            raise pickle.UnpicklingError(f"a key of the type {type(key).__name__}")
+
+
+def _is_flat(key: Any) -> bool:
+    return type(key) is tuple and all(type(item) in _KEYS for item in key)
+
+
+def _with_keys_checked(load: Any, step: int) -> Any:
+    """Return what an opcode does behind a check of every `step`-th thing on top of the stack, which become keys."""
+
+    def checked(reader: Any) -> None:
+        _check_keys(reader.stack[-2:-1] if step == 0 else reader.stack[::step])
+        load(reader)
+
+    return checked
+
+
+_TAKING_KEYS = {pickle.SETITEM: 0, pickle.SETITEMS: 2, pickle.DICT: 2, pickle.ADDITEMS: 1, pickle.FROZENSET: 1}
+_Reader.dispatch |= {
+    opcode[0]: _with_keys_checked(_Reader.dispatch[opcode[0]], step) for opcode, step in _TAKING_KEYS.items()
+}
 
 
 def _read_archive(path: Path) -> Any:
@@ -210,7 +352,7 @@ def _read_archive(path: Path) -> Any:
             if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
                 extents[name.removeprefix(f"{root}data/")] = (_start_of(path, info), info.file_size)
         with archive.open(pickles[0]) as file:
-            return _Reader(file, path, extents).load()  # type: ignore[arg-type]
+            return _Reader(io.BytesIO(file.read(MAX_PROGRAM_BYTES)), path, extents).load()
 
 
 def _start_of(path: Path, info: zipfile.ZipInfo) -> int:

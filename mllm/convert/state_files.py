@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm.convert.restricted import Inert, StoredTensor, read_checkpoint
+from mllm.convert.restricted import Inert, StoredTensor, read_checkpoint, read_tensors
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIGHTNING_PREFIX = "model."
@@ -98,7 +98,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} holds {_kind(entry)} at {name!r} where a tensor is expected; nothing of it was run"
             )
-    return {name: entry.read() for name, entry in content.items()}
+    return read_tensors(content)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 import argparse
 import os
 import pickle
+import resource
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from mllm.convert.av_hubert import convert_file
 from mllm.convert.restricted import Inert, StoredTensor, plain, read_checkpoint
+from mllm.convert.state_files import read_state
 
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "pt"
 FORMATS = [pytest.param(True, id="archive"), pytest.param(False, id="stream")]
 
 
@@ -128,3 +133,104 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path
     before = StoredTensor(tensor.storage, 3, (4,), (-1,), tensor.extents)
     with pytest.raises(ValueError, match="reaches beyond"):
         before.read()
+
+
+MAX_SECONDS, MAX_GROWTH_BYTES = 1.0, 64 * 2**20
+
+
+def archive(path: Path, program: bytes, storage: bytes = b"") -> Path:
+    """Write what `torch.save` writes, around a pickle of another making."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/data.pkl", program)
+        file.writestr("x/data/0", storage)
+    return path
+
+
+def laughs(leaf: bytes, pair: bytes, num: int) -> bytes:
+    """Return a pickle of containers that hold the one before twice, so that 2**num leaves are reached."""
+    steps = b"".join(b"h%ch%c" % (n, n) + pair + b"q%c0" % (n + 1) for n in range(num))
+    return leaf + b"q\x000" + steps + b"h%c" % num
+
+
+TUPLES, LISTS = laughs(b")", b"\x86", 60), laughs(b"]", b"\x86\x85", 60)
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQK\x00"
+HEAVY = {
+    "bytes of 2**62": (b"\x80\x02\x8e" + (2**62).to_bytes(8, "little") + b".", "inside of 4611686018427387904 bytes"),
+    "bytes of 2**32": (b"\x80\x02B" + (2**32 - 1).to_bytes(4, "little") + b".", "inside of 4294967295 bytes"),
+    "a text of 2**32": (b"\x80\x02\x8d" + (2**32).to_bytes(8, "little") + b".", "inside of 4294967296 bytes"),
+    "a frame of 2**62": (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"N.", "inside of 4611686018427387904"),
+    "a number of 2**31 bytes": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "inside of 2147483647 bytes"),
+    "a key that holds itself over and over": (b"\x80\x02}" + TUPLES + b"Ns.", "a key of the type tuple"),
+    "keys that do": (b"\x80\x02}(" + TUPLES + b"Nu.", "a key of the type tuple"),
+    "a set that does": (b"\x80\x04(" + TUPLES + b"\x91.", "a key of the type tuple"),
+    "ordered keys": (b"\x80\x02ccollections\nOrderedDict\n](" + TUPLES + b"N\x86e\x85R.", "a key of the type tuple"),
+    "a storage of that kind": (b"\x80\x02(" + LISTS + b"NNNNtQ.", "something other than a storage"),
+    "a shape of many axes": (b"\x80\x02" + TENSOR + b"(" + b"K\x01" * 99 + b"t)tR.", "a tensor without axes"),
+    "an axis of 2**80": (
+        b"\x80\x02" + TENSOR + b"\x8a\x0b" + b"\0" * 10 + b"\x01\x85K\x00\x85\x89NtR.",
+        "a tensor of an impossible shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HEAVY)
+def test_a_small_file_that_asks_for_more_than_it_holds_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    program, message = HEAVY[what]
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"x\.pt is no checkpoint of torch.save, or is cut: .*{message}"):
+        read_checkpoint(archive(tmp_path / "x.pt", program, bytes(16)))
+    check_was_cheap(start, before)
+
+
+def check_was_cheap(start_seconds: float, before_kib: int) -> None:
+    assert time.process_time() - start_seconds < MAX_SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) * 1024 < MAX_GROWTH_BYTES
+
+
+@pytest.mark.parametrize("numbers", [2**62, 10**9, 5])
+def test_a_tensor_of_more_numbers_than_its_storage_is_refused(tmp_path: Path, numbers: int) -> None:
+    """Strides of 0 make it fit; a copy would be as large as its shape says."""
+    axis = b"\x8a\x08" + numbers.to_bytes(8, "little")
+    program = b"\x80\x02}U\x01a" + TENSOR + axis + b"\x85K\x00\x85\x89NtRs."
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"a tensor of shape \({numbers},\) reaches beyond its 4 numbers"):
+        read_state(archive(tmp_path / "x.pt", program, bytes(16)))
+    check_was_cheap(start, before)
+
+
+def test_tensors_that_share_numbers_are_read_unless_they_are_many_times_the_file(tmp_path: Path) -> None:
+    shared = torch.arange(2_000.0)
+    tied = read_state(write(tmp_path / "x.pt", {"embed": shared, "head": shared}, True))
+    assert tied["embed"].equal(shared)
+    assert tied["head"].equal(shared)
+    many = write(tmp_path / "y.pt", {str(number): shared for number in range(20)}, True)
+    with pytest.raises(ValueError, match=r"y\.pt: its tensors share their numbers, and would be 160000 bytes"):
+        read_state(many)
+
+
+@pytest.mark.parametrize("nested", [LISTS, laughs(b"]", b"\x86", 60)])
+def test_a_configuration_that_holds_itself_over_and_over_is_refused(tmp_path: Path, nested: bytes) -> None:
+    read = read_checkpoint(archive(tmp_path / "x.pt", b"\x80\x02}U\x03cfg" + nested + b"s."))
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="the configuration in the file holds more than 50,000 values"):
+        plain(read["cfg"])
+    check_was_cheap(start, before)
+    deep = read_checkpoint(archive(tmp_path / "x.pt", b"\x80\x02" + b"]" * 9_000 + b"a" * 8_999 + b"."))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        plain(deep)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bigstride", r"a tensor of shape \(2,\) reaches beyond its 4 numbers"),
+        ("binbytes8", "is no checkpoint of torch.save, or is cut: .* inside of 4611686018427387904 bytes"),
+        ("laughs", "the configuration in the file holds more than 50,000 values"),
+    ],
+)
+def test_small_files_that_asked_for_gigabytes_are_refused_within_a_second_and_64_mib(name: str, message: str) -> None:
+    """They made converting AV-HuBERT take 3 and 4 GiB, and not end."""
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        read_state(FIXTURES / f"{name}.pt") if name == "bigstride" else convert_file(FIXTURES / f"{name}.pt")
+    check_was_cheap(start, before)
