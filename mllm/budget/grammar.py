@@ -155,7 +155,7 @@ _NUMBERS = {"tiles": ("<=", 0), "frames": ("=", 1), "total": ("<=", 1)}
 def _say_the_medium(given: object) -> str:
     number = given if isinstance(given, str | int) and not isinstance(given, bool) else 16
     return (
-        f'budget is {given!r}, which does not say of what; write the medium: "image={number}" for soft tokens of a '
+        f'budget is {given!r}, which does not say of what; write the medium: "image={number}" for soft tokens of an '
         'image, "audio=/4" or "video=/2" for frames per soft token, "total<=256" for all media together'
     )
 

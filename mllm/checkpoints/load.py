@@ -129,19 +129,32 @@ def load(
     Raises:
         FileNotFoundError: the folder holds no model or no such checkpoint, or a frozen part is not where it was.
         ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
-            adapter that cannot be merged.
+            adapter that cannot be merged; or a device that is not here.
     """
     register()
-    allowed = MediaLimits.of(limits)
+    allowed, device = MediaLimits.of(limits), _device_of(device)
     own = model_folder(folder, checkpoint)
     model, processor = _load(own, dtype=read_dtype(dtype), attention=attention, sources=sources)
     processor.limits = allowed
     if merge_adapter:
         merge_llm_adapter(model)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     return model, processor
+
+
+def _device_of(device: str | torch.device | None) -> torch.device:
+    """Return the device that is meant; the GPU where none is named and there is one."""
+    has_gpu = torch.cuda.is_available()
+    if device is None:
+        return torch.device("cuda" if has_gpu else "cpu")
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; give one such as cpu, cuda or cuda:1") from error
+    count = torch.cuda.device_count()
+    if named.type == "cuda" and (not has_gpu or (named.index or 0) >= count):
+        raise ValueError(f"device is {device}, and PyTorch sees {count} GPUs here; leave it out, or name cpu")
+    return named
 
 
 @torch.no_grad()

@@ -1,10 +1,14 @@
 """`mllm data check` reports everything that is wrong with a manifest, in one pass."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm.config.data import Format, ReaderConfig
+from mllm.data.findings import first_lines
 from mllm.media import MediaLimits, MediaLoader
+
+if TYPE_CHECKING:
+    from mllm.data.check import Report
 
 SUMMARY = "Report every bad row of a manifest, or of data in another format, with its line."
 POSITIONAL = "manifest"
@@ -44,13 +48,21 @@ def run(settings: Settings) -> int:
     else:
         report = check_listing(settings.manifest, root, reader, open_media=settings.open, loader=loader)
     out = console()
-    for problem in report.problems:
-        where = settings.manifest if problem.line_number is None else f"{settings.manifest}:{problem.line_number}"
-        out.print(f"{where}: {problem.message}", soft_wrap=True)
+    for line in _lines_of(report):
+        out.print(line, soft_wrap=True)
     out.print(report.summary(), soft_wrap=True)
     if recipe is not None and report.num_samples:
         out.print(_targets(settings.manifest, root, recipe, reader), soft_wrap=True)
     return 0 if report.is_good else 1
+
+
+def _lines_of(report: "Report") -> list[str]:
+    """Write every problem in a line; only the first where no row is good, as of a file that is something else."""
+    lines = [
+        f"{report.path if problem.line_number is None else f'{report.path}:{problem.line_number}'}: {problem.message}"
+        for problem in report.problems
+    ]
+    return lines if report.num_samples else first_lines(lines)
 
 
 def _reader(named: Format | None, recipe: Any) -> ReaderConfig:

@@ -122,7 +122,7 @@ def check_listing(
     for finding in listing.problems:
         is_of_source = finding.path == report.path
         report.problems.append(Problem(finding.line_number if is_of_source else None, _shown(finding, is_of_source)))
-    report.num_rows = len(listing.samples) + len(listing.problems)
+    report.num_rows = len(listing.samples) + sum(not finding.is_of_file for finding in listing.problems)
     roots: dict[str, RootedPaths] = {}
     for sample in listing.samples:
         paths = roots.setdefault(str(sample.root), RootedPaths(sample.root))
@@ -130,7 +130,7 @@ def check_listing(
         if not problems:
             _count(sample, report)
         report.problems += [Problem(None, f"sample {sample.id!r}: {problem}") for problem in problems]
-    if not report.num_rows:
+    if not report.num_rows and not report.problems:
         report.problems.append(Problem(None, "there is no sample in it"))
     return report
 

@@ -25,6 +25,7 @@ from mllm.data.findings import Listing, renumbered, shown_type
 from mllm.data.json_files import json_rows
 from mllm.data.manifest import Sample, parse_row
 from mllm.data.prompts import CAPTION_PROMPTS
+from mllm.data.source_files import below_root
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ class ConversationReader:
         if row.get("system"):
             turns.insert(0, Turn("system", [_text(row["system"], "system")]))
         _place_media(turns, paths)
+        for part in (part for turn in turns for part in turn.parts if part["type"] != "text"):
+            part["path"] = below_root(self.root, part["path"])
         known = {*_OTHER_KEYS, *_USED[form], *(key for keys in MEDIA_KEYS.values() for key in keys)}
         self.unread.update(key for key in row if key not in known and row[key] is not None)
         return self._sample(row, turns, sample_id)

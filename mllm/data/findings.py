@@ -30,6 +30,8 @@ class Finding:
     path: str
     line_number: int | None
     message: str
+    is_of_file: bool = False
+    """Whether it is about the whole file, and so about no row."""
 
     def __str__(self) -> str:
         location = self.path if self.line_number is None else f"{self.path}:{self.line_number}"
@@ -56,12 +58,14 @@ class Listing:
         """Return the samples all of whose files are there."""
         return [sample for sample in self.samples if sample.id not in self.incomplete]
 
-    def note(self, path: str | os.PathLike[str], line_number: int | None, message: str) -> None:
+    def note(
+        self, path: str | os.PathLike[str], line_number: int | None, message: str, *, is_of_file: bool = False
+    ) -> None:
         """Note something that cannot be used, as one line that is not too long to be read."""
         shown = " ".join(message.split())
         if len(shown) > MAX_SHOWN_CHARACTERS:
             shown = f"{shown[:MAX_SHOWN_CHARACTERS]}..."
-        self.problems.append(Finding(os.fspath(path), line_number, shown))
+        self.problems.append(Finding(os.fspath(path), line_number, shown, is_of_file))
 
     @contextmanager
     def noting(
@@ -80,7 +84,8 @@ class Listing:
         except ODD as error:
             if isinstance(error, OSError) and (is_whole or error.errno not in _NAMES):  # a full disk is no row's fault
                 raise
-            self.note(path, line_number, f"{what}: {_said(error)}" if what else _said(error))
+            message = f"{what}: {_said(error)}" if what else _said(error)
+            self.note(path, line_number, message, is_of_file=line_number is None and not what)
 
 
 class ManyLines(ValueError):

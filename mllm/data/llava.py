@@ -16,6 +16,7 @@ from typing import Any
 from mllm.data.findings import BadRows, Listing, renumbered, shown_type
 from mllm.data.json_files import json_rows
 from mllm.data.manifest import Sample, parse_row
+from mllm.data.source_files import below_root
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,10 @@ class _Reader:
             if key in _MEDIA_KEYS and entry[key]:
                 raise ValueError(f"{key}: format llava reads images under image; format sharegpt reads {key}")
             self.counts[f"samples hold the key {key!r}, which is not read"] += 1
-        images = _images_of(entry.get("image"))
+        images = [
+            below_root(self.root, image) if isinstance(image, str) else image
+            for image in _images_of(entry.get("image"))
+        ]
         turns = _checked(entry.get("conversations"))
         images_left = _matched(turns, images) if images else None
         if images_left is None and any(MARKER in turn["value"] for turn in turns):

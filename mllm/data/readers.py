@@ -84,7 +84,7 @@ def read_listing(source: str | os.PathLike[str], root: str | os.PathLike[str], c
     with naming_format(source, config.format), listing.noting(source, is_whole=True):
         listing = READERS[config.format](Path(source), Path(root), config)
     if not listing.samples and (hint := wrong_format(Path(source), config.format)):
-        listing.problems.insert(0, Finding(os.fspath(source), None, hint))
+        listing.problems.insert(0, Finding(os.fspath(source), None, hint, is_of_file=True))
     return listing
 
 

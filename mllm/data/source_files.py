@@ -20,6 +20,18 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start + 1}") from error
 
 
+def below_root(root: str | os.PathLike[str], path: str) -> str:
+    """Return an absolute path, or a file:// URL, that lies below the root as the path relative to it.
+
+    Others are returned as they are, for `path_problem` to refuse: nothing is read outside of the root.
+    """
+    absolute = path.removeprefix("file://")
+    if not os.path.isabs(absolute):
+        return path
+    relative = os.path.relpath(absolute, os.path.abspath(root))
+    return path if relative.split(os.sep)[0] in ("..", ".") else Path(relative).as_posix()
+
+
 def relative_to(root: Path, path: Path) -> str:
     """Return a path relative to the root above it, as manifests write it.
 

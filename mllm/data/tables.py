@@ -179,7 +179,9 @@ def _holds_bytes(kind: Any) -> bool:
 
     if types.is_struct(kind):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    if types.is_dictionary(kind):  # each value once, and its number in every cell that holds it
+        return _holds_bytes(kind.value_type)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _features(schema: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mllm.evaluation.media_stamps import NO_MEDIA
 from mllm.utils.files import cut_half_line, write_text_whole
 
 FINGERPRINT = "fingerprint.json"
@@ -23,12 +24,13 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Key(NamedTuple):
-    """Identifies the answer of a line: the set, the sample in it, the noise and the budget."""
+    """Identifies the answer of a line: the set, the sample in it, the noise, the budget and the stamp of its media."""
 
     set_name: str
     sample_id: str
     snr_db: float | None
     budget: str
+    media_stamp: str
 
 
 Line = dict[str, Any]
@@ -36,7 +38,7 @@ Line = dict[str, Any]
 
 def key_of(line: Mapping[str, Any]) -> Key:
     """Reads the key of a line."""
-    return Key(line["set"], line["id"], line["snr_db"], line["budget"])
+    return Key(line["set"], line["id"], line["snr_db"], line["budget"], line.get("media_stamp", NO_MEDIA))
 
 
 class AnswerStore:

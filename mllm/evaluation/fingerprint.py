@@ -3,7 +3,8 @@
 Everything counts unless it stands in one of the lists here, which say why it does not: each file of the model's folder,
 each key of the config, each sample. So a key that is added counts until somebody has thought about it (a test asks them
 to).
-The media files themselves are not read again; whoever changes one deletes its answers.
+Media files are not among it: each answer holds a stamp of those it is about (`media_stamps`), so that where one of them
+changes the others are kept.
 """
 
 import hashlib

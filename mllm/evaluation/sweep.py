@@ -11,7 +11,7 @@ then be resumed.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from mllm.budget import Budget
@@ -74,7 +74,7 @@ class Sweep:
             pending = tuple(budget for budget in item.budgets if item.key(budget) not in done)
             self.on_progress(len(item.budgets) - len(pending))
             if pending:
-                open_work.append(Work(item.set_name, item.sample, item.snr_db, pending))
+                open_work.append(replace(item, budgets=pending))
         for batch in _batches(open_work, self.answerer.batch_size, self.max_rows):
             lines = list(self._answer(batch))
             self.store.append(lines)
@@ -268,6 +268,7 @@ def _facts(work: Work, budget: Budget) -> Line:
         "id": work.sample.id,
         "snr_db": work.snr_db,
         "budget": str(budget),
+        "media_stamp": work.media_stamp,
         "task": work.sample.task,
         "kind": work.sample.kind,
         "references": references_of(work.sample),

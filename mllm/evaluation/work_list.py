@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from mllm.budget import Amount, Budget, Space
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import Key
+from mllm.evaluation.media_stamps import NO_MEDIA, media_stamp_of
 from mllm.evaluation.metrics import vqa_accuracy
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
@@ -23,10 +24,11 @@ class Work:
     sample: Sample
     snr_db: float | None
     budgets: tuple[Budget, ...]
+    media_stamp: str = NO_MEDIA
 
     def key(self, budget: Budget) -> Key:
         """Makes the key of the answer at a budget."""
-        return Key(self.set_name, self.sample.id, self.snr_db, str(budget))
+        return Key(self.set_name, self.sample.id, self.snr_db, str(budget), self.media_stamp)
 
     @property
     def media_key(self) -> Hashable:
@@ -77,7 +79,8 @@ def plan(
             used |= {budget for budget, _ in suited}
             sample_budgets = tuple(dict.fromkeys(cut for _, cut in suited))
             has_audio = any(part.medium == "audio" for part in sample.media)
-            work += [Work(name, sample, snr_db, sample_budgets) for snr_db in (snrs_db if has_audio else (None,))]
+            stamp, sample_snrs = media_stamp_of(sample), snrs_db if has_audio else (None,)
+            work += [Work(name, sample, snr_db, sample_budgets, stamp) for snr_db in sample_snrs]
     if idle := [budget for budget in budgets if budget not in used]:
         raise ValueError(f"budget {str(idle[0])!r} is for no sample: none holds a medium it names")
     return work

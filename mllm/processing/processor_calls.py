@@ -86,7 +86,7 @@ class ProcessorCalls(ProcessorMixin):
             return self._of_requests(requests, budget)
         if used := [MEDIA_KEYS[medium] for medium, value in media.items() if value is not None]:
             raise ValueError(f"{used[0]} goes with text; a sample names its own media")
-        rows = [samples] if isinstance(samples, Sample) else list(samples)
+        rows = list(samples) if isinstance(samples, Sequence) else [samples]
         if not all(isinstance(row, Sample) for row in rows):
             raise TypeError("the first argument is one mllm sample or several; give a message as text=, media by name")
         _check_form(return_tensors, padding or len(rows) == 1)

@@ -225,6 +225,15 @@ def test_another_dtype_is_refused(run: Path, given: str | torch.dtype) -> None:
         load(run, dtype=given)
 
 
+def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(run: Path) -> None:
+    with pytest.raises(ValueError, match="device is 'gpu'; give one such as cpu, cuda or cuda:1"):
+        load(run, device="gpu")
+    with pytest.raises(
+        ValueError, match=r"device is cuda:99, and PyTorch sees \d+ GPUs here; leave it out, or name cpu"
+    ):
+        load(run, device="cuda:99")
+
+
 def test_a_model_is_put_where_it_is_asked_for_and_on_the_gpu_by_itself(run: Path) -> None:
     assert load(run, device="meta")[0].device.type == "meta"
     assert load(run, device=torch.device("cpu"))[0].device.type == "cpu"

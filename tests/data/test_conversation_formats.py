@@ -209,6 +209,16 @@ def test_columns_are_media_by_their_features_or_names(tmp_path: Path, caplog: py
     assert colour_of(sample) == RED
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "dictionary"])
+def test_every_way_that_pyarrow_holds_bytes_is_read(tmp_path: Path, kind: str) -> None:
+    """Whichever a library writes: views come of polars, dictionaries of categories."""
+    pa = pytest.importorskip("pyarrow")
+    values = [image(RED), image(BLUE)]
+    held = pa.array(values).dictionary_encode() if kind == "dictionary" else pa.array(values, getattr(pa, kind)())
+    pa.parquet.write_table(pa.table({"image": held, "caption": ["red", "blue"]}), tmp_path / "t.parquet")
+    assert [colour_of(sample) for sample in read(tmp_path / "t.parquet", "parquet")] == [RED, BLUE]
+
+
 def saved_to_disk(folder: Path, rows: list[dict]) -> Path:
     """Write what `Dataset.save_to_disk` of datasets leaves: arrow streams in batches, and a state that names
     the split.
@@ -516,6 +526,37 @@ def test_the_command_checks_and_imports_any_format(tmp_path: Path, capsys, form:
     other = "sharegpt" if form == "messages" else "messages"
     with pytest.raises(ValueError, match=f"nothing of format {other}, and looks like format {form}"):
         read_data(path, tmp_path, ReaderConfig(format=other))
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "llava"])
+def test_an_absolute_path_below_the_root_is_that_of_the_root(tmp_path: Path, form: Format) -> None:
+    """As ms-swift and Qwen's cookbooks write them; nothing else of the disk can be named so."""
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    (tmp_path / "data" / "x" / "a.png").write_bytes(image())
+    named = [str(tmp_path / "data" / "x" / "a.png"), f"file://{tmp_path}/data/x/a.png", "x/a.png", "/etc/a.png"]
+    named += [f"{tmp_path}/data/../a.png", str(tmp_path / "data"), f"{tmp_path}/data2/a.png"]
+    if form == "llava":
+        rows = [{"conversations": said("<image>?"), "image": name} for name in named]
+    else:
+        turns = {"messages": asked("<image>?")} if form == "messages" else {"conversations": said("<image>?")}
+        rows = [{**turns, "images": [name]} for name in named]
+    listing = read_listing(lines(tmp_path / "l.jsonl", *rows), tmp_path / "data", ReaderConfig(format=form))
+    assert [sample.media[0].path for sample in listing.samples] == ["x/a.png"] * 3
+    assert [finding.line_number for finding in listing.problems] == [4, 5, 6, 7]
+    assert all("must be relative to the root" in finding.message for finding in listing.problems)
+
+
+def test_what_is_something_else_altogether_is_told_in_a_few_lines(tmp_path: Path, capsys) -> None:
+    (tmp_path / "s.wav").write_bytes(b"RIFF" + b"\xff\n" * 500)
+    assert main(["data", "check", str(tmp_path / "s.wav")]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) < 25
+    assert any(line.startswith("and ") and line.endswith(" more") for line in shown)
+    swift = lines(tmp_path / "m.jsonl", *[{"messages": asked("?")}] * 2)
+    assert main(["data", "check", str(swift), "--format", "sharegpt"]) == 1
+    shown = capsys.readouterr().out
+    assert "looks like format messages" in shown.splitlines()[0]
+    assert "m.jsonl: 2 rows, 0 good samples" in shown
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "a.tar", "l.csv", "l.tsv", "clips/a.mp4"])

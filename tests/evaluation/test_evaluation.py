@@ -1,6 +1,7 @@
 """What an evaluation promises: every sample at every budget exactly once, on any number of ranks, failures named."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,29 @@ def test_what_is_answered_is_not_answered_again_and_failures_are_tried_again(ans
     assert third == first
     keys = [(line["id"], line["budget"]) for line in map(json.loads, (tmp_path / HYPOTHESES).read_text().splitlines())]
     assert len(keys) == len(set(keys)) == 27
+
+
+def test_a_file_that_changed_is_asked_about_again_and_no_other(answerer, samples, tmp_path) -> None:
+    root = shutil.copytree(samples[0].root, tmp_path / "media")
+    moved = [replace(sample, root=root) for sample in (*samples[:2], samples[5])]
+    encoded = []
+    towers = answerer.model.model.vision_tower, answerer.model.model.audio_tower
+    hooks = [tower.register_forward_pre_hook(lambda _, values: encoded.append(len(values[0]))) for tower in towers]
+    num_encoded = []
+    for source in (None, None, "p3.png"):
+        if source is not None:
+            shutil.copy(root / source, root / "p1.png")
+        encoded.clear()
+        evaluated(answerer, moved, tmp_path / "out")
+        num_encoded.append(sum(encoded))
+    for hook in hooks:
+        hook.remove()
+    assert num_encoded == [3, 0, 1]
+    lines = [json.loads(line) for line in (tmp_path / "out" / HYPOTHESES).read_text().splitlines()]
+    now = {(line["id"], line["budget"]): line["hypothesis"] for line in lines}
+    (as_p3,) = answerer.answer_samples([replace(samples[3], root=root)], [Budget.parse("image=4")])
+    assert now["p1", "image=4"] == as_p3.text
+    assert len(lines) == 9
 
 
 def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path) -> None:

@@ -225,6 +225,8 @@ def test_an_argument_that_nothing_reads_is_refused_with_the_nearest(made, sample
     assert made.apply_chat_template(asking, images=None) == made.apply_chat_template(asking)
     with pytest.raises(TypeError, match="the first argument is one mllm sample or several"):
         made([image])
+    with pytest.raises(TypeError, match="give a message as text=, media by name"):
+        made(load_image(sample.root / "0.png"), "what?")
     with pytest.raises(ValueError, match="images goes with text; a sample names its own media"):
         made(sample, images=image)
     with pytest.raises(ValueError, match="padding is False; several rows are always padded"):
@@ -239,7 +241,9 @@ def test_a_budget_is_taken_in_every_form(made, sample, budget) -> None:
 
 @pytest.mark.parametrize("budget", [16, "16", 16.0, None])
 def test_a_bare_number_is_refused_with_what_to_write(made, sample, budget) -> None:
-    with pytest.raises(ValueError, match=r'does not say of what; write the medium: "image=16" for soft tokens'):
+    with pytest.raises(
+        ValueError, match=r'does not say of what; write the medium: "image=16" for soft tokens of an image, "audio=/4"'
+    ):
         made(text="what?", images=sample.root / "0.png", budget=budget)
 
 
