@@ -212,10 +212,10 @@ def test_columns_are_media_by_their_features_or_names(tmp_path: Path, caplog: py
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "dictionary"])
 def test_every_way_that_pyarrow_holds_bytes_is_read(tmp_path: Path, kind: str) -> None:
     """Whichever a library writes: views come of polars, dictionaries of categories."""
-    pa = pytest.importorskip("pyarrow")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     values = [image(RED), image(BLUE)]
     held = pa.array(values).dictionary_encode() if kind == "dictionary" else pa.array(values, getattr(pa, kind)())
-    pa.parquet.write_table(pa.table({"image": held, "caption": ["red", "blue"]}), tmp_path / "t.parquet")
+    parquet.write_table(pa.table({"image": held, "caption": ["red", "blue"]}), tmp_path / "t.parquet")
     assert [colour_of(sample) for sample in read(tmp_path / "t.parquet", "parquet")] == [RED, BLUE]
 
 
