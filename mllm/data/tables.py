@@ -86,7 +86,12 @@ def _fetched(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     for wanted in (revision,) if revision else (None, _CONVERTED):
-        folder = Path(snapshot_download(repository, repo_type="dataset", revision=wanted, allow_patterns=["*.parquet"]))
+        try:
+            fetched = snapshot_download(repository, repo_type="dataset", revision=wanted, allow_patterns=["*.parquet"])
+        except OSError as error:  # a folder that is not there looks like a name of the hub as well
+            problem = f"{name}: there is no such folder, and a data set of that name cannot be had of the hub"
+            raise FileNotFoundError(f"{problem}: {error}") from error
+        folder = Path(fetched)
         if is_table(folder):
             return folder
     hint = f"; the hub's conversion of the newest one is {repository}@{_CONVERTED}" if revision else ""

@@ -108,7 +108,8 @@ def choose_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
     if resume is None:
         if present:
             raise ValueError(
-                f"{run} already holds {present[-1].name}; go on from it with resume={NEWEST}, or give another train.out"
+                f"{run} already holds {present[-1].name}; go on from it with --resume {NEWEST}, "
+                "or give another train.out"
             )
         return None
     if resume == NEWEST:

@@ -297,6 +297,12 @@ def test_the_hubs_conversion_never_stands_for_a_named_revision(tmp_path: Path) -
     assert "owner/images@v1 holds no parquet; the hub's conversion of the newest one is owner/images@" in done.stderr
 
 
+def test_a_folder_that_is_not_there_is_named_though_it_looks_like_a_name_of_the_hub(tmp_path: Path) -> None:
+    done = asked_of_hub("data/train", hub_cache(tmp_path, {"main": True}))
+    problem = "data/train: there is no such folder, and a data set of that name cannot be had of the hub: "
+    assert problem in done.stderr
+
+
 @pytest.mark.parametrize(
     ("names", "splits"),
     [

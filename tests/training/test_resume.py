@@ -117,7 +117,7 @@ def test_which_checkpoint_is_taken(tmp_path: Path, whole_run: Path) -> None:
     assert choose_checkpoint(run, None) is None
     assert choose_checkpoint(run, "auto") is None
     shutil.copytree(whole_run, run)
-    with pytest.raises(ValueError, match="already holds checkpoint-00000006; go on from it with resume=auto"):
+    with pytest.raises(ValueError, match="already holds checkpoint-00000006; go on from it with --resume auto"):
         choose_checkpoint(run, None)
     newest = choose_checkpoint(run, "auto")
     assert newest is not None
