@@ -25,6 +25,7 @@ from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import write_model, write_tensors
 from mllm.config.model import LoraBankConfig, MomeConfig
+from mllm.config.model_options import ModelOptions
 from mllm.media import MediaLimits
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -89,19 +90,19 @@ def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
     """
     expected = set(names)
     with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-        problems = [f"missing {name}" for name in sorted(expected - found)]
-        problems += [f"unexpected {name}" for name in sorted(found - expected)]
-        own = dict(model.named_parameters())
-        for name in sorted(expected & found):
-            shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(own[name].shape)
+        stored = set(file.keys())
+        problems = [f"missing {name}" for name in sorted(expected - stored)]
+        problems += [f"unexpected {name}" for name in sorted(stored - expected)]
+        parameters = dict(model.named_parameters())
+        for name in sorted(expected & stored):
+            shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(parameters[name].shape)
             if shape != wanted or 0 in shape:
                 problems.append(f"{name} has shape {shape}, the model has {wanted}")
         if problems:
             raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
         with torch.no_grad():
             for name in expected:
-                own[name].copy_(file.get_tensor(name))
+                parameters[name].copy_(file.get_tensor(name))
 
 
 def load(
@@ -133,13 +134,35 @@ def load(
     """
     register()
     allowed, device = MediaLimits.of(limits), _device_of(device)
-    own = model_folder(folder, checkpoint)
-    model, processor = _load(own, dtype=read_dtype(dtype), attention=attention, sources=sources)
+    home = model_folder(folder, checkpoint)
+    model, processor = _load(home, dtype=read_dtype(dtype), attention=attention, sources=sources)
     processor.limits = allowed
     if merge_adapter:
         merge_llm_adapter(model)
     model.to(device)  # pyright: ignore[reportArgumentType] (PreTrainedModel.to is wrapped without its types)
     return model, processor
+
+
+def load_for(
+    options: ModelOptions, *, device: str | torch.device | None = None
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """Load the model that the options of a command name.
+
+    Args:
+        device: where to put the model; when left out the CPU where the options say so, and as in `load` otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    return load(
+        options.model,
+        dtype=options.dtype,
+        device="cpu" if device is None and options.use_cpu else device,
+        merge_adapter=options.merge_adapter,
+        checkpoint=options.checkpoint,
+        sources=options.sources,
+        limits=options.limits,
+    )
 
 
 def _device_of(device: str | torch.device | None) -> torch.device:
@@ -236,8 +259,8 @@ def export(
     model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
     select_experts(
         model.model.language_model,
-        scale_id=_place("scale", scale, processor.expert_names.scales),
-        task_id=_place("task", task, processor.expert_names.tasks),
+        scale_id=_index_of("scale", scale, processor.expert_names.scales),
+        task_id=_index_of("task", task, processor.expert_names.tasks),
     )
     merge_adapters(model)
     processor.forget_experts()
@@ -253,19 +276,19 @@ def export(
 
 def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> GenerationConfig:
     """How an export generates by itself: as `Answerer` does, not as its LLM did before, which may have sampled."""
-    own = model.generation_config
+    of_llm = model.generation_config
     ends = {processor.tokenizer.eos_token_id}
-    ends |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
+    ends |= set(of_llm.eos_token_id) if isinstance(of_llm.eos_token_id, list) else {of_llm.eos_token_id}
     never_said = {*processor.placeholder_ids.values(), *(model.config.new_tokens or {}).values()}
     return GenerationConfig(
-        bos_token_id=own.bos_token_id,
+        bos_token_id=of_llm.bos_token_id,
         eos_token_id=sorted(ends - {None}) or None,
         pad_token_id=processor.pad_id,
         suppress_tokens=sorted(never_said) or None,
     )
 
 
-def _place(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:
+def _index_of(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:
     """The place of an expert; what is asked and what there is must go together."""
     if name is None and not known:
         return None

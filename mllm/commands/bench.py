@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.budget import MEDIA, Budget
 from mllm.config.model import check_at_least
-from mllm.media import MediaLimits
+from mllm.config.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from mllm.evaluation.bench import Measured
@@ -14,15 +14,9 @@ SUMMARY = "Measure what each budget of a model costs here: tokens, FLOPs, cache,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ModelOptions):
     """Answer the same requests at several budgets, in turn, and show what each of them costs."""
 
-    model: str
-    """Run folder, a checkpoint in one, or an exported model."""
-    checkpoint: str | None = None
-    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     budgets: list[str] | str = field(default_factory=list)
     """Budgets as a list, or as one text with `;` between them; when left out those that were trained, at most 8."""
     image: list[str] = field(default_factory=list)
@@ -47,16 +41,10 @@ class Settings:
     """Number of measurements of every budget."""
     warmup: int = 1
     """Number of rounds before those, which are not counted."""
-    limits: MediaLimits = field(default_factory=MediaLimits)
-    """Pixels, seconds and bytes beyond which a file is refused."""
     out: str | None = None
     """Folder that gets bench.json and bench.png; when left out results are only shown."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen parts."""
     threads: int | None = None
     """Number of CPU threads; when left out as many as torch takes."""
-    use_cpu: bool = False
-    """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
         check_at_least(self, ("batch_size", "new_tokens", "num_beams", "repeats", "threads"))
@@ -83,7 +71,7 @@ def run(settings: Settings) -> int:
 
     import torch
 
-    from mllm.checkpoints.load import load
+    from mllm.checkpoints.load import load_for
     from mllm.commands.terminal import console, progress_bar, quiet_loading
     from mllm.evaluation.bench import bench, default_budgets, requests, write
     from mllm.inference.answerer import Decoding
@@ -91,14 +79,7 @@ def run(settings: Settings) -> int:
     quiet_loading()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model, processor = load(
-        settings.model,
-        dtype=settings.dtype,
-        device="cpu" if settings.use_cpu else None,
-        checkpoint=settings.checkpoint,
-        sources=settings.sources,
-        limits=settings.limits,
-    )
+    model, processor = load_for(settings)
     loaded = _media(settings, processor)
     batch = requests(processor, loaded, settings.text, settings.batch_size)
     budgets = settings.read_budgets() or default_budgets(processor, [item.medium for item in loaded])
@@ -142,6 +123,7 @@ def _facts(settings: Settings, model: Any) -> dict[str, Any]:
         "model": settings.model,
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "dtype": settings.dtype,
+        "merge_adapter": settings.merge_adapter,
         "torch": torch.__version__,
         "batch_size": settings.batch_size,
         "new_tokens": settings.new_tokens,

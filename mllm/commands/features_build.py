@@ -27,7 +27,7 @@ class Settings(RunConfig):
 def run(settings: Settings) -> int:
     """Encode, with a progress bar."""
     from mllm.commands.terminal import console, progress_bar, quiet_loading
-    from mllm.training.feature_cache.building import build_features
+    from mllm.training.feature_cache.processes import build_features
 
     quiet_loading()
     config = without_extras(RunConfig, settings)

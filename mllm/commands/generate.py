@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mllm.budget import Budget
 from mllm.config.long_audio import LongAudioOptions
-from mllm.media import MediaLimits
+from mllm.config.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from mllm.inference.answerer import Answer
@@ -17,15 +17,9 @@ SUMMARY = "Answer a question about images, audio and videos at a budget."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(LongAudioOptions):
+class Settings(LongAudioOptions, ModelOptions):
     """Answer questions about files; without a text, speech is transcribed and an image described."""
 
-    model: str
-    """Run folder, a checkpoint in one, or an exported model."""
-    checkpoint: str | None = None
-    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     text: list[str] = field(default_factory=list)
     """The question. Given several times, all are answered, a line each; the files are encoded and read once for all."""
     image: list[str] = field(default_factory=list)
@@ -52,19 +46,10 @@ class Settings(LongAudioOptions):
     timing: bool = False
     """Also print the milliseconds of encoder, prefill and decoding. The request is run once before without being
     measured, since the first one also pays for what a process does only once."""
-    limits: MediaLimits = field(default_factory=MediaLimits)
-    """Pixels, seconds and bytes beyond which a file is refused."""
     max_mismatch_seconds: float | None = 0.08
     """Most seconds by which an audio and a video of one name may differ in length; null never compares."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen parts."""
-    merge_adapter: bool = False
-    """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
-    rows."""
     static_cache: bool = False
     """Decode with a cache of a fixed size, which CUDA replays as a graph."""
-    use_cpu: bool = False
-    """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +60,7 @@ class Settings(LongAudioOptions):
 
 def run(settings: Settings) -> int:
     """Answers, and says what was used."""
-    from mllm.checkpoints.load import load
+    from mllm.checkpoints.load import load_for
     from mllm.commands.terminal import console, quiet_loading
     from mllm.inference.answerer import Answerer, Decoding
     from mllm.media import MediaLoader
@@ -89,15 +74,7 @@ def run(settings: Settings) -> int:
         settings.static_cache,
     )
     quiet_loading()
-    model, processor = load(
-        settings.model,
-        dtype=settings.dtype,
-        device="cpu" if settings.use_cpu else None,
-        merge_adapter=settings.merge_adapter,
-        checkpoint=settings.checkpoint,
-        sources=settings.sources,
-        limits=settings.limits,
-    )
+    model, processor = load_for(settings)
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
     answerer = Answerer(model, processor, decoding, loader=loader, long_audio=settings.read_long_audio())
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}

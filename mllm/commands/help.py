@@ -41,8 +41,20 @@ def help_text(kind: Any, program: str, group: str = "") -> str:
     head += ["", "  --config FILE  YAML file with any of the options below; the command line overrules it."]
     if group == "all":
         return "\n".join([*head, *_keys(kind, "", is_deep=True), ""])
-    lines = [line for name, key in fields_of(kind).items() if not key.classes for line in _option(name, key)]
+    lines = [line for name, key in _by_use(kind) if not key.classes for line in _option(name, key)]
     return "\n".join([*head, *lines, *_groups(groups, program), ""])
+
+
+def _by_use(kind: Any) -> list[tuple[str, Key]]:
+    """Return the options of a command: those it needs, then its own, then those that it shares with others."""
+    defined = inspect.get_annotations(kind)
+
+    def rank(option: tuple[str, Key]) -> int:
+        field = option[1].field
+        is_required = field.default is MISSING and field.default_factory is MISSING
+        return 0 if is_required else 1 if option[0] in defined else 2
+
+    return sorted(fields_of(kind).items(), key=rank)
 
 
 def _groups(groups: dict[str, Key], program: str) -> list[str]:
@@ -83,7 +95,7 @@ def _option(name: str, key: Key) -> list[str]:
     default = key.field.default
     if default is MISSING and key.field.default_factory is not MISSING:
         default = plain(key.field.default_factory())
-    shown = "required" if default is MISSING else "" if default in (None, [], {}) else f"default {_value(default)}"
+    shown = "required" if default is MISSING else "" if default in (None, "", [], {}) else f"default {_value(default)}"
     return [f"  --{name} {_type(key.hint)}{f'  ({shown})' if shown else ''}", *_wrapped(_doc(key), "      ")]
 
 

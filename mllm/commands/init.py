@@ -33,7 +33,7 @@ class Settings:
     image_encoder: str | None = None
     """Folder or hub name of a vision encoder (CLIP, SigLIP, DINO)."""
     audio_encoder: str | None = None
-    """Folder or hub name of a sound encoder (Whisper, WavLM, HuBERT)."""
+    """Folder or hub name of an audio encoder (Whisper, WavLM, HuBERT)."""
     video_encoder: str | None = None
     """Folder of a lip encoder that `mllm convert av-hubert` wrote."""
     built_in: bool = False
@@ -148,15 +148,15 @@ def _block(settings: Settings, medium: str) -> str:
 
 
 def _image_lines(settings: Settings, source: str, is_named: bool) -> list[str]:
-    told = "# soft tokens per image, all trained in one model"
+    comment = "# soft tokens per image, all trained in one model"
     if is_named:
-        return [f"encoder: {source}  # frozen", "compressor: pool", f"budgets: [1, 4, 16, 64]  {told}"]
+        return [f"encoder: {source}  # frozen", "compressor: pool", f"budgets: [1, 4, 16, 64]  {comment}"]
     if settings.built_in:
         encoder = f"encoder: {{source: {source}, feature_layer: -1}}  # frozen"
-        return [encoder, "compressor: pool", "projector: linear", f"budgets: [1, 4, 16, 64]  {told}"]
+        return [encoder, "compressor: pool", "projector: linear", f"budgets: [1, 4, 16, 64]  {comment}"]
     encoder = f"encoder: {{source: {source}, feature_layer: -2}}  # frozen"
     projector = "projector: {kind: mlp, before_pooling: true}"
-    return [encoder, "compressor: pool", projector, f"budgets: [1, 9, 36, 144, 576]  {told}"]
+    return [encoder, "compressor: pool", projector, f"budgets: [1, 9, 36, 144, 576]  {comment}"]
 
 
 def _audio_lines(settings: Settings, source: str, is_named: bool) -> list[str]:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mllm.budget import Budget
 from mllm.config.model import check_at_least
+from mllm.config.model_options import ModelOptions
 from mllm.utils.extras import install_line
-from mllm.utils.run_paths import results_folder
 
 SUMMARY = "Run benchmarks of lmms-eval (extra lmms) over budgets, into one table."
 RESULTS = "lmms_eval"
@@ -15,11 +15,9 @@ RESULTS = "lmms_eval"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ModelOptions):
     """Run tasks of lmms-eval at several budgets. Needs the extra lmms; see docs/evaluation.md."""
 
-    model: str
-    """Run folder, a checkpoint in one, or an exported model."""
     tasks: list[str]
     """Names of lmms-eval's tasks, groups or tags; `lmms-eval tasks list` shows them."""
     budgets: str | list[str]
@@ -39,10 +37,6 @@ class Settings:
     """Number of questions answered together; each is answered at all budgets at once."""
     log_samples: bool = False
     """Also write every question and answer."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen parts."""
-    use_cpu: bool = False
-    """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
         if not self.parsed_budgets:
@@ -60,7 +54,7 @@ class Settings:
     @property
     def output_folder(self) -> Path:
         """Returns the folder of the results."""
-        return Path(self.out) if self.out is not None else results_folder(self.model, RESULTS)
+        return Path(self.out) if self.out is not None else self.results_folder(RESULTS)
 
 
 def run(settings: Settings) -> int:
@@ -71,16 +65,19 @@ def run(settings: Settings) -> int:
         import lmms_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"mllm lmms-eval needs lmms-eval: {install_line('lmms')}") from error
-    from mllm.lmms.model import ElasticChat
+    from mllm.checkpoints.load import load_for
+    from mllm.lmms.model import ElasticChat, device_of_rank
     from mllm.lmms.sweep import sweep, table_rows, write
 
+    settings = settings.pinned()
     quiet_loading()
+    device = "cpu" if settings.use_cpu else device_of_rank()
     chat = ElasticChat(
         pretrained=settings.model,
         budget=settings.parsed_budgets,
         batch_size=settings.batch_size,
-        device="cpu" if settings.use_cpu else None,
-        dtype=settings.dtype,
+        device=device,
+        loaded=load_for(settings, device=device),
     )
     options: dict[str, Any] = {
         "limit": settings.limit,

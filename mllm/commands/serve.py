@@ -4,12 +4,12 @@ import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mllm.budget import Budget
 from mllm.config.long_audio import LongAudioOptions
 from mllm.config.model import check_at_least
-from mllm.media import MediaLimits
+from mllm.config.model_options import ModelOptions
 from mllm.serving.limits import Batching, RequestLimits
 from mllm.utils.extras import install_line
 
@@ -21,15 +21,9 @@ KEY_VARIABLE = "MLLM_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(LongAudioOptions):
+class Settings(LongAudioOptions, ModelOptions):
     """Serve a model until the process is told to end."""
 
-    model: str
-    """Run folder, a checkpoint in one, or an exported model."""
-    checkpoint: str | None = None
-    """A checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     name: str | None = None
     """What clients call the model; the name of its folder when left out."""
     host: str = "127.0.0.1"
@@ -43,8 +37,6 @@ class Settings(LongAudioOptions):
     """The budget of media that a request says nothing of; the most the model was trained on when left out."""
     max_budget: str = ""
     """The most that a request may ask for, e.g. "image=64,audio=/4" or "total<=256"."""
-    limits: MediaLimits = field(default_factory=MediaLimits)
-    """Pixels, seconds and bytes beyond which a file is refused."""
     requests: RequestLimits = field(default_factory=RequestLimits)
     """How many requests there may be, and how large they may be."""
     batching: Batching = field(default_factory=Batching)
@@ -64,14 +56,8 @@ class Settings(LongAudioOptions):
     """A language that the model transcribes; may be given several times, the usual one first."""
     measure_budgets: bool = True
     """Measures at the start what every budget costs, for /v1/budgets."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen parts."""
-    merge_adapter: bool = False
-    """Fold a LoRA into the LLM's weights first; refused where the adapter depends on the rows."""
     threads: int | None = None
     """CPU threads of the model; as many as torch takes when left out."""
-    use_cpu: bool = False
-    """Run on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,22 +103,14 @@ def run(settings: Settings) -> int:
         raise ImportError(f"{error.name} is not installed; mllm serve needs: {install_line('serve')}") from error
     import torch
 
-    from mllm.checkpoints.load import load
+    from mllm.checkpoints.load import load_for
     from mllm.commands.terminal import console, quiet_loading
 
     own = server_settings(settings)
     quiet_loading()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model, processor = load(
-        settings.model,
-        dtype=settings.dtype,
-        device="cpu" if settings.use_cpu else None,
-        merge_adapter=settings.merge_adapter,
-        checkpoint=settings.checkpoint,
-        sources=settings.sources,
-        limits=settings.limits,
-    )
+    model, processor = load_for(settings)
     out = console(stderr=True)
     if settings.measure_budgets:
         out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)

@@ -31,14 +31,14 @@ def run(settings: Settings) -> int:
     from mllm.utils.distributed import finish_launch
     from mllm.utils.run_paths import RUN_CONFIG
 
-    own = without_extras(RunConfig, settings)
+    config = without_extras(RunConfig, settings)
     try:
-        folder = train(own, resume=settings.resume, sources=settings.sources)
+        folder = train(config, resume=settings.resume, sources=settings.sources)
     except TooManyBadSamples as error:
         raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            folder = Path(own.train.out)
+            folder = Path(config.train.out)
             console(stderr=True).print(how_to_go_on(folder, folder / RUN_CONFIG), soft_wrap=True, highlight=False)
         return 130
     finish_launch()

@@ -1,6 +1,6 @@
 """What a user writes to describe an evaluation. Plain dataclasses; knows no torch, so that `--help` is quick."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,8 +8,7 @@ from mllm.budget import Budget
 from mllm.config.data import ReaderConfig
 from mllm.config.long_audio import LongAudioOptions
 from mllm.config.model import check_at_least
-from mllm.media import MediaLimits
-from mllm.utils.run_paths import model_folder, results_folder
+from mllm.config.model_options import ModelOptions
 
 EVALUATION = "evaluation"
 """The folder of results inside a model's folder; those with a name lie in folders inside it."""
@@ -18,15 +17,9 @@ TAKEN_NAMES = ("answers", "submissions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(LongAudioOptions):
+class EvaluationConfig(LongAudioOptions, ModelOptions):
     """Which model is evaluated on what, at which budgets."""
 
-    model: str
-    """Names a run folder, a checkpoint in one, or an exported model."""
-    checkpoint: str | None = None
-    """Takes a checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Tells where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     manifest: list[str]
     """Names a manifest (JSONL), or several where this is given more than once."""
     budgets: str | list[str]
@@ -56,8 +49,6 @@ class EvaluationConfig(LongAudioOptions):
     """Takes the noise the model was trained with all the same, as the published systems do."""
     snr_db: list[float | None] = field(default_factory=lambda: [None])
     """Lists signal-to-noise ratios in decibels; null leaves the audio as it is."""
-    limits: MediaLimits = field(default_factory=MediaLimits)
-    """Refuses files with more pixels, seconds or bytes."""
     max_mismatch_seconds: float | None = 0.08
     """Refuses a clip whose audio and video differ by more; null never compares."""
     num_beams: int = 1
@@ -72,21 +63,14 @@ class EvaluationConfig(LongAudioOptions):
     max_rows: int | None = None
     """Caps the rows of one pass, a row being a sample at one budget, where memory is short: there are fewer samples in
     a batch then, and one with more budgets than this is encoded several times."""
-    merge_adapter: bool = False
-    """Folds a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
-    rows."""
     constant_prompt: bool = False
     """Keeps what the LLM reads of the text that all prompts begin with, from one batch to the next."""
     static_cache: bool = False
     """Decodes with a cache of a fixed size, which CUDA replays as a graph. Every row then reads its own prompt."""
     seed: int = 0
     """Seeds the noise and the bootstrap intervals."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Keeps the frozen parts in this type."""
     video_backend: Literal["pyav", "decord"] = "pyav"
     """Chooses what decodes videos; both give the same frames."""
-    use_cpu: bool = False
-    """Runs on the CPU although there is a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,18 +113,8 @@ class EvaluationConfig(LongAudioOptions):
         return stems if len(set(stems)) == len(stems) else list(self.manifest)
 
     @property
-    def model_folder(self) -> Path:
-        """The folder that holds the model: that of the run, of a checkpoint of it, or of an export."""
-        return model_folder(self.model, self.checkpoint)
-
-    def pinned(self) -> "EvaluationConfig":
-        """Name the checkpoint that `auto` means now, so that one that is written meanwhile is not taken for it."""
-        return self if self.checkpoint is None else replace(self, checkpoint=self.model_folder.name)
-
-    @property
     def output_folder(self) -> Path:
         """Where results go."""
         if self.out is not None:
             return Path(self.out)
-        model = Path(self.model) if self.checkpoint is None else self.model_folder
-        return results_folder(model, EVALUATION) / (self.name or "")
+        return self.results_folder(EVALUATION) / (self.name or "")

@@ -95,17 +95,10 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
 
 def _answerer(settings: EvaluationConfig, device: Any) -> Answerer:
     """Loads the model that is evaluated, on its device."""
-    from mllm.checkpoints.load import load
+    from mllm.checkpoints.load import load_for
     from mllm.inference.answerer import Decoding
 
-    model, processor = load(
-        settings.model_folder,
-        dtype=settings.dtype,
-        device=device,
-        merge_adapter=settings.merge_adapter,
-        sources=settings.sources,
-        limits=settings.limits,
-    )
+    model, processor = load_for(settings, device=device)
     return Answerer(
         model,
         processor,

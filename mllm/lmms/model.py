@@ -18,6 +18,9 @@ from mllm.checkpoints.load import load
 from mllm.inference.answerer import Answer
 from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import read_generation
+from mllm.media import MediaLoader
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.processing.processor import ElasticProcessor
 
 ALLOWED = ("pretrained", "budget", "batch_size", "device", "dtype", "attention")
 Key = tuple[Any, ...]
@@ -36,6 +39,7 @@ class ElasticChat(lmms):
         device: where to run; the GPU if there is one. With several processes each takes its own.
         dtype: data type of the frozen parts.
         attention: attention implementation of the LLM.
+        loaded: the model and its processor where they are at hand already, on the device.
         unknown: any other argument is refused.
 
     Raises:
@@ -54,18 +58,20 @@ class ElasticChat(lmms):
         device: str | None = None,
         dtype: str = "float32",
         attention: str = "sdpa",
+        loaded: tuple[ElasticForConditionalGeneration, ElasticProcessor] | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         _check_arguments(pretrained, batch_size, dtype, unknown)
-        self.device = torch.device(device if device not in (None, "cuda") else _device_of_rank())
-        model, processor = load(pretrained, dtype=dtype, device=self.device, attention=attention)
+        self.device = torch.device(device if device not in (None, "cuda") else device_of_rank())
+        model, processor = loaded or load(pretrained, dtype=dtype, device=self.device, attention=attention)
         texts = list(budget) if isinstance(budget, list | tuple) else [budget]
         budgets = [read_budget(text, processor) for text in texts]
         for one in budgets:
             if not processor.space.is_trained(one):
                 logger.warning("the budget %s was not trained", one)
-        self.answers = BudgetedAnswers(model, processor, budgets, batch_size=int(batch_size))
+        loader = MediaLoader(gray=True, limits=processor.limits)
+        self.answers = BudgetedAnswers(model, processor, budgets, batch_size=int(batch_size), loader=loader)
         self.reported = 0
         self._known: dict[Key, list[Answer]] = {}
 
@@ -142,5 +148,6 @@ def _check_arguments(pretrained: str, batch_size: int | str, dtype: str, unknown
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(allowed)}")
 
 
-def _device_of_rank() -> str:
+def device_of_rank() -> str:
+    """Name the GPU of this process, or the CPU where there is none."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

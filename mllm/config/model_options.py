@@ -1,0 +1,42 @@
+"""Says which trained model a command loads, and how: the options that every command on one has."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Self
+
+from mllm.media import MediaLimits
+from mllm.utils.run_paths import model_folder, results_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options of a command that say which trained model is loaded, and how; `mllm.checkpoints.load` reads them."""
+
+    model: str
+    """Run folder, a checkpoint in one, or an exported model."""
+    checkpoint: str | None = None
+    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Pixels, seconds and bytes beyond which a file is refused."""
+    merge_adapter: bool = False
+    """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
+    rows."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the frozen parts."""
+    use_cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder that holds the model: that of the run, of a checkpoint of it, or of an export."""
+        return model_folder(self.model, self.checkpoint)
+
+    def pinned(self) -> Self:
+        """Name the checkpoint that `auto` means now, so that one that is written meanwhile is not taken for it."""
+        return self if self.checkpoint is None else replace(self, checkpoint=self.model_folder.name)
+
+    def results_folder(self, kind: str) -> Path:
+        """Return where results of the model go, see `mllm.utils.run_paths.results_folder`."""
+        return results_folder(Path(self.model) if self.checkpoint is None else self.model_folder, kind)
