@@ -79,6 +79,26 @@ def test_strangers_never_see_each_other() -> None:
     assert not [(a, b) for a, b in STRANGERS if (a, b) in pairs or (b, a) in pairs]
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Packages cannot by their order; inside one, a circle hides behind an import in a function or for types alone."""
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in parsed()}
+    names = {path: name.removesuffix(".__init__") for path, name in names.items()}
+    imports: dict[str, set[str]] = {}
+    for path, tree in parsed().items():
+        loaded = {name for one in imported_modules(tree) for name in (one, one.rpartition(".")[0])}
+        imports[names[path]] = (loaded & set(names.values())) - {names[path], *packages_around(names[path])}
+    while leaves := [name for name, imported in imports.items() if not imported & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports, f"these import each other, or what does: {sorted(imports)}"
+
+
+def packages_around(name: str) -> set[str]:
+    """The packages that a module lies in; what imports `a.b.c` runs `a` and `a.b` in any case."""
+    parts = name.split(".")
+    return {".".join(parts[:count]) for count in range(1, len(parts))}
+
+
 def test_the_model_sees_no_paths_and_budgets_and_configs_no_torch() -> None:
     for path, tree in parsed().items():
         if (forbidden := FORBIDDEN.get(package_of(path))) is not None:

@@ -161,9 +161,9 @@ def expand(
         labels.append(row_labels)
         costs.append(row_counts)
         spans.append(_placed_spans(row, row_counts, space))
-        own_ids = _expert_ids(row, row_counts, expert_names)
-        scale_ids.append(own_ids[0])
-        task_ids.append(own_ids[1])
+        expert_ids = _expert_ids(row, row_counts, expert_names)
+        scale_ids.append(expert_ids[0])
+        task_ids.append(expert_ids[1])
     prefixes = {}
     if share_prefixes:
         keys = [_prefix_key(*of, placeholders) for of in zip(ids, spans, scale_ids, task_ids, strict=True)]

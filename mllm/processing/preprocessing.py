@@ -1,11 +1,11 @@
 """Combines what came with an encoder with what its block in a config says, and compares the files of a checkpoint.
 
-Knows plain values of image processors and feature extractors. Does not know pixels, sound or text.
+Knows plain values of image processors and feature extractors. Does not know pixels, audio or text.
 """
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -13,9 +13,6 @@ from mllm.config.medium import AudioEncoderConfig, ImageEncoderConfig, LipsConfi
 from mllm.encoders.audio import SAMPLE_RATE_HZ, WHISPER_SAMPLES_PER_FRAME
 from mllm.model.configuration import FILE as MODEL_FILE
 from mllm.model.configuration import ElasticConfig
-
-if TYPE_CHECKING:
-    from mllm.processing.processor import ElasticProcessor
 
 FILE = "processor_config.json"
 PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
@@ -57,25 +54,30 @@ def check_has_config(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def check_files(processor: "ElasticProcessor", config: ElasticConfig) -> None:
-    """Refuse a processor whose files are not those of the model's config.
+def check_files(
+    config: ElasticConfig, tokenizer: Any, placeholder_ids: Mapping[str, int], preprocessors: Mapping[str, Any]
+) -> None:
+    """Refuse files of a processor that are not those of the model's config.
+
+    Args:
+        config: of the model.
+        tokenizer, placeholder_ids, preprocessors: of the processor; ids and plain values by medium.
 
     Raises:
         ValueError: naming both files and the key.
     """
     for medium, token_id in (config.placeholder_ids or {}).items():
-        if (known := processor.placeholder_ids[medium]) != token_id:
+        if (known := placeholder_ids[medium]) != token_id:
             raise ValueError(
                 f"{MODEL_FILE} says placeholder_ids.{medium} is {token_id}, but in tokenizer.json it is {known}"
             )
     for token, token_id in (config.new_tokens or {}).items():
-        if (known := processor.tokenizer.convert_tokens_to_ids(token)) != token_id:
+        if (known := tokenizer.convert_tokens_to_ids(token)) != token_id:
             raise ValueError(f"{MODEL_FILE} says new_tokens.{token} is {token_id}, but in tokenizer.json it is {known}")
-    preprocessors = processor.settings.preprocessors
-    for medium in sorted(preprocessors.keys() ^ processor.encoder_configs.keys()):
+    for medium in sorted(preprocessors.keys() ^ config.encoder_configs.keys()):
         has, lacks = (FILE, MODEL_FILE) if medium in preprocessors else (MODEL_FILE, FILE)
         raise ValueError(f"{has} has {medium}, but {lacks} has not (elastic.preprocessors and media)")
-    audio = processor.encoder_configs.get("audio")
+    audio = config.encoder_configs.get("audio")
     if audio is not None and audio.model_type == "whisper":
         _check_extractor(audio, preprocessors["audio"])
 
@@ -84,11 +86,11 @@ def _check_extractor(encoder: Any, values: Mapping[str, Any]) -> None:
     """Refuse a feature extractor of another Whisper."""
     key = f"{FILE}: elastic.preprocessors.audio"
     window = encoder.max_source_positions * WHISPER_SAMPLES_PER_FRAME
-    told = {
+    from_encoder = {
         "feature_size": (encoder.num_mel_bins, "audio_config.num_mel_bins"),
         "sampling_rate": (SAMPLE_RATE_HZ, "Whisper's rate"),
         "chunk_length": (window / SAMPLE_RATE_HZ, "the seconds of audio_config.max_source_positions"),
     }
-    for name, (expected, where) in told.items():
+    for name, (expected, where) in from_encoder.items():
         if values.get(name, expected) != expected:
             raise ValueError(f"{key}.{name} is {values[name]}, but {where} in {MODEL_FILE} is {expected:g}")

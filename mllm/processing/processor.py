@@ -86,9 +86,9 @@ class ElasticProcessor(ProcessorCalls):
         self.expert_names = expert_names_of(config.adapter)
         frames = {m: block.encoder for m, block in self.media.items() if isinstance(block.encoder, FramesConfig)}
         self.sampling = {m: FrameSampling(one.count, one.frames_per_second) for m, one in frames.items()}
-        self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._tower(m)]) for m in self.media}
+        self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._encoded_as(m)]) for m in self.media}
         self.span_ids = {m: [[self._token_id(token)] for token in b.span] for m, b in self.media.items() if b.span}
-        check_files(self, config)
+        check_files(config, tokenizer, self.placeholder_ids, self.settings.preprocessors)
         self.prompts = {tuple(name.split("+")): text for name, text in self.settings.prompts.items()}
         self.shares_lengths = self.settings.shares_lengths
         self.chat = ChatEncoder(
@@ -127,7 +127,7 @@ class ElasticProcessor(ProcessorCalls):
         """What stands between media and a question in published data of the chat format."""
         return SEPARATORS.get(self.settings.chat_format, "")
 
-    def _tower(self, medium: str) -> str:
+    def _encoded_as(self, medium: str) -> str:
         """The medium whose encoder, compressor and placeholder a medium uses."""
         return "image" if medium in self.sampling else medium
 
@@ -150,24 +150,24 @@ class ElasticProcessor(ProcessorCalls):
     @cached_property
     def facts(self) -> dict[str, EncoderFacts]:
         """Return what the encoders publish, by medium."""
-        towers = {medium: self._tower(medium) for medium in self.media}
-        return {m: encoder_facts(self.encoder_configs[t], self.media[t].encoder) for m, t in towers.items()}
+        encoded_as = {medium: self._encoded_as(medium) for medium in self.media}
+        return {m: encoder_facts(self.encoder_configs[t], self.media[t].encoder) for m, t in encoded_as.items()}
 
     @cached_property
     def transforms(self) -> dict[str, MediaTransform]:
         """Return what makes an encoder's input of a decoded file, by medium."""
-        towers = {medium: self._tower(medium) for medium in self.media}
-        return {m: build_transform(t, self.encoder_configs[t], self.preprocessor(m)) for m, t in towers.items()}
+        encoded_as = {medium: self._encoded_as(medium) for medium in self.media}
+        return {m: build_transform(t, self.encoder_configs[t], self.preprocessor(m)) for m, t in encoded_as.items()}
 
     def preprocessor(self, medium: str) -> dict[str, Any]:
         """Return by what files of a medium are made into encoder input, as plain values, its block's word included."""
-        tower = self._tower(medium)
-        values = self.settings.preprocessors.get(tower, {})
-        return preprocessor_values(self.media[tower].encoder, self.encoder_configs[tower], values)
+        encoded_as = self._encoded_as(medium)
+        values = self.settings.preprocessors.get(encoded_as, {})
+        return preprocessor_values(self.media[encoded_as].encoder, self.encoder_configs[encoded_as], values)
 
     @property
     def window_seconds(self) -> float | None:
-        """Longest sound that its encoder takes; None where any length will do."""
+        """Longest audio that its encoder takes, in seconds; None where any length will do."""
         return getattr(self.transforms["audio"], "window_seconds", None) if "audio" in self.transforms else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class ElasticProcessor(ProcessorCalls):
     ) -> list[LoadedMedia]:
         """Decode and transform the media of a sample, in order of appearance.
 
-        Sound and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. An image that is cut
+        Audio and video of one clip (see `mllm.data.av_pairs`) are brought to one length first. An image that is cut
         into tiles is cut as each of the budgets asks, and into the most tiles where there is none; what several budgets
         share is there once.
 
@@ -195,13 +195,13 @@ class ElasticProcessor(ProcessorCalls):
             generator: randomness of training augmentation; none for evaluation. Each medium and purpose draws from a
                 generator of its own, made of this one.
             loader: limits and decoders other than the default ones.
-            noise: what becomes of each sound between its file and its transform.
+            noise: what becomes of each audio between its file and its transform.
             augmentation: done before that, where there is a generator.
             budgets: what the sample is going to be asked at.
             in_memory: what was handed over in place of files, per medium of the sample; None where it is a file.
 
         Raises:
-            MediaError: a file that is missing, broken, over a limit or outside the root, sound and video of one
+            MediaError: a file that is missing, broken, over a limit or outside the root, audio and video of one
                 clip that are not equally long, or what its encoder cannot take.
             ValueError: a medium this model does not take, or noise that cannot be mixed; the file is named.
         """
@@ -238,19 +238,19 @@ class ElasticProcessor(ProcessorCalls):
         rng_for = None if generator is None else rngs_by_purpose(generator)
         loaded: list[LoadedMedia | None] = []
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
-            own = None if rng_for is None else _numbered(rng_for, number)
-            if self._tower(part.medium) == "image":
+            item_rng = None if rng_for is None else _numbered(rng_for, number)
+            if self._encoded_as(part.medium) == "image":
                 loaded.append(self._images(part.medium, raw))
                 continue
             try:
-                if own is not None and augmentation is not None:
-                    raw = augmentation(raw, own)
+                if item_rng is not None and augmentation is not None:
+                    raw = augmentation(raw, item_rng)
                 if noise is not None and isinstance(raw, Audio):
                     raw = noise(raw)
             except ValueError as error:
                 raise ValueError(f"{part.medium} {part.path}: {error}") from error
             try:
-                loaded.append(self.transform(part.medium, raw, generator=own and own("transform")))
+                loaded.append(self.transform(part.medium, raw, generator=item_rng and item_rng("transform")))
             except ValueError as error:
                 is_in_memory = bool(in_memory) and in_memory[number] is not None
                 raise refusal(error, part.path if is_in_memory else resolve_media(sample.root, part.path)) from error
@@ -276,16 +276,16 @@ class ElasticProcessor(ProcessorCalls):
         ]
         cuts = cuts_of(extents, budgets, self.space)
         return [
-            self._cut(raw, own) if item is None else item for item, raw, own in zip(loaded, raws, cuts, strict=True)
+            self._cut(raw, tiles) if item is None else item for item, raw, tiles in zip(loaded, raws, cuts, strict=True)
         ]
 
     def _cut(self, raw: Any, tilings: tuple[Tiles, ...]) -> LoadedMedia:
         tile = self.facts["image"].image_pixels
         assert self.tiling is not None
         assert tile is not None
-        own = self.transforms["image"]
-        assert isinstance(own, ImageTransform)
-        return cut_image(raw, tilings, own, tile=tile, thumbnail=self.tiling.thumbnail)
+        transform = self.transforms["image"]
+        assert isinstance(transform, ImageTransform)
+        return cut_image(raw, tilings, transform, tile=tile, thumbnail=self.tiling.thumbnail)
 
     @property
     def tiling(self) -> Tiling | None:
@@ -295,7 +295,7 @@ class ElasticProcessor(ProcessorCalls):
     def read_media(
         self, sample: Sample, loader: Reader | None = None, *, in_memory: Sequence[InMemoryMedium | None] = ()
     ) -> list[Any]:
-        """Decoded media of a sample in order of appearance, sounds as long as the videos they belong to.
+        """Decoded media of a sample in order of appearance, audio as long as the videos they belong to.
 
         Args:
             loader, in_memory: as in `load_media`; what is in memory needs a `MediaLoader`, which says at what rates.
@@ -308,12 +308,12 @@ class ElasticProcessor(ProcessorCalls):
             self._check_medium(part.medium)
         paths: list[Any] = []
         raws: list[Any] = []
-        for part, own in zip(sample.media, in_memory or [None] * len(sample.media), strict=True):
+        for part, value in zip(sample.media, in_memory or [None] * len(sample.media), strict=True):
             sampling = self.sampling.get(part.medium)
-            if own is not None:
+            if value is not None:
                 assert isinstance(read, MediaLoader)
                 paths.append(part.path)
-                raws.append(decode_in_memory(own, read, sampling))
+                raws.append(decode_in_memory(value, read, sampling))
             else:
                 paths.append(resolve_media(sample.root, part.path))
                 raws.append(read(part.medium, paths[-1]) if sampling is None else read.frames(paths[-1], sampling))
@@ -331,7 +331,7 @@ class ElasticProcessor(ProcessorCalls):
     def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
         """One decoded image, clip or video as its encoder wants it; an image in the most tiles it may have."""
         self._check_medium(medium)
-        if self._tower(medium) == "image" and (medium in self.sampling or self.tiling is not None):
+        if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
         if self.facts[medium].max_patches is not None:

@@ -6,22 +6,54 @@ Knows requests and what transformers' processors take. Does not know decoders, e
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from mllm.budget import BudgetInput
+from mllm.budget import Budget, BudgetInput
 from mllm.data.manifest import Sample
+from mllm.media.in_memory import InMemoryMedium
+from mllm.processing.batch import Batch, Expanded
 from mllm.processing.chat import ChatEncoder, Prompt
+from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.requests import Request, fitting_budget, read_chat, read_rows
-
-if TYPE_CHECKING:
-    from mllm.processing.processor import ElasticProcessor
 
 Conversation = Sequence[Mapping[str, Any]]
 MEDIA_KEYS = {"image": "images", "audio": "audio", "video": "videos"}
 """What transformers calls the media of a request."""
+
+
+class InputMaker(Protocol):
+    """What the calls need of the processor that they are a part of: it reads media and makes inputs of samples."""
+
+    chat: ChatEncoder
+
+    @property
+    def separator(self) -> str:
+        """What stands between media and a question."""
+        ...
+
+    def load_media(
+        self, sample: Sample, *, budgets: Sequence[Budget] = ..., in_memory: Sequence[InMemoryMedium | None] = ...
+    ) -> list[LoadedMedia]:
+        """Read the media of a sample."""
+        ...
+
+    def batch(
+        self,
+        samples: Sequence[Sample],
+        media: Sequence[Sequence[LoadedMedia]],
+        *,
+        for_training: bool,
+        prompts: Sequence[Prompt] | None = None,
+    ) -> Batch:
+        """Make a batch, before any budget is known."""
+        ...
+
+    def expand(self, batch: Batch, budgets: Sequence[Sequence[Budget]], *, left_padding: bool) -> Expanded:
+        """Make inputs at budgets."""
+        ...
 
 
 class RenderedChat(str):
@@ -139,8 +171,8 @@ class ProcessorCalls(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     @property
-    def _processor(self) -> "ElasticProcessor":
-        return cast("ElasticProcessor", self)
+    def _processor(self) -> InputMaker:
+        return cast(InputMaker, self)
 
     def _read_chats(self, chats: Sequence[Conversation], media: Mapping[str, Any]) -> list[Request]:
         """Read conversations, with one entry of each medium per conversation for the parts that hold none."""

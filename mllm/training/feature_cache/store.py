@@ -8,7 +8,7 @@ Knows files, digests, tensors by key. Does not know encoders, models, manifests'
                                                 of; and one line per shard, with the digest of its bytes
 
 A key is a digest of the fingerprint of its medium (transform and encoder) and of what the encoder was fed, so items
-whose encoder input is equal (a clip in two tasks, a video under two noises of its sound) are kept once. A file is known
+whose encoder input is equal (a clip in two tasks, a video under two noises in its audio) are kept once. A file is known
 by path, size and time; where the time differs, by a digest of its bytes, so that a copied data set keeps its features.
 Shards get their names when they are whole and lines are written after their shards: a kill costs what was not yet
 written, at most `SHARD_BYTES` or `FLUSH_SECONDS` of work.
