@@ -46,16 +46,16 @@ QUESTION = "how many objects are there, and what is the colour of the one that i
 def runs_of(answerer: Answerer, image: Path) -> dict[str, Callable[[ProgressiveSession], Tensor]]:
     """Make the first logits of an answer at the largest budget, given a session at a smaller one."""
     questions = read_request({"image": image}, [QUESTION], f"image={MOST}", answerer.processor)
-    samples, media, asked = questions.samples, questions.windows[0].media, questions.budget
+    samples, media, budget = questions.samples, questions.windows[0].media, questions.budget
     batch = answerer.processor.batch(samples, [media], for_training=False)
-    expanded = answerer.processor.expand(batch, [[asked]], left_padding=True).inputs
+    expanded = answerer.processor.expand(batch, [[budget]], left_padding=True).inputs
     inputs = {key: value.to(answerer.model.device) for key, value in expanded.items()}
     model: Any = answerer.model
     with torch.no_grad():
         features = {"image": model.model.encode("image", inputs["pixel_values"])}
 
     def grown(session: ProgressiveSession) -> Tensor:
-        session.extend(asked)
+        session.extend(budget)
         return session.logits(QUESTION)
 
     @torch.no_grad()

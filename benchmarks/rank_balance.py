@@ -190,9 +190,9 @@ def compare(name: str, samples: Sequence[Sample], case: Case, num_ranks: int, ta
             raise SystemExit(f"FAILED: {name}: an epoch at {budget} is not every sample once")
     of_random_budgets = float(str(theirs[BUDGET_PER_RANK].facts()["imbalance"]))
     for way, loads in (("at random", theirs), ("dealt out", ours)):
-        of_own_budgets = f"{of_random_budgets:.3f}" if way == "at random" else ""
+        sampled_ratio = f"{of_random_budgets:.3f}" if way == "at random" else ""
         steps = str(len(loads[AS_SAMPLED].tokens))
-        table.add_row(name, way, steps, of_own_budgets, f"{worst(loads):.3f}", f"{worst(loads, padded=True):.3f}")
+        table.add_row(name, way, steps, sampled_ratio, f"{worst(loads):.3f}", f"{worst(loads, padded=True):.3f}")
     return Outcome(
         f"fullest over mean of {num_ranks} ranks, {name}",
         f"random dealing, a budget per rank: {of_random_budgets:.3f}",

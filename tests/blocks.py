@@ -24,10 +24,10 @@ def merged(*blocks: Mapping[str, Any]) -> dict[str, Any]:
             if name not in _TEXT or value is None:
                 out[name] = value
                 continue
-            given = {_TEXT[name]: value} if isinstance(value, str) else dict(value)
+            values = {_TEXT[name]: value} if isinstance(value, str) else dict(value)
             before = out.get(name, {})
-            is_other = "kind" in given and given["kind"] != before.get("kind", given["kind"])
-            out[name] = given if is_other else {**before, **given}
+            is_other = "kind" in values and values["kind"] != before.get("kind", values["kind"])
+            out[name] = values if is_other else {**before, **values}
     return out
 
 

@@ -34,15 +34,15 @@ def part_config(reference: str) -> PreTrainedConfig:
 def build_on_meta(settings: ModelConfig) -> ElasticForConditionalGeneration:
     text = part_config(settings.llm)
     media = settings.encoded_media
-    marks = [token for own in media.values() for token in own.span]
+    marks = [token for block in media.values() for token in block.span]
     if settings.llm.startswith("synthetic:"):
         marks = []  # its tokenizer knows them
     config = config_of_parts(
         settings,
         text_config=text,
-        encoder_configs={medium: part_config(own.encoder.source) for medium, own in media.items()},
-        placeholder_ids={medium: text.vocab_size + place for place, medium in enumerate(media)},
-        new_tokens={token: text.vocab_size + len(media) + place for place, token in enumerate(marks)},
+        encoder_configs={medium: part_config(block.encoder.source) for medium, block in media.items()},
+        placeholder_ids={medium: text.vocab_size + index for index, medium in enumerate(media)},
+        new_tokens={token: text.vocab_size + len(media) + index for index, token in enumerate(marks)},
     )
     with torch.device("meta"):
         model = ElasticForConditionalGeneration(config)

@@ -32,16 +32,16 @@ def test_a_benchmark_runs_and_hands_on_outcomes(name: str, tmp_path: Path) -> No
     command = [*all_goals.command_of(name, results, 2), *LEAST.get(name, [])]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    found = outcomes.read(results)
-    assert found
-    for own in found:
-        assert own.what
-        assert own.against
-        assert own.check
-        assert own.ratio > 0
-        assert own.low is None or own.high is None or 0 < own.low <= own.high
-        assert own.predicted is None or own.predicted > 0
-        assert own.verdict in (("met", "missed") if own.goal else ("",))
+    goals = outcomes.read(results)
+    assert goals
+    for goal in goals:
+        assert goal.what
+        assert goal.against
+        assert goal.check
+        assert goal.ratio > 0
+        assert goal.low is None or goal.high is None or 0 < goal.low <= goal.high
+        assert goal.predicted is None or goal.predicted > 0
+        assert goal.verdict in (("met", "missed") if goal.goal else ("",))
 
 
 def test_every_file_of_the_folder_is_a_benchmark_or_known_as_a_part() -> None:
@@ -68,8 +68,8 @@ def test_a_goal_is_met_on_its_side_and_exactly() -> None:
     def verdict(ratio: float, goal: float | None, *, at_most: bool = False) -> str:
         return Outcome("a", "b", ratio, "equal", goal=goal, at_most=at_most).verdict
 
-    assert [verdict(own, 2.0) for own in (1.99, 2.0, 2.01)] == ["missed", "met", "met"]
-    assert [verdict(own, 1.05, at_most=True) for own in (1.04, 1.05, 1.06)] == ["met", "met", "missed"]
+    assert [verdict(one, 2.0) for one in (1.99, 2.0, 2.01)] == ["missed", "met", "met"]
+    assert [verdict(one, 1.05, at_most=True) for one in (1.04, 1.05, 1.06)] == ["met", "met", "missed"]
     assert verdict(5.0, None) == ""
 
 

@@ -265,7 +265,7 @@ def test_the_same_settings_come_from_the_command_line_and_from_code() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder, real media, a manifest with a file that is none, and an mp4 that has sound."""
+    """A run folder, real media, a manifest with a file that is none, and an mp4 that has audio."""
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
@@ -313,17 +313,17 @@ def test_ways_of_answering_faster_change_no_answer(folder: Path, tmp_path: Path,
     assert shown == [shown[0]] * 3
     assert main([*words, "--static-cache", "--num-beams", "2"]) == 2
     assert "static_cache is true with num_beams 2" in capsys.readouterr().err
-    asked = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3"]
-    asked += ["--manifest", str(folder / "media" / "good.jsonl"), "--budgets", "image=1;image=16"]
+    sweep = ["evaluate", "--model", str(folder / "run"), "--use-cpu", "--max-new-tokens", "3"]
+    sweep += ["--manifest", str(folder / "media" / "good.jsonl"), "--budgets", "image=1;image=16"]
     answers = []
     for number, faster in enumerate(([], ["--max-rows", "1"], ["--constant-prompt", "--merge-adapter"])):
-        assert main([*asked, "--out", str(tmp_path / str(number)), *faster]) == 0
+        assert main([*sweep, "--out", str(tmp_path / str(number)), *faster]) == 0
         lines = [json.loads(line) for line in (tmp_path / str(number) / "hypotheses.jsonl").read_text().splitlines()]
         answers.append({(line["id"], line["budget"]): line["hypothesis"] for line in lines})
     assert answers == [answers[0]] * 3
-    assert main([*asked, "--out", str(tmp_path / "both"), "--constant-prompt", "--static-cache"]) == 2
+    assert main([*sweep, "--out", str(tmp_path / "both"), "--constant-prompt", "--static-cache"]) == 2
     assert "static_cache goes neither with num_beams above 1 nor with constant_prompt" in capsys.readouterr().err
-    assert main([*asked, "--out", str(tmp_path / "none"), "--max-rows", "0"]) == 2
+    assert main([*sweep, "--out", str(tmp_path / "none"), "--max-rows", "0"]) == 2
     assert "max_rows is 0; it must be at least 1" in capsys.readouterr().err
 
 
@@ -343,24 +343,24 @@ def test_generate_answers_several_questions_about_one_image(folder: Path, capsys
     assert "milliseconds of all 3 together: encoder " in shown.err
 
 
-def test_the_sound_of_a_video_is_heard_when_the_budget_names_audio(folder: Path, capsys) -> None:
+def test_the_audio_of_a_video_is_heard_when_the_budget_names_audio(folder: Path, capsys) -> None:
     import av
 
     path = folder / "media" / "talk.mp4"
-    sound = np.random.default_rng(0).normal(0, 0.1, 12_800).astype(np.float32)
+    samples = np.random.default_rng(0).normal(0, 0.1, 12_800).astype(np.float32)
     with av.open(str(path), "w") as container:
         video, audio = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=16_000, layout="mono")
         video.width, video.height, video.pix_fmt = 48, 48, "yuv420p"  # type: ignore[union-attr]
         for number in range(20):
             image = np.full((48, 48, 3), 10 * number, np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))  # type: ignore[union-attr]
-        frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 16_000, 0  # without a time the coder's delay would be heard as sound
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16_000, 0  # without a time the coder's delay would be heard as audio
         container.mux(audio.encode(frame))  # type: ignore[union-attr]
         container.mux([*video.encode(), *audio.encode()])  # type: ignore[union-attr]
     words = ["generate", "--model", str(folder / "run"), "--video", str(path), "--max-new-tokens", "2"]
     assert main([*words, "--budget", "audio=/4,video=/2"]) == 0
-    # AAC comes in blocks of 1024 samples, so the sound is a little longer than what was written.
+    # AAC comes in blocks of 1024 samples, so the audio is a little longer than what was written.
     assert re.search(r"soft tokens: audio 1[0-2], video 10;", capsys.readouterr().err)
     assert main([*words, "--budget", "video=/2"]) == 0
     assert "soft tokens: video 10;" in capsys.readouterr().err
@@ -422,13 +422,13 @@ def test_export_of_one_task_answers_as_the_bank_does_for_it(tmp_path: Path, caps
     from mllm.config.model import LoraBankConfig
     from mllm.model.trainables import set_trainables
 
-    own = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))
-    model, processor = build(dataclasses.replace(own, adapter=LoraBankConfig(variant="st", rank=4)))
+    config = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ("audio", "video"))
+    model, processor = build(dataclasses.replace(config, adapter=LoraBankConfig(variant="st", rank=4)))
     set_trainables(model)
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=chance))
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=rng))
     save_run(model, processor, tmp_path / "run")
     names = tiny.write_media(tmp_path)
     words = ["--audio", str(tmp_path / names["audio"]), "--budget", "audio=/4", "--max-new-tokens", "8"]
@@ -489,7 +489,7 @@ def test_broken_optional_packages_break_nothing(folder: Path, tmp_path: Path) ->
     assert "soft tokens: audio 10" in run.stderr
 
 
-def test_sound_files_of_another_rate_are_heard(folder: Path, capsys) -> None:
+def test_audio_files_of_another_rate_are_heard(folder: Path, capsys) -> None:
     soundfile.write(folder / "media" / "cd.wav", np.zeros((35_280, 2), np.float32) + 0.01, 44_100)
     words = ["generate", "--model", str(folder / "run"), "--audio", str(folder / "media" / "cd.wav")]
     assert main([*words, "--max-new-tokens", "2"]) == 0

@@ -31,16 +31,16 @@ def test_the_file_is_a_config_whose_model_builds_and_serves_its_budgets(
     words = [word for medium in media for word in ("--media", medium)]
     if media[-1] == "video" and "image" not in media and not built_in:
         words += ["--video_encoder", "checkpoints/av-hubert-large"]
-    own = written(tmp_path, *words, *(["--built_in"] if built_in else []))
-    assert list(own.model.media) == [medium for medium in MEDIA if medium in media]
+    path = written(tmp_path, *words, *(["--built_in"] if built_in else []))
+    assert list(path.model.media) == [medium for medium in MEDIA if medium in media]
     if built_in:
-        assert own.model.llm == "synthetic:llm"
-        assert all(source.startswith("synthetic:") for source in own.model.sources.values())
-    assert own.train.out == "runs/own"
-    model = build_on_meta(own.model)
-    names = set_trainables(model, own.parts)
+        assert path.model.llm == "synthetic:llm"
+        assert all(source.startswith("synthetic:") for source in path.model.sources.values())
+    assert path.train.out == "runs/own"
+    model = build_on_meta(path.model)
+    names = set_trainables(model, path.parts)
     assert any(".lora_" in name for name in names)
-    assert model.config.space.is_trained(Budget.parse(",".join(f"{medium}=max" for medium in own.model.encoded_media)))
+    assert model.config.space.is_trained(Budget.parse(",".join(f"{medium}=max" for medium in path.model.encoded_media)))
 
 
 def test_what_is_named_stands_in_the_file(tmp_path: Path) -> None:

@@ -51,13 +51,13 @@ def test_make_targets_configs_and_modules_named_in_the_readme_exist() -> None:
 def commands() -> list[str]:
     """Every `mllm ...` command of the README, whatever starts it."""
     lines = [line.split("#")[0].strip() for block in README.split("```")[1::2] for line in block.splitlines()]
-    found = [line for line in lines if re.match(r"(mllm|accelerate|torchrun|deepspeed) ", line)]
-    return [re.sub(r"^.*?(-m|--module) mllm ", "mllm ", line) for line in found]
+    shown = [line for line in lines if re.match(r"(mllm|accelerate|torchrun|deepspeed) ", line)]
+    return [re.sub(r"^.*?(-m|--module) mllm ", "mllm ", line) for line in shown]
 
 
 def commands_of_docs() -> list[str]:
     """Every `mllm ...` command that the pages and CONTRIBUTING write out; what extends mllm is run by another test."""
-    found = []
+    names = []
     for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]:
         if page.name == "extending.md":
             continue
@@ -65,8 +65,8 @@ def commands_of_docs() -> list[str]:
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.search(r"^(?:.*(?:-m|--module) )?(mllm .*)$", line.split(" #")[0].strip())
                 if command is not None and "..." not in line:
-                    found.append(command[1])
-    return found
+                    names.append(command[1])
+    return names
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Real models at toy size, random weights, no files: what most tests build on.
 
-A 2-layer Llama on the synthetic tokenizer, a CLIP tower on an 8x8 grid, Whisper on 1-second windows, and a lip
+A 2-layer Llama on the synthetic tokenizer, a CLIP encoder on an 8x8 grid, Whisper on 1-second windows, and a lip
 encoder with a handful of channels.
 """
 
@@ -104,23 +104,23 @@ def settings(
     media: Sequence[str] = ("image", "audio", "video"), *, adapter: bool = True, **changes: dict[str, Any]
 ) -> ModelConfig:
     """Settings of a tiny model; `changes` are by medium. The sources are names of nothing."""
-    own = {m: medium(m, MEDIA[m], **changes.get(m, {})) for m in media}
+    blocks = {m: medium(m, MEDIA[m], **changes.get(m, {})) for m in media}
     lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]) if adapter else None
-    return ModelConfig(llm="none", chat_format="plain", adapter=lora, **own)
+    return ModelConfig(llm="none", chat_format="plain", adapter=lora, **blocks)
 
 
-def config(own: ModelConfig, **text: Any) -> ElasticConfig:
+def config(settings: ModelConfig, **text: Any) -> ElasticConfig:
     """The config of a tiny model."""
     configs, ids = encoder_configs(), TOKENIZER.convert_tokens_to_ids
     return config_of_parts(
-        own,
+        settings,
         text_config=llm_config(**text),
-        encoder_configs={m: configs[m] for m in own.encoded_media},
-        placeholder_ids={m: ids(PLACEHOLDER_TOKENS[m]) for m in own.encoded_media},
+        encoder_configs={m: configs[m] for m in settings.encoded_media},
+        placeholder_ids={m: ids(PLACEHOLDER_TOKENS[m]) for m in settings.encoded_media},
     )
 
 
-def processor(own: ModelConfig, *, tokenizer: Any = TOKENIZER, **elastic: Any) -> ElasticProcessor:
+def processor(settings: ModelConfig, *, tokenizer: Any = TOKENIZER, **elastic: Any) -> ElasticProcessor:
     """The processor of a tiny model; it reads real files. `elastic` changes what it keeps itself."""
     preprocessors = {
         "image": {
@@ -131,23 +131,23 @@ def processor(own: ModelConfig, *, tokenizer: Any = TOKENIZER, **elastic: Any) -
         "audio": WhisperFeatureExtractor(feature_size=80, chunk_length=1).to_dict(),
         "video": {},
     }
-    kept = {m: preprocessors[m] for m in own.encoded_media}
-    own_part = ProcessorConfig(**{"chat_format": "plain", "preprocessors": kept, **elastic})
-    return ElasticProcessor(tokenizer, config(own), own_part)
+    kept = {m: preprocessors[m] for m in settings.encoded_media}
+    processor_config = ProcessorConfig(**{"chat_format": "plain", "preprocessors": kept, **elastic})
+    return ElasticProcessor(tokenizer, config(settings), processor_config)
 
 
-def model(own: ModelConfig, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
+def model(settings: ModelConfig, *, seed: int = 0, **text: Any) -> ElasticForConditionalGeneration:
     """A tiny model with random weights, its adapter in place, in eval mode."""
     from mllm.checkpoints.build import put_adapters
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = ElasticForConditionalGeneration(config(own, **text))
+        made = ElasticForConditionalGeneration(config(settings, **text))
         for parameter in made.parameters():  # initial values are so small that every output would be the same
             if parameter.dim() > 1:
                 parameter.data.mul_(4)
     put_adapters(made, seed=seed)
-    if own.has_adapter:
+    if settings.has_adapter:
         for name, parameter in made.named_parameters():
             if ".lora_B" in name:  # zero at first, so that an untouched adapter would not show
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -200,9 +200,9 @@ def settings_on(
     parts: dict[str, str], media: Sequence[str] = ("image", "audio", "video"), **changes: dict[str, Any]
 ) -> ModelConfig:
     """Settings of a tiny model whose frozen parts are the folders of `write_parts`; `changes` are by medium."""
-    own = {m: medium(m, merged(MEDIA[m], {"encoder": parts[m]}, changes.get(m, {}))) for m in media}
+    blocks = {m: medium(m, merged(MEDIA[m], {"encoder": parts[m]}, changes.get(m, {}))) for m in media}
     lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    return ModelConfig(llm=parts["llm"], chat_format="plain", adapter=lora, **own)
+    return ModelConfig(llm=parts["llm"], chat_format="plain", adapter=lora, **blocks)
 
 
 def write_media(folder: Path, *, seconds: float = 0.8, seed: int = 0) -> dict[str, str]:
@@ -221,9 +221,9 @@ def write_media(folder: Path, *, seconds: float = 0.8, seed: int = 0) -> dict[st
     return {"image": f"{seed}.png", "audio": f"{seed}.wav", "video": f"{seed}.mp4"}
 
 
-def write_clip(video: Path, sound: Path, clip: Path) -> None:
+def write_clip(video: Path, audio: Path, clip: Path) -> None:
     """Put the frames of one file and the samples of another into one."""
-    samples, rate = soundfile.read(sound, dtype="int16")
+    samples, rate = soundfile.read(audio, dtype="int16")
     with av.open(video) as frames, av.open(clip, "w") as out:
         file, voice = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate, layout="mono")
         file.width, file.height, file.pix_fmt = 48, 48, "yuv420p"

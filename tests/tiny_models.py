@@ -66,15 +66,15 @@ ADAPTERS = {
 }
 
 
-def build(own: ModelConfig, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
+def build(config: ModelConfig, llm: PreTrainedConfig) -> ElasticForConditionalGeneration:
     """As `tiny.model`, on any LLM, and with an adapter that does something."""
     configs = tiny.encoder_configs()
-    ids = {medium: tiny.TOKENIZER.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium]) for medium in own.media}
+    ids = {medium: tiny.TOKENIZER.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium]) for medium in config.media}
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        parts = {medium: configs[medium] for medium in own.media}
+        parts = {medium: configs[medium] for medium in config.media}
         model = ElasticForConditionalGeneration(
-            config_of_parts(own, text_config=llm, encoder_configs=parts, placeholder_ids=ids)
+            config_of_parts(config, text_config=llm, encoder_configs=parts, placeholder_ids=ids)
         )
         put_adapters(model, seed=1)
         for parameter in model.parameters():  # so that every layer matters and a random model has favourites

@@ -32,15 +32,15 @@ def write_run(folder: Path, media: Sequence[str] = ("image", "audio", "video"), 
     parts = tiny.write_parts(folder / "parts")
     for part in parts.values():
         file = Path(part) / "model.safetensors"
-        weights = {name: 4 * own if own.dim() > 1 else own for name, own in load_file(file).items()}
+        weights = {name: 4 * value if value.dim() > 1 else value for name, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     model, processor = build(tiny.settings_on(parts, media, **changes))
     generator = torch.Generator().manual_seed(0)
-    for name, own in model.named_parameters():
+    for name, value in model.named_parameters():
         if ".lora_B" in name:
-            own.data.normal_(std=0.1, generator=generator)
-        elif "compressors" in name and own.dim() > 1:
-            own.data.mul_(4)
+            value.data.normal_(std=0.1, generator=generator)
+        elif "compressors" in name and value.dim() > 1:
+            value.data.mul_(4)
     set_trainables(model)
     save_run(model, processor, folder / NAME)
     return folder / NAME
@@ -91,12 +91,12 @@ def server(run: Path, *words: str, key: str | None = None, seconds: float = 300)
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line)
-            if found := re.search(r"at (http://\S+)/v1", line):
+            if match := re.search(r"at (http://\S+)/v1", line):
                 break
         else:
             raise AssertionError(f"the server did not start:\n{''.join(lines)}")
         timer.cancel()
-        running = Running(found[1], process, lines)
+        running = Running(match[1], process, lines)
         threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
         yield running
         assert process.poll() is None, f"the server ended by itself:\n{''.join(lines)}"
@@ -122,12 +122,12 @@ def data_url(medium: str, content: bytes) -> str:
 def part(medium: str, content: bytes, **beside: Any) -> dict[str, Any]:
     """A medium as a part of a message; `beside` goes into the object that holds it."""
     if medium == "audio" and "url" not in beside:
-        own = {"data": base64.b64encode(content).decode(), "format": "wav", **beside}
-        return {"type": "input_audio", "input_audio": own}
+        inner = {"data": base64.b64encode(content).decode(), "format": "wav", **beside}
+        return {"type": "input_audio", "input_audio": inner}
     return {"type": f"{medium}_url", f"{medium}_url": {"url": data_url(medium, content), **beside}}
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:
     """One message of a user; texts stand for themselves."""
-    content = [{"type": "text", "text": own} if isinstance(own, str) else own for own in parts]
+    content = [{"type": "text", "text": one} if isinstance(one, str) else one for one in parts]
     return [{"role": "user", "content": content}]

@@ -108,22 +108,22 @@ class Budget:
         return cls(ordered, numbers.get("total"), numbers.get("tiles"), numbers.get("frames"))
 
     @classmethod
-    def of(cls, given: "BudgetInput") -> "Budget":
+    def of(cls, value: "BudgetInput") -> "Budget":
         """Read a budget as people hand it over: a `Budget`, a text, or amounts by medium such as {"image": 16}.
 
         Raises:
             ValueError: anything else, with what to write instead; see `parse`.
         """
-        if isinstance(given, Budget):
-            return given
-        if isinstance(given, Mapping):
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, Mapping):
             signs = {name: sign for name, (sign, _) in _NUMBERS.items()}
-            return cls.parse(",".join(f"{key}{signs.get(key, '=')}{amount}" for key, amount in given.items()))
-        if isinstance(given, str):
-            if given.strip().isdigit():
-                raise ValueError(_say_the_medium(given.strip()))
-            return cls.parse(given)
-        raise ValueError(_say_the_medium(given))
+            return cls.parse(",".join(f"{key}{signs.get(key, '=')}{amount}" for key, amount in value.items()))
+        if isinstance(value, str):
+            if value.strip().isdigit():
+                raise ValueError(_say_the_medium(value.strip()))
+            return cls.parse(value)
+        raise ValueError(_say_the_medium(value))
 
     def __str__(self) -> str:
         items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
@@ -152,10 +152,10 @@ _NUMBERS = {"tiles": ("<=", 0), "frames": ("=", 1), "total": ("<=", 1)}
 """What a budget says beside amounts: the sign it is written with, and the least number."""
 
 
-def _say_the_medium(given: object) -> str:
-    number = given if isinstance(given, str | int) and not isinstance(given, bool) else 16
+def _say_the_medium(value: object) -> str:
+    number = value if isinstance(value, str | int) and not isinstance(value, bool) else 16
     return (
-        f'budget is {given!r}, which does not say of what; write the medium: "image={number}" for soft tokens of an '
+        f'budget is {value!r}, which does not say of what; write the medium: "image={number}" for soft tokens of an '
         'image, "audio=/4" or "video=/2" for frames per soft token, "total<=256" for all media together'
     )
 

@@ -207,8 +207,8 @@ class Space:
     @property
     def frame_counts(self) -> tuple[int, ...]:
         """The numbers of frames training chooses from, largest first; none where there is no choice."""
-        found = self.media["video"].frame_counts if "video" in self.media else ()
-        return found if len(found) > 1 else ()
+        counts = self.media["video"].frame_counts if "video" in self.media else ()
+        return counts if len(counts) > 1 else ()
 
     def largest(self) -> Budget:
         """Every medium at its most tokens."""
@@ -295,17 +295,17 @@ def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[T
     medium = extents[0].medium
     medium_space = space.media[medium]
     named = budget.amounts.get(medium)
-    found, refusals = [], []
+    choices, refusals = [], []
     for amount in medium_space.trained if named is None else (named,):
         for change in _changes(extents, budget, medium_space):
-            asked = replace(budget, amounts={medium: amount}, **change)
+            one_amount = replace(budget, amounts={medium: amount}, **change)
             try:
-                found.append([_count_of(extent, asked, space) for extent in extents])
+                choices.append([_count_of(extent, one_amount, space) for extent in extents])
             except ValueError as error:
                 refusals.append(error)
-    if not found:
+    if not choices:
         raise refusals[0]
-    return found
+    return choices
 
 
 def _changes(extents: Sequence[Extent], budget: Budget, space: MediumSpace) -> Iterator[dict[str, int]]:

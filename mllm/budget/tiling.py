@@ -78,7 +78,7 @@ class Tiling:
         """
         if self.kind == "free":
             most = self.max_tiles or 1
-            found = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+            grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
         elif self.pinpoints:
             for height, width in self.pinpoints:
                 if height < 1 or width < 1 or height % tile[0] or width % tile[1]:
@@ -86,10 +86,10 @@ class Tiling:
                         f"model.image.tiling.pinpoints holds {[height, width]}, which is not made of whole tiles of "
                         f"{list(tile)} pixels, the size this encoder reads"
                     )
-            found = [(height // tile[0], width // tile[1]) for height, width in self.pinpoints]
+            grids = [(height // tile[0], width // tile[1]) for height, width in self.pinpoints]
         else:
-            found = list(LLAVA_NEXT)
-        return [shape for shape in found if self.max_tiles is None or shape[0] * shape[1] <= self.max_tiles]
+            grids = list(LLAVA_NEXT)
+        return [grid for grid in grids if self.max_tiles is None or grid[0] * grid[1] <= self.max_tiles]
 
     def choose(self, image: Size, tile: Size, max_tiles: int | None = None) -> Tiles:
         """The tiles of an image under a cap. One tile behind a thumbnail would repeat it, so there is none then.

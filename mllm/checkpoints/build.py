@@ -14,7 +14,7 @@ from mllm.adapters import build_adapter
 from mllm.checkpoints import pretrained
 from mllm.checkpoints.pretrained import load_encoder, load_llm, unsharded
 from mllm.checkpoints.resolve import resolve
-from mllm.checkpoints.sources import digest_of, place_of, resolve_source
+from mllm.checkpoints.sources import digest_of, folder_of, resolve_source
 from mllm.checkpoints.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
 from mllm.compressors import Query
 from mllm.compressors.query_init import initialise_as_pyramid
@@ -97,7 +97,7 @@ def build_config(config: ModelConfig) -> tuple[Any, ElasticConfig]:
         placeholder_ids={m: tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS[m]) for m in encoder_configs},
         new_tokens=find_new_tokens(config, tokenizer, num_rows=text_config.vocab_size),
         sources={
-            part: {"reference": reference, "sha256": digest_of(resolve_source(reference)), **place_of(reference)}
+            part: {"reference": reference, "sha256": digest_of(resolve_source(reference)), **folder_of(reference)}
             for part, reference in config.sources.items()
         },
     )
@@ -146,7 +146,7 @@ def processor_of(
         tokenizer, elastic: of `build_config`.
         limits: what files it reads may be.
     """
-    own = ProcessorConfig(
+    settings = ProcessorConfig(
         chat_format=config.chat_format,
         preprocessors={
             medium: preprocessor_of(block.encoder.source, medium, elastic.encoder_configs[medium])
@@ -156,7 +156,7 @@ def processor_of(
         shares_lengths=config.released_behaviour,
         names_images=config.names_images,
     )
-    processor = ElasticProcessor(tokenizer, elastic, own)
+    processor = ElasticProcessor(tokenizer, elastic, settings)
     processor.limits = limits
     return processor
 
@@ -222,9 +222,9 @@ def materialize(model: ElasticForConditionalGeneration, part: nn.Module, *, seed
 def _verified(part: str, sources: Mapping[str, Mapping[str, str]]) -> str:
     source = sources[part]
     folder = resolve_source(source["reference"])
-    if source["sha256"] and source["sha256"] != (found := digest_of(folder)):
+    if source["sha256"] and source["sha256"] != (digest := digest_of(folder)):
         raise ValueError(
             f"the weights of {part} in {source['reference']} are not those this model was trained on "
-            f"(SHA-256 {found[:12] or 'of nothing'}..., expected {source['sha256'][:12]}...)"
+            f"(SHA-256 {digest[:12] or 'of nothing'}..., expected {source['sha256'][:12]}...)"
         )
     return folder

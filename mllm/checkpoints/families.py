@@ -20,13 +20,13 @@ class Layout:
     beside: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
-    def own_name(self, name: str) -> str | None:
+    def name_in_part(self, name: str) -> str | None:
         """Return the name in the part of a name in the file; None for another part's."""
         if name.startswith(self.beside):
             return None
-        for start, own in self.renamed:
+        for start, replaced in self.renamed:
             if name.startswith(start):
-                return own + name.removeprefix(start)
+                return replaced + name.removeprefix(start)
         return name
 
 
@@ -41,15 +41,17 @@ def _wave(prefix: str) -> Layout:
     return Layout(((f"{prefix}.", ""), ("", "")), _WAVE_HEADS, unread=("masked_spec_embed",))
 
 
-_TWO_TOWERS = Layout(
+_TWO_ENCODERS = Layout(
     (("vision_model.", ""), ("", "")),
     beside=("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "classifier."),
 )
 _MASK_TOKEN = ("embeddings.mask_token",)
 # VLMs are saved under these names without `model.` today, as in the oldest files, and were saved with it in between.
 _CONNECTORS = ("multi_modal_projector.", "model.multi_modal_projector.", "image_newline", "model.image_newline")
-_VLM_TOWER = Layout(
-    tuple((f"{start}{own}", "") for own in ("vision_model.", "") for start in ("model.vision_tower.", "vision_tower.")),
+_VLM_ENCODER = Layout(
+    tuple(
+        (f"{start}{inner}", "") for inner in ("vision_model.", "") for start in ("model.vision_tower.", "vision_tower.")
+    ),
     beside=("language_model.", "model.language_model.", "lm_head.", *_CONNECTORS),
 )
 _VLM_LLM = Layout(
@@ -70,19 +72,19 @@ ENCODER_LAYOUTS: dict[str, Layout] = {
     "hubert": _wave("hubert"),
     "wav2vec2": _wave("wav2vec2"),
     "wavlm": _wave("wavlm"),
-    "clip": _TWO_TOWERS,
-    "clip_vision_model": _TWO_TOWERS,
-    "siglip": _TWO_TOWERS,
-    "siglip_vision_model": _TWO_TOWERS,
-    "siglip2": _TWO_TOWERS,
-    "siglip2_vision_model": _TWO_TOWERS,
+    "clip": _TWO_ENCODERS,
+    "clip_vision_model": _TWO_ENCODERS,
+    "siglip": _TWO_ENCODERS,
+    "siglip_vision_model": _TWO_ENCODERS,
+    "siglip2": _TWO_ENCODERS,
+    "siglip2_vision_model": _TWO_ENCODERS,
     "dinov2": Layout((("dinov2.", ""), ("", "")), ("classifier.",), _MASK_TOKEN),
     "dinov2_with_registers": Layout((("dinov2_with_registers.", ""), ("", "")), ("classifier.",), _MASK_TOKEN),
     "dinov3_vit": Layout(unread=_MASK_TOKEN),
     "av_hubert": Layout(),
-    "llava": _VLM_TOWER,
-    "llava_next": _VLM_TOWER,
-    "gemma3": _VLM_TOWER,
+    "llava": _VLM_ENCODER,
+    "llava_next": _VLM_ENCODER,
+    "gemma3": _VLM_ENCODER,
 }
 """Reviewed, by the `model_type` of the folder: how an encoder lies in its checkpoints."""
 

@@ -73,7 +73,7 @@ def read_tokenizer(reference: str, **options: Any) -> Any:
 
 
 def read_feature_extractor(reference: str) -> Any:
-    """Read what transformers brings sound into the form of an encoder with."""
+    """Read what transformers brings audio into the form of an encoder with."""
     return AutoFeatureExtractor.from_pretrained(resolve_source(reference), trust_remote_code=False)
 
 
@@ -221,12 +221,12 @@ def _local_folder(reference: str) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         names = (WEIGHTS, WEIGHTS_INDEX, "generation_config.json", "adapter_config.json")
-        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names]
-        weights = found[0] or found[1]
+        files = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names]
+        weights = files[0] or files[1]
         if weights is None:
             raise ValueError(f"{reference} holds no {WEIGHTS} and no {WEIGHTS_INDEX}; nothing else is read")
         folder = Path(weights).parent
-        for name in [] if found[0] else shard_names(Path(weights)):
+        for name in [] if files[0] else shard_names(Path(weights)):
             cached_file(source, name)
     if not weight_files(folder):
         pickled = [name for name in PICKLED_WEIGHTS if (folder / name).is_file()]
@@ -250,22 +250,24 @@ class _Part:
         for file in files:
             opened = _open(file)
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                own = layout.own_name(name)
-                if own in self._places:
-                    raise ValueError(f"{reference} holds {own} twice: as {self._places[own][1]} and as {name}")
-                if own is not None:
-                    self._places[own] = opened, name
+                part_name = layout.name_in_part(name)
+                if part_name in self._places:
+                    raise ValueError(
+                        f"{reference} holds {part_name} twice: as {self._places[part_name][1]} and as {name}"
+                    )
+                if part_name is not None:
+                    self._places[part_name] = opened, name
 
     def shapes(self) -> dict[str, Tensor]:
         """Return tensors without values, by name."""
         return {
-            own: torch.empty(opened.get_slice(name).get_shape(), device="meta")
-            for own, (opened, name) in self._places.items()
+            part_name: torch.empty(opened.get_slice(name).get_shape(), device="meta")
+            for part_name, (opened, name) in self._places.items()
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name; their values stay in the files until they are used, shared by all processes."""
-        return {own: opened.get_tensor(name) for own, (opened, name) in self._places.items()}
+        return {part_name: opened.get_tensor(name) for part_name, (opened, name) in self._places.items()}
 
     def check(self, report: Mapping[str, Any]) -> None:
         """Refuse what transformers reports of a load.
@@ -277,22 +279,22 @@ class _Part:
         for what in ("missing", "unexpected"):
             names = sorted(set(report[f"{what}_keys"]) - set(self.layout.unread))
             problems += _some([self._file_name(name) for name in names], what)
-        shapes = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
+        shapes = sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in report["mismatched_keys"])
         problems += _some(
-            [f"{self._file_name(name)} has shape {found}, the model has {wanted}" for name, found, wanted in shapes]
+            [f"{self._file_name(name)} has shape {stored}, the model has {wanted}" for name, stored, wanted in shapes]
         )
         if problems:
             raise ValueError(f"the weights in {self.reference} are not those of its config: {'; '.join(problems)}")
 
-    def _file_name(self, own: str) -> str:
+    def _file_name(self, part_name: str) -> str:
         """Return the name of a tensor in the files, or what it would be there; converted ones go by the model's."""
-        if own in self._places:
-            return self._places[own][1]
+        if part_name in self._places:
+            return self._places[part_name][1]
         names = [name for _, name in self._places.values()]
         for start, replaced in self.layout.renamed:
-            if start and own.startswith(replaced) and any(name.startswith(start) for name in names):
-                return start + own.removeprefix(replaced)
-        return own
+            if start and part_name.startswith(replaced) and any(name.startswith(start) for name in names):
+                return start + part_name.removeprefix(replaced)
+        return part_name
 
     def check_ties(self, model: PreTrainedModel) -> None:
         """Refuse values of their own for tensors that the config says are one, such as head and embeddings."""

@@ -36,7 +36,7 @@ def inside_run(part: str, source: Mapping[str, str]) -> dict[str, str]:
     return {"reference": f"{RUN_PREFIX}{part}", "sha256": source["sha256"]}
 
 
-def place_of(reference: str) -> dict[str, str]:
+def folder_of(reference: str) -> dict[str, str]:
     """Note where a local folder is, so that a run finds it from another; nothing for a hub name or `synthetic:`."""
     is_local = not reference.startswith((SYNTHETIC_PREFIX, RUN_PREFIX)) and Path(reference).is_dir()
     return {"folder": os.path.abspath(reference)} if is_local else {}
@@ -46,14 +46,14 @@ def seen_from(sources: Mapping[str, Mapping[str, str]], run: str | Path) -> dict
     """Note where local folders are as seen from the run, so that both can be moved together."""
     start = os.path.abspath(run)
     return {
-        part: {**own, "from_run": os.path.relpath(own["folder"], start)} if "folder" in own else dict(own)
-        for part, own in sources.items()
+        part: {**source, "from_run": os.path.relpath(source["folder"], start)} if "folder" in source else dict(source)
+        for part, source in sources.items()
     }
 
 
 def identities(sources: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """What tells the parts of one run from those of another, wherever they are."""
-    return {part: {key: own[key] for key in ("reference", "sha256")} for part, own in sources.items()}
+    return {part: {key: source[key] for key in ("reference", "sha256")} for part, source in sources.items()}
 
 
 def find_parts(
@@ -76,13 +76,13 @@ def find_parts(
             option names no folder.
     """
     check_parts(moved or {}, sources)
-    found = {part: dict(own) for part, own in sources.items()}
-    for part, own in found.items():
-        own["reference"] = (moved or {}).get(part) or _find(part, own, Path(run))
-        if part in (moved or {}) and own["sha256"] and not Path(resolve_source(own["reference"])).is_dir():
-            raise _no_folder(part, own["reference"])
-        own |= place_of(own["reference"])
-    return found
+    here = {part: dict(source) for part, source in sources.items()}
+    for part, source in here.items():
+        source["reference"] = (moved or {}).get(part) or _find(part, source, Path(run))
+        if part in (moved or {}) and source["sha256"] and not Path(resolve_source(source["reference"])).is_dir():
+            raise _no_folder(part, source["reference"])
+        source |= folder_of(source["reference"])
+    return here
 
 
 def _find(part: str, source: Mapping[str, str], run: Path) -> str:
@@ -94,18 +94,18 @@ def _find(part: str, source: Mapping[str, str], run: Path) -> str:
     # Only of a folder could a digest be taken: what has none is a name on the hub.
     if reference.startswith(SYNTHETIC_PREFIX) or not source["sha256"]:
         return reference
-    places = [reference] if Path(reference).is_absolute() else []
-    places += [source["folder"]] if "folder" in source else []
-    places += [str(run / source["from_run"])] if "from_run" in source else []
+    candidates = [reference] if Path(reference).is_absolute() else []
+    candidates += [source["folder"]] if "folder" in source else []
+    candidates += [str(run / source["from_run"])] if "from_run" in source else []
     if not Path(reference).is_absolute():
         # Runs of before places were noted: a project that was moved as a whole has the part beside a parent.
-        places += [reference, *(str(parent / reference) for parent in run.resolve().parents)]
-    here = list(dict.fromkeys(os.path.abspath(place) for place in places if Path(place).is_dir()))
+        candidates += [reference, *(str(parent / reference) for parent in run.resolve().parents)]
+    here = list(dict.fromkeys(os.path.abspath(folder) for folder in candidates if Path(folder).is_dir()))
     if not here:
         raise _gone(part, source.get("folder", reference))
     if len(here) == 1:
         return here[0]
-    return next((place for place in here if digest_of(place) == source["sha256"]), here[0])
+    return next((folder for folder in here if digest_of(folder) == source["sha256"]), here[0])
 
 
 def _gone(part: str, folder: str) -> FileNotFoundError:
@@ -115,10 +115,10 @@ def _gone(part: str, folder: str) -> FileNotFoundError:
     )
 
 
-def _no_folder(part: str, given: str) -> FileNotFoundError:
+def _no_folder(part: str, folder: str) -> FileNotFoundError:
     option = f'--sources.{part} (in Python sources={{"{part}": ...}})'
     return FileNotFoundError(
-        f"the folder {given} is not there, which {option} names; it must be a folder on this machine and no name on a "
+        f"the folder {folder} is not there, which {option} names; it must be a folder on this machine and no name on a "
         f"hub, since the SHA-256 of its weights is compared with that of the {part} this model was trained on"
     )
 

@@ -92,7 +92,7 @@ def build_compressor(
     """
     site = Site(medium, in_size, out_size, grid)
     if max_patches is not None:
-        _check_own_grids(site, block)
+        _check_item_grids(site, block)
     return COMPRESSORS.find(block.compressor.kind, key=f"{site.key}.compressor.kind")(site, block)
 
 
@@ -236,7 +236,7 @@ def register_compressor(kind: str, build: Builder, *, config: type, media: Seque
         CONFIGS[medium].register(kind, config)
 
 
-def _check_own_grids(site: Site, block: MediumConfig) -> None:
+def _check_item_grids(site: Site, block: MediumConfig) -> None:
     """Refuse what needs one grid for all images."""
     kind = block.compressor.kind
     if kind not in (allowed := ("pool", "query")):

@@ -428,8 +428,8 @@ class MediumConfig:
             amounts = self.amounts
         except ValueError as error:
             raise ConfigError("budgets", f": {error}") from error
-        found = {amount.kind for amount in amounts}
-        if len(found) != 1 or not found <= {"tokens", "rate"}:
+        kinds = {amount.kind for amount in amounts}
+        if len(kinds) != 1 or not kinds <= {"tokens", "rate"}:
             raise ConfigError("budgets", f"must be counts only or rates only, and not empty; got {self.budgets}")
         if len(self.span) not in (0, 2):
             raise ConfigError("span", f"is the token before and the token after, got {self.span}")

@@ -125,7 +125,7 @@ def _moved(block: str, word: str, allowed: Sequence[str]) -> str:
     """Say where a key is that lay elsewhere; empty where it never did."""
     if medium := re.search(r"(^|\.)(image|audio|video)$", block):
         if word in MEDIUM_MOVES:
-            return _new_place(block, medium[2], MEDIUM_MOVES[word], MOVE_NOTES.get(word, ""), allowed)
+            return _new_path(block, medium[2], MEDIUM_MOVES[word], MOVE_NOTES.get(word, ""), allowed)
         if word in GONE:
             return f"it is gone: {GONE[word]}"
     elif f"{block}.{MODEL_MOVES.get(word)}".removeprefix(".") in allowed:
@@ -135,11 +135,11 @@ def _moved(block: str, word: str, allowed: Sequence[str]) -> str:
     return ""
 
 
-def _new_place(block: str, medium: str, place: str, note: str, allowed: Sequence[str]) -> str:
-    if (now := f"{block}.{place}") in allowed:
+def _new_path(block: str, medium: str, path: str, note: str, allowed: Sequence[str]) -> str:
+    if (now := f"{block}.{path}") in allowed:
         return f"it is now {now}{note}"
     parent = block.removesuffix(medium)
-    others = [f"{parent}{other}.{place}" for other in ("image", "audio", "video") if other != medium]
+    others = [f"{parent}{other}.{path}" for other in ("image", "audio", "video") if other != medium]
     others = [name for name in others if name in allowed]
     return f"it goes with {' or '.join(others)}{note}" if others else ""
 

@@ -99,8 +99,8 @@ def _check_keys(known: Mapping[str, "Key"], values: Mapping[Any, Any], path: str
     for name, value in values.items():
         key = f"{path}.{name}".removeprefix(".")
         if name not in known:
-            place = f" in {where}" if where else ""
-            raise ValueError(f"unknown key {key}{place}; {nearest(key, every)}")
+            in_file = f" in {where}" if where else ""
+            raise ValueError(f"unknown key {key}{in_file}; {nearest(key, every)}")
         if isinstance(value, Mapping) and known[name].classes:
             chosen, classes = value.get(TAG), known[name].classes
             if KINDS in known[name].field.metadata and chosen is not None and chosen not in classes:
@@ -150,8 +150,8 @@ def _keys_from(key: Key, prefix: str) -> Iterator[tuple[str, Key]]:
 def fields_of(kind: type) -> dict[str, Key]:
     """List the keys of a dataclass by name."""
     hints = typing.get_type_hints(kind)
-    own: Any = kind
-    return {one.name: Key(one.name, hints[one.name], one, kind) for one in dataclasses.fields(own) if one.init}
+    config_class: Any = kind
+    return {one.name: Key(one.name, hints[one.name], one, kind) for one in dataclasses.fields(config_class) if one.init}
 
 
 def _read(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -209,7 +209,7 @@ def _read_block(key: Key, value: Any) -> Any:
 
 
 def _refuse_key(key: Key, name: str, word: str) -> None:
-    takes = ", ".join(own for own in fields_of(key.classes[name]) if own != TAG) or "no keys"
+    takes = ", ".join(field for field in fields_of(key.classes[name]) if field != TAG) or "no keys"
     owners = [kind for kind, one in key.classes.items() if word in fields_of(one)]
     if owners:
         raise ConfigError(word, f"goes with kind {' or '.join(owners)}, not with {name}, which takes {takes}")

@@ -229,13 +229,15 @@ def _rates(projectors: Projectors, system: System, options: Options, media: list
     return rates
 
 
-def _medium_config(own: Projectors, rates: tuple[int, ...], options: Options) -> AudioConfig | VideoConfig:
+def _medium_config(projectors: Projectors, rates: tuple[int, ...], options: Options) -> AudioConfig | VideoConfig:
     """How a medium becomes soft tokens; where its encoder lies is filled in when that is written."""
-    per_budget = own.is_list and not own.is_stack
-    projector = MlpConfig(hidden_size=own.hidden_size, activation="relu", norm=own.has_norm, per_budget=per_budget)
+    per_budget = projectors.is_list and not projectors.is_stack
+    projector = MlpConfig(
+        hidden_size=projectors.hidden_size, activation="relu", norm=projectors.has_norm, per_budget=per_budget
+    )
     budgets: list[str | int] = [f"/{rate}" for rate in sorted(rates)]
-    compressor = StackConfig() if own.is_stack else PoolConfig()
-    if own.medium == "audio":
+    compressor = StackConfig() if projectors.is_stack else PoolConfig()
+    if projectors.medium == "audio":
         encoder = AudioEncoderConfig(source="", normalize=options.normalize_audio)
         return AudioConfig(
             encoder=encoder, compressor=compressor, projector=projector, budgets=budgets, span=SPANS["audio"]
@@ -362,9 +364,9 @@ def write_run(parts: Parts, folder: Path, options: Options) -> None:
     )
     tokenizer, config = build_config(model_config)
     config.sources = {part: inside_run(part, source) for part, source in (config.sources or {}).items()}
-    prompts = {"+".join(own): options.prompts[name] for name, own in PROMPT_MEDIA.items() if {*own} <= {*media}}
-    own = replace(processor_of(model_config, tokenizer, config).settings, prompts=prompts)
-    processor = ElasticProcessor(tokenizer, config, own)
+    prompts = {"+".join(names): options.prompts[task] for task, names in PROMPT_MEDIA.items() if {*names} <= {*media}}
+    settings = replace(processor_of(model_config, tokenizer, config).settings, prompts=prompts)
+    processor = ElasticProcessor(tokenizer, config, settings)
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
     put_adapters(model)

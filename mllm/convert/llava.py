@@ -265,7 +265,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
 
 def write_run(parts: Parts, folder: Path) -> None:
     """Write config, processor and the connector; the parts of the checkpoint must lie in the folder already."""
-    places = {part: str(folder / part) if part in parts.weights else own for part, own in parts.sources.items()}
+    places = {part: str(folder / part) if part in parts.weights else source for part, source in parts.sources.items()}
     model_config = ModelConfig(
         llm=places["llm"], chat_format="vicuna_v1", image=with_source(parts.image, places["image"])
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-TOWER = "model.vision_tower.vision_tower.vision_model."
+ENCODER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 QUERIES = "model.query_abstractor."
 PROJECTOR = "model.mm_projector."
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -45,8 +45,8 @@ def split_state(state: Mapping[str, Tensor]) -> Split:
     for name, value in state.items():
         if name.endswith(_CONSTANTS):
             continue
-        if name.startswith(TOWER):
-            split.vision[name.removeprefix(TOWER)] = value
+        if name.startswith(ENCODER_PREFIX):
+            split.vision[name.removeprefix(ENCODER_PREFIX)] = value
         elif name.startswith(QUERIES):
             split.queries[name] = value
         elif name.startswith(PROJECTOR):

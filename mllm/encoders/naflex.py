@@ -95,7 +95,7 @@ def wrap_naflex(backbone: PreTrainedModel, block: ImageEncoderConfig) -> NaFlexE
 
 
 def num_patches_of(config: PreTrainedConfig, block: ImageEncoderConfig) -> int:
-    """Return the most patches of an image: those that a config asks for, or that the tower was trained on."""
+    """Return the most patches of an image: those that a config asks for, or that the encoder was trained on."""
     return config.num_patches if block.max_num_patches == "auto" else block.max_num_patches
 
 

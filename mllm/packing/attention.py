@@ -70,7 +70,7 @@ def by_segment(
     """
     lengths = [segment.length for segment in plan.segments]
     queries = query.split(lengths, dim=2)
-    own_keys, own_values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+    segment_keys, segment_values = key.split(lengths, dim=2), value.split(lengths, dim=2)
     sizes = [segment.length + segment.num_visible for segment in plan.segments if segment.visible]
     visible_keys, visible_values = (iter(_gather(states, plan.attended, sizes)) for states in (key, value))
     out = []
@@ -78,7 +78,7 @@ def by_segment(
         if segment.visible:
             keys, values, mask = next(visible_keys), next(visible_values), _bottom_right(segment, query.device)
         else:  # no mask is needed, which lets the fastest kernels run
-            keys, values, mask = own_keys[index], own_values[index], None
+            keys, values, mask = segment_keys[index], segment_values[index], None
         out.append(
             functional.scaled_dot_product_attention(
                 segment_query, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling

@@ -25,8 +25,8 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """List every folder of a run that is called a checkpoint, oldest first, complete or not."""
-    found = [path for path in run.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted(found, key=_step)
+    folders = [path for path in run.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(folders, key=_step)
 
 
 def run_of(folder: str | Path) -> Path:

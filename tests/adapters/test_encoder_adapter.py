@@ -1,4 +1,4 @@
-"""LoRA inside a frozen encoder: it learns, its tower does not move, and a saved or merged model answers the same."""
+"""LoRA inside a frozen encoder: it learns, its weights do not move, and a saved or merged model answers the same."""
 
 import dataclasses
 from pathlib import Path
@@ -48,7 +48,7 @@ def stir(model: Any) -> None:
                 parameter.normal_(std=0.3)
 
 
-def test_it_learns_inside_a_tower_that_stays_as_it_is(parts: dict[str, str]) -> None:
+def test_it_learns_inside_an_encoder_that_stays_as_it_is(parts: dict[str, str]) -> None:
     model, processor = build(settings_of(parts))
     names = set_trainables(model)
     inside = {name for name in names if name.startswith("model.video_tower.")}

@@ -30,9 +30,9 @@ BUDGETS = [Budget.parse(text) for text in ("audio=/4,video=/2", "audio=/8,video=
 SCALE_IDS, TASK_IDS = [4, 5, 1, 3, -1], [2, 2, 0, 1, -1]
 
 
-def settings(variant: str, scales: list[str] | None = None, own: ModelConfig | None = None) -> ModelConfig:
+def settings(variant: str, scales: list[str] | None = None, config: ModelConfig | None = None) -> ModelConfig:
     adapter = LoraBankConfig(variant=variant, rank=3, alpha=6, scales=scales or [])  # pyright: ignore
-    return replace(own or tiny.settings(SPEECH), adapter=adapter)
+    return replace(config or tiny.settings(SPEECH), adapter=adapter)
 
 
 VARIANTS = {"mss": SCALES, "st": None, "ms": None}
@@ -146,7 +146,7 @@ def test_ids_for_an_adapter_that_has_no_experts_are_refused() -> None:
 
 
 def test_a_run_is_loaded_bit_for_bit_and_exported_per_task(tmp_path: Path) -> None:
-    config = settings("st", own=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
+    config = settings("st", config=tiny.settings_on(tiny.write_parts(tmp_path / "parts"), SPEECH))
     model, processor = build(config)
     names = set_trainables(model)
     assert [n for n in names if "lora" in n] == sorted(

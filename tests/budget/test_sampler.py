@@ -14,7 +14,7 @@ SPACE = space(
 
 
 def budgets(sampler: BudgetSampler, step: int, *media: str) -> list[str]:
-    return [str(draw.budget) for draw in sampler(step, media or None)]
+    return [str(sampled.budget) for sampled in sampler(step, media or None)]
 
 
 def test_all_trains_every_combination_of_what_is_present() -> None:
@@ -47,26 +47,26 @@ def test_random_covers_the_space_evenly_and_depends_on_the_seed() -> None:
 
 
 def test_sandwich_is_the_largest_as_teacher_random_ones_and_the_smallest() -> None:
-    draws = BudgetSampler(SPACE, "sandwich", num_budgets=4)(5)
-    assert draws[0].budget == SPACE.largest()
-    assert draws[0].is_teacher
-    assert draws[-1].budget == SPACE.smallest()
-    assert sum(draw.is_teacher for draw in draws) == 1
-    assert sum(draw.weight for draw in draws) == 4
+    sampled = BudgetSampler(SPACE, "sandwich", num_budgets=4)(5)
+    assert sampled[0].budget == SPACE.largest()
+    assert sampled[0].is_teacher
+    assert sampled[-1].budget == SPACE.smallest()
+    assert sum(one.is_teacher for one in sampled) == 1
+    assert sum(one.weight for one in sampled) == 4
 
 
-def test_equal_draws_become_one_that_weighs_their_sum() -> None:
+def test_equal_budgets_become_one_that_weighs_their_sum() -> None:
     sampler = BudgetSampler(SPACE, "sandwich", num_budgets=6)
     for step in range(10):
-        draws = sampler(step, ["video"])  # only two budgets there
-        assert [str(draw.budget) for draw in draws] == ["video=/2", "video=/5"]
-        assert sum(draw.weight for draw in draws) == 6
-        assert draws[0].is_teacher
+        sampled = sampler(step, ["video"])  # only two budgets there
+        assert [str(one.budget) for one in sampled] == ["video=/2", "video=/5"]
+        assert sum(one.weight for one in sampled) == 6
+        assert sampled[0].is_teacher
 
 
-def test_points_are_trained_as_listed_or_drawn_without_repeats() -> None:
+def test_points_are_trained_as_listed_or_sampled_without_repeats() -> None:
     points = [Budget.parse(text) for text in ("image=16,audio=/4", "image=4,audio=/4", "image=1,audio=/16")]
-    assert [draw.budget for draw in BudgetSampler(SPACE, "points", points=points)(0)] == points
+    assert [sampled.budget for sampled in BudgetSampler(SPACE, "points", points=points)(0)] == points
     some = BudgetSampler(SPACE, "points", num_budgets=2, points=points)
     seen = {tuple(budgets(some, step)) for step in range(60)}
     assert len(seen) == 3
@@ -88,11 +88,11 @@ def test_contradictions_are_refused(arguments: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["all", "random", "sandwich"])
-def test_what_is_possible_is_what_some_step_draws(mode: Mode) -> None:
+def test_what_is_possible_is_what_some_step_samples(mode: Mode) -> None:
     speech = space(audio={"budgets": ["/4", "/16"]}, video={"budgets": ["/2", "/5"]})
     sampler = BudgetSampler(speech, mode)
     for media in (["audio"], ["video"], ["video", "audio"]):
-        drawn = {draw.budget for step in range(60) for draw in sampler(step, media)}
+        drawn = {sampled.budget for step in range(60) for sampled in sampler(step, media)}
         assert drawn == set(sampler.possible(media))
     points = BudgetSampler(
         speech, "points", points=(Budget.parse("audio=/4,video=/2"), Budget.parse("audio=/4,video=/5"))

@@ -45,7 +45,7 @@ def extent(size: tuple[int, int], grid: tuple[int, int] = GRID, tile: tuple[int,
 
 
 @pytest.mark.parametrize("grid", [(24, 24), (8, 8), (7, 7), (16, 12), (5, 9)])
-def test_maps_are_those_of_the_pooling(grid: tuple[int, int]) -> None:
+def test_grids_are_those_of_the_pooling(grid: tuple[int, int]) -> None:
     counts = torch.arange(1, grid[0] * grid[1] + 1)
     assert [pooled_rows(int(n), grid) for n in counts] == grid_rows(counts, grid).tolist()
 
@@ -119,19 +119,19 @@ def test_a_image_far_from_the_shape_of_its_tiles_does_not_vanish() -> None:
 def test_published_totals_are_those_of_five_images_without_unpadding() -> None:
     """LLaVA-NeXT-M3 names 2880, 720, 180, 45 and 5 tokens: 2 x 2 tiles and the thumbnail of a square image."""
     flat = space(merge="flat", newline=False)
-    asked = [Budget.parse(f"image={each}") for each in (576, 144, 36, 9, 1)]
-    assert [count_tokens([extent((672, 672))], b, flat)[0].tokens for b in asked] == [2880, 720, 180, 45, 5]
-    whole = [count_tokens([extent((672, 672))], b, space())[0].tokens for b in asked]
+    budgets = [Budget.parse(f"image={each}") for each in (576, 144, 36, 9, 1)]
+    assert [count_tokens([extent((672, 672))], b, flat)[0].tokens for b in budgets] == [2880, 720, 180, 45, 5]
+    whole = [count_tokens([extent((672, 672))], b, space())[0].tokens for b in budgets]
     assert whole == [2880 + 48, 720 + 24, 180 + 12, 45 + 6, 5 + 2]
 
 
 def test_flat_tiles_stand_in_turn_with_a_newline_per_row() -> None:
     settings = {"compressor": {"kind": "query", "num_queries": 4}, "budgets": [2, 4], "tiling": {"merge": "flat"}}
-    own = blocks.space(image=settings)
-    (cost,) = count_tokens([extent((672, 672))], Budget.parse("image=3"), own)
+    tiled = blocks.space(image=settings)
+    (cost,) = count_tokens([extent((672, 672))], Budget.parse("image=3"), tiled)
     assert cost.tokens == 5 * 3 + 2
-    order = order_of(extent((672, 672)), cost, own.media["image"].tiling).tolist()
-    turn = [[piece, place] for piece in range(5) for place in range(3)]
+    order = order_of(extent((672, 672)), cost, tiled.media["image"].tiling).tolist()
+    turn = [[piece, index] for piece in range(5) for index in range(3)]
     assert order == [*turn[:9], [-1, 0], *turn[9:], [-1, 0]]
 
 
@@ -148,20 +148,20 @@ def test_free_tiles_never_exceed_their_cap(size: tuple[int, int]) -> None:
 
 def test_a_total_takes_the_most_tokens_and_then_the_most_tiles() -> None:
     """Against every cap and every trained amount, for one and for several images."""
-    own = space(kind="free", max_tiles=6)
+    tiled = space(kind="free", max_tiles=6)
     rng = np.random.default_rng(1)
     for _ in range(25):
         extents = [extent((int(h), int(w))) for h, w in rng.integers(100, 2000, (rng.integers(1, 4), 2))]
         total = int(rng.integers(8, 4000))
-        found = []
+        splits = []
         for cap in range(7):
             for each in (1, 9, 36, 144, 576):
-                costs = count_tokens(extents, Budget.parse(f"image={each},tiles<={cap}"), own)
-                found.append((sum(c.tokens for c in costs), sum(c.num_images for c in costs), costs))
-        best = max((own for own in found if own[0] <= total), key=lambda own: own[:2])
-        chosen = count_tokens(extents, Budget.parse(f"total<={total}"), own)
+                costs = count_tokens(extents, Budget.parse(f"image={each},tiles<={cap}"), tiled)
+                splits.append((sum(c.tokens for c in costs), sum(c.num_images for c in costs), costs))
+        best = max((split for split in splits if split[0] <= total), key=lambda split: split[:2])
+        chosen = count_tokens(extents, Budget.parse(f"total<={total}"), tiled)
         assert (sum(c.tokens for c in chosen), sum(c.num_images for c in chosen)) == best[:2]
-        capped = count_tokens(extents, Budget.parse(f"tiles<=2,total<={total}"), own)
+        capped = count_tokens(extents, Budget.parse(f"tiles<=2,total<={total}"), tiled)
         assert all(cost.tiles is not None and cost.tiles.count <= 2 for cost in capped)
 
 
@@ -173,9 +173,9 @@ def test_a_named_amount_leaves_the_tiles_to_the_total() -> None:
         count_tokens([extent((672, 672))], Budget.parse("image=144,total<=100"), space(kind="free", max_tiles=4))
 
 
-def test_images_share_a_total_with_sound() -> None:
-    sound = Extent("audio", num_frames=100, frames_per_second=50.0)
-    costs = count_tokens([extent((672, 672)), sound], Budget.parse("total<=80"), space())
+def test_images_share_a_total_with_audio() -> None:
+    audio = Extent("audio", num_frames=100, frames_per_second=50.0)
+    costs = count_tokens([extent((672, 672)), audio], Budget.parse("total<=80"), space())
     assert [cost.tokens for cost in costs] == [51, 25]
 
 
@@ -229,11 +229,11 @@ def test_pixels_of_the_tiles_are_those_of_llava_next() -> None:
         tiles = Tiling().choose(size, (32, 32))
         made = cut(image, [tiles], tile=(32, 32), thumbnail=True)
         square = {"height": 32, "width": 32}
-        own = CLIPImageProcessorPil(size=square, crop_size=square)(images=list(made), return_tensors="pt")
+        expected = CLIPImageProcessorPil(size=square, crop_size=square)(images=list(made), return_tensors="pt")
         pinpoints = [[side // 336 * 32 for side in point] for point in PINPOINTS]
         next_processor = LlavaNextImageProcessorPil(size=square, crop_size=square, image_grid_pinpoints=pinpoints)
         theirs = next_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(own["pixel_values"], theirs[: tiles.num_images])
+        assert torch.equal(expected["pixel_values"], theirs[: tiles.num_images])
 
 
 def test_cuts_of_one_image_share_the_thumbnail() -> None:

@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
+def exported(folder: Path) -> dict[str, Any]:
     """What transformers made of the export, and what it logged."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT % QUESTION, str(folder / "out"), str(folder / "media")],
@@ -118,28 +118,28 @@ def test_the_answers_differ_by_image(answers: dict[str, str]) -> None:
     assert len(set(answers.values())) == 3
 
 
-def test_chats_with_media_parts_are_answered_as_by_our_own_answerer(found, answers) -> None:
-    assert stripped(found["chat"]) == [answers["0"]]
-    assert stripped(found["sound"]) == [answers["both"]]
-    assert stripped(found["chats"]) == [answers["0"], answers["1"]]
+def test_chats_with_media_parts_are_answered_as_by_our_own_answerer(exported, answers) -> None:
+    assert stripped(exported["chat"]) == [answers["0"]]
+    assert stripped(exported["sound"]) == [answers["both"]]
+    assert stripped(exported["chats"]) == [answers["0"], answers["1"]]
 
 
-def test_a_rendered_chat_and_batched_texts_are_answered_alike(found, answers) -> None:
-    assert found["prompt"] == f"<s><|image_token|>{QUESTION}"
-    assert stripped(found["two steps"]) == [answers["0"]]
-    assert stripped(found["texts"]) == [answers["0"], answers["1"]]
+def test_a_rendered_chat_and_batched_texts_are_answered_alike(exported, answers) -> None:
+    assert exported["prompt"] == f"<s><|image_token|>{QUESTION}"
+    assert stripped(exported["two steps"]) == [answers["0"]]
+    assert stripped(exported["texts"]) == [answers["0"], answers["1"]]
 
 
-def test_the_pipeline_answers_alike_and_knows_the_model(found, answers) -> None:
-    assert found["pipeline"].strip() == answers["0"]
-    assert stripped(found["pipeline texts"]) == [answers["0"], answers["1"]]
-    assert found["whole"] == "assistant"
-    assert "is not supported" not in found["log"]
+def test_the_pipeline_answers_alike_and_knows_the_model(exported, answers) -> None:
+    assert exported["pipeline"].strip() == answers["0"]
+    assert stripped(exported["pipeline texts"]) == [answers["0"], answers["1"]]
+    assert exported["whole"] == "assistant"
+    assert "is not supported" not in exported["log"]
 
 
-def test_the_export_carries_its_chat_template(found, folder: Path) -> None:
+def test_the_export_carries_its_chat_template(exported, folder: Path) -> None:
     written = (folder / "out" / "chat_template.jinja").read_text()
-    assert found["template"] == found["tokenizer"] == written
+    assert exported["template"] == exported["tokenizer"] == written
     assert "'image'" in written
     assert "'audio'" in written
 

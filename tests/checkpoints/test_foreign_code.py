@@ -83,21 +83,21 @@ class Yes:
     """A standard input that says yes to everything, and remembers whether it was asked."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.num_asked = 0
 
     def __call__(self, prompt: str = "") -> str:
-        self.asked += 1
+        self.num_asked += 1
         return "yes"
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("file_kind", PLACES)
 def test_a_model_is_built_without_the_code_in_its_parts(
-    place: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file_kind: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, values, message = PLACES[place]
+    file, values, message = PLACES[file_kind]
     shutil.copytree(parts, tmp_path / "parts")
-    own = tmp_path / "parts" / Path(file).parent
-    write_code(own, tmp_path / "marker")
+    folder = tmp_path / "parts" / Path(file).parent
+    write_code(folder, tmp_path / "marker")
     change(tmp_path / "parts" / file, values)
     answers = Yes()
     monkeypatch.setattr("builtins.input", answers)
@@ -110,7 +110,7 @@ def test_a_model_is_built_without_the_code_in_its_parts(
         with pytest.raises(ValueError, match=message or "contains custom code"):
             build(settings)
     assert not (tmp_path / "marker").exists()
-    assert not answers.asked
+    assert not answers.num_asked
 
 
 RUN_FILES: dict[str, Callable[[Path], None]] = {
@@ -140,8 +140,8 @@ sys.stdout.write(json.dumps(answers))
 def answered(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bool, int, str]]:
     """Whether foreign code ran, the exit code, and what was said, by place: one process whose user says yes to all."""
     root = tmp_path_factory.mktemp("runs")
-    for place, change_one in RUN_FILES.items():
-        folder = root / place
+    for file, change_one in RUN_FILES.items():
+        folder = root / file
         shutil.copytree(parts, folder / "parts")
         sources = {name: str(folder / "parts" / name) for name in ("llm", "image", "audio")}
         model, processor = build(tiny.settings_on(sources, ("audio",)))
@@ -152,7 +152,7 @@ def answered(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         change_one(folder)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HOME": str(root / "hf")}
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER_ALL, json.dumps({place: str(root / place / "run") for place in RUN_FILES})],
+        [sys.executable, "-c", ANSWER_ALL, json.dumps({file: str(root / file / "run") for file in RUN_FILES})],
         input="yes\n" * 400,
         env=environment,
         capture_output=True,
@@ -163,17 +163,17 @@ def answered(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     answers = json.loads(done.stdout.splitlines()[-1])
     # What a process writes past Python's streams belongs to every place.
     beside = done.stderr + "\n".join(done.stdout.splitlines()[:-1])
-    return {place: ((root / place / "marker").exists(), code, said + beside) for place, (code, said) in answers.items()}
+    return {file: ((root / file / "marker").exists(), code, said + beside) for file, (code, said) in answers.items()}
 
 
-@pytest.mark.parametrize("place", RUN_FILES)
-def test_yes_to_mllm_generate_runs_no_code(place: str, answered: dict[str, tuple[bool, int, str]]) -> None:
-    has_run, code, said = answered[place]
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_yes_to_mllm_generate_runs_no_code(file: str, answered: dict[str, tuple[bool, int, str]]) -> None:
+    has_run, code, said = answered[file]
     assert not has_run, said
     assert "Do you wish to run" not in said
-    if place == "config of the run":
+    if file == "config of the run":
         assert code == 0, said
     else:
         assert code == 2, said
-        refusal = "contains custom code" if "tokenizer" in place else "foreign code is never run"
+        refusal = "contains custom code" if "tokenizer" in file else "foreign code is never run"
         assert refusal in " ".join(said.split())

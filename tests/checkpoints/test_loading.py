@@ -114,9 +114,9 @@ def test_an_export_in_several_files_is_read_whole(run: Path, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "several", max_shard_size="50KB")
     processor.save_pretrained(tmp_path / "several")
     again, _ = load(tmp_path / "several")
-    own = model.state_dict()
-    assert own.keys() == again.state_dict().keys()
-    assert all(torch.equal(value, own[name]) for name, value in again.state_dict().items())
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
     shard = sorted((tmp_path / "several").glob("model-*"))[0]
     shard.unlink()
@@ -181,18 +181,18 @@ def test_a_merged_adapter_gives_the_same_logits_and_is_gone(run: Path) -> None:
     merged, _ = load(run, merge_adapter=True)
     inputs = processor(text="how many objects?")
     with torch.no_grad():
-        expected, found = model(**inputs).logits, merged(**inputs).logits
-    assert not torch.equal(found, expected)
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        expected, result = model(**inputs).logits, merged(**inputs).logits
+    assert not torch.equal(result, expected)
+    assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert merged.config.adapter is None
     assert not [name for name, _ in merged.model.language_model.named_parameters() if "lora" in name]
 
 
-def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> None:
+def test_a_bank_of_the_shared_expert_is_merged_and_one_per_task_is_refused() -> None:
     for variant, tasks in (("s", []), ("t", ["vqa"])):
         adapter = LoraBankConfig(variant=variant, rank=4, alpha=8, tasks=tasks)
-        own = replace(tiny.settings(("audio",), adapter=False), adapter=adapter)
-        model, inputs = tiny.model(own), tiny.processor(own)(text="how many objects?")
+        config = replace(tiny.settings(("audio",), adapter=False), adapter=adapter)
+        model, inputs = tiny.model(config), tiny.processor(config)(text="how many objects?")
         expected = model(**inputs).logits
         if tasks:
             with pytest.raises(ValueError, match=r"merge_adapter is true, but .* experts per scale or task depends"):
@@ -203,7 +203,7 @@ def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("dtype", "expected"),
     [
         ("bf16", torch.bfloat16),
         ("bfloat16", torch.bfloat16),
@@ -213,16 +213,16 @@ def test_a_bank_of_the_shared_member_is_merged_and_one_per_task_is_refused() -> 
         ("fp32", torch.float32),
     ],
 )
-def test_frozen_parts_are_in_the_dtype_by_whatever_name(run: Path, given: str | torch.dtype, expected) -> None:
-    model, _ = load(run, dtype=given, device="cpu")
+def test_frozen_parts_are_in_the_dtype_by_whatever_name(run: Path, dtype: str | torch.dtype, expected) -> None:
+    model, _ = load(run, dtype=dtype, device="cpu")
     assert model.get_input_embeddings().weight.dtype == expected
     assert next(model.model.compressors.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("given", ["int8", "bf", torch.int8, "auto"])
-def test_another_dtype_is_refused(run: Path, given: str | torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "bf", torch.int8, "auto"])
+def test_another_dtype_is_refused(run: Path, dtype: str | torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"dtype is .*; allowed: float32, fp32, float, bfloat16, bf16, float16"):
-        load(run, dtype=given)
+        load(run, dtype=dtype)
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(run: Path) -> None:

@@ -137,8 +137,8 @@ WHISPER = WhisperConfig(
 GEMMA: dict[str, Any] = {**LLM, "head_dim": 8}
 
 
-def two_towers(config: Any, tower: dict[str, Any]) -> Any:
-    return config(text_config=WORDS, vision_config=tower)
+def two_towers(config: Any, encoder: dict[str, Any]) -> Any:
+    return config(text_config=WORDS, vision_config=encoder)
 
 
 def llava(config: Any = LlavaConfig, **changes: Any) -> Any:
@@ -148,8 +148,8 @@ def llava(config: Any = LlavaConfig, **changes: Any) -> Any:
 
 def gemma3() -> Any:
     """A Gemma 3 with a SigLIP, its head tied."""
-    towers = {"vision_config": {**IMAGE, "vision_use_head": False}, "text_config": GEMMA}
-    return Gemma3Config(**towers, mm_tokens_per_image=4)
+    encoders = {"vision_config": {**IMAGE, "vision_use_head": False}, "text_config": GEMMA}
+    return Gemma3Config(**encoders, mm_tokens_per_image=4)
 
 
 # By name: the class that is saved, its config, the medium, and where the part is in the module and in the file.
@@ -243,11 +243,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, 
     return save
 
 
-def assert_equal(found: nn.Module, expected: nn.Module, *, besides: tuple[str, ...] = ()) -> None:
-    own, theirs = found.state_dict(), expected.state_dict()
-    assert own.keys() - set(besides) == theirs.keys() - set(besides)
+def assert_equal(loaded: nn.Module, expected: nn.Module, *, besides: tuple[str, ...] = ()) -> None:
+    values, theirs = loaded.state_dict(), expected.state_dict()
+    assert values.keys() - set(besides) == theirs.keys() - set(besides)
     assert len(theirs) > 10
-    wrong = [name for name, value in theirs.items() if name not in besides and not torch.equal(own[name], value)]
+    wrong = [name for name, value in theirs.items() if name not in besides and not torch.equal(values[name], value)]
     assert not wrong
 
 
@@ -264,23 +264,23 @@ def copy_with(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], Any
 @pytest.mark.parametrize("shard_size", ["50GB", "8KB"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_is_taken_whole_out_of_a_whole_checkpoint(name: str, shard_size: str, saved: Any) -> None:
-    model_class, config, medium, place, _ = ENCODERS[name]
+    model_class, config, medium, prefix, _ = ENCODERS[name]
     model, folder = saved(name, model_class, config, shard_size)
     assert (folder / WEIGHTS_INDEX).is_file() == (shard_size == "8KB")
-    own = encoder_config(str(folder), medium)
-    encoder = load_encoder(str(folder), own, dtype=torch.float32)
-    assert_equal(encoder, model.get_submodule(place))
+    read_config = encoder_config(str(folder), medium)
+    encoder = load_encoder(str(folder), read_config, dtype=torch.float32)
+    assert_equal(encoder, model.get_submodule(prefix))
     assert not encoder.training
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "8KB"])
 @pytest.mark.parametrize("name", LLMS)
 def test_an_llm_is_taken_whole_out_of_a_whole_checkpoint(name: str, shard_size: str, saved: Any) -> None:
-    model_class, config, place, _ = LLMS[name]
+    model_class, config, prefix, _ = LLMS[name]
     model, folder = saved(name, model_class, config, shard_size)
     assert (folder / WEIGHTS_INDEX).is_file() == (shard_size == "8KB")
     llm: Any = load_llm(str(folder), llm_config(str(folder)), dtype=torch.float32, attention="eager")
-    assert_equal(getattr(llm, llm.base_model_prefix), model.get_submodule(place))
+    assert_equal(getattr(llm, llm.base_model_prefix), model.get_submodule(prefix))
     head = model.get_output_embeddings() or model.get_input_embeddings()  # a bare model's are tied
     assert torch.equal(llm.get_output_embeddings().weight, head.weight)
     is_tied = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
@@ -323,9 +323,15 @@ def test_a_tensor_that_does_not_fit_is_named(name: str, saved: Any, tmp_path: Pa
     what, start, load = loads(name)
     _, folder = saved(name.partition(" ")[2], *what)
     # A matrix of the last layer: transformers converts names of some, which are then told as the model calls them.
-    names = [own for own in sorted(load_file(folder / WEIGHTS)) if own.startswith(start) and not own.endswith(UNREAD)]
+    names = [
+        tensor
+        for tensor in sorted(load_file(folder / WEIGHTS))
+        if tensor.startswith(start) and not tensor.endswith(UNREAD)
+    ]
     victim = next(
-        own for own in names if own.endswith(("fc2.weight", "down_proj.weight", "output_dense.weight", "c_proj.weight"))
+        tensor
+        for tensor in names
+        if tensor.endswith(("fc2.weight", "down_proj.weight", "output_dense.weight", "c_proj.weight"))
     )
     path = copy_with(folder, tmp_path / "missing", lambda state: state.pop(victim))
     with pytest.raises(ValueError, match=rf"{path} are not those of its config: missing [\w.]*{victim}$"):
@@ -354,8 +360,8 @@ def test_experts_are_all_there_or_refused(
     what, _, load = loads("llm mixtral")
     _, folder = saved("mixtral", *what)
     path = copy_with(folder, tmp_path / "x", LOST[change])
-    told = r"missing .*layers\.1\.mlp\.experts\.down_proj" if change == "all missing" else "do not fit each other"
-    with pytest.raises(ValueError, match=told):
+    message = r"missing .*layers\.1\.mlp\.experts\.down_proj" if change == "all missing" else "do not fit each other"
+    with pytest.raises(ValueError, match=message):
         load(path)
     assert change == "all missing" or "model.layers.0.mlp.experts.gate_up_proj" in caplog.text
 
@@ -443,25 +449,25 @@ def test_old_spellings_of_one_tensor_are_read(saved: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["hubert-ctc", "dinov2"])
 def test_what_nothing_reads_may_be_missing(name: str, saved: Any, tmp_path: Path) -> None:
-    model_class, config, medium, place, start = ENCODERS[name]
+    model_class, config, medium, prefix, start = ENCODERS[name]
     model, folder = saved(name, model_class, config)
     unread = {"hubert-ctc": "masked_spec_embed", "dinov2": "embeddings.mask_token"}[name]
     path = copy_with(folder, tmp_path / "x", lambda state: state.pop(start + unread))
     encoder = load_encoder(path, encoder_config(path, medium), dtype=torch.float32)
-    assert_equal(encoder, model.get_submodule(place), besides=(unread,))
+    assert_equal(encoder, model.get_submodule(prefix), besides=(unread,))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_weights_of_any_type_are_read_in_the_type_that_is_asked(stored: str, dtype: str, tmp_path: Path) -> None:
-    own, asked = getattr(torch, stored), getattr(torch, dtype)
-    model = make(LlavaForConditionalGeneration, llava()).to(own)
+    stored_dtype, wanted_dtype = getattr(torch, stored), getattr(torch, dtype)
+    model = make(LlavaForConditionalGeneration, llava()).to(stored_dtype)
     model.save_pretrained(tmp_path)
-    llm: Any = load_llm(str(tmp_path), llm_config(str(tmp_path)), dtype=asked, attention="sdpa")
-    assert {value.dtype for value in llm.state_dict().values()} == {asked}
-    assert_equal(llm.model, model.model.language_model.to(asked))
-    encoder = load_encoder(str(tmp_path), encoder_config(str(tmp_path), "image"), dtype=asked)
-    assert_equal(encoder, model.model.vision_tower.to(asked))
+    llm: Any = load_llm(str(tmp_path), llm_config(str(tmp_path)), dtype=wanted_dtype, attention="sdpa")
+    assert {value.dtype for value in llm.state_dict().values()} == {wanted_dtype}
+    assert_equal(llm.model, model.model.language_model.to(wanted_dtype))
+    encoder = load_encoder(str(tmp_path), encoder_config(str(tmp_path), "image"), dtype=wanted_dtype)
+    assert_equal(encoder, model.model.vision_tower.to(wanted_dtype))
 
 
 def test_a_head_is_neither_made_up_nor_dropped(saved: Any, tmp_path: Path) -> None:
@@ -621,13 +627,13 @@ def whole_parts(tmp_path_factory: pytest.TempPathFactory, saved: Any) -> dict[st
 
 
 def settings_of(parts: Mapping[str, str], image: str) -> ModelConfig:
-    own = tiny.settings(("image", "audio"))
+    config = tiny.settings(("image", "audio"))
     media = {
         "image": (image, {"encoder": {"feature_layer": -1}, "budgets": [1, 4]}),
         "audio": (parts["whisper"], {"budgets": ["/4"]}),
     }
     blocks: dict[str, Any] = {m: medium(m, merged({"encoder": source}, more)) for m, (source, more) in media.items()}
-    return replace(own, llm=parts["llava"], **blocks)
+    return replace(config, llm=parts["llava"], **blocks)
 
 
 @pytest.mark.parametrize("image", ["clip", "llava"])
@@ -638,19 +644,19 @@ def test_a_model_is_built_on_whole_checkpoints_saved_and_loaded(
     whisper, _ = saved("whisper", *ENCODERS["whisper"][:2])
     vlm, _ = saved("llava", *ENCODERS["llava"][:2])
     images, _ = saved(image, *ENCODERS[image][:2])
-    tower = images.vision_model if image == "clip" else images.model.vision_tower
+    encoder = images.vision_model if image == "clip" else images.model.vision_tower
     set_trainables(model)
     save_run(model, processor, tmp_path / "run")
-    for own in (model, load(tmp_path / "run")[0]):
-        assert_equal(own.model.audio_tower.backbone, whisper.model.encoder)
-        kept = own.model.vision_tower.backbone.state_dict()
+    for one in (model, load(tmp_path / "run")[0]):
+        assert_equal(one.model.audio_tower.backbone, whisper.model.encoder)
+        kept = one.model.vision_tower.backbone.state_dict()
         assert len(kept) > 30
-        assert all(torch.equal(value, tower.state_dict()[name]) for name, value in kept.items())
-        frozen = {name: value for name, value in own.model.language_model.state_dict().items() if ".lora_" not in name}
+        assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in kept.items())
+        frozen = {name: value for name, value in one.model.language_model.state_dict().items() if ".lora_" not in name}
         assert {name.replace(".base_layer", "") for name in frozen} == set(vlm.model.language_model.state_dict())
         for name, value in frozen.items():
             assert torch.equal(value, vlm.model.language_model.state_dict()[name.replace(".base_layer", "")])
-        assert torch.equal(own.lm_head.weight, vlm.lm_head.weight)
+        assert torch.equal(one.lm_head.weight, vlm.lm_head.weight)
 
 
 def test_every_reader_of_foreign_files_is_told_to_run_no_code() -> None:
@@ -664,10 +670,10 @@ def test_every_reader_of_foreign_files_is_told_to_run_no_code() -> None:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             owner = ast.unparse(node.func.value)
-            told = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
             where = f"{path.name}:{node.lineno} {owner}.{node.func.attr}"
             if owner.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
-                if told.get("trust_remote_code") != "False":
+                if arguments.get("trust_remote_code") != "False":
                     problems.append(f"{where} without trust_remote_code=False")
             elif node.func.attr == "from_pretrained" and (path.name, owner) not in readers:
                 problems.append(where)

@@ -43,7 +43,7 @@ def soft_tokens(compressor: Pool, features: torch.Tensor, counts: list[int], max
         ((27, 27), [729]),
     ],
 )
-def test_the_maps_of_a_grid_double_from_the_coarsest(grid: tuple[int, int], counts: list[int]) -> None:
+def test_the_levels_of_a_grid_double_from_the_coarsest(grid: tuple[int, int], counts: list[int]) -> None:
     assert [rows * columns for rows, columns in haar_grids(grid)] == counts
 
 
@@ -60,7 +60,7 @@ def test_each_prefix_rebuilds_the_pooled_map(grid: tuple[int, int]) -> None:
     torch.testing.assert_close(inverse_haar(haar(features, grid), grid), features, rtol=1e-5, atol=1e-5)
 
 
-def test_the_maps_of_m3_come_out_as_its_pooling_gives_them() -> None:
+def test_the_grids_of_m3_come_out_as_its_pooling_gives_them() -> None:
     features = patches(GRID)
     raster = Pool(projectors=identity(), grid=GRID)
     for count in (9, 36, 144, 576):
@@ -97,8 +97,8 @@ def test_a_prefix_that_is_no_map_is_refused_with_those_that_are() -> None:
 
 
 def test_a_model_in_haar_order_answers_alone_as_in_a_batch() -> None:
-    own = tiny.settings(("image",), image={"compressor": {"order": "haar"}})
-    answerer = Answerer(tiny.model(own, seed=3), tiny.processor(own), Decoding(max_new_tokens=6))
+    config = tiny.settings(("image",), image={"compressor": {"order": "haar"}})
+    answerer = Answerer(tiny.model(config, seed=3), tiny.processor(config), Decoding(max_new_tokens=6))
     rows = [([tiny.random_media("image", seed=seed), "what colour?"], "red") for seed in (1, 2)]
     budgets = [Budget.parse("image=64"), Budget.parse("image=4")]
     together = answerer.answer_batch(tiny.batch(answerer.processor, rows), [budgets])[0]

@@ -70,8 +70,8 @@ def test_anchors_are_the_pooled_map_behind_the_projector(grid: tuple[int, int], 
     for size, (rows, columns) in cells:
         means = functional.avg_pool2d(patches, (grid[0] // rows, grid[1] // columns)).flatten(2).transpose(1, 2)
         for count in (size, size + 3):
-            found = read(made, image, count, count)[:, :size]
-            torch.testing.assert_close(found, made.projector(means), rtol=1e-4, atol=1e-5)
+            tokens = read(made, image, count, count)[:, :size]
+            torch.testing.assert_close(tokens, made.projector(means), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def test_sizes_by_default_and_what_they_need() -> None:
         ([16, 15], (1,), 16),
         ({"start": 3, "stop": 22, "step": 2}, (1, 16), 21),
     ):
-        own = {"compressor": "hybrid", "budgets": budgets}
-        assert medium("image", own).anchors == anchors
-        assert one_space("image", own).max_tokens == most
+        image = {"compressor": "hybrid", "budgets": budgets}
+        assert medium("image", image).anchors == anchors
+        assert one_space("image", image).max_tokens == most
     assert [num_queries(count, (1, 4, 9)) for count in (1, 3, 4, 8, 9, 12)] == [0, 2, 0, 4, 0, 3]
     assert one_space("image", SETTINGS).max_tokens == 24
     assert len(build().query) == 15
@@ -158,8 +158,8 @@ def test_streams_and_a_grid_per_image_are_refused() -> None:
 
 
 def test_a_whole_model_answers_at_any_count() -> None:
-    own = tiny.settings(("image",), image={"compressor": "hybrid", "budgets": [1, 4, 16, 64]})
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiny.settings(("image",), image={"compressor": "hybrid", "budgets": [1, 4, 16, 64]})
+    model, processor = tiny.model(config), tiny.processor(config)
     batch = tiny.batch(processor, [([tiny.random_media("image"), "what is it?"], "red")])
     for count in (1, 15, 16, 40, 64):
         inputs = processor.expand(batch, [[Budget.parse(f"image={count}")]], left_padding=True).inputs

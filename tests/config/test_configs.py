@@ -95,11 +95,11 @@ def test_the_first_stage_of_mqt_trains_the_published_query_transformer() -> None
     assert len(second.config.space.media["image"].trained) == 128
 
 
-def test_m3_can_train_its_tower_as_the_paper_says() -> None:
+def test_m3_can_train_its_encoder_as_the_paper_says() -> None:
     settings = read(ROOT / "configs" / "m3.yaml")
     model = build_on_meta(settings.model)
-    both, own = (len(set_trainables(model, (*settings.parts, *more))) for more in (("image",), ()))
-    assert both > own
+    both, alone = (len(set_trainables(model, (*settings.parts, *more))) for more in (("image",), ()))
+    assert both > alone
     counts = [amount.value for amount in model.config.space.media["image"].trained]
     assert counts == [576, 144, 36, 9, 1]
     assert len(BudgetSampler(model.config.space, "all")(0)) == 5

@@ -20,7 +20,7 @@ from mllm.training.pipeline.token_scan import extents_of
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a tiny model, and an image, a sound and a video of 0.8 seconds with a manifest."""
+    """A run of a tiny model, and an image, an audio and a video of 0.8 seconds with a manifest."""
     made = tmp_path_factory.mktemp("limits")
     model, processor = build(tiny.settings_on(tiny.write_parts(made / "parts")))
     set_trainables(model, ("compressors", "adapter"))

@@ -35,8 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [("image", "what is it?", "red"), ("audio", "transcribe.", "two")] * 2
     samples = []
     for number, (kind, question, answer) in enumerate(rows):
-        asked = (Media(kind, names[kind]), Text(question))  # type: ignore[arg-type]
-        samples.append(Sample(f"s{number}", (Message("user", asked), Message("assistant", (Text(answer),))), "vqa"))
+        content = (Media(kind, names[kind]), Text(question))  # type: ignore[arg-type]
+        samples.append(Sample(f"s{number}", (Message("user", content), Message("assistant", (Text(answer),))), "vqa"))
     write_manifest(folder / "train.jsonl", samples)
     blocks = {
         medium: {"encoder": parts[medium], "budgets": tiny.MEDIA[medium]["budgets"], **MEDIA[medium]}
@@ -184,8 +184,8 @@ def test_a_tokenizer_of_another_model_is_refused(world: Path, tmp_path: Path) ->
 
 
 def test_a_config_is_the_same_written_and_read() -> None:
-    own = tiny.settings(image={"compressor": {"kind": "query", "keys": "content"}})
-    config = tiny.config(dataclasses.replace(own, names_images=True))
+    settings = tiny.settings(image={"compressor": {"kind": "query", "keys": "content"}})
+    config = tiny.config(dataclasses.replace(settings, names_images=True))
     again = ElasticConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
     assert (again.media, again.adapter, again.space) == (config.media, config.adapter, config.space)
     assert isinstance(again.media["image"].compressor, QueryConfig)

@@ -25,7 +25,7 @@ from mllm.data.manifest import Text
 from mllm.inference.answerer import Answerer, Decoding, request
 
 WIDTH, FEATURES, HIDDEN, PATCHES, QUERIES = 32, 16, 24, 64, 16
-TOWER = "model.vision_tower.vision_tower.vision_model."
+ENCODER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 STAGE_1 = "query_abstractor.bin"
 LLAVA_CONFIG = {
     **{k: v for k, v in tiny.llm_config().to_dict().items() if k not in ("rope_parameters", "dtype")},
@@ -45,16 +45,16 @@ LLAVA_CONFIG = {
 SCALES = {"matryoshka_vis_token_scale": [64, 16, 4, 1]}
 
 
-def frozen(*, tower: bool = True) -> dict[str, Tensor]:
-    """LLM and tower under released names, and what old checkpoints hold besides."""
+def frozen(*, with_encoder: bool = True) -> dict[str, Tensor]:
+    """LLM and encoder under released names, and what old checkpoints hold besides."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         llm = LlamaForCausalLM(tiny.llm_config(tie_word_embeddings=False)).state_dict()
         vision = CLIPVisionModel(tiny.encoder_configs()["image"]).state_dict()  # pyright: ignore
     state = {**llm, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    if tower:
-        state |= {f"{TOWER}{name}": value for name, value in vision.items()}
-        state[f"{TOWER}embeddings.position_ids"] = torch.arange(PATCHES + 1)[None]
+    if with_encoder:
+        state |= {f"{ENCODER_PREFIX}{name}": value for name, value in vision.items()}
+        state[f"{ENCODER_PREFIX}embeddings.position_ids"] = torch.arange(PATCHES + 1)[None]
     return {name: value.clone() for name, value in state.items()}
 
 
@@ -84,10 +84,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tiny.write_parts(tmp_path_factory.mktemp("parts"))
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], parts: dict[str, str], *, kind: str, **told: Any) -> Path:
+def write_folder(folder: Path, state: dict[str, Tensor], parts: dict[str, str], *, kind: str, **options: Any) -> Path:
     """A checkpoint as hubs hold it: weights of a kind, config and tokenizer."""
     folder.mkdir()
-    values = {"mm_vision_tower": parts["image"], **LLAVA_CONFIG, **told}
+    values = {"mm_vision_tower": parts["image"], **LLAVA_CONFIG, **options}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     tiny.TOKENIZER.save_pretrained(folder)
     if kind == "one":
@@ -130,9 +130,9 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "elsewhere"))
     media = tiny.write_media(tmp_path / "media")
     image = str(tmp_path / "media" / media["image"])
-    asked = ["--image", image, "--text", "what?", "--max-new-tokens", "2", "--use-cpu"]
+    options = ["--image", image, "--text", "what?", "--max-new-tokens", "2", "--use-cpu"]
     for budget in ("image=16", "image=7"):
-        assert main(["generate", "--model", str(moved), "--budget", budget, *asked]) == 0
+        assert main(["generate", "--model", str(moved), "--budget", budget, *options]) == 0
     words = ["--model.llm", str(moved / "llm"), "--model.image.encoder", str(moved / "image")]
     words += ["--model.image.budgets", "[1, 4, 16, 64]", "--model.image.projector.before_pooling", "true"]
     words += ["--sampler.mode", "all"]
@@ -145,11 +145,11 @@ def test_m3_from_shards_is_a_run_folder_that_is_moved_asked_and_trained_on(
     )
 
 
-def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path, parts: dict[str, str]) -> None:
+def test_everything_of_a_checkpoint_with_its_encoder_comes_from_it(tmp_path: Path, parts: dict[str, str]) -> None:
     """In half precision, as the released ones are; the parts keep it, what trains is float32."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in frozen().items()}
     state |= {name: value.half() for name, value in projector().items()}
-    state[f"{TOWER}pre_layrnorm.bias"] = torch.full((FEATURES,), 0.5).half()
+    state[f"{ENCODER_PREFIX}pre_layrnorm.bias"] = torch.full((FEATURES,), 0.5).half()
     folder = write_folder(tmp_path / "m3", state, parts, kind="bin", **SCALES)
     convert(folder, tmp_path / "run", system="llava-m3", options=Options())
     model, processor = load(tmp_path / "run")
@@ -159,7 +159,7 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
         ("model.layers.1.mlp.up_proj.weight", "model.language_model.layers.1.mlp.up_proj.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("model.mm_projector.2.weight", "model.compressors.image.projectors.0.2.weight"),
-        (f"{TOWER}pre_layrnorm.bias", "model.vision_tower.backbone.pre_layrnorm.bias"),
+        (f"{ENCODER_PREFIX}pre_layrnorm.bias", "model.vision_tower.backbone.pre_layrnorm.bias"),
     ):
         assert weights[ours].equal(state[name].float()), name
     assert load_file(tmp_path / "run" / "llm" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
@@ -167,8 +167,8 @@ def test_everything_of_a_checkpoint_with_its_tower_comes_from_it(tmp_path: Path,
     assert {amount.value for amount in processor.space.media["image"].trained} == {1, 4, 16, 64}
 
 
-def test_a_tower_that_is_not_in_the_checkpoint_is_the_one_it_names(tmp_path: Path, parts: dict[str, str]) -> None:
-    folder = write_folder(tmp_path / "llava", frozen(tower=False) | projector(), parts, kind="one")
+def test_an_encoder_that_is_not_in_the_checkpoint_is_the_one_it_names(tmp_path: Path, parts: dict[str, str]) -> None:
+    folder = write_folder(tmp_path / "llava", frozen(with_encoder=False) | projector(), parts, kind="one")
     facts = convert(folder, tmp_path / "run", system="llava", options=Options())
     assert facts[1] == f"LLM: in the checkpoint; vision encoder: {parts['image']}"
     assert not (tmp_path / "run" / "image").exists()
@@ -234,24 +234,24 @@ def test_a_first_stage_is_the_connector_alone(tmp_path: Path, parts: dict[str, s
     assert facts[1] == f"LLM: {parts['llm']}; vision encoder: {parts['image']}"
 
 
-@pytest.mark.parametrize(("told", "chosen"), [("pad", None), ("square", None), ("square", "pad"), (None, None)])
+@pytest.mark.parametrize(("aspect", "chosen"), [("pad", None), ("square", None), ("square", "pad"), (None, None)])
 def test_images_become_square_as_the_checkpoint_says(
-    tmp_path: Path, parts: dict[str, str], told: str | None, chosen: Any
+    tmp_path: Path, parts: dict[str, str], aspect: str | None, chosen: Any
 ) -> None:
     """The released code pads with the mean colour and centres, or cuts the middle out where its config is silent."""
     vision = tmp_path / "vision"
     shutil.copytree(parts["image"], vision)
     clip = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     clip.save_pretrained(vision)
-    state = frozen(tower=False) | projector()
-    folder = write_folder(tmp_path / "llava", state, parts, kind="one", image_aspect_ratio=told)
+    state = frozen(with_encoder=False) | projector()
+    folder = write_folder(tmp_path / "llava", state, parts, kind="one", image_aspect_ratio=aspect)
     options = Options(vision=str(vision), image_aspect_ratio=chosen)
     convert(folder, tmp_path / "run", system="llava", options=options)
     _, processor = load(tmp_path / "run")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
     values = processor.transform("image", image).values
-    if (chosen or told) == "pad":
-        square = Image.new("RGB", (61, 61), tuple(int(own * 255) for own in clip.image_mean))  # pyright: ignore
+    if (chosen or aspect) == "pad":
+        square = Image.new("RGB", (61, 61), tuple(int(mean * 255) for mean in clip.image_mean))  # pyright: ignore
         square.paste(image, (0, 10))
         image = square
     expected = clip(image, return_tensors="pt")["pixel_values"][0]
@@ -338,8 +338,14 @@ CHANGES = [
     ("llava", {NEWLINE: torch.ones(WIDTH)}, {}, {}, r"holds unknown model.image_newline \(1 in all\)"),
     ("llava", {"model.norm.weight": None}, {}, {}, r"misses model.norm.weight \(1 in all\)"),
     ("llava", {"model.norm.weight": torch.ones(3)}, {}, {}, r"norm.weight has the shape \(3,\) .*; expected \(32,\)"),
-    ("llava", {f"{TOWER}pre_layrnorm.bias": None}, {}, {}, r"vision_tower \(option vision\): .* misses pre_layrnorm"),
-    ("llava", {f"{TOWER}pre_layrnorm.bias": torch.ones(3)}, {}, {}, r"pre_layrnorm.bias has the shape \(3,\)"),
+    (
+        "llava",
+        {f"{ENCODER_PREFIX}pre_layrnorm.bias": None},
+        {},
+        {},
+        r"vision_tower \(option vision\): .* misses pre_layrnorm",
+    ),
+    ("llava", {f"{ENCODER_PREFIX}pre_layrnorm.bias": torch.ones(3)}, {}, {}, r"pre_layrnorm.bias has the shape \(3,\)"),
     ("llava", {MATRIX: None}, {}, {}, "misses model.mm_projector.0.weight, a matrix"),
     ("llava", {MATRIX: torch.ones(HIDDEN, 17)}, {}, {}, r"mm_projector.0.weight has the shape \(24, 17\)"),
     ("llava", {"model.mm_projector.4.bias": torch.ones(1)}, {}, {}, "holds unknown model.mm_projector.4.bias"),
@@ -374,19 +380,21 @@ def refused(folder: Path, system: str, options: Options, message: str) -> None:
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize(("system", "changed", "told", "chosen", "message"), CHANGES, ids=[c[4][:40] for c in CHANGES])
+@pytest.mark.parametrize(
+    ("system", "changed", "options", "chosen", "message"), CHANGES, ids=[c[4][:40] for c in CHANGES]
+)
 def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(
     tmp_path: Path,
     parts: dict[str, str],
     system: str,
     changed: dict[str, Any],
-    told: dict[str, Any],
+    options: dict[str, Any],
     chosen: dict[str, Any],
     message: str,
 ) -> None:
     state = {**frozen(), **projector(), **changed}
     changed_state = {name: value.clone() for name, value in state.items() if value is not None}
-    write_folder(tmp_path / "x", changed_state, parts, kind="one", **told)
+    write_folder(tmp_path / "x", changed_state, parts, kind="one", **options)
     refused(tmp_path, system, Options(**chosen), message)
 
 

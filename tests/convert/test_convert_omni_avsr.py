@@ -29,8 +29,8 @@ from mllm.inference.answerer import Answerer, Decoding
 
 WIDTH, FEATURES, INNER, HIDDEN = 32, 16, 4, 24
 STATISTICS = "video_encoder.feature_extractor_video.resnet.frontend3D.1.running_mean"
-MEMBERS = {"s": [""], "t": [".audio", ".video", ".audiovisual"]}
-MEMBERS["st"] = ["_shared", *MEMBERS["t"]]
+EXPERTS = {"s": [""], "t": [".audio", ".video", ".audiovisual"]}
+EXPERTS["st"] = ["_shared", *EXPERTS["t"]]
 
 
 def frozen() -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def loras(variant: str) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(2):
         for letter, out in (("Q", 32), ("V", 16)):
-            for expert in MEMBERS[variant]:
+            for expert in EXPERTS[variant]:
                 prefix = f"llm.model.layers.{layer}.self_attn.lora_"
                 shapes[f"{prefix}down_{letter}{expert}.weight"] = (INNER, WIDTH)
                 shapes[f"{prefix}up_{letter}{expert}.weight"] = (out, INNER)
@@ -126,8 +126,8 @@ def test_the_command_writes_a_run_folder_that_can_be_moved_and_asked(
     assert "LoRA in the LLM: variant st, rank 4, scaled by 0.125; in AV-HuBERT: rank 2, scaled by 2" in shown
     moved = shutil.move(out, tmp_path / "elsewhere")
     media = tiny.write_media(tmp_path / "media")
-    sound = str(tmp_path / "media" / media["audio"])
-    words = ["--audio", sound, "--budget", "audio=/16", "--max-new-tokens", "2", "--use-cpu"]
+    audio = str(tmp_path / "media" / media["audio"])
+    words = ["--audio", audio, "--budget", "audio=/16", "--max-new-tokens", "2", "--use-cpu"]
     assert main(["generate", "--model", str(moved), *words]) == 0
     assert main(["convert", "omni-avsr", str(tmp_path / "omni.ckpt"), "--out", str(moved), *where]) == 2
     assert "is in use; name a new or an empty folder" in capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_what_was_trained_and_what_was_frozen_come_from_the_checkpoint(st_run: A
         assert weights[name].equal(state[f"video_proj.{index}.2.weight"])
     bank = weights["model.language_model.layers.1.self_attn.v_proj.lora_B"]
     up = "llm.model.layers.1.self_attn.lora_up_V"
-    for expert, suffix in zip(bank, MEMBERS["st"], strict=True):
+    for expert, suffix in zip(bank, EXPERTS["st"], strict=True):
         assert expert.equal(state[f"{up}{suffix}.weight"])
     down = weights[f"{lips}encoder.layers.0.attention.q_proj.lora_A.default.weight"]
     assert down.equal(state["video_encoder.encoder.layers.0.self_attn.lora_down_Q.weight"])
@@ -160,9 +160,9 @@ def test_the_prompt_of_the_checkpoint_is_what_is_asked_when_nothing_is(tmp_path:
     media = tiny.write_media(tmp_path / "media")
     _, model, processor = st_run
     answerer = Answerer(model, processor, Decoding(max_new_tokens=3))
-    sound = tmp_path / "media" / media["audio"]
-    answer = answerer(audio=sound, budget="audio=/4")
-    assert answer.text == answerer("Transcribe speech to text.", audio=sound, budget="audio=/4").text
+    audio = tmp_path / "media" / media["audio"]
+    answer = answerer(audio=audio, budget="audio=/4")
+    assert answer.text == answerer("Transcribe speech to text.", audio=audio, budget="audio=/4").text
     spans, bos = 2, 1
     words = tiny.TOKENIZER("Transcribe speech to text.", add_special_tokens=False)["input_ids"]
     assert answer.num_prompt_tokens == bos + spans + answer.tokens["audio"] + len(words)  # pyright: ignore
@@ -200,12 +200,12 @@ def test_llama_avsr_has_one_projector_per_medium_with_or_without_a_norm(tmp_path
         "video: frames stacked, 2 per token, one projector without LayerNorm",
     ]
     assert model.state_dict()["model.compressors.audio.projectors.0.3.weight"].equal(state["audio_proj.3.weight"])
-    assert [str(own) for own in processor.space.media["video"].trained] == ["/2"]
+    assert [str(amount) for amount in processor.space.media["video"].trained] == ["/2"]
     layer = model.model.language_model.layers[0].self_attn.q_proj
     assert layer.scaling == {"default": 0.5}  # alpha 4 over the reduction of 8 that the shapes tell
 
 
-def test_llama_avsr_may_take_sound_alone(tmp_path: Path, parts: dict[str, str]) -> None:
+def test_llama_avsr_may_take_audio_alone(tmp_path: Path, parts: dict[str, str]) -> None:
     state = {n: v for n, v in (frozen() | loras("s")).items() if not n.startswith("video_encoder.")}
     state |= projectors("audio", [1], is_list=False, has_norm=False)
     _, processor, facts = converted(tmp_path, state, parts, "llama-avsr")
@@ -231,9 +231,9 @@ def test_mtsk_projectors_go_to_their_rates_whatever_their_order(tmp_path: Path, 
     model, processor, _ = converted(tmp_path, state, parts, "llama-mtsk", audio_rates=[16, 4, 8])
     weights = model.state_dict()
     assert [str(amount) for amount in processor.space.media["audio"].trained] == ["/4", "/8", "/16"]
-    for index, released_place in enumerate((1, 2, 0)):
+    for index, released_index in enumerate((1, 2, 0)):
         name = f"model.compressors.audio.projectors.{index}.3.bias"
-        assert weights[name].equal(state[f"audio_proj.{released_place}.3.bias"])
+        assert weights[name].equal(state[f"audio_proj.{released_index}.3.bias"])
     assert weights["model.compressors.video.projectors.1.0.weight"].equal(state["video_proj.0.0.weight"])
 
 
@@ -335,9 +335,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, parts: dict[str, str]
 def test_the_tokens_of_the_released_training_get_the_ids_they_had(tmp_path: Path, rows: int, added: bool) -> None:
     """Llama gets a padding token before the four around the media; Qwen has one."""
     vocabulary = {"<s>": 0, "</s>": 1, "a": 2}
-    own = Tokenizer(models.WordLevel(vocabulary))  # pyright: ignore[reportCallIssue]
+    other = Tokenizer(models.WordLevel(vocabulary))  # pyright: ignore[reportCallIssue]
     pad = {} if added else {"pad_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", **pad).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=other, bos_token="<s>", eos_token="</s>", **pad).save_pretrained(tmp_path)
     tokenizer = read_tokenizer(str(tmp_path), rows=rows)
     new = [*(["<pad>"] if added else []), "<audio>", "</audio>", "<video>", "</video>"]
     assert tokenizer.convert_tokens_to_ids(new) == list(range(3, rows))
@@ -352,6 +352,6 @@ def test_the_released_layout_has_the_published_number_of_trained_parameters(vari
     shapes: dict[str, tuple[int, ...]] = {}
     for medium in ("audio", "video"):
         shapes |= Projectors(medium, True, (1, 1), hidden_size=2048, has_norm=False).layout(1024, 2048)
-    shapes |= Loras("llm.model.layers.", 16, 64, tuple(MEMBERS[variant])).layout(2048, {"Q": 2048, "V": 512})
+    shapes |= Loras("llm.model.layers.", 16, 64, tuple(EXPERTS[variant])).layout(2048, {"Q": 2048, "V": 512})
     shapes |= Loras("video_encoder.encoder.layers.", 24, 64, ("",)).layout(1024, {"Q": 1024, "V": 1024})
     assert round(sum(math.prod(shape) for shape in shapes.values()) / 1e6, 2) == millions

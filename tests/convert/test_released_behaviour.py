@@ -37,13 +37,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def clips(number: int, *, padded: bool = False) -> list[LoadedMedia]:
-    """Sound and lips of a row; `padded` with what stands behind them in a batch, as if that were theirs."""
-    sound, lips = (tiny.random_media(medium, LENGTHS[medium][number], seed=number) for medium in ("audio", "video"))
+    """Audio and lips of a row; `padded` with what stands behind them in a batch, as if that were theirs."""
+    audio, lips = (tiny.random_media(medium, LENGTHS[medium][number], seed=number) for medium in ("audio", "video"))
     if not padded:
-        return [sound, lips]
+        return [audio, lips]
     silence = torch.zeros(LENGTHS["video"][0] - lips.raw_length, *lips.values.shape[1:])
-    sound = replace(sound, raw_length=LENGTHS["audio"][0] * 320)  # its window holds silence behind it already
-    return [sound, replace(lips, values=torch.cat([lips.values, silence]), raw_length=LENGTHS["video"][0])]
+    audio = replace(audio, raw_length=LENGTHS["audio"][0] * 320)  # its window holds silence behind it already
+    return [audio, replace(lips, values=torch.cat([lips.values, silence]), raw_length=LENGTHS["video"][0])]
 
 
 @torch.no_grad()

@@ -48,9 +48,9 @@ def test_tensors_containers_and_numbers_come_out_as_they_went_in(tmp_path: Path,
     }
     assert list(read["model"]) == list(tensors)
     for name, expected in tensors.items():
-        found = read["model"][name].read()
-        assert found.dtype == expected.dtype
-        assert found.equal(expected.detach()), name
+        values = read["model"][name].read()
+        assert values.dtype == expected.dtype
+        assert values.equal(expected.detach()), name
 
 
 class Harmful:

@@ -182,10 +182,10 @@ def _tar(root: Path, num: int, rng: np.random.Generator) -> Path:
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w") as tar:
         for number in range(num):
-            members = [("png", png()), ("json", json_line(row, rng))]
-            members += [("txt", mutated_bytes(b"a text", rng))] if rng.random() < 0.3 else []
-            members += [("pkl", b"x"), ("png", png())][: int(rng.integers(3))] if rng.random() < 0.2 else []
-            for suffix, content in members:
+            files = [("png", png()), ("json", json_line(row, rng))]
+            files += [("txt", mutated_bytes(b"a text", rng))] if rng.random() < 0.3 else []
+            files += [("pkl", b"x"), ("png", png())][: int(rng.integers(3))] if rng.random() < 0.2 else []
+            for suffix, content in files:
                 info = tarfile.TarInfo(f"{number:05d}.{suffix}" if rng.random() < 0.9 else f"../{number}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

@@ -57,7 +57,7 @@ def imported(form: Format, source: Path, *words: str, code: int = 0) -> dict[str
     return {sample.id: sample for sample in samples}
 
 
-def asked(sample: Sample) -> str:
+def question_of(sample: Sample) -> str:
     return sample.messages[0].text
 
 
@@ -78,7 +78,7 @@ def test_vqav2(tmp_path: Path) -> None:
         {"question_id": 262144005, "image": "a.jpg", "text": f"Is it?{SHORT}", "category": "default"},
     )
     one = imported("vqav2", root)["262144005"]
-    assert (asked(one), image_path(one)) == (f"\nIs it?{SHORT}", "test2015/a.jpg")
+    assert (question_of(one), image_path(one)) == (f"\nIs it?{SHORT}", "test2015/a.jpg")
     assert one.meta == {"unanswered": True}
     assert one.messages[-1].role == "user"
     questions = root / "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -87,7 +87,7 @@ def test_vqav2(tmp_path: Path) -> None:
     put_json(root / "v2_mscoco_val2014_annotations.json", {"annotations": notes})
     two = imported("vqav2", questions)["42000"]
     assert (two.messages[-1].text, two.meta["answers"], two.kind) == ("red", VOTES, "other")
-    assert (asked(two), image_path(two)) == (f"\nWhat colour?{SHORT}", "val2014/COCO_val2014_000000000042.jpg")
+    assert (question_of(two), image_path(two)) == (f"\nWhat colour?{SHORT}", "val2014/COCO_val2014_000000000042.jpg")
 
 
 def test_gqa(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_textvqa_with_and_without_ocr_tokens(tmp_path: Path, with_ocr: bool) -> 
     note = {"question_id": 34602, "image_id": "003a8ae2", "question": "what is the brand?", "answers": VOTES}
     put_json(root / "TextVQA_0.5.1_val.json", {"data": [note]})
     one = imported("textvqa", root, *([] if with_ocr else ["--ocr_tokens", "false"]))["34602"]
-    assert asked(one) == "\n" + (text if with_ocr else f"what is the Brand?{SHORT}")
+    assert question_of(one) == "\n" + (text if with_ocr else f"what is the Brand?{SHORT}")
     assert one.meta["answers"] == VOTES
 
 
@@ -127,7 +127,7 @@ def test_vizwiz(tmp_path: Path) -> None:
     row = {"image": "v.jpg", "question": "Ok?", "answers": answers, "answer_type": "other", "answerable": 1}
     put_json(root / "val.json", [row])
     two = imported("vizwiz", root / "val.json")["v.jpg"]
-    assert (asked(two), two.meta["answers"]) == (asked(one), VOTES)
+    assert (question_of(two), two.meta["answers"]) == (question_of(one), VOTES)
 
 
 def test_pope_finds_labels_by_image_and_words_whatever_the_order(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_pope_finds_labels_by_image_and_words_whatever_the_order(tmp_path: Path)
     assert list(result) == ["1", "2", "3", "1#2", "2#2", "3#2", "1#3", "2#3", "3#3"]
     assert {sample.kind for sample in result.values()} == {"random", "popular", "adversarial"}
     for sample in result.values():
-        words = asked(sample).removesuffix(SHORT).strip()
+        words = question_of(sample).removesuffix(SHORT).strip()
         assert sample.messages[-1].text == labels[image_path(sample).removeprefix("val2014/"), words]
     for file in (root / "coco").iterdir():  # as some hand them out
         file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"NO"'))
@@ -191,7 +191,7 @@ def test_scienceqa_asks_what_has_an_image(tmp_path: Path) -> None:
     put_json(root / "problems.json", {"5": {"choices": ["x", "y"], "answer": 1, "subject": "natural science"}})
     result = imported("scienceqa", root)
     assert list(result) == ["5"]
-    assert asked(result["5"]) == f"\nWhich?\nA. x\nB. y{CHOOSE}"
+    assert question_of(result["5"]) == f"\nWhich?\nA. x\nB. y{CHOOSE}"
     assert (result["5"].messages[-1].text, result["5"].meta) == ("B", {"options": ["x", "y"]})
 
 
@@ -215,8 +215,8 @@ def test_mmbench_takes_images_out_of_the_table(tmp_path: Path) -> None:
     write_mmbench(root / "mmbench_dev_20230712.tsv")
     result = imported("mmbench", root)
     assert list(result) == ["7", "1000007", "8", "1000008"]
-    assert asked(result["7"]) == f'\nLook.\nWhich "one"?\nA. x\nB. y{CHOOSE}'
-    assert asked(result["1000008"]) == f'\nWhich "one"?\nA. y\nB. x{CHOOSE}'
+    assert question_of(result["7"]) == f'\nLook.\nWhich "one"?\nA. x\nB. y{CHOOSE}'
+    assert question_of(result["1000008"]) == f'\nWhich "one"?\nA. y\nB. x{CHOOSE}'
     assert [sample.messages[-1].text for sample in result.values()] == ["A", "B", "A", "B"]
     assert len(list((root / "images").iterdir())) == 1
     assert {image_path(sample) for sample in result.values()} == {
@@ -265,7 +265,7 @@ def test_chartqa_and_docvqa_from_official_files(tmp_path: Path) -> None:
         "human-0": "14",
         "augmented-0": "Yes",
     }
-    assert asked(result["human-0"]) == f"\nHow much?{SHORT}"
+    assert question_of(result["human-0"]) == f"\nHow much?{SHORT}"
     put(pages, "documents/p_1.png")
     row = {"questionId": 337, "question": "What date?", "image": "documents/p_1.png", "answers": ["1/8/93", "1/8"]}
     put_json(pages / "val_v1.0.json", {"data": [row]})
@@ -342,25 +342,27 @@ def test_mmmu_stands_its_images_where_the_text_names_them(tmp_path: Path) -> Non
     result = imported("mmmu", root, code=1)  # the lost image is told
     assert list(result) == ["validation_Art_1", "validation_Math_1"]
     art, count = result.values()
-    assert asked(art) == f"See  and : which?\nA. \nB. it's\n{CHOOSE}"
+    assert question_of(art) == f"See  and : which?\nA. \nB. it's\n{CHOOSE}"
     assert len(list(art.media)) == 3
     assert [part.path for part in art.media][1] == [part.path for part in art.media][2] == image_path(count)
     assert (art.kind, art.messages[-1].text, art.meta) == ("Art", "B", {"options": ["<image 1>", "it's"]})
     assert (count.meta["answers"], count.meta["options"]) == (["4", "four"], [])
-    assert asked(count).endswith(f"How many?\n{SHORT}")
+    assert question_of(count).endswith(f"How many?\n{SHORT}")
     result = imported("mmmu", root, "--split", "test")
     assert [sample.meta["unanswered"] for sample in result.values()] == [True, True]
     assert main(["data", "import", "mmmu", str(root), "--split", "dev", "--out", str(tmp_path / "x.jsonl")]) != 0
 
 
-@pytest.mark.parametrize("place", ["data/test-00000-of-00001.parquet", "test/data-00000-of-00001.arrow", "test.arrow"])
-def test_ai2d_from_parquet_and_from_what_datasets_saved(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    "location", ["data/test-00000-of-00001.parquet", "test/data-00000-of-00001.arrow", "test.arrow"]
+)
+def test_ai2d_from_parquet_and_from_what_datasets_saved(tmp_path: Path, location: str) -> None:
     root = tmp_path / "ai2d"
     rows = [{"question": "Which?", "options": ["p", "q", "r"], "answer": str(n), "image": cell(n)} for n in (2, 0)]
-    write_table(root / place, rows)
-    result = imported("ai2d", root if "/" in place else root / place)
+    write_table(root / location, rows)
+    result = imported("ai2d", root if "/" in location else root / location)
     assert [sample.messages[-1].text for sample in result.values()] == ["C", "A"]
-    assert asked(result["0"]) == f"\nWhich?\nA. p\nB. q\nC. r{CHOOSE}"
+    assert question_of(result["0"]) == f"\nWhich?\nA. p\nB. q\nC. r{CHOOSE}"
 
 
 def test_an_answer_beyond_the_options_of_a_table_is_a_bad_row(tmp_path: Path, capsys) -> None:
@@ -415,7 +417,7 @@ def test_charts_documents_and_science_from_tables(tmp_path: Path) -> None:
     row = {"question": "Which?", "choices": ["x", "y"], "answer": 1, "hint": "h", "subject": "s", "image": cell(1)}
     write_table(tmp_path / "s" / "data" / "test-0.parquet", [row, {**row, "image": None}])
     result = imported("scienceqa", tmp_path / "s")
-    assert asked(result["0"]) == f"\nContext: h\nWhich?\nA. x\nB. y{CHOOSE}"
+    assert question_of(result["0"]) == f"\nContext: h\nWhich?\nA. x\nB. y{CHOOSE}"
     assert (result["0"].messages[-1].text, list(result)) == ("B", ["0"])
 
 

@@ -38,7 +38,7 @@ def image(colour: tuple[int, int, int] = RED) -> bytes:
     return held.getvalue()
 
 
-def sound(level: float = 0.5) -> bytes:
+def wav_bytes(level: float = 0.5) -> bytes:
     held = io.BytesIO()
     soundfile.write(held, np.full(8_000, level), 16_000, format="WAV")
     return held.getvalue()
@@ -59,7 +59,7 @@ def colour_of(sample: Sample, number: int = 0) -> tuple[int, ...]:
     return tuple(np.asarray(image)[3, 3].tolist())
 
 
-def asked(text: str, answer: str = "x") -> list[dict[str, str]]:
+def question_turns(text: str, answer: str = "x") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
@@ -97,20 +97,20 @@ def test_sharegpt_as_a_list_and_by_lines(tmp_path: Path, as_list: bool) -> None:
 
 
 def test_messages_of_openai_and_ms_swift(tmp_path: Path) -> None:
-    answer = asked("")[1]
+    answer = question_turns("")[1]
     url = {"type": "image_url", "image_url": {"url": "a.png"}}
     path = lines(
         tmp_path / "m.jsonl",
-        {"messages": [{"role": "user", "content": [url, {"type": "text", "text": "What?"}]}, asked("")[1]]},
-        {"messages": asked("<image>What?"), "images": [{"path": "a.png", "bytes": None}]},
-        {"messages": asked("What?"), "images": ["a.png"]},  # no marker: before the question
+        {"messages": [{"role": "user", "content": [url, {"type": "text", "text": "What?"}]}, question_turns("")[1]]},
+        {"messages": question_turns("<image>What?"), "images": [{"path": "a.png", "bytes": None}]},
+        {"messages": question_turns("What?"), "images": ["a.png"]},  # no marker: before the question
         {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, answer],
          "images": ["a.png"]},
         {"query": "<image>What?", "response": "x", "history": [], "images": ["a.png"]},
-        {"messages": [{"role": "developer", "content": "Be kind."}, *asked("<audio><audio>Which?")],
+        {"messages": [{"role": "developer", "content": "Be kind."}, *question_turns("<audio><audio>Which?")],
          "audios": ["1.wav", "2.wav"]},
         {"query": "And?", "response": "y", "history": [["One?", "1"], ["Two?", "2"]]},
-        {"messages": asked("How does <image> work in HTML?")},
+        {"messages": question_turns("How does <image> work in HTML?")},
     )  # fmt: skip
     *images, audio_sample, history, text = read(path, "messages")
     for sample in images:
@@ -126,25 +126,28 @@ def test_messages_of_openai_and_ms_swift(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": asked("<image><image>?"), "images": ["a.png"]}, r"2 places \(<image>\) for 1 media"),
-        ({"messages": asked("What?<image>")}, r"1 places \(<image>\) for 0 media"),
-        ({"messages": asked("?"), "images": ["../a.png"]}, "must not hold '..'"),
-        ({"messages": asked("<image>?"), "images": ["http://x/a.png"]}, "plain relative one"),
-        ({"messages": asked("<image>?"), "images": ["data:image/png;base64,xx"]}, "stands in the row itself"),
-        ({"messages": asked("<image>?"), "images": [{"bytes": "xx"}]}, "stands in the row itself"),
-        ({"messages": [*asked("?"), {"role": "tool", "content": "x"}]}, "role: must be one of"),
-        ({"messages": [asked("?")[0], {**asked("")[1], "tool_calls": [1]}]}, "tool_calls, which is not read"),
-        ({"messages": asked("?"), "tools": [{"name": "x"}]}, "tools: it changes what is learned"),
-        ({"messages": asked("?"), "rejected_response": "y"}, "rejected_response: it changes"),
+        ({"messages": question_turns("<image><image>?"), "images": ["a.png"]}, r"2 places \(<image>\) for 1 media"),
+        ({"messages": question_turns("What?<image>")}, r"1 places \(<image>\) for 0 media"),
+        ({"messages": question_turns("?"), "images": ["../a.png"]}, "must not hold '..'"),
+        ({"messages": question_turns("<image>?"), "images": ["http://x/a.png"]}, "plain relative one"),
+        ({"messages": question_turns("<image>?"), "images": ["data:image/png;base64,xx"]}, "stands in the row itself"),
+        ({"messages": question_turns("<image>?"), "images": [{"bytes": "xx"}]}, "stands in the row itself"),
+        ({"messages": [*question_turns("?"), {"role": "tool", "content": "x"}]}, "role: must be one of"),
+        (
+            {"messages": [question_turns("?")[0], {**question_turns("")[1], "tool_calls": [1]}]},
+            "tool_calls, which is not read",
+        ),
+        ({"messages": question_turns("?"), "tools": [{"name": "x"}]}, "tools: it changes what is learned"),
+        ({"messages": question_turns("?"), "rejected_response": "y"}, "rejected_response: it changes"),
         ({"messages": [{"role": "user", "content": "?"}]}, "the last message must be the assistant's"),
-        ({"messages": asked("?"), "id": [1]}, "id: must be a string or a whole number"),
-        ({"messages": asked("?"), "task": 3}, "task: must be a string"),
+        ({"messages": question_turns("?"), "id": [1]}, "id: must be a string or a whole number"),
+        ({"messages": question_turns("?"), "task": 3}, "task: must be a string"),
         ({"query": "?"}, "'response' is missing"),
         ({"text": "x"}, "there is no messages and no query; it has text"),
     ],
 )
 def test_one_odd_row_is_one_finding(tmp_path: Path, row: dict, message: str) -> None:
-    path = lines(tmp_path / "m.jsonl", {"messages": asked("?")}, row, {"messages": asked("?")})
+    path = lines(tmp_path / "m.jsonl", {"messages": question_turns("?")}, row, {"messages": question_turns("?")})
     listing = read_listing(path, tmp_path, ReaderConfig(format="messages"))
     (finding,) = listing.problems
     assert finding.line_number == 2
@@ -154,7 +157,7 @@ def test_one_odd_row_is_one_finding(tmp_path: Path, row: dict, message: str) -> 
 
 
 def test_keys_that_are_not_read_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"messages": asked("?"), "source": "web", "score": 3} for _ in range(5)]
+    rows = [{"messages": question_turns("?"), "source": "web", "score": 3} for _ in range(5)]
     assert len(read(lines(tmp_path / "m.jsonl", *rows), "messages")) == 5
     assert caplog.text.count("5 rows hold the key 'source', which is not read") == 1
 
@@ -177,10 +180,12 @@ def table(path: Path, rows: list[dict], *, features: dict[str, Any] | None = Non
 
 @pytest.mark.parametrize("row_group_size", [1, 3, 1_000])
 def test_parquet_with_images_inside(tmp_path: Path, row_group_size: int) -> None:
-    rows = [{"messages": asked(f"<image>{n}?"), "images": [OTHER if n % 2 else CELL], "n": n} for n in range(7)]
-    rows.append({"messages": asked("<image><image>?"), "images": [CELL, OTHER], "n": 7})
-    rows.append({"messages": asked("Only text."), "images": [], "n": 8})
-    rows.append({"messages": asked("None."), "images": None, "n": 9})
+    rows = [
+        {"messages": question_turns(f"<image>{n}?"), "images": [OTHER if n % 2 else CELL], "n": n} for n in range(7)
+    ]
+    rows.append({"messages": question_turns("<image><image>?"), "images": [CELL, OTHER], "n": 7})
+    rows.append({"messages": question_turns("Only text."), "images": [], "n": 8})
+    rows.append({"messages": question_turns("None."), "images": None, "n": 9})
     samples = read(table(tmp_path / "t.parquet", rows, row_group_size=row_group_size), "parquet")
     assert [sample.id for sample in samples] == [f"t-{n}" for n in range(10)]
     assert [colour_of(sample) for sample in samples[:7]] == [RED, BLUE] * 3 + [RED]
@@ -196,7 +201,7 @@ def test_columns_are_media_by_their_features_or_names(tmp_path: Path, caplog: py
     (sample,) = read(table(tmp_path / "t.parquet", rows, features={"what": {"_type": "Image"}}), "parquet")
     assert (colour_of(sample), sample.task, sample.messages[-1].text) == (RED, "caption", "red")
     assert "the key 'blob', which is not read" in caplog.text
-    (sample,) = read(table(tmp_path / "u.parquet", [{"audio": sound(), "text": "hello"}]), "parquet")
+    (sample,) = read(table(tmp_path / "u.parquet", [{"audio": wav_bytes(), "text": "hello"}]), "parquet")
     assert sample.task == "asr"
     assert sample.messages[0].parts[1] == Text("Transcribe speech to text.")
     result = load_audio(resolve_media(tmp_path, sample.media[0].path)).samples
@@ -234,7 +239,7 @@ def saved_to_disk(folder: Path, rows: list[dict]) -> Path:
 
 
 def test_a_folder_of_datasets(tmp_path: Path) -> None:
-    rows = [{"messages": asked("<image>?"), "image": OTHER if n % 2 else CELL} for n in range(5)]
+    rows = [{"messages": question_turns("<image>?"), "image": OTHER if n % 2 else CELL} for n in range(5)]
     samples = read(saved_to_disk(tmp_path / "d", rows), "datasets")
     assert [colour_of(sample) for sample in samples] == [RED, BLUE, RED, BLUE, RED]
     report = check_listing(tmp_path / "d", tmp_path / "d", ReaderConfig(format="datasets"), open_media=True)
@@ -250,7 +255,7 @@ def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
     revision = "0" * 40
     (cache / "refs" / "main").write_text(revision)
     (cache / "snapshots" / revision / "data").mkdir(parents=True)
-    table(cache / "blobs" / "abc", [{"messages": asked("<image>?"), "image": CELL}])
+    table(cache / "blobs" / "abc", [{"messages": question_turns("<image>?"), "image": CELL}])
     link = cache / "snapshots" / revision / "data" / "train-00000-of-00001.parquet"
     link.symlink_to(os.path.relpath(cache / "blobs" / "abc", link.parent))
     code = (
@@ -275,11 +280,11 @@ def hub_cache(folder: Path, tables: dict[str, bool]) -> dict[str, str]:
         snapshot.mkdir(parents=True)
         (snapshot / "README.md").write_text(revision)
         if has_table:
-            table(snapshot / "train-00000-of-00001.parquet", [{"messages": asked(revision)}])
+            table(snapshot / "train-00000-of-00001.parquet", [{"messages": question_turns(revision)}])
     return {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
-def asked_of_hub(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def reply_of_hub(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys\nfrom mllm.data.readers import read_data, ReaderConfig\n"
         "print(read_data(sys.argv[1], None, ReaderConfig(format='datasets'))[0].messages[0].text)"
@@ -289,10 +294,10 @@ def asked_of_hub(name: str, environment: dict[str, str]) -> subprocess.Completed
 
 def test_the_hubs_conversion_never_stands_for_a_named_revision(tmp_path: Path) -> None:
     environment = hub_cache(tmp_path, {"main": False, "v1": False, "v2": True, "refs/convert/parquet": True})
-    assert asked_of_hub("owner/images", environment).stdout == "refs/convert/parquet\n"
-    assert asked_of_hub("owner/images@v2", environment).stdout == "v2\n"
-    assert asked_of_hub("owner/images@refs/convert/parquet", environment).stdout == "refs/convert/parquet\n"
-    done = asked_of_hub("owner/images@v1", environment)
+    assert reply_of_hub("owner/images", environment).stdout == "refs/convert/parquet\n"
+    assert reply_of_hub("owner/images@v2", environment).stdout == "v2\n"
+    assert reply_of_hub("owner/images@refs/convert/parquet", environment).stdout == "refs/convert/parquet\n"
+    done = reply_of_hub("owner/images@v1", environment)
     assert done.stdout == ""
     assert "owner/images@v1 holds no parquet; the hub's conversion of the newest one is owner/images@" in done.stderr
 
@@ -316,7 +321,7 @@ def test_a_folder_that_is_not_there_is_named_though_it_looks_like_a_name_of_the_
 def test_splits_are_never_mixed_where_none_is_named(tmp_path: Path, names: list[str], splits: str) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        table(tmp_path / f"{name}.parquet", [{"messages": asked(name)}])
+        table(tmp_path / f"{name}.parquet", [{"messages": question_turns(name)}])
     message = rf"no table of the split train; .*there are tables of {splits} \(data\.reader\.split, or --split\)"
     with pytest.raises(FileNotFoundError, match=message):
         read(tmp_path, "parquet")
@@ -328,14 +333,14 @@ def test_tables_that_name_no_split_are_all_read(tmp_path: Path) -> None:
     folder = tmp_path / "validation"  # named by whoever reads it
     folder.mkdir()
     for name in ("a", "testimony", "0000"):
-        table(folder / f"{name}.parquet", [{"messages": asked(name)}])
+        table(folder / f"{name}.parquet", [{"messages": question_turns(name)}])
     assert [sample.messages[0].text for sample in read(folder, "parquet")] == ["0000", "a", "testimony"]
 
 
 def test_splits_in_the_cache_of_datasets(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     for split in ("train-00000-of-00002", "train-00001-of-00002", "test"):
-        one = pa.Table.from_pylist([{"messages": asked(split)}])
+        one = pa.Table.from_pylist([{"messages": question_turns(split)}])
         path = str(tmp_path / f"chats-{split}.arrow")
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, one.schema) as out:
             out.write_table(one)
@@ -348,7 +353,7 @@ def test_splits_in_the_cache_of_datasets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stated", [[1], True, 1.5])
 def test_an_odd_id_is_a_finding_in_every_format(tmp_path: Path, stated: Any) -> None:
-    row = {"id": stated, "messages": asked("?")}
+    row = {"id": stated, "messages": question_turns("?")}
     sources: dict[Format, Path] = {
         "messages": lines(tmp_path / "m.jsonl", row),
         "parquet": table(tmp_path / "t.parquet", [row]),
@@ -364,21 +369,21 @@ def test_an_odd_id_is_a_finding_in_every_format(tmp_path: Path, stated: Any) -> 
 @pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n\t\n", b" " * 10_000 + b"\r\n"])
 def test_only_the_head_of_a_file_tells_whether_it_is_a_list(tmp_path: Path, head: bytes) -> None:
     path = tmp_path / "m.json"
-    path.write_bytes(head + json.dumps([{"messages": asked("x" * 2**22)}]).encode())
+    path.write_bytes(head + json.dumps([{"messages": question_turns("x" * 2**22)}]).encode())
     tracemalloc.start()
     assert _begins_as_list(path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
     assert [sample.id for sample in read(path, "messages")] == ["m-0"]
-    path.write_bytes(head + json.dumps({"messages": asked("[")}).encode())
+    path.write_bytes(head + json.dumps({"messages": question_turns("[")}).encode())
     assert not _begins_as_list(path)
     path.write_bytes(head)
     assert not _begins_as_list(path)
 
 
-def shard(path: Path, members: dict[str, bytes]) -> Path:
+def shard(path: Path, files: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
+        for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -392,13 +397,13 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         tmp_path / "s" / "000.tar",
         {
             "x/1.png": image(BLUE),
-            "x/1.json": json.dumps({"messages": asked("<image>What?", "blue")}).encode(),
+            "x/1.json": json.dumps({"messages": question_turns("<image>What?", "blue")}).encode(),
             **{"2.png": image(), "2.txt": b"a red square\n"},
-            **{"3.wav": sound(), "3.txt": "höre".encode()},
+            **{"3.wav": wav_bytes(), "3.txt": "höre".encode()},
             **{"4.a.png": image(), "4.b.png": image(BLUE), "4.json": json.dumps(talk).encode()},
         },
     )
-    shard(tmp_path / "s" / "001.tar", {"5.json": json.dumps({"messages": asked("Hi", "Hello")}).encode()})
+    shard(tmp_path / "s" / "001.tar", {"5.json": json.dumps({"messages": question_turns("Hi", "Hello")}).encode()})
     one, two, three, four, five = read(tmp_path / "s", "webdataset")
     assert [sample.id for sample in (one, two, three, four, five)] == ["x/1", "2", "3", "talk", "5"]
     assert (colour_of(one), one.messages[0].parts[1]) == (BLUE, Text("What?"))
@@ -429,15 +434,15 @@ def test_every_reader_knows_the_same_suffixes(tmp_path: Path, suffixes: tuple[st
             assert find_recordings(folder, tmp_path / "out") == [("a", folder / f"a{suffix}")]
 
 
-def test_tars_are_not_unpickled_and_odd_members_are_findings(tmp_path: Path) -> None:
-    good = json.dumps({"messages": asked("Hi")}).encode()
+def test_tars_are_not_unpickled_and_odd_files_are_findings(tmp_path: Path) -> None:
+    good = json.dumps({"messages": question_turns("Hi")}).encode()
     path = shard(
         tmp_path / "a.tar",
         {
             "1.json": good,
             "2.json": b"{",
             "3.pkl": pickle.dumps(Path("x")),
-            "4.json": json.dumps({"messages": asked("<image>?")}).encode(),
+            "4.json": json.dumps({"messages": question_turns("<image>?")}).encode(),
             "5.png": image(),
             "6.json": good,
         },
@@ -514,7 +519,7 @@ def test_a_changed_tar_is_seen_by_what_is_kept_of_it(tmp_path: Path) -> None:
     ("form", "rows"),
     [
         ("sharegpt", [{"conversations": said("<image>?"), "images": ["a.png"]}]),
-        ("messages", [{"messages": asked("<image>?"), "images": ["a.png"]}]),
+        ("messages", [{"messages": question_turns("<image>?"), "images": ["a.png"]}]),
         ("llava", [{"id": "1", "image": "a.png", "conversations": said("<image>?")}]),
     ],
 )
@@ -569,7 +574,7 @@ def test_what_is_something_else_altogether_is_told_in_a_few_lines(tmp_path: Path
 def test_what_a_file_looks_like_is_named(tmp_path: Path, name: str, capsys) -> None:
     forms = {"t.parquet": "parquet", "a.tar": "webdataset", "l.csv": "omni_csv", "l.tsv": "fairseq"}
     if name == "t.parquet":
-        table(tmp_path / name, [{"messages": asked("?")}])
+        table(tmp_path / name, [{"messages": question_turns("?")}])
     elif name == "a.tar":
         shard(tmp_path / name, {"1.json": b"{}"})
     elif name == "clips/a.mp4":

@@ -154,7 +154,7 @@ def test_errors_that_are_not_of_the_data_are_not_caught(samples) -> None:
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_id(samples) -> None:
-    def draws(seed: int, num_workers: int, start: int) -> dict[SampleKey, float]:
+    def gains(seed: int, num_workers: int, start: int) -> dict[SampleKey, float]:
         """Return what each sample of two epochs is augmented with, from some batch on."""
         sampler = TokenBucketBatchSampler([1] * 9, max_tokens=3, seed=seed, endless=True)
         sampler.seek(start)
@@ -163,11 +163,11 @@ def test_augmentation_is_a_function_of_seed_epoch_and_id(samples) -> None:
         batches = [batch for batch, _ in zip(items, range(6 - start), strict=False)]
         return {(i.epoch, i.sample.id): i.media[1] for batch in batches for i in batch if isinstance(i, Item)}
 
-    straight = draws(0, 0, 0)
+    straight = gains(0, 0, 0)
     assert len(straight) == len(set(straight.values())) == 16  # eight good samples in two epochs
-    assert draws(0, 2, 0) == straight
-    assert draws(0, 0, 4).items() <= straight.items()
-    assert not set(draws(1, 0, 0).values()) & set(straight.values())
+    assert gains(0, 2, 0) == straight
+    assert gains(0, 0, 4).items() <= straight.items()
+    assert not set(gains(1, 0, 0).values()) & set(straight.values())
 
 
 def test_without_a_seed_nothing_is_augmented(samples) -> None:

@@ -168,7 +168,7 @@ def test_pretraining_pairs_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("turns", "kept", "told"),
+    ("turns", "kept", "reported"),
     [
         ([("gpt", "Hi!"), ("human", "What?"), ("gpt", "A cat.")], ["What?", "A cat."], "1 answers without a question"),
         (
@@ -192,13 +192,13 @@ def test_pretraining_pairs_are_read(tmp_path: Path) -> None:
     ids=["answer first", "empty answer", "no last answer", "empty question", "answer after system", "nothing"],
 )
 def test_what_has_no_question_or_answer_is_left_out_and_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, turns: list, kept: list[str] | None, told: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, turns: list, kept: list[str] | None, reported: str
 ) -> None:
     samples = read_llava(written(tmp_path, mix665k(*turns, image=None), entry("x", "y", image=None)), tmp_path)
     assert len(samples) == (2 if kept else 1)
     if kept:
         assert [message.text for message in samples[0].messages] == kept
-    assert told in caplog.text
+    assert reported in caplog.text
 
 
 def test_a_sample_whose_image_belongs_to_what_is_left_out_is_left_out_whole(tmp_path: Path) -> None:

@@ -46,12 +46,12 @@ def said(listing: Listing) -> dict[str, str]:
     return {sample.id: sample.messages[-1].text for sample in listing.samples}
 
 
-def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, sound: bool = True) -> None:
+def clip(path: Path, *, num_frames: int, rate_hz: int = 16_000, with_audio: bool = True) -> None:
     """Write a video whose frames brighten by 3 with each, and audio beside it that rises with time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = np.arange(num_frames, dtype=np.uint8) * 3 + 10
     write_video(path, np.broadcast_to(levels[:, None, None], (num_frames, 16, 16)).copy())
-    if sound:
+    if with_audio:
         write_audio(path.with_suffix(".wav"), np.linspace(0, 0.9, num_frames * rate_hz // 25), sample_rate_hz=rate_hz)
 
 
@@ -106,7 +106,7 @@ def test_a_clip_is_three_samples_in_the_words_of_the_published_systems(tmp_path:
     talking_clip(tmp_path / "lrs3/a/2.mp4")
     (tmp_path / "l.csv").write_text("lrs3,a/1.mp4,25,0,HELLO There\nlrs3,a/2.mp4,25,0,x\n")
     listing = listing_of("omni_csv", tmp_path / "l.csv", tmp_path, text="lower")
-    asr, vsr, avsr, own_audio = listing.samples[:4]
+    asr, vsr, avsr, second_asr = listing.samples[:4]
     audio, video = Media("audio", "lrs3/a/1.wav"), Media("video", "lrs3/a/1.mp4")
     assert [sample.id for sample in (asr, vsr, avsr)] == ["lrs3/a/1-asr", "lrs3/a/1-vsr", "lrs3/a/1-avsr"]
     assert [sample.task for sample in (asr, vsr, avsr)] == ["asr", "vsr", "avsr"]
@@ -117,7 +117,7 @@ def test_a_clip_is_three_samples_in_the_words_of_the_published_systems(tmp_path:
         "Transcribe speech and video to text.",
     ]
     assert avsr.messages[1].text == "hello there"
-    assert own_audio.media == (Media("audio", "lrs3/a/2.mp4"),)  # no audio beside it: the video's own
+    assert second_asr.media == (Media("audio", "lrs3/a/2.mp4"),)  # no audio beside it: the video's own
     mine = listing_of("omni_csv", tmp_path / "l.csv", tmp_path, tasks=["asr"], prompts={"asr": "words?"})
     assert mine.samples[0].messages[0].text == "words?"
 
@@ -257,7 +257,7 @@ def test_lrs_lists_and_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["auto_avsr", "omni_csv", "lrs"])
 def test_no_audio_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: Format) -> None:
-    clip(tmp_path / "d/silent.mp4", num_frames=5, sound=False)
+    clip(tmp_path / "d/silent.mp4", num_frames=5, with_audio=False)
     clip(tmp_path / "d/beside.mp4", num_frames=5)
     talking_clip(tmp_path / "d/own.mp4")
     names = ("silent", "beside", "own")
@@ -285,7 +285,7 @@ def test_no_audio_is_promised_for_a_clip_that_has_none(tmp_path: Path, form: For
 
 
 def test_a_long_clip_without_audio_is_cut_into_pieces_without_audio(tmp_path: Path) -> None:
-    clip(tmp_path / "pretrain/s/1.mp4", num_frames=50, sound=False)
+    clip(tmp_path / "pretrain/s/1.mp4", num_frames=50, with_audio=False)
     (tmp_path / "pretrain/s/1.txt").write_text(PRETRAIN)
     settings = ReaderConfig(format="lrs", max_seconds=1.0)
     cut = read_lrs(tmp_path / "pretrain", tmp_path, settings, cut=Cutter(tmp_path, "cut"))
@@ -343,7 +343,7 @@ def test_segments_are_as_long_as_the_limit_allows() -> None:
 
 
 def test_own_clips_with_texts_beside_or_in_a_table(tmp_path: Path) -> None:
-    clip(tmp_path / "c/silent.mp4", num_frames=5, sound=False)
+    clip(tmp_path / "c/silent.mp4", num_frames=5, with_audio=False)
     clip(tmp_path / "c/both.mp4", num_frames=5)
     soundfile.write(tmp_path / "c/heard.flac", np.zeros(160), 16_000)
     clip(tmp_path / "c/sub/nobody.mp4", num_frames=5)

@@ -56,7 +56,7 @@ def test_a_clip_in_a_batch_equals_the_clip_alone(kernel_frames: int) -> None:
 
 
 @torch.no_grad()
-def test_sound_and_lips_together_differ_from_each_alone() -> None:
+def test_audio_and_lips_together_differ_from_each_alone() -> None:
     encoder = tiny()
     video, lengths = clips(6, 4)
     audio, _ = clips(6, 4, shape=(104,))
@@ -140,9 +140,9 @@ def test_names_are_the_published_ones_after_renaming() -> None:
 def test_the_resnet_halves_the_crop_five_times_and_keeps_every_frame() -> None:
     with torch.device("meta"):
         resnet = VideoResNet((64, 128, 256, 512))
-        maps = resnet.frontend3D(torch.zeros(1, 1, 7, 88, 88))
-        assert maps.shape == (1, 64, 7, 22, 22)
-        assert resnet.trunk.layer1(maps[0].transpose(0, 1)).shape == (7, 64, 22, 22)
+        features = resnet.frontend3D(torch.zeros(1, 1, 7, 88, 88))
+        assert features.shape == (1, 64, 7, 22, 22)
+        assert resnet.trunk.layer1(features[0].transpose(0, 1)).shape == (7, 64, 22, 22)
         assert resnet.trunk.layer4[0].conv1.stride == (2, 2)
         assert resnet(torch.zeros(2, 7, 1, 88, 88)).shape == (2, 7, 512)
 

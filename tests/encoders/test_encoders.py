@@ -111,7 +111,7 @@ def test_the_smallest_input_reaches_every_weight_that_can_train(name: str) -> No
 
 @pytest.mark.parametrize("name", VISION_CONFIGS)
 @torch.no_grad()
-def test_a_tower_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(name: str) -> None:
+def test_an_encoder_gives_one_feature_per_patch_of_the_layer_that_was_asked_for(name: str) -> None:
     config = VISION_CONFIGS[name]
     torch.manual_seed(0)
     whole = backbone_class(config)(config).eval()
@@ -164,7 +164,7 @@ def test_another_image_size_gives_another_grid(name: str) -> None:
 @pytest.mark.parametrize("name", VISION_CONFIGS)
 @pytest.mark.parametrize("size", [(24, 64), (44, 43)])
 @torch.no_grad()
-def test_images_that_are_not_square_are_read_as_the_tower_itself_reads_them(name: str, size: tuple[int, int]) -> None:
+def test_images_that_are_not_square_are_read_as_the_encoder_itself_reads_them(name: str, size: tuple[int, int]) -> None:
     """Positions are those of the encoder, resized (CLIP, SigLIP, DINOv2) or rotary (DINOv3); the rest is cut."""
     torch.manual_seed(0)
     whole = backbone_class(VISION_CONFIGS[name])(VISION_CONFIGS[name]).eval()
@@ -267,7 +267,7 @@ def test_backbones_and_media_that_do_not_fit_are_refused_by_name() -> None:
     assert {config.model_type for config in CONFIGS.values()} == set(ENCODERS)
 
 
-def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
+def test_the_vision_half_of_a_two_encoder_config_is_found() -> None:
     both = SiglipConfig(vision_config=IMAGE)
     assert backbone_config(both).model_type == "siglip_vision_model"
     assert backbone_config(AV_HUBERT) is AV_HUBERT
@@ -275,7 +275,7 @@ def test_the_vision_half_of_a_two_tower_config_is_found() -> None:
     assert AV_HUBERT_AUDIO.to_dict() == {**AV_HUBERT.to_dict(), "model_type": "av_hubert_audio"}
 
 
-def test_published_towers_have_their_published_grids() -> None:
+def test_published_encoders_have_their_published_grids() -> None:
     assert encoder_facts(CLIPVisionConfig(image_size=336, patch_size=14)).grid == (24, 24)
     assert encoder_facts(SiglipVisionConfig(image_size=384, patch_size=16)).grid == (24, 24)
     dino = Dinov2Config(image_size=518)

@@ -87,8 +87,8 @@ def test_the_oracle_takes_graded_answers_at_their_best_and_units_as_wholes() -> 
     turns = {7: note("A", "A", "B"), 1_000_007: note("A", "B", "A")}
     lines = [
         line("mmbench", index, budget, "A", said, meta={"options": ["x", "y"], "index": index})
-        for index, own in turns.items()
-        for budget, said in own.items()
+        for index, turn in turns.items()
+        for budget, said in turn.items()
     ]
     one = report(lines).oracles[0]
     assert (one.num_questions, one.smallest["image=64"], one.tokens, one.values["MMBench"]) == (1, 1, 64, 100)
@@ -99,8 +99,8 @@ def test_pope_is_scored_as_f1_under_the_oracle_too() -> None:
     said = {"image=64": ("yes", "yes", "no"), "image=1": ("no", "no", "no")}
     lines = [
         line("pope", name, budget, label, answer, kind="random")
-        for budget, own in said.items()
-        for (name, label), answer in zip(labels.items(), own, strict=True)
+        for budget, answers in said.items()
+        for (name, label), answer in zip(labels.items(), answers, strict=True)
     ]
     made = report(lines)
     assert made.table.cells[0][2] == "50.0"  # F1 at 64: one right yes, one wrong, one missed

@@ -110,21 +110,21 @@ def test_failures_are_counted_and_named_and_spoil_nothing(answerer, samples, tmp
 
 
 def test_a_conversation_the_template_refuses_is_a_failure_of_its_own(samples, tmp_path) -> None:
-    own = Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=6), batch_size=3)
-    own.processor.chat.template = (
+    other = Answerer(tiny.model(CONFIG, seed=3), tiny.processor(CONFIG), Decoding(max_new_tokens=6), batch_size=3)
+    other.processor.chat.template = (
         "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
         "{{ message.content }}{% endfor %}"
     )
     odd = replace(samples[1], messages=(Message("system", (Text("Be kind."),)), *samples[1].messages))
-    results = evaluated(own, [samples[0], odd, samples[2], samples[5]], tmp_path)
+    results = evaluated(other, [samples[0], odd, samples[2], samples[5]], tmp_path)
     assert {failure["id"] for failure in results.failures} == {"p1"}
     for failure in results.failures:
         assert failure["error"]["reason"] == (
             "sample 'p1': the chat template refuses the turns system, user: "
             "Conversation roles must alternate user/assistant"
         )
-    (row,) = [own for own in results.rows if (own["kind"], own["budget"]) == (None, "image=4")]
+    (row,) = [one for one in results.rows if (one["kind"], one["budget"]) == (None, "image=4")]
     assert (row["num_samples"], row["num_failed"]) == (2, 1)
 
 
@@ -172,7 +172,9 @@ def test_a_file_that_changed_is_asked_about_again_and_no_other(answerer, samples
 
 def test_one_encoding_serves_all_budgets_of_a_sample(answerer, samples, tmp_path) -> None:
     encoded = []
-    handle = answerer.model.model.vision_tower.register_forward_hook(lambda _, given, __: encoded.append(len(given[0])))
+    handle = answerer.model.model.vision_tower.register_forward_hook(
+        lambda _, inputs, __: encoded.append(len(inputs[0]))
+    )
     work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
     run_part(Sweep(answerer, _claimed(tmp_path)), work)
     handle.remove()
@@ -184,7 +186,7 @@ def test_no_pass_has_more_rows_than_allowed(answerer, samples, tmp_path, max_row
     work = plan({"test": samples[:4]}, BUDGETS[:3], space=answerer.processor.space)
     rows = []
     first = answerer.model.get_decoder().register_forward_pre_hook(
-        lambda _, args, given: rows.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
+        lambda _, args, inputs: rows.append(tuple(inputs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     store = _claimed(tmp_path)
     run_part(Sweep(answerer, store, max_rows=max_rows), work)
@@ -195,15 +197,15 @@ def test_no_pass_has_more_rows_than_allowed(answerer, samples, tmp_path, max_row
 
 def test_questions_about_one_image_meet_and_share_its_encoding(answerer, samples, tmp_path) -> None:
     """Wherever they stand in the manifest; the answers are those of each alone, on one rank or two."""
-    asked = [
+    questions = [
         replace(sample, id=f"{sample.id} {question}", messages=_asking(sample, question))
         for question in ("what colour?", "how many objects are there?", "where is it?")
         for sample in samples[:2]
     ]
-    work = plan({"test": asked}, BUDGETS[:3], space=answerer.processor.space)
+    work = plan({"test": questions}, BUDGETS[:3], space=answerer.processor.space)
     seen = {"images": 0}
     handle = answerer.model.model.vision_tower.register_forward_pre_hook(
-        lambda _, given: seen.update(images=seen["images"] + len(given[0]))
+        lambda _, inputs: seen.update(images=seen["images"] + len(inputs[0]))
     )
     for rank in range(2):
         store = AnswerStore(tmp_path / "shared", rank=rank)
@@ -212,8 +214,8 @@ def test_questions_about_one_image_meet_and_share_its_encoding(answerer, samples
     handle.remove()
     assert seen["images"] == 2
     lines = AnswerStore(tmp_path / "shared").read().values()
-    assert len(lines) == len(asked) * 3
-    by_id = {sample.id: sample for sample in asked}
+    assert len(lines) == len(questions) * 3
+    by_id = {sample.id: sample for sample in questions}
     for line in lines:
         alone = answerer.answer_samples([by_id[line["id"]]], [line["budget"]])[0]
         assert (line["hypothesis"], line["prompt_tokens"]) == (alone.text, alone.num_prompt_tokens)
@@ -245,7 +247,7 @@ def test_the_number_of_ranks_changes_nothing(answerer, samples, tmp_path, num_ra
 
 def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, monkeypatch) -> None:
     """An answer has not ended where there is no end in the tokens that are allowed."""
-    model, asked, said = answerer.model, samples[:3], []
+    model, chosen, said = answerer.model, samples[:3], []
     generate = model.generate
 
     def listening(**kwargs):
@@ -257,7 +259,7 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
 
     def lines_of(name: str):
         facts = {"model": "tiny", "max_new_tokens": 6}
-        sets = {"test": asked}
+        sets = {"test": chosen}
         results = evaluate_model(
             answerer, sets, BUDGETS[:2], output=tmp_path / name, fingerprint=facts, with_plot=False
         )
@@ -295,10 +297,10 @@ def test_answers_of_another_model_are_refused(answerer, samples, tmp_path) -> No
 
 
 def test_noise_is_a_function_of_seed_sample_and_ratio(answerer, samples, tmp_path) -> None:
-    sounds = [sample for sample in samples if sample.task == "asr"][:2]
+    spoken = [sample for sample in samples if sample.task == "asr"][:2]
     soundfile.write(tmp_path / "noise.wav", np.random.default_rng(1).normal(0, 0.1, 8000).astype(np.float32), 16000)
     noise = load_audio(tmp_path / "noise.wav")
-    work = plan({"test": sounds}, BUDGETS[:1], space=answerer.processor.space, snrs_db=[None, 0.0, -5.0])
+    work = plan({"test": spoken}, BUDGETS[:1], space=answerer.processor.space, snrs_db=[None, 0.0, -5.0])
     assert [(item.sample.id, item.snr_db) for item in work[:3]] == [("a0", None), ("a0", 0.0), ("a0", -5.0)]
     media = [
         Sweep(answerer, _claimed(tmp_path), noise=noise, seed=seed)._load(work[1])[0].media[0].values
@@ -333,7 +335,7 @@ def test_the_noise_of_training_is_refused_for_testing(tmp_path) -> None:
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(answerer, samples) -> None:
     space = answerer.processor.space
-    image, sound = samples[0], samples[-1]
+    image, audio = samples[0], samples[-1]
     cases = [
         ([replace(image, task="caption")], "image=1", "no metric for task 'caption'; allowed: asr, vsr, avsr, vqa"),
         ([image], "audio=/4", "'p0' of test holds image, which none of the budgets names"),
@@ -341,12 +343,12 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(answerer, samp
         ([image], "video=/2", "names video; this model takes image, audio"),
         ([replace(image, meta={"answers": ["a", "b"]})], "image=1", "2 answers are too few"),
         ([replace(image, meta={"answers": "red"})], "image=1", "must be a list of texts"),
-        ([replace(sound, meta={"answers": ["a", "b"]})], "audio=/4", "task asr needs one answer, got 2"),
+        ([replace(audio, meta={"answers": ["a", "b"]})], "audio=/4", "task asr needs one answer, got 2"),
         ([replace(image, messages=image.messages[:1])], "image=1", "no answer to compare with"),
     ]
-    for own, budgets, message in cases:
+    for chosen, budgets, message in cases:
         with pytest.raises(ValueError, match=message):
-            plan({"test": own}, [Budget.parse(text) for text in budgets.split(";")], space=space)
+            plan({"test": chosen}, [Budget.parse(text) for text in budgets.split(";")], space=space)
 
 
 def _claimed(folder: Path) -> AnswerStore:

@@ -87,9 +87,9 @@ def settings_of(folder: Path, **changes: Any) -> EvaluationConfig:
     return EvaluationConfig(**{**values, **changes})
 
 
-def found(folder: Path, **changes: Any) -> dict[str, Any]:
-    own = settings_of(folder, **changes)
-    return fingerprint_of(own, read_sets(own))
+def fingerprint_at(folder: Path, **changes: Any) -> dict[str, Any]:
+    config = settings_of(folder, **changes)
+    return fingerprint_of(config, read_sets(config))
 
 
 def test_every_setting_was_thought_about() -> None:
@@ -107,7 +107,7 @@ def test_each_setting_counts_unless_it_is_known_not_to(folder: Path, key: str) -
         common = {"num_beams": 3}
     if key in ("window_seconds", "overlap_seconds"):
         common = {"long_audio": "chunk"}
-    before, after = found(folder, **common), found(folder, **{**common, **CHANGES[key]})
+    before, after = fingerprint_at(folder, **common), fingerprint_at(folder, **{**common, **CHANGES[key]})
     assert (before == after) == (key in NEVER_IN_ANSWERS)
     changed = CHANGES[key][key]
     wanted = asdict(changed) if isinstance(changed, MediaLimits) else changed
@@ -119,20 +119,22 @@ def test_each_setting_of_the_reader_counts(folder: Path, key: str) -> None:
     changed = ReaderConfig(**READER[key])
     plain = ReaderConfig(**({} if key == "format" else {"format": READER[key]["format"]}))
     sets = {"m": [Sample("a", (), "vqa")]}
-    with_plain, with_change = (fingerprint_of(settings_of(folder, reader=own), sets) for own in (plain, changed))
+    with_plain, with_change = (fingerprint_of(settings_of(folder, reader=reader), sets) for reader in (plain, changed))
     assert with_plain != with_change
 
 
 def test_what_a_reader_makes_of_a_file_counts(folder: Path) -> None:
     llava = [
-        found(folder, manifest=[str(folder / "l.json")], reader=ReaderConfig(format="llava", images_first=first))
+        fingerprint_at(
+            folder, manifest=[str(folder / "l.json")], reader=ReaderConfig(format="llava", images_first=first)
+        )
         for first in (False, True)
     ]
     assert llava[0]["manifests"] != llava[1]["manifests"]
 
 
 def test_each_file_of_the_model_counts_but_for_what_is_never_read(folder: Path) -> None:
-    before = found(folder)
+    before = fingerprint_at(folder)
     names = [file.name for file in files_of_model(folder / "run")]
     assert {"config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"} <= set(names)
     assert "trainables.safetensors" in names
@@ -141,13 +143,13 @@ def test_each_file_of_the_model_counts_but_for_what_is_never_read(folder: Path) 
         file = folder / "run" / name
         kept = file.read_bytes() if file.exists() else None
         file.write_bytes((kept or b"") + b" ")
-        assert found(folder) != before, name
+        assert fingerprint_at(folder) != before, name
         file.unlink() if kept is None else file.write_bytes(kept)
-        assert found(folder) == before
+        assert fingerprint_at(folder) == before
     for name in ("settings.yaml", "log.jsonl", "demo.json", "README.md", ".hidden"):
         (folder / "run" / name).write_text("x")
     (folder / "run" / "evaluation").mkdir()
-    assert found(folder) == before
+    assert fingerprint_at(folder) == before
 
 
 def test_a_checkpoint_counts_with_the_processor_of_its_run(folder: Path, tmp_path: Path) -> None:
@@ -157,18 +159,22 @@ def test_a_checkpoint_counts_with_the_processor_of_its_run(folder: Path, tmp_pat
     for name in ("config.json", "trainables.safetensors"):
         shutil.copy(run / name, checkpoint / name)
     (checkpoint / "optimizer.safetensors").write_bytes(b"moments")
-    before = found(folder, model=str(run), checkpoint="2")
-    assert found(folder, model=str(checkpoint)) == found(folder, model=str(run), checkpoint="auto") == before
+    before = fingerprint_at(folder, model=str(run), checkpoint="2")
+    assert (
+        fingerprint_at(folder, model=str(checkpoint))
+        == fingerprint_at(folder, model=str(run), checkpoint="auto")
+        == before
+    )
     read = ("run/processor_config.json", "run/tokenizer.json", "run/chat_template.jinja")
     read += (f"run/{checkpoint.name}/config.json", f"run/{checkpoint.name}/trainables.safetensors")
     for name in read:
         kept = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(kept + b" ")
-        assert found(folder, model=str(run), checkpoint="2") != before, name
+        assert fingerprint_at(folder, model=str(run), checkpoint="2") != before, name
         (tmp_path / name).write_bytes(kept)
     for name in ("run/config.json", "run/trainables.safetensors", f"run/{checkpoint.name}/optimizer.safetensors"):
         (tmp_path / name).write_bytes(b"{}")
-        assert found(folder, model=str(run), checkpoint="2") == before, name
+        assert fingerprint_at(folder, model=str(run), checkpoint="2") == before, name
 
 
 def test_a_checkpoint_has_results_of_its_own_beside_it(folder: Path, tmp_path: Path) -> None:
@@ -196,24 +202,26 @@ def test_a_part_from_elsewhere_counts_where_no_digest_tells_it(folder: Path, tmp
     config = json.loads((run / "config.json").read_text())
     config["sources"] = {"llm": {"reference": "a", "sha256": "a" * 64}, "audio": {"reference": "b/c", "sha256": ""}}
     (run / "config.json").write_text(json.dumps(config))
-    before = found(folder, model=str(run))
-    assert found(folder, model=str(run), sources={"llm": "/elsewhere"}) == before  # loading compares its weights
-    assert found(folder, model=str(run), sources={"audio": "b/d"}) != before
+    before = fingerprint_at(folder, model=str(run))
+    assert (
+        fingerprint_at(folder, model=str(run), sources={"llm": "/elsewhere"}) == before
+    )  # loading compares its weights
+    assert fingerprint_at(folder, model=str(run), sources={"audio": "b/d"}) != before
 
 
 def test_manifests_and_noise_count_by_their_content(folder: Path, tmp_path: Path) -> None:
     noise = {"noise": str(folder / "noise.wav"), "snr_db": [0.0]}
-    assert found(folder, seed=1) == found(folder)  # of the bootstrap alone
-    assert found(folder, seed=1, **noise) != found(folder, **noise)
+    assert fingerprint_at(folder, seed=1) == fingerprint_at(folder)  # of the bootstrap alone
+    assert fingerprint_at(folder, seed=1, **noise) != fingerprint_at(folder, **noise)
     copy = tmp_path / "noise.wav"
     copy.write_bytes((folder / "noise.wav").read_bytes())
-    assert found(folder, noise=str(copy), snr_db=[0.0]) == found(folder, **noise)
+    assert fingerprint_at(folder, noise=str(copy), snr_db=[0.0]) == fingerprint_at(folder, **noise)
     soundfile.write(copy, np.ones(16, np.float32), 16_000)
-    assert found(folder, noise=str(copy), snr_db=[0.0]) != found(folder, **noise)
+    assert fingerprint_at(folder, noise=str(copy), snr_db=[0.0]) != fingerprint_at(folder, **noise)
     (tmp_path / "m.jsonl").write_bytes((folder / "m.jsonl").read_bytes())
-    assert found(folder, manifest=[str(tmp_path / "m.jsonl")]) == found(folder)
+    assert fingerprint_at(folder, manifest=[str(tmp_path / "m.jsonl")]) == fingerprint_at(folder)
     (tmp_path / "m.jsonl").write_text((folder / "m.jsonl").read_text().replace("what?", "which?"))
-    assert found(folder, manifest=[str(tmp_path / "m.jsonl")]) != found(folder)
+    assert fingerprint_at(folder, manifest=[str(tmp_path / "m.jsonl")]) != fingerprint_at(folder)
 
 
 def test_evaluations_of_one_model_lie_beside_each_other_by_name(folder: Path, tmp_path: Path) -> None:

@@ -133,12 +133,12 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_read_budgets_and_name_sets() -> None:
-    own = EvaluationConfig(
+    config = EvaluationConfig(
         model="runs/x", manifest=["a/test.jsonl", "b/val.jsonl"], budgets="audio=/4; image=4;audio=/4"
     )
-    assert [str(budget) for budget in own.parsed_budgets] == ["audio=/4", "image=4"]
-    assert own.set_names == ["test", "val"]
-    assert own.output_folder == Path("runs/x/evaluation")
+    assert [str(budget) for budget in config.parsed_budgets] == ["audio=/4", "image=4"]
+    assert config.set_names == ["test", "val"]
+    assert config.output_folder == Path("runs/x/evaluation")
     same = EvaluationConfig(model="m", manifest=["a/test.jsonl", "b/test.jsonl"], budgets=[""])
     assert same.set_names == ["a/test.jsonl", "b/test.jsonl"]
 

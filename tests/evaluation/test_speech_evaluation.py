@@ -72,7 +72,7 @@ def one_process(folder: Path) -> Path:
 
 def test_tasks_rates_and_noise_end_in_the_papers_table(folder: Path, one_process: Path) -> None:
     lines = [json.loads(line) for line in (one_process / HYPOTHESES).read_text().splitlines()]
-    # Sound at two ratios and lips at one; each task at its own rates.
+    # Audio at two ratios and lips at one; each task at its own rates.
     assert len(lines) == 6 * (2 * 2 + 2 + 2 * 4)
     assert {line["snr_db"] for line in lines if line["task"] == "vsr"} == {None}
     blocks = json.loads((one_process / DATA).read_text())["blocks"]
@@ -110,23 +110,21 @@ def test_generate_with_beams_says_what_evaluate_writes(folder: Path, one_process
         media = TASKS[sample[3:]]
         files = [f"--{medium}={folder / 'media' / f'{sample[1]}.{_ENDINGS[medium]}'}" for medium in media]
         assert main([*request, *files, "--budget", budget, "--num_beams", "3"]) == 0
-        line_found = next(
-            line for line in lines if (line["id"], line["budget"], line["snr_db"]) == (sample, budget, None)
-        )
-        assert capsys.readouterr().out.strip() == line_found["hypothesis"]
+        line = next(one for one in lines if (one["id"], one["budget"], one["snr_db"]) == (sample, budget, None))
+        assert capsys.readouterr().out.strip() == line["hypothesis"]
     assert main([*request, "--length_penalty", "2"]) == 2
     assert "length_penalty is 2.0 with num_beams 1; it compares beams" in capsys.readouterr().err
 
 
 def test_zero_decibels_are_zero_decibels(folder: Path, tmp_path: Path) -> None:
-    sound = load_audio(folder / "media" / "0.wav")
+    audio = load_audio(folder / "media" / "0.wav")
     answerer = Answerer(*load(str(folder / "run")), Decoding())
     sweep = Sweep(answerer, AnswerStore(tmp_path), noise=load_audio(folder / "noise.wav"))
     for ratio in (0, 0.0, -5.0, 7.5):
         mix = sweep._noise_of(Work("test", Sample("u", (), "asr"), ratio, ()))
         assert mix is not None
-        noise = mix(Audio(sound.samples, 16_000)).samples - sound.samples
-        measured = 10 * np.log10(np.mean(sound.samples.astype(float) ** 2) / np.mean(noise.astype(float) ** 2))
+        noise = mix(Audio(audio.samples, 16_000)).samples - audio.samples
+        measured = 10 * np.log10(np.mean(audio.samples.astype(float) ** 2) / np.mean(noise.astype(float) ** 2))
         assert measured == pytest.approx(ratio, abs=1e-3)
 
 

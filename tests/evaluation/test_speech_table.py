@@ -90,7 +90,7 @@ def test_every_noise_is_a_block_and_lips_do_not_hear_it() -> None:
     blocks = blocks_of({"m": [*louder, *noisy, *rows_of(values)]})
     assert [block.title for block in blocks] == ["lrs2, clean", "lrs2, SNR 0 dB", "lrs2, SNR -5 dB"]
     assert cells_of(blocks[1], "m", "value") == ["9.0", "9.0", "27.8", "29.5", *["9.0"] * 4, "13.9"]
-    video_rows = [own for own in rows_of(values) if own["task"] == "vsr"]
+    video_rows = [one for one in rows_of(values) if one["task"] == "vsr"]
     assert [block.title for block in blocks_of({"m": [*noisy, *video_rows]})] == ["lrs2, SNR 0 dB"]
 
 

@@ -39,8 +39,8 @@ class Released:
 
     def rows(self) -> Batch:
         """The rows of the file without their padding; each shows the image of its own number."""
-        own = self.golden.facts["inputs"]
-        columns = (own["input_ids"], own["labels"], own["attention_mask"])
+        inputs = self.golden.facts["inputs"]
+        columns = (inputs["input_ids"], inputs["labels"], inputs["attention_mask"])
         rows = []
         for ids, labels, mask in zip(*columns, strict=True):
             end = sum(mask)
@@ -50,8 +50,8 @@ class Released:
 
     def question(self) -> Batch:
         """The prompt that is continued, with its image."""
-        own = self.golden.facts["inputs"]
-        ids, image = own["greedy_prompt"], own["greedy_image"]
+        inputs = self.golden.facts["inputs"]
+        ids, image = inputs["greedy_prompt"], inputs["greedy_image"]
         return Batch([self._row(ids, [-100] * len(ids), 0)], {"pixel_values": self.pixel_values[image : image + 1]})
 
     def expanded(self, batch: Batch, count: int, *, for_training: bool) -> Expanded:
@@ -59,18 +59,18 @@ class Released:
         return self.processor.expand(batch, budgets, left_padding=not for_training)
 
     def _row(self, ids: Sequence[int], labels: Sequence[int], item: int) -> EncodedSample:
-        marker, own = self.golden.facts["image_token"], self.processor.placeholder_ids["image"]
+        marker, placeholder = self.golden.facts["image_token"], self.processor.placeholder_ids["image"]
         grid = self.processor.facts["image"].grid
-        ours = [own if token_id == marker else token_id for token_id in ids]
+        ours = [placeholder if token_id == marker else token_id for token_id in ids]
         return EncodedSample(f"row{item}", ours, labels, (MediaSpan(Extent("image", grid=grid), item),))
 
-    def assert_golden(self, found: Tensor, name: str) -> None:
+    def assert_golden(self, result: Tensor, name: str) -> None:
         """Equal where the golden array is a number."""
         expected = self.golden.arrays[name]
-        assert found.shape == expected.shape, name
+        assert result.shape == expected.shape, name
         is_number = ~expected.isnan()
         torch.testing.assert_close(
-            found[is_number], expected[is_number], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}"
+            result[is_number], expected[is_number], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}"
         )
 
 
@@ -108,55 +108,55 @@ def _write_sources(facts: Mapping[str, Any], folder: Path) -> None:
 
 
 @torch.no_grad()
-def check_tower_and_connector(own: Released) -> None:
+def check_encoder_and_connector(released: Released) -> None:
     """The patches, and the soft tokens at every count; the files hold the first ones."""
-    features = own.model.model.encode("image", own.pixel_values)
-    kept = own.golden.arrays["vision_tower"].shape[1]
-    own.assert_golden(features.values[:, :kept], "vision_tower")
-    for count in own.counts:
+    features = released.model.model.encode("image", released.pixel_values)
+    kept = released.golden.arrays["vision_tower"].shape[1]
+    released.assert_golden(features.values[:, :kept], "vision_tower")
+    for count in released.counts:
         name = f"connector/{count}"
-        counts = torch.full((len(own.pixel_values),), count)
-        soft = own.model.model.compress("image", features, num_tokens=counts, max_tokens=count)
+        counts = torch.full((len(released.pixel_values),), count)
+        soft = released.model.model.compress("image", features, num_tokens=counts, max_tokens=count)
         assert soft.shape[1] == count
-        own.assert_golden(soft[:, : own.golden.arrays[name].shape[1]], name)
+        released.assert_golden(soft[:, : released.golden.arrays[name].shape[1]], name)
 
 
 @torch.no_grad()
-def check_logits_and_losses(own: Released) -> None:
+def check_logits_and_losses(released: Released) -> None:
     """The last positions of the padded batch, and the mean loss over its targets."""
-    for count in own.counts:
-        batch = own.expanded(own.rows(), count, for_training=True)
-        output = own.model(**batch.inputs, labels=batch.labels)
+    for count in released.counts:
+        batch = released.expanded(released.rows(), count, for_training=True)
+        output = released.model(**batch.inputs, labels=batch.labels)
         name = f"logits/{count}"
         is_token = batch.inputs["attention_mask"].bool()[..., None]
-        logits = output.logits.masked_fill(~is_token, 0.0)[:, -own.golden.arrays[name].shape[1] :]
-        golden = own.golden.arrays[name]
+        logits = output.logits.masked_fill(~is_token, 0.0)[:, -released.golden.arrays[name].shape[1] :]
+        golden = released.golden.arrays[name]
         logits = logits.where(~golden.isnan(), golden)
-        own.assert_golden(logits, name)
-        expected = own.golden.facts["results"][f"loss/{count}"]
+        released.assert_golden(logits, name)
+        expected = released.golden.facts["results"][f"loss/{count}"]
         assert float(output.loss) == pytest.approx(expected, rel=1e-4, abs=1e-4), count
 
 
 @torch.no_grad()
-def check_greedy_ids(own: Released) -> None:
+def check_greedy_ids(released: Released) -> None:
     """What follows the prompt, token by token."""
-    for count in own.counts:
-        batch = own.expanded(own.question(), count, for_training=False)
-        ids = own.model.generate(
+    for count in released.counts:
+        batch = released.expanded(released.question(), count, for_training=False)
+        ids = released.model.generate(
             **batch.inputs,
-            max_new_tokens=own.golden.facts["inputs"]["greedy_new_tokens"],
+            max_new_tokens=released.golden.facts["inputs"]["greedy_new_tokens"],
             do_sample=False,
-            eos_token_id=own.golden.facts["text_config"]["eos_token_id"],
-            pad_token_id=own.processor.pad_id,
+            eos_token_id=released.golden.facts["text_config"]["eos_token_id"],
+            pad_token_id=released.processor.pad_id,
         )
         new_ids = ids[0, batch.inputs["input_ids"].shape[1] :].tolist()
-        assert new_ids == own.golden.facts["results"][f"greedy/{count}"], count
+        assert new_ids == released.golden.facts["results"][f"greedy/{count}"], count
 
 
-def check_every_result_is_compared(own: Released, extra: set[str]) -> None:
+def check_every_result_is_compared(released: Released, extra: set[str]) -> None:
     """Nothing in the files is left out by the names the checks look for."""
-    assert {f"{kind}/{count}" for count in own.counts for kind in ("loss", "greedy")} | extra == set(
-        own.golden.facts["results"]
+    assert {f"{kind}/{count}" for count in released.counts for kind in ("loss", "greedy")} | extra == set(
+        released.golden.facts["results"]
     )
-    arrays = {f"{kind}/{count}" for count in own.counts for kind in ("connector", "logits")}
-    assert arrays | {"vision_tower"} == set(own.golden.arrays)
+    arrays = {f"{kind}/{count}" for count in released.counts for kind in ("connector", "logits")}
+    assert arrays | {"vision_tower"} == set(released.golden.arrays)

@@ -22,31 +22,31 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, convert_file(path).encoder
 
 
-def given(name: str) -> Tensor:
-    own = GOLDEN.facts["inputs"][name]
-    return GOLDEN.array(own["name"], own["shape"])
+def golden_input(name: str) -> Tensor:
+    facts = GOLDEN.facts["inputs"][name]
+    return GOLDEN.array(facts["name"], facts["shape"])
 
 
-def assert_golden(found: Tensor, name: str) -> None:
+def assert_golden(result: Tensor, name: str) -> None:
     """Equal where the golden array is a number; NaN marks what is padding."""
     expected = GOLDEN.arrays[name]
-    assert found.shape == expected.shape
+    assert result.shape == expected.shape
     is_number = ~expected.isnan()
     assert is_number.any()
-    torch.testing.assert_close(found[is_number], expected[is_number], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result[is_number], expected[is_number], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_golden_front_end(case: tuple[str, Any]) -> None:
     name, encoder = case
-    video = given("video").transpose(1, 2)  # (N, 1, T, H, W) there, (N, T, 1, H, W) here
+    video = golden_input("video").transpose(1, 2)  # (N, 1, T, H, W) there, (N, T, 1, H, W) here
     assert_golden(encoder.feature_extractor_video.resnet(video).transpose(1, 2), f"{name}/resnet")
 
 
 @torch.no_grad()
 def test_golden_features_of_video(case: tuple[str, Any]) -> None:
     name, encoder = case
-    assert_golden(encoder(video=given("video").transpose(1, 2)), f"{name}/video_only")
+    assert_golden(encoder(video=golden_input("video").transpose(1, 2)), f"{name}/video_only")
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_golden_features_of_padded_video(case: tuple[str, Any], monkeypatch: pyt
     name, encoder = case
     monkeypatch.setattr(encoder.config, "masks_front_end", False)
     lengths = torch.tensor(GOLDEN.facts["inputs"]["padded_lengths"])
-    assert_golden(encoder(video=given("video").transpose(1, 2), lengths=lengths), f"{name}/video_only_padded")
+    assert_golden(encoder(video=golden_input("video").transpose(1, 2), lengths=lengths), f"{name}/video_only_padded")
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_where_padding_is_zero_the_masked_front_end_gives_the_released_features(
 ) -> None:
     _, encoder = case
     lengths = torch.tensor(GOLDEN.facts["inputs"]["padded_lengths"])
-    noisy = given("video").transpose(1, 2)
+    noisy = golden_input("video").transpose(1, 2)
     is_frame = torch.arange(noisy.shape[1]) < lengths[:, None]
     zeroed = noisy * is_frame[:, :, None, None, None]
     ours = encoder(video=noisy, lengths=lengths)
@@ -75,5 +75,5 @@ def test_where_padding_is_zero_the_masked_front_end_gives_the_released_features(
 @torch.no_grad()
 def test_golden_features_of_audio_and_video(case: tuple[str, Any]) -> None:
     name, encoder = case
-    features = encoder(video=given("video").transpose(1, 2), audio=given("audio").transpose(1, 2))
+    features = encoder(video=golden_input("video").transpose(1, 2), audio=golden_input("audio").transpose(1, 2))
     assert_golden(features, f"{name}/audio_video")

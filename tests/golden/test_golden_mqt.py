@@ -6,10 +6,10 @@ import torch
 from rebuild import Golden
 from released_llava import (
     Released,
+    check_encoder_and_connector,
     check_every_result_is_compared,
     check_greedy_ids,
     check_logits_and_losses,
-    check_tower_and_connector,
     convert_golden,
 )
 from torch import Tensor
@@ -31,22 +31,22 @@ def position_table(rows: int, size: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Released:
+def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
     table = position_table(*GOLDEN.facts["layout"][POSITIONS])
     return convert_golden(GOLDEN, "mqt-llava", tmp_path_factory.mktemp("mqt"), {POSITIONS: table})
 
 
-def test_golden_tower_and_tokens(own: Released) -> None:
-    check_tower_and_connector(own)
+def test_golden_encoder_and_tokens(released: Released) -> None:
+    check_encoder_and_connector(released)
 
 
-def test_golden_logits_and_losses(own: Released) -> None:
-    check_logits_and_losses(own)
+def test_golden_logits_and_losses(released: Released) -> None:
+    check_logits_and_losses(released)
 
 
-def test_golden_greedy_ids(own: Released) -> None:
-    check_greedy_ids(own)
+def test_golden_greedy_ids(released: Released) -> None:
+    check_greedy_ids(released)
 
 
-def test_every_result_is_compared(own: Released) -> None:
-    check_every_result_is_compared(own, set())
+def test_every_result_is_compared(released: Released) -> None:
+    check_every_result_is_compared(released, set())

@@ -81,7 +81,7 @@ def case(request: pytest.FixtureRequest, sources: dict[str, str], tmp_path_facto
     folder: Path = tmp_path_factory.mktemp("omni")
     torch.save(released_state(request.param), folder / "released.pt")
     lora = FACTS["lora"]
-    audio, video = (list(dict.fromkeys(own)) for own in zip(*rates_of(request.param), strict=True))
+    audio, video = (list(dict.fromkeys(rates)) for rates in zip(*rates_of(request.param), strict=True))
     options = {
         **sources,
         "out": str(folder / "run"),
@@ -104,12 +104,12 @@ def case(request: pytest.FixtureRequest, sources: dict[str, str], tmp_path_facto
 
 def loaded(processor: Any) -> dict[str, list[LoadedMedia]]:
     """The inputs as the model takes them, by medium."""
-    own = FACTS["inputs"]
-    sounds = GOLDEN.array(own["audio"]["name"], own["audio"]["shape"], own["audio"]["scale"])
-    clips = GOLDEN.array(own["video"]["name"], own["video"]["shape"])
-    sounds = [Audio(np.ascontiguousarray(sound[:, 0].numpy()), 16_000) for sound in sounds]
+    facts = FACTS["inputs"]
+    waves = GOLDEN.array(facts["audio"]["name"], facts["audio"]["shape"], facts["audio"]["scale"])
+    clips = GOLDEN.array(facts["video"]["name"], facts["video"]["shape"])
+    waves = [Audio(np.ascontiguousarray(wave[:, 0].numpy()), 16_000) for wave in waves]
     return {
-        "audio": [processor.transform("audio", sound) for sound in sounds],
+        "audio": [processor.transform("audio", wave) for wave in waves],
         "video": [LoadedMedia("video", clip, len(clip)) for clip in clips],
     }
 
@@ -120,28 +120,28 @@ def expanded(processor: Any, task: str, rates: Sequence[tuple[int, int]], *, for
     rows = FACTS["inputs"]["tokens"] if for_training else FACTS["inputs"]["tokens"][:1]
     samples = [
         Sample(
-            f"row{place}",
+            f"row{index}",
             (
-                Message("user", (*(Media(own, "x") for own in TASKS[task]), Text(words(FACTS["prompts"][task])))),  # type: ignore[arg-type]
+                Message("user", (*(Media(medium, "x") for medium in TASKS[task]), Text(words(FACTS["prompts"][task])))),  # type: ignore[arg-type]
                 Message("assistant", (Text(words(row)),)),
             ),
             task="",
         )
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
     ]
-    items = [[media[own][place] for own in TASKS[task]] for place in range(len(rows))]
+    items = [[media[medium][index] for medium in TASKS[task]] for index in range(len(rows))]
     batch = processor.batch(samples, items, for_training=for_training)
     budgets = [Budget.parse("audio=/{},video=/{}".format(*pair)) for pair in rates]
-    return processor.expand(batch, [[own] * len(rows) for own in budgets], left_padding=not for_training)
+    return processor.expand(batch, [[budget] * len(rows) for budget in budgets], left_padding=not for_training)
 
 
-def assert_golden(found: Tensor, name: str) -> None:
+def assert_golden(result: Tensor, name: str) -> None:
     """Equal where the golden array is a number."""
     expected = GOLDEN.arrays[name]
-    assert found.shape == expected.shape, name
+    assert result.shape == expected.shape, name
     is_number = ~expected.isnan()
     torch.testing.assert_close(
-        found[is_number], expected[is_number], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}"
+        result[is_number], expected[is_number], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}"
     )
 
 
@@ -175,13 +175,13 @@ def test_golden_logits_and_losses(case: Any) -> None:
     num_rows, num_positions = len(FACTS["inputs"]["tokens"]), len(FACTS["inputs"]["tokens"][0])
     losses: dict[str, list[float]] = {name: [] for name in names}
     for task, weight_of_task in zip(TASKS, FACTS["loss_weights"], strict=True):
-        own = expanded(processor, task, rates_of(variant), for_training=True)
-        logits = model(**own.inputs).logits
-        for draw, (name, pair) in enumerate(zip(names, rates_of(variant), strict=True)):
+        made = expanded(processor, task, rates_of(variant), for_training=True)
+        logits = model(**made.inputs).logits
+        for number, (name, pair) in enumerate(zip(names, rates_of(variant), strict=True)):
             end = expanded(processor, task, [pair], for_training=True).labels.shape[1]
-            rows = slice(draw * num_rows, (draw + 1) * num_rows)
+            rows = slice(number * num_rows, (number + 1) * num_rows)
             assert_golden(logits[rows, end - num_positions : end], f"{name}/logits/{task}")
-            loss = model.loss_function(logits[rows], own.labels[rows], vocab_size=logits.shape[-1])
+            loss = model.loss_function(logits[rows], made.labels[rows], vocab_size=logits.shape[-1])
             losses[name].append(float(loss) * weight_of_task)
     for name in names:
         assert losses[name] == pytest.approx(FACTS["results"][f"{name}/losses"], rel=1e-4, abs=1e-4)
@@ -190,33 +190,33 @@ def test_golden_logits_and_losses(case: Any) -> None:
 @torch.no_grad()
 def test_golden_transcripts(case: Any) -> None:
     variant, model, processor = case
-    asked = [key.split("/") for key in FACTS["results"] if key.startswith(f"{variant}/") and "/beams" in key]
-    assert asked
-    for task, pair, beams in (key[2:] for key in asked):
+    keys = [key.split("/") for key in FACTS["results"] if key.startswith(f"{variant}/") and "/beams" in key]
+    assert keys
+    for task, pair, beams in (key[2:] for key in keys):
         audio, video = pair[1:].split("v")
-        own = expanded(processor, task, [(int(audio), int(video))], for_training=False)
+        made = expanded(processor, task, [(int(audio), int(video))], for_training=False)
         ids = model.generate(
-            **own.inputs,
+            **made.inputs,
             num_beams=int(beams.removeprefix("beams")),
             max_new_tokens=int(FACTS["inputs"]["generation"].rpartition("=")[2]),
             do_sample=False,
             eos_token_id=FACTS["llm_config"]["eos_token_id"],
             pad_token_id=processor.pad_id,
         )
-        new_ids = ids[0, own.inputs["input_ids"].shape[1] :].tolist()
+        new_ids = ids[0, made.inputs["input_ids"].shape[1] :].tolist()
         assert new_ids == FACTS["results"]["/".join([variant, task, pair, beams])], (task, pair, beams)
 
 
 def test_every_result_is_compared() -> None:
     """Nothing in the files is left out by the names the tests look for."""
     pairs = {variant: rates_of(variant) for variant in VARIANTS}
-    losses = {"{}/a{}v{}/losses".format(v, *pair) for v, own in pairs.items() for pair in own}
+    losses = {"{}/a{}v{}/losses".format(v, *pair) for v, rates in pairs.items() for pair in rates}
     beams = {key for key in FACTS["results"] if "/beams" in key}
     assert losses | beams == set(FACTS["results"])
     logits = {f"{key.removesuffix('/losses')}/logits/{task}" for key, task in itertools.product(losses, TASKS)}
     tokens = {
         f"{variant.split('/')[1]}/{medium}_tokens/{pair[medium == 'video']}"
-        for variant, own in pairs.items()
-        for pair, medium in itertools.product(own, ("audio", "video"))
+        for variant, rates in pairs.items()
+        for pair, medium in itertools.product(rates, ("audio", "video"))
     }
     assert logits | tokens | {"audio_encoder", "video_encoder", "whisper_input_features"} == set(GOLDEN.arrays)

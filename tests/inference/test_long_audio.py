@@ -1,4 +1,4 @@
-"""A sound longer than its encoder's window: what is said of it is what is said of its windows, each word once."""
+"""Audio longer than its encoder's window: what is said of it is what is said of its windows, each word once."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ SECONDS = 2.6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose sounds are at most a second long, and a longer sound and a clip of it."""
+    """A run whose audio is at most a second long, and a longer audio and a clip of it."""
     made = tmp_path_factory.mktemp("long")
     parts = tiny.write_parts(made / "parts", initializer_range=0.3)
     weights = load_file(made / "parts" / "audio" / "model.safetensors")
@@ -67,7 +67,7 @@ def answerer(folder: Path) -> Answerer:
 
 
 def cut_files(folder: Path, out: Path) -> list[tuple[Path, Path]]:
-    """The sound and the video of each window as files of their own, cut by hand."""
+    """The audio and the video of each window as files of their own, cut by hand."""
     samples, _ = soundfile.read(folder / "long.wav", dtype="float32")
     with av.open(str(folder / "long.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -86,10 +86,10 @@ def cut_files(folder: Path, out: Path) -> list[tuple[Path, Path]]:
     return made
 
 
-def test_the_transcript_of_a_long_sound_is_that_of_its_windows_joined(
+def test_the_transcript_of_long_audio_is_that_of_its_windows_joined(
     answerer: Answerer, folder: Path, tmp_path: Path
 ) -> None:
-    alone = [answerer.answer(audio=sound, budget="audio=/4") for sound, _ in cut_files(folder, tmp_path)]
+    alone = [answerer.answer(audio=file, budget="audio=/4") for file, _ in cut_files(folder, tmp_path)]
     assert len({answer.text for answer in alone}) > 1
     pieces: list[str] = []
     long = answerer.answer(audio=folder / "long.wav", budget="audio=/4", on_text=pieces.append, timed=True)
@@ -101,7 +101,7 @@ def test_the_transcript_of_a_long_sound_is_that_of_its_windows_joined(
     assert long.timing.decode_ms > 0
 
 
-def test_lips_are_cut_where_their_sound_is(answerer: Answerer, folder: Path) -> None:
+def test_lips_are_cut_where_their_audio_is(answerer: Answerer, folder: Path) -> None:
     parts = (Media("audio", "long.wav"), Media("video", "long.mp4"), Text("what?"))
     sample = Sample("clip", (Message("user", parts),), "avsr", root=folder)
     windows = load_windows(sample, answerer.processor, CHUNK)
@@ -125,16 +125,16 @@ def test_noise_is_mixed_into_the_whole_before_it_is_cut(answerer: Answerer, fold
     (whole,) = answerer.processor.read_media(sample)
     mixed = MixNoise(noise, 0.0)(whole, random_generator(0, 0, "a", "x"))
     rng = random_generator(0, 0, "a", "x")
-    windows = load_windows(sample, answerer.processor, CHUNK, noise=lambda sound: MixNoise(noise, 0.0)(sound, rng))
+    windows = load_windows(sample, answerer.processor, CHUNK, noise=lambda audio: MixNoise(noise, 0.0)(audio, rng))
     for window in windows:
         piece = Audio(mixed.samples[round(window.start * 16_000) : round(window.stop * 16_000)], 16_000)
         np.testing.assert_array_equal(window.media[0].values, answerer.processor.transform("audio", piece).values)
 
 
-def test_long_and_short_sounds_answered_together_are_those_answered_alone(answerer: Answerer, folder: Path) -> None:
+def test_long_and_short_audio_answered_together_are_those_answered_alone(answerer: Answerer, folder: Path) -> None:
     names = ["short.wav", "long.wav", "short.wav"]
     parts = [(Media("audio", name), Text(f"what {number}?")) for number, name in enumerate(names)]
-    samples = [Sample(str(n), (Message("user", own),), "asr", root=folder) for n, own in enumerate(parts)]
+    samples = [Sample(str(n), (Message("user", content),), "asr", root=folder) for n, content in enumerate(parts)]
     budgets = ["audio=/4", "audio=/8", "audio=/8"]
     together = answerer.answer_samples(samples, budgets)
     alone = [answerer.answer_samples([one], [at])[0] for one, at in zip(samples, budgets, strict=True)]
@@ -142,14 +142,14 @@ def test_long_and_short_sounds_answered_together_are_those_answered_alone(answer
     assert together[1].tokens["audio"] > 3 * together[2].tokens["audio"]
 
 
-def test_a_long_sound_at_hand_is_cut_as_its_file_is(answerer: Answerer, folder: Path) -> None:
+def test_long_audio_at_hand_is_cut_as_its_file_is(answerer: Answerer, folder: Path) -> None:
     samples, rate = soundfile.read(folder / "long.wav", dtype="float32")
     data = (folder / "long.wav").read_bytes()
     of_file = answerer.answer(audio=folder / "long.wav", budget="audio=/4")
-    asked = {"array": samples, "sampling_rate": rate}
-    for form in (samples, (samples, rate), asked, Audio(samples, rate), data, io.BytesIO(data)):
-        answer_found = answerer.answer(audio=form, budget="audio=/4")
-        assert dataclasses.replace(answer_found, budget=of_file.budget) == of_file, type(form)
+    array = {"array": samples, "sampling_rate": rate}
+    for form in (samples, (samples, rate), array, Audio(samples, rate), data, io.BytesIO(data)):
+        answer = answerer.answer(audio=form, budget="audio=/4")
+        assert dataclasses.replace(answer, budget=of_file.budget) == of_file, type(form)
     questions = ["what is said?", "who speaks?"]
     both = [answerer.answer_questions(questions, audio=form) for form in (folder / "long.wav", samples)]
     assert both[0] == both[1]
@@ -161,7 +161,7 @@ def test_a_long_sound_at_hand_is_cut_as_its_file_is(answerer: Answerer, folder: 
         answerer.processor(text="what is said?", audio=samples)
 
 
-def test_the_sound_and_the_lips_of_one_clip_at_hand_are_cut_alike(
+def test_the_audio_and_the_lips_of_one_clip_at_hand_are_cut_alike(
     answerer: Answerer, folder: Path, tmp_path: Path
 ) -> None:
     samples, rate = soundfile.read(folder / "long.wav", dtype="float32")
@@ -183,7 +183,7 @@ def test_an_answer_in_windows_is_cut_where_one_of_them_is(answerer: Answerer, fo
     assert join_answers(windows, [*ended[:-1], dataclasses.replace(ended[-1], is_cut=True)]).is_cut
 
 
-def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folder: Path, capsys) -> None:
+def test_without_chunk_long_audio_is_refused_by_its_name_with_the_option(folder: Path, capsys) -> None:
     path = folder / "long.wav"
     with pytest.raises(MediaError, match=rf"^{re.escape(str(path))}: .* window is 1 seconds; with long_audio chunk"):
         Answerer(*load(folder / "run")).answer(audio=path)
@@ -204,7 +204,7 @@ def test_without_chunk_a_long_sound_is_refused_by_its_name_with_the_option(folde
 
 @contextlib.contextmanager
 def watched(answerer: Answerer) -> Iterator[tuple[list[int], list[int]]]:
-    """How many sounds each call of the encoder takes, and how many rows each pass of prompts through the LLM has."""
+    """How many clips each call of the encoder takes, and how many rows each pass of prompts through the LLM has."""
     encoded: list[int] = []
     rows: list[int] = []
 
@@ -213,7 +213,9 @@ def watched(answerer: Answerer) -> Iterator[tuple[list[int], list[int]]]:
             rows.append(len(kwargs["inputs_embeds"]))
 
     hooks = [
-        answerer.model.model.encoder("audio").register_forward_pre_hook(lambda _, given: encoded.append(len(given[0]))),
+        answerer.model.model.encoder("audio").register_forward_pre_hook(
+            lambda _, inputs: encoded.append(len(inputs[0]))
+        ),
         answerer.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True),
     ]
     try:
@@ -231,21 +233,21 @@ def test_each_window_is_encoded_once_for_all_questions(answerer: Answerer, folde
     assert sum(encoded) == 3
     assert [(one.text, one.tokens) for one in together] == [(one.text, one.tokens) for one in alone]
     parts = [(Media("audio", "long.wav"), Text(text)) for text in questions]
-    samples = [Sample(str(n), (Message("user", own),), "asr", root=folder) for n, own in enumerate(parts)]
+    samples = [Sample(str(n), (Message("user", content),), "asr", root=folder) for n, content in enumerate(parts)]
     budgets = ["audio=/4", "audio=/8"]
     apart = [answerer.answer_samples([one], [at])[0] for one, at in zip(samples, budgets, strict=True)]
     with watched(answerer) as (encoded, rows):
-        answer_found = answerer.answer_samples(samples, budgets)
+        answers = answerer.answer_samples(samples, budgets)
     assert sum(encoded) == 3
     assert max(rows) <= answerer.batch_size
-    assert [(one.text, one.tokens) for one in answer_found] == [(one.text, one.tokens) for one in apart]
+    assert [(one.text, one.tokens) for one in answers] == [(one.text, one.tokens) for one in apart]
 
 
 def swept(answerer: Answerer, folder: Path, texts: list[str], out: Path, max_rows: int | None) -> list[dict]:
-    """The lines of a sweep of questions about the long sound at two budgets, seen to be what each is alone."""
-    asked = [Message("user", (Media("audio", "long.wav"), Text(text))) for text in texts]
+    """The lines of a sweep of questions about the long audio at two budgets, seen to be what each is alone."""
+    questions = [Message("user", (Media("audio", "long.wav"), Text(text))) for text in texts]
     answer = Message("assistant", (Text("place blue"),))
-    samples = [Sample(str(number), (own, answer), "asr", root=folder) for number, own in enumerate(asked)]
+    samples = [Sample(str(number), (question, answer), "asr", root=folder) for number, question in enumerate(questions)]
     budgets = [Budget.parse("audio=/4"), Budget.parse("audio=/8")]
     store = AnswerStore(out)
     store.claim({"model": "tiny"})
@@ -305,16 +307,16 @@ def test_windows_the_model_cannot_have_are_refused_before_anything_is_answered(
 
 
 def test_windows_of_a_model_without_audio_are_refused() -> None:
-    own = tiny.settings(("image",))
+    config = tiny.settings(("image",))
     with pytest.raises(ValueError, match="long_audio is chunk, but this model does not take audio; it takes image"):
-        Answerer(tiny.model(own), tiny.processor(own), long_audio=LongAudio(mode="chunk"))
+        Answerer(tiny.model(config), tiny.processor(config), long_audio=LongAudio(mode="chunk"))
 
 
-def test_evaluate_transcribes_long_sounds_in_windows(answerer: Answerer, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_transcribes_long_audio_in_windows(answerer: Answerer, folder: Path, tmp_path: Path) -> None:
     names = {"long": "long.wav", "short": "short.wav"}
     messages = {key: (Media("audio", name), Text("transcribe speech to text.")) for key, name in names.items()}
     answer = Message("assistant", (Text("place blue"),))
-    samples = [Sample(key, (Message("user", own), answer), "asr") for key, own in messages.items()]
+    samples = [Sample(key, (Message("user", content), answer), "asr") for key, content in messages.items()]
     write_manifest(folder / "speech.jsonl", samples)
     words = ["evaluate", "--model", str(folder / "run"), "--manifest", str(folder / "speech.jsonl"), "--use_cpu"]
     words += ["--budgets", "audio=/4;audio=/8", "--max_new_tokens", "8", "--out", str(tmp_path)]
@@ -327,8 +329,8 @@ def test_evaluate_transcribes_long_sounds_in_windows(answerer: Answerer, folder:
         assert line["hypothesis"] == expected.text
         assert line["tokens"] == expected.tokens
         assert line["seconds"] == (SECONDS if line["id"] == "long" else 0.5)
-    told = compare([f"whole={tmp_path}", f"chunked={tmp_path}/chunk"]).differences
+    differences = compare([f"whole={tmp_path}", f"chunked={tmp_path}/chunk"]).differences
     for key, refused, chunked in (("long_audio", "refuse", "chunk"), ("overlap_seconds", "None", "0.2")):
-        assert [one for one in told if key in one and refused in one and chunked in one], told
+        assert [one for one in differences if key in one and refused in one and chunked in one], differences
     costs = {(line["id"], line["budget"]): line["cost"]["encoder"] for line in lines}
     assert costs["long", "audio=/4"] == 3 * costs["short", "audio=/4"]  # Whisper reads a whole window each time

@@ -34,8 +34,8 @@ def whole_graph() -> CompileConfig:
 
 @pytest.mark.parametrize(("adapter", "llm"), [*((name, "llama") for name in ADAPTERS), ("lora", "qwen2")])
 def test_a_step_is_one_graph_and_finds_the_same_ids(adapter: str, llm: str) -> None:
-    own = replace(tiny.settings(("image", "audio"), adapter=False), adapter=ADAPTERS[adapter])
-    model, processor = build(own, LLMS[llm]), tiny.processor(own)
+    config = replace(tiny.settings(("image", "audio"), adapter=False), adapter=ADAPTERS[adapter])
+    model, processor = build(config, LLMS[llm]), tiny.processor(config)
     rows = [([tiny.random_media("image"), "what is it"], ""), ([tiny.random_media("audio", 20), "say it"], "")]
     batch = tiny.batch(processor, rows)
     batch = replace(
@@ -55,14 +55,14 @@ def test_a_step_is_one_graph_and_finds_the_same_ids(adapter: str, llm: str) -> N
 
 
 def test_a_static_cache_gives_the_same_answers(tmp_path: Path) -> None:
-    own = tiny.settings(("image",), adapter=False, image={"compressor": {"order": "haar"}, "budgets": [4, 16, 64]})
-    answerer = Answerer(build(own, LLMS["llama"]), tiny.processor(own), Decoding(max_new_tokens=NEW_TOKENS))
+    config = tiny.settings(("image",), adapter=False, image={"compressor": {"order": "haar"}, "budgets": [4, 16, 64]})
+    answerer = Answerer(build(config, LLMS["llama"]), tiny.processor(config), Decoding(max_new_tokens=NEW_TOKENS))
     static = replace(answerer, decoding=replace(answerer.decoding, static_cache=True))
-    asked: dict[str, Any] = {"image": tmp_path / tiny.write_media(tmp_path)["image"], "budget": "image=16"}
+    request: dict[str, Any] = {"image": tmp_path / tiny.write_media(tmp_path)["image"], "budget": "image=16"}
     questions = ("how many objects?", "what is the letter here?")
-    expected = answerer.answer_questions(questions, **asked)
-    assert [static_ids.text for static_ids in static.answer_questions(questions, **asked)] == [
-        own.text for own in expected
+    expected = answerer.answer_questions(questions, **request)
+    assert [answer.text for answer in static.answer_questions(questions, **request)] == [
+        answer.text for answer in expected
     ]
     with pytest.raises(ValueError, match="static_cache is true with num_beams 3"):
         Decoding(3, static_cache=True)

@@ -18,7 +18,7 @@ def test_windows_cover_everything_with_their_overlaps_and_none_is_too_long(windo
         assert all(stop - start <= window + 1e-9 for start, stop in times)
         assert all(start == pytest.approx(round(start / GRID_SECONDS) * GRID_SECONDS) for start, _ in times)
         shared = [before[1] - after[0] for before, after in itertools.pairwise(times)]
-        assert all(own >= overlap - GRID_SECONDS - 1e-9 for own in shared)
+        assert all(one >= overlap - GRID_SECONDS - 1e-9 for one in shared)
         assert len(times) == 1 or len(times) * (window - overlap) < seconds + window  # no more of them than are needed
 
 

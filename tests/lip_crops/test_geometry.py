@@ -56,8 +56,8 @@ def test_smoothing_is_the_mean_over_a_window_that_stays_symmetric(count: int) ->
 def test_the_similarity_is_the_least_squares_solution() -> None:
     generator = np.random.default_rng(3)
     points = generator.normal(size=(4, 8)) + 1j * generator.normal(size=(4, 8))
-    for own, factor in zip(points, similarity_factors(points, FACE), strict=True):
-        columns = np.stack([own - own.mean(), np.ones(8)], axis=1)
+    for corners, factor in zip(points, similarity_factors(points, FACE), strict=True):
+        columns = np.stack([corners - corners.mean(), np.ones(8)], axis=1)
         np.testing.assert_allclose(factor, np.linalg.lstsq(columns, FACE - FACE.mean(), rcond=None)[0][0])
     with pytest.raises(ValueError, match="face of frame 1 has no extent"):
         similarity_factors(np.stack([FACE, np.ones(8)]), FACE)

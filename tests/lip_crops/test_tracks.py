@@ -29,7 +29,7 @@ def test_people_are_followed_in_whatever_order_they_are_found() -> None:
 
 
 def test_a_missed_face_is_a_gap_and_not_a_new_person() -> None:
-    faces = [[] if 10 <= number < 16 else found for number, found in enumerate(shuffled(LEFT))]
+    faces = [[] if 10 <= number < 16 else visible for number, visible in enumerate(shuffled(LEFT))]
     (track,) = follow(faces)
     assert np.isnan(track.points[10:16]).all()
     assert track.coverage == pytest.approx(34 / 40)

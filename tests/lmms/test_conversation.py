@@ -92,11 +92,11 @@ def test_media_are_read_in_every_form_that_data_sets_have(tmp_path: Path) -> Non
     clear = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
     assert np.asarray(read_medium("image", clear, loader)).tolist() == [[[255] * 3] * 3] * 2  # on white, as files are
     samples = np.random.default_rng(0).normal(0, 0.1, (2, 8000)).astype(np.float32)
-    sound = read_medium("audio", {"array": samples, "sampling_rate": 8000}, loader)
-    assert isinstance(sound, Audio)
-    assert (sound.sample_rate_hz, len(sound.samples)) == (16_000, 16_000)
+    audio = read_medium("audio", {"array": samples, "sampling_rate": 8000}, loader)
+    assert isinstance(audio, Audio)
+    assert (audio.sample_rate_hz, len(audio.samples)) == (16_000, 16_000)
     mono = read_medium("audio", {"array": samples.mean(axis=0), "sampling_rate": 8000}, loader)
-    assert np.allclose(sound.samples, mono.samples, atol=1e-6)
+    assert np.allclose(audio.samples, mono.samples, atol=1e-6)
     with pytest.raises(ValueError, match="image comes as bytes"):
         read_medium("image", b"png", loader)
     with pytest.raises(MediaError, match="missing"):
@@ -128,9 +128,9 @@ def test_every_request_is_answered_at_every_budget_as_alone(tmp_path: Path) -> N
 
     batch_sizes: list[int] = []
     requests = [request(path, length) for path, length in zip(paths, lengths, strict=True)]
-    answers_found = BudgetedAnswers(model, made, budgets, batch_size=2)(requests, batch_sizes.append)
+    answered = BudgetedAnswers(model, made, budgets, batch_size=2)(requests, batch_sizes.append)
     assert batch_sizes == [2, 1]
-    for path, length, answers in zip(paths, lengths, answers_found, strict=True):
+    for path, length, answers in zip(paths, lengths, answered, strict=True):
         answerer = Answerer(model, made, Decoding(max_new_tokens=length))
         for budget, answer in zip(budgets, answers, strict=True):
             alone = answerer("what is it?", image=path, budget=budget)

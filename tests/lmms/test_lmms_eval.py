@@ -136,8 +136,8 @@ def test_lmms_evals_own_command_gives_the_answers_of_the_answerer(
     assert score == share(expected["image=2"], expected["image=16"]) < 1
     (samples,) = tmp_path.rglob("*_samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    results_found = {line["doc_id"]: line["filtered_resps"] for line in lines}
-    assert [results_found[place] for place in range(NUM_DOCS)] == expected["image=2"]
+    answers = {line["doc_id"]: line["filtered_resps"] for line in lines}
+    assert [answers[doc] for doc in range(NUM_DOCS)] == expected["image=2"]
 
 
 def test_a_budget_that_is_missing_ends_it_with_its_reason(run: Path, tasks: Path, tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_several_budgets_in_one_run_give_the_answers_of_each(
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert list(results) == list(BUDGETS)
     for budget in BUDGETS:
-        results_found = {line["doc_id"]: line["filtered_resps"][0] for line in lines if line["budget"] == budget}
-        assert [results_found[place] for place in range(NUM_DOCS)] == expected[budget]
+        answers = {line["doc_id"]: line["filtered_resps"][0] for line in lines if line["budget"] == budget}
+        assert [answers[doc] for doc in range(NUM_DOCS)] == expected[budget]
         score = share(expected[budget], expected["image=16"])
         assert results[budget]["results"]["results"][NAME]["exact_match,none"] == score
         assert results[budget]["soft_tokens"] == {"image": float(budget.partition("=")[2])}
@@ -176,8 +176,8 @@ def test_the_media_of_a_question_are_encoded_once_for_all_budgets(run: Path, tas
     encoded = []
     encoder = chat.answers.model.model.encoder("image")
     encoder.register_forward_hook(lambda _, values, __: encoded.append(len(values[0])))
-    results_found = list(sweep(chat, tasks=[NAME], include_path=str(tasks), batch_size=2, log_samples=False))
-    assert len(results_found) == len(BUDGETS)
+    results = list(sweep(chat, tasks=[NAME], include_path=str(tasks), batch_size=2, log_samples=False))
+    assert len(results) == len(BUDGETS)
     assert sum(encoded) == NUM_DOCS
 
 

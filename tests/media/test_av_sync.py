@@ -1,4 +1,4 @@
-"""Sound and video of one clip are brought to one length when they are close, and refused when they are not."""
+"""Audio and video of one clip are brought to one length when they are close, and refused when they are not."""
 
 import numpy as np
 import pytest

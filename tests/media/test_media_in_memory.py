@@ -41,7 +41,7 @@ def image(value: object) -> np.ndarray:
     return np.asarray(decode_in_memory(InMemoryMedium("image", value), LOADER))
 
 
-def sound(value: object) -> np.ndarray:
+def samples_of(value: object) -> np.ndarray:
     result = decode_in_memory(InMemoryMedium("audio", value), LOADER)
     assert result.sample_rate_hz == 16_000  # type: ignore[union-attr]
     return result.samples  # type: ignore[union-attr]
@@ -86,8 +86,8 @@ def test_every_form_of_audio_gives_the_same_samples(folder: Path) -> None:
         torch.from_numpy(whole / np.float32(32_768)),
     ]
     for form in forms:
-        assert np.allclose(sound(form), expected, atol=1e-7), type(form)
-    assert len(sound((whole, 8_000))) == 2 * len(whole)
+        assert np.allclose(samples_of(form), expected, atol=1e-7), type(form)
+    assert len(samples_of((whole, 8_000))) == 2 * len(whole)
 
 
 def test_every_form_of_a_video_gives_the_same_frames(folder: Path) -> None:
@@ -128,17 +128,17 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("medium", "given", "message"), REFUSED)
-def test_what_has_no_one_meaning_is_refused(medium: str, given: object, message: str) -> None:
+@pytest.mark.parametrize(("medium", "value", "message"), REFUSED)
+def test_what_has_no_one_meaning_is_refused(medium: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decode_in_memory(InMemoryMedium(medium, given), LOADER)
+        decode_in_memory(InMemoryMedium(medium, value), LOADER)
 
 
 def test_bytes_are_under_the_limits_of_files() -> None:
     with pytest.raises(MediaError, match=r"<3 bytes>: not an image in one of the formats"):
         image(b"abc")
     with pytest.raises(MediaError, match="the file is empty"):
-        sound(b"")
+        samples_of(b"")
 
 
 def test_one_and_several_are_told_apart() -> None:

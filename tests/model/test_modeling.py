@@ -12,17 +12,17 @@ from mllm.checkpoints.build import config_of_parts
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 
-OWN = tiny.settings()
+CONFIG = tiny.settings()
 
 
 @pytest.fixture(scope="module")
 def model() -> ElasticForConditionalGeneration:
-    return tiny.model(OWN)
+    return tiny.model(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def made() -> tiny.ElasticProcessor:
-    return tiny.processor(OWN)
+    return tiny.processor(CONFIG)
 
 
 def logits(model: ElasticForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -46,17 +46,17 @@ def test_a_row_in_a_mixed_batch_equals_the_row_alone(model, made, left_padding: 
 
 def test_one_encoding_serves_several_budgets(model, made) -> None:
     batch = tiny.batch(made, ROWS)
-    draws = [Budget.parse("image=64,audio=/4,video=/2"), Budget.parse("image=1,audio=/8,video=/5")]
-    expanded = made.expand(batch, [[draw] * len(ROWS) for draw in draws], left_padding=False)
+    budgets = [Budget.parse("image=64,audio=/4,video=/2"), Budget.parse("image=1,audio=/8,video=/5")]
+    expanded = made.expand(batch, [[budget] * len(ROWS) for budget in budgets], left_padding=False)
     calls = []
     handle = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     rows = logits(model, expanded.inputs)
     handle.remove()
     assert len(calls) == 1
-    for place, draw in enumerate(draws):
-        alone = logits(model, made.expand(batch, [[draw] * len(ROWS)], left_padding=False).inputs)
+    for number, budget in enumerate(budgets):
+        alone = logits(model, made.expand(batch, [[budget] * len(ROWS)], left_padding=False).inputs)
         for index, row in enumerate(alone):
-            torch.testing.assert_close(rows[place * len(ROWS) + index], row, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(rows[number * len(ROWS) + index], row, rtol=1e-4, atol=1e-5)
 
 
 def test_soft_tokens_lie_at_their_placeholders(model, made) -> None:
@@ -105,9 +105,8 @@ def test_text_alone_is_the_unmodified_llm(config_class) -> None:
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     plain = AutoModelForCausalLM.from_config(text).eval()
-    own = tiny.settings(["audio"], adapter=False)
     config = config_of_parts(
-        own,
+        tiny.settings(["audio"], adapter=False),
         text_config=text,
         encoder_configs={"audio": tiny.encoder_configs()["audio"]},
         placeholder_ids={"audio": 120},
@@ -126,7 +125,7 @@ def test_text_alone_is_the_unmodified_llm(config_class) -> None:
 
 
 def test_disabled_adapters_give_the_frozen_llm_bit_for_bit(made) -> None:
-    adapted, frozen = tiny.model(OWN), tiny.model(tiny.settings(adapter=False))
+    adapted, frozen = tiny.model(CONFIG), tiny.model(tiny.settings(adapter=False))
     inputs = made.expand(tiny.batch(made, ROWS), [BUDGETS], left_padding=False).inputs
     with torch.no_grad():
         plain = frozen(**inputs).logits
@@ -171,8 +170,8 @@ def test_batched_generation_equals_single_with_mixed_budgets(model, made, name: 
     number = options.get("num_return_sequences", 1)
     for index, (row, budget) in enumerate(zip(ROWS, BUDGETS, strict=True)):
         alone = generate(model, made, [row], [budget], **options)
-        own = together[index * number : (index + 1) * number]
-        assert [trimmed(ids, made) for ids in own] == [trimmed(ids, made) for ids in alone]
+        part = together[index * number : (index + 1) * number]
+        assert [trimmed(ids, made) for ids in part] == [trimmed(ids, made) for ids in alone]
 
 
 def test_prompt_lookup_gives_the_greedy_answer(model, made) -> None:

@@ -32,7 +32,7 @@ LLMS = {"tied": (True, 0), "untied": (False, 0), "tied spare": (True, 64), "unti
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """An LLM and encoders on disk, sound with words on it, and a run that was trained on them."""
+    """An LLM and encoders on disk, audio with words on it, and a run that was trained on them."""
 
     folder: Path
     parts: dict[str, str]
@@ -47,12 +47,12 @@ class World:
         return load_file(Path(self.parts["llm"]) / "model.safetensors")["model.embed_tokens.weight"]
 
     def settings(self, output: Path, *, model: ModelConfig | None = None, **train: Any) -> RunConfig:
-        given = {"max_steps": 4, "save_every": 2, "learning_rate": 0.01, "progress": False, "use_cpu": True, **train}
+        values = {"max_steps": 4, "save_every": 2, "learning_rate": 0.01, "progress": False, "use_cpu": True, **train}
         return RunConfig(
             model=model or tiny.settings_on(self.parts, ("audio",), audio=SPAN),
             data=DataConfig(train=[str(self.folder / "train.jsonl")], tokens_per_batch=256, max_rows=2, num_workers=0),
             sampler=SamplerConfig(mode="sandwich"),
-            train=TrainConfig(out=str(output), **given),
+            train=TrainConfig(out=str(output), **values),
         )
 
 
@@ -114,19 +114,21 @@ def test_an_llm_whose_table_were_longer_would_read_the_same(world: World) -> Non
         if not name.startswith("embed_tokens"):
             reference.model.get_parameter(name).data.copy_(weight)
     ids = torch.tensor([[tiny.TOKENIZER.bos_token_id, places[0], 40, 50, places[1], 60]])
-    found = model(input_ids=ids).logits
-    assert found.shape[-1] == len(world.table)
-    wanted = reference(ids).logits[..., : found.shape[-1]]
+    logits = model(input_ids=ids).logits
+    assert logits.shape[-1] == len(world.table)
+    wanted = reference(ids).logits[..., : logits.shape[-1]]
     if model.config.text_config.tie_word_embeddings:  # there the reference says the new tokens by their new rows
-        found, wanted = (own[..., [i for i in range(len(world.table)) if i not in places]] for own in (found, wanted))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        logits, wanted = (
+            each[..., [i for i in range(len(world.table)) if i not in places]] for each in (logits, wanted)
+        )
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_llms_own_table_is_never_read_for_a_new_token(world: World) -> None:
     model, _ = load(world.run)
     ids = torch.tensor([[*model.config.new_tokens.values(), 5]])
     expected = model(input_ids=ids).logits
-    spare = [place for place in model.config.new_tokens.values() if place < len(world.table)]
+    spare = [token_id for token_id in model.config.new_tokens.values() if token_id < len(world.table)]
     assert len(spare) in (0, 2)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model.get_input_embeddings().weight.data[spare] = torch.nan
@@ -135,27 +137,27 @@ def test_the_llms_own_table_is_never_read_for_a_new_token(world: World) -> None:
 
 def test_an_export_answers_alike_and_never_says_a_mark(world: World, tmp_path: Path) -> None:
     export(world.run, tmp_path / "out")
-    own, processor = load(world.run, merge_adapter=True)
+    merged, processor = load(world.run, merge_adapter=True)
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     again = AutoProcessor.from_pretrained(tmp_path / "out")
     batch = tiny.batch(processor, [([tiny.random_media("audio", 37), "what is it?"], "now")])
     inputs = processor.expand(batch, [[_budget("audio=/4")]], left_padding=True).inputs
-    assert exported(**inputs).logits.equal(own(**inputs).logits)
+    assert exported(**inputs).logits.equal(merged(**inputs).logits)
     assert exported.get_input_embeddings().weight.equal(world.table)
-    sound = str(world.folder / "media" / "1.wav")
+    audio = str(world.folder / "media" / "1.wav")
     for beams in (1, 3):
         decoding = Decoding(num_beams=beams, max_new_tokens=8)
-        answers = [Answerer(*pair, decoding=decoding)(audio=sound) for pair in ((own, processor), (exported, again))]
+        answers = [Answerer(*pair, decoding=decoding)(audio=audio) for pair in ((merged, processor), (exported, again))]
         assert answers[0].text == answers[1].text
     # A model that would say nothing but a mark says something else.
-    place = own.config.new_tokens["<sound>"]
-    if place < len(world.table):
+    token_id = merged.config.new_tokens["<sound>"]
+    if token_id < len(world.table):
         exported.lm_head.weight = torch.nn.Parameter(exported.lm_head.weight.clone())
-        exported.lm_head.weight.data[place] *= 1e4
-        exported.lm_head.weight.data[place + 1] = -exported.lm_head.weight.data[place]
+        exported.lm_head.weight.data[token_id] *= 1e4
+        exported.lm_head.weight.data[token_id + 1] = -exported.lm_head.weight.data[token_id]
         answerer = Answerer(exported, again, decoding=Decoding(max_new_tokens=4))
         options = generate_options(exported, again, answerer.decoding)
-        assert {place, place + 1} <= set(options["suppress_tokens"])
+        assert {token_id, token_id + 1} <= set(options["suppress_tokens"])
         ids = exported.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         assert "sound" not in again.tokenizer.decode(ids)
 
@@ -168,20 +170,20 @@ def test_every_way_of_answering_reads_the_rows(world: World) -> None:
     """Alone and in batches, with shared beginnings, a constant prompt and beams; and without the rows it is another."""
     model, processor = load(world.run)
     folder, names = world.folder / "media", ["1.wav", "3.wav"]
-    sounds = [str(folder / name) for name in names]
+    audios = [str(folder / name) for name in names]
     texts = ["what is it?", "who is speaking and how loud is it?"]
     for beams in (1, 3):
         answerer = Answerer(model, processor, decoding=Decoding(num_beams=beams, max_new_tokens=8))
-        alone = [answerer(text, audio=sound).text for sound in sounds for text in texts]
-        assert [own.text for sound in sounds for own in answerer.answer_questions(texts, audio=sound)] == alone
-        asked = [
+        alone = [answerer(text, audio=audio).text for audio in audios for text in texts]
+        assert [answer.text for audio in audios for answer in answerer.answer_questions(texts, audio=audio)] == alone
+        samples = [
             Sample(f"{name} {text}", (Message("user", (Media("audio", name), Text(text))),), "test", root=folder)
             for name in names
             for text in texts
         ]
         kept = Answerer(model, processor, decoding=answerer.decoding, constant_prompt=True)
         for way in (answerer, kept):
-            assert [own.text for own in way.answer_samples(asked, ["audio=/4"] * 4)] == alone
+            assert [answer.text for answer in way.answer_samples(samples, ["audio=/4"] * 4)] == alone
     inputs = processor.expand(
         tiny.batch(processor, [([tiny.random_media("audio", 37), "what?"], "now")]),
         [[_budget("audio=/4")]],
@@ -223,20 +225,20 @@ def test_a_resumed_run_is_the_same_bit_for_bit(world: World, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_packed_rows_and_one_budget_at_a_time_teach_the_same_rows(plain: World, tmp_path: Path, packing: bool) -> None:
-    found = []
+    results = []
     for memory in ("fast", "low"):
         train(plain.settings(tmp_path / memory, max_steps=2, packing=packing, memory=memory))
-        found.append(load_file(tmp_path / memory / TRAINABLES)[NEW_TOKENS])
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        results.append(load_file(tmp_path / memory / TRAINABLES)[NEW_TOKENS])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 def test_rows_learn_with_kept_features_and_beside_an_llm_that_learns_whole(plain: World, tmp_path: Path) -> None:
-    own = plain.settings(tmp_path / "kept", max_steps=2)
-    start, _ = build(own.model)
+    config = plain.settings(tmp_path / "kept", max_steps=2)
+    start, _ = build(config.model)
     before = start.model.new_tokens.rows  # type: ignore[union-attr]
-    data = dataclasses.replace(own.data, features=FeatureConfig(folder=str(tmp_path / "features"), versions=1))
-    train(dataclasses.replace(own, data=data))
-    whole = dataclasses.replace(own.model, adapter=None)
+    data = dataclasses.replace(config.data, features=FeatureConfig(folder=str(tmp_path / "features"), versions=1))
+    train(dataclasses.replace(config, data=data))
+    whole = dataclasses.replace(config.model, adapter=None)
     train(plain.settings(tmp_path / "whole", model=whole, max_steps=2, parts=["compressors", "llm"]))
     for name in ("kept", "whole"):
         saved = load_file(tmp_path / name / TRAINABLES)
@@ -260,8 +262,8 @@ def test_a_new_token_begins_as_its_text_is_read(plain: World) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plain.parts["llm"])
     starts = []
     for seed in (0, 1):
-        own = dataclasses.replace(tiny.settings_on(plain.parts, ("audio",), audio=SPAN), seed=seed)
-        starts.append(build(own)[0].model.new_tokens.rows.detach())  # type: ignore[union-attr]
+        config = dataclasses.replace(tiny.settings_on(plain.parts, ("audio",), audio=SPAN), seed=seed)
+        starts.append(build(config)[0].model.new_tokens.rows.detach())  # type: ignore[union-attr]
     assert starts[0].equal(starts[1])
     for row, text in zip(starts[0], SPAN["span"], strict=True):
         pieces = plain.table[tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -271,15 +273,15 @@ def test_a_new_token_begins_as_its_text_is_read(plain: World) -> None:
 
 
 def test_tokens_that_the_llm_knows_stay_as_they_are(plain: World, tmp_path: Path) -> None:
-    own = tiny.settings_on(plain.parts, ("audio",), audio={"span": ["<audio>", "</audio>"]})
-    model, processor = build(own)
+    settings = tiny.settings_on(plain.parts, ("audio",), audio={"span": ["<audio>", "</audio>"]})
+    model, processor = build(settings)
     assert model.config.new_tokens == {}
     assert model.model.new_tokens is None
     assert NEW_TOKENS not in set_trainables(model)
     ids = processor.chat.span_ids["audio"]
-    assert [place for pair in ids for place in pair] == tiny.TOKENIZER.convert_tokens_to_ids(["<audio>", "</audio>"])
+    assert [one for pair in ids for one in pair] == tiny.TOKENIZER.convert_tokens_to_ids(["<audio>", "</audio>"])
     # So does every mark of a run from before there were rows: its config does not name any.
-    run = train(plain.settings(tmp_path / "run", model=own, max_steps=2))
+    run = train(plain.settings(tmp_path / "run", model=settings, max_steps=2))
     config = run / "config.json"
     config.write_text(config.read_text().replace('"new_tokens": {},', ""))
     assert '"new_tokens"' not in config.read_text()
@@ -287,19 +289,19 @@ def test_tokens_that_the_llm_knows_stay_as_they_are(plain: World, tmp_path: Path
 
 
 def test_a_token_that_the_tokenizer_knows_and_the_table_does_not_gets_a_row(tmp_path: Path) -> None:
-    own = make_world(tmp_path, tied=True, spare=0)
-    tokenizer = AutoTokenizer.from_pretrained(own.parts["llm"])
+    world = make_world(tmp_path, tied=True, spare=0)
+    tokenizer = AutoTokenizer.from_pretrained(world.parts["llm"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<sound>"], "pad_token": "<|gap|>"})
     assert tokenizer.pad_token_id == KNOWN == 865
-    tokenizer.save_pretrained(own.parts["llm"])
-    run = train(own.settings(tmp_path / "run", max_steps=2))
+    tokenizer.save_pretrained(world.parts["llm"])
+    run = train(world.settings(tmp_path / "run", max_steps=2))
     model, processor = load(run)
     assert list(model.config.new_tokens) == ["<sound>", "</sound>"]
     assert processor.pad_id < KNOWN  # a row of padding would be looked up
     tokenizer.eos_token = "<|gap|>"
-    tokenizer.save_pretrained(own.parts["llm"])
+    tokenizer.save_pretrained(world.parts["llm"])
     with pytest.raises(ValueError, match=r"eos_token '<\|gap\|>' the id 865, but the LLM embeds 865 tokens"):
-        build(tiny.settings_on(own.parts, ("audio",), audio=SPAN))
+        build(tiny.settings_on(world.parts, ("audio",), audio=SPAN))
 
 
 def test_a_second_stage_takes_rows_over_by_their_tokens(plain: World, tmp_path: Path) -> None:

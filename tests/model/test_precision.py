@@ -136,12 +136,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Sample(
                 f"{medium}{seed}",
                 (
-                    Message("user", (Media(medium, f"media/{own[medium]}"), Text("what is it?"))),
+                    Message("user", (Media(medium, f"media/{names[medium]}"), Text("what is it?"))),
                     Message("assistant", (Text(WORDS[seed]),)),
                 ),
                 task=task,
             )
-            for seed, own in enumerate(files)
+            for seed, names in enumerate(files)
         ]
         write_manifest(folder / f"{medium}.jsonl", rows)
     return folder
@@ -173,18 +173,18 @@ def _widen(path: Path) -> None:
 
 
 def model_settings(world: Path, name: str, **changes: Any) -> ModelConfig:
-    medium, own = CASES[name]
-    given = merged(tiny.MEDIA[medium], own)
-    encoder = given.setdefault("encoder", {})
+    medium, of_case = CASES[name]
+    block = merged(tiny.MEDIA[medium], of_case)
+    encoder = block.setdefault("encoder", {})
     encoder["source"] = str(world / encoder.get("source", medium))
     if encoder["source"].endswith("naflex"):
         del encoder["feature_layer"]
     adapter = ADAPTERS.get(name, LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]))
     if name == "frames pool":
         image = merged(tiny.MEDIA["image"], {"encoder": str(world / "image")})
-        media = {"image": blocks.medium("image", image), "video": blocks.medium("video", own)}
+        media = {"image": blocks.medium("image", image), "video": blocks.medium("video", of_case)}
     else:
-        media = {medium: blocks.medium(medium, given)}
+        media = {medium: blocks.medium(medium, block)}
     settings: dict[str, Any] = {"adapter": adapter, "dtype": "bfloat16", **media, **changes}
     return ModelConfig(llm=str(world / "llm"), chat_format="plain", **settings)
 
@@ -220,21 +220,21 @@ def losses(run: Path, key: str = "loss") -> list[float]:
 @torch.no_grad()
 def logits(model: Any, processor: Any, world: Path, medium: str) -> Tensor:
     """Log-probabilities of the answers' words at every budget."""
-    found = []
+    results = []
     samples = read_manifest(world / f"{medium}.jsonl", world)[:3]
     for amount in processor.space.media[medium].trained:
         budget = Budget({medium: amount})
         loaded = [processor.load_media(sample, budgets=[budget]) for sample in samples]
         batch = processor.batch(samples, loaded, for_training=False)
         expanded = processor.expand(batch, [[budget] * len(samples)], left_padding=True)
-        found.append(model(**expanded.inputs).logits[:, -1].float())
-    return torch.stack(found).log_softmax(-1)
+        results.append(model(**expanded.inputs).logits[:, -1].float())
+    return torch.stack(results).log_softmax(-1)
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def distance(result: Tensor, expected: Tensor) -> float:
     """How far apart, as a share of how far apart the answers to different media are."""
     spread = (expected - expected.mean(dim=1, keepdim=True)).square().mean().sqrt()
-    return float((found - expected).square().mean().sqrt() / spread)
+    return float((result - expected).square().mean().sqrt() / spread)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def test_a_run_in_bfloat16_is_nearly_that_in_float32(world: Path, tmp_path: Path
     if "tiles" in name:
         pytest.importorskip("torchvision")
     for dtype in ("bfloat16", "float32"):
-        own = model_settings(world, name, dtype=dtype)
-        train(run_settings(world, tmp_path / dtype, name, own))
+        config = model_settings(world, name, dtype=dtype)
+        train(run_settings(world, tmp_path / dtype, name, config))
     halves, wholes = (losses(tmp_path / dtype) for dtype in ("bfloat16", "float32"))
     assert halves == pytest.approx(wholes, rel=0.02)
     halves, wholes = (losses(tmp_path / dtype, "eval_loss") for dtype in ("bfloat16", "float32"))
@@ -256,8 +256,8 @@ def test_a_run_in_bfloat16_is_nearly_that_in_float32(world: Path, tmp_path: Path
     half, processor = load(tmp_path / "bfloat16", dtype="bfloat16")
     assert dtype_of(half.model.encoder("image" if name == "frames pool" else medium)) == torch.bfloat16
     assert half.get_input_embeddings().weight.dtype == half.lm_head.weight.dtype == torch.bfloat16
-    own = dict(half.named_parameters())
-    assert all(own[name].equal(value) for name, value in saved.items()), "what was trained is not rounded"
+    parameters = dict(half.named_parameters())
+    assert all(parameters[name].equal(value) for name, value in saved.items()), "what was trained is not rounded"
     whole, _ = load(tmp_path / "bfloat16")
     expected = logits(whole, processor, world, medium)
     assert expected.std(dim=1).mean() > 1e-3, "these media all say the same"
@@ -265,21 +265,21 @@ def test_a_run_in_bfloat16_is_nearly_that_in_float32(world: Path, tmp_path: Path
     file = str(world / "media" / f"0.{ {'image': 'png', 'audio': 'wav', 'video': 'mp4'}[medium] }")
     words = ["--model", str(tmp_path / "bfloat16"), "--dtype", "bfloat16", "--use-cpu", "--max-new-tokens", "3"]
     assert main(["generate", *words, f"--{medium}", file, "--text", "what is it?"]) == 0
-    asked = ["--manifest", str(world / f"{medium}.jsonl"), "--out", str(tmp_path / "out")]
-    asked += ["--budgets", ";".join(f"{medium}={amount}" for amount in processor.space.media[medium].trained)]
-    assert main(["evaluate", *words, *asked]) == 0, capsys.readouterr().err
+    options = ["--manifest", str(world / f"{medium}.jsonl"), "--out", str(tmp_path / "out")]
+    options += ["--budgets", ";".join(f"{medium}={amount}" for amount in processor.space.media[medium].trained)]
+    assert main(["evaluate", *words, *options]) == 0, capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["num_failed"] for row in results["rows"]} == {0}
 
 
 def test_kept_features_of_an_encoder_in_bfloat16_are_those_of_the_encoder(world: Path, tmp_path: Path) -> None:
-    name, own = "whisper query", model_settings(world, "whisper pool")  # the name of a case without captions
-    train(run_settings(world, tmp_path / "plain", name, own, validation=[]))
+    name, config = "whisper query", model_settings(world, "whisper pool")  # the name of a case without captions
+    train(run_settings(world, tmp_path / "plain", name, config, validation=[]))
     plain = load_file(tmp_path / "plain" / TRAINABLES)
     for pooled in ([], ["audio"]):
         kept = FeatureConfig(folder=str(tmp_path / f"features{len(pooled)}"), versions=1, pooled=pooled)
         run = tmp_path / f"run{len(pooled)}"
-        train(run_settings(world, run, name, own, features=kept, validation=[]))
+        train(run_settings(world, run, name, config, features=kept, validation=[]))
         assert losses(run) == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
         if not pooled:  # a mean of means is not rounded the same
             assert all(value.equal(plain[key]) for key, value in load_file(run / TRAINABLES).items())
@@ -291,8 +291,8 @@ def test_kept_features_are_handed_on_as_they_were_kept() -> None:
     model.model.audio_tower.to(torch.bfloat16)
     pass_features_through(model, {"audio": 2})
     kept = torch.rand(1, 4, 16)
-    found = model.model.encode("audio", kept, torch.tensor([8 * 320]))
-    assert found.values.equal(kept.repeat_interleave(2, dim=1))
+    features = model.model.encode("audio", kept, torch.tensor([8 * 320]))
+    assert features.values.equal(kept.repeat_interleave(2, dim=1))
 
 
 def test_an_export_loaded_in_bfloat16_keeps_what_was_trained_in_float32(world: Path, tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_an_export_loaded_in_bfloat16_keeps_what_was_trained_in_float32(world: P
     export(run, tmp_path / "out")
     half, processor = load(tmp_path / "out", dtype="bfloat16")
     saved = load_file(run / TRAINABLES)
-    own = {key: value for key, value in half.named_parameters() if key in saved}
-    assert NEW_TOKENS in own
-    for key, value in own.items():
+    parameters = {key: value for key, value in half.named_parameters() if key in saved}
+    assert NEW_TOKENS in parameters
+    for key, value in parameters.items():
         assert value.equal(saved[key]), key
     others = {value.dtype for key, value in half.named_parameters() if key not in saved}
     assert others == {torch.bfloat16}
@@ -317,14 +317,14 @@ def test_an_export_loaded_in_bfloat16_keeps_what_was_trained_in_float32(world: P
 def test_a_growing_session_and_a_bench_run_in_bfloat16(world: Path, tmp_path: Path, capsys: Any) -> None:
     name = "clip query"
     run = train(run_settings(world, tmp_path / "run", name, model_settings(world, name)))
-    found = []
+    results = []
     for dtype in ("bfloat16", "float32"):
         model, processor = load(run, dtype=dtype)
         session = Answerer(model, processor).begin(image=str(world / "media" / "0.png"), budget="image=4")
         session.answer("what is it?")
         session.extend("image=16")
-        found.append(session.logits("what is it?").float().log_softmax(-1))
-    assert (found[0] - found[1]).norm() < 0.05 * (found[1] - found[1].mean()).norm()
+        results.append(session.logits("what is it?").float().log_softmax(-1))
+    assert (results[0] - results[1]).norm() < 0.05 * (results[1] - results[1].mean()).norm()
     words = ["bench", "--model", str(run), "--dtype", "bfloat16", "--use-cpu", "--repeats", "1", "--new-tokens", "2"]
     assert main([*words, "--budgets", "image=4"]) == 0, capsys.readouterr().err
 

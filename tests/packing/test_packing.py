@@ -55,7 +55,7 @@ def image(seed: int) -> LoadedMedia:
     return tiny.random_media("image", seed=seed)
 
 
-def sound(seed: int) -> LoadedMedia:
+def random_audio(seed: int) -> LoadedMedia:
     return tiny.random_media("audio", 20 + 3 * seed, seed=seed)
 
 
@@ -65,35 +65,39 @@ def lips(seed: int) -> LoadedMedia:
 
 def m3() -> tuple[ModelConfig, list, list[str]]:
     """Images behind a system prompt, at all scales; pooled behind the projector."""
-    own = tiny.settings(("image",), image={"projector": {"before_pooling": True}, "budgets": [64, 16, 4, 1]})
+    config = tiny.settings(("image",), image={"projector": {"before_pooling": True}, "budgets": [64, 16, 4, 1]})
     rows = [([SYSTEM, image(i), f"question {i}"], answer) for i, answer in enumerate(["red", "two circles", "no"])]
-    return own, rows, [f"image={n}" for n in (64, 16, 4, 1)]
+    return config, rows, [f"image={n}" for n in (64, 16, 4, 1)]
 
 
 def mqt() -> tuple[ModelConfig, list, list[str]]:
     """Eight nested budgets; the second row shows two images."""
-    own = tiny.settings(("image",), image=NESTED)
+    config = tiny.settings(("image",), image=NESTED)
     rows = [([SYSTEM, image(0), "what is it"], "a cat"), ([image(1), "and", image(2), "which"], "the first one")]
-    return own, rows, [f"image={n}" for n in NESTED["budgets"]]
+    return config, rows, [f"image={n}" for n in NESTED["budgets"]]
 
 
 def haar() -> tuple[ModelConfig, list, list[str]]:
     """A pooled pyramid in the order that nests."""
-    own = tiny.settings(("image",), image={"compressor": {"order": "haar"}, "budgets": [64, 16, 4]})
-    return own, m3()[1], ["image=64", "image=16", "image=4"]
+    config = tiny.settings(("image",), image={"compressor": {"order": "haar"}, "budgets": [64, 16, 4]})
+    return config, m3()[1], ["image=64", "image=16", "image=4"]
 
 
 def mtsk() -> tuple[ModelConfig, list, list[str]]:
-    """Sound and lips at every pair of rates; what follows the sound differs."""
-    own = tiny.settings(("audio", "video"), **SPEECH)
-    rows = [([SYSTEM, sound(i), lips(i), "say it"], answer) for i, answer in enumerate(["hello there", "yes"])]
-    return own, rows, SCALES
+    """Audio and lips at every pair of rates; what follows the audio differs."""
+    config = tiny.settings(("audio", "video"), **SPEECH)
+    rows = [([SYSTEM, random_audio(i), lips(i), "say it"], answer) for i, answer in enumerate(["hello there", "yes"])]
+    return config, rows, SCALES
 
 
 def streams() -> tuple[ModelConfig, list, list[str]]:
     """Queries in windows, of which budgets share the first ones of the first window."""
-    own = tiny.settings(("audio",), audio=QUERIES)
-    return own, [([SYSTEM, sound(4), "say it"], "hello"), ([sound(2), "say it"], "no")], ["audio=/2", "audio=/4"]
+    config = tiny.settings(("audio",), audio=QUERIES)
+    return (
+        config,
+        [([SYSTEM, random_audio(4), "say it"], "hello"), ([random_audio(2), "say it"], "no")],
+        ["audio=/2", "audio=/4"],
+    )
 
 
 def stacked() -> tuple[ModelConfig, list, list[str]]:
@@ -104,19 +108,19 @@ def stacked() -> tuple[ModelConfig, list, list[str]]:
 
 def omni() -> tuple[ModelConfig, list, list[str]]:
     """Two clips in three tasks each, behind their media the same question."""
-    own = tiny.settings(("audio", "video"), **SPEECH)
+    config = tiny.settings(("audio", "video"), **SPEECH)
     rows = []
     for i, answer in enumerate(["hello there", "yes"]):
-        clip = sound(i), lips(i)
+        clip = random_audio(i), lips(i)
         rows += [([*media, "say it"], answer) for media in (clip[:1], clip[1:], clip)]
-    return own, rows, SCALES
+    return config, rows, SCALES
 
 
 CASES = {"m3": m3, "mqt": mqt, "haar": haar, "mtsk": mtsk, "omni": omni, "streams": streams, "stacked": stacked}
 
 
-def build(own: ModelConfig, **text: Any) -> ElasticForConditionalGeneration:
-    model = tiny.model(own, **text)
+def build(config: ModelConfig, **text: Any) -> ElasticForConditionalGeneration:
+    model = tiny.model(config, **text)
     set_trainables(model)
     enable_packing(model.model.language_model)
     return model.train()
@@ -126,9 +130,9 @@ def plain(model: ElasticForConditionalGeneration, batch: Batch, views: Sequence[
     """The loss by one ordinary forward pass per row and budget; gradients are left in the model."""
     total = torch.zeros(())
     weights = auxiliary_weights(model.config)
-    for own in views:
-        row = batch.rows[own.row]
-        expanded = processor.expand(Batch([row], batch.values), [[own.budget]], left_padding=False)
+    for view in views:
+        row = batch.rows[view.row]
+        expanded = processor.expand(Batch([row], batch.values), [[view.budget]], left_padding=False)
         inputs = dict(expanded.inputs)
         for medium in batch.media:  # the items of other rows are encoded too, and not shown
             shown = [span.item for span in row.spans if span.extent.medium == medium]
@@ -141,27 +145,29 @@ def plain(model: ElasticForConditionalGeneration, batch: Batch, views: Sequence[
         losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].mT, labels, reduction="sum", ignore_index=-100)
         count = int((labels != -100).sum())
         extra = sum(weights[name] * value.sum() for name, value in (out.auxiliary or {}).items())
-        loss = own.weight * (losses + count * extra) / num_targets(batch.rows)
+        loss = view.weight * (losses + count * extra) / num_targets(batch.rows)
         loss.backward()
         total += loss.detach()
     return total
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    found = {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
+    of_parameters = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
-    return found
+    return of_parameters
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, rel: float = 1e-5) -> None:
-    largest = max(own.norm() for own in expected.values())
-    for name, own in found.items():
+def assert_same(gradients: dict[str, Tensor], expected: dict[str, Tensor], *, rel: float = 1e-5) -> None:
+    largest = max(value.norm() for value in expected.values())
+    for name, value in gradients.items():
         # A projector of a budget that was not drawn has no gradient in a plain pass, and a zero one here.
-        wanted = expected.get(name, torch.zeros_like(own))
+        wanted = expected.get(name, torch.zeros_like(value))
         # What is 0 in exact arithmetic, such as a bias of all keys of a softmax, is rounding in both.
-        is_nothing = wanted.norm() < 1e-6 * largest
-        assert (own.norm() < 1e-6 * largest) if is_nothing else (own - wanted).norm() <= rel * wanted.norm(), name
-    assert not set(expected) - set(found)
+        is_zero = wanted.norm() < 1e-6 * largest
+        assert (value.norm() < 1e-6 * largest) if is_zero else (value - wanted).norm() <= rel * wanted.norm(), name
+    assert not set(expected) - set(gradients)
 
 
 def run(model: Any, training_batch: TrainingBatch, targets: int, **options: Any) -> tuple[Loss, Any]:
@@ -184,8 +190,8 @@ def packed(
     return loss, outputs
 
 
-def compare(own: ModelConfig, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[BudgetView]]:
-    model, processor = build(own, **text), tiny.processor(own)
+def compare(config: ModelConfig, rows: list, budgets: list[str], **text: Any) -> tuple[Any, Any, list[BudgetView]]:
+    model, processor = build(config, **text), tiny.processor(config)
     batch = tiny.batch(processor, rows, for_training=True)
     views = fixed_views(batch.rows, [Budget.parse(budget) for budget in budgets])
     expected = plain(model, batch, views, processor)
@@ -198,17 +204,17 @@ def compare(own: ModelConfig, rows: list, budgets: list[str], **text: Any) -> tu
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: str) -> None:
-    own, rows, budgets = CASES[name]()
-    model, (processor, batch, wanted), views = compare(own, rows, budgets)
+    config, rows, budgets = CASES[name]()
+    model, (processor, batch, wanted), views = compare(config, rows, budgets)
     if name in ("mqt", "haar"):  # everything is taken from one run per image
         training_batch = make_training_batch(batch, views, processor, packed=True)
         assert training_batch.inputs["num_image_tokens"].tolist() == [64] * len(batch.values["pixel_values"])
-    if name == "omni":  # every clip is encoded once, and sound is read once per rate for two tasks
+    if name == "omni":  # every clip is encoded once, and audio is read once per rate for two tasks
         assert [len(batch.values[f"{medium}_values"]) for medium in ("audio", "video")] == [2, 2]
         plan = make_training_batch(batch, views, processor, packed=True).plan
         assert plan is not None
         shared = int((plan.rows >= 0).sum()) - plan.num_tokens
-        assert shared >= 2 * 5, "soft tokens of the shorter sound at /4"
+        assert shared >= 2 * 5, "soft tokens of the shorter audio at /4"
     # The same, one group of views after the other, on features that are encoded once.
     features = frozen_features(model, batch, torch.device("cpu"))
     assert set(features) == batch.media
@@ -234,9 +240,9 @@ def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: 
     ids=["bank", "mome", "disjoint"],
 )
 def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterConfig, checkpointing: bool) -> None:
-    own, rows, budgets = mtsk()
-    own = dataclasses.replace(own, adapter=adapter)
-    model, processor = build(own), tiny.processor(own)
+    config, rows, budgets = mtsk()
+    config = dataclasses.replace(config, adapter=adapter)
+    model, processor = build(config), tiny.processor(config)
     if checkpointing:
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = tiny.batch(processor, rows, for_training=True)
@@ -247,8 +253,8 @@ def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterConfi
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model), wanted)
     training_batch = make_training_batch(batch, views, processor, packed=True)
-    shares = training_batch.plan.num_tokens < sum(int((row >= 0).sum()) for row in training_batch.plan.rows)
-    assert shares
+    is_shared = training_batch.plan.num_tokens < sum(int((row >= 0).sum()) for row in training_batch.plan.rows)
+    assert is_shared
     if outputs.expert_usage is not None:
         _, padded = run(model, make_training_batch(batch, views, processor), 9)
         assert padded.expert_usage is not None
@@ -257,11 +263,11 @@ def test_adapters_that_know_their_rows_know_them_in_a_pack(adapter: AdapterConfi
 
 def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -> None:
     """As Omni-AVSR trains: three tasks of one clip at one pair of rates, with a member for each task."""
-    clip, seen = sound(3), lips(3)
+    clip, seen = random_audio(3), lips(3)
     for adapter in (LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]),):
-        own = dataclasses.replace(tiny.settings(("audio", "video"), **SPEECH), adapter=adapter)
+        config = dataclasses.replace(tiny.settings(("audio", "video"), **SPEECH), adapter=adapter)
         rows = [([clip, "say it"], "yes it is"), ([seen, "say it"], "yes it is"), ([clip, seen, "say it"], "yes it is")]
-        model, processor = build(own), tiny.processor(own)
+        model, processor = build(config), tiny.processor(config)
         batch = tiny.batch(processor, rows, for_training=True)
         both = [dataclasses.replace(span, item=0) for span in batch.rows[2].spans]
         of_task = [(both[0],), (both[1],), tuple(both)]
@@ -277,8 +283,8 @@ def test_tasks_that_share_a_clip_share_its_encoding_and_what_they_begin_with() -
 
 
 def test_mixtures_of_projectors_report_by_row() -> None:
-    own = tiny.settings(("audio", "video"), audio={"projector": {"kind": "moe", "num_experts": 3, "z_weight": 0.5}})
-    compare(own, mtsk()[1], SCALES)
+    config = tiny.settings(("audio", "video"), audio={"projector": {"kind": "moe", "num_experts": 3, "z_weight": 0.5}})
+    compare(config, mtsk()[1], SCALES)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +296,13 @@ def test_mixtures_of_projectors_report_by_row() -> None:
     ids=["one map", "flat"],
 )
 def test_images_in_tiles_are_packed_with_their_newlines(image: dict[str, Any]) -> None:
-    own = tiny.settings(("image",), image=image)
-    processor = tiny.processor(own)
+    config = tiny.settings(("image",), image=image)
+    processor = tiny.processor(config)
     rng = np.random.default_rng(0)  # even images would leave gradients that are nothing but rounding
     sizes = ((90, 130, 3), (60, 200, 3))
     cuts = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
     rows = [([SYSTEM, processor.transform("image", cut), "what"], "red") for cut in cuts]
-    model, (_, batch, _), views = compare(own, rows, ["image=16", "image=4"])
+    model, (_, batch, _), views = compare(config, rows, ["image=16", "image=4"])
     if model.model.newline is not None:
         plan = make_training_batch(batch, views, processor, packed=True).plan
         assert plan is not None
@@ -333,8 +339,8 @@ def test_what_cannot_be_packed_is_refused_with_the_reason() -> None:
         enable_packing(gemma)
     mistral = AutoModelForCausalLM.from_config(MistralConfig(**small, sliding_window=8)).model
     assert "within a window of 8" in str(obstacle(mistral))
-    own, rows, budgets = m3()
-    model, processor = tiny.model(own), tiny.processor(own)
+    config, rows, budgets = m3()
+    model, processor = tiny.model(config), tiny.processor(config)
     batch = tiny.batch(processor, rows, for_training=True)
     training_batch = make_training_batch(
         batch, fixed_views(batch.rows, [Budget.parse(budgets[0])]), processor, packed=True
@@ -344,8 +350,8 @@ def test_what_cannot_be_packed_is_refused_with_the_reason() -> None:
 
 
 def test_rows_that_are_not_packed_are_read_as_before() -> None:
-    own, rows, budgets = m3()
-    model, processor = tiny.model(own), tiny.processor(own)
+    config, rows, budgets = m3()
+    model, processor = tiny.model(config), tiny.processor(config)
     batch = tiny.batch(processor, rows, for_training=True)
     training_batch = make_training_batch(batch, fixed_views(batch.rows, [Budget.parse(budgets[1])]), processor)
     with torch.no_grad():
@@ -358,7 +364,7 @@ def test_groups_hold_one_budget_of_every_row_and_learn_from_the_first() -> None:
     largest, smallest = Budget.parse("image=64"), Budget.parse("image=1")
     views = _views([[SampledBudget(largest, is_teacher=True), SampledBudget(smallest)], [SampledBudget(Budget())]])
     groups = split_by_budget(views)
-    assert [[(own.row, own.name, own.teacher) for own in group] for group in groups] == [
+    assert [[(view.row, view.name, view.teacher) for view in group] for group in groups] == [
         [(0, "image=64", 0), (1, "text", 1)],
         [(0, "image=1", 0)],
     ]

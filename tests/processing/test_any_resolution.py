@@ -60,7 +60,7 @@ def sample(folder: Path, *names: str, name: str = "a", text: str = "what is it?"
     return Sample(name, (Message("user", (*media, Text(text))), Message("assistant", (Text("red"),))), "t", root=folder)
 
 
-def asked(processor: ElasticProcessor, samples: list[Sample], budgets: list[str]) -> Batch:
+def batch_at(processor: ElasticProcessor, samples: list[Sample], budgets: list[str]) -> Batch:
     parsed = [Budget.parse(text) for text in budgets]
     return processor.batch(samples, [processor.load_media(one, budgets=parsed) for one in samples], for_training=False)
 
@@ -72,7 +72,7 @@ def test_the_prompt_holds_the_tokens_of_every_tile_in_their_order(folder: Path, 
     """Against every tile compressed alone and put together by hand; rows of other media stand beside it."""
     config = tiled()
     model, processor = tiny.model(config), tiny.processor(config)
-    batch = asked(processor, [sample(folder, "0.png"), sample(folder, "1.png", "3.png")], [budget])
+    batch = batch_at(processor, [sample(folder, "0.png"), sample(folder, "1.png", "3.png")], [budget])
     expanded = processor.expand(batch, [[Budget.parse(budget)] * 2], left_padding=True)
     with torch.no_grad():
         embeds = model.model.embed(expanded.inputs["input_ids"], expanded.inputs)
@@ -108,10 +108,10 @@ def test_budgets_with_different_tiles_are_answered_together_and_encoded_once(
     answerer = Answerer(tiny.model(config, seed=3), tiny.processor(config), Decoding(num_beams, max_new_tokens=4))
     samples = [sample(folder, "0.png", name="a"), sample(folder, "2.png", "3.png", name="b")]
     budgets = ["image=16", "image=4,tiles<=2", "image=2,tiles<=0", "total<=60"]
-    batch = asked(answerer.processor, samples, budgets)
+    batch = batch_at(answerer.processor, samples, budgets)
     seen: list[int] = []
-    tower = answerer.model.model.vision_tower
-    handle = tower.register_forward_hook(lambda _, value, __: seen.append(len(value[0])))
+    encoder = answerer.model.model.vision_tower
+    handle = encoder.register_forward_hook(lambda _, value, __: seen.append(len(value[0])))
     together = answerer.answer_batch(batch, [[Budget.parse(text)] * 2 for text in budgets])
     handle.remove()
     assert len(seen) == 1
@@ -178,7 +178,7 @@ def test_frames_and_tiles_stand_in_one_batch(folder: Path) -> None:
     answerer = Answerer(tiny.model(config, seed=3), tiny.processor(config), Decoding(max_new_tokens=6))
     samples = [sample(folder, "clip.mp4", "0.png", name="a"), sample(folder, "1.png", "clip.mp4", name="b")]
     budgets = ["image=16,video=4,frames=2", "image=4,video=4,tiles<=2", "total<=90"]
-    batch = asked(answerer.processor, samples, budgets)
+    batch = batch_at(answerer.processor, samples, budgets)
     together = answerer.answer_batch(batch, [[Budget.parse(text)] * 2 for text in budgets])
     for answers, budget in zip(together, budgets, strict=True):
         for answer, one in zip(answers, samples, strict=True):
@@ -238,12 +238,12 @@ def test_the_cost_is_what_runs(folder: Path, image: dict[str, Any], budget: str)
     """Encoder and compressor of every image that is encoded, and of every one that is shown."""
     config = tiled(video=True, **image)
     model, processor = tiny.model(config), tiny.processor(config)
-    asked_for = Budget.parse(budget)
-    batch = asked(processor, [sample(folder, "0.png" if "image" in budget else "clip.mp4")], [budget])
-    (cost,) = batch.rows[0].token_counts(asked_for, processor.space)
+    parsed = Budget.parse(budget)
+    batch = batch_at(processor, [sample(folder, "0.png" if "image" in budget else "clip.mp4")], [budget])
+    (cost,) = batch.rows[0].token_counts(parsed, processor.space)
     extent = batch.rows[0].spans[0].extent
     counted = request_cost(model.config, items_of(extent, cost), num_prompt_tokens=9, num_new_tokens=1)
-    inputs = processor.expand(batch, [[asked_for]], left_padding=True).inputs
+    inputs = processor.expand(batch, [[parsed]], left_padding=True).inputs
     with torch.no_grad():
         with FlopCounterMode(display=False) as encoder, sdpa_kernel(SDPBackend.MATH):
             features = model.model.encode("image", inputs["pixel_values"])
@@ -319,5 +319,5 @@ def test_every_sample_of_a_batch_may_have_its_own_cap(folder: Path) -> None:
     costs = processor.expand(
         processor.batch(samples, loaded, for_training=False), [caps], left_padding=True
     ).token_counts
-    first, second = (sum(cost.tokens for cost in own) for own in costs)
+    first, second = (sum(cost.tokens for cost in row) for row in costs)
     assert 30 < first <= 60 < second <= 200

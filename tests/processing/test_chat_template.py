@@ -12,7 +12,7 @@ from mllm.processing.processor import ElasticProcessor
 
 PIL_IMAGE = Image.new("RGB", (8, 8))
 IMAGE, TEXT = {"type": "image", "image": PIL_IMAGE}, {"type": "text", "text": "what colour is it?"}
-OWN = "{% for message in messages %}<s>{{ message.role }}: {{ message['content'] }}</s>{% endfor %}"
+PLAIN_TEMPLATE = "{% for message in messages %}<s>{{ message.role }}: {{ message['content'] }}</s>{% endfor %}"
 CHATS: dict[str, list[dict[str, Any]]] = {
     "image": [{"role": "user", "content": [IMAGE, TEXT]}],
     "two images": [{"role": "user", "content": [IMAGE, IMAGE, TEXT, IMAGE]}],
@@ -29,7 +29,7 @@ def made(chat_format: str, *, names_images: bool = False, span: bool = False) ->
     """Return a tiny processor of a chat format; `chat` has a template that writes contents as they come."""
     config = tiny.settings(("image",), image={"span": ["<s>", "</s>"] if span else []})
     tokenizer = copy.deepcopy(tiny.TOKENIZER)
-    tokenizer.chat_template = OWN if chat_format == "chat" else None
+    tokenizer.chat_template = PLAIN_TEMPLATE if chat_format == "chat" else None
     return tiny.processor(config, tokenizer=tokenizer, chat_format=chat_format, names_images=names_images)
 
 

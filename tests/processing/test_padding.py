@@ -31,8 +31,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def settings(parts: dict[str, str], **image: bool) -> ModelConfig:
     encoder = {"source": parts["image"], "feature_layer": -1, **image}
-    own = medium("image", {"encoder": encoder, "budgets": [1, 4]})
-    return ModelConfig(llm=parts["llm"], chat_format="plain", image=own)
+    block = medium("image", {"encoder": encoder, "budgets": [1, 4]})
+    return ModelConfig(llm=parts["llm"], chat_format="plain", image=block)
 
 
 def padded(image: Image.Image) -> torch.Tensor:

@@ -65,18 +65,18 @@ def clips(recordings: list[Recording], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_recordings_are_those_that_were_counted(recordings: list[Recording]) -> None:
-    counts = {source: sum(own.source == source for own in recordings) for source in {r.source for r in recordings}}
+    counts = {source: sum(one.source == source for one in recordings) for source in {r.source for r in recordings}}
     assert counts == {"prompts": 273, "librivox": 3, "cards": 5, "loudspeakers": 8}
-    assert sum(len(own.text.split()) for own in recordings) == 1763
-    for own in recordings:
-        assert own.samples.dtype == np.float32
-        assert 0.02 < float(np.abs(own.samples).max()) <= 1.0, own.name
+    assert sum(len(one.text.split()) for one in recordings) == 1763
+    for one in recordings:
+        assert one.samples.dtype == np.float32
+        assert 0.02 < float(np.abs(one.samples).max()) <= 1.0, one.name
 
 
 def test_whisper_transcribes_recordings(parts: Path, clips: dict[str, Path], recordings: list[Recording]) -> None:
     texts = transcribe(parts / "whisper", next(iter(clips.values())).parent)
     assert set(texts) == set(clips)
-    wanted = {own.name: own.text for own in recordings}
+    wanted = {one.name: one.text for one in recordings}
     name = "librivox-sense_and_sensibility_01_austen_64kb-0880"
     assert spoken_by_whisper(texts[name]) == wanted[name] == "he was not an ill disposed young man"
     errors = corpus(word_errors(wanted[name], spoken_by_whisper(text)) for name, text in texts.items())
@@ -112,10 +112,12 @@ def test_smollm2_answers(parts: Path) -> None:
 def write_clips(folder: Path, recordings: list[Recording]) -> Path:
     """A manifest of three recordings."""
     samples = []
-    for own in recordings[:3]:
-        soundfile.write(folder / f"{own.name}.wav", own.samples, SAMPLE_RATE_HZ)
-        asked = (Media("audio", f"{own.name}.wav"), Text("Write down what is said."))
-        samples.append(Sample(own.name, (Message("user", asked), Message("assistant", (Text(own.text),))), "asr"))
+    for recording in recordings[:3]:
+        soundfile.write(folder / f"{recording.name}.wav", recording.samples, SAMPLE_RATE_HZ)
+        content = (Media("audio", f"{recording.name}.wav"), Text("Write down what is said."))
+        samples.append(
+            Sample(recording.name, (Message("user", content), Message("assistant", (Text(recording.text),))), "asr")
+        )
     write_manifest(folder / "clips.jsonl", samples)
     return folder / "clips.jsonl"
 
@@ -153,9 +155,9 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
     saved = load_file(parts / encoder / "model.safetensors")
     prefix = "model.encoder." if encoder == "whisper" else ""
     backbone = model.model.audio_tower.backbone
-    found = dict(backbone.named_parameters())
-    assert set(found) == {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
-    for name, value in found.items():
+    parameters = dict(backbone.named_parameters())
+    assert set(parameters) == {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+    for name, value in parameters.items():
         assert torch.equal(value, saved[prefix + name].to(value.dtype)), name
     answer = Answerer(model, processor, Decoding(max_new_tokens=5)).answer(
         audio=str(tmp_path / f"{recordings[0].name}.wav"), text="Write down what is said.", budget="audio=/25"
@@ -167,11 +169,11 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
 def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
     settings = RealDemoConfig(out=out, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
-    found, seconds = real_demo(settings)
-    found.write(tmp_path / "demo")
-    assert list(found.soft_tokens) == ["audio=/4", "audio=/8", "audio=/16", "audio=/25"]
-    assert found.whisper.value is not None
-    assert found.whisper.value < 0.12
+    table, seconds = real_demo(settings)
+    table.write(tmp_path / "demo")
+    assert list(table.soft_tokens) == ["audio=/4", "audio=/8", "audio=/16", "audio=/25"]
+    assert table.whisper.value is not None
+    assert table.whisper.value < 0.12
     assert (tmp_path / "demo" / "rates.png").stat().st_size > 10_000
-    assert "he was" in found.transcripts or "| said |" in found.transcripts
+    assert "he was" in table.transcripts or "| said |" in table.transcripts
     assert set(seconds) == {"parts", "corpus", "training", "evaluation", "whisper"}

@@ -63,7 +63,7 @@ def test_frames_say_what_is_spoken_in_their_middle() -> None:
 
 @pytest.mark.parametrize("classes", [blur.VISEMES, blur.MANNERS])
 def test_every_phone_is_in_one_class(classes) -> None:
-    assert sorted(phone for members in classes for phone in members.split()) == sorted(PHONES)
+    assert sorted(phone for phones in classes for phone in phones.split()) == sorted(PHONES)
 
 
 @pytest.mark.parametrize("blurring", [blur.heard_phones, blur.seen_phones])

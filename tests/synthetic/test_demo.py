@@ -33,8 +33,8 @@ def rows(**changes: float) -> list[dict[str, Any]]:
         )
     for kind in (*KINDS, None):
         for count, value in ACCURACY.items():
-            own = {"task": "vqa", "kind": kind, "snr_db": None, "budget": f"image={count}", "soft_tokens": count}
-            made.append(own | {"value": 1.0 if kind in ("time", "ground") else value})
+            result = {"task": "vqa", "kind": kind, "snr_db": None, "budget": f"image={count}", "soft_tokens": count}
+            made.append(result | {"value": 1.0 if kind in ("time", "ground") else value})
     for row in made:
         name = f"{row['kind'] or row['task']}:{row['budget']}:{row['snr_db']}"
         row["value"] = changes.get(name, row["value"])
@@ -99,17 +99,17 @@ def test_a_small_demo_leaves_a_plot_and_a_model_and_is_not_made_twice(tmp_path: 
     sizes = {"num_utterances": 12, "num_scenes": 12, "num_test_utterances": 4, "num_test_scenes": 3}
     settings = DemoConfig(out=str(tmp_path / "demo"), steps=3, **sizes)
     seen: set[str] = set()
-    found = demo(settings, progress=lambda what, *_: seen.add(what))
-    assert set(found["seconds"]) == {"corpora", "training", "evaluation"}
+    results = demo(settings, progress=lambda what, *_: seen.add(what))
+    assert set(results["seconds"]) == {"corpora", "training", "evaluation"}
     assert {"speaking", "drawing", "answering the test questions"} <= seen
-    assert {row["budget"] for row in found["rows"] if row["task"] == "avsr"} == set(BUDGETS[:5])
-    assert all(row["num_samples"] == 4 for row in found["rows"] if row["task"] != "vqa")
+    assert {row["budget"] for row in results["rows"] if row["task"] == "avsr"} == set(BUDGETS[:5])
+    assert all(row["num_samples"] == 4 for row in results["rows"] if row["task"] != "vqa")
     assert (tmp_path / "demo" / "evaluation" / "demo" / "pareto.png").stat().st_size > 1000
     load(tmp_path / "demo")
     again = demo(settings)
     assert set(again["seconds"]) == {"corpora", "evaluation"}
-    assert again["rows"] == found["rows"]
-    assert evaluate(evaluation_settings(settings)).rows == found["rows"]  # pyright: ignore[reportOptionalMemberAccess]
+    assert again["rows"] == results["rows"]
+    assert evaluate(evaluation_settings(settings)).rows == results["rows"]  # pyright: ignore[reportOptionalMemberAccess]
     words = [word for key, value in (sizes | {"steps": 3}).items() for word in (f"--{key}", str(value))]
     assert main(["demo", "--out", settings.out, *words]) == 1  # three steps show nothing
     assert main(["demo", "--out", settings.out, *words, "--judge", "false"]) == 0

@@ -89,7 +89,7 @@ def test_what_does_not_hold_is_said_not_to(changes: dict[str, int], claim: str) 
 def test_a_difference_is_of_the_same_utterances() -> None:
     """Errors that differ from utterance to utterance make wide intervals, and none where both models share them."""
     uneven = Cell(tuple(10 * (index % 2) for index in range(100)), (10,) * 100, (0.5,))
-    shifted = replace(uneven, errors=tuple(own + 1 for own in uneven.errors))
+    shifted = replace(uneven, errors=tuple(count + 1 for count in uneven.errors))
     low, high = uneven.interval
     assert high - low > 0.15
     gap, low, high = shifted.minus(uneven)
@@ -107,9 +107,9 @@ def test_the_table_has_the_columns_of_the_papers_and_the_file_every_number() -> 
     assert any(line.startswith("| Omni ST - separate | +0.5 (") for line in lines)
     rows = comparison_rows(made)
     assert len(rows) == 3 * len(columns())
-    (own,) = [row for row in rows if (row["model"], row["budget"], row["snr_db"]) == ("omni_st", "audio=/4", None)]
-    assert own["tokens_per_second"] == 12.5
-    assert own["minus_separate"][0] == pytest.approx(0.005)
+    (one,) = [row for row in rows if (row["model"], row["budget"], row["snr_db"]) == ("omni_st", "audio=/4", None)]
+    assert one["tokens_per_second"] == 12.5
+    assert one["minus_separate"][0] == pytest.approx(0.005)
 
 
 def test_the_command_chooses_the_demo_and_refuses_keys_of_the_other() -> None:
@@ -129,10 +129,10 @@ def test_the_long_demo_at_its_smallest_makes_every_model_and_the_comparison(tmp_
     sizes = ["--steps", "2", "--num_utterances", "12", "--num_test_utterances", "3", "--num_seeds", "1"]
     status = main(["demo", "--full", "--out", str(out), *sizes])
     settings = FullDemoConfig(out=str(out), steps=2, num_utterances=12, num_test_utterances=3, num_seeds=1)
-    found = read_cells(settings)
-    assert set(found) == {(model, column) for model in (SEPARATE, *ELASTIC) for column in columns()}
-    assert all(len(cell.errors) == 3 for cell in found.values())
-    assert status == int(not all(finding.holds for finding in findings(found)))
+    read = read_cells(settings)
+    assert set(read) == {(model, column) for model in (SEPARATE, *ELASTIC) for column in columns()}
+    assert all(len(cell.errors) == 3 for cell in read.values())
+    assert status == int(not all(finding.holds for finding in findings(read)))
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {SEPARATE, *ELASTIC}
     assert (out / "comparison.png").stat().st_size > 10_000

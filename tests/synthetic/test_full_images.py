@@ -30,8 +30,8 @@ def cells(changes: dict[Key, int] | None = None) -> dict[Key, Cell]:
     for style in STYLES:
         for elastic in (True, False):
             for kind in (*KINDS, ALL):
-                for place, count in enumerate(COUNTS):
-                    errors = 1 if kind in COARSE_KINDS else 10 * (place + 1)
+                for rank, count in enumerate(COUNTS):
+                    errors = 1 if kind in COARSE_KINDS else 10 * (rank + 1)
                     errors = (changes or {}).get((style, elastic, kind, count), errors)
                     wrong = tuple(int(index < errors) for index in range(NUM_SCENES))
                     made[style, elastic, kind, count] = Cell(wrong, (1,) * NUM_SCENES, (errors / 100,) * 2)
@@ -58,9 +58,9 @@ def test_elastic_and_separate_models_differ_in_their_counts_and_steps_only(style
 
 
 def test_findings_hold_where_they_are_there() -> None:
-    found = findings(cells())
-    assert len(found) == 3 * len(STYLES)
-    assert all(finding.holds for finding in found)
+    said = findings(cells())
+    assert len(said) == 3 * len(STYLES)
+    assert all(finding.holds for finding in said)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_the_long_demo_of_images_at_its_smallest(tmp_path: Path) -> None:
     sizes = ["--steps", "2", "--num_scenes", "30", "--num_test_scenes", "3", "--num_seeds", "1"]
     status = main(["demo", "--full", "--about", "images", "--out", str(out), *sizes])
     settings = FullImagesConfig(out=str(out), steps=2, num_scenes=30, num_test_scenes=3, num_seeds=1)
-    found = read_cells(settings)
-    assert len(found) == len(STYLES) * 2 * (len(KINDS) + 1) * len(COUNTS)
-    assert all(len(cell.errors) == 3 for cell in found.values())
-    assert {cell.units for key, cell in found.items() if key[2] == ALL} == {(len(KINDS),) * 3}
-    assert status == int(not all(finding.holds for finding in findings(found)))
+    read = read_cells(settings)
+    assert len(read) == len(STYLES) * 2 * (len(KINDS) + 1) * len(COUNTS)
+    assert all(len(cell.errors) == 3 for cell in read.values())
+    assert {cell.units for key, cell in read.items() if key[2] == ALL} == {(len(KINDS),) * 3}
+    assert status == int(not all(finding.holds for finding in findings(read)))
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert {row["style"] for row in rows} == set(STYLES)
     assert (out / "comparison.png").stat().st_size > 10_000

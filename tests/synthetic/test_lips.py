@@ -1,4 +1,4 @@
-"""What the lips promise: frames that last as long as the sound, one film per call, mouths that do what phones do."""
+"""What the lips promise: frames that last as long as the audio, one film per call, mouths that do what phones do."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def utterance() -> Utterance:
     return synthesise("we moved the empty basket", VOICES["train"][0])
 
 
-def test_images_last_as_long_as_the_sound(utterance: Utterance) -> None:
+def test_images_last_as_long_as_the_audio(utterance: Utterance) -> None:
     frames = draw_lips(utterance.phones, face_seed=1)
     assert frames.dtype == np.uint8
     assert frames.shape == (num_lip_frames(utterance.seconds), 48, 48)

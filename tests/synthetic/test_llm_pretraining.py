@@ -44,19 +44,19 @@ def words(tokenizer, example) -> str:
 
 
 QUESTIONS = [Question("colour", "what colour is the circle?", "red"), Question("time", "is it day or night?", "night")]
-ASKED = " what colour is the circle? red</s> is it day or night? night</s>"
+QUESTIONS_TEXT = " what colour is the circle? red</s> is it day or night? night</s>"
 
 
 def test_a_scene_is_told_or_shown_and_asked(text, tokenizer) -> None:
-    told = text.sample("scene_text", scene=SCENE, questions=QUESTIONS)
-    assert words(tokenizer, told) == "<s> night, ground brown; circle red k x2 y5." + ASKED
+    sample = text.sample("scene_text", scene=SCENE, questions=QUESTIONS)
+    assert words(tokenizer, sample) == "<s> night, ground brown; circle red k x2 y5." + QUESTIONS_TEXT
     shown = text.sample("scene_bags", scene=SCENE, questions=QUESTIONS, side=2)
-    assert words(tokenizer, shown) == "<s><image>****</image>" + ASKED
+    assert words(tokenizer, shown) == "<s><image>****</image>" + QUESTIONS_TEXT
     assert [(kind, tokenizer.decode(shown.ids[at])) for kind, at in shown.answers] == [
         ("colour", "red"),
         ("time", "night"),
     ]
-    assert [told.ids[i] for i, weight in enumerate(told.weights) if weight == 1.0] == [
+    assert [sample.ids[i] for i, weight in enumerate(sample.weights) if weight == 1.0] == [
         word_id(tokenizer, "red"),
         word_id(tokenizer, "night"),
     ]
@@ -74,11 +74,11 @@ def test_speech_is_heard_seen_or_both_and_written_down(text, tokenizer) -> None:
 
 
 def test_sequences_are_a_function_of_the_seed(tokenizer) -> None:
-    def draw(seed: int) -> list[list[int]]:
+    def ids_of(seed: int) -> list[list[int]]:
         text = PretrainingText(tokenizer, [LAY], split="train", seed=seed)
         return [example.ids for example in sample_batch(text, 0.5, 1000)]
 
-    assert draw(1) == draw(1) != draw(2)
+    assert ids_of(1) == ids_of(1) != ids_of(2)
 
 
 def test_a_batch_has_about_the_tokens_asked_for_at_every_stage(tokenizer) -> None:
@@ -102,27 +102,27 @@ def test_hints_say_where_things_are_and_how_many_there_were_so_far(tokenizer) ->
     others = (SceneObject("star", "red", "m", 3, 2), SceneObject("cross", "blue", "m", 0, 0))
     scene = Scene((*SCENE.objects, *others), "day", "pink")
     places = [QUESTIONS[0], Question("relation", "is the circle above the star?", "no")]
-    asked = [("circle", "x2"), ("circle", "y5"), ("star", "x4"), ("star", "y3")]
-    told = hints(tokenizer, text.sample("scene_text", scene=scene, questions=places))
-    assert sorted(told[:3]) == [("blue", "one"), ("red", "one"), ("red", "two")]
-    assert told[3:] == asked
+    questions = [("circle", "x2"), ("circle", "y5"), ("star", "x4"), ("star", "y3")]
+    hinted = hints(tokenizer, text.sample("scene_text", scene=scene, questions=places))
+    assert sorted(hinted[:3]) == [("blue", "one"), ("red", "one"), ("red", "two")]
+    assert hinted[3:] == questions
     shown = text.sample("scene_bags", scene=scene, questions=places, side=8)
-    assert hints(tokenizer, shown) == [("*", "one"), ("*", "one"), ("*", "two"), *asked]
+    assert hints(tokenizer, shown) == [("*", "one"), ("*", "one"), ("*", "two"), *questions]
     assert [position - 2 for position, _ in shown.hints[:3]] == [0, 2 * 8 + 3, 4 * 8 + 1], "behind <s> and <image>"
-    assert hints(tokenizer, text.sample("scene_bags", scene=scene, questions=places, side=4)) == asked
+    assert hints(tokenizer, text.sample("scene_bags", scene=scene, questions=places, side=4)) == questions
     batch = collate([shown, shown])
-    own = [(position, word) for position, word in shown.hints]
-    both = own + [(position + len(shown.ids), word) for position, word in own]
+    hinted = [(position, word) for position, word in shown.hints]
+    both = hinted + [(position + len(shown.ids), word) for position, word in hinted]
     assert list(zip(batch.hint_positions.tolist(), batch.hint_ids.tolist(), strict=True)) == both
 
 
-def test_counting_is_a_lesson_of_its_own(tokenizer) -> None:
+def test_counting_is_practised_most_in_the_middle(tokenizer) -> None:
     text = PretrainingText(tokenizer, [], split="train", seed=0)
-    shares = []
+    fractions = []
     for text.progress in (0.0, 0.5, 1.0):
-        asked = [kind for _ in range(60) for kind, _ in text.sample("scene_text").answers]
-        shares.append(asked.count("count") / len(asked))
-    assert shares[1] > 0.6 > 0.4 > shares[2] > shares[0]
+        kinds = [kind for _ in range(60) for kind, _ in text.sample("scene_text").answers]
+        fractions.append(kinds.count("count") / len(kinds))
+    assert fractions[1] > 0.6 > 0.4 > fractions[2] > fractions[0]
 
 
 def test_an_unknown_kind_is_refused(text) -> None:

@@ -1,4 +1,4 @@
-"""What the voices promise: phones that cover the sound, one sound per call, sentences and voices held out."""
+"""What the voices promise: phones that cover the audio, one waveform per call, sentences and voices held out."""
 
 from itertools import combinations, pairwise
 
@@ -37,7 +37,7 @@ def test_no_voice_and_no_family_of_voices_stands_in_two_splits() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_voice_speaks_and_its_phones_cover_the_sound(split: str) -> None:
+def test_every_voice_speaks_and_its_phones_cover_the_audio(split: str) -> None:
     for voice in VOICES[split]:
         utterance = synthesise("they fell over the small jewel", voice)
         assert utterance.samples.dtype == np.float32
@@ -64,7 +64,7 @@ def test_final_l_is_a_phone_of_its_own() -> None:
     assert phone_string(synthesise("fell", VOICE).phones) == ("f", "eh", "l")
 
 
-def test_the_sound_is_a_function_of_the_arguments() -> None:
+def test_the_waveform_is_a_function_of_the_arguments() -> None:
     first = synthesise("place blue at f two now", VOICE, pitch=40)
     synthesise("something else in between", VOICES["test"][1])
     again = synthesise("place blue at f two now", VOICE, pitch=40)

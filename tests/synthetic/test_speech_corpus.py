@@ -1,4 +1,4 @@
-"""What the corpus promises: files that other programs read, sound and lips of one length, splits that share nothing."""
+"""What the corpus promises: files that other programs read, audio and lips of one length, splits that share nothing."""
 
 from itertools import combinations
 from pathlib import Path
@@ -33,7 +33,7 @@ def rows(corpus: Path, split: str) -> list[Sample]:
     return read_manifest(corpus / f"{split}.jsonl", corpus)
 
 
-def test_sound_and_lips_read_back_with_one_length(corpus: Path) -> None:
+def test_audio_and_lips_read_back_with_one_length(corpus: Path) -> None:
     samples = [sample for split in SPLITS for sample in rows(corpus, split) if sample.task == "avsr"]
     assert len(samples) == 5 + 3 + 3
     for sample in samples:
@@ -45,9 +45,9 @@ def test_sound_and_lips_read_back_with_one_length(corpus: Path) -> None:
             num_frames = sum(1 for _ in container.decode(stream))
             assert (stream.codec_context.name, stream.average_rate) == ("h264", LIP_FRAMES_PER_SECOND)
             assert (stream.width, stream.height) == (48, 48)
-        sound_seconds = len(waveform) / rate_hz
-        assert abs(num_frames / LIP_FRAMES_PER_SECOND - sound_seconds) < 0.08
-        assert sound_seconds == pytest.approx(sample.meta["seconds"], abs=1e-3)
+        audio_seconds = len(waveform) / rate_hz
+        assert abs(num_frames / LIP_FRAMES_PER_SECOND - audio_seconds) < 0.08
+        assert audio_seconds == pytest.approx(sample.meta["seconds"], abs=1e-3)
 
 
 def test_rows_ask_with_the_prompt_of_their_media(corpus: Path) -> None:

@@ -36,8 +36,8 @@ def test_fields_hold_the_words_of_an_object(scenes) -> None:
     bags = render_images(scenes[:1]).bags[0]
     for thing in scenes[0].objects:
         bag = bags[thing.row * 8 + thing.column]
-        told = [SCENE_WORDS[first + int(bag.narrow(0, first, number).argmax())] for first, number in FIELDS.values()]
-        assert told == list(object_words(thing))
+        words = [SCENE_WORDS[first + int(bag.narrow(0, first, number).argmax())] for first, number in FIELDS.values()]
+        assert words == list(object_words(thing))
     assert NUM_OBJECT_WORDS + NUM_BACKGROUNDS == len(SCENE_WORDS) == bags.shape[1]
     np.testing.assert_array_equal(bags, scene_bags(scenes[0])[:, -len(SCENE_WORDS) :])
 
@@ -56,7 +56,7 @@ def test_a_perfect_reader_has_almost_no_loss_and_a_wrong_one_has(scenes) -> None
         assert float(patch_loss(reader, features.flip(0), bags)) > 10.0
 
 
-def test_the_shipped_processor_gives_the_pixels_the_tower_was_trained_on(scenes) -> None:
+def test_the_shipped_processor_gives_the_pixels_the_encoder_was_trained_on(scenes) -> None:
     processor = AutoImageProcessor.from_pretrained(ASSETS)
     pixels = processor(images=[render_scene(scene) for scene in scenes[:3]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, render_images(scenes[:3]).pixels, atol=1e-5, rtol=0)
@@ -69,14 +69,17 @@ def test_a_linear_map_reads_the_patches_of_held_out_scenes_from_the_shipped_feat
     with torch.no_grad():
         features = patch_features(encoder_part, images.pixels)
     features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
-    known, asked = features[:48].flatten(0, 1), features[48:].flatten(0, 1)
+    known, tested = features[:48].flatten(0, 1), features[48:].flatten(0, 1)
     weight = torch.linalg.solve(known.T @ known + 0.1 * torch.eye(129), known.T @ images.bags[:48].flatten(0, 1))
     bags = images.bags[48:].flatten(0, 1)
     is_object = bags[:, :NUM_OBJECT_WORDS].sum(dim=-1) > 0
     for name in ("shape", "colour", "letter"):
         first, number = FIELDS[name]
-        told, said = ((asked @ weight)[is_object].narrow(1, first, number), bags[is_object].narrow(1, first, number))
-        assert float((told.argmax(1) == said.argmax(1)).float().mean()) >= 0.95, name
+        predicted, said = (
+            (tested @ weight)[is_object].narrow(1, first, number),
+            bags[is_object].narrow(1, first, number),
+        )
+        assert float((predicted.argmax(1) == said.argmax(1)).float().mean()) >= 0.95, name
 
 
 @pytest.mark.slow

@@ -54,9 +54,9 @@ def test_a_compressor_from_outside_is_named_counted_and_run() -> None:
     config = tiny.settings(("image",), image={"compressor": {"kind": "corner", "strength": 2.0}, "budgets": [16, 1]})
     assert config.image is not None
     assert isinstance(config.image.compressor, CornerConfig)
-    own, plain = tiny.model(config), tiny.model(tiny.settings(("image",), image={"budgets": [16, 1]}))
-    assert isinstance(own.model.compressors["image"], CornerPool)
-    own.load_state_dict(plain.state_dict())
+    registered, plain = tiny.model(config), tiny.model(tiny.settings(("image",), image={"budgets": [16, 1]}))
+    assert isinstance(registered.model.compressors["image"], CornerPool)
+    registered.load_state_dict(plain.state_dict())
     processor = tiny.processor(config)
     batch = tiny.batch(processor, [([tiny.random_media("image")], "yes")], for_training=True)
     inputs = processor.expand(batch, [[Budget.parse("image=16")]], left_padding=False).inputs
@@ -65,7 +65,7 @@ def test_a_compressor_from_outside_is_named_counted_and_run() -> None:
     with torch.no_grad():
         features = plain.model.encode("image", inputs["pixel_values"])
         ours, theirs = (
-            each.model.compress("image", features, num_tokens=counts, max_tokens=16) for each in (own, plain)
+            each.model.compress("image", features, num_tokens=counts, max_tokens=16) for each in (registered, plain)
         )
     torch.testing.assert_close(ours, theirs + 1.0)
 

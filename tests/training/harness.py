@@ -42,8 +42,8 @@ class Rows(Dataset[tuple[Sample, list[LoadedMedia]]]):
         epoch, index = key
         rng = random_generator(self.seed, epoch, str(index), "noise")
         loaded = []
-        for place, medium in enumerate(self.kinds[index]):
-            clean = tiny.random_media(medium, 20 + 3 * (index % 4), seed=100 * index + place)
+        for number, medium in enumerate(self.kinds[index]):
+            clean = tiny.random_media(medium, 20 + 3 * (index % 4), seed=100 * index + number)
             noise = torch.from_numpy(rng.standard_normal(tuple(clean.values.shape), dtype="float32"))
             loaded.append(dataclasses.replace(clean, values=clean.values + 0.1 * noise))
         parts = (*(Media(medium, "x") for medium in self.kinds[index]), Text(f"question {index}"))
@@ -73,12 +73,12 @@ def run_settings(
     **train: Any,
 ) -> RunConfig:
     """Settings of a toy run."""
-    given = {"max_steps": 4, "learning_rate": 0.01, "log_every": 1, "progress": False, "tensorboard": False, **train}
+    values = {"max_steps": 4, "learning_rate": 0.01, "log_every": 1, "progress": False, "tensorboard": False, **train}
     return RunConfig(
         model=model,
         data=DataConfig(train=["none.jsonl"], validation=["none.jsonl"] if validation else []),
         sampler=sampler or SamplerConfig(mode="random", num_budgets=2),
-        train=TrainConfig(out=str(output), **given),
+        train=TrainConfig(out=str(output), **values),
     )
 
 
@@ -120,12 +120,12 @@ def make_trainer(
         loader = DataLoader(data, batch_sampler=keys, collate_fn=collate)
         validation = Validation(loader, len(keys) - (rank + 1 == world), budgets)
     space = processor.space
-    draws = BudgetSampler(
+    sampled = BudgetSampler(
         space, settings.sampler.mode, settings.sampler.num_budgets, settings.train.seed, tuple(settings.sampler.budgets)
     )
     loader = DataLoader(data, batch_sampler=rank_batches, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
     return ElasticTrainer(
-        model, arguments, processor=processor, sampler=draws, batches=loader, validation=validation, tensorboard=False
+        model, arguments, processor=processor, sampler=sampled, batches=loader, validation=validation, tensorboard=False
     )
 
 

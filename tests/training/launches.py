@@ -40,12 +40,12 @@ def assert_same_run(one: Path, two: Path, *, tolerance: float = 1e-4, weights_at
     """Weights, moments and logged losses of two runs agree."""
     for name in ("checkpoint-00000002", "checkpoint-00000004"):
         for file in (TRAINABLES, OPTIMIZER):
-            expected, found = load_file(one / name / file), load_file(two / name / file)
-            assert expected.keys() == found.keys()
+            expected, result = load_file(one / name / file), load_file(two / name / file)
+            assert expected.keys() == result.keys()
             atol = weights_atol if file == TRAINABLES else 1e-5
             for key, value in expected.items():
                 torch.testing.assert_close(
-                    found[key], value, rtol=tolerance, atol=atol, msg=lambda m, k=key: f"{k}: {m}"
+                    result[key], value, rtol=tolerance, atol=atol, msg=lambda m, k=key: f"{k}: {m}"
                 )
     rows = [[row for row in log_rows(run) if "loss" in row] for run in (one, two)]
     assert len(rows[0]) == 4

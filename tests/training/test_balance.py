@@ -30,9 +30,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = []
     for number in range(300):
         media = [(Media("audio", "none.wav"),), (Media("audio", "none.wav"), Media("video", "none.mp4")), ()]
-        own = media[number % 3 if number % 20 else 2]
-        answer = " ".join(["word"] * int(rng.integers(1, 6)) * (1 if own else 5))
-        messages = (Message("user", (*own, Text("what?"))), Message("assistant", (Text(answer),)))
+        chosen = media[number % 3 if number % 20 else 2]
+        answer = " ".join(["word"] * int(rng.integers(1, 6)) * (1 if chosen else 5))
+        messages = (Message("user", (*chosen, Text("what?"))), Message("assistant", (Text(answer),)))
         meta = {"seconds": float(np.clip(rng.lognormal(-1.5, 0.4), 0.2, 0.9))}
         samples.append(Sample(f"s{number}", messages, task="asr", meta=meta))
     write_manifest(folder / "train.jsonl", samples)
@@ -59,9 +59,9 @@ def test_the_simulation_counts_what_the_views_of_a_run_hold(config: Path) -> Non
     settings = read_run_config(yaml.safe_load(config.read_text()))
     processor = build_processor(settings.model)
     samples = read_manifest(config.parent / "train.jsonl", config.parent)
-    draws = build_sampler(settings, processor.space)
+    sampler = build_sampler(settings, processor.space)
     budget = Budget.parse("audio=/8,video=/5")
-    loads = simulate(samples, processor, draws, config=settings, num_ranks=2, epochs=1, budgets=[budget])
+    loads = simulate(samples, processor, sampler, config=settings, num_ranks=2, epochs=1, budgets=[budget])
     scan = scan_tokens(samples, processor)
     for rank in range(2):
         batches = iter(rank_batches(samples, scan, config=settings.data, seed=0, slots=RankSlots(rank, 2, 2)))
@@ -71,8 +71,8 @@ def test_the_simulation_counts_what_the_views_of_a_run_hold(config: Path) -> Non
                 prompt = processor.chat(samples[key.index].messages)
                 runs = tuple(MediaSpan(extent, 0) for extent in extents_of(samples[key.index], processor))
                 row = EncodedSample("x", prompt.ids, prompt.labels, runs)
-                for own in sampled_views([row], draws, step):
-                    costs = row.token_counts(own.budget, processor.space)
+                for view in sampled_views([row], sampler, step):
+                    costs = row.token_counts(view.budget, processor.space)
                     drawn += len(row.ids) - len(runs) + sum(cost.tokens for cost in costs)
                 fixed += (
                     len(row.ids) - len(runs) + sum(cost.tokens for cost in row.token_counts(budget, processor.space))
@@ -87,15 +87,15 @@ def test_the_simulation_counts_what_the_views_of_a_run_hold(config: Path) -> Non
 
 def test_the_command_shows_every_budget_and_grouping_evens_them_out(config: Path, tmp_path: Path, capsys) -> None:
     words = ["data", "balance", "--config", str(config), "--ranks", "4", "--tokens-per-batch", "800"]
-    found = {}
+    facts = {}
     for grouped in ("false", "true"):
         kept = tmp_path / f"{grouped}.json"
         assert main([*words, "--data.group_by_media", grouped, "--json", str(kept)]) == 0
         assert "audio=/8,video=/5" in capsys.readouterr().out
-        found[grouped] = json.loads(kept.read_text())
-        assert found[grouped].keys() == {"steps", "as sampled", "audio=/2,video=/2", "audio=/8,video=/5"}
-        assert sum(found[grouped]["as sampled"]["tokens_per_rank"]) > 0
-    smallest = {key: own["audio=/8,video=/5"]["imbalance"] for key, own in found.items()}
+        facts[grouped] = json.loads(kept.read_text())
+        assert facts[grouped].keys() == {"steps", "as sampled", "audio=/2,video=/2", "audio=/8,video=/5"}
+        assert sum(facts[grouped]["as sampled"]["tokens_per_rank"]) > 0
+    smallest = {key: of_budget["audio=/8,video=/5"]["imbalance"] for key, of_budget in facts.items()}
     assert smallest["true"] <= 1.05
     assert main([*words, str(config.parent / "train.jsonl"), "--budgets", "audio=/2"]) == 0
     assert "audio=/2 " in capsys.readouterr().out

@@ -39,9 +39,9 @@ def launch_all(tmp_path: Path, one_process: Path, *options: str | Path) -> None:
 @pytest.mark.slow
 def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Path, one_process: Path) -> None:
     launch_all(tmp_path, one_process)
-    draws = [(tmp_path / f"skewed-draws-{rank}.txt").read_text() for rank in range(2)]
-    assert draws[0] == draws[1]
-    assert len(set(draws[0].splitlines())) > 2
+    sampled = [(tmp_path / f"skewed-draws-{rank}.txt").read_text() for rank in range(2)]
+    assert sampled[0] == sampled[1]
+    assert len(set(sampled[0].splitlines())) > 2
 
 
 @pytest.mark.slow
@@ -58,10 +58,10 @@ def test_projectors_are_fitted_alike_also_where_a_process_lacks_a_medium(tmp_pat
     launch(tmp_path, "captions")
     expected = load_file(tmp_path / "captions-0-of-1.safetensors")
     for rank in range(2):
-        found = load_file(tmp_path / f"captions-{rank}-of-2.safetensors")
-        assert found.keys() == expected.keys()
+        saved = load_file(tmp_path / f"captions-{rank}-of-2.safetensors")
+        assert saved.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.slow

@@ -17,14 +17,14 @@ from mllm.training.experts import COUNTS, ExpertUsage, plot_experts, read_counts
 def test_counts_are_summed_by_budget_and_a_repeated_step_counts_once(tmp_path: Path) -> None:
     usage = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
     accelerator = Accelerator(cpu=True)
-    own = ExpertUsage()
+    counter = ExpertUsage()
     for step in (1, 2, 2):  # a resumed run comes by step 2 again
-        own.add(["a", "b"], torch.tensor([1, 0, 1]), usage)
-        own.add(["b"], torch.tensor([0, 0, 0]), usage)
-        own.report(accelerator, step, tmp_path)
-    found = read_counts(tmp_path / COUNTS)
-    np.testing.assert_array_equal(found["a"], 2 * usage[:, 1].numpy())
-    np.testing.assert_array_equal(found["b"], 2 * (usage[:, 0] + usage[:, 2] + usage.sum(1)).numpy())
+        counter.add(["a", "b"], torch.tensor([1, 0, 1]), usage)
+        counter.add(["b"], torch.tensor([0, 0, 0]), usage)
+        counter.report(accelerator, step, tmp_path)
+    counts = read_counts(tmp_path / COUNTS)
+    np.testing.assert_array_equal(counts["a"], 2 * usage[:, 1].numpy())
+    np.testing.assert_array_equal(counts["b"], 2 * (usage[:, 0] + usage[:, 2] + usage.sum(1)).numpy())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -37,8 +37,8 @@ def test_every_token_of_a_run_chooses_top_k_experts_in_every_layer(tmp_path: Pat
     trainer.train()
     counts = read_counts(tmp_path / COUNTS)
     assert any(name.startswith("audio=") for name in counts)
-    for own in counts.values():
-        layers = own.sum(axis=(1, 2))
+    for one in counts.values():
+        layers = one.sum(axis=(1, 2))
         assert (layers == layers[0]).all(), "every layer sees every token"
         assert layers[0] % 2 == 0, "two experts per token"
     video_only = counts[next(name for name in counts if name.startswith("video="))]

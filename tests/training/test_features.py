@@ -45,7 +45,7 @@ KINDS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video"), "see"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of a tiny model, and clips and images in tasks that share files; one sound is broken."""
+    """Parts of a tiny model, and clips and images in tasks that share files; one audio is broken."""
     folder = tmp_path_factory.mktemp("features")
     tiny.write_parts(folder / "parts")
     samples = []
@@ -66,8 +66,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_of(world: Path, output: Path, *, features: FeatureConfig | None = None, **data) -> RunConfig:
     model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
-    own = {"tokens_per_batch": 512, "max_rows": 4, "num_workers": 0, "max_bad_fraction": 0.2, **data}
-    noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0], **own}
+    data_values = {"tokens_per_batch": 512, "max_rows": 4, "num_workers": 0, "max_bad_fraction": 0.2, **data}
+    noisy = {"noise": str(world / "noise.wav"), "snr_db": [None, 0.0], **data_values}
     return RunConfig(
         model=model,
         data=DataConfig(train=[str(world / "train.jsonl")], features=features, **noisy),
@@ -79,13 +79,13 @@ def settings_of(world: Path, output: Path, *, features: FeatureConfig | None = N
 @pytest.mark.parametrize("made_before", [False, True])
 def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp_path: Path, made_before: bool) -> None:
     train(settings_of(world, tmp_path / "files"))
-    own = settings_of(
+    config = settings_of(
         world, tmp_path / "features", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2, seed=3)
     )
     if made_before:
         for rank in range(2):
-            make_features(own, rank=rank, num_ranks=2)
-    train(own)
+            make_features(config, rank=rank, num_ranks=2)
+    train(config)
     files, features = (load_file(tmp_path / name / TRAINABLES) for name in ("files", "features"))
     assert files.keys() == features.keys()
     for name, value in files.items():
@@ -98,17 +98,17 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
 def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, tmp_path: Path) -> None:
     """The same start as from files, whether a caption is also a training sample or not, and both are encoded once."""
     seen = [sample for sample in read_manifest(world / "train.jsonl", world) if sample.id in ("asr0", "asr1")]
-    told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
-    write_manifest(world / "captions.jsonl", [*seen, Sample("caption", told, task="caption")])
+    messages = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
+    write_manifest(world / "captions.jsonl", [*seen, Sample("caption", messages, task="caption")])
     clean = {"captions": [str(world / "captions.jsonl")], "noise": None, "snr_db": []}
-    found = {}
-    for name, own in (("files", None), ("features", FeatureConfig(folder=str(tmp_path / "kept")))):
-        run = settings_of(world, tmp_path / name, features=own, **clean)
+    results = {}
+    for name, kept in (("files", None), ("features", FeatureConfig(folder=str(tmp_path / "kept")))):
+        run = settings_of(world, tmp_path / name, features=kept, **clean)
         train(dataclasses.replace(run, train=dataclasses.replace(run.train, learning_rate=1e-9)))
-        found[name] = load_file(tmp_path / name / TRAINABLES)
-    for name, value in found["files"].items():
+        results[name] = load_file(tmp_path / name / TRAINABLES)
+    for name, value in results["files"].items():
         torch.testing.assert_close(
-            found["features"][name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            results["features"][name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
     store = FeatureStore(tmp_path / "kept")
     store.read_index()
@@ -117,17 +117,17 @@ def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, 
 
 
 def test_captions_and_samples_of_one_id_must_be_the_same(world: Path, tmp_path: Path) -> None:
-    told = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
-    write_manifest(world / "other.jsonl", [Sample("asr0", told, task="caption")])
-    own = FeatureConfig(folder=str(tmp_path / "kept"))
+    messages = (Message("user", (Media("audio", "media/2.wav"),)), Message("assistant", (Text("two"),)))
+    write_manifest(world / "other.jsonl", [Sample("asr0", messages, task="caption")])
+    kept = FeatureConfig(folder=str(tmp_path / "kept"))
     with pytest.raises(ValueError, match=r"the id 'asr0' is one sample in data.train and another in data.captions"):
-        train(settings_of(world, tmp_path / "run", features=own, captions=[str(world / "other.jsonl")]))
+        train(settings_of(world, tmp_path / "run", features=kept, captions=[str(world / "other.jsonl")]))
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_run_shares_media_between_tasks_of_a_clip(world: Path, tmp_path: Path, kept: bool) -> None:
-    own = FeatureConfig(folder=str(tmp_path / "kept")) if kept else None
-    train(settings_of(world, tmp_path / "run", features=own, share_media=True, max_rows=8))
+    feature_config = FeatureConfig(folder=str(tmp_path / "kept")) if kept else None
+    train(settings_of(world, tmp_path / "run", features=feature_config, share_media=True, max_rows=8))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
     bad = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
@@ -135,14 +135,14 @@ def test_a_run_shares_media_between_tasks_of_a_clip(world: Path, tmp_path: Path,
 
 
 def filled(world: Path, folder: Path, *, versions: int = 2, ranks: int = 1) -> tuple[FeatureStore, list[Sample]]:
-    own = settings_of(world, folder, features=FeatureConfig(folder=str(folder), versions=versions, seed=3))
-    model, processor = build(own.model)
+    config = settings_of(world, folder, features=FeatureConfig(folder=str(folder), versions=versions, seed=3))
+    model, processor = build(config.model)
     samples = read_manifest(world / "train.jsonl", world)
     folder.mkdir(exist_ok=True)
     for rank in range(ranks):
         store = FeatureStore(folder, versions, 3)
-        load = loading(own.data, processor, augmented=True)
-        form = form_of(model.config, processor, own)
+        load = loading(config.data, processor, augmented=True)
+        form = form_of(model.config, processor, config)
         fill_store(store, model.eval(), samples, load, form=form, rank=rank, num_ranks=ranks)
     store = FeatureStore(folder, versions, 3)
     store.read_index()
@@ -155,12 +155,12 @@ def test_equal_inputs_are_kept_once_and_versions_repeat(world: Path, tmp_path: P
     (first,) = store.load(by_id["vsr0"], 0)
     again = store.load(by_id["avsr0"], 0)[1]
     assert first.medium == again.medium == "video"
-    sound = [store.load(by_id["asr1"], epoch)[0].values for epoch in range(4)]
-    assert torch.equal(sound[0], sound[2])
-    assert torch.equal(sound[1], sound[3])
+    audio = [store.load(by_id["asr1"], epoch)[0].values for epoch in range(4)]
+    assert torch.equal(audio[0], audio[2])
+    assert torch.equal(audio[1], audio[3])
     image = [store.entries["see2", version][0].key for version in (0, 1)]
     assert image[0] == image[1]
-    items = {own.key for found in store.entries.values() if not isinstance(found, str) for own in found}
+    items = {entry.key for entries in store.entries.values() if not isinstance(entries, str) for entry in entries}
     assert sum(shard.num_items for shard in store.shards.values()) == len(items)
     with pytest.raises(ValueError, match=r"broken.wav"):
         store.load(by_id["broken"], 0)
@@ -171,8 +171,8 @@ def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(world: Path, 
     two, _ = filled(world, tmp_path / "two", ranks=2)
     assert {shard.name for shard in two.shards.values()} == {path.name for path in (tmp_path / "two").glob("*.safete*")}
     assert sum(shard.num_items for shard in two.shards.values()) == sum(s.num_items for s in one.shards.values())
-    shares = [part_of_rank(samples, rank, 2) for rank in range(2)]
-    assert sorted(sample.id for share in shares for sample in share) == sorted(sample.id for sample in samples)
+    parts = [part_of_rank(samples, rank, 2) for rank in range(2)]
+    assert sorted(sample.id for share in parts for sample in share) == sorted(sample.id for sample in samples)
     index = tmp_path / "one" / "index-0.jsonl"
     lines = index.read_text().splitlines(keepends=True)
     index.write_text("".join(lines[:7]) + lines[7][:20])  # a kill in the middle of a line, and of a shard
@@ -182,9 +182,11 @@ def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(world: Path, 
     for sample in samples:
         for version in range(2):
             if sample.id != "broken":
-                for found, own in zip(continued.load(sample, version), two.load(sample, version), strict=True):
-                    torch.testing.assert_close(found.values, own.values)
-                    assert (found.medium, found.raw_length) == (own.medium, own.raw_length)
+                for continued_item, expected in zip(
+                    continued.load(sample, version), two.load(sample, version), strict=True
+                ):
+                    torch.testing.assert_close(continued_item.values, expected.values)
+                    assert (continued_item.medium, continued_item.raw_length) == (expected.medium, expected.raw_length)
 
 
 def test_a_kill_costs_no_more_than_the_shards_that_were_not_written(
@@ -243,15 +245,15 @@ def test_features_of_something_else_are_refused(world: Path, tmp_path: Path) -> 
 
 
 def test_features_of_other_masks_are_something_else(world: Path, tmp_path: Path) -> None:
-    own = FeatureConfig(folder=str(tmp_path / "kept"))
+    kept = FeatureConfig(folder=str(tmp_path / "kept"))
     model, processor = build(settings_of(world, tmp_path).model)
 
     def fingerprint(**data) -> dict:
-        return dict(form_of(model.config, processor, settings_of(world, tmp_path, features=own, **data)).fingerprint)
+        return dict(form_of(model.config, processor, settings_of(world, tmp_path, features=kept, **data)).fingerprint)
 
     plain, masked = fingerprint(), fingerprint(audio_mask_samples=[1_600, 16_000])
     assert plain != masked
-    assert plain["video"] == masked["video"]  # a mask of the sound leaves the features of videos as they are
+    assert plain["video"] == masked["video"]  # a mask of the audio leaves the features of videos as they are
     assert plain["video"] != fingerprint(flip_probability=0.5)["video"]
     claim(tmp_path / "kept", plain)
     with pytest.raises(ValueError, match=r"audio\.audio_mask_samples was \[\] and is \[1600, 16000\]"):
@@ -260,18 +262,18 @@ def test_features_of_other_masks_are_something_else(world: Path, tmp_path: Path)
 
 def test_what_learns_or_answers_needs_its_encoders(world: Path, tmp_path: Path) -> None:
     kept = FeatureConfig(folder=str(tmp_path / "kept"))
-    own = settings_of(world, tmp_path / "run", features=kept)
+    config = settings_of(world, tmp_path / "run", features=kept)
     with pytest.raises(ValueError, match=r"frozen encoders give, but train.parts holds audio"):
-        dataclasses.replace(own, train=dataclasses.replace(own.train, parts=["compressors", "adapter", "audio"]))
-    assert own.model.video is not None
-    encoder = dataclasses.replace(own.model.video.encoder, adapter=EncoderAdapterConfig(rank=2))
-    video = dataclasses.replace(own.model.video, encoder=encoder)
+        dataclasses.replace(config, train=dataclasses.replace(config.train, parts=["compressors", "adapter", "audio"]))
+    assert config.model.video is not None
+    encoder = dataclasses.replace(config.model.video.encoder, adapter=EncoderAdapterConfig(rank=2))
+    video = dataclasses.replace(config.model.video, encoder=encoder)
     with pytest.raises(ValueError, match=r"frozen encoders give; model.video.encoder.adapter is set"):
-        dataclasses.replace(own, model=dataclasses.replace(own.model, video=video))
+        dataclasses.replace(config, model=dataclasses.replace(config.model, video=video))
     with pytest.raises(
         ValueError, match=r"metric measures answers, for which data.features leaves the run no encoders"
     ):
-        train(own, metric=lambda model, processor: {})
+        train(config, metric=lambda model, processor: {})
     with pytest.raises(ValueError, match=r"data.features.versions is 0"):
         FeatureConfig(folder="x", versions=0)
 
@@ -290,23 +292,23 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
     every = {"validation": [str(manifest)], "video_mask_frames": [4, 5], "flip_probability": 0.5}
     kept = FeatureConfig(folder=str(tmp_path / "kept"), versions=2, seed=3)
     train(settings_of(world, tmp_path / "files", **every))
-    own = settings_of(world, tmp_path / "features", features=kept, **every)
+    config = settings_of(world, tmp_path / "features", features=kept, **every)
     for rank in range(num_processes):
-        make_features(own, rank=rank, num_ranks=num_processes)
-    train(own)
+        make_features(config, rank=rank, num_ranks=num_processes)
+    train(config)
     said = []
     for name in ("files", "features"):
         rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         said.append({key: value for row in rows for key, value in row.items() if key.startswith("eval_loss")})
     assert len(said[0]) == 3  # the largest budget, the smallest, and their mean
     assert said[1] == pytest.approx(said[0], rel=1e-4)
-    found = check_features(tmp_path / "kept", own)
-    assert [problem.partition(" ")[0] for problem in found.problems] == ["broken", "broken"]
+    findings = check_features(tmp_path / "kept", config)
+    assert [problem.partition(" ")[0] for problem in findings.problems] == ["broken", "broken"]
     # A tiny model's losses hardly move with its input, so what the encoders were fed is compared as well.
     store = FeatureStore(tmp_path / "kept" / building.VALIDATION, 1, None)
     store.read_index()
-    model, processor = build(own.model)
-    fingerprint = form_of(model.config, processor, own, augmented=False).fingerprint
+    model, processor = build(config.model)
+    fingerprint = form_of(model.config, processor, config, augmented=False).fingerprint
     for sample in read_manifest(manifest, world):
         fed = [key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
         assert [kept.key for kept in store.entries[sample.id, 0]] == fed
@@ -314,58 +316,58 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
 
 def test_features_for_validation_are_looked_over_too(world: Path, tmp_path: Path) -> None:
     kept = FeatureConfig(folder=str(tmp_path / "kept"))
-    own = settings_of(world, tmp_path / "run", features=kept)
-    make_features(own)
-    own = dataclasses.replace(own, data=dataclasses.replace(own.data, validation=[str(held_out(world))]))
-    problems = check_features(tmp_path / "kept", own).problems
+    config = settings_of(world, tmp_path / "run", features=kept)
+    make_features(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=[str(held_out(world))]))
+    problems = check_features(tmp_path / "kept", config).problems
     assert {f"{one.id} version 0: missing" for one in read_manifest(held_out(world), world)} <= set(problems)
     counts = []
-    make_features(own, progress=lambda done, total: counts.append((done, total)))
+    make_features(config, progress=lambda done, total: counts.append((done, total)))
     assert counts[-1][0] == counts[-1][1] == 1 + len(read_manifest(held_out(world), world))  # and the broken one again
 
 
 def test_pooled_features_serve_the_budgets_of_validation(world: Path, tmp_path: Path) -> None:
-    own = pooled_settings(world, tmp_path, ["/4", "/8"], pooled=["audio"])
-    own = dataclasses.replace(
-        own,
-        data=dataclasses.replace(own.data, validation=[str(held_out(world))]),
+    settings = pooled_settings(world, tmp_path, ["/4", "/8"], pooled=["audio"])
+    settings = dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, validation=[str(held_out(world))]),
         sampler=SamplerConfig(mode="points", points=["audio=/6"]),
     )
-    config = build(own.model)[0].config
-    form = form_of(config, tiny.processor(own.model), own)
+    config = build(settings.model)[0].config
+    form = form_of(config, tiny.processor(settings.model), settings)
     assert form.pooled == {"audio": 2}
 
 
 @torch.no_grad()
 def test_features_pass_through_as_if_they_had_just_been_made() -> None:
     model = tiny.model(tiny.settings()).eval()
-    given = {medium: tiny.random_media(medium, 24) for medium in ("image", "audio", "video")}
+    media = {medium: tiny.random_media(medium, 24) for medium in ("image", "audio", "video")}
     before = {}
-    for medium, own in given.items():
-        lengths = None if medium == "image" else torch.tensor([own.raw_length])
-        before[medium] = model.model.encode(medium, own.values[None], lengths)
+    for medium, item in media.items():
+        lengths = None if medium == "image" else torch.tensor([item.raw_length])
+        before[medium] = model.model.encode(medium, item.values[None], lengths)
     pass_features_through(model, {})
-    for medium, own in given.items():
-        tower = model.model.encoder(medium)
-        assert isinstance(tower, KeptFeatures)
-        lengths = None if medium == "image" else torch.tensor([own.raw_length])
-        found = model.model.encode(medium, before[medium].values, lengths)
-        assert torch.equal(found.values, before[medium].values)
-        assert torch.equal(found.lengths, before[medium].lengths)
+    for medium, item in media.items():
+        encoder = model.model.encoder(medium)
+        assert isinstance(encoder, KeptFeatures)
+        lengths = None if medium == "image" else torch.tensor([item.raw_length])
+        passed = model.model.encode(medium, before[medium].values, lengths)
+        assert torch.equal(passed.values, before[medium].values)
+        assert torch.equal(passed.lengths, before[medium].lengths)
         facts = encoder_facts(tiny.encoder_configs()[medium])
-        assert tower.hidden_size == facts.hidden_size
-        smallest, lengths = tower.smallest_input()
-        assert model.model.encode(medium, smallest, lengths).values.shape[-1] == tower.hidden_size
+        assert encoder.hidden_size == facts.hidden_size
+        smallest, lengths = encoder.smallest_input()
+        assert model.model.encode(medium, smallest, lengths).values.shape[-1] == encoder.hidden_size
 
 
 def pooled_settings(world: Path, output: Path, rates: list[str], **features) -> RunConfig:
-    own = settings_of(world, output, features=FeatureConfig(folder=str(output / "kept"), seed=3, **features))
-    audio, video = own.model.audio, own.model.video
+    config = settings_of(world, output, features=FeatureConfig(folder=str(output / "kept"), seed=3, **features))
+    audio, video = config.model.audio, config.model.video
     assert audio is not None
     assert video is not None
     video = dataclasses.replace(video, compressor=PoolConfig(), budgets=["/2", "/4"])
     return dataclasses.replace(
-        own, model=dataclasses.replace(own.model, audio=dataclasses.replace(audio, budgets=rates), video=video)
+        config, model=dataclasses.replace(config.model, audio=dataclasses.replace(audio, budgets=rates), video=video)
     )
 
 
@@ -383,32 +385,36 @@ def test_pooled_features_give_the_same_soft_tokens(world: Path, tmp_path: Path) 
             whole = [type(both)(both.values[i : i + 1, : both.lengths[i]], both.lengths[i : i + 1]) for i in range(3)]
         form = Form({}, "float32", pooled)
         rows = [form.of(one.values[0, : int(one.lengths)], medium) for one in whole]
-        assert [len(own) for own in rows] == [int(one.lengths) // pooled[medium] for one in whole]
+        assert [len(row) for row in rows] == [int(one.lengths) // pooled[medium] for one in whole]
         kept = KeptFeatures(model.model.encoder(medium), pooled[medium])
         stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         values, counts = kept(stacked, torch.tensor([item.raw_length for item in items]))
         for rate in rates:
-            asked = counts // rate
+            amounts = counts // rate
             soft = model.model.compress(
                 medium,
                 type(whole[0])(values, counts),
-                num_tokens=asked,
-                rates=torch.full_like(asked, rate),
-                max_tokens=int(asked.max()),
+                num_tokens=amounts,
+                rates=torch.full_like(amounts, rate),
+                max_tokens=int(amounts.max()),
             )
-            for place, one in enumerate(whole):
+            for index, one in enumerate(whole):
                 count = one.lengths // rate
-                assert int(count) == int(asked[place])
+                assert int(count) == int(amounts[index])
                 expected = model.model.compress(
                     medium, one, num_tokens=count, rates=torch.full_like(count, rate), max_tokens=int(count)
                 )
-                torch.testing.assert_close(soft[place, : int(count)], expected[0], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(soft[index, : int(count)], expected[0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_on_pooled_features_learns_what_one_on_whole_ones_does(world: Path, tmp_path: Path) -> None:
     runs = {}
-    for name, own in {"whole": {}, "pooled": {"pooled": ["audio", "video"]}, "small": {"dtype": "bfloat16"}}.items():
-        settings = pooled_settings(world, tmp_path / name, ["/4", "/8"], **own)
+    for name, options in {
+        "whole": {},
+        "pooled": {"pooled": ["audio", "video"]},
+        "small": {"dtype": "bfloat16"},
+    }.items():
+        settings = pooled_settings(world, tmp_path / name, ["/4", "/8"], **options)
         runs[name] = load_file(train(settings) / TRAINABLES)
     for name, value in runs["whole"].items():
         torch.testing.assert_close(runs["pooled"][name], value, rtol=1e-3, atol=1e-5)
@@ -433,17 +439,17 @@ def test_what_cannot_be_kept_pooled_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_features(pooled_settings(world, tmp_path, rates, pooled=[medium]))
-    own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), pooled=["video"]))
+    config = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), pooled=["video"]))
     with pytest.raises(ValueError, match=r"names video, whose compressor does not average"):
-        make_features(own)
+        make_features(config)
 
 
 def test_the_commands_build_and_check(
     world: Path, tmp_path: Path, capsys, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = settings_of(world, tmp_path / "run", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2))
+    settings = settings_of(world, tmp_path / "run", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2))
     config = tmp_path / "run.yaml"
-    config.write_text(config_yaml(own))
+    config.write_text(config_yaml(settings))
     build_words = ["features", "build", "--config", str(config)]
     check = ["features", "check", str(tmp_path / "kept")]
     assert main(check) == 2
@@ -462,10 +468,10 @@ def test_the_commands_build_and_check(
     said = re.search(r"features at most: image 192, audio (\d+), video (\d+)", caplog.text)
     kept = [re.search(rf"{medium}: \d+ items, (\d+) rows", shown) for medium in ("audio", "video")]
     assert said is not None
-    for most, own in zip(said.groups(), kept, strict=True):
-        assert own is not None
-        assert 0 < int(own[1]) <= int(most)
-    assert main([*check, "--config", str(config)]) == 1  # the broken sound
+    for most, settings in zip(said.groups(), kept, strict=True):
+        assert settings is not None
+        assert 0 < int(settings[1]) <= int(most)
+    assert main([*check, "--config", str(config)]) == 1  # the broken audio
     assert "broken version 0: audio media/broken.wav" in capsys.readouterr().out.replace(str(world) + "/", "audio ")
     assert main([*check, "--config", str(config), "--data.flip_probability", "0.5"]) == 1
     assert "not of this config: video.flip_probability was 0.0 and is 0.5" in capsys.readouterr().out
@@ -491,8 +497,8 @@ def test_several_processes_build_what_one_builds(world: Path, tmp_path: Path) ->
     samples = read_manifest(world / "train.jsonl", world)
     stores = []
     for processes in (1, 2):
-        own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / str(processes)), versions=2))
-        (tmp_path / "run.yaml").write_text(config_yaml(own))
+        config = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / str(processes)), versions=2))
+        (tmp_path / "run.yaml").write_text(config_yaml(config))
         words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", str(processes)]
         assert main(words) == 0
         stores.append(FeatureStore(tmp_path / str(processes), 2))
@@ -520,14 +526,14 @@ def is_running(pid: int) -> bool:
 def children_of(pid: int) -> set[int]:
     """Running processes that a process has started."""
     every = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-    return {own for own in every if is_running(own) and state_of(own)[1] == pid}
+    return {process for process in every if is_running(process) and state_of(process)[1] == pid}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_sigterm_to_a_build_ends_its_workers(world: Path, tmp_path: Path) -> None:
-    own = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), versions=400))
-    (tmp_path / "run.yaml").write_text(config_yaml(own))
+    config = settings_of(world, tmp_path, features=FeatureConfig(folder=str(tmp_path / "kept"), versions=400))
+    (tmp_path / "run.yaml").write_text(config_yaml(config))
     words = ["features", "build", "--config", str(tmp_path / "run.yaml"), "--processes", "2"]
     build = subprocess.Popen([sys.executable, "-m", "mllm", *words], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

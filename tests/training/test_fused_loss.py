@@ -68,12 +68,12 @@ def test_loss_sums_and_gradients_are_those_of_logits(
     fused_loss = FusedTargetLoss(targets, in_step, linear)
     fused = fused_loss(linear, hidden)
     assert not fused[1].requires_grad
-    for found, value in zip(fused, expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+    for result, value in zip(fused, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6)
     # scaled as accumulation and processes scale a loss
     gradients = [torch.autograd.grad(3 * loss, inputs) for loss, _ in (fused, expected)]
-    for own, value in zip(*gradients, strict=True):
-        torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
+    for result, value in zip(*gradients, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
     with torch.no_grad():
         _, validated = fused_loss(linear, hidden)
     torch.testing.assert_close(validated, expected[1])
@@ -99,8 +99,8 @@ def test_a_run_is_the_same_run(
         trainer = make_trainer(settings, kinds=EVERYTHING, rows=5, validated_at=["audio=max,image=max,video=max"])
         trainer.train()
         weights[kernel], rows[kernel] = trainer.trainables(), log_rows(tmp_path / kernel)
-    for own, expected in zip(rows["liger"], rows["torch"], strict=True):
-        assert own == pytest.approx(expected, rel=2e-4)
+    for result, expected in zip(rows["liger"], rows["torch"], strict=True):
+        assert result == pytest.approx(expected, rel=2e-4)
     for name, value in weights["torch"].items():
         if not name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, and Adam makes steps of that
             torch.testing.assert_close(weights["liger"][name], value, rtol=1e-3, atol=1e-4)
@@ -112,8 +112,8 @@ def plain_llm() -> ModelConfig:
 
 
 def test_nothing_to_learn_is_a_loss_of_nothing_and_a_gradient_of_nothing() -> None:
-    nothing, linear = torch.zeros(0, dtype=torch.int64), nn.Linear(3, 7, bias=False)
-    targets = WeightedTargets(nothing, torch.zeros(0), nothing, nothing, 1)
+    no_targets, linear = torch.zeros(0, dtype=torch.int64), nn.Linear(3, 7, bias=False)
+    targets = WeightedTargets(no_targets, torch.zeros(0), no_targets, no_targets, 1)
     hidden = torch.zeros(0, 3, requires_grad=True)
     loss, budget_losses = FusedTargetLoss(targets, 0, linear)(linear, hidden)
     loss.backward()

@@ -12,8 +12,8 @@ from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 
 def test_a_run_learns_and_answers_at_any_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts, media = tiny.write_parts(tmp_path / "parts"), tiny.write_media(tmp_path / "media")
-    asked = Message("user", (Media("image", media["image"]), Text("what is it?")))
-    rows = [Sample(f"row{n}", (asked, Message("assistant", (Text("red"),))), task="vqa") for n in range(4)]
+    user_turn = Message("user", (Media("image", media["image"]), Text("what is it?")))
+    rows = [Sample(f"row{n}", (user_turn, Message("assistant", (Text("red"),))), task="vqa") for n in range(4)]
     write_manifest(tmp_path / "media/train.jsonl", rows)
     words = ["--model.llm", parts["llm"], "--model.chat_format", "plain", "--model.image.encoder", parts["image"]]
     words += ["--model.image.compressor", "hybrid", "--model.image.budgets", "[64, 20, 16, 4]"]

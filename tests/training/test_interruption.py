@@ -28,12 +28,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = (Media("audio", names["audio"]), Text("what?"))
     messages = (Message("user", parts), Message("assistant", (Text("place blue"),)))
     write_manifest(made / "train.jsonl", [Sample(f"s{n}", messages, "asr") for n in range(8)])
-    own = RunConfig(
+    config = RunConfig(
         model=tiny.settings_on(tiny.write_parts(made / "parts"), ["audio"]),
         data=DataConfig(train=[str(made / "train.jsonl")], num_workers=2, max_rows=4),
         train=TrainConfig(out="a run", max_steps=10**6, use_cpu=True, log_every=1, tensorboard=False),
     )
-    (made / "run.yaml").write_text(config_yaml(own))
+    (made / "run.yaml").write_text(config_yaml(config))
     return made / "run.yaml"
 
 

@@ -38,7 +38,7 @@ OVERRIDES = {"deepspeed": "--train.deepspeed configs/zero2.json"}
 def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run over three media; some steps hold a medium on one process only.
 
-    The LLM has no rows for the marks around sound.
+    The LLM has no rows for the marks around audio.
     """
     folder = tmp_path_factory.mktemp("launchers")
     parts = tiny.write_parts(folder / "parts")
@@ -61,8 +61,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def one_process(settings: RunConfig) -> dict[str, torch.Tensor]:
     """What one process makes of twice the micro-batches per step."""
-    own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, accumulation=2))
-    return load_file(train(own) / TRAINABLES)
+    config = dataclasses.replace(settings, train=dataclasses.replace(settings.train, accumulation=2))
+    return load_file(train(config) / TRAINABLES)
 
 
 def launch(settings: RunConfig, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
@@ -93,8 +93,8 @@ def test_zero3_refuses_an_llm_that_is_not_whole(settings: RunConfig, tmp_path: P
     broken = dataclasses.replace(settings, model=dataclasses.replace(settings.model, llm=str(tmp_path / "llm")))
     done = launch(broken, tmp_path, "zero3")
     assert done.returncode != 0
-    told = "unexpected model.norm.scale; model.norm.weight has shape (7,), the model has (32,)"
-    assert told in " ".join(done.stderr.split()), done.stderr[-4000:]
+    message = "unexpected model.norm.scale; model.norm.weight has shape (7,), the model has (32,)"
+    assert message in " ".join(done.stderr.split()), done.stderr[-4000:]
 
 
 @pytest.mark.slow
@@ -104,15 +104,15 @@ def test_a_launcher_trains_what_one_process_trains(
 ) -> None:
     done = launch(settings, tmp_path, launcher)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = load_file(tmp_path / "run" / TRAINABLES)
-    assert found.keys() == one_process.keys()
-    assert NEW_TOKENS in found
+    saved = load_file(tmp_path / "run" / TRAINABLES)
+    assert saved.keys() == one_process.keys()
+    assert NEW_TOKENS in saved
     # ZeRO-3 serves runs of several budgets in one call, which adds in another order, and Adam divides a gradient near 0
     # by its own size: one weight of a thousand then differs by half a percent of one step, which is 0.01.
     atol = 1e-4 if launcher == "zero3" else 1e-5
     for name, value in one_process.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            saved[name], value, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert read_checkpoint(tmp_path / "run" / "checkpoint-00000003").facts["processes"] == 2
     load(tmp_path / "run")

@@ -70,7 +70,7 @@ def test_the_command_line_reaches_the_reader_and_the_masks() -> None:
         "--train.max_steps",
         "1",
     ]
-    own = [
+    batches = [
         "--data.reader.format",
         "omni_csv",
         "--data.reader.tasks",
@@ -78,7 +78,7 @@ def test_the_command_line_reaches_the_reader_and_the_masks() -> None:
         "--data.audio-mask-samples",
         "[6400,16000]",
     ]
-    _, settings = parse([*words, *own])
+    _, settings = parse([*words, *batches])
     assert settings.data.reader == ReaderConfig(format="omni_csv", tasks=["avsr"])
     assert settings.data.audio_mask_samples == [6400, 16000]
 
@@ -129,8 +129,8 @@ def test_a_run_on_a_list_draws_the_same_whoever_loads_it(tmp_path: Path) -> None
             seed=0,
             slots=RankSlots(),
         )
-        found = [batch["batch"] for batch in islice(loader, 6)]
-        return [{"id": batch.rows[0].sample_id, **batch.values} for batch in found]
+        loaded = [batch["batch"] for batch in islice(loader, 6)]
+        return [{"id": batch.rows[0].sample_id, **batch.values} for batch in loaded]
 
     here, there = batches(0), batches(1)
     for one, other in zip(here, there, strict=True):

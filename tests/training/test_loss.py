@@ -18,11 +18,11 @@ def views_of(
     """Rows at several budgets, flat: logits, targets and (row, budget, token) of every target."""
     flat = [
         (row, budget, token)
-        for row, own in enumerate(weights)
-        for budget in range(len(own))
+        for row, row_weights in enumerate(weights)
+        for budget in range(len(row_weights))
         for token in range(len(targets[row]))
     ]
-    index = {place: position for position, place in enumerate(flat)}
+    index = {target: position for position, target in enumerate(flat)}
     logits = torch.randn(len(flat), VOCABULARY, generator=torch.Generator().manual_seed(0)).requires_grad_()
     teacher_of = [index[row, teachers[row][budget] if teachers else budget, token] for row, budget, token in flat]
     weighted = WeightedTargets(
@@ -30,7 +30,7 @@ def views_of(
         weights=torch.tensor([weights[row][budget] for row, budget, _ in flat]),
         budgets=torch.tensor([budget for _, budget, _ in flat]),
         teachers=torch.tensor(teacher_of),
-        num_budgets=max(len(own) for own in weights),
+        num_budgets=max(len(row_weights) for row_weights in weights),
     )
     return logits, weighted, flat
 
@@ -62,8 +62,8 @@ def test_micro_batches_sum_to_the_whole_batch() -> None:
     logits, weighted, flat = views_of(targets, weights)
     whole = loss_of_logits(logits, weighted, num_targets=torch.tensor(5)).total
     parts = []
-    for own in range(2):
-        kept = [position for position, (row, _, _) in enumerate(flat) if row == own]
+    for teacher in range(2):
+        kept = [position for position, (row, _, _) in enumerate(flat) if row == teacher]
         part = WeightedTargets(
             weighted.ids[kept], weighted.weights[kept], weighted.budgets[kept], torch.arange(len(kept)), 2
         )
@@ -99,8 +99,10 @@ def test_students_learn_from_the_teacher_and_the_teacher_from_the_labels_only() 
 
 def test_a_batch_without_targets_has_loss_zero_and_a_gradient() -> None:
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    loss = loss_of_logits(logits, WeightedTargets(nothing, torch.zeros(0), nothing, nothing, 1), 0, Distillation(0.5))
+    no_targets = torch.zeros(0, dtype=torch.int64)
+    loss = loss_of_logits(
+        logits, WeightedTargets(no_targets, torch.zeros(0), no_targets, no_targets, 1), 0, Distillation(0.5)
+    )
     loss.total.backward()
     assert loss.total.item() == 0.0
     assert loss.budget_losses.tolist() == [0.0]
@@ -120,9 +122,9 @@ def test_the_sink_loss_is_the_mean_squared_cosine_to_the_first_token() -> None:
     expected = []
     for row, length in enumerate((4, 2)):
         cosines = [
-            (layer[row, place] @ layer[row, 0] / layer[row, place].norm() / layer[row, 0].norm()) ** 2
+            (layer[row, position] @ layer[row, 0] / layer[row, position].norm() / layer[row, 0].norm()) ** 2
             for layer in hidden
-            for place in range(1, length)
+            for position in range(1, length)
         ]
         expected.append(sum(cosines) / len(cosines))
     torch.testing.assert_close(sink(hidden, mask), torch.stack(expected))
@@ -149,16 +151,16 @@ def test_the_loss_of_hidden_states_read_in_pieces_is_that_of_all_logits(distilla
         loss, budget_losses = target_loss(head, hidden)
         assert loss.item() == pytest.approx(whole.total.item(), rel=1e-5)
         torch.testing.assert_close(budget_losses, whole.budget_losses)
-        for own, wanted in zip(torch.autograd.grad(loss, (weight, hidden)), expected, strict=True):
-            torch.testing.assert_close(own, wanted)
+        for result, wanted in zip(torch.autograd.grad(loss, (weight, hidden)), expected, strict=True):
+            torch.testing.assert_close(result, wanted)
         assert max(sizes) == largest
     apart, _ = dataclasses.replace(target_loss, teacher_states=hidden)(head, hidden)
     assert apart.item() == pytest.approx(whole.total.item(), rel=1e-5)
 
 
 def test_nothing_to_learn_is_a_loss_of_nothing() -> None:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    weighted = WeightedTargets(nothing, torch.zeros(0), nothing, nothing, 1)
+    no_targets = torch.zeros(0, dtype=torch.int64)
+    weighted = WeightedTargets(no_targets, torch.zeros(0), no_targets, no_targets, 1)
     hidden = torch.zeros(0, 3, requires_grad=True)
     for chunk_bytes in (1 << 30, 1):
         target_loss = ChunkedTargetLoss(weighted, 0, vocabulary_size=VOCABULARY, chunk_bytes=chunk_bytes)

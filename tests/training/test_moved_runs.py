@@ -20,9 +20,9 @@ from mllm.training.run import train
 PARTS = ("llm", "audio")
 
 
-def settings_of(project: Path, run: str, **own) -> RunConfig:
+def settings_of(project: Path, run: str, **train) -> RunConfig:
     """A run that names its parts as a user in the project's folder does."""
-    steps = {"max_steps": 4, "save_every": 2, "progress": False, "use_cpu": True, "tensorboard": False, **own}
+    steps = {"max_steps": 4, "save_every": 2, "progress": False, "use_cpu": True, "tensorboard": False, **train}
     return RunConfig(
         model=tiny.settings_on({name: f"parts/{name}" for name in PARTS}, ("audio",)),
         data=DataConfig(
@@ -44,8 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = []
     for seed in range(3):
         files = tiny.write_media(project / "media", seed=seed, seconds=0.4)
-        asked = (Media("audio", f"media/{files['audio']}"), Text("what is it?"))
-        messages = (Message("user", asked), Message("assistant", (Text(f"answer {seed}"),)))
+        content = (Media("audio", f"media/{files['audio']}"), Text("what is it?"))
+        messages = (Message("user", content), Message("assistant", (Text(f"answer {seed}"),)))
         samples.append(Sample(f"sample{seed}", messages, task="asr"))
     write_manifest(project / "train.jsonl", samples)
 
@@ -72,8 +72,8 @@ def project(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 def holds(model, file: Path) -> bool:
     """Whether a model's trained values are those of a file."""
-    own, saved = dict(model.named_parameters()), load_file(file)
-    return bool(saved) and all(torch.equal(value, own[name]) for name, value in saved.items())
+    parameters, saved = dict(model.named_parameters()), load_file(file)
+    return bool(saved) and all(torch.equal(value, parameters[name]) for name, value in saved.items())
 
 
 def test_an_interrupted_run_answers_from_its_checkpoints(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,10 +91,10 @@ def test_an_interrupted_run_answers_from_its_checkpoints(project: Path, capsys: 
         assert holds(model, file)
     with pytest.raises(FileNotFoundError, match=r"checkpoint 3 is not in .*; it holds checkpoint-00000002"):
         mllm.load(run, checkpoint=3)
-    sound = str(project / "media" / "0.wav")
+    audio = str(project / "media" / "0.wav")
     for words in (["--model", str(run / "checkpoint-00000002")], ["--model", str(run), "--checkpoint", "auto"]):
-        assert main(["generate", *words, "--audio", sound, "--max_new_tokens", "2", "--use_cpu"]) == 0
-    assert main(["generate", "--model", str(run), "--audio", sound]) == 2
+        assert main(["generate", *words, "--audio", audio, "--max_new_tokens", "2", "--use_cpu"]) == 0
+    assert main(["generate", "--model", str(run), "--audio", audio]) == 2
     assert "give one as checkpoint" in capsys.readouterr().err
 
 
@@ -128,9 +128,9 @@ def test_a_run_of_before_places_were_noted_is_found_beside_its_parents(project: 
     config = project / "runs" / "whole" / "config.json"
     values = json.loads(config.read_text())
     values["sources"] = {
-        part: {key: own[key] for key in ("reference", "sha256")} for part, own in values["sources"].items()
+        part: {key: source[key] for key in ("reference", "sha256")} for part, source in values["sources"].items()
     }
-    assert {own["reference"] for own in values["sources"].values()} == {"parts/llm", "parts/audio"}
+    assert {source["reference"] for source in values["sources"].values()} == {"parts/llm", "parts/audio"}
     config.write_text(json.dumps(values))
     assert holds(mllm.load(project / "runs" / "whole")[0], tmp_path / "kept" / "runs" / "whole" / TRAINABLES)
 
@@ -139,7 +139,7 @@ def test_parts_that_are_gone_are_named_with_the_option_that_works(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.move(project / "parts" / "llm", tmp_path / "llm")
-    run, sound = project / "runs" / "whole", str(project / "media" / "0.wav")
+    run, audio = project / "runs" / "whole", str(project / "media" / "0.wav")
     message = rf"the folder {project}/parts/llm is not there, .*; pass --sources\.llm"
     with pytest.raises(FileNotFoundError, match=message):
         mllm.load(run)
@@ -150,16 +150,16 @@ def test_parts_that_are_gone_are_named_with_the_option_that_works(
         mllm.load(run, sources={"llm": "nowhere"})
     with pytest.raises(
         FileNotFoundError, match=r"org/llm is not there, which --sources\.llm .*no name on a hub"
-    ) as told:
+    ) as refusal:
         mllm.load(run, sources={"llm": "org/llm"})
-    assert "SHA-256" in str(told.value)
-    assert "pass --sources" not in str(told.value)
-    own = ["--model", str(run), "--sources.llm", str(tmp_path / "llm")]
-    assert main(["generate", *own, "--audio", sound, "--max_new_tokens", "2", "--use_cpu"]) == 0
-    assert main(["export", *own, "--out", str(tmp_path / "out")]) == 0
+    assert "SHA-256" in str(refusal.value)
+    assert "pass --sources" not in str(refusal.value)
+    words = ["--model", str(run), "--sources.llm", str(tmp_path / "llm")]
+    assert main(["generate", *words, "--audio", audio, "--max_new_tokens", "2", "--use_cpu"]) == 0
+    assert main(["export", *words, "--out", str(tmp_path / "out")]) == 0
     manifest = ["--manifest", str(project / "train.jsonl"), "--budgets", "audio=/8", "--max_new_tokens", "2"]
-    assert main(["evaluate", *own, *manifest, "--use_cpu"]) == 0
-    assert main(["generate", *own[:2], "--audio", sound]) == 2
+    assert main(["evaluate", *words, *manifest, "--use_cpu"]) == 0
+    assert main(["generate", *words[:2], "--audio", audio]) == 2
     assert "pass --sources.llm" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"sources is given, but .*out is no run"):
         mllm.load(tmp_path / "out", sources={"llm": str(tmp_path / "llm")})

@@ -43,17 +43,17 @@ CASES = {
 def test_packing_and_little_memory_change_nothing(tmp_path: Path, name: str) -> None:
     model, kinds, sampler, options = CASES[name]
     weights, rows = {}, {}
-    for way, given in WAYS.items():
-        settings = run_settings(tmp_path / way, model(), sampler=sampler, max_steps=2, **options, **given)
+    for way, of_way in WAYS.items():
+        settings = run_settings(tmp_path / way, model(), sampler=sampler, max_steps=2, **options, **of_way)
         trainer = make_trainer(settings, kinds=kinds, rows=4)
         if options.get("gradient_checkpointing"):
             trainer.checkpoint_activations()
         trainer.train()
-        assert trainer.packs == ("packing" not in given)
+        assert trainer.packs == ("packing" not in of_way)
         weights[way], rows[way] = trainer.trainables(), log_rows(tmp_path / way)
     for way in ("packed", "low", "padded low"):
-        for own, expected in zip(rows[way], rows["padded"], strict=True):
-            assert own == pytest.approx(expected, rel=2e-4), way
+        for result, expected in zip(rows[way], rows["padded"], strict=True):
+            assert result == pytest.approx(expected, rel=2e-4), way
         for parameter, value in weights["padded"].items():
             if parameter.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, and Adam makes steps of that
                 continue
@@ -76,13 +76,13 @@ def test_where_rows_cannot_be_packed_the_log_says_why(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"packed_attention": "flex", "use_cpu": True}, "train.packed_attention flex needs train.packing and a GPU"),
         ({"packed_attention": "flex", "packing": False}, "train.packed_attention flex"),
         ({"memory": "low", "deepspeed": "zero.json"}, "train.memory low does not go with train.deepspeed"),
     ],
 )
-def test_contradictions_are_refused(given: dict, message: str) -> None:
+def test_contradictions_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainConfig(out="x", max_steps=1, **given)
+        TrainConfig(out="x", max_steps=1, **options)

@@ -46,15 +46,15 @@ def words_of(model: Any, row: int) -> torch.Tensor:
 def test_the_sum_of_soft_tokens_is_the_ridge_regression_of_the_sum_of_words() -> None:
     settings = tiny.settings(("image",), image={**LINEAR, "budgets": [64, 16, 1]})
     model, [report] = fit(settings, ["image"])
-    # A plain fit by numpy, on features that come from the tower itself; the bias stands beside 64 patches each.
+    # A plain fit by numpy, on features that come from the encoder itself; the bias stands beside 64 patches each.
     values = torch.stack([tiny.random_media("image", seed=i).values for i in range(14)])
     features = model.model.encode("image", values).values.sum(1).detach().double().numpy()
     targets = np.stack([words_of(model, i).sum(0).double().numpy() for i in range(14)])
     x = np.concatenate([features, np.full((14, 1), 64.0)], axis=1)
-    found = {ridge: plain_ridge(x, targets, ridge * features.var(0).mean()) for ridge in RIDGES}
-    best = min(found, key=lambda ridge: found[ridge][1])
+    fits = {ridge: plain_ridge(x, targets, ridge * features.var(0).mean()) for ridge in RIDGES}
+    best = min(fits, key=lambda ridge: fits[ridge][1])
     assert report.ridge == best
-    predicted, error = found[best]
+    predicted, error = fits[best]
     around = np.square(targets - targets.mean(0)).sum()
     assert report.explained == pytest.approx(1 - error / around, abs=1e-4)
     assert report.num_items == 14
@@ -86,15 +86,15 @@ def test_a_image_in_haar_order_is_fitted_as_the_map_it_is() -> None:
     plain, _ = fit(tiny.settings(("image",), image=raster), ["image"])
     nested, _ = fit(tiny.settings(("image",), image=haar), ["image"])
     assert nested.model.compressors["image"].order == "haar"
-    own, other = (m.model.compressors["image"].projectors[0][0] for m in (plain, nested))
-    torch.testing.assert_close(other.weight, own.weight)
-    torch.testing.assert_close(other.bias, own.bias)
+    first, other = (m.model.compressors["image"].projectors[0][0] for m in (plain, nested))
+    torch.testing.assert_close(other.weight, first.weight)
+    torch.testing.assert_close(other.bias, first.bias)
 
 
 def test_queries_are_fitted_to_what_they_would_read_of_single_features() -> None:
     """The sum of single features' tokens is the ridge regression; the bias stands in the layer before."""
-    own = {"compressor": {"kind": "query", "num_queries": 16, "start": "pyramid"}, "budgets": [16, 4, 1]}
-    settings = tiny.settings(("image",), image=own)
+    image = {"compressor": {"kind": "query", "num_queries": 16, "start": "pyramid"}, "budgets": [16, 4, 1]}
+    settings = tiny.settings(("image",), image=image)
     model, [report] = fit(settings, ["image"])
     assert report.name == "image=16"
     query = model.model.compressors["image"]
@@ -122,14 +122,14 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
     model, processor = tiny.model(settings), tiny.processor(settings)
     names = ["red", "blue", "square", "circle"]
     ids = [tiny.TOKENIZER(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
-    assert [len(own) for own in ids] == [1, 1, 1, 1]
+    assert [len(one) for one in ids] == [1, 1, 1, 1]
     directions = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))[0].T
 
     def shown(row: int) -> list[int]:
         return np.random.default_rng(row).choice(4, size=1 + row % 3, replace=False).tolist()
 
     class Planted(torch.nn.Module):
-        """A tower that shows word w of image number `row` in patch 10 w."""
+        """An encoder that shows word w of image number `row` in patch 10 w."""
 
         hidden_size = 16
 
@@ -148,7 +148,7 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
     batches = []
     for start in range(0, 60, 10):
         images = [tiny.LoadedMedia("image", torch.full((3, 64, 64), float(start + i))) for i in range(10)]
-        rows = [([own], " ".join(names[w] for w in shown(start + i))) for i, own in enumerate(images)]
+        rows = [([one], " ".join(names[w] for w in shown(start + i))) for i, one in enumerate(images)]
         batches.append({"batch": tiny.batch(processor, rows, for_training=True)})
     loader: Any = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
     [report] = fit_projectors(model, processor, loader, num_counted=len(batches))
@@ -156,14 +156,14 @@ def test_what_patches_say_is_found_from_sums_alone() -> None:
     table = model.get_input_embeddings().weight.detach()
     soft = model.model.compressors["image"].projectors[0](directions + model.model.vision_tower.bias)
     nearest = torch.nn.functional.cosine_similarity(soft[:, None], table[None], dim=-1).argmax(1)
-    assert nearest.tolist() == [own[0] for own in ids]
+    assert nearest.tolist() == [one[0] for one in ids]
 
 
 @pytest.mark.parametrize("hidden", [0, 24])
 def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector(hidden: int) -> None:
     layers = {"kind": "mlp", "hidden_size": hidden} if hidden else {"kind": "linear"}
-    own = {"projector": {**layers, "per_budget": True}, "budgets": ["/4", "/8"]}
-    settings = tiny.settings(("image", "audio"), audio={**tiny.MEDIA["audio"], **own}, image=LINEAR)
+    audio = {"projector": {**layers, "per_budget": True}, "budgets": ["/4", "/8"]}
+    settings = tiny.settings(("image", "audio"), audio={**tiny.MEDIA["audio"], **audio}, image=LINEAR)
     before = tiny.model(settings).state_dict()
     model, reports = fit(settings, ["audio", "image"])
     assert [report.name for report in reports] == ["audio=/4", "audio=/8", "image=64"]
@@ -176,8 +176,8 @@ def test_every_budget_of_a_stream_has_its_own_fit_where_it_has_its_own_projector
 
 def test_a_caption_too_short_for_a_budget_is_left_out_of_its_fit_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Row i has 20 + i frames: the first four make no token of 24."""
-    own = merged(tiny.MEDIA["audio"], {"projector": {"kind": "linear", "per_budget": True}, "budgets": ["/4", "/24"]})
-    settings = tiny.settings(("audio",), audio=own)
+    audio = merged(tiny.MEDIA["audio"], {"projector": {"kind": "linear", "per_budget": True}, "budgets": ["/4", "/24"]})
+    settings = tiny.settings(("audio",), audio=audio)
     caplog.set_level(logging.WARNING, "mllm")
     model, reports = fit(settings, ["audio"], batch_size=2)
     assert [(report.name, report.num_items) for report in reports] == [("audio=/4", 14), ("audio=/24", 10)]
@@ -194,8 +194,8 @@ def test_the_fit_does_not_depend_on_batches() -> None:
     settings = tiny.settings(("image", "audio"), image=LINEAR)
     one, _ = fit(settings, ["audio", "image"], batch_size=14)
     many, _ = fit(settings, ["audio", "image"], batch_size=1)
-    for (name, expected), found in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, expected), value in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:

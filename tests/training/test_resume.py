@@ -29,8 +29,8 @@ def settings_in(output: Path, **train) -> RunConfig:
     lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.2)
     model = dataclasses.replace(tiny.settings(("audio", "video")), adapter=lora)
     sampler = SamplerConfig(mode="random", num_budgets=2)
-    given = {"accumulation": 2, "save_every": 3, "keep_checkpoints": 5, "warmup_steps": 2, "log_every": 2, **train}
-    return run_settings(output, model, sampler=sampler, max_steps=6, **given)
+    values = {"accumulation": 2, "save_every": 3, "keep_checkpoints": 5, "warmup_steps": 2, "log_every": 2, **train}
+    return run_settings(output, model, sampler=sampler, max_steps=6, **values)
 
 
 def trained(settings: RunConfig, *, resume: Path | None = None, workers: int = 0) -> ElasticTrainer:
@@ -172,8 +172,8 @@ def test_a_kill_while_saving_costs_one_interval(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         trained(settings_in(tmp_path))
     monkeypatch.undo()
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.step == 3
-    trained(settings_in(tmp_path), resume=found.folder)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step == 3
+    trained(settings_in(tmp_path), resume=newest.folder)
     assert read_checkpoint(tmp_path / "checkpoint-00000006").step == 6

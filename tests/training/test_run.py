@@ -58,18 +58,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_of(world: Path, output: Path, *, data: dict | None = None, **train) -> RunConfig:
     model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
-    given = {"max_steps": 4, "save_every": 2, "log_every": 2, "progress": False, "use_cpu": True, **train}
-    own = {"tokens_per_batch": 512, "max_rows": 3, "num_workers": 0, "max_bad_fraction": 0.1, **(data or {})}
+    train_values = {"max_steps": 4, "save_every": 2, "log_every": 2, "progress": False, "use_cpu": True, **train}
+    data_values = {"tokens_per_batch": 512, "max_rows": 3, "num_workers": 0, "max_bad_fraction": 0.1, **(data or {})}
     return RunConfig(
         model=model,
-        data=DataConfig(train=[str(world / "train.jsonl")], validation=[str(world / "validation.jsonl")], **own),
+        data=DataConfig(
+            train=[str(world / "train.jsonl")], validation=[str(world / "validation.jsonl")], **data_values
+        ),
         sampler=SamplerConfig(mode="sandwich"),
-        train=TrainConfig(out=str(output), **given),
+        train=TrainConfig(out=str(output), **train_values),
     )
 
 
 def captions_of(world: Path) -> Path:
-    """A manifest of one image or sound and a few words per row."""
+    """A manifest of one image or audio and a few words per row."""
     path = world / "captions.jsonl"
     rows = [
         ("image", "0.png", "red"),
@@ -77,9 +79,12 @@ def captions_of(world: Path) -> Path:
         ("audio", "2.wav", "the cat"),
         ("audio", "1.wav", "two"),
     ]
-    content = [((Media(kind, f"media/{name}"), Text("describe.")), told) for kind, name, told in rows]  # type: ignore[arg-type]
-    messages = [(Message("user", asked), Message("assistant", (Text(told),))) for asked, told in content]
-    write_manifest(path, [Sample(f"caption{i}", own, task="caption") for i, own in enumerate(messages)])
+    content = [((Media(kind, f"media/{name}"), Text("describe.")), caption) for kind, name, caption in rows]  # type: ignore[arg-type]
+    messages = [
+        (Message("user", content_of_user), Message("assistant", (Text(caption),)))
+        for content_of_user, caption in content
+    ]
+    write_manifest(path, [Sample(f"caption{i}", turns, task="caption") for i, turns in enumerate(messages)])
     return path
 
 
@@ -117,9 +122,9 @@ def test_a_weighted_task_moves_the_model_as_a_larger_loss_does(world: Path, tmp_
         train(settings_of(world, tmp_path / name, task_weights=weights, **rates))
         moments.append(split_moments(load_file(tmp_path / name / "checkpoint-00000001" / OPTIMIZER)))
     plain, weighted = moments
-    assert any(own["exp_avg"].abs().max() > 1e-6 for own in plain.values())
-    for name, own in plain.items():
-        torch.testing.assert_close(weighted[name]["exp_avg"], 3.0 * own["exp_avg"], rtol=1e-3, atol=1e-8)
+    assert any(state["exp_avg"].abs().max() > 1e-6 for state in plain.values())
+    for name, state in plain.items():
+        torch.testing.assert_close(weighted[name]["exp_avg"], 3.0 * state["exp_avg"], rtol=1e-3, atol=1e-8)
 
 
 def test_captions_need_projectors_that_train(world: Path, tmp_path: Path) -> None:
@@ -137,8 +142,10 @@ def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) ->
     final = load_file(tmp_path / "checkpoint-00000004" / TRAINABLES)
     saved = load_file(tmp_path / TRAINABLES)
     assert saved.keys() == final.keys()
-    own = dict(model.named_parameters())
-    assert all(torch.equal(value, final[name]) and torch.equal(value, own[name]) for name, value in saved.items())
+    parameters = dict(model.named_parameters())
+    assert all(
+        torch.equal(value, final[name]) and torch.equal(value, parameters[name]) for name, value in saved.items()
+    )
     written = read_run_config(yaml.safe_load((tmp_path / "settings.yaml").read_text()))
     assert written == dataclasses.replace(settings, model=resolved(settings.model))
 
@@ -161,8 +168,8 @@ def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) ->
 
 def test_in_half_precision_what_trains_and_its_moments_stay_in_single(world: Path, tmp_path: Path) -> None:
     settings = settings_of(world, tmp_path, max_steps=1, precision="bfloat16", save_every=None)
-    own = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="bfloat16"))
-    train(own)
+    config = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="bfloat16"))
+    train(config)
     for name in (TRAINABLES, OPTIMIZER):
         tensors = load_file(tmp_path / "checkpoint-00000001" / name)
         assert all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values())
@@ -187,28 +194,28 @@ def test_a_token_scan_knows_the_tokens_of_every_sample_at_the_largest_budget(wor
 
     processor = tiny.processor(tiny.settings(video={"encoder": {"crop_pixels": 32}}))
     samples = read_manifest(world / "train.jsonl", world)[:5]
-    found = scan_tokens(samples, processor, cache_file=tmp_path / "scan.json")
+    scan = scan_tokens(samples, processor, cache_file=tmp_path / "scan.json")
     for index in (1, 3):  # those whose lengths are read from the headers
         batch = processor.batch(samples[index : index + 1], [processor.load_media(samples[index])], for_training=True)
         inputs = processor.expand(batch, [[Budget()]], left_padding=False).inputs
-        assert found.max_tokens[index] == inputs["input_ids"].shape[1]
-        assert found.num_targets[index] == sum(label != -100 for label in batch.rows[0].labels)
+        assert scan.max_tokens[index] == inputs["input_ids"].shape[1]
+        assert scan.num_targets[index] == sum(label != -100 for label in batch.rows[0].labels)
     (tmp_path / "scan.json").write_text((tmp_path / "scan.json").read_text().replace("[", "[1000, ", 1))
     assert (
         scan_tokens(samples, processor, cache_file=tmp_path / "scan.json").max_tokens[0] == 1000
     )  # read, not made again
-    assert scan_tokens(samples[:4], processor, cache_file=tmp_path / "scan.json").max_tokens == found.max_tokens[:4]
+    assert scan_tokens(samples[:4], processor, cache_file=tmp_path / "scan.json").max_tokens == scan.max_tokens[:4]
 
 
 def test_a_step_holds_the_same_batches_however_it_is_split() -> None:
     lengths = [5 + 3 * (index % 7) for index in range(50)]
 
     def steps(num_processes: int, accumulation: int) -> list[list[tuple]]:
-        own = [
+        samples = [
             iter(RankBatches(lengths, max_tokens=64, slots=RankSlots(rank, num_processes, accumulation)))
             for rank in range(num_processes)
         ]
-        batches_of_steps = [[next(batches) for _ in range(accumulation) for batches in own] for _ in range(30)]
+        batches_of_steps = [[next(batches) for _ in range(accumulation) for batches in samples] for _ in range(30)]
         return [[tuple(batch) for batch in batches] for batches in batches_of_steps]
 
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
@@ -271,8 +278,8 @@ def test_data_are_looked_at_before_the_llm_is_built(world: Path, tmp_path: Path)
     soundfile.write(world / "silent.wav", np.zeros(16_000), 16_000)
     (world / "bad.jsonl").write_text("\n".join([good[0], "{", good[1], '{"id": "x"}', "[]"]))
     (world / "gone.jsonl").write_text("\n".join([*good, *(gone_row(number) for number in range(60))]))
-    asked = (Message("user", (Media("image", "media/3.png"),)), Message("assistant", (Text("red"),)))
-    write_manifest(world / "other.jsonl", [Sample("sample0", asked, task="caption")])
+    messages = (Message("user", (Media("image", "media/3.png"),)), Message("assistant", (Text("red"),)))
+    write_manifest(world / "other.jsonl", [Sample("sample0", messages, task="caption")])
     bad, gone = ([str(world / f"{name}.jsonl")] for name in ("bad", "gone"))
     for changes, message in (
         ({"train": bad}, r"\.jsonl:2: not JSON(?s:.*)\n.*:4: messages: is missing(?s:.*)\n.*:5: a row must be"),
@@ -312,8 +319,8 @@ def test_a_bad_manifest_is_told_line_by_line_on_the_terminal(world: Path, tmp_pa
     (tmp_path / "run.yaml").write_text(config_yaml(settings))
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     shown = capsys.readouterr().err.splitlines()
-    told = [line for line in shown if "not JSON" in line]
-    assert len(told) == 20
-    assert told[0].startswith("mllm: ")
-    assert "bad.jsonl:20: not JSON" in told[-1]
+    lines = [line for line in shown if "not JSON" in line]
+    assert len(lines) == 20
+    assert lines[0].startswith("mllm: ")
+    assert "bad.jsonl:20: not JSON" in lines[-1]
     assert shown[-1] == "and 5 more"

@@ -30,8 +30,8 @@ class Slow(nn.Linear):
 
 
 def test_a_pace_tells_waiting_from_encoding_from_the_rest() -> None:
-    tower = Slow(2, 2)
-    pace = Pace([tower])
+    encoder = Slow(2, 2)
+    pace = Pace([encoder])
 
     def batches():
         for _ in range(2):
@@ -40,17 +40,17 @@ def test_a_pace_tells_waiting_from_encoding_from_the_rest() -> None:
 
     for _ in pace.batches(batches()):
         with pace.watch.measure("step"):
-            tower(torch.zeros(1, 2))
+            encoder(torch.zeros(1, 2))
             time.sleep(0.03)
         time.sleep(0.01)
-    found = pace.take()
-    assert 0.1 <= found["seconds/waiting"] < 0.2
-    assert 0.04 <= found["seconds/encoding"] < 0.1
-    assert 0.06 <= found["seconds/model"] < 0.12
-    assert 0.02 <= found["seconds/other"] < 0.08
-    assert (found["worker_seconds/decode"], found["worker_seconds/collate"]) == (1.0, 0.5)
+    rates = pace.take()
+    assert 0.1 <= rates["seconds/waiting"] < 0.2
+    assert 0.04 <= rates["seconds/encoding"] < 0.1
+    assert 0.06 <= rates["seconds/model"] < 0.12
+    assert 0.02 <= rates["seconds/other"] < 0.08
+    assert (rates["worker_seconds/decode"], rates["worker_seconds/collate"]) == (1.0, 0.5)
     assert pace.take()["seconds/waiting"] == 0
-    assert mean_of([found, found], 2)["seconds/waiting"] == pytest.approx(found["seconds/waiting"] / 2)
+    assert mean_of([rates, rates], 2)["seconds/waiting"] == pytest.approx(rates["seconds/waiting"] / 2)
 
 
 def rows(waiting: float, encoding: float, model: float, **work: float) -> list[dict[str, float]]:
@@ -86,8 +86,8 @@ def test_batches_tell_how_long_they_took(tmp_path: Path, num_workers: int) -> No
         ManifestDataset(samples, load=loading(settings, processor, augmented=True, watch=watch), seed=0),
         scan_tokens(samples, processor),
         config=settings,
-        encode=lambda own, media: encode(
-            own, media, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")], watch=watch
+        encode=lambda samples, media: encode(
+            samples, media, processor=processor, budgets=[Budget.parse("audio=/4,video=/2")], watch=watch
         ),
         run=tmp_path / "run",
         seed=0,

@@ -131,19 +131,19 @@ def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
 def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_many(
     processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = tiny.processor(tiny.settings(("image",)))
-    own.chat.template = (
+    templated = tiny.processor(tiny.settings(("image",)))
+    templated.chat.template = (
         "{% for message in messages %}{% if message.role == 'system' %}{{ 1 / 0 }}{% endif %}{{ message.content }}"
         "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     odd = dataclasses.replace(GOOD, messages=(Message("system", (Text("Be kind."),)), *GOOD.messages))
     samples = [dataclasses.replace(GOOD, id=f"g{number}") for number in range(10)]
     samples[3:3] = [dataclasses.replace(odd, id="odd")]
-    scan = scan_tokens(samples, own, cache_file=tmp_path / "kept.json")
+    scan = scan_tokens(samples, templated, cache_file=tmp_path / "kept.json")
     assert scan.refused == {"odd": "the chat template refuses the turns system, user, assistant: division by zero"}
-    alone = scan_tokens(samples[:1], own)
+    alone = scan_tokens(samples[:1], templated)
     assert [tokens for number, tokens in enumerate(scan.max_tokens) if number != 3] == alone.max_tokens * 10
-    assert scan_tokens(samples, own, cache_file=tmp_path / "kept.json") == scan  # as it was kept
+    assert scan_tokens(samples, templated, cache_file=tmp_path / "kept.json") == scan  # as it was kept
     limits = {"tokens_per_batch": 100, "max_unsupervised_fraction": 0.0}
     caplog.set_level(logging.INFO)
     scan.check(samples, **limits, max_bad_fraction=0.01)
@@ -151,11 +151,11 @@ def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_
     assert "10 samples; target" in caplog.text
     assert scan.without_refused(samples) == (
         [*samples[:3], *samples[4:]],
-        scan_tokens([*samples[:3], *samples[4:]], own),
+        scan_tokens([*samples[:3], *samples[4:]], templated),
     )
     with pytest.raises(ValueError, match=r"1 of 11 samples are refused; data.max_bad_fraction allows 0 of them"):
         scan.check(samples, **limits)
     many = [dataclasses.replace(odd, id=f"o{number}") for number in range(6)]
     mostly_good = [*samples[:1] * 500, *many]
     with pytest.raises(ValueError, match=r"6 of 506 samples are refused"):
-        scan_tokens(mostly_good, own).check(mostly_good, **limits, max_bad_fraction=0.01)
+        scan_tokens(mostly_good, templated).check(mostly_good, **limits, max_bad_fraction=0.01)

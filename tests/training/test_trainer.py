@@ -27,8 +27,8 @@ def plain_loss(trainer: ElasticTrainer, batch, step: int) -> tuple[float, dict[s
     """The loss of a step by one ordinary forward pass per row and budget, and per budget."""
     total, by_budget, counts = 0.0, {}, {}
     targets = sum(label != -100 for row in batch.rows for label in row.labels)
-    for own in sampled_views(batch.rows, trainer.sampler, step):
-        row = batch.rows[own.row]
+    for view in sampled_views(batch.rows, trainer.sampler, step):
+        row = batch.rows[view.row]
         kept = {medium: [span.item for span in row.spans if span.extent.medium == medium] for medium in batch.media}
         values = {
             key: value[kept[key.split("_")[0].replace("pixel", "image")]]
@@ -37,17 +37,17 @@ def plain_loss(trainer: ElasticTrainer, batch, step: int) -> tuple[float, dict[s
         }
         runs = tuple(dataclasses.replace(span, item=kept[span.extent.medium].index(span.item)) for span in row.spans)
         alone = dataclasses.replace(batch, rows=[dataclasses.replace(row, spans=runs)], values=values)
-        expanded = trainer.processor.expand(alone, [[own.budget]], left_padding=False)
+        expanded = trainer.processor.expand(alone, [[view.budget]], left_padding=False)
         with torch.no_grad():
             mean = trainer.model(**expanded.inputs, labels=expanded.labels).loss.item()
         count = sum(label != -100 for label in row.labels)
-        total += own.weight * mean * count / targets
-        by_budget[own.name] = by_budget.get(own.name, 0.0) + mean * count
-        counts[own.name] = counts.get(own.name, 0) + count
+        total += view.weight * mean * count / targets
+        by_budget[view.name] = by_budget.get(view.name, 0.0) + mean * count
+        counts[view.name] = counts.get(view.name, 0) + count
     return total, {name: value / counts[name] for name, value in by_budget.items()}
 
 
-def test_exactly_the_trainables_move_and_frozen_towers_do_not(tmp_path: Path) -> None:
+def test_exactly_the_trainables_move_and_frozen_encoders_do_not(tmp_path: Path) -> None:
     trainer = make_trainer(run_settings(tmp_path, tiny.settings(), sampler=ALL, max_steps=2), kinds=EVERYTHING, rows=4)
     before = snapshot(trainer.model)
     trainer.train()
@@ -107,7 +107,7 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_medium_nothing_was_drawn_from_keeps_its_momentum_as_on_many_processes(tmp_path: Path) -> None:
+def test_a_medium_that_no_budget_named_keeps_its_momentum_as_on_many_processes(tmp_path: Path) -> None:
     """A parameter without input has gradient 0, not none: averaging over processes gives it 0 too."""
     settings = run_settings(tmp_path, tiny.settings(("image", "audio")), max_steps=2)
     trainer = make_trainer(settings, kinds=[("image",), ("audio",)], rows=2, batches=[[0], [1]])
@@ -227,11 +227,11 @@ def test_validation_gives_the_loss_per_budget_and_what_the_caller_measures(tmp_p
         for budget in trainer.validation.budgets:
             one = [[budget] * len(inputs["batch"].rows)]
             expanded = trainer.processor.expand(inputs["batch"], one, left_padding=False)
-            own = int((expanded.labels[:, 1:] != -100).sum())
+            num_targets = int((expanded.labels[:, 1:] != -100).sum())
             with torch.no_grad():
                 loss = trainer.model(**expanded.inputs, labels=expanded.labels).loss.item()
-            sums[str(budget)] = sums.get(str(budget), 0.0) + loss * own
-        count += own
+            sums[str(budget)] = sums.get(str(budget), 0.0) + loss * num_targets
+        count += num_targets
     for budget, value in sums.items():
         assert rows[-1][f"eval_loss/{budget}"] == pytest.approx(value / count, rel=1e-5)
     assert rows[-1]["eval_loss"] == pytest.approx(sum(sums.values()) / count / 2, rel=1e-5)
@@ -244,8 +244,8 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
 
     both = space(image={"budgets": [1, 4]}, audio={"budgets": ["/4", "/8"]})
     image = EncodedSample("image", [1], [1], (MediaSpan(Extent("image", grid=(8, 8)), 0),))
-    sound = EncodedSample("sound", [1], [1], (MediaSpan(Extent("audio", num_frames=20), 0),))
-    views = sampled_views([image, sound, EncodedSample("text", [1], [1])], BudgetSampler(both, "all"), step=0)
+    audio = EncodedSample("sound", [1], [1], (MediaSpan(Extent("audio", num_frames=20), 0),))
+    views = sampled_views([image, audio, EncodedSample("text", [1], [1])], BudgetSampler(both, "all"), step=0)
     assert [(view.row, view.name, view.weight) for view in views] == [
         (0, "image=4", 0.5),
         (0, "image=1", 0.5),
@@ -253,10 +253,10 @@ def test_a_row_is_run_once_per_budget_that_differs_for_it() -> None:
         (1, "audio=/8", 0.5),
         (2, "text", 1.0),
     ]
-    spoken = dataclasses.replace(sound, task="vsr")
+    spoken = dataclasses.replace(audio, task="vsr")
     weighted = sampled_views([image, spoken], BudgetSampler(both, "all"), 0, {"vsr": 1.5})
-    assert [own.weight for own in weighted] == [0.5, 0.5, 0.75, 0.75]
-    sandwich = sampled_views([sound], BudgetSampler(both, "sandwich"), step=3)
-    assert sum(own.weight for own in sandwich) == pytest.approx(1)
-    assert {own.teacher for own in sandwich} == {0}
+    assert [one.weight for one in weighted] == [0.5, 0.5, 0.75, 0.75]
+    sandwich = sampled_views([audio], BudgetSampler(both, "sandwich"), step=3)
+    assert sum(one.weight for one in sandwich) == pytest.approx(1)
+    assert {one.teacher for one in sandwich} == {0}
     assert sandwich[0].budget == Budget.parse("audio=/4")

@@ -156,9 +156,9 @@ def test_the_command_line_trains_and_answers_at_budgets(world: Path, tmp_path: P
     ):
         files = [str(world / word) if (world / word).is_file() else word for word in words]
         assert main([*ask, *files]) == 0
-        told = capsys.readouterr().err
+        errors = capsys.readouterr().err
         expected = soft if "+" not in soft else f"image {count_of(tmp_path / 'run')}"
-        assert f"soft tokens: {expected}" in " ".join(told.split())
+        assert f"soft tokens: {expected}" in " ".join(errors.split())
 
 
 def count_of(run: Path) -> int:
@@ -192,8 +192,8 @@ def test_the_command_line_refuses_in_one_line(
 ) -> None:
     files = [str(world / word) if (world / word).is_file() else word for word in words]
     assert main(["generate", "--model", str(answering), "--text", "what?", "--use_cpu", *files]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert re.search(message.replace(" ", r"\s?"), told), told
+    errors = " ".join(capsys.readouterr().err.split())
+    assert re.search(message.replace(" ", r"\s?"), errors), errors
 
 
 @pytest.fixture(scope="module")

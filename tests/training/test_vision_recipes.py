@@ -1,4 +1,4 @@
-"""Every vision recipe trains for real: its own file, on a tiny LLM and tower and LLaVA's JSON over real images."""
+"""Every vision recipe trains for real: its own file, on a tiny LLM and encoder and LLaVA's JSON over real images."""
 
 import dataclasses
 import json
@@ -37,9 +37,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs, mixture = [], []
     for number in range(12):
         name = f"coco/{names[number % 4]}"
-        asked = {"from": "human", "value": "Describe the picture.\n<image>"}
+        question = {"from": "human", "value": "Describe the picture.\n<image>"}
         pairs.append(
-            {"id": str(number), "image": name, "conversations": [asked, {"from": "gpt", "value": f"a circle {number}"}]}
+            {
+                "id": str(number),
+                "image": name,
+                "conversations": [question, {"from": "gpt", "value": f"a circle {number}"}],
+            }
         )
         turns = [
             {"from": "human", "value": "what is it?\n<image>" if number % 3 else "two and two?"},
@@ -67,10 +71,10 @@ def recipe(world: Path, name: str, output: Path, **train: Any) -> RunConfig:
     data |= {"max_sample_tokens": 400, "tokens_per_batch": 800}
     short = {"epochs": None, "max_steps": 2, "save_every": 1, "precision": "float32", "use_cpu": True, "log_every": 1}
     short |= {"accumulation": 1}
-    own = {"out": str(output), "tensorboard": False, "progress": False, **short, **train}
+    changes = {"out": str(output), "tensorboard": False, "progress": False, **short, **train}
     if "start_from" in values["train"] and "start_from" not in train:
-        own["start_from"] = str(world / "converted")
-    values["train"] |= own
+        changes["start_from"] = str(world / "converted")
+    values["train"] |= changes
     return read_run_config(values)
 
 
@@ -86,9 +90,9 @@ def test_a_recipe_trains_saves_what_trains_and_loads(world: Path, tmp_path: Path
     train(settings)
     saved = load_file(tmp_path / TRAINABLES)
     model, _ = load(tmp_path)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     assert set(saved) == set(set_trainables(model, settings.parts))
-    assert all(torch.equal(value, own[key]) for key, value in saved.items())
+    assert all(torch.equal(value, parameters[key]) for key, value in saved.items())
     assert len(moved(tmp_path)) > 0.5 * len(saved)
     rows = [row for row in log_rows(tmp_path) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
@@ -122,7 +126,7 @@ def test_a_run_that_trains_the_llm_goes_on_as_if_never_stopped(world: Path, tmp_
     assert all(value.equal(whole[name]) for name, value in load_file(tmp_path / TRAINABLES).items())
 
 
-def test_m3_with_its_tower_trained_as_the_paper_says(world: Path, tmp_path: Path) -> None:
+def test_m3_with_its_encoder_trained_as_the_paper_says(world: Path, tmp_path: Path) -> None:
     parts = ["compressors", "llm", "image"]
     train(recipe(world, "m3", tmp_path, parts=parts, part_learning_rates={"image": 2e-5}))
     changed = moved(tmp_path)
@@ -187,10 +191,10 @@ def test_data_check_tells_what_a_recipe_would_learn(world: Path, tmp_path: Path,
     recipe_file.write_text(config_yaml(recipe(world, "m3", tmp_path)))
     words = ["data", "check", str(world / "mixture.json"), "--recipe", str(recipe_file)]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "12 rows, 12 good samples" in told
-    assert "12 samples; target tokens per sample: least 5, median 5, mean " in told
-    assert told.rstrip().endswith("0 without")
+    shown = capsys.readouterr().out
+    assert "12 rows, 12 good samples" in shown
+    assert "12 samples; target tokens per sample: least 5, median 5, mean " in shown
+    assert shown.rstrip().endswith("0 without")
     (world / "mute.json").write_text((world / "mixture.json").read_text().replace("a red circle", " "))
     assert main([*words[:2], str(world / "mute.json"), *words[3:]]) == 1
     assert "0 good samples" in capsys.readouterr().out

@@ -71,20 +71,20 @@ ALL_SCENARIOS = {**SCENARIOS, **LOW_SCENARIOS, **ADAPTER_SCENARIOS, **WHOLE_SCEN
 
 def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunConfig:
     """Settings of a scenario; its micro-batches per step are shared by the processes."""
-    own = ALL_SCENARIOS[name]
-    train |= own.get("train", {})
-    train["accumulation"] = own["micro_batches"] // num_processes
-    model = tiny.settings(own["media"])
-    model = replace(model, adapter=own.get("adapter", model.adapter))
+    scenario = ALL_SCENARIOS[name]
+    train |= scenario.get("train", {})
+    train["accumulation"] = scenario["micro_batches"] // num_processes
+    model = tiny.settings(scenario["media"])
+    model = replace(model, adapter=scenario.get("adapter", model.adapter))
     sampler = SamplerConfig(mode="random", num_budgets=2)
     return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
 
 
 def run_scenario(name: str, settings: RunConfig) -> Any:
     """Train a scenario; the trainer afterwards."""
-    own = ALL_SCENARIOS[name]
+    scenario = ALL_SCENARIOS[name]
     trainer = make_trainer(
-        settings, kinds=own["kinds"], batches=own["batches"], rows=9 if own["batches"] is None else 8
+        settings, kinds=scenario["kinds"], batches=scenario["batches"], rows=9 if scenario["batches"] is None else 8
     )
     newest = newest_checkpoint(Path(settings.train.out))
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest.folder))
@@ -103,16 +103,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenarios", nargs="+")
     parser.add_argument("--deepspeed")
-    given = parser.parse_args()
-    prepare_launch(use_cpu=True, deepspeed=given.deepspeed is not None)
-    for name in given.scenarios:
+    arguments = parser.parse_args()
+    prepare_launch(use_cpu=True, deepspeed=arguments.deepspeed is not None)
+    for name in arguments.scenarios:
         if name == "captions":
-            fit_captions(given.folder, PartialState().process_index, 2)
+            fit_captions(arguments.folder, PartialState().process_index, 2)
             continue
-        settings = scenario_settings(name, given.folder, 2, deepspeed=given.deepspeed)
+        settings = scenario_settings(name, arguments.folder, 2, deepspeed=arguments.deepspeed)
         trainer = run_scenario(name, settings)
-        draws = [str(draw.budget) for step in range(50) for draw in trainer.sampler(step)]
-        (given.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(draws))
+        budgets = [str(one.budget) for step in range(50) for one in trainer.sampler(step)]
+        (arguments.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(budgets))
     finish_launch()
 
 

@@ -12,7 +12,7 @@ from mllm.transforms.noise import MixNoise
 from mllm.utils.random_generator import random_generator
 
 
-def sound(num_samples: int = 32_000, seed: int = 0) -> Audio:
+def random_audio(num_samples: int = 32_000, seed: int = 0) -> Audio:
     return Audio(np.random.default_rng(seed).normal(0, 0.1, num_samples).astype(np.float32), 16_000)
 
 
@@ -59,7 +59,7 @@ def test_a_short_clip_is_never_masked_as_a_whole() -> None:
 def test_masked_steps_are_zero_before_normalisation() -> None:
     augmentation = Augmentation(audio_mask=TimeMask(6_400, 16_000), video_mask=TimeMask(10, 25))
     rng = rngs_by_purpose(np.random.default_rng(3))
-    heard = augmentation(sound(), rng)
+    heard = augmentation(random_audio(), rng)
     silent = heard.samples == 0
     assert 0 < silent.sum() < 12_800
     values, _ = Waveform(standardized=True)(heard)
@@ -74,9 +74,11 @@ def test_masked_steps_are_zero_before_normalisation() -> None:
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0, 20.0])
 def test_noise_is_mixed_into_the_masked_audio_at_the_ratio_asked(snr_db: float) -> None:
-    noise, mask = sound(4_000, seed=1), TimeMask(6_400, 16_000)
-    only_masked = Augmentation(audio_mask=mask)(sound(), rngs_by_purpose(np.random.default_rng(0))).samples
-    both = Augmentation(MixNoise(noise, [snr_db]), mask)(sound(), rngs_by_purpose(np.random.default_rng(0))).samples
+    noise, mask = random_audio(4_000, seed=1), TimeMask(6_400, 16_000)
+    only_masked = Augmentation(audio_mask=mask)(random_audio(), rngs_by_purpose(np.random.default_rng(0))).samples
+    both = Augmentation(MixNoise(noise, [snr_db]), mask)(
+        random_audio(), rngs_by_purpose(np.random.default_rng(0))
+    ).samples
     added = both.astype(np.float64) - only_masked
     measured = 10 * math.log10(np.mean(np.square(only_masked.astype(np.float64))) / np.mean(np.square(added)))
     assert measured == pytest.approx(snr_db, abs=0.05)
@@ -101,11 +103,11 @@ def test_videos_are_mirrored_as_often_as_asked_all_frames_alike() -> None:
 
 
 def test_switching_one_part_on_changes_no_other() -> None:
-    noise, mask = MixNoise(sound(4_000, seed=1), [0.0]), TimeMask(10, 25)
+    noise, mask = MixNoise(random_audio(4_000, seed=1), [0.0]), TimeMask(10, 25)
     alone = Augmentation(video_mask=mask)(video(), rngs_by_purpose(np.random.default_rng(5)))
     rng = rngs_by_purpose(np.random.default_rng(5))
     together = Augmentation(noise, TimeMask(6_400, 16_000), mask)
-    together(sound(), rng)
+    together(random_audio(), rng)
     np.testing.assert_array_equal(together(video(), rng).frames, alone.frames)
 
 

@@ -10,7 +10,7 @@ from mllm.transforms.noise import MixNoise
 from mllm.utils.random_generator import random_generator
 
 
-def sound(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:
+def random_audio(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:
     """Make white noise with an offset."""
     samples = np.random.default_rng(seed).normal(0.01, level, num_samples).astype(np.float32)
     return Audio(samples, rate_hz)
@@ -19,7 +19,7 @@ def sound(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, le
 @pytest.mark.parametrize("snr_db", [-20.0, -5.0, 0.0, 7.5, 30.0])
 @pytest.mark.parametrize("num_noise", [700, 16_000, 50_000])
 def test_the_ratio_after_mixing_is_the_one_asked_for(snr_db: float, num_noise: int) -> None:
-    speech, noise = sound(), sound(num_noise, seed=1, level=0.7)
+    speech, noise = random_audio(), random_audio(num_noise, seed=1, level=0.7)
     mixed = MixNoise(noise, snr_db)(speech, random_generator(0, 0, "a", "noise"))
     added = mixed.samples.astype(np.float64) - speech.samples
     measured = 10 * math.log10(np.mean(speech.samples.astype(np.float64) ** 2) / np.mean(added**2))
@@ -31,7 +31,8 @@ def test_the_noise_is_a_contiguous_piece_chosen_at_random() -> None:
     noise = Audio(np.arange(1, 1_001, dtype=np.float32), 16_000)
     mix = MixNoise(noise, 0.0)
     added = [
-        mix(sound(300, level=1e-3), random_generator(0, epoch, "a", "noise")).samples - sound(300, level=1e-3).samples
+        mix(random_audio(300, level=1e-3), random_generator(0, epoch, "a", "noise")).samples
+        - random_audio(300, level=1e-3).samples
         for epoch in (0, 0, 1)
     ]
     np.testing.assert_array_equal(added[0], added[1])
@@ -41,7 +42,7 @@ def test_the_noise_is_a_contiguous_piece_chosen_at_random() -> None:
 
 
 def test_one_of_several_ratios_is_taken_and_none_is_clean() -> None:
-    speech, mix = sound(), MixNoise(sound(seed=1), [None, 0.0, 10.0])
+    speech, mix = random_audio(), MixNoise(random_audio(seed=1), [None, 0.0, 10.0])
     seen = set()
     for number in range(60):
         added = mix(speech, random_generator(0, 0, str(number), "noise")).samples - speech.samples
@@ -56,9 +57,9 @@ def test_one_of_several_ratios_is_taken_and_none_is_clean() -> None:
 )
 def test_where_noise_is_silent_another_stretch_is_taken(num_noise: int, gap: tuple[int, int]) -> None:
     """As of a recording with pauses of digital silence: every audio gets its ratio, from all over what is heard."""
-    samples = sound(num_noise, seed=1).samples.copy()
+    samples = random_audio(num_noise, seed=1).samples.copy()
     samples[slice(*gap)] = 0
-    mix, speech = MixNoise(Audio(samples, 16_000), 0.0), sound(300)
+    mix, speech = MixNoise(Audio(samples, 16_000), 0.0), random_audio(300)
     firsts = set()
     for number in range(200):
         mixed = mix(speech, random_generator(0, 0, str(number), "noise"))
@@ -72,7 +73,7 @@ def test_where_noise_is_silent_another_stretch_is_taken(num_noise: int, gap: tup
 
 def test_a_stretch_that_is_heard_is_taken_as_ever() -> None:
     """Only silent draws are drawn again: noise without gaps gives what it gave before, to the sample."""
-    noise, speech = sound(5_000, seed=1), sound(300)
+    noise, speech = random_audio(5_000, seed=1), random_audio(300)
     start = int(_advanced(random_generator(0, 0, "a", "noise")).integers(5_000))
     piece = np.take(noise.samples, np.arange(start, start + 300), mode="wrap").astype(np.float64)
     scale = math.sqrt(np.mean(speech.samples.astype(np.float64) ** 2) / np.mean(piece**2))
@@ -89,13 +90,13 @@ def _advanced(generator: np.random.Generator) -> np.random.Generator:
 def test_noise_that_cannot_be_mixed() -> None:
     rng, silence = random_generator(0, 0, "a", "noise"), Audio(np.zeros(100, np.float32), 16_000)
     with pytest.raises(ValueError, match="the audio is silent"):
-        MixNoise(sound(), 0.0)(silence, rng)
+        MixNoise(random_audio(), 0.0)(silence, rng)
     with pytest.raises(ValueError, match="the noise is silent throughout"):
         MixNoise(silence, 0.0)
     with pytest.raises(ValueError, match="cannot be mixed at 200 dB: rounding would make it"):
-        MixNoise(sound(), 200.0)(sound(seed=1), rng)
+        MixNoise(random_audio(), 200.0)(random_audio(seed=1), rng)
     with pytest.raises(ValueError, match="one sample rate, got 16000 and 8000 Hz"):
-        MixNoise(sound(rate_hz=8_000), 0.0)(sound(), rng)
+        MixNoise(random_audio(rate_hz=8_000), 0.0)(random_audio(), rng)
     for bad in (math.inf, math.nan, []):
         with pytest.raises(ValueError, match="snr_db must be"):
-            MixNoise(sound(), bad)
+            MixNoise(random_audio(), bad)

@@ -28,7 +28,7 @@ from mllm.transforms.encoder_inputs import (
 from mllm.utils.random_generator import random_generator
 
 
-def sound(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:
+def random_audio(num_samples: int = 16_000, *, rate_hz: int = 16_000, seed: int = 0, level: float = 0.1) -> Audio:
     """Make white noise with an offset."""
     samples = np.random.default_rng(seed).normal(0.01, level, num_samples).astype(np.float32)
     return Audio(samples, rate_hz)
@@ -41,7 +41,7 @@ def clip(num_frames: int = 4, height: int = 96, width: int = 96, *, colour: bool
 
 
 def test_standardize_is_the_plain_formula() -> None:
-    samples = sound().samples
+    samples = random_audio().samples
     wide = samples.astype(np.float64)
     expected = torch.nn.functional.layer_norm(torch.from_numpy(wide), wide.shape, eps=1e-8).numpy()
     np.testing.assert_allclose(standardize(samples, 1e-8), expected, atol=1e-5)
@@ -50,7 +50,7 @@ def test_standardize_is_the_plain_formula() -> None:
 
 @pytest.mark.parametrize("standardized", [False, True])
 def test_waveform_equals_the_feature_extractor(standardized: bool) -> None:
-    audio = sound(5_000)
+    audio = random_audio(5_000)
     values, length = Waveform(standardized=standardized)(audio)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=standardized)
     expected = extractor(audio.samples, sampling_rate=16_000, return_tensors="pt")["input_values"][0]
@@ -61,7 +61,7 @@ def test_waveform_equals_the_feature_extractor(standardized: bool) -> None:
 @pytest.mark.parametrize("standardized", [False, True])
 def test_whisper_mel_equals_the_feature_extractor(standardized: bool) -> None:
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    audio = sound(40_000)
+    audio = random_audio(40_000)
     values, length = WhisperMel(extractor, standardized)(audio)
     heard = standardize(audio.samples, 1e-8) if standardized else audio.samples
     expected = extractor(heard, sampling_rate=16_000, return_tensors="pt")["input_features"][0]
@@ -72,12 +72,12 @@ def test_whisper_mel_equals_the_feature_extractor(standardized: bool) -> None:
 
 def test_audio_that_does_not_fit_is_refused() -> None:
     mel = WhisperMel(WhisperFeatureExtractor(feature_size=80, chunk_length=2))
-    assert mel(sound(32_000))[0].shape == (80, 200)
+    assert mel(random_audio(32_000))[0].shape == (80, 200)
     with pytest.raises(ValueError, match=r"lasts 2\.01 seconds, the encoder's window is 2 seconds"):
-        mel(sound(32_160))
+        mel(random_audio(32_160))
     for transform in (mel, Waveform()):
         with pytest.raises(ValueError, match="takes audio at 16000 Hz, got 8000 Hz"):
-            transform(sound(rate_hz=8_000))
+            transform(random_audio(rate_hz=8_000))
 
 
 @pytest.mark.parametrize("colour", [False, True])
@@ -152,7 +152,7 @@ def test_building_from_plain_settings() -> None:
 
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
     built = build_transform("audio", WhisperConfig(), {**extractor.to_dict(), "normalize_audio": True})
-    torch.testing.assert_close(built(sound())[0], WhisperMel(extractor, standardized=True)(sound())[0])
+    torch.testing.assert_close(built(random_audio())[0], WhisperMel(extractor, standardized=True)(random_audio())[0])
 
     wave = Wav2Vec2FeatureExtractor(do_normalize=True).to_dict()
     assert build_transform("audio", HubertConfig(), wave) == Waveform(16_000, standardized=True)
@@ -169,8 +169,8 @@ def test_building_from_plain_settings() -> None:
 def test_transforms_travel_to_workers() -> None:
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
     for transform, raw in [
-        (WhisperMel(extractor), sound()),
-        (Waveform(standardized=True), sound()),
+        (WhisperMel(extractor), random_audio()),
+        (Waveform(standardized=True), random_audio()),
         (LipTransform(size=None, crop_size=88), clip()),
         (ImageTransform(CLIPImageProcessorPil()), Image.new("RGB", (9, 9), "red")),
     ]:

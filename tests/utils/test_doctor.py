@@ -146,9 +146,9 @@ def test_something_optional_that_is_missing_is_no_illness() -> None:
 def test_the_doctor_knows_every_dependency_of_the_package_itself() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert [name_in(line) for line in project["dependencies"]] == [canonicalize_name(own.name) for own in REQUIRED]
-    assert {own.extra for own in OPTIONAL} == set(extras) - {"lmms", "test", "dev"}
-    assert all(canonicalize_name(own.name) in map(name_in, extras[own.extra]) for own in OPTIONAL)
+    assert [name_in(line) for line in project["dependencies"]] == [canonicalize_name(one.name) for one in REQUIRED]
+    assert {one.extra for one in OPTIONAL} == set(extras) - {"lmms", "test", "dev"}
+    assert all(canonicalize_name(one.name) in map(name_in, extras[one.extra]) for one in OPTIONAL)
 
 
 def name_in(line: str) -> str:

@@ -17,7 +17,7 @@ EVERY_EXTRA = list(tomllib.loads((versions.ROOT / "pyproject.toml").read_text())
 
 def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
     for requirement in declared(EVERY_EXTRA):
-        operators = sorted(own.operator for own in requirement.specifier)
+        operators = sorted(one.operator for one in requirement.specifier)
         assert operators in (["<", ">="], ["=="]), str(requirement)
 
 
@@ -25,13 +25,15 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
 def test_a_lock_holds_every_dependency_within_its_bounds(name: str, extras: tuple[str, ...]) -> None:
     held = pinned(FOLDER / f"{name}.txt") | {"torch": {Version(locked_torch())}}
     for requirement in declared(extras):
-        found = held[canonicalize_name(requirement.name)]
-        assert all(requirement.specifier.contains(version, prereleases=True) for version in found), str(requirement)
+        versions_held = held[canonicalize_name(requirement.name)]
+        assert all(requirement.specifier.contains(version, prereleases=True) for version in versions_held), str(
+            requirement
+        )
 
 
 def test_the_oldest_lock_is_the_lower_bounds() -> None:
     held = pinned(FOLDER / "oldest.txt") | {"torch": {Version(locked_torch())}}
-    bounds = {canonicalize_name(own.name): {lowest(own)} for own in declared(OLDEST_EXTRAS)}
+    bounds = {canonicalize_name(requirement.name): {lowest(requirement)} for requirement in declared(OLDEST_EXTRAS)}
     assert {name: held[name] for name in bounds} == bounds
 
 
@@ -69,8 +71,12 @@ def test_extras_that_name_extras_are_followed(tmp_path: Path) -> None:
         '[project]\nname = "elastic-mllm"\ndependencies = ["a>=1,<2"]\n[project.optional-dependencies]\n'
         'all = ["elastic-mllm[some]", "c==3"]\nsome = ["b[x]>=2,<3"]\n'
     )
-    assert [str(own) for own in declared(["all"], file)] == ["a<2,>=1", "c==3", "b[x]<3,>=2"]
-    assert [versions.without_upper_bound(own) for own in declared(["all"], file)] == ["a>=1", "c>=3", "b[x]>=2"]
+    assert [str(requirement) for requirement in declared(["all"], file)] == ["a<2,>=1", "c==3", "b[x]<3,>=2"]
+    assert [versions.without_upper_bound(requirement) for requirement in declared(["all"], file)] == [
+        "a>=1",
+        "c>=3",
+        "b[x]>=2",
+    ]
     with pytest.raises(ValueError, match="the project has no extra 'none'; it has all, some"):
         declared(["none"], file)
 

@@ -2,8 +2,8 @@
 
 Knows objects, colours, letters and the pixel font. Does not know questions, files, tokens or any model.
 
-A scene is 8 x 8 cells of 16 pixels, the patches of the synthetic vision tower, so that every object lies in one patch:
-64 features see every object by itself, and pooled features see fewer and fewer of them by themselves.
+A scene is 8 x 8 cells of 16 pixels, the patches of the synthetic vision encoder, so that every object lies in one
+patch: 64 features see every object by itself, and pooled features see fewer and fewer of them by themselves.
 
 Shapes: images are (128, 128, 3) uint8; the letter glyphs are 5 x 5 pixels.
 """

@@ -234,7 +234,7 @@ def _intervals(events: list[tuple[int, str]], seconds: float) -> tuple[Phone, ..
 
 
 def _with_room_for_final_l(events: list[tuple[int, str]], bounds_seconds: list[float]) -> list[float]:
-    """Give a third of the sound to a final "l": it and the vowel before it are reported as one, and the "l" of no
+    """Give a third of the audio to a final "l": it and the vowel before it are reported as one, and the "l" of no
     length."""
     roomy = list(bounds_seconds)
     for index, (_, symbol) in enumerate(events):

@@ -152,8 +152,8 @@ def test_far_faces_are_found_as_near_ones(width: int) -> None:
     small = face.resize((round(face.width * scale), round(face.height * scale)), Image.Resampling.LANCZOS)
     frame.paste(small, (700, 300))
     with FaceFinder() as find:
-        (found,) = find(np.array(frame))
-    assert abs(found[8:].mean() - (700 + 300j + MOUTH * scale)) < 0.1 * width
+        (points,) = find(np.array(frame))
+    assert abs(points[8:].mean() - (700 + 300j + MOUTH * scale)) < 0.1 * width
 
 
 @needs_mediapipe

@@ -52,8 +52,8 @@ def _cut(ids: list[int], *ends: int) -> list[int]:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @torch.no_grad()
 def test_answers_are_the_librarys_in_a_batch_and_alone(llm: str, adapter: str) -> None:
-    own = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
-    model, processor = build(own, LLMS[llm]), tiny.processor(own)
+    config = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
+    model, processor = build(config, LLMS[llm]), tiny.processor(config)
     together = answers(model, processor, SPEECH, SPEECH_BUDGETS)
     assert together == answers(model, processor, SPEECH, SPEECH_BUDGETS, library_ids)
     assert len({tuple(ids) for ids in together}) > 2  # the rows really are different requests
@@ -63,8 +63,8 @@ def test_answers_are_the_librarys_in_a_batch_and_alone(llm: str, adapter: str) -
 
 @pytest.fixture(scope="module")
 def made():
-    own = tiny.settings()
-    return tiny.model(own, seed=3), tiny.processor(own)
+    config = tiny.settings()
+    return tiny.model(config, seed=3), tiny.processor(config)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def made():
 @torch.no_grad()
 def test_options_mean_what_they_mean_in_the_library(made, options: dict[str, Any]) -> None:
     model, processor = made
-    ids_found = answers(model, processor, ROWS, MIXED_BUDGETS, **options)
-    assert ids_found == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **options)
+    ids = answers(model, processor, ROWS, MIXED_BUDGETS, **options)
+    assert ids == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **options)
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def test_answers_that_end_early_do_so_in_a_batch(made) -> None:
     free = answers(model, processor, ROWS, MIXED_BUDGETS)
     ends = [free[0][2], free[1][5], tiny.TOKENIZER.eos_token_id]
     ended = {"eos_token_id": ends, "pad_token_id": processor.pad_id, "length_penalty": 0.0}
-    ids_found = answers(model, processor, ROWS, MIXED_BUDGETS, **ended)
-    assert ids_found == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **ended)
+    ids = answers(model, processor, ROWS, MIXED_BUDGETS, **ended)
+    assert ids == answers(model, processor, ROWS, MIXED_BUDGETS, library_ids, **ended)
     # A row that waits for its batch mates is filled up behind its end, with an end where the pad id is 0.
-    ended_at = [_cut(ids, *ends) for ids in ids_found]
-    assert len({len(ids) for ids in ended_at}) > 1
+    ended_at = [_cut(row, *ends) for row in ids]
+    assert len({len(row) for row in ended_at}) > 1
     rows = [([row], [budget]) for row, budget in zip(ROWS, MIXED_BUDGETS, strict=True)]
     assert ended_at == [_cut(answers(model, processor, *row, **ended)[0], *ends) for row in rows]
 
@@ -133,8 +133,8 @@ def test_a_prompt_that_ends_in_soft_tokens_is_read_to_its_end(made) -> None:
     soft = (inputs["input_ids"][0] == model.config.placeholder_ids["image"]).nonzero().max() + 1
     inputs = {key: value[:, :soft] if value.dim() == 2 else value for key, value in inputs.items()}
     options = {"num_beams": 4, "max_new_tokens": 12, "do_sample": False}
-    ids_found = model.generate(**inputs, **options)[:, soft:]
-    assert ids_found.tolist() == library_ids(model, inputs, **options)[:, soft:].tolist()
+    ids = model.generate(**inputs, **options)[:, soft:]
+    assert ids.tolist() == library_ids(model, inputs, **options)[:, soft:].tolist()
 
 
 def test_a_layer_holds_what_a_growing_one_holds() -> None:
@@ -153,8 +153,8 @@ def test_a_layer_holds_what_a_growing_one_holds() -> None:
     assert isinstance(caches[1].layers[0], BeamLayer)
     for step in range(GROWTH_TOKENS + 5):
         new = states(12, 1)
-        expected, ids_found = [cache.update(*new, 0) for cache in caches]
-        assert all(torch.equal(one, other) for one, other in zip(expected, ids_found, strict=True))
+        expected, spread_out = [cache.update(*new, 0) for cache in caches]
+        assert all(torch.equal(one, other) for one, other in zip(expected, spread_out, strict=True))
         assert caches[1].get_seq_length() == 8 + step
         # Copies of a row change places among themselves and with nobody else.
         order = (torch.randint(4, (3, 4), generator=generator) + 4 * torch.arange(3)[:, None]).flatten()

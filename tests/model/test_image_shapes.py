@@ -88,10 +88,10 @@ def sample(name: str, root: Path = Path()) -> Sample:
     return Sample(name, messages, task="see", root=root)
 
 
-def settings(world: Path, tower: str = "naflex", **image: Any) -> ModelConfig:
-    own = merged({"encoder": {"source": str(world / tower), "feature_layer": -1}, "budgets": [9, 4, 1]}, image)
+def settings(world: Path, encoder: str = "naflex", /, **image: Any) -> ModelConfig:
+    block = merged({"encoder": {"source": str(world / encoder), "feature_layer": -1}, "budgets": [9, 4, 1]}, image)
     lora = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
-    return ModelConfig(llm=str(world / "llm"), chat_format="plain", adapter=lora, image=medium("image", own))
+    return ModelConfig(llm=str(world / "llm"), chat_format="plain", adapter=lora, image=medium("image", block))
 
 
 def lively(model: Any) -> Any:
@@ -134,8 +134,8 @@ def test_answers_in_a_batch_of_shapes_and_budgets_are_those_alone_and_survive_sa
     assert together == alone
     assert len(set(together)) == len(together)
     batch = processor.batch(samples, [processor.load_media(one) for one in samples], for_training=False)
-    draws = answerer.answer_batch(batch, [[Budget.parse(budget)] * 3 for budget in budgets])
-    assert [draws[place][place].text for place in range(3)] == together  # encoded once, each at every budget
+    answers = answerer.answer_batch(batch, [[Budget.parse(budget)] * 3 for budget in budgets])
+    assert [answers[row][row].text for row in range(3)] == together  # encoded once, each at every budget
     values = [batch.values[key] for key in ("pixel_values", "image_grids")]
     soft = model.model.get_image_features(values[0], torch.tensor([9, 5, 1]), image_grids=values[1]).pooler_output
     assert [len(tokens) for tokens in soft] == [9, 5, 1]
@@ -154,9 +154,9 @@ def test_it_trains_on_mixed_shapes_and_on_kept_features_alike(world: Path, tmp_p
         data = DataConfig(
             train=[str(world / "train.jsonl")], tokens_per_batch=512, max_rows=4, num_workers=0, features=features
         )
-        own = TrainConfig(out=str(tmp_path / output), epochs=2, learning_rate=1e-2, progress=False, use_cpu=True)
+        training = TrainConfig(out=str(tmp_path / output), epochs=2, learning_rate=1e-2, progress=False, use_cpu=True)
         return RunConfig(
-            model=settings(world, **COMPRESSORS[name]), data=data, sampler=SamplerConfig(mode="all"), train=own
+            model=settings(world, **COMPRESSORS[name]), data=data, sampler=SamplerConfig(mode="all"), train=training
         )
 
     kept = FeatureConfig(folder=str(tmp_path / "kept"), versions=1)
@@ -194,10 +194,10 @@ def test_captions_give_one_start_however_the_shapes_are_batched(world: Path, nam
         torch.testing.assert_close(value, starts[1][key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("tower", ["image", "siglip", "dinov2", pytest.param("dinov3", marks=needs_torchvision)])
+@pytest.mark.parametrize("encoder", ["image", "siglip", "dinov2", pytest.param("dinov3", marks=needs_torchvision)])
 @pytest.mark.parametrize("size", [(48, 96), (32, 32)])
-def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str, size: tuple[int, int]) -> None:
-    model, processor = build(settings(world, tower, encoder={"image_size": list(size)}))
+def test_an_encoder_of_fixed_size_reads_images_of_any_other(world: Path, encoder: str, size: tuple[int, int]) -> None:
+    model, processor = build(settings(world, encoder, encoder={"image_size": list(size)}))
     grid = (size[0] // 8, size[1] // 8)
     assert processor.facts["image"].grid == model.model.encoder("image").grid == grid
     assert isinstance(processor.transforms["image"], ImageTransform)
@@ -211,7 +211,7 @@ def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str
 
 
 @pytest.mark.parametrize(
-    ("tower", "image", "words"),
+    ("encoder", "image", "words"),
     [
         ("naflex", {"compressor": "stack"}, "model.image.compressor.kind stack needs one grid"),
         (
@@ -229,8 +229,8 @@ def test_a_tower_of_fixed_size_reads_images_of_any_other(world: Path, tower: str
         ("image", {"encoder": {"image_size": [64]}}, r"image_size is \[height, width\]"),
     ],
 )
-def test_settings_that_contradict_the_tower_are_refused_when_it_is_built(
-    world: Path, tower: str, image: dict[str, Any], words: str
+def test_settings_that_contradict_the_encoder_are_refused_when_it_is_built(
+    world: Path, encoder: str, image: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        build(settings(world, tower, **image))
+        build(settings(world, encoder, **image))

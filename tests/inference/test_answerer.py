@@ -65,10 +65,10 @@ def test_budgets_answered_together_are_those_answered_one_by_one(answerer: Answe
     together = answerer.answer_batch(batch, [[budget] * 2 for budget in budgets])
     handle.remove()
     assert len(calls) == 1
-    for draw, budget in zip(together, budgets, strict=True):
+    for answers, budget in zip(together, budgets, strict=True):
         alone = answerer.answer_batch(batch, [[budget] * 2])[0]
-        assert [answer.text for answer in draw] == [answer.text for answer in alone]
-        assert {answer.budget for answer in draw} == {budget}
+        assert [answer.text for answer in answers] == [answer.text for answer in alone]
+        assert {answer.budget for answer in answers} == {budget}
 
 
 def test_an_answer_about_files_tells_what_it_used(answerer: Answerer, folder: Path) -> None:
@@ -149,14 +149,20 @@ def test_a_checkpoint_cannot_make_answers_random_and_a_seed_makes_samples_repeat
     beams = Answerer(answerer.model, answerer.processor, Decoding(max_new_tokens=12, num_beams=3))
     before_beams = beams.answer_batch(batch, [BUDGETS[:2]])
     # As chat checkpoints have it, and more.
-    own = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3, "early_stopping": True, "min_length": 99}
-    own |= {"length_penalty": -5.0, "num_return_sequences": 2, "min_new_tokens": 9}
+    sampling = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "repetition_penalty": 1.3,
+        "early_stopping": True,
+        "min_length": 99,
+    }
+    sampling |= {"length_penalty": -5.0, "num_return_sequences": 2, "min_new_tokens": 9}
     try:
-        config.update(**own)
+        config.update(**sampling)
         assert answerer.answer_batch(batch, [BUDGETS[:2]]) == before
         assert beams.answer_batch(batch, [BUDGETS[:2]]) == before_beams
     finally:
-        config.update(**dict.fromkeys(own))
+        config.update(**dict.fromkeys(sampling))
     state = torch.get_rng_state()
     drawn = []
     for seed in (0, 0, 1):
@@ -230,8 +236,8 @@ def test_media_at_hand_are_answered_about_as_their_files(answerer: Answerer, fol
     assert session.answer("why?").text == answerer.answer("why?", image=file, budget="image=4").text
 
 
-def test_a_budget_for_sound_hears_the_video(answerer: Answerer, tmp_path: Path) -> None:
-    """As on the command line: there is one file, and its frames and its sound are of one clip."""
+def test_a_budget_for_audio_hears_the_video(answerer: Answerer, tmp_path: Path) -> None:
+    """As on the command line: there is one file, and its frames and its audio are of one clip."""
     names = tiny.write_media(tmp_path)
     tiny.write_clip(tmp_path / "0.mp4", tmp_path / "0.wav", tmp_path / "clip.mkv")
     clip = tmp_path / "clip.mkv"

@@ -25,8 +25,8 @@ SPEECH_BUDGET = "audio=/4,video=/2"
 
 
 def make(adapter: str, llm: str = "llama", num_beams: int = 1) -> Answerer:
-    own = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
-    return Answerer(build(own, LLMS[llm]), tiny.processor(own), Decoding(num_beams, max_new_tokens=5))
+    config = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
+    return Answerer(build(config, LLMS[llm]), tiny.processor(config), Decoding(num_beams, max_new_tokens=5))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_answers_are_the_same_and_the_text_is_read_once(llm: str, adapter: str, 
     keeping = replace(plain, constant_prompt=True)
     alone = 1
     for number, batch in enumerate(BATCHES):
-        (expected, positions), (found, fewer) = read(plain, batch), read(keeping, batch)
-        assert found == expected
+        (expected, positions), (texts, fewer) = read(plain, batch), read(keeping, batch)
+        assert texts == expected
         if number == alone:
             (kept,) = keeping._constant._kept.values()
             assert len(kept.ids) >= len(SYSTEM.split())
@@ -69,20 +69,20 @@ def test_the_constant_text_is_what_batches_have_in_common() -> None:
     model, keeper = torch.nn.Linear(1, 1), SystemPrompt()
     base = list(range(1, 13))
 
-    def found(rows: list[list[int]], **expert_ids: Any) -> tuple[int, ...] | None:
+    def prefix_of(rows: list[list[int]], **expert_ids: Any) -> tuple[int, ...] | None:
         text = keeper.of_batch(model, inputs(rows, **expert_ids), {99})
         return None if text is None else text.ids
 
-    assert found([[*base, 50, 99, 60], [*base, 51, 99]]) == tuple(base)
-    assert found([[*base, 50, 99]]) == tuple(base)
-    assert found([[*base[:10], 52, 99]]) == tuple(base[:10])  # from now on it is shorter
-    assert found([[*base, 99]]) == tuple(base[:10])
-    assert found([[7, 8, 99]]) is None
-    assert found([[*base, 99], [*base, 99]], task_ids=[0, 1]) is None
-    assert found([[*base, 99], [*base, 99]], task_ids=[1, 1]) == tuple(base)
+    assert prefix_of([[*base, 50, 99, 60], [*base, 51, 99]]) == tuple(base)
+    assert prefix_of([[*base, 50, 99]]) == tuple(base)
+    assert prefix_of([[*base[:10], 52, 99]]) == tuple(base[:10])  # from now on it is shorter
+    assert prefix_of([[*base, 99]]) == tuple(base[:10])
+    assert prefix_of([[7, 8, 99]]) is None
+    assert prefix_of([[*base, 99], [*base, 99]], task_ids=[0, 1]) is None
+    assert prefix_of([[*base, 99], [*base, 99]], task_ids=[1, 1]) == tuple(base)
     with torch.no_grad():
         model.weight.add_(1)
-    assert found([[*base, 50, 99]]) == (*base, 50)  # all was forgotten
+    assert prefix_of([[*base, 50, 99]]) == (*base, 50)  # all was forgotten
 
 
 def test_a_static_cache_takes_over_nothing() -> None:

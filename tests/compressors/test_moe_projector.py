@@ -75,8 +75,8 @@ def test_a_mixture_per_budget_reports_the_routing_of_the_asked_one(per_budget: b
         "audio", medium("audio", merged(SMOP, {"projector": {"per_budget": per_budget}})), in_size=6, out_size=8
     ).train()
     features, lengths = torch.randn(2, 8, 6), torch.tensor([8, 8])
-    asked = {"tokens": torch.tensor([4, 2]), "rates": torch.tensor([2, 4])}
-    compressor(features, lengths, **asked, max_tokens=4)
+    choice = {"tokens": torch.tensor([4, 2]), "rates": torch.tensor([2, 4])}
+    compressor(features, lengths, **choice, max_tokens=4)
     routing = compressor.projectors.take_routing()
     for item, (tokens, rate) in enumerate(((4, 2), (2, 4))):
         alone = {"tokens": torch.tensor([tokens]), "rates": torch.tensor([rate])}

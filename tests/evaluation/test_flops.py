@@ -201,8 +201,8 @@ def test_compressor_flops_are_those_that_run(medium: str, settings: dict[str, An
 
 
 def test_a_request_is_the_sum_of_its_parts() -> None:
-    own = tiny.settings(("image",))
-    model, processor = tiny.model(own), tiny.processor(own)
+    config = tiny.settings(("image",))
+    model, processor = tiny.model(config), tiny.processor(config)
     batch = tiny.batch(processor, [([tiny.random_media("image"), "what is it?"], "red")])
     expanded = processor.expand(batch, [[Budget.parse("image=4")]], left_padding=True)
     length = expanded.inputs["input_ids"].shape[1]
@@ -231,8 +231,8 @@ def test_beams_and_answers_cost_what_generate_runs() -> None:
 
 
 def test_beams_run_what_they_cost() -> None:
-    own = tiny.settings(("image",), adapter=False)
-    model = tiny.model(own)
+    config = tiny.settings(("image",), adapter=False)
+    model = tiny.model(config)
     model.set_attn_implementation("eager")
     ids = torch.arange(40, 60)[None]
     options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

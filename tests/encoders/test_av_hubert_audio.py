@@ -1,4 +1,4 @@
-"""AV-HuBERT as an audio encoder: from a folder that was written for lips to answers about a sound."""
+"""AV-HuBERT as an audio encoder: from a folder that was written for lips to answers about audio."""
 
 import dataclasses
 from pathlib import Path
@@ -22,19 +22,19 @@ AV_HUBERT = tiny.encoder_configs()["video"]
 
 
 @torch.no_grad()
-def test_a_sound_in_a_batch_equals_the_sound_alone_and_the_network_itself() -> None:
+def test_audio_in_a_batch_equals_the_audio_alone_and_the_network_itself() -> None:
     torch.manual_seed(0)
     network = AVHubertEncoder(AV_HUBERT).eval()
     clips = [torch.randn(length).numpy() * 0.1 for length in (9000, 5000, 401)]
-    frames = [torch.from_numpy(stacked_filterbank(sound)) for sound in clips]
+    frames = [torch.from_numpy(stacked_filterbank(clip)) for clip in clips]
     expected = [network(audio=features_alone[None])[0] for features_alone in frames]
     listener = wrap_encoder(AVHubertEncoder(backbone_config(AV_HUBERT, "audio"))).eval()
     listener.backbone.load_state_dict(network.state_dict(), strict=False)
     batch = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True, padding_value=7.0)
-    features, counts = listener(batch, torch.tensor([len(sound) for sound in clips]))
+    features, counts = listener(batch, torch.tensor([len(clip) for clip in clips]))
     assert (
         counts.tolist()
-        == [num_stacked_frames(len(sound)) for sound in clips]
+        == [num_stacked_frames(len(clip)) for clip in clips]
         == [len(features_alone) for features_alone in expected]
     )
     for item, features_alone in enumerate(expected):
@@ -51,7 +51,7 @@ def listening_settings(folder: Path) -> ModelConfig:
     return dataclasses.replace(config, audio=dataclasses.replace(audio, budgets=["/2", "/4"]))
 
 
-def test_one_folder_serves_lips_and_sound_and_a_run_is_the_same_after_loading(tmp_path: Path) -> None:
+def test_one_folder_serves_lips_and_audio_and_a_run_is_the_same_after_loading(tmp_path: Path) -> None:
     model, processor = build(listening_settings(tmp_path / "parts"))
     set_trainables(model, ("compressors", "adapter"))
     names = tiny.write_media(tmp_path / "media", seconds=0.8)

@@ -32,8 +32,8 @@ BEAMS = [("llama", adapter, 3) for adapter in ADAPTERS] + [(llm, "none", 3) for 
 
 @pytest.mark.parametrize(("llm", "adapter", "num_beams"), [*GREEDY, *BEAMS])
 def test_answers_are_those_of_each_question_alone(llm: str, adapter: str, num_beams: int) -> None:
-    own = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
-    answerer = Answerer(build(own, LLMS[llm]), tiny.processor(own), Decoding(num_beams, max_new_tokens=6))
+    config = replace(tiny.settings(("audio", "video"), adapter=False), adapter=ADAPTERS[adapter])
+    answerer = Answerer(build(config, LLMS[llm]), tiny.processor(config), Decoding(num_beams, max_new_tokens=6))
     budgets = ["audio=/4,video=/2", "audio=/8,video=/5"]
     by_budget = answers(answerer, ROWS, budgets)
     for number, row in enumerate(ROWS):
@@ -47,8 +47,8 @@ def test_answers_are_those_of_each_question_alone(llm: str, adapter: str, num_be
 
 @pytest.fixture(scope="module")
 def answerer() -> Answerer:
-    own = tiny.settings()
-    return Answerer(tiny.model(own, seed=3), tiny.processor(own), Decoding(max_new_tokens=12))
+    config = tiny.settings()
+    return Answerer(tiny.model(config, seed=3), tiny.processor(config), Decoding(max_new_tokens=12))
 
 
 def count_forwards(answerer: Answerer, rows: list[Any], budget: str) -> dict[str, Any]:
@@ -73,12 +73,12 @@ def test_the_image_is_encoded_once_and_its_tokens_are_read_once(answerer: Answer
     image = tiny.random_media("image")
     rows = [([image, question], "a") for question in QUESTIONS]
     answered = answers(answerer, rows, ["image=64"])[0]
-    own = [answer.num_prompt_tokens - answer.num_shared_tokens for answer in answered]
+    unshared = [answer.num_prompt_tokens - answer.num_shared_tokens for answer in answered]
     seen = count_forwards(answerer, rows, "image=64")
     assert seen["images"] == 1
     assert answered[0].num_shared_tokens >= 64
     longest = max(answer.num_prompt_tokens for answer in answered)
-    assert seen["passes"][:2] == [(1, longest - max(own)), (4, max(own))]
+    assert seen["passes"][:2] == [(1, longest - max(unshared)), (4, max(unshared))]
 
 
 def test_equal_files_that_are_read_twice_are_two_images(answerer: Answerer) -> None:

@@ -34,7 +34,7 @@ def test_each_common_beginning_stands_once() -> None:
     assert plan.num_tokens == 6 + 2 + 1 + 3
     packed = held_by(plan, ROWS)
     for row, places in zip(ROWS, plan.rows, strict=True):
-        assert [packed[place] for place in places if place >= 0] == row
+        assert [packed[position] for position in places if position >= 0] == row
     assert torch.equal(plan.rows[0], plan.rows[4])
     assert plan.unpack(torch.tensor([packed]), -1)[1].tolist() == [1, 2, 8, 9, -1, -1]
 
@@ -48,7 +48,11 @@ def test_short_beginnings_and_other_groups_are_not_shared() -> None:
 def test_the_longest_of_nested_rows_is_one_segment_and_the_others_branch_off_it() -> None:
     nested = [[7, *range(100, 100 + budget), 1, 2] for budget in (2, 8, 4)]
     plan = plan_rows(nested, least_shared=1)
-    assert [(own.length, own.visible) for own in plan.segments] == [(11, ()), (2, ((0, 5),)), (2, ((0, 3),))]
+    assert [(segment.length, segment.visible) for segment in plan.segments] == [
+        (11, ()),
+        (2, ((0, 5),)),
+        (2, ((0, 3),)),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -59,9 +63,9 @@ def test_no_more_is_kept_than_the_tree_of_the_rows_has(seed: int) -> None:
     assert plan.num_tokens == len(nodes)
     mask, packed = plan.dense_mask(), held_by(plan, rows)
     for row, places in zip(rows, plan.rows.tolist(), strict=True):
-        for column, place in enumerate(places[: len(row)]):
-            seen = mask[place].nonzero()[:, 0].tolist()
-            assert [packed[own] for own in seen] == row[: column + 1]
+        for column, position in enumerate(places[: len(row)]):
+            seen = mask[position].nonzero()[:, 0].tolist()
+            assert [packed[position_seen] for position_seen in seen] == row[: column + 1]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -72,10 +76,10 @@ def test_attention_by_segment_is_that_of_the_dense_mask(seed: int) -> None:
     ours = by_segment(*states, plan)
     torch.testing.assert_close(ours, dense)
     upstream = torch.randn_like(dense)
-    for own, expected in zip(
+    for result, expected in zip(
         torch.autograd.grad(ours, states, upstream), torch.autograd.grad(dense, states, upstream), strict=True
     ):
-        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_a_cpu_widens_half_precision_and_narrows_nothing_autocast_or_not(
 ) -> None:
     plan = plan_rows(random_rows(0), least_shared=2)
     states = [torch.randn(1, 2, plan.num_tokens, 4, dtype=torch.float64).to(dtype) for _ in range(3)]
-    expected = by_segment(*(own.to(computed_in) for own in states), plan).to(dtype)
+    expected = by_segment(*(state.to(computed_in) for state in states), plan).to(dtype)
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out, _ = segment_attention(torch.nn.Module(), *states, None, segment_plan=plan)
@@ -96,9 +100,9 @@ def test_a_cpu_widens_half_precision_and_narrows_nothing_autocast_or_not(
 
 def test_the_mask_of_flex_attention_is_the_dense_mask() -> None:
     plan = plan_rows(random_rows(3), least_shared=1)
-    place, zero = torch.arange(plan.num_tokens), torch.zeros((), dtype=torch.int64)
-    asked = mask_function(plan, torch.device("cpu"))(zero, zero, place[:, None], place)
-    assert torch.equal(asked, plan.dense_mask())
+    position, zero = torch.arange(plan.num_tokens), torch.zeros((), dtype=torch.int64)
+    allowed = mask_function(plan, torch.device("cpu"))(zero, zero, position[:, None], position)
+    assert torch.equal(allowed, plan.dense_mask())
     states = [torch.randn(1, 2, plan.num_tokens, 8) for _ in range(3)]
     out = flex_attention(*states, block_mask=packed_mask(plan, torch.device("cpu"), "flex"))
     torch.testing.assert_close(out.transpose(1, 2), by_segment(*states, plan))

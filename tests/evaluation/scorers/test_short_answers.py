@@ -109,7 +109,7 @@ def test_letters_are_read_as_mmmu_does() -> None:
     drawn = [mmmu_letter("green pear", options, sample_id=str(number)) for number in range(60)]  # too short to quote
     assert drawn == [mmmu_letter("green pear", options, sample_id=str(number)) for number in range(60)]
     assert {letter for letter, _ in drawn} == {"A", "B", "C"}
-    assert not any(is_found for _, is_found in drawn)
+    assert not any(is_correct for _, is_correct in drawn)
 
 
 @pytest.mark.parametrize(

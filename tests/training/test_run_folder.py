@@ -81,11 +81,11 @@ def test_a_kill_at_any_point_leaves_a_complete_checkpoint(tmp_path: Path) -> Non
     steps = []
     for run in tmp_path.iterdir():
         remove_leftovers(run)
-        found = newest_checkpoint(run)
-        assert found is not None, f"nothing is left in {run.name}"
-        assert (found.folder / "weights").read_bytes() == b"\x01" * 4000 + str(found.step).encode()
+        newest = newest_checkpoint(run)
+        assert newest is not None, f"nothing is left in {run.name}"
+        assert (newest.folder / "weights").read_bytes() == b"\x01" * 4000 + str(newest.step).encode()
         assert all(path.name.startswith("checkpoint-") for path in run.iterdir())
-        steps.append(found.step)
+        steps.append(newest.step)
     assert len(steps) > 24
     assert set(steps) == {1, 2}
 
@@ -106,9 +106,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_taken(
         victim.unlink()
     with pytest.raises(ValueError, match=rf"checkpoint-00000002 is (damaged|incomplete): {victim.name}"):
         read_checkpoint(newest)
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.step == 1
+    whole = newest_checkpoint(tmp_path)
+    assert whole is not None
+    assert whole.step == 1
     assert victim.name in caplog.text
 
 
@@ -117,9 +117,9 @@ def test_facts_come_back_and_old_ones_go(tmp_path: Path) -> None:
         save(tmp_path, step, {"seed": step})
     delete_old(tmp_path, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000010", "checkpoint-00000015"]
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert (found.step, found.facts) == (15, {"seed": 15})
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.step, newest.facts) == (15, {"seed": 15})
 
 
 def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path) -> None:
