@@ -13,20 +13,20 @@ class ModelOptions:
     """The options of a command that say which trained model is loaded, and how; `mllm.checkpoints.load` reads them."""
 
     model: str
-    """Run folder, a checkpoint in one, or an exported model."""
+    """Names a run folder, a checkpoint in one, or an exported model."""
     checkpoint: str | None = None
-    """Checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
+    """Takes a checkpoint of the run, by its step or name, or auto for the newest; the finished model when left out."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
+    """Tells where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     limits: MediaLimits = field(default_factory=MediaLimits)
-    """Pixels, seconds and bytes beyond which a file is refused."""
+    """Refuses files with more pixels, seconds or bytes."""
     merge_adapter: bool = False
-    """Fold a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
+    """Folds a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
     rows."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen parts."""
+    """Keeps the frozen parts in this type."""
     use_cpu: bool = False
-    """Run on the CPU although there is a GPU."""
+    """Runs on the CPU although there is a GPU."""
 
     @property
     def model_folder(self) -> Path:

@@ -319,7 +319,7 @@ def _fit_projectors(
     data: TrainingData,
     stores: Stores | None,
 ) -> None:
-    """Start the projectors at what captions say; see `projector_fit.py`."""
+    """Start the projectors at what captions say; see `mllm.training.initialization.projector_fit`."""
     samples = data.samples["captions"]
     if stores is None:
         dataset = ManifestDataset(samples, load=loading(config.data, processor, augmented=False))

@@ -31,6 +31,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+FILES = {"image": "0.png", "audio": "0.wav", "video": "0.mp4"}
+
+
+def command(folder: Path, medium: str) -> list[str]:
+    """A command that reads the file of a medium."""
+    file = str(folder / FILES[medium])
+    return ["generate", "--model", str(folder / "run"), f"--{medium}", file, "--max_new_tokens", "2", "--use_cpu"]
+
+
+@pytest.mark.parametrize("medium", FILES)
+def test_the_files_are_within_the_limits_that_nobody_changed(folder: Path, medium: str) -> None:
+    assert main(command(folder, medium)) == 0
+
+
 @pytest.mark.parametrize(
     ("medium", "limits"),
     [
@@ -49,15 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_limit_is_kept_by_load_and_by_the_command_line_and_named(
     folder: Path, capsys, medium: str, limits: dict[str, float]
 ) -> None:
-    file = folder / {"image": "0.png", "audio": "0.wav", "video": "0.mp4"}[medium]
+    file = folder / FILES[medium]
     ((key, value),) = limits.items()
     model, processor = load(folder / "run", limits=limits)
     with pytest.raises(MediaError, match=rf"^{re.escape(str(file))}: .*\(limits\.{key}\) \(limit\)$"):
         Answerer(model, processor).answer("what?", **{medium: file})
-    words = ["generate", "--model", str(folder / "run"), f"--{medium}", str(file), "--max_new_tokens", "2", "--use_cpu"]
-    assert main([*words, f"--limits.{key}", str(value)]) == 2
+    assert main([*command(folder, medium), f"--limits.{key}", str(value)]) == 2
     assert re.search(rf"{re.escape(str(file))}: .*\(limits\.{key}\)", capsys.readouterr().err)
-    assert main(words) == 0
 
 
 def test_load_names_a_limit_that_is_none(folder: Path) -> None:

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import soundfile
@@ -76,9 +78,16 @@ def settings_of(world: Path, output: Path, *, features: FeatureConfig | None = N
     )
 
 
+@pytest.fixture(scope="module")
+def files_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the files themselves."""
+    return train(settings_of(world, tmp_path_factory.mktemp("run") / "files"))
+
+
 @pytest.mark.parametrize("made_before", [False, True])
-def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp_path: Path, made_before: bool) -> None:
-    train(settings_of(world, tmp_path / "files"))
+def test_with_a_version_per_epoch_nothing_but_the_speed_changes(
+    world: Path, files_run: Path, tmp_path: Path, made_before: bool
+) -> None:
     config = settings_of(
         world, tmp_path / "features", features=FeatureConfig(folder=str(tmp_path / "kept"), versions=2, seed=3)
     )
@@ -86,7 +95,7 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(world: Path, tmp
         for rank in range(2):
             make_features(config, rank=rank, num_ranks=2)
     train(config)
-    files, features = (load_file(tmp_path / name / TRAINABLES) for name in ("files", "features"))
+    files, features = (load_file(folder / TRAINABLES) for folder in (files_run, tmp_path / "features"))
     assert files.keys() == features.keys()
     for name, value in files.items():
         torch.testing.assert_close(features[name], value, rtol=1e-3, atol=1e-5)
@@ -149,8 +158,14 @@ def filled(world: Path, folder: Path, *, versions: int = 2, ranks: int = 1) -> t
     return store, samples
 
 
-def test_equal_inputs_are_kept_once_and_versions_repeat(world: Path, tmp_path: Path) -> None:
-    store, samples = filled(world, tmp_path / "kept")
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, list[Sample]]:
+    """Two versions of all features, made by one process; nobody writes there."""
+    return filled(world, tmp_path_factory.mktemp("whole"))
+
+
+def test_equal_inputs_are_kept_once_and_versions_repeat(whole: tuple[FeatureStore, list[Sample]]) -> None:
+    store, samples = whole
     by_id = {sample.id: sample for sample in samples}
     (first,) = store.load(by_id["vsr0"], 0)
     again = store.load(by_id["avsr0"], 0)[1]
@@ -166,8 +181,11 @@ def test_equal_inputs_are_kept_once_and_versions_repeat(world: Path, tmp_path: P
         store.load(by_id["broken"], 0)
 
 
-def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(world: Path, tmp_path: Path) -> None:
-    one, samples = filled(world, tmp_path / "one")
+def test_two_processes_keep_what_one_keeps_and_a_kill_is_continued(
+    world: Path, whole: tuple[FeatureStore, list[Sample]], tmp_path: Path
+) -> None:
+    one, samples = whole
+    shutil.copytree(one.folder, tmp_path / "one")
     two, _ = filled(world, tmp_path / "two", ranks=2)
     assert {shard.name for shard in two.shards.values()} == {path.name for path in (tmp_path / "two").glob("*.safete*")}
     assert sum(shard.num_items for shard in two.shards.values()) == sum(s.num_items for s in one.shards.values())
@@ -286,19 +304,29 @@ def held_out(world: Path) -> Path:
     return world / "held_out.jsonl"
 
 
+def validated(world: Path) -> dict[str, Any]:
+    """What validates a run, and masks what it trains on."""
+    return {"validation": [str(held_out(world))], "video_mask_frames": [4, 5], "flip_probability": 0.5}
+
+
+@pytest.fixture(scope="module")
+def validated_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the files themselves that validates."""
+    return train(settings_of(world, tmp_path_factory.mktemp("validated") / "files", **validated(world)))
+
+
 @pytest.mark.parametrize("num_processes", [0, 2])
-def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path: Path, num_processes: int) -> None:
-    manifest = held_out(world)
-    every = {"validation": [str(manifest)], "video_mask_frames": [4, 5], "flip_probability": 0.5}
+def test_validation_says_the_same_with_features_as_without(
+    world: Path, validated_run: Path, tmp_path: Path, num_processes: int
+) -> None:
     kept = FeatureConfig(folder=str(tmp_path / "kept"), versions=2, seed=3)
-    train(settings_of(world, tmp_path / "files", **every))
-    config = settings_of(world, tmp_path / "features", features=kept, **every)
+    config = settings_of(world, tmp_path / "features", features=kept, **validated(world))
     for rank in range(num_processes):
         make_features(config, rank=rank, num_ranks=num_processes)
     train(config)
     said = []
-    for name in ("files", "features"):
-        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    for run in (validated_run, tmp_path / "features"):
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         said.append({key: value for row in rows for key, value in row.items() if key.startswith("eval_loss")})
     assert len(said[0]) == 3  # the largest budget, the smallest, and their mean
     assert said[1] == pytest.approx(said[0], rel=1e-4)
@@ -309,7 +337,7 @@ def test_validation_says_the_same_with_features_as_without(world: Path, tmp_path
     store.read_index()
     model, processor = build(config.model)
     fingerprint = form_of(model.config, processor, config, augmented=False).fingerprint
-    for sample in read_manifest(manifest, world):
+    for sample in read_manifest(held_out(world), world):
         fed = [key_of(item, fingerprint[item.medium]) for item in processor.load_media(sample)]
         assert [kept.key for kept in store.entries[sample.id, 0]] == fed
 
@@ -468,9 +496,9 @@ def test_the_commands_build_and_check(
     said = re.search(r"features at most: image 192, audio (\d+), video (\d+)", caplog.text)
     kept = [re.search(rf"{medium}: \d+ items, (\d+) rows", shown) for medium in ("audio", "video")]
     assert said is not None
-    for most, settings in zip(said.groups(), kept, strict=True):
-        assert settings is not None
-        assert 0 < int(settings[1]) <= int(most)
+    for most, rows in zip(said.groups(), kept, strict=True):
+        assert rows is not None
+        assert 0 < int(rows[1]) <= int(most)
     assert main([*check, "--config", str(config)]) == 1  # the broken audio
     assert "broken version 0: audio media/broken.wav" in capsys.readouterr().out.replace(str(world) + "/", "audio ")
     assert main([*check, "--config", str(config), "--data.flip_probability", "0.5"]) == 1
