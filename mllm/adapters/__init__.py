@@ -91,7 +91,7 @@ def register_adapter(kind: str, build: Builder, *, config: type) -> None:
 
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Inside, every adapter of the module is off: the frozen weights answer, bit for bit."""
+    """Switch every adapter of the module off, inside: the frozen weights answer, bit for bit."""
     layers = [layer for layer in module.modules() if isinstance(layer, Adapter) or lora.is_adapted(layer)]
     for layer in layers:
         layer.enable_adapters(False)  # pyright: ignore[reportCallIssue]

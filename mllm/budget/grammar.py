@@ -1,4 +1,4 @@
-"""How a budget is written: amounts by medium, caps, and what they say in numbers.
+"""Reads and writes budgets as people write them: amounts by medium, caps, and what they say in numbers.
 
     image=64            64 soft tokens per image
     audio=/4            one soft token per 4 encoder frames
@@ -24,7 +24,7 @@ FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
 
 @dataclass(frozen=True)
 class Amount:
-    """What one medium may cost: `tokens` in all, a `rate` in frames per token, tokens `per_second`, or the `max`."""
+    """Says what one medium may cost: `tokens` in all, a `rate` in frames per token, tokens `per_second`, or `max`."""
 
     kind: Literal["tokens", "rate", "per_second", "max"]
     value: Fraction = Fraction(0)
@@ -137,7 +137,7 @@ class Budget:
         return set(self.amounts) | {medium for medium, number in named.items() if number is not None}
 
     def only(self, media: Collection[str]) -> "Budget":
-        """What it says of these media."""
+        """Return what it says of these media."""
         return Budget(
             {medium: amount for medium, amount in self.amounts.items() if medium in media},
             self.total_tokens,

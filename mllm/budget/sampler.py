@@ -19,7 +19,7 @@ Mode = Literal["all", "random", "sandwich", "points"]
 
 @dataclass(frozen=True)
 class SampledBudget:
-    """One budget of a step, its weight in the loss, and whether the others learn from its answers."""
+    """Holds one budget of a step, its weight in the loss, and whether the others learn from its answers."""
 
     budget: Budget
     weight: float = 1.0

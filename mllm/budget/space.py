@@ -21,7 +21,7 @@ Compression = Literal["query", "pool", "stack", "hybrid"]
 
 @dataclass(frozen=True)
 class Extent:
-    """What is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock.
+    """Holds what is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock.
 
     An image that may be cut into tiles also has its own size and that of a tile, in pixels; a video whose frames are
     images has the grid of each, and how many were taken from the file.
@@ -43,7 +43,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """The exact soft tokens of one medium, and the rate they come from (0 where the budget names a count).
+    """Holds the exact soft tokens of one medium, and the rate they come from (0 where the budget names a count).
 
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut or `frames` how many are shown of the video.
@@ -70,7 +70,7 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class MediumSpace:
-    """The budgets one medium was trained on, largest first, and how its compressor counts.
+    """Holds the budgets one medium was trained on, largest first, and how its compressor counts.
 
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
     window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
@@ -89,16 +89,16 @@ class MediumSpace:
     frame_counts: tuple[int, ...] = ()
 
     def allowed(self) -> str:
-        """The amounts a user may ask for, in words, for messages and `--help`."""
+        """List the amounts a user may ask for, in words, for messages and `--help`."""
         trained = ", ".join(str(amount) for amount in self.trained)
         return f"{trained} (trained)" if not self.between else f"{trained} (trained) and what lies between them"
 
     def is_trained(self, amount: Amount) -> bool:
-        """Whether training drew this very amount; `max` always is."""
+        """Say whether training sampled this very amount; `max` always is."""
         return amount.kind == "max" or amount in self.trained
 
     def is_trained_count(self, count: TokenCount) -> bool:
-        """Whether training sampled this count. Cuts into tiles differ by image, so they are not compared."""
+        """Say whether training sampled this count. Cuts into tiles differ by image, so they are not compared."""
         return self.is_trained(count.amount) and (not self.frame_counts or count.frames in self.frame_counts)
 
     def count(
@@ -200,7 +200,7 @@ class MediumSpace:
 
 @dataclass(frozen=True)
 class Space:
-    """The budgets a model was trained on, by medium."""
+    """Holds the budgets a model was trained on, by medium."""
 
     media: Mapping[str, MediumSpace]
 
@@ -211,17 +211,17 @@ class Space:
         return counts if len(counts) > 1 else ()
 
     def largest(self) -> Budget:
-        """Every medium at its most tokens."""
+        """Return every medium at its most tokens."""
         frames = next(iter(self.frame_counts), None)
         return Budget({medium: space.trained[0] for medium, space in self.media.items()}, num_frames=frames)
 
     def smallest(self) -> Budget:
-        """Every medium at its fewest tokens."""
+        """Return every medium at its fewest tokens."""
         frames = next(reversed(self.frame_counts), None)
         return Budget({medium: space.trained[-1] for medium, space in self.media.items()}, num_frames=frames)
 
     def is_trained(self, budget: Budget) -> bool:
-        """Whether every amount the budget names was sampled in training; reports mark the others."""
+        """Say whether every amount the budget names was sampled in training; reports mark the others."""
         frames = self.media["video"].frame_counts if "video" in self.media else ()
         if budget.num_frames not in (None, *frames):
             return False
@@ -244,7 +244,7 @@ class Space:
 
 
 def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> list[TokenCount]:
-    """The exact soft tokens of every medium of one request, in order. The only place where tokens are counted.
+    """Count the exact soft tokens of every medium of one request, in order. The only place where tokens are counted.
 
     Under `total<=N`, media that the budget does not name may take any of their trained amounts, images any cap on
     tiles (up to that of the budget) and videos of images any frames they can show (unless it names them), all items

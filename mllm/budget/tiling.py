@@ -1,4 +1,4 @@
-"""Images of any resolution: into which tiles one is cut, and how many soft tokens that makes.
+"""Cuts images of any resolution: into which tiles one is cut, and how many soft tokens that makes.
 
 Knows sizes, caps and counts. Does not know torch, what pixels show, budgets as words, or how a tile is compressed.
 
@@ -27,7 +27,7 @@ LLAVA_NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one image is cut: rows x columns of tiles, 0 x 0 for none, behind a thumbnail if there is one."""
+    """Says how one image is cut: rows x columns of tiles, 0 x 0 for none, behind a thumbnail if there is one."""
 
     rows: int
     columns: int
@@ -68,7 +68,7 @@ class Tiling:
     newline: bool = True
 
     def shapes(self, tile: Size) -> list[Size]:
-        """Rows and columns an image may be cut into, in the order that decides between equally good ones.
+        """List the rows and columns an image may be cut into, in the order that decides between equally good ones.
 
         Args:
             tile: size of a tile in pixels.
@@ -92,7 +92,7 @@ class Tiling:
         return [grid for grid in grids if self.max_tiles is None or grid[0] * grid[1] <= self.max_tiles]
 
     def choose(self, image: Size, tile: Size, max_tiles: int | None = None) -> Tiles:
-        """The tiles of an image under a cap. One tile behind a thumbnail would repeat it, so there is none then.
+        """Choose the tiles of an image under a cap. One tile behind a thumbnail would repeat it, so there is none then.
 
         Args:
             image, tile: sizes in pixels.
@@ -111,7 +111,7 @@ class Tiling:
         return Tiles(*best, self.thumbnail)
 
     def choices(self, image: Size, tile: Size, max_tiles: int | None = None) -> list[int]:
-        """The caps up to a cap that matter to an image, largest first: with each of them it is cut differently."""
+        """List the caps up to a cap that matter to an image, largest first: with each of them it is cut differently."""
         counts = {rows * columns for rows, columns in self.shapes(tile)} | ({0} if self.thumbnail else set())
         chosen = {self.choose(image, tile, cap).count for cap in counts if max_tiles is None or cap <= max_tiles}
         return sorted(chosen, reverse=True)
@@ -151,7 +151,7 @@ def _best(shapes: Sequence[Size], image: Size, tile: Size) -> Size:
 
 
 def map_of(count: int, grid: Size) -> Size:
-    """Rows and columns that `count` pooled tokens of a grid form, where every row is equally long.
+    """Return the rows and columns that `count` pooled tokens of a grid form, where every row is equally long.
 
     Raises:
         ValueError: rows that are not; the counts that do form a map are named.
@@ -167,7 +167,7 @@ def map_of(count: int, grid: Size) -> Size:
 
 @lru_cache(maxsize=4096)
 def pooled_rows(count: int, grid: Size) -> int:
-    """How many rows `count` pooled tokens of a grid form; the rule of `mllm.compressors.area_pooling.grid_rows`, in
+    """Count the rows that `count` pooled tokens form; the rule of `mllm.compressors.area_pooling.grid_rows`, in
     numbers.
 
     Whole patches win where that makes cells at most twice as long as wide, the squarest and then the fewest rows;
@@ -186,7 +186,7 @@ def pooled_rows(count: int, grid: Size) -> int:
 
 
 def kept_map(tiles: Tiles, shape: Size, image: Size) -> tuple[int, int, int, int]:
-    """The part of the merged map that does not lie over padding: top, left, height, width.
+    """Return the part of the merged grid that does not lie over padding: top, left, height, width.
 
     As transformers' `unpad_image` counts it, except that a row or a column always stays: at one token per tile a
     image that is far from the shape of its tiles would vanish.

@@ -1,1 +1,1 @@
-"""Models from and to disk: frozen parts, runs and standalone exports."""
+"""Reads models from disk and writes them: frozen parts, runs and standalone exports."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the checkpoints of one kind hold a part.
+    """Says where the checkpoints of one kind hold a part.
 
     Args:
         renamed: beginnings of names in the file and what replaces them in the part; the first that fits counts.

@@ -1,4 +1,4 @@
-"""Runs on disk: what was trained and what it stands on, and standalone exports.
+"""Reads and writes runs, what was trained and what it stands on, and standalone exports.
 
 Knows folders and names of parameters. Does not know training state; that is `training/checkpoint.py`.
 
@@ -65,7 +65,7 @@ def save_run(
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, by name, detached on the CPU."""
+    """Return what trains, by name, detached on the CPU."""
     names = set(trainable_names(model))
     return {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name in names}
 
@@ -275,7 +275,7 @@ def export(
 
 
 def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> GenerationConfig:
-    """How an export generates by itself: as `Answerer` does, not as its LLM did before, which may have sampled."""
+    """Return how an export generates by itself: as `Answerer` does, not as its LLM did, which may have sampled."""
     of_llm = model.generation_config
     ends = {processor.tokenizer.eos_token_id}
     ends |= set(of_llm.eos_token_id) if isinstance(of_llm.eos_token_id, list) else {of_llm.eos_token_id}
@@ -289,7 +289,7 @@ def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor)
 
 
 def _index_of(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:
-    """The place of an expert; what is asked and what there is must go together."""
+    """Return the index of an expert; a name is needed where there are experts, and refused where there are none."""
     if name is None and not known:
         return None
     if name not in known:

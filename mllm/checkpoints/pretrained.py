@@ -325,7 +325,7 @@ def _open(file: Path) -> Any:
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    """Inside, models are made whole on every process, also where ZeRO-3 shards the LLM while it loads.
+    """Make models whole, inside, on every process, also where ZeRO-3 shards the LLM while it loads.
 
     Encoders are small beside the LLM, and transformers' Whisper cannot be made in shards. What is whole now is sharded
     when training starts.

@@ -1,4 +1,4 @@
-"""Where the frozen parts of a model come from: a folder, a name on the hub, or a synthetic part.
+"""Says where the frozen parts of a model come from: a folder, a name on the hub, or a synthetic part.
 
 Knows names and files. Does not know what a part computes.
 """
@@ -18,7 +18,7 @@ SYNTHETIC_PARTS = ("llm", "vision", "audio", "lips")
 
 
 def resolve_source(reference: str) -> str:
-    """The folder of a `synthetic:` part, a local folder as it is, or the reference itself as a hub name.
+    """Return the folder of a `synthetic:` part, a local folder as it is, or the reference itself as a hub name.
 
     Raises:
         ValueError: a `synthetic:` part that does not exist.
@@ -52,7 +52,7 @@ def seen_from(sources: Mapping[str, Mapping[str, str]], run: str | Path) -> dict
 
 
 def identities(sources: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """What tells the parts of one run from those of another, wherever they are."""
+    """Return what tells the parts of one run from those of another, wherever they are."""
     return {part: {key: source[key] for key in ("reference", "sha256")} for part, source in sources.items()}
 
 

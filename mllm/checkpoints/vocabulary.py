@@ -1,4 +1,4 @@
-"""The tokens that a model adds to its LLM's vocabulary: placeholders of media, and marks around them.
+"""Chooses the tokens that a model adds to its LLM's vocabulary: placeholders of media, and marks around them.
 
 Knows configs, tokenizers and how many rows an embedding has. Does not know what a token is for in a prompt.
 

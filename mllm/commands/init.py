@@ -87,7 +87,7 @@ def run(settings: Settings) -> int:
 
 
 def config_text(settings: Settings) -> str:
-    """The config as YAML, with comments."""
+    """Write the config as YAML, with comments."""
     blocks = [_block(settings, medium) for medium in ("image", "audio", "video") if medium in settings.media]
     precision = "float32" if _is_built_in(settings, "llm") else "bfloat16"
     run_folder = settings.run_folder or f"runs/{Path(settings.out).stem}"

@@ -48,7 +48,7 @@ SIZE_PER_HEAD = 64
 
 @dataclass(frozen=True)
 class Site:
-    """Where a compressor stands.
+    """Says where a compressor stands.
 
     Args:
         medium: for messages.

@@ -1,4 +1,4 @@
-"""What a user writes about the form data come in: the `reader` block of a run config. Plain dataclasses, no torch."""
+"""Holds what a user writes about the form data come in: the `reader` block of a run config. Knows no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args

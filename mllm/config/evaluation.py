@@ -1,4 +1,4 @@
-"""What a user writes to describe an evaluation. Plain dataclasses; knows no torch, so that `--help` is quick."""
+"""Holds what a user writes to describe an evaluation. Plain dataclasses; knows no torch, so that `--help` is quick."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ TAKEN_NAMES = ("answers", "submissions")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(LongAudioOptions, ModelOptions):
-    """Which model is evaluated on what, at which budgets."""
+    """Evaluate a model on manifests, at budgets."""
 
     manifest: list[str]
     """Names a manifest (JSONL), or several where this is given more than once."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LongAudio:
-    """What becomes of audio that is longer than its encoder's window.
+    """Says what becomes of audio that is longer than its encoder's window.
 
     Args:
         mode: `refuse` it, or `chunk` it into windows that are answered about in turn.
@@ -30,7 +30,7 @@ class LongAudio:
                 raise ValueError(f"{key} is {value}; it must be above 0")
 
     def lengths(self, encoder_seconds: float | None) -> tuple[float, float]:
-        """Seconds of a window and of an overlap.
+        """Return the seconds of a window and of an overlap.
 
         Args:
             encoder_seconds: the encoder's window; None where it has none.
@@ -55,7 +55,7 @@ class LongAudio:
 
 @dataclass(frozen=True, kw_only=True)
 class LongAudioOptions:
-    """The options of a command that say what becomes of audio longer than its encoder's window."""
+    """Holds the options of a command that say what becomes of audio longer than its encoder's window."""
 
     long_audio: Literal["refuse", "chunk"] = "refuse"
     """Refuses audio longer than its encoder's window, or cuts it into windows that overlap, whose answers are joined

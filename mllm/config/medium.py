@@ -1,4 +1,4 @@
-"""What a user writes to describe how one medium becomes soft tokens: the blocks `model.image`, `audio` and `video`.
+"""Holds what a user writes to describe how one medium becomes soft tokens: `model.image`, `audio` and `video`.
 
     encoder -> compressor -> projector        each a dataclass, of one kind of several where there are several
 

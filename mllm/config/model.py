@@ -1,4 +1,4 @@
-"""What a user writes to describe a model: the `model` block of a run config.
+"""Holds what a user writes to describe a model: the `model` block of a run config.
 
 Plain dataclasses, read from YAML, the command line and Python by `mllm.config.reading`. Knows no torch, so that
 `--help` is quick.

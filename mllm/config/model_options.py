@@ -10,7 +10,7 @@ from mllm.utils.run_paths import model_folder, results_folder
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The options of a command that say which trained model is loaded, and how; `mllm.checkpoints.load` reads them."""
+    """Holds the options of a command that say which trained model is loaded, and how."""
 
     model: str
     """Names a run folder, a checkpoint in one, or an exported model."""

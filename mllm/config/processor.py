@@ -1,4 +1,4 @@
-"""What a processor keeps beside its tokenizer, in `processor_config.json`: all that the model itself does not need.
+"""Holds what a processor keeps beside its tokenizer, in `processor_config.json`: what the model does not need.
 
 The media, their budgets and the adapter's names stand in the model's `config.json`, and nowhere else.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
-    """How conversations become text, and how files become what encoders take."""
+    """Says how conversations become text, and how files become what encoders take."""
 
     chat_format: str = "chat"
     """Makes text of a conversation; see `ModelConfig`."""

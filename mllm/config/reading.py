@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 
 class Text(str):
-    """A value as it was typed on the command line, whose type only the key's own tells."""
+    """Holds a value as it was typed on the command line, whose type only the key's own tells."""
 
 
 class _Mismatch(Exception):

@@ -1,4 +1,4 @@
-"""What a user writes to describe a training run: the whole of a run config.
+"""Holds what a user writes to describe a training run: the whole of a run config.
 
 Plain dataclasses, read from YAML, the command line and Python. Knows no torch, so that `--help` is quick.
 Contradictions are refused here, before anything is loaded; every message names the key.
@@ -254,7 +254,7 @@ class TrainConfig:
             raise ValueError("train.memory low does not go with train.deepspeed, which counts backward passes")
 
     def count_warmup_steps(self, max_steps: int) -> int:
-        """Steps of rising learning rate in a run of so many steps."""
+        """Count the steps of rising learning rate in a run of so many steps."""
         return self.warmup_steps if self.warmup_fraction is None else math.ceil(self.warmup_fraction * max_steps)
 
     def _check_ranges(self) -> None:

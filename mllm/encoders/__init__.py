@@ -48,7 +48,7 @@ BLOCKS: dict[str, type] = {"image": ImageEncoderConfig, "audio": AudioEncoderCon
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of backbones becomes an encoder of a medium.
+    """Says how one family of backbones becomes an encoder of a medium.
 
     Args:
         flops: counts those of one item, given the config, an `mllm.evaluation.flops.Item` and the block; only families

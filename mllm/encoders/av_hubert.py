@@ -63,7 +63,7 @@ class AVHubertConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self) -> None:
-        """Called by transformers after the field types have been checked."""
+        """Check the sizes; transformers calls this after the field types have been checked."""
         if len(self.resnet_channels) != 4:
             raise ValueError(f"resnet_channels needs four widths, one per stage, got {list(self.resnet_channels)}")
         for key in ("num_attention_heads", "num_conv_pos_embedding_groups"):

@@ -25,7 +25,7 @@ Files = MediaInput | Sequence[MediaInput]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one request, and what it used for it.
+    """Holds what the model said to one request, and what it used for it.
 
     `tokens` are the soft tokens used, by medium; `is_trained` is false where a medium's budget was not in the trained
     space. `num_prompt_tokens` is the whole prompt, of which the first `num_shared_tokens` were read once together with

@@ -1,4 +1,4 @@
-"""The configuration of an elastic model: the configs of its parts, and per medium how tokens are made.
+"""Defines the configuration of an elastic model: the configs of its parts, and per medium how tokens are made.
 
 Knows plain values only. Does not know weights, files or how anything is computed.
 """
@@ -24,7 +24,7 @@ FILE = "config.json"
 
 
 class ElasticConfig(PreTrainedConfig):
-    """Everything that shapes an elastic model, and the one place on disk where its trained space stands.
+    """Holds everything that shapes an elastic model, and the one place on disk where its trained space stands.
 
     Args:
         text_config: config of the LLM, any decoder that `AutoModel` builds.

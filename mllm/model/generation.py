@@ -31,7 +31,7 @@ class ElasticGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers does it, but ids that assisted decoding guesses after an embedded prompt are embedded too."""
+        """Prepare inputs; ids that assisted decoding guesses after an embedded prompt are embedded too."""
         parent: Any = super()
         if inputs_embeds is not None and is_first_iteration:
             guessed = input_ids[:, inputs_embeds.shape[1] :]

@@ -27,7 +27,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of the packed row, and the ranges before them that they may see, in order."""
+    """Holds tokens [start, stop) of the packed row, and the ranges before them that they may see, in order."""
 
     start: int
     stop: int

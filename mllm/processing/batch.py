@@ -23,7 +23,7 @@ from mllm.processing.token_order import NEWLINE, order_of, shown_items
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """One placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
+    """Describes one placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
     encoded in. `encoded_as` names the medium whose encoder is used where it is another one's.
@@ -42,7 +42,7 @@ class MediaSpan:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """One conversation with a single placeholder id per medium, its media in order of appearance, and its task."""
+    """Holds a conversation with a single placeholder id per medium, its media in order of appearance, and its task."""
 
     sample_id: str
     ids: Sequence[int]

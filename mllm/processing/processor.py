@@ -1,4 +1,4 @@
-"""Text, media and a budget to the inputs of the model: the processor.
+"""Turns text, media and a budget into the inputs of the model: the processor.
 
 Knows the tokenizer, the chat format, what each encoder wants to be fed, and the budget space.
 Does not know weights, training or metrics. Everything it makes is on the host.
@@ -160,7 +160,7 @@ class ElasticProcessor(ProcessorCalls):
         return {m: build_transform(t, self.encoder_configs[t], self.preprocessor(m)) for m, t in encoded_as.items()}
 
     def preprocessor(self, medium: str) -> dict[str, Any]:
-        """Return by what files of a medium are made into encoder input, as plain values, its block's word included."""
+        """Return the plain values by which files of a medium are made into encoder input, its block's word included."""
         encoded_as = self._encoded_as(medium)
         values = self.settings.preprocessors.get(encoded_as, {})
         return preprocessor_values(self.media[encoded_as].encoder, self.encoder_configs[encoded_as], values)
@@ -171,7 +171,7 @@ class ElasticProcessor(ProcessorCalls):
         return getattr(self.transforms["audio"], "window_seconds", None) if "audio" in self.transforms else None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved beside the tokenizer."""
+        """Return what is saved beside the tokenizer."""
         return {"processor_class": type(self).__name__, "elastic": plain(self.settings)}
 
     def load_media(
@@ -329,7 +329,7 @@ class ElasticProcessor(ProcessorCalls):
         return raws
 
     def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
-        """One decoded image, clip or video as its encoder wants it; an image in the most tiles it may have."""
+        """Turn a decoded image, clip or video into what its encoder takes; an image into the most tiles."""
         self._check_medium(medium)
         if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
@@ -344,7 +344,7 @@ class ElasticProcessor(ProcessorCalls):
             raise ValueError(f"this model does not take {medium}; it takes {allowed}")
 
     def extent(self, loaded: LoadedMedia) -> Extent:
-        """What the budget needs to know of a medium."""
+        """Return what the budget needs to know of a medium."""
         facts = self.facts[loaded.medium]
         if loaded.image_pixels is not None:
             return self.image_extent(loaded.image_pixels)
@@ -355,7 +355,7 @@ class ElasticProcessor(ProcessorCalls):
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
     def image_extent(self, image_pixels: Size) -> Extent:
-        """Of an image that may be cut into tiles.
+        """Return the extent of an image that may be cut into tiles.
 
         Raises:
             ValueError: an encoder without a size of its own.
@@ -437,7 +437,7 @@ class ElasticProcessor(ProcessorCalls):
 
 
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """A conversation up to what the last assistant message answers."""
+    """Return a conversation up to what the last assistant message answers."""
     return tuple(messages[:-1]) if messages and messages[-1].role == "assistant" else tuple(messages)
 
 

@@ -25,7 +25,7 @@ MEDIA_KEYS = {"image": "images", "audio": "audio", "video": "videos"}
 
 
 class InputMaker(Protocol):
-    """What the calls need of the processor that they are a part of: it reads media and makes inputs of samples."""
+    """Names what the calls need of the processor that they are a part of: reading media, and making inputs."""
 
     chat: ChatEncoder
 

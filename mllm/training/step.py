@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BudgetView:
-    """One row of a batch at one budget. `teacher` is the number of the view that teaches it, or its own."""
+    """Holds one row of a batch at one budget. `teacher` is the number of the view that teaches it, or its own."""
 
     row: int
     budget: Budget
@@ -104,7 +104,7 @@ def split_by_budget(views: Sequence[BudgetView]) -> list[list[BudgetView]]:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The views that others learn from, where those run in a forward pass of their own.
+    """Holds the views that others learn from, where those run in a forward pass of their own.
 
     Args:
         starts: (B,) how many targets stand before those of each view.
@@ -117,7 +117,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The inputs of one forward pass on the host, and what it should say.
+    """Holds the inputs of one forward pass on the host, and what it should say.
 
     Args:
         inputs: arguments of the model.

@@ -253,7 +253,7 @@ def _package_finding(
 
 
 def is_older(release: str, tested: SpecifierSet) -> bool:
-    """Whether a release that is not among the tested ones came before them."""
+    """Say whether a release that is not among the tested ones came before them."""
     lowest = [
         Version(bound.version.removesuffix(".*")) for bound in tested if bound.operator in (">=", "==", ">", "~=")
     ]

@@ -1,7 +1,6 @@
 """Where the time went is told truly: waits, encoders, the work of decoding, and what would help."""
 
 import logging
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -15,39 +14,59 @@ from mllm.budget import Budget
 from mllm.config.run import DataConfig
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.training import throughput
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.loaders import encode, loading, train_loader
 from mllm.training.pipeline.token_scan import scan_tokens
 from mllm.training.throughput import Pace, Stopwatch, bottleneck, mean_of
 
 
+class Clock:
+    """A clock that moves only when something takes its time, so that a busy machine changes nothing."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+    def take(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
 class Slow(nn.Linear):
     """An encoder that takes a while."""
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(2, 2)
+        self.clock = clock
+
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.02)
+        self.clock.take(0.02)
         return super().forward(values)
 
 
-def test_a_pace_tells_waiting_from_encoding_from_the_rest() -> None:
-    encoder = Slow(2, 2)
+def test_a_pace_tells_waiting_from_encoding_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    encoder = Slow(clock)
     pace = Pace([encoder])
 
     def batches():
         for _ in range(2):
-            time.sleep(0.05)
+            clock.take(0.05)
             yield {"seconds": {"decode": 0.5, "collate": 0.25}}
 
     for _ in pace.batches(batches()):
         with pace.watch.measure("step"):
             encoder(torch.zeros(1, 2))
-            time.sleep(0.03)
-        time.sleep(0.01)
+            clock.take(0.03)
+        clock.take(0.01)
     rates = pace.take()
-    assert 0.1 <= rates["seconds/waiting"] < 0.2
-    assert 0.04 <= rates["seconds/encoding"] < 0.1
-    assert 0.06 <= rates["seconds/model"] < 0.12
-    assert 0.02 <= rates["seconds/other"] < 0.08
+    assert rates["seconds/waiting"] == pytest.approx(0.1)
+    assert rates["seconds/encoding"] == pytest.approx(0.04)
+    assert rates["seconds/model"] == pytest.approx(0.06)
+    assert rates["seconds/other"] == pytest.approx(0.02)
     assert (rates["worker_seconds/decode"], rates["worker_seconds/collate"]) == (1.0, 0.5)
     assert pace.take()["seconds/waiting"] == 0
     assert mean_of([rates, rates], 2)["seconds/waiting"] == pytest.approx(rates["seconds/waiting"] / 2)

@@ -111,7 +111,7 @@ def gap_text(gap: Estimate) -> str:
 
 
 def table(title: str, columns: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
-    """A heading and a Markdown table: what stands in the first column, and the rest of its line."""
+    """Write a heading and a Markdown table: what stands in the first column, and the rest of its line."""
     rows = [[name, *cells] for name, cells in lines.items()]
     return f"### {title}\n\n{markdown_table(columns, rows, of_numbers=False)}\n"
 
