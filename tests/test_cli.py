@@ -16,9 +16,11 @@ import tiny
 import torch
 
 from mllm.cli import VERBS, main, parse, usage
-from mllm.commands.options import parse_settings
+from mllm.commands.options import parse_settings, without_extras
+from mllm.config.model_options import ModelOptions
 from mllm.config.nearest import nearest
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.media import MediaLimits
 from mllm.utils.environment import Finding, Report
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +243,31 @@ sys.stderr.write(f"{{heavy}} {{time.process_time():.2f}}")
     assert float(seconds) < 10  # for all of them together, on a busy machine; one takes a third of a second
     for word in ("usage: mllm COMMAND", "data check", "Names a run folder, a checkpoint in one", "--train.max_steps"):
         assert word in run.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--text", "why?"],
+        ["evaluate", "--manifest", "a.jsonl", "--budgets", "image=1"],
+        ["lmms-eval", "--tasks", "pope", "--budgets", "image=1"],
+        ["bench"],
+        ["serve"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_on_a_model_all_say_in_the_same_options_which_and_how_it_is_loaded(words: list[str]) -> None:
+    words = [*words, "--model", "runs/x", "--checkpoint", "5", "--sources.llm", "/models/llm", "--dtype", "bfloat16"]
+    _, settings = parse([*words, "--limits.audio_seconds", "9", "--merge-adapter", "--use-cpu"])
+    assert without_extras(ModelOptions, settings) == ModelOptions(
+        model="runs/x",
+        checkpoint="5",
+        sources={"llm": "/models/llm"},
+        limits=MediaLimits(audio_seconds=9),
+        merge_adapter=True,
+        dtype="bfloat16",
+        use_cpu=True,
+    )
 
 
 def test_the_same_settings_come_from_the_command_line_and_from_code() -> None:

@@ -13,8 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import TRAINABLES, export, load, merge_llm_adapter, save_run
+from mllm.checkpoints.load import TRAINABLES, export, load, load_for, merge_llm_adapter, save_run
 from mllm.config.model import LoraBankConfig
+from mllm.config.model_options import ModelOptions
+from mllm.media import MediaLimits
 from mllm.model.trainables import set_trainables, trainable_names
 
 ROWS = [
@@ -200,6 +202,17 @@ def test_a_bank_of_the_shared_expert_is_merged_and_one_per_task_is_refused() -> 
         else:
             merge_llm_adapter(model)
             torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_options_of_a_command_say_what_is_loaded(run: Path) -> None:
+    limits = MediaLimits(audio_seconds=5)
+    options = ModelOptions(model=str(run), dtype="bfloat16", merge_adapter=True, limits=limits, use_cpu=True)
+    model, processor = load_for(options)
+    assert model.config.adapter is None
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert processor.limits == limits
+    with pytest.raises(FileNotFoundError, match="checkpoint 5 is not in"):
+        load_for(replace(options, checkpoint="5"))
 
 
 @pytest.mark.parametrize(
