@@ -303,7 +303,7 @@ def test_the_hubs_conversion_never_stands_for_a_named_revision(tmp_path: Path) -
 
 
 def test_a_folder_that_is_not_there_is_named_though_it_looks_like_a_name_of_the_hub(tmp_path: Path) -> None:
-    done = asked_of_hub("data/train", hub_cache(tmp_path, {"main": True}))
+    done = reply_of_hub("data/train", hub_cache(tmp_path, {"main": True}))
     problem = "data/train: there is no such folder, and a data set of that name cannot be had of the hub: "
     assert problem in done.stderr
 
@@ -549,7 +549,7 @@ def test_an_absolute_path_below_the_root_is_that_of_the_root(tmp_path: Path, for
     if form == "llava":
         rows = [{"conversations": said("<image>?"), "image": name} for name in named]
     else:
-        turns = {"messages": asked("<image>?")} if form == "messages" else {"conversations": said("<image>?")}
+        turns = {"messages": question_turns("<image>?")} if form == "messages" else {"conversations": said("<image>?")}
         rows = [{**turns, "images": [name]} for name in named]
     listing = read_listing(lines(tmp_path / "l.jsonl", *rows), tmp_path / "data", ReaderConfig(format=form))
     assert [sample.media[0].path for sample in listing.samples] == ["x/a.png"] * 3
@@ -563,7 +563,7 @@ def test_what_is_something_else_altogether_is_told_in_a_few_lines(tmp_path: Path
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) < 25
     assert any(line.startswith("and ") and line.endswith(" more") for line in shown)
-    swift = lines(tmp_path / "m.jsonl", *[{"messages": asked("?")}] * 2)
+    swift = lines(tmp_path / "m.jsonl", *[{"messages": question_turns("?")}] * 2)
     assert main(["data", "check", str(swift), "--format", "sharegpt"]) == 1
     shown = capsys.readouterr().out
     assert "looks like format messages" in shown.splitlines()[0]

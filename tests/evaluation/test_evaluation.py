@@ -151,8 +151,8 @@ def test_a_file_that_changed_is_asked_about_again_and_no_other(answerer, samples
     root = shutil.copytree(samples[0].root, tmp_path / "media")
     moved = [replace(sample, root=root) for sample in (*samples[:2], samples[5])]
     encoded = []
-    towers = answerer.model.model.vision_tower, answerer.model.model.audio_tower
-    hooks = [tower.register_forward_pre_hook(lambda _, values: encoded.append(len(values[0]))) for tower in towers]
+    encoders = answerer.model.model.vision_tower, answerer.model.model.audio_tower
+    hooks = [one.register_forward_pre_hook(lambda _, values: encoded.append(len(values[0]))) for one in encoders]
     num_encoded = []
     for source in (None, None, "p3.png"):
         if source is not None:
