@@ -122,7 +122,6 @@ def run(settings: Settings) -> int:
 
     from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, quiet_loading
-    from mllm.page.mount import mount_page
 
     if settings.page and find_spec("gradio") is None:
         raise ImportError(f"gradio is not installed; the page needs: {install_line('page')}")
@@ -145,6 +144,8 @@ def run(settings: Settings) -> int:
     server = Server(model, processor, own)
     try:
         if settings.page:
+            from mllm.page.mount import mount_page  # needs Gradio, which the API does not
+
             mount_page(server)
 
         def tell(address: str) -> None:

@@ -135,7 +135,7 @@ class Hybrid(Compressor):
         anchors, anchor_positions = average(features[None], cover, area), average(positions[None], cover, area)
         is_anchor = torch.ones(1, num_tokens - most, dtype=torch.bool, device=features.device)
         queried = self._read_anchors(self.query[:most], anchors, anchor_positions, is_anchor)
-        return self.feature_attn.weights(self.ln_query_read(queried), self.ln_feature(features) + positions)[0]
+        return self.feature_attn.weights(self.ln_query_read(queried), self.ln_feature(features[None]) + positions)[0]
 
     def _num_anchors(self, tokens: Tensor) -> Tensor:
         """Counts the anchors of each item (N,) on the device, without a look-up on the host."""

@@ -193,7 +193,7 @@ def _picture(covered: Covered, place: int, budget: str) -> str:
     weights = overlay.of_token(place - 1) if place else None
     drawn = draw_overlay(covered.pixels, overlay.owners(), weights)
     if not place:
-        said = f"{budget}: the areas of {overlay.num_tokens} soft tokens"
+        said = f"{budget}: the areas of all soft tokens, {overlay.num_tokens} in number"
     elif weights is None:
         said = f"{budget}: soft token {place} of {overlay.num_tokens} ends a row and covers nothing of the image"
     else:

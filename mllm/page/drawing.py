@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 from torch import Tensor
 
-SIDE_PIXELS = 480
+SIDE_PIXELS = 384
 """Least length of the longer side of an overlay."""
 _HEAT = (255, 60, 0)
 _LINE = (255, 255, 255)
@@ -34,7 +34,7 @@ def draw_overlay(pixels: Tensor, owners: Tensor, weights: Tensor | None) -> Imag
         heat = weights / weights.max().clamp(min=1e-12)
         alpha = (255 * heat).round().to(torch.uint8).numpy()
         mask = Image.fromarray(alpha).resize(page.size, Image.Resampling.NEAREST)
-        dark = page.point(lambda value: round(value * _DIM))
+        dark = ImageEnhance.Brightness(page).enhance(_DIM)
         tinted = Image.blend(page, Image.new("RGB", page.size, _HEAT), 0.45)
         page = Image.composite(tinted, dark, mask)
     _draw_borders(page, owners)
@@ -84,7 +84,10 @@ def plot_budgets(budgets: Sequence[str], tokens: Sequence[int], answers: Sequenc
     bars = axis.barh(places, tokens, color=[colours[different.index(answer)] for answer in answers])
     axis.bar_label(bars, [f" {count}: {_short(answer)}" for count, answer in zip(tokens, answers, strict=True)])
     axis.set_yticks(places, budgets)
+    axis.invert_yaxis()  # in the order of the table
     axis.set_xscale("symlog", linthresh=1)
+    axis.set_xticks(ticks := sorted(set(tokens)), list(map(str, ticks)))
+    axis.minorticks_off()
     axis.set_xlim(0, max(tokens) * 60)  # room for the answers
     axis.set_xlabel("soft tokens")
     axis.spines[["top", "right"]].set_visible(False)

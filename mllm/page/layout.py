@@ -16,10 +16,14 @@ from mllm.page.stops import Stop
 from mllm.serving.errors import RequestError
 
 CSS = """
-.slider-line {font-variant-numeric: tabular-nums; margin-top: -0.6em}
+.slider-line {font-variant-numeric: tabular-nums}
+.medium {gap: 0.3em; margin-bottom: 1em}
 .stops {display: flex; justify-content: space-between; font-size: 0.8em; opacity: 0.75}
-.at-stops input[type=number] {display: none}
+.at-stops .tab-like-container, .at-stops .min_value, .at-stops .max_value {display: none}
+#audio .wrap {min-height: 4em}
 .overlay img {max-width: 100%; image-rendering: pixelated}
+.budgets td {overflow-wrap: anywhere}
+.budgets td:nth-child(-n+4) {white-space: nowrap}
 .budgets td:nth-child(n+2):nth-child(-n+4) {text-align: right; font-variant-numeric: tabular-nums}
 """
 _FONTS = ["system-ui", "sans-serif"]
@@ -28,6 +32,8 @@ THEME = gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"])
 
 
 OVERLAYS_AT_ONCE = 2
+FORGET = '() => ["", "", "", {"__type__": "update", "visible": false}]'
+"""Takes away what was answered about another file."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,12 @@ def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> 
         gr.Markdown(f"# {name}\nWhat each image, sound or video may cost is yours to choose.")
         with gr.Row():
             with gr.Column():
-                inputs = _inputs(callbacks, defaults)
+                files, places, with_sound = _media(callbacks, defaults)
+            with gr.Column():
+                inputs = Inputs(_question(callbacks), files, places, with_sound)
                 with gr.Row():
                     ask = gr.Button("Answer", variant="primary", elem_id="ask")
                     ask_all = gr.Button("All budgets side by side", elem_id="ask-all", visible=bool(callbacks.stops))
-            with gr.Column():
                 problem = gr.Textbox(label="this did not work", visible=False, lines=2, elem_id="problem")
                 answer = gr.Textbox(label="answer", lines=3, elem_id="answer", interactive=False)
                 used = gr.HTML(elem_id="used")
@@ -78,16 +85,18 @@ def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> 
 
         async def answered(*values: Any) -> list[Any]:
             own = await callbacks.answer(inputs.fields(values))
-            return [own.text, html.escape(own.line), "", gr.update(visible=False)]
+            return [own.text, html.escape(own.line)]
 
         async def compared(*values: Any) -> list[Any]:
             own = await callbacks.side_by_side(inputs.fields(values))
-            return ["", "", own.table, gr.update(value=own.figure, visible=True)]
+            return [own.table, gr.update(value=own.figure, visible=True)]
 
-        results = [answer, used, table, figure]
-        empty = ["", "", "", gr.update(visible=False)]
-        for trigger, function in ((ask.click, answered), (inputs.question.submit, answered), (ask_all.click, compared)):
-            _connect(trigger, function, inputs.components, results, problem, empty, callbacks.most_at_once)
+        for trigger in (ask.click, inputs.question.submit):
+            _connect(trigger, answered, inputs.components, [answer, used], problem, ["", ""], callbacks.most_at_once)
+        empty = ["", gr.update(visible=False)]
+        _connect(ask_all.click, compared, inputs.components, [table, figure], problem, empty, callbacks.most_at_once)
+        for file in files.values():
+            file.change(None, None, [answer, used, table, figure], js=FORGET, api_visibility="private")
     return page
 
 
@@ -125,26 +134,37 @@ def _connect(
     )
 
 
-def _inputs(callbacks: Callbacks, defaults: dict[str, int]) -> Inputs:
+def _media(callbacks: Callbacks, defaults: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Make what takes a file of each medium, the sliders, and the box to tick for the sound of a video."""
     makers: dict[str, Callable[[], Any]] = {
         "image": lambda: gr.Image(
-            label="image", sources=["upload", "webcam", "clipboard"], type="filepath", height=300, elem_id="image"
+            label="image",
+            sources=["upload", "webcam", "clipboard"],
+            type="filepath",
+            height=240,
+            buttons=[],
+            elem_id="image",
         ),
-        "audio": lambda: gr.Audio(label="sound", sources=["upload", "microphone"], type="filepath", elem_id="audio"),
-        "video": lambda: gr.Video(label="video", sources=["upload", "webcam"], height=300, elem_id="video"),
+        "audio": lambda: gr.Audio(
+            label="sound", sources=["upload", "microphone"], type="filepath", buttons=[], elem_id="audio"
+        ),
+        "video": lambda: gr.Video(label="video", sources=["upload", "webcam"], buttons=[], elem_id="video"),
     }
     files, places = {}, {}
     with_sound: Any = gr.State(False)
     for medium, stops in callbacks.stops.items():
-        with gr.Group():
+        with gr.Column(elem_classes="medium"):
             files[medium] = makers[medium]()
             if medium == "video" and "audio" in callbacks.stops:
                 with_sound = gr.Checkbox(label="read the sound of the video too", elem_id="with-sound")
             places[medium] = _slider(medium, stops, defaults[medium])
+    return files, places, with_sound
+
+
+def _question(callbacks: Callbacks) -> gr.Textbox:
     usual = [own for media, own in callbacks.prompts.items() if set(media) <= set(callbacks.stops)]
     hint = f"left empty: {' or '.join(dict.fromkeys(usual))}" if usual else ""
-    question = gr.Textbox(label="question", placeholder=hint, elem_id="question")
-    return Inputs(question, files, places, with_sound)
+    return gr.Textbox(label="question", placeholder=hint, elem_id="question")
 
 
 def _slider(medium: str, stops: Sequence[Stop], place: int) -> gr.Slider | gr.State:
@@ -162,7 +182,7 @@ def _slider(medium: str, stops: Sequence[Stop], place: int) -> gr.Slider | gr.St
             elem_classes="at-stops",
         )
         names = "".join(f"<span>{html.escape(stop.budget.partition('=')[2])}</span>" for stop in stops)
-        gr.HTML(f'<div class="stops">{names}</div>')
+        gr.HTML(f'<div class="stops">{names}</div>', padding=False)
     lines = [html.escape(stop.line) for stop in stops]
     line = gr.HTML(lines[place], elem_id=f"{medium}-line", elem_classes="slider-line")
     if slider is None:
@@ -185,7 +205,7 @@ def _add_overlay(callbacks: Callbacks, inputs: Inputs, problem: gr.Textbox) -> N
         return [shown.picture, gr.update(maximum=shown.num_tokens, value=min(place, shown.num_tokens), visible=True)]
 
     empty = ["", gr.update(visible=False, value=0)]
-    for trigger in (show.click, token.release):
+    for trigger in (show.click, token.change):
         _connect(trigger, covered, [*inputs.components, token], [picture, token], problem, empty, OVERLAYS_AT_ONCE)
     # What is shown is of another image or budget as soon as those change.
     changes = [inputs.files["image"].change]
