@@ -114,7 +114,7 @@ class Callbacks:
         """Show what the soft tokens of the image cover at the budget of its slider.
 
         Args:
-            place: of the soft token that is coloured, from 1; 0 colours none.
+            place: number of the soft token that is coloured, from 1; 0 colours none.
 
         Raises:
             RequestError: as `answer`, or there is no image.
@@ -125,8 +125,9 @@ class Callbacks:
         stop = self._stop("image", fields.places["image"])
         covered = await self.covers.of(self.client.body("", [PageMedium("image", content, stop.budget)]))
         number = covered.overlay.num_tokens
-        place = min(_whole(place, "soft token"), number)
-        return ShownOverlay(await asyncio.to_thread(_picture, covered, place, stop.budget), number)
+        if (token := _whole(place, "soft token")) > number:
+            raise bad_request(f"there is no soft token {token}; allowed: 1 to {number}", "soft token")
+        return ShownOverlay(await asyncio.to_thread(_picture, covered, token, stop.budget), number)
 
     async def _files(self, fields: Fields) -> dict[str, bytes]:
         """Read the files, by medium in the order of prompts; the sound of a video is the video's own bytes."""
@@ -182,7 +183,7 @@ def _answer_of(own: Answered | RequestError) -> Answered:
 
 
 def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
         raise bad_request(f"the {name} must be a whole number from 0", name)
     return int(value)
 

@@ -34,6 +34,7 @@ THEME = gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"])
 OVERLAYS_AT_ONCE = 2
 FORGET = '() => ["", "", "", {"__type__": "update", "visible": false}]'
 """Takes away what was answered about another file."""
+FORGET_OVERLAY = '() => ["", {"__type__": "update", "visible": false}]'
 
 
 @dataclass(frozen=True)
@@ -199,17 +200,21 @@ def _add_overlay(callbacks: Callbacks, inputs: Inputs, problem: gr.Textbox) -> N
             0, 1, value=0, step=1, label="soft token (0 shows all)", visible=False, elem_id="token", buttons=[]
         )
 
-    async def covered(*values: Any) -> list[Any]:
-        *own, place = values
-        shown = await callbacks.overlay(inputs.fields(own), place)
-        return [shown.picture, gr.update(maximum=shown.num_tokens, value=min(place, shown.num_tokens), visible=True)]
+    async def shown(*values: Any) -> list[Any]:
+        own = await callbacks.overlay(inputs.fields(values), 0)
+        return [own.picture, gr.update(maximum=own.num_tokens, value=0, visible=True)]
 
-    empty = ["", gr.update(visible=False, value=0)]
-    for trigger in (show.click, token.change):
-        _connect(trigger, covered, [*inputs.components, token], [picture, token], problem, empty, OVERLAYS_AT_ONCE)
+    async def of_token(*values: Any) -> list[Any]:
+        *own, place = values
+        return [(await callbacks.overlay(inputs.fields(own), place)).picture]
+
+    empty = ["", gr.update(visible=False)]
+    _connect(show.click, shown, inputs.components, [picture, token], problem, empty, OVERLAYS_AT_ONCE)
+    # The slider is left where it is, which may be further on when the picture comes.
+    _connect(token.change, of_token, [*inputs.components, token], [picture], problem, [""], OVERLAYS_AT_ONCE)
     # What is shown is of another image or budget as soon as those change.
     changes = [inputs.files["image"].change]
     if isinstance(inputs.places["image"], gr.Slider):
         changes.append(inputs.places["image"].change)
     for change in changes:
-        change(None, None, picture, js='() => ""', api_visibility="private")
+        change(None, None, [picture, token], js=FORGET_OVERLAY, api_visibility="private")
