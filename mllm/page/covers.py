@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.budget.tiling import Size
 from mllm.page.overlay import Overlay, coverage, laid_out, reads_features
 from mllm.processing.processor import ElasticProcessor
 from mllm.processing.token_order import shown_items
 from mllm.serving.answering import AnswerRules
 from mllm.serving.chat_request import ChatReader
-from mllm.serving.errors import RequestError, refusal_of
+from mllm.serving.errors import refusal_of
 from mllm.serving.preparation import PromptRow
 from mllm.serving.service import Service
 from mllm.transforms.image_tiles import cut
@@ -115,9 +116,7 @@ def seen_images(processor: ElasticProcessor, raw: Any, row: PromptRow) -> Tensor
     loaded = processor.transform("image", raw)
     values = loaded.values
     if loaded.grid is not None:
-        side = round((values.shape[1] / 3) ** 0.5)  # (h * w, values of a patch), a row of pixels after the other
-        patches = values.unflatten(1, (side, side, 3)).unflatten(0, loaded.grid)
-        values = patches.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
+        values = pixels_of_patches(values, loaded.grid)
     shape = (3, 1, 1)
     if getattr(transform.processor, "do_normalize", False):
         mean, std = (torch.tensor(getattr(transform.processor, key)).view(shape) for key in ("image_mean", "image_std"))
@@ -125,4 +124,8 @@ def seen_images(processor: ElasticProcessor, raw: Any, row: PromptRow) -> Tensor
     return values.clamp(0, 1)[None]
 
 
-__all__ = ["Covered", "Covers", "RequestError", "seen_images"]
+def pixels_of_patches(patches: Tensor, grid: Size) -> Tensor:
+    """Put an image together again that SigLIP 2's processor took apart: (h * w, p * p * 3) -> (3, h * p, w * p)."""
+    side = round((patches.shape[1] / 3) ** 0.5)
+    pixels_hwppc = patches.unflatten(1, (side, side, 3)).unflatten(0, grid)
+    return pixels_hwppc.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
