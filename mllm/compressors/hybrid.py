@@ -117,6 +117,26 @@ class Hybrid(Compressor):
         rows = torch.arange(len(read), device=read.device)[:, None]
         return zero_padding_tokens(self.projector(read[rows, index]), tokens, max_tokens)
 
+    @torch.no_grad()
+    def attention(self, num_tokens: int, features: Tensor) -> Tensor:
+        """Computes how much the queries among the first tokens of one image look at each patch.
+
+        Args:
+            num_tokens: n, anchors among them.
+            features: (T, D) of the image.
+
+        Returns:
+            (heads, Q, T), which sums to 1 over the patches; Q is what is left of n behind the anchors.
+        """
+        count = torch.tensor([num_tokens], device=features.device)
+        most = num_queries(num_tokens, self.anchors)
+        cover, area = grid_cover(self._num_anchors(count), self.grid, max_tokens=num_tokens - most)
+        positions = sincos_positions(self.grid, features.shape[1], features.device).to(features.dtype)
+        anchors, anchor_positions = average(features[None], cover, area), average(positions[None], cover, area)
+        is_anchor = torch.ones(1, num_tokens - most, dtype=torch.bool, device=features.device)
+        queried = self._read_anchors(self.query[:most], anchors, anchor_positions, is_anchor)
+        return self.feature_attn.weights(self.ln_query_read(queried), self.ln_feature(features[None]) + positions)[0]
+
     def _num_anchors(self, tokens: Tensor) -> Tensor:
         """Counts the anchors of each item (N,) on the device, without a look-up on the host."""
         count = torch.ones_like(tokens)

@@ -67,6 +67,18 @@ class CrossAttention(nn.Module):
         read = functional.scaled_dot_product_attention(*heads, attn_mask=allowed)
         return self.out_proj(read.transpose(1, 2).flatten(2))
 
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Computes how much each head looks at each key, (N, M, C), (N, T, C) -> (N, heads, M, T); sums to 1 over keys.
+
+        `forward` leaves that to a fused kernel, which keeps it to itself.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        queries, keys = (
+            functional.linear(states, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for states, weight, bias in zip((query, key), weights, biases, strict=False)
+        )
+        return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(dim=-1)
+
 
 class Query(Compressor):
     """Makes soft token i of what learned query i reads; queries do not see each other, so the first m stay the same.
@@ -165,6 +177,40 @@ class Query(Compressor):
         weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
         return self.attn.out_proj(functional.linear(self.ln_v(self.kv_proj(features)), weight, bias))
 
+    @torch.no_grad()
+    def attention(
+        self, num_queries: int, *, features: Tensor | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Computes how much the first queries look at each patch of one image; not for streams.
+
+        Args:
+            num_queries: m.
+            features: (T, D) of the image; may be left out where keys are positions.
+            grid: rows and columns of the image, where each has its own.
+
+        Returns:
+            (heads, m, T), which sums to 1 over the patches.
+        """
+        assert not self.windowed
+        positions = self.key_positions()[None]
+        if grid is not None:
+            grids = torch.tensor([grid], device=self.query.device)
+            positions = item_positions(self.pos_embed, self.query_grid, grids, num_features=grid[0] * grid[1])
+        states = None if features is None else self.kv_proj(features)
+        return self.attn.weights(self._queries(num_queries)[None], self._keys(positions, states))[0]
+
+    def _queries(self, num_queries: int | None) -> Tensor:
+        """Norms the first queries at their positions: (m, C)."""
+        return self.ln_q((self.query + self.pos_embed)[:num_queries])
+
+    def _keys(self, positions: Tensor, features: Tensor | None) -> Tensor:
+        """Makes keys (N or 1, T, C) of positions (N or 1, T, C) and, where they are content, of projected features."""
+        if self.keys == "position":
+            return self.ln_k(positions)
+        assert features is not None
+        # Positions are added behind the norm where there is content, so that large features do not drown them.
+        return self.ln_k(features) + positions
+
     def train(self, mode: bool = True) -> Self:
         """Switches the mode as `nn.Module` does, and forgets what was folded."""
         self._folds.clear()
@@ -199,10 +245,8 @@ class Query(Compressor):
         """
         states = self.kv_proj(features)
         positions = self.key_positions()[None] if positions is None else positions
-        query = self.ln_q((self.query + self.pos_embed)[:num_queries])
-        # Positions are added behind the norm where there is content, so that large features do not drown them.
-        key = self.ln_k(positions) if self.keys == "position" else self.ln_k(states) + positions
-        return self.attn(query[None], key, self.ln_v(states), mask)
+        query = self._queries(num_queries)[None]
+        return self.attn(query, self._keys(positions, states), self.ln_v(states), mask)
 
     def _read_windows(self, features: Tensor, lengths: Tensor, rates: Tensor, max_tokens: int) -> Tensor:
         """Reads each window with its first W / rate queries and puts the results in order: (N, T, D) -> (N, k, C)."""

@@ -32,6 +32,7 @@ class RequestError(Exception):
         param: the key that is wrong, as the client wrote it.
         code: for programs.
         retry_after_seconds: when asking again may help.
+        challenge: how a client that is not known (401) may say who it is.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RequestError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_seconds: float | None = None,
+        challenge: str = "Bearer",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -49,6 +51,7 @@ class RequestError(Exception):
         self.param = param
         self.code = code
         self.retry_after_seconds = retry_after_seconds
+        self.challenge = challenge
 
     @property
     def body(self) -> dict[str, object]:
@@ -60,7 +63,7 @@ class RequestError(Exception):
     def headers(self) -> dict[str, str]:
         """The headers that go with the status."""
         headers = {} if self.retry_after_seconds is None else {"retry-after": str(math.ceil(self.retry_after_seconds))}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+        return headers | ({"www-authenticate": self.challenge} if self.status == 401 else {})
 
 
 def bad_request(message: str, param: str | None = None) -> RequestError:

@@ -4,6 +4,8 @@ Knows ASGI and uvicorn's protocol. Does not know routes' contents or models.
 """
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import json
@@ -22,6 +24,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 OPEN_ROUTE = "/health"
 """The only route that needs no key."""
+PAGE_ROUTE = "/page"
+"""What browsers open; they ask their user for a name, which may be any, and for a password, which is the key."""
 ROUTES = (
     "/health",
     "/metrics",
@@ -84,17 +88,20 @@ class Guard:
         # uvicorn limits heads that come in pieces, and not one that is there at once.
         fields = [scope["raw_path"], scope["query_string"], *(text for pair in scope["headers"] for text in pair)]
         if sum(map(len, fields)) > self._head_bytes:
-            await _refuse(send, RequestError(431, f"the head is larger than {self._head_bytes:,} bytes"))
+            await refuse(send, RequestError(431, f"the head is larger than {self._head_bytes:,} bytes"))
             return
-        if scope["path"] != OPEN_ROUTE and not self._has_key(headers):
-            await _refuse(send, RequestError(401, "the key is missing or wrong; send Authorization: Bearer KEY"))
+        is_page = scope["path"] == PAGE_ROUTE or scope["path"].startswith(f"{PAGE_ROUTE}/")
+        if scope["path"] != OPEN_ROUTE and not self._has_key(headers, is_page):
+            how = "log in with any name and the key as password" if is_page else "send Authorization: Bearer KEY"
+            challenge = 'Basic realm="mllm", charset="UTF-8"' if is_page else "Bearer"
+            await refuse(send, RequestError(401, f"the key is missing or wrong; {how}", challenge=challenge))
             return
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         if self.num_requests >= self.limits.max_requests:
             message = f"{self.num_requests} requests are being answered, which is as many as may be; come back"
-            await _refuse(send, RequestError(429, message, code="busy", retry_after_seconds=BUSY_SECONDS))
+            await refuse(send, RequestError(429, message, code="busy", retry_after_seconds=BUSY_SECONDS))
             return
         self.num_requests += 1
         body = _Body(self, receive, headers)
@@ -102,15 +109,17 @@ class Guard:
             body.check_stated()
             await self.app(scope, body.receive, send)
         except RequestError as error:
-            await _refuse(send, error)
+            await refuse(send, error)
         finally:
             self.num_requests -= 1
             self.num_bytes -= body.num_bytes
 
-    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+    def _has_key(self, headers: dict[bytes, bytes], is_page: bool) -> bool:
         if self._digest is None:
             return True
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if is_page and scheme.lower() == b"basic":
+            scheme, given = b"bearer", _password(given)
         # Digests are equally long, so that the time tells nothing of the key, not even its length.
         return hmac.compare_digest(_digest(given.strip()), self._digest) and scheme.lower() == b"bearer"
 
@@ -166,13 +175,21 @@ class _Body:
             raise RequestError(503, message, code="busy", retry_after_seconds=BUSY_SECONDS)
 
 
-async def _refuse(send: Send, error: RequestError) -> None:
+async def refuse(send: Send, error: RequestError) -> None:
     """Answer in place of the application."""
     body = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _password(given: bytes) -> bytes:
+    """Read the password of HTTP's basic form, name:password in base64; empty where it is none."""
+    try:
+        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _digest(key: bytes) -> bytes:
@@ -220,4 +237,4 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
     return TimedProtocol
 
 
-__all__ = ["ROUTES", "Guard", "timed_protocol"]
+__all__ = ["PAGE_ROUTE", "ROUTES", "Guard", "refuse", "timed_protocol"]

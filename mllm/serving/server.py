@@ -82,6 +82,7 @@ class Server:
         self, model: ElasticForConditionalGeneration, processor: ElasticProcessor, settings: ServerSettings
     ) -> None:
         self.settings = settings
+        self.on_close: list[Callable[[], object]] = []
         policy = BudgetPolicy(processor.space, settings.budget, settings.max_budget)
         if settings.media_root is not None and not os.path.isdir(settings.media_root):
             raise ValueError(f"media_root {settings.media_root} is no folder")
@@ -110,7 +111,8 @@ class Server:
         # Beside those that wait for a decoder there is a thread for requests that need none.
         self.service = Service(preparer, self.scheduler, self.metrics, num_threads=2 * settings.num_decoders + 1)
         self._watch(cache)
-        app = build_app(self.service, self._served(processor, policy, sources, table), self._lifespan)
+        self.served = self._served(processor, policy, sources, table)
+        app = build_app(self.service, self.served, self._lifespan)
         self.app = Guard(app, settings.limits, self.metrics, key=settings.key)
 
     def _served(
@@ -156,9 +158,11 @@ class Server:
         await asyncio.get_running_loop().run_in_executor(None, self.close)
 
     def close(self) -> None:
-        """End threads and processes."""
+        """End threads and processes, and do what else `on_close` holds."""
         self.service.close()
         self.pool.close()
+        while self.on_close:
+            self.on_close.pop()()
 
     def run(self, host: str, port: int, *, on_ready: Callable[[str], None]) -> None:
         """Serve until the process is told to end.

@@ -90,6 +90,7 @@ OPTIONAL = (
     Package("liger-kernel", module="liger_kernel", purpose="train.loss_kernel liger, on a GPU", extra="liger"),
     Package("pyarrow", purpose="benchmarks and conversations kept as parquet or arrow files", extra="tables"),
     Package("fastapi", purpose="serving a model over HTTP (mllm serve)", extra="serve"),
+    Package("gradio", purpose="a page for browsers (mllm page)", extra="page"),
     Package("uvicorn", purpose="serving a model over HTTP", extra="serve"),
     Package("python-multipart", module="python_multipart", purpose="files sent to that server", extra="serve"),
     Package("prometheus-client", module="prometheus_client", purpose="metrics of that server", extra="serve"),

@@ -9,7 +9,7 @@ import versions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from versions import DEMO_EXTRAS, DEV_EXTRAS, FOLDER, OLDEST_EXTRAS, declared, locked_torch, lowest, pinned
+from versions import DEMO_EXTRAS, DEV_EXTRAS, FOLDER, OLDEST_EXTRAS, PAGE_EXTRAS, declared, locked_torch, lowest, pinned
 
 FILES = sorted(FOLDER.glob("*.txt"))
 EVERY_EXTRA = list(tomllib.loads((versions.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
@@ -21,7 +21,10 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
         assert operators in (["<", ">="], ["=="]), str(requirement)
 
 
-@pytest.mark.parametrize(("name", "extras"), [("dev", DEV_EXTRAS), ("demo", DEMO_EXTRAS), ("oldest", OLDEST_EXTRAS)])
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [("dev", DEV_EXTRAS), ("demo", DEMO_EXTRAS), ("oldest", OLDEST_EXTRAS), ("page", PAGE_EXTRAS)],
+)
 def test_a_lock_holds_every_dependency_within_its_bounds(name: str, extras: tuple[str, ...]) -> None:
     held = pinned(FOLDER / f"{name}.txt") | {"torch": {Version(locked_torch())}}
     for requirement in declared(extras):
@@ -43,13 +46,18 @@ def test_what_demo_and_dev_share_is_the_same_release() -> None:
     assert pinned(FOLDER / "build.txt").items() <= dev.items()
 
 
+def test_the_page_holds_back_what_is_named_and_nothing_else() -> None:
+    dev, page = pinned(FOLDER / "dev.txt"), pinned(FOLDER / "page.txt")
+    assert {name for name in page if name in dev and page[name] != dev[name]} == set(versions.HELD_BACK_BY_PAGE)
+
+
 def test_both_builds_of_torch_are_one_release_and_no_other_file_has_it() -> None:
     cpu, registry = pinned(FOLDER / "torch-cpu.txt"), pinned(FOLDER / "torch.txt")
     assert cpu == {"torch": {Version(f"{locked_torch()}+cpu")}}
     assert registry["torch"] == {Version(locked_torch())}
     # `==` would take the CPU's build too, where an index has it, and fail at its hash.
     assert f"\ntorch==={locked_torch()} " in (FOLDER / "torch.txt").read_text()
-    for name in ("build", "demo", "dev", "oldest"):
+    for name in ("build", "demo", "dev", "oldest", "page"):
         held = pinned(FOLDER / f"{name}.txt")
         assert not [one for one in held if one.startswith(("torch", "triton", "nvidia-", "cuda-"))]
 
@@ -90,7 +98,7 @@ def test_what_moved_is_shown_beside_lock_and_range(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The registry's answer alone is made up: the newest of everything is what is locked, but for two."""
-    locked = pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
+    locked = pinned(FOLDER / "page.txt") | pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
 
     def newest_of(requirements: list[str]) -> dict[str, Version]:
         names = [canonicalize_name(Requirement(line).name) for line in requirements]
