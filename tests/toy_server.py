@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,28 @@ ROOT = Path(__file__).parents[1]
 NAME = "toy"
 
 
-def write_run(folder: Path, media: Sequence[str] = ("image", "audio", "video"), **changes: Any) -> Path:
+def write_run(
+    folder: Path,
+    media: Sequence[str] = ("image", "audio", "video"),
+    *,
+    text: Mapping[str, Any] | None = None,
+    chat_format: str = "plain",
+    **changes: Any,
+) -> Path:
     """Save a tiny run; its weights are far enough from zero that different requests have different answers.
 
-    `changes` are by medium, as in `tiny.settings_on`.
+    `changes` are by medium, as in `tiny.settings_on`; `text` changes the config of the LLM.
     """
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
 
-    parts = tiny.write_parts(folder / "parts")
+    parts = tiny.write_parts(folder / "parts", **(text or {}))
     for part in parts.values():
         file = Path(part) / "model.safetensors"
         weights = {name: 4 * own if own.dim() > 1 else own for name, own in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
-    model, processor = build(tiny.settings_on(parts, media, **changes))
+    model, processor = build(replace(tiny.settings_on(parts, media, **changes), chat_format=chat_format))
     generator = torch.Generator().manual_seed(0)
     for name, own in model.named_parameters():
         if ".lora_B" in name:
