@@ -79,12 +79,14 @@ class Running:
 
 
 @contextmanager
-def server(run: Path, *words: str, key: str | None = None, seconds: float = 300) -> Iterator[Running]:
+def server(
+    run: Path, *words: str, key: str | None = None, use_cpu: bool = True, seconds: float = 300
+) -> Iterator[Running]:
     """`mllm serve` in a process of its own, on a free port."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {} if key is None else {"MLLM_API_KEY": key}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mllm", "serve", "--model", str(run), "--port", "0", "--use_cpu", *words],
+        [sys.executable, "-m", "mllm", "serve", "--model", str(run), "--port", "0", *(["--use_cpu"] if use_cpu else []), *words],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -14,7 +14,9 @@ from mllm.serving.limits import Batching, RequestLimits
 from mllm.utils.extras import install_line
 
 if TYPE_CHECKING:
-    from mllm.serving.server import ServerSettings
+    from rich.console import Console
+
+    from mllm.serving.server import Server, ServerSettings
 
 SUMMARY = "Serve a model over HTTP, in the form of OpenAI's API."
 KEY_VARIABLE = "MLLM_API_KEY"
@@ -68,6 +70,12 @@ class Settings(LongAudioOptions):
     """Of the frozen parts."""
     merge_adapter: bool = False
     """Fold a LoRA into the LLM's weights first; refused where the adapter depends on the rows."""
+    engine: Literal["mllm", "vllm"] = "mllm"
+    """What writes the answers: this process, or vLLM, for load and for several devices; it serves exports."""
+    data_parallel: int = 1
+    """Engines of vLLM that share the requests, each with the whole model."""
+    tensor_parallel: int = 1
+    """Devices that share one LLM, for one that does not fit one of them; vLLM only."""
     threads: int | None = None
     """CPU threads of the model; as many as torch takes when left out."""
     use_cpu: bool = False
@@ -77,10 +85,31 @@ class Settings(LongAudioOptions):
         super().__post_init__()
         Budget.parse(self.budget)
         Budget.parse(self.max_budget)
-        check_at_least(self, ("num_decoders", "decoder_mib", "threads"))
+        check_at_least(self, ("num_decoders", "decoder_mib", "threads", "data_parallel", "tensor_parallel"))
         check_at_least(self, ("cache_mib", "port"), 0)
         if not self.languages:
             raise ValueError("languages is empty; name at least one")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse what the engine does not read.
+
+        Raises:
+            ValueError: it is named.
+        """
+        if self.engine == "mllm":
+            values = {"data_parallel": self.data_parallel != 1, "tensor_parallel": self.tensor_parallel != 1}
+        else:
+            values = {
+                "checkpoint": self.checkpoint is not None,
+                "sources": bool(self.sources),
+                "merge_adapter": self.merge_adapter,
+                "threads": self.threads is not None,
+                "use_cpu": self.use_cpu,
+                "batching (all but batching.max_rows)": self.batching != Batching(max_rows=self.batching.max_rows),
+            }
+        if unread := [name for name, is_set in values.items() if is_set]:
+            raise ValueError(f"{unread[0]} is set, which engine {self.engine} does not read")
 
     def read_key(self) -> str | None:
         """Read the key that clients must send.
@@ -115,13 +144,33 @@ def run(settings: Settings) -> int:
         from mllm.serving.server import Server
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed; mllm serve needs: {install_line('serve')}") from error
-    import torch
-
-    from mllm.checkpoints.load import load
     from mllm.commands.terminal import console, quiet_loading
 
     own = server_settings(settings)
     quiet_loading()
+    out = console(stderr=True)
+    if settings.engine == "vllm":
+        server = _vllm_server(settings, own, out)
+    else:
+        server = _own_server(settings, own, out)
+    try:
+        server.run(
+            settings.host,
+            settings.port,
+            on_ready=lambda address: out.print(f"serving {own.name} at {address}/v1", soft_wrap=True),
+        )
+    finally:
+        server.close()
+    return 0
+
+
+def _own_server(settings: Settings, own: "ServerSettings", out: "Console") -> "Server":
+    """Load the model and measure it."""
+    import torch
+
+    from mllm.checkpoints.load import load
+    from mllm.serving.server import Server
+
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     model, processor = load(
@@ -133,19 +182,40 @@ def run(settings: Settings) -> int:
         sources=settings.sources,
         limits=settings.limits,
     )
-    out = console(stderr=True)
     if settings.measure_budgets:
         out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)
-    server = Server(model, processor, own)
+    return Server(model, processor, own)
+
+
+def _vllm_server(settings: Settings, own: "ServerSettings", out: "Console") -> "Server":
+    """Start vLLM's engine on an export.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError, FileNotFoundError: as `check_export`.
+    """
+    from mllm.vllm_plugin.engine_options import EngineOptions, check_export, model_without_weights
+
+    check_export(settings.model)
     try:
-        server.run(
-            settings.host,
-            settings.port,
-            on_ready=lambda address: out.print(f"serving {own.name} at {address}/v1", soft_wrap=True),
-        )
-    finally:
-        server.close()
-    return 0
+        from mllm.serving.vllm_scheduler import VllmScheduler
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed; docs/serving.md says what engine vllm needs") from error
+    from mllm.inference.decoding import end_ids_of
+    from mllm.serving.server import Server
+
+    model, processor = model_without_weights(settings.model, limits=settings.limits)
+    options = EngineOptions(
+        model=settings.model,
+        dtype=settings.dtype,
+        data_parallel=settings.data_parallel,
+        tensor_parallel=settings.tensor_parallel,
+        max_prompts=settings.batching.max_rows,
+        max_prompt_tokens=settings.requests.max_prompt_tokens,
+        max_media=settings.requests.max_media,
+    )
+    out.print("starting vLLM, which takes a minute or two", soft_wrap=True)
+    return Server(model, processor, own, VllmScheduler(options, processor, end_ids_of(model, processor)))
 
 
 def server_settings(settings: Settings) -> "ServerSettings":
@@ -165,7 +235,8 @@ def server_settings(settings: Settings) -> "ServerSettings":
         limits=settings.requests,
         media_limits=settings.limits,
         batching=settings.batching,
-        measurement=Measurement(repeats=3 if settings.measure_budgets else 0),
+        # What budgets take is measured with a model in this process, which is not how vLLM would run it.
+        measurement=Measurement(repeats=3 if settings.measure_budgets and settings.engine == "mllm" else 0),
         long_audio=settings.read_long_audio(),
         url_hosts=tuple(settings.url_hosts),
         media_root=settings.media_root,

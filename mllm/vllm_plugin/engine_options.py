@@ -1,13 +1,22 @@
 """Says what vLLM's engine is started with for an elastic model: the arguments of its engine, and its environment.
 
-Knows numbers and words. Does not import vLLM.
+Knows numbers, words and the files of exports. Does not import vLLM.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from mllm.checkpoints.auto_classes import register
+from mllm.media import MediaLimits
+from mllm.model.configuration import ElasticConfig
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.processing.processor import ElasticProcessor
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -24,6 +33,10 @@ BLOCK_TOKENS = 32
 short prompts never are."""
 
 
+LEAST_BATCH_TOKENS = 2_048
+"""What vLLM reads of prompts in one step at the least."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Holds how an engine is started.
@@ -34,7 +47,7 @@ class EngineOptions:
         data_parallel: engines that share the requests, each with the whole model.
         tensor_parallel: devices that share one LLM.
         max_prompts: answers that are written at once.
-        max_tokens: longest prompt with its answer; as much as the LLM reads when None.
+        max_prompt_tokens: longest prompt, soft tokens included; what the LLM reads counts too.
         max_media: items of each medium in one prompt.
     """
 
@@ -43,22 +56,25 @@ class EngineOptions:
     data_parallel: int = 1
     tensor_parallel: int = 1
     max_prompts: int = 32
-    max_tokens: int | None = None
+    max_prompt_tokens: int = 32_768
     max_media: int = 16
 
-    def arguments(self, media: tuple[str, ...]) -> dict[str, Any]:
+    def arguments(self, media: Sequence[str], context_tokens: int | None) -> dict[str, Any]:
         """List the arguments of `vllm.AsyncEngineArgs`.
 
         Args:
             media: that the model takes.
+            context_tokens: what the LLM reads.
         """
+        longest = min(self.max_prompt_tokens, context_tokens or self.max_prompt_tokens)
         return {
             "model": self.model,
             "dtype": self.dtype,
             "data_parallel_size": self.data_parallel,
             "tensor_parallel_size": self.tensor_parallel,
             "max_num_seqs": self.max_prompts,
-            "max_model_len": self.max_tokens,
+            # An item that gives more soft tokens than one step reads is refused, and nothing else says how long it is.
+            "max_num_batched_tokens": max(longest, self.max_prompts, LEAST_BATCH_TOKENS),
             "limit_mm_per_prompt": dict.fromkeys(media, self.max_media),
             "block_size": BLOCK_TOKENS,
             "enable_prefix_caching": True,
@@ -67,9 +83,9 @@ class EngineOptions:
         }
 
 
-def environment(of: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(current: Mapping[str, str] = os.environ) -> dict[str, str]:
     """List what an engine's environment lacks."""
-    return {name: value for name, value in ENVIRONMENT.items() if name not in of}
+    return {name: value for name, value in ENVIRONMENT.items() if name not in current}
 
 
 def check_export(model: str) -> None:
@@ -81,9 +97,23 @@ def check_export(model: str) -> None:
     """
     folder = Path(model)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{model} holds no model")
+        raise FileNotFoundError(f"{model} holds no model; vLLM serves what mllm export wrote")
     if not any(folder.glob("model*.safetensors")):
         raise ValueError(
             f"{model} is a run, and vLLM reads whole models: mllm export --model {model} --out {model}-exported, and "
             "serve that"
         )
+
+
+def model_without_weights(
+    folder: str, *, limits: MediaLimits
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """Load an export's processor, and its model without the weights, which an engine has: it knows sizes and ends."""
+    register()
+    config = ElasticConfig.from_pretrained(folder)
+    processor = ElasticProcessor.from_pretrained(folder, elastic_config=config, trust_remote_code=False)
+    processor.limits = limits
+    with torch.device("meta"):
+        model = ElasticForConditionalGeneration(config)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), processor

@@ -3,7 +3,7 @@
 Knows vLLM's interfaces of multimodal processing. What is behind them is in `items.py`, `budgets.py` and `parsing.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,33 @@ class ElasticInfo(BaseProcessingInfo):
     def get_data_parser(self) -> MultiModalDataParser:
         return ElasticDataParser(self.processor)
 
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {medium: self.largest_items[medium].num_tokens for medium in mm_counts}
+
+    @cached_property
+    def largest_items(self) -> dict[str, EngineItem]:
+        """Make up the largest item of each medium, at the largest trained budget."""
+        largest = self.space.largest()
+        items = {m: [self.counted(loaded, largest) for loaded in self._made_up(m)] for m in self.processor.media}
+        return {medium: max(own, key=lambda item: item.num_tokens) for medium, own in items.items()}
+
+    def _made_up(self, medium: str) -> list[LoadedMedia]:
+        """Make up items of which one takes the most tokens."""
+        processor = self.processor
+        if medium == "image" and processor.tiling is not None:
+            tile = processor.facts["image"].image_pixels
+            assert tile is not None
+            sizes = [(rows * tile[0], columns * tile[1]) for rows, columns in processor.tiling.shapes(tile)]
+            return [processor.transform("image", Image.fromarray(np.zeros((*size, 3), np.uint8))) for size in sizes]
+        options = self.ctx.get_mm_config().limit_per_prompt.get(medium)
+        samples, frames = getattr(options, "length", None), getattr(options, "num_frames", None)
+        seconds = PROFILED_SECONDS
+        if medium == "audio":
+            seconds = samples / 16_000 if samples else min(seconds, processor.window_seconds or seconds)
+        elif medium == "video" and frames:
+            seconds = frames / 25
+        return made_up_media(processor, [medium], seconds)
+
     def budget(self, options: Mapping[str, object]) -> Budget:
         """Read the budget of a prompt: its own, or the engine's, or the largest.
 
@@ -96,41 +123,20 @@ class ElasticInfo(BaseProcessingInfo):
 
 
 class ElasticDummyInputs(BaseDummyInputsBuilder[ElasticInfo]):
-    """Makes up the media of the engine's own trial runs: each the largest there is, at the largest trained budget."""
+    """Hands out the media of the engine's own trial runs."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        tokens = self.info.processor.tokenizer.convert_ids_to_tokens
-        return "".join(tokens(self.info.processor.placeholder_ids[m]) * count for m, count in mm_counts.items())
+        tokens, ids = self.info.processor.tokenizer.convert_ids_to_tokens, self.info.processor.placeholder_ids
+        return "".join(tokens(ids[medium]) * mm_counts[medium] for medium in self._distinct(mm_counts))
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, list[EngineItem]]:
-        largest = self.info.space.largest()
-        data = {}
-        for medium, number in mm_counts.items():
-            items = [self.info.counted(loaded, largest) for loaded in self._loaded(medium, mm_options.get(medium))]
-            data[medium] = [max(items, key=lambda item: item.num_tokens)] * number
-        return data
+        return {medium: [self.info.largest_items[medium]] * mm_counts[medium] for medium in self._distinct(mm_counts)}
 
-    def _loaded(self, medium: str, options: Any) -> list[LoadedMedia]:
-        """List made-up items of which one takes the most tokens."""
-        processor = self.info.processor
-        if medium == "image" and processor.tiling is not None:
-            tile = processor.facts["image"].image_pixels
-            assert tile is not None
-            sizes = [(rows * tile[0], columns * tile[1]) for rows, columns in processor.tiling.shapes(tile)]
-            return [processor.transform("image", Image.fromarray(np.zeros((*size, 3), np.uint8))) for size in sizes]
-        seconds = PROFILED_SECONDS
-        if medium == "audio":
-            seconds = min(_seconds(options, "length", 16_000), processor.window_seconds or float("inf"))
-        elif medium == "video":
-            seconds = _seconds(options, "num_frames", 25)
-        return made_up_media(processor, [medium], seconds)
-
-
-def _seconds(options: Any, key: str, rate_hz: int) -> float:
-    number = getattr(options, key, None)
-    return PROFILED_SECONDS if number is None else number / rate_hz
+    def _distinct(self, media: Iterable[str]) -> list[str]:
+        """Leave out videos of frames beside images, whose placeholders are the same."""
+        return [medium for medium in media if medium not in self.info.processor.sampling or {*media} == {medium}]
 
 
 class ElasticVllmProcessor(BaseMultiModalProcessor[ElasticInfo]):

@@ -16,7 +16,7 @@ from vllm.renderers.hf import HfRenderer
 from mllm.processing.processor import ElasticProcessor
 from mllm.processing.requests import read_chat
 
-ALLOWED_OPTIONS = {"add_generation_prompt": True, "continue_final_message": False}
+ALLOWED_OPTIONS = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
 """Options of a chat template that are understood, with the value each must have."""
 
 

@@ -1,6 +1,7 @@
 """Exports of tiny models for vLLM, samples about real files of every medium, and the ids that are to be answered."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,35 @@ def answerer_of(folder: Path) -> Answerer:
     return Answerer(*load(folder, device="cpu"), Decoding(max_new_tokens=MAX_NEW_TOKENS))
 
 
-def expected_ids(answerer: Answerer, samples: Sequence[Sample], budget: str) -> list[list[int]]:
-    """The ids that transformers' `generate` answers with, as `Answerer` asks it, up to the end of each answer."""
+@dataclass(frozen=True)
+class Expected:
+    """An answer that transformers' `generate` gives: its ids, and the logarithms of their probabilities."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+def expected_of(answerer: Answerer, samples: Sequence[Sample], budget: str) -> list[Expected]:
+    """What `Answerer` answers, asked as it asks, up to the end of each answer."""
     processor, options = answerer.processor, generate_options(answerer.model, answerer.processor, answerer.decoding)
-    asked = Budget.parse(budget)
-    found: list[list[int]] = []
+    amounts = Budget.parse(budget)
+    answers = []
     for start in range(0, len(samples), 16):
         rows = samples[start : start + 16]
-        batch = processor.batch(rows, [processor.load_media(row, budgets=[asked]) for row in rows], for_training=False)
-        inputs = processor.expand(batch, [[asked] * len(rows)], left_padding=True).inputs
+        media = [processor.load_media(row, budgets=[amounts]) for row in rows]
+        batch = processor.batch(rows, media, for_training=False)
+        inputs = processor.expand(batch, [[amounts] * len(rows)], left_padding=True).inputs
         with torch.no_grad():
-            ids = answerer.model.generate(**inputs, **options)
-        found += [up_to_end(row, options["eos_token_id"]) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
-    return found
+            out = answerer.model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
+        scores = torch.stack(out.scores, dim=1).log_softmax(dim=-1)
+        ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+        logprobs = scores.gather(-1, ids[..., None])[..., 0].tolist()
+        for row, row_logprobs in zip(ids.tolist(), logprobs, strict=True):
+            kept = up_to_end(row, options["eos_token_id"])
+            answers.append(Expected(kept, row_logprobs[: len(kept)]))
+    return answers
+
+
+def expected_ids(answerer: Answerer, samples: Sequence[Sample], budget: str) -> list[list[int]]:
+    """The ids alone."""
+    return [answer.ids for answer in expected_of(answerer, samples, budget)]

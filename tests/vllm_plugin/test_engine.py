@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import MAX_NEW_TOKENS, NUM_FILES, TILED, answerer_of, expected_ids, samples_of, write_export
+from engine_runs import MAX_NEW_TOKENS, TILED, answerer_of, expected_ids, expected_of, samples_of, write_export
 
 from mllm.data.manifest import Message, Sample, Text
 from mllm.inference.answerer import Answerer
@@ -37,7 +37,8 @@ class Served:
         """What vLLM makes of prompts."""
         from vllm import SamplingParams
 
-        return self.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS), use_tqdm=False)
+        params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, logprobs=0)
+        return self.llm.generate(prompts, params, use_tqdm=False)
 
     def ids(self, prompts: list[Any]) -> list[list[int]]:
         """The ids that vLLM answers with."""
@@ -76,16 +77,25 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def assert_equal_at(served: Served, budgets: dict[str, str]) -> None:
     """Compare at every budget, with empty caches and again with what all budgets have left there."""
-    known = {name: expected_ids(served.answerer, served.samples, budget) for name, budget in budgets.items()}
+    known = {name: expected_of(served.answerer, served.samples, budget) for name, budget in budgets.items()}
     for is_again in (False, True):
         for name, budget in budgets.items():
             outputs = served.outputs(served.prompts(served.samples, budget))
-            for sample, output, ids in zip(served.samples, outputs, known[name], strict=True):
-                assert list(output.outputs[0].token_ids) == ids, (sample.id, name, is_again)
+            for sample, output, answer in zip(served.samples, outputs, known[name], strict=True):
+                assert list(output.outputs[0].token_ids) == answer.ids, (sample.id, name, is_again)
+                assert logprobs_of(output) == pytest.approx(answer.logprobs, abs=1e-3), (sample.id, name, is_again)
     assert any(output.num_cached_tokens for output in outputs)
     mixed = [prompts for budget in budgets.values() for prompts in served.prompts(served.samples, budget)][::-1]
-    assert served.ids(mixed) == [ids for name in budgets for ids in known[name]][::-1]
-    assert len({tuple(ids) for name in budgets for ids in known[name]}) > 2 * NUM_FILES  # answers do differ
+    assert served.ids(mixed) == [answer.ids for name in budgets for answer in known[name]][::-1]
+    # Every sample and every budget is another prompt to the LLM, as the first token's probability tells.
+    first = {round(answer.logprobs[0], 5) for name in budgets for answer in known[name]}
+    assert len(first) > 0.8 * len(budgets) * len(served.samples)
+
+
+def logprobs_of(output: Any) -> list[float]:
+    """The logarithms of the probabilities of an output's tokens."""
+    answer = output.outputs[0]
+    return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
 
 
 def test_every_medium_at_three_budgets_cold_warm_and_mixed(streams: Served) -> None:
