@@ -86,7 +86,18 @@ def server(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {} if key is None else {"MLLM_API_KEY": key}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mllm", "serve", "--model", str(run), "--port", "0", *(["--use_cpu"] if use_cpu else []), *words],
+        [
+            sys.executable,
+            "-m",
+            "mllm",
+            "serve",
+            "--model",
+            str(run),
+            "--port",
+            "0",
+            *(["--use_cpu"] if use_cpu else []),
+            *words,
+        ],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

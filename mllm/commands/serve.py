@@ -2,6 +2,10 @@
 
 import ipaddress
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -140,31 +144,27 @@ def _is_loopback(host: str) -> bool:
 
 def run(settings: Settings) -> int:
     """Load, measure, serve."""
-    try:
-        from mllm.serving.server import Server
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed; mllm serve needs: {install_line('serve')}") from error
     from mllm.commands.terminal import console, quiet_loading
 
-    own = server_settings(settings)
+    try:
+        values = server_settings(settings)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed; mllm serve needs: {install_line('serve')}") from error
     quiet_loading()
     out = console(stderr=True)
-    if settings.engine == "vllm":
-        server = _vllm_server(settings, own, out)
-    else:
-        server = _own_server(settings, own, out)
+    server = (_server_of_vllm if settings.engine == "vllm" else _server_of_model)(settings, values, out)
     try:
         server.run(
             settings.host,
             settings.port,
-            on_ready=lambda address: out.print(f"serving {own.name} at {address}/v1", soft_wrap=True),
+            on_ready=lambda address: out.print(f"serving {values.name} at {address}/v1", soft_wrap=True),
         )
     finally:
         server.close()
     return 0
 
 
-def _own_server(settings: Settings, own: "ServerSettings", out: "Console") -> "Server":
+def _server_of_model(settings: Settings, values: "ServerSettings", out: "Console") -> "Server":
     """Load the model and measure it."""
     import torch
 
@@ -184,16 +184,18 @@ def _own_server(settings: Settings, own: "ServerSettings", out: "Console") -> "S
     )
     if settings.measure_budgets:
         out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)
-    return Server(model, processor, own)
+    return Server(model, processor, values)
 
 
-def _vllm_server(settings: Settings, own: "ServerSettings", out: "Console") -> "Server":
+def _server_of_vllm(settings: Settings, values: "ServerSettings", out: "Console") -> "Server":
     """Start vLLM's engine on an export.
 
     Raises:
         ImportError: vLLM is not installed.
         ValueError, FileNotFoundError: as `check_export`.
     """
+    import torch
+
     from mllm.vllm_plugin.engine_options import EngineOptions, check_export, model_without_weights
 
     check_export(settings.model)
@@ -213,9 +215,26 @@ def _vllm_server(settings: Settings, own: "ServerSettings", out: "Console") -> "
         max_prompts=settings.batching.max_rows,
         max_prompt_tokens=settings.requests.max_prompt_tokens,
         max_media=settings.requests.max_media,
+        is_eager=not torch.cuda.is_available(),
     )
     out.print("starting vLLM, which takes a minute or two", soft_wrap=True)
-    return Server(model, processor, own, VllmScheduler(options, processor, end_ids_of(model, processor)))
+    with _ended_by_exception():
+        scheduler = VllmScheduler(options, processor, end_ids_of(model, processor))
+    return Server(model, processor, values, scheduler)
+
+
+@contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that processes which are being started do not outlive this one."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def server_settings(settings: Settings) -> "ServerSettings":

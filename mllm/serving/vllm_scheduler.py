@@ -1,12 +1,13 @@
-"""Hands answers to vLLM's engine, in place of a model of our own: the engine batches, and runs in processes of its own.
+"""Hands answers to vLLM's engine in place of a model: the engine batches them, and runs in processes of its own.
 
-Knows answers and the engine. Does not know HTTP or budgets: media come counted, so a cap over all of them is met here as
-everywhere, which the engine's own server could not do.
+Knows answers and the engine. Does not know HTTP or budgets: media come counted, so a cap over all of them is met here
+as everywhere, which the engine's own server could not do.
 """
 
 import asyncio
 import itertools
 import logging
+import multiprocessing
 import os
 import threading
 from collections.abc import Collection, Coroutine, Sequence
@@ -56,7 +57,9 @@ class VllmScheduler:
             arguments = options.arguments(tuple(processor.placeholder_ids), processor.context_tokens)
             self._llm = self._wait_for(_started(arguments))
         except BaseException:
-            self._end_loop()
+            # The loop may be in the middle of starting them, and would wait for ever; they end what they have started.
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
 
     def start(self) -> None:

@@ -24,6 +24,6 @@ class ElasticEngineConfig(VerifyAndUpdateConfig):
         adapter = model_config.hf_config.adapter
         if adapter is not None:
             raise ValueError(
-                f"{model_config.model} has an adapter of kind {adapter.kind} that is not merged; vLLM runs its own LLM, "
-                "which has no place for it. Serve it without --engine, or train a LoRA or a bank, which mllm export merges"
+                f"{model_config.model} has an adapter of kind {adapter.kind} that is not merged, and vLLM's LLM has no "
+                "place for it; serve it without --engine"
             )

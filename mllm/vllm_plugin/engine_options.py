@@ -49,6 +49,7 @@ class EngineOptions:
         max_prompts: answers that are written at once.
         max_prompt_tokens: longest prompt, soft tokens included; what the LLM reads counts too.
         max_media: items of each medium in one prompt.
+        is_eager: runs the LLM as it is written. Compiling it takes minutes, and on a CPU it is hardly faster then.
     """
 
     model: str
@@ -58,6 +59,7 @@ class EngineOptions:
     max_prompts: int = 32
     max_prompt_tokens: int = 32_768
     max_media: int = 16
+    is_eager: bool = False
 
     def arguments(self, media: Sequence[str], context_tokens: int | None) -> dict[str, Any]:
         """List the arguments of `vllm.AsyncEngineArgs`.
@@ -76,6 +78,7 @@ class EngineOptions:
             # An item that gives more soft tokens than one step reads is refused, and nothing else says how long it is.
             "max_num_batched_tokens": max(longest, self.max_prompts, LEAST_BATCH_TOKENS),
             "limit_mm_per_prompt": dict.fromkeys(media, self.max_media),
+            "enforce_eager": self.is_eager,
             "block_size": BLOCK_TOKENS,
             "enable_prefix_caching": True,
             "disable_log_stats": True,

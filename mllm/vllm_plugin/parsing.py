@@ -135,7 +135,7 @@ def _ours(value: Any) -> Any:
         if isinstance(frames, MediaWithBytes):
             return frames.original_bytes
         taken = facts.get("frames_indices")
-        if taken is not None and list(taken) != list(range(len(frames))) or not facts.get("fps"):
+        if (taken is not None and list(taken) != list(range(len(frames)))) or not facts.get("fps"):
             raise ValueError(
                 "video holds frames that were taken from it, without their rate; give the file's bytes, or all frames "
                 "as (array, frames per second)"

@@ -33,7 +33,7 @@ class ElasticRenderer(HfRenderer):
         """Render a conversation.
 
         Raises:
-            ValueError: an option of chat templates that our formats have not, or turns that the format has no place for.
+            ValueError: an option that our chat formats have not, or turns that the format has no place for.
         """
         conversation, media, uuids = parse_chat_messages(
             messages, self.model_config, content_format="openai", media_io_kwargs=params.media_io_kwargs

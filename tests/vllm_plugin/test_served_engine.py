@@ -1,6 +1,5 @@
-"""`mllm serve --engine vllm` gives the same API, and the answers of `Answerer`, to clients that ask at the same time."""
+"""`mllm serve --engine vllm` gives the same API, and the answers of `Answerer`, to many clients at once."""
 
-import json
 import random
 import threading
 import time
@@ -97,9 +96,7 @@ def test_pieces_of_a_stream_are_the_answer(client: openai.OpenAI, files: list[di
 
 def test_what_is_drawn_depends_on_the_seed(client: openai.OpenAI, files: list[dict[str, bytes]]) -> None:
     parts = [part("image", files[0]["image"]), "what is it?"]
-    texts = [
-        ask(client, *parts, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 2, 1, 3, 2, 4)
-    ]
+    texts = [ask(client, *parts, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 2, 1, 3, 2, 4)]
     assert texts[0] == texts[2]
     assert texts[1] == texts[4]
     assert len(set(texts)) == 4
@@ -139,9 +136,7 @@ def test_budgets_are_told_and_health_and_metrics(served: Running) -> None:
     assert "mllm_running_answers 0.0" in httpx.get(f"{served.address}/metrics").text
 
 
-def test_an_answer_that_nobody_waits_for_ends_within_a_second(
-    served: Running, files: list[dict[str, bytes]]
-) -> None:
+def test_an_answer_that_nobody_waits_for_ends_within_a_second(served: Running, files: list[dict[str, bytes]]) -> None:
     body = {
         "model": NAME,
         "messages": user(part("image", files[0]["image"]), "what is it?"),
@@ -173,5 +168,6 @@ def test_data_urls_of_videos_are_read_by_our_own_loader(
     client: openai.OpenAI, answerer: Answerer, files: list[dict[str, bytes]]
 ) -> None:
     video = {"type": "video_url", "video_url": {"url": data_url("video", files[2]["video"])}}
-    answer = ask(client, video, "what is said?", body=json.loads('{"budget": "video=/2"}'))
-    assert answer.choices[0].message.content == answerer("what is said?", video=files[2]["video"], budget="video=/2").text
+    answer = ask(client, video, "what is said?", body={"budget": "video=/2"})
+    wanted = answerer("what is said?", video=files[2]["video"], budget="video=/2")
+    assert answer.choices[0].message.content == wanted.text
