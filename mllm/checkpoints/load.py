@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mllm.adapters import merge_adapters, select_experts
 from mllm.checkpoints.auto_classes import register
@@ -215,6 +215,7 @@ def export(
     task: str | None = None,
     checkpoint: str | int | None = None,
     sources: Mapping[str, str] | None = None,
+    llm_only: bool = False,
 ) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
@@ -225,6 +226,8 @@ def export(
             row is then served by them, whatever it costs.
         out: a folder that is not there yet, or is empty.
         checkpoint, sources: as in `load`.
+        llm_only: write the LLM alone, as a plain checkpoint of its family with its tokenizer, for engines that are
+            handed embeddings.
 
     Raises:
         ValueError: a folder that holds something, an adapter that cannot be merged, or a scale or task that is missing
@@ -247,8 +250,22 @@ def export(
         media[medium] = replace(block, encoder=replace(block.encoder, adapter=None))
     model.config.sources = {}
     model.generation_config = _greedy(model, processor)
+    if llm_only:
+        write_model(_plain_llm(model), out)
+        processor.tokenizer.save_pretrained(out)
+        return
     write_model(model, out)
     processor.save_pretrained(out)
+
+
+def _plain_llm(model: ElasticForConditionalGeneration) -> PreTrainedModel:
+    """Put the decoder and the head into a model of the LLM's own family; weights are shared, not copied."""
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(model.config.text_config, trust_remote_code=False)
+    llm.base_model.load_state_dict(model.model.language_model.state_dict(), assign=True)
+    llm.get_output_embeddings().load_state_dict(model.lm_head.state_dict(), assign=True)
+    llm.generation_config = model.generation_config
+    return llm
 
 
 def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> GenerationConfig:

@@ -21,6 +21,8 @@ class Settings:
     """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     task: str | None = None
     """Task whose experts to merge, for an adapter with experts per task, e.g. avsr."""
+    llm_only: bool = False
+    """Write the LLM alone, as a plain checkpoint of its family, for engines that are handed embeddings."""
 
 
 def run(settings: Settings) -> int:
@@ -36,6 +38,7 @@ def run(settings: Settings) -> int:
         task=settings.task,
         checkpoint=settings.checkpoint,
         sources=settings.sources,
+        llm_only=settings.llm_only,
     )
     console().print(f"written to {settings.out}")
     return 0

@@ -1,11 +1,17 @@
-"""Exports of tiny models for vLLM, samples about real files of every medium, and the ids that are to be answered."""
+"""Exports of tiny models for vLLM, samples about real files of every medium, and the ids that are to be answered.
 
+Where vLLM is not installed its tests are skipped, or fail if `REQUIRE_VLLM=1` says that they must run.
+"""
+
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 import torch
 from PIL import Image
@@ -17,6 +23,8 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.decoding import generate_options, up_to_end
 
+IS_SKIPPED = find_spec("vllm") is None and os.environ.get("REQUIRE_VLLM") != "1"
+needs_vllm = pytest.mark.skipif(IS_SKIPPED, reason="needs vLLM, which holds other libraries back: make test-vllm")
 NUM_FILES = 16
 MAX_NEW_TOKENS = 16
 LLM_SIZES = {

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import MAX_NEW_TOKENS, TILED, answerer_of, expected_ids, expected_of, samples_of, write_export
+from engine_runs import (
+    MAX_NEW_TOKENS,
+    TILED,
+    answerer_of,
+    expected_ids,
+    expected_of,
+    needs_vllm,
+    samples_of,
+    write_export,
+)
 
 from mllm.data.manifest import Message, Sample, Text
 from mllm.inference.answerer import Answerer
@@ -19,6 +28,7 @@ STREAMS = {"small": "image=1,audio=/8,video=/5", "medium": "image=16,audio=/8,vi
 CUT = {"small": "image=1,video=1,frames=1", "medium": "image=4,tiles<=2,video=4,frames=2", "large": ""}
 STREAM_KINDS = (("image",), ("audio",), ("video",), ("audio", "video"), ("image", "audio", "video"), ("image", "image"))
 CUT_KINDS = (("image",), ("video",), ("image", "video", "image"))
+pytestmark = needs_vllm
 
 
 @dataclass

@@ -12,13 +12,14 @@ import httpx
 import openai
 import pytest
 import tiny
-from engine_runs import MAX_NEW_TOKENS, answerer_of, write_export
+from engine_runs import MAX_NEW_TOKENS, answerer_of, needs_vllm, write_export
 from toy_server import NAME, Running, data_url, part, server, user
 
 from mllm.inference.answerer import Answerer
 
 BUDGETS = {"image": ("image=64", "image=3"), "audio": ("audio=/4", "audio=/8"), "video": ("video=/2", "video=/5")}
 NUM_REQUESTS = 48
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")
