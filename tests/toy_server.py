@@ -26,11 +26,13 @@ def write_run(
     *,
     text: Mapping[str, Any] | None = None,
     chat_format: str = "plain",
+    adapter: Any = None,
     **changes: Any,
 ) -> Path:
     """Save a tiny run; its weights are far enough from zero that different requests have different answers.
 
-    `changes` are by medium, as in `tiny.settings_on`; `text` changes the config of the LLM.
+    `changes` are by medium, as in `tiny.settings_on`; `text` changes the config of the LLM, and
+    `adapter` stands in place of a LoRA.
     """
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
@@ -41,7 +43,8 @@ def write_run(
         file = Path(part) / "model.safetensors"
         weights = {name: 4 * own if own.dim() > 1 else own for name, own in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
-    model, processor = build(replace(tiny.settings_on(parts, media, **changes), chat_format=chat_format))
+    settings = replace(tiny.settings_on(parts, media, **changes), chat_format=chat_format)
+    model, processor = build(settings if adapter is None else replace(settings, adapter=adapter))
     generator = torch.Generator().manual_seed(0)
     for name, own in model.named_parameters():
         if ".lora_B" in name:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from mllm.adapters import merge_adapters, select_experts
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
+from mllm.checkpoints.expert_folders import read_experts, write_experts
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import write_model, write_tensors
@@ -190,6 +191,11 @@ def _load(
     config = ElasticConfig.from_pretrained(folder)
     processor = ElasticProcessor.from_pretrained(home, elastic_config=config, trust_remote_code=False)
     if not (folder / TRAINABLES).is_file():
+        if read_experts(folder) is not None:
+            raise ValueError(
+                f"{folder} holds its experts as LoRA folders, for an engine that chooses one per request: mllm serve "
+                "--engine vllm"
+            )
         if sources:
             raise ValueError(f"sources is given, but {folder} is no run: an export holds all of its parts")
         implementation = {"text_config": attention}
@@ -216,6 +222,7 @@ def export(
     checkpoint: str | int | None = None,
     sources: Mapping[str, str] | None = None,
     llm_only: bool = False,
+    experts_as_lora: bool = False,
 ) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
@@ -228,6 +235,8 @@ def export(
         checkpoint, sources: as in `load`.
         llm_only: write the LLM alone, as a plain checkpoint of its family with its tokenizer, for engines that are
             handed embeddings.
+        experts_as_lora: write every expert of a bank as a LoRA folder beside an LLM without them, for engines that
+            choose one per request; see `mllm.checkpoints.expert_folders`.
 
     Raises:
         ValueError: a folder that holds something, an adapter that cannot be merged, or a scale or task that is missing
@@ -236,12 +245,17 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; export writes to a new folder, so that no file of another model stays")
+    if experts_as_lora and (scale or task or llm_only):
+        raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
     model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
-    select_experts(
-        model.model.language_model,
-        scale_id=_place("scale", scale, processor.expert_names.scales),
-        task_id=_place("task", task, processor.expert_names.tasks),
-    )
+    if experts_as_lora:
+        write_experts(model.model.language_model, processor.expert_names, out)
+    else:
+        select_experts(
+            model.model.language_model,
+            scale_id=_place("scale", scale, processor.expert_names.scales),
+            task_id=_place("task", task, processor.expert_names.tasks),
+        )
     merge_adapters(model)
     processor.forget_experts()
     model.config.adapter = None

@@ -23,6 +23,8 @@ class Settings:
     """Task whose experts to merge, for an adapter with experts per task, e.g. avsr."""
     llm_only: bool = False
     """Write the LLM alone, as a plain checkpoint of its family, for engines that are handed embeddings."""
+    experts_as_lora: bool = False
+    """Write every expert per scale or task as a LoRA folder beside the LLM, for engines that choose one per request."""
 
 
 def run(settings: Settings) -> int:
@@ -39,6 +41,7 @@ def run(settings: Settings) -> int:
         checkpoint=settings.checkpoint,
         sources=settings.sources,
         llm_only=settings.llm_only,
+        experts_as_lora=settings.experts_as_lora,
     )
     console().print(f"written to {settings.out}")
     return 0

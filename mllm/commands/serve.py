@@ -203,6 +203,7 @@ def _server_of_vllm(settings: Settings, values: "ServerSettings", out: "Console"
         from mllm.serving.vllm_scheduler import VllmScheduler
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed; docs/serving.md says what engine vllm needs") from error
+    from mllm.checkpoints.expert_folders import read_experts
     from mllm.inference.decoding import end_ids_of
     from mllm.serving.server import Server
 
@@ -216,6 +217,7 @@ def _server_of_vllm(settings: Settings, values: "ServerSettings", out: "Console"
         max_prompt_tokens=settings.requests.max_prompt_tokens,
         max_media=settings.requests.max_media,
         is_eager=not torch.cuda.is_available(),
+        experts=read_experts(settings.model),
     )
     out.print("starting vLLM, which takes a minute or two", soft_wrap=True)
     with _ended_by_exception():

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from mllm.checkpoints.expert_folders import ExpertFolders
 from mllm.processing.processor import ElasticProcessor
 from mllm.serving.answering import AnswerRules, AnswerRun, decoder_of
 from mllm.vllm_plugin.engine_options import EngineOptions, environment
@@ -46,6 +48,8 @@ class VllmScheduler:
         self.decode = decoder_of(processor.tokenizer)
         self._processor = processor
         self._end_ids = frozenset(end_ids)
+        self._loras = {} if options.experts is None else lora_requests(options.experts)
+        self._experts = options.experts
         self._tasks: dict[AnswerRun, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
         self._is_closed = False
@@ -125,7 +129,8 @@ class VllmScheduler:
         prompt: Any = prompt_of(self._processor, row.ids, media, row.counted)
         params = sampling_params(run.rules, self._end_ids)
         # Closed where it is left early, which tells the engine.
-        async with aclosing(self._llm.generate(prompt, params, str(next(self._numbers)))) as outputs:
+        outputs = self._llm.generate(prompt, params, str(next(self._numbers)), lora_request=self._lora_of(run))
+        async with aclosing(outputs):
             async for output in outputs:
                 for token in output.outputs[0].token_ids:
                     if run.ending is None:
@@ -133,6 +138,15 @@ class VllmScheduler:
                 if run.ending is not None:
                     return
         raise RuntimeError(f"the engine ended an answer after {len(run.ids)} tokens, before its rules do")
+
+    def _lora_of(self, run: AnswerRun) -> LoRARequest | None:
+        """Choose the expert that a row's scale or task has."""
+        if self._experts is None:
+            return None
+        row = run.prompt.row
+        counts = [(span.extent.medium, count) for span, count in zip(row.spans, row.counted, strict=True)]
+        name = self._experts.name_of(row.task, counts)
+        return None if name is None else self._loras[name]
 
     async def _sweep(self) -> None:
         while True:
@@ -148,6 +162,14 @@ class VllmScheduler:
             task.cancel()
         await asyncio.gather(*mine, return_exceptions=True)
         self._llm.shutdown()
+
+
+def lora_requests(experts: ExpertFolders) -> dict[str, LoRARequest]:
+    """Name the LoRAs of an export as vLLM does, by the names of their experts."""
+    return {
+        name: LoRARequest(name, number, folder)
+        for number, (name, folder) in enumerate(experts.folders.items(), start=1)
+    }
 
 
 async def _started(arguments: dict[str, Any]) -> AsyncLLM:

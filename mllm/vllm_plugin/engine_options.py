@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from mllm.checkpoints.auto_classes import register
+from mllm.checkpoints.expert_folders import ExpertFolders, read_experts
 from mllm.media import MediaLimits
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -33,6 +34,10 @@ BLOCK_TOKENS = 32
 short prompts never are."""
 
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM sets memory aside for."""
+MOST_LORAS = 8
+"""LoRAs of one step; prompts that need another one wait for the next."""
 LEAST_BATCH_TOKENS = 2_048
 """What vLLM reads of prompts in one step at the least."""
 
@@ -49,6 +54,7 @@ class EngineOptions:
         max_prompts: answers that are written at once.
         max_prompt_tokens: longest prompt, soft tokens included; what the LLM reads counts too.
         max_media: items of each medium in one prompt.
+        experts: LoRAs of which each prompt is given one.
         is_eager: runs the LLM as it is written. Compiling it takes minutes, and on a CPU it is hardly faster then.
     """
 
@@ -60,6 +66,7 @@ class EngineOptions:
     max_prompt_tokens: int = 32_768
     max_media: int = 16
     is_eager: bool = False
+    experts: ExpertFolders | None = None
 
     def arguments(self, media: Sequence[str], context_tokens: int | None) -> dict[str, Any]:
         """List the arguments of `vllm.AsyncEngineArgs`.
@@ -67,6 +74,9 @@ class EngineOptions:
         Args:
             media: that the model takes.
             context_tokens: what the LLM reads.
+
+        Raises:
+            ValueError: experts of a rank that vLLM does not take.
         """
         longest = min(self.max_prompt_tokens, context_tokens or self.max_prompt_tokens)
         return {
@@ -83,6 +93,20 @@ class EngineOptions:
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "enable_log_requests": False,
+            **self._experts(),
+        }
+
+    def _experts(self) -> dict[str, Any]:
+        if self.experts is None:
+            return {}
+        rank, number = self.experts.rank, len(self.experts.folders)
+        if rank > LORA_RANKS[-1]:
+            raise ValueError(f"{self.model} has LoRAs of rank {rank}, and vLLM takes at most {LORA_RANKS[-1]}")
+        return {
+            "enable_lora": True,
+            "max_lora_rank": next(size for size in LORA_RANKS if size >= rank),
+            "max_loras": min(number, MOST_LORAS),
+            "max_cpu_loras": max(number, MOST_LORAS),
         }
 
 
@@ -116,6 +140,9 @@ def model_without_weights(
     config = ElasticConfig.from_pretrained(folder)
     processor = ElasticProcessor.from_pretrained(folder, elastic_config=config, trust_remote_code=False)
     processor.limits = limits
+    experts = read_experts(folder)
+    if experts is not None:  # so that a prompt without an expert is refused when it is prepared
+        processor.expert_names = experts.names
     with torch.device("meta"):
         model = ElasticForConditionalGeneration(config)
     model.generation_config = GenerationConfig.from_pretrained(folder)
