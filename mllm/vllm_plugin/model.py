@@ -134,14 +134,14 @@ class ElasticForVllm(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
 def _without_llm(config: ElasticConfig) -> ElasticConfig:
     """Return the config of the same encoders and compressors around an LLM of no layers and one word."""
     bare = deepcopy(config)
-    own = config.text_config
+    text = config.text_config
     bare.text_config = LlamaConfig(
         vocab_size=1,
-        hidden_size=own.hidden_size,
+        hidden_size=text.hidden_size,
         intermediate_size=1,
         num_hidden_layers=0,
         num_attention_heads=1,
-        initializer_range=getattr(own, "initializer_range", 0.02),
+        initializer_range=getattr(text, "initializer_range", 0.02),
         bos_token_id=None,
         eos_token_id=None,
     )

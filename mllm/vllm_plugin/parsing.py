@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser
 
@@ -48,7 +49,10 @@ class ElasticItems(ModalityDataItems[Sequence[Item], Item]):
         raw = None if item is None else item.raw
         if isinstance(raw, Audio):
             return raw.samples, raw.sample_rate_hz
-        return (raw.frames, raw.frames_per_second) if isinstance(raw, Video) else raw
+        if isinstance(raw, Video):
+            return raw.frames, raw.frames_per_second
+        # As an array: of an image vLLM would believe the name that its file gives itself, whatever it shows.
+        return None if raw is None else np.asarray(raw)
 
     def get_processor_data(self) -> Mapping[str, object]:
         return {}
@@ -84,7 +88,7 @@ class ElasticDataParser(MultiModalDataParser):
         is_fresh = audios is not None and videos is not None and "video" not in self.processor.sampling
         if is_fresh and len(items["audio"]) == len(items["video"]) == 1:
             items["audio"] = [self._as_long(items["audio"][0], items["video"][0])]
-        return MultiModalDataItems({medium: ElasticItems(own, medium) for medium, own in items.items()})
+        return MultiModalDataItems({medium: ElasticItems(values, medium) for medium, values in items.items()})
 
     def _item(self, medium: str, value: Any) -> Item:
         if value is None or isinstance(value, EngineItem | DecodedMedium):

@@ -70,7 +70,7 @@ class ElasticInfo(BaseProcessingInfo):
         """Make up the largest item of each medium, at the largest trained budget."""
         largest = self.space.largest()
         items = {m: [self.counted(loaded, largest) for loaded in self._made_up(m)] for m in self.processor.media}
-        return {medium: max(own, key=lambda item: item.num_tokens) for medium, own in items.items()}
+        return {medium: max(made, key=lambda item: item.num_tokens) for medium, made in items.items()}
 
     def _made_up(self, medium: str) -> list[LoadedMedia]:
         """Make up items of which one takes the most tokens."""
@@ -105,12 +105,12 @@ class ElasticInfo(BaseProcessingInfo):
         Raises:
             MediaError, ValueError: what its encoder cannot take, or a budget that it cannot meet.
         """
-        medium, own = decoded.medium, budget.only({decoded.medium})
+        medium, amounts = decoded.medium, budget.only({decoded.medium})
         request = read_chat([{"role": "user", "content": [{"type": medium, medium: decoded.raw}]}])
         (loaded,) = self.processor.prepare_media(
-            request.sample, [decoded.raw], budgets=[own], in_memory=request.in_memory
+            request.sample, [decoded.raw], budgets=[amounts], in_memory=request.in_memory
         )
-        return self.counted(loaded, own)
+        return self.counted(loaded, amounts)
 
     def counted(self, loaded: LoadedMedia, budget: Budget) -> EngineItem:
         """Make the item of a loaded medium at a budget.
@@ -160,8 +160,8 @@ class ElasticVllmProcessor(BaseMultiModalProcessor[ElasticInfo]):
         fields: dict[str, list[Any]] = {}
         for medium, items in mm_items.items():
             for item in items.get_all():
-                own = self.info.item(item, budget) if isinstance(item, DecodedMedium) else item
-                for name, tensor in own.tensors.items():
+                counted = self.info.item(item, budget) if isinstance(item, DecodedMedium) else item
+                for name, tensor in counted.tensors.items():
                     fields.setdefault(f"{medium}_{name}", []).append(tensor)
         return BatchFeature(fields)
 

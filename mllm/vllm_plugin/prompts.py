@@ -34,10 +34,10 @@ def engine_prompt(
     Raises:
         MediaError, ValueError: as `ElasticProcessor.load_media` and `batch`; or a budget that cannot be met.
     """
-    asked = Budget.of(budget)
-    loaded = processor.load_media(sample, loader=loader, budgets=[asked], in_memory=in_memory)
+    amounts = Budget.of(budget)
+    loaded = processor.load_media(sample, loader=loader, budgets=[amounts], in_memory=in_memory)
     row = processor.batch([sample], [loaded], for_training=False, with_values=False).rows[0]
-    return prompt_of(processor, row.ids, loaded, row.token_counts(asked, processor.space))
+    return prompt_of(processor, row.ids, loaded, row.token_counts(amounts, processor.space))
 
 
 def prompt_of(

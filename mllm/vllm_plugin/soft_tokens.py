@@ -32,7 +32,7 @@ def soft_tokens_of(model: ElasticModel, medium: str, items: Mapping[str, NestedT
     rates = [int(number) for number in items["rate"]]
     pieces = [1] * len(values)
     if sizes is None:  # images, each of them one or several to the encoder
-        pieces = [len(own) for own in values]
+        pieces = [len(images) for images in values]
         raw = torch.cat(values)
     else:
         raw = pad_sequence(values, batch_first=True)
@@ -47,7 +47,7 @@ def soft_tokens_of(model: ElasticModel, medium: str, items: Mapping[str, NestedT
     )
     orders = [order.to(raw.device) for order in items["order"]]
     newline = soft.new_zeros(soft.shape[-1]) if model.newline is None else model.newline().to(soft.dtype)
-    return [_placed(own, order, newline) for own, order in zip(soft.split(pieces), orders, strict=True)]
+    return [_placed(tokens, order, newline) for tokens, order in zip(soft.split(pieces), orders, strict=True)]
 
 
 def _repeated(numbers: Sequence[int], pieces: Sequence[int], device: torch.device) -> Tensor:

@@ -124,8 +124,8 @@ def test_files_are_read_and_counted_by_the_engine_itself(streams: Served) -> Non
     for budget in STREAMS.values():
         words = [_only(budget, data) for _, data in raw]
         prompts = [
-            {"prompt_token_ids": ids, "multi_modal_data": data, "mm_processor_kwargs": {"budget": own} if own else {}}
-            for (ids, data), own in zip(raw, words, strict=True)
+            {"prompt_token_ids": ids, "multi_modal_data": data, "mm_processor_kwargs": {"budget": word} if word else {}}
+            for (ids, data), word in zip(raw, words, strict=True)
         ]
         assert streams.ids(prompts) == expected_ids(streams.answerer, streams.samples, budget)
 
@@ -139,7 +139,7 @@ def test_a_chat_is_read_as_our_own_encoder_reads_it_and_text_stays_text(streams:
 
     spelled = "<|image_token|></s><|audio_token|> what is it?"
     sample = next(sample for sample in streams.samples if sample.id == "3 image")
-    asked = replace(sample, messages=(Message("user", (*sample.media, Text(spelled))),))
+    question = replace(sample, messages=(Message("user", (*sample.media, Text(spelled))),))
     from toy_server import part, user
 
     image = (sample.root / sample.media[0].path).read_bytes()
@@ -147,7 +147,7 @@ def test_a_chat_is_read_as_our_own_encoder_reads_it_and_text_stays_text(streams:
     (output,) = streams.llm.chat(
         user(part("image", image), spelled), params, use_tqdm=False, mm_processor_kwargs={"budget": "image=4"}
     )
-    assert [list(output.outputs[0].token_ids)] == expected_ids(streams.answerer, [asked], "image=4")
+    assert [list(output.outputs[0].token_ids)] == expected_ids(streams.answerer, [question], "image=4")
     (output,) = streams.llm.chat(user(spelled), params, use_tqdm=False)
     text = Sample("text", (Message("user", (Text(spelled),)),), task="")
     assert [list(output.outputs[0].token_ids)] == expected_ids(streams.answerer, [text], "")

@@ -10,6 +10,7 @@ import torch
 from blocks import medium
 from PIL import Image
 
+from mllm.budget import Budget
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.media import write_video
@@ -37,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def build(own: ModelConfig) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    return tiny.model(own), tiny.processor(own)
+def build(settings: ModelConfig) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    return tiny.model(settings), tiny.processor(settings)
 
 
 def framed(**image: Any) -> ModelConfig:
@@ -68,15 +69,13 @@ IMAGES = [("image", "image0.png"), ("video", "frames.mp4"), ("image", "image1.pn
 def test_items_give_the_soft_tokens_of_a_batch(
     folder: Path, settings: ModelConfig, files: list[tuple[str, str]], budget: str
 ) -> None:
-    from mllm.budget import Budget
-
     model, processor = build(settings)
     parts = tuple(Media(medium, name) for medium, name in files)  # type: ignore[arg-type]
     sample = Sample("a", (Message("user", (*parts, Text("what?"))),), task="", root=folder)
     prompt = engine_prompt(processor, sample, budget)
-    own = Budget.parse(budget)
-    batch = processor.batch([sample], [processor.load_media(sample, budgets=[own])], for_training=False)
-    inputs = processor.expand(batch, [[own]], left_padding=True).inputs
+    amounts = Budget.parse(budget)
+    batch = processor.batch([sample], [processor.load_media(sample, budgets=[amounts])], for_training=False)
+    inputs = processor.expand(batch, [[amounts]], left_padding=True).inputs
     assert prompt["prompt_token_ids"] == list(batch.rows[0].ids)
     with torch.no_grad():
         embeds = model.model.embed(inputs["input_ids"], inputs)
@@ -92,7 +91,8 @@ def together(items: list[EngineItem]) -> dict[str, Any]:
     names = items[0].tensors
     tensors = {name: [item.tensors[name] for item in items] for name in names}
     return {
-        name: torch.stack(own) if len({tensor.shape for tensor in own}) == 1 else own for name, own in tensors.items()
+        name: torch.stack(each) if len({tensor.shape for tensor in each}) == 1 else each
+        for name, each in tensors.items()
     }
 
 
