@@ -137,7 +137,7 @@ $(VENV)-vllm/stamp: $(LOCK) | $(VENV)-vllm/bin/python
 test-vllm: $(VENV)-vllm/stamp
 	REQUIRE_VLLM=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_plugin
 
-test-all: test test-slow test-liger test-lips test-lmms
+test-all: test test-slow test-liger test-lips test-lmms test-vllm
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
