@@ -108,7 +108,6 @@ class Settings(LongAudioOptions):
                 "checkpoint": self.checkpoint is not None,
                 "sources": bool(self.sources),
                 "merge_adapter": self.merge_adapter,
-                "threads": self.threads is not None,
                 "use_cpu": self.use_cpu,
                 "batching (all but batching.max_rows)": self.batching != Batching(max_rows=self.batching.max_rows),
             }
@@ -215,7 +214,10 @@ def _server_of_vllm(settings: Settings, values: "ServerSettings", out: "Console"
         tensor_parallel=settings.tensor_parallel,
         max_prompts=settings.batching.max_rows,
         max_prompt_tokens=settings.requests.max_prompt_tokens,
+        max_new_tokens=settings.requests.max_new_tokens,
         max_media=settings.requests.max_media,
+        cache_gib=settings.cache_mib / 1024,
+        threads=settings.threads,
         is_eager=not torch.cuda.is_available(),
         experts=read_experts(settings.model),
     )

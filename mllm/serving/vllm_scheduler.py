@@ -51,9 +51,10 @@ class VllmScheduler:
         self._loras = {} if options.experts is None else lora_requests(options.experts)
         self._experts = options.experts
         self._tasks: dict[AnswerRun, asyncio.Task[None]] = {}
+        self._sweepers: list[asyncio.Task[None]] = []
         self._numbers = itertools.count()
         self._is_closed = False
-        os.environ.update(environment())
+        os.environ.update(environment(options.threads))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
@@ -68,7 +69,7 @@ class VllmScheduler:
 
     def start(self) -> None:
         """Begin to look for answers that nobody waits for."""
-        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._sweep()))
+        self._loop.call_soon_threadsafe(lambda: self._sweepers.append(self._loop.create_task(self._sweep())))
 
     @property
     def is_alive(self) -> bool:
@@ -87,6 +88,10 @@ class VllmScheduler:
 
     def submit(self, runs: Sequence[AnswerRun]) -> None:
         """Hand answers to the engine; they are told themselves when they have ended."""
+        if self._is_closed:
+            for run in runs:
+                run.end("failed", self.decode)
+            return
         self._loop.call_soon_threadsafe(self._begin, runs)
 
     def close(self) -> None:
@@ -156,11 +161,10 @@ class VllmScheduler:
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def _shut_down(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        mine = set(self._tasks.values()) & others
-        for task in mine:
+        tasks = [*self._tasks.values(), *self._sweepers]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*mine, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._llm.shutdown()
 
 

@@ -53,7 +53,10 @@ class EngineOptions:
         tensor_parallel: devices that share one LLM.
         max_prompts: answers that are written at once.
         max_prompt_tokens: longest prompt, soft tokens included; what the LLM reads counts too.
+        max_new_tokens: longest answer.
         max_media: items of each medium in one prompt.
+        cache_gib: memory for media that were prepared before.
+        threads: CPU threads of each of its processes; see `environment`.
         experts: LoRAs of which each prompt is given one.
         is_eager: runs the LLM as it is written. Compiling it takes minutes, and on a CPU it is hardly faster then.
     """
@@ -64,8 +67,11 @@ class EngineOptions:
     tensor_parallel: int = 1
     max_prompts: int = 32
     max_prompt_tokens: int = 32_768
+    max_new_tokens: int = 256
     max_media: int = 16
+    cache_gib: float = 0.25
     is_eager: bool = False
+    threads: int | None = None
     experts: ExpertFolders | None = None
 
     def arguments(self, media: Sequence[str], context_tokens: int | None) -> dict[str, Any]:
@@ -85,6 +91,8 @@ class EngineOptions:
             "data_parallel_size": self.data_parallel,
             "tensor_parallel_size": self.tensor_parallel,
             "max_num_seqs": self.max_prompts,
+            "max_model_len": min(longest + self.max_new_tokens, context_tokens or longest + self.max_new_tokens),
+            "mm_processor_cache_gb": self.cache_gib,
             # An item that gives more soft tokens than one step reads is refused, and nothing else says how long it is.
             "max_num_batched_tokens": max(longest, self.max_prompts, LEAST_BATCH_TOKENS),
             "limit_mm_per_prompt": dict.fromkeys(media, self.max_media),
@@ -112,9 +120,14 @@ class EngineOptions:
         }
 
 
-def environment(current: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """List what an engine's environment lacks."""
-    return {name: value for name, value in ENVIRONMENT.items() if name not in current}
+def environment(threads: int | None = None, current: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """List what an engine's environment lacks.
+
+    Args:
+        threads: CPU threads of each of its processes; what the environment says, or one, when None.
+    """
+    lacking = {name: value for name, value in ENVIRONMENT.items() if name not in current}
+    return lacking if threads is None else {**lacking, "OMP_NUM_THREADS": str(threads)}
 
 
 def check_export(model: str) -> None:

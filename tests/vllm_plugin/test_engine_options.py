@@ -20,12 +20,16 @@ def test_an_engine_reads_as_many_tokens_in_a_step_as_a_prompt_may_have() -> None
     assert arguments["max_num_batched_tokens"] == 8_192
     assert arguments["limit_mm_per_prompt"] == {"image": 16, "audio": 16}
     assert (arguments["data_parallel_size"], arguments["tensor_parallel_size"]) == (2, 4)
-    assert options.arguments(["image"], context_tokens=512)["max_num_batched_tokens"] == 2_048
+    assert arguments["max_model_len"] == 8_192
+    short = EngineOptions(model="exported", max_prompt_tokens=400, max_new_tokens=50)
+    assert short.arguments(["image"], context_tokens=512)["max_model_len"] == 450
+    assert short.arguments(["image"], context_tokens=512)["max_num_batched_tokens"] == 2_048
 
 
 def test_what_the_environment_says_already_stays() -> None:
-    assert "OMP_NUM_THREADS" not in environment({"OMP_NUM_THREADS": "8"})
-    assert environment({})["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in environment(current={"OMP_NUM_THREADS": "8"})
+    assert environment(current={})["OMP_NUM_THREADS"] == "1"
+    assert environment(4, current={"OMP_NUM_THREADS": "8"})["OMP_NUM_THREADS"] == "4"
 
 
 def test_only_exports_are_served(tmp_path: Path) -> None:
