@@ -96,8 +96,8 @@ class EngineOptions:
             # An item that gives more soft tokens than one step reads is refused, and nothing else says how long it is.
             "max_num_batched_tokens": max(longest, self.max_prompts, LEAST_BATCH_TOKENS),
             "limit_mm_per_prompt": dict.fromkeys(media, self.max_media),
-            # One device needs no process of its own beside the engine's.
-            "distributed_executor_backend": "uni" if self.tensor_parallel == 1 else "mp",
+            # One engine on one device needs no process beside its own.
+            "distributed_executor_backend": "uni" if self.tensor_parallel == self.data_parallel == 1 else "mp",
             "enforce_eager": self.is_eager,
             "block_size": BLOCK_TOKENS,
             "enable_prefix_caching": True,
