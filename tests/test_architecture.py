@@ -14,7 +14,7 @@ LOOSE_MODULES = {"__init__", "__main__", "cli"}
 ORDER = [
     *("utils", "budget", "media", "config", "transforms", "packing", "encoders", "compressors", "adapters", "testing"),
     *("kv_cache", "model", "data", "processing", "checkpoints"),
-    *("convert", "inference", "training", "evaluation", "serving", "page"),
+    *("convert", "inference", "training", "evaluation", "vllm_plugin", "serving", "page"),
     *("lip_crops", "lmms", "synthetic", "real", "commands", "cli"),
 ]
 STRANGERS = [

@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,31 @@ ROOT = Path(__file__).parents[1]
 NAME = "toy"
 
 
-def write_run(folder: Path, media: Sequence[str] = ("image", "audio", "video"), **changes: Any) -> Path:
+def write_run(
+    folder: Path,
+    media: Sequence[str] = ("image", "audio", "video"),
+    *,
+    text: Mapping[str, Any] | None = None,
+    chat_format: str = "plain",
+    adapter: Any = None,
+    **changes: Any,
+) -> Path:
     """Save a tiny run; its weights are far enough from zero that different requests have different answers.
 
-    `changes` are by medium, as in `tiny.settings_on`.
+    `changes` are by medium, as in `tiny.settings_on`; `text` changes the config of the LLM, and
+    `adapter` stands in place of a LoRA.
     """
     from mllm.checkpoints.build import build
     from mllm.checkpoints.load import save_run
     from mllm.model.trainables import set_trainables
 
-    parts = tiny.write_parts(folder / "parts")
+    parts = tiny.write_parts(folder / "parts", **(text or {}))
     for part in parts.values():
         file = Path(part) / "model.safetensors"
         weights = {name: 4 * value if value.dim() > 1 else value for name, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
-    model, processor = build(tiny.settings_on(parts, media, **changes))
+    settings = replace(tiny.settings_on(parts, media, **changes), chat_format=chat_format)
+    model, processor = build(settings if adapter is None else replace(settings, adapter=adapter))
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
         if ".lora_B" in name:
@@ -78,14 +88,17 @@ def server(
     key: str | None = None,
     seconds: float = 300,
     command: str = "serve",
+    use_cpu: bool = True,
     modules: Sequence[Path] = (),
 ) -> Iterator[Running]:
     """`mllm serve`, or another command, in a process of its own, on a free port; `modules` are folders of imports."""
     paths = os.pathsep.join(map(str, [ROOT, *modules]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     environment |= {} if key is None else {"MLLM_API_KEY": key}
+    line = [sys.executable, "-m", "mllm", command, "--model", str(run), "--port", "0"]
+    line += ["--use_cpu"] if use_cpu else []
     process = subprocess.Popen(
-        [sys.executable, "-m", "mllm", command, "--model", str(run), "--port", "0", "--use_cpu", *words],
+        [*line, *words],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

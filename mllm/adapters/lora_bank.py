@@ -11,6 +11,7 @@ Sources: Llama-MTSK (arXiv 2503.06362), Omni-AVSR (arXiv 2511.07253).
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -164,9 +165,58 @@ def inject_bank(
         parameter.requires_grad_(".lora_" in name)
 
 
+@dataclass(frozen=True)
+class PlainLora:
+    """Holds a LoRA by itself: its config, and by linear layer its matrices (r, I) and (O, r)."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    weights: dict[str, tuple[Tensor, Tensor]]
+
+
+def lora_of(module: nn.Module, *, scale_id: int | None = None, task_id: int | None = None) -> PlainLora:
+    """Copies what one scale and task use of every bank as one LoRA; exact, the ranks are concatenated.
+
+    Raises:
+        ValueError: ids that name no expert.
+    """
+    first = next(iter(_banks_of(module).values()))
+    return _plain(module, first.expert_indices(scale_id, task_id))
+
+
+def shared_lora_of(module: nn.Module) -> PlainLora | None:
+    """Copies what a row without media uses, the shared expert; None where there is none."""
+    return _plain(module, [0]) if next(iter(_banks_of(module).values())).has_shared else None
+
+
+@torch.no_grad()
+def _plain(module: nn.Module, indices: Sequence[int]) -> PlainLora:
+    banks = _banks_of(module)
+    first = next(iter(banks.values()))
+    rank = first.rank * len(indices)
+    weights = {
+        name: (bank.lora_A[indices].flatten(0, 1).clone(), bank.lora_B[indices].transpose(0, 1).flatten(1).clone())
+        for name, bank in banks.items()
+    }
+    return PlainLora(rank, first.scaling * rank, sorted({name.rsplit(".", 1)[-1] for name in banks}), weights)
+
+
+def take_out_bank(module: nn.Module) -> None:
+    """Puts the linear layers back in place of the banks beside them."""
+    for name, bank in _banks_of(module).items():
+        module.set_submodule(name, bank.base_layer)
+
+
+def _banks_of(module: nn.Module) -> dict[str, LoraBank]:
+    banks = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraBank)}
+    assert banks
+    return banks
+
+
 @torch.no_grad()
 def to_lora(module: nn.Module, *, scale_id: int | None = None, task_id: int | None = None) -> dict[str, object]:
-    """Replaces every bank by PEFT's LoRA of what one scale and task use, in place; exact, the ranks are concatenated.
+    """Replaces every bank by PEFT's LoRA of what one scale and task use, in place; see `lora_of`.
 
     Returns:
         The config of that LoRA: kind, rank, alpha and targets.
@@ -174,18 +224,11 @@ def to_lora(module: nn.Module, *, scale_id: int | None = None, task_id: int | No
     Raises:
         ValueError: ids that name no expert.
     """
-    banks = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraBank)}
-    assert banks
-    indices = next(iter(banks.values())).expert_indices(scale_id, task_id)
-    targets = sorted({name.rsplit(".", 1)[-1] for name in banks})
-    first = next(iter(banks.values()))
-    rank = first.rank * len(indices)
-    for name, bank in banks.items():
-        module.set_submodule(name, bank.base_layer)
-    settings = {"kind": "lora", "rank": rank, "alpha": first.scaling * rank, "targets": targets}
-    inject(module, rank=rank, alpha=first.scaling * rank, targets=targets)
-    for name, bank in banks.items():
+    plain = lora_of(module, scale_id=scale_id, task_id=task_id)
+    take_out_bank(module)
+    inject(module, rank=plain.rank, alpha=plain.alpha, targets=plain.targets)
+    for name, (down, up) in plain.weights.items():
         layer = module.get_submodule(name)
-        layer.lora_A["default"].weight.copy_(bank.lora_A[indices].flatten(0, 1))  # pyright: ignore
-        layer.lora_B["default"].weight.copy_(bank.lora_B[indices].transpose(0, 1).flatten(1))  # pyright: ignore
-    return settings
+        layer.lora_A["default"].weight.copy_(down)  # pyright: ignore
+        layer.lora_B["default"].weight.copy_(up)  # pyright: ignore
+    return {"kind": "lora", "rank": plain.rank, "alpha": plain.alpha, "targets": plain.targets}

@@ -16,11 +16,12 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mllm.adapters import merge_adapters, select_experts
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
+from mllm.checkpoints.expert_folders import read_experts, write_experts
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import write_model, write_tensors
@@ -213,6 +214,11 @@ def _load(
     config = ElasticConfig.from_pretrained(folder)
     processor = ElasticProcessor.from_pretrained(home, elastic_config=config, trust_remote_code=False)
     if not (folder / TRAINABLES).is_file():
+        if read_experts(folder) is not None:
+            raise ValueError(
+                f"{folder} holds its experts as LoRA folders, for an engine that chooses one per request: mllm serve "
+                "--engine vllm"
+            )
         if sources:
             raise ValueError(f"sources is given, but {folder} is no run: an export holds all of its parts")
         implementation = {"text_config": attention}
@@ -238,6 +244,8 @@ def export(
     task: str | None = None,
     checkpoint: str | int | None = None,
     sources: Mapping[str, str] | None = None,
+    llm_only: bool = False,
+    experts_as_lora: bool = False,
 ) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
@@ -248,6 +256,10 @@ def export(
             row is then served by them, whatever it costs.
         out: a folder that is not there yet, or is empty.
         checkpoint, sources: as in `load`.
+        llm_only: write the LLM alone, as a plain checkpoint of its family with its tokenizer, for engines that are
+            handed embeddings.
+        experts_as_lora: write every expert of a bank as a LoRA folder beside an LLM without them, for engines that
+            choose one per request; see `mllm.checkpoints.expert_folders`.
 
     Raises:
         ValueError: a folder that holds something, an adapter that cannot be merged, or a scale or task that is missing
@@ -256,12 +268,17 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; export writes to a new folder, so that no file of another model stays")
+    if experts_as_lora and (scale or task or llm_only):
+        raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
     model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
-    select_experts(
-        model.model.language_model,
-        scale_id=_index_of("scale", scale, processor.expert_names.scales),
-        task_id=_index_of("task", task, processor.expert_names.tasks),
-    )
+    if experts_as_lora:
+        write_experts(model.model.language_model, processor.expert_names, out)
+    else:
+        select_experts(
+            model.model.language_model,
+            scale_id=_index_of("scale", scale, processor.expert_names.scales),
+            task_id=_index_of("task", task, processor.expert_names.tasks),
+        )
     merge_adapters(model)
     processor.forget_experts()
     model.config.adapter = None
@@ -270,8 +287,22 @@ def export(
         media[medium] = replace(block, encoder=replace(block.encoder, adapter=None))
     model.config.sources = {}
     model.generation_config = _greedy(model, processor)
+    if llm_only:
+        write_model(_plain_llm(model), out)
+        processor.tokenizer.save_pretrained(out)
+        return
     write_model(model, out)
     processor.save_pretrained(out)
+
+
+def _plain_llm(model: ElasticForConditionalGeneration) -> PreTrainedModel:
+    """Put the decoder and the head into a model of the LLM's own family; weights are shared, not copied."""
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(model.config.text_config, trust_remote_code=False)
+    llm.base_model.load_state_dict(model.model.language_model.state_dict(), assign=True)
+    llm.get_output_embeddings().load_state_dict(model.lm_head.state_dict(), assign=True)
+    llm.generation_config = model.generation_config
+    return llm
 
 
 def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> GenerationConfig:

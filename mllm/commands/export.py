@@ -21,6 +21,10 @@ class Settings:
     """Where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     task: str | None = None
     """Task whose experts to merge, for an adapter with experts per task, e.g. avsr."""
+    llm_only: bool = False
+    """Write the LLM alone, as a plain checkpoint of its family, for engines that are handed embeddings."""
+    experts_as_lora: bool = False
+    """Write every expert per scale or task as a LoRA folder beside the LLM, for engines that choose one per request."""
 
 
 def run(settings: Settings) -> int:
@@ -36,6 +40,8 @@ def run(settings: Settings) -> int:
         task=settings.task,
         checkpoint=settings.checkpoint,
         sources=settings.sources,
+        llm_only=settings.llm_only,
+        experts_as_lora=settings.experts_as_lora,
     )
     console().print(f"written to {settings.out}")
     return 0

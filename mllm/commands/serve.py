@@ -2,10 +2,14 @@
 
 import ipaddress
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mllm.budget import Budget
 from mllm.config.long_audio import LongAudioOptions
@@ -15,7 +19,9 @@ from mllm.serving.limits import Batching, RequestLimits
 from mllm.utils.extras import install_line
 
 if TYPE_CHECKING:
-    from mllm.serving.server import ServerSettings
+    from rich.console import Console
+
+    from mllm.serving.server import Server, ServerSettings
 
 SUMMARY = "Serve a model over HTTP, in the form of OpenAI's API."
 KEY_VARIABLE = "MLLM_API_KEY"
@@ -59,6 +65,12 @@ class Settings(LongAudioOptions, ModelOptions):
     """Shows a page for browsers at /page as well; needs the extra `page`."""
     measure_budgets: bool = True
     """Measures at the start what every budget costs, for /v1/budgets."""
+    engine: Literal["mllm", "vllm"] = "mllm"
+    """What writes the answers: this process, or vLLM, for load and for several devices; it serves exports."""
+    data_parallel: int = 1
+    """Engines of vLLM that share the requests, each with the whole model."""
+    tensor_parallel: int = 1
+    """Devices that share one LLM, for one that does not fit one of them; vLLM only."""
     threads: int | None = None
     """CPU threads of the model; as many as torch takes when left out."""
 
@@ -66,10 +78,30 @@ class Settings(LongAudioOptions, ModelOptions):
         super().__post_init__()
         Budget.parse(self.budget)
         Budget.parse(self.max_budget)
-        check_at_least(self, ("num_decoders", "decoder_mib", "threads"))
+        check_at_least(self, ("num_decoders", "decoder_mib", "threads", "data_parallel", "tensor_parallel"))
         check_at_least(self, ("cache_mib", "port"), 0)
         if not self.languages:
             raise ValueError("languages is empty; name at least one")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse what the engine does not read.
+
+        Raises:
+            ValueError: it is named.
+        """
+        if self.engine == "mllm":
+            values = {"data_parallel": self.data_parallel != 1, "tensor_parallel": self.tensor_parallel != 1}
+        else:
+            values = {
+                "checkpoint": self.checkpoint is not None,
+                "sources": bool(self.sources),
+                "merge_adapter": self.merge_adapter,
+                "use_cpu": self.use_cpu,
+                "batching (all but batching.max_rows)": self.batching != Batching(max_rows=self.batching.max_rows),
+            }
+        if unread := [name for name, is_set in values.items() if is_set]:
+            raise ValueError(f"{unread[0]} is set, which engine {self.engine} does not read")
 
     def read_key(self) -> str | None:
         """Read the key that clients must send.
@@ -100,26 +132,17 @@ def _is_loopback(host: str) -> bool:
 
 def run(settings: Settings) -> int:
     """Load, measure, serve."""
-    try:
-        from mllm.serving.server import Server
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed; mllm serve needs: {install_line('serve')}") from error
-    import torch
-
-    from mllm.checkpoints.load import load_for
     from mllm.commands.terminal import console, quiet_loading
 
+    try:
+        values = server_settings(settings)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed; mllm serve needs: {install_line('serve')}") from error
     if settings.page and find_spec("gradio") is None:
         raise ImportError(f"gradio is not installed; the page needs: {install_line('page')}")
-    own = server_settings(settings)
     quiet_loading()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    model, processor = load_for(settings)
     out = console(stderr=True)
-    if settings.measure_budgets:
-        out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)
-    server = Server(model, processor, own)
+    server = (_server_of_vllm if settings.engine == "vllm" else _server_of_model)(settings, values, out)
     try:
         if settings.page:
             from mllm.page.mount import mount_page  # needs Gradio, which the API does not
@@ -128,12 +151,82 @@ def run(settings: Settings) -> int:
 
         def tell(address: str) -> None:
             page = f" and {address}/page" if settings.page else ""
-            out.print(f"serving {own.name} at {address}/v1{page}", soft_wrap=True)
+            out.print(f"serving {values.name} at {address}/v1{page}", soft_wrap=True)
 
         server.run(settings.host, settings.port, on_ready=tell)
     finally:
         server.close()
     return 0
+
+
+def _server_of_model(settings: Settings, values: "ServerSettings", out: "Console") -> "Server":
+    """Load the model and measure it."""
+    import torch
+
+    from mllm.checkpoints.load import load_for
+    from mllm.serving.server import Server
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model, processor = load_for(settings)
+    if settings.measure_budgets:
+        out.print("measuring what each trained budget costs; --measure_budgets false leaves it out", soft_wrap=True)
+    return Server(model, processor, values)
+
+
+def _server_of_vllm(settings: Settings, values: "ServerSettings", out: "Console") -> "Server":
+    """Start vLLM's engine on an export.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError, FileNotFoundError: as `check_export`.
+    """
+    import torch
+
+    from mllm.vllm_plugin.engine_options import EngineOptions, check_export, model_without_weights
+
+    check_export(settings.model)
+    try:
+        from mllm.serving.vllm_scheduler import VllmScheduler
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed; docs/serving.md says what engine vllm needs") from error
+    from mllm.checkpoints.expert_folders import read_experts
+    from mllm.inference.decoding import end_ids_of
+    from mllm.serving.server import Server
+
+    model, processor = model_without_weights(settings.model, limits=settings.limits)
+    options = EngineOptions(
+        model=settings.model,
+        dtype=settings.dtype,
+        data_parallel=settings.data_parallel,
+        tensor_parallel=settings.tensor_parallel,
+        max_prompts=settings.batching.max_rows,
+        max_prompt_tokens=settings.requests.max_prompt_tokens,
+        max_new_tokens=settings.requests.max_new_tokens,
+        max_media=settings.requests.max_media,
+        cache_gib=settings.cache_mib / 1024,
+        threads=settings.threads,
+        is_eager=not torch.cuda.is_available(),
+        experts=read_experts(settings.model),
+    )
+    out.print("starting vLLM, which takes a minute or two", soft_wrap=True)
+    with _ended_by_exception():
+        scheduler = VllmScheduler(options, processor, end_ids_of(model, processor))
+    return Server(model, processor, values, scheduler)
+
+
+@contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that processes which are being started do not outlive this one."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def server_settings(settings: Settings) -> "ServerSettings":
@@ -153,7 +246,8 @@ def server_settings(settings: Settings) -> "ServerSettings":
         limits=settings.requests,
         media_limits=settings.limits,
         batching=settings.batching,
-        measurement=Measurement(repeats=3 if settings.measure_budgets else 0),
+        # What budgets take is measured with a model in this process, which is not how vLLM would run it.
+        measurement=Measurement(repeats=3 if settings.measure_budgets and settings.engine == "mllm" else 0),
         long_audio=settings.read_long_audio(),
         url_hosts=tuple(settings.url_hosts),
         media_root=settings.media_root,

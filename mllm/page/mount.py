@@ -17,6 +17,7 @@ from mllm.page.stops import Stop, stops_of
 from mllm.page.uploads import Uploads
 from mllm.serving.budgets import BudgetPolicy
 from mllm.serving.guard import PAGE_ROUTE
+from mllm.serving.scheduler import Scheduler
 from mllm.serving.server import Server
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def _build(server: Server, uploads: Uploads) -> "gradio.Blocks":
     processor = server.service.preparer.processor
     stops = {medium: stops_of(server.served.budgets, medium) for medium in processor.space.media}
     covers = None
-    if "image" in stops:
+    if "image" in stops and isinstance(
+        server.scheduler, Scheduler
+    ):  # under another engine the model has no weights here
         compressors = server.scheduler.engine.model.model.compressors
         covers = Covers(server.service, server.served.chat, compressors["image"])
     callbacks = Callbacks(

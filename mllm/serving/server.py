@@ -31,7 +31,7 @@ from mllm.serving.media_cache import MediaCache
 from mllm.serving.metrics import Metrics
 from mllm.serving.preparation import Preparer
 from mllm.serving.scheduler import Scheduler
-from mllm.serving.service import Service
+from mllm.serving.service import AnswerQueue, Service
 from mllm.serving.sources import SourceRules
 from mllm.serving.transcription_request import TranscriptionReader
 
@@ -74,12 +74,20 @@ class ServerSettings:
 class Server:
     """A model on HTTP.
 
+    Args:
+        scheduler: writes the answers; one that runs this model when left out. Where there is another, the model is only
+            asked what budgets cost, and may be without weights.
+
     Raises:
         ValueError: settings that do not go with the model.
     """
 
     def __init__(
-        self, model: ElasticForConditionalGeneration, processor: ElasticProcessor, settings: ServerSettings
+        self,
+        model: ElasticForConditionalGeneration,
+        processor: ElasticProcessor,
+        settings: ServerSettings,
+        scheduler: AnswerQueue | None = None,
     ) -> None:
         self.settings = settings
         self.on_close: list[Callable[[], object]] = []
@@ -101,19 +109,22 @@ class Server:
             long_audio=settings.long_audio,
             max_prompt_tokens=settings.limits.max_prompt_tokens,
         )
-        engine = Engine(model, processor, on_encoded=lambda item: self.metrics.encoded.labels(item.loaded.medium).inc())
-        self.scheduler = Scheduler(
-            engine,
-            settings.batching,
-            num_in_preparation=lambda: self.service.num_in_preparation,
-            on_batch=self._note_batch,
-        )
+        self.scheduler: AnswerQueue = scheduler or self._scheduler(model, processor)
         # Beside those that wait for a decoder there is a thread for requests that need none.
         self.service = Service(preparer, self.scheduler, self.metrics, num_threads=2 * settings.num_decoders + 1)
         self._watch(cache)
         self.served = self._served(processor, policy, sources, table)
         app = build_app(self.service, self.served, self._lifespan)
         self.app = Guard(app, settings.limits, self.metrics, key=settings.key)
+
+    def _scheduler(self, model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> Scheduler:
+        engine = Engine(model, processor, on_encoded=lambda item: self.metrics.encoded.labels(item.loaded.medium).inc())
+        return Scheduler(
+            engine,
+            self.settings.batching,
+            num_in_preparation=lambda: self.service.num_in_preparation,
+            on_batch=self._note_batch,
+        )
 
     def _served(
         self, processor: ElasticProcessor, policy: BudgetPolicy, sources: SourceRules, table: list[dict[str, Any]]

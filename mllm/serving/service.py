@@ -5,11 +5,11 @@ Knows asyncio, the preparer and the scheduler. Does not know HTTP or the forms o
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from mllm.budget import TokenCount
 from mllm.inference.windows import join_transcripts
@@ -20,7 +20,6 @@ from mllm.serving.decoders import Cancelled
 from mllm.serving.errors import RequestError
 from mllm.serving.metrics import Metrics
 from mllm.serving.preparation import Conversation, Prepared, Preparer
-from mllm.serving.scheduler import Scheduler
 
 Read = TypeVar("Read")
 RESTARTING = RequestError(503, "the server is shutting down", code="unavailable", retry_after_seconds=5)
@@ -164,6 +163,25 @@ class Job:
             self._loop.call_soon_threadsafe(what, *values)
 
 
+class AnswerQueue(Protocol):
+    """Writes answers, with a model of ours (`scheduler.py`) or another engine (`vllm_scheduler.py`)."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    def start(self) -> None: ...
+
+    def submit(self, runs: Sequence[AnswerRun]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Service:
     """Answers the requests of one server.
 
@@ -171,7 +189,7 @@ class Service:
         num_threads: that read and prepare requests.
     """
 
-    def __init__(self, preparer: Preparer, scheduler: Scheduler, metrics: Metrics, *, num_threads: int) -> None:
+    def __init__(self, preparer: Preparer, scheduler: AnswerQueue, metrics: Metrics, *, num_threads: int) -> None:
         self.preparer = preparer
         self.scheduler = scheduler
         self.metrics = metrics

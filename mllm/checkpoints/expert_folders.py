@@ -1,0 +1,105 @@
+"""Writes the experts of a bank as plain LoRA folders beside an LLM without them, and reads which there are.
+
+Knows banks, files and the names of scales and tasks. Does not know engines.
+
+An export holds `experts.json` with the names, and one folder of PEFT's format per scale or task: what PEFT's
+`PeftModel` or an engine's LoRA option reads.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from mllm.adapters.expert_ids import NO_EXPERT, ExpertNames
+from mllm.adapters.lora_bank import PlainLora, lora_of, shared_lora_of, take_out_bank
+from mllm.budget import TokenCount
+from mllm.checkpoints.tensor_files import write_tensors
+
+FILE = "experts.json"
+FOLDER = "experts"
+SHARED = "shared"
+"""The expert of rows without media, which every other one holds as well."""
+LLM_PREFIX = "base_model.model.model.language_model."
+
+
+@dataclass(frozen=True)
+class ExpertFolders:
+    """Says which experts an export has, and where.
+
+    Args:
+        names: scales or tasks that have one; a bank has one kind of them.
+        rank: inner size of each.
+        folders: by name.
+    """
+
+    names: ExpertNames
+    rank: int
+    folders: Mapping[str, str]
+
+    def name_of(self, task: str, counts: Sequence[tuple[str, TokenCount]]) -> str | None:
+        """Find the expert of a prompt whose media have these token counts; None where the LLM answers alone.
+
+        Raises:
+            ValueError: a scale or task without an expert.
+        """
+        if self.names.scales:
+            number, names = self.names.scale_id(counts), self.names.scales
+        else:
+            number, names = self.names.task_id(task, [medium for medium, _ in counts]), self.names.tasks
+        if number == NO_EXPERT:
+            return SHARED if SHARED in self.folders else None
+        return names[number]
+
+
+def write_experts(llm: nn.Module, names: ExpertNames, folder: Path) -> None:
+    """Write every expert of an LLM's bank, together with the shared one, and take the bank out of the LLM.
+
+    Raises:
+        ValueError: no bank, or one that has a shared expert alone, which is merged.
+    """
+    if not (names.scales or names.tasks):
+        raise ValueError("experts_as_lora is true, but the adapter has no experts per scale or task")
+    loras = {name: lora_of(llm, scale_id=number) for number, name in enumerate(names.scales)}
+    loras |= {name: lora_of(llm, task_id=number) for number, name in enumerate(names.tasks)}
+    if (shared := shared_lora_of(llm)) is not None:
+        loras[SHARED] = shared
+    take_out_bank(llm)
+    for name, lora in loras.items():
+        _write_lora(lora, folder / FOLDER / folder_name(name))
+    rank = max(lora.rank for lora in loras.values())
+    values = {"scales": list(names.scales), "tasks": list(names.tasks), "has_shared": shared is not None, "rank": rank}
+    (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_experts(folder: str | Path) -> ExpertFolders | None:
+    """Read which experts an export has; None where all of its weights are merged."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    names = ExpertNames(tuple(values["scales"]), tuple(values["tasks"]))
+    written = (*names.scales, *names.tasks, *([SHARED] if values["has_shared"] else []))
+    folders = {name: str(path.parent / FOLDER / folder_name(name)) for name in written}
+    return ExpertFolders(names, values["rank"], folders)
+
+
+def folder_name(name: str) -> str:
+    """Write the name of a scale as that of a folder: `audio=/4` is `audio=per4`."""
+    return name.replace("/", "per")
+
+
+def _write_lora(lora: PlainLora, folder: Path) -> None:
+    from peft import LoraConfig
+
+    folder.mkdir(parents=True)
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (down, up) in lora.weights.items():
+        tensors[f"{LLM_PREFIX}{name}.lora_A.weight"] = down.detach().cpu().contiguous()
+        tensors[f"{LLM_PREFIX}{name}.lora_B.weight"] = up.detach().cpu().contiguous()
+    write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
