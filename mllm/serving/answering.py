@@ -3,13 +3,14 @@
 Knows ids, a tokenizer and rules for ending. Does not know models, batches or HTTP.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mllm.kv_cache.rows import RowCache
 from mllm.serving.preparation import PromptRow
 
 Ending = Literal["stop", "length", "repetition", "cancelled", "failed"]
@@ -42,6 +43,25 @@ class AnswerRules:
     repetition_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class ReadPrompt:
+    """What the LLM has read of an answer's prompt and of its tokens: all but the last one.
+
+    Args:
+        next_token: the one that it reads next.
+        expert_ids: of its adapter, by the name of the argument.
+    """
+
+    past: RowCache
+    next_token: int
+    expert_ids: Mapping[str, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return self.past.num_tokens + 1
+
+
 @dataclass(eq=False)
 class AnswerRun:
     """An answer while it is written. Only the thread that owns the model changes it; the client may cancel it.
@@ -50,6 +70,7 @@ class AnswerRun:
         prompt: what is answered.
         on_text: called with each piece of text that is settled, where the rules need text.
         on_end: called once, when the answer has ended.
+        read: what the LLM has read of it, between two batches.
     """
 
     prompt: PromptRow
@@ -62,6 +83,7 @@ class AnswerRun:
     stop_text: str | None = None
     is_cancelled: bool = False
     on_first_token: Callable[[], None] = lambda: None
+    read: ReadPrompt | None = None
     _sent: int = 0
     _generator: torch.Generator | None = None
 
@@ -88,7 +110,7 @@ class AnswerRun:
             return
         if self.stop_text is None:
             self.text = decode(self.ids).strip()
-        self.ending = ending
+        self.ending, self.read = ending, None
         if self.rules.needs_text and ending not in ("cancelled", "failed"):
             self._send(self.text, is_whole=True)
         self.on_end()

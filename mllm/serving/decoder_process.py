@@ -1,8 +1,10 @@
 """Decodes media in a process of its own: a file that ends or stalls a decoder does not reach the server.
 
-    to the child:    a line of JSON, {"do": "decode", "size": N, "medium": ..., "loader": ..., "sampling": ...}; N bytes
-    from the child:  a line of JSON, {"kind": "image" | "audio" | "video", "rate": r, "shape": [...], "size": N} or
+    to the child:    a head, {"do": "decode", "size": N, "medium": ..., "loader": ..., "sampling": ...}; N bytes
+    from the child:  a head, {"kind": "image" | "audio" | "video", "rate": r, "shape": [...], "size": N} or
                      {"error": kind, "reason": text, "limit": name}; N bytes
+
+A head is JSON behind its own length in four bytes.
 
 Nothing is pickled on the way. `probe` in place of `decode` only reads the header, and answers {"audio", "video"}.
 
@@ -23,13 +25,21 @@ from mllm.media.containers import open_stream
 from mllm.media.limits import open_media, sniff
 from mllm.media.video import VIDEO_CODECS
 
+SIZE_BYTES = 4
+"""Of the length before a head."""
 DTYPES = {"image": np.uint8, "audio": np.float32, "video": np.uint8}
+
+
+def pack_head(values: dict[str, Any]) -> bytes:
+    """Write a head as it goes through a pipe."""
+    text = json.dumps(values).encode()
+    return len(text).to_bytes(SIZE_BYTES, "big") + text
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
     """Answer files until there are no more."""
-    while line := source.readline():
-        asked = json.loads(line)
+    while size := source.read(SIZE_BYTES):
+        asked = json.loads(source.read(int.from_bytes(size, "big")))
         content = source.read(asked["size"])
         try:
             head, values = probe(content) if asked["do"] == "probe" else decode(asked, content)
@@ -39,7 +49,7 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
             head, values = {"error": "unsupported", "reason": str(error), "limit": None}, b""
         except MemoryError:
             head, values = {"error": "limit", "reason": "decoding takes too much memory", "limit": None}, b""
-        target.write(json.dumps({**head, "size": len(values)}).encode() + b"\n")
+        target.write(pack_head({**head, "size": len(values)}))
         target.write(values)
         target.flush()
 
@@ -92,7 +102,7 @@ def main(memory_bytes: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stdout.buffer.write(b"{}\n")
+    sys.stdout.buffer.write(pack_head({}))
     sys.stdout.buffer.flush()
     serve(sys.stdin.buffer, sys.stdout.buffer)
 

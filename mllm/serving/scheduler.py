@@ -15,6 +15,8 @@ from mllm.serving.limits import Batching
 
 LOGGER = logging.getLogger(__name__)
 IDLE_SECONDS = 0.5
+ROWS_WORTH_LEAVING = 4
+"""A smaller batch is not put together anew for those of its answers that have ended."""
 
 
 class Scheduler:
@@ -124,6 +126,9 @@ class Scheduler:
 
     def _is_interrupted(self, steps: int, going_on: int) -> bool:
         if self._is_closed:
+            return True
+        num_rows = len(self._going_on)
+        if num_rows > ROWS_WORTH_LEAVING and 2 * going_on <= num_rows:
             return True
         has_room = going_on < self.batching.max_rows
         return bool(self._waiting) and has_room and steps >= self.batching.steps_before_joining
