@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mllm.kv_cache.beam import spread
+
 
 @dataclass(frozen=True)
 class RowCache:
@@ -42,7 +44,10 @@ def row_of(cache: DynamicCache, number: int, *, num_padding: int, num_tokens: in
 
 
 def stack_rows(rows: Sequence[RowCache]) -> DynamicCache:
-    """Puts rows together as a batch (B, G, S, D) padded on the left, S being the longest of them."""
+    """Puts rows together as a batch (B, G, S, D) padded on the left, S being the longest of them.
+
+    Its layers have room for new tokens, which are then written in place (see `mllm.kv_cache.beam`).
+    """
     longest = max(row.num_tokens for row in rows)
     cache = DynamicCache()
     for number, (keys, values) in enumerate(rows[0].layers):
@@ -52,7 +57,7 @@ def stack_rows(rows: Sequence[RowCache]) -> DynamicCache:
             for batch, states in zip(stacked, row.layers[number], strict=True):
                 batch[place, :, longest - row.num_tokens :] = states
         cache.update(*stacked, number)
-    return cache
+    return spread(cache, 1)
 
 
 def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
