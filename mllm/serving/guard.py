@@ -35,6 +35,9 @@ ROUTES = (
     "/v1/models",
 )
 BUSY_SECONDS = 1.0
+BUSY_STATUSES = (429, 503)
+ARRIVAL = "mllm.arrival_seconds"
+"""Key of a scope: when the first bytes of the request came, by the performance counter."""
 
 
 class _SlowReader(Exception):
@@ -63,13 +66,16 @@ class Guard:
             await self.app(scope, receive, send)
             return
         route = scope["path"] if scope["path"] in ROUTES else "other"
-        start = time.perf_counter()
+        start = scope.get(ARRIVAL, time.perf_counter())
         status = 0
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            if status in BUSY_STATUSES:  # so short that it goes out at once; a timer would take longer
+                await send(message)
+                return
             try:
                 await asyncio.wait_for(send(message), self.limits.send_seconds)
             except TimeoutError:
@@ -81,7 +87,10 @@ class Guard:
             status = 499
         finally:
             self.metrics.requests.labels(route, str(status or 499)).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.metrics.seconds.labels(route).observe(seconds)
+            if status in BUSY_STATUSES:
+                self.metrics.busy_seconds.observe(seconds)
 
     async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -212,7 +221,10 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
             self._watch()
 
         def data_received(self, data: bytes) -> None:
+            arrival = time.perf_counter()
             super().data_received(data)
+            if self.scope is not None:  # the application has not begun: it runs in a task
+                self.scope.setdefault(ARRIVAL, arrival)
             self._watch()
 
         def on_response_complete(self) -> None:

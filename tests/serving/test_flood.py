@@ -13,6 +13,8 @@ import pytest
 from toy_server import NAME, Running, part, server, user
 
 Files = list[dict[str, bytes]]
+GOAL_SECONDS = 0.25
+"""By then 99 of 100 requests that are too many are told so."""
 
 
 @dataclass
@@ -69,6 +71,18 @@ def flooded(running: Running, files: Files, *, number: int, at_once: int) -> Flo
     return flood
 
 
+def busy_answers(running: Running, seconds: float) -> tuple[int, int]:
+    """How many refusals the server has sent within some seconds of their request's first byte, and how many in all.
+
+    The server's own clock: on a machine with two cores this client takes as much time as the server does.
+    """
+    text = httpx.get(f"{running.address}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("mllm_busy_seconds"))
+    return int(float(values[f'mllm_busy_seconds_bucket{{le="{seconds}"}}'])), int(
+        float(values["mllm_busy_seconds_count"])
+    )
+
+
 @pytest.mark.parametrize(
     ("number", "at_once"), [(500, 100), pytest.param(5_000, 200, marks=pytest.mark.slow)], ids=["some", "many"]
 )
@@ -89,9 +103,12 @@ def test_a_flood_is_refused_and_the_server_goes_on(run: Path, files: Files, numb
         assert sum(map(len, flood.seconds.values())) == number
         assert len(flood.seconds[200]) >= 48
         assert grown < 300 * 2**20
-        late = statistics.quantiles(flood.refused, n=100)[98]
-        # The goal is 0.25 s on an idle machine; others may share this one.
-        assert late < 2, late
+        in_time, refused = busy_answers(running, GOAL_SECONDS)
+        assert refused == len(flood.refused)
+        assert in_time >= 0.99 * refused, f"{refused - in_time} of {refused} refusals took longer than {GOAL_SECONDS} s"
         assert not [line for line in running.lines if "Traceback" in line]
-        served = len(flood.seconds[200])
-        print(f"{served} of {number} answered in {seconds:.1f} s, p99 of the others {late:.3f} s, +{grown >> 20} MiB")  # noqa: T201
+        served, late = len(flood.seconds[200]), statistics.quantiles(flood.refused, n=100)[98]
+        print(  # noqa: T201
+            f"{served} of {number} answered in {seconds:.1f} s; {in_time} of {refused} refusals within {GOAL_SECONDS} s "
+            f"in the server, p99 {late:.3f} s at this client; +{grown >> 20} MiB"
+        )
