@@ -7,8 +7,8 @@ Shapes: B rows, S positions of a batch, L tokens of one row, G key-value heads, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -53,18 +53,17 @@ def stack_rows(rows: Sequence[RowCache]) -> DynamicCache:
     for number, (keys, values) in enumerate(rows[0].layers):
         # Padding is zero and not merely reserved: attention multiplies it by a weight of 0, which a NaN would survive.
         stacked = [states.new_zeros(len(rows), states.shape[0], longest, states.shape[2]) for states in (keys, values)]
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             for batch, states in zip(stacked, row.layers[number], strict=True):
-                batch[place, :, longest - row.num_tokens :] = states
-        cache.update(*stacked, number)
+                batch[index, :, longest - row.num_tokens :] = states
+        cache.update(stacked[0], stacked[1], number)
     return spread(cache, 1)
 
 
 def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """The keys and values (B, G, S, D) of every layer."""
-    states = [(layer.keys, layer.values) for layer in cache.layers]
-    assert all(isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) for keys, values in states)
-    return states  # pyright: ignore[reportReturnType]
+    layers: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def split_by_length(lengths: Sequence[int], *, call_tokens: int) -> list[list[int]]:

@@ -12,8 +12,10 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -23,8 +25,11 @@ from mllm.serving.fields import shown
 MAX_URL_CHARS = 2048
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 64 * 1024
+MAX_LOOKUPS = 16
+"""Threads that may wait for a resolver at once."""
 _HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))+")
 _PLAIN_URL = re.compile(r"[!#-;=?-\[\]_a-z~%]+")
+_LOOKUPS = threading.BoundedSemaphore(MAX_LOOKUPS)
 _PORTS = {"http": 80, "https": 443}
 _TRANSLATED = [ipaddress.ip_network(own) for own in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
 
@@ -42,6 +47,30 @@ def addresses_of(host: str, port: int) -> list[str]:
     """Look a host up."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     return list(dict.fromkeys(str(own[4][0]) for own in found))
+
+
+def look_up_within(look_up: Callable[[str, int], Sequence[str]], host: str, port: int, seconds: float) -> Sequence[str]:
+    """Look a host up on a thread of its own, since a resolver that stalls cannot be stopped.
+
+    Raises:
+        TimeoutError: it took longer, or too many others stall already.
+        OSError: the host is not known.
+    """
+    end = time.monotonic() + seconds
+    if not _LOOKUPS.acquire(timeout=seconds):
+        raise TimeoutError
+    answer: Future[Sequence[str]] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(look_up(host, port))
+        except BaseException as error:
+            answer.set_exception(error)
+        finally:
+            _LOOKUPS.release()
+
+    threading.Thread(target=run, name="resolver", daemon=True).start()
+    return answer.result(timeout=_left(end))
 
 
 def is_public(address: str) -> bool:
@@ -63,7 +92,7 @@ class Fetcher:
 
     Args:
         hosts: names that may be asked, whole ones; redirects too must lead to one of them.
-        seconds: longest time for one file, redirects included.
+        seconds: longest time for one file, looking up and redirects included.
         look_up: a host and a port to its IP addresses.
         is_allowed: which IP addresses may be connected to.
         ports: by scheme.
@@ -128,7 +157,7 @@ class Fetcher:
     def _ask(self, address: Address, max_bytes: int, end: float, where: str) -> tuple[bytes, str | None]:
         """The file, or where it is now."""
         port = (self.ports or _PORTS)[address.scheme]
-        found = self.look_up(address.host, port)
+        found = look_up_within(self.look_up, address.host, port, _left(end))
         if not found or not all(self.is_allowed(own) for own in found):
             raise bad_request(f"{where}: the host is not one of the public network", where)
         connection = _Pinned(address, found[0], port, _left(end))

@@ -36,8 +36,6 @@ ROUTES = (
 )
 BUSY_SECONDS = 1.0
 BUSY_STATUSES = (429, 503)
-ARRIVAL = "mllm.arrival_seconds"
-"""Key of a scope: when the first bytes of the request came, by the performance counter."""
 
 
 class _SlowReader(Exception):
@@ -66,7 +64,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         route = scope["path"] if scope["path"] in ROUTES else "other"
-        start = scope.get(ARRIVAL, time.perf_counter())
+        start = time.perf_counter()
         status = 0
 
         async def counted(message: Message) -> None:
@@ -87,10 +85,7 @@ class Guard:
             status = 499
         finally:
             self.metrics.requests.labels(route, str(status or 499)).inc()
-            seconds = time.perf_counter() - start
-            self.metrics.seconds.labels(route).observe(seconds)
-            if status in BUSY_STATUSES:
-                self.metrics.busy_seconds.observe(seconds)
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
     async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -205,48 +200,46 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def timed_protocol(seconds: float) -> type[H11Protocol]:
-    """Make uvicorn's protocol one that closes connections on which no whole head of a request comes in time.
+class TimedProtocol(H11Protocol):
+    """A connection that must begin a request within some seconds, and again after every answer.
 
     uvicorn itself waits for ever for the first request of a connection, and for the rest of a head that has begun.
     """
 
-    class TimedProtocol(H11Protocol):
-        """A connection that must begin a request within some seconds, and again after every answer."""
+    head_seconds: float
+    _timer: asyncio.TimerHandle | None = None
 
-        _timer: asyncio.TimerHandle | None = None
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._watch()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
 
-        def data_received(self, data: bytes) -> None:
-            arrival = time.perf_counter()
-            super().data_received(data)
-            if self.scope is not None:  # the application has not begun: it runs in a task
-                self.scope.setdefault(ARRIVAL, arrival)
-            self._watch()
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._stop()
-            super().connection_lost(exc)
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.head_seconds, self.transport.abort)
 
-        def _watch(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(seconds, self.transport.abort)
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
 
-    return TimedProtocol
+def timed_protocol(seconds: float) -> type[H11Protocol]:
+    """Make uvicorn's protocol one that closes connections on which no whole head of a request comes in time."""
+    return type("TimedProtocol", (TimedProtocol,), {"head_seconds": seconds})
 
 
 __all__ = ["PAGE_ROUTE", "ROUTES", "Guard", "refuse", "timed_protocol"]

