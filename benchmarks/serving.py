@@ -11,8 +11,8 @@ turns, and ours forgets no media between turns, so that every turn has media of 
 questions follow each other about the same media, of which ours encodes each once; else all media differ.
 
 Answers have 6 tokens, or with --ragged 1 from 8 to 105. Token ids of both are compared, and any difference stops the
-benchmark before it shows a figure. Shown are requests per second, CPU seconds of the server's processes per request, and
-the seconds to the first piece and to the end of an answer (p50, p99).
+benchmark before it shows a figure. Shown are requests per second, CPU seconds of the server's processes per request,
+and the seconds to the first piece and to the end of an answer (p50, p99).
 """
 
 import argparse

@@ -39,10 +39,10 @@ def pack_head(values: dict[str, Any]) -> bytes:
 def serve(source: BinaryIO, target: BinaryIO) -> None:
     """Answer files until there are no more."""
     while size := source.read(SIZE_BYTES):
-        asked = json.loads(source.read(int.from_bytes(size, "big")))
-        content = source.read(asked["size"])
+        order = json.loads(source.read(int.from_bytes(size, "big")))
+        content = source.read(order["size"])
         try:
-            head, values = probe(content) if asked["do"] == "probe" else decode(asked, content)
+            head, values = probe(content) if order["do"] == "probe" else decode(order, content)
         except MediaError as error:
             head, values = {"error": error.kind, "reason": error.reason, "limit": error.limit}, b""
         except ValueError as error:  # a video with fewer frames than are to be taken
@@ -54,13 +54,13 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
         target.flush()
 
 
-def decode(asked: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
+def decode(order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
     """Read one file as the loader does, as a head and bytes."""
-    settings = asked["loader"]
+    settings = order["loader"]
     loader = MediaLoader(**{**settings, "limits": MediaLimits(**settings["limits"])})
-    sampling = asked["sampling"]
+    sampling = order["sampling"]
     raw = (
-        loader(asked["medium"], content)
+        loader(order["medium"], content)
         if sampling is None
         else loader.frames(content, FrameSampling(sampling["count"], sampling["per_second"]))
     )
@@ -79,9 +79,9 @@ def decode(asked: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes
 def probe(content: bytes) -> tuple[dict[str, Any], bytes]:
     """Tell which streams a file holds that can be read, by its header."""
     with open_media(content, sys.maxsize) as file:
-        found = sniff(file)
-        if found is None or found[0] != "video":
-            return {"audio": found is not None and found[0] == "audio", "video": False}, b""
+        kind = sniff(file)
+        if kind is None or kind[0] != "video":
+            return {"audio": kind is not None and kind[0] == "audio", "video": False}, b""
         streams = {}
         kinds: tuple[tuple[Literal["audio", "video"], Any], ...] = (("audio", AUDIO_CODECS), ("video", VIDEO_CODECS))
         for kind, codecs in kinds:

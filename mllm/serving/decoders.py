@@ -1,4 +1,4 @@
-"""Processes that decode for the server, each with a limit on its memory and a deadline for every file.
+"""Runs processes that decode for the server, each with a limit on its memory and a deadline for every file.
 
 Knows pipes, processes and the loader's interface. Does not know requests or models; the child's side is
 `serving/decoder_process.py`.
@@ -38,11 +38,11 @@ _PIPE_BYTES = 1 << 20
 
 
 class Cancelled(Exception):
-    """Nobody waits for the file any more."""
+    """Says that nobody waits for the file any more."""
 
 
 class _Broken(Exception):
-    """A child that ended, was ended, or did not answer in time."""
+    """Says that a child ended, was ended, or did not answer in time."""
 
     def __init__(self, in_time: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class _Broken(Exception):
 
 
 class _Child:
-    """One process that decodes."""
+    """Holds one process that decodes."""
 
     def __init__(self, memory_bytes: int) -> None:
         package = str(Path(__file__).parents[2])  # this very package, wherever it lies
@@ -109,8 +109,8 @@ class _Child:
                 raise Cancelled
             if left <= 0:
                 raise _Broken(in_time=False)
-            own = [self._target if to_write else self._source]
-            ready = select.select([] if to_write else own, own if to_write else [], [], min(left, POLL_SECONDS))
+            pipe = [self._target if to_write else self._source]
+            ready = select.select([] if to_write else pipe, pipe if to_write else [], [], min(left, POLL_SECONDS))
             if ready[0] or ready[1]:
                 return
 
@@ -148,7 +148,7 @@ def _widen(pipe: int) -> None:
 
 
 class DecoderPool:
-    """Some processes that decode.
+    """Shares some processes that decode.
 
     Args:
         size: how many.
@@ -238,12 +238,12 @@ class DecoderPool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PooledLoader(MediaLoader):
-    """A loader whose files are decoded by a pool; what comes is what `MediaLoader` gives."""
+    """Loads media through a pool of decoders; what comes is what `MediaLoader` gives."""
 
     pool: DecoderPool
-    """Who decodes."""
+    """The pool that decodes."""
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
-    """Whether nobody waits any more."""
+    """Tells whether nobody waits any more."""
 
     def __call__(self, medium: str, path: MediaFile) -> Raw:
         """Read one file, which is given by what it holds.
@@ -266,7 +266,7 @@ class PooledLoader(MediaLoader):
         return video
 
     def until(self, is_cancelled: Callable[[], bool]) -> "PooledLoader":
-        """The same loader, for one request."""
+        """Return the same loader, for one request."""
         return replace(self, is_cancelled=is_cancelled)
 
     def probe(self, content: bytes) -> dict[str, Any]:
@@ -300,7 +300,7 @@ class PooledLoader(MediaLoader):
 def _settings(
     sample_rate_hz: int | None, frames_per_second: float | None, gray: bool, backend: str, limits: MediaLimits
 ) -> dict[str, Any]:
-    """The settings of a loader as JSON has them; the same for every file, and slow to take apart."""
+    """Return the settings of a loader as JSON has them; the same for every file, and slow to take apart."""
     return {
         "sample_rate_hz": sample_rate_hz,
         "frames_per_second": frames_per_second,

@@ -138,51 +138,52 @@ class Engine:
         values = stack_media([item.loaded for item in items])
         sizes = values.get(SIZE_KEYS[encoder])
         device = self.model.device
-        found = self.model.model.encode(
+        features = self.model.model.encode(
             encoder, values[VALUE_KEYS[encoder]].to(device), None if sizes is None else sizes.to(device)
         )
         start = 0
         for item in items:
-            place = slice(start, start + item.loaded.num_items)
-            start = place.stop
+            rows = slice(start, start + item.loaded.num_items)
+            start = rows.stop
             # Copies, so that an item that is kept does not keep the others of its batch.
-            longest = int(found.lengths[place].max())
-            grids = None if found.grids is None else found.grids[place].clone()
-            item.keep(Features(found.values[place, :longest].clone(), found.lengths[place].clone(), grids))
+            longest = int(features.lengths[rows].max())
+            grids = None if features.grids is None else features.grids[rows].clone()
+            item.keep(Features(features.values[rows, :longest].clone(), features.lengths[rows].clone(), grids))
             self._on_encoded(item)
 
     def _stacked(self, items: Sequence[MediaItem]) -> Features:
-        """The features of all items of one encoder, one after the other."""
-        own = [item.features for item in items if item.features is not None]
-        longest = max(one.values.shape[1] for one in own)
-        padded = [torch.nn.functional.pad(one.values, (0, 0, 0, longest - one.values.shape[1])) for one in own]
-        grids = [one.grids for one in own if one.grids is not None]
-        return Features(torch.cat(padded), torch.cat([one.lengths for one in own]), torch.cat(grids) if grids else None)
+        """Return the features of all items of one encoder, one after the other."""
+        features = [item.features for item in items if item.features is not None]
+        longest = max(one.values.shape[1] for one in features)
+        padded = [torch.nn.functional.pad(one.values, (0, 0, 0, longest - one.values.shape[1])) for one in features]
+        grids = [one.grids for one in features if one.grids is not None]
+        lengths = torch.cat([one.lengths for one in features])
+        return Features(torch.cat(padded), lengths, torch.cat(grids) if grids else None)
 
 
 def _numbered(runs: Sequence[AnswerRun]) -> tuple[list[EncodedSample], dict[str, list[MediaItem]]]:
-    """The rows of a batch, and by encoder the items they show, each once; a row's ids include what it has written."""
+    """Number the items of a batch: its rows with what they have written, and by encoder the items, each once."""
     shown: dict[str, list[MediaItem]] = {}
-    places: dict[MediaItem, int] = {}
+    numbers: dict[MediaItem, int] = {}
     counts: dict[str, int] = {}
     rows: list[EncodedSample] = []
     for run in runs:
-        own = run.prompt.row
-        placed = []
-        for span, item in zip(own.spans, run.prompt.items, strict=True):
+        row = run.prompt.row
+        spans = []
+        for span, item in zip(row.spans, run.prompt.items, strict=True):
             encoder = item.loaded.encoder
-            if item not in places:
-                places[item] = counts.get(encoder, 0)
-                counts[encoder] = places[item] + item.loaded.num_items
+            if item not in numbers:
+                numbers[item] = counts.get(encoder, 0)
+                counts[encoder] = numbers[item] + item.loaded.num_items
                 shown.setdefault(encoder, []).append(item)
-            placed.append(replace(span, item=places[item]))
-        labels = [*own.labels, *[IGNORED_LABEL] * len(run.ids)]
-        rows.append(replace(own, ids=[*own.ids, *run.ids], labels=labels, spans=tuple(placed)))
+            spans.append(replace(span, item=numbers[item]))
+        labels = [*row.labels, *[IGNORED_LABEL] * len(run.ids)]
+        rows.append(replace(row, ids=[*row.ids, *run.ids], labels=labels, spans=tuple(spans)))
     return rows, shown
 
 
 def _next_inputs(rows: Sequence[ReadPrompt], pad_id: int) -> dict[str, Tensor]:
-    """The inputs of `generate` for rows that have been read but for the last token of each.
+    """Return the inputs of `generate` for rows that have been read but for the last token of each.
 
     Ids of what has been read are looked at no more, so they may be padding.
     """

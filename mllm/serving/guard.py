@@ -1,4 +1,4 @@
-"""What stands before the application: the key, how many requests and bytes there are at once, and slow clients.
+"""Guards the application: by the key, the number of requests and bytes at once, and the time of slow clients.
 
 Knows ASGI and uvicorn's protocol. Does not know routes' contents or models.
 """
@@ -39,7 +39,7 @@ BUSY_STATUSES = (429, 503)
 
 
 class _SlowReader(Exception):
-    """A client that does not take its answer."""
+    """Says that a client does not take its answer."""
 
 
 class Guard:
@@ -121,15 +121,15 @@ class Guard:
     def _has_key(self, headers: dict[bytes, bytes], is_page: bool) -> bool:
         if self._digest is None:
             return True
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         if is_page and scheme.lower() == b"basic":
-            scheme, given = b"bearer", _password(given)
+            scheme, key = b"bearer", _password(key)
         # Digests are equally long, so that the time tells nothing of the key, not even its length.
-        return hmac.compare_digest(_digest(given.strip()), self._digest) and scheme.lower() == b"bearer"
+        return hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer"
 
 
 class _Body:
-    """The body of one request as it comes, within the limits of one and of all."""
+    """Receives the body of one request as it comes, within the limits of one and of all."""
 
     def __init__(self, guard: Guard, receive: Receive, headers: dict[bytes, bytes]) -> None:
         self._guard, self._receive, self._headers = guard, receive, headers
@@ -148,7 +148,7 @@ class _Body:
             self._check(int(stated))
 
     async def receive(self) -> Message:
-        """The next piece of the body, and later that the client has left.
+        """Return the next piece of the body, and later that the client has left.
 
         Raises:
             RequestError: 408, 413 or 503.
@@ -201,7 +201,7 @@ def _digest(key: bytes) -> bytes:
 
 
 class TimedProtocol(H11Protocol):
-    """A connection that must begin a request within some seconds, and again after every answer.
+    """Closes a connection that does not begin a request within some seconds, and again after every answer.
 
     uvicorn itself waits for ever for the first request of a connection, and for the rest of a head that has begun.
     """

@@ -1,4 +1,4 @@
-"""The queue before the model, and the thread that owns it: what waits is answered together.
+"""Queues answers before the model, whose thread writes together what waits.
 
 Knows answers and the engine. Does not know HTTP, media or budgets.
 """
@@ -51,17 +51,17 @@ class Scheduler:
 
     @property
     def is_alive(self) -> bool:
-        """Whether answers are being written, or would be."""
+        """Tell whether answers are being written, or would be."""
         return self._thread.is_alive() and not self._is_closed
 
     @property
     def num_waiting(self) -> int:
-        """Answers that the model has not begun."""
+        """Count the answers that the model has not begun."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Answers that are being written."""
+        """Count the answers that are being written."""
         return len(self._going_on)
 
     def submit(self, runs: Sequence[AnswerRun]) -> None:
@@ -92,7 +92,7 @@ class Scheduler:
                 self._going_on = [run for run in self._going_on if run.ending is None]
 
     def _next(self) -> list[AnswerRun]:
-        """Answers that join those that go on, in the order they came."""
+        """Take answers that join those that go on, in the order they came."""
         with self._wake:
             if not self._waiting and not self._going_on:
                 self._wake.wait(IDLE_SECONDS)
@@ -120,7 +120,7 @@ class Scheduler:
 
     def _fits(self, joining: Sequence[AnswerRun], run: AnswerRun) -> bool:
         together = [*self._going_on, *joining, run]
-        longest = max(own.prompt.num_prompt_tokens + len(own.ids) for own in together)
+        longest = max(other.prompt.num_prompt_tokens + len(other.ids) for other in together)
         few = len(together) <= self.batching.max_rows and longest * len(together) <= self.batching.max_tokens
         return few or len(together) == 1
 

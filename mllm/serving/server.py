@@ -45,7 +45,7 @@ with Python's own 5 ms it would stand behind every thread that prepares a reques
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a model is served.
+    """Says how a model is served.
 
     Args:
         name: what clients call the model.
@@ -76,7 +76,7 @@ class ServerSettings:
 
 
 class Server:
-    """A model on HTTP.
+    """Serves a model on HTTP.
 
     Raises:
         ValueError: settings that do not go with the model.
@@ -201,7 +201,7 @@ class Server:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; those that come before the server runs wait."""
+    """Open a socket that takes connections from now on; those that come before the server runs wait."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
