@@ -23,13 +23,13 @@ def tokens(body: dict[str, Any], *media: tuple[str, dict[str, Any]], default: st
     fields = Fields(body)
     wishes = read_body_wishes(fields)
     fields.done()
-    own = []
+    beside = []
     for number, (medium, beside) in enumerate(media):
         part = Fields(beside, f"part[{number}]")
-        own.append((medium, read_part_wishes(medium, [part])))
+        beside.append((medium, read_part_wishes(medium, [part])))
         part.done()
-    asked = policy.resolve(own, wishes)
-    return [count.tokens for count in policy.counts([EXTENTS[medium] for medium, _ in media], asked)]
+    resolved = policy.resolve(beside, wishes)
+    return [count.tokens for count in policy.counts([EXTENTS[medium] for medium, _ in media], resolved)]
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,15 @@ class Site(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[http.server.ThreadingHTTPServer]:
-    own = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    own.seen = []  # type: ignore[attr-defined]
-    threading.Thread(target=own.serve_forever, daemon=True).start()
-    yield own
-    own.shutdown()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.seen = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
 
 def fetcher(site: http.server.HTTPServer, addresses: Sequence[str] = ("127.0.0.1",), seconds: float = 5) -> Fetcher:
-    """One for which a test's own site is the public network."""
+    """One for which the test's site is the public network."""
     return Fetcher(
         (HOST, "other.example.org"),
         seconds,
@@ -116,8 +116,8 @@ def test_every_address_of_a_host_must_be_public_and_the_one_that_was_checked_is_
         return ["127.0.0.1" if len(looked_up) == 1 else "10.0.0.1"]
 
     ports = {"http": site.server_address[1]}
-    own = Fetcher([HOST], look_up=rebinding, is_allowed=lambda address: address == "127.0.0.1", ports=ports)
-    assert own.fetch(f"http://{HOST}/a.png", 100_000, "url") == CONTENT
+    rebound = Fetcher([HOST], look_up=rebinding, is_allowed=lambda address: address == "127.0.0.1", ports=ports)
+    assert rebound.fetch(f"http://{HOST}/a.png", 100_000, "url") == CONTENT
     assert looked_up == [HOST]
 
 

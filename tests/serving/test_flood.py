@@ -58,12 +58,12 @@ async def answered(running: Running, bodies: Iterator[bytes], flood: Flood) -> N
 
 def flooded(running: Running, files: Files, *, number: int, at_once: int) -> Flood:
     """Send requests, so many at a time."""
-    media = [part(medium, own[medium]) for own in files for medium in ("image", "audio")]
+    media = [part(medium, media_of_file[medium]) for media_of_file in files for medium in ("image", "audio")]
     kinds = [
         json.dumps({"model": NAME, "messages": user(*parts, "what?"), "max_tokens": 8}).encode()
-        for parts in ([], *[[own] for own in media])
+        for parts in ([], *[[media_part] for media_part in media])
     ]
-    bodies = (kinds[place % len(kinds)] for place in range(number))
+    bodies = (kinds[index % len(kinds)] for index in range(number))
     flood = Flood()
 
     async def all_of_them() -> None:
@@ -100,7 +100,9 @@ def test_a_flood_is_refused_and_the_server_goes_on(run: Path, files: Files, numb
         body = {"model": NAME, "messages": user("what?"), "max_tokens": 8}
         assert httpx.post(f"{running.url}/chat/completions", json=body).status_code == 200
         assert time.monotonic() - start < 2
-        assert set(flood.seconds) == {200, 429}, {status: len(own) for status, own in flood.seconds.items()}
+        assert set(flood.seconds) == {200, 429}, {
+            status: len(seconds_of_status) for status, seconds_of_status in flood.seconds.items()
+        }
         assert sum(map(len, flood.seconds.values())) == number
         assert len(flood.seconds[200]) >= 48
         assert grown < 300 * 2**20

@@ -227,7 +227,7 @@ def test_what_a_client_that_leaves_has_asked_for_ends_within_a_second(guarded: R
             while gauges(guarded)["mllm_running_answers"] < 8 and time.monotonic() < deadline:
                 time.sleep(0.01)
         start = time.monotonic()
-        while (found := gauges(guarded))["mllm_running_answers"] + found["mllm_open_requests"] > 0:
+        while (counts := gauges(guarded))["mllm_running_answers"] + counts["mllm_open_requests"] > 0:
             assert time.monotonic() - start < 1
             time.sleep(0.02)
     is_well(guarded)
@@ -275,18 +275,18 @@ def mutated(body: Any, rng: random.Random) -> Any:
         key = rng.choice(list(body))
         kind = rng.random()
         if kind < 0.1:
-            return {own: value for own, value in body.items() if own != key}
+            return {other: value for other, value in body.items() if other != key}
         if kind < 0.2:
             return {**body, rng.choice(["", "a", key.upper(), f"{key} ", "__class__"]): rng.choice(odd)}
         return {**body, key: mutated(body[key], rng)}
     if isinstance(body, list) and body and rng.random() < 0.85:
-        place = rng.randrange(len(body))
+        index = rng.randrange(len(body))
         if rng.random() < 0.1:
             return body * rng.choice([0, 2, 40])
-        return [mutated(own, rng) if number == place else own for number, own in enumerate(body)]
+        return [mutated(item, rng) if number == index else item for number, item in enumerate(body)]
     if isinstance(body, str) and len(body) > 40 and rng.random() < 0.7:
-        place = rng.randrange(len(body))
-        return body[:place] + rng.choice(["", "\n", "%", "é", "AAAA", ";", ","]) + body[place + rng.randrange(9) :]
+        index = rng.randrange(len(body))
+        return body[:index] + rng.choice(["", "\n", "%", "é", "AAAA", ";", ","]) + body[index + rng.randrange(9) :]
     return rng.choice(odd)
 
 
@@ -300,8 +300,8 @@ def malformed(number: int, files: Files) -> bytes:
         body = mutated(body, rng)
     content = json.dumps(body, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     if rng.random() < 0.3:
-        place = rng.randrange(len(content) + 1)
-        content = content[:place] + rng.randbytes(rng.randrange(4)) + content[place + rng.randrange(20) :]
+        index = rng.randrange(len(content) + 1)
+        content = content[:index] + rng.randbytes(rng.randrange(4)) + content[index + rng.randrange(20) :]
     return content
 
 
@@ -373,14 +373,14 @@ def tricks(port: int, file: Path) -> list[str]:
             "[::1]%25",
         ),
     ]
-    found = [f"http://{host}:{port}/a.png" for host in hosts]
-    found += [f"{scheme}127.0.0.1:{port}/a.png" for scheme in (
+    urls = [f"http://{host}:{port}/a.png" for host in hosts]
+    urls += [f"{scheme}127.0.0.1:{port}/a.png" for scheme in (
         "HTTP://", "http:/", "http:", "http:\\\\", "http:///", " http://", "\thttp://", "ht\ntp://", "//", "\\\\", "https://",
         "ftp://", "gopher://", "dict://", "ws://", "tcp://", "ldap://", "jar:http://", "view-source:http://", "blob:http://",
         "http+unix://", "concat:http://", "hls+http://", "subfile,,start,0,end,9,,:http://", "url:http://", "feed://",
     )]  # fmt: skip
     path = str(file)
-    found += [
+    urls += [
         f"file://{path}",
         f"file:{path}",
         f"FILE://{path}",
@@ -389,36 +389,36 @@ def tricks(port: int, file: Path) -> list[str]:
         f"..{path}",
         f"~{path}",
     ]
-    found += [
+    urls += [
         f"file:///{'..%2f' * 12}{path[1:]}",
         f"file:///{'../' * 12}{path[1:]}",
         "file:///proc/self/environ",
         "file:///etc/passwd",
         "file:///dev/zero",
     ]
-    found += [
+    urls += [
         "/dev/stdin",
         "C:\\a.png",
         "data:text/uri-list;base64,aHR0cDovLzEyNy4wLjAuMQ==",
         f"data:image/png;http://127.0.0.1:{port}/,",
     ]
-    return found
+    return urls
 
 
 @pytest.fixture
 def canary() -> Iterator[Canary]:
-    own = Canary()
-    yield own
-    own.close()
+    listener = Canary()
+    yield listener
+    listener.close()
 
 
 def sent_tricks(running: Running, canary: Canary, folder: Path) -> None:
     """Every trick is refused as the client's mistake, and nobody comes by the canary."""
     secret = folder / "secret.png"
     secret.write_bytes(b"\x89PNG\r\n\x1a\n" + b"secret" * 9)
-    found = tricks(canary.port, secret)
-    assert len(found) >= 80
-    for number, url in enumerate(found):
+    urls = tricks(canary.port, secret)
+    assert len(urls) >= 80
+    for number, url in enumerate(urls):
         medium = ("image", "audio", "video")[number % 3]
         medium = "image" if url.startswith("data:") else medium
         answer = post(running, body_of({"type": f"{medium}_url", f"{medium}_url": {"url": url}}, "what?"))
