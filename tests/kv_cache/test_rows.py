@@ -1,4 +1,4 @@
-"""Rows are taken out of a batch's cache and put together again without a change, and grouped so that little is padded."""
+"""Rows are taken out of a batch and put together again unchanged, and are grouped so that little is padded."""
 
 import itertools
 import random
