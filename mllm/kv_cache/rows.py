@@ -27,7 +27,7 @@ class RowCache:
     @property
     def num_tokens(self) -> int:
         """L: tokens of the row that have been read."""
-        return self.layers[0][0].shape[1]
+        return self.layers[0][0].shape[1] if self.layers else 0
 
 
 def row_of(cache: DynamicCache, number: int, *, num_padding: int, num_tokens: int) -> RowCache:
@@ -49,12 +49,13 @@ def stack_rows(rows: Sequence[RowCache]) -> DynamicCache:
     Its layers have room for new tokens, which are then written in place (see `mllm.kv_cache.beam`).
     """
     longest = max(row.num_tokens for row in rows)
+    template = max(rows, key=lambda row: row.num_tokens).layers  # a row of which nothing was read has no layers
     cache = DynamicCache()
-    for number, (keys, values) in enumerate(rows[0].layers):
+    for number, (keys, values) in enumerate(template):
         # Padding is zero and not merely reserved: attention multiplies it by a weight of 0, which a NaN would survive.
         stacked = [states.new_zeros(len(rows), states.shape[0], longest, states.shape[2]) for states in (keys, values)]
         for index, row in enumerate(rows):
-            for batch, states in zip(stacked, row.layers[number], strict=True):
+            for batch, states in zip(stacked, row.layers[number] if row.layers else (), strict=bool(row.layers)):
                 batch[index, :, longest - row.num_tokens :] = states
         cache.update(stacked[0], stacked[1], number)
     return spread(cache, 1)

@@ -39,6 +39,14 @@ def test_rows_of_two_batches_are_one_batch() -> None:
         assert not layer.keys[0, :, :4].any()
 
 
+def test_a_row_of_one_token_has_nothing_before_it() -> None:
+    unread = row_of(DynamicCache(), 0, num_padding=0, num_tokens=0)
+    stacked = stack_rows([unread, row_of(cache_of(1, 3, seed=4), 0, num_padding=0, num_tokens=3)])
+    assert unread.num_tokens == 0
+    assert not stacked.layers[0].keys[0].any()
+    assert stack_rows([unread, unread]).get_seq_length() == 0
+
+
 def test_what_is_written_behind_a_batch_is_part_of_its_rows() -> None:
     stacked = stack_rows([row_of(cache_of(1, size, seed=size), 0, num_padding=0, num_tokens=size) for size in (2, 5)])
     new = torch.ones(2, NUM_HEADS, 1, HEAD_SIZE)
