@@ -23,12 +23,12 @@ def tokens(body: dict[str, Any], *media: tuple[str, dict[str, Any]], default: st
     fields = Fields(body)
     wishes = read_body_wishes(fields)
     fields.done()
-    beside = []
+    wishes_of_media = []
     for number, (medium, beside) in enumerate(media):
         part = Fields(beside, f"part[{number}]")
-        beside.append((medium, read_part_wishes(medium, [part])))
+        wishes_of_media.append((medium, read_part_wishes(medium, [part])))
         part.done()
-    resolved = policy.resolve(beside, wishes)
+    resolved = policy.resolve(wishes_of_media, wishes)
     return [count.tokens for count in policy.counts([EXTENTS[medium] for medium, _ in media], resolved)]
 
 
