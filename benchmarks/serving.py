@@ -1,16 +1,18 @@
 """Requests to a server: ours beside one that answers one request at a time, as the released demos do.
 
     python benchmarks/serving.py [--repeats 2] [--threads 1] [--requests 64] [--clients 1 8 32] [--ragged 0]
+        [--questions 1]
 
 Both are processes of their own on loopback, on the same HTTP library, with the same model: the demo's frozen encoders
 and LLM with an untrained compressor, which computes the same. The other server holds a lock and calls `Answerer.answer`
 for each request, which streams its answer: no batches, no cache, decoding in the same process. Each turn sends the same
-requests, a quarter each about an image, a sound, lips, and sound with lips, at mixed budgets, all media different; the
-servers take turns, and ours forgets no media between turns, so that every turn has media of its own.
+requests, a quarter each about an image, audio, video of lips, and audio with video, at mixed budgets; the servers take
+turns, and ours forgets no media between turns, so that every turn has media of its own. With --questions 8 eight
+questions follow each other about the same media, of which ours encodes each once; else all media differ.
 
-Answers have 6 tokens, or with --ragged 1 from 8 to 105. Answers of both are compared, and any difference stops the
-benchmark. Shown are requests per second, CPU seconds of the server's processes per request, and the seconds to the
-first piece and to the end of an answer (p50, p99).
+Answers have 6 tokens, or with --ragged 1 from 8 to 105. Token ids of both are compared, and any difference stops the
+benchmark before it shows a figure. Shown are requests per second, CPU seconds of the server's processes per request,
+and the seconds to the first piece and to the end of an answer (p50, p99).
 """
 
 import argparse
@@ -51,22 +53,34 @@ BUDGETS = {
     "video": ("video=/2", "video=/5"),
 }
 SHORT_TOKENS, RAGGED_TOKENS = 6, (8, 105)
+QUESTIONS = (
+    "what is it?",
+    "which colour is it?",
+    "how large is it?",
+    "what is said?",
+    "who speaks?",
+    "is it loud?",
+    "where is it?",
+    "what comes last?",
+)
 TICKS = os.sysconf("SC_CLK_TCK")
 ONE_AT_A_TIME = "--one-at-a-time"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request: its body, and nothing of how it is sent."""
+class Answered:
+    """The answer to one request: its token ids, and seconds to its first piece and to its end."""
 
-    body: dict[str, Any]
+    ids: list[int]
+    first: float
+    total: float
 
 
 @dataclass
-class Sent:
-    """What became of some requests: texts, seconds to the first piece and to the end, and what they took together."""
+class Turn:
+    """What became of some requests: ids, seconds to the first piece and to the end, and what they took together."""
 
-    texts: list[str]
+    ids: list[list[int]]
     firsts: list[float]
     totals: list[float]
     wall_seconds: float
@@ -80,7 +94,7 @@ class Way:
     name: str
     url: str
     process: subprocess.Popen[str]
-    turns: dict[int, list[Sent]] = field(default_factory=dict)
+    turns: dict[int, list[Turn]] = field(default_factory=dict)
 
 
 def write_model(folder: Path) -> Path:
@@ -100,7 +114,7 @@ def write_model(folder: Path) -> Path:
 
 
 def media_of(kind: Sequence[str], rng: np.random.Generator, folder: Path) -> dict[str, bytes]:
-    """Files of noise: 1 to 2 seconds of sound and of lips, or an image of 64 x 64."""
+    """Make files of noise: 1 to 2 seconds of audio and of lips, or an image of 64 x 64."""
     from mllm.media import write_audio, write_video
 
     seconds = int(rng.integers(25, 50)) / 25
@@ -117,52 +131,57 @@ def media_of(kind: Sequence[str], rng: np.random.Generator, folder: Path) -> dic
     return made
 
 
-def requests_of(number: int, seed: int, folder: Path, *, ragged: bool) -> list[Asked]:
-    """Requests whose media nobody has seen before."""
+def requests_of(number: int, seed: int, folder: Path, *, ragged: bool, questions: int = 1) -> list[dict[str, Any]]:
+    """Make the bodies of requests about media that nobody has seen before, with so many questions about each."""
     rng, choice = np.random.default_rng(seed), random.Random(seed)
     types = {"image": "image/png", "audio": "audio/wav", "video": "video/mp4"}
-    found = []
-    for place in range(number):
-        media = media_of(KINDS[place % len(KINDS)], rng, folder)
+    bodies: list[dict[str, Any]] = []
+    media: dict[str, bytes] = {}
+    for index in range(number):
+        if index % questions == 0:
+            media = media_of(KINDS[index // questions % len(KINDS)], rng, folder)
         parts: list[dict[str, Any]] = [
-            {"type": f"{m}_url", f"{m}_url": {"url": f"data:{types[m]};base64,{base64.b64encode(own).decode()}"}}
-            for m, own in media.items()
+            {"type": f"{m}_url", f"{m}_url": {"url": f"data:{types[m]};base64,{base64.b64encode(content).decode()}"}}
+            for m, content in media.items()
         ]
-        body = {
-            "model": "model",
-            "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}],
-            "budget": ",".join(choice.choice(BUDGETS[medium]) for medium in media),
-            "max_tokens": choice.randint(*RAGGED_TOKENS) if ragged else SHORT_TOKENS,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        found.append(Asked(body))
-    return found
+        text = {"type": "text", "text": QUESTIONS[index % questions % len(QUESTIONS)]}
+        bodies.append(
+            {
+                "model": "model",
+                "messages": [{"role": "user", "content": [*parts, text]}],
+                "budget": ",".join(choice.choice(BUDGETS[medium]) for medium in media),
+                "max_tokens": choice.randint(*RAGGED_TOKENS) if ragged else SHORT_TOKENS,
+                "stream": True,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
+        )
+    return bodies
 
 
 @contextlib.contextmanager
 def started(command: list[str], threads: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server process and its address."""
+    """Start a server process, and give its address."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        said = []
+        lines = []
         for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"at (http://\S+)/v1", line):
+            lines.append(line)
+            if address := re.search(r"at (http://\S+)/v1", line):
                 break
         else:
-            raise SystemExit("".join(said))
+            raise SystemExit("".join(lines))
         threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
-        yield found[1], process
+        yield address[1], process
     finally:
         process.terminate()
         process.wait()
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process and of those it has started."""
+    """Add up the CPU seconds of a process and of those it has started."""
     total = 0.0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -173,103 +192,104 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
-async def send(client: Any, url: str, asked: Asked) -> tuple[str, float, float]:
-    """One request; its text, and the seconds to the first piece and to the end."""
-    start, first, pieces = time.perf_counter(), 0.0, []
-    async with client.stream("POST", f"{url}/v1/chat/completions", json=asked.body) as answer:
+async def send(client: Any, url: str, body: dict[str, Any]) -> Answered:
+    """Send one request."""
+    start, first = time.perf_counter(), 0.0
+    ids: list[int] = []
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             raise SystemExit((await answer.aread()).decode())
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
-            piece = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
-            if piece:
-                first = first or time.perf_counter() - start
-                pieces.append(piece)
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                if choice["delta"].get("content"):
+                    first = first or time.perf_counter() - start
+                ids = choice.get("token_ids", ids)
     total = time.perf_counter() - start
-    return "".join(pieces).strip(), first or total, total
+    return Answered(ids, first or total, total)
 
 
-async def send_all(url: str, requests: Sequence[Asked], clients: int) -> list[tuple[str, float, float]]:
-    """All requests, each client one after the other."""
+async def send_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answered]:
+    """Send all requests, each client one after the other."""
     import httpx
 
-    found: list[Any] = [None] * len(requests)
-    waiting = iter(range(len(requests)))
+    answers: dict[int, Answered] = {}
+    waiting = iter(range(len(bodies)))
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
 
         async def one_client() -> None:
-            for place in waiting:
-                found[place] = await send(client, url, requests[place])
+            for index in waiting:
+                answers[index] = await send(client, url, bodies[index])
 
         await asyncio.gather(*(one_client() for _ in range(clients)))
-    return found
+    return [answers[index] for index in range(len(bodies))]
 
 
-def turn(way: Way, requests: Sequence[Asked], clients: int) -> Sent:
+def turn_of(way: Way, bodies: Sequence[dict[str, Any]], clients: int) -> Turn:
     """Send requests to a server, and measure it."""
     cpu, wall = cpu_seconds(way.process.pid), time.perf_counter()
-    found = asyncio.run(send_all(way.url, requests, clients))
+    answers = asyncio.run(send_all(way.url, bodies, clients))
     wall, cpu = time.perf_counter() - wall, cpu_seconds(way.process.pid) - cpu
-    texts, firsts, totals = zip(*found, strict=True)
-    return Sent(list(texts), list(firsts), list(totals), wall, cpu)
+    firsts, totals = [answer.first for answer in answers], [answer.total for answer in answers]
+    return Turn([answer.ids for answer in answers], firsts, totals, wall, cpu)
 
 
-def compare(given: argparse.Namespace, folder: Path) -> tuple[Table, list[Outcome]]:
-    """Both servers in turns, for every number of clients."""
+def compare(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[Outcome]]:
+    """Measure both servers in turns, for every number of clients."""
     model = str(write_model(folder))
-    ours = [sys.executable, "-m", "mllm", "serve", "--model", model, "--port", "0", "--use_cpu"]
-    ours += ["--measure_budgets", "false", "--threads", str(given.threads)]
-    other = [sys.executable, __file__, ONE_AT_A_TIME, model]
-    with started(other, given.threads) as one, started(ours, given.threads) as many:
+    server = [sys.executable, "-m", "mllm", "serve", "--model", model, "--port", "0", "--use_cpu"]
+    server += ["--measure_budgets", "false", "--threads", str(arguments.threads)]
+    peer = [sys.executable, __file__, ONE_AT_A_TIME, model]
+    with started(peer, arguments.threads) as one, started(server, arguments.threads) as many:
         ways = [Way("one at a time", *one), Way("mllm serve", *many)]
         seed = 0
-        for number in range(given.repeats + 1):
-            for clients in given.clients:
+        for number in range(arguments.repeats + 1):
+            for clients in arguments.clients:
                 seed += 1
-                requests = requests_of(given.requests, seed, folder, ragged=bool(given.ragged))
+                ragged, questions = bool(arguments.ragged), arguments.questions
+                bodies = requests_of(arguments.requests, seed, folder, ragged=ragged, questions=questions)
                 for way in ways[:: 1 if number % 2 else -1]:
-                    sent = turn(way, requests, clients)
-                    way.turns.setdefault(clients, []).append(sent)
-                last = [way.turns[clients][-1].texts for way in ways]
-                if last[0] != last[1]:
+                    way.turns.setdefault(clients, []).append(turn_of(way, bodies, clients))
+                last = [way.turns[clients][-1].ids for way in ways]
+                if last[0] != last[1] or not all(last[0]):
                     differing = sum(a != b for a, b in zip(*last, strict=True))
                     raise SystemExit(f"{differing} of {len(last[0])} answers differ at {clients} clients")
     for way in ways:
         way.turns = {clients: turns[1:] for clients, turns in way.turns.items()}  # the first warms up
-    return table_of(ways, given), [outcome_of(ways, clients, given) for clients in given.clients]
+    return table_of(ways, arguments), [outcome_of(ways, clients, arguments) for clients in arguments.clients]
 
 
-def outcome_of(ways: Sequence[Way], clients: int, given: argparse.Namespace) -> Outcome:
-    """CPU seconds per request of both."""
-    one, many = ([sent.cpu_seconds / given.requests for sent in way.turns[clients]] for way in ways)
-    answers = "ragged answers" if given.ragged else "short answers"
+def outcome_of(ways: Sequence[Way], clients: int, arguments: argparse.Namespace) -> Outcome:
+    """Compare the CPU seconds per request of both."""
+    one, many = ([turn.cpu_seconds / arguments.requests for turn in way.turns[clients]] for way in ways)
+    answers = "ragged answers" if arguments.ragged else "short answers"
+    about = "new media" if arguments.questions == 1 else f"{arguments.questions} questions per medium"
     return timed(
-        f"requests per CPU second at {clients} clients, {answers}",
-        "one request at a time",
+        f"requests per CPU second at {clients} clients, {answers}, {about}",
+        "one request at a time, an Answerer for each",
         one,
         many,
-        check="texts equal",
-        goal=GOAL if clients == GOAL_CLIENTS and not given.ragged else None,
+        check="ids equal",
+        goal=GOAL if clients == GOAL_CLIENTS else None,
     )
 
 
-def table_of(ways: Sequence[Way], given: argparse.Namespace) -> Table:
-    """What every server did at every number of clients."""
-    table = Table(title=f"{given.requests} requests a turn, medians of {given.repeats} turns: milliseconds")
+def table_of(ways: Sequence[Way], arguments: argparse.Namespace) -> Table:
+    """Tabulate what every server did at every number of clients."""
+    table = Table(title=f"{arguments.requests} requests a turn, medians of {arguments.repeats} turns: milliseconds")
     for column in ("server", "clients", "requests/s", "CPU ms", "first p50", "first p99", "total p50", "total p99"):
         table.add_column(column, justify="left" if column == "server" else "right")
-    for clients in given.clients:
+    for clients in arguments.clients:
         for way in ways:
             turns = way.turns[clients]
             cells = [
-                f"{statistics.median(given.requests / sent.wall_seconds for sent in turns):.1f}",
-                f"{1000 * statistics.median(sent.cpu_seconds / given.requests for sent in turns):.1f}",
+                f"{statistics.median(arguments.requests / turn.wall_seconds for turn in turns):.1f}",
+                f"{1000 * statistics.median(turn.cpu_seconds / arguments.requests for turn in turns):.1f}",
             ]
             for values in (
-                [own for sent in turns for own in sent.firsts],
-                [own for sent in turns for own in sent.totals],
+                [seconds for turn in turns for seconds in turn.firsts],
+                [seconds for turn in turns for seconds in turn.totals],
             ):
                 marks = statistics.quantiles(values, n=100)
                 cells += [f"{1000 * marks[49]:.0f}", f"{1000 * marks[98]:.0f}"]
@@ -290,7 +310,7 @@ def serve_one_at_a_time(folder: str) -> None:
     from mllm.inference.answerer import Answerer, Decoding
 
     model, processor = load(folder, device="cpu")
-    app, lock = FastAPI(), threading.Lock()
+    app, lock, decode = FastAPI(), threading.Lock(), processor.batch_decode
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> StreamingResponse:
@@ -304,10 +324,13 @@ def serve_one_at_a_time(folder: str) -> None:
         }
         text = next(part["text"] for part in parts if part["type"] == "text")
         pieces: queue.Queue[str | None] = queue.Queue()
+        ids: list[list[int]] = []
         answerer = Answerer(model, processor, Decoding(max_new_tokens=body["max_tokens"], ignores_end=True))
 
         def answer() -> None:
             with lock:
+                # An answer tells no ids: they are taken where they are turned to text.
+                processor.batch_decode = lambda rows, **how: (ids.extend(rows), decode(rows, **how))[1]
                 model.generation_config.eos_token_id = None  # `generate` asks it where it is told of no end
                 answerer.answer(text, **media, budget=body["budget"], on_text=pieces.put)
             pieces.put(None)
@@ -315,6 +338,7 @@ def serve_one_at_a_time(folder: str) -> None:
         threading.Thread(target=answer).start()
         while (piece := pieces.get()) is not None:
             yield f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n".encode()
+        yield f"data: {json.dumps({'choices': [{'delta': {}, 'token_ids': ids[0]}]})}\n\n".encode()
 
     listener = socket.create_server(("127.0.0.1", 0))
     sys.stderr.write(f"serving at http://127.0.0.1:{listener.getsockname()[1]}/v1\n")
@@ -323,11 +347,11 @@ def serve_one_at_a_time(folder: str) -> None:
 
 
 def main() -> None:
-    given = options(__doc__, 2, requests=64, clients=[1, 8, 32], ragged=0)
+    arguments = options(__doc__, 2, requests=64, clients=[1, 8, 32], ragged=0, questions=1)
     with tempfile.TemporaryDirectory() as folder:
-        table, outcomes = compare(given, Path(folder))
+        table, outcomes = compare(arguments, Path(folder))
     Console(width=140).print(table)
-    append(outcomes, given.results)
+    append(outcomes, arguments.results)
 
 
 if __name__ == "__main__":

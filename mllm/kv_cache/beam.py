@@ -143,7 +143,6 @@ def prefill(
     attention_mask: Tensor,
     *,
     inputs_embeds: Tensor | None = None,
-    copies: int,
     past: DynamicCache | None = None,
     **row_inputs: Tensor | None,
 ) -> DynamicCache:
@@ -156,14 +155,14 @@ def prefill(
         row_inputs: (B,) what else the model takes per row.
 
     Returns:
-        A cache of S - 1 positions for B * C rows.
+        A cache of S - 1 positions for B rows.
     """
     positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     prompt = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     cache = DynamicCache(config=model.config) if past is None else past
     unread = slice(cache.get_seq_length(), -1)
     if input_ids[:, unread].shape[1] == 0:
-        return spread(cache, copies)
+        return cache
     model(
         **{key: value[:, unread] for key, value in prompt.items()},
         attention_mask=attention_mask[:, :-1],
@@ -173,4 +172,4 @@ def prefill(
         **cache_argument(cache),
         **row_inputs,
     )
-    return spread(cache, copies)
+    return cache

@@ -5,13 +5,14 @@ Knows prompts, caches and what rows have in common. Does not know how a forward 
 Shapes: B rows, G groups of rows, C new tokens.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
-from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once
+from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once, spread
 from mllm.kv_cache.names import cache_argument
 from mllm.kv_cache.shared_prefix import Prefixes
 from mllm.model.configuration import ElasticConfig
@@ -62,8 +63,40 @@ class ElasticGenerationMixin(GenerationMixin):
         Raises:
             ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
         """
+        prompts = self._begin_prompts(kwargs.pop("input_ids", inputs), kwargs)
+        past = prompts.past
+        if reads_prompt_once(prompts.input_ids, kwargs, self.generation_config):
+            past = self._read_rest(prompts, kwargs)
+            past = spread(past, num_copies(kwargs, self.generation_config))
+        if past is not None:
+            kwargs |= cache_argument(past)
+            if prompts.is_soft is not None and not prompts.is_soft[:, past.get_seq_length() :].any():
+                del kwargs["inputs_embeds"]  # what is left of the prompts is text; B * C embeddings need not be made
+        parent: Any = super()
+        return parent.generate(prompts.input_ids, **kwargs)
+
+    @torch.no_grad()
+    def read_prompts(self, **kwargs: Any) -> DynamicCache:
+        """Reads all prompts but their last token, from which `generate` can go on.
+
+        Takes what `generate` takes of prompts and media: `input_ids` (B, S) padded on the left, `attention_mask`,
+        media arguments, `features`, shared beginnings and a constant prompt.
+
+        Returns:
+            A cache of S - 1 positions for B rows. Its layers keep everything, also those of a sliding window.
+
+        Raises:
+            ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
+        """
+        prompts = self._begin_prompts(kwargs.pop("input_ids"), kwargs)
+        return self._read_rest(replace(prompts, past=DynamicCache() if prompts.past is None else prompts.past), kwargs)
+
+    def _begin_prompts(self, input_ids: Any, kwargs: dict[str, Any]) -> "_Prompts":
+        """Encodes the media of prompts and reads what rows share; takes the arguments about both out of `kwargs`.
+
+        `inputs_embeds` are put into `kwargs` where the ids do not say it all.
+        """
         media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
-        input_ids = kwargs.pop("input_ids", inputs)
         constant = kwargs.pop("constant_prompt", None)
         features = kwargs.pop("features", None)
         prefixes = _prefixes_of(kwargs, self.generation_config)
@@ -80,30 +113,44 @@ class ElasticGenerationMixin(GenerationMixin):
             # penalty for repetition) must not look for one; like a soft token it is there as an embedding alone.
             is_soft = is_soft | (input_ids >= self.config.get_text_config().vocab_size)
             input_ids = input_ids.masked_fill(is_soft, self.generation_config.pad_token_id or 0)
-        row_inputs = {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
         past = None
         if prefixes is not None:
-            past = prefixes.read(self, kwargs["inputs_embeds"], constant=constant, **row_inputs)
+            past = prefixes.read(self, kwargs["inputs_embeds"], constant=constant, **_row_inputs(kwargs))
             text_embeds = self.model.embed_text(text_ids)
             kwargs["inputs_embeds"] = prefixes.on_rows(kwargs["inputs_embeds"], text_embeds)
         elif constant is not None:
-            past = constant.on_rows(self, kwargs["attention_mask"], **row_inputs)
-        if reads_prompt_once(input_ids, kwargs, self.generation_config):
-            past = prefill(
-                self,
-                input_ids,
-                kwargs["attention_mask"],
-                inputs_embeds=kwargs.get("inputs_embeds"),
-                copies=num_copies(kwargs, self.generation_config),
-                past=past,
-                **row_inputs,
-            )
-        if past is not None:
-            kwargs |= cache_argument(past)
-            if is_soft is not None and not is_soft[:, past.get_seq_length() :].any():
-                del kwargs["inputs_embeds"]  # what is left of the prompts is text; B * C embeddings need not be made
-        parent: Any = super()
-        return parent.generate(input_ids, **kwargs)
+            past = constant.on_rows(self, kwargs["attention_mask"], **_row_inputs(kwargs))
+        return _Prompts(input_ids, is_soft, past)
+
+    def _read_rest(self, prompts: "_Prompts", kwargs: dict[str, Any]) -> DynamicCache:
+        return prefill(
+            self,
+            prompts.input_ids,
+            kwargs["attention_mask"],
+            inputs_embeds=kwargs.get("inputs_embeds"),
+            past=prompts.past,
+            **_row_inputs(kwargs),
+        )
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts whose media have been encoded.
+
+    Args:
+        input_ids: (B, S), with no id that the logits have no place for.
+        is_soft: (B, S) where an embedding stands for no such id; None where all are ids.
+        past: what has been read of the prompts already.
+    """
+
+    input_ids: Tensor
+    is_soft: Tensor | None
+    past: DynamicCache | None
+
+
+def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+    """What the model takes per row beside its prompt."""
+    return {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
 
 
 def _prefixes_of(options: dict[str, Any], generation_config: Any) -> Prefixes | None:

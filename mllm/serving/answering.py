@@ -1,15 +1,16 @@
-"""One answer while it is being written: its tokens, its text as far as it is settled, and why it ended.
+"""Keeps one answer while it is written: its tokens, its text as far as it is settled, and why it ended.
 
 Knows ids, a tokenizer and rules for ending. Does not know models, batches or HTTP.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mllm.kv_cache.rows import RowCache
 from mllm.serving.preparation import PromptRow
 
 Ending = Literal["stop", "length", "repetition", "cancelled", "failed"]
@@ -20,7 +21,7 @@ _UNFINISHED = "�"
 
 @dataclass(frozen=True)
 class AnswerRules:
-    """How one answer is chosen and when it ends.
+    """Says how one answer is chosen and when it ends.
 
     Args:
         max_new_tokens: it ends there at the latest.
@@ -42,14 +43,34 @@ class AnswerRules:
     repetition_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class ReadPrompt:
+    """Holds what the LLM has read of an answer's prompt and of its tokens: all but the last one.
+
+    Args:
+        next_token: the one that it reads next.
+        expert_ids: of its adapter, by the name of the argument.
+    """
+
+    past: RowCache
+    next_token: int
+    expert_ids: Mapping[str, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens of the prompt and of the answer so far."""
+        return self.past.num_tokens + 1
+
+
 @dataclass(eq=False)
 class AnswerRun:
-    """An answer while it is written. Only the thread that owns the model changes it; the client may cancel it.
+    """Holds an answer while it is written. Only the thread that owns the model changes it; the client may cancel it.
 
     Args:
         prompt: what is answered.
         on_text: called with each piece of text that is settled, where the rules need text.
         on_end: called once, when the answer has ended.
+        read: what the LLM has read of it, between two batches.
     """
 
     prompt: PromptRow
@@ -62,6 +83,7 @@ class AnswerRun:
     stop_text: str | None = None
     is_cancelled: bool = False
     on_first_token: Callable[[], None] = lambda: None
+    read: ReadPrompt | None = None
     _sent: int = 0
     _generator: torch.Generator | None = None
 
@@ -73,7 +95,7 @@ class AnswerRun:
         self.ids.append(token)
         if len(self.ids) == 1:
             self.on_first_token()
-        if (token in ends and not self.rules.ignores_end) or self._found_stop(decode):
+        if (token in ends and not self.rules.ignores_end) or self._sees_stop(decode):
             self.end("stop", decode)
         elif len(self.ids) >= self.rules.max_new_tokens:
             self.end("length", decode)
@@ -88,13 +110,13 @@ class AnswerRun:
             return
         if self.stop_text is None:
             self.text = decode(self.ids).strip()
-        self.ending = ending
+        self.ending, self.read = ending, None
         if self.rules.needs_text and ending not in ("cancelled", "failed"):
             self._send(self.text, is_whole=True)
         self.on_end()
 
     def noise(self, size: int) -> Tensor:
-        """Gumbel noise (size,), from a generator of this answer alone: adding it to logits and taking the best draws.
+        """Make Gumbel noise (size,) from a generator of this answer alone; added to logits, the best token is a sample.
 
         So what is drawn depends on nobody else in the batch, and a pause changes nothing.
         """
@@ -103,16 +125,16 @@ class AnswerRun:
         uniform = torch.rand(size, generator=self._generator, dtype=torch.float64)
         return -(-uniform.log()).log().float()
 
-    def _found_stop(self, decode: Callable[[Sequence[int]], str]) -> bool:
+    def _sees_stop(self, decode: Callable[[Sequence[int]], str]) -> bool:
         """Decode what is there where it is needed, and look for a text that ends the answer."""
         if not (self.rules.needs_text or self.rules.stop):
             return False
         self.text = decode(self.ids).lstrip()
-        found = [(self.text.find(stop), stop) for stop in self.rules.stop if stop in self.text]
-        if not found:
+        matches = [(self.text.find(stop), stop) for stop in self.rules.stop if stop in self.text]
+        if not matches:
             return False
-        place, self.stop_text = min(found)
-        self.text = self.text[:place].strip()
+        start, self.stop_text = min(matches)
+        self.text = self.text[:start].strip()
         return True
 
     def _send(self, settled: str, *, is_whole: bool = False) -> None:
@@ -126,12 +148,12 @@ class AnswerRun:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text begin another, blanks between them not counted as an end."""
+    """Count how many characters at the end of a text begin another, blanks between them not counted as an end."""
     return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def repeats(ids: Sequence[int], num_tokens: int) -> bool:
-    """Whether the last tokens are one stretch of at most 32 tokens again and again, at least twice."""
+    """Tell whether the last tokens are one stretch of at most 32 tokens again and again, at least twice."""
     if num_tokens == 0 or len(ids) < num_tokens:
         return False
     last = ids[-num_tokens:]
@@ -143,5 +165,5 @@ def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Make what turns ids to text, with a tokenizer of its own: another thread switches that of the processor."""
     import copy
 
-    own = copy.deepcopy(tokenizer)
-    return lambda ids: own.decode(list(ids), skip_special_tokens=True)
+    copied = copy.deepcopy(tokenizer)
+    return lambda ids: copied.decode(list(ids), skip_special_tokens=True)

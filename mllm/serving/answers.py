@@ -1,4 +1,4 @@
-"""What clients are sent: answers, streams and transcripts in the forms of OpenAI's API.
+"""Writes what clients are sent: answers, streams and transcripts in the forms of OpenAI's API.
 
 Knows keys of JSON. Does not know requests, models or HTTP.
 """
@@ -16,34 +16,34 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(values: dict[str, Any]) -> bytes:
-    """One event of a stream."""
+    """Write one event of a stream."""
     return f"data: {json.dumps(values, ensure_ascii=False)}\n\n".encode()
 
 
 def usage_of(used: Usage) -> dict[str, Any]:
-    """The `usage` of an answer: OpenAI's counts, with the soft tokens and the budget that was served.
+    """Return the `usage` of an answer: OpenAI's counts, with the soft tokens and the budget that was served.
 
     `budget` is null where items of one medium were served at different ones; `media` says it of each.
     """
-    soft = {m: sum(own.tokens for own in used.media if own.medium == m) for m in MEDIA}
-    held = {own.medium for own in used.media}
+    soft = {m: sum(item.tokens for item in used.media if item.medium == m) for m in MEDIA}
+    held = {item.medium for item in used.media}
     return {
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.prompt_tokens + used.completion_tokens,
         "prompt_tokens_details": {f"{medium}_tokens": soft[medium] for medium in MEDIA if medium in held},
         "budget": used.budget,
-        "is_trained": all(own.is_trained for own in used.media),
+        "is_trained": all(item.is_trained for item in used.media),
         "media": [
-            {"type": own.medium, "tokens": own.tokens, "budget": own.budget, "is_trained": own.is_trained}
-            for own in used.media
+            {"type": item.medium, "tokens": item.tokens, "budget": item.budget, "is_trained": item.is_trained}
+            for item in used.media
         ],
         "known_media": used.known_media,
     }
 
 
 def finish_of(choice: Choice) -> dict[str, Any]:
-    """Why an answer ended: OpenAI's reason, and what stopped it where that says more."""
+    """Tell why an answer ended: OpenAI's reason, and what stopped it where that says more."""
     reason = "stop" if choice.ending == "stop" else "length"
     detail = choice.stop_text if choice.ending == "stop" else "repetition" if choice.ending == "repetition" else None
     return {"finish_reason": reason, "stop_reason": detail}
@@ -51,7 +51,7 @@ def finish_of(choice: Choice) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """The answer to one chat request, whole or in pieces.
+    """Holds the answer to one chat request, whole or in pieces.
 
     Args:
         model: the name it is served under.
@@ -66,7 +66,7 @@ class ChatAnswer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def whole(self, choices: list[Choice], used: Usage) -> dict[str, Any]:
-        """All answers at once."""
+        """Return all answers at once."""
         return self._head("chat.completion") | {
             "choices": [
                 {
@@ -82,31 +82,31 @@ class ChatAnswer:
         }
 
     def opening(self, number: int) -> dict[str, Any]:
-        """The first event of an answer."""
+        """Return the first event of an answer."""
         return self._chunk(number, {"role": "assistant", "content": ""})
 
     def piece(self, number: int, text: str) -> dict[str, Any]:
-        """A piece of an answer."""
+        """Return a piece of an answer."""
         return self._chunk(number, {"content": text})
 
     def closing(self, number: int, choice: Choice) -> dict[str, Any]:
-        """The last event of an answer."""
+        """Return the last event of an answer."""
         return self._chunk(number, {}, {**finish_of(choice), **self._ids(choice)})
 
     def usage(self, used: Usage) -> dict[str, Any]:
-        """The event behind all answers."""
+        """Return the event behind all answers."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage_of(used)}
 
     def _chunk(self, number: int, delta: dict[str, Any], ending: dict[str, Any] | None = None) -> dict[str, Any]:
-        own = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **(ending or {})}
-        return self._head("chat.completion.chunk") | {"choices": [own]}
+        choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **(ending or {})}
+        return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def _ids(self, choice: Choice) -> dict[str, Any]:
         return {"token_ids": list(choice.ids)} if self.has_token_ids else {}
 
 
 def transcript_of(choice: Choice, used: Usage, *, form: str, language: str, seconds: float) -> dict[str, Any]:
-    """A transcript as JSON, short or with what is known of the sound."""
+    """Return a transcript as JSON, short or with what is known of the clip."""
     short = {"text": choice.text, "usage": {"type": "tokens", **transcript_usage(used)}}
     if form == "json":
         return short
@@ -114,7 +114,7 @@ def transcript_of(choice: Choice, used: Usage, *, form: str, language: str, seco
 
 
 def transcript_usage(used: Usage) -> dict[str, Any]:
-    """The `usage` of a transcript, whose counts OpenAI calls by other names."""
+    """Return the `usage` of a transcript, whose counts OpenAI calls by other names."""
     values = usage_of(used)
     names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
     names["prompt_tokens_details"] = "input_token_details"

@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's, and those that tell budgets, health and metrics.
+"""Lays out the routes of the server: OpenAI's, and those that tell budgets, health and metrics.
 
 Knows HTTP and the forms of requests and answers. Does not know models.
 """
@@ -25,18 +25,18 @@ from mllm.serving.transcription_request import TranscriptionReader, Transcriptio
 
 LOGGER = logging.getLogger(__name__)
 LEFT = Response(status_code=499)
-"""What nobody is there to be sent."""
+"""Goes to a client that has left, so to nobody."""
 MAX_FORM_FIELDS = 32
 Result = TypeVar("Result")
 
 
 class ClientLeft(Exception):
-    """The client has closed its connection."""
+    """Says that the client has closed its connection."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a server tells of itself and reads requests with.
+    """Holds what a server tells of itself and reads requests with.
 
     Args:
         name: of the model, in requests and answers.
@@ -155,7 +155,7 @@ async def _finish(job: Job) -> None:
 
 
 class _Stream(StreamingResponse):
-    """Events about a job, which is cancelled when the client leaves, though it be before the first of them."""
+    """Sends events about a job, which is cancelled when the client leaves, though it be before the first of them."""
 
     def __init__(self, events: AsyncIterator[bytes], job: Job) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -173,13 +173,13 @@ async def _chat(request: Request, service: Service, served: Served) -> Response:
     body = await request.body()
 
     async def begin() -> tuple[ChatRequest, Job]:
-        asked = await service.read(lambda is_left: served.chat.read(read_json(body)))
-        return asked, await service.begin(asked.conversation, asked.rules, num_choices=asked.num_choices)
+        chat = await service.read(lambda is_left: served.chat.read(read_json(body)))
+        return chat, await service.begin(chat.conversation, chat.rules, num_choices=chat.num_choices)
 
-    asked, job = await _while_there(request, begin())
-    answer = ChatAnswer(served.name, asked.has_token_ids)
-    if asked.is_stream:
-        return _Stream(_chat_events(job, answer, service, has_usage=asked.has_usage), job)
+    chat, job = await _while_there(request, begin())
+    answer = ChatAnswer(served.name, chat.has_token_ids)
+    if chat.is_stream:
+        return _Stream(_chat_events(job, answer, service, has_usage=chat.has_usage), job)
     await _while_there(request, _finish(job))
     _count(job, service)
     return JSONResponse(answer.whole(job.answers(), job.usage()))
@@ -207,19 +207,20 @@ async def _transcribe(request: Request, service: Service, served: Served) -> Res
 
     async def begin() -> tuple[TranscriptionRequest, Job]:
         reader, loader = served.transcription, service.preparer.loader
-        asked = await service.read(lambda is_left: reader.read(form, content, loader.until(is_left)))
-        return asked, await service.begin(asked.conversation, asked.rules)
+        transcription = await service.read(lambda is_left: reader.read(form, content, loader.until(is_left)))
+        return transcription, await service.begin(transcription.conversation, transcription.rules)
 
-    asked, job = await _while_there(request, begin())
-    if asked.is_stream:
+    transcription, job = await _while_there(request, begin())
+    if transcription.is_stream:
         return _Stream(_transcript_events(job, service), job)
     await _while_there(request, _finish(job))
     _count(job, service)
     choice = job.answers()[0]
-    if asked.form == "text":
+    if transcription.form == "text":
         return PlainTextResponse(f"{choice.text}\n")
     seconds = job.seconds(service.preparer.loader)
-    return JSONResponse(transcript_of(choice, job.usage(), form=asked.form, language=asked.language, seconds=seconds))
+    form_of_answer, language = transcription.form, transcription.language
+    return JSONResponse(transcript_of(choice, job.usage(), form=form_of_answer, language=language, seconds=seconds))
 
 
 async def _transcript_events(job: Job, service: Service) -> AsyncIterator[bytes]:
@@ -237,7 +238,7 @@ async def _transcript_events(job: Job, service: Service) -> AsyncIterator[bytes]
 
 
 async def _read_form(request: Request) -> tuple[dict[str, object], bytes]:
-    """The fields of a form but the file, and what the file holds.
+    """Return the fields of a form but the file, and what the file holds.
 
     Raises:
         RequestError: 400, no file, or a field that is given twice.
@@ -248,7 +249,7 @@ async def _read_form(request: Request) -> tuple[dict[str, object], bytes]:
             raise bad_request(f"{twice[0][:64]!r} is given twice", "form")
         file = form.get("file")
         if not isinstance(file, UploadFile):
-            raise bad_request("file is missing: a sound or a video", "file")
+            raise bad_request("file is missing: audio or a video", "file")
         if other := [name for name, value in form.items() if isinstance(value, UploadFile) and name != "file"]:
             raise bad_request(f"{other[0][:64]!r} is a file; allowed: file", "form")
         return {name: value for name, value in form.items() if name != "file"}, await file.read()
@@ -260,8 +261,8 @@ def _check_type(request: Request, wanted: str) -> None:
     Raises:
         RequestError: 415.
     """
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if given != wanted:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != wanted:
         raise RequestError(415, f"content-type must be {wanted}", param="content-type")
 
 
@@ -270,5 +271,5 @@ def _count(job: Job, service: Service) -> None:
     used = job.usage()
     service.metrics.prompt_tokens.inc(used.prompt_tokens)
     service.metrics.new_tokens.inc(used.completion_tokens)
-    for own in used.media:
-        service.metrics.soft_tokens.labels(own.medium).inc(own.tokens)
+    for item in used.media:
+        service.metrics.soft_tokens.labels(item.medium).inc(item.tokens)

@@ -1,4 +1,4 @@
-"""What each trained budget of a model costs on this machine, as a server tells it.
+"""Measures what each trained budget of a model costs on this machine, as a server tells it.
 
 Knows a model and the measurement of budgets. Does not know HTTP.
 """
@@ -16,12 +16,12 @@ from mllm.serving.budgets import BudgetPolicy
 
 @dataclass(frozen=True)
 class Measurement:
-    """How budgets are measured.
+    """Says how budgets are measured.
 
     Args:
-        seconds: length of the sound or video that is made up.
+        seconds: length of the audio or video that is made up.
         new_tokens: that are decoded each time.
-        repeats: of every budget; 0 measures nothing, and no time is told.
+        repeats: of every budget; 0 measures none, and no time is shown.
     """
 
     seconds: float = 4.0
@@ -32,7 +32,7 @@ class Measurement:
 def budget_table(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, policy: BudgetPolicy, how: Measurement
 ) -> list[dict[str, Any]]:
-    """The trained budgets of every medium, most tokens first: tokens, FLOPs, cache and milliseconds of one request.
+    """List the trained budgets of every medium, most tokens first: tokens, FLOPs, cache, milliseconds of a request.
 
     Of more than 8 budgets of a medium some are measured; the others have null for their milliseconds. Requests are
     about made-up media.

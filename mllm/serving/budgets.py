@@ -1,4 +1,4 @@
-"""From the forms in which clients ask for budgets to the exact tokens of every medium of a request, or a refusal.
+"""Resolves the forms in which clients ask for budgets to the exact tokens of every medium, or refuses them.
 
     budget               "image=64,audio=/4,total<=256", in the body (also under mm_processor_kwargs) or beside a medium
     max_soft_tokens      64: images at so many tokens, beside one or under mm_processor_kwargs
@@ -28,7 +28,7 @@ MAX_BUDGET_CHARS = 256
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a client says of budgets in one place: in the body, or beside one medium."""
+    """Holds what a client says of budgets in one place: in the body, or beside one medium."""
 
     where: str = ""
     budget: Budget | None = None
@@ -39,7 +39,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class ItemBudget:
-    """The budget of one medium of a request. `is_free` leaves the amount to a cap on the sum of all media."""
+    """Holds the budget of one medium of a request. `is_free` leaves the amount to a cap on the sum of all media."""
 
     medium: str
     budget: Budget
@@ -49,7 +49,7 @@ class ItemBudget:
 
 @dataclass(frozen=True)
 class RequestBudget:
-    """The budgets of a request's media in order, and the most tokens that all of them may have together."""
+    """Holds the budgets of a request's media in order, and the most tokens that all of them may have together."""
 
     items: tuple[ItemBudget, ...] = ()
     total_tokens: int | None = None
@@ -57,7 +57,7 @@ class RequestBudget:
 
     @property
     def amounts_text(self) -> str:
-        """What an image that is cut into tiles is cut for: everything that may change its tiles."""
+        """Tell what an image that is cut into tiles is cut for: everything that may change its tiles."""
         return ";".join([*(str(item.budget) for item in self.items), f"total<={self.total_tokens}"])
 
 
@@ -72,8 +72,8 @@ def read_budget(fields: Fields, key: str = "budget") -> Budget | None:
         return None
     is_short = isinstance(value, str) and len(value) <= MAX_BUDGET_CHARS
     is_object = isinstance(value, Mapping) and all(
-        isinstance(own, str | int) and not isinstance(own, bool) and len(str(own)) <= MAX_BUDGET_CHARS
-        for own in value.values()
+        isinstance(amount, str | int) and not isinstance(amount, bool) and len(str(amount)) <= MAX_BUDGET_CHARS
+        for amount in value.values()
     )
     if not is_short and not is_object:
         raise fields.refused(key, f'is {shown(value)}; write a text such as "image=64,audio=/4"')
@@ -108,19 +108,19 @@ def read_part_wishes(medium: str, parts: Sequence[Fields]) -> Wishes:
     Raises:
         RequestError: 400, forms that are none, a key in both places, or a budget of another medium.
     """
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for fields in parts:
-        own = {
+        values_of_part = {
             "budget": read_budget(fields),
             "max_soft_tokens": fields.whole("max_soft_tokens", 1, MAX_TOKENS) if medium == "image" else None,
             "media_resolution": fields.choice("media_resolution", RESOLUTIONS),
             "detail": fields.choice("detail", DETAILS) if medium == "image" else None,
         }
-        for key, value in own.items():
-            if value is not None and key in found:
+        for key, value in values_of_part.items():
+            if value is not None and key in values:
                 raise fields.refused(key, "is given twice; give it in one place")
-            found |= {} if value is None else {key: value}
-    wishes = Wishes(parts[0].where, **found)  # pyright: ignore[reportArgumentType]
+            values |= {} if value is None else {key: value}
+    wishes = Wishes(parts[0].where, **values)  # pyright: ignore[reportArgumentType]
     if wishes.budget is not None and (wishes.budget.media != {medium} or wishes.budget.total_tokens is not None):
         raise parts[0].refused("budget", f"is {str(wishes.budget)!r}; beside one medium write {medium}=N and no total")
     return wishes
@@ -128,7 +128,7 @@ def read_part_wishes(medium: str, parts: Sequence[Fields]) -> Wishes:
 
 @dataclass(frozen=True)
 class BudgetPolicy:
-    """What a server does about budgets.
+    """Decides budgets as a server is told to.
 
     Args:
         space: the model's.
@@ -150,7 +150,7 @@ class BudgetPolicy:
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
         for medium, amount in self.cap.amounts.items():
-            kinds = {own.kind for own in self.space.media[medium].trained}
+            kinds = {trained.kind for trained in self.space.media[medium].trained}
             if amount.kind not in kinds:
                 raise ValueError(
                     f"max_budget {medium}={amount} must be written as the trained budgets are: "
@@ -163,7 +163,7 @@ class BudgetPolicy:
                 raise ValueError(f"budget {medium}={named} is above max_budget {medium}={amount}")
 
     def within(self, medium: str) -> list[Amount]:
-        """The trained amounts of a medium that the cap allows, most tokens first."""
+        """Return the trained amounts of a medium that the cap allows, most tokens first."""
         trained, cap = self.space.media[medium].trained, self.cap.amounts.get(medium)
         return [amount for amount in trained if cap is None or _is_at_most(amount, cap)]
 
@@ -193,70 +193,73 @@ class BudgetPolicy:
                 "mm_processor_kwargs.max_soft_tokens is of images, but the request holds none",
                 "mm_processor_kwargs.max_soft_tokens",
             )
-        if named.total_tokens is not None and (beside := [own.where for _, own in media if own.budget is not None]):
+        if named.total_tokens is not None and (beside := [one.where for _, one in media if one.budget is not None]):
             raise bad_request(f"total<= is over all media; give it without {beside[0]}.budget", f"{beside[0]}.budget")
         totals = [budget.total_tokens for budget in (named, self.cap) if budget.total_tokens is not None]
         if named.total_tokens is None and self.default.total_tokens is not None and not _says(media, wishes):
             totals.append(self.default.total_tokens)
         total = min(totals, default=None)
-        items = [self._item(medium, own, wishes) for medium, own in media]
+        items = [self._item(medium, beside_medium, wishes) for medium, beside_medium in media]
         if total is None:
-            items = [replace(own, budget=self._largest(own), is_free=False) if own.is_free else own for own in items]
+            items = [
+                replace(item, budget=self._largest(item), is_free=False) if item.is_free else item for item in items
+            ]
         return RequestBudget(tuple(items), total, total is not None and total != named.total_tokens)
 
-    def _item(self, medium: str, own: Wishes, body: Wishes) -> ItemBudget:
-        """The budget of one medium: the first of all that speaks of it; free where nothing does."""
-        where = own.where
-        if own.budget is not None:
-            return ItemBudget(medium, own.budget, f"{where}.budget")
+    def _item(self, medium: str, beside_medium: Wishes, body: Wishes) -> ItemBudget:
+        """Return the budget of one medium: the first of all that speaks of it; free where nothing does."""
+        where = beside_medium.where
+        if beside_medium.budget is not None:
+            return ItemBudget(medium, beside_medium.budget, f"{where}.budget")
         said = (body.budget or Budget()).only([medium])
         said = replace(said, total_tokens=None)
         if said.amounts:
             return ItemBudget(medium, said, "budget")
         if body.budget is not None and body.budget.total_tokens is not None:
             return ItemBudget(medium, said, "budget", is_free=True)
-        amount, key = self._lower_wish(medium, own, body)
+        amount, key = self._lower_wish(medium, beside_medium, body)
         amount = amount or self.default.amounts.get(medium)
         caps = said if said.media else replace(self.default.only([medium]), amounts={}, total_tokens=None)
         budget = replace(caps, amounts={} if amount is None else {medium: amount})
         return ItemBudget(medium, budget, key or where, is_free=amount is None)
 
     def _largest(self, item: ItemBudget) -> Budget:
-        """The most that a medium may have of which nobody speaks."""
+        """Return the most that a medium may have of which nobody speaks."""
         return replace(item.budget, amounts={item.medium: self.within(item.medium)[0]})
 
-    def _lower_wish(self, medium: str, own: Wishes, body: Wishes) -> tuple[Amount | None, str]:
-        """What is asked in other forms than the grammar's, and under which key."""
+    def _lower_wish(self, medium: str, beside_medium: Wishes, body: Wishes) -> tuple[Amount | None, str]:
+        """Tell what is asked in other forms than the grammar's, and under which key."""
         if medium == "image":
-            for wishes, key in ((own, f"{own.where}.max_soft_tokens"), (body, "mm_processor_kwargs.max_soft_tokens")):
+            keys = (f"{beside_medium.where}.max_soft_tokens", "mm_processor_kwargs.max_soft_tokens")
+            for wishes, key in zip((beside_medium, body), keys, strict=True):
                 if wishes.max_soft_tokens is not None:
                     return Amount.parse(wishes.max_soft_tokens), key
         amounts = self.within(medium)
         named = {"low": amounts[-1], "medium": amounts[len(amounts) // 2], "high": amounts[0]}
-        for wishes, key in ((own, f"{own.where}.media_resolution"), (body, "media_resolution")):
+        for wishes, key in ((beside_medium, f"{beside_medium.where}.media_resolution"), (body, "media_resolution")):
             if wishes.media_resolution is not None:
                 return named[wishes.media_resolution], key
-        if own.detail in named:
-            return named[own.detail], f"{own.where}.detail"
+        if beside_medium.detail in named:
+            return named[beside_medium.detail], f"{beside_medium.where}.detail"
         return None, ""
 
-    def counts(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
+    def counts(self, extents: Sequence[Extent], request: RequestBudget) -> list[TokenCount]:
         """Count the exact tokens of every medium, once its file is known.
 
         Raises:
             RequestError: 400, a budget that cannot be met, or one above the cap.
         """
-        if asked.total_tokens is not None and any(item.is_free for item in asked.items):
-            counts = self._split(extents, asked)
+        if request.total_tokens is not None and any(item.is_free for item in request.items):
+            counts = self._split(extents, request)
         else:
-            counts = [self._count(extent, item) for extent, item in zip(extents, asked.items, strict=True)]
-        for extent, item, count in zip(extents, asked.items, counts, strict=True):
+            counts = [self._count(extent, item) for extent, item in zip(extents, request.items, strict=True)]
+        for extent, item, count in zip(extents, request.items, counts, strict=True):
             self._check_cap(extent, item, count)
         total = sum(count.tokens for count in counts)
-        if asked.total_tokens is not None and total > asked.total_tokens:
-            whose = "this server allows" if asked.is_total_of_server else "the budget allows"
+        if request.total_tokens is not None and total > request.total_tokens:
+            whose = "this server allows" if request.is_total_of_server else "the budget allows"
             raise bad_request(
-                f"the request takes {total} soft tokens; {whose} total<={asked.total_tokens}: ask for fewer", "budget"
+                f"the request takes {total} soft tokens; {whose} total<={request.total_tokens}: ask for fewer", "budget"
             )
         return counts
 
@@ -266,14 +269,14 @@ class BudgetPolicy:
         except ValueError as error:
             raise refusal_of(error, item.where) from error
 
-    def _split(self, extents: Sequence[Extent], asked: RequestBudget) -> list[TokenCount]:
+    def _split(self, extents: Sequence[Extent], request: RequestBudget) -> list[TokenCount]:
         """Share a cap on the sum out among the media; amounts that were asked for stay."""
-        merged = Budget(total_tokens=asked.total_tokens)
-        for item in asked.items:
+        merged = Budget(total_tokens=request.total_tokens)
+        for item in request.items:
             amounts = dict(merged.amounts) | dict(item.budget.amounts)
             if any(merged.amounts.get(medium, amount) != amount for medium, amount in item.budget.amounts.items()):
                 raise bad_request(
-                    f"with total<={asked.total_tokens} all items of a medium get the same budget", item.where
+                    f"with total<={request.total_tokens} all items of a medium get the same budget", item.where
                 )
             tiles, frames = item.budget.max_tiles, item.budget.num_frames
             merged = Budget(
@@ -288,8 +291,9 @@ class BudgetPolicy:
             raise refusal_of(error, "budget") from error
 
     def _capped_space(self) -> Space:
-        """The space whose trained amounts are those within the cap."""
-        media = {m: replace(own, trained=tuple(self.within(m))) for m, own in self.space.media.items()}
+        """Return the space whose trained amounts are those within the cap."""
+        spaces = self.space.media.items()
+        media = {medium: replace(space, trained=tuple(self.within(medium))) for medium, space in spaces}
         return Space(media)
 
     def _check_cap(self, extent: Extent, item: ItemBudget, count: TokenCount) -> None:
@@ -311,21 +315,21 @@ class BudgetPolicy:
 
 
 def _says(media: Sequence[tuple[str, Wishes]], body: Wishes) -> bool:
-    """Whether a request speaks of budgets at all."""
-    said = [body, *(own for _, own in media)]
+    """Tell whether a request speaks of budgets at all."""
+    said = [body, *(wishes for _, wishes in media)]
     keys = ("budget", "max_soft_tokens", "media_resolution")
-    return any(getattr(own, key) is not None for own in said for key in keys) or any(
-        own.detail not in (None, "auto") for own in said
+    return any(getattr(wishes, key) is not None for wishes in said for key in keys) or any(
+        wishes.detail not in (None, "auto") for wishes in said
     )
 
 
 def _is_at_most(amount: Amount, cap: Amount) -> bool:
-    """Whether an amount gives no more tokens than another of its kind."""
+    """Tell whether an amount gives no more tokens than another of its kind."""
     return amount.value >= cap.value if amount.kind == "rate" else amount.value <= cap.value
 
 
 def amounts_of(media: Sequence[str], counts: Sequence[TokenCount]) -> str | None:
-    """The one budget that all items of a request were served at, as the grammar writes it; None where they differ."""
+    """Write the one budget that all items of a request were served at; None where they differ."""
     amounts: dict[str, Amount] = {}
     tiles: set[int] = set()
     frames: set[int] = set()

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/chat/completions` to a conversation with budgets, or a refusal.
+"""Reads the body of `POST /v1/chat/completions` as a conversation with budgets, or refuses it.
 
 Knows the keys of OpenAI's API, those of vLLM's beside them, and ours. Does not know models or HTTP.
 """
@@ -22,14 +22,14 @@ ROLE_NAMES = {**{role: role for role in ROLES}, "developer": "system"}
 """What roles are called by clients, and by the package."""
 URL_TYPES = {f"{medium}_url": medium for medium in ("image", "audio", "video")}
 PART_TYPES = ("text", "input_audio", *URL_TYPES)
-SOUND_FORMATS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "aiff", "webm", "mp4")
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "aiff", "webm", "mp4")
 MAX_MESSAGES = 1024
 MAX_USER_CHARS = 256
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation and how it is to be answered."""
+    """Holds a conversation and how it is to be answered."""
 
     conversation: Conversation
     rules: AnswerRules
@@ -78,25 +78,25 @@ class ChatReader:
         fields.done()
         turns, beside = self._turns(messages)
         media = [part for _, parts in turns for part in parts if isinstance(part, PromptMedium)]
-        budget = self.policy.resolve([(medium.medium, own) for medium, own in zip(media, beside, strict=True)], wishes)
+        budget = self.policy.resolve(list(zip([medium.medium for medium in media], beside, strict=True)), wishes)
         rules = replace(rules, needs_text=is_stream, ignores_end=ignores_end)
         return ChatRequest(Conversation(turns, budget), rules, num_choices, is_stream, has_usage, has_token_ids)
 
     @staticmethod
     def _read_usage(fields: Fields, is_stream: bool) -> bool:
-        """Whether the usage is told, which streams do when they are asked."""
+        """Tell whether the answer has its usage, which streams have on request."""
         options = fields.get("stream_options")
         if options is None:
             return not is_stream
         if not is_stream:
             raise fields.refused("stream_options", "goes with stream true")
-        own = Fields(options, "stream_options")
-        has_usage = own.flag("include_usage")
-        own.done()
+        stream_fields = Fields(options, "stream_options")
+        has_usage = stream_fields.flag("include_usage")
+        stream_fields.done()
         return has_usage
 
     def _turns(self, messages: Any) -> tuple[tuple[tuple[str, tuple[str | PromptMedium, ...]], ...], list[Wishes]]:
-        """The turns of a conversation, and what stands beside its media of budgets."""
+        """Return the turns of a conversation, and what stands beside its media of budgets."""
         if not isinstance(messages, list) or not messages:
             raise bad_request(f"messages must be a list of messages, got {kind_of(messages)}", "messages")
         if len(messages) > MAX_MESSAGES:
@@ -128,8 +128,8 @@ class ChatReader:
         if not isinstance(content, list) or not content:
             raise message.refused("content", f"must be a text or a list of parts, got {kind_of(content)}")
         parts: list[str | PromptMedium] = []
-        for place, part in enumerate(content):
-            fields = Fields(part, f"{message.where}.content[{place}]")
+        for index, part in enumerate(content):
+            fields = Fields(part, f"{message.where}.content[{index}]")
             kind = fields.choice("type", PART_TYPES)
             if kind is None:
                 raise fields.refused("type", f"is missing; allowed: {', '.join(PART_TYPES)}")
@@ -150,21 +150,21 @@ class ChatReader:
         value = fields.get(kind)
         if isinstance(value, str) and kind in URL_TYPES:
             value = {"url": value}
-        own = Fields(value, fields.path(kind))
-        wishes = read_part_wishes(medium, [fields, own])
+        source = Fields(value, fields.path(kind))
+        wishes = read_part_wishes(medium, [fields, source])
         if kind == "input_audio":
-            own.choice("format", SOUND_FORMATS)  # what it is shows by its first bytes
-            data = own.text("data")
+            source.choice("format", AUDIO_FORMATS)  # what it is shows by its first bytes
+            data = source.text("data")
             if data is None:
-                raise own.refused("data", "is missing; give the sound as base64")
-            content = read_base64(data, own.path("data"))
-            self.sources.check_size(content, medium, own.path("data"))
+                raise source.refused("data", "is missing; give the audio as base64")
+            content = read_base64(data, source.path("data"))
+            self.sources.check_size(content, medium, source.path("data"))
         else:
-            url = own.text("url")
+            url = source.text("url")
             if url is None:
-                raise own.refused("url", "is missing; give a data URL")
-            content = self.sources.read(url, medium, own.path("url"))
-        own.done()
+                raise source.refused("url", "is missing; give a data URL")
+            content = self.sources.read(url, medium, source.path("url"))
+        source.done()
         return PromptMedium(medium, content, turn, fields.where), wishes
 
 

@@ -1,8 +1,10 @@
 """Decodes media in a process of its own: a file that ends or stalls a decoder does not reach the server.
 
-    to the child:    a line of JSON, {"do": "decode", "size": N, "medium": ..., "loader": ..., "sampling": ...}; N bytes
-    from the child:  a line of JSON, {"kind": "image" | "audio" | "video", "rate": r, "shape": [...], "size": N} or
+    to the child:    a head, {"do": "decode", "size": N, "medium": ..., "loader": ..., "sampling": ...}; N bytes
+    from the child:  a head, {"kind": "image" | "audio" | "video", "rate": r, "shape": [...], "size": N} or
                      {"error": kind, "reason": text, "limit": name}; N bytes
+
+A head is JSON behind its own length in four bytes.
 
 Nothing is pickled on the way. `probe` in place of `decode` only reads the header, and answers {"audio", "video"}.
 
@@ -23,34 +25,42 @@ from mllm.media.containers import open_stream
 from mllm.media.limits import open_media, sniff
 from mllm.media.video import VIDEO_CODECS
 
+SIZE_BYTES = 4
+"""Of the length before a head."""
 DTYPES = {"image": np.uint8, "audio": np.float32, "video": np.uint8}
+
+
+def pack_head(values: dict[str, Any]) -> bytes:
+    """Write a head as it goes through a pipe."""
+    text = json.dumps(values).encode()
+    return len(text).to_bytes(SIZE_BYTES, "big") + text
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
     """Answer files until there are no more."""
-    while line := source.readline():
-        asked = json.loads(line)
-        content = source.read(asked["size"])
+    while size := source.read(SIZE_BYTES):
+        order = json.loads(source.read(int.from_bytes(size, "big")))
+        content = source.read(order["size"])
         try:
-            head, values = probe(content) if asked["do"] == "probe" else decode(asked, content)
+            head, values = probe(content) if order["do"] == "probe" else decode(order, content)
         except MediaError as error:
             head, values = {"error": error.kind, "reason": error.reason, "limit": error.limit}, b""
         except ValueError as error:  # a video with fewer frames than are to be taken
             head, values = {"error": "unsupported", "reason": str(error), "limit": None}, b""
         except MemoryError:
             head, values = {"error": "limit", "reason": "decoding takes too much memory", "limit": None}, b""
-        target.write(json.dumps({**head, "size": len(values)}).encode() + b"\n")
+        target.write(pack_head({**head, "size": len(values)}))
         target.write(values)
         target.flush()
 
 
-def decode(asked: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
+def decode(order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
     """Read one file as the loader does, as a head and bytes."""
-    settings = asked["loader"]
+    settings = order["loader"]
     loader = MediaLoader(**{**settings, "limits": MediaLimits(**settings["limits"])})
-    sampling = asked["sampling"]
+    sampling = order["sampling"]
     raw = (
-        loader(asked["medium"], content)
+        loader(order["medium"], content)
         if sampling is None
         else loader.frames(content, FrameSampling(sampling["count"], sampling["per_second"]))
     )
@@ -69,9 +79,9 @@ def decode(asked: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes
 def probe(content: bytes) -> tuple[dict[str, Any], bytes]:
     """Tell which streams a file holds that can be read, by its header."""
     with open_media(content, sys.maxsize) as file:
-        found = sniff(file)
-        if found is None or found[0] != "video":
-            return {"audio": found is not None and found[0] == "audio", "video": False}, b""
+        kind = sniff(file)
+        if kind is None or kind[0] != "video":
+            return {"audio": kind is not None and kind[0] == "audio", "video": False}, b""
         streams = {}
         kinds: tuple[tuple[Literal["audio", "video"], Any], ...] = (("audio", AUDIO_CODECS), ("video", VIDEO_CODECS))
         for kind, codecs in kinds:
@@ -92,7 +102,7 @@ def main(memory_bytes: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stdout.buffer.write(b"{}\n")
+    sys.stdout.buffer.write(pack_head({}))
     sys.stdout.buffer.flush()
     serve(sys.stdin.buffer, sys.stdout.buffer)
 

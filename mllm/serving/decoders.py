@@ -1,10 +1,11 @@
-"""Processes that decode for the server, each with a limit on its memory and a deadline for every file.
+"""Runs processes that decode for the server, each with a limit on its memory and a deadline for every file.
 
 Knows pipes, processes and the loader's interface. Does not know requests or models; the child's side is
 `serving/decoder_process.py`.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -15,15 +16,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mllm.media import Audio, FrameSampling, MediaError, MediaLoader, Video
+from mllm.media import Audio, FrameSampling, MediaError, MediaLimits, MediaLoader, Video
 from mllm.media.limits import MediaFile
 from mllm.media.loader import Raw
+from mllm.serving.decoder_process import SIZE_BYTES, pack_head
 
 CHILD = "mllm.serving.decoder_process"
 START_SECONDS = 60.0
@@ -31,15 +34,15 @@ GRACE_SECONDS = 1.0
 """What a file may take beyond its deadline, which the child looks at between blocks only."""
 POLL_SECONDS = 0.1
 FILES_PER_CHILD = 2_000
-_PIPE_BYTES = 1 << 16
+_PIPE_BYTES = 1 << 20
 
 
 class Cancelled(Exception):
-    """Nobody waits for the file any more."""
+    """Says that nobody waits for the file any more."""
 
 
 class _Broken(Exception):
-    """A child that ended, was ended, or did not answer in time."""
+    """Says that a child ended, was ended, or did not answer in time."""
 
     def __init__(self, in_time: bool) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class _Broken(Exception):
 
 
 class _Child:
-    """One process that decodes."""
+    """Holds one process that decodes."""
 
     def __init__(self, memory_bytes: int) -> None:
         package = str(Path(__file__).parents[2])  # this very package, wherever it lies
@@ -66,10 +69,12 @@ class _Child:
         assert self.process.stdout is not None
         self._source, self._target = self.process.stdout.fileno(), self.process.stdin.fileno()
         os.set_blocking(self._target, False)
+        for pipe in (self._source, self._target):
+            _widen(pipe)
         self._is_ready = False
         self.num_files = 0
 
-    def ask(
+    def decode(
         self, head: dict[str, Any], content: bytes, seconds: float, is_cancelled: Callable[[], bool]
     ) -> tuple[dict[str, Any], bytearray]:
         """Send one file and wait for the answer: a head and bytes.
@@ -79,13 +84,13 @@ class _Child:
             _Broken: the same, because it ended or took too long.
         """
         if not self._is_ready:
-            self._line(time.monotonic() + START_SECONDS, is_cancelled)
+            self._read_head(time.monotonic() + START_SECONDS, is_cancelled)
             self._is_ready = True
         self.num_files += 1
         end = time.monotonic() + seconds
-        self._write(json.dumps({**head, "size": len(content)}).encode() + b"\n", end, is_cancelled)
+        self._write(pack_head({**head, "size": len(content)}), end, is_cancelled)
         self._write(content, end, is_cancelled)
-        answer = json.loads(self._line(end, is_cancelled))
+        answer = self._read_head(end, is_cancelled)
         return answer, self._read(answer["size"], end, is_cancelled)
 
     def stop(self) -> None:
@@ -104,8 +109,8 @@ class _Child:
                 raise Cancelled
             if left <= 0:
                 raise _Broken(in_time=False)
-            own = [self._target if to_write else self._source]
-            ready = select.select([] if to_write else own, own if to_write else [], [], min(left, POLL_SECONDS))
+            pipe = [self._target if to_write else self._source]
+            ready = select.select([] if to_write else pipe, pipe if to_write else [], [], min(left, POLL_SECONDS))
             if ready[0] or ready[1]:
                 return
 
@@ -114,7 +119,7 @@ class _Child:
         while view:
             self._wait(end, is_cancelled, to_write=True)
             try:
-                view = view[os.write(self._target, view[: 16 * _PIPE_BYTES]) :]
+                view = view[os.write(self._target, view[:_PIPE_BYTES]) :]
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -125,21 +130,25 @@ class _Child:
         view = memoryview(parts)
         while view:
             self._wait(end, is_cancelled, to_write=False)
-            count = os.readv(self._source, [view[: 16 * _PIPE_BYTES]])
+            count = os.readv(self._source, [view[:_PIPE_BYTES]])
             if count == 0:
                 raise _Broken(in_time=True)
             view = view[count:]
         return parts
 
-    def _line(self, end: float, is_cancelled: Callable[[], bool]) -> bytes:
-        line = bytearray()
-        while not line.endswith(b"\n"):  # byte by byte, so that nothing of what follows is taken
-            line += self._read(1, end, is_cancelled)
-        return bytes(line)
+    def _read_head(self, end: float, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
+        size = int.from_bytes(self._read(SIZE_BYTES, end, is_cancelled), "big")
+        return json.loads(self._read(size, end, is_cancelled))
+
+
+def _widen(pipe: int) -> None:
+    """Let a pipe hold what a file decodes to, as far as the system allows, so that it is handed over in few pieces."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 class DecoderPool:
-    """Some processes that decode.
+    """Shares some processes that decode.
 
     Args:
         size: how many.
@@ -176,7 +185,7 @@ class DecoderPool:
         child = self._take(is_cancelled)
         is_whole = False
         try:
-            answer, values = child.ask(head, content, seconds + GRACE_SECONDS, is_cancelled)
+            answer, values = child.decode(head, content, seconds + GRACE_SECONDS, is_cancelled)
             is_whole = child.num_files < FILES_PER_CHILD
         except _Broken as error:
             name = f"<{len(content):,} bytes>"
@@ -229,12 +238,12 @@ class DecoderPool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PooledLoader(MediaLoader):
-    """A loader whose files are decoded by a pool; what comes is what `MediaLoader` gives."""
+    """Loads media through a pool of decoders; what comes is what `MediaLoader` gives."""
 
     pool: DecoderPool
-    """Who decodes."""
+    """The pool that decodes."""
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
-    """Whether nobody waits any more."""
+    """Tells whether nobody waits any more."""
 
     def __call__(self, medium: str, path: MediaFile) -> Raw:
         """Read one file, which is given by what it holds.
@@ -257,7 +266,7 @@ class PooledLoader(MediaLoader):
         return video
 
     def until(self, is_cancelled: Callable[[], bool]) -> "PooledLoader":
-        """The same loader, for one request."""
+        """Return the same loader, for one request."""
         return replace(self, is_cancelled=is_cancelled)
 
     def probe(self, content: bytes) -> dict[str, Any]:
@@ -271,17 +280,10 @@ class PooledLoader(MediaLoader):
 
     def _decode(self, medium: str, content: MediaFile, sampling: FrameSampling | None) -> Raw:
         assert isinstance(content, bytes)  # paths stay with the server
-        settings = {
-            "sample_rate_hz": self.sample_rate_hz,
-            "frames_per_second": self.frames_per_second,
-            "gray": self.gray,
-            "backend": self.backend,
-            "limits": asdict(self.limits),
-        }
         head = {
             "do": "decode",
             "medium": medium,
-            "loader": settings,
+            "loader": _settings(self.sample_rate_hz, self.frames_per_second, self.gray, self.backend, self.limits),
             "sampling": None if sampling is None else asdict(sampling),
         }
         answer, values = self.pool.run(
@@ -292,3 +294,17 @@ class PooledLoader(MediaLoader):
         if answer["kind"] == "audio":
             return Audio(np.frombuffer(values, np.float32), int(answer["rate"]))
         return Video(np.frombuffer(values, np.uint8).reshape(answer["shape"]), answer["rate"])
+
+
+@lru_cache(maxsize=16)
+def _settings(
+    sample_rate_hz: int | None, frames_per_second: float | None, gray: bool, backend: str, limits: MediaLimits
+) -> dict[str, Any]:
+    """Return the settings of a loader as JSON has them; the same for every file, and slow to take apart."""
+    return {
+        "sample_rate_hz": sample_rate_hz,
+        "frames_per_second": frames_per_second,
+        "gray": gray,
+        "backend": backend,
+        "limits": asdict(limits),
+    }

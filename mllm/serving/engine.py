@@ -1,8 +1,9 @@
 """Writes many answers at once with one model: media are encoded once, and rows are read and decoded together.
 
 transformers' `generate` does the decoding. Its continuous batching takes token ids alone and no soft tokens; so that
-answers of different lengths leave and join all the same, a batch may be interrupted: those that are not done go on in
-the next one, their prompt and what they have written being read again.
+answers of different lengths leave and join all the same, a batch may be interrupted: what the LLM has read of each
+answer is kept (see `mllm.kv_cache.rows`), and a new batch is put together of those that go on and those that come in.
+New prompts are read in groups of like lengths, so that short ones are not padded to the longest.
 
 Knows the model, the processor and answers. Does not know HTTP, queues or files.
 """
@@ -17,6 +18,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from mllm.budget import Budget
 from mllm.inference.decoding import Decoding, end_ids_of, generate_options
+from mllm.kv_cache.names import cache_argument
+from mllm.kv_cache.rows import row_of, split_by_length, stack_rows
 from mllm.kv_cache.system_prompt import SystemPrompt
 from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration, Features
@@ -24,11 +27,14 @@ from mllm.processing.batch import Batch, EncodedSample
 from mllm.processing.media_inputs import stack_media
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
-from mllm.serving.answering import AnswerRun, decoder_of
+from mllm.serving.answering import AnswerRun, ReadPrompt, decoder_of
 from mllm.serving.media_cache import MediaItem
 
 ENCODED_TOGETHER = 8
 """Items of one call of an encoder, so that its memory is bounded."""
+CALL_TOKENS = 96
+"""Prompts are read in one more group where that saves so many tokens of padding: about what a call takes by itself."""
+EXPERT_KEYS = ("scale_ids", "task_ids")
 
 
 class Engine:
@@ -60,28 +66,58 @@ class Engine:
             runs: answers that have not ended.
             is_interrupted: asked after every token with the steps so far and how many answers go on.
         """
-        items = list(dict.fromkeys(item for run in runs for item in run.prompt.items))
-        self._encode([item for item in items if item.features is None])
-        rows, shown = _numbered(runs)
-        features = {encoder: self._stacked(own) for encoder, own in shown.items()}
-        batch = Batch(rows)
-        expanded = self.processor.expand(batch, [[Budget()] * len(rows)], left_padding=True, share_prefixes=True)
-        constant = self._system_prompt.of_batch(
-            self.model.model.language_model, expanded.inputs, self.processor.placeholder_ids.values()
-        )
+        self._read([run for run in runs if run.read is None])
+        rows = [run.read for run in runs if run.read is not None]
+        for run in runs:
+            run.read = None  # the new batch holds copies; if it fails, prompts are read anew
         watch = _Watch(runs, self._ends, self.decode, is_interrupted)
         options = self._options(runs)
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         if any(run.rules.temperature is not None for run in runs):
             options["logits_processor"] = LogitsProcessorList([_Draws(runs)])
-        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        inputs = _next_inputs(rows, self.processor.pad_id)
+        cache = stack_rows([row.past for row in rows])
         # Each answer has rules of its own for its end; `generate` asks the model's config where it is told of none.
         config = self.model.generation_config
         ends, config.eos_token_id = config.eos_token_id, None
         try:
-            self.model.generate(**inputs, features=features, constant_prompt=constant, **options)
+            device = self.model.device
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            self.model.generate(**inputs, **cache_argument(cache), **options)
         finally:
             config.eos_token_id = ends
+        longest = inputs["input_ids"].shape[1]
+        for number, (run, row) in enumerate(zip(runs, rows, strict=True)):
+            if run.ending is None:
+                num_tokens = run.prompt.num_prompt_tokens + len(run.ids) - 1
+                kept = row_of(cache, number, num_padding=longest - row.num_tokens, num_tokens=num_tokens)
+                run.read = replace(row, past=kept, next_token=run.ids[-1])
+
+    def _read(self, runs: Sequence[AnswerRun]) -> None:
+        """Let the LLM read the prompts of answers, and what they have written before."""
+        items = list(dict.fromkeys(item for run in runs for item in run.prompt.items))
+        self._encode([item for item in items if item.features is None])
+        lengths = [run.prompt.num_prompt_tokens + len(run.ids) for run in runs]
+        for group in split_by_length(lengths, call_tokens=CALL_TOKENS):
+            self._read_together([runs[number] for number in group])
+
+    def _read_together(self, runs: Sequence[AnswerRun]) -> None:
+        rows, shown = _numbered(runs)
+        features = {encoder: self._stacked(items) for encoder, items in shown.items()}
+        batch = Batch(rows)
+        expanded = self.processor.expand(batch, [[Budget()] * len(rows)], left_padding=True, share_prefixes=True)
+        constant = self._system_prompt.of_batch(
+            self.model.model.language_model, expanded.inputs, self.processor.placeholder_ids.values()
+        )
+        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        cache = self.model.read_prompts(**inputs, features=features, constant_prompt=constant)
+        ids, mask = expanded.inputs["input_ids"], expanded.inputs["attention_mask"]
+        experts = {key: expanded.inputs[key].tolist() for key in EXPERT_KEYS if key in expanded.inputs}
+        lengths = mask.sum(dim=1).tolist()
+        for number, run in enumerate(runs):
+            row = row_of(cache, number, num_padding=ids.shape[1] - lengths[number], num_tokens=lengths[number] - 1)
+            of_row = {key: values[number] for key, values in experts.items()}
+            run.read = ReadPrompt(row, int(ids[number, -1]), of_row)
 
     def _options(self, runs: Sequence[AnswerRun]) -> dict[str, Any]:
         """Lists the arguments of `generate` that `Answerer` uses for greedy answers, up to the longest of these."""
@@ -91,55 +127,73 @@ class Engine:
     def _encode(self, items: Sequence[MediaItem]) -> None:
         """Run the encoders over items that have not been through them."""
         for encoder in dict.fromkeys(item.loaded.encoder for item in items):
-            own = [item for item in items if item.loaded.encoder == encoder]
-            for start in range(0, len(own), ENCODED_TOGETHER):
-                self._encode_together(encoder, own[start : start + ENCODED_TOGETHER])
+            # By length, so that streams are padded little.
+            of_encoder = sorted(
+                (item for item in items if item.loaded.encoder == encoder), key=lambda item: item.loaded.raw_length
+            )
+            for start in range(0, len(of_encoder), ENCODED_TOGETHER):
+                self._encode_together(encoder, of_encoder[start : start + ENCODED_TOGETHER])
 
     def _encode_together(self, encoder: str, items: Sequence[MediaItem]) -> None:
         values = stack_media([item.loaded for item in items])
         sizes = values.get(SIZE_KEYS[encoder])
         device = self.model.device
-        found = self.model.model.encode(
+        features = self.model.model.encode(
             encoder, values[VALUE_KEYS[encoder]].to(device), None if sizes is None else sizes.to(device)
         )
         start = 0
         for item in items:
-            place = slice(start, start + item.loaded.num_items)
-            start = place.stop
+            rows = slice(start, start + item.loaded.num_items)
+            start = rows.stop
             # Copies, so that an item that is kept does not keep the others of its batch.
-            longest = int(found.lengths[place].max())
-            grids = None if found.grids is None else found.grids[place].clone()
-            item.keep(Features(found.values[place, :longest].clone(), found.lengths[place].clone(), grids))
+            longest = int(features.lengths[rows].max())
+            grids = None if features.grids is None else features.grids[rows].clone()
+            item.keep(Features(features.values[rows, :longest].clone(), features.lengths[rows].clone(), grids))
             self._on_encoded(item)
 
     def _stacked(self, items: Sequence[MediaItem]) -> Features:
-        """The features of all items of one encoder, one after the other."""
-        own = [item.features for item in items if item.features is not None]
-        longest = max(one.values.shape[1] for one in own)
-        padded = [torch.nn.functional.pad(one.values, (0, 0, 0, longest - one.values.shape[1])) for one in own]
-        grids = [one.grids for one in own if one.grids is not None]
-        return Features(torch.cat(padded), torch.cat([one.lengths for one in own]), torch.cat(grids) if grids else None)
+        """Return the features of all items of one encoder, one after the other."""
+        features = [item.features for item in items if item.features is not None]
+        longest = max(one.values.shape[1] for one in features)
+        padded = [torch.nn.functional.pad(one.values, (0, 0, 0, longest - one.values.shape[1])) for one in features]
+        grids = [one.grids for one in features if one.grids is not None]
+        lengths = torch.cat([one.lengths for one in features])
+        return Features(torch.cat(padded), lengths, torch.cat(grids) if grids else None)
 
 
 def _numbered(runs: Sequence[AnswerRun]) -> tuple[list[EncodedSample], dict[str, list[MediaItem]]]:
-    """The rows of a batch, and by encoder the items they show, each once; a row's ids include what it has written."""
+    """Number the items of a batch: its rows with what they have written, and by encoder the items, each once."""
     shown: dict[str, list[MediaItem]] = {}
-    places: dict[MediaItem, int] = {}
+    numbers: dict[MediaItem, int] = {}
     counts: dict[str, int] = {}
     rows: list[EncodedSample] = []
     for run in runs:
-        own = run.prompt.row
-        placed = []
-        for span, item in zip(own.spans, run.prompt.items, strict=True):
+        row = run.prompt.row
+        spans = []
+        for span, item in zip(row.spans, run.prompt.items, strict=True):
             encoder = item.loaded.encoder
-            if item not in places:
-                places[item] = counts.get(encoder, 0)
-                counts[encoder] = places[item] + item.loaded.num_items
+            if item not in numbers:
+                numbers[item] = counts.get(encoder, 0)
+                counts[encoder] = numbers[item] + item.loaded.num_items
                 shown.setdefault(encoder, []).append(item)
-            placed.append(replace(span, item=places[item]))
-        labels = [*own.labels, *[IGNORED_LABEL] * len(run.ids)]
-        rows.append(replace(own, ids=[*own.ids, *run.ids], labels=labels, spans=tuple(placed)))
+            spans.append(replace(span, item=numbers[item]))
+        labels = [*row.labels, *[IGNORED_LABEL] * len(run.ids)]
+        rows.append(replace(row, ids=[*row.ids, *run.ids], labels=labels, spans=tuple(spans)))
     return rows, shown
+
+
+def _next_inputs(rows: Sequence[ReadPrompt], pad_id: int) -> dict[str, Tensor]:
+    """Return the inputs of `generate` for rows that have been read but for the last token of each.
+
+    Ids of what has been read are looked at no more, so they may be padding.
+    """
+    longest = max(row.num_tokens for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    ids[:, -1] = torch.tensor([row.next_token for row in rows])
+    starts = longest - torch.tensor([row.num_tokens for row in rows])
+    mask = (torch.arange(longest) >= starts[:, None]).long()
+    experts = {key: torch.tensor([row.expert_ids[key] for row in rows]) for key in rows[0].expert_ids}
+    return {"input_ids": ids, "attention_mask": mask, **experts}
 
 
 class _Watch(StoppingCriteria):

@@ -1,4 +1,4 @@
-"""What a client is told when its request is not answered.
+"""Writes what a client is told when its request is not answered.
 
 Knows statuses and messages. Does not know requests or models.
 """
@@ -24,7 +24,7 @@ SAMPLE_ID = "request"
 
 
 class RequestError(Exception):
-    """A request that is refused.
+    """Says that a request is refused.
 
     Args:
         status: of the HTTP answer.
@@ -55,13 +55,13 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """The JSON body of the answer, in OpenAI's form."""
+        """Return the JSON body of the answer, in OpenAI's form."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that go with the status."""
+        """Return the headers that go with the status."""
         headers = {} if self.retry_after_seconds is None else {"retry-after": str(math.ceil(self.retry_after_seconds))}
         return headers | ({"www-authenticate": self.challenge} if self.status == 401 else {})
 
@@ -80,5 +80,5 @@ def refusal_of(error: ValueError, param: str | None = None) -> RequestError:
     if isinstance(error, MediaError):
         message = f"{error.reason} ({error.kind})"
     else:
-        message = re.sub(rf"^sample '{SAMPLE_ID}'(:?)", lambda found: "" if found[1] else "the request", str(error))
+        message = re.sub(rf"^sample '{SAMPLE_ID}'(:?)", lambda match: "" if match[1] else "the request", str(error))
     return bad_request(message.strip(), param)

@@ -1,6 +1,6 @@
 """Reads a file from another machine, where a server allows it: from named hosts, and never from its own network.
 
-One reader takes the address apart, and what it found is what is connected to: the host is looked up once, every
+One reader takes the address apart, and what it gives is what is connected to: the host is looked up once, every
 address it has must be a public one, and the connection goes to that very address. A redirect is a new address and is
 checked anew. Nothing here reads the environment for proxies.
 
@@ -12,8 +12,10 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -23,15 +25,18 @@ from mllm.serving.fields import shown
 MAX_URL_CHARS = 2048
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 64 * 1024
+MAX_LOOKUPS = 16
+"""Threads that may wait for a resolver at once."""
 _HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))+")
 _PLAIN_URL = re.compile(r"[!#-;=?-\[\]_a-z~%]+")
+_LOOKUPS = threading.BoundedSemaphore(MAX_LOOKUPS)
 _PORTS = {"http": 80, "https": 443}
-_TRANSLATED = [ipaddress.ip_network(own) for own in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
+_TRANSLATED = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
 
 
 @dataclass(frozen=True)
 class Address:
-    """An address taken apart: nothing of it is read a second time."""
+    """Holds an address taken apart: nothing of it is read a second time."""
 
     scheme: str
     host: str
@@ -40,12 +45,36 @@ class Address:
 
 def addresses_of(host: str, port: int) -> list[str]:
     """Look a host up."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    return list(dict.fromkeys(str(own[4][0]) for own in found))
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
+
+
+def look_up_within(look_up: Callable[[str, int], Sequence[str]], host: str, port: int, seconds: float) -> Sequence[str]:
+    """Look a host up on a thread of its own, since a resolver that stalls cannot be stopped.
+
+    Raises:
+        TimeoutError: it took longer, or too many others stall already.
+        OSError: the host is not known.
+    """
+    end = time.monotonic() + seconds
+    if not _LOOKUPS.acquire(timeout=seconds):
+        raise TimeoutError
+    answer: Future[Sequence[str]] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(look_up(host, port))
+        except BaseException as error:
+            answer.set_exception(error)
+        finally:
+            _LOOKUPS.release()
+
+    threading.Thread(target=run, name="resolver", daemon=True).start()
+    return answer.result(timeout=_left(end))
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public network.
+    """Tell whether an IP address is one of the public network.
 
     Addresses of version 6 that hold one of version 4 are not: they would be another way to write any of those.
     """
@@ -63,7 +92,7 @@ class Fetcher:
 
     Args:
         hosts: names that may be asked, whole ones; redirects too must lead to one of them.
-        seconds: longest time for one file, redirects included.
+        seconds: longest time for one file, looking up and redirects included.
         look_up: a host and a port to its IP addresses.
         is_allowed: which IP addresses may be connected to.
         ports: by scheme.
@@ -126,12 +155,12 @@ class Fetcher:
         return Address(parts.scheme, host, f"{target}?{parts.query}" if parts.query else target)
 
     def _ask(self, address: Address, max_bytes: int, end: float, where: str) -> tuple[bytes, str | None]:
-        """The file, or where it is now."""
+        """Read the file, or where it is now."""
         port = (self.ports or _PORTS)[address.scheme]
-        found = self.look_up(address.host, port)
-        if not found or not all(self.is_allowed(own) for own in found):
+        addresses = look_up_within(self.look_up, address.host, port, _left(end))
+        if not addresses or not all(self.is_allowed(ip) for ip in addresses):
             raise bad_request(f"{where}: the host is not one of the public network", where)
-        connection = _Pinned(address, found[0], port, _left(end))
+        connection = _Pinned(address, addresses[0], port, _left(end))
         try:
             connection.request("GET", address.target, headers={"Accept-Encoding": "identity"})
             response = connection.getresponse()
@@ -155,7 +184,7 @@ class Fetcher:
 
 
 class _Pinned(http.client.HTTPConnection):
-    """A connection to one IP address, which asks for the host by name."""
+    """Connects to one IP address, and asks for the host by name."""
 
     def __init__(self, address: Address, ip: str, port: int, seconds: float) -> None:
         super().__init__(address.host, port, timeout=seconds)
@@ -177,7 +206,7 @@ def _left(end: float) -> float:
 
 
 def _is_number(host: str) -> bool:
-    """Whether a name ends in a number, which some resolvers take for an IP address."""
+    """Tell whether a name ends in a number, which some resolvers take for an IP address."""
     return re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]) is not None
 
 

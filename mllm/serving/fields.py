@@ -21,7 +21,7 @@ def shown(value: object) -> str:
 
 
 class Fields:
-    """The keys of one object, read one by one.
+    """Reads the keys of one object one by one.
 
     Args:
         values: the object.
@@ -39,7 +39,7 @@ class Fields:
         self._known: list[str] = []
 
     def path(self, key: str) -> str:
-        """The place of a key in the body."""
+        """Return the place of a key in the body."""
         return f"{self.where}.{key}" if self.where else key
 
     def refused(self, key: str, message: str) -> RequestError:
@@ -48,12 +48,12 @@ class Fields:
         return bad_request(f"{path} {message}", path)
 
     def get(self, key: str) -> Any:
-        """A value of any type; null is the same as nothing."""
+        """Read a value of any type; null is the same as a key that is missing."""
         self._known.append(key)
         return self._values.get(key)
 
     def text(self, key: str, *, max_chars: int | None = None) -> str | None:
-        """A text, or None where there is none."""
+        """Read a text, or None where there is none."""
         value = self.get(key)
         if value is not None and not isinstance(value, str):
             raise self.refused(key, f"must be a text, got {kind_of(value)}")
@@ -62,21 +62,21 @@ class Fields:
         return value
 
     def choice(self, key: str, allowed: Sequence[str]) -> str | None:
-        """One of some texts, or None where there is none."""
+        """Read one of some texts, or None where there is none."""
         value = self.get(key)
         if value is not None and value not in allowed:
             raise self.refused(key, f"is {shown(value)}; allowed: {', '.join(allowed)}")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """Read true or false."""
         value = self.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.refused(key, f"must be true or false, got {kind_of(value)}")
         return default if value is None else value
 
     def whole(self, key: str, least: int, most: int) -> int | None:
-        """A whole number within bounds, or None where there is none."""
+        """Read a whole number within bounds, or None where there is none."""
         value = self.get(key)
         if value is None:
             return None
@@ -87,7 +87,7 @@ class Fields:
         return value
 
     def number(self, key: str, least: float, most: float) -> float | None:
-        """A number within bounds, or None where there is none."""
+        """Read a number within bounds, or None where there is none."""
         value = self.get(key)
         if value is None:
             return None
@@ -100,9 +100,11 @@ class Fields:
     def only(self, key: str, *allowed: object) -> None:
         """Refuse every value of a key but those that ask for what is done anyway."""
         value = self.get(key)
-        is_same_type = any(isinstance(value, bool) == isinstance(own, bool) and value == own for own in allowed)
+        is_same_type = any(
+            isinstance(value, bool) == isinstance(option, bool) and value == option for option in allowed
+        )
         if value is not None and not is_same_type:
-            names = ", ".join(str(own).lower() if isinstance(own, bool) else shown(own) for own in allowed)
+            names = ", ".join(str(option).lower() if isinstance(option, bool) else shown(option) for option in allowed)
             raise self.refused(key, f"is {shown(value)}; this server takes only {names}")
 
     def done(self) -> None:

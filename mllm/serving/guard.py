@@ -1,4 +1,4 @@
-"""What stands before the application: the key, how many requests and bytes there are at once, and slow clients.
+"""Guards the application: by the key, the number of requests and bytes at once, and the time of slow clients.
 
 Knows ASGI and uvicorn's protocol. Does not know routes' contents or models.
 """
@@ -35,10 +35,11 @@ ROUTES = (
     "/v1/models",
 )
 BUSY_SECONDS = 1.0
+BUSY_STATUSES = (429, 503)
 
 
 class _SlowReader(Exception):
-    """A client that does not take its answer."""
+    """Says that a client does not take its answer."""
 
 
 class Guard:
@@ -70,6 +71,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            if status in BUSY_STATUSES:  # so short that it goes out at once; a timer would take longer
+                await send(message)
+                return
             try:
                 await asyncio.wait_for(send(message), self.limits.send_seconds)
             except TimeoutError:
@@ -117,15 +121,15 @@ class Guard:
     def _has_key(self, headers: dict[bytes, bytes], is_page: bool) -> bool:
         if self._digest is None:
             return True
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         if is_page and scheme.lower() == b"basic":
-            scheme, given = b"bearer", _password(given)
+            scheme, key = b"bearer", _password(key)
         # Digests are equally long, so that the time tells nothing of the key, not even its length.
-        return hmac.compare_digest(_digest(given.strip()), self._digest) and scheme.lower() == b"bearer"
+        return hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer"
 
 
 class _Body:
-    """The body of one request as it comes, within the limits of one and of all."""
+    """Receives the body of one request as it comes, within the limits of one and of all."""
 
     def __init__(self, guard: Guard, receive: Receive, headers: dict[bytes, bytes]) -> None:
         self._guard, self._receive, self._headers = guard, receive, headers
@@ -144,7 +148,7 @@ class _Body:
             self._check(int(stated))
 
     async def receive(self) -> Message:
-        """The next piece of the body, and later that the client has left.
+        """Return the next piece of the body, and later that the client has left.
 
         Raises:
             RequestError: 408, 413 or 503.
@@ -196,45 +200,46 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def timed_protocol(seconds: float) -> type[H11Protocol]:
-    """Make uvicorn's protocol one that closes connections on which no whole head of a request comes in time.
+class TimedProtocol(H11Protocol):
+    """Closes a connection that does not begin a request within some seconds, and again after every answer.
 
     uvicorn itself waits for ever for the first request of a connection, and for the rest of a head that has begun.
     """
 
-    class TimedProtocol(H11Protocol):
-        """A connection that must begin a request within some seconds, and again after every answer."""
+    head_seconds: float
+    _timer: asyncio.TimerHandle | None = None
 
-        _timer: asyncio.TimerHandle | None = None
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._watch()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._stop()
-            super().connection_lost(exc)
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.head_seconds, self.transport.abort)
 
-        def _watch(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(seconds, self.transport.abort)
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
 
-    return TimedProtocol
+def timed_protocol(seconds: float) -> type[H11Protocol]:
+    """Make uvicorn's protocol one that closes connections on which no whole head of a request comes in time."""
+    return type("TimedProtocol", (TimedProtocol,), {"head_seconds": seconds})
 
 
 __all__ = ["PAGE_ROUTE", "ROUTES", "Guard", "refuse", "timed_protocol"]

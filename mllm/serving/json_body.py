@@ -1,4 +1,4 @@
-"""A request's body to the JSON object in it, or a refusal.
+"""Reads the JSON object in a request's body, or refuses it.
 
 Knows bytes and JSON. Does not know what the keys mean.
 """
@@ -50,15 +50,15 @@ def kind_of(value: object) -> str:
 
 
 def _values(read: Any) -> Iterator[tuple[Any, int]]:
-    """Everything in a JSON value, keys included, with how deep it lies; not by recursion, which has an end."""
+    """Yield everything in a JSON value, keys included, with how deep it lies; not by recursion, which has an end."""
     waiting = [(read, 1)]
     while waiting:
         value, depth = waiting.pop()
         yield value, depth
         if isinstance(value, dict):
-            waiting += [(own, depth + isinstance(own, dict | list)) for pair in value.items() for own in pair]
+            waiting += [(inner, depth + isinstance(inner, dict | list)) for pair in value.items() for inner in pair]
         elif isinstance(value, list):
-            waiting += [(own, depth + isinstance(own, dict | list)) for own in value]
+            waiting += [(inner, depth + isinstance(inner, dict | list)) for inner in value]
 
 
 def _check_text(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a server refuses, and how it puts answers together: numbers alone, as its options have them.
+"""Holds what a server refuses and how it puts answers together: numbers alone, as its options have them.
 
 Knows numbers. Does not know HTTP, requests or models.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
-    """How many requests there may be, and how large they may be.
+    """Says how many requests there may be, and how large they may be.
 
     Raises:
         ValueError: a limit that is not above 0.
@@ -29,7 +29,7 @@ class RequestLimits:
     send_seconds: float = 30.0
     """Seconds that a client has to take a piece of its answer."""
     max_media: int = 16
-    """Most images, sounds and videos of one request."""
+    """Most images, audio clips and videos of one request."""
     max_choices: int = 8
     """Most answers to one request (n)."""
     max_new_tokens: int = 256
@@ -46,7 +46,7 @@ class RequestLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How answers are written together.
+    """Says how answers are written together.
 
     Raises:
         ValueError: a number that is not above 0.
@@ -71,7 +71,7 @@ def _check(limits: Any, key: str, *, may_be_zero: Sequence[str]) -> None:
     Raises:
         ValueError: it is named as it is typed.
     """
-    for name in (own.name for own in fields(limits)):
+    for name in (limit.name for limit in fields(limits)):
         value = getattr(limits, name)
         if value < 0 or (value == 0 and name not in may_be_zero):
             raise ValueError(f"{key}.{name} must be above 0, got {value!r}")

@@ -1,4 +1,4 @@
-"""Media that were read before, by what they hold: each is decoded and encoded once, as long as there is room.
+"""Keeps media that were read before, by their contents: each is decoded and encoded once, while there is room.
 
 Knows items, keys and bytes. Does not know files or models.
 """
@@ -16,7 +16,7 @@ from mllm.processing.media_inputs import LoadedMedia
 
 @dataclass(eq=False)
 class MediaItem:
-    """One medium of a request: as its encoder wants it, and once it was encoded what that gave.
+    """Holds one medium of a request: as its encoder wants it, and once it was encoded what that gave.
 
     Only the thread that owns the model sets `features`.
     """
@@ -27,10 +27,10 @@ class MediaItem:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Count the bytes that it takes."""
         values = self.loaded.values
-        own = values.numel() * values.element_size()
-        return own if self.features is None else own + _bytes_of(self.features)
+        num_bytes = values.numel() * values.element_size()
+        return num_bytes if self.features is None else num_bytes + _bytes_of(self.features)
 
     def keep(self, features: Features) -> None:
         """Take what the encoder gave; its input is not needed any more."""
@@ -43,7 +43,7 @@ class MediaItem:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a request's media, in seconds; all of them, where nothing was cut."""
+    """Holds a stretch of a request's media, in seconds; all of them, where nothing was cut."""
 
     start: float
     stop: float
@@ -54,7 +54,7 @@ Windows = tuple[Window, ...]
 
 
 class MediaCache:
-    """Windows of media by key, the last used ones.
+    """Keeps windows of media by key, the last used ones.
 
     Args:
         max_bytes: of all items together; what is in use counts, and is only let go of here.
@@ -70,7 +70,7 @@ class MediaCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of what is kept, as far as it is known."""
+        """Count the bytes of what is kept, as far as it is known."""
         return sum(list(self._sizes.values()))
 
     def get(self, key: str, make: Callable[[], Windows]) -> tuple[Windows, bool]:
@@ -87,7 +87,7 @@ class MediaCache:
             waiting = self._making.get(key)
             if waiting is None:
                 self.num_misses += 1
-                self._making[key] = own = Future()
+                self._making[key] = future = Future()
         if waiting is not None:
             return self._shared(key, waiting, make)
         try:
@@ -95,13 +95,13 @@ class MediaCache:
         except BaseException as error:
             with self._lock:
                 del self._making[key]
-            own.set_exception(error)
+            future.set_exception(error)
             raise
         with self._lock:
             del self._making[key]
             self._kept[key] = made
         self.settle(key)
-        own.set_result(made)
+        future.set_result(made)
         return made, False
 
     def _shared(self, key: str, waiting: "Future[Windows]", make: Callable[[], Windows]) -> tuple[Windows, bool]:
@@ -117,7 +117,7 @@ class MediaCache:
         """Count a key's items anew, and let go of the longest unused ones beyond the limit."""
         with self._lock:
             if key in self._kept:
-                self._sizes[key] = sum(item.num_bytes for own in self._kept[key] for item in own.items)
+                self._sizes[key] = sum(item.num_bytes for window in self._kept[key] for item in window.items)
             while self._kept and sum(self._sizes.values()) > self.max_bytes:
                 oldest, _ = self._kept.popitem(last=False)
                 del self._sizes[oldest]

@@ -1,4 +1,4 @@
-"""Counts and times of a server, in the form that Prometheus reads.
+"""Keeps counts and times of a server, in the form that Prometheus reads.
 
 Knows names of metrics. Does not know requests or models.
 """
@@ -13,7 +13,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own."""
+    """Holds the metrics of one server, in a registry of its own."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -48,5 +48,5 @@ class Metrics:
             Gauge(name, description, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
-        """All metrics as Prometheus reads them."""
+        """Write all metrics as Prometheus reads them."""
         return generate_latest(self._registry)

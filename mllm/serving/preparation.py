@@ -1,4 +1,4 @@
-"""A request to what the model is going to be given: media decoded and transformed, text to ids, budgets to counts.
+"""Prepares a request for the model: media decoded and transformed, text as ids, budgets as counts.
 
 Everything that can be wrong with a request shows here, before it waits for the model. Runs on several threads.
 
@@ -26,18 +26,18 @@ from mllm.serving.media_cache import MediaCache, MediaItem, Window, Windows
 
 @dataclass(frozen=True)
 class CountedSample(EncodedSample):
-    """A conversation whose media have been counted: each item has a budget of its own."""
+    """Holds a conversation whose media have been counted: each item has a budget of its own."""
 
     counted: tuple[TokenCount, ...] = ()
 
     def token_counts(self, budget: Budget, space: Space) -> list[TokenCount]:
-        """What was counted, whatever the budget says."""
+        """Return what was counted, whatever the budget says."""
         return list(self.counted)
 
 
 @dataclass(frozen=True)
 class PromptMedium:
-    """One medium of a conversation: what it holds, the number of its message, and the key that named it."""
+    """Holds one medium of a conversation: what it holds, the number of its message, and the key that named it."""
 
     medium: str
     content: bytes
@@ -47,20 +47,20 @@ class PromptMedium:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a client asks: turns of texts and media, the media in order, and their budgets."""
+    """Holds what a client asks: turns of texts and media, the media in order, and their budgets."""
 
     turns: tuple[tuple[str, tuple["str | PromptMedium", ...]], ...]
     budget: RequestBudget
 
     @property
     def media(self) -> list[PromptMedium]:
-        """All media in order of appearance."""
+        """Return all media in order of appearance."""
         return [part for _, parts in self.turns for part in parts if isinstance(part, PromptMedium)]
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of a batch, ready for the model: a conversation about one window of its media."""
+    """Holds one row of a batch, ready for the model: a conversation about one window of its media."""
 
     row: CountedSample
     items: tuple[MediaItem, ...]
@@ -72,7 +72,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can be answered: a row for each window of its media, and how many media were known before."""
+    """Holds a request that can be answered: a row for each window, and how many of its media were known before."""
 
     rows: tuple[PromptRow, ...]
     num_known_media: int
@@ -83,7 +83,7 @@ class Preparer:
 
     Args:
         loader: decodes.
-        long_audio: what becomes of a sound longer than its encoder's window.
+        long_audio: what becomes of audio longer than its encoder's window.
         max_prompt_tokens: longest prompt, soft tokens included.
     """
 
@@ -107,44 +107,45 @@ class Preparer:
         # or what a user typed would be read as a special token.
         self._tokenizer_lock = threading.Lock()
 
-    def prepare(self, asked: Conversation, is_cancelled: Callable[[], bool]) -> Prepared:
+    def prepare(self, conversation: Conversation, is_cancelled: Callable[[], bool]) -> Prepared:
         """Prepare one request.
 
         Raises:
             RequestError: 400, a file that cannot be used, a budget that cannot be met, or a prompt that is too long.
             Cancelled: nobody waits any more.
         """
-        groups = _groups(asked.media, has_clips="video" not in self.processor.sampling)
+        groups = _groups(conversation.media, has_clips="video" not in self.processor.sampling)
         loader = self.loader.until(is_cancelled)
-        found: list[Windows] = []
+        windows_of_groups: list[Windows] = []
         keys: list[str] = []
         num_known = 0
         for group in groups:
-            own = [asked.media[place] for place in group]
-            budgets = [asked.budget.items[place] for place in group]
+            media = [conversation.media[index] for index in group]
+            budgets = [conversation.budget.items[index] for index in group]
             is_whole = len(groups) == 1
-            key = self._key(own, budgets, is_whole)
-            windows, is_known = self.cache.get(key, lambda: self._load(own, budgets, loader, is_whole))  # noqa: B023
-            found.append(windows)
+            key = self._key(media, budgets, is_whole)
+            windows, is_known = self.cache.get(key, lambda: self._load(media, budgets, loader, is_whole))  # noqa: B023
+            windows_of_groups.append(windows)
             keys += [key] * len(group)
             num_known += len(group) * is_known
-        places = [place for group in groups for place in group]
-        rows = [self._row(asked, places, keys, stretch) for stretch in (zip(*found, strict=True) if found else [()])]
+        order = [index for group in groups for index in group]
+        stretches = list(zip(*windows_of_groups, strict=True)) if windows_of_groups else [()]
+        rows = [self._row(conversation, order, keys, stretch) for stretch in stretches]
         return Prepared(tuple(rows), num_known)
 
     def _key(self, media: Sequence[PromptMedium], budgets: Sequence[ItemBudget], is_whole: bool) -> str:
-        """What makes two groups of media the same to their encoders; the model's transforms are always the same."""
+        """Write what makes two groups of media the same to their encoders; the transforms are always the same."""
         digest = hashlib.sha256(media[0].content).hexdigest()
-        names = "+".join(own.medium for own in media)
+        names = "+".join(medium.medium for medium in media)
         cuts = _cuts(budgets[0]) if media[0].medium == "image" and self.processor.tiling is not None else ""
         return f"{digest} {names} {cuts} {'windows' if is_whole and self.long_audio.mode == 'chunk' else ''}"
 
     def _load(
         self, media: Sequence[PromptMedium], budgets: Sequence[ItemBudget], loader: PooledLoader, is_whole: bool
     ) -> Windows:
-        """Decode and transform media that belong together: one, or the sound and the frames of one clip."""
-        # The same object, by which the sound and the frames of one clip are known.
-        content = [{"type": own.medium, own.medium: media[0].content} for own in media]
+        """Decode and transform media that belong together: one, or the audio and the frames of one clip."""
+        # The same object, by which the audio and the frames of one clip are known.
+        content = [{"type": medium.medium, medium.medium: media[0].content} for medium in media]
         request = read_chat([{"role": "user", "content": content}])
         cuts: list[Budget] = [budgets[0].budget]
         tiling = self.processor.tiling
@@ -160,7 +161,8 @@ class Preparer:
                 request.sample, self.processor, how, loader=loader, budgets=cuts, in_memory=request.in_memory
             )
             return tuple(
-                Window(own.start, own.stop, tuple(self._item(loaded) for loaded in own.media)) for own in windows
+                Window(window.start, window.stop, tuple(self._item(loaded) for loaded in window.media))
+                for window in windows
             )
         except ValueError as error:
             raise refusal_of(error, media[0].where) from error
@@ -169,13 +171,13 @@ class Preparer:
         return MediaItem(loaded, self.processor.extent(loaded))
 
     def _row(
-        self, asked: Conversation, places: Sequence[int], keys: Sequence[str], stretch: Sequence[Window]
+        self, conversation: Conversation, order: Sequence[int], keys: Sequence[str], stretch: Sequence[Window]
     ) -> PromptRow:
-        """A row about one window of every group."""
-        by_place = dict(zip(places, [item for window in stretch for item in window.items], strict=True))
-        items = tuple(by_place[place] for place in sorted(by_place))
-        counts = self.policy.counts([item.extent for item in items], asked.budget)
-        request = self._request(asked)
+        """Make a row about one window of every group."""
+        item_by_index = dict(zip(order, [item for window in stretch for item in window.items], strict=True))
+        items = tuple(item_by_index[index] for index in sorted(item_by_index))
+        counts = self.policy.counts([item.extent for item in items], conversation.budget)
+        request = self._request(conversation)
         try:
             with self._tokenizer_lock:
                 batch = self.processor.batch(
@@ -200,10 +202,10 @@ class Preparer:
         times = (stretch[0].start, stretch[0].stop) if stretch else (0.0, 0.0)
         return PromptRow(row, items, tuple(dict.fromkeys(keys)), length, *times)
 
-    def _request(self, asked: Conversation) -> Request:
-        """The conversation in the form that all of the package reads."""
+    def _request(self, conversation: Conversation) -> Request:
+        """Write the conversation in the form that all of the package reads."""
         messages: list[Mapping[str, Any]] = [
-            {"role": role, "content": [_part(own) for own in parts]} for role, parts in asked.turns
+            {"role": role, "content": [_part(part) for part in parts]} for role, parts in conversation.turns
         ]
         return read_chat(messages, separator=self.processor.separator)
 
@@ -213,23 +215,23 @@ def _part(part: str | PromptMedium) -> dict[str, Any]:
 
 
 def _cuts(item: ItemBudget) -> str:
-    """What decides how an image is cut into tiles."""
+    """Tell what decides how an image is cut into tiles."""
     return "every cut" if item.is_free else str(item.budget)
 
 
 def _groups(media: Sequence[PromptMedium], *, has_clips: bool) -> list[list[int]]:
-    """Places of media that are read together: the sound and the frames of one clip in one message; others alone."""
+    """Group the numbers of media that are read together: audio and frames of one clip in one message; others alone."""
     waiting: dict[tuple[int, bytes], int] = {}
     groups: list[list[int]] = []
-    for place, own in enumerate(media):
-        key = (own.turn, own.content)
-        other = waiting.get(key) if has_clips and own.medium != "image" else None
-        if other is not None and len(groups[other]) == 1 and media[groups[other][0]].medium != own.medium:
-            groups[other].append(place)
+    for index, medium in enumerate(media):
+        key = (medium.turn, medium.content)
+        other = waiting.get(key) if has_clips and medium.medium != "image" else None
+        if other is not None and len(groups[other]) == 1 and media[groups[other][0]].medium != medium.medium:
+            groups[other].append(index)
             continue
-        if own.medium != "image":
+        if medium.medium != "image":
             waiting[key] = len(groups)
-        groups.append([place])
+        groups.append([index])
     return groups
 
 

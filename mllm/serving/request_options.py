@@ -1,4 +1,4 @@
-"""What every kind of request says alike: which model is meant, how the answer is chosen and when it ends.
+"""Reads what every kind of request says alike: which model, how the answer is chosen and when it ends.
 
 Knows keys and limits. Does not know messages, files or models.
 """
@@ -36,13 +36,13 @@ def read_rules(fields: Fields, limits: RequestLimits, *, max_tokens_keys: tuple[
         RequestError: 400, values that are not allowed, or one limit under two names.
     """
     counts = {key: fields.whole(key, 1, limits.max_new_tokens) for key in max_tokens_keys}
-    given = {key: count for key, count in counts.items() if count is not None}
-    if len(set(given.values())) > 1:
+    stated = {key: count for key, count in counts.items() if count is not None}
+    if len(set(stated.values())) > 1:
         raise fields.refused(max_tokens_keys[0], f"and {max_tokens_keys[1]} differ; give one of them")
     temperature = fields.number("temperature", 0.0, 2.0)
     seed = fields.whole("seed", 0, MAX_SEED)
     return AnswerRules(
-        max_new_tokens=next(iter(given.values()), limits.max_new_tokens),
+        max_new_tokens=next(iter(stated.values()), limits.max_new_tokens),
         temperature=temperature or None,
         seed=secrets.randbits(63) if seed is None else seed,
         repetition_tokens=limits.repetition_tokens,

@@ -1,4 +1,4 @@
-"""The queue before the model, and the thread that owns it: what waits is answered together.
+"""Queues answers before the model, whose thread writes together what waits.
 
 Knows answers and the engine. Does not know HTTP, media or budgets.
 """
@@ -15,6 +15,8 @@ from mllm.serving.limits import Batching
 
 LOGGER = logging.getLogger(__name__)
 IDLE_SECONDS = 0.5
+ROWS_WORTH_LEAVING = 4
+"""A smaller batch is not put together anew for those of its answers that have ended."""
 
 
 class Scheduler:
@@ -49,17 +51,17 @@ class Scheduler:
 
     @property
     def is_alive(self) -> bool:
-        """Whether answers are being written, or would be."""
+        """Tell whether answers are being written, or would be."""
         return self._thread.is_alive() and not self._is_closed
 
     @property
     def num_waiting(self) -> int:
-        """Answers that the model has not begun."""
+        """Count the answers that the model has not begun."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Answers that are being written."""
+        """Count the answers that are being written."""
         return len(self._going_on)
 
     def submit(self, runs: Sequence[AnswerRun]) -> None:
@@ -90,7 +92,7 @@ class Scheduler:
                 self._going_on = [run for run in self._going_on if run.ending is None]
 
     def _next(self) -> list[AnswerRun]:
-        """Answers that join those that go on, in the order they came."""
+        """Take answers that join those that go on, in the order they came."""
         with self._wake:
             if not self._waiting and not self._going_on:
                 self._wake.wait(IDLE_SECONDS)
@@ -118,12 +120,15 @@ class Scheduler:
 
     def _fits(self, joining: Sequence[AnswerRun], run: AnswerRun) -> bool:
         together = [*self._going_on, *joining, run]
-        longest = max(own.prompt.num_prompt_tokens + len(own.ids) for own in together)
+        longest = max(other.prompt.num_prompt_tokens + len(other.ids) for other in together)
         few = len(together) <= self.batching.max_rows and longest * len(together) <= self.batching.max_tokens
         return few or len(together) == 1
 
     def _is_interrupted(self, steps: int, going_on: int) -> bool:
         if self._is_closed:
+            return True
+        num_rows = len(self._going_on)
+        if num_rows > ROWS_WORTH_LEAVING and 2 * going_on <= num_rows:
             return True
         has_room = going_on < self.batching.max_rows
         return bool(self._waiting) and has_room and steps >= self.batching.steps_before_joining

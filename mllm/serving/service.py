@@ -1,4 +1,4 @@
-"""Requests on their way through a server: prepared on threads, answered by the model's thread, awaited by the front.
+"""Leads requests through a server: prepared on threads, answered by the model's thread, awaited by the front.
 
 Knows asyncio, the preparer and the scheduler. Does not know HTTP or the forms of requests.
 """
@@ -27,7 +27,7 @@ RESTARTING = RequestError(503, "the server is shutting down", code="unavailable"
 
 @dataclass(frozen=True)
 class MediumUsage:
-    """What one medium of a request was given."""
+    """Holds what one medium of a request got."""
 
     medium: str
     budget: str
@@ -37,7 +37,7 @@ class MediumUsage:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request took: tokens of the prompt and of all answers, and what its media were given.
+    """Holds what a request took: tokens of the prompt and of all answers, and what its media got.
 
     `budget` is the one budget of all media, None where items of one medium differ.
     """
@@ -51,7 +51,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer."""
+    """Holds one answer."""
 
     text: str
     ending: Ending
@@ -60,7 +60,7 @@ class Choice:
 
 
 class Job:
-    """One request that is being answered: pieces of text as they are settled, and then its answers.
+    """Holds one request that is being answered: pieces of text as they are settled, and then its answers.
 
     Args:
         choices: per answer, the runs that make it, one for each window of its media.
@@ -82,16 +82,16 @@ class Job:
 
     @property
     def runs(self) -> list[AnswerRun]:
-        """All that the model writes for it."""
+        """Return all that the model writes for it."""
         return [run for runs in self.choices for run in runs]
 
     def cancel(self) -> None:
-        """Nobody waits any more: the model goes on without it."""
+        """Let the model go on without it, since nobody waits any more."""
         for run in self.runs:
             run.is_cancelled = True
 
     async def pieces(self) -> AsyncIterator[tuple[int, str]]:
-        """The number of an answer and a piece of its text, until all have ended; whole where they are joined."""
+        """Yield the number of an answer and a piece of its text, until all have ended; whole where they are joined."""
         while (event := await self._events.get()) is not None:
             yield event
         for number, runs in enumerate(self.choices):
@@ -99,7 +99,7 @@ class Job:
                 yield number, self.answers()[number].text
 
     def answers(self) -> list[Choice]:
-        """All answers, once it is done.
+        """Return all answers, once it is done.
 
         Raises:
             RequestError: 500, the model failed.
@@ -120,7 +120,7 @@ class Job:
         return Choice(text, ending, runs[0].stop_text, tuple(token for run in runs for token in run.ids))
 
     def seconds(self, loader: MediaLoader) -> float:
-        """Length of its sound, or of its lips where there is none."""
+        """Return the length of its audio, or of its video where there is none."""
         last = self._prepared.rows[-1]
         if last.stop:
             return last.stop
@@ -130,7 +130,7 @@ class Job:
         return lengths["video"] / (loader.frames_per_second or 25.0)
 
     def usage(self) -> Usage:
-        """What it took so far."""
+        """Count what it took so far."""
         media: list[MediumUsage] = []
         for prompt in self._prepared.rows:
             media += [
@@ -198,7 +198,7 @@ class Service:
 
     @property
     def num_in_preparation(self) -> int:
-        """Requests that are being read and prepared."""
+        """Count the requests that are being read and prepared."""
         return self._num_in_preparation
 
     async def read(self, what: Callable[[Callable[[], bool]], Read]) -> Read:
@@ -244,7 +244,7 @@ class Service:
         return job
 
     def _fitting(self, rules: AnswerRules, prepared: Prepared) -> AnswerRules:
-        """Rules whose answer fits behind the prompt in what the LLM reads."""
+        """Make rules whose answer fits behind the prompt in what the LLM reads."""
         most = self.preparer.processor.context_tokens
         if most is None:
             return rules

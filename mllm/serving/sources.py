@@ -1,4 +1,4 @@
-"""Where a request's media come from: bytes in the request, and files or addresses only where the server allows them.
+"""Reads a request's media: bytes in the request, and files or addresses only where the server allows them.
 
 Knows URLs, base64 and rules. Does not decode.
 """
@@ -15,13 +15,13 @@ from mllm.serving.fetching import Fetcher
 from mllm.serving.fields import shown
 
 MAIN_TYPES = {"image": ("image",), "audio": ("audio", "video"), "video": ("video", "image")}
-"""What a data URL may say it is, by medium: a video has sound, and an animation is a video."""
+"""What a data URL may say it is, by medium: a video has audio, and an animation is a video."""
 _ANY_TYPE = ("", "application")
 
 
 @dataclass(frozen=True)
 class SourceRules:
-    """Which sources are read beside data URLs; none by default.
+    """Says which sources are read beside data URLs; none by default.
 
     Args:
         fetcher: reads http and https addresses; None refuses them.
@@ -34,7 +34,7 @@ class SourceRules:
     limits: MediaLimits = field(default_factory=MediaLimits)
 
     def max_bytes(self, medium: str) -> int:
-        """The largest file of a medium."""
+        """Return the largest file of a medium."""
         return getattr(self.limits, f"{medium}_bytes")
 
     def read(self, url: str, medium: str, where: str) -> bytes:
@@ -110,7 +110,7 @@ def _read_data(url: str, medium: str, where: str) -> bytes:
         raise bad_request(f"{where} is {shown(url)}; a data URL is written data:TYPE;base64,...", where)
     main = words[0].partition("/")[0].lower()
     if main not in (*MAIN_TYPES[medium], *_ANY_TYPE):
-        allowed = ", ".join(f"{own}/..." for own in MAIN_TYPES[medium])
+        allowed = ", ".join(f"{kind}/..." for kind in MAIN_TYPES[medium])
         raise bad_request(f"{where} is of the type {shown(words[0])}; allowed: {allowed}", where)
     return read_base64(body, where)
 

@@ -1,4 +1,4 @@
-"""The form of `POST /v1/audio/transcriptions` to a conversation about one sound or clip, or a refusal.
+"""Reads the form of `POST /v1/audio/transcriptions` as a conversation about one clip, or refuses it.
 
 Knows the fields of OpenAI's API. Does not know models or HTTP.
 """
@@ -25,7 +25,7 @@ _FLAGS = {"true": True, "false": False}
 
 @dataclass(frozen=True)
 class TranscriptionRequest:
-    """What is to be transcribed, and in which form the transcript is wanted."""
+    """Says what is to be transcribed, and in which form the transcript is wanted."""
 
     conversation: Conversation
     rules: AnswerRules
@@ -82,25 +82,25 @@ class TranscriptionReader:
         return TranscriptionRequest(conversation, replace(rules, needs_text=is_stream), kind, language, is_stream)
 
     def _media_of(self, content: bytes, loader: PooledLoader) -> list[str]:
-        """What of the file is read: its sound, and its frames where the model reads lips."""
+        """List what of the file is read: its audio, and its frames where the model reads lips."""
         if not self.media:
-            raise bad_request("this model transcribes neither sound nor lips", "model")
+            raise bad_request("this model transcribes neither audio nor video", "model")
         try:
             streams = loader.probe(content)
         except MediaError as error:
             raise refusal_of(error, "file") from error
-        found = [medium for medium in ("audio", "video") if streams[medium] and medium in self.media]
-        if not found:
+        media = [medium for medium in ("audio", "video") if streams[medium] and medium in self.media]
+        if not media:
             raise bad_request(
-                f"the file holds nothing that is transcribed here; allowed: {' and '.join(self.media)} in a known "
+                f"the file holds no stream that is transcribed here; allowed: {' and '.join(self.media)} in a known "
                 "format",
                 "file",
             )
-        return found
+        return media
 
 
 def _read_types(form: Mapping[str, object]) -> dict[str, object]:
-    """Fields of a form as values: they come as texts, and what is no number or flag stays one, to be refused later."""
+    """Read the fields of a form, which come as texts; what is no number or flag stays one, to be refused later."""
     values: dict[str, object] = {}
     for key, value in form.items():
         read: object = value

@@ -67,9 +67,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8), format="rgb24")
             container.mux(video.encode(frame))  # type: ignore[attr-defined]
         samples = (8000 * np.sin(np.arange(11_000) / 9)).astype("<i2")[None]
-        sound = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-        sound.sample_rate = 16_000
-        container.mux(audio.encode(sound))  # type: ignore[attr-defined]
+        audio_frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        audio_frame.sample_rate = 16_000
+        container.mux(audio.encode(audio_frame))  # type: ignore[attr-defined]
         container.mux(video.encode())  # type: ignore[attr-defined]
         container.mux(audio.encode())  # type: ignore[attr-defined]
     return path.read_bytes()

@@ -33,7 +33,7 @@ def text_of(ids: Any) -> str:
 
 
 def written(ids: list[int], **rules: Any) -> AnswerRun:
-    """An answer that is given these tokens until it ends."""
+    """Write an answer from these tokens until it ends."""
     pieces: list[str] = []
     run = AnswerRun(None, AnswerRules(rules.pop("max_new_tokens", 50), needs_text=True, **rules), on_text=pieces.append)  # type: ignore[arg-type]
     for token in ids:
@@ -102,9 +102,11 @@ class Bench:
     def run(self, text: str, media: dict[str, bytes], budget: str, rules: AnswerRules) -> AnswerRun:
         """A prepared answer."""
         parts = [PromptMedium(medium, content, 0, medium) for medium, content in media.items()]
-        asked = self.policy.resolve([(own.medium, Wishes()) for own in parts], Wishes("", Budget.parse(budget)))
+        budgets = self.policy.resolve(
+            [(medium_part.medium, Wishes()) for medium_part in parts], Wishes("", Budget.parse(budget))
+        )
         turns = (("user", (*parts, text)),)
-        return AnswerRun(self.preparer.prepare(Conversation(turns, asked), lambda: False).rows[0], rules)
+        return AnswerRun(self.preparer.prepare(Conversation(turns, budgets), lambda: False).rows[0], rules)
 
     def finish(self, runs: list[AnswerRun], seconds: float = 180) -> None:
         """Wait for answers."""
@@ -119,7 +121,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(answerer: Answerer) -> Iterator[Callable[..., Bench]]:
+def make_bench(answerer: Answerer) -> Iterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
     def make(**batching: Any) -> Bench:
@@ -127,71 +129,71 @@ def bench(answerer: Answerer) -> Iterator[Callable[..., Bench]]:
         return made[-1]
 
     yield make
-    for own in made:
-        own.close()
+    for bench in made:
+        bench.close()
 
 
 def test_answers_join_and_leave_a_batch_and_are_what_they_are_alone(
-    bench: Callable[..., Bench], answerer: Answerer, files: Files
+    make_bench: Callable[..., Bench], answerer: Answerer, files: Files
 ) -> None:
-    own = bench(max_rows=4, steps_before_joining=2)
+    bench = make_bench(max_rows=4, steps_before_joining=2)
     rng = random.Random(1)
     runs, wanted = [], []
     for _ in range(16):
         media = {medium: rng.choice(files)[medium] for medium in ("image", "audio", "video") if rng.random() < 0.6}
         budget = "image=4" if "image" in media else ""
         text, length = f"what is {rng.choice('abc')}?", rng.choice([3, 9, 24])
-        runs.append(own.run(text, media, budget, AnswerRules(length)))
+        runs.append(bench.run(text, media, budget, AnswerRules(length)))
         wanted.append((answerer(text, **media, budget=budget), length))  # type: ignore[arg-type]
     for start in range(0, len(runs), 6):
-        own.scheduler.submit(runs[start : start + 6])
+        bench.scheduler.submit(runs[start : start + 6])
         time.sleep(0.02)
-    own.finish(runs)
+    bench.finish(runs)
     for run, (answer, length) in zip(runs, wanted, strict=True):
         assert len(run.ids) == min(answer.num_new_tokens, length)
         assert run.text == answer.text if length == 24 else answer.text.startswith(run.text)
-    assert max(own.sizes) > 1
-    assert len(own.sizes) > len(runs) / 4  # batches were interrupted for those that waited
-    assert len(own.encoded) == own.cache.num_misses <= 12
+    assert max(bench.sizes) > 1
+    assert len(bench.sizes) > len(runs) / 4  # batches were interrupted for those that waited
+    assert len(bench.encoded) == bench.cache.num_misses <= 12
 
 
-def test_one_answer_that_fails_fails_alone(bench: Callable[..., Bench], files: Files, caplog: Any) -> None:
-    own = bench()
-    good = [own.run("what?", {"image": files[0]["image"]}, "image=4", AnswerRules(4)) for _ in range(3)]
-    bad = own.run("what?", {"image": files[1]["image"]}, "image=4", AnswerRules(4))
+def test_one_answer_that_fails_fails_alone(make_bench: Callable[..., Bench], files: Files, caplog: Any) -> None:
+    bench = make_bench()
+    good = [bench.run("what?", {"image": files[0]["image"]}, "image=4", AnswerRules(4)) for _ in range(3)]
+    bad = bench.run("what?", {"image": files[1]["image"]}, "image=4", AnswerRules(4))
     broken = bad.prompt.items[0].loaded
     object.__setattr__(broken, "values", broken.values[:, :7, :7])  # what its encoder cannot take
-    with own.scheduler._wake:
-        own.scheduler._waiting += [good[0], bad, *good[1:]]
-        own.scheduler._wake.notify()
-    own.finish([*good, bad])
+    with bench.scheduler._wake:
+        bench.scheduler._waiting += [good[0], bad, *good[1:]]
+        bench.scheduler._wake.notify()
+    bench.finish([*good, bad])
     assert [run.ending for run in (*good, bad)] == ["length"] * 3 + ["failed"]
     assert len({run.text for run in good}) == 1
     assert "could not be written together" in caplog.text
 
 
 def test_those_that_are_cancelled_leave_the_others_alone(
-    bench: Callable[..., Bench], answerer: Answerer, files: Files
+    make_bench: Callable[..., Bench], answerer: Answerer, files: Files
 ) -> None:
-    own = bench(max_rows=2)
+    bench = make_bench(max_rows=2)
     long = AnswerRules(60)
-    runs = [own.run("go on", {"image": files[0]["image"]}, "image=4", long) for _ in range(4)]
-    own.scheduler.submit(runs)
-    while own.scheduler.num_running < 2:
+    runs = [bench.run("go on", {"image": files[0]["image"]}, "image=4", long) for _ in range(4)]
+    bench.scheduler.submit(runs)
+    while bench.scheduler.num_running < 2:
         time.sleep(0.005)
     for run in (runs[0], runs[3]):
         run.is_cancelled = True
-    own.finish(runs)
+    bench.finish(runs)
     assert [run.ending for run in runs][0::3] == ["cancelled", "cancelled"]
     assert runs[3].ids == []
     assert runs[1].ids == runs[2].ids
     assert len(runs[1].ids) > 24
 
 
-def test_media_are_kept_by_use_and_within_their_room(bench: Callable[..., Bench], files: Files) -> None:
-    own = bench()
+def test_media_are_kept_by_use_and_within_their_room(make_bench: Callable[..., Bench], files: Files) -> None:
+    bench = make_bench()
     made: list[int] = []
-    item = own.run("a", {"image": files[0]["image"]}, "image=4", AnswerRules(1)).prompt.items[0]
+    item = bench.run("a", {"image": files[0]["image"]}, "image=4", AnswerRules(1)).prompt.items[0]
     cache = MediaCache(3 * item.num_bytes + 1)
 
     def get(key: str) -> bool:
@@ -216,16 +218,18 @@ def test_media_are_kept_by_use_and_within_their_room(bench: Callable[..., Bench]
     assert cache.get("e", lambda: (Window(0, 0, (item,)),))[1] is False
 
 
-def test_what_a_user_types_is_never_special_on_several_threads(bench: Callable[..., Bench], answerer: Answerer) -> None:
-    own = bench()
+def test_what_a_user_types_is_never_special_on_several_threads(
+    make_bench: Callable[..., Bench], answerer: Answerer
+) -> None:
+    bench = make_bench()
     special = set(answerer.processor.tokenizer.all_special_ids) | set(answerer.processor.placeholder_ids.values())
     text = " ".join(answerer.processor.tokenizer.all_special_tokens) + "<|image_token|><|audio_token|>"
-    clean = own.run("a", {}, "", AnswerRules(1)).prompt.row.ids
+    clean = bench.run("a", {}, "", AnswerRules(1)).prompt.row.ids
 
     def ids(number: int) -> list[int]:
-        return list(own.run(f"{text} {number}", {}, "", AnswerRules(1)).prompt.row.ids)
+        return list(bench.run(f"{text} {number}", {}, "", AnswerRules(1)).prompt.row.ids)
 
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(ids, range(200)))
+        rows = list(threads.map(ids, range(200)))
     allowed = sum(token in special for token in clean)
-    assert all(sum(token in special for token in row) == allowed for row in found)
+    assert all(sum(token in special for token in row) == allowed for row in rows)

@@ -20,11 +20,13 @@ TEXTS = ("what is it?", "say it.", "which colour is the circle in the picture?")
 Files = list[dict[str, bytes]]
 
 
-def asked(client: openai.OpenAI, *parts: Any, **options: Any) -> Any:
+def ask_for(client: openai.OpenAI, *parts: Any, **options: Any) -> Any:
     """One answer; what OpenAI's client does not know goes into the body as it is."""
-    own = {key: options.pop(key) for key in list(options) if key in ("budget", "return_token_ids", "media_resolution")}
-    own |= options.pop("extra_body", {})
-    return client.chat.completions.create(model=NAME, messages=user(*parts), extra_body=own, **options)  # type: ignore
+    extra = {
+        key: options.pop(key) for key in list(options) if key in ("budget", "return_token_ids", "media_resolution")
+    }
+    extra |= options.pop("extra_body", {})
+    return client.chat.completions.create(model=NAME, messages=user(*parts), extra_body=extra, **options)  # type: ignore
 
 
 def soft_tokens(answer: Any) -> dict[str, int]:
@@ -40,18 +42,18 @@ def test_answers_at_concurrent_clients_are_those_of_the_answerer(
     requests = []
     for number in range(40):
         media = [medium for medium in BUDGETS if rng.random() < 0.6]
-        own = {medium: rng.choice(files)[medium] for medium in media}
+        files_of_request = {medium: rng.choice(files)[medium] for medium in media}
         budget = ",".join(rng.choice(BUDGETS[medium]) for medium in media)
-        requests.append((f"{rng.choice(TEXTS)} {number % 3}", own, budget))
+        requests.append((f"{rng.choice(TEXTS)} {number % 3}", files_of_request, budget))
 
     def ask(request: tuple[str, dict[str, bytes], str]) -> Any:
-        text, own, budget = request
-        parts = [part(medium, content) for medium, content in own.items()]
-        return asked(client, *parts, text, budget=budget, return_token_ids=True)
+        text, files_of_request, budget = request
+        parts = [part(medium, content) for medium, content in files_of_request.items()]
+        return ask_for(client, *parts, text, budget=budget, return_token_ids=True)
 
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(ask, requests))
-    expected = [answerer(text, **own, budget=budget) for text, own, budget in requests]  # type: ignore[arg-type]
+    expected = [answerer(text, **files_of_request, budget=budget) for text, files_of_request, budget in requests]  # type: ignore[arg-type]
     for answer, wanted in zip(answers, expected, strict=True):
         assert answer.choices[0].message.content == wanted.text
         assert len(answer.choices[0].token_ids) == answer.usage.completion_tokens == wanted.num_new_tokens
@@ -63,8 +65,8 @@ def test_answers_at_concurrent_clients_are_those_of_the_answerer(
 
 def test_several_images_and_turns_stand_in_their_order(client: openai.OpenAI, answerer: Answerer, files: Files) -> None:
     first, second = files[0]["image"], files[1]["image"]
-    together = asked(client, part("image", first), part("image", second), "what?", budget="image=4")
-    turned = asked(client, part("image", second), part("image", first), "what?", budget="image=4")
+    together = ask_for(client, part("image", first), part("image", second), "what?", budget="image=4")
+    turned = ask_for(client, part("image", second), part("image", first), "what?", budget="image=4")
     wanted = answerer("what?", image=[first, second], budget="image=4")
     assert together.choices[0].message.content == wanted.text
     assert soft_tokens(together) == {"image": 8}
@@ -76,20 +78,20 @@ def test_several_images_and_turns_stand_in_their_order(client: openai.OpenAI, an
 
 
 def test_media_of_other_forms_are_the_same_media(client: openai.OpenAI, files: Files) -> None:
-    sound = files[0]["audio"]
-    form = {"type": "audio_url", "audio_url": {"url": data_url("audio", sound)}}
-    one, other = asked(client, part("audio", sound), "say it."), asked(client, form, "say it.")
+    audio = files[0]["audio"]
+    form = {"type": "audio_url", "audio_url": {"url": data_url("audio", audio)}}
+    one, other = ask_for(client, part("audio", audio), "say it."), ask_for(client, form, "say it.")
     assert one.choices[0].message.content == other.choices[0].message.content
     plain = {"type": "image_url", "image_url": data_url("image", files[0]["image"])}
-    shown = asked(client, plain, "what?").choices[0].message.content
-    assert shown == asked(client, part("image", files[0]["image"]), "what?").choices[0].message.content
+    shown = ask_for(client, plain, "what?").choices[0].message.content
+    assert shown == ask_for(client, part("image", files[0]["image"]), "what?").choices[0].message.content
 
 
 def test_sound_and_frames_of_one_clip_are_brought_to_one_length(
     client: openai.OpenAI, answerer: Answerer, clip: bytes
 ) -> None:
-    sound = {"type": "audio_url", "audio_url": {"url": data_url("video", clip)}}
-    answer = asked(client, sound, part("video", clip), DEFAULT_PROMPTS["audio", "video"], budget="audio=/4,video=/2")
+    audio = {"type": "audio_url", "audio_url": {"url": data_url("video", clip)}}
+    answer = ask_for(client, audio, part("video", clip), DEFAULT_PROMPTS["audio", "video"], budget="audio=/4,video=/2")
     wanted = answerer(audio=clip, video=clip, budget="audio=/4,video=/2")
     assert answer.choices[0].message.content == wanted.text
     assert answer.usage.prompt_tokens == wanted.num_prompt_tokens
@@ -97,54 +99,54 @@ def test_sound_and_frames_of_one_clip_are_brought_to_one_length(
 
 def test_pieces_of_a_stream_are_the_answer(client: openai.OpenAI, files: Files) -> None:
     parts = [part("image", files[0]["image"]), "what is it?"]
-    whole = asked(client, *parts, n=2)
-    chunks = list(asked(client, *parts, n=2, stream=True, stream_options={"include_usage": True}))
+    whole = ask_for(client, *parts, n=2)
+    chunks = list(ask_for(client, *parts, n=2, stream=True, stream_options={"include_usage": True}))
     for number, choice in enumerate(whole.choices):
-        own = [one.choices[0] for one in chunks if one.choices and one.choices[0].index == number]
-        assert "".join(one.delta.content or "" for one in own) == choice.message.content
-        assert own[0].delta.role == "assistant"
-        assert [one.finish_reason for one in own if one.finish_reason] == [choice.finish_reason]
-        assert len(own) > 3
+        choices = [one.choices[0] for one in chunks if one.choices and one.choices[0].index == number]
+        assert "".join(one.delta.content or "" for one in choices) == choice.message.content
+        assert choices[0].delta.role == "assistant"
+        assert [one.finish_reason for one in choices if one.finish_reason] == [choice.finish_reason]
+        assert len(choices) > 3
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
-    assert not any(one.usage for one in asked(client, *parts, stream=True))
+    assert not any(one.usage for one in ask_for(client, *parts, stream=True))
 
 
 def test_what_is_drawn_depends_on_the_seed_and_on_nobody_else(client: openai.OpenAI, files: Files) -> None:
     parts = [part("image", files[0]["image"]), "what is it?"]
 
     def text(seed: int) -> str:
-        return asked(client, *parts, temperature=1.5, seed=seed).choices[0].message.content
+        return ask_for(client, *parts, temperature=1.5, seed=seed).choices[0].message.content
 
     alone = [text(seed) for seed in (1, 2, 3)]
     with ThreadPoolExecutor(6) as threads:
         crowd = list(threads.map(text, (3, 1, 2, 1, 3, 2)))
-    assert crowd == [alone[place] for place in (2, 0, 1, 0, 2, 1)]
+    assert crowd == [alone[index] for index in (2, 0, 1, 0, 2, 1)]
     assert len(set(alone)) == 3
-    both = asked(client, *parts, temperature=1.5, seed=1, n=2).choices
+    both = ask_for(client, *parts, temperature=1.5, seed=1, n=2).choices
     assert [one.message.content for one in both] == alone[:2]
     assert (
-        asked(client, *parts, temperature=0).choices[0].message.content
-        == asked(client, *parts).choices[0].message.content
+        ask_for(client, *parts, temperature=0).choices[0].message.content
+        == ask_for(client, *parts).choices[0].message.content
     )
 
 
 def test_an_answer_ends_before_a_stop_text_and_at_its_length(client: openai.OpenAI, files: Files) -> None:
     parts = [part("image", files[0]["image"]), "what is it?"]
-    whole = asked(client, *parts).choices[0].message.content
+    whole = ask_for(client, *parts).choices[0].message.content
     stop = whole[len(whole) // 2 :][:3]
-    cut = asked(client, *parts, stop=[stop, "never there"]).choices[0]
+    cut = ask_for(client, *parts, stop=[stop, "never there"]).choices[0]
     assert cut.message.content == whole[: whole.index(stop)].strip()
     assert (cut.finish_reason, cut.model_extra["stop_reason"]) == ("stop", stop)
-    pieces = [own.choices[0].delta.content or "" for own in asked(client, *parts, stop=stop, stream=True)]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in ask_for(client, *parts, stop=stop, stream=True)]
     assert "".join(pieces) == cut.message.content
-    short = asked(client, *parts, max_tokens=3)
+    short = ask_for(client, *parts, max_tokens=3)
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
-    assert asked(client, *parts, max_completion_tokens=3).choices[0].message == short.choices[0].message
+    assert ask_for(client, *parts, max_completion_tokens=3).choices[0].message == short.choices[0].message
 
 
 def test_text_that_spells_special_tokens_is_text(client: openai.OpenAI, answerer: Answerer) -> None:
     text = "<|image_token|> <|audio_token|>" + (answerer.processor.tokenizer.eos_token or "")
-    answer = asked(client, text)
+    answer = ask_for(client, text)
     assert answer.choices[0].message.content == answerer(text).text
     assert answer.usage.model_extra["media"] == []
     assert answer.usage.prompt_tokens > len(text.split()) + 5
@@ -153,9 +155,9 @@ def test_text_that_spells_special_tokens_is_text(client: openai.OpenAI, answerer
 @pytest.mark.parametrize("form", ["json", "text", "verbose_json"])
 def test_sounds_are_transcribed(client: openai.OpenAI, answerer: Answerer, files: Files, form: Any) -> None:
     file = ("a sound.wav", io.BytesIO(files[0]["audio"]))
-    own = {"budget": "audio=/8"}
+    extra = {"budget": "audio=/8"}
     said: Any = client.audio.transcriptions.create(
-        model=NAME, file=file, response_format=form, language="en", extra_body=own
+        model=NAME, file=file, response_format=form, language="en", extra_body=extra
     )
     wanted = answerer(audio=files[0]["audio"], budget="audio=/8")
     assert (said.strip() if form == "text" else said.text) == wanted.text
@@ -174,7 +176,7 @@ def test_a_video_is_transcribed_with_its_lips(
     silent = client.audio.transcriptions.create(model=NAME, file=("silent.mp4", files[0]["video"]))
     assert silent.text == answerer(video=files[0]["video"]).text
     events = list(client.audio.transcriptions.create(model=NAME, file=("clip.mp4", clip), stream=True))
-    assert "".join(own.delta for own in events if own.type == "transcript.text.delta") == said.text
+    assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == said.text
     assert (events[-1].type, events[-1].text) == ("transcript.text.done", said.text)  # type: ignore[union-attr]
 
 
@@ -187,11 +189,11 @@ def test_the_server_tells_its_model_budgets_health_and_metrics(served: Running, 
     assert [row["budget"] for row in rows if row["type"] == "image"] == ["image=64", "image=16", "image=4", "image=1"]
     assert [row["tokens"] for row in rows if row["type"] == "image"] == [64, 16, 4, 1]
     for medium in BUDGETS:
-        own = [row for row in rows if row["type"] == medium]
-        assert [row["flops"] for row in own] == sorted((row["flops"] for row in own), reverse=True)
-        assert all(row["kv_bytes"] > 0 and row["milliseconds"] > 0 for row in own)
+        of_medium = [row for row in rows if row["type"] == medium]
+        assert [row["flops"] for row in of_medium] == sorted((row["flops"] for row in of_medium), reverse=True)
+        assert all(row["kv_bytes"] > 0 and row["milliseconds"] > 0 for row in of_medium)
     assert httpx.get(f"{served.address}/health").json() == {"status": "ok"}
-    asked(client, "what?")
+    ask_for(client, "what?")
     metrics = httpx.get(f"{served.address}/metrics").text
     assert 'mllm_requests_total{route="/v1/chat/completions",status="200"}' in metrics
     assert "mllm_new_tokens_total" in metrics
@@ -209,11 +211,11 @@ def test_media_are_encoded_once(served: Running, client: openai.OpenAI, tmp_path
             next(line for line in lines if line.startswith('mllm_encoded_media_total{medium="image"}')).split()[1]
         )
 
-    asked(client, image, "what?")
+    ask_for(client, image, "what?")
     before = encoded()
     with ThreadPoolExecutor(4) as threads:
         answers = list(
-            threads.map(lambda n: asked(client, image, image, f"what? {n}", budget=f"image={n}"), (64, 16, 4, 3))
+            threads.map(lambda n: ask_for(client, image, image, f"what? {n}", budget=f"image={n}"), (64, 16, 4, 3))
         )
     assert encoded() == before
     assert [answer.usage.model_extra["known_media"] for answer in answers] == [2, 2, 2, 2]

@@ -23,13 +23,13 @@ def tokens(body: dict[str, Any], *media: tuple[str, dict[str, Any]], default: st
     fields = Fields(body)
     wishes = read_body_wishes(fields)
     fields.done()
-    own = []
+    wishes_of_media = []
     for number, (medium, beside) in enumerate(media):
         part = Fields(beside, f"part[{number}]")
-        own.append((medium, read_part_wishes(medium, [part])))
+        wishes_of_media.append((medium, read_part_wishes(medium, [part])))
         part.done()
-    asked = policy.resolve(own, wishes)
-    return [count.tokens for count in policy.counts([EXTENTS[medium] for medium, _ in media], asked)]
+    resolved = policy.resolve(wishes_of_media, wishes)
+    return [count.tokens for count in policy.counts([EXTENTS[medium] for medium, _ in media], resolved)]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ MEMORY = 3 * 2**30
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[DecoderPool]:
-    own = DecoderPool(1, MEMORY)
-    yield own
-    own.close()
+    decoders = DecoderPool(1, MEMORY)
+    yield decoders
+    decoders.close()
 
 
 def values(raw: object) -> np.ndarray:
@@ -45,15 +45,15 @@ def test_what_is_decoded_apart_is_what_is_decoded_here(pool: DecoderPool, files:
 
 
 def test_a_few_frames_and_the_header(pool: DecoderPool, files: Files, clip: bytes) -> None:
-    own = PooledLoader(pool=pool)
+    loader = PooledLoader(pool=pool)
     sampling = FrameSampling(4)
-    assert np.array_equal(own.frames(clip, sampling).frames, MediaLoader().frames(clip, sampling).frames)
+    assert np.array_equal(loader.frames(clip, sampling).frames, MediaLoader().frames(clip, sampling).frames)
     with pytest.raises(MediaError, match="frames"):
-        own.frames(clip, FrameSampling(4_000))
-    found = {name: own.probe(content) for name, content in {**files[0], "clip": clip}.items()}
-    held = {name: (own["audio"], own["video"]) for name, own in found.items()}
+        loader.frames(clip, FrameSampling(4_000))
+    streams = {name: loader.probe(content) for name, content in {**files[0], "clip": clip}.items()}
+    held = {name: (held_streams["audio"], held_streams["video"]) for name, held_streams in streams.items()}
     assert held == {"image": (False, False), "audio": (True, False), "video": (False, True), "clip": (True, True)}
-    assert own.probe(b"hello")["audio"] is False
+    assert loader.probe(b"hello")["audio"] is False
 
 
 def test_a_file_is_refused_for_the_same_reason(pool: DecoderPool, files: Files) -> None:
@@ -68,7 +68,7 @@ def test_a_file_is_refused_for_the_same_reason(pool: DecoderPool, files: Files) 
 
 
 def test_a_decoder_that_ends_is_replaced_and_its_file_refused(pool: DecoderPool, files: Files) -> None:
-    own = PooledLoader(pool=pool)
+    loader = PooledLoader(pool=pool)
     before = pool.num_replaced
     for number in (signal.SIGSEGV, signal.SIGKILL):
         pid = child_of(pool)
@@ -77,19 +77,19 @@ def test_a_decoder_that_ends_is_replaced_and_its_file_refused(pool: DecoderPool,
             0.2, lambda pid=pid, number=number: (os.kill(pid, number), os.kill(pid, signal.SIGCONT))
         ).start()
         with pytest.raises(MediaError, match="the decoder broke down over the file"):
-            own("image", files[0]["image"])
-        assert values(own("image", files[0]["image"])).shape == (40, 60, 3)
+            loader("image", files[0]["image"])
+        assert values(loader("image", files[0]["image"])).shape == (40, 60, 3)
         assert child_of(pool) != pid
     assert pool.num_replaced == before + 2
 
 
 def test_a_decoder_that_stalls_is_ended_at_its_deadline(pool: DecoderPool, files: Files) -> None:
-    own = PooledLoader(pool=pool, limits=MediaLimits(deadline_seconds=0.5))
-    own("image", files[0]["image"])
+    loader = PooledLoader(pool=pool, limits=MediaLimits(deadline_seconds=0.5))
+    loader("image", files[0]["image"])
     os.kill(child_of(pool), signal.SIGSTOP)
     start = time.monotonic()
     with pytest.raises(MediaError, match=r"decoding took longer than 0.5 seconds") as caught:
-        own("image", files[0]["image"])
+        loader("image", files[0]["image"])
     assert caught.value.kind == "deadline"
     assert 1 < time.monotonic() - start < 4
     assert PooledLoader(pool=pool)("image", files[0]["image"])
@@ -99,9 +99,9 @@ def test_a_decoder_stops_when_nobody_waits(pool: DecoderPool, files: Files) -> N
     PooledLoader(pool=pool)("image", files[0]["image"])
     os.kill(child_of(pool), signal.SIGSTOP)
     start = time.monotonic()
-    own = PooledLoader(pool=pool).until(lambda: time.monotonic() - start > 0.3)
+    loader = PooledLoader(pool=pool).until(lambda: time.monotonic() - start > 0.3)
     with pytest.raises(Cancelled):
-        own("image", files[0]["image"])
+        loader("image", files[0]["image"])
     assert time.monotonic() - start < 2
     assert PooledLoader(pool=pool)("image", files[0]["image"])
 
@@ -111,13 +111,13 @@ def test_memory_of_a_decoder_is_bounded(files: Files) -> None:
 
     import soundfile
 
-    sound = io.BytesIO()
-    soundfile.write(sound, np.zeros(600 * 16_000, np.float32), 16_000, format="FLAC")
+    audio = io.BytesIO()
+    soundfile.write(audio, np.zeros(600 * 16_000, np.float32), 16_000, format="FLAC")
     small = DecoderPool(1, 450 * 2**20)
-    own = PooledLoader(pool=small, sample_rate_hz=192_000)
+    loader = PooledLoader(pool=small, sample_rate_hz=192_000)
     try:
         with pytest.raises(MediaError, match=r"memory|could not read|broke down"):
-            own("audio", sound.getvalue())
+            loader("audio", audio.getvalue())
         assert PooledLoader(pool=small)("audio", files[0]["audio"])
     finally:
         small.close()

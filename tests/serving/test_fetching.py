@@ -1,14 +1,16 @@
 """Where fetching is allowed, only named hosts on the public network are asked, and each redirect is checked anew."""
 
 import http.server
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from mllm.serving.errors import RequestError
-from mllm.serving.fetching import Fetcher, is_public
+from mllm.serving.fetching import MAX_LOOKUPS, Fetcher, is_public
 
 HOST = "images.example.org"
 CONTENT = bytes(range(256)) * 40
@@ -43,15 +45,15 @@ class Site(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[http.server.ThreadingHTTPServer]:
-    own = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    own.seen = []  # type: ignore[attr-defined]
-    threading.Thread(target=own.serve_forever, daemon=True).start()
-    yield own
-    own.shutdown()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.seen = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
 
 def fetcher(site: http.server.HTTPServer, addresses: Sequence[str] = ("127.0.0.1",), seconds: float = 5) -> Fetcher:
-    """One for which a test's own site is the public network."""
+    """One for which the test's site is the public network."""
     return Fetcher(
         (HOST, "other.example.org"),
         seconds,
@@ -114,9 +116,43 @@ def test_every_address_of_a_host_must_be_public_and_the_one_that_was_checked_is_
         return ["127.0.0.1" if len(looked_up) == 1 else "10.0.0.1"]
 
     ports = {"http": site.server_address[1]}
-    own = Fetcher([HOST], look_up=rebinding, is_allowed=lambda address: address == "127.0.0.1", ports=ports)
-    assert own.fetch(f"http://{HOST}/a.png", 100_000, "url") == CONTENT
+    rebound = Fetcher([HOST], look_up=rebinding, is_allowed=lambda address: address == "127.0.0.1", ports=ports)
+    assert rebound.fetch(f"http://{HOST}/a.png", 100_000, "url") == CONTENT
     assert looked_up == [HOST]
+
+
+def test_a_resolver_that_stalls_holds_nobody(site: http.server.HTTPServer) -> None:
+    is_over = threading.Event()
+
+    def stalling(host: str, port: int) -> list[str]:
+        is_over.wait(30)
+        return ["127.0.0.1"]
+
+    stalled = Fetcher([HOST], 0.3, look_up=stalling)
+    start = time.monotonic()
+    try:
+        with ThreadPoolExecutor(MAX_LOOKUPS + 4) as threads:  # more than may wait for a resolver at once
+
+            def fetch(number: int) -> str:
+                with pytest.raises(RequestError, match="the file could not be fetched") as caught:
+                    stalled.fetch(f"http://{HOST}/{number}.png", 10_000, "url")
+                return caught.value.message
+
+            assert len(list(threads.map(fetch, range(MAX_LOOKUPS + 4)))) == MAX_LOOKUPS + 4
+        assert time.monotonic() - start < 10
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("resolver") <= MAX_LOOKUPS
+    finally:
+        is_over.set()
+    assert fetcher(site).fetch(f"http://{HOST}/a.png", 100_000, "url") == CONTENT
+
+
+def test_a_host_that_is_not_known_is_told_in_the_same_words() -> None:
+    def unknown(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "not known")
+
+    with pytest.raises(RequestError, match="the file could not be fetched"):
+        Fetcher([HOST], look_up=unknown).fetch(f"http://{HOST}/a.png", 10_000, "url")
 
 
 @pytest.mark.parametrize(

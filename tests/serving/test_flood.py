@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 from toy_server import NAME, Running, part, server, user
 
 Files = list[dict[str, bytes]]
+GOAL_SECONDS = 0.25
+"""By then 99 of 100 requests that are too many are told so."""
 
 
 @dataclass
@@ -54,12 +58,12 @@ async def answered(running: Running, bodies: Iterator[bytes], flood: Flood) -> N
 
 def flooded(running: Running, files: Files, *, number: int, at_once: int) -> Flood:
     """Send requests, so many at a time."""
-    media = [part(medium, own[medium]) for own in files for medium in ("image", "audio")]
+    media = [part(medium, media_of_file[medium]) for media_of_file in files for medium in ("image", "audio")]
     kinds = [
         json.dumps({"model": NAME, "messages": user(*parts, "what?"), "max_tokens": 8}).encode()
-        for parts in ([], *[[own] for own in media])
+        for parts in ([], *[[media_part] for media_part in media])
     ]
-    bodies = (kinds[place % len(kinds)] for place in range(number))
+    bodies = (kinds[index % len(kinds)] for index in range(number))
     flood = Flood()
 
     async def all_of_them() -> None:
@@ -69,6 +73,17 @@ def flooded(running: Running, files: Files, *, number: int, at_once: int) -> Flo
     return flood
 
 
+def cpu_seconds(running: Running) -> float:
+    """CPU seconds of the server, of its decoders and of this client."""
+    pid, ticks = str(running.process.pid), 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            values = stat.read_text().rpartition(") ")[2].split()
+            if pid in (stat.parent.name, values[1]):
+                ticks += int(values[11]) + int(values[12])
+    return ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
+
+
 @pytest.mark.parametrize(
     ("number", "at_once"), [(500, 100), pytest.param(5_000, 200, marks=pytest.mark.slow)], ids=["some", "many"]
 )
@@ -76,22 +91,28 @@ def test_a_flood_is_refused_and_the_server_goes_on(run: Path, files: Files, numb
     with server(run, "--measure_budgets", "false", "--requests.max_requests", "48") as running:
         flooded(running, files, number=60, at_once=20)  # what a process does only once
         before = running.memory_bytes
-        start = time.monotonic()
+        start, cpu = time.monotonic(), cpu_seconds(running)
         flood = flooded(running, files, number=number, at_once=at_once)
-        seconds = time.monotonic() - start
+        seconds, cpu = time.monotonic() - start, cpu_seconds(running) - cpu
         grown = running.memory_bytes - before
         start = time.monotonic()
         assert httpx.get(f"{running.address}/health").status_code == 200
         body = {"model": NAME, "messages": user("what?"), "max_tokens": 8}
         assert httpx.post(f"{running.url}/chat/completions", json=body).status_code == 200
         assert time.monotonic() - start < 2
-        assert set(flood.seconds) == {200, 429}, {status: len(own) for status, own in flood.seconds.items()}
+        assert set(flood.seconds) == {200, 429}, {
+            status: len(seconds_of_status) for status, seconds_of_status in flood.seconds.items()
+        }
         assert sum(map(len, flood.seconds.values())) == number
         assert len(flood.seconds[200]) >= 48
         assert grown < 300 * 2**20
-        late = statistics.quantiles(flood.refused, n=100)[98]
-        # The goal is 0.25 s on an idle machine; others may share this one.
-        assert late < 2, late
         assert not [line for line in running.lines if "Traceback" in line]
+        late = statistics.quantiles(flood.refused, n=100)[98]
+        # Others may share the machine: what counts is the share of the time in which server and client ran.
+        alone = late * min(cpu / seconds, 1)
         served = len(flood.seconds[200])
-        print(f"{served} of {number} answered in {seconds:.1f} s, p99 of the others {late:.3f} s, +{grown >> 20} MiB")  # noqa: T201
+        print(  # noqa: T201
+            f"{served} of {number} answered in {seconds:.1f} s ({cpu:.1f} s of CPU); p99 of the others {late:.3f} s, "
+            f"{alone:.3f} s without those who share the machine; +{grown >> 20} MiB"
+        )
+        assert alone < GOAL_SECONDS, (alone, late)

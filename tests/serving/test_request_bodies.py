@@ -35,9 +35,9 @@ def shown(url: Any, **beside: Any) -> dict[str, Any]:
     return {"messages": of({"type": "image_url", "image_url": url, **beside})}
 
 
-def heard(sound: Any) -> dict[str, Any]:
-    """Messages with one sound."""
-    return {"messages": of({"type": "input_audio", "input_audio": sound})}
+def heard(audio: Any) -> dict[str, Any]:
+    """Messages with one audio clip."""
+    return {"messages": of({"type": "input_audio", "input_audio": audio})}
 
 
 FIRST = "messages[0].content[0]"
@@ -126,12 +126,12 @@ def test_what_asks_for_what_is_done_anyway_is_taken() -> None:
 
 
 def test_texts_and_media_stay_in_their_order() -> None:
-    sound = {"type": "input_audio", "input_audio": {"data": base64.b64encode(b"s").decode(), "format": "wav"}}
-    messages = [{"role": "developer", "content": "be short"}, *of({"type": "text", "text": "a"}, IMAGE, sound)]
+    audio = {"type": "input_audio", "input_audio": {"data": base64.b64encode(b"s").decode(), "format": "wav"}}
+    messages = [{"role": "developer", "content": "be short"}, *of({"type": "text", "text": "a"}, IMAGE, audio)]
     (role, parts), (_, said) = READER.read(body(messages=messages)).conversation.turns
     assert (role, parts) == ("system", ("be short",))
     assert said[0] == "a"
-    assert [(own.medium, own.content, own.turn, own.where) for own in said[1:]] == [  # type: ignore[union-attr]
+    assert [(medium.medium, medium.content, medium.turn, medium.where) for medium in said[1:]] == [  # type: ignore[union-attr]
         ("image", b"not looked at here", 1, "messages[1].content[1]"),
         ("audio", b"s", 1, "messages[1].content[2]"),
     ]
