@@ -2,7 +2,7 @@
 
 Knows prompts, caches and what rows have in common. Does not know how a forward pass is computed.
 
-Shapes: B rows, G groups of rows, C new tokens.
+Shapes: B rows of S positions, G groups of rows, C new tokens, H the LLM's width.
 """
 
 from dataclasses import dataclass, replace
@@ -76,20 +76,24 @@ class ElasticGenerationMixin(GenerationMixin):
         return parent.generate(prompts.input_ids, **kwargs)
 
     @torch.no_grad()
-    def read_prompts(self, **kwargs: Any) -> DynamicCache:
+    def read_prompts(self, **kwargs: Any) -> tuple[DynamicCache, Tensor | None]:
         """Reads all prompts but their last token, from which `generate` can go on.
 
         Takes what `generate` takes of prompts and media: `input_ids` (B, S) padded on the left, `attention_mask`,
         media arguments, `features`, shared beginnings and a constant prompt.
 
         Returns:
-            A cache of S - 1 positions for B rows. Its layers keep everything, also those of a sliding window.
+            A cache of S - 1 positions for B rows, whose layers keep everything, also those of a sliding window; and the
+            embeddings (B, H) of the last tokens, None where the ids of all of them say as much. A prompt may end with a
+            soft token, or with a new token behind the LLM's vocabulary.
 
         Raises:
             ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
         """
         prompts = self._begin_prompts(kwargs.pop("input_ids"), kwargs)
-        return self._read_rest(replace(prompts, past=DynamicCache() if prompts.past is None else prompts.past), kwargs)
+        cache = self._read_rest(replace(prompts, past=DynamicCache() if prompts.past is None else prompts.past), kwargs)
+        ends_soft = prompts.is_soft is not None and bool(prompts.is_soft[:, -1].any())
+        return cache, kwargs["inputs_embeds"][:, -1] if ends_soft else None
 
     def _begin_prompts(self, input_ids: Any, kwargs: dict[str, Any]) -> "_Prompts":
         """Encodes the media of prompts and reads what rows share; takes the arguments about both out of `kwargs`.

@@ -75,7 +75,7 @@ class Engine:
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         if any(run.rules.temperature is not None for run in runs):
             options["logits_processor"] = LogitsProcessorList([_Draws(runs)])
-        inputs = _next_inputs(rows, self.processor.pad_id)
+        inputs = self._next_inputs(rows)
         cache = stack_rows([row.past for row in rows])
         # Each answer has rules of its own for its end; `generate` asks the model's config where it is told of none.
         config = self.model.generation_config
@@ -91,7 +91,7 @@ class Engine:
             if run.ending is None:
                 num_tokens = run.prompt.num_prompt_tokens + len(run.ids) - 1
                 kept = row_of(cache, number, num_padding=longest - row.num_tokens, num_tokens=num_tokens)
-                run.read = replace(row, past=kept, next_token=run.ids[-1])
+                run.read = replace(row, past=kept, next_token=run.ids[-1], next_embed=None)
 
     def _read(self, runs: Sequence[AnswerRun]) -> None:
         """Let the LLM read the prompts of answers, and what they have written before."""
@@ -110,14 +110,36 @@ class Engine:
             self.model.model.language_model, expanded.inputs, self.processor.placeholder_ids.values()
         )
         inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
-        cache = self.model.read_prompts(**inputs, features=features, constant_prompt=constant)
+        cache, last_embeds = self.model.read_prompts(**inputs, features=features, constant_prompt=constant)
         ids, mask = expanded.inputs["input_ids"], expanded.inputs["attention_mask"]
         experts = {key: expanded.inputs[key].tolist() for key in EXPERT_KEYS if key in expanded.inputs}
         lengths = mask.sum(dim=1).tolist()
         for number, run in enumerate(runs):
             row = row_of(cache, number, num_padding=ids.shape[1] - lengths[number], num_tokens=lengths[number] - 1)
             of_row = {key: values[number] for key, values in experts.items()}
-            run.read = ReadPrompt(row, int(ids[number, -1]), of_row)
+            embed = None if last_embeds is None else last_embeds[number]
+            run.read = ReadPrompt(row, int(ids[number, -1]), of_row, embed)
+
+    def _next_inputs(self, rows: Sequence[ReadPrompt]) -> dict[str, Tensor]:
+        """Return the inputs of `generate` for rows that have been read but for the last token of each.
+
+        What has been read is looked at no more, so its ids may be padding and its embeddings zeros.
+        """
+        longest = max(row.num_tokens for row in rows)
+        pad_id = self.processor.pad_id
+        ids = torch.full((len(rows), longest), pad_id)
+        ids[:, -1] = torch.tensor([row.next_token for row in rows])
+        starts = longest - torch.tensor([row.num_tokens for row in rows])
+        mask = (torch.arange(longest) >= starts[:, None]).long()
+        inputs = {key: torch.tensor([row.expert_ids[key] for row in rows]) for key in rows[0].expert_ids}
+        if any(row.next_embed is not None for row in rows):
+            is_soft = torch.tensor([row.next_embed is not None for row in rows])
+            ids[is_soft, -1] = pad_id  # the logits have no place for it, and what looks ids up in them must not look
+            embeds = self.model.model.embed_text(ids[:, -1:].to(self.model.device))[:, 0]
+            embeds[is_soft] = torch.stack([row.next_embed for row in rows if row.next_embed is not None])
+            inputs["inputs_embeds"] = embeds.new_zeros(len(rows), longest, embeds.shape[-1])
+            inputs["inputs_embeds"][:, -1] = embeds
+        return {"input_ids": ids, "attention_mask": mask, **inputs}
 
     def _options(self, runs: Sequence[AnswerRun]) -> dict[str, Any]:
         """Lists the arguments of `generate` that `Answerer` uses for greedy answers, up to the longest of these."""
@@ -180,20 +202,6 @@ def _numbered(runs: Sequence[AnswerRun]) -> tuple[list[EncodedSample], dict[str,
         labels = [*row.labels, *[IGNORED_LABEL] * len(run.ids)]
         rows.append(replace(row, ids=[*row.ids, *run.ids], labels=labels, spans=tuple(spans)))
     return rows, shown
-
-
-def _next_inputs(rows: Sequence[ReadPrompt], pad_id: int) -> dict[str, Tensor]:
-    """Return the inputs of `generate` for rows that have been read but for the last token of each.
-
-    Ids of what has been read are looked at no more, so they may be padding.
-    """
-    longest = max(row.num_tokens for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    ids[:, -1] = torch.tensor([row.next_token for row in rows])
-    starts = longest - torch.tensor([row.num_tokens for row in rows])
-    mask = (torch.arange(longest) >= starts[:, None]).long()
-    experts = {key: torch.tensor([row.expert_ids[key] for row in rows]) for key in rows[0].expert_ids}
-    return {"input_ids": ids, "attention_mask": mask, **experts}
 
 
 class _Watch(StoppingCriteria):

@@ -157,6 +157,22 @@ def test_answers_join_and_leave_a_batch_and_are_what_they_are_alone(
     assert len(bench.encoded) == bench.cache.num_misses <= 12
 
 
+def test_a_prompt_that_ends_with_a_soft_token_is_answered_as_alone_beside_one_that_ends_with_text(
+    make_bench: Callable[..., Bench], answerer: Answerer, files: Files
+) -> None:
+    bench = make_bench()
+    image = files[0]["image"]
+    soft, text = (bench.run(words, {"image": image}, "image=4", AnswerRules(24)) for words in ("", "what is a?"))
+    assert soft.prompt.row.ids[-1] == answerer.processor.placeholder_ids["image"]
+    bench.scheduler.submit([soft, text])
+    bench.finish([soft, text])
+    inputs = answerer.processor(text="", images=[image], budget="image=4")
+    ids = answerer.model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert soft.ids == ids.tolist()[: len(soft.ids)]
+    assert len(soft.ids) > 1
+    assert text.text == answerer("what is a?", image=image, budget="image=4").text
+
+
 def test_one_answer_that_fails_fails_alone(make_bench: Callable[..., Bench], files: Files, caplog: Any) -> None:
     bench = make_bench()
     good = [bench.run("what?", {"image": files[0]["image"]}, "image=4", AnswerRules(4)) for _ in range(3)]
