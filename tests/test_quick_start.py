@@ -68,17 +68,25 @@ def test_what_is_typed_about_the_demo_works_as_printed(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_asked_of_a_server_is_answered_as_printed(folder: Path) -> None:
-    (_, start), (_, lines), (_, python) = re.findall(r"```(\w*)\n(.*?)```", SERVING, re.S)
-    assert "mllm serve --model runs/demo" in start
-    commands = re.split(r"^(?=curl )", lines, flags=re.M)[1:]
-    assert len(commands) == 3
+    readme, docs = blocks_after("answers over HTTP")[:2], re.findall(r"```(\w*)\n(.*?)```", SERVING, re.S)
+    assert readme[0][1].startswith(start := "mllm serve --model runs/demo\n")
+    assert docs[0][1].endswith(start)
     with server(folder / "runs" / "demo") as running:
-        image, *speech = (typed(folder, line.replace("http://127.0.0.1:8000", running.address)) for line in commands)
-        (folder / "client.py").write_text(python.replace("http://127.0.0.1:8000", running.address))
-        said = typed(folder, f"'{sys.executable}' client.py")
-    assert '"budget":"image=16"' in image
-    assert ['"audio_tokens":' in answer or '"video_tokens":' in answer for answer in speech] == [True, True]
-    assert "audio=/8" in said
+
+        def answered(lines: str) -> list[str]:
+            commands = re.split(r"^(?=curl )", lines.replace("http://127.0.0.1:8000", running.address), flags=re.M)[1:]
+            return [typed(folder, command) for command in commands]
+
+        def said(python: str) -> str:
+            (folder / "client.py").write_text(python.replace("http://127.0.0.1:8000", running.address))
+            return typed(folder, f"'{sys.executable}' client.py")
+
+        (audio,), (image, video) = answered(readme[0][1]), answered(docs[1][1])
+        assert '"audio_tokens":' in audio
+        assert '"budget":"image=16"' in image
+        assert '"video_tokens":' in video
+        assert "image_tokens=16" in said(readme[1][1])
+        assert "audio=/8" in said(docs[2][1])
 
 
 @pytest.mark.slow
