@@ -29,7 +29,7 @@ class SideBySide:
 class ShownOverlay:
     """An image with what its soft tokens cover in HTML, and how many there are."""
 
-    picture: str
+    html: str
     num_tokens: int
 
 
@@ -43,7 +43,7 @@ class Fields:
 
     question: str | None
     files: Mapping[str, Any]
-    places: Mapping[str, Any]
+    positions: Mapping[str, Any]
     with_sound: bool = False
 
 
@@ -84,7 +84,7 @@ class Callbacks:
             RequestError: what is wrong with the request, as the server says it.
         """
         files = await self._files(fields)
-        chosen = [self._stop(medium, fields.places[medium]) for medium in files]
+        chosen = [self._stop(medium, fields.positions[medium]) for medium in files]
         return await self.client.answer(self._body(fields, files, chosen))
 
     async def side_by_side(self, fields: Fields) -> SideBySide:
@@ -104,17 +104,17 @@ class Callbacks:
             async with asyncio.TaskGroup() as tasks:
                 waiting = [tasks.create_task(self._answered(body)) for body in bodies]
             done = [task.result() for task in waiting]
-            answers += [_answer_of(own) for own in done]
+            answers += [_answer_of(outcome) for outcome in done]
         names = [",".join(stop.budget for stop in chosen) for chosen in budgets]
-        tokens = [sum(own.tokens.values()) for own in answers]
-        figure = await asyncio.to_thread(plot_budgets, names, tokens, [own.text for own in answers])
+        tokens = [sum(answer.tokens.values()) for answer in answers]
+        figure = await asyncio.to_thread(plot_budgets, names, tokens, [answer.text for answer in answers])
         return SideBySide(table_of(budgets, answers, number), figure)
 
-    async def overlay(self, fields: Fields, place: int) -> ShownOverlay:
+    async def overlay(self, fields: Fields, position: int) -> ShownOverlay:
         """Show what the soft tokens of the image cover at the budget of its slider.
 
         Args:
-            place: number of the soft token that is coloured, from 1; 0 colours none.
+            position: number of the soft token that is coloured, from 1; 0 colours none.
 
         Raises:
             RequestError: as `answer`, or there is no image.
@@ -122,12 +122,12 @@ class Callbacks:
         content = await asyncio.to_thread(self.uploads.read, fields.files.get("image"), "image")
         if content is None or self.covers is None:
             raise bad_request("there is no image; add one", "image")
-        stop = self._stop("image", fields.places["image"])
+        stop = self._stop("image", fields.positions["image"])
         covered = await self.covers.of(self.client.body("", [PageMedium("image", content, stop.budget)]))
         number = covered.overlay.num_tokens
-        if (token := _whole(place, "soft token")) > number:
+        if (token := _whole(position, "soft token")) > number:
             raise bad_request(f"there is no soft token {token}; allowed: 1 to {number}", "soft token")
-        return ShownOverlay(await asyncio.to_thread(_picture, covered, token, stop.budget), number)
+        return ShownOverlay(await asyncio.to_thread(_figure_of, covered, token, stop.budget), number)
 
     async def _files(self, fields: Fields) -> dict[str, bytes]:
         """Read the files, by medium in the order of prompts; the sound of a video is the video's own bytes."""
@@ -140,9 +140,9 @@ class Callbacks:
                 files[medium] = content
         return files
 
-    def _stop(self, medium: str, place: Any) -> Stop:
+    def _stop(self, medium: str, position: Any) -> Stop:
         stops = self.stops[medium]
-        number = _whole(place, f"{medium} slider")
+        number = _whole(position, f"{medium} slider")
         if number >= len(stops):
             raise bad_request(f"the {medium} slider has {len(stops)} stops, got {number + 1}", medium)
         return stops[number]
@@ -176,10 +176,10 @@ class Callbacks:
             return error
 
 
-def _answer_of(own: Answered | RequestError) -> Answered:
-    if isinstance(own, RequestError):
-        raise own
-    return own
+def _answer_of(outcome: Answered | RequestError) -> Answered:
+    if isinstance(outcome, RequestError):
+        raise outcome
+    return outcome
 
 
 def _whole(value: Any, name: str) -> int:
@@ -188,18 +188,18 @@ def _whole(value: Any, name: str) -> int:
     return int(value)
 
 
-def _picture(covered: Covered, place: int, budget: str) -> str:
+def _figure_of(covered: Covered, position: int, budget: str) -> str:
     """The image with its overlay, and a line that says what is shown."""
     overlay = covered.overlay
-    weights = overlay.of_token(place - 1) if place else None
+    weights = overlay.of_token(position - 1) if position else None
     drawn = draw_overlay(covered.pixels, overlay.owners(), weights)
-    if not place:
+    if not position:
         said = f"{budget}: the areas of all soft tokens, {overlay.num_tokens} in number"
     elif weights is None:
-        said = f"{budget}: soft token {place} of {overlay.num_tokens} ends a row and covers nothing of the image"
+        said = f"{budget}: soft token {position} of {overlay.num_tokens} ends a row and covers nothing of the image"
     else:
-        patches = int((weights > 0).sum())
-        said = f"{budget}: soft token {place} of {overlay.num_tokens} is made of {patches} of {weights.numel()} patches"
+        patches = f"{int((weights > 0).sum())} of {weights.numel()} patches"
+        said = f"{budget}: soft token {position} of {overlay.num_tokens} is made of {patches}"
     words = html.escape(said)
     return (
         f'<figure class="overlay"><img src="{data_url(drawn)}" alt="{words}"><figcaption>{words}</figcaption></figure>'

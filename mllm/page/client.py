@@ -96,8 +96,8 @@ class Client:
         )
 
 
-def _part(own: PageMedium) -> dict[str, Any]:
+def _part(medium: PageMedium) -> dict[str, Any]:
     """Write a file as a data URL without a type: what it is shows by what it holds."""
-    url = f"data:application/octet-stream;base64,{base64.b64encode(own.content).decode()}"
-    budget = {} if own.budget is None else {"budget": own.budget}
-    return {"type": f"{own.medium}_url", f"{own.medium}_url": {"url": url}, **budget}
+    url = f"data:application/octet-stream;base64,{base64.b64encode(medium.content).decode()}"
+    budget = {} if medium.budget is None else {"budget": medium.budget}
+    return {"type": f"{medium.medium}_url", f"{medium.medium}_url": {"url": url}, **budget}

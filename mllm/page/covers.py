@@ -50,11 +50,11 @@ class Covers:
         Raises:
             RequestError: the request is refused, or the compressor does not tell.
         """
-        asked = await self._service.read(lambda is_left: self._chat.read(body))
-        (medium,) = asked.conversation.media
+        request = await self._service.read(lambda is_left: self._chat.read(body))
+        (medium,) = request.conversation.media
         if reads_features(self._compressor):
             # What queries look at depends on the image, so it has to go through the encoder: one token is written.
-            job = await self._service.begin(asked.conversation, AnswerRules(max_new_tokens=1))
+            job = await self._service.begin(request.conversation, AnswerRules(max_new_tokens=1))
             try:
                 await job.is_done.wait()
             except asyncio.CancelledError:
@@ -64,7 +64,7 @@ class Covers:
             row = job.runs[0].prompt
         else:
             preparer = self._service.preparer
-            row = (await self._service.read(lambda is_left: preparer.prepare(asked.conversation, is_left))).rows[0]
+            row = (await self._service.read(lambda is_left: preparer.prepare(request.conversation, is_left))).rows[0]
         return await self._service.read(lambda is_left: self._covered(row, medium.content, is_left))
 
     def _covered(self, row: PromptRow, content: bytes, is_left: Callable[[], bool]) -> Covered:

@@ -80,10 +80,10 @@ def plot_budgets(budgets: Sequence[str], tokens: Sequence[int], answers: Sequenc
     axis = figure.subplots()
     different = list(dict.fromkeys(answers))
     colours = colormaps["tab10"](np.arange(len(different)) % 10)
-    places = np.arange(len(budgets))
-    bars = axis.barh(places, tokens, color=[colours[different.index(answer)] for answer in answers])
+    positions = np.arange(len(budgets))
+    bars = axis.barh(positions, tokens, color=[colours[different.index(answer)] for answer in answers])
     axis.bar_label(bars, [f" {count}: {_short(answer)}" for count, answer in zip(tokens, answers, strict=True)])
-    axis.set_yticks(places, budgets)
+    axis.set_yticks(positions, budgets)
     axis.invert_yaxis()  # in the order of the table
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xticks(ticks := sorted(set(tokens)), list(map(str, ticks)))

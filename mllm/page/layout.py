@@ -43,20 +43,20 @@ class Inputs:
 
     question: gr.Textbox
     files: dict[str, gr.Image | gr.Audio | gr.Video]
-    places: dict[str, gr.Slider | gr.State]
+    positions: dict[str, gr.Slider | gr.State]
     with_sound: gr.Checkbox | gr.State
 
     @property
     def components(self) -> list[Any]:
         """All of them in the order that `fields` takes their values in."""
-        return [self.question, self.with_sound, *self.files.values(), *self.places.values()]
+        return [self.question, self.with_sound, *self.files.values(), *self.positions.values()]
 
     def fields(self, values: Sequence[Any]) -> Fields:
         """Read the values of all components."""
         question, with_sound, *others = values
         files = dict(zip(self.files, others, strict=False))
-        places = dict(zip(self.places, others[len(files) :], strict=True))
-        return Fields(question, files, places, with_sound is True)
+        positions = dict(zip(self.positions, others[len(files) :], strict=True))
+        return Fields(question, files, positions, with_sound is True)
 
 
 def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> gr.Blocks:
@@ -70,9 +70,9 @@ def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> 
         gr.Markdown(f"# {name}\nWhat each image, sound or video may cost is yours to choose.")
         with gr.Row():
             with gr.Column():
-                files, places, with_sound = _media(callbacks, defaults)
+                files, positions, with_sound = _media(callbacks, defaults)
             with gr.Column():
-                inputs = Inputs(_question(callbacks), files, places, with_sound)
+                inputs = Inputs(_question(callbacks), files, positions, with_sound)
                 with gr.Row():
                     ask = gr.Button("Answer", variant="primary", elem_id="ask")
                     ask_all = gr.Button("All budgets side by side", elem_id="ask-all", visible=bool(callbacks.stops))
@@ -85,12 +85,12 @@ def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> 
                     _add_overlay(callbacks, inputs, problem)
 
         async def answered(*values: Any) -> list[Any]:
-            own = await callbacks.answer(inputs.fields(values))
-            return [own.text, html.escape(own.line)]
+            result = await callbacks.answer(inputs.fields(values))
+            return [result.text, html.escape(result.line)]
 
         async def compared(*values: Any) -> list[Any]:
-            own = await callbacks.side_by_side(inputs.fields(values))
-            return [own.table, gr.update(value=own.figure, visible=True)]
+            result = await callbacks.side_by_side(inputs.fields(values))
+            return [result.table, gr.update(value=result.figure, visible=True)]
 
         for trigger in (ask.click, inputs.question.submit):
             _connect(trigger, answered, inputs.components, [answer, used], problem, ["", ""], callbacks.most_at_once)
@@ -151,31 +151,31 @@ def _media(callbacks: Callbacks, defaults: dict[str, int]) -> tuple[dict[str, An
         ),
         "video": lambda: gr.Video(label="video", sources=["upload", "webcam"], buttons=[], elem_id="video"),
     }
-    files, places = {}, {}
+    files, positions = {}, {}
     with_sound: Any = gr.State(False)
     for medium, stops in callbacks.stops.items():
         with gr.Column(elem_classes="medium"):
             files[medium] = makers[medium]()
             if medium == "video" and "audio" in callbacks.stops:
                 with_sound = gr.Checkbox(label="read the sound of the video too", elem_id="with-sound")
-            places[medium] = _slider(medium, stops, defaults[medium])
-    return files, places, with_sound
+            positions[medium] = _slider(medium, stops, defaults[medium])
+    return files, positions, with_sound
 
 
 def _question(callbacks: Callbacks) -> gr.Textbox:
-    usual = [own for media, own in callbacks.prompts.items() if set(media) <= set(callbacks.stops)]
+    usual = [prompt for media, prompt in callbacks.prompts.items() if set(media) <= set(callbacks.stops)]
     hint = f"left empty: {' or '.join(dict.fromkeys(usual))}" if usual else ""
     return gr.Textbox(label="question", placeholder=hint, elem_id="question")
 
 
-def _slider(medium: str, stops: Sequence[Stop], place: int) -> gr.Slider | gr.State:
+def _slider(medium: str, stops: Sequence[Stop], position: int) -> gr.Slider | gr.State:
     """Make a slider that stops at the trained budgets, and a line about where it stands, which the browser fills in."""
     slider = None
     if len(stops) > 1:
         slider = gr.Slider(
             0,
             len(stops) - 1,
-            value=place,
+            value=position,
             step=1,
             label=f"budget of {medium}",
             buttons=[],
@@ -185,36 +185,36 @@ def _slider(medium: str, stops: Sequence[Stop], place: int) -> gr.Slider | gr.St
         names = "".join(f"<span>{html.escape(stop.budget.partition('=')[2])}</span>" for stop in stops)
         gr.HTML(f'<div class="stops">{names}</div>', padding=False)
     lines = [html.escape(stop.line) for stop in stops]
-    line = gr.HTML(lines[place], elem_id=f"{medium}-line", elem_classes="slider-line")
+    line = gr.HTML(lines[position], elem_id=f"{medium}-line", elem_classes="slider-line")
     if slider is None:
-        return gr.State(place)
-    slider.change(None, slider, line, js=f"(place) => {json.dumps(lines)}[place]", api_visibility="private")
+        return gr.State(position)
+    slider.change(None, slider, line, js=f"(position) => {json.dumps(lines)}[position]", api_visibility="private")
     return slider
 
 
 def _add_overlay(callbacks: Callbacks, inputs: Inputs, problem: gr.Textbox) -> None:
     with gr.Accordion("What each soft token covers", open=True):
         show = gr.Button("Show what each soft token of the image covers", size="sm", elem_id="show")
-        picture = gr.HTML(elem_id="overlay")
+        figure = gr.HTML(elem_id="overlay")
         token = gr.Slider(
             0, 1, value=0, step=1, label="soft token (0 shows all)", visible=False, elem_id="token", buttons=[]
         )
 
     async def shown(*values: Any) -> list[Any]:
-        own = await callbacks.overlay(inputs.fields(values), 0)
-        return [own.picture, gr.update(maximum=own.num_tokens, value=0, visible=True)]
+        overlay = await callbacks.overlay(inputs.fields(values), 0)
+        return [overlay.html, gr.update(maximum=overlay.num_tokens, value=0, visible=True)]
 
     async def of_token(*values: Any) -> list[Any]:
-        *own, place = values
-        return [(await callbacks.overlay(inputs.fields(own), place)).picture]
+        *of_fields, position = values
+        return [(await callbacks.overlay(inputs.fields(of_fields), position)).html]
 
     empty = ["", gr.update(visible=False)]
-    _connect(show.click, shown, inputs.components, [picture, token], problem, empty, OVERLAYS_AT_ONCE)
-    # The slider is left where it is, which may be further on when the picture comes.
-    _connect(token.change, of_token, [*inputs.components, token], [picture], problem, [""], OVERLAYS_AT_ONCE)
+    _connect(show.click, shown, inputs.components, [figure, token], problem, empty, OVERLAYS_AT_ONCE)
+    # The slider is left where it is, which may be further on when the figure comes.
+    _connect(token.change, of_token, [*inputs.components, token], [figure], problem, [""], OVERLAYS_AT_ONCE)
     # What is shown is of another image or budget as soon as those change.
     changes = [inputs.files["image"].change]
-    if isinstance(inputs.places["image"], gr.Slider):
-        changes.append(inputs.places["image"].change)
+    if isinstance(inputs.positions["image"], gr.Slider):
+        changes.append(inputs.positions["image"].change)
     for change in changes:
-        change(None, None, [picture, token], js=FORGET_OVERLAY, api_visibility="private")
+        change(None, None, [figure, token], js=FORGET_OVERLAY, api_visibility="private")

@@ -82,12 +82,11 @@ def _build(server: Server, uploads: Uploads) -> "gradio.Blocks":
         most_bytes_at_once=limits.max_bytes_in_flight // 2,
     )
     policy = server.service.preparer.policy
-    return build_page(
-        callbacks, name=settings.name, defaults={m: _first_place(own, policy, m) for m, own in stops.items()}
-    )
+    defaults = {medium: _first_position(stops[medium], policy, medium) for medium in stops}
+    return build_page(callbacks, name=settings.name, defaults=defaults)
 
 
-def _first_place(stops: Sequence[Stop], policy: BudgetPolicy, medium: str) -> int:
+def _first_position(stops: Sequence[Stop], policy: BudgetPolicy, medium: str) -> int:
     """Where a slider stands at first: at the server's budget if it is trained, else at the most tokens."""
     amount = policy.default.amounts.get(medium)
     names = [stop.budget for stop in stops]

@@ -92,7 +92,7 @@ class Overlay:
 
     Args:
         weights: (P, m, h, w).
-        order: (n, 2) int64, the image and the token of it that stand at each place of the prompt (`order_of`).
+        order: (n, 2) int64, the image and the token of it that stand at each position of the prompt (`order_of`).
         spots: per image, the row and the column of the layout where it is shown.
     """
 
@@ -110,15 +110,15 @@ class Overlay:
         """Count the soft tokens in the prompt, newlines among them."""
         return len(self.order)
 
-    def of_token(self, place: int) -> Tensor | None:
-        """Find what the soft token at a place of the prompt covers, (H, W); None for a newline, which covers no patch.
+    def of_token(self, position: int) -> Tensor | None:
+        """Find what the soft token at a position covers, (H, W); None for a newline, which covers no patch.
 
         Raises:
-            ValueError: there is no such place.
+            ValueError: there is no such position.
         """
-        if not 0 <= place < len(self.order):
-            raise ValueError(f"there is no soft token {place + 1}; allowed: 1 to {len(self.order)}")
-        image, token = self.order[place].tolist()
+        if not 0 <= position < len(self.order):
+            raise ValueError(f"there is no soft token {position + 1}; allowed: 1 to {len(self.order)}")
+        image, token = self.order[position].tolist()
         if image == NEWLINE:
             return None
         page = [torch.zeros(self.weights.shape[2:]) for _ in self.spots]
@@ -126,19 +126,19 @@ class Overlay:
         return laid_out(page, self.spots)
 
     def owners(self) -> Tensor:
-        """Find the place in the prompt of the soft token that each patch weighs most in: (H, W) int64, -1 for none.
+        """Find the position in the prompt of the soft token that each patch weighs most in: (H, W) int64, -1 for none.
 
         A patch that only tokens look at which the prompt leaves out (those over padding) has none.
         """
         num_images, num_tokens = self.weights.shape[:2]
-        places = torch.full((num_images, num_tokens), NO_TOKEN)
+        positions = torch.full((num_images, num_tokens), NO_TOKEN)
         is_token = self.order[:, 0] != NEWLINE
         shown = self.order[is_token]
-        places[shown[:, 0], shown[:, 1]] = torch.arange(len(self.order))[is_token]
+        positions[shown[:, 0], shown[:, 1]] = torch.arange(len(self.order))[is_token]
         # A token that the prompt leaves out must not win over one that it holds.
-        weights = self.weights * (places != NO_TOKEN)[..., None, None]
+        weights = self.weights * (positions != NO_TOKEN)[..., None, None]
         most, best = weights.max(dim=1)  # (P, h, w)
-        owner = places.gather(1, best.flatten(1)).view(best.shape).masked_fill(most == 0, NO_TOKEN)
+        owner = positions.gather(1, best.flatten(1)).view(best.shape).masked_fill(most == 0, NO_TOKEN)
         return laid_out(list(owner), self.spots)
 
 

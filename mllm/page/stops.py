@@ -56,7 +56,7 @@ def written_flops(flops: float | None) -> str:
     """Write FLOPs with the prefix that fits."""
     if flops is None:
         return "FLOPs not known"
-    scale, prefix = next((own for own in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= own[0]), (1e3, "k"))
+    scale, prefix = next((unit for unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= unit[0]), (1e3, "k"))
     return f"{flops / scale:.3g} {prefix}FLOP"
 
 

@@ -54,7 +54,7 @@ class Uploads:
                 status = file.stat()
                 sizes[file] = (status.st_mtime, status.st_size)
         left = sum(size for _, size in sizes.values())
-        for file, (_, size) in sorted(sizes.items(), key=lambda own: own[1][0]):
+        for file, (_, size) in sorted(sizes.items(), key=lambda item: item[1][0]):
             if left + num_bytes <= self.max_bytes:
                 return
             file.unlink(missing_ok=True)

@@ -44,7 +44,7 @@ class Page:
 
     def all(self, selector: str) -> list[Any]:
         """All elements of a CSS selector that are shown."""
-        return [own for own in self.driver.find_elements("css selector", selector) if own.is_displayed()]
+        return [element for element in self.driver.find_elements("css selector", selector) if element.is_displayed()]
 
     def one(self, selector: str) -> Any:
         """The element of a CSS selector, once it is there; it may be hidden, as fields for files are."""

@@ -141,7 +141,7 @@ def test_requests_of_a_page_need_the_key_and_count_against_the_limits(images: li
         return await asyncio.gather(*(client.answer(body) for _ in range(3)), return_exceptions=True)
 
     answers = within({}, ask, max_requests=2)
-    refused = [own for own in answers if isinstance(own, RequestError)]
-    assert [own.status for own in refused] == [429]
-    assert {own.text for own in answers if own not in refused} == {next(iter(answers)).text}
-    assert [own.tokens for own in answers if own not in refused] == [{"image": 64}] * 2
+    refused = [answer for answer in answers if isinstance(answer, RequestError)]
+    assert [error.status for error in refused] == [429]
+    assert {answer.text for answer in answers if answer not in refused} == {next(iter(answers)).text}
+    assert [answer.tokens for answer in answers if answer not in refused] == [{"image": 64}] * 2
