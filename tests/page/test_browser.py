@@ -145,9 +145,8 @@ def test_a_sound_of_the_microphone_is_transcribed(page: Page) -> None:
 
 def test_an_image_of_the_camera_is_answered_about(page: Page) -> None:
     page.click("#image button[aria-label='Capture from camera']")
-    page.until(lambda: [button for button in page.all("#image button") if button.text == "Click to Access Webcam"])[
-        0
-    ].click()
+    allow = "Click to Access Webcam"
+    page.until(lambda: [button for button in page.all("#image button") if button.text == allow])[0].click()
     page.click("#image button[aria-label='capture photo']")
     page.until(lambda: page.all("#image button[aria-label='Remove Image']"))
     _, used = page.ask()
