@@ -46,7 +46,7 @@ class ElasticInfo(BaseProcessingInfo):
     @cached_property
     def processor(self) -> ElasticProcessor:
         """Return the processor of the export."""
-        return ElasticProcessor.from_pretrained(self.ctx.model_config.model)
+        return ElasticProcessor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
 
     @property
     def space(self) -> Space:

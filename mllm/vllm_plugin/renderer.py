@@ -25,7 +25,7 @@ class ElasticRenderer(HfRenderer):
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
-        self._processor = ElasticProcessor.from_pretrained(self.model_config.model)
+        self._processor = ElasticProcessor.from_pretrained(self.model_config.model, trust_remote_code=False)
         # The tokenizer is told by a switch of its own whether special tokens are text; see `mllm.serving.preparation`.
         self._lock = threading.Lock()
 

@@ -176,7 +176,13 @@ def test_any_split_of_the_answers_merges_to_the_same_numbers(one_process: Path, 
 def _work_of(lines: list[dict]) -> list[Work]:
     """A work list that names the answers of a file in its order."""
     return [
-        Work(line["set"], Sample(line["id"], (), line["task"]), line["snr_db"], (Budget.parse(line["budget"]),))
+        Work(
+            line["set"],
+            Sample(line["id"], (), line["task"]),
+            line["snr_db"],
+            (Budget.parse(line["budget"]),),
+            media_stamp=line["media_stamp"],
+        )
         for line in lines
     ]
 
