@@ -220,7 +220,10 @@ def test_every_way_that_pyarrow_holds_bytes_is_read(tmp_path: Path, kind: str) -
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     values = [image(RED), image(BLUE)]
     held = pa.array(values).dictionary_encode() if kind == "dictionary" else pa.array(values, getattr(pa, kind)())
-    parquet.write_table(pa.table({"image": held, "caption": ["red", "blue"]}), tmp_path / "t.parquet")
+    try:
+        parquet.write_table(pa.table({"image": held, "caption": ["red", "blue"]}), tmp_path / "t.parquet")
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"pyarrow {pa.__version__} writes no column of {kind}, so nobody has one to read with it")
     assert [colour_of(sample) for sample in read(tmp_path / "t.parquet", "parquet")] == [RED, BLUE]
 
 
