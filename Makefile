@@ -16,7 +16,7 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-lips test-lmms test-vllm test-all lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-lips test-lmms test-vllm test-all environments lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -144,6 +144,9 @@ $(VENV)-vllm/stamp: $(LOCK) | $(VENV)-vllm/bin/python
 ## make test-vllm  the tests of vLLM as the engine, on the CPU, in an environment of their own: it holds other libraries back
 test-vllm: $(VENV)-vllm/stamp
 	REQUIRE_VLLM=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_plugin
+
+# What CI installs while the slow tests, which leave a core idle, run.
+environments: $(addsuffix /stamp,$(addprefix $(VENV)-,oldest real page liger))
 
 test-all: test test-slow test-page test-liger test-lips test-lmms test-vllm
 
