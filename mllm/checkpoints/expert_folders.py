@@ -20,6 +20,8 @@ from mllm.checkpoints.tensor_files import write_tensors
 
 FILE = "experts.json"
 FOLDER = "experts"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXPERT_KEYS = {"scales", "tasks", "has_shared", "rank"}
 SHARED = "shared"
 """The expert of rows without media, which every other one holds as well."""
 LLM_PREFIX = "base_model.model.model.language_model."
@@ -75,15 +77,26 @@ def write_experts(llm: nn.Module, names: ExpertNames, folder: Path) -> None:
 
 
 def read_experts(folder: str | Path) -> ExpertFolders | None:
-    """Read which experts an export has; None where all of its weights are merged."""
+    """Read which experts an export has; None where all of its weights are merged.
+
+    Raises:
+        FileNotFoundError: an expert's folder lacks a file.
+        ValueError: the list of experts is not what `write_experts` writes.
+    """
     path = Path(folder) / FILE
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or set(values) != EXPERT_KEYS:
+        raise ValueError(f"{path} is no list of experts; it must hold {', '.join(sorted(EXPERT_KEYS))}, and no more")
     names = ExpertNames(tuple(values["scales"]), tuple(values["tasks"]))
     written = (*names.scales, *names.tasks, *([SHARED] if values["has_shared"] else []))
-    folders = {name: str(path.parent / FOLDER / folder_name(name)) for name in written}
-    return ExpertFolders(names, values["rank"], folders)
+    folders = {name: path.parent / FOLDER / folder_name(name) for name in written}
+    for name, expert in folders.items():
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (expert / file).is_file():
+                raise FileNotFoundError(f"{expert / file} is missing, which {path} names as the expert {name!r}")
+    return ExpertFolders(names, values["rank"], {name: str(expert) for name, expert in folders.items()})
 
 
 def folder_name(name: str) -> str:
@@ -102,4 +115,4 @@ def _write_lora(lora: PlainLora, folder: Path) -> None:
     for name, (down, up) in lora.weights.items():
         tensors[f"{LLM_PREFIX}{name}.lora_A.weight"] = down.detach().cpu().contiguous()
         tensors[f"{LLM_PREFIX}{name}.lora_B.weight"] = up.detach().cpu().contiguous()
-    write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
