@@ -2,10 +2,6 @@
 
 import ipaddress
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +13,7 @@ from mllm.config.model import check_at_least
 from mllm.config.model_options import ModelOptions
 from mllm.serving.limits import Batching, RequestLimits
 from mllm.utils.extras import install_line
+from mllm.utils.signals import sigterm_as_exit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,23 +207,9 @@ def _server_of_vllm(settings: Settings, values: "ServerSettings", out: "Console"
         experts=read_experts(settings.model),
     )
     out.print("starting vLLM, which takes a minute or two", soft_wrap=True)
-    with _ended_by_exception():
+    with sigterm_as_exit():  # so that processes which are being started do not outlive this one
         scheduler = VllmScheduler(options, processor, end_ids_of(model, processor))
     return Server(model, processor, values, scheduler)
-
-
-@contextmanager
-def _ended_by_exception() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit, so that processes which are being started do not outlive this one."""
-
-    def end(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def server_settings(settings: Settings) -> "ServerSettings":

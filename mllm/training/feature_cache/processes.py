@@ -4,8 +4,6 @@ Knows processes and signals. Does not know what a process encodes (`building.py`
 """
 
 import multiprocessing
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from mllm.config.run import RunConfig
 from mllm.training.feature_cache.building import make_features
 from mllm.training.feature_cache.worker import encode_share
 from mllm.utils.progress import Progress
+from mllm.utils.signals import sigterm_as_exit
 
 SECONDS_TO_END = 10.0
 """Before a process that is to end is killed."""
@@ -68,29 +67,19 @@ def build_features(config: RunConfig, *, processes: int, show: Progress) -> Made
 
 @contextmanager
 def _ended_together(running: Sequence[BaseProcess]) -> Iterator[None]:
-    """End what still runs when the block is left, however that comes.
-
-    A scheduler's SIGTERM would end this process alone, and leave its workers behind to encode for nobody.
-    """
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    is_main = threading.current_thread() is threading.main_thread()  # only there may a signal be handled
-    before = signal.signal(signal.SIGTERM, stop) if is_main else None
-    try:
-        yield
-    finally:
-        started = [process for process in running if process.pid is not None]
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.join(SECONDS_TO_END)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+    """End what still runs when the block is left, also by SIGTERM: nobody is left to encode for."""
+    with sigterm_as_exit():
+        try:
+            yield
+        finally:
+            started = [process for process in running if process.pid is not None]
+            for process in started:
+                process.terminate()
+            for process in started:
+                process.join(SECONDS_TO_END)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
 
 
 def _wait_for_claim(first: Any, total: Any) -> None:
