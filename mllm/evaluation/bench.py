@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mllm.processing.processor import ElasticProcessor, LoadedMedia
 
 RESULTS, PLOT = "bench.json", "bench.png"
 MOST_BUDGETS = 8
+Listed = TypeVar("Listed")
 _IMAGE_PIXELS, _FRAME_PIXELS, _LIP_PIXELS = 512, 224, 96
 
 
@@ -76,8 +77,8 @@ def default_budgets(processor: ElasticProcessor, media: Sequence[str]) -> list[B
     return some_of(BudgetSampler(processor.space, "all").possible(media))
 
 
-def some_of(budgets: Sequence[Budget]) -> list[Budget]:
-    """Lists those of many budgets that are worth measuring: all of up to 8, else the two ends and some between."""
+def some_of(budgets: Sequence[Listed]) -> list[Listed]:
+    """Lists those of many budgets that are worth answering at: all of up to 8, else the two ends and some between."""
     if len(budgets) <= MOST_BUDGETS:
         return list(budgets)
     return [budgets[round(index)] for index in np.linspace(0, len(budgets) - 1, MOST_BUDGETS)]

@@ -6,11 +6,9 @@ Knows the rows of `mllm.serving.budget_table`. Does not know pages, models or fi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 from typing import Any
 
-MOST_SIDE_BY_SIDE = 8
-"""Budgets that are answered at side by side."""
+from mllm.evaluation.bench import some_of
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,5 @@ def combinations(stops: Sequence[Sequence[Stop]]) -> tuple[list[tuple[Stop, ...]
         all combinations of their stops, or of more than 8 those evenly spaced from the fewest tokens to the most; and
         how many there are.
     """
-    total = prod(map(len, stops))
     together = sorted(product(*stops), key=lambda chosen: sum(stop.tokens for stop in chosen))
-    if total <= MOST_SIDE_BY_SIDE:
-        return together, total
-    steps = MOST_SIDE_BY_SIDE - 1
-    return [together[round(number * (total - 1) / steps)] for number in range(MOST_SIDE_BY_SIDE)], total
+    return some_of(together), len(together)

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from mllm.evaluation.bench import MOST_BUDGETS
 from mllm.page.drawing import draw_overlay, plot_budgets
 from mllm.page.overlay import cell_coverage
-from mllm.page.stops import MOST_SIDE_BY_SIDE, Stop, combinations, stops_of, written_flops
+from mllm.page.stops import Stop, combinations, stops_of, written_flops
 
 
 def row(medium: str, amount: str, tokens: int, **changes: Any) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def test_media_are_combined_and_of_too_many_budgets_both_ends_are_among_those_th
     assert (few, number) == ([(stop,) for stop in images], 4)
     some, number = combinations([images, sounds])
     assert number == 12
-    assert len(set(some)) == MOST_SIDE_BY_SIDE
+    assert len(set(some)) == MOST_BUDGETS
     assert [stop.budget for stop in some[0]] == ["image=1", "audio=/16"]
     assert [stop.budget for stop in some[-1]] == ["image=64", "audio=/4"]
     sums = [sum(stop.tokens for stop in chosen) for chosen in some]
