@@ -310,12 +310,11 @@ def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor)
     of_llm = model.generation_config
     ends = {processor.tokenizer.eos_token_id}
     ends |= set(of_llm.eos_token_id) if isinstance(of_llm.eos_token_id, list) else {of_llm.eos_token_id}
-    never_said = {*processor.placeholder_ids.values(), *(model.config.new_tokens or {}).values()}
     return GenerationConfig(
         bos_token_id=of_llm.bos_token_id,
         eos_token_id=sorted(ends - {None}) or None,
         pad_token_id=processor.pad_id,
-        suppress_tokens=sorted(never_said) or None,
+        suppress_tokens=model.config.unsaid_ids or None,
     )
 
 

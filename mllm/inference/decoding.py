@@ -133,12 +133,10 @@ def generate_options(
     Args:
         on_text: called with the pieces of a greedy or sampled answer as they come.
     """
-    # A soft token's position is no word, and there would be no soft token to put there; nor are marks around it.
-    new_token_ids = (model.config.new_tokens or {}).values()
     return decoding.options(
         end_ids=end_ids_of(model, processor, decoding),
         pad_id=processor.pad_id,
-        suppressed_ids=sorted({*processor.placeholder_ids.values(), *new_token_ids}),
+        suppressed_ids=model.config.unsaid_ids,
         streamer=None if on_text is None else WordStreamer(processor.tokenizer, on_text),
     )
 

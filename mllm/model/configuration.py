@@ -110,6 +110,14 @@ class ElasticConfig(PreTrainedConfig):
         """Return the encoders' configs by medium, for the media that have an encoder of their own."""
         return {medium: getattr(self, CONFIG_KEYS[medium]) for medium in self.encoded_media}
 
+    @property
+    def unsaid_ids(self) -> list[int]:
+        """Return the ids that no answer may hold: those of placeholders and of marks around media, which are no words.
+
+        Some may lie behind the LLM's vocabulary, where they have no logit.
+        """
+        return sorted({*(self.placeholder_ids or {}).values(), *(self.new_tokens or {}).values()})
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the LLM's config, whatever part is asked for: caches and generation only ever concern the LLM."""
         return self.text_config

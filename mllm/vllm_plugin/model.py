@@ -57,9 +57,7 @@ class ElasticForVllm(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         self.config, self.dtype = config, vllm_config.model_config.dtype
         placeholder_ids = list((config.placeholder_ids or {}).values())
         self.placeholder_ids = placeholder_ids
-        # Neither is a word that can be said; beyond the vocabulary they have no logit.
-        unsaid = {*placeholder_ids, *(config.new_tokens or {}).values()}
-        self.unsaid_ids = sorted(token for token in unsaid if token < config.text_config.vocab_size)
+        self.unsaid_ids = [token for token in config.unsaid_ids if token < config.text_config.vocab_size]
         with self._mark_tower_model(vllm_config, set(config.media or {})):
             self.media = ElasticModel(_without_llm(config)).eval()
             self.media.language_model = None  # pyright: ignore[reportAttributeAccessIssue]

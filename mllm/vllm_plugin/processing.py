@@ -23,6 +23,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from mllm.budget import Budget, Space, count_tokens
 from mllm.evaluation.bench import made_up_media
+from mllm.media.in_memory import USUAL_RATES
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.processor import PLACEHOLDER_TOKENS, ElasticProcessor
 from mllm.processing.requests import read_chat
@@ -84,9 +85,9 @@ class ElasticInfo(BaseProcessingInfo):
         samples, frames = getattr(options, "length", None), getattr(options, "num_frames", None)
         seconds = PROFILED_SECONDS
         if medium == "audio":
-            seconds = samples / 16_000 if samples else min(seconds, processor.window_seconds or seconds)
+            seconds = samples / USUAL_RATES["audio"] if samples else min(seconds, processor.window_seconds or seconds)
         elif medium == "video" and frames:
-            seconds = frames / 25
+            seconds = frames / USUAL_RATES["video"]
         return made_up_media(processor, [medium], seconds)
 
     def budget(self, options: Mapping[str, object]) -> Budget:

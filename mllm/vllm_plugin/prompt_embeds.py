@@ -2,7 +2,7 @@
 
     mllm export --model runs/demo --out llm --llm_only
     llm = vllm.LLM("llm", enable_prompt_embeds=True)
-    params = SamplingParams(temperature=0, logit_bias=unsaid(model, processor))
+    params = SamplingParams(temperature=0, logit_bias=unsaid(model))
     llm.generate([{"prompt_embeds": prompt_embeds(model, processor, sample, "image=16")}], params)
 
 Knows the model, samples and budgets. Does not know engines.
@@ -54,7 +54,7 @@ def prompt_embeds(
     return model.model.embed(inputs["input_ids"], inputs)[0].cpu()
 
 
-def unsaid(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> dict[int, float]:
+def unsaid(model: ElasticForConditionalGeneration) -> dict[int, float]:
     """List what is to be added to logits, so that no placeholder or mark around a medium is ever answered."""
-    ids = {*processor.placeholder_ids.values(), *(model.config.new_tokens or {}).values()}
-    return {token: UNSAID_BIAS for token in sorted(ids) if token < model.config.text_config.vocab_size}
+    config = model.config
+    return {token: UNSAID_BIAS for token in config.unsaid_ids if token < config.text_config.vocab_size}

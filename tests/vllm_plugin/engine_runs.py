@@ -3,8 +3,10 @@
 Where vLLM is not installed its tests are skipped, or fail if `REQUIRE_VLLM=1` says that they must run.
 """
 
+import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from mllm.checkpoints.load import export, load
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.decoding import generate_options, up_to_end
+from mllm.vllm_plugin.engine_options import ENVIRONMENT
 
 IS_SKIPPED = find_spec("vllm") is None and os.environ.get("REQUIRE_VLLM") != "1"
 needs_vllm = pytest.mark.skipif(IS_SKIPPED, reason="needs vLLM, which holds other libraries back: make test-vllm")
@@ -46,6 +49,24 @@ TILED: dict[str, Any] = {
     },
 }
 """Images in tiles between marks, videos of frames, and a chat format with text around what people write."""
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """`vllm.LLM` on an export, in this process where it takes one alone, and ended behind the block."""
+    os.environ |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "block_size": 32}
+    usual |= {"enable_prefix_caching": True, "distributed_executor_backend": "uni"}
+    llm = LLM(str(folder), **{**usual, **options})  # type: ignore[arg-type]
+    try:
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def write_export(folder: Path, **options: Any) -> Path:

@@ -1,7 +1,5 @@
 """vLLM answers with the ids of `Answerer`, whatever the media, the budgets, and what its caches hold."""
 
-import gc
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from engine_runs import (
     MAX_NEW_TOKENS,
     TILED,
     answerer_of,
+    engine,
     expected_ids,
     expected_of,
     needs_vllm,
@@ -21,7 +20,6 @@ from engine_runs import (
 
 from mllm.data.manifest import Message, Sample, Text
 from mllm.inference.answerer import Answerer
-from mllm.vllm_plugin.engine_options import ENVIRONMENT
 from mllm.vllm_plugin.prompts import engine_prompt
 
 STREAMS = {"small": "image=1,audio=/8,video=/5", "medium": "image=16,audio=/8,video=/2", "large": ""}
@@ -57,26 +55,9 @@ class Served:
 
 def serve(folder: Path, kinds: Any, limits: dict[str, int], **options: Any) -> Iterator[Served]:
     """An engine in this process, which starts in seconds."""
-    os.environ |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     exported = write_export(folder, **options)
-    llm = LLM(
-        str(exported),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=64,
-        block_size=32,
-        enable_prefix_caching=True,
-        distributed_executor_backend="uni",
-        limit_mm_per_prompt=limits,
-    )
-    yield Served(llm, answerer_of(exported), samples_of(folder / "media", kinds))
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    with engine(exported, max_num_seqs=64, limit_mm_per_prompt=limits) as llm:
+        yield Served(llm, answerer_of(exported), samples_of(folder / "media", kinds))
 
 
 @pytest.fixture(scope="module")

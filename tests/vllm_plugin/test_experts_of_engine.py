@@ -1,13 +1,12 @@
 """Experts per scale are plain LoRA folders named by their budget, and an engine is given the one of each prompt."""
 
-import gc
-import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import LLM_SIZES, MAX_NEW_TOKENS, answerer_of, expected_ids, needs_vllm, samples_of
+from engine_runs import LLM_SIZES, MAX_NEW_TOKENS, answerer_of, engine, expected_ids, needs_vllm, samples_of
 from peft import PeftConfig
 from safetensors.torch import load_file
 from toy_server import write_run
@@ -16,7 +15,7 @@ from mllm.checkpoints.expert_folders import LLM_PREFIX, ExpertFolders, read_expe
 from mllm.checkpoints.load import export, load
 from mllm.config.model import LoraBankConfig
 from mllm.data.manifest import Message, Sample, Text
-from mllm.vllm_plugin.engine_options import ENVIRONMENT, EngineOptions
+from mllm.vllm_plugin.engine_options import EngineOptions
 from mllm.vllm_plugin.prompts import engine_prompt
 
 SCALES = ["audio=/4", "audio=/8", "video=/2", "audio=/8,video=/5"]
@@ -67,6 +66,18 @@ def test_such_an_export_is_not_loaded_without_its_experts(run: Path) -> None:
         load(run.parent / "exported", device="cpu")
 
 
+def test_an_export_whose_experts_are_not_whole_is_refused(run: Path, tmp_path: Path) -> None:
+    for file, name in (("audio=per8/adapter_model.safetensors", "audio=/8"), ("shared/adapter_config.json", "shared")):
+        copy = tmp_path / name.replace("/", "_")
+        shutil.copytree(run.parent / "exported", copy)
+        (copy / "experts" / file).unlink()
+        with pytest.raises(FileNotFoundError, match=f"is missing, which .* names as the expert '{name}'"):
+            read_experts(copy)
+    (copy / "experts.json").write_text('{"scales": []}')
+    with pytest.raises(ValueError, match="it must hold has_shared, rank, scales, tasks, and no more"):
+        read_experts(copy)
+
+
 def test_what_does_not_go_together_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it does not go with scale, task or llm_only"):
         export(run, tmp_path / "out", scale="audio=/4", experts_as_lora=True)
@@ -86,43 +97,24 @@ def test_an_engine_sets_room_for_loras_aside(experts: ExpertFolders) -> None:
 def test_vllm_answers_each_prompt_with_the_expert_of_its_budget(
     run: Path, experts: ExpertFolders, tmp_path: Path
 ) -> None:
-    os.environ |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.lora.request import LoRARequest
-
     answerer = answerer_of(run)
     samples = samples_of(tmp_path, [("audio",), ("video",), ("audio", "video")])
     text = [Sample("text", (Message("user", (Text("what is said?"),)),), task="")]
     scales = {"audio": ("audio=/4", "audio=/8"), "video": ("video=/2",), "audio+video": ("audio=/8,video=/5",)}
-    llm = LLM(
-        str(run.parent / "exported"),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        block_size=32,
-        enable_lora=True,
-        max_lora_rank=8,
-        max_loras=5,
-        distributed_executor_backend="uni",
-        limit_mm_per_prompt={"audio": 1, "video": 1},
-    )
     names = [(sample, scale) for sample in samples for scale in scales[sample.id.split(" ")[1]]]
     names += [(sample, "") for sample in text]
     prompts = [engine_prompt(answerer.processor, sample, scale) for sample, scale in names]
     numbers = {name: number for number, name in enumerate(experts.folders, start=1)}
-    loras = []
-    for _, scale in names:
-        name = scale or "shared"
-        loras.append(LoRARequest(name, numbers[name], experts.folders[name]))
-    try:
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 5}
+    with engine(run.parent / "exported", limit_mm_per_prompt={"audio": 1, "video": 1}, **options) as llm:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        chosen = [scale or "shared" for _, scale in names]
+        loras = [LoRARequest(name, numbers[name], experts.folders[name]) for name in chosen]
         params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=loras)
         ids = [list(output.outputs[0].token_ids) for output in outputs]
         bare = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
-    finally:
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
     assert ids == [expected_ids(answerer, [sample], scale)[0] for sample, scale in names]
     assert sum(one != other for one, other in zip(ids, bare, strict=True)) > len(ids) / 4  # the experts do something

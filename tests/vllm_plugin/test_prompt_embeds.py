@@ -1,17 +1,23 @@
 """An engine that runs the LLM alone, and is handed embeddings, answers as the whole model does."""
 
-import gc
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import LLM_SIZES, MAX_NEW_TOKENS, answerer_of, expected_ids, expected_of, needs_vllm, samples_of
+from engine_runs import (
+    LLM_SIZES,
+    MAX_NEW_TOKENS,
+    answerer_of,
+    engine,
+    expected_ids,
+    expected_of,
+    needs_vllm,
+    samples_of,
+)
 from toy_server import write_run
 from transformers import AutoModelForCausalLM
 
 from mllm.checkpoints.load import export
-from mllm.vllm_plugin.engine_options import ENVIRONMENT
 from mllm.vllm_plugin.prompt_embeds import prompt_embeds, unsaid
 
 BUDGETS = ("image=1,audio=/8,video=/5", "image=16,audio=/8,video=/2", "")
@@ -36,7 +42,7 @@ def test_the_llm_alone_is_a_plain_checkpoint_that_reads_embeddings(run: Path, tm
     with torch.no_grad():
         logits = llm(inputs_embeds=embeds[None]).logits[0, -1]
     assert logits.argmax() == expected.ids[0]
-    unsaid_ids = list(unsaid(answerer.model, answerer.processor))
+    unsaid_ids = list(unsaid(answerer.model))
     assert set(unsaid_ids) == set(answerer.processor.placeholder_ids.values())
     logits[unsaid_ids] = -torch.inf
     assert logits.log_softmax(-1).max().item() == pytest.approx(expected.logprobs[0], abs=1e-4)
@@ -45,30 +51,13 @@ def test_the_llm_alone_is_a_plain_checkpoint_that_reads_embeddings(run: Path, tm
 
 @needs_vllm
 def test_vllm_answers_embeddings_at_three_budgets_with_warm_caches(run: Path, tmp_path: Path) -> None:
-    os.environ |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     answerer, samples = answerer_of(run), samples_of(tmp_path, KINDS)
-    llm = LLM(
-        str(run.parent / "llm"),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        block_size=32,
-        enable_prefix_caching=True,
-        enable_prompt_embeds=True,
-        distributed_executor_backend="uni",
-    )
-    bias = unsaid(answerer.model, answerer.processor)
-    params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, logit_bias=bias)
-    try:
+    with engine(run.parent / "llm", enable_prompt_embeds=True) as llm:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, logit_bias=unsaid(answerer.model))
         for budget in (*BUDGETS, *BUDGETS):
             embeds = [prompt_embeds(answerer.model, answerer.processor, sample, budget) for sample in samples]
             outputs = llm.generate([{"prompt_embeds": each} for each in embeds], params, use_tqdm=False)
             ids = [list(output.outputs[0].token_ids) for output in outputs]
             assert ids == expected_ids(answerer, samples, budget)
-    finally:
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
