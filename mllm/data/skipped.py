@@ -104,13 +104,15 @@ class SkipLog:
         Raises:
             TooManyBadSamples: naming the file that lists them and the last one.
         """
-        worker = get_worker_info()
-        row = 0 if worker is None else worker.id + 1
-        self._counts[row] += torch.tensor([num_seen, len(bad)])
         for sample in bad:
             logger.warning("sample %r is skipped: %s", sample.sample_id, sample.reason)
         if bad:
+            # Before they count: another worker that stops the run names a file that lists all it counted.
             self._write(bad)
+        worker = get_worker_info()
+        row = 0 if worker is None else worker.id + 1
+        self._counts[row] += torch.tensor([num_seen, len(bad)])
+        if bad:
             self._check(bad[-1])
 
     def _write(self, bad: Sequence[SkippedSample]) -> None:

@@ -1,6 +1,7 @@
 """Bad samples are left out, listed and counted; chance does not depend on workers."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,12 @@ def test_a_run_stops_when_too_many_are_bad(samples, tmp_path: Path, num_workers:
         num_workers=num_workers,
         collate_fn=Collator(encode, skip_log=skip_log),
     )
-    with pytest.raises(TooManyBadSamples, match=r"4 of \d+ samples are bad, more than max_bad_fraction 0\.1 allows"):
+    with pytest.raises(TooManyBadSamples, match=r"\d of \d+ samples are bad, more than max_bad_fraction 0\.1") as error:
         list(loader)
-    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) >= 4
+    num_bad = int(re.search(r"(\d) of", str(error.value))[1])
+    # The fourth is one too many; of two workers, each may have counted one more before the other looks.
+    assert num_bad == 4 if num_workers == 0 else num_bad in (4, 5)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) >= num_bad
 
 
 def test_the_limit_is_a_share_of_what_was_seen(tmp_path: Path) -> None:
