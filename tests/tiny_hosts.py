@@ -353,6 +353,8 @@ HOSTS: dict[str, TinyHost] = {
     ),
     "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
 }
+NEEDS = {"smolvlm": "num2words", "cohere2_vision": "torchvision", "granite_speech": "torchaudio"}
+"""Packages that the processors of some families want, and that the usual environment does without."""
 
 
 def processor_without_videos(family: str) -> Any:

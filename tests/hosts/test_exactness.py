@@ -12,8 +12,6 @@ from mllm.budget import Budget
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
 
-NEEDS = {"smolvlm": "num2words", "cohere2_vision": "torchvision", "granite_speech": "torchaudio"}
-"""Packages that the processors of some families want, and that the usual environment does without."""
 FAST = ["llava", "idefics3", "qwen2_audio"]
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.HOSTS]
 OF_IMAGES = [
@@ -29,8 +27,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     written: dict[str, str] = {}
 
     def folder(family: str) -> str:
-        if family in NEEDS:
-            pytest.importorskip(NEEDS[family], exc_type=ImportError)
+        if family in tiny_hosts.NEEDS:
+            pytest.importorskip(tiny_hosts.NEEDS[family], exc_type=ImportError)
         if family not in written:
             written[family] = tiny_hosts.write(family, tmp_path_factory.mktemp("hosts") / family)
         return written[family]
