@@ -118,7 +118,8 @@ def load_host(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype, a
     Raises:
         ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
     """
-    return load_checked(host_class(config), reference, config, dtype=dtype, attn_implementation=attention)
+    implementation = {"text_config": attention}  # of the LLM alone; encoders have what transformers gives them
+    return load_checked(host_class(config), reference, config, dtype=dtype, attn_implementation=implementation)
 
 
 def encoder_config(reference: str, medium: str) -> PreTrainedConfig:

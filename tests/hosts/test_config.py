@@ -126,3 +126,11 @@ def test_a_vision_encoder_whose_features_are_no_grid_is_refused(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps({**config, "vision_feature_select_strategy": "full"}))
     with pytest.raises(ValueError, match="selects features by 'full' from a clip_vision_model"):
         build(read(ModelConfig, {"host": folder, "image": {"budgets": [36, 1]}}, path="model"))
+
+
+def test_the_attention_that_is_chosen_is_that_of_the_llm(tmp_path: Path) -> None:
+    folder = tiny_hosts.write("llava", tmp_path)
+    values = {"host": folder, "image": {"budgets": [36, 1]}, "attention": "eager"}
+    model, _ = build(read(ModelConfig, values, path="model"))
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.encoder("image").backbone["vision_tower"].config._attn_implementation == "sdpa"
