@@ -38,6 +38,7 @@ VERBS = {
     "convert mqt-llava": "mllm.commands.convert_mqt_llava",
     "convert omni-avsr": "mllm.commands.convert_omni_avsr",
     "prepare lips": "mllm.commands.prepare_lips",
+    "adopt": "mllm.commands.adopt",
     "init": "mllm.commands.init",
     "doctor": "mllm.commands.doctor",
     "synthetic pretrain": "mllm.commands.synthetic_pretrain",

@@ -12,7 +12,19 @@ PACKAGE = Path(mllm.__file__).parent
 LOOSE_MODULES = {"__init__", "__main__", "cli"}
 # A package may import from those before it and from no other.
 ORDER = [
-    *("utils", "budget", "media", "config", "transforms", "packing", "encoders", "compressors", "adapters", "testing"),
+    *(
+        "utils",
+        "budget",
+        "media",
+        "config",
+        "transforms",
+        "packing",
+        "encoders",
+        "hosts",
+        "compressors",
+        "adapters",
+        "testing",
+    ),
     *("kv_cache", "model", "data", "processing", "checkpoints"),
     *("convert", "inference", "training", "evaluation", "vllm_plugin", "serving", "page"),
     *("lip_crops", "lmms", "synthetic", "real", "commands", "cli"),

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAX_README_LINES = 200
-MAX_PAGES = 12
+MAX_PAGES = 13
 
 
 def packages_on_disk() -> set[str]:
@@ -72,7 +72,9 @@ def commands_of_docs() -> list[str]:
 @pytest.fixture(scope="module")
 def beside_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the configs of the clone and those that the README's own lines write."""
+    from mllm.checkpoints.adoption import Findings, proposed_counts
     from mllm.cli import main
+    from mllm.commands.adopt import Settings, config_text
 
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
@@ -80,6 +82,9 @@ def beside_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert [main(shlex.split(line)[1:]) for line in commands() if line.startswith("mllm init")] == [0, 0]
         assert main(["init", "run.yaml", "--built_in"]) == 0  # as docs call the reader's own
+    llava = Findings("llava", "image", ("", 0), ("", 0), ("", 0), (24, 24), None, proposed_counts((24, 24)))
+    adopted = config_text(Settings(model="llava-hf/llava-1.5-7b-hf", out="adopted.yaml"), llava)
+    (folder / "adopted.yaml").write_text(adopted)
     run = (folder / "run.yaml").read_text()
     (folder / "run.yaml").write_text(run.replace("\ndata:\n", "\ndata:\n  features: {folder: features}\n"))
     return folder

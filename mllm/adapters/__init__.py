@@ -11,10 +11,18 @@ from torch import nn
 
 from mllm.adapters import lora
 from mllm.adapters.adapter_inputs import Adapter
+from mllm.adapters.expert_ids import REDUCED
 from mllm.adapters.lora_bank import LoraBank, inject_bank, to_lora
 from mllm.adapters.mome import inject_mome
 from mllm.config.model import ADAPTERS as CONFIGS
-from mllm.config.model import AdapterConfig, EncoderAdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
+from mllm.config.model import (
+    AdapterConfig,
+    EncoderAdapterConfig,
+    GatedLoraConfig,
+    LoraBankConfig,
+    LoraConfig,
+    MomeConfig,
+)
 from mllm.utils.registry import Registry
 
 
@@ -50,6 +58,18 @@ def _build_bank(module: nn.Module, config: LoraBankConfig, seed: int) -> None:
     )
 
 
+def _build_gated(module: nn.Module, config: GatedLoraConfig, seed: int) -> None:
+    inject_bank(
+        module,
+        variant="ss",
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        scales=[REDUCED],
+        seed=seed,
+    )
+
+
 def _build_mome(module: nn.Module, config: MomeConfig, seed: int) -> None:
     inject_mome(
         module,
@@ -67,7 +87,9 @@ def _build_mome(module: nn.Module, config: MomeConfig, seed: int) -> None:
 
 
 Builder = Callable[[nn.Module, Any, int], None]
-BUILDERS: Registry[Builder] = Registry("adapter", {"lora": _build_lora, "lora_bank": _build_bank, "mome": _build_mome})
+BUILDERS: Registry[Builder] = Registry(
+    "adapter", {"lora": _build_lora, "lora_bank": _build_bank, "gated_lora": _build_gated, "mome": _build_mome}
+)
 """What puts each kind into a module, given its config and a seed, by the `kind` of the config."""
 
 

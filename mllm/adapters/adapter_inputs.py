@@ -21,7 +21,7 @@ from mllm.budget import MEDIA
 from mllm.packing.plan import SegmentPlan
 
 KEYWORD = "adapter_inputs"
-KINDS_WITH_INPUTS = ("lora_bank", "mome")
+KINDS_WITH_INPUTS = ("lora_bank", "gated_lora", "mome")
 """Kinds of adapters whose computation depends on the rows."""
 TOKEN_KINDS = ("text", *MEDIA)
 """What a token can be; its kind is an index into this list."""

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mllm.budget import MEDIA, Amount, Budget, Space, TokenCount
-from mllm.config.model import AdapterConfig, LoraBankConfig, MomeConfig
+from mllm.config.model import AdapterConfig, GatedLoraConfig, LoraBankConfig, MomeConfig
 
 NO_EXPERT = -1
 """The id of a row that only the shared expert serves."""
+REDUCED = "reduced"
+"""The one scale of a gated LoRA: every budget below the full one."""
 TASKS_OF_MEDIA = {("audio",): "asr", ("video",): "vsr", ("audio", "video"): "avsr"}
 """The task of a row by the media it holds, unless its sample names one of the adapter's tasks."""
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -52,14 +54,19 @@ class ExpertNames:
     scales: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
-    def scale_id(self, counts: Sequence[tuple[str, TokenCount]]) -> int:
+    def scale_id(self, counts: Sequence[tuple[str, TokenCount]], *, is_full: bool = False) -> int:
         """Finds the scale of a row whose media have these token counts.
+
+        Args:
+            is_full: every medium of the row keeps all of its features.
 
         Raises:
             ValueError: a scale without an expert, or items of one medium at different amounts.
         """
         if not counts:
             return NO_EXPERT
+        if self.is_gate:
+            return NO_EXPERT if is_full else 0
         amounts: dict[str, Amount] = {}
         for medium, count in counts:
             amount = count.amount
@@ -69,6 +76,11 @@ class ExpertNames:
         if name not in self.scales:
             raise ValueError(f"the adapter has no expert for the scale {name}; trained are {' | '.join(self.scales)}")
         return self.scales.index(name)
+
+    @property
+    def is_gate(self) -> bool:
+        """Tells whether there is one expert for all reduced budgets, and none for the full one."""
+        return self.scales == (REDUCED,)
 
     def task_id(self, task: str, media: Sequence[str]) -> int:
         """Finds the task of a row: the one its sample names where the adapter has it, else by the media it holds.
@@ -92,6 +104,8 @@ def expert_names_of(adapter: AdapterConfig | None) -> ExpertNames:
     """Return the names of the scales and tasks that an adapter has something for."""
     if isinstance(adapter, LoraBankConfig):
         return ExpertNames(tuple(adapter.scales), tuple(adapter.tasks))
+    if isinstance(adapter, GatedLoraConfig):
+        return ExpertNames((REDUCED,))
     return ExpertNames(tuple(adapter.scales)) if isinstance(adapter, MomeConfig) else NO_EXPERT_NAMES
 
 

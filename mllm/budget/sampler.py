@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mllm.budget import Budget, Space
+from mllm.budget import Amount, Budget, MediumSpace, Space
 
 Mode = Literal["all", "random", "sandwich", "points"]
 
@@ -41,6 +41,7 @@ class BudgetSampler:
         num_budgets: budgets per step; `default_num_budgets` of them when None.
         seed: what is sampled is a function of (seed, step, number of the budget, medium) alone.
         points: budgets of the mode `points`, every one naming only media of the space.
+        is_gated: nothing is learned at the full budget, so random ones are never that.
 
     Raises:
         ValueError: an unknown mode, or numbers that contradict it.
@@ -51,6 +52,7 @@ class BudgetSampler:
     num_budgets: int | None = None
     seed: int = 0
     points: Sequence[Budget] = ()
+    is_gated: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -113,11 +115,14 @@ class BudgetSampler:
         frames = self.space.frame_counts
         return Budget(
             {
-                medium: random.Random(f"{self.seed}:{step}:{index}:{medium}").choice(space.trained)
+                medium: random.Random(f"{self.seed}:{step}:{index}:{medium}").choice(self._random_amounts(space))
                 for medium, space in self.space.media.items()
             },
             num_frames=random.Random(f"{self.seed}:{step}:{index}:frames").choice(frames) if frames else None,
         )
+
+    def _random_amounts(self, space: MediumSpace) -> tuple[Amount, ...]:
+        return space.trained[1:] if self.is_gated and len(space.trained) > 1 else space.trained
 
 
 def _restrict(sampled: SampledBudget, present: Sequence[str]) -> SampledBudget:

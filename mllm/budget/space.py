@@ -24,7 +24,8 @@ class Extent:
     """Holds what is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock.
 
     An image that may be cut into tiles also has its own size and that of a tile, in pixels; a video whose frames are
-    images has the grid of each, and how many were taken from the file.
+    images has the grid of each, and how many were taken from the file. An image that a host's own processor has cut has
+    the grid of a tile and the number of them.
     """
 
     medium: str
@@ -46,7 +47,7 @@ class TokenCount:
     """Holds the exact soft tokens of one medium, and the rate they come from (0 where the budget names a count).
 
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
-    is cut or `frames` how many are shown of the video.
+    is cut, `frames` how many are shown of the video, or `pieces` how many a host's own processor has made of an image.
     """
 
     tokens: int
@@ -54,6 +55,7 @@ class TokenCount:
     each: int = 0
     tiles: Tiles | None = None
     frames: int = 0
+    pieces: int = 0
 
     @property
     def amount(self) -> Amount:
@@ -65,7 +67,7 @@ class TokenCount:
     @property
     def num_images(self) -> int:
         """Encoded items that are shown."""
-        return self.tiles.num_images if self.tiles else self.frames or 1
+        return self.tiles.num_images if self.tiles else self.frames or self.pieces or 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class MediumSpace:
         one = self._count_grid(chosen, extent)
         if self.frame_counts:
             return self._count_frames(one.tokens, extent, num_frames)
+        if self.tiling is None and extent.num_images > 1:
+            return TokenCount(extent.num_images * one.tokens, each=one.tokens, pieces=extent.num_images)
         if self.tiling is None:
             return one
         return self._count_tiles(self.tiling, one.tokens, extent, max_tiles)

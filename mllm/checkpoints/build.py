@@ -4,6 +4,7 @@ Knows configs and where weights come from. Does not know training, budgets of a 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from mllm.adapters import build_adapter
 from mllm.checkpoints import pretrained
-from mllm.checkpoints.pretrained import load_encoder, load_llm, unsharded
+from mllm.checkpoints.pretrained import load_encoder, load_host, load_llm, unsharded
 from mllm.checkpoints.resolve import resolve
 from mllm.checkpoints.sources import digest_of, folder_of, resolve_source
 from mllm.checkpoints.vocabulary import extended_tokenizer, find_new_tokens, start_new_tokens
@@ -22,6 +23,7 @@ from mllm.config.medium import ImageQueryConfig
 from mllm.config.model import ModelConfig
 from mllm.config.processor import ProcessorConfig
 from mllm.encoders import AVHubertAudioConfig, wrap_encoder
+from mllm.hosts import placeholder_id, read_host_processor
 from mllm.media import DEFAULT_LIMITS, MediaLimits
 from mllm.model.configuration import CONFIG_KEYS, TOWER_NAMES, ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -66,10 +68,23 @@ def _start_as_pyramid(compressor: nn.Module, *, seed: int) -> None:
     initialise_as_pyramid(compressor, torch.Generator().manual_seed(seed))
 
 
-def part_configs(config: ModelConfig) -> tuple[PreTrainedConfig, dict[str, PreTrainedConfig]]:
-    """Read the configs of the LLM and, by medium, of the encoders from their sources."""
+@dataclass(frozen=True)
+class PartConfigs:
+    """Holds the configs of the LLM and, by medium, of the encoders; of a host, its own stands for each of its media."""
+
+    text: PreTrainedConfig
+    encoders: dict[str, PreTrainedConfig]
+    host: PreTrainedConfig | None = None
+
+
+def part_configs(config: ModelConfig) -> PartConfigs:
+    """Read the configs of the LLM and, by medium, of the encoders from their sources, or of the host."""
+    if config.host is not None:
+        host = pretrained.host_config(config.host)
+        return PartConfigs(host.get_text_config(), dict.fromkeys(config.encoded_media, host), host)
+    assert config.llm is not None
     encoders = {m: pretrained.encoder_config(block.encoder.source, m) for m, block in config.encoded_media.items()}
-    return pretrained.llm_config(config.llm), encoders
+    return PartConfigs(pretrained.llm_config(config.llm), encoders)
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -78,8 +93,8 @@ def resolved(config: ModelConfig) -> ModelConfig:
     Raises:
         ValueError: a key that a part has no use for. OSError: a part that is not to be had.
     """
-    text_config, encoder_configs = part_configs(config)
-    return resolve(config, text_config=text_config, encoder_configs=encoder_configs)
+    parts = part_configs(config)
+    return resolve(config, text_config=parts.text, encoder_configs=parts.encoders)
 
 
 def build_config(config: ModelConfig) -> tuple[Any, ElasticConfig]:
@@ -88,20 +103,43 @@ def build_config(config: ModelConfig) -> tuple[Any, ElasticConfig]:
     Raises:
         ValueError: a key that a part has no use for. OSError: a part that is not to be had.
     """
-    text_config, encoder_configs = part_configs(config)
-    tokenizer = extended_tokenizer(config, num_rows=text_config.vocab_size)
+    parts = part_configs(config)
+    sources = {
+        part: {"reference": reference, "sha256": digest_of(resolve_source(reference)), **folder_of(reference)}
+        for part, reference in config.sources.items()
+    }
+    if parts.host is not None:
+        assert config.host is not None
+        return pretrained.read_tokenizer(config.host), config_of_host(config, parts.host, sources=sources)
+    tokenizer = extended_tokenizer(config, num_rows=parts.text.vocab_size)
     elastic = config_of_parts(
         config,
-        text_config=text_config,
-        encoder_configs=encoder_configs,
-        placeholder_ids={m: tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS[m]) for m in encoder_configs},
-        new_tokens=find_new_tokens(config, tokenizer, num_rows=text_config.vocab_size),
-        sources={
-            part: {"reference": reference, "sha256": digest_of(resolve_source(reference)), **folder_of(reference)}
-            for part, reference in config.sources.items()
-        },
+        text_config=parts.text,
+        encoder_configs=parts.encoders,
+        placeholder_ids={m: tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS[m]) for m in parts.encoders},
+        new_tokens=find_new_tokens(config, tokenizer, num_rows=parts.text.vocab_size),
+        sources=sources,
     )
     return tokenizer, elastic
+
+
+def config_of_host(
+    config: ModelConfig, host: PreTrainedConfig, *, sources: dict[str, dict[str, str]] | None = None
+) -> ElasticConfig:
+    """Build the config of a model on a host whose config is at hand, whatever it was read from.
+
+    Raises:
+        ValueError: a medium that the host does not read, or a largest budget that is not its own.
+    """
+    encoders = dict.fromkeys(config.encoded_media, host)
+    full = resolve(config, text_config=host.get_text_config(), encoder_configs=encoders)
+    return ElasticConfig(
+        host_config=host,
+        media=full.media,
+        placeholder_ids={medium: placeholder_id(host, medium) for medium in encoders},
+        adapter=full.adapter,
+        sources=sources or {},
+    )
 
 
 def config_of_parts(
@@ -146,6 +184,12 @@ def processor_of(
         tokenizer, elastic: of `build_config`.
         limits: what files it reads may be.
     """
+    if config.host is not None:
+        source = resolve_source(config.host)
+        settings = ProcessorConfig(host=read_host_processor(source, elastic.host_config))
+        processor = ElasticProcessor(tokenizer, elastic, settings)
+        processor.limits = limits
+        return processor
     settings = ProcessorConfig(
         chat_format=config.chat_format,
         preprocessors={
@@ -186,13 +230,19 @@ def assemble(
     text_dtype = read_dtype(dtype)
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(config)
-    llm: Any = load_llm(_verified("llm", sources), config.text_config, dtype=text_dtype, attention=attention)
-    model.model.language_model = getattr(llm, llm.base_model_prefix)
-    model.set_output_embeddings(cast(nn.Module, llm.get_output_embeddings()))
-    model.generation_config = llm.generation_config
-    for medium, encoder in config.encoder_configs.items():
-        backbone = load_encoder(_verified(medium, sources), encoder, dtype=text_dtype)
-        setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, config.encoded_media[medium].encoder))
+    if config.host_config is not None:
+        put_host(
+            model,
+            load_host(_verified("host", sources), config.host_config, dtype=text_dtype, attention=attention),
+        )
+    else:
+        llm: Any = load_llm(_verified("llm", sources), config.text_config, dtype=text_dtype, attention=attention)
+        model.model.language_model = getattr(llm, llm.base_model_prefix)
+        model.set_output_embeddings(cast(nn.Module, llm.get_output_embeddings()))
+        model.generation_config = llm.generation_config
+        for medium, encoder in config.encoder_configs.items():
+            backbone = load_encoder(_verified(medium, sources), encoder, dtype=text_dtype)
+            setattr(model.model, TOWER_NAMES[medium], wrap_encoder(backbone, config.encoded_media[medium].encoder))
     materialize(model, model.model.compressors, seed=seed)
     for part in (model.model.newline, model.model.new_tokens):
         if part is not None:
@@ -201,10 +251,17 @@ def assemble(
     return model.eval()
 
 
+def put_host(model: ElasticForConditionalGeneration, host: Any) -> None:
+    """Take the encoder, projector, decoder, head and ends of answers of a host into a model, in place."""
+    model.model.set_host(host.model)
+    model.set_output_embeddings(cast(nn.Module, host.get_output_embeddings()))
+    model.generation_config = host.generation_config
+
+
 def put_adapters(model: ElasticForConditionalGeneration, *, seed: int = 0) -> None:
     """Put the adapters that a model's config names into its encoders and its LLM, in place; they are in float32."""
     for medium, block in model.config.encoded_media.items():
-        if block.encoder.adapter is not None:
+        if block.encoder is not None and block.encoder.adapter is not None:
             build_adapter(model.model.encoder(medium).backbone, block.encoder.adapter, seed=seed)
     if model.config.adapter is not None:
         build_adapter(model.model.language_model, model.config.adapter, seed=seed)

@@ -25,7 +25,7 @@ from mllm.checkpoints.expert_folders import read_experts, write_experts
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import write_model, write_tensors
-from mllm.config.model import LoraBankConfig, MomeConfig
+from mllm.config.model import GatedLoraConfig, LoraBankConfig, MomeConfig
 from mllm.config.model_options import ModelOptions
 from mllm.media import MediaLimits
 from mllm.model.configuration import ElasticConfig
@@ -193,6 +193,7 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     """
     adapter = model.config.adapter
     has_experts = isinstance(adapter, LoraBankConfig) and bool(adapter.scales or adapter.tasks)
+    has_experts = has_experts or isinstance(adapter, GatedLoraConfig)
     if has_experts or isinstance(adapter, MomeConfig):
         experts = " with experts per scale or task" if has_experts else ""
         raise ValueError(f"merge_adapter is true, but an adapter of kind {adapter.kind}{experts} depends on the rows")
@@ -249,6 +250,8 @@ def export(
 ) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
+    The adapter of a host stays beside its weights: merged, it would change the answers at the full budget.
+
     `AutoModelForImageTextToText` and `AutoProcessor` load it after `import mllm`.
 
     Args:
@@ -271,6 +274,14 @@ def export(
     if experts_as_lora and (scale or task or llm_only):
         raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
     model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
+    if model.config.host_config is not None:
+        if scale or task or llm_only or experts_as_lora:
+            raise ValueError(
+                f"{folder} is a model on a host, which is exported as it is; leave out scale, task, llm_only and "
+                "experts_as_lora"
+            )
+        _write_with_adapter(model, processor, out)
+        return
     if experts_as_lora:
         write_experts(model.model.language_model, processor.expert_names, out)
     else:
@@ -291,6 +302,15 @@ def export(
         write_model(_plain_llm(model), out)
         processor.tokenizer.save_pretrained(out)
         return
+    write_model(model, out)
+    processor.save_pretrained(out)
+
+
+def _write_with_adapter(model: ElasticForConditionalGeneration, processor: ElasticProcessor, out: Path) -> None:
+    """Write a model with all of its weights, the adapter's among them."""
+    model.config.holds_adapter = model.config.adapter is not None
+    model.config.sources = {}
+    model.generation_config = _greedy(model, processor)
     write_model(model, out)
     processor.save_pretrained(out)
 

@@ -35,6 +35,7 @@ from transformers.utils.hub import cached_file
 from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
 from mllm.checkpoints.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
 from mllm.encoders import ENCODERS, backbone_class, backbone_config, register_av_hubert
+from mllm.hosts import find_family, host_class
 
 NAMED_TENSORS = 4
 """How many tensors of each kind a message names before it counts the others."""
@@ -95,6 +96,30 @@ def llm_config(reference: str) -> PreTrainedConfig:
     if is_whole:  # whether the head is the embeddings is said of the whole model
         text.tie_word_embeddings = whole.tie_word_embeddings
     return text
+
+
+def host_config(reference: str) -> PreTrainedConfig:
+    """Read the config of a pretrained model that is kept whole.
+
+    Raises:
+        ValueError: a family that is not supported; those that are, are named.
+    """
+    whole = read_config(reference)
+    find_family(whole.model_type, reference=reference)
+    return whole
+
+
+def load_host(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load a host with its head, every tensor of its file.
+
+    Args:
+        config: of the host, as `host_config` reads it.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
+    """
+    implementation = {"text_config": attention}  # of the LLM alone; encoders have what transformers gives them
+    return load_checked(host_class(config), reference, config, dtype=dtype, attn_implementation=implementation)
 
 
 def encoder_config(reference: str, medium: str) -> PreTrainedConfig:

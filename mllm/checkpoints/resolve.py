@@ -16,6 +16,7 @@ from mllm.config.medium import FramesConfig, HybridConfig, ImageEncoderConfig, M
 from mllm.config.model import LoraBankConfig, ModelConfig, MomeConfig
 from mllm.config.space import space_of
 from mllm.encoders import EncoderFacts, encoder_facts
+from mllm.hosts import host_facts
 
 
 def resolve(
@@ -34,6 +35,9 @@ def resolve(
     """
     media: dict[str, Any] = dict(model.media)
     for medium in model.encoded_media:
+        if model.host is not None:
+            _check_full(medium, media[medium], host_facts(encoder_configs[medium]))
+            continue
         facts = encoder_facts(encoder_configs[medium], media[medium].encoder)
         media[medium] = _resolve_medium(media[medium], facts, out_size=int(text_config.hidden_size))
         if medium == "image":
@@ -42,6 +46,21 @@ def resolve(
     if video is not None and isinstance(video.encoder, FramesConfig) and not video.encoder.trained_counts:
         media["video"] = replace(video, encoder=replace(video.encoder, trained_counts=[video.encoder.count]))
     return replace(model, **media, adapter=_resolve_adapter(replace(model, **media)))
+
+
+def _check_full(medium: str, block: Any, facts: EncoderFacts) -> None:
+    """Refuse budgets whose largest is not the host's own, at which it answers as it did before.
+
+    Raises:
+        ValueError: naming the full budget; or a medium that the host does not read.
+    """
+    if facts.medium != medium:
+        raise ValueError(f"model.{medium} is set, but this host reads {facts.medium}")
+    full = "/1" if facts.grid is None else str(facts.grid[0] * facts.grid[1])
+    if str(block.amounts[0]) != full:
+        raise ValueError(
+            f"model.{medium}.budgets begins with {block.amounts[0]}; the largest must be the host's full budget, {full}"
+        )
 
 
 def _resolve_medium(block: Any, facts: EncoderFacts, *, out_size: int) -> Any:

@@ -29,6 +29,7 @@ def extended_tokenizer(config: ModelConfig, *, num_rows: int) -> Any:
     Raises:
         ValueError: a beginning or an end of text that the LLM can neither read nor say.
     """
+    assert config.llm is not None
     tokenizer = read_tokenizer(config.llm)
     for kind in ("bos", "eos"):
         if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None and token_id >= num_rows:
@@ -56,6 +57,7 @@ def find_new_tokens(config: ModelConfig, tokenizer: Any, *, num_rows: int) -> di
     Args:
         tokenizer: of `extended_tokenizer`. num_rows: of the LLM's embedding.
     """
+    assert config.llm is not None
     known = read_tokenizer(config.llm).get_vocab()
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(_marks(config))}
     return {token: token_id for token, token_id in ids.items() if token not in known or token_id >= num_rows}

@@ -91,13 +91,13 @@ def config_text(settings: Settings) -> str:
     blocks = [_block(settings, medium) for medium in ("image", "audio", "video") if medium in settings.media]
     precision = "float32" if _is_built_in(settings, "llm") else "bfloat16"
     run_folder = settings.run_folder or f"runs/{Path(settings.out).stem}"
-    root = "" if settings.root is None else f"\n  root: {_scalar(settings.root)}"
+    root = "" if settings.root is None else f"\n  root: {yaml_scalar(settings.root)}"
     # A template of the LLM's own is what chat models know; the built-in LLM has none.
     chat = "plain" if _is_built_in(settings, "llm") else "chat"
     return f"""# Written by `mllm init`. `mllm train --help` tells of the keys; the command line overrules this file:
 #   mllm train --config {settings.out} --train.learning_rate 5e-4
 model:
-  llm: {_scalar(settings.llm or _default(settings, "llm"))}  # frozen; a folder or a hub name
+  llm: {yaml_scalar(settings.llm or _default(settings, "llm"))}  # frozen; a folder or a hub name
   chat_format: {chat}
   dtype: {precision}  # of the frozen parts
 {"".join(blocks)}  adapter:  # what learns inside the LLM; left out, only the compressors learn
@@ -106,7 +106,7 @@ model:
     alpha: 32
     targets: [q_proj, k_proj, v_proj, o_proj]
 data:
-  train: [{_scalar(settings.manifest)}]  # one JSON object per line; `mllm data check` looks it over
+  train: [{yaml_scalar(settings.manifest)}]  # one JSON object per line; `mllm data check` looks it over
   # validation: [validation.jsonl]  # its loss is logged at the end, or every train.validate_every steps{root}
   # limits: {{video_seconds: 600, video_frames: 15000}}  # files beyond a limit are refused; raise it for your own
   tokens_per_batch: 4096  # most tokens of a micro-batch; less where memory is short
@@ -115,7 +115,7 @@ sampler:
   mode: random  # every step trains at budgets drawn from those above
   num_budgets: 2
 train:
-  out: {_scalar(run_folder)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
+  out: {yaml_scalar(run_folder)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
   epochs: 3
   learning_rate: 1.0e-3  # of the compressors
   part_learning_rates: {{adapter: 2.0e-4}}
@@ -142,7 +142,7 @@ def _block(settings: Settings, medium: str) -> str:
             "  video:\n    encoder: {kind: frames, count: 8}  # each encoded like an image; lips need --video_encoder\n"
             f"    budgets: {budgets}  # soft tokens per frame\n"
         )
-    source = _scalar(named or _default(settings, medium))
+    source = yaml_scalar(named or _default(settings, medium))
     lines = _LINES[medium](settings, source, named is not None)
     return f"  {medium}:\n" + "".join(f"    {line}\n" for line in lines)
 
@@ -174,7 +174,7 @@ def _video_lines(settings: Settings, source: str, is_named: bool) -> list[str]:
 _LINES = {"image": _image_lines, "audio": _audio_lines, "video": _video_lines}
 
 
-def _scalar(text: str) -> str:
+def yaml_scalar(text: str) -> str:
     """A text as YAML reads it back."""
     is_plain = re.fullmatch(r"[A-Za-z_./][\w./:-]*[\w/]", text) and text.lower() not in _YAML_WORDS
     return text if is_plain else json.dumps(text, ensure_ascii=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mllm.budget.nesting import haar_grids
 from mllm.compressors.area_pooling import grid_rows
@@ -21,7 +22,7 @@ from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
 from mllm.config.medium import COMPRESSORS as CONFIGS
-from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig
+from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig, NoProjectorConfig
 from mllm.config.medium import Projector as ProjectorBlock
 from mllm.utils.registry import Registry
 
@@ -96,13 +97,20 @@ def build_compressor(
     return COMPRESSORS.find(block.compressor.kind, key=f"{site.key}.compressor.kind")(site, block)
 
 
-def build_projector(block: ProjectorBlock, *, in_size: int, out_size: int) -> Projector | MixtureProjector:
-    """Make a projector with random weights.
+def build_projector(block: ProjectorBlock, *, in_size: int, out_size: int) -> nn.Module:
+    """Make a projector with random weights, or the identity.
 
     Args:
         in_size: size of what it reads.
         out_size: the LLM's hidden size.
+
+    Raises:
+        ValueError: no projector for features that are not as wide as the LLM.
     """
+    if isinstance(block, NoProjectorConfig):
+        if in_size != out_size:
+            raise ValueError(f"projector none needs features as wide as the LLM, {out_size}; they have {in_size}")
+        return nn.Identity()
 
     def one() -> Projector:
         hidden_size = None
@@ -138,6 +146,7 @@ def _build_pool(site: Site, block: MediumConfig) -> Pool:
         grid=site.grid,
         project_first=getattr(projector, "before_pooling", False),
         order=order,
+        keeps_full=isinstance(projector, NoProjectorConfig),
     )
 
 
@@ -155,7 +164,7 @@ def _build_stack(site: Site, block: MediumConfig) -> Stack:
     _check_counts(site, block)
     grid, budgets = site.grid, tuple(block.values)
 
-    def joined(num_features: int) -> Projector | MixtureProjector:
+    def joined(num_features: int) -> nn.Module:
         return build_projector(block.projector, in_size=site.in_size * num_features, out_size=site.out_size)
 
     if grid is None:

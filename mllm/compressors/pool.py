@@ -10,6 +10,7 @@ pooling, see `area_pooling.py`. The Haar order is ours, see `haar.py`.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mllm.compressors.area_pooling import average, grid_cover, item_grid_cover, stream_cover
@@ -37,6 +38,8 @@ class Pool(Compressor):
         grid: (rows, columns) of the features, for images; `forward` takes `grids` where each item has its own.
         project_first: pool what the projector gives, instead of projecting what was pooled.
         order: of the tokens of a grid.
+        keeps_full: give an item that keeps all of its features exactly those, and not their averages over one, which a
+            product in reduced precision would round.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Pool(Compressor):
         grid: tuple[int, int] | None = None,
         project_first: bool = False,
         order: Order = "raster",
+        keeps_full: bool = False,
     ) -> None:
         super().__init__()
         assert order == "raster" or (grid is not None and not projectors.budgets)
@@ -54,6 +58,7 @@ class Pool(Compressor):
         self.projectors = projectors
         self.grid = grid
         self.project_first = project_first
+        self.keeps_full = keeps_full
 
     def forward(
         self,
@@ -103,5 +108,8 @@ class Pool(Compressor):
             else:
                 cover = grid_cover(tokens, self.grid, max_tokens=num_tokens)
             pooled = average(prepared, *cover)
+            if self.keeps_full:
+                is_full = (tokens >= lengths)[:, None, None]
+                pooled = torch.where(is_full, prepared[:, :num_tokens], pooled)
         soft = pooled if self.project_first else self.projectors(pooled, budgets)
         return zero_padding_tokens(soft, tokens, max_tokens)

@@ -6,33 +6,16 @@ Plain dataclasses. A value that follows from a part on disk is "auto" here; `mll
 number once the parts are known. What depends on other keys alone has a property that tells it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from mllm.budget import Amount, Compression
 from mllm.budget.nesting import check_nesting, nesting_sizes
+from mllm.config.checks import Auto, check_at_least
+from mllm.config.projector import LinearConfig, MlpConfig, MoeConfig, NoProjectorConfig
 from mllm.config.reading import ConfigError, block, kinds
 from mllm.utils.registry import Registry
-
-Auto = Literal["auto"]
-
-
-def check_at_least(config: object, keys: Iterable[str], least: float = 1, *, prefix: str = "") -> None:
-    """Refuse numbers of a dataclass that are too small; None and words are none.
-
-    Args:
-        prefix: where the dataclass stands in its config, such as "data.", where no reader says it.
-
-    Raises:
-        ValueError: the first of the keys whose value is.
-    """
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and not isinstance(value, str) and value < least:
-            if prefix:  # the dataclass knows where it stands, and no reader says it again
-                raise ValueError(f"{prefix}{key} is {value}; it must be at least {least}")
-            raise ConfigError(key, f"is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,76 +208,6 @@ class HybridConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MlpConfig:
-    """A projector of two layers."""
-
-    kind: Literal["mlp"] = "mlp"
-    """Projects by two linear layers."""
-    hidden_size: int | Auto = "auto"
-    """Sets the size between the layers; auto is the LLM's hidden size."""
-    activation: Literal["gelu", "relu"] = "gelu"
-    """Names the function between the layers."""
-    norm: bool = False
-    """Puts a LayerNorm behind the projector."""
-    before_pooling: bool = False
-    """Projects features first and pools then, as M3 does; for the compressor pool."""
-    per_budget: bool = False
-    """Gives every trained budget a projector of its own (Llama-MTSK, Omni-AVSR); budgets between them are refused."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size == 0:
-            raise ConfigError("hidden_size", "is 0; one linear layer is kind linear")
-        check_at_least(self, ("hidden_size",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig:
-    """A projector of one layer."""
-
-    kind: Literal["linear"] = "linear"
-    """Projects by one linear layer."""
-    norm: bool = False
-    """Puts a LayerNorm behind the projector."""
-    before_pooling: bool = False
-    """Projects features first and pools then, as M3 does; for the compressor pool."""
-    per_budget: bool = False
-    """Gives every trained budget a projector of its own (Llama-MTSK, Omni-AVSR); budgets between them are refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoeConfig:
-    """A mixture of projectors with a router (Llama-SMoP)."""
-
-    kind: Literal["moe"] = "moe"
-    """Projects each soft token by some of several projectors."""
-    num_experts: int = 4
-    """Sets how many projectors there are."""
-    top_k: int = 2
-    """Sets how many of them a soft token uses."""
-    balance_weight: float = 0.01
-    """Weighs the loss that keeps all of them in use."""
-    z_weight: float = 0.001
-    """Weighs the loss that keeps the router's logits small."""
-    hidden_size: int | Auto = "auto"
-    """Sets the size between the two layers of each; auto is the LLM's hidden size, 0 leaves one linear layer."""
-    activation: Literal["gelu", "relu"] = "gelu"
-    """Names the function between the layers."""
-    norm: bool = False
-    """Puts a LayerNorm behind each projector."""
-    per_budget: bool = False
-    """Gives every trained budget a mixture of its own; budgets between them are refused."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, ("num_experts", "top_k"))
-        check_at_least(self, ("hidden_size",), 0)
-        for key in ("balance_weight", "z_weight"):
-            if getattr(self, key) < 0:
-                raise ConfigError(key, f"is {getattr(self, key)}; it cannot be negative")
-        if self.top_k > self.num_experts:
-            raise ConfigError("top_k", f"is {self.top_k}, of {self.num_experts} experts (num_experts)")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TilingConfig:
     """Images of any resolution: cut into tiles that are each encoded."""
 
@@ -352,11 +265,16 @@ COMPRESSORS: dict[str, Registry[type]] = {
     "video": STREAM_COMPRESSORS,
 }
 """By medium; those of audio and video are one."""
-PROJECTORS: dict[str, type] = {"mlp": MlpConfig, "linear": LinearConfig, "moe": MoeConfig}
+PROJECTORS: dict[str, type] = {
+    "mlp": MlpConfig,
+    "linear": LinearConfig,
+    "moe": MoeConfig,
+    "none": NoProjectorConfig,
+}
 TILINGS: dict[str, type] = {"pinpoints": PinpointsConfig, "free": FreeTilesConfig}
 
 Compressor = PoolConfig | QueryConfig | StackConfig | HybridConfig
-Projector = MlpConfig | LinearConfig | MoeConfig
+Projector = MlpConfig | LinearConfig | MoeConfig | NoProjectorConfig
 
 
 class MediumConfig:
@@ -412,7 +330,8 @@ class MediumConfig:
             if self.projector is not None:
                 raise ConfigError("projector", "does not go with compressor query, whose queries give the LLM's size")
         elif self.projector is None:
-            object.__setattr__(self, "projector", MlpConfig())
+            # Without an encoder the features are a host's, which has projected them.
+            object.__setattr__(self, "projector", NoProjectorConfig() if self.encoder is None else MlpConfig())
 
     def check(self) -> None:
         """Refuse what contradicts itself whatever the encoder is.
@@ -453,8 +372,8 @@ class MediumConfig:
 class ImageConfig(MediumConfig):
     """How images become soft tokens."""
 
-    encoder: ImageEncoderConfig = field(metadata=block(text="source"))
-    """Gives the features of an image; plain text is its source."""
+    encoder: ImageEncoderConfig | None = field(default=None, metadata=block(text="source"))
+    """Gives the features of an image; plain text is its source. Left out with model.host, which brings its own."""
     compressor: Any = field(default_factory=ImagePoolConfig, metadata=kinds(IMAGE_COMPRESSORS, default="pool"))
     """Makes any number of tokens of the features; plain text is its kind."""
     projector: Any = field(default=None, metadata=kinds(PROJECTORS, default="mlp"))
@@ -511,8 +430,8 @@ class ImageConfig(MediumConfig):
 class AudioConfig(MediumConfig):
     """How audio becomes soft tokens."""
 
-    encoder: AudioEncoderConfig = field(metadata=block(text="source"))
-    """Gives the features of a clip; plain text is its source."""
+    encoder: AudioEncoderConfig | None = field(default=None, metadata=block(text="source"))
+    """Gives the features of a clip; plain text is its source. Left out with model.host, which brings its own."""
     compressor: Any = field(default_factory=PoolConfig, metadata=kinds(STREAM_COMPRESSORS, default="pool"))
     """Makes fewer tokens of the features; plain text is its kind."""
     projector: Any = field(default=None, metadata=kinds(PROJECTORS, default="mlp"))

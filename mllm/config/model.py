@@ -13,7 +13,10 @@ from mllm.config.medium import (
     AudioConfig,
     EncoderAdapterConfig,
     ImageConfig,
+    ImagePoolConfig,
     MediumConfig,
+    NoProjectorConfig,
+    PoolConfig,
     VideoConfig,
     check_at_least,
     with_source,
@@ -27,6 +30,7 @@ __all__ = [
     "AdapterConfig",
     "AudioConfig",
     "EncoderAdapterConfig",
+    "GatedLoraConfig",
     "ImageConfig",
     "LoraBankConfig",
     "LoraConfig",
@@ -76,6 +80,20 @@ class LoraBankConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatedLoraConfig:
+    """One LoRA for rows at a reduced budget; rows at the full budget, and rows without media, are the host's own."""
+
+    kind: Literal["gated_lora"] = "gated_lora"
+    """Adds a LoRA that rows at the full budget do not use; goes with model.host."""
+    rank: int = 16
+    """Sets the inner size itself."""
+    alpha: float = 32.0
+    """Scales the update by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names the linear layers that get one, by the last parts of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MomeConfig:
     """A mixture of small experts beside the frozen layers (MoME)."""
 
@@ -109,16 +127,22 @@ class MomeConfig:
             raise ConfigError("scales", f"is {self.scales}, but disjoint_routers is false")
 
 
-AdapterConfig = LoraConfig | LoraBankConfig | MomeConfig
-ADAPTERS: Registry[type] = Registry("adapter", {"lora": LoraConfig, "lora_bank": LoraBankConfig, "mome": MomeConfig})
+AdapterConfig = LoraConfig | LoraBankConfig | GatedLoraConfig | MomeConfig
+ADAPTERS: Registry[type] = Registry(
+    "adapter",
+    {"lora": LoraConfig, "lora_bank": LoraBankConfig, "gated_lora": GatedLoraConfig, "mome": MomeConfig},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The parts of a model and where they come from."""
 
-    llm: str
-    """Names the folder, hub name or synthetic part of the LLM with its tokenizer."""
+    llm: str | None = None
+    """Names the folder, hub name or synthetic part of the LLM with its tokenizer; or give a host."""
+    host: str | None = None
+    """Names the folder or hub name of a whole pretrained VLM or audio LLM, which is kept as it is: its encoder,
+    projector, LLM, processor and chat template. See `mllm adopt`."""
     chat_format: Literal["plain", "llava_plain", "avsr", "vicuna_v1", "chat"] = "chat"
     """Makes text of a conversation; `chat` is the LLM's own template, llava_plain that of LLaVA's first stage."""
     released_behaviour: bool = False
@@ -142,6 +166,12 @@ class ModelConfig:
     """Seeds the initial values of compressors and adapter."""
 
     def __post_init__(self) -> None:
+        if (self.llm is None) == (self.host is None):
+            raise ConfigError("llm", "or host must be given, and not both")
+        if self.host is not None:
+            self._check_host()
+        else:
+            self._check_parts()
         if self.released_behaviour and self.chat_format != "avsr":
             raise ConfigError(
                 "released_behaviour", f"needs chat_format avsr, the released layout; got {self.chat_format}"
@@ -151,6 +181,42 @@ class ModelConfig:
         if self.shows_frames and self.image is None:
             raise ConfigError("video.encoder.kind", "is frames, which are encoded like images; give an image block too")
         space_of(self.media)
+
+    def _check_host(self) -> None:
+        """Refuse what a host decides itself, and what would change its answers at the full budget.
+
+        Raises:
+            ConfigError: the first such key.
+        """
+        if self.chat_format != "chat":
+            raise ConfigError("chat_format", f"is {self.chat_format}, and a host has its own template; leave it out")
+        if self.names_images:
+            raise ConfigError("names_images", "is set, and a host has its own chat template; leave it out")
+        if self.video is not None:
+            raise ConfigError("video", "does not go with a host yet; allowed: image, audio")
+        if self.image is None and self.audio is None:
+            raise ConfigError("host", "is given without a medium; give the budgets of image or audio")
+        for medium, block in self.media.items():
+            _check_host_block(medium, block)
+        if self.adapter is not None and not isinstance(self.adapter, GatedLoraConfig):
+            raise ConfigError(
+                "adapter.kind",
+                f"is {self.adapter.kind}, which would change answers at the host's full budget; allowed: gated_lora",
+            )
+
+    def _check_parts(self) -> None:
+        """Refuse what only a host has a use for, and encoders that are missing.
+
+        Raises:
+            ConfigError: the first such key.
+        """
+        for medium, block in self.encoded_media.items():
+            if block.encoder is None:
+                raise ConfigError(f"{medium}.encoder", "is missing")
+            if isinstance(block.projector, NoProjectorConfig):
+                raise ConfigError(f"{medium}.projector.kind", "is none, which goes with model.host alone")
+        if isinstance(self.adapter, GatedLoraConfig):
+            raise ConfigError("adapter.kind", "is gated_lora, which goes with model.host alone")
 
     @property
     def encoded_media(self) -> dict[str, Any]:
@@ -166,30 +232,52 @@ class ModelConfig:
     def media(self) -> dict[str, Any]:
         """Return the blocks by medium, of the media this model takes."""
         audio = self.audio
-        if audio is not None and self.released_behaviour:
+        if audio is not None and audio.encoder is not None and self.released_behaviour:
             audio = replace(audio, encoder=replace(audio.encoder, released_cut=True))
         every = {"image": self.image, "audio": audio, "video": self.video}
         return {medium: every[medium] for medium in MEDIA if every[medium] is not None}
 
     @property
     def sources(self) -> dict[str, str]:
-        """Tell where the frozen parts come from: `llm` and the media that have an encoder of their own."""
+        """Tell where the frozen parts come from: `host`, or `llm` and the media that have an encoder of their own."""
+        if self.host is not None:
+            return {"host": self.host}
+        assert self.llm is not None
         return {"llm": self.llm, **{medium: block.encoder.source for medium, block in self.encoded_media.items()}}
 
     def with_sources(self, sources: Mapping[str, str]) -> "ModelConfig":
-        """Return the same model with some frozen parts, `llm` or media, read from elsewhere.
+        """Return the same model with some frozen parts, `host`, `llm` or media, read from elsewhere.
 
         Raises:
             ValueError: a part that it has not.
         """
         check_parts(sources, self.sources)
-        media = {m: with_source(getattr(self, m), source) for m, source in sources.items() if m != "llm"}
-        return replace(self, llm=sources.get("llm", self.llm), **media)
+        whole = {part: source for part, source in sources.items() if part in ("host", "llm")}
+        media = {m: with_source(getattr(self, m), source) for m, source in sources.items() if m not in whole}
+        return replace(self, **whole, **media)
 
     @property
     def has_adapter(self) -> bool:
         """Tell whether there is an adapter, in the LLM or in an encoder."""
-        return self.adapter is not None or any(block.encoder.adapter for block in self.encoded_media.values())
+        encoders = [block.encoder for block in self.encoded_media.values()]
+        return self.adapter is not None or any(encoder is not None and encoder.adapter for encoder in encoders)
+
+
+def _check_host_block(medium: str, block: Any) -> None:
+    """Refuse keys of a medium that the host decides, and compressors that would change its features.
+
+    Raises:
+        ConfigError: the first such key.
+    """
+    for key in ("encoder", "tiling", "span"):
+        if getattr(block, key, None):
+            raise ConfigError(f"{medium}.{key}", "is the host's own; leave it out")
+    if type(block.compressor) not in (PoolConfig, ImagePoolConfig):
+        raise ConfigError(f"{medium}.compressor.kind", f"is {block.compressor.kind}, and a host allows pool alone")
+    if getattr(block.compressor, "order", "raster") != "raster":
+        raise ConfigError(f"{medium}.compressor.order", "is haar, and a host allows raster alone")
+    if not isinstance(block.projector, NoProjectorConfig):
+        raise ConfigError(f"{medium}.projector.kind", f"is {block.projector.kind}, and a host allows none alone")
 
 
 def check_parts(named: Iterable[str], parts: Iterable[str]) -> None:

@@ -19,5 +19,7 @@ class ProcessorConfig:
     """Holds what is asked about media, such as `audio+video`, when nothing is."""
     shares_lengths: bool = False
     """Counts every clip of a batch as long as the longest and masks no training row, as the released AVSR code does."""
+    host: dict[str, Any] | None = None
+    """Holds the processor of a host, as plain values, which decides all of the others; left out where there is none."""
     names_images: bool = False
     """Numbers the images of a conversation in the text."""

@@ -93,6 +93,9 @@ class DataConfig:
     """Puts samples that hold the same files, such as a clip in three tasks, into one batch, where each file is read,
     augmented and encoded once, and what their prompts begin with alike is computed once. Off, every sample has
     augmentation of its own, and batches are more mixed."""
+    host_answer_tokens: int | None = None
+    """Lets model.host answer samples that have no answer, at its full budget and with at most so many tokens, to learn
+    from that; their manifest says `"meta": {"unanswered": true}`. They are refused when left out."""
     max_unsupervised_fraction: float = 0.01
     """Refuses to start when more than this share of the samples has no target token."""
     num_workers: int = 2
@@ -115,7 +118,8 @@ class DataConfig:
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"data.flip_probability is {self.flip_probability}; it must be in 0..1")
         check_at_least(self, ("max_mismatch_seconds", "num_workers"), 0, prefix="data.")
-        check_at_least(self, ("tokens_per_batch", "max_rows", "max_sample_tokens"), prefix="data.")
+        counts = ("tokens_per_batch", "max_rows", "max_sample_tokens", "host_answer_tokens")
+        check_at_least(self, counts, prefix="data.")
         for key in ("max_bad_fraction", "max_unsupervised_fraction"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"data.{key} is {getattr(self, key)}; it must be in 0..1, 1 left out")
@@ -285,13 +289,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.train.parts is None:
             if not self._usual_parts():
+                if self.model.host is not None:
+                    raise ValueError("nothing would learn: model.host stays frozen and there is no model.adapter")
                 raise ValueError(
                     "nothing would learn: there is neither model.image, model.audio or model.video nor model.adapter; "
                     "give one, or name what learns in train.parts"
                 )
             object.__setattr__(self, "train", replace(self.train, parts=list(self._usual_parts())))
         self._check_parts()
-        self._check_features()
+        self._check_data()
         if self.train.loss_kernel == "liger" and self.sampler.distills:
             raise ValueError(
                 "train.loss_kernel is liger, which gives no logits for sampler.distill_weight to compare; use torch or "
@@ -310,13 +316,17 @@ class RunConfig:
         if self.train.validate_every and not self.data.validation:
             raise ValueError("train.validate_every is set, but data.validation names no manifest")
 
-    def _check_features(self) -> None:
+    def _check_data(self) -> None:
+        if self.data.host_answer_tokens is not None and self.model.host is None:
+            raise ValueError("data.host_answer_tokens is set, but there is no model.host that could answer")
         if self.data.features is None:
             return
+        if self.model.host is not None:
+            raise ValueError("data.features does not go with model.host yet; leave it out")
         if learning := sorted(set(self.parts) & set(MEDIA)):
             raise ValueError(f"data.features keeps what frozen encoders give, but train.parts holds {learning[0]}")
         for medium, block in self.model.encoded_media.items():
-            if block.encoder.adapter is not None:
+            if block.encoder is not None and block.encoder.adapter is not None:
                 raise ValueError(
                     f"data.features keeps what frozen encoders give; model.{medium}.encoder.adapter is set"
                 )
@@ -324,6 +334,9 @@ class RunConfig:
             raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
 
     def _check_parts(self) -> None:
+        for part in self.parts if self.model.host is not None else ():
+            if part != "adapter":
+                raise ValueError(f"train.parts holds {part}, but the parts of model.host stay frozen; allowed: adapter")
         for part in self.parts:
             if part == "adapter" and not self.model.has_adapter:
                 raise ValueError("train.parts holds adapter, but model.adapter is not set")
@@ -335,7 +348,8 @@ class RunConfig:
             raise ValueError("model.adapter is set, but train.parts leaves it out; it would never learn")
 
     def _usual_parts(self) -> tuple[Part, ...]:
-        compressors: tuple[Part, ...] = ("compressors",) if self.model.media else ()
+        # A host's features are pooled without weights.
+        compressors: tuple[Part, ...] = ("compressors",) if self.model.media and self.model.host is None else ()
         return (*compressors, "adapter") if self.model.has_adapter else compressors
 
     @property

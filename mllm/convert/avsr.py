@@ -388,5 +388,5 @@ def _adapter_facts(adapter: LoraConfig | LoraBankConfig | None, media: Mapping[s
     else:
         kind = f"variant {adapter.variant}" if isinstance(adapter, LoraBankConfig) else "shared"
         llm = f"LoRA in the LLM: {kind}, rank {adapter.rank}, scaled by {adapter.alpha / adapter.rank:g}"
-    lips = media["video"].encoder.adapter if "video" in media else None
+    lips = cast(Any, media["video"]).encoder.adapter if "video" in media else None
     return llm + (f"; in AV-HuBERT: rank {lips.rank}, scaled by {lips.alpha / lips.rank:g}" if lips else "")

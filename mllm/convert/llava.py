@@ -290,7 +290,7 @@ def _facts(parts: Parts, vision: Any) -> list[str]:
     else:
         how = "averaged"
     only = " only, other counts are untrained" if len(budgets) == 1 else ""
-    margins = "padded to a square" if image.encoder.pad_to_square else "cut to a square"
+    margins = "padded to a square" if image.encoder is not None and image.encoder.pad_to_square else "cut to a square"
     origins = {part: "in the checkpoint" if part in parts.weights else source for part, source in parts.sources.items()}
     return [
         f"images: {how}; trained at {shown} tokens{only}; {margins}",

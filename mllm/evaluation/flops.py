@@ -8,18 +8,33 @@ after p, though a kernel that ignores the mask computes n (n + p). Sliding windo
 attention. Encoders count one clip or image at its true length, without the padding of a batch.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
 
 from mllm.adapters.expert_ids import num_experts
 from mllm.budget import Extent, TokenCount
 from mllm.budget.nesting import num_queries
 from mllm.compressors import count_heads
-from mllm.config.medium import HybridConfig, LinearConfig, MediumConfig, MoeConfig, QueryConfig, StackConfig
+from mllm.config.medium import (
+    HybridConfig,
+    LinearConfig,
+    MediumConfig,
+    MoeConfig,
+    NoProjectorConfig,
+    QueryConfig,
+    StackConfig,
+)
 from mllm.config.medium import Projector as ProjectorConfig
-from mllm.config.model import AdapterConfig, LoraBankConfig, LoraConfig, MomeConfig
+from mllm.config.model import AdapterConfig, GatedLoraConfig, LoraBankConfig, LoraConfig, MomeConfig
 from mllm.encoders import ENCODERS, EncoderBlock, default_block
+from mllm.hosts import HOSTS, build_host
 from mllm.processing.batch import EncodedSample
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -108,7 +123,7 @@ def request_cost(
         encoder=sum(encoder_flops(encoders[item.medium], item, media[item.medium].encoder) for item in items),
         compressor=sum(
             compressor_flops(
-                media[item.medium], item, in_size=_hidden_size(encoders[item.medium]), out_size=text.hidden_size
+                media[item.medium], item, in_size=_feature_size(encoders[item.medium]), out_size=text.hidden_size
             )
             for item in items
             if item.num_tokens
@@ -232,12 +247,45 @@ def encoder_flops(config: Any, item: Item, block: EncoderBlock | None = None) ->
     Raises:
         ValueError: a backbone without a formula here.
     """
+    if config.model_type in HOSTS:
+        return host_flops(config, item)
     formula = _ENCODERS.get(config.model_type)
     if formula is None and config.model_type in ENCODERS:
         formula = ENCODERS[config.model_type].flops
     if formula is None:
         raise ValueError(f"no cost formula for encoder {config.model_type!r}; there are {', '.join(_ENCODERS)}")
     return formula(config, item, default_block(config) if block is None else block)
+
+
+def host_flops(config: Any, item: Item) -> int:
+    """Counts the FLOPs of the encoder and the projector of a host, for one tile or clip.
+
+    Every weight matrix of the encoder is multiplied once per position, every one of the projector once per soft token;
+    and attention over all positions, which some encoders of audio restrict to blocks.
+    """
+    family = HOSTS[config.model_type]
+    positions = family.reads.num_positions(config, item.num_features)
+    encoder_weights, projector_weights, num_layers, size = _host_weights(config.to_json_string(), config.model_type)
+    attention = num_layers * 4 * positions * positions * size
+    return 2 * encoder_weights * positions + attention + 2 * projector_weights * item.num_features
+
+
+@lru_cache(maxsize=8)
+def _host_weights(config_json: str, model_type: str) -> tuple[int, int, int, int]:
+    """Count weights of encoder and projector, layers and width of the encoder, of a host made without values."""
+    family = HOSTS[model_type]
+    with torch.device("meta"):
+        body = build_host(AutoConfig.for_model(**json.loads(config_json))).model
+    counts = {name: _matrix_weights(part) for name, part in body.named_children() if name != family.decoder}
+    encoder = getattr(body, family.encoder)
+    layers = next(part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part))
+    size = _hidden_size(encoder.config) if hasattr(encoder, "config") else 0
+    return counts.pop(family.encoder), sum(counts.values()), len(layers), size
+
+
+def _matrix_weights(part: nn.Module) -> int:
+    tables = {id(table.weight) for table in part.modules() if isinstance(table, nn.Embedding)}
+    return sum(weight.numel() for weight in part.parameters() if weight.dim() > 1 and id(weight) not in tables)
 
 
 def compressor_flops(block: MediumConfig, item: Item, *, in_size: int, out_size: int) -> int:
@@ -273,6 +321,8 @@ def compressor_flops(block: MediumConfig, item: Item, *, in_size: int, out_size:
 
 def _projector(projector: ProjectorConfig, in_size: int, out_size: int) -> int:
     """Counts the FLOPs of the projector per token."""
+    if isinstance(projector, NoProjectorConfig):
+        return 0
     hidden_size = 0 if isinstance(projector, LinearConfig) else projector.hidden_size
     hidden_size = out_size if isinstance(hidden_size, str) else hidden_size
     one = hidden_size * (in_size + out_size) if hidden_size else in_size * out_size
@@ -350,7 +400,7 @@ def _adapter_weights(text: Any, adapter: AdapterConfig | None) -> int:
         return text.hidden_size * (experts * (2 * adapter.bottleneck + 1) + routers)
     if (count_weights := getattr(adapter, "weights_per_layer", None)) is not None:
         return count_weights(linears)  # of one from outside, see `mllm.adapters.register_adapter`
-    if not isinstance(adapter, LoraConfig | LoraBankConfig):
+    if not isinstance(adapter, LoraConfig | LoraBankConfig | GatedLoraConfig):
         raise ValueError(f"no cost formula for adapter {adapter.kind!r}, whose config has no weights_per_layer")
     # A bank computes all of its LoRAs for every token.
     count = num_experts(adapter) if isinstance(adapter, LoraBankConfig) else 1
@@ -362,7 +412,12 @@ def _head_size(text: Any) -> int:
 
 
 def _hidden_size(config: Any) -> int:
-    return getattr(config, "hidden_size", None) or config.d_model
+    return getattr(config, "hidden_size", None) or getattr(config, "hidden_dim", None) or config.d_model
+
+
+def _feature_size(config: Any) -> int:
+    """Return the size of the features that a compressor reads: of a host, those of its LLM."""
+    return config.get_text_config().hidden_size if config.model_type in HOSTS else _hidden_size(config)
 
 
 def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: bool = False) -> int:

@@ -63,6 +63,8 @@ class ProgressiveSession:
     ) -> None:
         if decoding.static_cache:
             raise ValueError("static_cache is true; a session keeps a cache that grows")
+        if processor.host is not None:
+            raise ValueError("model.host pools its soft tokens, and a session is about those that grow at their end")
         image_space = processor.space.media.get(MEDIUM)
         if image_space is not None and image_space.tiling is not None:
             raise ValueError("model.image.tiling cuts images into tiles, whose soft tokens do not grow at their end")

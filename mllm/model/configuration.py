@@ -15,6 +15,7 @@ from mllm.config.model import ADAPTERS, AdapterConfig
 from mllm.config.reading import plain, read
 from mllm.config.space import space_of
 from mllm.encoders.av_hubert import register_av_hubert
+from mllm.hosts import find_family
 
 # Names that generation utilities and serving engines look for.
 CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "video_config"}
@@ -29,12 +30,14 @@ class ElasticConfig(PreTrainedConfig):
     Args:
         text_config: config of the LLM, any decoder that `AutoModel` builds.
         vision_config, audio_config, video_config: configs of the encoders; a medium without one is not taken.
+        host_config: config of a pretrained model that is kept whole, in place of all of these; see `mllm.hosts`.
         media: the block of each medium, of `mllm.config.medium` or as plain values; where its encoder came from is
             left out of it and stands in `sources`.
         placeholder_ids: per medium the token id that stands once per soft token in the prompt.
         new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; rows are in
             the order of the ids. See `mllm.model.new_tokens`.
         adapter: the adapter inside the LLM, of `mllm.config.model` or as plain values.
+        holds_adapter: the adapter is among the model's own weights, as in the export of a model on a host.
         trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.model.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
 
@@ -48,16 +51,19 @@ class ElasticConfig(PreTrainedConfig):
         "vision_config": AutoConfig,
         "audio_config": AutoConfig,
         "video_config": AutoConfig,
+        "host_config": AutoConfig,
     }
 
     text_config: Any = None
     vision_config: Any = None
     audio_config: Any = None
     video_config: Any = None
+    host_config: Any = None
     media: Any = None
     placeholder_ids: Any = None
     new_tokens: Any = None
     adapter: Any = None
+    holds_adapter: bool = False
     sources: Any = None
     trained_parts: list[str] | tuple[str, ...] = ("compressors", "adapter")
     tie_word_embeddings: bool = False
@@ -68,6 +74,9 @@ class ElasticConfig(PreTrainedConfig):
             value = getattr(self, key)
             if isinstance(value, dict):
                 setattr(self, key, AutoConfig.for_model(**value))
+        if self.host_config is not None:
+            find_family(self.host_config.model_type, reference=f"{FILE}: host_config")
+            self.text_config = self.host_config.get_text_config()
         self.media = {medium: _read_medium(medium, block) for medium, block in (self.media or {}).items()}
         if isinstance(self.adapter, Mapping):
             self.adapter = _read_adapter(self.adapter)
@@ -76,10 +85,11 @@ class ElasticConfig(PreTrainedConfig):
         self.new_tokens = dict(sorted((self.new_tokens or {}).items(), key=lambda item: item[1]))
         self.sources = self.sources or {}
         if self.text_config is not None:
-            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+            tied = self.text_config if self.host_config is None else self.host_config
+            self.tie_word_embeddings = bool(getattr(tied, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
         for medium in self.encoded_media:
-            if getattr(self, CONFIG_KEYS[medium]) is None:
+            if self.host_config is None and getattr(self, CONFIG_KEYS[medium]) is None:
                 raise ValueError(f"{FILE} has media.{medium}, but {CONFIG_KEYS[medium]} is missing")
             if medium not in self.placeholder_ids:
                 raise ValueError(f"{FILE} has media.{medium}, but placeholder_ids.{medium} is missing")
@@ -90,7 +100,9 @@ class ElasticConfig(PreTrainedConfig):
         values = super().to_dict()
         values["media"] = {medium: plain(block) for medium, block in (self.media or {}).items()}
         for block in values["media"].values():
-            block["encoder"].pop("source", None)
+            block.get("encoder", {}).pop("source", None)
+        if self.host_config is not None:  # it stands in the host's own
+            values.pop("text_config", None)
         values["adapter"] = plain(self.adapter)
         return values
 
@@ -107,7 +119,10 @@ class ElasticConfig(PreTrainedConfig):
 
     @property
     def encoder_configs(self) -> dict[str, PreTrainedConfig]:
-        """Return the encoders' configs by medium, for the media that have an encoder of their own."""
+        """Return the encoders' configs by medium, for the media that have an encoder of their own, or the host's."""
+        if self.host_config is not None:
+            config: PreTrainedConfig = self.host_config
+            return dict.fromkeys(self.encoded_media, config)
         return {medium: getattr(self, CONFIG_KEYS[medium]) for medium in self.encoded_media}
 
     @property
@@ -128,14 +143,14 @@ def _read_medium(medium: str, block: Any) -> Any:
     if medium not in BLOCKS:
         raise ValueError(f"{FILE}: media.{medium} is not a medium; allowed: {', '.join(BLOCKS)}")
     if isinstance(block, Mapping):
-        encoder = dict(block.get("encoder") or {})
-        if encoder.get("kind", "lips") != "frames":
-            encoder = {"source": "", **encoder}
+        encoder = block.get("encoder")
+        if encoder is not None and encoder.get("kind", "lips") != "frames":
+            block = {**block, "encoder": {"source": "", **encoder}}
         try:
-            block = read(BLOCKS[medium], {**block, "encoder": encoder}, path=f"media.{medium}")
+            block = read(BLOCKS[medium], block, path=f"media.{medium}")
         except ValueError as error:
             raise ValueError(f"{FILE}: {error}") from error
-    if isinstance(block.encoder, FramesConfig):
+    if block.encoder is None or isinstance(block.encoder, FramesConfig):  # a host's own, or that of images
         return block
     return replace(block, encoder=replace(block.encoder, source=""))
 

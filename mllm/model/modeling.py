@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from mllm.adapters import build_adapter
 from mllm.adapters.adapter_inputs import KEYWORD
 from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.encoders import build_encoder
+from mllm.hosts import HostEncoder, build_host
 from mllm.kv_cache.names import CACHE_NAMES, cache_argument, cache_of, one_cache
 from mllm.model.configuration import TOWER_NAMES, ElasticConfig
 from mllm.model.expert_losses import adapter_inputs_of, routing_losses_of
@@ -52,7 +54,7 @@ class ElasticPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "audio", "video", "text")  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
     # Of an export that is loaded in half precision; see `mllm.model.precision`.
-    _keep_in_fp32_modules_strict = ["compressors", "newline", "new_tokens"]  # noqa: RUF012 (read by transformers)
+    _keep_in_fp32_modules_strict = ["compressors", "newline", "new_tokens", "lora_A", "lora_B"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -85,10 +87,13 @@ class ElasticModel(ElasticPreTrainedModel):
         text = config.text_config
         assert text is not None
         assert config.media is not None
-        self.language_model = AutoModel.from_config(text, trust_remote_code=False)
-        for medium, encoder_config in config.encoder_configs.items():
-            block = config.encoded_media[medium].encoder
-            setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, block))
+        if config.host_config is not None:
+            self.set_host(build_host(config.host_config).model)
+        else:
+            self.language_model = AutoModel.from_config(text, trust_remote_code=False)
+            for medium, encoder_config in config.encoder_configs.items():
+                block = config.encoded_media[medium].encoder
+                setattr(self, TOWER_NAMES[medium], build_encoder(medium, encoder_config, block))
         self.compressors = nn.ModuleDict(
             {
                 medium: build_compressor(
@@ -106,6 +111,12 @@ class ElasticModel(ElasticPreTrainedModel):
         self.newline = Newline(text.hidden_size) if tiling is not None and tiling.newline else None
         self.new_tokens = _new_tokens(config)
         self.post_init()
+
+    def set_host(self, body: Any) -> None:
+        """Take a host's body (its model without the head) for the LLM and the encoder."""
+        encoder = HostEncoder(body)
+        self.language_model = getattr(body, encoder.family.decoder)
+        setattr(self, TOWER_NAMES[encoder.family.medium], encoder)
 
     def encoder(self, medium: str) -> Any:
         """Return the encoder of a medium."""
@@ -392,11 +403,14 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
         super().__init__(config)
         text = config.text_config
         assert text is not None
-        for key in ("logits_scaling", "logit_scale"):
+        # A host's head is taken as it is; `mllm adopt` compares its logits.
+        for key in ("logits_scaling", "logit_scale") if config.host_config is None else ():
             if getattr(text, key, None) not in (None, 1, 1.0):
                 raise ValueError(f"text_config.{key} of {text.model_type} is not supported; use a Llama, Qwen or Gemma")
         self.model = ElasticModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if config.holds_adapter:
+            build_adapter(self.model.language_model, config.adapter)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -415,7 +429,9 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
         """Compute logits (..., V) of hidden states (..., H), as the LLM's own class computes them."""
         lm_head: Any = self.lm_head
         logits = lm_head(hidden)
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        # The hosts that are supported have heads of their own, which cap nothing, whatever their LLM alone would do.
+        is_llm = self.config.host_config is None
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None) if is_llm else None
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def forward(

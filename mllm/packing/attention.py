@@ -126,6 +126,8 @@ def obstacle(llm: PreTrainedModel) -> str | None:
         return f"{text.model_type} has layers of {', '.join(sorted(kinds))}; packed rows need full attention in all"
     if getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True):
         return f"{text.model_type} attends within a window of {text.sliding_window} tokens"
+    if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
+        return f"{text.model_type} has positions of three dimensions, and a plan has those of one"
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return f"{text.model_type} caps its attention logits"
     if not getattr(llm, "_supports_attention_backend", False):

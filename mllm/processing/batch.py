@@ -26,18 +26,34 @@ class MediaSpan:
     """Describes one placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
-    encoded in. `encoded_as` names the medium whose encoder is used where it is another one's.
+    encoded in. `encoded_as` names the medium whose encoder is used where it is another one's. `layout` holds the ids
+    that stand for it in the text of a host: tags, and one placeholder per encoded image or clip.
     """
 
     extent: Extent
     item: int
     tilings: tuple[Tiles, ...] = ()
     encoded_as: str = ""
+    layout: tuple[int, ...] = ()
 
     @property
     def encoder(self) -> str:
         """Return the medium whose encoder its items went through."""
         return self.encoded_as or self.extent.medium
+
+    @property
+    def num_tags(self) -> int:
+        """Count the tokens of text that stand between the soft ones and around them."""
+        return max(len(self.layout) - self.extent.num_images, 0)
+
+
+@dataclass
+class LaidOut:
+    """Holds the ids of a row with every tag, its labels, and the soft tokens of each placeholder in turn."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -63,17 +79,40 @@ class EncodedSample:
         except ValueError as error:
             raise ValueError(f"sample {self.sample_id!r}: {error}") from error
 
+    def laid_out(self, counts: Sequence[TokenCount], placeholders: frozenset[int]) -> "LaidOut":
+        """Put the tags of media around their placeholders, and say how many soft tokens each placeholder stands for.
+
+        Args:
+            counts: of the media of this row.
+        """
+        if not any(span.layout for span in self.spans):
+            return LaidOut(self.ids, self.labels, [count.tokens for count in counts])
+        spans = zip(self.spans, counts, strict=True)
+        ids: list[int] = []
+        labels: list[int] = []
+        piece_counts: list[int] = []
+        for token, label in zip(self.ids, self.labels, strict=True):
+            shown = (token,)
+            if token in placeholders and (pair := next(spans, None)) is not None:
+                span, count = pair
+                shown = span.layout or shown
+                piece_counts += [count.each or count.tokens] * sum(one in placeholders for one in shown)
+            ids += shown
+            labels += [IGNORED_LABEL if token in placeholders else label] * len(shown)
+        return LaidOut(ids, labels, piece_counts)
+
     def cut(self, max_tokens: int, space: Space, placeholders: frozenset[int]) -> "EncodedSample":
         """Cut off what would lie behind `max_tokens` with every medium at its largest budget.
 
         Raises:
             ValueError: a medium that lies there, whole or in part; the sample is named.
         """
-        largest_counts = iter(self.token_counts(space.largest(), space))
+        largest_counts = self.token_counts(space.largest(), space)
+        lengths = iter(cost.tokens + span.num_tags for span, cost in zip(self.spans, largest_counts, strict=True))
         length = 0
         for index, token in enumerate(self.ids):
             is_medium = token in placeholders
-            length += next(largest_counts).tokens if is_medium else 1
+            length += next(lengths) if is_medium else 1
             if length > max_tokens:
                 if any(later in placeholders for later in self.ids[index:]):
                     raise ValueError(
@@ -154,8 +193,9 @@ def expand(
     spans: list[list[PlacedSpan]] = []
     for row, budget in ((row, budget) for each in budgets for row, budget in zip(batch.rows, each, strict=True)):
         row_counts = row.token_counts(budget, space)
+        laid_out = row.laid_out(row_counts, placeholders)
         row_ids, row_labels = expand_placeholders(
-            row.ids, row.labels, placeholders, [count.tokens for count in row_counts], row.sample_id
+            laid_out.ids, laid_out.labels, placeholders, laid_out.counts, row.sample_id
         )
         ids.append(row_ids)
         labels.append(row_labels)
@@ -182,7 +222,8 @@ def expand(
 
 def num_prompt_tokens(row: EncodedSample, counts: Sequence[TokenCount]) -> int:
     """Count the tokens of a row whose media cost so many soft tokens each."""
-    return len(row.ids) - len(row.spans) + sum(count.tokens for count in counts)
+    tags = sum(span.num_tags for span in row.spans)
+    return len(row.ids) - len(row.spans) + tags + sum(count.tokens for count in counts)
 
 
 def check_length(row: EncodedSample, costs: Sequence[TokenCount], context_tokens: int | None) -> None:
@@ -232,7 +273,11 @@ def _prefixes(
 def _expert_ids(row: EncodedSample, costs: Sequence[TokenCount], expert_names: ExpertNames) -> tuple[int, int]:
     media = [span.extent.medium for span in row.spans]
     try:
-        scale_id = expert_names.scale_id(list(zip(media, costs, strict=True))) if expert_names.scales else NO_EXPERT
+        counts = list(zip(media, costs, strict=True))
+        is_full = all(
+            (cost.each or cost.tokens) == span.extent.length for span, cost in zip(row.spans, costs, strict=True)
+        )
+        scale_id = expert_names.scale_id(counts, is_full=is_full) if expert_names.scales else NO_EXPERT
         task_id = expert_names.task_id(row.task, media) if expert_names.tasks else NO_EXPERT
     except ValueError as error:
         raise ValueError(f"sample {row.sample_id!r}: {error}") from error

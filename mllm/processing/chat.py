@@ -10,6 +10,7 @@ going on: SentencePiece vocabularies put a space before every text that they tak
 """
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mllm.data.manifest import Media, Message, Text
+from mllm.data.manifest import Media, Message, Part, Text
 from mllm.data.numbered_images import number_images
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
@@ -55,8 +56,14 @@ TEMPLATES = {
 FORMATS = (*TEMPLATES, "chat")
 # Private-use characters mark where each part of the content lies in the rendered template.
 _MARK = re.compile("\ue000(\\d+)\ue001")
+
 MAX_LAYOUTS = 4096
 """Layouts that are kept; conversations of the same speakers and media have the same."""
+
+
+def mark(number: int) -> str:
+    """Return what stands in a rendered template for a part of the conversation."""
+    return f"\ue000{number}\ue001"
 
 
 class RefusedConversation(ValueError):
@@ -95,6 +102,9 @@ Layout = tuple[_Fixed | _Slot, ...]
 class ChatEncoder:
     """Encodes conversations for one tokenizer.
 
+    A prompt ends without the space that its template ends with, which an answer's first word brings along;
+    `keeps_last_space` is for hosts, whose own pipelines keep it.
+
     Args:
         tokenizer: a fast tokenizer.
         chat_format: `plain`, `llava_plain`, `avsr`, `vicuna_v1`, or `chat` for the tokenizer's own template.
@@ -105,6 +115,8 @@ class ChatEncoder:
     Raises:
         ValueError: an unknown format, or `chat` with a tokenizer that has no template.
     """
+
+    keeps_last_space = False
 
     def __init__(
         self,
@@ -261,17 +273,16 @@ class ChatEncoder:
         A space before a written part is handed to the part: tokenizers join it to the word after it, so
         "ASSISTANT: red" must be cut before the space, not after.
         """
-        parts = [(message.role, part) for message in messages for part in message.parts]
+        parts = self._cut_at(messages)
         rendered = self._rendered(messages, len(parts), prompt)
-        bos = self.tokenizer.bos_token
-        if self.template is not None and bos and rendered[0].startswith(bos):  # what comes after it begins anew
-            rendered[0] = rendered[0].removeprefix(bos)
-            yield _Fixed((self.tokenizer.bos_token_id,))
+        if beginning := self._take_beginning(rendered):
+            yield _Fixed(beginning)
         continues = answering = False
         for position, text in enumerate(rendered):
             follower = parts[position][1] if position < len(parts) else None
             # Before a medium the space stays with the template: no word follows that it could be joined to.
-            glue = " " if text.endswith(" ") and (follower is None or isinstance(follower, Text)) else ""
+            takes_space = isinstance(follower, Text) or (follower is None and not self.keeps_last_space)
+            glue = " " if text.endswith(" ") and takes_space else ""
             text = text.removesuffix(glue)
             yield from self._template_pieces(text, continues=continues, ends_answer=answering)
             answering = answering and not text
@@ -286,20 +297,34 @@ class ChatEncoder:
                 yield _Fixed(self.media_ids(follower.medium))
                 continues = False
 
+    def _cut_at(self, messages: Sequence[Message]) -> list[tuple[str, Part]]:
+        """List the parts, with who speaks, at which the rendered template is cut."""
+        return [(message.role, part) for message in messages for part in message.parts]
+
+    def _take_beginning(self, rendered: list[str]) -> tuple[int, ...]:
+        """Take the ids that a prompt begins with, and behind which text begins anew, out of the template's text."""
+        bos = self.tokenizer.bos_token
+        if self.template is None or not bos or not rendered[0].startswith(bos):
+            return ()
+        rendered[0] = rendered[0].removeprefix(bos)
+        return (self.tokenizer.bos_token_id,)
+
+    def _marked(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return the messages as the template takes them, with a numbered mark in place of each part."""
+        marks = itertools.count()
+        return [
+            {"role": message.role, "content": "".join(mark(next(marks)) for _ in message.parts)} for message in messages
+        ]
+
     def _rendered(self, messages: Sequence[Message], num_parts: int, prompt: bool) -> list[str]:
         """Return the template's text before, between and after the parts of a conversation."""
-        marks = iter(range(num_parts))
-        marked = [
-            {"role": message.role, "content": "".join(f"\ue000{next(marks)}\ue001" for _ in message.parts)}
-            for message in messages
-        ]
-        rendered = self._applied(marked, prompt)
+        rendered = self._applied(self._marked(messages), prompt)
         split = _MARK.split(rendered)
         if [int(number) for number in split[1::2]] != list(range(num_parts)):
             raise RefusedConversation("the tokenizer's chat template drops, repeats or reorders what people wrote")
         return split[::2]
 
-    def _applied(self, messages: list[dict[str, str]], prompt: bool) -> str:
+    def _applied(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         """Return what the template makes of messages.
 
         A template is a program of other people's: it refuses by an error of jinja, and where it has not thought of a

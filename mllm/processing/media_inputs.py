@@ -28,6 +28,9 @@ class LoadedMedia:
     Where it is several encoded images, values are (P, 3, h, w): of an image of `image_pixels` (height, width) the
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `encoded_as` names the medium whose
     encoder they want. `grid` is that of an image's patches where images keep their shape.
+
+    Of a host, `layout` holds the ids that show the item, the host's tags with one placeholder per encoded image or
+    clip, and `num_features` counts the features of a clip.
     """
 
     medium: str
@@ -37,6 +40,8 @@ class LoadedMedia:
     encoded_as: str = ""
     image_pixels: Size | None = None
     tilings: tuple[Tiles, ...] = ()
+    layout: tuple[int, ...] = ()
+    num_features: int = 0
 
     @property
     def encoder(self) -> str:

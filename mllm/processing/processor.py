@@ -23,6 +23,7 @@ from mllm.config.reading import plain, read
 from mllm.data.av_pairs import clip_pairs
 from mllm.data.manifest import Message, Sample
 from mllm.encoders import EncoderFacts, encoder_facts
+from mllm.hosts import HostProcessor, host_facts
 from mllm.media import (
     DEFAULT_LIMITS,
     Audio,
@@ -35,10 +36,12 @@ from mllm.media import (
     decode_in_memory,
     resolve_media,
 )
+from mllm.model.configuration import FILE as MODEL_FILE
 from mllm.model.configuration import ElasticConfig
 from mllm.processing.batch import Batch, EncodedSample, Expanded, MediaSpan, check_length, expand
 from mllm.processing.chat import ChatEncoder, Prompt
 from mllm.processing.chat_template import with_media_parts
+from mllm.processing.host_chat import HostChatEncoder
 from mllm.processing.media_inputs import (
     ItemNumbers,
     LoadedMedia,
@@ -86,11 +89,21 @@ class ElasticProcessor(ProcessorCalls):
         self.expert_names = expert_names_of(config.adapter)
         frames = {m: block.encoder for m, block in self.media.items() if isinstance(block.encoder, FramesConfig)}
         self.sampling = {m: FrameSampling(one.count, one.frames_per_second) for m, one in frames.items()}
-        self.placeholder_ids = {m: self._token_id(PLACEHOLDER_TOKENS[self._encoded_as(m)]) for m in self.media}
+        self.host = None
+        if (config.host_config is None) != (self.settings.host is None):
+            has, lacks = (FILE, MODEL_FILE) if self.settings.host is not None else (MODEL_FILE, FILE)
+            raise ValueError(f"{has} has a host, but {lacks} has not (elastic.host and host_config)")
+        if config.host_config is not None:
+            self.host = HostProcessor(config.host_config, self.settings.host or {}, tokenizer)
+        self.placeholder_ids = {m: self._placeholder_id(m) for m in self.media}
         self.span_ids = {m: [[self._token_id(token)] for token in b.span] for m, b in self.media.items() if b.span}
         check_files(config, tokenizer, self.placeholder_ids, self.settings.preprocessors)
         self.prompts = {tuple(name.split("+")): text for name, text in self.settings.prompts.items()}
         self.shares_lengths = self.settings.shares_lengths
+        if self.host is not None:
+            self.chat = HostChatEncoder(tokenizer, self.host)
+            self.chat_template = self.host.chat_template if self.chat.is_typed else with_media_parts(self.chat)
+            return
         self.chat = ChatEncoder(
             tokenizer,
             chat_format=self.settings.chat_format,
@@ -99,6 +112,12 @@ class ElasticProcessor(ProcessorCalls):
             names_images=self.settings.names_images,
         )
         self.chat_template = with_media_parts(self.chat, separator=self.separator)
+
+    def _placeholder_id(self, medium: str) -> int:
+        """Return the id of a medium's placeholder: a token that was added for it, or the host's own."""
+        if self.host is not None:
+            return self.host.placeholder_id
+        return self._token_id(PLACEHOLDER_TOKENS[self._encoded_as(medium)])
 
     @classmethod
     def get_processor_dict(
@@ -150,6 +169,8 @@ class ElasticProcessor(ProcessorCalls):
     @cached_property
     def facts(self) -> dict[str, EncoderFacts]:
         """Return what the encoders publish, by medium."""
+        if self.host is not None:
+            return {medium: host_facts(self.host.config) for medium in self.media}
         encoded_as = {medium: self._encoded_as(medium) for medium in self.media}
         return {m: encoder_facts(self.encoder_configs[t], self.media[t].encoder) for m, t in encoded_as.items()}
 
@@ -168,6 +189,8 @@ class ElasticProcessor(ProcessorCalls):
     @property
     def window_seconds(self) -> float | None:
         """Longest audio that its encoder takes, in seconds; None where any length will do."""
+        if self.host is not None:
+            return None if self.host.family.clips is None else self.host.family.clips.window_seconds
         return getattr(self.transforms["audio"], "window_seconds", None) if "audio" in self.transforms else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +262,7 @@ class ElasticProcessor(ProcessorCalls):
         loaded: list[LoadedMedia | None] = []
         for number, (part, raw) in enumerate(zip(sample.media, raws, strict=True)):
             item_rng = None if rng_for is None else _numbered(rng_for, number)
-            if self._encoded_as(part.medium) == "image":
+            if self._encoded_as(part.medium) == "image" and self.host is None:
                 loaded.append(self._images(part.medium, raw))
                 continue
             try:
@@ -331,6 +354,9 @@ class ElasticProcessor(ProcessorCalls):
     def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
         """Turn a decoded image, clip or video into what its encoder takes; an image into the most tiles."""
         self._check_medium(medium)
+        if self.host is not None:
+            item = self.host(raw)
+            return LoadedMedia(medium, item.values, item.raw_length, layout=item.ids, num_features=item.tokens)
         if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
@@ -350,6 +376,8 @@ class ElasticProcessor(ProcessorCalls):
             return self.image_extent(loaded.image_pixels)
         if facts.grid is not None:
             return Extent(loaded.medium, grid=loaded.grid or facts.grid, num_images=loaded.num_items)
+        if self.host is not None:
+            return Extent(loaded.medium, num_frames=loaded.num_features, frames_per_second=facts.frames_per_second)
         assert facts.num_frames is not None
         frames = facts.num_frames(loaded.raw_length)
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
@@ -394,7 +422,8 @@ class ElasticProcessor(ProcessorCalls):
         for number, (sample, items) in enumerate(zip(samples, media, strict=True)):
             messages = sample.messages if for_training else without_answer(sample.messages)
             try:
-                prompt = prompts[number] if prompts else self.chat(messages, add_generation_prompt=not for_training)
+                asks = not for_training or messages[-1].role != "assistant"
+                prompt = prompts[number] if prompts else self.chat(messages, add_generation_prompt=asks)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
             if prompt.media != tuple(item.medium for item in items):
@@ -404,7 +433,8 @@ class ElasticProcessor(ProcessorCalls):
                 )
             try:
                 spans = tuple(
-                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as) for item in items
+                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as, item.layout)
+                    for item in items
                 )
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error

@@ -33,7 +33,7 @@ def shown_items(extent: Extent, cost: TokenCount, tilings: Sequence[Tiles] = ())
         stride = extent.num_images // cost.frames
         return list(range((stride - 1) // 2, extent.num_images, stride))
     if cost.tiles is None:
-        return [0]
+        return list(range(cost.num_images))
     thumbnail = [0] if cost.tiles.has_thumbnail else []
     if not cost.tiles.count:
         return thumbnail

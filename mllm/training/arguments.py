@@ -30,6 +30,7 @@ class ElasticArguments(TrainingArguments):
     packed_attention: Literal["sdpa", "flex"] = "sdpa"
     memory: Literal["fast", "low"] = "fast"
     loss_kernel: Literal["torch", "liger"] = "torch"
+    host_answer_tokens: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +86,7 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         packed_attention=train.packed_attention,
         memory=train.memory,
         loss_kernel=train.loss_kernel,
+        host_answer_tokens=config.data.host_answer_tokens,
     )
 
 

@@ -150,7 +150,7 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     # The same weights at another place are the same parts.
     same = [part for part, source in now["sources"].items() if _is_same(before["sources"].get(part, {}), source)]
-    moved = {"model.llm" if part == "llm" else f"model.{part}.encoder.source" for part in same}
+    moved = {f"model.{part}" if part in ("llm", "host") else f"model.{part}.encoder.source" for part in same}
     changed = [
         line
         for line in differences(dict(before["settings"]), dict(now["settings"]))

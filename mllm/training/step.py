@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.budget import Budget
+from mllm.budget import Budget, Space
 from mllm.budget.sampler import BudgetSampler, SampledBudget
 from mllm.model.configuration import ElasticConfig
 from mllm.model.expert_losses import auxiliary_weights
@@ -60,12 +60,31 @@ def num_targets(rows: Sequence[EncodedSample]) -> int:
 
 
 def sampled_views(
-    rows: Sequence[EncodedSample], sampler: BudgetSampler, step: int, task_weights: Mapping[str, float] | None = None
+    rows: Sequence[EncodedSample],
+    sampler: BudgetSampler,
+    step: int,
+    task_weights: Mapping[str, float] | None = None,
+    *,
+    is_gated: bool = False,
 ) -> list[BudgetView]:
-    """View every row at the step's budgets, weighed by the weight of its task (1 if not named)."""
-    views = _views([sampler(step, {span.extent.medium for span in row.spans}) for row in rows])
+    """View every row at the step's budgets, weighed by the weight of its task (1 if not named).
+
+    Args:
+        is_gated: rows at the full budget have no adapter. Nothing is learned there, so such views weigh 0; they are
+            what the others learn from.
+    """
+    budgets_by_row = [sampler(step, {span.extent.medium for span in row.spans}) for row in rows]
+    if is_gated:
+        budgets_by_row = [[_without_weight_at_full(one, sampler.space) for one in row] for row in budgets_by_row]
+    views = _views(budgets_by_row)
     weights = task_weights or {}
     return [replace(view, weight=view.weight * weights.get(rows[view.row].task, 1.0)) for view in views]
+
+
+def _without_weight_at_full(sampled: SampledBudget, space: Space) -> SampledBudget:
+    """Let a budget that keeps all features of every medium weigh nothing; one that names no medium does."""
+    is_full = all(amount == space.media[medium].trained[0] for medium, amount in sampled.budget.amounts.items())
+    return replace(sampled, weight=0.0) if is_full else sampled
 
 
 def fixed_views(rows: Sequence[EncodedSample], budgets: Sequence[Budget]) -> list[BudgetView]:
@@ -80,7 +99,7 @@ def _views(budgets_by_row: Sequence[Sequence[SampledBudget]]) -> list[BudgetView
         teacher = next((len(views) + index for index, sampled in enumerate(budgets) if sampled.is_teacher), None)
         for sampled in budgets:
             number = len(views)
-            weight = sampled.weight / total
+            weight = sampled.weight / total if total else 0.0
             views.append(BudgetView(row, sampled.budget, weight, number if teacher is None else teacher))
     return views
 

@@ -31,13 +31,14 @@ from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.load import load_trainables, trainable_state
 from mllm.config.model import MomeConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, TargetLoss
-from mllm.model.trainables import trainable_names
+from mllm.model.trainables import is_sharded, trainable_names
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
 from mllm.training.fused_loss import FusedTargetLoss, plain_head
+from mllm.training.host_answers import answered_by_host
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
 from mllm.training.loss import ChunkedTargetLoss, Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
@@ -109,6 +110,8 @@ class ElasticTrainer(Trainer):
         super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
             delattr(model.config, "use_cache")
+        if args.host_answer_tokens is not None and is_sharded(model):
+            raise ValueError("data.host_answer_tokens does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
         if args.memory == "low" and self.is_deepspeed_enabled:
             raise ValueError("train.memory low does not go with DeepSpeed, which counts backward passes; use fast")
         self.remove_callback(PrinterCallback)
@@ -145,7 +148,20 @@ class ElasticTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Get the micro-batches of a step, timing the wait for them."""
-        return super().get_batch_samples(self.pace.batches(epoch_iterator), num_batches, device)
+        return super().get_batch_samples(
+            map(self._with_answers, self.pace.batches(epoch_iterator)), num_batches, device
+        )
+
+    def _with_answers(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Let a host answer what has no answer, before targets are counted; what it encodes for that is kept."""
+        if self.args.host_answer_tokens is None:
+            return inputs
+        batch: Batch = inputs["batch"]
+        features = frozen_features(self.elastic, batch, self.args.device)
+        answered = answered_by_host(
+            batch, self.elastic, self.processor, features=features, max_new_tokens=self.args.host_answer_tokens
+        )
+        return {**inputs, "batch": answered, "features": features}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count target tokens of the optimizer step: over its micro-batches and all processes, once per token."""
@@ -172,9 +188,12 @@ class ElasticTrainer(Trainer):
         self._seed_micro_batch(step)
         model.train()
         with self.pace.watch.measure("step"):
-            views = sampled_views(batch.rows, self.sampler, step, args.task_weights)
+            is_gated = self.processor.expert_names.is_gate
+            views = sampled_views(batch.rows, self.sampler, step, args.task_weights, is_gated=is_gated)
             groups = split_by_budget(views) if args.memory == "low" else [views]
-            features = frozen_features(self.elastic, batch, device) if len(groups) > 1 else {}
+            features = inputs.get("features", {})
+            if len(groups) > 1 and not features:
+                features = frozen_features(self.elastic, batch, device)
             teacher: Teacher | None = None
             step_loss = torch.zeros((), device=device)
             for number, group in enumerate(groups, start=1):
@@ -288,7 +307,7 @@ class ElasticTrainer(Trainer):
         wrapped.eval()
         tally = Tally()
         for index, inputs in enumerate(self.validation.batches):
-            batch: Batch = inputs["batch"]
+            batch: Batch = self._with_answers(inputs)["batch"]
             views = fixed_views(batch.rows, self.validation.budgets)
             training_batch = make_training_batch(batch, views, self.processor, packed=self.packs)
             target_loss = self._target_loss(training_batch, num_targets(batch.rows))

@@ -141,7 +141,7 @@ def test_a_key_of_another_kind_is_refused() -> None:
 
 
 def test_ids_for_an_adapter_that_has_no_experts_are_refused() -> None:
-    with pytest.raises(ValueError, match="scale_ids and task_ids go with lora_bank or mome, not lora"):
+    with pytest.raises(ValueError, match="scale_ids and task_ids go with lora_bank or gated_lora or mome, not lora"):
         tiny.model(tiny.settings(SPEECH))(input_ids=torch.tensor([[3, 4]]), scale_ids=torch.tensor([0]))
 
 

@@ -179,7 +179,9 @@ def test_the_command_line_changes_one_key_and_leaves_the_others(tmp_path: Path) 
     assert model("--model.video", "null").video is None
     bank = model("--model.adapter", "{kind: lora_bank, variant: ms}").adapter
     assert bank == LoraBankConfig(variant="ms")
-    with pytest.raises(ValueError, match=r"model.adapter.rank goes with kind lora or lora_bank, not with mome"):
+    with pytest.raises(
+        ValueError, match=r"model.adapter.rank goes with kind lora or lora_bank or gated_lora, not with mome"
+    ):
         model("--model.adapter.kind", "mome")
     assert parse(["train", "--config", str(tmp_path / "run.yaml"), "--train.learning_rate", "1e-4"])[1].train
     assert model("--model.image.projector.hidden_size", "64").image.projector.hidden_size == 64

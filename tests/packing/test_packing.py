@@ -10,7 +10,16 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mllm.budget import Budget
 from mllm.budget.sampler import SampledBudget
@@ -339,6 +348,10 @@ def test_what_cannot_be_packed_is_refused_with_the_reason() -> None:
         enable_packing(gemma)
     mistral = AutoModelForCausalLM.from_config(MistralConfig(**small, sliding_window=8)).model
     assert "within a window of 8" in str(obstacle(mistral))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {**small, "layer_types": ["full_attention"] * 2, "rope_parameters": rope, "pad_token_id": 0}
+    qwen_vl = Qwen2_5_VLTextModel(Qwen2_5_VLConfig(text_config=text).text_config)
+    assert "has positions of three dimensions" in str(obstacle(qwen_vl))
     config, rows, budgets = m3()
     model, processor = tiny.model(config), tiny.processor(config)
     batch = tiny.batch(processor, rows, for_training=True)

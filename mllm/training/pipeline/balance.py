@@ -69,7 +69,7 @@ def simulate(
         ValueError: samples that a run would refuse, see `TokenScan.check`.
     """
     space, data = processor.space, config.data
-    measured = measure_samples(samples, processor, data.max_sample_tokens)
+    measured = measure_samples(samples, processor, data.max_sample_tokens, data.host_answer_tokens or 0)
     scan = scan_of(samples, measured, space)
     scan.check(
         samples,

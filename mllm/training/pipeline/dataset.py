@@ -16,6 +16,7 @@ from mllm.adapters.expert_ids import ExpertNames
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.build import build_processor
+from mllm.config.model import GatedLoraConfig
 from mllm.config.run import DataConfig, RunConfig
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
@@ -99,7 +100,12 @@ def build_sampler(config: RunConfig, space: Space) -> BudgetSampler:
     """Build what samples the budgets of a run's steps."""
     sampler = config.sampler
     return BudgetSampler(
-        space, sampler.mode, num_budgets=sampler.num_budgets, seed=config.train.seed, points=tuple(sampler.budgets)
+        space,
+        sampler.mode,
+        num_budgets=sampler.num_budgets,
+        seed=config.train.seed,
+        points=tuple(sampler.budgets),
+        is_gated=isinstance(config.model.adapter, GatedLoraConfig),
     )
 
 
@@ -138,7 +144,7 @@ def check_experts(samples: Sequence[Sample], sampler: BudgetSampler, experts: Ex
     Raises:
         ValueError: one that has none; it is named, with a sample.
     """
-    if not experts.scales:
+    if not experts.scales or experts.is_gate:  # a gate has one for every budget below the full one
         return
     by_media = {tuple(sorted({part.medium for part in sample.media})): sample.id for sample in samples}
     for media, sample_id in by_media.items():
@@ -160,6 +166,7 @@ def _scanned(
             processor,
             cache_file=cache_file,
             max_sample_tokens=data.max_sample_tokens,
+            host_answer_tokens=data.host_answer_tokens or 0,
             max_unsupervised_fraction=data.max_unsupervised_fraction,
         )
     scan.check(

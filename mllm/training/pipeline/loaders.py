@@ -45,7 +45,7 @@ def read_samples(manifests: Sequence[str], config: DataConfig) -> list[Sample]:
         if sample.id in seen:
             raise ValueError(f"the id {sample.id!r} is used by two of the manifests {', '.join(manifests)}")
         seen.add(sample.id)
-        if sample.messages[-1].role != "assistant":
+        if sample.messages[-1].role != "assistant" and config.host_answer_tokens is None:
             raise ValueError(f"sample {sample.id!r} has no answer to learn from: its last message is the user's")
     return samples
 

@@ -122,9 +122,16 @@ class SampleTokens:
 
 
 def measure_samples(
-    samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None = None
+    samples: Sequence[Sample],
+    processor: ElasticProcessor,
+    max_sample_tokens: int | None = None,
+    host_answer_tokens: int = 0,
 ) -> list[SampleTokens]:
     """Measure every sample without decoding anything.
+
+    Args:
+        max_sample_tokens: where longer samples are cut; None cuts none.
+        host_answer_tokens: most tokens of the answer that a sample without one is given later.
 
     Raises:
         ValueError: see `scan_tokens`.
@@ -136,6 +143,8 @@ def measure_samples(
             if isinstance(counts, str):
                 measured.append(SampleTokens(1, 0, (), refused=counts))
             else:
+                if sample.messages[-1].role != "assistant":
+                    counts = counts[0] + host_answer_tokens, host_answer_tokens
                 measured.append(_measure(sample, *counts, processor, max_sample_tokens))
     return measured
 
@@ -183,6 +192,7 @@ def scan_tokens(
     *,
     cache_file: Path | None = None,
     max_sample_tokens: int | None = None,
+    host_answer_tokens: int = 0,
     max_unsupervised_fraction: float = 1.0,
 ) -> TokenScan:
     """Scan every sample.
@@ -192,17 +202,17 @@ def scan_tokens(
 
     Args:
         cache_file: the result is read from it when it is of these samples and this processor, and written to otherwise.
-        max_sample_tokens: where longer samples are cut; None cuts none.
+        max_sample_tokens, host_answer_tokens: see `measure_samples`.
         max_unsupervised_fraction: of a large data set, a part is checked against this first.
 
     Raises:
         ValueError: a medium the model does not take; the sample is named. Or too many samples of the first scan
             without a target token.
     """
-    key = _key(samples, processor, max_sample_tokens)
+    key = _key(samples, processor, max_sample_tokens, host_answer_tokens)
     if cache_file is not None and (known := _read(cache_file, key)) is not None:
         return known
-    if len(samples) > FIRST_SCAN:
+    if len(samples) > FIRST_SCAN and not host_answer_tokens:
         first = [samples[number] for number in evenly_sampled(len(samples), FIRST_SCAN)]
         counts = count_targets(first, processor.chat)
         if counts:
@@ -210,7 +220,8 @@ def scan_tokens(
             logger.info("first scan: %s", target_report(ids, targets))
             check_targets(ids, targets, max_unsupervised_fraction)
     started = time.perf_counter()
-    scan = scan_of(samples, measure_samples(samples, processor, max_sample_tokens), processor.space)
+    measured = measure_samples(samples, processor, max_sample_tokens, host_answer_tokens)
+    scan = scan_of(samples, measured, processor.space)
     logger.info("scanned %.0f samples per second", len(samples) / max(time.perf_counter() - started, 1e-9))
     if cache_file is not None:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +273,7 @@ def _measure(
 ) -> SampleTokens:
     """Measure a sample, cut where it is too long."""
     extents = extents_of(sample, processor)
-    whole = SampleTokens(num_ids - len(extents), num_targets, extents)
+    whole = SampleTokens(num_ids - len(extents) + _num_tags(sample, processor), num_targets, extents)
     num_beyond = whole.tokens(processor.space.largest(), processor.space) - (max_sample_tokens or 0)
     if max_sample_tokens is None or num_beyond <= 0:
         return whole
@@ -284,6 +295,9 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
+    if processor.host is not None and facts.image_pixels is not None:
+        size = _image_pixels(part, sample, processor.limits) or facts.image_pixels
+        return Extent(part.medium, grid=facts.grid, num_images=processor.host.tiles_of(*size)[0])
     if part.medium == "image" and space.tiling is not None:
         return processor.image_extent(_image_pixels(part, sample, processor.limits) or facts.image_pixels or (1, 1))
     if facts.grid is not None:
@@ -292,6 +306,14 @@ def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     assert facts.frames_per_second is not None
     frames = round(_seconds(part, sample, processor.limits) * facts.frames_per_second)
     return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
+
+
+def _num_tags(sample: Sample, processor: ElasticProcessor) -> int:
+    """Count the tokens that a host puts between and around the soft tokens of the images of a sample."""
+    if processor.host is None or processor.host.medium != "image":
+        return 0
+    sizes = [_image_pixels(part, sample, processor.limits) or (1, 1) for part in sample.media]
+    return sum(processor.host.tiles_of(*size)[1] for size in sizes)
 
 
 def _soft_tokens(extent: Extent, amount: Amount, space: Space) -> int:
@@ -322,10 +344,14 @@ def _seconds(part: Media, sample: Sample, limits: MediaLimits) -> float:
         return 0.0
 
 
-def _key(samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None) -> str:
+def _key(
+    samples: Sequence[Sample], processor: ElasticProcessor, max_sample_tokens: int | None, host_answer_tokens: int
+) -> str:
     """Compute a digest of what a scan depends on: the conversations and what shapes their tokens."""
     digest = hashlib.sha256(json.dumps(_shaping(processor), sort_keys=True, default=str).encode())
     digest.update(f"{len(processor.tokenizer)} {max_sample_tokens} {processor.limits}".encode())
+    if host_answer_tokens:
+        digest.update(f" {host_answer_tokens}".encode())
     for sample in samples:
         digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str))).encode())
     return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""Examines a pretrained VLM or audio LLM that is to be adopted, and refuses one whose numbers are not met here.
+
+Knows hosts, built models and random media. Does not know data, training or how a finding is shown.
+
+The oracle is transformers: at the full budget the host's own processor and forward pass; at a reduced one the host's
+own forward pass on fewer placeholders, which is given the pooled features in place of its own (`mm_encoder_outputs`, or
+as embeddings where a class reads no such thing). So ids, features, splice, positions, masks and head are all compared.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BatchFeature
+
+from mllm.adapters.adapter_inputs import decoder_layers
+from mllm.checkpoints.build import config_of_host, put_host
+from mllm.checkpoints.pretrained import host_config, load_host, read_tokenizer, unsharded
+from mllm.checkpoints.sources import resolve_source
+from mllm.config.model import ModelConfig
+from mllm.config.processor import ProcessorConfig
+from mllm.config.reading import read
+from mllm.hosts import build_host, find_family, host_facts, read_host_processor
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.precision import read_dtype
+from mllm.processing.processor import ElasticProcessor
+
+QUESTION = "what is this?"
+_IMAGE_PIXELS = ((90, 120), (200, 140))
+_AUDIO_SECONDS = (1.0, 2.5)
+_STREAM_RATES = ("/1", "/2", "/4", "/8")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Tells what a host is made of.
+
+    Args:
+        model_type, medium: of the host.
+        encoder, projector, llm: names of the classes, and their parameters.
+        full_tokens: soft tokens of a tile at the full budget, or 0 of audio, which has `tokens_per_second`.
+        grid: rows and columns of a tile.
+        budgets: proposed, largest first.
+    """
+
+    model_type: str
+    medium: str
+    encoder: tuple[str, int]
+    projector: tuple[str, int]
+    llm: tuple[str, int]
+    grid: tuple[int, int] | None
+    tokens_per_second: float | None
+    budgets: tuple[str, ...]
+
+
+def examine(reference: str) -> Findings:
+    """Tell what a host is made of, from its config alone.
+
+    Raises:
+        ValueError: a family that is not supported, or a member of one whose features are no grid.
+        OSError: a source that is neither a folder nor to be had from the hub.
+    """
+    config = host_config(reference)
+    family, facts = find_family(config.model_type, reference=reference), host_facts(config)
+    with torch.device("meta"), unsharded():
+        body = build_host(config).model
+    others = {name: part for name, part in body.named_children() if name not in (family.decoder, family.encoder)}
+    projectors = list(others.values())
+    names = ", ".join(type(part).__name__ for part in projectors)
+    return Findings(
+        model_type=config.model_type,
+        medium=family.medium,
+        encoder=_sized(getattr(body, family.encoder)),
+        projector=(names, sum(_size(part) for part in projectors)),
+        llm=_sized(getattr(body, family.decoder)),
+        grid=facts.grid,
+        tokens_per_second=facts.frames_per_second,
+        budgets=_STREAM_RATES if facts.grid is None else proposed_counts(facts.grid),
+    )
+
+
+def proposed_counts(grid: tuple[int, int]) -> tuple[str, ...]:
+    """List counts to train on: the whole grid, and grids of half the sides of the one before, down to one token."""
+    rows, columns = grid
+    counts = [rows * columns]
+    while rows * columns > 1:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        counts.append(rows * columns)
+    return tuple(map(str, counts))
+
+
+def probe(reference: str, *, dtype: str = "float32") -> None:
+    """Compare a host with what this project makes of it, on random media, and refuse it where any number differs.
+
+    Raises:
+        ValueError: ids or logits that are not the host's own; or as `examine`, or weights that are not whole.
+        OSError: as `examine`.
+    """
+    findings = examine(reference)
+    model, processor, host = _adopted(reference, findings, dtype)
+    # The gate is part of what is promised, so an LLM that cannot have it is no host.
+    decoder_layers(model.model.language_model)
+    for number, raw in enumerate(_media_of(findings.medium, np.random.default_rng(0))):
+        _compare(model, processor, host, raw, budgets=findings.budgets, number=number)
+
+
+@torch.no_grad()
+def _compare(
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    host: Any,
+    raw: Any,
+    *,
+    budgets: tuple[str, ...],
+    number: int,
+) -> None:
+    medium = processor.host.medium if processor.host is not None else ""
+    full = _inputs(processor, raw, "")
+    theirs = host_inputs(processor, raw, host.dtype)
+    if not torch.equal(full["input_ids"], theirs["input_ids"]):
+        raise ValueError(
+            f"the prompt of {medium} {number + 1} has {full['input_ids'].shape[1]} ids, and the host's own processor "
+            f"makes {theirs['input_ids'].shape[1]}, or others; it cannot be adopted"
+        )
+    _check_equal(model(**full).logits, host(**theirs).logits, f"{medium} {number + 1} at the full budget")
+    most = int(full[f"num_{medium}_tokens"].max())
+    for budget in budgets[1:]:
+        if int(budget.removeprefix("/")) > most:  # the clip is too short for this rate
+            continue
+        reduced = _inputs(processor, raw, f"{medium}={budget}")
+        expected = host(**oracle_inputs(model, host, reduced, theirs)).logits
+        _check_equal(model(**reduced).logits, expected, f"{medium} {number + 1} at {budget}")
+
+
+def _adopted(
+    reference: str, findings: Findings, dtype: str
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Any]:
+    """Build a model on a host that is loaded once: both have the same weights in memory."""
+    config = host_config(reference)
+    host: Any = load_host(reference, config, dtype=read_dtype(dtype), attention="sdpa")
+    block = {"budgets": list(findings.budgets)}
+    elastic = config_of_host(read(ModelConfig, {"host": reference, findings.medium: block}, path="model"), config)
+    with torch.device("meta"), unsharded():
+        model = ElasticForConditionalGeneration(elastic)
+    put_host(model, host)
+    kept = ProcessorConfig(host=read_host_processor(resolve_source(reference), config))
+    return model.eval(), ElasticProcessor(read_tokenizer(reference), elastic, kept), host
+
+
+def _media_of(medium: str, rng: np.random.Generator) -> list[Any]:
+    if medium == "image":
+        sizes = [(*size, 3) for size in _IMAGE_PIXELS]
+        return [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+    return [rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32) for seconds in _AUDIO_SECONDS]
+
+
+def _inputs(processor: ElasticProcessor, raw: Any, budget: str) -> BatchFeature:
+    media: dict[str, Any] = {"images": [raw]} if isinstance(raw, Image.Image) else {"audio": [(raw, 16_000)]}
+    return processor(text=QUESTION, budget=budget, **media)
+
+
+def host_inputs(processor: ElasticProcessor, raw: Any, dtype: torch.dtype, *, question: str = QUESTION) -> Any:
+    """Make the inputs of a question about an image, or about audio at the host's rate, by the host's own pipeline.
+
+    Args:
+        processor: of a model on the host.
+        raw: an image of Pillow, or samples.
+        dtype: of the host.
+    """
+    host = processor.host
+    assert host is not None
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": host.medium}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+    )
+    bos = host.tokenizer.bos_token
+    options = {"add_special_tokens": False} if bos is not None and str(prompt).startswith(bos) else {}
+    media = {"images": [raw]} if host.medium == "image" else {"audio": [raw]}
+    outputs = host.processor(text=[str(prompt)], **media, return_tensors="pt", **options)
+    return {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in outputs.items()
+        if isinstance(value, Tensor) and key not in host.processor.unused_input_names
+    }
+
+
+def oracle_inputs(
+    model: ElasticForConditionalGeneration, host: Any, reduced: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return what lets the host itself read a reduced budget: its own forward pass, given pooled features.
+
+    Args:
+        reduced: inputs of the model at the budget.
+        theirs: the host's own inputs at the full one.
+    """
+    text = {key: reduced[key] for key in ("input_ids", "attention_mask")}
+    media = {key: value for key, value in reduced.items() if key not in (*text, "scale_ids")}
+    embeds = model.model.embed(reduced["input_ids"], media)
+    if "mm_encoder_outputs" not in inspect.signature(host.forward).parameters:
+        return {"inputs_embeds": embeds, "attention_mask": text["attention_mask"]}
+    method = host.model.get_image_features
+    known = inspect.signature(method).parameters
+    settings = ("vision_feature_layer", "vision_feature_select_strategy")
+    from_config = {key: getattr(host.config, key) for key in settings if key in known and hasattr(host.config, key)}
+    output = method(**{key: value for key, value in theirs.items() if key in known}, **from_config, return_dict=True)
+    soft = embeds[reduced["input_ids"] == (model.config.placeholder_ids or {})["image"]]
+    is_stack = isinstance(output.pooler_output, Tensor)
+    output.pooler_output = soft[None] if is_stack else [soft]
+    return {**text, "mm_encoder_outputs": {"image": output}}
+
+
+def _check_equal(ours: Tensor, theirs: Tensor, where: str) -> None:
+    if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+        same = ours.shape == theirs.shape
+        by = f"by up to {float((ours - theirs).abs().max()):.3g}" if same else f"in shape, {tuple(theirs.shape)}"
+        raise ValueError(f"the logits of {where} differ from the host's own {by}; it cannot be adopted")
+
+
+def _sized(part: nn.Module) -> tuple[str, int]:
+    return type(part).__name__, _size(part)
+
+
+def _size(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())

@@ -1,0 +1,30 @@
+"""Takes pretrained VLMs and audio LLMs whole: encoder, projector, decoder, processor and chat template as they are.
+
+Knows classes of transformers by family. Does not know budgets, compressors, adapters or where weights come from.
+
+    families.py   the literal registry, and what follows from a host's config alone
+    tiles.py      features of images that are cut into tiles of one size
+    clips.py      features of audio clips
+    encoder.py    a host's own encoder and projector behind the contract of an encoder
+    processor.py  a host's own processor, called on one medium item at a time
+
+A host of another kind, whose body wants more than embeddings and a mask, gets a file per kind of what it wants.
+"""
+
+from mllm.hosts.encoder import HostEncoder
+from mllm.hosts.families import HOSTS, HostFamily, build_host, find_family, host_class, host_facts, placeholder_id
+from mllm.hosts.processor import HostItem, HostProcessor, read_host_processor
+
+__all__ = [
+    "HOSTS",
+    "HostEncoder",
+    "HostFamily",
+    "HostItem",
+    "HostProcessor",
+    "build_host",
+    "find_family",
+    "host_class",
+    "host_facts",
+    "placeholder_id",
+    "read_host_processor",
+]

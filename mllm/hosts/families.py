@@ -1,0 +1,217 @@
+"""Lists the families of hosts that are supported, and tells what follows from a host's config alone.
+
+Knows `model_type`s, names of transformers' classes and attributes, and sizes in configs. Does not know weights.
+
+Every family here runs its decoder on embeddings, a causal mask and positions in one dimension, and nothing else. What
+others want beside those stands in `NOT_YET`, by family.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mllm.encoders import EncoderFacts
+from mllm.hosts import clips, tiles
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Images:
+    """How a family sees images: every tile is a square of one size.
+
+    Args:
+        grid: rows and columns of the soft tokens of a tile, from the host's config.
+        is_nested: whether its method takes the tiles of an image one dimension deeper.
+    """
+
+    grid: Callable[[Any], Grid]
+    is_nested: bool = False
+
+    def num_positions(self, config: Any, num_features: int) -> int:
+        """Count the patches that the encoder reads for one tile."""
+        return tiles.num_patches(config)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How a family hears clips.
+
+    Args:
+        frames_per_second: of its soft tokens, from the host's config and its feature extractor's values.
+        inputs: what of its processor's output it reads, as the values of one clip and their true length.
+        features: its soft tokens (N, T, H) and their counts (N,), of its body, values and lengths.
+        smallest: values and length of the smallest clip, from the host's config.
+        positions: counts what the encoder's layers read for a clip, from the host's config and its soft tokens.
+        window_seconds: the longest clip that its processor keeps whole; None where any length will do.
+    """
+
+    frames_per_second: float
+    inputs: Callable[[Mapping[str, Tensor]], tuple[Tensor, int]]
+    features: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+    smallest: Callable[[Any], tuple[Tensor, Tensor]]
+    positions: Callable[[Any, int], int]
+    window_seconds: float | None = None
+
+    def num_positions(self, config: Any, num_features: int) -> int:
+        """Count the positions that the encoder reads for one clip of so many soft tokens."""
+        return self.positions(config, num_features)
+
+
+@dataclass(frozen=True)
+class HostFamily:
+    """What is known of one family.
+
+    Args:
+        model_class, processor_class: their names in transformers.
+        decoder, encoder: the attributes of the body that hold the LLM, and what comes before the projector.
+        images, clips: how it reads images or audio.
+    """
+
+    model_class: str
+    processor_class: str
+    decoder: str = "language_model"
+    encoder: str = "vision_tower"
+    images: Images | None = None
+    clips: Clips | None = None
+
+    @property
+    def reads(self) -> Images | Clips:
+        """Return how it reads its medium."""
+        reads = self.images or self.clips
+        assert reads is not None
+        return reads
+
+    @property
+    def medium(self) -> Literal["image", "audio"]:
+        """Return the medium that it reads."""
+        return "image" if self.images is not None else "audio"
+
+
+HOSTS: dict[str, HostFamily] = {
+    "llava": HostFamily("LlavaForConditionalGeneration", "LlavaProcessor", images=Images(tiles.llava_grid)),
+    "internvl": HostFamily("InternVLForConditionalGeneration", "InternVLProcessor", images=Images(tiles.internvl_grid)),
+    "idefics3": HostFamily(
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Processor",
+        decoder="text_model",
+        encoder="vision_model",
+        images=Images(tiles.idefics_grid, is_nested=True),
+    ),
+    "smolvlm": HostFamily(
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMProcessor",
+        decoder="text_model",
+        encoder="vision_model",
+        images=Images(tiles.idefics_grid, is_nested=True),
+    ),
+    "aya_vision": HostFamily(
+        "AyaVisionForConditionalGeneration", "AyaVisionProcessor", images=Images(tiles.downsampled_grid)
+    ),
+    "cohere2_vision": HostFamily(
+        "Cohere2VisionForConditionalGeneration", "Cohere2VisionProcessor", images=Images(tiles.downsampled_grid)
+    ),
+    "qwen2_audio": HostFamily(
+        "Qwen2AudioForConditionalGeneration",
+        "Qwen2AudioProcessor",
+        encoder="audio_tower",
+        clips=Clips(
+            25.0,
+            clips.qwen2_audio_inputs,
+            clips.qwen2_audio_features,
+            clips.mel_window,
+            clips.window_positions,
+            window_seconds=30.0,
+        ),
+    ),
+    "granite_speech": HostFamily(
+        "GraniteSpeechForConditionalGeneration",
+        "GraniteSpeechProcessor",
+        encoder="encoder",
+        clips=Clips(
+            10.0,
+            clips.granite_inputs,
+            clips.granite_features,
+            clips.granite_window,
+            clips.granite_positions,
+        ),
+    ),
+    "glmasr": HostFamily(
+        "GlmAsrForConditionalGeneration",
+        "GlmAsrProcessor",
+        encoder="audio_tower",
+        clips=Clips(
+            12.5,
+            clips.glmasr_inputs,
+            clips.glmasr_features,
+            clips.glmasr_window,
+            clips.glmasr_positions,
+            window_seconds=655.0,
+        ),
+    ),
+}
+"""By the `model_type` of the host's config."""
+
+_POSITIONS = "its positions have three dimensions"
+_NEWLINES = "its features hold newlines, or its prompts breaks behind rows"
+_TYPES = "its attention depends on the type of each token"
+NOT_YET: dict[str, str] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni", "glm4v"), _POSITIONS),
+    **dict.fromkeys(("gemma3", "gemma4", "paligemma"), _TYPES),
+    **dict.fromkeys(("llava_next", "llava_onevision", "mistral3"), _NEWLINES),
+    "voxtral": "its prompts are made by mistral-common and by no template",
+}
+"""Families that are known and refused, each with the reason."""
+
+
+def find_family(model_type: str, *, reference: str) -> HostFamily:
+    """Find the family of a host.
+
+    Args:
+        reference: the folder or name of the host as a user types it; for the message.
+
+    Raises:
+        ValueError: one that is not supported; those that are, are named.
+    """
+    if model_type in HOSTS:
+        return HOSTS[model_type]
+    why = f" ({NOT_YET[model_type]})" if model_type in NOT_YET else ""
+    raise ValueError(
+        f"{reference} is a {model_type}, which is not supported yet as model.host{why}; allowed: {', '.join(HOSTS)}"
+    )
+
+
+def host_class(config: Any) -> type[PreTrainedModel]:
+    """Return the class of a host, with its head."""
+    return getattr(transformers, find_family(config.model_type, reference="the host").model_class)
+
+
+def build_host(config: Any) -> Any:
+    """Make a host with random weights; works on the meta device."""
+    return host_class(config)._from_config(copy.deepcopy(config))
+
+
+def placeholder_id(config: Any, medium: str) -> int:
+    """Return the id that stands once per soft token in the prompts of a host."""
+    values = [getattr(config, f"{medium}_token_{name}", None) for name in ("id", "index")]
+    return int(next(value for value in values if value is not None))
+
+
+def host_facts(config: Any) -> EncoderFacts:
+    """Return what the encoder of a host publishes: soft tokens as wide as its LLM.
+
+    Raises:
+        ValueError: a host of another family, or one whose images have no square grid.
+    """
+    family = find_family(config.model_type, reference="the host")
+    size = int(config.get_text_config().hidden_size)
+    if family.images is not None:
+        side = tiles.image_side(config)
+        return EncoderFacts("image", size, grid=family.images.grid(config), image_pixels=(side, side))
+    assert family.clips is not None
+    return EncoderFacts("audio", size, frames_per_second=family.clips.frames_per_second)

@@ -1,0 +1,206 @@
+"""Calls a host's own processor on one medium item at a time: encoder input, and how the prompt shows the item.
+
+Knows processors of transformers, built of plain values. Does not know conversations, budgets or batches.
+
+A host writes an image as tags and runs of one placeholder per soft token. What stays here of a run is one placeholder
+per tile, which is made into as many again as a budget gives the tile.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoFeatureExtractor
+
+from mllm.hosts.families import HostFamily, find_family, host_facts, placeholder_id
+from mllm.media import Audio
+from mllm.transforms.image_processors import image_processor_class, read_image_processor
+
+_WITHOUT_VIDEOS = "video_processor"
+"""What some processors of images want beside: it needs torchvision, and videos of hosts are not read."""
+
+
+@dataclass(frozen=True)
+class HostItem:
+    """Holds one medium item as its host wants it.
+
+    Args:
+        values: tiles (P, 3, h, w), or what `mllm.hosts.clips` reads of a clip.
+        raw_length: true length of a clip, 1 of an image.
+        ids: of the prompt, the host's tags among them, with one placeholder per tile or clip.
+        tokens: soft tokens of each tile, or of the clip, at the full budget.
+    """
+
+    values: Tensor
+    raw_length: int
+    ids: tuple[int, ...]
+    tokens: int
+
+
+def read_host_processor(source: str, config: Any) -> dict[str, Any]:
+    """Read the processor of a host as plain values, without its tokenizer.
+
+    Args:
+        source: folder or hub name of the host.
+        config: of the host.
+
+    Raises:
+        ValueError: an image processor or feature extractor that needs a package which is not installed.
+        OSError: there is none.
+    """
+    family = find_family(config.model_type, reference=source)
+    processor_class = getattr(transformers, family.processor_class)
+    values, _ = processor_class.get_processor_dict(source)
+    if family.images is not None:
+        part = read_image_processor(source)
+    else:
+        part = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
+    kept = set(inspect.signature(processor_class.__init__).parameters) - set(processor_class.get_attributes())
+    return {
+        "preprocessor": part.to_dict(),
+        "arguments": {key: value for key, value in values.items() if key in kept and key != "chat_template"},
+        "chat_template": values.get("chat_template"),
+    }
+
+
+class HostProcessor:
+    """Makes encoder input and prompt ids of images or clips.
+
+    Args:
+        config: of the host.
+        values: of `read_host_processor`.
+        tokenizer: of the host.
+
+    Raises:
+        ValueError: no chat template, or a placeholder that the tokenizer does not hold.
+    """
+
+    def __init__(self, config: Any, values: Mapping[str, Any], tokenizer: Any) -> None:
+        self.config = config
+        self.family: HostFamily = find_family(config.model_type, reference="the host")
+        self.medium: Literal["image", "audio"] = self.family.medium
+        self.facts = host_facts(config)
+        self.tokenizer = tokenizer
+        self.placeholder_id = placeholder_id(config, self.medium)
+        self.chat_template = values.get("chat_template") or tokenizer.chat_template
+        if not isinstance(self.chat_template, str):
+            raise ValueError(f"the processor of this {config.model_type} holds no chat template, or several")
+        self.processor = _processor(self.family, values, tokenizer)
+        self._tiles: dict[Any, tuple[int, int]] = {}
+        self.media_token: str = getattr(self.processor, f"{self.medium}_token")
+
+    def __call__(self, raw: Image.Image | Audio) -> HostItem:
+        """Process one image or clip.
+
+        Raises:
+            ValueError: a clip at another rate or too long, or a prompt that is not one of whole tiles.
+        """
+        if isinstance(raw, Audio):
+            return self._clip(raw)
+        outputs = self._called(images=[raw])
+        values = outputs["pixel_values"]
+        values = values.reshape(-1, *values.shape[-3:])
+        if self.facts.image_pixels != tuple(values.shape[-2:]):
+            raise ValueError(
+                f"the host's processor made tiles of {tuple(values.shape[-2:])} pixels, the encoder reads "
+                f"{self.facts.image_pixels}"
+            )
+        assert self.facts.grid is not None
+        each = self.facts.grid[0] * self.facts.grid[1]
+        ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=each, num_tiles=len(values))
+        return HostItem(values, 1, ids, each)
+
+    def _clip(self, raw: Audio) -> HostItem:
+        clips = self.family.clips
+        assert clips is not None
+        if raw.sample_rate_hz != self.sample_rate_hz:
+            raise ValueError(f"the host takes audio at {self.sample_rate_hz} Hz, got {raw.sample_rate_hz} Hz")
+        if clips.window_seconds is not None and raw.seconds > clips.window_seconds:
+            raise ValueError(
+                f"the audio lasts {raw.seconds:.2f} seconds, and the host's processor would cut it at "
+                f"{clips.window_seconds:g}"
+            )
+        outputs = self._called(audio=[raw.samples])
+        values, length = clips.inputs(outputs)
+        ids = outputs["input_ids"][0].tolist()
+        tokens = ids.count(self.placeholder_id)
+        if not tokens:
+            raise ValueError(f"a clip of {raw.seconds:.2f} seconds is too short for the host")
+        return HostItem(values, length, self._one_per_tile(ids, each=tokens, num_tiles=1), tokens)
+
+    def _called(self, **media: Any) -> Mapping[str, Any]:
+        return self.processor(text=[self.media_token], **media, return_tensors="pt", add_special_tokens=False)
+
+    def _one_per_tile(self, ids: list[int], *, each: int, num_tiles: int) -> tuple[int, ...]:
+        """Keep of every `each` placeholders the last.
+
+        Raises:
+            ValueError: other than `num_tiles` times as many.
+        """
+        if (num_placeholders := ids.count(self.placeholder_id)) != each * num_tiles:
+            raise ValueError(
+                f"the host's processor wrote {num_placeholders} placeholders for {num_tiles} tiles of {each} tokens"
+            )
+        kept, seen = [], 0
+        for token in ids:
+            seen += token == self.placeholder_id
+            if token != self.placeholder_id or seen % each == 0:
+                kept.append(token)
+        return tuple(kept)
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Return the rate of audio that is taken."""
+        return int(getattr(self._extractor, "sampling_rate", 16_000))
+
+    @property
+    def _extractor(self) -> Any:
+        return getattr(self.processor, "feature_extractor", None) or getattr(self.processor, "audio_processor", None)
+
+    def tiles_of(self, height: int, width: int) -> tuple[int, int]:
+        """Count the tiles of an image of this size, and the tags around them, without looking at it.
+
+        How many tiles there are, and in which rows, the image processor tells by the size alone; what the prompt then
+        looks like is learned of a blank image, once for each such arrangement.
+        """
+        count = getattr(self.processor.image_processor, "get_number_of_image_patches", None)
+        arrangement = None if count is None else count(height, width, {"crop_to_patches": True})
+        if arrangement not in self._tiles:
+            item = self(Image.new("RGB", (width, height)))
+            self._tiles[arrangement] = len(item.values), len(item.ids) - len(item.values)
+        return self._tiles[arrangement]
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """Return the ids that the tokenizer puts before a prompt by itself."""
+        added = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        start = next((n for n in range(len(added)) if added[n : n + len(bare)] == bare), len(added))
+        return tuple(added[:start])
+
+
+def without_videos(processor_class: Any) -> Any:
+    """Return a class of processors that does without what reads videos, if that is the only part it would lack."""
+    parts = [name for name in processor_class.get_attributes() if name != _WITHOUT_VIDEOS]
+    if len(parts) == len(processor_class.get_attributes()):
+        return processor_class
+    return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda cls: parts)})
+
+
+def _processor(family: HostFamily, values: Mapping[str, Any], tokenizer: Any) -> Any:
+    whole_class: Any = getattr(transformers, family.processor_class)
+    processor_class = without_videos(whole_class)
+    preprocessor = dict(values["preprocessor"])
+    if family.images is not None:
+        part = image_processor_class(preprocessor["image_processor_type"]).from_dict(preprocessor)
+    else:
+        part = getattr(transformers, preprocessor["feature_extractor_type"]).from_dict(preprocessor)
+    arguments = {name: tokenizer if name == "tokenizer" else part for name in processor_class.get_attributes()}
+    if processor_class is not whole_class:
+        arguments[_WITHOUT_VIDEOS] = None
+    return processor_class(**arguments, **values["arguments"], chat_template=values.get("chat_template"))

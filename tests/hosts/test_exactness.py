@@ -1,0 +1,240 @@
+"""A host at its full budget answers as before, bit for bit; below it, as the host itself on fewer features."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_hosts
+import torch
+
+from mllm.budget import Budget
+from mllm.checkpoints import adoption
+from mllm.data.manifest import Media, Message, Sample, Text
+
+FAST = ["llava", "idefics3", "qwen2_audio"]
+FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.HOSTS]
+OF_IMAGES = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name, host in tiny_hosts.HOSTS.items()
+    if host.medium == "image"
+]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folders of hosts, written once each."""
+    written: dict[str, str] = {}
+
+    def folder(family: str) -> str:
+        if family in tiny_hosts.NEEDS:
+            pytest.importorskip(tiny_hosts.NEEDS[family], exc_type=ImportError)
+        if family not in written:
+            written[family] = tiny_hosts.write(family, tmp_path_factory.mktemp("hosts") / family)
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adopted(folders: Any) -> Any:
+    """Models on hosts, made once each; nothing changes them."""
+    made: dict[tuple[str, str], Any] = {}
+
+    def of(family: str, dtype: str = "float32") -> tuple[Any, Any, Any]:
+        if (family, dtype) not in made:
+            folder = folders(family)
+            host = tiny_hosts.load(folder, family, getattr(torch, dtype))
+            made[family, dtype] = (*tiny_hosts.adopted(folder, family, dtype=dtype), host)
+        return made[family, dtype]
+
+    return of
+
+
+def reduced_budgets(processor: Any) -> list[str]:
+    space = processor.space.media[processor.host.medium]
+    return [f"{space.medium}={amount}" for amount in space.trained[1:]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_host_at_full_is_the_host_bit_for_bit_and_below_it_the_host_on_pooled_features(
+    folders: Any, family: str, dtype: str
+) -> None:
+    adoption.probe(folders(family), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_never_touches_the_full_budget(adopted: Any, family: str, dtype: str) -> None:
+    model, processor, host = adopted(family, dtype)
+    raw = tiny_hosts.medium(family)
+    theirs = adoption.host_inputs(processor, raw, host.dtype)
+    ours = tiny_hosts.inputs(processor, [raw])
+    assert ours["scale_ids"].tolist() == [-1]
+    with torch.no_grad():
+        assert torch.equal(model(**ours).logits, host(**theirs).logits)
+        for budget in reduced_budgets(processor):
+            reduced = tiny_hosts.inputs(processor, [raw], budget)
+            without = host(**adoption.oracle_inputs(model, host, reduced, theirs)).logits
+            assert not torch.equal(model(**reduced).logits, without)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_at_full_are_those_of_the_hosts_own_pipeline(adopted: Any, family: str, beams: int) -> None:
+    model, processor, host = adopted(family)
+    raw = tiny_hosts.medium(family, seed=1)
+    options = {"num_beams": beams, "max_new_tokens": 6, "do_sample": False}
+    theirs = adoption.host_inputs(processor, raw, host.dtype)
+    expected = host.generate(**theirs, **options)[:, theirs["input_ids"].shape[1] :]
+    ours = tiny_hosts.inputs(processor, [raw])
+    assert torch.equal(model.generate(**ours, **options)[:, ours["input_ids"].shape[1] :], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_at_different_budgets_share_a_batch_and_answer_as_alone(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    raws = [tiny_hosts.medium(family, seed=seed) for seed in (0, 1, 2)]
+    budgets = ["", *reduced_budgets(processor)[:2]]
+    together = mixed(processor, raws, budgets)
+    assert together["scale_ids"].tolist() == [-1, 0, 0]
+    with torch.no_grad():
+        logits = model(**together).logits[:, -1]
+        alone = [
+            model(**tiny_hosts.inputs(processor, [raw], budget)).logits[0, -1]
+            for raw, budget in zip(raws, budgets, strict=True)
+        ]
+    torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=2e-5)
+
+
+def mixed(processor: Any, raws: list[Any], budgets: list[str]) -> dict[str, torch.Tensor]:
+    """One padded batch, a budget per row."""
+    medium = processor.host.medium
+    wrapped = raws if medium == "image" else [(raw, 16_000) for raw in raws]
+    loaded = [[processor.transform(medium, value)] for value in map(raw_of, wrapped)]
+    messages = (Message("user", (Media(medium, "x"), Text("what is this?"))),)
+    samples = [Sample(f"row{number}", messages, task="test") for number in range(len(raws))]
+    batch = processor.batch(samples, loaded, for_training=False)
+    return processor.expand(batch, [[Budget.parse(budget) for budget in budgets]], left_padding=True).inputs
+
+
+def raw_of(value: Any) -> Any:
+    from mllm.media import Audio
+
+    return Audio(*value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_row_of_a_mixed_training_batch_has_no_gradient(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    raws = [tiny_hosts.medium(family, seed=seed) for seed in (0, 1)]
+    inputs = mixed(processor, raws, ["", reduced_budgets(processor)[-1]])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weights = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    for weight in weights:
+        weight.requires_grad_(True)
+    logits = model(**inputs).logits
+    of_full = torch.autograd.grad(logits[0].square().sum(), weights, retain_graph=True)
+    of_reduced = torch.autograd.grad(logits[1].square().sum(), weights)
+    assert not any(gradient.any() for gradient in of_full)
+    assert all(gradient.any() for gradient in of_reduced)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_a_pass_without_a_cache(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    ours = tiny_hosts.inputs(processor, [tiny_hosts.medium(family)], reduced_budgets(processor)[0])
+    made = model.generate(
+        **ours, max_new_tokens=3, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+    )
+    new = made.sequences[:, ours["input_ids"].shape[1] :]
+    ids = torch.cat([ours["input_ids"], new[:, :2]], dim=1)
+    with torch.no_grad():
+        whole = model(**{**ours, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -3:]
+    torch.testing.assert_close(torch.cat(made.logits), whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_medium_reaches_the_answer_at_the_smallest_budget(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    budget = reduced_budgets(processor)[-1]
+    inputs = [tiny_hosts.inputs(processor, [tiny_hosts.medium(family, seed=seed)], budget) for seed in (0, 1)]
+    assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])
+    with torch.no_grad():
+        first, second = (model(**one).logits[0, -1] for one in inputs)
+    assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", OF_IMAGES)
+def test_a_changed_patch_shows_most_at_its_own_soft_token(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    rows, columns = processor.facts["image"].grid
+    plain = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).repeat(rows * columns, 1, 1, 1)
+    changed, side = plain.clone(), 24 // rows
+    for cell in range(rows * columns):
+        top, left = side * (cell // columns), side * (cell % columns)
+        changed[cell, :, top : top + side, left : left + side] += 2.0
+    with torch.no_grad():
+        before, after = (model.model.encode("image", pixels).values for pixels in (plain, changed))
+    assert (after - before).norm(dim=-1).argmax(dim=1).tolist() == list(range(rows * columns))
+
+
+@pytest.mark.parametrize("family", OF_IMAGES)
+@pytest.mark.parametrize("size", [(24, 24), (30, 40), (60, 20), (100, 100)])
+def test_tiles_are_counted_by_size_as_the_hosts_processor_makes_them(
+    adopted: Any, family: str, size: tuple[int, int]
+) -> None:
+    _, processor, _ = adopted(family)
+    item = processor.host(tiny_hosts.image(*size))
+    assert item.ids.count(processor.host.placeholder_id) == len(item.values)
+    assert processor.host.tiles_of(*size) == (len(item.values), len(item.ids) - len(item.values))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("llava", "idefics3")])
+def test_conversations_of_several_turns_and_images_are_prompts_of_the_hosts_own_pipeline(
+    adopted: Any, family: str
+) -> None:
+    model, processor, host = adopted(family)
+    first, second, third = (tiny_hosts.image(30 + 20 * seed, 40, seed=seed) for seed in range(3))
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is <image> this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat </s>"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "and these?"}]},
+    ]
+    ours = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, add_generation_prompt=True, images=[first, second, third]
+    )
+    placeholders = ours["input_ids"] == processor.host.placeholder_id
+    tiles = sum(len(processor.host(raw).values) for raw in (first, second, third))
+    rows, columns = processor.facts["image"].grid
+    assert int(placeholders.sum()) == tiles * rows * columns  # what people typed is none
+    # The host's own pipeline would take "<image>" and "</s>" for what they look like, so it is asked without.
+    plain = json.loads(json.dumps(chat).replace("<image> ", "").replace(" </s>", ""))
+    text = processor.tokenizer.apply_chat_template(
+        plain, chat_template=processor.host.chat_template, tokenize=False, add_generation_prompt=True
+    )
+    theirs = processor.host.processor(text=[text], images=[first, second, third], return_tensors="pt")
+    ours = processor.apply_chat_template(
+        plain, tokenize=True, return_dict=True, add_generation_prompt=True, images=[first, second, third]
+    )
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(model(**ours).logits, host(**theirs).logits)
+
+
+def test_a_host_whose_numbers_differ_is_refused(folders: Any, adopted: Any) -> None:
+    model, processor, _ = adopted("llava")
+    other, _ = tiny_hosts.make("llava", seed=1)
+    with pytest.raises(ValueError, match=r"logits of image 1 at the full budget differ from the host's own by up to"):
+        adoption._compare(model, processor, other, tiny_hosts.image(), budgets=("36",), number=0)
+
+
+def test_a_host_whose_prompts_differ_is_refused(folders: Any, tmp_path: Path) -> None:
+    model, processor = tiny_hosts.make("llava")
+    processor.patch_size = 8  # what its processor writes is a quarter of what its encoder gives
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="wrote 9 placeholders for 1 tiles of 36 tokens"):
+        adoption.probe(str(tmp_path))

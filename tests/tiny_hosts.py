@@ -1,0 +1,439 @@
+"""Tiny random hosts of every family, saved as a hub would hold them: weights, processor, tokenizer, chat template."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+TEXT = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "num_channels": 3,
+    "image_size": 24,
+}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+TYPED = (
+    "{% for message in messages %}{{ message.role | upper }}: {% for part in message.content %}"
+    "{% if part.type == 'MEDIUM' %}TOKEN{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}</s>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+"""A template of typed parts, as most hosts have."""
+IMAGES_FIRST = (
+    "{% for message in messages %}{{ message.role | upper }}: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% endif %}{% endfor %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""As LLaVA's: all images of a message stand first."""
+
+
+@dataclass(frozen=True)
+class TinyHost:
+    """Makes one family: its config, of a tokenizer, and its processor."""
+
+    special: tuple[str, ...]
+    template: str
+    config: Callable[[Any], Any]
+    processor: Callable[[Any], Any]
+    medium: str = "image"
+    names: tuple[tuple[str, str], ...] = ()
+    """Special tokens that the processor knows by attributes of the tokenizer."""
+
+
+def tokenizer_of(host: TinyHost) -> Any:
+    """A tokenizer of bytes, with the special tokens of a family."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=dict(host.names),
+    )
+    made.add_special_tokens({"additional_special_tokens": list(host.special)})
+    made.chat_template = host.template
+    return made
+
+
+def _id(tokenizer: Any, token: str) -> int:
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def _llava_config(tokenizer: Any) -> Any:
+    return hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(projection_dim=16, **VISION),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=_id(tokenizer, "<image>"),
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_processor(tokenizer: Any) -> Any:
+    return hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _internvl_config(tokenizer: Any) -> Any:
+    vision = {**VISION, "image_size": [24, 24], "patch_size": [4, 4]}
+    return hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**vision),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_id=_id(tokenizer, "<IMG_CONTEXT>"),
+        image_seq_length=9,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def _internvl_processor(tokenizer: Any) -> Any:
+    return processor_without_videos("internvl")(
+        image_processor=hf.GotOcr2ImageProcessorPil(
+            size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer=tokenizer,
+        video_processor=None,
+        image_seq_length=9,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+_IDEFICS_TAGS = (
+    *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)
+
+
+def _idefics3_config(tokenizer: Any) -> Any:
+    return hf.Idefics3Config(
+        vision_config=hf.Idefics3VisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=_id(tokenizer, "<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+
+
+def _idefics3_processor(tokenizer: Any) -> Any:
+    return hf.Idefics3Processor(
+        image_processor=hf.Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24}),
+        tokenizer=tokenizer,
+        image_seq_len=9,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _smolvlm_config(tokenizer: Any) -> Any:
+    return hf.SmolVLMConfig(
+        vision_config=hf.SmolVLMVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=_id(tokenizer, "<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+
+
+def _smolvlm_processor(tokenizer: Any) -> Any:
+    return processor_without_videos("smolvlm")(
+        image_processor=hf.SmolVLMImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24}),
+        tokenizer=tokenizer,
+        video_processor=None,
+        image_seq_len=9,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+_COHERE_TEXT = {**TEXT, "sliding_window": 64, "logit_scale": 0.25}
+
+
+def _aya_vision_config(tokenizer: Any) -> Any:
+    return hf.AyaVisionConfig(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **VISION),
+        text_config=hf.Cohere2Config(**_COHERE_TEXT),
+        image_token_id=_id(tokenizer, "<|IMG_PATCH|>"),
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+
+
+def _aya_vision_processor(tokenizer: Any) -> Any:
+    return hf.AyaVisionProcessor(
+        image_processor=hf.GotOcr2ImageProcessorPil(
+            size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer=tokenizer,
+        patch_size=4,
+        img_size=24,
+        downsample_factor=2,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _cohere2_vision_config(tokenizer: Any) -> Any:
+    return hf.Cohere2VisionConfig(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **VISION),
+        text_config=hf.Cohere2Config(**_COHERE_TEXT),
+        image_token_id=_id(tokenizer, "<|IMG_PATCH|>"),
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+        tie_word_embeddings=False,
+    )
+
+
+def _cohere2_vision_processor(tokenizer: Any) -> Any:
+    return hf.Cohere2VisionProcessor(
+        image_processor=hf.Cohere2VisionImageProcessor(
+            size={"height": 24, "width": 24}, patch_size=3, downsample_factor=2, max_patches=4
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+_MEL = {"num_mel_bins": 80, "max_source_positions": 1500}
+
+
+def _qwen2_audio_config(tokenizer: Any) -> Any:
+    return hf.Qwen2AudioConfig(
+        audio_config={
+            **{"model_type": "qwen2_audio_encoder", "d_model": 16, "encoder_layers": 1},
+            **{"encoder_attention_heads": 2, "encoder_ffn_dim": 24},
+            **_MEL,
+        },
+        text_config=hf.Qwen2Config(**TEXT),
+        audio_token_id=_id(tokenizer, "<|AUDIO|>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen2_audio_processor(tokenizer: Any) -> Any:
+    return hf.Qwen2AudioProcessor(
+        feature_extractor=hf.WhisperFeatureExtractor(feature_size=80),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _granite_speech_config(tokenizer: Any) -> Any:
+    return hf.GraniteSpeechConfig(
+        text_config=hf.GraniteConfig(**TEXT, logits_scaling=4.0),
+        encoder_config={
+            **{"input_dim": 160, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "dim_head": 8, "output_dim": 6},
+            **{"context_size": 20, "max_pos_emb": 32, "conv_kernel_size": 3},
+        },
+        projector_config={
+            **{"model_type": "blip_2_qformer", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"intermediate_size": 24, "encoder_hidden_size": 16, "vocab_size": 10, "max_position_embeddings": 16},
+        },
+        audio_token_index=_id(tokenizer, "<|audio|>"),
+        downsample_rate=5,
+        window_size=15,
+        has_lora_adapter=False,
+        tie_word_embeddings=False,
+    )
+
+
+def _granite_speech_processor(tokenizer: Any) -> Any:
+    return hf.GraniteSpeechProcessor(
+        audio_processor=hf.GraniteSpeechFeatureExtractor(),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _glmasr_config(tokenizer: Any) -> Any:
+    return hf.GlmAsrConfig(
+        audio_config={
+            **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"num_key_value_heads": 2, "num_mel_bins": 80, "max_position_embeddings": 1500, "head_dim": 8},
+        },
+        text_config=hf.LlamaConfig(**TEXT),
+        audio_token_id=_id(tokenizer, "<|pad|>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _glmasr_processor(tokenizer: Any) -> Any:
+    return hf.GlmAsrProcessor(
+        feature_extractor=hf.WhisperFeatureExtractor(feature_size=80),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _typed(token: str, medium: str = "image") -> str:
+    return TYPED.replace("MEDIUM", medium).replace("TOKEN", token)
+
+
+STRINGS = (
+    "{% for message in messages %}{{ message.role | upper }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}</s>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+"""A template of texts, in which a medium's token stands already, as Granite Speech's."""
+_COHERE_TAGS = ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE_GLOBAL", "TILE", "<|BREAK|>")
+
+HOSTS: dict[str, TinyHost] = {
+    "llava": TinyHost(("<image>",), IMAGES_FIRST, _llava_config, _llava_processor),
+    "internvl": TinyHost(
+        ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        _typed("<IMG_CONTEXT>\n"),
+        _internvl_config,
+        _internvl_processor,
+        names=(
+            ("start_image_token", "<img>"),
+            ("end_image_token", "</img>"),
+            ("context_image_token", "<IMG_CONTEXT>"),
+            ("video_token", "<video>"),
+        ),
+    ),
+    "idefics3": TinyHost(_IDEFICS_TAGS, _typed("<image>"), _idefics3_config, _idefics3_processor),
+    "smolvlm": TinyHost(_IDEFICS_TAGS, _typed("<image>"), _smolvlm_config, _smolvlm_processor),
+    "aya_vision": TinyHost(_COHERE_TAGS, _typed("<image>"), _aya_vision_config, _aya_vision_processor),
+    "cohere2_vision": TinyHost(
+        _COHERE_TAGS,
+        _typed("<|IMG_PATCH|>"),
+        _cohere2_vision_config,
+        _cohere2_vision_processor,
+        names=(
+            ("boi_token", "<|START_OF_IMG|>"),
+            ("eoi_token", "<|END_OF_IMG|>"),
+            ("image_token", "<|IMG_PATCH|>"),
+            ("img_line_break_token", "<|BREAK|>"),
+        ),
+    ),
+    "qwen2_audio": TinyHost(
+        ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
+        _typed("<|audio_bos|><|AUDIO|><|audio_eos|>\n", "audio"),
+        _qwen2_audio_config,
+        _qwen2_audio_processor,
+        medium="audio",
+    ),
+    "granite_speech": TinyHost(
+        ("<|audio|>",), STRINGS, _granite_speech_config, _granite_speech_processor, medium="audio"
+    ),
+    "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
+}
+NEEDS = {"smolvlm": "num2words", "cohere2_vision": "torchvision", "granite_speech": "torchaudio"}
+"""Packages that the processors of some families want, and that the usual environment does without."""
+
+
+def processor_without_videos(family: str) -> Any:
+    """The processor class of a family as hosts are read: without what reads videos, which needs torchvision."""
+    from mllm.hosts.families import HOSTS as FAMILIES
+    from mllm.hosts.processor import without_videos
+
+    return without_videos(getattr(hf, FAMILIES[family].processor_class))
+
+
+def make(family: str, *, seed: int = 0) -> tuple[Any, Any]:
+    """A host with random weights that say something, in eval mode, and its processor."""
+    host = HOSTS[family]
+    tokenizer = tokenizer_of(host)
+    config = host.config(tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        from mllm.hosts.families import HOSTS as FAMILIES
+
+        model = getattr(hf, FAMILIES[family].model_class)(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1 or not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.tie_weights()
+    return model, host.processor(tokenizer)
+
+
+def write(family: str, folder: Path) -> str:
+    """Save a host as a hub would hold it."""
+    model, processor = make(family)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, family: str, dtype: torch.dtype) -> Any:
+    """Read the host itself, by transformers alone."""
+    from mllm.hosts.families import HOSTS as FAMILIES
+
+    model_class = getattr(hf, FAMILIES[family].model_class)
+    return model_class.from_pretrained(folder, dtype=dtype).eval()
+
+
+def adopted(folder: str, family: str, *, dtype: str = "float32", trained: bool = True) -> tuple[Any, Any]:
+    """A model on a host, with an adapter that does something unless it is untrained, and its processor."""
+    from mllm.checkpoints.adoption import examine
+    from mllm.checkpoints.build import build
+    from mllm.config.model import ModelConfig
+    from mllm.config.reading import read
+
+    values = {
+        "host": folder,
+        "dtype": dtype,
+        HOSTS[family].medium: {"budgets": list(examine(folder).budgets)},
+        "adapter": {"kind": "gated_lora", "rank": 4, "alpha": 8},
+    }
+    model, processor = build(read(ModelConfig, values, path="model"))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name and trained:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return model, processor
+
+
+def image(height: int = 30, width: int = 40, *, seed: int = 0) -> Image.Image:
+    """A random image."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def medium(family: str, *, seed: int = 0) -> Any:
+    """A random image, or a second of noise at 16 kHz."""
+    if HOSTS[family].medium == "image":
+        return image(seed=seed)
+    return np.random.default_rng(seed).normal(0, 0.1, 16_000).astype(np.float32)
+
+
+def inputs(processor: Any, raws: Any, budget: str = "", *, text: str = "what is this?") -> Any:
+    """Model inputs of the same question about each medium."""
+    is_image = processor.host.medium == "image"
+    media = {"images": [[raw] for raw in raws]} if is_image else {"audio": [[(raw, 16_000)] for raw in raws]}
+    return processor(text=[text] * len(raws), budget=budget, **media)
