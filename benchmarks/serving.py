@@ -1,16 +1,17 @@
-"""Requests to a server: ours beside one that answers one request at a time, as the released demos do.
+"""Requests to a server: ours beside one that answers one request at a time, as the released demos do, and ours on vLLM.
 
     python benchmarks/serving.py [--repeats 2] [--threads 1] [--requests 64] [--clients 1 8 32] [--ragged 0]
-        [--questions 1]
+        [--questions 1] [--vllm 0]
 
-Both are processes of their own on loopback, on the same HTTP library, with the same model: the demo's frozen encoders
+All are processes of their own on loopback, on the same HTTP library, with the same model: the demo's frozen encoders
 and LLM with an untrained compressor, which computes the same. The other server holds a lock and calls `Answerer.answer`
-for each request, which streams its answer: no batches, no cache, decoding in the same process. Each turn sends the same
+for each request, which streams its answer: no batches, no cache, decoding in the same process. With --vllm 1, in an
+environment that has vLLM, `mllm serve --engine vllm` on an export of the model is a third. Each turn sends the same
 requests, a quarter each about an image, audio, video of lips, and audio with video, at mixed budgets; the servers take
 turns, and ours forgets no media between turns, so that every turn has media of its own. With --questions 8 eight
 questions follow each other about the same media, of which ours encodes each once; else all media differ.
 
-Answers have 6 tokens, or with --ragged 1 from 8 to 105. Token ids of both are compared, and any difference stops the
+Answers have 6 tokens, or with --ragged 1 from 8 to 105. Token ids of all are compared, and any difference stops the
 benchmark before it shows a figure. Shown are requests per second, CPU seconds of the server's processes per request,
 and the seconds to the first piece and to the end of an answer (p50, p99).
 """
@@ -181,15 +182,18 @@ def started(command: list[str], threads: int) -> Iterator[tuple[str, subprocess.
 
 
 def cpu_seconds(pid: int) -> float:
-    """Add up the CPU seconds of a process and of those it has started."""
-    total = 0.0
+    """Add up the CPU seconds of a process and of those that descend from it."""
+    parents, seconds = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             _, _, rest = stat.read_text().rpartition(") ")
             values = rest.split()
-            if int(stat.parent.name) == pid or int(values[1]) == pid:
-                total += (int(values[11]) + int(values[12])) / TICKS
-    return total
+            parents[int(stat.parent.name)] = int(values[1])
+            seconds[int(stat.parent.name)] = (int(values[11]) + int(values[12])) / TICKS
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(seconds.get(member, 0.0) for member in family)
 
 
 async def send(client: Any, url: str, body: dict[str, Any]) -> Answered:
@@ -235,14 +239,29 @@ def turn_of(way: Way, bodies: Sequence[dict[str, Any]], clients: int) -> Turn:
     return Turn([answer.ids for answer in answers], firsts, totals, wall, cpu)
 
 
+def commands_of(arguments: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """Say how the servers are started, by their names; the first is the one the others are compared with."""
+    from mllm.checkpoints.load import export
+
+    model = write_model(folder)
+    serve = [sys.executable, "-m", "mllm", "serve", "--port", "0", "--use_cpu", "--threads", str(arguments.threads)]
+    commands = {
+        "one at a time": [sys.executable, __file__, ONE_AT_A_TIME, str(model)],
+        "mllm serve": [*serve, "--measure_budgets", "false", "--model", str(model)],
+    }
+    if arguments.vllm:
+        export(model, folder / "exported")
+        commands["mllm serve, vLLM"] = [*serve, "--engine", "vllm", "--model", str(folder / "exported")]
+    return commands
+
+
 def compare(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[Outcome]]:
-    """Measure both servers in turns, for every number of clients."""
-    model = str(write_model(folder))
-    server = [sys.executable, "-m", "mllm", "serve", "--model", model, "--port", "0", "--use_cpu"]
-    server += ["--measure_budgets", "false", "--threads", str(arguments.threads)]
-    peer = [sys.executable, __file__, ONE_AT_A_TIME, model]
-    with started(peer, arguments.threads) as one, started(server, arguments.threads) as many:
-        ways = [Way("one at a time", *one), Way("mllm serve", *many)]
+    """Measure the servers in turns, for every number of clients."""
+    with contextlib.ExitStack() as stack:
+        ways = [
+            Way(name, *stack.enter_context(started(command, arguments.threads)))
+            for name, command in commands_of(arguments, folder).items()
+        ]
         seed = 0
         for number in range(arguments.repeats + 1):
             for clients in arguments.clients:
@@ -251,27 +270,29 @@ def compare(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[Ou
                 bodies = requests_of(arguments.requests, seed, folder, ragged=ragged, questions=questions)
                 for way in ways[:: 1 if number % 2 else -1]:
                     way.turns.setdefault(clients, []).append(turn_of(way, bodies, clients))
-                last = [way.turns[clients][-1].ids for way in ways]
-                if last[0] != last[1] or not all(last[0]):
-                    differing = sum(a != b for a, b in zip(*last, strict=True))
-                    raise SystemExit(f"{differing} of {len(last[0])} answers differ at {clients} clients")
+                expected = ways[0].turns[clients][-1].ids
+                for way in ways[1:]:
+                    differing = sum(a != b or not a for a, b in zip(expected, way.turns[clients][-1].ids, strict=True))
+                    if differing:
+                        raise SystemExit(f"{differing} answers of {way.name} differ at {clients} clients")
     for way in ways:
         way.turns = {clients: turns[1:] for clients, turns in way.turns.items()}  # the first warms up
-    return table_of(ways, arguments), [outcome_of(ways, clients, arguments) for clients in arguments.clients]
+    outcomes = [outcome_of(ways[0], way, clients, arguments) for clients in arguments.clients for way in ways[1:]]
+    return table_of(ways, arguments), outcomes
 
 
-def outcome_of(ways: Sequence[Way], clients: int, arguments: argparse.Namespace) -> Outcome:
-    """Compare the CPU seconds per request of both."""
-    one, many = ([turn.cpu_seconds / arguments.requests for turn in way.turns[clients]] for way in ways)
+def outcome_of(peer: Way, ours: Way, clients: int, arguments: argparse.Namespace) -> Outcome:
+    """Compare the CPU seconds per request of two servers."""
+    one, many = ([turn.cpu_seconds / arguments.requests for turn in way.turns[clients]] for way in (peer, ours))
     answers = "ragged answers" if arguments.ragged else "short answers"
     about = "new media" if arguments.questions == 1 else f"{arguments.questions} questions per medium"
     return timed(
-        f"requests per CPU second at {clients} clients, {answers}, {about}",
+        f"{ours.name}: requests per CPU second at {clients} clients, {answers}, {about}",
         "one request at a time, an Answerer for each",
         one,
         many,
         check="ids equal",
-        goal=GOAL if clients == GOAL_CLIENTS else None,
+        goal=GOAL if clients == GOAL_CLIENTS and ours.name == "mllm serve" else None,
     )
 
 
@@ -347,7 +368,7 @@ def serve_one_at_a_time(folder: str) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__, 2, requests=64, clients=[1, 8, 32], ragged=0, questions=1)
+    arguments = options(__doc__, 2, requests=64, clients=[1, 8, 32], ragged=0, questions=1, vllm=0)
     with tempfile.TemporaryDirectory() as folder:
         table, outcomes = compare(arguments, Path(folder))
     Console(width=140).print(table)
