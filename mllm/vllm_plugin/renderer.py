@@ -16,8 +16,16 @@ from vllm.renderers.hf import HfRenderer
 from mllm.processing.processor import ElasticProcessor
 from mllm.processing.requests import read_chat
 
-ALLOWED_OPTIONS = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
-"""Options of a chat template that are understood, with the value each must have."""
+ALLOWED_OPTIONS = {
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "tokenize": False,
+    "cohere_format": "cmd4",
+}
+"""Options of a chat template that are understood, with the value each must have.
+
+The last is one family's, and vLLM's server sends its default to every model.
+"""
 
 
 class ElasticRenderer(HfRenderer):
