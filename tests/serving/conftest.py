@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 24
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run that takes images, sounds and lips."""
+    """The folder of a tiny run that takes images, audio and lips."""
     return write_run(tmp_path_factory.mktemp("served"))
 
 
@@ -53,7 +53,7 @@ def client(served: Running) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A video with sound."""
+    """A video with audio."""
     import av
     import numpy as np
 

@@ -87,7 +87,7 @@ def test_media_of_other_forms_are_the_same_media(client: openai.OpenAI, files: F
     assert shown == ask_for(client, part("image", files[0]["image"]), "what?").choices[0].message.content
 
 
-def test_sound_and_frames_of_one_clip_are_brought_to_one_length(
+def test_audio_and_frames_of_one_clip_are_brought_to_one_length(
     client: openai.OpenAI, answerer: Answerer, clip: bytes
 ) -> None:
     audio = {"type": "audio_url", "audio_url": {"url": data_url("video", clip)}}
@@ -153,7 +153,7 @@ def test_text_that_spells_special_tokens_is_text(client: openai.OpenAI, answerer
 
 
 @pytest.mark.parametrize("form", ["json", "text", "verbose_json"])
-def test_sounds_are_transcribed(client: openai.OpenAI, answerer: Answerer, files: Files, form: Any) -> None:
+def test_audio_is_transcribed(client: openai.OpenAI, answerer: Answerer, files: Files, form: Any) -> None:
     file = ("a sound.wav", io.BytesIO(files[0]["audio"]))
     extra = {"budget": "audio=/8"}
     said: Any = client.audio.transcriptions.create(
