@@ -12,12 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
+# One for all requests, since each client reads the machine's certificates anew; a connection of its own for each.
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 NAME = "toy"
+MAX_REQUESTS = 48
+"""What the server that most tests share takes at once."""
 
 
 def write_run(

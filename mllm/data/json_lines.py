@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from mllm.utils.strict_json import read_json
+
 MAX_LINE_BYTES = 8 * 2**20
 """A longer line is refused unread, so that a file without line breaks cannot fill the memory."""
 
@@ -48,39 +50,12 @@ def text_of(line: bytes) -> str:
 
 
 def read_object(line: bytes) -> Any:
-    """Read the JSON value of a line, as strictly as the lines of a manifest.
+    """Read the JSON value of a line, as strictly as `mllm.utils.strict_json`.
 
     Raises:
-        ValueError: too long, not UTF-8, not JSON, a key that stands twice, or half of a surrogate pair.
+        ValueError: too long, not UTF-8, or what is not read there.
     """
-    text = text_of(line)
-    try:
-        row = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON: nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    # Escapes are the only way to write a lone surrogate in a line that is UTF-8; it could never be written out again.
-    if "\\" in text and (problem := unwritable(row)):
-        raise ValueError(problem)
-    return row
-
-
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse_constant)
+    return read_json(text_of(line))
 
 
 def unwritable(row: object) -> str | None:

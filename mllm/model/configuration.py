@@ -3,8 +3,9 @@
 Knows plain values only. Does not know weights, files or how anything is computed.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from functools import cache
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mllm.budget import MEDIA, Space
 from mllm.config.medium import AudioConfig, FramesConfig, ImageConfig, VideoConfig
 from mllm.config.model import ADAPTERS, AdapterConfig
+from mllm.config.nearest import nearest
 from mllm.config.reading import plain, read
 from mllm.config.space import space_of
 from mllm.encoders.av_hubert import register_av_hubert
@@ -22,6 +24,11 @@ CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "vide
 TOWER_NAMES = {"image": "vision_tower", "audio": "audio_tower", "video": "video_tower"}
 BLOCKS: dict[str, type] = {"image": ImageConfig, "audio": AudioConfig, "video": VideoConfig}
 FILE = "config.json"
+# What transformers puts among a config's keys beside its fields: when it saves a quantised model or one with its own
+# code, and, from the keywords of `from_pretrained`, when it reads a file.
+LIBRARY_KEYS = frozenset({"auto_map", "quantization_config"}) | {
+    *("attn_implementation", "experts_implementation", "name_or_path", "num_labels", "output_attentions", "torch_dtype")
+}
 
 
 class ElasticConfig(PreTrainedConfig):
@@ -42,7 +49,8 @@ class ElasticConfig(PreTrainedConfig):
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
 
     Raises:
-        ValueError: media without an encoder config or a placeholder id, or a block that is none; the key is named.
+        ValueError: a key that neither this config nor the library has, media without an encoder config or a placeholder
+            id, or a block that is none; the key is named.
     """
 
     model_type = "elastic"
@@ -69,6 +77,7 @@ class ElasticConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_keys(kwargs)
         register_av_hubert()
         for key in self.sub_configs:
             value = getattr(self, key)
@@ -136,6 +145,20 @@ class ElasticConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the LLM's config, whatever part is asked for: caches and generation only ever concern the LLM."""
         return self.text_config
+
+
+def _check_keys(keys: Iterable[str]) -> None:
+    """Refuse keys that are no fields and not the library's, which the library would keep and nobody read."""
+    for key in keys:
+        if key not in _base_keys() and key not in LIBRARY_KEYS:
+            allowed = sorted(field.name for field in fields(ElasticConfig))  # type: ignore[arg-type]
+            raise ValueError(f"{FILE}: unknown key {key}; {nearest(key, allowed)}")
+
+
+@cache
+def _base_keys() -> frozenset[str]:
+    """Return what every config of transformers writes, such as `model_type`, which is not a field."""
+    return frozenset(PreTrainedConfig().to_dict())
 
 
 def _read_medium(medium: str, block: Any) -> Any:

@@ -38,13 +38,13 @@ class Fields:
     """What is filled in: the question, per medium a file as Gradio names it, and where its slider stands.
 
     Args:
-        with_sound: the sound of a video is read too.
+        with_audio: the audio of a video is read too.
     """
 
     question: str | None
     files: Mapping[str, Any]
     positions: Mapping[str, Any]
-    with_sound: bool = False
+    with_audio: bool = False
 
 
 class Callbacks:
@@ -95,7 +95,7 @@ class Callbacks:
         """
         files = await self._files(fields)
         if not files:
-            raise bad_request("there is no image, sound or video whose budget could differ; add one")
+            raise bad_request("there is no image, audio or video whose budget could differ; add one")
         budgets, number = combinations([self.stops[medium] for medium in files])
         size = self._number_at_once(sum(map(len, files.values())))
         answers: list[Answered] = []
@@ -130,11 +130,11 @@ class Callbacks:
         return ShownOverlay(await asyncio.to_thread(_figure_of, covered, token, stop.budget), number)
 
     async def _files(self, fields: Fields) -> dict[str, bytes]:
-        """Read the files, by medium in the order of prompts; the sound of a video is the video's own bytes."""
+        """Read the files, by medium in the order of prompts; the audio of a video is the video's own bytes."""
         files = {}
         for medium in self.stops:
             content = await asyncio.to_thread(self.uploads.read, fields.files.get(medium), medium)
-            if content is None and medium == "audio" and fields.with_sound:
+            if content is None and medium == "audio" and fields.with_audio:
                 content = await asyncio.to_thread(self.uploads.read, fields.files.get("video"), "video")
             if content is not None:
                 files[medium] = content
@@ -159,7 +159,7 @@ class Callbacks:
         if text is not None and text.strip():
             return text
         if not media:
-            raise bad_request("there is no question and no image, sound or video; add one", "question")
+            raise bad_request("there is no question and no image, audio or video; add one", "question")
         if media not in self.prompts:
             raise bad_request(f"there is no usual question about {' and '.join(media)}; type one", "question")
         return self.prompts[media]

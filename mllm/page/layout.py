@@ -44,19 +44,19 @@ class Inputs:
     question: gr.Textbox
     files: dict[str, gr.Image | gr.Audio | gr.Video]
     positions: dict[str, gr.Slider | gr.State]
-    with_sound: gr.Checkbox | gr.State
+    with_audio: gr.Checkbox | gr.State
 
     @property
     def components(self) -> list[Any]:
         """All of them in the order that `fields` takes their values in."""
-        return [self.question, self.with_sound, *self.files.values(), *self.positions.values()]
+        return [self.question, self.with_audio, *self.files.values(), *self.positions.values()]
 
     def fields(self, values: Sequence[Any]) -> Fields:
         """Read the values of all components."""
-        question, with_sound, *others = values
+        question, with_audio, *others = values
         files = dict(zip(self.files, others, strict=False))
         positions = dict(zip(self.positions, others[len(files) :], strict=True))
-        return Fields(question, files, positions, with_sound is True)
+        return Fields(question, files, positions, with_audio is True)
 
 
 def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> gr.Blocks:
@@ -70,9 +70,9 @@ def build_page(callbacks: Callbacks, *, name: str, defaults: dict[str, int]) -> 
         gr.Markdown(f"# {name}\nWhat each image, sound or video may cost is yours to choose.")
         with gr.Row():
             with gr.Column():
-                files, positions, with_sound = _media(callbacks, defaults)
+                files, positions, with_audio = _media(callbacks, defaults)
             with gr.Column():
-                inputs = Inputs(_question(callbacks), files, positions, with_sound)
+                inputs = Inputs(_question(callbacks), files, positions, with_audio)
                 with gr.Row():
                     ask = gr.Button("Answer", variant="primary", elem_id="ask")
                     ask_all = gr.Button("All budgets side by side", elem_id="ask-all", visible=bool(callbacks.stops))
@@ -136,7 +136,7 @@ def _connect(
 
 
 def _media(callbacks: Callbacks, defaults: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Make what takes a file of each medium, the sliders, and the box to tick for the sound of a video."""
+    """Make what takes a file of each medium, the sliders, and the box to tick for the audio of a video."""
     makers: dict[str, Callable[[], Any]] = {
         "image": lambda: gr.Image(
             label="image",
@@ -152,14 +152,14 @@ def _media(callbacks: Callbacks, defaults: dict[str, int]) -> tuple[dict[str, An
         "video": lambda: gr.Video(label="video", sources=["upload", "webcam"], buttons=[], elem_id="video"),
     }
     files, positions = {}, {}
-    with_sound: Any = gr.State(False)
+    with_audio: Any = gr.State(False)
     for medium, stops in callbacks.stops.items():
         with gr.Column(elem_classes="medium"):
             files[medium] = makers[medium]()
             if medium == "video" and "audio" in callbacks.stops:
-                with_sound = gr.Checkbox(label="read the sound of the video too", elem_id="with-sound")
+                with_audio = gr.Checkbox(label="read the sound of the video too", elem_id="with-audio")
             positions[medium] = _slider(medium, stops, defaults[medium])
-    return files, positions, with_sound
+    return files, positions, with_audio
 
 
 def _question(callbacks: Callbacks) -> gr.Textbox:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from mllm.config.medium import AudioEncoderConfig, ImageEncoderConfig, LipsConfig
+from mllm.config.nearest import nearest
 from mllm.encoders.audio import SAMPLE_RATE_HZ, WHISPER_SAMPLES_PER_FRAME
 from mllm.model.configuration import FILE as MODEL_FILE
 from mllm.model.configuration import ElasticConfig
@@ -17,6 +18,8 @@ from mllm.model.configuration import ElasticConfig
 FILE = "processor_config.json"
 PADDED = {"image_processor_type": "LlavaImageProcessorPil", "do_pad": True}
 """What makes an image processor put margins in its mean colour around an image, computed as LLaVA's code does."""
+_LIBRARY_KEYS = ("processor_class", "auto_map", "chat_template")
+"""What transformers itself writes into the file of a processor, or adds to it from a file beside it."""
 
 
 def preprocessor_values(block: Any, encoder: PreTrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +55,17 @@ def check_has_config(folder: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"{folder} holds no {MODEL_FILE}, where the media and budgets of a model stand; save the model there too"
         )
+
+
+def check_keys(values: Mapping[str, Any]) -> None:
+    """Refuse keys of a processor's file that are neither ours nor the library's, which would drop them.
+
+    Raises:
+        ValueError: naming the file, the key and the nearest one.
+    """
+    for key in values:
+        if key != "elastic" and key not in _LIBRARY_KEYS:
+            raise ValueError(f"{FILE}: unknown key {key}; {nearest(key, ['elastic', *_LIBRARY_KEYS])}")
 
 
 def check_files(

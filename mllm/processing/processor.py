@@ -51,7 +51,7 @@ from mllm.processing.media_inputs import (
     refusal,
     stack_media,
 )
-from mllm.processing.preprocessing import FILE, check_files, check_has_config, preprocessor_values
+from mllm.processing.preprocessing import FILE, check_files, check_has_config, check_keys, preprocessor_values
 from mllm.processing.processor_calls import ProcessorCalls
 from mllm.processing.requests import SEPARATORS
 from mllm.transforms.augmentation import Augmentation, RngFor, rngs_by_purpose
@@ -133,6 +133,7 @@ class ElasticProcessor(ProcessorCalls):
             check_has_config(pretrained_model_name_or_path)
         located = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
         values, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        check_keys(values)
         config = ElasticConfig.from_pretrained(pretrained_model_name_or_path, **located) if config is None else config
         return {**values, "config": config}, rest
 

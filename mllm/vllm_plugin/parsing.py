@@ -1,4 +1,4 @@
-"""Reads the media of a prompt as vLLM hands them over, with our own loader, and brings sound and lips to one length.
+"""Reads the media of a prompt as vLLM hands them over, with our own loader, and brings audio and video to one length.
 
 Knows vLLM's forms of media, and ours. Does not know budgets or encoders.
 
@@ -76,11 +76,11 @@ class ElasticDataParser(MultiModalDataParser):
     def parse_mm_data(self, mm_data: Mapping[str, Any]) -> MultiModalDataItems:  # pyright: ignore
         """Decode what is not decoded yet.
 
-        The only sound and the only video of a prompt are one clip, as with `meta.one_clip` of a manifest: an engine is
+        The only audio and the only video of a prompt are one clip, as with `meta.one_clip` of a manifest: an engine is
         not told the names of files, by which they are known elsewhere.
 
         Raises:
-            MediaError: a file that cannot be used, or sound and video that are not equally long.
+            MediaError: a file that cannot be used, or audio and video that are not equally long.
             ValueError: a medium that the model does not take, or a form that is not read.
         """
         items = {medium: [self._item(medium, one) for one in _listed(medium, data)] for medium, data in mm_data.items()}

@@ -135,6 +135,12 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
             40,
             r"elastic.preprocessors.audio.feature_size is 80, but audio_config",
         ),
+        ("config.json", "trained_part", ["adapter"], r"config.json: unknown key trained_part; did you mean trained_p"),
+        ("config.json", "lora", {"rank": 4}, r"config.json: unknown key lora; allowed: adapter, "),
+        ("config.json", "to_dict", 1, r"config.json: unknown key to_dict; "),
+        ("config.json", "max_length", 20, r"config.json: unknown key max_length; "),
+        ("processor_config.json", "elastics", {}, r"processor_config.json: unknown key elastics; did you mean elastic"),
+        ("processor_config.json", "image_mean", [0, 0, 0], r"processor_config.json: unknown key image_mean; allowed: "),
         ("processor_config.json", "elastic.space", {}, r"processor_config.json: unknown key elastic.space"),
         (
             "processor_config.json",
@@ -189,3 +195,14 @@ def test_a_config_is_the_same_written_and_read() -> None:
     again = ElasticConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
     assert (again.media, again.adapter, again.space) == (config.media, config.adapter, config.space)
     assert isinstance(again.media["image"].compressor, QueryConfig)
+
+
+def test_keys_that_transformers_writes_are_read(world: Path, tmp_path: Path) -> None:
+    config = ElasticConfig.from_pretrained(world / "run", attn_implementation="eager", output_attentions=True)
+    assert (config._attn_implementation, config.output_attentions) == ("eager", True)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config.architectures, config.dtype = ["ElasticForConditionalGeneration"], "bfloat16"
+    config.save_pretrained(tmp_path)
+    again = ElasticConfig.from_pretrained(tmp_path)
+    assert again.to_diff_dict() == config.to_diff_dict()
+    assert ElasticConfig(**config.to_dict()).to_diff_dict() == config.to_diff_dict()

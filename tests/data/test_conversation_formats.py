@@ -4,13 +4,12 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import soundfile
@@ -250,65 +249,59 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
     assert dict(report.media) == {"image": 5}
 
 
-def test_a_data_set_of_a_hub_by_its_name(tmp_path: Path) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a data set of a hub that cannot be reached; it is all there is."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub" / "datasets--owner--images"
+
+
+def test_a_data_set_of_a_hub_by_its_name(hub: Path) -> None:
     """From the cache of huggingface_hub as a download leaves it: snapshots are links to blobs."""
-    cache = tmp_path / "hub" / "datasets--owner--images"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "blobs").mkdir()
+    (hub / "refs").mkdir(parents=True)
+    (hub / "blobs").mkdir()
     revision = "0" * 40
-    (cache / "refs" / "main").write_text(revision)
-    (cache / "snapshots" / revision / "data").mkdir(parents=True)
-    table(cache / "blobs" / "abc", [{"messages": question_turns("<image>?"), "image": CELL}])
-    link = cache / "snapshots" / revision / "data" / "train-00000-of-00001.parquet"
-    link.symlink_to(os.path.relpath(cache / "blobs" / "abc", link.parent))
-    code = (
-        "from mllm.data.readers import read_data, ReaderConfig\nfrom mllm.media import load_image, resolve_media\n"
-        "(one,) = read_data('owner/images', None, ReaderConfig(format='datasets'))\n"
-        "print(load_image(resolve_media(one.root, one.media[0].path)).getpixel((0, 0)), one.id)"
-    )
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "(255, 0, 0) train-00000-of-00001-0", done.stderr
+    (hub / "refs" / "main").write_text(revision)
+    (hub / "snapshots" / revision / "data").mkdir(parents=True)
+    table(hub / "blobs" / "abc", [{"messages": question_turns("<image>?"), "image": CELL}])
+    link = hub / "snapshots" / revision / "data" / "train-00000-of-00001.parquet"
+    link.symlink_to(os.path.relpath(hub / "blobs" / "abc", link.parent))
+    (sample,) = read_data("owner/images", None, ReaderConfig(format="datasets"))
+    assert (colour_of(sample), sample.id) == (RED, "train-00000-of-00001-0")
 
 
-def hub_cache(folder: Path, tables: dict[str, bool]) -> dict[str, str]:
-    """Write the cache of a data set of which revisions hold a table or none; the environment in which it is all there
-    is.
-    """
-    cache = folder / "hub" / "datasets--owner--images"
+def fill(hub: Path, tables: dict[str, bool]) -> None:
+    """Write the cache of a data set of which revisions hold a table or none."""
     for number, (revision, has_table) in enumerate(tables.items()):
-        reference, snapshot = cache / "refs" / revision, cache / "snapshots" / f"{number:040d}"
+        reference, snapshot = hub / "refs" / revision, hub / "snapshots" / f"{number:040d}"
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(snapshot.name)
         snapshot.mkdir(parents=True)
         (snapshot / "README.md").write_text(revision)
         if has_table:
             table(snapshot / "train-00000-of-00001.parquet", [{"messages": question_turns(revision)}])
-    return {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
-def reply_of_hub(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import sys\nfrom mllm.data.readers import read_data, ReaderConfig\n"
-        "print(read_data(sys.argv[1], None, ReaderConfig(format='datasets'))[0].messages[0].text)"
-    )
-    return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=environment)
+def reply_of_hub(name: str) -> str:
+    return read_data(name, None, ReaderConfig(format="datasets"))[0].messages[0].text
 
 
-def test_the_hubs_conversion_never_stands_for_a_named_revision(tmp_path: Path) -> None:
-    environment = hub_cache(tmp_path, {"main": False, "v1": False, "v2": True, "refs/convert/parquet": True})
-    assert reply_of_hub("owner/images", environment).stdout == "refs/convert/parquet\n"
-    assert reply_of_hub("owner/images@v2", environment).stdout == "v2\n"
-    assert reply_of_hub("owner/images@refs/convert/parquet", environment).stdout == "refs/convert/parquet\n"
-    done = reply_of_hub("owner/images@v1", environment)
-    assert done.stdout == ""
-    assert "owner/images@v1 holds no parquet; the hub's conversion of the newest one is owner/images@" in done.stderr
+def test_the_hubs_conversion_never_stands_for_a_named_revision(hub: Path) -> None:
+    fill(hub, {"main": False, "v1": False, "v2": True, "refs/convert/parquet": True})
+    assert reply_of_hub("owner/images") == "refs/convert/parquet"
+    assert reply_of_hub("owner/images@v2") == "v2"
+    assert reply_of_hub("owner/images@refs/convert/parquet") == "refs/convert/parquet"
+    message = "owner/images@v1 holds no parquet; the hub's conversion of the newest one is owner/images@"
+    with pytest.raises(FileNotFoundError, match=message):
+        reply_of_hub("owner/images@v1")
 
 
-def test_a_folder_that_is_not_there_is_named_though_it_looks_like_a_name_of_the_hub(tmp_path: Path) -> None:
-    done = reply_of_hub("data/train", hub_cache(tmp_path, {"main": True}))
+def test_a_folder_that_is_not_there_is_named_though_it_looks_like_a_name_of_the_hub(hub: Path) -> None:
+    fill(hub, {"main": True})
     problem = "data/train: there is no such folder, and a data set of that name cannot be had of the hub: "
-    assert problem in done.stderr
+    with pytest.raises(FileNotFoundError, match=problem):
+        reply_of_hub("data/train")
 
 
 @pytest.mark.parametrize(

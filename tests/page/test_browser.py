@@ -108,25 +108,25 @@ def test_an_answer_and_its_count_change_with_the_slider(
     assert most[0] != fewest[0]
 
 
-def test_a_sound_is_transcribed(page: Page, media: list[dict[str, Path]], answerer: Answerer) -> None:
-    sound = media[0]["audio"]
-    page.upload("audio", sound)
+def test_audio_is_transcribed(page: Page, media: list[dict[str, Path]], answerer: Answerer) -> None:
+    audio = media[0]["audio"]
+    page.upload("audio", audio)
     page.move("audio-budget", HOME)
     page.until(lambda: page.text("audio-line").startswith("audio=/8: "))
     text, used = page.ask()
-    expected = answerer.answer(audio=sound, budget="audio=/8")
+    expected = answerer.answer(audio=audio, budget="audio=/8")
     assert text == expected.text
     assert used.startswith(f"soft tokens: audio {expected.tokens['audio']} ")
 
 
-def test_a_video_is_read_with_its_sound_where_that_is_ticked(
+def test_a_video_is_read_with_its_audio_where_that_is_ticked(
     page: Page, tmp_path: Path, media: list[dict[str, Path]], answerer: Answerer
 ) -> None:
     clip = tmp_path / "clip.mkv"
     tiny.write_clip(media[1]["video"], media[1]["audio"], clip)
     page.upload("video", clip)
     lips = page.ask()
-    page.click("#with-sound input")
+    page.click("#with-audio input")
     both = page.ask()
     assert lips[0] == answerer.answer(video=clip, budget="video=/2").text
     expected = answerer.answer(video=clip, budget="audio=/4,video=/2")
@@ -134,7 +134,7 @@ def test_a_video_is_read_with_its_sound_where_that_is_ticked(
     assert both[1].startswith(f"soft tokens: audio {expected.tokens['audio']}, video {expected.tokens['video']} ")
 
 
-def test_a_sound_of_the_microphone_is_transcribed(page: Page) -> None:
+def test_audio_of_the_microphone_is_transcribed(page: Page) -> None:
     page.click("#audio button[aria-label='Record audio']")
     page.click("#audio button.record-button")
     page.click("#audio button.stop-button")
@@ -203,9 +203,9 @@ def test_what_is_wrong_is_told_in_the_servers_words(page: Page, served: Running,
 
 def test_a_page_without_anything_says_what_is_missing(page: Page) -> None:
     page.click("#ask")
-    page.until(lambda: page.value("problem") == "there is no question and no image, sound or video; add one")
+    page.until(lambda: page.value("problem") == "there is no question and no image, audio or video; add one")
     page.click("#ask-all")
-    page.until(lambda: page.value("problem").startswith("there is no image, sound or video whose budget could differ"))
+    page.until(lambda: page.value("problem").startswith("there is no image, audio or video whose budget could differ"))
 
 
 def test_neither_the_browser_nor_the_server_asks_anybody_else(page: Page, served: Running, asked: Path) -> None:

@@ -37,10 +37,10 @@ def test_flops_have_the_prefix_that_fits() -> None:
 
 def test_media_are_combined_and_of_too_many_budgets_both_ends_are_among_those_that_are_left() -> None:
     images = [Stop(f"image={n}", n) for n in (1, 4, 16, 64)]
-    sounds = [Stop(f"audio=/{n}", 48 // n) for n in (16, 8, 4)]
+    audio = [Stop(f"audio=/{n}", 48 // n) for n in (16, 8, 4)]
     few, number = combinations([images])
     assert (few, number) == ([(stop,) for stop in images], 4)
-    some, number = combinations([images, sounds])
+    some, number = combinations([images, audio])
     assert number == 12
     assert len(set(some)) == MOST_BUDGETS
     assert [stop.budget for stop in some[0]] == ["image=1", "audio=/16"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import openai
 import pytest
 import tiny
-from toy_server import Running, server, write_run
+from toy_server import MAX_REQUESTS, Running, server, write_run
 
 from mllm.checkpoints.load import load
 from mllm.inference.answerer import Answerer, Decoding
@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 24
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run that takes images, sounds and lips."""
+    """The folder of a tiny run that takes images, audio and lips."""
     return write_run(tmp_path_factory.mktemp("served"))
 
 
@@ -38,9 +38,21 @@ def answerer(run: Path) -> Answerer:
 
 
 @pytest.fixture(scope="session")
-def served(run: Path) -> Iterator[Running]:
-    """`mllm serve` with its usual settings, but answers as short as the answerer's."""
+def media_root(tmp_path_factory: pytest.TempPathFactory, files: list[dict[str, bytes]]) -> Path:
+    """A folder with an image, and a link out of it."""
+    root = tmp_path_factory.mktemp("allowed") / "root"
+    root.mkdir()
+    (root / "an image.png").write_bytes(files[0]["image"])
+    (root / "link.png").symlink_to(root.parent / "secret.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def served(run: Path, media_root: Path) -> Iterator[Running]:
+    """`mllm serve` with short answers, as the answerer's, fewer requests at once, and a host and a folder of media."""
     words = ["--requests.max_new_tokens", str(MAX_NEW_TOKENS), "--batching.steps_before_joining", "5"]
+    words += ["--requests.max_requests", str(MAX_REQUESTS)]
+    words += ["--url_hosts", "allowed.example.org", "--media_root", str(media_root)]
     with server(run, *words) as running:
         yield running
 
@@ -53,7 +65,7 @@ def client(served: Running) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A video with sound."""
+    """A video with audio."""
     import av
     import numpy as np
 

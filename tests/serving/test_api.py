@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from toy_server import NAME, Running, data_url, part, user
+from toy_server import HTTP, NAME, Running, data_url, part, user
 
 from mllm.inference.answerer import DEFAULT_PROMPTS, Answerer
 
@@ -87,7 +86,7 @@ def test_media_of_other_forms_are_the_same_media(client: openai.OpenAI, files: F
     assert shown == ask_for(client, part("image", files[0]["image"]), "what?").choices[0].message.content
 
 
-def test_sound_and_frames_of_one_clip_are_brought_to_one_length(
+def test_audio_and_frames_of_one_clip_are_brought_to_one_length(
     client: openai.OpenAI, answerer: Answerer, clip: bytes
 ) -> None:
     audio = {"type": "audio_url", "audio_url": {"url": data_url("video", clip)}}
@@ -153,7 +152,7 @@ def test_text_that_spells_special_tokens_is_text(client: openai.OpenAI, answerer
 
 
 @pytest.mark.parametrize("form", ["json", "text", "verbose_json"])
-def test_sounds_are_transcribed(client: openai.OpenAI, answerer: Answerer, files: Files, form: Any) -> None:
+def test_audio_is_transcribed(client: openai.OpenAI, answerer: Answerer, files: Files, form: Any) -> None:
     file = ("a sound.wav", io.BytesIO(files[0]["audio"]))
     extra = {"budget": "audio=/8"}
     said: Any = client.audio.transcriptions.create(
@@ -185,16 +184,16 @@ def test_the_server_tells_its_model_budgets_health_and_metrics(served: Running, 
     assert client.models.retrieve(NAME).object == "model"
     with pytest.raises(openai.NotFoundError, match="there is no such model; allowed: toy"):
         client.models.retrieve("other")
-    rows = httpx.get(f"{served.url}/budgets").json()["data"]
+    rows = HTTP.get(f"{served.url}/budgets").json()["data"]
     assert [row["budget"] for row in rows if row["type"] == "image"] == ["image=64", "image=16", "image=4", "image=1"]
     assert [row["tokens"] for row in rows if row["type"] == "image"] == [64, 16, 4, 1]
     for medium in BUDGETS:
         of_medium = [row for row in rows if row["type"] == medium]
         assert [row["flops"] for row in of_medium] == sorted((row["flops"] for row in of_medium), reverse=True)
         assert all(row["kv_bytes"] > 0 and row["milliseconds"] > 0 for row in of_medium)
-    assert httpx.get(f"{served.address}/health").json() == {"status": "ok"}
+    assert HTTP.get(f"{served.address}/health").json() == {"status": "ok"}
     ask_for(client, "what?")
-    metrics = httpx.get(f"{served.address}/metrics").text
+    metrics = HTTP.get(f"{served.address}/metrics").text
     assert 'mllm_requests_total{route="/v1/chat/completions",status="200"}' in metrics
     assert "mllm_new_tokens_total" in metrics
 
@@ -206,7 +205,7 @@ def test_media_are_encoded_once(served: Running, client: openai.OpenAI, tmp_path
     image = part("image", (tmp_path / names["image"]).read_bytes())
 
     def encoded() -> float:
-        lines = httpx.get(f"{served.address}/metrics").text.splitlines()
+        lines = HTTP.get(f"{served.address}/metrics").text.splitlines()
         return float(
             next(line for line in lines if line.startswith('mllm_encoded_media_total{medium="image"}')).split()[1]
         )

@@ -12,9 +12,9 @@ from mllm.serving.fields import Fields
 
 SPACE = tiny.processor(tiny.settings()).space
 IMAGE = Extent("image", grid=(8, 8))
-SOUND = Extent("audio", num_frames=40, frames_per_second=50.0)
+AUDIO = Extent("audio", num_frames=40, frames_per_second=50.0)
 LIPS = Extent("video", num_frames=20, frames_per_second=25.0)
-EXTENTS = {"image": IMAGE, "audio": SOUND, "video": LIPS}
+EXTENTS = {"image": IMAGE, "audio": AUDIO, "video": LIPS}
 
 
 def tokens(body: dict[str, Any], *media: tuple[str, dict[str, Any]], default: str = "", cap: str = "") -> list[int]:
@@ -157,7 +157,7 @@ def test_settings_that_no_request_could_meet_are_refused(default: str, cap: str,
 def test_the_budget_that_was_served_is_told_where_it_is_one() -> None:
     policy = BudgetPolicy(SPACE)
     media = [("image", Wishes("a")), ("audio", Wishes("b"))]
-    counts = policy.counts([IMAGE, SOUND], policy.resolve(media, Wishes("", Budget.parse("audio=12.5/s"))))
+    counts = policy.counts([IMAGE, AUDIO], policy.resolve(media, Wishes("", Budget.parse("audio=12.5/s"))))
     assert amounts_of(["image", "audio"], counts) == "image=64,audio=/4"
     other = policy.counts([IMAGE], policy.resolve([("image", Wishes("a", Budget.parse("image=4")))], Wishes()))
     assert amounts_of(["image", "image"], [counts[0], other[0]]) is None

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from toy_server import NAME, Running, part, server, user
+from toy_server import HTTP, NAME, Running, part, server, user
 
 KEY = "a-key-öf-ours"
 HEADERS = {"authorization": f"Bearer {KEY}".encode()}
@@ -61,7 +61,7 @@ def post(running: Running, body: Any, **options: Any) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json", **HEADERS, **options.pop("headers", {})}
     # A decoder that has to be started anew first loads its libraries, which takes long where others share the machine.
-    return httpx.post(f"{running.url}/chat/completions", content=content, headers=headers, timeout=120, **options)
+    return HTTP.post(f"{running.url}/chat/completions", content=content, headers=headers, timeout=120, **options)
 
 
 def body_of(*parts: Any, **changes: Any) -> dict[str, Any]:
@@ -93,20 +93,20 @@ def test_every_route_but_health_needs_the_key(guarded: Running) -> None:
     wrong += [{"authorization": f"Bearer {KEY}x".encode()}, {"authorization": KEY.encode()}, {"x-api-key": "x"}]
     for method, route in routes:
         for headers in wrong:
-            answer = httpx.request(method, guarded.address + route, headers=headers)
+            answer = HTTP.request(method, guarded.address + route, headers=headers)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), (route, headers)
             assert answer.json()["error"]["type"] == "authentication_error"
-        assert httpx.request(method, guarded.address + route, headers=HEADERS).status_code != 401
-    assert httpx.get(f"{guarded.address}/health").status_code == 200
+        assert HTTP.request(method, guarded.address + route, headers=HEADERS).status_code != 401
+    assert HTTP.get(f"{guarded.address}/health").status_code == 200
     for name in ("docs", "redoc", "openapi.json"):
-        assert httpx.get(f"{guarded.address}/{name}", headers=HEADERS).status_code == 404
+        assert HTTP.get(f"{guarded.address}/{name}", headers=HEADERS).status_code == 404
 
 
 def test_bodies_are_refused_by_their_size_type_and_nesting(guarded: Running) -> None:
     large = b'{"a": "' + b"x" * 1_000_000 + b'"}'
     stated = post(guarded, large)
     assert (stated.status_code, stated.json()["error"]["code"]) == (413, "too_large")
-    pieces = httpx.post(
+    pieces = HTTP.post(
         f"{guarded.url}/chat/completions",
         content=(large[start : start + 50_000] for start in range(0, len(large), 50_000)),
         headers={"content-type": "application/json", **HEADERS},
@@ -196,7 +196,7 @@ def test_a_request_may_lower_the_cap_and_never_raise_it(guarded: Running, files:
     refused = post(guarded, body_of(image, "what?", budget="image=64"))
     assert refused.status_code == 400
     assert "this server allows at most image=16, so 16, 4, 1" in refused.json()["error"]["message"]
-    rows = httpx.get(f"{guarded.url}/budgets", headers=HEADERS).json()
+    rows = HTTP.get(f"{guarded.url}/budgets", headers=HEADERS).json()
     assert rows["max_budget"] == "image=16"
     assert [row["budget"] for row in rows["data"] if row["type"] == "image"] == ["image=16", "image=4", "image=1"]
 
@@ -212,7 +212,7 @@ def long_request(running: Running, *, stream: bool) -> socket.socket:
 
 
 def gauges(running: Running) -> dict[str, float]:
-    lines = httpx.get(f"{running.address}/metrics", headers=HEADERS).text.splitlines()
+    lines = HTTP.get(f"{running.address}/metrics", headers=HEADERS).text.splitlines()
     return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("mllm_") and "{" not in line}
 
 
@@ -241,7 +241,7 @@ def test_a_full_queue_says_when_to_come_back(guarded: Running) -> None:
         assert time.monotonic() - start < 2
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert httpx.get(f"{guarded.address}/health").status_code == 200
+        assert HTTP.get(f"{guarded.address}/health").status_code == 200
     finally:
         for connection in waiting:
             connection.close()
@@ -432,21 +432,15 @@ def test_no_address_and_no_path_is_read_unless_the_server_allows_it(
 
 
 def test_with_hosts_and_a_folder_allowed_nothing_else_is_read(
-    run: Path, canary: Canary, tmp_path: Path, files: Files
+    served: Running, media_root: Path, canary: Canary
 ) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "an image.png").write_bytes(files[0]["image"])
-    (root / "link.png").symlink_to(tmp_path / "secret.png")
-    words = ["--url_hosts", "allowed.example.org", "--media_root", str(root)]
-    with server(run, *words, "--measure_budgets", "false", key=KEY) as running:
-        sent_tricks(running, canary, tmp_path)
-        for name, status in (
-            ("an%20image.png", 200),
-            ("link.png", 400),
-            ("../secret.png", 400),
-            ("%2e%2e/secret.png", 400),
-        ):
-            body = body_of({"type": "image_url", "image_url": {"url": f"file:///{name}"}}, "what?", max_tokens=2)
-            assert post(running, body).status_code == status, name
-        assert canary.visits == []
+    sent_tricks(served, canary, media_root.parent)
+    for name, status in (
+        ("an%20image.png", 200),
+        ("link.png", 400),
+        ("../secret.png", 400),
+        ("%2e%2e/secret.png", 400),
+    ):
+        body = body_of({"type": "image_url", "image_url": {"url": f"file:///{name}"}}, "what?", max_tokens=2)
+        assert post(served, body).status_code == status, name
+    assert canary.visits == []

@@ -4,9 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import tiny
+
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import save_run
+from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parents[2]
+OPTIONAL = ("torchaudio", "torchvision", "decord", "deepspeed", "espeakng_loader", "tensorboard")
 LIGHT = """
 import sys
 before = list(sys.meta_path)
@@ -15,21 +20,42 @@ assert sys.meta_path == before
 assert not [name for name in ("torch", "transformers", "torchaudio") if name in sys.modules]
 """
 USED = """
+import sys
 import mllm
 mllm.load, mllm.Answerer, mllm.train, mllm.ElasticProcessor
 mllm.register()
 mllm.register()
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 assert type(AutoConfig.for_model("elastic")).__name__ == "ElasticConfig"
+from mllm.cli import main
+sys.exit(main(["generate", *sys.argv[1:], "--max-new-tokens", "2"]))
 """
 
 
-@pytest.mark.parametrize("code", [LIGHT, USED], ids=["importing does nothing", "names and register"])
-def test_broken_packages_break_nothing(tmp_path: Path, code: str) -> None:
-    for name in ("torchaudio", "torchvision"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+def run_beside_broken_packages(folder: Path, code: str, *words: str) -> str:
+    """Run code in a process where the optional packages are broken; what it wrote to standard error."""
+    for name in OPTIONAL:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
+    environment = {"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *words]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
-    assert ("torchaudio is installed but broken and is left out" in run.stderr) == (code != LIGHT)
+    return run.stderr
+
+
+def test_importing_says_nothing_of_them(tmp_path: Path) -> None:
+    assert "is left out" not in run_beside_broken_packages(tmp_path, LIGHT)
+
+
+def test_names_registration_and_an_answer_do_without_them(tmp_path: Path) -> None:
+    model, processor = build(tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ["audio"]))
+    set_trainables(model)
+    save_run(model, processor, tmp_path / "run")
+    audio = tmp_path / tiny.write_media(tmp_path)["audio"]
+    (tmp_path / "broken").mkdir()
+    said = run_beside_broken_packages(
+        tmp_path / "broken", USED, "--model", str(tmp_path / "run"), "--audio", str(audio)
+    )
+    assert "torchaudio is installed but broken and is left out" in said
+    assert "soft tokens: audio 10" in said

@@ -166,7 +166,7 @@ def test_placeholders_that_no_medium_belongs_to_are_refused(streams: Served) -> 
         streams.ids([{"prompt_token_ids": forged}])
 
 
-def test_sound_and_lips_that_are_no_clip_are_refused(streams: Served) -> None:
+def test_audio_and_video_that_are_no_clip_are_refused(streams: Served) -> None:
     first, last = streams.samples[0], streams.samples[-1]
     data = {
         "audio": [(first.root / "0.wav").read_bytes()],
