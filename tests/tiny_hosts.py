@@ -229,6 +229,106 @@ def _cohere2_vision_processor(tokenizer: Any) -> Any:
     )
 
 
+_MERGED_VISION = {
+    **{"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    **{"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "in_channels": 3},
+}
+_PIXELS = {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 40}
+"""Of images that keep their shape: from 4 to 40 soft tokens of 8 x 8 pixels."""
+
+
+def _merged_ids(tokenizer: Any, image: str = "<|image_pad|>", video: str = "<|video_pad|>") -> dict[str, int]:
+    return {"image_token_id": _id(tokenizer, image), "video_token_id": _id(tokenizer, video)}
+
+
+def _mrope_text(section: tuple[int, int, int] = (1, 1, 2), **more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section), **more}
+    return {**TEXT, "rope_parameters": rope}
+
+
+def _vision_ids(tokenizer: Any) -> dict[str, int]:
+    return {f"vision_{end}_token_id": _id(tokenizer, f"<|vision_{end}|>") for end in ("start", "end")}
+
+
+def _qwen2_vl_config(tokenizer: Any) -> Any:
+    vision = {**_MERGED_VISION, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
+    return hf.Qwen2VLConfig(
+        vision_config={key: vision[key] for key in vision if key not in ("intermediate_size", "out_hidden_size")},
+        text_config=_mrope_text(),
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
+def _qwen2_5_vl_config(tokenizer: Any) -> Any:
+    return hf.Qwen2_5_VLConfig(
+        vision_config={**_MERGED_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+        text_config=_mrope_text(),
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
+def _qwen3_vl_config(tokenizer: Any) -> Any:
+    return hf.Qwen3VLConfig(
+        vision_config={**_MERGED_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 144},
+        text_config={**_mrope_text((2, 1, 1), mrope_interleaved=True), "head_dim": 8},
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
+def _glm4v_config(tokenizer: Any) -> Any:
+    names = ("image_start", "image_end", "video_start", "video_end")
+    tokens = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    return hf.Glm4vConfig(
+        vision_config={**_MERGED_VISION, "image_size": 48},
+        text_config=_mrope_text(),
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer, "<|image|>", "<|video|>"),
+        **{f"{name}_token_id": _id(tokenizer, token) for name, token in zip(names, tokens, strict=True)},
+    )
+
+
+def _merged_processor(family: str) -> Callable[[Any], Any]:
+    """Qwen3-VL has the image processor of Qwen2-VL, with other sizes."""
+    kind = hf.Glm4vImageProcessorPil if family == "glm4v" else hf.Qwen2VLImageProcessorPil
+
+    def make_processor(tokenizer: Any) -> Any:
+        return processor_without_videos(family)(
+            image_processor=kind(patch_size=4, temporal_patch_size=2, merge_size=2, size=dict(_PIXELS)),
+            tokenizer=tokenizer,
+            video_processor=None,
+            chat_template=tokenizer.chat_template,
+        )
+
+    return make_processor
+
+
+def _gemma3_config(tokenizer: Any) -> Any:
+    return hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **{**VISION, "image_size": 32}),
+        text_config=hf.Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=16, sliding_window_pattern=2),
+        mm_tokens_per_image=16,
+        image_token_id=_id(tokenizer, "<image_soft_token>"),
+        boi_token_id=_id(tokenizer, "<start_of_image>"),
+        eoi_token_id=_id(tokenizer, "<end_of_image>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma3_processor(tokenizer: Any) -> Any:
+    return hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        image_seq_length=16,
+        chat_template=tokenizer.chat_template,
+    )
+
+
 _MEL = {"num_mel_bins": 80, "max_source_positions": 1500}
 
 
@@ -339,6 +439,39 @@ HOSTS: dict[str, TinyHost] = {
             ("eoi_token", "<|END_OF_IMG|>"),
             ("image_token", "<|IMG_PATCH|>"),
             ("img_line_break_token", "<|BREAK|>"),
+        ),
+    ),
+    **{
+        family: TinyHost(
+            ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+            _typed("<|vision_start|><|image_pad|><|vision_end|>"),
+            config,
+            _merged_processor(family),
+        )
+        for family, config in (
+            ("qwen2_vl", _qwen2_vl_config),
+            ("qwen2_5_vl", _qwen2_5_vl_config),
+            ("qwen3_vl", _qwen3_vl_config),
+        )
+    },
+    "glm4v": TinyHost(
+        (
+            *("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
+            *("<|begin_of_video|>", "<|end_of_video|>"),
+        ),
+        _typed("<|begin_of_image|><|image|><|end_of_image|>"),
+        _glm4v_config,
+        _merged_processor("glm4v"),
+    ),
+    "gemma3": TinyHost(
+        ("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+        _typed("<start_of_image>"),
+        _gemma3_config,
+        _gemma3_processor,
+        names=(
+            ("boi_token", "<start_of_image>"),
+            ("eoi_token", "<end_of_image>"),
+            ("image_token", "<image_soft_token>"),
         ),
     ),
     "qwen2_audio": TinyHost(

@@ -168,6 +168,8 @@ class MediumSpace:
 
     def _count_grid(self, amount: Amount, extent: Extent) -> TokenCount:
         most = self.max_tokens if self.compressor in ("query", "hybrid") else extent.length
+        if amount.kind == "rate" and self.trained[0].kind == "rate":
+            return self._count_grid_at_rate(int(amount.value), extent)
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
         if self.order == "haar":
@@ -177,6 +179,14 @@ class MediumSpace:
                 whole = ", ".join(map(str, counts))
                 raise ValueError(f"{self.medium}={amount} is no whole grid in Haar order: allowed are counts {whole}")
         return TokenCount(int(amount.value))
+
+    def _count_grid_at_rate(self, rate: int, extent: Extent) -> TokenCount:
+        """Count tokens of an image that keeps its shape, of so many features each; a remainder makes them larger."""
+        if extent.length < rate:
+            raise ValueError(
+                f"{self.medium}=/{rate}: an image of {extent.length} features is too small, it would leave no token"
+            )
+        return TokenCount(extent.length // rate, rate)
 
     def _count_stream(self, amount: Amount, extent: Extent) -> TokenCount:
         frames, value = extent.num_frames, int(amount.value)

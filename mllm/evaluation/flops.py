@@ -34,7 +34,7 @@ from mllm.config.medium import (
 from mllm.config.medium import Projector as ProjectorConfig
 from mllm.config.model import AdapterConfig, GatedLoraConfig, LoraBankConfig, LoraConfig, MomeConfig
 from mllm.encoders import ENCODERS, EncoderBlock, default_block
-from mllm.hosts import HOSTS, build_host
+from mllm.hosts import HOSTS, build_host, host_facts
 from mllm.processing.batch import EncodedSample
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -416,8 +416,8 @@ def _hidden_size(config: Any) -> int:
 
 
 def _feature_size(config: Any) -> int:
-    """Return the size of the features that a compressor reads: of a host, those of its LLM."""
-    return config.get_text_config().hidden_size if config.model_type in HOSTS else _hidden_size(config)
+    """Return the size of the features that a compressor reads."""
+    return host_facts(config).hidden_size if config.model_type in HOSTS else _hidden_size(config)
 
 
 def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: bool = False) -> int:

@@ -30,16 +30,33 @@ class HostItem:
     """Holds one medium item as its host wants it.
 
     Args:
-        values: tiles (P, 3, h, w), or what `mllm.hosts.clips` reads of a clip.
+        values: tiles (P, 3, h, w), patches (P, D) of an image that keeps its shape, or what `mllm.hosts.clips` reads of
+            a clip.
         raw_length: true length of a clip, 1 of an image.
-        ids: of the prompt, the host's tags among them, with one placeholder per tile or clip.
-        tokens: soft tokens of each tile, or of the clip, at the full budget.
+        ids: of the prompt, the host's tags among them, with one placeholder per tile, image or clip.
+        tokens: soft tokens of each of them at the full budget.
+        grid: rows and columns of the soft tokens of an image that keeps its shape.
     """
 
     values: Tensor
     raw_length: int
     ids: tuple[int, ...]
     tokens: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Count the encoded images it makes."""
+        return len(self.values) if self.values.dim() == 4 else 1
+
+
+@dataclass(frozen=True)
+class HostSize:
+    """Tells what an image of one size is made into: so many encoded images of a grid each, and tags of text."""
+
+    grid: tuple[int, int]
+    num_images: int
+    num_tags: int
 
 
 def read_host_processor(source: str, config: Any) -> dict[str, Any]:
@@ -56,7 +73,7 @@ def read_host_processor(source: str, config: Any) -> dict[str, Any]:
     family = find_family(config.model_type, reference=source)
     processor_class = getattr(transformers, family.processor_class)
     values, _ = processor_class.get_processor_dict(source)
-    if family.images is not None:
+    if family.medium == "image":
         part = read_image_processor(source)
     else:
         part = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
@@ -91,7 +108,7 @@ class HostProcessor:
         if not isinstance(self.chat_template, str):
             raise ValueError(f"the processor of this {config.model_type} holds no chat template, or several")
         self.processor = _processor(self.family, values, tokenizer)
-        self._tiles: dict[Any, tuple[int, int]] = {}
+        self._sizes: dict[Any, HostSize] = {}
         self.media_token: str = getattr(self.processor, f"{self.medium}_token")
 
     def __call__(self, raw: Image.Image | Audio) -> HostItem:
@@ -103,6 +120,11 @@ class HostProcessor:
         if isinstance(raw, Audio):
             return self._clip(raw)
         outputs = self._called(images=[raw])
+        if self.family.patches is not None:
+            patches, grid = self.family.patches.inputs(outputs, self.config)
+            tokens = grid[0] * grid[1]
+            ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=tokens, num_tiles=1)
+            return HostItem(patches, 1, ids, tokens, grid)
         values = outputs["pixel_values"]
         values = values.reshape(-1, *values.shape[-3:])
         if self.facts.image_pixels != tuple(values.shape[-2:]):
@@ -162,18 +184,27 @@ class HostProcessor:
     def _extractor(self) -> Any:
         return getattr(self.processor, "feature_extractor", None) or getattr(self.processor, "audio_processor", None)
 
-    def tiles_of(self, height: int, width: int) -> tuple[int, int]:
-        """Count the tiles of an image of this size, and the tags around them, without looking at it.
+    def size_of(self, height: int, width: int) -> "HostSize":
+        """Tell what an image of this size is made into, without looking at it.
 
-        How many tiles there are, and in which rows, the image processor tells by the size alone; what the prompt then
-        looks like is learned of a blank image, once for each such arrangement.
+        How many tiles or patches there are the image processor tells by the size alone; what the prompt then looks like
+        is learned of a blank image, once for each such number.
         """
-        count = getattr(self.processor.image_processor, "get_number_of_image_patches", None)
-        arrangement = None if count is None else count(height, width, {"crop_to_patches": True})
-        if arrangement not in self._tiles:
+        arrangement = self._arrangement(height, width)
+        if arrangement not in self._sizes:
             item = self(Image.new("RGB", (width, height)))
-            self._tiles[arrangement] = len(item.values), len(item.ids) - len(item.values)
-        return self._tiles[arrangement]
+            grid = item.grid or self.facts.grid
+            assert grid is not None
+            self._sizes[arrangement] = HostSize(grid, item.num_images, len(item.ids) - item.num_images)
+        return self._sizes[arrangement]
+
+    def _arrangement(self, height: int, width: int) -> Any:
+        """Return what images that are cut alike have in common; None where all are."""
+        image_processor = self.processor.image_processor
+        if (count := getattr(image_processor, "get_number_of_image_patches", None)) is not None:
+            return count(height, width, {"crop_to_patches": True})
+        keeps_shape = self.family.patches is not None or getattr(image_processor, "do_pan_and_scan", False)
+        return (height, width) if keeps_shape else None
 
     @cached_property
     def beginning(self) -> tuple[int, ...]:
@@ -196,7 +227,7 @@ def _processor(family: HostFamily, values: Mapping[str, Any], tokenizer: Any) ->
     whole_class: Any = getattr(transformers, family.processor_class)
     processor_class = without_videos(whole_class)
     preprocessor = dict(values["preprocessor"])
-    if family.images is not None:
+    if family.medium == "image":
         part = image_processor_class(preprocessor["image_processor_type"]).from_dict(preprocessor)
     else:
         part = getattr(transformers, preprocessor["feature_extractor_type"]).from_dict(preprocessor)

@@ -6,6 +6,7 @@ Shapes: N tiles, h x w pixels of one, T soft tokens of one, H the LLM's hidden s
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -99,3 +100,9 @@ def idefics_grid(config: Any) -> tuple[int, int]:
 def downsampled_grid(config: Any) -> tuple[int, int]:
     """Return rows and columns of the soft tokens of Cohere's vision models."""
     return _square(config, int(config.downsample_factor))
+
+
+def gemma3_grid(config: Any) -> tuple[int, int]:
+    """Return rows and columns of a Gemma 3's soft tokens: patches averaged to a square of so many."""
+    side = math.isqrt(config.mm_tokens_per_image)
+    return _square(config, _patches(config) // side)

@@ -42,6 +42,7 @@ from mllm.processing.batch import Batch, EncodedSample, Expanded, MediaSpan, che
 from mllm.processing.chat import ChatEncoder, Prompt
 from mllm.processing.chat_template import with_media_parts
 from mllm.processing.host_chat import HostChatEncoder
+from mllm.processing.host_positions import position_inputs
 from mllm.processing.media_inputs import (
     ItemNumbers,
     LoadedMedia,
@@ -356,7 +357,9 @@ class ElasticProcessor(ProcessorCalls):
         self._check_medium(medium)
         if self.host is not None:
             item = self.host(raw)
-            return LoadedMedia(medium, item.values, item.raw_length, layout=item.ids, num_features=item.tokens)
+            return LoadedMedia(
+                medium, item.values, item.raw_length, item.grid, layout=item.ids, num_features=item.tokens
+            )
         if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
@@ -463,7 +466,15 @@ class ElasticProcessor(ProcessorCalls):
             check_length(row, costs, self.context_tokens)
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
+        if self.host is not None and self.host.family.has_grid_positions:
+            expanded.inputs.update(position_inputs(batch.rows, expanded, self.host.placeholder_id))
         return expanded
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether prompts can be read in parts: no token of them sees what stands behind it."""
+        channels = None if self.host is None else self.host.family.channels
+        return channels is None or channels.is_causal
 
 
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
