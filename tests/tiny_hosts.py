@@ -122,7 +122,7 @@ def _internvl_config(tokenizer: Any) -> Any:
 
 
 def _internvl_processor(tokenizer: Any) -> Any:
-    return processor_without_videos("internvl")(
+    return processor_class("internvl")(
         image_processor=hf.GotOcr2ImageProcessorPil(
             size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
         ),
@@ -171,7 +171,7 @@ def _smolvlm_config(tokenizer: Any) -> Any:
 
 
 def _smolvlm_processor(tokenizer: Any) -> Any:
-    return processor_without_videos("smolvlm")(
+    return processor_class("smolvlm")(
         image_processor=hf.SmolVLMImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24}),
         tokenizer=tokenizer,
         video_processor=None,
@@ -298,7 +298,7 @@ def _merged_processor(family: str) -> Callable[[Any], Any]:
     kind = hf.Glm4vImageProcessorPil if family == "glm4v" else hf.Qwen2VLImageProcessorPil
 
     def make_processor(tokenizer: Any) -> Any:
-        return processor_without_videos(family)(
+        return processor_class(family)(
             image_processor=kind(patch_size=4, temporal_patch_size=2, merge_size=2, size=dict(_PIXELS)),
             tokenizer=tokenizer,
             video_processor=None,
@@ -325,6 +325,41 @@ def _gemma3_processor(tokenizer: Any) -> Any:
         image_processor=hf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
         tokenizer=tokenizer,
         image_seq_length=16,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _gemma4_config(tokenizer: Any) -> Any:
+    heads = {"head_dim": 8, "global_head_dim": 8}
+    return hf.Gemma4Config(
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **heads},
+            **{"num_key_value_heads": 2, "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 64},
+            "default_output_length": 70,
+        },
+        text_config={
+            **{**TEXT, "num_hidden_layers": 3},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 400, "sliding_window": 16, **heads},
+            **{"num_kv_shared_layers": 0, "num_global_key_value_heads": 2, "use_bidirectional_attention": "vision"},
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 5.0,
+        },
+        audio_config=None,
+        image_token_id=_id(tokenizer, "<image>"),
+        video_token_id=_id(tokenizer, "<|video|>"),
+        audio_token_id=_id(tokenizer, "<audio>"),
+        boi_token_id=_id(tokenizer, "<boi>"),
+        eoi_token_id=_id(tokenizer, "<eoi>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma4_processor(tokenizer: Any) -> Any:
+    return processor_class("gemma4")(
+        feature_extractor=None,
+        image_processor=hf.Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=3, max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=None,
         chat_template=tokenizer.chat_template,
     )
 
@@ -474,6 +509,13 @@ HOSTS: dict[str, TinyHost] = {
             ("image_token", "<image_soft_token>"),
         ),
     ),
+    "gemma4": TinyHost(
+        ("<image>", "<boi>", "<eoi>", "<audio>", "<boa>", "<eoa>", "<|video|>"),
+        _typed("<image>"),
+        _gemma4_config,
+        _gemma4_processor,
+        names=tuple((f"{name}_token", f"<{name}>") for name in ("boi", "eoi", "boa", "eoa", "image", "audio")),
+    ),
     "qwen2_audio": TinyHost(
         ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
         _typed("<|audio_bos|><|AUDIO|><|audio_eos|>\n", "audio"),
@@ -486,16 +528,18 @@ HOSTS: dict[str, TinyHost] = {
     ),
     "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
 }
+KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4")
+"""Families whose images keep their shape."""
 NEEDS = {"smolvlm": "num2words", "cohere2_vision": "torchvision", "granite_speech": "torchaudio"}
 """Packages that the processors of some families want, and that the usual environment does without."""
 
 
-def processor_without_videos(family: str) -> Any:
-    """The processor class of a family as hosts are read: without what reads videos, which needs torchvision."""
+def processor_class(family: str) -> Any:
+    """The processor class of a family as hosts are read: without what reads other media, such as videos."""
     from mllm.hosts.families import HOSTS as FAMILIES
-    from mllm.hosts.processor import without_videos
+    from mllm.hosts.processor import with_read_parts
 
-    return without_videos(getattr(hf, FAMILIES[family].processor_class))
+    return with_read_parts(getattr(hf, FAMILIES[family].processor_class), FAMILIES[family].medium)
 
 
 def make(family: str, *, seed: int = 0) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ QUESTION = "what is this?"
 _IMAGE_PIXELS = ((90, 120), (200, 140))
 _AUDIO_SECONDS = (1.0, 2.5)
 _STREAM_RATES = ("/1", "/2", "/4", "/8")
-_PATCH_RATES = ("/1", "/4", "/16", "/64")
+_PATCH_RATES = ("/1", "/4", "/16")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Knows classes of transformers by family. Does not know budgets, compressors, ada
     clips.py      features of audio clips
     channels.py   what decoders read of a token beside its embedding
     decoder.py    a decoder that reads such
+    rows.py       tokens of text behind the rows of an image
     positions.py  positions of three dimensions
     encoder.py    a host's own encoder and projector behind the contract of an encoder
     processor.py  a host's own processor, called on one medium item at a time

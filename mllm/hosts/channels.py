@@ -147,4 +147,4 @@ class PerLayerInputs(TokenTypes):
 
 def _per_layer(body: Any, input_ids: Tensor) -> Tensor:
     """Look ids up for every layer, and lay the layers side by side."""
-    return body.language_model.get_per_layer_inputs(input_ids).flatten(2)
+    return body.language_model.get_per_layer_inputs(input_ids, None).flatten(2)

@@ -49,12 +49,14 @@ class Patches:
         features: its soft tokens (N, T, C), of its body, patches (N, P, D) and grids (N, 2).
         smallest: patches (1, P, D) and grid (1, 2) of the smallest image, from the host's config.
         merged: patches per soft token, from the host's config.
+        has_breaks: its prompts have a token of text behind each row.
     """
 
     inputs: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Grid]]
     features: Callable[[Any, Tensor, Tensor], Tensor]
     smallest: Callable[[Any], tuple[Tensor, Tensor]]
     merged: Callable[[Any], int]
+    has_breaks: bool = False
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the patches that the encoder reads for one image of so many soft tokens."""
@@ -189,6 +191,17 @@ HOSTS: dict[str, HostFamily] = {
         patches=Patches(patches.padded_inputs, patches.padded_features, patches.padded_smallest, patches.num_pooled),
         channels=PerLayerInputs("mm_token_type_ids"),
         caps_logits=True,
+    ),
+    "mistral3": HostFamily(
+        "Mistral3ForConditionalGeneration",
+        "PixtralProcessor",
+        patches=Patches(
+            patches.cell_inputs,
+            patches.cell_features,
+            patches.cell_smallest,
+            patches.num_in_cell,
+            has_breaks=True,
+        ),
     ),
     "qwen2_audio": HostFamily(
         "Qwen2AudioForConditionalGeneration",

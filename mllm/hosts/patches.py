@@ -82,3 +82,41 @@ def padded_smallest(config: Any) -> tuple[Tensor, Tensor]:
 def num_pooled(config: Any) -> int:
     """Count the patches that Gemma 4 pools to one soft token."""
     return int(config.vision_config.pooling_kernel_size) ** 2
+
+
+def cell_inputs(outputs: Mapping[str, Tensor], config: Any) -> tuple[Tensor, tuple[int, int]]:
+    """Return an image as the cells (P, D) of pixels that a soft token is made of each, and their rows and columns."""
+    side = _cell_side(config)
+    height, width = outputs["image_sizes"][0].tolist()
+    rows, columns = height // side, width // side
+    pixels = outputs["pixel_values"][0, :, :height, :width].reshape(-1, rows, side, columns, side)
+    return pixels.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1), (rows, columns)
+
+
+def cell_features(body: Any, values: Tensor, grids: Tensor) -> Tensor:
+    """Encode cells of pixels (N, P, D) as Mistral 3 does its images; (N, T, H), each in reading order."""
+    side = _cell_side(body.config)
+    sizes = side * grids
+    rows, columns = grids.amax(dim=0).tolist()
+    pixels = values.new_zeros(len(values), values.shape[-1] // side**2, rows * side, columns * side)
+    for image, cells, (rows, columns) in zip(pixels, values, grids.tolist(), strict=True):
+        shown = cells[: rows * columns].view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4)
+        image[:, : rows * side, : columns * side] = shown.reshape(-1, rows * side, columns * side)
+    layer = body.config.vision_feature_layer
+    output = body.get_image_features(pixels, sizes, vision_feature_layer=layer, return_dict=True)
+    return pad_sequence(list(output.pooler_output), batch_first=True)
+
+
+def cell_smallest(config: Any) -> tuple[Tensor, Tensor]:
+    """Make the cell of an image of one soft token."""
+    return torch.zeros(1, 1, config.vision_config.num_channels * _cell_side(config) ** 2), torch.ones(1, 2).long()
+
+
+def num_in_cell(config: Any) -> int:
+    """Count the patches that Mistral 3 merges to one soft token."""
+    return int(config.spatial_merge_size) ** 2
+
+
+def _cell_side(config: Any) -> int:
+    """Return the side of a cell in pixels."""
+    return int(config.vision_config.patch_size * config.spatial_merge_size)

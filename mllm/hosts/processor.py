@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoFeatureExtractor
 
-from mllm.hosts.families import HostFamily, find_family, host_facts, placeholder_id
+from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, placeholder_id
+from mllm.hosts.rows import RowBreaks, without_breaks
 from mllm.media import Audio
 from mllm.transforms.image_processors import image_processor_class, read_image_processor
 
-_WITHOUT_VIDEOS = "video_processor"
-"""What some processors of images want beside: it needs torchvision, and videos of hosts are not read."""
+_READ = {"image": ("image_processor",), "audio": ("feature_extractor", "audio_processor")}
+"""The parts of processors that are used, by medium. Others may need packages, and what they read is not read here."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class HostItem:
         ids: of the prompt, the host's tags among them, with one placeholder per tile, image or clip.
         tokens: soft tokens of each of them at the full budget.
         grid: rows and columns of the soft tokens of an image that keeps its shape.
+        breaks: ids that stand behind its rows, which are not among `ids`.
     """
 
     values: Tensor
@@ -43,6 +45,13 @@ class HostItem:
     ids: tuple[int, ...]
     tokens: int
     grid: tuple[int, int] | None = None
+    breaks: RowBreaks | None = None
+
+    @property
+    def num_tags(self) -> int:
+        """Count the tokens of text between and around its soft tokens, at the full budget."""
+        num_rows = 0 if self.breaks is None or self.grid is None else self.grid[0]
+        return len(self.ids) - self.num_images + num_rows
 
     @property
     def num_images(self) -> int:
@@ -121,10 +130,7 @@ class HostProcessor:
             return self._clip(raw)
         outputs = self._called(images=[raw])
         if self.family.patches is not None:
-            patches, grid = self.family.patches.inputs(outputs, self.config)
-            tokens = grid[0] * grid[1]
-            ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=tokens, num_tiles=1)
-            return HostItem(patches, 1, ids, tokens, grid)
+            return self._patches(outputs, self.family.patches)
         values = outputs["pixel_values"]
         values = values.reshape(-1, *values.shape[-3:])
         if self.facts.image_pixels != tuple(values.shape[-2:]):
@@ -136,6 +142,15 @@ class HostProcessor:
         each = self.facts.grid[0] * self.facts.grid[1]
         ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=each, num_tiles=len(values))
         return HostItem(values, 1, ids, each)
+
+    def _patches(self, outputs: Mapping[str, Any], family: Patches) -> HostItem:
+        """Take an image that keeps its shape out of what the host's processor gives."""
+        patches, grid = family.inputs(outputs, self.config)
+        ids, tokens = outputs["input_ids"][0].tolist(), grid[0] * grid[1]
+        if family.has_breaks:
+            ids, breaks = without_breaks(ids, self.placeholder_id, grid)
+            return HostItem(patches, 1, tuple(ids), tokens, grid, breaks)
+        return HostItem(patches, 1, self._one_per_tile(ids, each=tokens, num_tiles=1), tokens, grid)
 
     def _clip(self, raw: Audio) -> HostItem:
         clips = self.family.clips
@@ -195,7 +210,7 @@ class HostProcessor:
             item = self(Image.new("RGB", (width, height)))
             grid = item.grid or self.facts.grid
             assert grid is not None
-            self._sizes[arrangement] = HostSize(grid, item.num_images, len(item.ids) - item.num_images)
+            self._sizes[arrangement] = HostSize(grid, item.num_images, item.num_tags)
         return self._sizes[arrangement]
 
     def _arrangement(self, height: int, width: int) -> Any:
@@ -215,9 +230,9 @@ class HostProcessor:
         return tuple(added[:start])
 
 
-def without_videos(processor_class: Any) -> Any:
-    """Return a class of processors that does without what reads videos, if that is the only part it would lack."""
-    parts = [name for name in processor_class.get_attributes() if name != _WITHOUT_VIDEOS]
+def with_read_parts(processor_class: Any, medium: str) -> Any:
+    """Return a class of processors that does without parts that read other media, if it has any."""
+    parts = [name for name in processor_class.get_attributes() if name in ("tokenizer", *_READ[medium])]
     if len(parts) == len(processor_class.get_attributes()):
         return processor_class
     return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda cls: parts)})
@@ -225,13 +240,13 @@ def without_videos(processor_class: Any) -> Any:
 
 def _processor(family: HostFamily, values: Mapping[str, Any], tokenizer: Any) -> Any:
     whole_class: Any = getattr(transformers, family.processor_class)
-    processor_class = without_videos(whole_class)
+    processor_class = with_read_parts(whole_class, family.medium)
     preprocessor = dict(values["preprocessor"])
     if family.medium == "image":
         part = image_processor_class(preprocessor["image_processor_type"]).from_dict(preprocessor)
     else:
         part = getattr(transformers, preprocessor["feature_extractor_type"]).from_dict(preprocessor)
-    arguments = {name: tokenizer if name == "tokenizer" else part for name in processor_class.get_attributes()}
-    if processor_class is not whole_class:
-        arguments[_WITHOUT_VIDEOS] = None
+    arguments: dict[str, Any] = dict.fromkeys(whole_class.get_attributes())
+    for name in processor_class.get_attributes():
+        arguments[name] = tokenizer if name == "tokenizer" else part
     return processor_class(**arguments, **values["arguments"], chat_template=values.get("chat_template"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from mllm.adapters.expert_ids import NO_EXPERT, NO_EXPERT_NAMES, ExpertNames
 from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount, count_tokens
 from mllm.budget.tiling import Tiles
+from mllm.hosts.rows import RowBreaks, in_rows, row_sizes
 from mllm.kv_cache.shared_prefix import group_rows
 from mllm.processing.placeholders import IGNORED_LABEL, expand_placeholders, pad_rows
 from mllm.processing.token_order import NEWLINE, order_of, shown_items
@@ -27,7 +28,8 @@ class MediaSpan:
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
     encoded in. `encoded_as` names the medium whose encoder is used where it is another one's. `layout` holds the ids
-    that stand for it in the text of a host: tags, and one placeholder per encoded image or clip.
+    that stand for it in the text of a host: tags, and one placeholder per encoded image or clip. `breaks` are the
+    tokens of text that a host puts behind the rows of an image.
     """
 
     extent: Extent
@@ -35,16 +37,37 @@ class MediaSpan:
     tilings: tuple[Tiles, ...] = ()
     encoded_as: str = ""
     layout: tuple[int, ...] = ()
+    breaks: RowBreaks | None = None
 
     @property
     def encoder(self) -> str:
         """Return the medium whose encoder its items went through."""
         return self.encoded_as or self.extent.medium
 
-    @property
-    def num_tags(self) -> int:
+    def num_tags(self, count: TokenCount) -> int:
         """Count the tokens of text that stand between the soft ones and around them."""
-        return max(len(self.layout) - self.extent.num_images, 0)
+        around = max(len(self.layout) - self.extent.num_images, 0)
+        if self.breaks is None:
+            return around
+        assert self.extent.grid is not None
+        return around + len(row_sizes(self.extent.grid, count.tokens))
+
+    def shown(self, count: TokenCount, placeholders: frozenset[int]) -> tuple[list[int], list[int]]:
+        """Return the ids that stand for it at a cost, and the soft tokens of each placeholder among them."""
+        ids: list[int] = []
+        counts: list[int] = []
+        for token in self.layout:
+            if token not in placeholders:
+                ids.append(token)
+            elif self.breaks is None:
+                ids.append(token)
+                counts.append(count.tokens if count.tiles is not None else count.each or count.tokens)
+            else:
+                assert self.extent.grid is not None
+                rows, sizes = in_rows(token, self.extent.grid, count.tokens, self.breaks)
+                ids += rows
+                counts += sizes
+        return ids, counts
 
 
 @dataclass
@@ -92,11 +115,11 @@ class EncodedSample:
         labels: list[int] = []
         piece_counts: list[int] = []
         for token, label in zip(self.ids, self.labels, strict=True):
-            shown = (token,)
+            shown = [token]
             if token in placeholders and (pair := next(spans, None)) is not None:
                 span, count = pair
-                shown = span.layout or shown
-                piece_counts += [count.each or count.tokens] * sum(one in placeholders for one in shown)
+                shown, counts_shown = span.shown(count, placeholders) if span.layout else ([token], [count.tokens])
+                piece_counts += counts_shown
             ids += shown
             labels += [IGNORED_LABEL if token in placeholders else label] * len(shown)
         return LaidOut(ids, labels, piece_counts)
@@ -108,7 +131,7 @@ class EncodedSample:
             ValueError: a medium that lies there, whole or in part; the sample is named.
         """
         largest_counts = self.token_counts(space.largest(), space)
-        lengths = iter(cost.tokens + span.num_tags for span, cost in zip(self.spans, largest_counts, strict=True))
+        lengths = iter(cost.tokens + span.num_tags(cost) for span, cost in zip(self.spans, largest_counts, strict=True))
         length = 0
         for index, token in enumerate(self.ids):
             is_medium = token in placeholders
@@ -222,7 +245,7 @@ def expand(
 
 def num_prompt_tokens(row: EncodedSample, counts: Sequence[TokenCount]) -> int:
     """Count the tokens of a row whose media cost so many soft tokens each."""
-    tags = sum(span.num_tags for span in row.spans)
+    tags = sum(span.num_tags(count) for span, count in zip(row.spans, counts, strict=True))
     return len(row.ids) - len(row.spans) + tags + sum(count.tokens for count in counts)
 
 

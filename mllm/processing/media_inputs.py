@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mllm.budget import Budget, Extent, Space, count_tokens
 from mllm.budget.tiling import Size, Tiles
+from mllm.hosts.rows import RowBreaks
 from mllm.media import MediaError
 from mllm.transforms.encoder_inputs import ImageTransform, NotMouthCrops
 from mllm.transforms.image_tiles import cut
@@ -30,7 +31,7 @@ class LoadedMedia:
     encoder they want. `grid` is that of an image's patches where images keep their shape.
 
     Of a host, `layout` holds the ids that show the item, the host's tags with one placeholder per encoded image or
-    clip, and `num_features` counts the features of a clip.
+    clip, `breaks` what stands behind its rows, and `num_features` counts the features of a clip.
     """
 
     medium: str
@@ -42,6 +43,7 @@ class LoadedMedia:
     tilings: tuple[Tiles, ...] = ()
     layout: tuple[int, ...] = ()
     num_features: int = 0
+    breaks: RowBreaks | None = None
 
     @property
     def encoder(self) -> str:

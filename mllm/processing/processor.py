@@ -358,7 +358,13 @@ class ElasticProcessor(ProcessorCalls):
         if self.host is not None:
             item = self.host(raw)
             return LoadedMedia(
-                medium, item.values, item.raw_length, item.grid, layout=item.ids, num_features=item.tokens
+                medium,
+                item.values,
+                item.raw_length,
+                item.grid,
+                layout=item.ids,
+                num_features=item.tokens,
+                breaks=item.breaks,
             )
         if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
@@ -436,7 +442,7 @@ class ElasticProcessor(ProcessorCalls):
                 )
             try:
                 spans = tuple(
-                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as, item.layout)
+                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as, item.layout, item.breaks)
                     for item in items
                 )
             except ValueError as error:
