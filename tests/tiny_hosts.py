@@ -364,6 +364,55 @@ def _gemma4_processor(tokenizer: Any) -> Any:
     )
 
 
+_PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+
+
+def _llava_next_config(tokenizer: Any) -> Any:
+    return hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(projection_dim=16, **VISION),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=_id(tokenizer, "<image>"),
+        image_grid_pinpoints=_PINPOINTS,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_next_processor(tokenizer: Any) -> Any:
+    return hf.LlavaNextProcessor(
+        image_processor=hf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, image_grid_pinpoints=_PINPOINTS
+        ),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _mistral3_config(tokenizer: Any) -> Any:
+    return hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**{**VISION, "image_size": 64}, head_dim=8),
+        text_config=hf.MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+        image_token_id=_id(tokenizer, "[IMG]"),
+        spatial_merge_size=2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+
+
+def _mistral3_processor(tokenizer: Any) -> Any:
+    return hf.PixtralProcessor(
+        image_processor=hf.PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size={"height": 8, "width": 8}),
+        tokenizer=tokenizer,
+        patch_size=4,
+        spatial_merge_size=2,
+        chat_template=tokenizer.chat_template,
+    )
+
+
 _MEL = {"num_mel_bins": 80, "max_source_positions": 1500}
 
 
@@ -516,6 +565,8 @@ HOSTS: dict[str, TinyHost] = {
         _gemma4_processor,
         names=tuple((f"{name}_token", f"<{name}>") for name in ("boi", "eoi", "boa", "eoa", "image", "audio")),
     ),
+    "llava_next": TinyHost(("<image>",), IMAGES_FIRST, _llava_next_config, _llava_next_processor),
+    "mistral3": TinyHost(("[IMG]", "[IMG_BREAK]", "[IMG_END]"), _typed("[IMG]"), _mistral3_config, _mistral3_processor),
     "qwen2_audio": TinyHost(
         ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
         _typed("<|audio_bos|><|AUDIO|><|audio_eos|>\n", "audio"),
@@ -528,9 +579,14 @@ HOSTS: dict[str, TinyHost] = {
     ),
     "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
 }
-KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4")
+KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4", "mistral3")
 """Families whose images keep their shape."""
-NEEDS = {"smolvlm": "num2words", "cohere2_vision": "torchvision", "granite_speech": "torchaudio"}
+NEEDS = {
+    "smolvlm": "num2words",
+    "mistral3": "torchvision",
+    "cohere2_vision": "torchvision",
+    "granite_speech": "torchaudio",
+}
 """Packages that the processors of some families want, and that the usual environment does without."""
 
 

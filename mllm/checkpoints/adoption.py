@@ -26,7 +26,7 @@ from mllm.config.model import ModelConfig
 from mllm.config.processor import ProcessorConfig
 from mllm.config.reading import read
 from mllm.encoders import EncoderFacts
-from mllm.hosts import build_host, find_family, host_facts, read_host_processor
+from mllm.hosts import build_host, find_family, host_facts, read_host_processor, reading_parts
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.processing.processor import ElasticProcessor
@@ -73,13 +73,13 @@ def examine(reference: str) -> Findings:
     family, facts = find_family(config.model_type, reference=reference), host_facts(config)
     with torch.device("meta"), unsharded():
         body = build_host(config).model
-    others = {name: part for name, part in body.named_children() if name not in (family.decoder, family.encoder)}
-    projectors = list(others.values())
+    encoder, projectors = reading_parts(body)
     names = ", ".join(type(part).__name__ for part in projectors)
+    num_merging = sum(_size(getattr(encoder, name)) for name in family.merging)
     return Findings(
         model_type=config.model_type,
         medium=family.medium,
-        encoder=_sized(getattr(body, family.encoder)),
+        encoder=(type(encoder).__name__, _size(encoder) - num_merging),
         projector=(names, sum(_size(part) for part in projectors)),
         llm=_sized(getattr(body, family.decoder)),
         grid=facts.grid,

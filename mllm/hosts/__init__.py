@@ -18,7 +18,17 @@ A host whose decoder wants more than embeddings and a mask is built of these; a 
 
 from mllm.hosts.decoder import HostDecoder
 from mllm.hosts.encoder import HostEncoder
-from mllm.hosts.families import HOSTS, HostFamily, build_host, find_family, host_class, host_facts, placeholder_id
+from mllm.hosts.families import (
+    HOSTS,
+    HostFamily,
+    build_host,
+    find_family,
+    host_class,
+    host_facts,
+    host_tiling,
+    placeholder_id,
+    reading_parts,
+)
 from mllm.hosts.processor import HostItem, HostProcessor, read_host_processor
 
 __all__ = [
@@ -32,6 +42,8 @@ __all__ = [
     "find_family",
     "host_class",
     "host_facts",
+    "host_tiling",
     "placeholder_id",
     "read_host_processor",
+    "reading_parts",
 ]

@@ -35,6 +35,8 @@ class HostEncoder(Encoder):
         self.hidden_size = facts.hidden_size
         self.grid = facts.grid
         self.max_patches = facts.max_patches
+        # What the host puts behind the rows of a map; a parameter of the body itself, and of none of its parts.
+        self.newline: nn.Parameter | None = getattr(body, "image_newline", None)
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
         """Encodes media by the host's own method.

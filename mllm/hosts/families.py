@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mllm.budget.tiling import Tiling
 from mllm.encoders import EncoderFacts
 from mllm.hosts import clips, patches, tiles
 from mllm.hosts.channels import Channels, Levels, PerLayerInputs, TokenTypes
@@ -29,10 +30,13 @@ class Images:
     Args:
         grid: rows and columns of the soft tokens of a tile, from the host's config.
         is_nested: whether its method takes the tiles of an image one dimension deeper.
+        tiling: how the tiles of an image are put together as one map, from the host's config; None where they stay
+            apart.
     """
 
     grid: Callable[[Any], Grid]
     is_nested: bool = False
+    tiling: Callable[[Any], Tiling] | None = None
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the patches that the encoder reads for one tile."""
@@ -95,6 +99,8 @@ class HostFamily:
     Args:
         model_class, processor_class: their names in transformers.
         decoder, encoder: the attributes of the body that hold the LLM, and what comes before the projector.
+        merging: the attributes of the encoder that run once per soft token, as projectors do.
+        unread: the attributes of the body that hold what reads other media.
         images, patches, clips: how it reads images in tiles, images that keep their shape, or audio.
         channels: what its decoder reads of a token beside its embedding.
         has_grid_positions: its positions have three dimensions; see `mllm.hosts.positions`.
@@ -105,6 +111,8 @@ class HostFamily:
     processor_class: str
     decoder: str = "language_model"
     encoder: str = "vision_tower"
+    merging: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     images: Images | None = None
     patches: Patches | None = None
     clips: Clips | None = None
@@ -154,6 +162,7 @@ HOSTS: dict[str, HostFamily] = {
         "Qwen2VLForConditionalGeneration",
         "Qwen2VLProcessor",
         encoder="visual",
+        merging=("merger",),
         patches=_MERGED,
         has_grid_positions=True,
     ),
@@ -161,6 +170,7 @@ HOSTS: dict[str, HostFamily] = {
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen2_5_VLProcessor",
         encoder="visual",
+        merging=("merger",),
         patches=_MERGED,
         has_grid_positions=True,
     ),
@@ -168,6 +178,7 @@ HOSTS: dict[str, HostFamily] = {
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLProcessor",
         encoder="visual",
+        merging=("merger", "deepstack_merger_list"),
         patches=_MERGED,
         channels=Levels(),
         has_grid_positions=True,
@@ -176,6 +187,7 @@ HOSTS: dict[str, HostFamily] = {
         "Glm4vForConditionalGeneration",
         "Glm4vProcessor",
         encoder="visual",
+        merging=("merger",),
         patches=_MERGED,
         has_grid_positions=True,
     ),
@@ -188,9 +200,15 @@ HOSTS: dict[str, HostFamily] = {
     "gemma4": HostFamily(
         "Gemma4ForConditionalGeneration",
         "Gemma4Processor",
+        unread=("audio_tower", "embed_audio"),
         patches=Patches(patches.padded_inputs, patches.padded_features, patches.padded_smallest, patches.num_pooled),
         channels=PerLayerInputs("mm_token_type_ids"),
         caps_logits=True,
+    ),
+    "llava_next": HostFamily(
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextProcessor",
+        images=Images(tiles.llava_grid, tiling=tiles.pinpoint_tiling),
     ),
     "mistral3": HostFamily(
         "Mistral3ForConditionalGeneration",
@@ -246,12 +264,11 @@ HOSTS: dict[str, HostFamily] = {
 
 _TYPICAL_SIDE = 16
 """Rows and columns of an image that reports are about, where images keep their shape."""
-_NEWLINES = "its features hold newlines, or its prompts breaks behind rows"
 NOT_YET: dict[str, str] = {
     "qwen3_5": "its layers of linear attention have no place for the adapter",
     "qwen2_5_omni": "it reads several media at once",
     "paligemma": "its prompts are made by no template, and are read in both directions",
-    **dict.fromkeys(("llava_next", "llava_onevision", "mistral3"), _NEWLINES),
+    "llava_onevision": "it scales the map of a large image down before it reads it",
     "voxtral": "its prompts are made by mistral-common and by no template",
 }
 """Families that are known and refused, each with the reason."""
@@ -284,10 +301,25 @@ def build_host(config: Any) -> Any:
     return host_class(config)._from_config(copy.deepcopy(config))
 
 
+def reading_parts(body: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the encoder of a host's body, and what runs once per soft token: its projectors, some in the encoder."""
+    family = find_family(body.config.model_type, reference="the host")
+    encoder = getattr(body, family.encoder)
+    known = (family.decoder, family.encoder, *family.unread)
+    projectors = [part for name, part in body.named_children() if name not in known]
+    return encoder, projectors + [getattr(encoder, name) for name in family.merging]
+
+
 def placeholder_id(config: Any, medium: str) -> int:
     """Return the id that stands once per soft token in the prompts of a host."""
     values = [getattr(config, f"{medium}_token_{name}", None) for name in ("id", "index")]
     return int(next(value for value in values if value is not None))
+
+
+def host_tiling(config: Any) -> Tiling | None:
+    """Return how a host puts the tiles of an image together; None where they stay apart, or there are none."""
+    images = find_family(config.model_type, reference="the host").images
+    return None if images is None or images.tiling is None else images.tiling(config)
 
 
 def host_facts(config: Any) -> EncoderFacts:

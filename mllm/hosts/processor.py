@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoFeatureExtractor
 
-from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, placeholder_id
+from mllm.budget.tiling import Size, Tiles, Tiling
+from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
 from mllm.hosts.rows import RowBreaks, without_breaks
 from mllm.media import Audio
 from mllm.transforms.image_processors import image_processor_class, read_image_processor
@@ -38,6 +39,7 @@ class HostItem:
         tokens: soft tokens of each of them at the full budget.
         grid: rows and columns of the soft tokens of an image that keeps its shape.
         breaks: ids that stand behind its rows, which are not among `ids`.
+        tiles, image_pixels: of an image whose tiles are put together as one map, for which there is one placeholder.
     """
 
     values: Tensor
@@ -46,12 +48,14 @@ class HostItem:
     tokens: int
     grid: tuple[int, int] | None = None
     breaks: RowBreaks | None = None
+    tiles: Tiles | None = None
+    image_pixels: Size | None = None
 
     @property
     def num_tags(self) -> int:
         """Count the tokens of text between and around its soft tokens, at the full budget."""
         num_rows = 0 if self.breaks is None or self.grid is None else self.grid[0]
-        return len(self.ids) - self.num_images + num_rows
+        return len(self.ids) - (1 if self.tiles is not None else self.num_images) + num_rows
 
     @property
     def num_images(self) -> int:
@@ -111,6 +115,7 @@ class HostProcessor:
         self.family: HostFamily = find_family(config.model_type, reference="the host")
         self.medium: Literal["image", "audio"] = self.family.medium
         self.facts = host_facts(config)
+        self.tiling = host_tiling(config)
         self.tokenizer = tokenizer
         self.placeholder_id = placeholder_id(config, self.medium)
         self.chat_template = values.get("chat_template") or tokenizer.chat_template
@@ -140,8 +145,26 @@ class HostProcessor:
             )
         assert self.facts.grid is not None
         each = self.facts.grid[0] * self.facts.grid[1]
+        if self.tiling is not None:
+            return self._map(outputs, values, (raw.height, raw.width), self.tiling)
         ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=each, num_tiles=len(values))
         return HostItem(values, 1, ids, each)
+
+    def _map(self, outputs: Mapping[str, Any], values: Tensor, image_pixels: Size, tiling: Tiling) -> HostItem:
+        """Take an image whose tiles are put together as one map out of what the host's processor gives.
+
+        Raises:
+            ValueError: other tiles, or a map of another size, than `mllm.budget.tiling` makes.
+        """
+        tile, grid = self.facts.image_pixels, self.facts.grid
+        assert tile is not None
+        assert grid is not None
+        tiles, each = tiling.choose(image_pixels, tile), grid[0] * grid[1]
+        if len(values) != tiles.num_images:
+            raise ValueError(f"the host's processor made {len(values)} tiles, and {tiles.num_images} were expected")
+        tokens = tiling.num_tokens(tiles, each, image=image_pixels, tile=tile, grid=grid)
+        ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=tokens, num_tiles=1)
+        return HostItem(values, 1, ids, each, tiles=tiles, image_pixels=image_pixels)
 
     def _patches(self, outputs: Mapping[str, Any], family: Patches) -> HostItem:
         """Take an image that keeps its shape out of what the host's processor gives."""

@@ -296,7 +296,7 @@ class ElasticModel(ElasticPreTrainedModel):
                 if layout is None:
                     embeds = merge(embeds, mask, soft, num_tokens)
                 else:
-                    newline = None if self.newline is None or medium != "image" else self.newline()
+                    newline = self._newline() if medium == "image" else None
                     embeds = place_in_order(embeds, mask, soft, layout, newline)
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
@@ -304,6 +304,12 @@ class ElasticModel(ElasticPreTrainedModel):
         if self.newline is not None and not is_placed and self.training and _is_distributed():
             embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
         return embeds
+
+    def _newline(self) -> Tensor | None:
+        """Return what ends the rows of images (H,): a host's own, or the learned one."""
+        if self.config.host_config is not None:
+            return self.encoder("image").newline
+        return None if self.newline is None else self.newline()
 
     def _most_tokens(self, medium: str, features: Features, length: int) -> int:
         """Bound the tokens of one item from above, so that many short spans in a long row stay small."""

@@ -365,6 +365,8 @@ class ElasticProcessor(ProcessorCalls):
                 layout=item.ids,
                 num_features=item.tokens,
                 breaks=item.breaks,
+                image_pixels=item.image_pixels,
+                tilings=() if item.tiles is None else (item.tiles,),
             )
         if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
             return self._with_tiles([self._images(medium, raw)], [raw], [])[0]

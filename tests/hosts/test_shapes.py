@@ -8,12 +8,14 @@ import tiny_hosts
 import torch
 from PIL import Image
 
-from mllm.budget import Amount, Budget, Extent
+from mllm.budget import Amount, Budget, Extent, TokenCount
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.hosts.positions import PlacedImage, look_up, position_table, row_positions
+from mllm.hosts.rows import RowBreaks, in_rows, row_sizes, without_breaks
 from mllm.inference.answerer import Answerer
 from mllm.inference.decoding import Decoding
 from mllm.kv_cache.names import cache_argument
+from mllm.processing.batch import EncodedSample, MediaSpan, num_prompt_tokens
 from mllm.training.step import prepare_packing
 
 FAST = ["qwen3_vl"]
@@ -54,7 +56,7 @@ def test_images_of_different_shapes_and_budgets_share_a_batch_and_answer_as_alon
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changed_pixels_show_most_at_the_soft_token_of_their_place(adopted: Any, family: str) -> None:
     model, processor, _host = adopted(family)
-    height, width = (30, 40) if family != "gemma4" else (36, 48)
+    height, width = (30, 40)
     rows, columns = processor.host(tiny_hosts.image(height, width)).grid
     plain = np.asarray(tiny_hosts.image(height, width))
     cells = [(row, column) for row in range(rows) for column in range(columns)]
@@ -145,6 +147,33 @@ def test_an_answer_goes_on_from_what_was_read_with_a_table_of_one_entry(adopted:
     later = model.generate(**rows, **behind, **cache_argument(cache), **options)
     width = rows["input_ids"].shape[1]
     assert torch.equal(later[:, width:], whole[:, width:])
+
+
+def test_rows_of_pooled_tokens_have_a_break_behind_each_as_those_of_the_host() -> None:
+    breaks = RowBreaks(7, 8)
+    full = [5, *[9, 9, 9, 7] * 3, 9, 9, 9, 8, 6]
+    ids, found = without_breaks(full, 9, (4, 3))
+    assert (ids, found) == ([5, 9, 6], breaks)
+    for tokens in range(1, 13):
+        assert sum(row_sizes((4, 3), tokens)) == tokens
+    shown, sizes = in_rows(9, (4, 3), 12, breaks)
+    assert (shown, sizes) == ([9, 7, 9, 7, 9, 7, 9, 8], [3, 3, 3, 3])
+    assert in_rows(9, (4, 3), 1, breaks) == ([9, 8], [1])
+    with pytest.raises(ValueError, match="no 4 rows of 3 soft tokens with a break behind each"):
+        without_breaks([5, *[9, 9, 9, 7] * 2, *[9, 9, 7, 9], 9, 9, 9, 8, 6], 9, (4, 3))
+    with pytest.raises(ValueError, match="fewer ids than 4 rows of 3 soft tokens have"):
+        without_breaks(full[:-4], 9, (4, 3))
+
+
+def test_tokens_of_text_between_rows_are_counted_at_every_budget() -> None:
+    span = MediaSpan(Extent("image", grid=(4, 3)), 0, layout=(5, 9, 6), breaks=RowBreaks(7, 8))
+    row = EncodedSample("row", [4, 9, 4], [-100] * 3, (span,))
+    for tokens in (12, 6, 1):
+        count = TokenCount(tokens)
+        laid_out = row.laid_out([count], frozenset({9}))
+        length = len(laid_out.ids) - len(laid_out.counts) + sum(laid_out.counts)
+        assert length == num_prompt_tokens(row, [count])
+        assert sum(laid_out.counts) == tokens
 
 
 def test_rows_of_hosts_that_cannot_be_packed_are_padded(adopted: Any) -> None:
