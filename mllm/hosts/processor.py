@@ -15,7 +15,7 @@ from typing import Any, Literal
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, ProcessorMixin
 
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
@@ -253,12 +253,20 @@ class HostProcessor:
         return tuple(added[:start])
 
 
+class _PartsRead(ProcessorMixin):
+    """Takes the parts of a processor that are there, behind a class that hands all of its parts on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{name: part for name, part in kwargs.items() if part is not None})
+
+
 def with_read_parts(processor_class: Any, medium: str) -> Any:
     """Return a class of processors that does without parts that read other media, if it has any."""
     parts = [name for name in processor_class.get_attributes() if name in ("tokenizer", *_READ[medium])]
     if len(parts) == len(processor_class.get_attributes()):
         return processor_class
-    return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda cls: parts)})
+    members = {"get_attributes": classmethod(lambda cls: parts)}
+    return type(processor_class.__name__, (processor_class, _PartsRead), members)
 
 
 def _processor(family: HostFamily, values: Mapping[str, Any], tokenizer: Any) -> Any:
