@@ -180,6 +180,11 @@ def test_an_adopted_host_trains_as_its_config_stands_and_comes_closer_to_itself(
     with torch.no_grad():
         expected = original(**adoption.host_inputs(processor, raw, torch.float32)).logits
         assert torch.equal(model(**tiny_hosts.inputs(processor, [raw])).logits, expected)
+    export("runs/adopted", "exported")
+    with torch.no_grad():
+        for budget in ("", f"{medium}={budgets[-1]}"):
+            inputs = tiny_hosts.inputs(processor, [raw], budget)
+            assert torch.equal(auto_model(Path("exported"))(**inputs).logits, model(**inputs).logits)
     listed = ";".join(f"{medium}={budget}" for budget in budgets)
     words = ["evaluate", "--model", "runs/adopted", "--manifest", str(manifest), "--budgets", listed]
     assert main([*words, "--max_new_tokens", "4", "--limit", "4"]) == 0

@@ -16,6 +16,10 @@ from mllm.inference.answerer import Answerer
 from mllm.inference.decoding import Decoding
 from mllm.kv_cache.names import cache_argument
 from mllm.processing.batch import EncodedSample, MediaSpan, num_prompt_tokens
+from mllm.serving.answering import AnswerRules, AnswerRun
+from mllm.serving.engine import Engine
+from mllm.serving.media_cache import MediaItem
+from mllm.serving.preparation import CountedSample, PromptRow
 from mllm.training.step import prepare_packing
 
 FAST = ["qwen3_vl"]
@@ -147,6 +151,32 @@ def test_an_answer_goes_on_from_what_was_read_with_a_table_of_one_entry(adopted:
     later = model.generate(**rows, **behind, **cache_argument(cache), **options)
     width = rows["input_ids"].shape[1]
     assert torch.equal(later[:, width:], whole[:, width:])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_server_writes_an_answer_that_was_interrupted_as_without_a_pause(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    engine = Engine(model, processor)
+    budget = Budget.parse("image=/4" if family == "qwen3_vl" else "image=4")
+    rules = AnswerRules(6, ignores_end=True)
+    runs = [AnswerRun(prompt(processor, tiny_hosts.image(*size), budget), rules) for size in SIZES]
+    while any(run.ending is None for run in runs):
+        engine.write([run for run in runs if run.ending is None], lambda steps, rows: steps >= 2)
+    for run, size in zip(runs, SIZES, strict=True):
+        inputs = expanded(processor, [[tiny_hosts.image(*size)]], [str(budget)])
+        whole = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert run.ids == whole[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def prompt(processor: Any, raw: Image.Image, budget: Budget) -> PromptRow:
+    """A prompt about an image as a server prepares it."""
+    loaded = processor.transform("image", raw)
+    sample = Sample("row", (Message("user", (Media("image", "x"), Text("what?"))),), task="test")
+    row = processor.batch([sample], [[loaded]], for_training=False).rows[0]
+    counts = row.token_counts(budget, processor.space)
+    counted = CountedSample(row.sample_id, row.ids, row.labels, row.spans, row.task, counted=tuple(counts))
+    item = MediaItem(loaded, processor.extent(loaded))
+    return PromptRow(counted, (item,), ("x",), num_prompt_tokens(row, counts))
 
 
 def test_rows_of_pooled_tokens_have_a_break_behind_each_as_those_of_the_host() -> None:
