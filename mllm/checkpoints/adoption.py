@@ -175,13 +175,21 @@ def _inputs(processor: ElasticProcessor, raw: Any, budget: str) -> BatchFeature:
     return processor(text=QUESTION, budget=budget, **media)
 
 
-def host_inputs(processor: ElasticProcessor, raw: Any, dtype: torch.dtype, *, question: str = QUESTION) -> Any:
+def host_inputs(
+    processor: ElasticProcessor,
+    raw: Any,
+    dtype: torch.dtype,
+    *,
+    question: str = QUESTION,
+    images_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Make the inputs of a question about an image, or about audio at the host's rate, by the host's own pipeline.
 
     Args:
         processor: of a model on the host.
         raw: an image of Pillow, or samples.
         dtype: of the host.
+        images_kwargs: with which the host's processor is called, such as a smaller resolution of images.
     """
     host = processor.host
     assert host is not None
@@ -190,7 +198,9 @@ def host_inputs(processor: ElasticProcessor, raw: Any, dtype: torch.dtype, *, qu
         add_generation_prompt=True,
     )
     bos = host.tokenizer.bos_token
-    options = {"add_special_tokens": False} if bos is not None and str(prompt).startswith(bos) else {}
+    options: dict[str, Any] = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
+    if bos is not None and str(prompt).startswith(bos):
+        options["add_special_tokens"] = False
     media = {"images": [raw]} if host.medium == "image" else {"audio": [raw]}
     outputs = host.processor(text=[str(prompt)], **media, return_tensors="pt", **options)
     return {

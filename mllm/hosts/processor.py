@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoFeatureExtractor, ProcessorMixin
 
+from mllm.budget.resolution import Resolution
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
+from mllm.hosts.resizing import HostResizing, resizing_of
 from mllm.hosts.rows import RowBreaks, without_breaks
 from mllm.media import Audio
 from mllm.transforms.image_processors import image_processor_class, read_image_processor
@@ -55,7 +57,12 @@ class HostItem:
     def num_tags(self) -> int:
         """Count the tokens of text between and around its soft tokens, at the full budget."""
         num_rows = 0 if self.breaks is None or self.grid is None else self.grid[0]
-        return len(self.ids) - (1 if self.tiles is not None else self.num_images) + num_rows
+        return len(self.ids) - self.num_placeholders + num_rows
+
+    @property
+    def num_placeholders(self) -> int:
+        """Count the placeholders among its ids."""
+        return 1 if self.tiles is not None else self.num_images
 
     @property
     def num_images(self) -> int:
@@ -122,18 +129,33 @@ class HostProcessor:
         if not isinstance(self.chat_template, str):
             raise ValueError(f"the processor of this {config.model_type} holds no chat template, or several")
         self.processor = _processor(self.family, values, tokenizer)
+        self.resizing = self._resizing(values)
         self._sizes: dict[Any, HostSize] = {}
         self.media_token: str = getattr(self.processor, f"{self.medium}_token")
 
-    def __call__(self, raw: Image.Image | Audio) -> HostItem:
+    def _resizing(self, values: Mapping[str, Any]) -> HostResizing | None:
+        if self.facts.grid is None:
+            return None
+        rows, columns = self.facts.grid
+        return resizing_of(self.config.model_type, values["preprocessor"], rows * columns)
+
+    def __call__(self, raw: Image.Image | Audio, resolution: Resolution | None = None) -> HostItem:
         """Process one image or clip.
 
+        Args:
+            resolution: at which an image is seen, of `resizing`; the processor's own when left out.
+
         Raises:
-            ValueError: a clip at another rate or too long, or a prompt that is not one of whole tiles.
+            ValueError: a clip at another rate or too long, a prompt that is not one of whole tiles, or an image that is
+                cut into others than its size says.
         """
         if isinstance(raw, Audio):
             return self._clip(raw)
-        outputs = self._called(images=[raw])
+        keywords = {}
+        if resolution is not None:
+            assert self.resizing is not None
+            keywords = {"images_kwargs": self.resizing.keywords(resolution.setting)}
+        outputs = self._called(images=[raw], **keywords)
         if self.family.patches is not None:
             return self._patches(outputs, self.family.patches)
         values = outputs["pixel_values"]
@@ -144,6 +166,11 @@ class HostProcessor:
                 f"{self.facts.image_pixels}"
             )
         assert self.facts.grid is not None
+        if resolution is not None and len(values) != resolution.num_images:
+            raise ValueError(
+                f"the host's processor made {len(values)} tiles of an image of {raw.height} x {raw.width} pixels, and "
+                f"by its size there are {resolution.num_images}"
+            )
         each = self.facts.grid[0] * self.facts.grid[1]
         if self.tiling is not None:
             return self._map(outputs, values, (raw.height, raw.width), self.tiling)
@@ -194,6 +221,7 @@ class HostProcessor:
         return HostItem(values, length, self._one_per_tile(ids, each=tokens, num_tiles=1), tokens)
 
     def _called(self, **media: Any) -> Mapping[str, Any]:
+        """Call the processor on one medium item; its own default settings hold unless keywords of images are given."""
         return self.processor(text=[self.media_token], **media, return_tensors="pt", add_special_tokens=False)
 
     def _one_per_tile(self, ids: list[int], *, each: int, num_tiles: int) -> tuple[int, ...]:

@@ -13,8 +13,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     written: dict[str, str] = {}
 
     def folder(family: str) -> str:
-        if family in tiny_hosts.NEEDS:
-            pytest.importorskip(tiny_hosts.NEEDS[family], exc_type=ImportError)
+        tiny_hosts.require(family)
         if family not in written:
             written[family] = tiny_hosts.write(family, tmp_path_factory.mktemp("hosts") / family)
         return written[family]

@@ -16,6 +16,7 @@ from mllm.inference.answerer import Answerer
 from mllm.inference.decoding import Decoding
 from mllm.kv_cache.names import cache_argument
 from mllm.processing.batch import EncodedSample, MediaSpan, num_prompt_tokens
+from mllm.processing.media_inputs import HostView
 from mllm.serving.answering import AnswerRules, AnswerRun
 from mllm.serving.engine import Engine
 from mllm.serving.media_cache import MediaItem
@@ -196,7 +197,7 @@ def test_rows_of_pooled_tokens_have_a_break_behind_each_as_those_of_the_host() -
 
 
 def test_tokens_of_text_between_rows_are_counted_at_every_budget() -> None:
-    span = MediaSpan(Extent("image", grid=(4, 3)), 0, layout=(5, 9, 6), breaks=RowBreaks(7, 8))
+    span = MediaSpan(Extent("image", grid=(4, 3)), 0, views=(HostView((5, 9, 6), breaks=RowBreaks(7, 8)),))
     row = EncodedSample("row", [4, 9, 4], [-100] * 3, (span,))
     for tokens in (12, 6, 1):
         count = TokenCount(tokens)
