@@ -16,13 +16,13 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-lips test-lmms test-vllm test-all environments lint types check bench clean
+.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-hosts test-lips test-lmms test-vllm test-all environments lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The bare environments: .venv, and for other versions of the libraries those named after what they are for.
-ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real page lock liger lips lmms vllm)
+ENVIRONMENTS := $(VENV) $(addprefix $(VENV)-,oldest newest real page lock liger hosts lips lmms vllm)
 $(addsuffix /bin/python,$(ENVIRONMENTS)):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
@@ -111,6 +111,15 @@ $(VENV)-liger/stamp: $(LOCK) | $(VENV)-liger/bin/python
 test-liger: $(VENV)-liger/stamp
 	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py
 
+$(VENV)-hosts/stamp: $(LOCK) | $(VENV)-hosts/bin/python
+	$(VENV)-hosts/bin/python $(INSTALL) --no-project
+	$(VENV)-hosts/bin/python -m pip install --quiet --editable ".[hosts,test]"
+	@touch $@
+
+## make test-hosts the tests of hosts whose processors need num2words, torchvision or torchaudio, in an environment of their own
+test-hosts: $(VENV)-hosts/stamp
+	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "smolvlm or cohere2_vision or granite_speech"
+
 $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 	$(VENV)-lips/bin/python $(INSTALL) --no-project
 	$(VENV)-lips/bin/python -m pip install --quiet --editable ".[lips,demo,test]"
@@ -148,7 +157,7 @@ test-vllm: $(VENV)-vllm/stamp
 # What CI installs while the slow tests, which leave a core idle, run.
 environments: $(addsuffix /stamp,$(addprefix $(VENV)-,oldest real page liger))
 
-test-all: test test-slow test-page test-liger test-lips test-lmms test-vllm
+test-all: test test-slow test-page test-liger test-hosts test-lips test-lmms test-vllm
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

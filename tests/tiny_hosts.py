@@ -1,11 +1,13 @@
 """Tiny random hosts of every family, saved as a hub would hold them: weights, processor, tokenizer, chat template."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from PIL import Image
@@ -122,7 +124,7 @@ def _internvl_config(tokenizer: Any) -> Any:
 
 
 def _internvl_processor(tokenizer: Any) -> Any:
-    return processor_without_videos("internvl")(
+    return processor_class("internvl")(
         image_processor=hf.GotOcr2ImageProcessorPil(
             size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
         ),
@@ -171,7 +173,7 @@ def _smolvlm_config(tokenizer: Any) -> Any:
 
 
 def _smolvlm_processor(tokenizer: Any) -> Any:
-    return processor_without_videos("smolvlm")(
+    return processor_class("smolvlm")(
         image_processor=hf.SmolVLMImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24}),
         tokenizer=tokenizer,
         video_processor=None,
@@ -225,6 +227,190 @@ def _cohere2_vision_processor(tokenizer: Any) -> Any:
             size={"height": 24, "width": 24}, patch_size=3, downsample_factor=2, max_patches=4
         ),
         tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+_MERGED_VISION = {
+    **{"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    **{"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "in_channels": 3},
+}
+_PIXELS = {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 40}
+"""Of images that keep their shape: from 4 to 40 soft tokens of 8 x 8 pixels."""
+
+
+def _merged_ids(tokenizer: Any, image: str = "<|image_pad|>", video: str = "<|video_pad|>") -> dict[str, int]:
+    return {"image_token_id": _id(tokenizer, image), "video_token_id": _id(tokenizer, video)}
+
+
+def _mrope_text(section: tuple[int, int, int] = (1, 1, 2), **more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section), **more}
+    return {**TEXT, "rope_parameters": rope}
+
+
+def _vision_ids(tokenizer: Any) -> dict[str, int]:
+    return {f"vision_{end}_token_id": _id(tokenizer, f"<|vision_{end}|>") for end in ("start", "end")}
+
+
+def _qwen2_vl_config(tokenizer: Any) -> Any:
+    vision = {**_MERGED_VISION, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
+    return hf.Qwen2VLConfig(
+        vision_config={key: vision[key] for key in vision if key not in ("intermediate_size", "out_hidden_size")},
+        text_config=_mrope_text(),
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
+def _qwen2_5_vl_config(tokenizer: Any) -> Any:
+    return hf.Qwen2_5_VLConfig(
+        vision_config={**_MERGED_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+        text_config=_mrope_text(),
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
+def _qwen3_vl_config(tokenizer: Any) -> Any:
+    return hf.Qwen3VLConfig(
+        vision_config={**_MERGED_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 144},
+        text_config={**_mrope_text((2, 1, 1), mrope_interleaved=True), "head_dim": 8},
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
+def _glm4v_config(tokenizer: Any) -> Any:
+    names = ("image_start", "image_end", "video_start", "video_end")
+    tokens = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    return hf.Glm4vConfig(
+        vision_config={**_MERGED_VISION, "image_size": 48},
+        text_config=_mrope_text(),
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer, "<|image|>", "<|video|>"),
+        **{f"{name}_token_id": _id(tokenizer, token) for name, token in zip(names, tokens, strict=True)},
+    )
+
+
+def _merged_processor(family: str) -> Callable[[Any], Any]:
+    """Qwen3-VL has the image processor of Qwen2-VL, with other sizes."""
+    kind = hf.Glm4vImageProcessorPil if family == "glm4v" else hf.Qwen2VLImageProcessorPil
+
+    def make_processor(tokenizer: Any) -> Any:
+        return processor_class(family)(
+            image_processor=kind(patch_size=4, temporal_patch_size=2, merge_size=2, size=dict(_PIXELS)),
+            tokenizer=tokenizer,
+            video_processor=None,
+            chat_template=tokenizer.chat_template,
+        )
+
+    return make_processor
+
+
+def _gemma3_config(tokenizer: Any) -> Any:
+    return hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **{**VISION, "image_size": 32}),
+        text_config=hf.Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=16, sliding_window_pattern=2),
+        mm_tokens_per_image=16,
+        image_token_id=_id(tokenizer, "<image_soft_token>"),
+        boi_token_id=_id(tokenizer, "<start_of_image>"),
+        eoi_token_id=_id(tokenizer, "<end_of_image>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma3_processor(tokenizer: Any) -> Any:
+    return hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        image_seq_length=16,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _gemma4_config(tokenizer: Any) -> Any:
+    heads = {"head_dim": 8, "global_head_dim": 8}
+    return hf.Gemma4Config(
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **heads},
+            **{"num_key_value_heads": 2, "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 64},
+            "default_output_length": 70,
+        },
+        text_config={
+            **{**TEXT, "num_hidden_layers": 3},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 400, "sliding_window": 16, **heads},
+            **{"num_kv_shared_layers": 0, "num_global_key_value_heads": 2, "use_bidirectional_attention": "vision"},
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 5.0,
+        },
+        audio_config=None,
+        image_token_id=_id(tokenizer, "<image>"),
+        video_token_id=_id(tokenizer, "<|video|>"),
+        audio_token_id=_id(tokenizer, "<audio>"),
+        boi_token_id=_id(tokenizer, "<boi>"),
+        eoi_token_id=_id(tokenizer, "<eoi>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma4_processor(tokenizer: Any) -> Any:
+    return processor_class("gemma4")(
+        feature_extractor=None,
+        image_processor=hf.Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=3, max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=None,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+_PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+
+
+def _llava_next_config(tokenizer: Any) -> Any:
+    return hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(projection_dim=16, **VISION),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=_id(tokenizer, "<image>"),
+        image_grid_pinpoints=_PINPOINTS,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_next_processor(tokenizer: Any) -> Any:
+    return hf.LlavaNextProcessor(
+        image_processor=hf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, image_grid_pinpoints=_PINPOINTS
+        ),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _mistral3_config(tokenizer: Any) -> Any:
+    return hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**{**VISION, "image_size": 64}, head_dim=8),
+        text_config=hf.MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+        image_token_id=_id(tokenizer, "[IMG]"),
+        spatial_merge_size=2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+
+
+def _mistral3_processor(tokenizer: Any) -> Any:
+    return hf.PixtralProcessor(
+        image_processor=hf.PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size={"height": 8, "width": 8}),
+        tokenizer=tokenizer,
+        patch_size=4,
+        spatial_merge_size=2,
         chat_template=tokenizer.chat_template,
     )
 
@@ -341,6 +527,48 @@ HOSTS: dict[str, TinyHost] = {
             ("img_line_break_token", "<|BREAK|>"),
         ),
     ),
+    **{
+        family: TinyHost(
+            ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+            _typed("<|vision_start|><|image_pad|><|vision_end|>"),
+            config,
+            _merged_processor(family),
+        )
+        for family, config in (
+            ("qwen2_vl", _qwen2_vl_config),
+            ("qwen2_5_vl", _qwen2_5_vl_config),
+            ("qwen3_vl", _qwen3_vl_config),
+        )
+    },
+    "glm4v": TinyHost(
+        (
+            *("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
+            *("<|begin_of_video|>", "<|end_of_video|>"),
+        ),
+        _typed("<|begin_of_image|><|image|><|end_of_image|>"),
+        _glm4v_config,
+        _merged_processor("glm4v"),
+    ),
+    "gemma3": TinyHost(
+        ("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+        _typed("<start_of_image>"),
+        _gemma3_config,
+        _gemma3_processor,
+        names=(
+            ("boi_token", "<start_of_image>"),
+            ("eoi_token", "<end_of_image>"),
+            ("image_token", "<image_soft_token>"),
+        ),
+    ),
+    "gemma4": TinyHost(
+        ("<image>", "<boi>", "<eoi>", "<audio>", "<boa>", "<eoa>", "<|video|>"),
+        _typed("<image>"),
+        _gemma4_config,
+        _gemma4_processor,
+        names=tuple((f"{name}_token", f"<{name}>") for name in ("boi", "eoi", "boa", "eoa", "image", "audio")),
+    ),
+    "llava_next": TinyHost(("<image>",), IMAGES_FIRST, _llava_next_config, _llava_next_processor),
+    "mistral3": TinyHost(("[IMG]", "[IMG_BREAK]", "[IMG_END]"), _typed("[IMG]"), _mistral3_config, _mistral3_processor),
     "qwen2_audio": TinyHost(
         ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
         _typed("<|audio_bos|><|AUDIO|><|audio_eos|>\n", "audio"),
@@ -353,16 +581,29 @@ HOSTS: dict[str, TinyHost] = {
     ),
     "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
 }
-NEEDS = {"smolvlm": "num2words", "cohere2_vision": "torchvision", "granite_speech": "torchaudio"}
+KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4", "mistral3")
+"""Families whose images keep their shape."""
+NEEDS = {
+    "smolvlm": "num2words",
+    "mistral3": "torchvision",
+    "cohere2_vision": "torchvision",
+    "granite_speech": "torchaudio",
+}
 """Packages that the processors of some families want, and that the usual environment does without."""
 
 
-def processor_without_videos(family: str) -> Any:
-    """The processor class of a family as hosts are read: without what reads videos, which needs torchvision."""
-    from mllm.hosts.families import HOSTS as FAMILIES
-    from mllm.hosts.processor import without_videos
+def require(family: str) -> None:
+    """Skip a test of a family whose packages are not here; fail where `make test-hosts` has installed them."""
+    if family in NEEDS and not os.environ.get("REQUIRE_HOSTS"):
+        pytest.importorskip(NEEDS[family], exc_type=ImportError)
 
-    return without_videos(getattr(hf, FAMILIES[family].processor_class))
+
+def processor_class(family: str) -> Any:
+    """The processor class of a family as hosts are read: without what reads other media, such as videos."""
+    from mllm.hosts.families import HOSTS as FAMILIES
+    from mllm.hosts.processor import with_read_parts
+
+    return with_read_parts(getattr(hf, FAMILIES[family].processor_class), FAMILIES[family].medium)
 
 
 def make(family: str, *, seed: int = 0) -> tuple[Any, Any]:

@@ -6,9 +6,11 @@
     image=max           the largest of the space (what a medium that is not named gets)
     tiles<=4            at most so many tiles per image, the thumbnail not counted; 0 shows the thumbnail alone
     frames=8            frames shown of each video whose frames are images
+    image<=280          the image is seen smaller, so that it has at most so many tokens before any is pooled
     total<=256          a cap over all media of one request: the largest allowed split wins
 
-An image that is cut into tiles costs image=n tokens per tile, and a video of images video=n per frame.
+An image that is cut into tiles costs image=n tokens per tile, and a video of images video=n per frame. `image<=280`
+counts all tiles together, and goes with `image=n`: `image=64,image<=280` sees at most 280 and shows 64 of every tile.
 
 Knows words and numbers. Does not know media, encoders, or what can be met; that is `budget/space.py`.
 """
@@ -71,12 +73,13 @@ def _decimal(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """Amounts by medium, caps on tiles and on the sum, and frames. `Budget.parse(str(b)) == b`."""
+    """Amounts by medium, caps on tiles, on the sum and on what is seen, and frames. `Budget.parse(str(b)) == b`."""
 
     amounts: Mapping[str, Amount] = field(default_factory=dict)
     total_tokens: int | None = None
     max_tiles: int | None = None
     num_frames: int | None = None
+    max_image_tokens: int | None = None
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -91,21 +94,21 @@ class Budget:
         amounts: dict[str, Amount] = {}
         numbers: dict[str, int] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
-            word = next((word for word in _NUMBERS if item.startswith(word)), None)
+            word = next((word for word in _NUMBERS if item.startswith(word) and _is_number(item, word)), None)
             if word is not None:
                 numbers[word] = _number(item, word, numbers)
                 continue
             medium, equals, amount = (word.strip() for word in item.partition("="))
             if not equals or medium not in MEDIA:
                 raise ValueError(
-                    f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}), total<=N, tiles<=N or "
-                    "frames=N"
+                    f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}), image<=N, total<=N, "
+                    "tiles<=N or frames=N"
                 )
             if medium in amounts:
                 raise ValueError(f"budget {text!r} names {medium} twice")
             amounts[medium] = Amount.parse(amount)
         ordered = {m: amounts[m] for m in MEDIA if m in amounts}
-        return cls(ordered, numbers.get("total"), numbers.get("tiles"), numbers.get("frames"))
+        return cls(ordered, *(numbers.get(word) for word in ("total", "tiles", "frames", "image")))
 
     @classmethod
     def of(cls, value: "BudgetInput") -> "Budget":
@@ -117,7 +120,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
-            signs = {name: sign for name, (sign, _) in _NUMBERS.items()}
+            signs = {name: sign for name, (sign, _) in _NUMBERS.items() if name not in MEDIA}
             return cls.parse(",".join(f"{key}{signs.get(key, '=')}{amount}" for key, amount in value.items()))
         if isinstance(value, str):
             if value.strip().isdigit():
@@ -127,14 +130,19 @@ class Budget:
 
     def __str__(self) -> str:
         items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
-        values = {"tiles": self.max_tiles, "frames": self.num_frames, "total": self.total_tokens}
+        values = {
+            "image": self.max_image_tokens,
+            "tiles": self.max_tiles,
+            "frames": self.num_frames,
+            "total": self.total_tokens,
+        }
         return ",".join(items + [f"{name}{_NUMBERS[name][0]}{n}" for name, n in values.items() if n is not None])
 
     @property
     def media(self) -> set[str]:
         """The media it speaks of."""
-        named = {"image": self.max_tiles, "video": self.num_frames}
-        return set(self.amounts) | {medium for medium, number in named.items() if number is not None}
+        numbers = (("image", self.max_tiles), ("image", self.max_image_tokens), ("video", self.num_frames))
+        return set(self.amounts) | {medium for medium, number in numbers if number is not None}
 
     def only(self, media: Collection[str]) -> "Budget":
         """Return what it says of these media."""
@@ -143,12 +151,13 @@ class Budget:
             self.total_tokens,
             self.max_tiles if "image" in media else None,
             self.num_frames if "video" in media else None,
+            self.max_image_tokens if "image" in media else None,
         )
 
 
 BudgetInput = Budget | str | Mapping[str, str | int]
 """A budget, a text such as "image=16,audio=/4", or amounts by medium such as {"image": 16}; see `Budget.of`."""
-_NUMBERS = {"tiles": ("<=", 0), "frames": ("=", 1), "total": ("<=", 1)}
+_NUMBERS = {"tiles": ("<=", 0), "frames": ("=", 1), "total": ("<=", 1), "image": ("<=", 1)}
 """What a budget says beside amounts: the sign it is written with, and the least number."""
 
 
@@ -158,6 +167,11 @@ def _say_the_medium(value: object) -> str:
         f'budget is {value!r}, which does not say of what; write the medium: "image={number}" for soft tokens of an '
         'image, "audio=/4" or "video=/2" for frames per soft token, "total<=256" for all media together'
     )
+
+
+def _is_number(item: str, word: str) -> bool:
+    """Say whether an item that begins with a word is a number of `_NUMBERS`; `image=64` is an amount."""
+    return word not in MEDIA or _NUMBERS[word][0] in item
 
 
 def _number(item: str, word: str, known: Mapping[str, int]) -> int:

@@ -40,7 +40,7 @@ class BudgetSampler:
         mode: see the file's docstring.
         num_budgets: budgets per step; `default_num_budgets` of them when None.
         seed: what is sampled is a function of (seed, step, number of the budget, medium) alone.
-        points: budgets of the mode `points`, every one naming only media of the space.
+        points: budgets of the mode `points`, every one naming only what the space holds.
         is_gated: nothing is learned at the full budget, so random ones are never that.
 
     Raises:
@@ -69,6 +69,10 @@ class BudgetSampler:
         for point in self.points:
             if missing := point.media - set(self.space.media):
                 raise ValueError(f"sampler.points names {min(missing)}, which the space does not hold")
+            try:
+                self.space.check(point)
+            except ValueError as error:
+                raise ValueError(f"sampler.points: {error}") from error
 
     def __call__(self, step: int, media: Iterable[str] | None = None) -> list[SampledBudget]:
         """Sample the budgets of a step.

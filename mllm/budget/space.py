@@ -14,6 +14,7 @@ from typing import Literal
 
 from mllm.budget.grammar import MEDIA, Amount, Budget
 from mllm.budget.nesting import haar_grids
+from mllm.budget.resolution import Resizing, Resolution
 from mllm.budget.tiling import Size, Tiles, Tiling
 
 Compression = Literal["query", "pool", "stack", "hybrid"]
@@ -24,8 +25,8 @@ class Extent:
     """Holds what is known of one medium before it is compressed: a grid (H, W) of patches, or frames on a clock.
 
     An image that may be cut into tiles also has its own size and that of a tile, in pixels; a video whose frames are
-    images has the grid of each, and how many were taken from the file. An image that a host's own processor has cut has
-    the grid of a tile and the number of them.
+    images has the grid of each, and how many were taken from the file. An image that a host's own processor cuts has
+    the grid of a tile and the number of them by default, and its own size, of which other resolutions follow.
     """
 
     medium: str
@@ -48,6 +49,7 @@ class TokenCount:
 
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut, `frames` how many are shown of the video, or `pieces` how many a host's own processor has made of an image.
+    `resolution` is that of an image which its host is to see smaller than by default.
     """
 
     tokens: int
@@ -56,6 +58,7 @@ class TokenCount:
     tiles: Tiles | None = None
     frames: int = 0
     pieces: int = 0
+    resolution: Resolution | None = None
 
     @property
     def amount(self) -> Amount:
@@ -77,7 +80,8 @@ class MediumSpace:
     `between` allows amounts that were not trained; reports mark them. `max_tokens` is the number of queries (per
     window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
     stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`. `tiling` says how images are
-    cut; `frame_counts` are the trained numbers of frames of a video whose frames are images, largest first.
+    cut; `frame_counts` are the trained numbers of frames of a video whose frames are images, largest first. `resizing`
+    tells how images are seen smaller, where they can be.
     """
 
     medium: str
@@ -89,6 +93,7 @@ class MediumSpace:
     order: Literal["raster", "haar"] = "raster"
     tiling: Tiling | None = None
     frame_counts: tuple[int, ...] = ()
+    resizing: Resizing | None = None
 
     def allowed(self) -> str:
         """List the amounts a user may ask for, in words, for messages and `--help`."""
@@ -104,13 +109,20 @@ class MediumSpace:
         return self.is_trained(count.amount) and (not self.frame_counts or count.frames in self.frame_counts)
 
     def count(
-        self, amount: Amount, extent: Extent, *, max_tiles: int | None = None, num_frames: int | None = None
+        self,
+        amount: Amount,
+        extent: Extent,
+        *,
+        max_tiles: int | None = None,
+        num_frames: int | None = None,
+        max_image_tokens: int | None = None,
     ) -> TokenCount:
         """Counts the soft tokens of one medium at an amount, exactly.
 
         Args:
             max_tiles: of an image; as many as `tiling` allows when left out.
             num_frames: shown of a video whose frames are images; all when left out.
+            max_image_tokens: that an image is to have before it is pooled; see `resizing`.
 
         Raises:
             ValueError: the amount cannot be met exactly; the message names what can.
@@ -125,11 +137,29 @@ class MediumSpace:
         one = self._count_grid(chosen, extent)
         if self.frame_counts:
             return self._count_frames(one.tokens, extent, num_frames)
-        if self.tiling is None and extent.num_images > 1:
-            return TokenCount(extent.num_images * one.tokens, each=one.tokens, pieces=extent.num_images)
         if self.tiling is None:
-            return one
+            return self._count_pieces(one, extent, max_image_tokens)
         return self._count_tiles(self.tiling, one.tokens, extent, max_tiles)
+
+    def resolution_of(self, extent: Extent, max_image_tokens: int | None) -> Resolution | None:
+        """Choose how an image is seen: None is as its processor does by default.
+
+        Raises:
+            ValueError: nothing keeps to so many tokens.
+        """
+        if max_image_tokens is None:
+            return None
+        assert self.resizing is not None
+        assert extent.image_pixels is not None
+        chosen = self.resizing.at_most(extent.image_pixels, max_image_tokens)
+        return None if chosen.setting is None else chosen
+
+    def _count_pieces(self, one: TokenCount, extent: Extent, max_image_tokens: int | None) -> TokenCount:
+        resolution = self.resolution_of(extent, max_image_tokens)
+        pieces = extent.num_images if resolution is None else resolution.num_images
+        if pieces == 1:
+            return replace(one, resolution=resolution)
+        return TokenCount(pieces * one.tokens, each=one.tokens, pieces=pieces, resolution=resolution)
 
     def _count_tiles(self, tiling: Tiling, each: int, extent: Extent, max_tiles: int | None) -> TokenCount:
         image, tile, grid = extent.image_pixels, extent.tile_pixels, extent.grid
@@ -168,6 +198,8 @@ class MediumSpace:
 
     def _count_grid(self, amount: Amount, extent: Extent) -> TokenCount:
         most = self.max_tokens if self.compressor in ("query", "hybrid") else extent.length
+        if amount.kind == "rate" and self.trained[0].kind == "rate":
+            return self._count_grid_at_rate(int(amount.value), extent)
         if amount.kind != "tokens" or amount.value > most:
             raise ValueError(f"{self.medium}={amount} cannot be met: allowed are counts 1..{most}; {self.allowed()}")
         if self.order == "haar":
@@ -177,6 +209,14 @@ class MediumSpace:
                 whole = ", ".join(map(str, counts))
                 raise ValueError(f"{self.medium}={amount} is no whole grid in Haar order: allowed are counts {whole}")
         return TokenCount(int(amount.value))
+
+    def _count_grid_at_rate(self, rate: int, extent: Extent) -> TokenCount:
+        """Count tokens of an image that keeps its shape, of so many features each; a remainder makes them larger."""
+        if extent.length < rate:
+            raise ValueError(
+                f"{self.medium}=/{rate}: an image of {extent.length} features is too small, it would leave no token"
+            )
+        return TokenCount(extent.length // rate, rate)
 
     def _count_stream(self, amount: Amount, extent: Extent) -> TokenCount:
         frames, value = extent.num_frames, int(amount.value)
@@ -214,6 +254,12 @@ class Space:
         counts = self.media["video"].frame_counts if "video" in self.media else ()
         return counts if len(counts) > 1 else ()
 
+    def resized_by(self, resizing: Resizing | None) -> "Space":
+        """Return the space of a model whose images can be seen smaller; None changes nothing."""
+        if resizing is None:
+            return self
+        return Space({**self.media, "image": replace(self.media["image"], resizing=resizing)})
+
     def largest(self) -> Budget:
         """Return every medium at its most tokens."""
         frames = next(iter(self.frame_counts), None)
@@ -235,7 +281,7 @@ class Space:
         """Refuse a budget that speaks of what the model does not have.
 
         Raises:
-            ValueError: a medium, tiles or frames of a model without them; what there is is named.
+            ValueError: a medium, tiles, frames or smaller images of a model without them; what there is is named.
         """
         for medium in budget.media:
             if medium not in self.media:
@@ -245,6 +291,10 @@ class Space:
             raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut images into tiles")
         if budget.num_frames is not None and not self.media["video"].frame_counts:
             raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of images")
+        if budget.max_image_tokens is not None and self.media["image"].resizing is None:
+            raise ValueError(
+                f"image<={budget.max_image_tokens}: this model sees images at one size; image=N pools what it sees"
+            )
 
 
 def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> list[TokenCount]:
@@ -271,7 +321,13 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
 def _count_of(extent: Extent, budget: Budget, space: Space) -> TokenCount:
     amount = budget.amounts.get(extent.medium, Amount("max"))
     medium_space = space.media[extent.medium]
-    return medium_space.count(amount, extent, max_tiles=budget.max_tiles, num_frames=budget.num_frames)
+    return medium_space.count(
+        amount,
+        extent,
+        max_tiles=budget.max_tiles,
+        num_frames=budget.num_frames,
+        max_image_tokens=budget.max_image_tokens if extent.medium == "image" else None,
+    )
 
 
 def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list[TokenCount]:

@@ -25,7 +25,8 @@ from mllm.checkpoints.sources import resolve_source
 from mllm.config.model import ModelConfig
 from mllm.config.processor import ProcessorConfig
 from mllm.config.reading import read
-from mllm.hosts import build_host, find_family, host_facts, read_host_processor
+from mllm.encoders import EncoderFacts
+from mllm.hosts import build_host, find_family, host_facts, read_host_processor, reading_parts
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.processing.processor import ElasticProcessor
@@ -34,6 +35,7 @@ QUESTION = "what is this?"
 _IMAGE_PIXELS = ((90, 120), (200, 140))
 _AUDIO_SECONDS = (1.0, 2.5)
 _STREAM_RATES = ("/1", "/2", "/4", "/8")
+_PATCH_RATES = ("/1", "/4", "/16")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Findings:
     Args:
         model_type, medium: of the host.
         encoder, projector, llm: names of the classes, and their parameters.
-        full_tokens: soft tokens of a tile at the full budget, or 0 of audio, which has `tokens_per_second`.
-        grid: rows and columns of a tile.
+        grid: rows and columns of a tile; of a typical image where images keep their shape.
+        keeps_shape: images keep their shape, so that budgets are rates.
+        tokens_per_second: of audio.
         budgets: proposed, largest first.
     """
 
@@ -54,6 +57,7 @@ class Findings:
     projector: tuple[str, int]
     llm: tuple[str, int]
     grid: tuple[int, int] | None
+    keeps_shape: bool
     tokens_per_second: float | None
     budgets: tuple[str, ...]
 
@@ -69,19 +73,26 @@ def examine(reference: str) -> Findings:
     family, facts = find_family(config.model_type, reference=reference), host_facts(config)
     with torch.device("meta"), unsharded():
         body = build_host(config).model
-    others = {name: part for name, part in body.named_children() if name not in (family.decoder, family.encoder)}
-    projectors = list(others.values())
+    encoder, projectors = reading_parts(body)
     names = ", ".join(type(part).__name__ for part in projectors)
+    num_merging = sum(_size(getattr(encoder, name)) for name in family.merging)
     return Findings(
         model_type=config.model_type,
         medium=family.medium,
-        encoder=_sized(getattr(body, family.encoder)),
+        encoder=(type(encoder).__name__, _size(encoder) - num_merging),
         projector=(names, sum(_size(part) for part in projectors)),
         llm=_sized(getattr(body, family.decoder)),
         grid=facts.grid,
+        keeps_shape=facts.max_patches is not None,
         tokens_per_second=facts.frames_per_second,
-        budgets=_STREAM_RATES if facts.grid is None else proposed_counts(facts.grid),
+        budgets=_proposed(facts),
     )
+
+
+def _proposed(facts: EncoderFacts) -> tuple[str, ...]:
+    if facts.grid is None:
+        return _STREAM_RATES
+    return proposed_counts(facts.grid) if facts.max_patches is None else _PATCH_RATES
 
 
 def proposed_counts(grid: tuple[int, int]) -> tuple[str, ...]:
@@ -164,13 +175,21 @@ def _inputs(processor: ElasticProcessor, raw: Any, budget: str) -> BatchFeature:
     return processor(text=QUESTION, budget=budget, **media)
 
 
-def host_inputs(processor: ElasticProcessor, raw: Any, dtype: torch.dtype, *, question: str = QUESTION) -> Any:
+def host_inputs(
+    processor: ElasticProcessor,
+    raw: Any,
+    dtype: torch.dtype,
+    *,
+    question: str = QUESTION,
+    images_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Make the inputs of a question about an image, or about audio at the host's rate, by the host's own pipeline.
 
     Args:
         processor: of a model on the host.
         raw: an image of Pillow, or samples.
         dtype: of the host.
+        images_kwargs: with which the host's processor is called, such as a smaller resolution of images.
     """
     host = processor.host
     assert host is not None
@@ -179,7 +198,9 @@ def host_inputs(processor: ElasticProcessor, raw: Any, dtype: torch.dtype, *, qu
         add_generation_prompt=True,
     )
     bos = host.tokenizer.bos_token
-    options = {"add_special_tokens": False} if bos is not None and str(prompt).startswith(bos) else {}
+    options: dict[str, Any] = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
+    if bos is not None and str(prompt).startswith(bos):
+        options["add_special_tokens"] = False
     media = {"images": [raw]} if host.medium == "image" else {"audio": [raw]}
     outputs = host.processor(text=[str(prompt)], **media, return_tensors="pt", **options)
     return {
@@ -199,19 +220,36 @@ def oracle_inputs(
         theirs: the host's own inputs at the full one.
     """
     text = {key: reduced[key] for key in ("input_ids", "attention_mask")}
-    media = {key: value for key, value in reduced.items() if key not in (*text, "scale_ids")}
+    media = {key: value for key, value in reduced.items() if key not in (*text, "scale_ids", "prompt_positions")}
     embeds = model.model.embed(reduced["input_ids"], media)
     if "mm_encoder_outputs" not in inspect.signature(host.forward).parameters:
         return {"inputs_embeds": embeds, "attention_mask": text["attention_mask"]}
+    is_soft = reduced["input_ids"] == (model.config.placeholder_ids or {})["image"]
+    # Whatever the host's own classes call them, and whether they want them or not.
+    types = {key: is_soft.long() for key in ("token_type_ids", "mm_token_type_ids") if key in theirs}
+    if "prompt_positions" in reduced:
+        types["position_ids"] = reduced["prompt_positions"].permute(2, 0, 1)
+    output = _pooled_output(host, theirs, embeds[is_soft])
+    return {**text, **types, "mm_encoder_outputs": {"image": output}}
+
+
+def _pooled_output(host: Any, theirs: Mapping[str, Tensor], soft: Tensor) -> Any:
+    """Put pooled features in the place of a host's own, in what its own method gives.
+
+    Args:
+        soft: (n, C) soft tokens of an image, with what else its decoder reads of them behind them.
+    """
     method = host.model.get_image_features
     known = inspect.signature(method).parameters
     settings = ("vision_feature_layer", "vision_feature_select_strategy")
     from_config = {key: getattr(host.config, key) for key in settings if key in known and hasattr(host.config, key)}
     output = method(**{key: value for key, value in theirs.items() if key in known}, **from_config, return_dict=True)
-    soft = embeds[reduced["input_ids"] == (model.config.placeholder_ids or {})["image"]]
-    is_stack = isinstance(output.pooler_output, Tensor)
-    output.pooler_output = soft[None] if is_stack else [soft]
-    return {**text, "mm_encoder_outputs": {"image": output}}
+    size = host.config.get_text_config().hidden_size
+    main, others = soft[:, :size], soft[:, size:]
+    output.pooler_output = main[None] if isinstance(output.pooler_output, Tensor) else [main]
+    if getattr(output, "deepstack_features", None) is not None:
+        output.deepstack_features = [[level] for level in others.split(size, dim=-1)]
+    return output
 
 
 def _check_equal(ours: Tensor, theirs: Tensor, where: str) -> None:

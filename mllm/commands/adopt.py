@@ -67,7 +67,11 @@ def _report(reference: str, findings: Any) -> list[str]:
         ("LLM", findings.llm),
     ):
         lines.append(f"  {name:<10}{kind}, {size:,} parameters")
-    if findings.grid is not None:
+    if findings.keeps_shape:
+        rows, columns = findings.grid
+        lines.append("  tokens    by the size of an image, whose shape is kept")
+        unit = f"an image of {rows} x {columns} tokens"
+    elif findings.grid is not None:
         rows, columns = findings.grid
         lines.append(f"  tokens    {rows * columns} per tile, {rows} x {columns}")
         unit = "a tile"
@@ -89,11 +93,10 @@ def cost_shares(reference: str, findings: Any) -> tuple[float, float]:
     from mllm.evaluation.flops import Item, host_flops, llm_flops
 
     config = host_config(reference)
-    if findings.grid is not None:
-        full, least = findings.grid[0] * findings.grid[1], int(findings.budgets[-1])
-    else:
-        full = round(SECONDS * findings.tokens_per_second)
-        least = full // int(findings.budgets[-1].removeprefix("/"))
+    smallest = findings.budgets[-1]
+    is_grid = findings.grid is not None
+    full = findings.grid[0] * findings.grid[1] if is_grid else round(SECONDS * findings.tokens_per_second)
+    least = full // int(smallest.removeprefix("/")) if smallest.startswith("/") else int(smallest)
     encoder = host_flops(config, Item(findings.medium, full, full))
     reading = [llm_flops(config.get_text_config(), num_tokens=tokens) for tokens in (full, least)]
     whole = encoder + reading[0]
@@ -104,8 +107,9 @@ def config_text(settings: Settings, findings: Any) -> str:
     """Return the config as YAML, with comments."""
     from mllm.commands.init import yaml_scalar
 
-    counts = ", ".join(budget if findings.grid is not None else f'"{budget}"' for budget in findings.budgets)
-    unit = "soft tokens per tile" if findings.grid is not None else "of the host's own tokens per soft token"
+    are_counts = findings.budgets[0].isdigit()
+    counts = ", ".join(budget if are_counts else f'"{budget}"' for budget in findings.budgets)
+    unit = "soft tokens per tile" if are_counts else "of the host's own tokens per soft token"
     run_folder = settings.run_folder or f"runs/{Path(settings.out).stem}"
     return f"""# Written by `mllm adopt`. `mllm train --help` tells of the keys; the command line overrules this file:
 #   mllm train --config {settings.out} --train.learning_rate 1e-4

@@ -80,15 +80,18 @@ def run(settings: Settings) -> int:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     model, processor = load_for(settings)
-    loaded = _media(settings, processor)
-    batch = requests(processor, loaded, settings.text, settings.batch_size)
-    budgets = settings.read_budgets() or default_budgets(processor, [item.medium for item in loaded])
+    budgets = settings.read_budgets()
+    # Media are loaded once, and anew for budgets at which other images are encoded.
+    loaded = {
+        seen: _media(settings, processor, seen) for seen in dict.fromkeys(map(_seen, budgets)) or {Budget(): None}
+    }
+    budgets = budgets or default_budgets(processor, [item.medium for item in loaded[Budget()]])
+    batches = {seen: requests(processor, media, settings.text, settings.batch_size) for seen, media in loaded.items()}
     with progress_bar() as show:
         results = bench(
             model,
             processor,
-            batch,
-            budgets,
+            {budget: batches[_seen(budget)] for budget in budgets},
             decoding=Decoding(settings.num_beams, settings.new_tokens),
             repeats=settings.repeats,
             warmup=settings.warmup,
@@ -102,16 +105,21 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _media(settings: Settings, processor: Any) -> Any:
+def _seen(budget: Budget) -> Budget:
+    """Keeps of a budget what decides which images are encoded."""
+    return Budget(max_tiles=budget.max_tiles, max_image_tokens=budget.max_image_tokens)
+
+
+def _media(settings: Settings, processor: Any, seen: Budget) -> Any:
     from mllm.evaluation.bench import made_up_media
     from mllm.inference.answerer import request
 
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if any(files.values()):
-        return processor.load_media(request(files, settings.text or "what is this?")[0])
-    named = {medium for budget in settings.read_budgets() for medium in budget.amounts}
+        return processor.load_media(request(files, settings.text or "what is this?")[0], budgets=[seen])
+    named = {medium for budget in settings.read_budgets() for medium in budget.media}
     wanted = settings.media or [medium for medium in MEDIA if medium in (named or processor.placeholder_ids)]
-    return made_up_media(processor, wanted, settings.seconds)
+    return made_up_media(processor, wanted, settings.seconds, budgets=[seen])
 
 
 def _facts(settings: Settings, model: Any) -> dict[str, Any]:

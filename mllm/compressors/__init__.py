@@ -261,7 +261,7 @@ def _check_item_grids(site: Site, block: MediumConfig) -> None:
 
 def _check_counts(site: Site, block: MediumConfig) -> None:
     """Refuse counts above the features of a grid; queries may be more than those, and a config counts them."""
-    if site.grid is None or block.compressor.counting not in ("pool", "stack"):
+    if site.grid is None or block.compressor.counting not in ("pool", "stack") or not block.has_counts:
         return
     most = site.grid[0] * site.grid[1]
     if (largest := max(block.values)) > most:

@@ -380,7 +380,7 @@ class ImageConfig(MediumConfig):
     """Brings tokens to the LLM's size; plain text is its kind. A mlp when left out, none for query."""
     budgets: list[str | int] | dict[str, int]
     """Lists the counts of soft tokens that are trained, e.g. [1, 4, 16, 64], or {start, stop, step} of them, stop
-    included."""
+    included; rates, e.g. ["/1", "/4"], for a model.host whose images keep their shape."""
     tiling: Any = field(default=None, metadata=kinds(TILINGS, default="pinpoints"))
     """Cuts images of any resolution into tiles; each image is squeezed into one when left out."""
     span: list[str] = field(default_factory=list)
@@ -390,7 +390,7 @@ class ImageConfig(MediumConfig):
     def __post_init__(self) -> None:
         self.fill_defaults()
         self.check()
-        if not self.has_counts:
+        if not self.has_counts and self.encoder is not None:
             raise ConfigError("budgets", f"are rates ({self.amounts[0]}); images take counts (64)")
         self.check_projector()
         compressor = self.compressor

@@ -84,8 +84,13 @@ def some_of(budgets: Sequence[Listed]) -> list[Listed]:
     return [budgets[round(index)] for index in np.linspace(0, len(budgets) - 1, MOST_BUDGETS)]
 
 
-def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: float) -> list[LoadedMedia]:
+def made_up_media(
+    processor: ElasticProcessor, media: Sequence[str], seconds: float, budgets: Sequence[Budget] = ()
+) -> list[LoadedMedia]:
     """Makes noise in place of files: what a model computes takes as long whatever it sees.
+
+    Args:
+        budgets: as in `ElasticProcessor.transform`.
 
     Raises:
         ValueError: a medium the model does not take, or audio longer than its encoder's window.
@@ -96,7 +101,7 @@ def made_up_media(processor: ElasticProcessor, media: Sequence[str], seconds: fl
         "audio": lambda: Audio(rng.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32), 16_000),
         "video": lambda: Video(rng.integers(0, 256, _video_shape(processor, seconds), np.uint8), 25.0),
     }
-    return [processor.transform(medium, makers[medium]()) for medium in media]
+    return [processor.transform(medium, makers[medium](), budgets=budgets) for medium in media]
 
 
 def _video_shape(processor: ElasticProcessor, seconds: float) -> tuple[int, ...]:
@@ -119,8 +124,7 @@ def requests(processor: ElasticProcessor, loaded: Sequence[LoadedMedia], text: s
 def bench(
     model: Any,
     processor: ElasticProcessor,
-    batch: Batch,
-    budgets: Sequence[Budget],
+    batches: Mapping[Budget, Batch],
     *,
     decoding: Decoding,
     repeats: int,
@@ -130,6 +134,7 @@ def bench(
     """Measures every budget.
 
     Args:
+        batches: the requests by budget: the same ones, but for images that a budget lets its host see smaller.
         decoding: `max_new_tokens` are decoded, not fewer.
         repeats: measurements of every budget.
         warmup: rounds before those, which do not count.
@@ -141,10 +146,12 @@ def bench(
     answerer = Answerer(model, processor, replace(decoding, ignores_end=True))
     before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     measured: dict[Budget, Measured] = {}
+    budgets = list(batches)
     try:
         for number in range(warmup + repeats):
             turned = [*budgets[number % len(budgets) :], *budgets[: number % len(budgets)]]
             for num_done, budget in enumerate(turned, start=1):
+                batch = batches[budget]
                 answer, peak_bytes = _run(answerer, batch, budget)
                 if number >= warmup:
                     if budget not in measured:

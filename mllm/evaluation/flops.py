@@ -34,7 +34,7 @@ from mllm.config.medium import (
 from mllm.config.medium import Projector as ProjectorConfig
 from mllm.config.model import AdapterConfig, GatedLoraConfig, LoraBankConfig, LoraConfig, MomeConfig
 from mllm.encoders import ENCODERS, EncoderBlock, default_block
-from mllm.hosts import HOSTS, build_host
+from mllm.hosts import HOSTS, build_host, host_facts, reading_parts
 from mllm.processing.batch import EncodedSample
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -273,14 +273,14 @@ def host_flops(config: Any, item: Item) -> int:
 @lru_cache(maxsize=8)
 def _host_weights(config_json: str, model_type: str) -> tuple[int, int, int, int]:
     """Count weights of encoder and projector, layers and width of the encoder, of a host made without values."""
-    family = HOSTS[model_type]
     with torch.device("meta"):
         body = build_host(AutoConfig.for_model(**json.loads(config_json))).model
-    counts = {name: _matrix_weights(part) for name, part in body.named_children() if name != family.decoder}
-    encoder = getattr(body, family.encoder)
+    encoder, projectors = reading_parts(body)
+    merging = sum(_matrix_weights(getattr(encoder, name)) for name in HOSTS[model_type].merging)
     layers = next(part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part))
-    size = _hidden_size(encoder.config) if hasattr(encoder, "config") else 0
-    return counts.pop(family.encoder), sum(counts.values()), len(layers), size
+    config = getattr(encoder, "config", None)
+    size = 0 if config is None else getattr(config, "embed_dim", None) or _hidden_size(config)
+    return _matrix_weights(encoder) - merging, sum(map(_matrix_weights, projectors)), len(layers), size
 
 
 def _matrix_weights(part: nn.Module) -> int:
@@ -416,8 +416,8 @@ def _hidden_size(config: Any) -> int:
 
 
 def _feature_size(config: Any) -> int:
-    """Return the size of the features that a compressor reads: of a host, those of its LLM."""
-    return config.get_text_config().hidden_size if config.model_type in HOSTS else _hidden_size(config)
+    """Return the size of the features that a compressor reads."""
+    return host_facts(config).hidden_size if config.model_type in HOSTS else _hidden_size(config)
 
 
 def _transformer(num_layers: int, size: int, inner: int, length: int, *, gated: bool = False) -> int:

@@ -4,19 +4,36 @@ Knows classes of transformers by family. Does not know budgets, compressors, ada
 
     families.py   the literal registry, and what follows from a host's config alone
     tiles.py      features of images that are cut into tiles of one size
+    patches.py    features of images that keep their shape
     clips.py      features of audio clips
+    channels.py   what decoders read of a token beside its embedding
+    decoder.py    a decoder that reads such
+    rows.py       tokens of text behind the rows of an image
+    positions.py  positions of three dimensions
     encoder.py    a host's own encoder and projector behind the contract of an encoder
     processor.py  a host's own processor, called on one medium item at a time
 
-A host of another kind, whose body wants more than embeddings and a mask, gets a file per kind of what it wants.
+A host whose decoder wants more than embeddings and a mask is built of these; a new kind of what it wants gets a file.
 """
 
+from mllm.hosts.decoder import HostDecoder
 from mllm.hosts.encoder import HostEncoder
-from mllm.hosts.families import HOSTS, HostFamily, build_host, find_family, host_class, host_facts, placeholder_id
+from mllm.hosts.families import (
+    HOSTS,
+    HostFamily,
+    build_host,
+    find_family,
+    host_class,
+    host_facts,
+    host_tiling,
+    placeholder_id,
+    reading_parts,
+)
 from mllm.hosts.processor import HostItem, HostProcessor, read_host_processor
 
 __all__ = [
     "HOSTS",
+    "HostDecoder",
     "HostEncoder",
     "HostFamily",
     "HostItem",
@@ -25,6 +42,8 @@ __all__ = [
     "find_family",
     "host_class",
     "host_facts",
+    "host_tiling",
     "placeholder_id",
     "read_host_processor",
+    "reading_parts",
 ]

@@ -34,18 +34,24 @@ class HostEncoder(Encoder):
         facts = host_facts(body.config)
         self.hidden_size = facts.hidden_size
         self.grid = facts.grid
+        self.max_patches = facts.max_patches
+        # What the host puts behind the rows of a map; a parameter of the body itself, and of none of its parts.
+        self.newline: nn.Parameter | None = getattr(body, "image_newline", None)
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Any:
         """Encodes media by the host's own method.
 
         Args:
-            values: tiles (N, 3, h, w), or clips as `mllm.hosts.clips` says of the family.
-            lengths: (N,) true lengths of clips.
+            values: tiles (N, 3, h, w), patches (N, P, D), or clips as `mllm.hosts.clips` says of the family.
+            lengths: (N,) true lengths of clips; (N, 2) grids of images that keep their shape.
 
         Returns:
-            (N, T, H) of tiles; of clips also the counts (N,).
+            (N, T, H) of tiles; of all else also the counts (N,).
         """
         (body,) = self._body
+        if self.family.patches is not None:
+            assert lengths is not None
+            return self.family.patches.features(body, values, lengths), lengths.prod(dim=1)
         if self.family.images is not None:
             return tile_features(body, values, is_nested=self.family.images.is_nested)
         assert self.family.clips is not None
@@ -53,8 +59,10 @@ class HostEncoder(Encoder):
         return self.family.clips.features(body, values, lengths)
 
     def smallest_input(self) -> tuple[Tensor, Tensor | None]:
-        """Makes one tile, or the smallest clip."""
+        """Makes one tile, or the smallest image or clip."""
         (body,) = self._body
+        if self.family.patches is not None:
+            return self.family.patches.smallest(body.config)
         if self.family.images is not None:
             side = image_side(body.config)
             return torch.ones(1, 3, side, side), None  # zeros would be padding to Idefics3

@@ -2,8 +2,8 @@
 
 Knows `model_type`s, names of transformers' classes and attributes, and sizes in configs. Does not know weights.
 
-Every family here runs its decoder on embeddings, a causal mask and positions in one dimension, and nothing else. What
-others want beside those stands in `NOT_YET`, by family.
+Most families run their decoder on embeddings, a causal mask and positions in one dimension, and nothing else. What the
+others want beside those stands with them in `HOSTS`; families that want what is not given yet are in `NOT_YET`.
 """
 
 import copy
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mllm.budget.tiling import Tiling
 from mllm.encoders import EncoderFacts
-from mllm.hosts import clips, tiles
+from mllm.hosts import clips, patches, tiles
+from mllm.hosts.channels import Channels, Levels, PerLayerInputs, TokenTypes
 
 Grid = tuple[int, int]
 
@@ -28,14 +30,41 @@ class Images:
     Args:
         grid: rows and columns of the soft tokens of a tile, from the host's config.
         is_nested: whether its method takes the tiles of an image one dimension deeper.
+        tiling: how the tiles of an image are put together as one map, from the host's config; None where they stay
+            apart.
     """
 
     grid: Callable[[Any], Grid]
     is_nested: bool = False
+    tiling: Callable[[Any], Tiling] | None = None
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the patches that the encoder reads for one tile."""
         return tiles.num_patches(config)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How a family sees images that keep their shape: as patches, some neighbours of which become a soft token.
+
+    Args:
+        inputs: what of its processor's output it reads, as the patches (P, D) of one image and the rows and columns of
+            its soft tokens; with the host's config.
+        features: its soft tokens (N, T, C), of its body, patches (N, P, D) and grids (N, 2).
+        smallest: patches (1, P, D) and grid (1, 2) of the smallest image, from the host's config.
+        merged: patches per soft token, from the host's config.
+        has_breaks: its prompts have a token of text behind each row.
+    """
+
+    inputs: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Grid]]
+    features: Callable[[Any, Tensor, Tensor], Tensor]
+    smallest: Callable[[Any], tuple[Tensor, Tensor]]
+    merged: Callable[[Any], int]
+    has_breaks: bool = False
+
+    def num_positions(self, config: Any, num_features: int) -> int:
+        """Count the patches that the encoder reads for one image of so many soft tokens."""
+        return num_features * self.merged(config)
 
 
 @dataclass(frozen=True)
@@ -70,28 +99,41 @@ class HostFamily:
     Args:
         model_class, processor_class: their names in transformers.
         decoder, encoder: the attributes of the body that hold the LLM, and what comes before the projector.
-        images, clips: how it reads images or audio.
+        merging: the attributes of the encoder that run once per soft token, as projectors do.
+        unread: the attributes of the body that hold what reads other media.
+        images, patches, clips: how it reads images in tiles, images that keep their shape, or audio.
+        channels: what its decoder reads of a token beside its embedding.
+        has_grid_positions: its positions have three dimensions; see `mllm.hosts.positions`.
+        caps_logits: its head caps logits as its text config says.
     """
 
     model_class: str
     processor_class: str
     decoder: str = "language_model"
     encoder: str = "vision_tower"
+    merging: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     images: Images | None = None
+    patches: Patches | None = None
     clips: Clips | None = None
+    channels: Channels | None = None
+    has_grid_positions: bool = False
+    caps_logits: bool = False
 
     @property
-    def reads(self) -> Images | Clips:
+    def reads(self) -> Images | Patches | Clips:
         """Return how it reads its medium."""
-        reads = self.images or self.clips
+        reads = self.images or self.patches or self.clips
         assert reads is not None
         return reads
 
     @property
     def medium(self) -> Literal["image", "audio"]:
         """Return the medium that it reads."""
-        return "image" if self.images is not None else "audio"
+        return "audio" if self.clips is not None else "image"
 
+
+_MERGED = Patches(patches.merged_inputs, patches.merged_features, patches.merged_smallest, patches.num_merged)
 
 HOSTS: dict[str, HostFamily] = {
     "llava": HostFamily("LlavaForConditionalGeneration", "LlavaProcessor", images=Images(tiles.llava_grid)),
@@ -115,6 +157,69 @@ HOSTS: dict[str, HostFamily] = {
     ),
     "cohere2_vision": HostFamily(
         "Cohere2VisionForConditionalGeneration", "Cohere2VisionProcessor", images=Images(tiles.downsampled_grid)
+    ),
+    "qwen2_vl": HostFamily(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLProcessor",
+        encoder="visual",
+        merging=("merger",),
+        patches=_MERGED,
+        has_grid_positions=True,
+    ),
+    "qwen2_5_vl": HostFamily(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLProcessor",
+        encoder="visual",
+        merging=("merger",),
+        patches=_MERGED,
+        has_grid_positions=True,
+    ),
+    "qwen3_vl": HostFamily(
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLProcessor",
+        encoder="visual",
+        merging=("merger", "deepstack_merger_list"),
+        patches=_MERGED,
+        channels=Levels(),
+        has_grid_positions=True,
+    ),
+    "glm4v": HostFamily(
+        "Glm4vForConditionalGeneration",
+        "Glm4vProcessor",
+        encoder="visual",
+        merging=("merger",),
+        patches=_MERGED,
+        has_grid_positions=True,
+    ),
+    "gemma3": HostFamily(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Processor",
+        images=Images(tiles.gemma3_grid),
+        channels=TokenTypes("token_type_ids"),
+    ),
+    "gemma4": HostFamily(
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Processor",
+        unread=("audio_tower", "embed_audio"),
+        patches=Patches(patches.padded_inputs, patches.padded_features, patches.padded_smallest, patches.num_pooled),
+        channels=PerLayerInputs("mm_token_type_ids"),
+        caps_logits=True,
+    ),
+    "llava_next": HostFamily(
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextProcessor",
+        images=Images(tiles.llava_grid, tiling=tiles.pinpoint_tiling),
+    ),
+    "mistral3": HostFamily(
+        "Mistral3ForConditionalGeneration",
+        "PixtralProcessor",
+        patches=Patches(
+            patches.cell_inputs,
+            patches.cell_features,
+            patches.cell_smallest,
+            patches.num_in_cell,
+            has_breaks=True,
+        ),
     ),
     "qwen2_audio": HostFamily(
         "Qwen2AudioForConditionalGeneration",
@@ -157,13 +262,13 @@ HOSTS: dict[str, HostFamily] = {
 }
 """By the `model_type` of the host's config."""
 
-_POSITIONS = "its positions have three dimensions"
-_NEWLINES = "its features hold newlines, or its prompts breaks behind rows"
-_TYPES = "its attention depends on the type of each token"
+_TYPICAL_SIDE = 16
+"""Rows and columns of an image that reports are about, where images keep their shape."""
 NOT_YET: dict[str, str] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni", "glm4v"), _POSITIONS),
-    **dict.fromkeys(("gemma3", "gemma4", "paligemma"), _TYPES),
-    **dict.fromkeys(("llava_next", "llava_onevision", "mistral3"), _NEWLINES),
+    "qwen3_5": "its layers of linear attention have no place for the adapter",
+    "qwen2_5_omni": "it reads several media at once",
+    "paligemma": "its prompts are made by no template, and are read in both directions",
+    "llava_onevision": "it scales the map of a large image down before it reads it",
     "voxtral": "its prompts are made by mistral-common and by no template",
 }
 """Families that are known and refused, each with the reason."""
@@ -196,10 +301,25 @@ def build_host(config: Any) -> Any:
     return host_class(config)._from_config(copy.deepcopy(config))
 
 
+def reading_parts(body: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the encoder of a host's body, and what runs once per soft token: its projectors, some in the encoder."""
+    family = find_family(body.config.model_type, reference="the host")
+    encoder = getattr(body, family.encoder)
+    known = (family.decoder, family.encoder, *family.unread)
+    projectors = [part for name, part in body.named_children() if name not in known]
+    return encoder, projectors + [getattr(encoder, name) for name in family.merging]
+
+
 def placeholder_id(config: Any, medium: str) -> int:
     """Return the id that stands once per soft token in the prompts of a host."""
     values = [getattr(config, f"{medium}_token_{name}", None) for name in ("id", "index")]
     return int(next(value for value in values if value is not None))
+
+
+def host_tiling(config: Any) -> Tiling | None:
+    """Return how a host puts the tiles of an image together; None where they stay apart, or there are none."""
+    images = find_family(config.model_type, reference="the host").images
+    return None if images is None or images.tiling is None else images.tiling(config)
 
 
 def host_facts(config: Any) -> EncoderFacts:
@@ -210,6 +330,10 @@ def host_facts(config: Any) -> EncoderFacts:
     """
     family = find_family(config.model_type, reference="the host")
     size = int(config.get_text_config().hidden_size)
+    if family.patches is not None:
+        levels = family.channels.num_levels(config) if family.channels is not None else 0
+        most = _TYPICAL_SIDE * _TYPICAL_SIDE
+        return EncoderFacts("image", size * (1 + levels), grid=(_TYPICAL_SIDE, _TYPICAL_SIDE), max_patches=most)
     if family.images is not None:
         side = tiles.image_side(config)
         return EncoderFacts("image", size, grid=family.images.grid(config), image_pixels=(side, side))

@@ -15,14 +15,18 @@ from typing import Any, Literal
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, ProcessorMixin
 
-from mllm.hosts.families import HostFamily, find_family, host_facts, placeholder_id
+from mllm.budget.resolution import Resolution
+from mllm.budget.tiling import Size, Tiles, Tiling
+from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
+from mllm.hosts.resizing import HostResizing, resizing_of
+from mllm.hosts.rows import RowBreaks, without_breaks
 from mllm.media import Audio
 from mllm.transforms.image_processors import image_processor_class, read_image_processor
 
-_WITHOUT_VIDEOS = "video_processor"
-"""What some processors of images want beside: it needs torchvision, and videos of hosts are not read."""
+_READ = {"image": ("image_processor",), "audio": ("feature_extractor", "audio_processor")}
+"""The parts of processors that are used, by medium. Others may need packages, and what they read is not read here."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,49 @@ class HostItem:
     """Holds one medium item as its host wants it.
 
     Args:
-        values: tiles (P, 3, h, w), or what `mllm.hosts.clips` reads of a clip.
+        values: tiles (P, 3, h, w), patches (P, D) of an image that keeps its shape, or what `mllm.hosts.clips` reads of
+            a clip.
         raw_length: true length of a clip, 1 of an image.
-        ids: of the prompt, the host's tags among them, with one placeholder per tile or clip.
-        tokens: soft tokens of each tile, or of the clip, at the full budget.
+        ids: of the prompt, the host's tags among them, with one placeholder per tile, image or clip.
+        tokens: soft tokens of each of them at the full budget.
+        grid: rows and columns of the soft tokens of an image that keeps its shape.
+        breaks: ids that stand behind its rows, which are not among `ids`.
+        tiles, image_pixels: of an image whose tiles are put together as one map, for which there is one placeholder.
     """
 
     values: Tensor
     raw_length: int
     ids: tuple[int, ...]
     tokens: int
+    grid: tuple[int, int] | None = None
+    breaks: RowBreaks | None = None
+    tiles: Tiles | None = None
+    image_pixels: Size | None = None
+
+    @property
+    def num_tags(self) -> int:
+        """Count the tokens of text between and around its soft tokens, at the full budget."""
+        num_rows = 0 if self.breaks is None or self.grid is None else self.grid[0]
+        return len(self.ids) - self.num_placeholders + num_rows
+
+    @property
+    def num_placeholders(self) -> int:
+        """Count the placeholders among its ids."""
+        return 1 if self.tiles is not None else self.num_images
+
+    @property
+    def num_images(self) -> int:
+        """Count the encoded images it makes."""
+        return len(self.values) if self.values.dim() == 4 else 1
+
+
+@dataclass(frozen=True)
+class HostSize:
+    """Tells what an image of one size is made into: so many encoded images of a grid each, and tags of text."""
+
+    grid: tuple[int, int]
+    num_images: int
+    num_tags: int
 
 
 def read_host_processor(source: str, config: Any) -> dict[str, Any]:
@@ -56,7 +93,7 @@ def read_host_processor(source: str, config: Any) -> dict[str, Any]:
     family = find_family(config.model_type, reference=source)
     processor_class = getattr(transformers, family.processor_class)
     values, _ = processor_class.get_processor_dict(source)
-    if family.images is not None:
+    if family.medium == "image":
         part = read_image_processor(source)
     else:
         part = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
@@ -85,24 +122,42 @@ class HostProcessor:
         self.family: HostFamily = find_family(config.model_type, reference="the host")
         self.medium: Literal["image", "audio"] = self.family.medium
         self.facts = host_facts(config)
+        self.tiling = host_tiling(config)
         self.tokenizer = tokenizer
         self.placeholder_id = placeholder_id(config, self.medium)
         self.chat_template = values.get("chat_template") or tokenizer.chat_template
         if not isinstance(self.chat_template, str):
             raise ValueError(f"the processor of this {config.model_type} holds no chat template, or several")
         self.processor = _processor(self.family, values, tokenizer)
-        self._tiles: dict[Any, tuple[int, int]] = {}
+        self.resizing = self._resizing(values)
+        self._sizes: dict[Any, HostSize] = {}
         self.media_token: str = getattr(self.processor, f"{self.medium}_token")
 
-    def __call__(self, raw: Image.Image | Audio) -> HostItem:
+    def _resizing(self, values: Mapping[str, Any]) -> HostResizing | None:
+        if self.facts.grid is None:
+            return None
+        rows, columns = self.facts.grid
+        return resizing_of(self.config.model_type, values["preprocessor"], rows * columns)
+
+    def __call__(self, raw: Image.Image | Audio, resolution: Resolution | None = None) -> HostItem:
         """Process one image or clip.
 
+        Args:
+            resolution: at which an image is seen, of `resizing`; the processor's own when left out.
+
         Raises:
-            ValueError: a clip at another rate or too long, or a prompt that is not one of whole tiles.
+            ValueError: a clip at another rate or too long, a prompt that is not one of whole tiles, or an image that is
+                cut into others than its size says.
         """
         if isinstance(raw, Audio):
             return self._clip(raw)
-        outputs = self._called(images=[raw])
+        keywords = {}
+        if resolution is not None:
+            assert self.resizing is not None
+            keywords = {"images_kwargs": self.resizing.keywords(resolution.setting)}
+        outputs = self._called(images=[raw], **keywords)
+        if self.family.patches is not None:
+            return self._patches(outputs, self.family.patches)
         values = outputs["pixel_values"]
         values = values.reshape(-1, *values.shape[-3:])
         if self.facts.image_pixels != tuple(values.shape[-2:]):
@@ -111,9 +166,41 @@ class HostProcessor:
                 f"{self.facts.image_pixels}"
             )
         assert self.facts.grid is not None
+        if resolution is not None and len(values) != resolution.num_images:
+            raise ValueError(
+                f"the host's processor made {len(values)} tiles of an image of {raw.height} x {raw.width} pixels, and "
+                f"by its size there are {resolution.num_images}"
+            )
         each = self.facts.grid[0] * self.facts.grid[1]
+        if self.tiling is not None:
+            return self._map(outputs, values, (raw.height, raw.width), self.tiling)
         ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=each, num_tiles=len(values))
         return HostItem(values, 1, ids, each)
+
+    def _map(self, outputs: Mapping[str, Any], values: Tensor, image_pixels: Size, tiling: Tiling) -> HostItem:
+        """Take an image whose tiles are put together as one map out of what the host's processor gives.
+
+        Raises:
+            ValueError: other tiles, or a map of another size, than `mllm.budget.tiling` makes.
+        """
+        tile, grid = self.facts.image_pixels, self.facts.grid
+        assert tile is not None
+        assert grid is not None
+        tiles, each = tiling.choose(image_pixels, tile), grid[0] * grid[1]
+        if len(values) != tiles.num_images:
+            raise ValueError(f"the host's processor made {len(values)} tiles, and {tiles.num_images} were expected")
+        tokens = tiling.num_tokens(tiles, each, image=image_pixels, tile=tile, grid=grid)
+        ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=tokens, num_tiles=1)
+        return HostItem(values, 1, ids, each, tiles=tiles, image_pixels=image_pixels)
+
+    def _patches(self, outputs: Mapping[str, Any], family: Patches) -> HostItem:
+        """Take an image that keeps its shape out of what the host's processor gives."""
+        patches, grid = family.inputs(outputs, self.config)
+        ids, tokens = outputs["input_ids"][0].tolist(), grid[0] * grid[1]
+        if family.has_breaks:
+            ids, breaks = without_breaks(ids, self.placeholder_id, grid)
+            return HostItem(patches, 1, tuple(ids), tokens, grid, breaks)
+        return HostItem(patches, 1, self._one_per_tile(ids, each=tokens, num_tiles=1), tokens, grid)
 
     def _clip(self, raw: Audio) -> HostItem:
         clips = self.family.clips
@@ -134,6 +221,7 @@ class HostProcessor:
         return HostItem(values, length, self._one_per_tile(ids, each=tokens, num_tiles=1), tokens)
 
     def _called(self, **media: Any) -> Mapping[str, Any]:
+        """Call the processor on one medium item; its own default settings hold unless keywords of images are given."""
         return self.processor(text=[self.media_token], **media, return_tensors="pt", add_special_tokens=False)
 
     def _one_per_tile(self, ids: list[int], *, each: int, num_tiles: int) -> tuple[int, ...]:
@@ -162,18 +250,27 @@ class HostProcessor:
     def _extractor(self) -> Any:
         return getattr(self.processor, "feature_extractor", None) or getattr(self.processor, "audio_processor", None)
 
-    def tiles_of(self, height: int, width: int) -> tuple[int, int]:
-        """Count the tiles of an image of this size, and the tags around them, without looking at it.
+    def size_of(self, height: int, width: int) -> "HostSize":
+        """Tell what an image of this size is made into, without looking at it.
 
-        How many tiles there are, and in which rows, the image processor tells by the size alone; what the prompt then
-        looks like is learned of a blank image, once for each such arrangement.
+        How many tiles or patches there are the image processor tells by the size alone; what the prompt then looks like
+        is learned of a blank image, once for each such number.
         """
-        count = getattr(self.processor.image_processor, "get_number_of_image_patches", None)
-        arrangement = None if count is None else count(height, width, {"crop_to_patches": True})
-        if arrangement not in self._tiles:
+        arrangement = self._arrangement(height, width)
+        if arrangement not in self._sizes:
             item = self(Image.new("RGB", (width, height)))
-            self._tiles[arrangement] = len(item.values), len(item.ids) - len(item.values)
-        return self._tiles[arrangement]
+            grid = item.grid or self.facts.grid
+            assert grid is not None
+            self._sizes[arrangement] = HostSize(grid, item.num_images, item.num_tags)
+        return self._sizes[arrangement]
+
+    def _arrangement(self, height: int, width: int) -> Any:
+        """Return what images that are cut alike have in common; None where all are."""
+        image_processor = self.processor.image_processor
+        if (count := getattr(image_processor, "get_number_of_image_patches", None)) is not None:
+            return count(height, width, {"crop_to_patches": True})
+        keeps_shape = self.family.patches is not None or getattr(image_processor, "do_pan_and_scan", False)
+        return (height, width) if keeps_shape else None
 
     @cached_property
     def beginning(self) -> tuple[int, ...]:
@@ -184,23 +281,31 @@ class HostProcessor:
         return tuple(added[:start])
 
 
-def without_videos(processor_class: Any) -> Any:
-    """Return a class of processors that does without what reads videos, if that is the only part it would lack."""
-    parts = [name for name in processor_class.get_attributes() if name != _WITHOUT_VIDEOS]
+class _PartsRead(ProcessorMixin):
+    """Takes the parts of a processor that are there, behind a class that hands all of its parts on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{name: part for name, part in kwargs.items() if part is not None})
+
+
+def with_read_parts(processor_class: Any, medium: str) -> Any:
+    """Return a class of processors that does without parts that read other media, if it has any."""
+    parts = [name for name in processor_class.get_attributes() if name in ("tokenizer", *_READ[medium])]
     if len(parts) == len(processor_class.get_attributes()):
         return processor_class
-    return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda cls: parts)})
+    members = {"get_attributes": classmethod(lambda cls: parts)}
+    return type(processor_class.__name__, (processor_class, _PartsRead), members)
 
 
 def _processor(family: HostFamily, values: Mapping[str, Any], tokenizer: Any) -> Any:
     whole_class: Any = getattr(transformers, family.processor_class)
-    processor_class = without_videos(whole_class)
+    processor_class = with_read_parts(whole_class, family.medium)
     preprocessor = dict(values["preprocessor"])
-    if family.images is not None:
+    if family.medium == "image":
         part = image_processor_class(preprocessor["image_processor_type"]).from_dict(preprocessor)
     else:
         part = getattr(transformers, preprocessor["feature_extractor_type"]).from_dict(preprocessor)
-    arguments = {name: tokenizer if name == "tokenizer" else part for name in processor_class.get_attributes()}
-    if processor_class is not whole_class:
-        arguments[_WITHOUT_VIDEOS] = None
+    arguments: dict[str, Any] = dict.fromkeys(whole_class.get_attributes())
+    for name in processor_class.get_attributes():
+        arguments[name] = tokenizer if name == "tokenizer" else part
     return processor_class(**arguments, **values["arguments"], chat_template=values.get("chat_template"))

@@ -6,10 +6,13 @@ Shapes: N tiles, h x w pixels of one, T soft tokens of one, H the LLM's hidden s
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mllm.budget.tiling import Tiling
 
 _SETTINGS = ("vision_feature_layer", "vision_feature_select_strategy")
 """Values of their own config that some methods take as arguments."""
@@ -26,6 +29,8 @@ def tile_features(body: Any, pixel_values: Tensor, *, is_nested: bool) -> Tensor
     Returns:
         (N, T, H), each tile in reading order.
     """
+    if hasattr(body, "pack_image_features"):
+        return _unpacked_features(body, pixel_values)
     method = body.get_image_features
     known = inspect.signature(method).parameters
     settings = {key: getattr(body.config, key) for key in _SETTINGS if key in known and hasattr(body.config, key)}
@@ -33,6 +38,21 @@ def tile_features(body: Any, pixel_values: Tensor, *, is_nested: bool) -> Tensor
     soft = output.pooler_output
     soft = soft if isinstance(soft, Tensor) else torch.cat([one.flatten(0, -2) for one in soft])
     return soft.reshape(len(pixel_values), -1, soft.shape[-1])
+
+
+def _unpacked_features(body: Any, pixel_values: Tensor) -> Tensor:
+    """Encode and project tiles by the steps of LLaVA-NeXT's method, which then puts them together as one map."""
+    config = body.config
+    hidden = body.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    layer = config.vision_feature_layer
+    features = hidden[layer] if isinstance(layer, int) else torch.cat([hidden[number] for number in layer], dim=-1)
+    features = features[:, 1:] if config.vision_feature_select_strategy == "default" else features
+    return body.multi_modal_projector(features)
+
+
+def pinpoint_tiling(config: Any) -> Tiling:
+    """Return how a LLaVA-NeXT cuts images and puts their tiles together."""
+    return Tiling(pinpoints=tuple((height, width) for height, width in config.image_grid_pinpoints))
 
 
 def image_side(config: Any) -> int:
@@ -99,3 +119,9 @@ def idefics_grid(config: Any) -> tuple[int, int]:
 def downsampled_grid(config: Any) -> tuple[int, int]:
     """Return rows and columns of the soft tokens of Cohere's vision models."""
     return _square(config, int(config.downsample_factor))
+
+
+def gemma3_grid(config: Any) -> tuple[int, int]:
+    """Return rows and columns of a Gemma 3's soft tokens: patches averaged to a square of so many."""
+    side = math.isqrt(config.mm_tokens_per_image)
+    return _square(config, _patches(config) // side)

@@ -73,6 +73,8 @@ class Answerer:
     _constant: SystemPrompt = field(default_factory=SystemPrompt, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.constant_prompt and not self.processor.shares_beginnings:
+            raise ValueError("constant_prompt is true, but the images of this host see themselves both ways")
         if self.constant_prompt and self.decoding.static_cache:
             raise ValueError("constant_prompt is true with static_cache; a static cache cannot take over another")
         if self.long_audio.mode == "chunk":
@@ -290,7 +292,7 @@ class Answerer:
         Raises:
             ValueError: a budget a row cannot meet; the sample is named.
         """
-        can_share = not self.decoding.static_cache
+        can_share = not self.decoding.static_cache and self.processor.shares_beginnings
         expanded = self.processor.expand(batch, budgets, left_padding=True, share_prefixes=can_share)
         inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
         is_shared = "prefix_index" in inputs

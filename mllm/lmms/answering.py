@@ -45,6 +45,7 @@ def read_budget(text: object, processor: ElasticProcessor) -> Budget:
         facts = processor.facts[medium]
         if facts.grid is not None and facts.max_patches is None:
             processor.space.media[medium].count(amount, Extent(medium, grid=facts.grid))
+    processor.space.check(budget)
     return budget
 
 
@@ -104,6 +105,7 @@ class BudgetedAnswers:
 
     def _load(self, medium: str, source: Any, name: str) -> LoadedMedia:
         try:
-            return self.processor.transform(medium, read_medium(medium, source, self.loader))
+            raw = read_medium(medium, source, self.loader)
+            return self.processor.transform(medium, raw, budgets=self.budgets)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

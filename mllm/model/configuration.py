@@ -17,7 +17,7 @@ from mllm.config.nearest import nearest
 from mllm.config.reading import plain, read
 from mllm.config.space import space_of
 from mllm.encoders.av_hubert import register_av_hubert
-from mllm.hosts import find_family
+from mllm.hosts import find_family, host_tiling
 
 # Names that generation utilities and serving engines look for.
 CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "video_config"}
@@ -118,7 +118,10 @@ class ElasticConfig(PreTrainedConfig):
     @property
     def space(self) -> Space:
         """Return the budgets this model was trained on."""
-        return space_of(self.media)
+        space = space_of(self.media)
+        if self.host_config is None or (tiling := host_tiling(self.host_config)) is None:
+            return space
+        return Space({medium: replace(one, tiling=tiling) for medium, one in space.media.items()})
 
     @property
     def encoded_media(self) -> dict[str, Any]:

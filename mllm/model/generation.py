@@ -154,7 +154,7 @@ class _Prompts:
 
 def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
     """What the model takes per row beside its prompt."""
-    return {key: kwargs.get(key) for key in ("scale_ids", "task_ids")}
+    return {key: kwargs.get(key) for key in ("scale_ids", "task_ids", "prompt_positions")}
 
 
 def _prefixes_of(options: dict[str, Any], generation_config: Any) -> Prefixes | None:

@@ -8,41 +8,34 @@ tokens of the longest span, D an encoder's feature size, H the LLM's hidden size
 logits are wanted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from mllm.adapters import build_adapter
 from mllm.adapters.adapter_inputs import KEYWORD
 from mllm.compressors import Compressor, Newline, build_compressor
 from mllm.encoders import build_encoder
-from mllm.hosts import HostEncoder, build_host
+from mllm.hosts import HostDecoder, HostEncoder, build_host, find_family
+from mllm.hosts.positions import look_up
 from mllm.kv_cache.names import CACHE_NAMES, cache_argument, cache_of, one_cache
 from mllm.model.configuration import TOWER_NAMES, ElasticConfig
 from mllm.model.expert_losses import adapter_inputs_of, routing_losses_of
 from mllm.model.generation import ElasticGenerationMixin
 from mllm.model.media_arguments import MEDIA_KEYS, SIZE_KEYS, VALUE_KEYS
 from mllm.model.new_tokens import NewTokens
+from mllm.model.outputs import ElasticOutput, Features, TargetLoss
 from mllm.model.precision import as_weights_of
 from mllm.model.splice import check_placeholders, merge, place_in_order
 from mllm.model.trainables import is_sharded
 from mllm.packing.attention import KEYWORD as PLAN_KEYWORD
 from mllm.packing.attention import PackedAttention, is_enabled, packed_mask
 from mllm.packing.plan import SegmentPlan
-
-
-@dataclass(frozen=True)
-class Features:
-    """Holds what an encoder gave: values (N, T, D), true lengths (N,); grids (N, 2) where they differ."""
-
-    values: Tensor
-    lengths: Tensor
-    grids: Tensor | None = None
 
 
 class ElasticPreTrainedModel(PreTrainedModel):
@@ -87,6 +80,7 @@ class ElasticModel(ElasticPreTrainedModel):
         text = config.text_config
         assert text is not None
         assert config.media is not None
+        self.host_decoder: HostDecoder | None = None
         if config.host_config is not None:
             self.set_host(build_host(config.host_config).model)
         else:
@@ -100,7 +94,7 @@ class ElasticModel(ElasticPreTrainedModel):
                     medium,
                     block,
                     in_size=self.encoder(medium).hidden_size,
-                    out_size=text.hidden_size,
+                    out_size=text.hidden_size if config.host_config is None else self.encoder(medium).hidden_size,
                     grid=getattr(self.encoder(medium), "grid", None),
                     max_patches=getattr(self.encoder(medium), "max_patches", None),
                 )
@@ -116,6 +110,7 @@ class ElasticModel(ElasticPreTrainedModel):
         """Take a host's body (its model without the head) for the LLM and the encoder."""
         encoder = HostEncoder(body)
         self.language_model = getattr(body, encoder.family.decoder)
+        self.host_decoder = None if encoder.family.channels is None else HostDecoder(body)
         setattr(self, TOWER_NAMES[encoder.family.medium], encoder)
 
     def encoder(self, medium: str) -> Any:
@@ -129,8 +124,13 @@ class ElasticModel(ElasticPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Embed token ids (B, S) as (B, S, H): by the LLM's own embedding, and new tokens by their own rows."""
+        """Embed token ids (B, S) as (B, S, H): by the LLM's own embedding, and new tokens by their own rows.
+
+        Where a host's decoder reads more of a token, that stands behind (see `mllm.hosts.channels`).
+        """
         embed = self.get_input_embeddings()
+        if self.host_decoder is not None:
+            return self.host_decoder.of_text(input_ids, embed(input_ids))
         return embed(input_ids) if self.new_tokens is None else self.new_tokens(input_ids, embed)
 
     def encode(self, medium: str, values: Tensor, lengths: Tensor | None = None) -> Features:
@@ -291,10 +291,12 @@ class ElasticModel(ElasticPreTrainedModel):
                     max_tokens=self._most_tokens(medium, known, input_ids.shape[1]),
                     groups=() if plan is None else plan.groups[medium],
                 )
+                if self.host_decoder is not None:
+                    soft = self.host_decoder.of_soft(soft)
                 if layout is None:
                     embeds = merge(embeds, mask, soft, num_tokens)
                 else:
-                    newline = None if self.newline is None or medium != "image" else self.newline()
+                    newline = self._newline() if medium == "image" else None
                     embeds = place_in_order(embeds, mask, soft, layout, newline)
             elif self.training and _is_distributed():
                 embeds = embeds + 0.0 * self._touch(medium).to(embeds.dtype)
@@ -302,6 +304,12 @@ class ElasticModel(ElasticPreTrainedModel):
         if self.newline is not None and not is_placed and self.training and _is_distributed():
             embeds = embeds + 0.0 * self.newline().sum().to(embeds.dtype)
         return embeds
+
+    def _newline(self) -> Tensor | None:
+        """Return what ends the rows of images (H,): a host's own, or the learned one."""
+        if self.config.host_config is not None:
+            return self.encoder("image").newline
+        return None if self.newline is None else self.newline()
 
     def _most_tokens(self, medium: str, features: Features, length: int) -> int:
         """Bound the tokens of one item from above, so that many short spans in a long row stay small."""
@@ -341,53 +349,31 @@ class ElasticModel(ElasticPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         features: Mapping[str, Features] | None = None,
         plan: SegmentPlan | None = None,
+        prompt_positions: Tensor | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed, splice and run the decoder. The media arguments are those of `ElasticForConditionalGeneration`."""
         media = {key: kwargs.pop(key, None) for key in MEDIA_KEYS}
+        cache = one_cache(cache, past_key_values)
+        if prompt_positions is not None:
+            numbers = _numbers(position_ids, attention_mask, cache)
+            position_ids = look_up(prompt_positions, numbers)
+        decoder: Any = self.language_model
+        if self.host_decoder is not None:
+            reads_text = inputs_embeds is None and not features and all(value is None for value in media.values())
+            decoder = partial(self.host_decoder, reads_text=reads_text)
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds; got neither")
             inputs_embeds = self.embed(input_ids, media, plan=plan, features=features)
-        return self.language_model(
+        return decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **cache_argument(one_cache(cache, past_key_values)),
+            **cache_argument(cache),
             **kwargs,
         )
-
-
-class TargetLoss(Protocol):
-    """Computes the loss of hidden states inside the forward pass, so that their logits need not all exist at once.
-
-    It has to run there: where weights are sharded, the head can be read only while the wrapped model runs.
-    """
-
-    def __call__(self, head: Callable[[Tensor], Tensor], hidden_PH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, a scalar to differentiate, and the detached losses summed by budget (K,)."""
-        ...
-
-
-@dataclass
-class ElasticOutput(CausalLMOutputWithPast):
-    """Holds what the model gives, and what its adapter reports.
-
-    Args:
-        auxiliary: what is to be made small beside the loss, by name, each (B,); `auxiliary_weights` says how much it
-            counts. `balance`: how unevenly a row's tokens use the experts, the mean over layers; 1 is even.
-            `<medium>_balance`, `<medium>_z`: the same of a mixture of projectors, and how large its logits are.
-        expert_usage: (L, B, K, N) how often tokens of each kind (`mllm.adapters.adapter_inputs.TOKEN_KINDS`) chose each
-            of the N routed experts in each of the L layers.
-        budget_losses: (K,) with a `target_loss`, what it gave beside the loss.
-        target_states: (P, H) with a `target_loss`, the hidden states that it was given, detached.
-    """
-
-    auxiliary: dict[str, Tensor] | None = None
-    expert_usage: Tensor | None = None
-    budget_losses: Tensor | None = None
-    target_states: Tensor | None = None
 
 
 class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationMixin):
@@ -429,9 +415,10 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
         """Compute logits (..., V) of hidden states (..., H), as the LLM's own class computes them."""
         lm_head: Any = self.lm_head
         logits = lm_head(hidden)
-        # The hosts that are supported have heads of their own, which cap nothing, whatever their LLM alone would do.
-        is_llm = self.config.host_config is None
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None) if is_llm else None
+        # Most hosts have heads of their own, which cap nothing, whatever their LLM alone would do.
+        host = self.config.host_config
+        caps = host is None or find_family(host.model_type, reference="the host").caps_logits
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None) if caps else None
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def forward(
@@ -466,6 +453,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
         packed_attention: PackedAttention = "sdpa",
         features: Mapping[str, Features] | None = None,
         target_loss: TargetLoss | None = None,
+        prompt_positions: Tensor | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> ElasticOutput:
@@ -490,6 +478,8 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
                 reports are by row. See `mllm.packing.pack`.
             packed_attention: what computes the attention of packed rows.
             features: by medium what `ElasticModel.encode` gave; those media are not encoded.
+            prompt_positions: (B, P, 3) where the tokens of each row stand, for hosts whose positions have three
+                dimensions; see `mllm.hosts.positions`.
             target_loss: computes the loss of the hidden states at `logit_positions`; there are no logits then.
             cache, past_key_values: keys and values of what was read before: two names of one argument, since `generate`
                 calls it `cache` from transformers 5.24 on.
@@ -540,6 +530,7 @@ class ElasticForConditionalGeneration(ElasticPreTrainedModel, ElasticGenerationM
             inputs_embeds=inputs_embeds,
             features=features,
             plan=plan,
+            prompt_positions=prompt_positions,
             **cache_argument(one_cache(cache, past_key_values)),
             **media,
             **kwargs,
@@ -583,6 +574,20 @@ def _new_tokens(config: ElasticConfig) -> NewTokens | None:
     ids = tuple((config.new_tokens or {}).values())
     std = getattr(text, "initializer_range", 0.02)
     return NewTokens(ids, size=text.hidden_size, std=std) if ids else None
+
+
+def _numbers(position_ids: Tensor | None, attention_mask: Any, cache: Any) -> Tensor:
+    """Number the tokens of a pass in their rows (B, L), where nothing says the numbers: by the mask of all tokens.
+
+    Raises:
+        ValueError: there is no such mask either.
+    """
+    if position_ids is not None:
+        return position_ids
+    if attention_mask is None:
+        raise ValueError("prompt_positions goes with attention_mask or position_ids; got neither")
+    num_read = 0 if cache is None else cache.get_seq_length()
+    return (attention_mask.long().cumsum(dim=-1) - 1)[:, num_read:]
 
 
 def _is_distributed() -> bool:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mllm.adapters.expert_ids import NO_EXPERT, NO_EXPERT_NAMES, ExpertNames
 from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount, count_tokens
-from mllm.budget.tiling import Tiles
+from mllm.budget.tiling import Size, Tiles
+from mllm.hosts.rows import in_rows
 from mllm.kv_cache.shared_prefix import group_rows
+from mllm.processing.media_inputs import HostView
 from mllm.processing.placeholders import IGNORED_LABEL, expand_placeholders, pad_rows
 from mllm.processing.token_order import NEWLINE, order_of, shown_items
 
@@ -26,25 +28,89 @@ class MediaSpan:
     """Describes one placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
-    encoded in. `encoded_as` names the medium whose encoder is used where it is another one's. `layout` holds the ids
-    that stand for it in the text of a host: tags, and one placeholder per encoded image or clip.
+    encoded in. `encoded_as` names the medium whose encoder is used where it is another one's. `views` say how the
+    prompt of a host shows it, and in which resolutions an image was encoded.
     """
 
     extent: Extent
     item: int
     tilings: tuple[Tiles, ...] = ()
     encoded_as: str = ""
-    layout: tuple[int, ...] = ()
+    views: tuple[HostView, ...] = ()
 
     @property
     def encoder(self) -> str:
         """Return the medium whose encoder its items went through."""
         return self.encoded_as or self.extent.medium
 
-    @property
-    def num_tags(self) -> int:
-        """Count the tokens of text that stand between the soft ones and around them."""
-        return max(len(self.layout) - self.extent.num_images, 0)
+    def grid_of(self, count: TokenCount) -> Size | None:
+        """Return the rows and columns of its features at a count, where it is an image."""
+        resolution = count.resolution
+        return self.extent.grid if resolution is None or resolution.grid is None else resolution.grid
+
+    def num_tags(self, count: TokenCount) -> int:
+        """Count the tokens of text that a host puts between and around its soft tokens.
+
+        Raises:
+            ValueError: as `view_of`.
+        """
+        view = self.view_of(count)
+        return 0 if view is None else view.num_tags(count.tokens, self.grid_of(count))
+
+    def most_tags(self, count: TokenCount) -> int:
+        """Count them at the resolution, of those it was encoded at, that has the most."""
+        return max((view.num_tags(count.tokens, self.extent.grid) for view in self.views), default=0)
+
+    def view_of(self, count: TokenCount) -> HostView | None:
+        """Return how a host's prompt shows it at a count; None without a host.
+
+        Raises:
+            ValueError: an image that was not encoded at the resolution of the count.
+        """
+        return self.views[self._number_of(count)] if self.views else None
+
+    def shown(self, count: TokenCount, placeholders: frozenset[int]) -> tuple[list[int], list[int]]:
+        """Return the ids that stand for it in the text of a host, and the soft tokens of each placeholder among them.
+
+        Raises:
+            ValueError: as `view_of`.
+        """
+        view, grid = self.views[self._number_of(count)], self.grid_of(count)
+        ids: list[int] = []
+        counts: list[int] = []
+        for token in view.ids:
+            if token not in placeholders:
+                ids.append(token)
+            elif view.breaks is None:
+                ids.append(token)
+                counts.append(count.tokens if count.tiles is not None else count.each or count.tokens)
+            else:
+                assert grid is not None
+                rows, sizes = in_rows(token, grid, count.tokens, view.breaks)
+                ids += rows
+                counts += sizes
+        return ids, counts
+
+    def items_of(self, count: TokenCount) -> list[int]:
+        """List the encoded items of the batch that it shows at a count.
+
+        Raises:
+            ValueError: as `view_of`, or an image that was not cut as the count wants it.
+        """
+        before = self.views[: self._number_of(count)] if self.views else ()
+        first = self.item + sum(view.num_placeholders for view in before)
+        return [first + number for number in shown_items(self.extent, count, self.tilings)]
+
+    def _number_of(self, count: TokenCount) -> int:
+        resolutions = [view.resolution for view in self.views]
+        if count.resolution not in resolutions:
+            loaded = ", ".join("its own" if one is None else f"{one.tokens} tokens" for one in resolutions)
+            wanted = "its own" if count.resolution is None else f"{count.resolution.tokens} tokens"
+            raise ValueError(
+                f"the image was loaded at a resolution of {loaded}, and its budget wants {wanted}: load media with the "
+                "budgets they are asked at"
+            )
+        return resolutions.index(count.resolution)
 
 
 @dataclass
@@ -85,18 +151,18 @@ class EncodedSample:
         Args:
             counts: of the media of this row.
         """
-        if not any(span.layout for span in self.spans):
+        if not any(span.views for span in self.spans):
             return LaidOut(self.ids, self.labels, [count.tokens for count in counts])
         spans = zip(self.spans, counts, strict=True)
         ids: list[int] = []
         labels: list[int] = []
         piece_counts: list[int] = []
         for token, label in zip(self.ids, self.labels, strict=True):
-            shown = (token,)
+            shown = [token]
             if token in placeholders and (pair := next(spans, None)) is not None:
                 span, count = pair
-                shown = span.layout or shown
-                piece_counts += [count.each or count.tokens] * sum(one in placeholders for one in shown)
+                shown, counts_shown = span.shown(count, placeholders) if span.views else ([token], [count.tokens])
+                piece_counts += counts_shown
             ids += shown
             labels += [IGNORED_LABEL if token in placeholders else label] * len(shown)
         return LaidOut(ids, labels, piece_counts)
@@ -108,7 +174,9 @@ class EncodedSample:
             ValueError: a medium that lies there, whole or in part; the sample is named.
         """
         largest_counts = self.token_counts(space.largest(), space)
-        lengths = iter(cost.tokens + span.num_tags for span, cost in zip(self.spans, largest_counts, strict=True))
+        lengths = iter(
+            cost.tokens + span.most_tags(cost) for span, cost in zip(self.spans, largest_counts, strict=True)
+        )
         length = 0
         for index, token in enumerate(self.ids):
             is_medium = token in placeholders
@@ -222,7 +290,7 @@ def expand(
 
 def num_prompt_tokens(row: EncodedSample, counts: Sequence[TokenCount]) -> int:
     """Count the tokens of a row whose media cost so many soft tokens each."""
-    tags = sum(span.num_tags for span in row.spans)
+    tags = sum(span.num_tags(count) for span, count in zip(row.spans, counts, strict=True))
     return len(row.ids) - len(row.spans) + tags + sum(count.tokens for count in counts)
 
 
@@ -298,7 +366,7 @@ def _placed_spans(row: EncodedSample, costs: Sequence[TokenCount], space: Space)
     placed = []
     for span, cost in zip(row.spans, costs, strict=True):
         try:
-            items = [span.item + number for number in shown_items(span.extent, cost, span.tilings)]
+            items = span.items_of(cost)
         except ValueError as error:
             raise ValueError(f"sample {row.sample_id!r}: {error}") from error
         tiling = space.media[span.extent.medium].tiling

@@ -13,12 +13,39 @@ import torch
 from torch import Tensor
 
 from mllm.budget import Budget, Extent, Space, count_tokens
+from mllm.budget.resolution import Resizing, Resolution
 from mllm.budget.tiling import Size, Tiles
+from mllm.hosts.rows import RowBreaks, row_sizes
 from mllm.media import MediaError
 from mllm.transforms.encoder_inputs import ImageTransform, NotMouthCrops
 from mllm.transforms.image_tiles import cut
 
 LENGTH_KEYS = {"audio": "audio_lengths", "video": "video_lengths"}
+
+
+@dataclass(frozen=True)
+class HostView:
+    """Holds how a host's prompt shows a medium item: its tags, with one placeholder per encoded image or clip.
+
+    Args:
+        ids: of the prompt.
+        num_placeholders: among them.
+        breaks: tokens of text behind the rows of an image, which are not among them.
+        resolution: of an image that is seen smaller than by default.
+    """
+
+    ids: tuple[int, ...]
+    num_placeholders: int = 1
+    breaks: RowBreaks | None = None
+    resolution: Resolution | None = None
+
+    def num_tags(self, tokens: int, grid: Size | None) -> int:
+        """Count the tokens of text that stand between the soft ones, so many of a grid, and around them."""
+        around = len(self.ids) - self.num_placeholders
+        if self.breaks is None:
+            return around
+        assert grid is not None
+        return around + len(row_sizes(grid, tokens))
 
 
 @dataclass(frozen=True)
@@ -29,8 +56,8 @@ class LoadedMedia:
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `encoded_as` names the medium whose
     encoder they want. `grid` is that of an image's patches where images keep their shape.
 
-    Of a host, `layout` holds the ids that show the item, the host's tags with one placeholder per encoded image or
-    clip, and `num_features` counts the features of a clip.
+    Of a host, `views` say how its prompt shows the item, one for every resolution at which an image was loaded, their
+    encoded images one after the other; `num_features` counts the features of a clip.
     """
 
     medium: str
@@ -40,7 +67,7 @@ class LoadedMedia:
     encoded_as: str = ""
     image_pixels: Size | None = None
     tilings: tuple[Tiles, ...] = ()
-    layout: tuple[int, ...] = ()
+    views: tuple[HostView, ...] = ()
     num_features: int = 0
 
     @property
@@ -77,6 +104,28 @@ def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) 
     if not any(cuts):  # a budget that one image cannot meet may suit another; only if none suits any, it is an error
         raise refusals[0]
     return [tuple(cuts_of_item) for cuts_of_item in cuts]
+
+
+def resolutions_of(resizing: Resizing, image_pixels: Size, budgets: Sequence[Budget]) -> list[Resolution]:
+    """List the different resolutions at which budgets want an image to be seen; the default without any.
+
+    A budget that cannot be met asks for none; it is refused when it is counted for good.
+
+    Raises:
+        ValueError: none of the budgets can be met.
+    """
+    resolutions: list[Resolution] = []
+    refusals = []
+    for most in dict.fromkeys(budget.max_image_tokens for budget in budgets or (Budget(),)):
+        try:
+            one = resizing.default(image_pixels) if most is None else resizing.at_most(image_pixels, most)
+        except ValueError as error:
+            refusals.append(error)
+            continue
+        resolutions += [one] if one not in resolutions else []
+    if not resolutions:
+        raise refusals[0]
+    return resolutions
 
 
 def cut_image(

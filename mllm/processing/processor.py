@@ -16,6 +16,7 @@ from PIL import Image
 
 from mllm.adapters.expert_ids import NO_EXPERT_NAMES, expert_names_of
 from mllm.budget import MEDIA, Budget, Extent
+from mllm.budget.resolution import Resolution
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.config.medium import FramesConfig, MediumConfig
 from mllm.config.processor import ProcessorConfig
@@ -42,13 +43,16 @@ from mllm.processing.batch import Batch, EncodedSample, Expanded, MediaSpan, che
 from mllm.processing.chat import ChatEncoder, Prompt
 from mllm.processing.chat_template import with_media_parts
 from mllm.processing.host_chat import HostChatEncoder
+from mllm.processing.host_positions import position_inputs
 from mllm.processing.media_inputs import (
+    HostView,
     ItemNumbers,
     LoadedMedia,
     as_long_as_longest,
     cut_image,
     cuts_of,
     refusal,
+    resolutions_of,
     stack_media,
 )
 from mllm.processing.preprocessing import FILE, check_files, check_has_config, check_keys, preprocessor_values
@@ -95,6 +99,7 @@ class ElasticProcessor(ProcessorCalls):
             raise ValueError(f"{has} has a host, but {lacks} has not (elastic.host and host_config)")
         if config.host_config is not None:
             self.host = HostProcessor(config.host_config, self.settings.host or {}, tokenizer)
+            self.space = self.space.resized_by(self.host.resizing)
         self.placeholder_ids = {m: self._placeholder_id(m) for m in self.media}
         self.span_ids = {m: [[self._token_id(token)] for token in b.span] for m, b in self.media.items() if b.span}
         check_files(config, tokenizer, self.placeholder_ids, self.settings.preprocessors)
@@ -273,8 +278,12 @@ class ElasticProcessor(ProcessorCalls):
                     raw = noise(raw)
             except ValueError as error:
                 raise ValueError(f"{part.medium} {part.path}: {error}") from error
+            resolutions = self._resolutions(raw, budgets)
             try:
-                loaded.append(self.transform(part.medium, raw, generator=item_rng and item_rng("transform")))
+                if self.host is not None:
+                    loaded.append(self._of_host(part.medium, raw, resolutions))
+                else:
+                    loaded.append(self.transform(part.medium, raw, generator=item_rng and item_rng("transform")))
             except ValueError as error:
                 is_in_memory = bool(in_memory) and in_memory[number] is not None
                 raise refusal(error, part.path if is_in_memory else resolve_media(sample.root, part.path)) from error
@@ -352,18 +361,65 @@ class ElasticProcessor(ProcessorCalls):
             )
         return raws
 
-    def transform(self, medium: str, raw: Any, *, generator: np.random.Generator | None = None) -> LoadedMedia:
-        """Turn a decoded image, clip or video into what its encoder takes; an image into the most tiles."""
+    def transform(
+        self,
+        medium: str,
+        raw: Any,
+        *,
+        generator: np.random.Generator | None = None,
+        budgets: Sequence[Budget] = (),
+    ) -> LoadedMedia:
+        """Turn a decoded image, clip or video into what its encoder takes.
+
+        Args:
+            generator: as in `load_media`.
+            budgets: what it is going to be asked at: an image is cut into tiles, or seen, as each of them asks; into
+                the most tiles, and at its host's own resolution, without any.
+
+        Raises:
+            ValueError: a medium this model does not take, or budgets none of which can be met.
+        """
         self._check_medium(medium)
         if self.host is not None:
-            item = self.host(raw)
-            return LoadedMedia(medium, item.values, item.raw_length, layout=item.ids, num_features=item.tokens)
+            return self._of_host(medium, raw, self._resolutions(raw, budgets))
         if self._encoded_as(medium) == "image" and (medium in self.sampling or self.tiling is not None):
-            return self._with_tiles([self._images(medium, raw)], [raw], [])[0]
+            return self._with_tiles([self._images(medium, raw)], [raw], budgets)[0]
         values, raw_length = self.transforms[medium](raw, generator=generator)
         if self.facts[medium].max_patches is not None:
             return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
         return LoadedMedia(medium, values, raw_length)
+
+    def _resolutions(self, raw: Any, budgets: Sequence[Budget]) -> list[Resolution]:
+        """The resolutions at which budgets want an image of a host to be seen; none where there is no choice."""
+        if self.host is None or self.host.resizing is None or isinstance(raw, Audio):
+            return []
+        return resolutions_of(self.host.resizing, (raw.height, raw.width), budgets)
+
+    def _of_host(self, medium: str, raw: Any, resolutions: Sequence[Resolution]) -> LoadedMedia:
+        """A medium item as its host wants it, an image once at each of the resolutions."""
+        assert self.host is not None
+        if resolutions:
+            return self._resized(self.host, raw, resolutions)
+        item = self.host(raw)
+        return LoadedMedia(
+            medium,
+            item.values,
+            item.raw_length,
+            item.grid,
+            num_features=item.tokens,
+            image_pixels=item.image_pixels,
+            tilings=() if item.tiles is None else (item.tiles,),
+            views=(HostView(item.ids, item.num_placeholders, item.breaks),),
+        )
+
+    def _resized(self, host: HostProcessor, raw: Any, resolutions: Sequence[Resolution]) -> LoadedMedia:
+        items = [host(raw, resolution) for resolution in resolutions]
+        views = [
+            HostView(item.ids, item.num_placeholders, item.breaks, None if one.setting is None else one)
+            for item, one in zip(items, resolutions, strict=True)
+        ]
+        values = torch.cat([item.values for item in items])
+        return LoadedMedia("image", values, 1, image_pixels=(raw.height, raw.width), views=tuple(views))
 
     def _check_medium(self, medium: str) -> None:
         if medium not in self.placeholder_ids:
@@ -384,12 +440,15 @@ class ElasticProcessor(ProcessorCalls):
         return Extent(loaded.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
     def image_extent(self, image_pixels: Size) -> Extent:
-        """Return the extent of an image that may be cut into tiles.
+        """Return the extent of an image that may be cut into tiles, or be seen by its host at several resolutions.
 
         Raises:
             ValueError: an encoder without a size of its own.
         """
         facts = self.facts["image"]
+        if self.host is not None and self.host.resizing is not None:
+            pieces = self.host.resizing.default(image_pixels).num_images
+            return Extent("image", grid=facts.grid, image_pixels=image_pixels, num_images=pieces)
         if facts.image_pixels is None:
             raise ValueError("model.image.tiling needs an encoder that reads images of one size; leave it out")
         return Extent("image", grid=facts.grid, image_pixels=image_pixels, tile_pixels=facts.image_pixels)
@@ -434,7 +493,7 @@ class ElasticProcessor(ProcessorCalls):
                 )
             try:
                 spans = tuple(
-                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as, item.layout)
+                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as, item.views)
                     for item in items
                 )
             except ValueError as error:
@@ -464,7 +523,15 @@ class ElasticProcessor(ProcessorCalls):
             check_length(row, costs, self.context_tokens)
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
+        if self.host is not None and self.host.family.has_grid_positions:
+            expanded.inputs.update(position_inputs(batch.rows, expanded, self.host.placeholder_id))
         return expanded
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether prompts can be read in parts: no token of them sees what stands behind it."""
+        channels = None if self.host is None else self.host.family.channels
+        return channels is None or channels.is_causal
 
 
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:

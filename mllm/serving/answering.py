@@ -51,12 +51,15 @@ class ReadPrompt:
         next_token: the one that it reads next.
         next_embed: (H,) what stands for it where a prompt ends with a soft token or a new one; None for text.
         expert_ids: of its adapter, by the name of the argument.
+        positions: (1, 3) where its first token would stand if all had counted on, for hosts whose positions have three
+            dimensions.
     """
 
     past: RowCache
     next_token: int
     expert_ids: Mapping[str, int]
     next_embed: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

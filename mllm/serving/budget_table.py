@@ -54,7 +54,8 @@ def _rows(
     measured = {}
     if how.repeats:
         decoding = Decoding(max_new_tokens=how.new_tokens)
-        results = bench(model, processor, batch, some_of(budgets), decoding=decoding, repeats=how.repeats, warmup=1)
+        batches = dict.fromkeys(some_of(budgets), batch)
+        results = bench(model, processor, batches, decoding=decoding, repeats=how.repeats, warmup=1)
         measured = {result.budget: result.facts() for result in results}
     rows = []
     for budget in budgets:

@@ -278,12 +278,13 @@ class BudgetPolicy:
                 raise bad_request(
                     f"with total<={request.total_tokens} all items of a medium get the same budget", item.where
                 )
-            tiles, frames = item.budget.max_tiles, item.budget.num_frames
+            tiles, frames, seen = item.budget.max_tiles, item.budget.num_frames, item.budget.max_image_tokens
             merged = Budget(
                 amounts,
                 merged.total_tokens,
                 merged.max_tiles if tiles is None else tiles,
                 merged.num_frames if frames is None else frames,
+                merged.max_image_tokens if seen is None else seen,
             )
         try:
             return count_tokens(extents, merged, self._capped_space())
@@ -333,15 +334,18 @@ def amounts_of(media: Sequence[str], counts: Sequence[TokenCount]) -> str | None
     amounts: dict[str, Amount] = {}
     tiles: set[int] = set()
     frames: set[int] = set()
+    seen: set[int | None] = set()
     for medium, count in zip(media, counts, strict=True):
         if amounts.setdefault(medium, count.amount) != count.amount:
             return None
         tiles |= {count.tiles.count} if count.tiles is not None else set()
         frames |= {count.frames} if count.frames else set()
-    if len(tiles) > 1 or len(frames) > 1:
+        seen |= {None if count.resolution is None else count.resolution.tokens} if medium == "image" else set()
+    if max(len(tiles), len(frames), len(seen)) > 1:
         return None
     ordered = {medium: amounts[medium] for medium in MEDIA if medium in amounts}
-    return str(Budget(ordered, None, next(iter(tiles), None), next(iter(frames), None)))
+    numbers = (next(iter(values), None) for values in (tiles, frames, seen))
+    return str(Budget(ordered, None, *numbers))
 
 
 __all__ = [

@@ -105,20 +105,25 @@ class Engine:
         rows, shown = _numbered(runs)
         features = {encoder: self._stacked(items) for encoder, items in shown.items()}
         batch = Batch(rows)
-        expanded = self.processor.expand(batch, [[Budget()] * len(rows)], left_padding=True, share_prefixes=True)
-        constant = self._system_prompt.of_batch(
-            self.model.model.language_model, expanded.inputs, self.processor.placeholder_ids.values()
-        )
+        can_share = self.processor.shares_beginnings
+        expanded = self.processor.expand(batch, [[Budget()] * len(rows)], left_padding=True, share_prefixes=can_share)
+        constant = None
+        if can_share:
+            placeholders = self.processor.placeholder_ids.values()
+            constant = self._system_prompt.of_batch(self.model.model.language_model, expanded.inputs, placeholders)
         inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
         cache, last_embeds = self.model.read_prompts(**inputs, features=features, constant_prompt=constant)
         ids, mask = expanded.inputs["input_ids"], expanded.inputs["attention_mask"]
         experts = {key: expanded.inputs[key].tolist() for key in EXPERT_KEYS if key in expanded.inputs}
+        positions = expanded.inputs.get("prompt_positions")
         lengths = mask.sum(dim=1).tolist()
         for number, run in enumerate(runs):
             row = row_of(cache, number, num_padding=ids.shape[1] - lengths[number], num_tokens=lengths[number] - 1)
             of_row = {key: values[number] for key, values in experts.items()}
             embed = None if last_embeds is None else last_embeds[number]
-            run.read = ReadPrompt(row, int(ids[number, -1]), of_row, embed)
+            # Behind a prompt positions count on, so a table of one entry says all that is left to say of them.
+            behind = None if positions is None else positions[number, -1:] - (positions.shape[1] - 1)
+            run.read = ReadPrompt(row, int(ids[number, -1]), of_row, embed, behind)
 
     def _next_inputs(self, rows: Sequence[ReadPrompt]) -> dict[str, Tensor]:
         """Return the inputs of `generate` for rows that have been read but for the last token of each.
@@ -132,6 +137,10 @@ class Engine:
         starts = longest - torch.tensor([row.num_tokens for row in rows])
         mask = (torch.arange(longest) >= starts[:, None]).long()
         inputs = {key: torch.tensor([row.expert_ids[key] for row in rows]) for key in rows[0].expert_ids}
+        if any(row.positions is not None for row in rows):
+            plain = torch.zeros(1, 3, dtype=torch.int64)
+            tables = [plain if row.positions is None else row.positions for row in rows]
+            inputs["prompt_positions"] = torch.stack(tables)
         if any(row.next_embed is not None for row in rows):
             is_soft = torch.tensor([row.next_embed is not None for row in rows])
             ids[is_soft, -1] = pad_id  # the logits have no place for it, and what looks ids up in them must not look

@@ -137,7 +137,10 @@ class Preparer:
         """Write what makes two groups of media the same to their encoders; the transforms are always the same."""
         digest = hashlib.sha256(media[0].content).hexdigest()
         names = "+".join(medium.medium for medium in media)
-        cuts = _cuts(budgets[0]) if media[0].medium == "image" and self.processor.tiling is not None else ""
+        is_image = media[0].medium == "image"
+        cuts = _cuts(budgets[0]) if is_image and self.processor.tiling is not None else ""
+        if is_image and (most := budgets[0].budget.max_image_tokens) is not None:
+            cuts = f"image<={most}"
         return f"{digest} {names} {cuts} {'windows' if is_whole and self.long_audio.mode == 'chunk' else ''}"
 
     def _load(

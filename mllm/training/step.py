@@ -248,6 +248,8 @@ def prepare_packing(model: ElasticForConditionalGeneration, processor: ElasticPr
     reason = obstacle(llm)
     if processor.shares_lengths:
         reason = "with model.released_behaviour the padding of clips counts, and packed rows have none"
+    if not processor.shares_beginnings:
+        reason = "the images of this host see themselves in both directions"
     if reason is not None:
         logger.warning("the views of a step are padded and not packed: %s", reason)
         return False

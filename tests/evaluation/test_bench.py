@@ -25,8 +25,7 @@ def test_every_budget_decodes_equally_long_in_turn_and_costs_what_the_model_says
     results = bench(
         model,
         processor,
-        batch,
-        budgets,
+        dict.fromkeys(budgets, batch),
         decoding=Decoding(max_new_tokens=5),
         repeats=3,
         warmup=1,
@@ -61,7 +60,7 @@ def test_tiles_and_frames_are_costed_one_by_one_as_an_evaluation_costs_them() ->
         assert cost is not None
         assert (cost.encoder, cost.compressor) == (num_encoded * plain.encoder, num_shown * plain.compressor)
         (result,) = bench(
-            model, processor, batch, [Budget.parse(budget)], decoding=Decoding(max_new_tokens=3), repeats=1, warmup=0
+            model, processor, {Budget.parse(budget): batch}, decoding=Decoding(max_new_tokens=3), repeats=1, warmup=0
         )
         assert result.cost == cost
         row = batch.rows[0]

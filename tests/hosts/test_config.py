@@ -108,6 +108,16 @@ def test_budgets_begin_with_the_hosts_own(tmp_path: Path) -> None:
         build(read(ModelConfig, {"host": folder, "audio": {"budgets": ["/1"]}}, path="model"))
 
 
+def test_budgets_of_images_that_keep_their_shape_are_rates_from_1_on(tmp_path: Path) -> None:
+    folder = tiny_hosts.write("qwen2_vl", tmp_path / "qwen2_vl")
+    for budgets in (["/2", "/4"], [16, 4]):
+        with pytest.raises(ValueError, match=r"model\.image\.budgets begins with .* full budget, /1$"):
+            build(read(ModelConfig, {"host": folder, "image": {"budgets": budgets}}, path="model"))
+    folder = tiny_hosts.write("llava", tmp_path / "llava")
+    with pytest.raises(ValueError, match=r"model\.image\.budgets begins with /1; .* full budget, 36$"):
+        build(read(ModelConfig, {"host": folder, "image": {"budgets": ["/1", "/4"]}}, path="model"))
+
+
 def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -12,43 +12,14 @@ from mllm.budget import Budget
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
 
-FAST = ["llava", "idefics3", "qwen2_audio"]
+FAST = ["llava", "idefics3", "qwen3_vl", "gemma3", "qwen2_audio"]
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.HOSTS]
 OF_IMAGES = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name, host in tiny_hosts.HOSTS.items()
     if host.medium == "image"
 ]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folders of hosts, written once each."""
-    written: dict[str, str] = {}
-
-    def folder(family: str) -> str:
-        if family in tiny_hosts.NEEDS:
-            pytest.importorskip(tiny_hosts.NEEDS[family], exc_type=ImportError)
-        if family not in written:
-            written[family] = tiny_hosts.write(family, tmp_path_factory.mktemp("hosts") / family)
-        return written[family]
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adopted(folders: Any) -> Any:
-    """Models on hosts, made once each; nothing changes them."""
-    made: dict[tuple[str, str], Any] = {}
-
-    def of(family: str, dtype: str = "float32") -> tuple[Any, Any, Any]:
-        if (family, dtype) not in made:
-            folder = folders(family)
-            host = tiny_hosts.load(folder, family, getattr(torch, dtype))
-            made[family, dtype] = (*tiny_hosts.adopted(folder, family, dtype=dtype), host)
-        return made[family, dtype]
-
-    return of
+IN_TILES = [name for name in OF_IMAGES if getattr(name, "values", [name])[0] not in tiny_hosts.KEEP_SHAPE]
 
 
 def reduced_budgets(processor: Any) -> list[str]:
@@ -167,12 +138,13 @@ def test_the_medium_reaches_the_answer_at_the_smallest_budget(adopted: Any, fami
     assert (first - second).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", OF_IMAGES)
+@pytest.mark.parametrize("family", IN_TILES)
 def test_a_changed_patch_shows_most_at_its_own_soft_token(adopted: Any, family: str) -> None:
     model, processor, _host = adopted(family)
     rows, columns = processor.facts["image"].grid
-    plain = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).repeat(rows * columns, 1, 1, 1)
-    changed, side = plain.clone(), 24 // rows
+    (height, width), generator = processor.facts["image"].image_pixels, torch.Generator().manual_seed(0)
+    plain = torch.randn(1, 3, height, width, generator=generator).repeat(rows * columns, 1, 1, 1)
+    changed, side = plain.clone(), height // rows
     for cell in range(rows * columns):
         top, left = side * (cell // columns), side * (cell % columns)
         changed[cell, :, top : top + side, left : left + side] += 2.0
@@ -183,16 +155,18 @@ def test_a_changed_patch_shows_most_at_its_own_soft_token(adopted: Any, family: 
 
 @pytest.mark.parametrize("family", OF_IMAGES)
 @pytest.mark.parametrize("size", [(24, 24), (30, 40), (60, 20), (100, 100)])
-def test_tiles_are_counted_by_size_as_the_hosts_processor_makes_them(
+def test_tiles_and_patches_are_counted_by_size_as_the_hosts_processor_makes_them(
     adopted: Any, family: str, size: tuple[int, int]
 ) -> None:
     _, processor, _ = adopted(family)
     item = processor.host(tiny_hosts.image(*size))
-    assert item.ids.count(processor.host.placeholder_id) == len(item.values)
-    assert processor.host.tiles_of(*size) == (len(item.values), len(item.ids) - len(item.values))
+    assert item.ids.count(processor.host.placeholder_id) == (item.num_images if item.tiles is None else 1)
+    known = processor.host.size_of(*size)
+    assert (known.num_images, known.num_tags) == (item.num_images, item.num_tags)
+    assert known.grid[0] * known.grid[1] == item.tokens
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("llava", "idefics3")])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("llava", "idefics3", "qwen3_vl")])
 def test_conversations_of_several_turns_and_images_are_prompts_of_the_hosts_own_pipeline(
     adopted: Any, family: str
 ) -> None:
@@ -207,9 +181,9 @@ def test_conversations_of_several_turns_and_images_are_prompts_of_the_hosts_own_
         chat, tokenize=True, return_dict=True, add_generation_prompt=True, images=[first, second, third]
     )
     placeholders = ours["input_ids"] == processor.host.placeholder_id
-    tiles = sum(len(processor.host(raw).values) for raw in (first, second, third))
-    rows, columns = processor.facts["image"].grid
-    assert int(placeholders.sum()) == tiles * rows * columns  # what people typed is none
+    items = [processor.host(raw) for raw in (first, second, third)]
+    # What people typed is none.
+    assert int(placeholders.sum()) == sum(item.num_images * item.tokens for item in items)
     # The host's own pipeline would take "<image>" and "</s>" for what they look like, so it is asked without.
     plain = json.loads(json.dumps(chat).replace("<image> ", "").replace(" </s>", ""))
     text = processor.tokenizer.apply_chat_template(

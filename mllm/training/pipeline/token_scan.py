@@ -37,6 +37,8 @@ CHUNK = 1024
 FIRST_SCAN = 10_000
 """Of a larger data set so many samples, evenly sampled, are scanned first: a mistake shows within seconds."""
 MAX_SHOWN = 5
+_UNKNOWN_PIXELS = (224, 224)
+"""Height and width of an image whose file cannot be read, which is left out when its turn comes."""
 logger = logging.getLogger(__name__)
 
 
@@ -295,11 +297,11 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
-    if processor.host is not None and facts.image_pixels is not None:
-        size = _image_pixels(part, sample, processor.limits) or facts.image_pixels
-        return Extent(part.medium, grid=facts.grid, num_images=processor.host.tiles_of(*size)[0])
-    if part.medium == "image" and space.tiling is not None:
+    if part.medium == "image" and (space.tiling is not None or space.resizing is not None):
         return processor.image_extent(_image_pixels(part, sample, processor.limits) or facts.image_pixels or (1, 1))
+    if processor.host is not None and part.medium == "image":
+        size = processor.host.size_of(*(_image_pixels(part, sample, processor.limits) or _UNKNOWN_PIXELS))
+        return Extent(part.medium, grid=size.grid, num_images=size.num_images)
     if facts.grid is not None:
         frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
         return Extent(part.medium, grid=facts.grid, num_images=frames)
@@ -312,8 +314,8 @@ def _num_tags(sample: Sample, processor: ElasticProcessor) -> int:
     """Count the tokens that a host puts between and around the soft tokens of the images of a sample."""
     if processor.host is None or processor.host.medium != "image":
         return 0
-    sizes = [_image_pixels(part, sample, processor.limits) or (1, 1) for part in sample.media]
-    return sum(processor.host.tiles_of(*size)[1] for size in sizes)
+    sizes = [_image_pixels(part, sample, processor.limits) or _UNKNOWN_PIXELS for part in sample.media]
+    return sum(processor.host.size_of(*size).num_tags for size in sizes)
 
 
 def _soft_tokens(extent: Extent, amount: Amount, space: Space) -> int:

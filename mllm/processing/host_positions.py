@@ -1,0 +1,33 @@
+"""Says where the tokens of expanded rows stand, for hosts whose positions have three dimensions.
+
+Knows expanded rows, extents and counts; the rule is `mllm.hosts.positions`. Everything here happens on the host, before
+the transfer.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mllm.hosts.positions import PlacedImage, position_table, row_positions
+from mllm.processing.batch import EncodedSample, Expanded
+
+
+def position_inputs(rows: Sequence[EncodedSample], expanded: Expanded, placeholder_id: int) -> dict[str, Tensor]:
+    """Make `prompt_positions` (B, P, 3) of expanded rows; nothing where no row has an image, and all count up alone.
+
+    Args:
+        rows: of the batch that was expanded, once for all its budgets.
+        expanded: rows budget by budget.
+        placeholder_id: of images.
+    """
+    if not any(row.spans for row in rows):
+        return {}
+    ids, masks = expanded.inputs["input_ids"], expanded.inputs["attention_mask"].bool()
+    tables = []
+    for number, counts in enumerate(expanded.token_counts):
+        images = []
+        for span, count in zip(rows[number % len(rows)].spans, counts, strict=True):
+            assert span.extent.grid is not None
+            images.append(PlacedImage(span.extent.grid, count.tokens))
+        tables.append(row_positions(ids[number][masks[number]].tolist(), placeholder_id, images))
+    return {"prompt_positions": position_table(tables)}

@@ -1,0 +1,147 @@
+"""Images that a host sees smaller cost what their size says, and are answered as the host itself answers them then."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_hosts
+import torch
+from PIL import Image
+
+from mllm.budget import Budget, count_tokens
+from mllm.checkpoints import adoption
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.hosts import HostProcessor
+from mllm.hosts.resizing import RESIZING, resizing_of
+from mllm.inference.answerer import Answerer, Decoding
+from mllm.processing.processor import ElasticProcessor
+
+FAST = ("idefics3", "internvl")
+FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESIZING]
+SIZES = [(24, 24), (100, 100), (30, 40), (41, 29), (7, 300), (300, 7), (1, 90), (90, 1), (97, 55), (55, 98), (23, 25)]
+"""Heights and widths in pixels, extreme ratios among them; a tile has 24 x 24."""
+
+
+def with_more_tiles(processor: ElasticProcessor) -> HostProcessor:
+    """The same processor with a default of many tiles, as released ones have."""
+    host, image_processor = processor.host, processor.host.processor.image_processor
+    values = image_processor.to_dict()
+    values |= {"size": {"longest_edge": 120}} if "max_image_size" in values else {"max_patches": 12}
+    kept = {**processor.settings.host, "preprocessor": values}
+    return HostProcessor(host.config, kept, processor.tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_makes_as_many_tiles_as_the_size_says(adopted: Any, family: str) -> None:
+    host = with_more_tiles(adopted(family)[1])
+    kind, values = host.resizing.kind, host.resizing.values
+    seen = set()
+    for size in SIZES:
+        height, width = size
+        image = Image.new("RGB", (width, height), (90, 120, 200))
+        resolutions = {host.resizing.default(size)}
+        resolutions |= {host.resizing.at_most(size, 9 * number) for number in (30, 13, 9, 7, 5, 3, 1)}
+        resolutions |= {host.resizing._at(size, setting) for setting in kind.settings(values)}
+        for resolution in resolutions:
+            item = host(image, resolution)  # raises where the processor makes others
+            assert item.ids.count(host.placeholder_id) * 9 == resolution.tokens
+            seen.add(len(item.values))
+    assert len(seen) > 4, seen
+
+
+def test_released_sizes_are_counted_as_their_processors_do() -> None:
+    """InternVL's tiles of 448 pixels, up to 12 and the whole; SmolVLM's of 512 in an image made 2048 pixels long."""
+    internvl = resizing_of(
+        "internvl", {"size": {"height": 448, "width": 448}, "min_patches": 1, "max_patches": 12}, 256
+    )
+    smolvlm = resizing_of("smolvlm", {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}, 64)
+    assert internvl is not None
+    assert smolvlm is not None
+    full_hd = (1080, 1920)
+    assert internvl.default(full_hd).tokens == 2304  # 4 x 2 tiles and the whole
+    assert [internvl.at_most(full_hd, most).num_images for most in (2303, 768, 767)] == [3, 3, 1]
+    assert smolvlm.default(full_hd).tokens == 13 * 64  # 4 x 3 tiles and the whole
+    assert [smolvlm.at_most(full_hd, most).num_images for most in (832, 640, 400, 64)] == [13, 7, 5, 1]
+    with pytest.raises(ValueError, match=r"image<=63 cannot be met: an image of 1080 x 1920 pixels takes at least 64 "):
+        smolvlm.at_most(full_hd, 63)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resized_image_is_the_hosts_own_at_that_setting(adopted: Any, family: str) -> None:
+    model, processor, host = adopted(family)
+    image = tiny_hosts.image(100, 60)
+    default = processor.host.resizing.default((100, 60))
+    resolution = processor.host.resizing.at_most((100, 60), default.tokens - 1)
+    assert resolution.tokens < default.tokens
+    budget = f"image<={resolution.tokens}"
+    ours = tiny_hosts.inputs(processor, [image], budget)
+    assert ours["scale_ids"].tolist() == [-1]  # it is the host's own answer, without the adapter
+    keywords = processor.host.resizing.keywords(resolution.setting)
+    theirs = adoption.host_inputs(processor, image, torch.float32, images_kwargs=keywords)
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    with torch.no_grad():
+        expected = host(**theirs).logits
+        assert torch.equal(model(**ours).logits, expected)
+        reduced = tiny_hosts.inputs(processor, [image], f"image=4,{budget}")
+        assert reduced["scale_ids"].tolist() == [0]
+        assert reduced["num_image_tokens"].tolist() == [4] * resolution.num_images
+        expected = host(**adoption.oracle_inputs(model, host, reduced, theirs)).logits
+        with without_adapter(model):
+            assert torch.equal(model(**reduced).logits, expected)
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """A model whose adapter does nothing."""
+    loras = [value for name, value in model.named_parameters() if ".lora_B" in name]
+    kept = [one.data.clone() for one in loras]
+    for one in loras:
+        one.data.zero_()
+    yield
+    for one, before in zip(loras, kept, strict=True):
+        one.data.copy_(before)
+
+
+def test_resolutions_meet_in_one_batch_and_answer_as_alone(adopted: Any) -> None:
+    model, processor, _ = adopted("idefics3")
+    raws = [tiny_hosts.image(100, 60), tiny_hosts.image(60, 100, seed=1)]
+    budgets = [Budget.parse(text) for text in ("", "image<=9", "image=4", "image=4,image<=9")]
+    message = (Message("user", (Media("image", "x"), Text("what is this?"))),)
+    samples = [Sample(f"row{number}", message, task="test") for number in range(2)]
+    loaded = [[processor.transform("image", raw, budgets=budgets)] for raw in raws]
+    batch = processor.batch(samples, loaded, for_training=False)
+    answers = Answerer(model, processor, Decoding(max_new_tokens=5)).answer_batch(batch, [[one] * 2 for one in budgets])
+    for budget, of_rows in zip(budgets, answers, strict=True):
+        for raw, answer in zip(raws, of_rows, strict=True):
+            alone = Answerer(model, processor, Decoding(max_new_tokens=5))(
+                image=raw, text="what is this?", budget=str(budget)
+            )
+            assert (answer.text, answer.tokens) == (alone.text, alone.tokens)
+    assert [of_rows[0].tokens["image"] for of_rows in answers] == [45, 9, 20, 4]
+    only = processor.batch(samples[:1], [[processor.transform("image", raws[0])]], for_training=False)
+    with pytest.raises(
+        ValueError, match="loaded at a resolution of its own, and its budget wants 9 tokens: load media"
+    ):
+        processor.expand(only, [[budgets[1]]], left_padding=True)
+
+
+def test_a_cap_on_all_media_goes_with_smaller_images(adopted: Any) -> None:
+    _, processor, _ = adopted("idefics3")
+    extent = processor.image_extent((100, 60))
+    (count,) = count_tokens([extent], Budget.parse("image<=9,total<=5"), processor.space)
+    assert (count.tokens, count.resolution.num_images) == (4, 1)
+    with pytest.raises(
+        ValueError, match=r"image<=8 cannot be met: an image of 100 x 60 pixels takes at least 9 tokens"
+    ):
+        count_tokens([extent], Budget.parse("image<=8"), processor.space)
+
+
+def test_a_host_that_sees_images_at_one_size_refuses(tmp_path: Path) -> None:
+    folder = tiny_hosts.write("llava", tmp_path)
+    _, processor = tiny_hosts.adopted(folder, "llava")
+    with pytest.raises(ValueError, match=r"^image<=9: this model sees images at one size; image=N pools what it sees$"):
+        processor.space.check(Budget.parse("image<=9"))
+    with pytest.raises(ValueError, match=r"image<=9: this model sees images at one size"):
+        tiny_hosts.inputs(processor, [tiny_hosts.image()], "image<=9")

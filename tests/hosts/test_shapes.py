@@ -1,0 +1,224 @@
+"""Images of hosts that keep their shape: grids, positions in three dimensions, and prompts read in parts."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_hosts
+import torch
+from PIL import Image
+
+from mllm.budget import Amount, Budget, Extent, TokenCount
+from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.hosts.positions import PlacedImage, look_up, position_table, row_positions
+from mllm.hosts.rows import RowBreaks, in_rows, row_sizes, without_breaks
+from mllm.inference.answerer import Answerer
+from mllm.inference.decoding import Decoding
+from mllm.kv_cache.names import cache_argument
+from mllm.processing.batch import EncodedSample, MediaSpan, num_prompt_tokens
+from mllm.processing.media_inputs import HostView
+from mllm.serving.answering import AnswerRules, AnswerRun
+from mllm.serving.engine import Engine
+from mllm.serving.media_cache import MediaItem
+from mllm.serving.preparation import CountedSample, PromptRow
+from mllm.training.step import prepare_packing
+
+FAST = ["qwen3_vl"]
+FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.KEEP_SHAPE]
+GRID_POSITIONS = [
+    name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+]
+SIZES = ((30, 40), (64, 24), (24, 64))
+
+
+def expanded(processor: Any, raws: list[list[Image.Image]], budgets: list[str], *, left: bool = True) -> Any:
+    """Inputs of one padded batch: a row per list of images, each at its budget."""
+    loaded = [[processor.transform("image", raw) for raw in row] for row in raws]
+    samples = [
+        Sample(f"row{number}", (Message("user", (*[Media("image", "x")] * len(row), Text("what?"))),), task="test")
+        for number, row in enumerate(raws)
+    ]
+    batch = processor.batch(samples, loaded, for_training=False)
+    return processor.expand(batch, [[Budget.parse(budget) for budget in budgets]], left_padding=left).inputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_of_different_shapes_and_budgets_share_a_batch_and_answer_as_alone(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    images = [tiny_hosts.image(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    rows, budgets = [[images[0]], [images[1], images[2]], [images[2]]], ["", "image=/4", "image=3"]
+    together = expanded(processor, rows, budgets)
+    with torch.no_grad():
+        logits = model(**together).logits[:, -1]
+        alone = [
+            model(**expanded(processor, [row], [budget])).logits[0, -1]
+            for row, budget in zip(rows, budgets, strict=True)
+        ]
+    torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_pixels_show_most_at_the_soft_token_of_their_place(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    height, width = (30, 40)
+    rows, columns = processor.host(tiny_hosts.image(height, width)).grid
+    plain = np.asarray(tiny_hosts.image(height, width))
+    cells = [(row, column) for row in range(rows) for column in range(columns)]
+    down, across = height / rows, width / columns
+    values = []
+    for row, column in cells:
+        changed = plain.copy()
+        top, left = round(row * down), round(column * across)
+        part = changed[top : round(top + down), left : round(left + across)]
+        part[:] = 255 - part
+        values.append(processor.host(Image.fromarray(changed)).values)
+    before = processor.host(Image.fromarray(plain)).values
+    grids = torch.tensor([[rows, columns]])
+    with torch.no_grad():
+        base = model.model.encode("image", before[None], grids).values
+        after = model.model.encode("image", torch.stack(values), grids.expand(len(cells), -1)).values
+    assert (after - base).norm(dim=-1).argmax(dim=1).tolist() == list(range(len(cells)))
+
+
+@pytest.mark.parametrize("family", GRID_POSITIONS)
+def test_positions_at_full_are_those_of_the_host(adopted: Any, family: str) -> None:
+    _model, processor, host = adopted(family)
+    images = [tiny_hosts.image(*size) for size in SIZES]
+    inputs = expanded(processor, [images[:2], images[2:]], ["", ""], left=False)
+    mask = inputs["attention_mask"]
+    grids = [processor.host(image).grid for image in images]
+    theirs, deltas = host.model.get_rope_index(
+        input_ids=inputs["input_ids"],
+        mm_token_type_ids=(inputs["input_ids"] == processor.host.placeholder_id).long(),
+        image_grid_thw=torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids]),
+        attention_mask=mask,
+    )
+    numbers = mask.cumsum(dim=1) - 1
+    ours = look_up(inputs["prompt_positions"], numbers)
+    assert torch.equal(ours[:, mask.bool()], theirs[:, mask.bool()])
+    behind = mask.sum(dim=1, keepdim=True) + 5
+    assert torch.equal(look_up(inputs["prompt_positions"], behind)[0], behind + deltas)
+
+
+def test_a_pooled_token_stands_at_the_mean_of_its_patches_and_moves_no_text() -> None:
+    text, image = [5, 6, 7], [9] * 24
+    full = row_positions([*text, *image, 8, 8], 9, [PlacedImage((4, 6), 24)])
+    assert full[3:27, 1].view(4, 6)[:, 0].tolist() == [3, 4, 5, 6]
+    assert full[27:].tolist() == [[9] * 3, [10] * 3]
+    pooled = row_positions([*text, *image[:6], 8, 8], 9, [PlacedImage((4, 6), 6)])
+    blocks = full[3:27].view(2, 2, 3, 2, 3).float().mean(dim=(1, 3)).floor().long().flatten(0, 1)
+    assert torch.equal(pooled[3:9], blocks)
+    assert torch.equal(pooled[9:], full[27:])
+    for count in range(1, 25):
+        odd = row_positions([*text, *image[:count], 8], 9, [PlacedImage((4, 6), count)])
+        assert odd[-1].tolist() == [9] * 3
+        assert (odd[3:-1] >= full[3]).all()
+        assert (odd[3:-1] <= full[26]).all()
+
+
+def test_a_table_of_several_rows_counts_on_behind_each() -> None:
+    short = row_positions([5, 9, 9, 9, 9, 5], 9, [PlacedImage((2, 2), 4)])
+    long = row_positions([5] * 8, 9, [])
+    table = position_table([short, long])
+    numbers = torch.tensor([[5, 6, 8], [5, 6, 8]])
+    for dimension in look_up(table, numbers):
+        assert dimension.tolist() == [[3, 4, 6], [5, 6, 8]]
+    one = short[-1:] - (len(short) - 1)
+    assert torch.equal(look_up(one[None], numbers[:1]), look_up(short[None], numbers[:1]))
+
+
+@pytest.mark.parametrize("family", GRID_POSITIONS)
+def test_questions_about_one_image_are_answered_as_alone(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    answerer = Answerer(model, processor, decoding=Decoding(max_new_tokens=6))
+    image, texts = tiny_hosts.image(64, 24), ["what is this?", "what?", "what is the colour of it?"]
+    together = answerer.answer_questions(texts, image=image, budget="image=/4")
+    assert min(answer.num_shared_tokens for answer in together) > 0
+    alone = [answerer(text, image=image, budget="image=/4") for text in texts]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+
+
+@pytest.mark.parametrize("family", GRID_POSITIONS)
+def test_an_answer_goes_on_from_what_was_read_with_a_table_of_one_entry(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    inputs = expanded(processor, [[tiny_hosts.image(64, 24)], [tiny_hosts.image(30, 40)]], ["image=/4", "image=/16"])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(**inputs, **options)
+    cache, _ = model.read_prompts(**inputs)
+    table = inputs["prompt_positions"]
+    behind = {"prompt_positions": table[:, -1:] - (table.shape[1] - 1), "scale_ids": inputs["scale_ids"]}
+    rows = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    later = model.generate(**rows, **behind, **cache_argument(cache), **options)
+    width = rows["input_ids"].shape[1]
+    assert torch.equal(later[:, width:], whole[:, width:])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_server_writes_an_answer_that_was_interrupted_as_without_a_pause(adopted: Any, family: str) -> None:
+    model, processor, _host = adopted(family)
+    engine = Engine(model, processor)
+    budget = Budget.parse("image=/4" if family == "qwen3_vl" else "image=4")
+    rules = AnswerRules(6, ignores_end=True)
+    runs = [AnswerRun(prompt(processor, tiny_hosts.image(*size), budget), rules) for size in SIZES]
+    while any(run.ending is None for run in runs):
+        engine.write([run for run in runs if run.ending is None], lambda steps, rows: steps >= 2)
+    for run, size in zip(runs, SIZES, strict=True):
+        inputs = expanded(processor, [[tiny_hosts.image(*size)]], [str(budget)])
+        whole = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert run.ids == whole[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def prompt(processor: Any, raw: Image.Image, budget: Budget) -> PromptRow:
+    """A prompt about an image as a server prepares it."""
+    loaded = processor.transform("image", raw)
+    sample = Sample("row", (Message("user", (Media("image", "x"), Text("what?"))),), task="test")
+    row = processor.batch([sample], [[loaded]], for_training=False).rows[0]
+    counts = row.token_counts(budget, processor.space)
+    counted = CountedSample(row.sample_id, row.ids, row.labels, row.spans, row.task, counted=tuple(counts))
+    item = MediaItem(loaded, processor.extent(loaded))
+    return PromptRow(counted, (item,), ("x",), num_prompt_tokens(row, counts))
+
+
+def test_rows_of_pooled_tokens_have_a_break_behind_each_as_those_of_the_host() -> None:
+    breaks = RowBreaks(7, 8)
+    full = [5, *[9, 9, 9, 7] * 3, 9, 9, 9, 8, 6]
+    ids, found = without_breaks(full, 9, (4, 3))
+    assert (ids, found) == ([5, 9, 6], breaks)
+    for tokens in range(1, 13):
+        assert sum(row_sizes((4, 3), tokens)) == tokens
+    shown, sizes = in_rows(9, (4, 3), 12, breaks)
+    assert (shown, sizes) == ([9, 7, 9, 7, 9, 7, 9, 8], [3, 3, 3, 3])
+    assert in_rows(9, (4, 3), 1, breaks) == ([9, 8], [1])
+    with pytest.raises(ValueError, match="no 4 rows of 3 soft tokens with a break behind each"):
+        without_breaks([5, *[9, 9, 9, 7] * 2, *[9, 9, 7, 9], 9, 9, 9, 8, 6], 9, (4, 3))
+    with pytest.raises(ValueError, match="fewer ids than 4 rows of 3 soft tokens have"):
+        without_breaks(full[:-4], 9, (4, 3))
+
+
+def test_tokens_of_text_between_rows_are_counted_at_every_budget() -> None:
+    span = MediaSpan(Extent("image", grid=(4, 3)), 0, views=(HostView((5, 9, 6), breaks=RowBreaks(7, 8)),))
+    row = EncodedSample("row", [4, 9, 4], [-100] * 3, (span,))
+    for tokens in (12, 6, 1):
+        count = TokenCount(tokens)
+        laid_out = row.laid_out([count], frozenset({9}))
+        length = len(laid_out.ids) - len(laid_out.counts) + sum(laid_out.counts)
+        assert length == num_prompt_tokens(row, [count])
+        assert sum(laid_out.counts) == tokens
+
+
+def test_rows_of_hosts_that_cannot_be_packed_are_padded(adopted: Any) -> None:
+    for family in ("qwen3_vl", "gemma3"):
+        model, processor, _host = adopted(family)
+        assert not prepare_packing(model, processor)
+
+
+def test_images_that_keep_their_shape_take_rates_and_counts(adopted: Any) -> None:
+    _model, processor, _host = adopted("qwen3_vl")
+    space = processor.space.media["image"]
+    extent = Extent("image", grid=(5, 7))
+    assert space.count(Amount.parse("max"), extent).tokens == 35
+    assert space.count(Amount.parse("/4"), extent).tokens == 8
+    assert space.count(Amount.parse("5"), extent).tokens == 5
+    with pytest.raises(ValueError, match="image=/36: an image of 35 features is too small, it would leave no token"):
+        space.count(Amount.parse("/36"), extent)
