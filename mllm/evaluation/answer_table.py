@@ -55,7 +55,7 @@ def tables_of(lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample]) 
         of_question = of_set.setdefault((line["set"], line["id"], line["snr_db"]), {})
         if "error" not in line:
             if "min_probability" not in line:
-                raise ValueError("the answers hold no confidence (min_probability); evaluate again to have it")
+                raise ValueError("the answers hold no min_probability; evaluate anew under another name (--name)")
             of_question[line["budget"]] = line
     return {media: _table(questions, samples) for media, questions in answers.items() if media}
 

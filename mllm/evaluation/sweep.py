@@ -191,6 +191,8 @@ class Sweep:
             "prompt_tokens": answer.num_prompt_tokens,
             "new_tokens": answer.num_new_tokens,
             "is_cut": answer.is_cut,
+            "min_probability": round(answer.min_probability, 6),
+            "mean_log_probability": round(answer.mean_log_probability, 6),
             "seconds": _seconds(row),
             "cost": self._cost(item, row, answer),
         }

@@ -12,6 +12,7 @@ alone or in a batch, whatever the LLM's generation config says.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from mllm.budget import Budget, BudgetInput
 from mllm.config.long_audio import LongAudio
 from mllm.data.manifest import Sample
-from mllm.inference.decoding import Decoding, end_ids_of, generate_options, has_no_end, up_to_end
+from mllm.inference.decoding import Decoding, generate_answers
 from mllm.inference.grouping import group_by, number_per_batch
 from mllm.inference.long_audio import Window, join_answers, lengths_of, load_windows
 from mllm.inference.progressive import ProgressiveSession
@@ -292,21 +293,19 @@ class Answerer:
         """
         can_share = not self.decoding.static_cache
         expanded = self.processor.expand(batch, budgets, left_padding=True, share_prefixes=can_share)
-        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        inputs: dict[str, Any] = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
         is_shared = "prefix_index" in inputs
         constant, num_prefills = None, 2 if is_shared else 1
         if self.constant_prompt:
             placeholders = self.processor.placeholder_ids.values()
             constant = self._constant.of_batch(self.model.model.language_model, expanded.inputs, placeholders)
             num_prefills += constant is not None and constant.cache is None
-        options = generate_options(self.model, self.processor, self.decoding, on_text)
-        with stopwatch(self.model, timed, num_prefills=num_prefills) as watch, self.decoding.seeded():
-            ids = self.model.generate(**inputs, **options, constant_prompt=constant)
-        end_ids = end_ids_of(self.model, self.processor, self.decoding)
-        new_ids = [up_to_end(new, end_ids) for new in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        with stopwatch(self.model, timed, num_prefills=num_prefills) as watch:
+            inputs["constant_prompt"] = constant
+            generated = generate_answers(self.model, self.processor, self.decoding, inputs, on_text)
         prompt_lengths = expanded.inputs["attention_mask"].sum(dim=1).tolist()
-        shared = _shared_tokens(expanded.inputs) if is_shared else [0] * len(new_ids)
-        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        shared = _shared_tokens(expanded.inputs) if is_shared else [0] * len(generated)
+        texts = self.processor.batch_decode([one.ids for one in generated], skip_special_tokens=True)
         if on_text is not None and self.decoding.num_beams > 1:
             on_text(texts[0].strip())
         flat_budgets = [budget for row_budgets in budgets for budget in row_budgets]
@@ -318,13 +317,15 @@ class Answerer:
                 tokens=tokens_by_medium([span.extent for span in row.spans], counts),
                 is_trained=is_trained([span.extent for span in row.spans], counts, self.processor.space),
                 num_prompt_tokens=length,
-                num_new_tokens=len(new),
+                num_new_tokens=len(one.ids),
                 timing=watch.timing(),
                 num_shared_tokens=num_shared,
-                is_cut=has_no_end(new, end_ids),
+                is_cut=not one.has_end,
+                min_probability=one.min_probability,
+                mean_log_probability=one.mean_log_probability,
             )
-            for text, budget, row, counts, length, new, num_shared in zip(
-                texts, flat_budgets, rows, expanded.token_counts, prompt_lengths, new_ids, shared, strict=True
+            for text, budget, row, counts, length, one, num_shared in zip(
+                texts, flat_budgets, rows, expanded.token_counts, prompt_lengths, generated, shared, strict=True
             )
         ]
         return [answers[start : start + len(batch.rows)] for start in range(0, len(answers), len(batch.rows))]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mllm.budget import Budget, BudgetInput, TokenCount
-from mllm.inference.decoding import Decoding, end_ids_of, generate_options, has_no_end, up_to_end
+from mllm.inference.decoding import Decoding, generate_answers
 from mllm.inference.reading import read_request, samples_about
 from mllm.inference.request import Answer, Files, is_trained, tokens_by_medium
 from mllm.kv_cache.beam import spread
@@ -142,23 +142,25 @@ class ProgressiveSession:
         if decoding.num_beams > 1:
             cache = spread(cache, decoding.num_beams)
         prompt = torch.tensor([ids], device=self._model.device)
-        options = {**self._expert_inputs(), **generate_options(self._model, processor, decoding)}
-        with decoding.seeded():
-            ids_with_prompt = self._model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), **cache_argument(cache), **options
-            )
-        end_ids = end_ids_of(self._model, processor, decoding)
-        new = up_to_end(ids_with_prompt[0, len(ids) :].tolist(), end_ids)
+        inputs = {
+            "input_ids": prompt,
+            "attention_mask": torch.ones_like(prompt),
+            **cache_argument(cache),
+            **self._expert_inputs(),
+        }
+        generated = generate_answers(self._model, processor, decoding, inputs)[0]
         extents = [span.extent for span in row.spans]
         return Answer(
-            text=processor.batch_decode([new], skip_special_tokens=True)[0].strip(),
+            text=processor.batch_decode([generated.ids], skip_special_tokens=True)[0].strip(),
             budget=self.budget,
             tokens=tokens_by_medium(extents, [self._count]),
             is_trained=is_trained(extents, [self._count], processor.space),
             num_prompt_tokens=len(ids),
-            num_new_tokens=len(new),
+            num_new_tokens=len(generated.ids),
             num_shared_tokens=self.num_read_tokens,
-            is_cut=has_no_end(new, end_ids),
+            is_cut=not generated.has_end,
+            min_probability=generated.min_probability,
+            mean_log_probability=generated.mean_log_probability,
         )
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ Knows files, samples, budgets and timings. Does not know how an answer comes abo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount
 from mllm.inference.timing import Timing
@@ -31,6 +31,8 @@ class Answer:
     space. `num_prompt_tokens` is the whole prompt, of which the first `num_shared_tokens` were read once together with
     other questions about the same media, and `num_new_tokens` counts the end token. `timing` is that of the whole
     batch, where it was measured. `is_cut` is true where the model had not ended when `max_new_tokens` were there.
+    `min_probability` is the smallest probability of any token of the answer, its end included, and
+    `mean_log_probability` the mean of the logarithms; with beams they are those of the best one.
     """
 
     text: str
@@ -42,6 +44,9 @@ class Answer:
     timing: Timing | None = None
     num_shared_tokens: int = 0
     is_cut: bool = False
+    # Rounding depends on the batch, and two answers that say and cost the same are the same.
+    min_probability: float = field(default=1.0, compare=False)
+    mean_log_probability: float = field(default=0.0, compare=False)
 
 
 def request(
