@@ -7,6 +7,8 @@
     tiles<=4            at most so many tiles per image, the thumbnail not counted; 0 shows the thumbnail alone
     frames=8            frames shown of each video whose frames are images
     total<=256          a cap over all media of one request: the largest allowed split wins
+    auto                what a router chooses for this request; its goals, and caps in other units, are in
+                        `budget/automatic.py`
 
 An image that is cut into tiles costs image=n tokens per tile, and a video of images video=n per frame.
 
@@ -17,6 +19,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
+
+from mllm.budget.automatic import GOALS, LIMITS, Auto, Limit, is_automatic, read_automatic
 
 MEDIA = ("image", "audio", "video")
 FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
@@ -71,12 +75,18 @@ def _decimal(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """Amounts by medium, caps on tiles and on the sum, and frames. `Budget.parse(str(b)) == b`."""
+    """Amounts by medium, caps on tiles and on the sum, and frames. `Budget.parse(str(b)) == b`.
+
+    With `auto` a router chooses the amounts, and with `limits` they are the dearest that keep to caps in other units;
+    either is resolved to a budget without them before anything is counted, see `mllm.router`.
+    """
 
     amounts: Mapping[str, Amount] = field(default_factory=dict)
     total_tokens: int | None = None
     max_tiles: int | None = None
     num_frames: int | None = None
+    auto: Auto | None = None
+    limits: tuple[Limit, ...] = ()
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -90,7 +100,9 @@ class Budget:
         """
         amounts: dict[str, Amount] = {}
         numbers: dict[str, int] = {}
-        for item in filter(None, (part.strip() for part in text.split(","))):
+        items = list(filter(None, (part.strip() for part in text.split(","))))
+        auto, limits = read_automatic(text, [item for item in items if is_automatic(item)])
+        for item in (item for item in items if not is_automatic(item)):
             word = next((word for word in _NUMBERS if item.startswith(word)), None)
             if word is not None:
                 numbers[word] = _number(item, word, numbers)
@@ -98,14 +110,16 @@ class Budget:
             medium, equals, amount = (word.strip() for word in item.partition("="))
             if not equals or medium not in MEDIA:
                 raise ValueError(
-                    f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}), total<=N, tiles<=N or "
-                    "frames=N"
+                    f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}), total<=N, tiles<=N, "
+                    f"frames=N, auto, or {'<=N, '.join(LIMITS)}<=N"
                 )
             if medium in amounts:
                 raise ValueError(f"budget {text!r} names {medium} twice")
             amounts[medium] = Amount.parse(amount)
+        if auto is not None and (fixed := [*amounts, *(["frames"] if "frames" in numbers else [])]):
+            raise ValueError(f"budget {text!r} names {fixed[0]} beside auto, which chooses it; leave one of them out")
         ordered = {m: amounts[m] for m in MEDIA if m in amounts}
-        return cls(ordered, numbers.get("total"), numbers.get("tiles"), numbers.get("frames"))
+        return cls(ordered, numbers.get("total"), numbers.get("tiles"), numbers.get("frames"), auto, limits)
 
     @classmethod
     def of(cls, value: "BudgetInput") -> "Budget":
@@ -117,7 +131,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
-            signs = {name: sign for name, (sign, _) in _NUMBERS.items()}
+            signs = {**{name: sign for name, (sign, _) in _NUMBERS.items()}, **GOALS, **LIMITS}
             return cls.parse(",".join(f"{key}{signs.get(key, '=')}{amount}" for key, amount in value.items()))
         if isinstance(value, str):
             if value.strip().isdigit():
@@ -126,9 +140,16 @@ class Budget:
         raise ValueError(_say_the_medium(value))
 
     def __str__(self) -> str:
-        items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
+        items = [] if self.auto is None else [str(self.auto)]
+        items += [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
         values = {"tiles": self.max_tiles, "frames": self.num_frames, "total": self.total_tokens}
-        return ",".join(items + [f"{name}{_NUMBERS[name][0]}{n}" for name, n in values.items() if n is not None])
+        items += [f"{name}{_NUMBERS[name][0]}{n}" for name, n in values.items() if n is not None]
+        return ",".join([*items, *map(str, self.limits)])
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether it must be resolved before tokens can be counted, by a router or by what budgets cost."""
+        return self.auto is not None or bool(self.limits)
 
     @property
     def media(self) -> set[str]:
@@ -143,6 +164,8 @@ class Budget:
             self.total_tokens,
             self.max_tiles if "image" in media else None,
             self.num_frames if "video" in media else None,
+            self.auto,
+            self.limits,
         )
 
 

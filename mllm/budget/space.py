@@ -256,8 +256,14 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
     then video, and then the one with more tiles and frames.
 
     Raises:
-        ValueError: a medium the model does not take, an amount that cannot be met, or a cap that nothing meets.
+        ValueError: a medium the model does not take, an amount that cannot be met, a cap that nothing meets, or a
+            budget that has not been resolved.
     """
+    if budget.is_open:
+        raise ValueError(
+            f"budget {str(budget)!r} says no amounts; it is resolved for one request at a time, where questions are "
+            "answered"
+        )
     for extent in extents:
         if extent.medium not in space.media:
             allowed = ", ".join(space.media) or "text only"
