@@ -23,6 +23,7 @@ VERBS = {
     "serve": "mllm.commands.serve",
     "page": "mllm.commands.page",
     "bench": "mllm.commands.bench",
+    "router fit": "mllm.commands.router_fit",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",

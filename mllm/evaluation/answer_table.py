@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mllm.budget import MEDIA, Budget
+from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import Line
 from mllm.evaluation.metrics import vqa_accuracy, word_errors
 from mllm.evaluation.scorers.registry import BENCHMARKS
+from mllm.router.features import MediaSet, media_set_of
 from mllm.router.table import AnswerTable
 
-MediaSet = tuple[str, ...]
-"""The media that a request holds, each once, in the order of `MEDIA`."""
 QuestionKey = tuple[str, str, float | None]
 """Set, sample and noise of a question."""
 
@@ -29,12 +28,6 @@ def utility_of(line: Line) -> float:
         return vqa_accuracy(line["references"], line["hypothesis"])
     rate = word_errors(line["references"][0], line["hypothesis"]).rate
     return 1.0 - min(rate or 0.0, 1.0)
-
-
-def media_set_of(sample: Sample) -> MediaSet:
-    """List the media that a sample holds."""
-    held = {part.medium for part in sample.media}
-    return tuple(medium for medium in MEDIA if medium in held)
 
 
 def tables_of(lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample]) -> dict[MediaSet, AnswerTable]:
@@ -51,13 +44,17 @@ def tables_of(lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample]) 
     """
     answers: dict[MediaSet, dict[QuestionKey, dict[str, Line]]] = {}
     for line in lines:
-        of_set = answers.setdefault(media_set_of(samples[line["set"], line["id"]]), {})
+        of_set = answers.setdefault(_media_of(samples[line["set"], line["id"]]), {})
         of_question = of_set.setdefault((line["set"], line["id"], line["snr_db"]), {})
         if "error" not in line:
             if "min_probability" not in line:
                 raise ValueError("the answers hold no min_probability; evaluate anew under another name (--name)")
             of_question[line["budget"]] = line
     return {media: _table(questions, samples) for media, questions in answers.items() if media}
+
+
+def _media_of(sample: Sample) -> MediaSet:
+    return media_set_of([part.medium for part in sample.media])
 
 
 def _table(answers: Mapping[QuestionKey, Mapping[str, Line]], samples: Mapping[tuple[str, str], Sample]) -> AnswerTable:
@@ -81,7 +78,7 @@ def _table(answers: Mapping[QuestionKey, Mapping[str, Line]], samples: Mapping[t
 
     return AnswerTable(
         budgets=tuple(Budget.parse(budget) for budget in budgets),
-        ids=tuple((name, id_ if snr_db is None else f"{id_}@{snr_db:g}dB") for name, id_, snr_db in whole),
+        sample_keys=tuple((name, id_) for name, id_, _ in whole),
         media_keys=tuple(repr(samples[name, id_].media_key) for name, id_, _ in whole),
         tasks=tuple(row[0]["task"] for row in rows),
         kinds=tuple(row[0]["kind"] or "" for row in rows),

@@ -26,7 +26,7 @@ class AnswerTable:
 
     Args:
         budgets: K, cheapest first.
-        ids: (n) set and sample of each question.
+        sample_keys: (n) set and id of the sample of each question.
         media_keys: (n) equal where questions are about the same media. Questions of one picture or clip depend on each
             other, so this is the unit of every resampling, split and bound.
         tasks: (n) the task of each sample.
@@ -42,7 +42,7 @@ class AnswerTable:
     """
 
     budgets: tuple[Budget, ...]
-    ids: tuple[tuple[str, str], ...]
+    sample_keys: tuple[tuple[str, str], ...]
     media_keys: tuple[str, ...]
     tasks: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -54,16 +54,16 @@ class AnswerTable:
     features: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = (len(self.ids), len(self.budgets))
+        shape = (len(self.sample_keys), len(self.budgets))
         for name in ("utility", "tokens", "confidence", "flops", "milliseconds"):
             values = getattr(self, name)
             assert values is None or values.shape == shape, (name, values.shape, shape)
         for name, block in self.features.items():
             assert block.ndim == 2, name
-            assert len(block) == len(self.ids), name
+            assert len(block) == len(self.sample_keys), name
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.sample_keys)
 
     def cost(self, unit: Unit) -> Array:
         """Return the cost of every answer (n, K) in a unit.
