@@ -114,6 +114,7 @@ def join_answers(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer
         num_new_tokens=num_new_tokens,
         num_shared_tokens=sum(answer.num_shared_tokens for answer in answers),
         timing=Timing(*(sum(getattr(one, phase) for one in timings) for phase in PHASES)) if timings else None,
+        discarded=(),
         min_probability=min(answer.min_probability for answer in answers),
         mean_log_probability=log_probability / num_new_tokens,
     )

@@ -33,6 +33,10 @@ class Answer:
     batch, where it was measured. `is_cut` is true where the model had not ended when `max_new_tokens` were there.
     `min_probability` is the smallest probability of any token of the answer, its end included, and
     `mean_log_probability` the mean of the logarithms; with beams they are those of the best one.
+
+    Where a router chose the budget, `discarded` are the answers at smaller ones, in order; `tokens` and `timing` count
+    what was read for them as well, everything else is of this answer alone. Of its prompt, the first `num_kept_tokens`
+    had been read for the answer before it.
     """
 
     text: str
@@ -47,6 +51,8 @@ class Answer:
     # Rounding depends on the batch, and two answers that say and cost the same are the same.
     min_probability: float = field(default=1.0, compare=False)
     mean_log_probability: float = field(default=0.0, compare=False)
+    discarded: tuple["Answer", ...] = ()
+    num_kept_tokens: int = 0
 
 
 def request(
