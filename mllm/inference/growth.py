@@ -158,8 +158,10 @@ class GrowingPrompt:
     def _read(self, embeds: Tensor, kept: int, experts: Mapping[str, Tensor]) -> None:
         """Let the LLM read a prompt (1, S, H) behind the first n positions, up to the last, which `generate` reads."""
         length = embeds.shape[1]
-        if kept < self._cache.get_seq_length():
-            self._cache.crop(kept)
+        if kept == 0:
+            self._cache = DynamicCache()
+        elif (surplus := self._cache.get_seq_length() - kept) > 0:
+            self._cache.crop(-surplus)
         unread = embeds[:, kept : length - 1]
         if unread.shape[1] == 0:
             return
