@@ -51,9 +51,7 @@ class ModelCosts:
         """
         path = None if self.folder is None else self.folder / BENCH
         if path is None or not path.is_file():
-            raise ValueError(
-                f"ms needs {path or BENCH}; measure it: mllm bench --model {self.folder} --out {self.folder}"
-            )
+            raise ValueError(f"ms needs a measured {path or BENCH}: mllm bench --model RUN --out RUN")
         rows = json.loads(path.read_text(encoding="utf-8"))["budgets"]
         return {row["budget"]: row["encoder_ms"]["median"] + row["prefill_ms"]["median"] for row in rows}
 

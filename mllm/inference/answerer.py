@@ -105,7 +105,7 @@ class Answerer:
 
     def _kept_tokens(self, row: EncodedSample, before: Sequence[TokenCount], after: Sequence[TokenCount]) -> int:
         """Counts the soft tokens that a prompt with larger counts has in common with one with smaller ones."""
-        positions = [positions_of(row, counts, self.processor) for counts in (before, after)]
+        positions = [positions_of(row, counts, self.processor, is_nested=True) for counts in (before, after)]
         return sum(num_soft(positions[1][: num_kept(*positions)]).values())
 
     def answer(

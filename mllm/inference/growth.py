@@ -54,8 +54,14 @@ def grows(model: ElasticForConditionalGeneration, processor: ElasticProcessor, d
     return compressors["image"].nested == "prefix"
 
 
-def positions_of(row: EncodedSample, counts: Sequence[TokenCount], processor: ElasticProcessor) -> list[Position]:
-    """Name what stands at every position of a prompt whose media cost so many soft tokens."""
+def positions_of(
+    row: EncodedSample, counts: Sequence[TokenCount], processor: ElasticProcessor, *, is_nested: bool
+) -> list[Position]:
+    """Name what stands at every position of a prompt whose media cost so many soft tokens.
+
+    Args:
+        is_nested: smaller budgets of images begin larger ones, see `grows`.
+    """
     placeholders = set(processor.placeholder_ids.values())
     spans = iter(enumerate(zip(row.spans, counts, strict=True)))
     positions: list[Position] = []
@@ -67,8 +73,7 @@ def positions_of(row: EncodedSample, counts: Sequence[TokenCount], processor: El
         medium = span.extent.medium
         items = shown_items(span.extent, count, span.tilings)
         # On a stream a larger budget puts tokens between those that are there, whatever the compressor.
-        is_nested = span.encoder == "image"
-        each = 0 if is_nested else count.each or count.tokens
+        each = 0 if is_nested and span.encoder == "image" else count.each or count.tokens
         for piece, index in order_of(span.extent, count, processor.space.media[medium].tiling).tolist():
             item = NEWLINE if piece == NEWLINE else items[piece]
             positions.append(SoftToken(medium, number, item, index, each))
@@ -108,6 +113,7 @@ class GrowingPrompt:
     ) -> None:
         self._model, self._processor, self._decoding = model, processor, decoding
         self._row, self._features = row, features
+        self._is_nested = grows(model, processor, decoding)
         self._positions: list[Position] = []
         self._experts: dict[str, int] = {}
         self._cache = DynamicCache()
@@ -123,7 +129,7 @@ class GrowingPrompt:
         expanded = processor.expand(Batch([self._row]), [[budget]], left_padding=True)
         inputs = {key: value.to(device) for key, value in expanded.inputs.items()}
         counts = expanded.token_counts[0]
-        positions = positions_of(self._row, counts, processor)
+        positions = positions_of(self._row, counts, processor, is_nested=self._is_nested)
         experts = {key: int(expanded.inputs[key][0]) for key in ("scale_ids", "task_ids") if key in expanded.inputs}
         kept = num_kept(self._positions, positions) if experts == self._experts else 0
         media = {key: inputs.pop(key, None) for key in MEDIA_KEYS}

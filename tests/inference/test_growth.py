@@ -97,7 +97,7 @@ def test_what_is_kept_is_not_read_again() -> None:
 
 
 def test_an_expert_per_scale_keeps_nothing_and_is_right_all_the_same() -> None:
-    scales = LoraBankConfig(variant="s", rank=4, alpha=8)
+    scales = LoraBankConfig(variant="ss", rank=4, alpha=8)
     answerer = make(QUERY, adapter=scales)
     budgets = [Budget.parse("image=2"), Budget.parse("image=16")]
     batch = request(answerer, 1, budgets)
