@@ -227,16 +227,14 @@ class BudgetPolicy:
         """Return the open budget that a request is resolved by; None where amounts are named, or the most is meant.
 
         Raises:
-            RequestError: 400, an open budget together with one that is named elsewhere.
+            RequestError: 400, an open budget together with one that is named beside a medium.
         """
-        others = [wishes for _, wishes in media if wishes.budget is not None or wishes.max_soft_tokens is not None]
-        others += [wishes for _, wishes in media if wishes.media_resolution or wishes.detail not in (None, "auto")]
         if body.budget is not None and body.budget.is_open:
-            if others:
+            if named := [wishes.where for _, wishes in media if wishes.budget is not None]:
                 raise bad_request(
-                    f"the budget {str(body.budget)!r} is chosen for all media together; give it alone, and nothing "
-                    f"beside {others[0].where}",
-                    others[0].where,
+                    f"the budget {str(body.budget)!r} is chosen for all media together; give it without "
+                    f"{named[0]}.budget",
+                    f"{named[0]}.budget",
                 )
             return body.budget
         if _says(media, body):
