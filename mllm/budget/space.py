@@ -265,13 +265,27 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
             "answered"
         )
     for extent in extents:
-        if extent.medium not in space.media:
-            allowed = ", ".join(space.media) or "text only"
-            raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
+        _check_medium(extent, space)
     space.check(budget)
     if budget.total_tokens is None:
         return [_count_of(extent, budget, space) for extent in extents]
     return _best_split(extents, budget, space)
+
+
+def choices_of(extent: Extent, budget: Budget, space: Space) -> list[TokenCount]:
+    """List what one medium may take under a cap, each count once: its trained amounts unless the budget names one.
+
+    Raises:
+        ValueError: a medium the model does not take, or an amount that cannot be met.
+    """
+    _check_medium(extent, space)
+    return list(dict.fromkeys(counts[0] for counts in _choices([extent], budget, space)))
+
+
+def _check_medium(extent: Extent, space: Space) -> None:
+    if extent.medium not in space.media:
+        allowed = ", ".join(space.media) or "text only"
+        raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
 
 
 def _count_of(extent: Extent, budget: Budget, space: Space) -> TokenCount:
