@@ -19,7 +19,7 @@ Shapes: n questions, U units, K budgets, G prices, "..." any leading dimensions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ class Certificate:
         price: the dearest of `grid` that keeps the promise.
         grid: every price that could have been chosen, in the order they were tested.
         mean_loss, mean_cost: of the calibration at `price`.
-        fingerprint: of the model.
+        fingerprint: digests of the model's files, by name.
         sets: names of the sets that the calibration came from.
     """
 
@@ -118,7 +118,7 @@ class Certificate:
     num_questions: int
     mean_loss: float
     mean_cost: float
-    fingerprint: str
+    fingerprint: dict[str, str]
     sets: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -128,16 +128,16 @@ class Certificate:
             f"{promise.confidence:g}, by {self.num_questions} questions about {self.num_units} images or clips"
         )
 
-    def check(self, fingerprint: str) -> None:
+    def check(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse another model than the one that was calibrated.
 
         Raises:
             ValueError: it is another one.
         """
-        if fingerprint != self.fingerprint:
+        names = sorted(fingerprint.keys() | self.fingerprint.keys())
+        if changed := [name for name in names if fingerprint.get(name) != self.fingerprint.get(name)]:
             raise ValueError(
-                f"the certificate was made for the model {self.fingerprint[:12]}, and this one is {fingerprint[:12]}; "
-                "calibrate anew"
+                f"the certificate was made for another model ({', '.join(changed)} differ); calibrate anew"
             )
 
     def to_data(self) -> dict[str, Any]:
@@ -254,12 +254,14 @@ def count_refuted(p_values_G: Array, delta: float) -> NDArray[np.intp]:
 # ---- certify or refuse ----
 
 
-def certify(calibration: Calibration, promise: Promise, *, fingerprint: str, sets: Sequence[str] = ()) -> Certificate:
+def certify(
+    calibration: Calibration, promise: Promise, *, fingerprint: Mapping[str, str], sets: Sequence[str] = ()
+) -> Certificate:
     """Find the dearest price that keeps a promise.
 
     Args:
         calibration: its losses must be of the promise's kind.
-        fingerprint: of the model that answered.
+        fingerprint: of the model that answered: digests of its files, by name.
         sets: names of the sets that the calibration came from.
 
     Raises:
@@ -277,7 +279,7 @@ def certify(calibration: Calibration, promise: Promise, *, fingerprint: str, set
         num_questions=calibration.num_questions,
         mean_loss=float(calibration.losses[chosen].mean()),
         mean_cost=float(calibration.costs[chosen]),
-        fingerprint=fingerprint,
+        fingerprint=dict(fingerprint),
         sets=list(sets),
     )
 

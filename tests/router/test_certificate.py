@@ -27,6 +27,7 @@ from mllm.router.policy import Policy, Predictions
 from mllm.router.table import AnswerTable
 
 NUM_DRAWS, NUM_UNITS, ALLOWED, DELTA = 1000, 100, 0.05, 0.1
+MODEL = {"config.json": "one", "trainables.safetensors": "two"}
 # Mean losses at the prices of a grid; they do not only grow, as those of real budgets do not.
 GRADED_RISKS = np.array([0.01, 0.03, 0.02, 0.04, 0.055, 0.045, 0.07, 0.2])
 
@@ -119,7 +120,7 @@ def calibration_of(risks: list[float], num_units: int, *, seed: int = 0) -> Cali
 def test_a_certificate_holds_the_last_price_in_turn_that_is_proved_and_all_it_rests_on() -> None:
     calibration = calibration_of([0.0, 0.01, 0.3, 0.0], 200)
     promise = Promise(allowed_loss=0.05)
-    certificate = certify(calibration, promise, fingerprint="abc", sets=["validation"])
+    certificate = certify(calibration, promise, fingerprint=MODEL, sets=["validation"])
     # The fourth price loses nothing, but the third was not proved, and what is tested after that proves nothing.
     assert certificate.price == 0.01
     assert certificate.mean_loss == calibration.losses[1].mean()
@@ -127,29 +128,29 @@ def test_a_certificate_holds_the_last_price_in_turn_that_is_proved_and_all_it_re
     assert certificate.grid == [0.0, 0.01, 0.02, 0.03]
     assert "at most 0.05 at confidence 0.9, by 1200 questions about 200 images or clips" in str(certificate)
     assert Certificate.from_data(json.loads(json.dumps(certificate.to_data()))) == certificate
-    certificate.check("abc")
-    with pytest.raises(ValueError, match=r"made for the model abc, and this one is xyz; calibrate anew"):
-        certificate.check("xyz")
+    certificate.check(MODEL)
+    with pytest.raises(ValueError, match=r"another model \(trainables.safetensors differ\); calibrate anew"):
+        certificate.check({**MODEL, "trainables.safetensors": "other"})
 
 
 def test_a_calibration_that_is_too_small_is_refused_with_what_is_missing() -> None:
     promise = Promise(allowed_loss=0.01, bound="binomial")
     message = r"about 30 more like these are needed, and 230 in all even if nothing were lost"
     with pytest.raises(CalibrationTooSmall, match=message) as refusal:
-        certify(calibration_of([0.0], 200), promise, fingerprint="abc")
+        certify(calibration_of([0.0], 200), promise, fingerprint=MODEL)
     assert refusal.value.missing_units == 30
     # What it says is missing is enough if the new units are like the old ones.
     few = calibration_of([0.01], 150)
     with pytest.raises(CalibrationTooSmall) as refusal:
-        certify(few, Promise(allowed_loss=0.02), fingerprint="abc")
+        certify(few, Promise(allowed_loss=0.02), fingerprint=MODEL)
     assert refusal.value.missing_units is not None
     more = np.resize(few.losses[0], 150 + refusal.value.missing_units)[None]
-    certify(Calibration(more, [0.0], [9.0], 6 * more.shape[1]), Promise(allowed_loss=0.02), fingerprint="abc")
+    certify(Calibration(more, [0.0], [9.0], 6 * more.shape[1]), Promise(allowed_loss=0.02), fingerprint=MODEL)
 
 
 def test_a_loss_above_what_is_allowed_is_refused_for_good() -> None:
     with pytest.raises(CalibrationTooSmall, match=r"more of them would not help; .*take the net loss") as refusal:
-        certify(calibration_of([0.5], 100), Promise(allowed_loss=0.1), fingerprint="abc")
+        certify(calibration_of([0.5], 100), Promise(allowed_loss=0.1), fingerprint=MODEL)
     assert refusal.value.missing_units is None
 
 
@@ -172,7 +173,7 @@ def test_graded_losses_are_refused_by_the_exact_bound() -> None:
 
 
 def test_unknown_keys_of_a_certificate_are_refused() -> None:
-    data = certify(calibration_of([0.0], 200), Promise(allowed_loss=0.05), fingerprint="abc").to_data()
+    data = certify(calibration_of([0.0], 200), Promise(allowed_loss=0.05), fingerprint=MODEL).to_data()
     with pytest.raises(ValueError, match=r"unknown key certificate\.color"):
         Certificate.from_data({**data, "color": "red"})
 
