@@ -24,6 +24,8 @@ VERBS = {
     "page": "mllm.commands.page",
     "bench": "mllm.commands.bench",
     "router fit": "mllm.commands.router_fit",
+    "router certify": "mllm.commands.router_certify",
+    "router report": "mllm.commands.router_report",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "data check": "mllm.commands.data_check",

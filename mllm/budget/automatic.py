@@ -2,6 +2,7 @@
 
     auto                        as good as the largest budget, at the fewest tokens
     auto,quality>=0.98          at least 98 % of what the largest budget gets right
+    auto,loss<=0.05             a certified promise: at most so much is lost against the largest budget
     auto,mean_tokens<=16        the best answers at 16 soft tokens per request on average
     auto,price=0.005            more tokens where each brings half a point of accuracy
     flops<=2e12                 the dearest trained budget whose request takes at most so many FLOPs
@@ -15,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Goal = Literal["quality", "mean_tokens", "price"]
+Goal = Literal["quality", "loss", "mean_tokens", "price"]
 LimitUnit = Literal["flops", "kv_bytes", "ms"]
 AUTO = "auto"
-GOALS: Mapping[str, str] = {"quality": ">=", "mean_tokens": "<=", "price": "="}
+GOALS: Mapping[str, str] = {"quality": ">=", "loss": "<=", "mean_tokens": "<=", "price": "="}
 """What `auto` aims at, with the sign it is written with."""
 LIMITS: Mapping[str, str] = {"flops": "<=", "kv_bytes": "<=", "ms": "<="}
 """Caps in other units than soft tokens, with the sign they are written with."""
@@ -98,12 +99,13 @@ def _name_of(item: str) -> str | None:
 def _value(item: str, name: str) -> float:
     sign = GOALS.get(name) or LIMITS[name]
     written, _, number = item.partition(sign)
-    allowed = "above 0 and at most 1" if name == "quality" else "at least 0" if name == "price" else "above 0"
+    is_share = name in ("quality", "loss")
+    allowed = "above 0 and at most 1" if is_share else "at least 0" if name == "price" else "above 0"
     try:
         value = float(number) if written.strip() == name else float("nan")
     except ValueError:
         value = float("nan")
-    fits = 0 <= value < float("inf") and (value > 0 or name == "price") and (value <= 1 or name != "quality")
+    fits = 0 <= value < float("inf") and (value > 0 or name == "price") and (value <= 1 or not is_share)
     if not fits:
         raise ValueError(f"budget item {item!r} must be written as {name}{sign}N with N {allowed}")
     return value

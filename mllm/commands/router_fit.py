@@ -21,7 +21,9 @@ def run(settings: Settings) -> int:
     router.write(settings.model_folder)
     out = console()
     for media, one in router.by_media.items():
-        out.print(f"{' and '.join(media)}: {one.num_questions} questions about {one.num_media} items", soft_wrap=True)
+        out.print(
+            f"{' and '.join(media)}: {one.num_questions} questions about {len(one.media_digests)} items", soft_wrap=True
+        )
         points = [point for point in one.points if point.max_growths][:: max(len(one.points) // 24, 1)]
         cells = [[f"{point.price:.4g}", f"{point.mean_tokens:.1f}", f"{100 * point.quality:.1f} %"] for point in points]
         out.print(plain_table(["price", "mean tokens", "of the largest budget's quality"], cells))

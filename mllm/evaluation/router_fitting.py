@@ -26,7 +26,7 @@ from mllm.inference.decoding import Decoding
 from mllm.inference.growth import grows
 from mllm.media import MediaLoader
 from mllm.processing.processor import ElasticProcessor
-from mllm.router.features import features_of
+from mllm.router.features import MediaSet, features_of
 from mllm.router.router import Router, fit_media_router
 from mllm.router.table import AnswerTable
 from mllm.utils.files import digest_of_file
@@ -112,14 +112,27 @@ def fit_router(
         MediaError: a file that cannot be read any more.
         ValueError: as `read_answers`, budgets that were not trained, or too few media.
     """
+    tables = described_tables(settings, model, processor, progress=progress)
+    by_media = {media: fit_media_router(table, is_nested=is_nested) for media, (table, is_nested) in tables.items()}
+    return Router(by_media, fingerprint_of_model(settings.model_folder))
+
+
+def described_tables(
+    settings: RouterFitConfig, model: Any, processor: ElasticProcessor, *, progress: Progress = lambda done, total: None
+) -> dict[MediaSet, tuple[AnswerTable, bool]]:
+    """Make a table with features of the answers about each set of media, and say whether their budgets are nested.
+
+    Raises:
+        MediaError: a file that cannot be read any more.
+        ValueError: as `read_answers`, or budgets that were not trained.
+    """
     answers = read_answers(settings)
-    by_media = {}
+    tables = {}
     for media, table in tables_of(answers.lines, answers.samples).items():
         _check_trained(table, processor.space)
         described = with_features(table, answers.samples, model, processor, progress=progress)
-        is_nested = media == ("image",) and grows(model, processor, Decoding())
-        by_media[media] = fit_media_router(described, is_nested=is_nested)
-    return Router(by_media, fingerprint_of_model(settings.model_folder))
+        tables[media] = described, media == ("image",) and grows(model, processor, Decoding())
+    return tables
 
 
 def with_features(

@@ -85,18 +85,19 @@ class Calibration:
     Args:
         losses: (G, U) mean loss of each unit; in [0, 1], the net loss in [-1, 1]. The order of the units must not
             depend on their losses.
-        prices: (G) the policies' prices, safest first. Chosen without a look at these losses.
+        policies: (G) safest first, all with the same number of growths. Chosen without a look at these losses.
         costs: (G) mean cost of a question.
         num_questions: of all units.
     """
 
     losses: Array
-    prices: Sequence[float]
+    policies: Sequence[Policy]
     costs: Sequence[float]
     num_questions: int
 
     def __post_init__(self) -> None:
-        assert self.losses.shape[0] == len(self.prices) == len(self.costs), self.losses.shape
+        assert self.losses.shape[0] == len(self.policies) == len(self.costs), self.losses.shape
+        assert len({policy.max_growths for policy in self.policies}) == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ class Certificate:
 
     Args:
         price: the dearest of `grid` that keeps the promise.
+        max_growths: of the policies; another number is another policy, of which nothing is promised.
         grid: every price that could have been chosen, in the order they were tested.
         mean_loss, mean_cost: of the calibration at `price`.
         fingerprint: digests of the model's files, by name.
@@ -113,6 +115,7 @@ class Certificate:
 
     promise: Promise
     price: float
+    max_growths: int
     grid: list[float]
     num_units: int
     num_questions: int
@@ -196,7 +199,7 @@ def calibrate(
         routes = policy.route(predictions, cost, is_nested=is_nested)
         losses.append(loss_of(table.utility[rows, routes.chosen], table.utility[:, -1], loss))
         costs.append(float(routes.spent.mean()))
-    return Calibration(unit_means(np.stack(losses), units), [one.price for one in policies], costs, len(table))
+    return Calibration(unit_means(np.stack(losses), units), policies, costs, len(table))
 
 
 # ---- bounds ----
@@ -273,8 +276,9 @@ def certify(
     chosen = num_refuted - 1
     return Certificate(
         promise=promise,
-        price=float(calibration.prices[chosen]),
-        grid=[float(price) for price in calibration.prices],
+        price=calibration.policies[chosen].price,
+        max_growths=calibration.policies[chosen].max_growths,
+        grid=[policy.price for policy in calibration.policies],
         num_units=calibration.losses.shape[1],
         num_questions=calibration.num_questions,
         mean_loss=float(calibration.losses[chosen].mean()),

@@ -128,6 +128,11 @@ class BudgetChooser:
             # The dearest in the unit of the first cap; of equals the one with more tokens.
             first = max(np.flatnonzero(np.isfinite(tokens)), key=lambda number: (limited[number], tokens[number]))
             return Choice(tuple(budgets), tokens, int(first), np.zeros((len(budgets), len(budgets))))
+        if budget.auto.goal == "loss" and np.isinf(tokens).any():
+            raise ValueError(
+                f"sample {row.sample_id!r}: {budget} cannot be promised where caps or lengths leave out some of the "
+                "router's budgets; drop the cap, or name another goal"
+            )
         routed = self.router.of(media)
         policy = routed.policy(budget.auto, max_growths=self.max_growths)
         features = features_of(self.model, row, list(self.processor.placeholder_ids.values()))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mllm.budget import Auto, Budget
 from mllm.checkpoints.model_files import fingerprint_of_model
 from mllm.checkpoints.tensor_files import write_tensors
+from mllm.router.certificate import Certificate
 from mllm.router.features import MediaSet
 from mllm.router.heads import Heads, Reduction, fit_heads, predict_out_of_fold
 from mllm.router.policy import MAX_GROWTHS, Policy, price_grid
@@ -54,23 +55,28 @@ class MediaRouter:
     Args:
         budgets: cheapest first, each trained.
         points: what prices give, the cheapest price first.
-        num_questions, num_media: that it was fitted on.
+        num_questions: that it was fitted on.
+        media_digests: of what it was fitted on; nothing can be certified there.
+        certificates: what is promised of its losses, by calibrations on other media.
     """
 
     budgets: tuple[Budget, ...]
     heads: Heads
     points: tuple[OperatingPoint, ...]
     num_questions: int
-    num_media: int
+    media_digests: tuple[str, ...]
+    certificates: tuple[Certificate, ...] = ()
 
     def policy(self, auto: Auto, *, max_growths: int = MAX_GROWTHS) -> Policy:
         """Translate a goal to a price.
 
         Raises:
-            ValueError: a goal that no price reached on the calibration data.
+            ValueError: a goal that no price reached on the calibration data, or a loss that no certificate covers.
         """
         if auto.goal == "price":
             return Policy(auto.value, max_growths)
+        if auto.goal == "loss":
+            return self._certified(auto.value, max_growths)
         points = [point for point in self.points if point.max_growths == max_growths]
         if auto.goal == "mean_tokens":
             reaching = [point for point in points if point.mean_tokens <= auto.value]
@@ -86,6 +92,18 @@ class MediaRouter:
             )
         wanted = auto.value if auto.goal == "quality" else min(best, 1.0)
         return Policy(max(point.price for point in points if point.quality >= wanted), max_growths)
+
+    def _certified(self, loss: float, max_growths: int) -> Policy:
+        """Return the policy of the certificate that allows most of a loss."""
+        same_policy = [one for one in self.certificates if one.max_growths == max_growths]
+        covering = [one for one in same_policy if one.promise.allowed_loss <= loss]
+        if not covering:
+            known = ", ".join(f"{one.promise.allowed_loss:g}" for one in same_policy) or "none"
+            growing = "" if max_growths else " where an answer is given at once"
+            raise ValueError(
+                f"loss<={loss:g} is not certified for this router{growing}; certified are {known} (mllm router certify)"
+            )
+        return Policy(max(covering, key=lambda one: (one.promise.allowed_loss, one.price)).price, max_growths)
 
 
 @dataclass(frozen=True)
@@ -126,8 +144,9 @@ class Router:
                 "blocks": list(router.heads.reductions),
                 "l2": router.heads.l2,
                 "num_questions": router.num_questions,
-                "num_media": router.num_media,
+                "media": list(router.media_digests),
                 "points": [asdict(point) for point in router.points],
+                "certificates": [one.to_data() for one in router.certificates],
             }
         content = {"version": VERSION, "fingerprint": dict(self.fingerprint), "media": facts}
         with written_whole(Path(folder) / WEIGHTS) as aside:
@@ -168,11 +187,18 @@ def read_router(folder: str | Path, fingerprint: Mapping[str, str]) -> Router:
             heads=_heads_of(tensors, name, facts),
             points=tuple(OperatingPoint(**point) for point in facts["points"]),
             num_questions=facts["num_questions"],
-            num_media=facts["num_media"],
+            media_digests=tuple(facts["media"]),
+            certificates=tuple(_certificate(data, fingerprint) for data in facts["certificates"]),
         )
     if tensors:
         raise ValueError(f"{Path(folder) / WEIGHTS} holds {min(tensors)}, which {FILE} does not name")
     return Router(by_media, dict(content["fingerprint"]))
+
+
+def _certificate(data: Any, fingerprint: Mapping[str, str]) -> Certificate:
+    certificate = Certificate.from_data(data)
+    certificate.check(fingerprint)
+    return certificate
 
 
 def load_router(folder: str | Path, *, checkpoint: str | int | None = None) -> Router:
@@ -221,7 +247,7 @@ def fit_media_router(table: AnswerTable, *, is_nested: bool, blocks: Sequence[st
             routes = Policy(float(price), max_growths).route(predictions, table.tokens, is_nested=is_nested)
             quality = table.utility[rows, routes.chosen].mean() / max(largest, 1e-9)
             points.append(OperatingPoint(float(price), max_growths, float(routes.spent.mean()), float(quality)))
-    return MediaRouter(table.budgets, fit_heads(table, blocks), tuple(points), len(table), len(table.units()))
+    return MediaRouter(table.budgets, fit_heads(table, blocks), tuple(points), len(table), tuple(table.media_digests()))
 
 
 def _tensors_of(heads: Heads) -> dict[str, torch.Tensor]:

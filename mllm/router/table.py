@@ -6,6 +6,7 @@ evaluation lines.
 Shapes: n questions, K budgets from the cheapest to the dearest, F features.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -85,6 +86,10 @@ class AnswerTable:
             if values is not None:
                 chosen[name] = values[index] if isinstance(values, np.ndarray) else tuple(values[i] for i in index)
         return replace(self, **chosen, features={name: block[index] for name, block in self.features.items()})
+
+    def media_digests(self) -> list[str]:
+        """Digest each media key, once, so that a file can say which media were used without naming them."""
+        return [hashlib.sha256(key.encode()).hexdigest()[:16] for key in dict.fromkeys(self.media_keys)]
 
     def units(self) -> list[NDArray[np.intp]]:
         """List the rows of each media key, in order of appearance."""

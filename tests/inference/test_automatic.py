@@ -34,7 +34,7 @@ def router(answerer: Answerer, *, gain_of_question: float = 6.0, growth: float =
     after = np.zeros((3, 3, 3))
     after[:, 1] = [growth, 0.0, -growth]  # of the logit of the confidence
     points = tuple(OperatingPoint(price, growths, 4.0, 1.0) for price in (0.0, 0.01) for growths in (0, 2))
-    one = MediaRouter(BUDGETS, Heads({"question": question}, before, after, 0.1), points, 4, 4)
+    one = MediaRouter(BUDGETS, Heads({"question": question}, before, after, 0.1), points, 4, ())
     return Router({("image",): one}, {})
 
 

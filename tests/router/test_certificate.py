@@ -114,7 +114,8 @@ def calibration_of(risks: list[float], num_units: int, *, seed: int = 0) -> Cali
     """Binary losses that differ by price."""
     luck = np.random.default_rng(seed).random(num_units)
     losses = (luck < np.array(risks)[:, None]).astype(float)
-    return Calibration(losses, [0.01 * number for number in range(len(risks))], [9.0] * len(risks), 6 * num_units)
+    policies = [Policy(0.01 * number) for number in range(len(risks))]
+    return Calibration(losses, policies, [9.0] * len(risks), 6 * num_units)
 
 
 def test_a_certificate_holds_the_last_price_in_turn_that_is_proved_and_all_it_rests_on() -> None:
@@ -145,7 +146,7 @@ def test_a_calibration_that_is_too_small_is_refused_with_what_is_missing() -> No
         certify(few, Promise(allowed_loss=0.02), fingerprint=MODEL)
     assert refusal.value.missing_units is not None
     more = np.resize(few.losses[0], 150 + refusal.value.missing_units)[None]
-    certify(Calibration(more, [0.0], [9.0], 6 * more.shape[1]), Promise(allowed_loss=0.02), fingerprint=MODEL)
+    certify(Calibration(more, [Policy(0.0)], [9.0], 6 * more.shape[1]), Promise(allowed_loss=0.02), fingerprint=MODEL)
 
 
 def test_a_loss_above_what_is_allowed_is_refused_for_good() -> None:
@@ -185,7 +186,7 @@ def test_calibration_measures_what_each_policy_loses_by_image() -> None:
     tokens = np.tile([1.0, 4.0, 16.0], (num_questions, 1))
     table = AnswerTable(
         budgets=tuple(Budget.parse(f"image={count}") for count in (1, 4, 16)),
-        ids=tuple(("test", str(number)) for number in range(num_questions)),
+        sample_keys=tuple(("test", str(number)) for number in range(num_questions)),
         media_keys=media_keys,
         tasks=("vqa",) * num_questions,
         kinds=("",) * num_questions,
